@@ -1,0 +1,316 @@
+"""Every message that crosses a process border, one family per border.
+
+Encoded with msgpack as tagged arrays: small, typed on arrival, and nothing in them can run code.
+Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `kv_transfer`).
+
+    client (API server, LLM)  --ClientMessage-->    CpuScheduler   --SchedulerReply-->  client
+    CpuScheduler              --InstanceCommand-->  GpuInstance    --InstanceReply-->   CpuScheduler
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hbserve.config import InstanceRole
+from hbserve.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True, kw_only=True):
+    """Base of all messages. Arrays, not maps: both ends run the same version."""
+
+
+class Value(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """Base of the parts of messages."""
+
+
+# --- client -> scheduler -------------------------------------------------------------------------
+
+
+class AddRequest(Message):
+    """Generate tokens after a prompt; ``sampling.n`` is 1 here, the client makes n requests of it.
+
+    Attributes:
+        request_id: unique among the client's open requests.
+        end_token_ids: tokens that end the output: the model's own, unless ignored, and the request's.
+        sampling: with ``seed`` and ``max_tokens`` resolved.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    end_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class AbortRequest(Message):
+    """Give up on a request, in whatever state it is. Unknown ids are ignored: it may just have ended."""
+
+    request_id: str
+    finish_reason: str = "abort"
+
+
+class GetStats(Message):
+    """Ask for `Stats`; answered even while the system is not ready."""
+
+    query_id: int
+
+
+class SubscribeReady(Message):
+    """Ask for `Ready` once every instance is there, or `NotReady` at the deadline."""
+
+    deadline_s: float
+
+
+# --- scheduler -> client -------------------------------------------------------------------------
+
+
+class TokenLogprobs(Value):
+    """Log-probabilities at one output position.
+
+    Attributes:
+        token: of the chosen token.
+        top_ids, top: the most likely tokens, best first, and theirs.
+    """
+
+    token: float
+    top_ids: list[int]
+    top: list[float]
+
+
+class RequestOutput(Value):
+    """New tokens of one request, or its end.
+
+    Attributes:
+        finish_reason: ``stop`` (an end token, which is the last of ``token_ids``), ``length``,
+            ``abort``, ``error``, or None while it goes on.
+        error: what went wrong, and ``error_kind`` the class in `hbserve.errors` it becomes.
+        num_cached_tokens: prompt tokens whose KV came from the prefix cache (first output only).
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    error_param: str | None = None
+    num_cached_tokens: int = 0
+
+
+class OutputBatch(Message):
+    """All that happened to a client's requests since the last batch."""
+
+    outputs: list[RequestOutput]
+
+
+class Stats(Message):
+    """Answer to `GetStats`: plain numbers and names, the shape of ``get_system_stats()``."""
+
+    query_id: int
+    stats: dict[str, Any]
+
+
+class Ready(Message):
+    """Every instance is registered.
+
+    Attributes:
+        max_model_len: most tokens of prompt and output together.
+    """
+
+    max_model_len: int
+    vocab_size: int
+
+
+class NotReady(Message):
+    """The deadline passed, or an instance said why it cannot serve."""
+
+    reason: str
+
+
+# --- scheduler -> instance -----------------------------------------------------------------------
+
+
+class Ping(Message):
+    """A sign of life is wanted.
+
+    Attributes:
+        scheduler_epoch: which scheduler asks. A new one means that all state here is void.
+        known_epoch: the instance epoch it knows, so that the answer can be `Hello` or `Pong`.
+    """
+
+    scheduler_epoch: int
+    known_epoch: int
+
+
+class SequenceState(Value):
+    """All that a worker must know to go on with a sequence it has not seen, or has forgotten.
+
+    Attributes:
+        slot: row of the worker's state tables, given by the scheduler.
+        block_ids: of positions 0.., all blocks that the sequence has in the worker's pool.
+        history: prompt and output tokens so far, only where penalties need them.
+        num_prompt_tokens: how many of ``history`` are the prompt's.
+        min_end_position: no token of ``end_token_ids`` is sampled for a position before this.
+    """
+
+    slot: int
+    block_ids: list[int]
+    sampling: SamplingParams
+    end_token_ids: list[int]
+    min_end_position: int
+    num_prompt_tokens: int
+    history: list[int] | None = None
+
+
+class PlanRow(Value):
+    """One sequence's part of a step: tokens at positions ``start ..  start + num_tokens - 1``.
+
+    Attributes:
+        token_ids: the tokens, or None for the one token that this worker sampled last for the slot.
+        new_block_ids: blocks appended to the slot's table before the step.
+        sample: whether the token for position ``start + num_tokens`` is sampled.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    token_ids: list[int] | None
+    new_block_ids: list[int]
+    sample: bool
+
+
+class Peer(Value):
+    """Where an instance receives KV: its rank, its incarnation and its backend's own address."""
+
+    rank: int
+    epoch: int
+    endpoint: str
+
+
+class SendBlocks(Message):
+    """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
+
+    Attributes:
+        generations: of the blocks, on the sender's side; a stale one is refused.
+    """
+
+    transfer_id: str
+    request_id: str
+    target: Peer
+    block_ids: list[int]
+    generations: list[int]
+
+
+class ReceiveBlocks(Message):
+    """Receive KV blocks into these blocks of the receiver's pool, in the sender's order."""
+
+    transfer_id: str
+    request_id: str
+    source: Peer
+    block_ids: list[int]
+    generations: list[int]
+
+
+class CancelTransfer(Message):
+    """Give up on a transfer. It is still answered by `TransferResult`, after which nothing is written."""
+
+    transfer_id: str
+
+
+class StepPlan(Message):
+    """One step of a worker: what to compute, in order; answered by one `StepResult`.
+
+    Attributes:
+        epoch: of the instance it was made for; another incarnation drops it.
+        new_sequences: state to install before the step.
+        sends: transfers to start when the step is done.
+    """
+
+    epoch: int
+    step_id: int
+    rows: list[PlanRow]
+    new_sequences: list[SequenceState]
+    sends: list[SendBlocks]
+
+
+class Shutdown(Message):
+    """Finish what is in flight and exit."""
+
+
+# --- instance -> scheduler -----------------------------------------------------------------------
+
+
+class Hello(Message):
+    """An instance introduces itself: its pool is empty, its state is void.
+
+    Attributes:
+        epoch: number of this incarnation, different at every start.
+        block_bytes: of one KV block over all layers.
+        peer: where it receives KV.
+    """
+
+    instance_id: str
+    role: InstanceRole
+    epoch: int
+    pid: int
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    max_model_len: int
+    vocab_size: int
+    device: str
+    peer: Peer
+
+
+class Pong(Message):
+    """Sign of life."""
+
+    epoch: int
+
+
+class StepResult(Message):
+    """What a step produced.
+
+    Attributes:
+        token_ids: sampled tokens, one per plan row with ``sample``, in the plan's order.
+        logprobs: likewise, None where not asked for.
+        busy_s: time the device worked on it, seconds.
+        error: the step failed; the worker exits after saying so.
+    """
+
+    epoch: int
+    step_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+    busy_s: float
+    error: str | None = None
+
+
+class TransferResult(Message):
+    """The end of one side of a transfer. On the receiver: after this nothing more is written.
+
+    Attributes:
+        sent: True from the sender, False from the receiver.
+        error: None if every byte is there.
+    """
+
+    epoch: int
+    transfer_id: str
+    sent: bool
+    num_bytes: int
+    seconds: float
+    error: str | None = None
+
+
+class InstanceFailed(Message):
+    """An instance cannot serve and exits; why."""
+
+    instance_id: str
+    error: str
+
+
+ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady
+SchedulerReply = OutputBatch | Stats | Ready | NotReady
+InstanceCommand = Ping | StepPlan | ReceiveBlocks | CancelTransfer | Shutdown
+InstanceReply = Hello | Pong | StepResult | TransferResult | InstanceFailed

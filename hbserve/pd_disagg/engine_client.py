@@ -1,0 +1,194 @@
+"""The client's end of the border to the CPU scheduler: token ids in, token ids out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from hbserve import errors
+from hbserve.messages import (
+    AbortRequest,
+    AddRequest,
+    ClientMessage,
+    GetStats,
+    NotReady,
+    OutputBatch,
+    Ready,
+    RequestOutput,
+    SchedulerReply,
+    Stats,
+    SubscribeReady,
+)
+
+_ERROR_KINDS: dict[str, type[errors.HBServeError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.InvalidRequestError,
+        errors.OverloadedError,
+        errors.RequestFailedError,
+        errors.EngineDeadError,
+    )
+}
+
+
+def error_of(output: RequestOutput) -> errors.HBServeError:
+    """The typed error that an output with ``finish_reason == "error"`` stands for."""
+    kind = _ERROR_KINDS.get(output.error_kind or "", errors.RequestFailedError)
+    if kind is errors.InvalidRequestError:
+        return errors.InvalidRequestError(output.error or "", output.error_param)
+    return kind(output.error or "the request failed")
+
+
+class EngineClient:
+    """Sends requests to a scheduler and hands out what comes back.
+
+    Must be used from the event loop in which `connect` was awaited.
+
+    Args:
+        address: ZeroMQ address of the scheduler's client socket.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(SchedulerReply)
+        self._streams: dict[str, asyncio.Queue[RequestOutput | errors.HBServeError]] = {}
+        self._queries: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._query_ids = itertools.count(1)
+        self._ready: asyncio.Future[Ready] | None = None
+        self._dead: errors.EngineDeadError | None = None
+
+    async def connect(self) -> None:
+        """Open the socket. The scheduler may start later."""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(self._address)
+        self._receiver = asyncio.create_task(self._receive(), name="hbserve-engine-client")
+
+    async def close(self) -> None:
+        """Abort what is open and close the socket."""
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        self._fail_all(errors.EngineDeadError("the engine client was closed"))
+        self._receiver.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._receiver
+        self._socket.close(linger=200)  # the aborts above may still leave
+        self._context.term()
+
+    async def wait_ready(self, deadline_s: float) -> Ready:
+        """Wait until every instance is registered.
+
+        Raises:
+            StartupError: at the deadline, naming who is missing, or when an instance has failed.
+            EngineDeadError: if the engine was declared dead meanwhile.
+        """
+        self._ready = asyncio.get_running_loop().create_future()
+        self._send(SubscribeReady(deadline_s=deadline_s))
+        try:
+            # The scheduler answers at the deadline itself; the margin is for one that does not exist.
+            return await asyncio.wait_for(asyncio.shield(self._ready), deadline_s + 5.0)
+        except TimeoutError:
+            raise errors.StartupError(
+                f"no scheduler answered at {self._address} within {deadline_s:g} s; is it running?"
+            ) from None
+
+    async def generate(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
+        """Stream the outputs of one request; leaving the iteration early aborts it.
+
+        Raises:
+            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError
+        """
+        if self._dead is not None:
+            raise self._dead
+        if request.request_id in self._streams:
+            raise errors.InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        stream: asyncio.Queue[RequestOutput | errors.HBServeError] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        finished = False
+        try:
+            self._send(request)
+            while not finished:
+                output = await stream.get()
+                if isinstance(output, errors.HBServeError):
+                    raise output
+                finished = output.finish_reason is not None
+                if output.finish_reason == "error":
+                    raise error_of(output)
+                yield output
+        finally:
+            del self._streams[request.request_id]
+            if not finished:
+                self._send(AbortRequest(request_id=request.request_id))
+
+    def abort(self, request_id: str, finish_reason: str = "abort") -> None:
+        """End a request; its stream ends with ``finish_reason``. Unknown ids are ignored."""
+        self._send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
+
+    async def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
+        """The scheduler's view of the system.
+
+        Raises:
+            EngineDeadError: if the scheduler does not answer in time.
+        """
+        if self._dead is not None:
+            raise self._dead
+        query_id = next(self._query_ids)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._queries[query_id] = future
+        try:
+            self._send(GetStats(query_id=query_id))
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None
+        finally:
+            del self._queries[query_id]
+
+    def declare_dead(self, reason: str) -> None:
+        """The scheduler process is gone: end every stream and query with `EngineDeadError`."""
+        self._dead = errors.EngineDeadError(reason)
+        self._fail_all(self._dead)
+
+    @property
+    def dead(self) -> errors.EngineDeadError | None:
+        """Why no more requests are served, or None while they are."""
+        return self._dead
+
+    def _fail_all(self, error: errors.EngineDeadError) -> None:
+        for stream in self._streams.values():
+            stream.put_nowait(error)
+        for future in (*self._queries.values(), *([self._ready] if self._ready else [])):
+            if not future.done():
+                future.set_exception(error)
+
+    def _send(self, message: ClientMessage) -> None:
+        # A DEALER without high-water mark never blocks, so the plain (non-async) send is right here.
+        zmq.Socket.send(self._socket, self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def _receive(self) -> None:
+        while True:
+            reply = self._decoder.decode(await self._socket.recv())
+            if isinstance(reply, OutputBatch):
+                for output in reply.outputs:
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None:
+                        stream.put_nowait(output)
+            elif isinstance(reply, Stats):
+                query = self._queries.get(reply.query_id)
+                if query is not None and not query.done():
+                    query.set_result(reply.stats)
+            elif self._ready is not None and not self._ready.done():
+                if isinstance(reply, NotReady):
+                    self._ready.set_exception(errors.StartupError(reply.reason))
+                else:
+                    self._ready.set_result(reply)

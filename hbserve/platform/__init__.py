@@ -1,0 +1,48 @@
+"""The only room that knows which device there is."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from hbserve.errors import ConfigError
+from hbserve.platform.base import Platform
+from hbserve.platform.cpu import CpuPlatform
+from hbserve.platform.cuda import CudaPlatform
+
+__all__ = ["Platform", "make_platform", "resolve_device"]
+
+
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """The device that ``auto`` stands for here.
+
+    Raises:
+        ConfigError: if CUDA is asked for and not there.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("model.device: cuda is asked for, but torch finds no CUDA device; use cpu or auto")
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    return device
+
+
+def make_platform(
+    device: Literal["auto", "cpu", "cuda"], gpu_id: int, num_threads: int | None, num_instances: int
+) -> Platform:
+    """The platform of one worker.
+
+    Args:
+        num_threads: on CPU; None shares the cores evenly among ``num_instances``.
+
+    Raises:
+        ConfigError: if the device is not there.
+    """
+    if resolve_device(device) == "cpu":
+        return CpuPlatform(num_threads or max(1, len(os.sched_getaffinity(0)) // num_instances))
+    count = torch.cuda.device_count()
+    if gpu_id >= count:
+        raise ConfigError(f"gpu_id {gpu_id}: this machine has {count} GPU(s), numbered from 0")
+    return CudaPlatform(gpu_id)

@@ -1,0 +1,105 @@
+"""How the tokens of one request are chosen."""
+
+from __future__ import annotations
+
+import msgspec
+
+from hbserve.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+MAX_N = 128
+MAX_STOP_STRINGS = 16
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sampling parameters of one request, with OpenAI's names and meanings where OpenAI has one.
+
+    The order in which they act on the logits is: penalties, suppression of stop tokens
+    (``min_tokens``), temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches it, in (0, 1].
+        min_p: drop tokens less likely than ``min_p`` times the most likely one, in [0, 1].
+        repetition_penalty: divide positive (multiply negative) logits of tokens seen in prompt or
+            output; 1 is off (Keskar et al. 2019, CTRL, section 4.1).
+        presence_penalty: subtracted once from every token that is in the output.
+        frequency_penalty: subtracted once per occurrence in the output.
+        seed: makes the request reproducible; with None one is drawn per request.
+        n: how many independent samples.
+        stop: end the text before the first of these strings.
+        stop_token_ids: end on any of these tokens, in addition to the model's own end tokens.
+        ignore_eos: do not end on the model's end tokens (``stop_token_ids`` still end it).
+        min_tokens: no end or stop token is produced before this many output tokens.
+        max_tokens: at most this many output tokens; None: as many as the context holds.
+        logprobs: report the chosen token's log-probability and those of this many most likely
+            tokens per position (0 to 20), taken before temperature and truncation; None: none.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be honoured.
+
+        Raises:
+            InvalidRequestError: naming the field.
+        """
+        # msgspec checks types when decoding but not in a direct call, so they are checked here too.
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as error:
+                raise InvalidRequestError(f"{field.name}: {error}", field.name) from None
+        self._require(0 <= self.temperature <= 100, "temperature", "must be in [0, 100]")
+        self._require(self.top_k >= -1, "top_k", "must be at least 1, or 0 or -1 to keep all tokens")
+        self._require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
+        self._require(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
+        self._require(0 < self.repetition_penalty <= 10, "repetition_penalty", "must be in (0, 10]")
+        self._require(-2 <= self.presence_penalty <= 2, "presence_penalty", "must be in [-2, 2]")
+        self._require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be in [-2, 2]")
+        if self.seed is not None:
+            self._require(-(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
+        self._require(1 <= self.n <= MAX_N, "n", f"must be in 1..{MAX_N}")
+        self._require(self.min_tokens >= 0, "min_tokens", "must not be negative")
+        if self.max_tokens is not None:
+            self._require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
+            self._require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")
+        if self.logprobs is not None:
+            self._require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"must be in 0..{MAX_LOGPROBS}")
+        self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")
+        self._require(all(self.stop_strings), "stop", "must not hold an empty string")
+        self._require(all(t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "must not be negative")
+
+    def _require(self, holds: bool, param: str, what: str) -> None:
+        if not holds:  # NaN fails every comparison above, so it is refused as well
+            raise InvalidRequestError(f"{param} {what}, got {getattr(self, param)!r}", param)
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """``stop`` as a list, empty where there is none."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
