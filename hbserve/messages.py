@@ -181,11 +181,19 @@ class PlanRow(Value):
 
 
 class Peer(Value):
-    """Where an instance receives KV: its rank, its incarnation and its backend's own address."""
+    """Where an instance receives KV.
+
+    Attributes:
+        epoch: the instance's incarnation.
+        endpoint: its backend's own address.
+        link_epoch: raised by the scheduler when the link between the two has broken; both ends
+            then start it afresh.
+    """
 
     rank: int
     epoch: int
     endpoint: str
+    link_epoch: int = 0
 
 
 class SendBlocks(Message):

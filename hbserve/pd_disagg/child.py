@@ -1,0 +1,65 @@
+"""What every child process of a launcher does the same: take orders, report, die with its parent.
+
+The launcher writes one JSON line to the child's standard input and keeps the pipe open as a life
+line: when it closes, the parent is gone, whatever ended it. The child writes one JSON line about
+its start to a status pipe: ready, or why not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
+
+
+def set_process_title(title: str) -> None:
+    """Show ``title`` in process lists."""
+    import setproctitle
+
+    setproctitle.setproctitle(title)
+
+
+def configure_logging(level: str, who: str) -> None:
+    """Log to standard error, each line with time, level and process."""
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s %(levelname).1s {who}: %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    # Libraries' chatter is for those who ask for DEBUG.
+    if level != "DEBUG":
+        for name in ("httpx", "asyncio", "transformers", "uvicorn.access"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def read_orders() -> dict[str, Any]:
+    """The launcher's JSON line."""
+    orders = json.loads(sys.stdin.buffer.readline())
+    assert isinstance(orders, dict)
+    return orders
+
+
+def watch_parent(on_gone: Callable[[], None]) -> None:
+    """Call ``on_gone`` from another thread once the life line is cut.
+
+    The thread is a daemon: it blocks in a read that only the parent's end can finish.
+    """
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        on_gone()
+
+    threading.Thread(target=watch, name="life-line", daemon=True).start()
+
+
+def report_status(status: dict[str, Any]) -> None:
+    """Tell the launcher how the start went; does nothing where there is no launcher."""
+    descriptor = os.environ.pop(STATUS_FD_VARIABLE, None)
+    if descriptor is not None:
+        with os.fdopen(int(descriptor), "w") as pipe:
+            pipe.write(json.dumps(status) + "\n")

@@ -1,0 +1,169 @@
+"""Transfers between an instance's KV arena and the wire, whatever the backend."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from hbserve.errors import ConfigError, KVTransferError, StaleBlockError
+from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferResult
+from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
+from hbserve.pd_disagg.kv_transfer.byte_budget import ByteBudget
+
+logger = logging.getLogger(__name__)
+
+
+def load_class(import_path: str, base: type, key: str) -> type:
+    """The class at ``package.module:Class``.
+
+    Raises:
+        ConfigError: naming the key, if there is none or it is not a subclass of ``base``.
+    """
+    module_name, _, class_name = import_path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}: cannot import {import_path!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{key}: {import_path!r} is not a subclass of {base.__module__}.{base.__name__}")
+    return found
+
+
+def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
+    """The backend that ``kv_transfer.backend`` names.
+
+    Raises:
+        ConfigError: if it cannot be imported.
+    """
+    if name == "nccl":
+        from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
+
+        return TorchDistributedKVTransfer(context)
+    backend = load_class(name, KVTransferBase, "kv_transfer.backend")(context)
+    assert isinstance(backend, KVTransferBase)
+    return backend
+
+
+class KVTransferManager:
+    """Runs the transfers that the scheduler asks for; each ends in exactly one `TransferResult`.
+
+    A received buffer is written to the arena in one go after all its bytes are there, and only
+    while the transfer has not been given up: after its `TransferResult` nothing is written.
+
+    Args:
+        backend: started by the caller.
+        kv_blocks: the arena as ``[block, byte]``, uint8.
+        report: called with each result, in the event loop.
+    """
+
+    def __init__(
+        self, backend: KVTransferBase, kv_blocks: torch.Tensor, report: Callable[[TransferResult], None]
+    ) -> None:
+        self._backend = backend
+        self._kv_blocks = kv_blocks
+        self._report = report
+        self._tasks: dict[tuple[str, bool], asyncio.Task[None]] = {}
+        self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
+        self._staging = ByteBudget(backend.context.buffer_size)
+
+    def send(self, command: SendBlocks) -> None:
+        """Start sending; the blocks' contents must be final."""
+        self._start(command, True, command.target)
+
+    def receive(self, command: ReceiveBlocks) -> None:
+        """Start receiving."""
+        self._start(command, False, command.source)
+
+    def cancel(self, transfer_id: str) -> None:
+        """Give up on both sides of a transfer that are here; their results say so."""
+        for sent in (True, False):
+            task = self._tasks.get((transfer_id, sent))
+            if task is not None:
+                task.cancel()
+
+    async def cancel_all(self) -> None:
+        """Give up on everything and wait until nothing more will be written."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._seen_generation.fill_(-1)
+
+    def _start(self, command: SendBlocks | ReceiveBlocks, sent: bool, peer: Peer) -> None:
+        key = (command.transfer_id, sent)
+        assert key not in self._tasks, f"transfer {command.transfer_id} is started twice"
+        self._tasks[key] = asyncio.create_task(self._run(command, sent, peer))
+
+    async def _run(self, command: SendBlocks | ReceiveBlocks, sent: bool, peer: Peer) -> None:
+        started = time.monotonic()
+        num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
+        error: str | None = None
+        try:
+            self._refuse_stale(command)
+            self._backend.add_peer(peer)
+            async with asyncio.timeout(self._backend.context.timeout_s):
+                if isinstance(command, SendBlocks):
+                    await self._send(command)
+                else:
+                    await self._receive(command)
+        except TimeoutError:
+            error = f"not complete within {self._backend.context.timeout_s:g} s"
+        except asyncio.CancelledError:
+            error = "cancelled"
+        except (KVTransferError, StaleBlockError) as failure:
+            error = str(failure)
+        except Exception as failure:  # a user's backend may raise anything; the request must go on
+            logger.exception("transfer %s failed in the backend", command.transfer_id)
+            error = f"{type(failure).__name__}: {failure}"
+        del self._tasks[command.transfer_id, sent]
+        self._report(
+            TransferResult(
+                epoch=self._backend.context.epoch,
+                transfer_id=command.transfer_id,
+                sent=sent,
+                num_bytes=num_bytes if error is None else 0,
+                seconds=time.monotonic() - started,
+                error=error,
+            )
+        )
+
+    async def _send(self, command: SendBlocks) -> None:
+        num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
+        await self._staging.take(num_bytes)
+        try:
+            index = torch.tensor(command.block_ids, device=self._kv_blocks.device)
+            buffer = await asyncio.to_thread(self._kv_blocks.index_select, 0, index)
+            if buffer.is_cuda:
+                torch.cuda.current_stream(buffer.device).synchronize()
+            await self._backend.send_kv_cache(command.transfer_id, buffer, command.target.rank)
+        finally:
+            await self._staging.give_back(num_bytes)
+
+    async def _receive(self, command: ReceiveBlocks) -> None:
+        buffer = await self._backend.receive_kv_cache(command.transfer_id, command.source.rank)
+        expected = len(command.block_ids) * self._kv_blocks.shape[1]
+        if buffer.nbytes != expected:
+            raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
+        rows = buffer.contiguous().view(torch.uint8).view(len(command.block_ids), -1)
+        # No await between here and the result: once written it is reported, once given up not written.
+        index = torch.tensor(command.block_ids, device=self._kv_blocks.device)
+        self._kv_blocks.index_copy_(0, index, rows.to(self._kv_blocks.device))
+        if self._kv_blocks.is_cuda:
+            torch.cuda.current_stream(self._kv_blocks.device).synchronize()
+
+    def _refuse_stale(self, command: SendBlocks | ReceiveBlocks) -> None:
+        index = torch.tensor(command.block_ids, dtype=torch.int64)
+        generations = torch.tensor(command.generations, dtype=torch.int64)
+        stale = (generations < self._seen_generation[index]).nonzero()
+        if len(stale):
+            block = int(index[stale[0]])
+            raise StaleBlockError(
+                f"transfer {command.transfer_id}: block {block} has been reused since generation "
+                f"{int(generations[stale[0]])}"
+            )
+        self._seen_generation[index] = generations

@@ -1,0 +1,135 @@
+"""The control plane between scheduler and instances: typed messages over ZeroMQ.
+
+The instance listens, the scheduler connects, so both may start in any order and either may come
+back. The scheduler speaks first (`Ping`); an instance answers whoever spoke to it last.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.errors import StartupError
+from hbserve.messages import InstanceCommand, InstanceReply
+
+
+def instance_address(instance: InstanceConfig, run_dir: str | None) -> str:
+    """Where an instance listens: its host and port, or a socket file in the launcher's private folder."""
+    if instance.port is not None:
+        return f"tcp://{instance.host}:{instance.port}"
+    return _private_socket(f"gpu_instances: {instance.instance_id}: port", f"instance-{instance.instance_id}", run_dir)
+
+
+def scheduler_address(config: Config, run_dir: str | None) -> str:
+    """Where the scheduler listens for clients."""
+    if config.rpc.port is not None:
+        return f"tcp://{config.rpc.host}:{config.rpc.port}"
+    return _private_socket("rpc.port", "scheduler", run_dir)
+
+
+def _private_socket(key: str, name: str, run_dir: str | None) -> str:
+    if run_dir is None:
+        raise StartupError(f"{key}: parts that are started separately need a port to find each other; set one")
+    return f"ipc://{run_dir}/{name}.sock"
+
+
+def bind(socket: zmq.Socket, address: str, what: str) -> None:  # type: ignore[type-arg]
+    """Bind, or say what could not listen where.
+
+    Raises:
+        StartupError
+    """
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise StartupError(f"{what} cannot listen on {address}: {error.strerror}") from None
+
+
+class RpcClient:
+    """The scheduler's end of the line to one instance.
+
+    Args:
+        context: the scheduler's ZeroMQ context.
+        address: where the instance listens.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self.address = address
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(InstanceReply)
+        self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        # Only an established connection takes messages: nothing queues up for an instance that is away.
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._socket.connect(address)
+
+    def send(self, command: InstanceCommand) -> bool:
+        """Send without waiting; False if the instance is not connected."""
+        try:
+            zmq.Socket.send(self._socket, self._encoder.encode(command), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    async def receive(self) -> InstanceReply:
+        """The next reply.
+
+        Raises:
+            msgspec.DecodeError: if what came is not a reply.
+        """
+        return self._decoder.decode(await self._socket.recv())
+
+    def close(self) -> None:
+        """Close at once; what is queued is dropped."""
+        self._socket.close(linger=0)
+
+
+class RpcServer:
+    """An instance's end of the line to its scheduler.
+
+    Args:
+        address: where to listen.
+
+    Raises:
+        StartupError: if the address cannot be had.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(InstanceCommand)
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        bind(self._socket, address, "the instance")
+        self._peer: bytes | None = None
+
+    async def receive(self) -> tuple[bytes, InstanceCommand]:
+        """The next command and who sent it.
+
+        Raises:
+            msgspec.DecodeError: if what came is not a command.
+        """
+        peer, payload = await self._socket.recv_multipart()
+        return peer, self._decoder.decode(payload)
+
+    def answer_to(self, peer: bytes) -> None:
+        """From now on, replies go to this scheduler."""
+        self._peer = peer
+
+    def send(self, reply: InstanceReply) -> None:
+        """Reply; dropped if no scheduler has spoken yet or it has gone."""
+        if self._peer is not None:
+            zmq.Socket.send_multipart(self._socket, [self._peer, self._encoder.encode(reply)], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close; replies just sent still leave."""
+        self._socket.close()
+        self._context.term()

@@ -1,0 +1,123 @@
+"""The scheduler's record of one request, and of its stay on each worker."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from hbserve.kv_cache.prefix_hash import extend_block_hashes
+from hbserve.messages import AddRequest, SequenceState
+
+if TYPE_CHECKING:
+    from hbserve.kv_cache.storage_manager import UnifiedStorageManager
+    from hbserve.pd_disagg.instance_handle import InstanceHandle
+
+
+class Phase(StrEnum):
+    """Where a request is in its life; what `get_system_stats` shows."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Seat:
+    """A sequence's place on one worker: its slot there, its blocks in that worker's pool.
+
+    Attributes:
+        owner: the name under which the pool knows the blocks.
+        num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
+        num_planned: positions whose KV exists or is in a plan that has been sent.
+        num_computed: positions whose KV is confirmed to be in the pool.
+        num_blocks_sent: how much of the block table the worker has been told; None: it does not
+            know the sequence.
+        num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
+    """
+
+    worker: InstanceHandle
+    pool: UnifiedStorageManager
+    owner: str
+    slot: int
+    num_tokens_at_entry: int
+    num_planned: int
+    num_computed: int
+    num_sealed: int
+    num_blocks_sent: int | None = None
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The block table."""
+        return self.pool.get_block_ids(self.owner)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request from arrival to its end; ordered by arrival.
+
+    Attributes:
+        client: ZeroMQ identity of who asked.
+        arrival: a number that grows with every request.
+        tokens: prompt and output so far.
+        attempt: how often it has been put back; results of earlier attempts are void.
+        prefill_seat, decode_seat: the same object where one worker does both; the decode seat is
+            reserved together with the prefill seat.
+        num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
+        open_transfers: transfers of this attempt that the decode side has not confirmed.
+        num_failures: attempts that ended in a failure not of the request's making.
+    """
+
+    client: bytes
+    request: AddRequest
+    arrival: int
+    tokens: list[int]
+    end_token_ids: frozenset[int]
+    max_total_tokens: int
+    arrival_time: float = field(default_factory=time.monotonic)
+    phase: Phase = Phase.WAITING
+    attempt: int = 0
+    prefill_seat: Seat | None = None
+    decode_seat: Seat | None = None
+    num_blocks_dispatched: int = 0
+    open_transfers: set[str] = field(default_factory=set)
+    num_failures: int = 0
+    num_cached_tokens: int | None = None
+    first_token_time: float | None = None
+    block_hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The seats it has, each once."""
+        seats = [self.prefill_seat] if self.prefill_seat is not None else []
+        if self.decode_seat is not None and self.decode_seat is not self.prefill_seat:
+            seats.append(self.decode_seat)
+        return seats
+
+    def hashes(self, block_size: int) -> list[bytes]:
+        """Hashes of all full blocks of its tokens."""
+        extend_block_hashes(self.block_hashes, self.tokens, block_size)
+        return self.block_hashes
+
+    def state_for(self, seat: Seat) -> SequenceState:
+        """All that a worker needs to take the sequence on."""
+        sampling = self.request.sampling
+        penalised = (
+            sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        )
+        return SequenceState(
+            slot=seat.slot,
+            block_ids=list(seat.block_ids),
+            sampling=sampling,
+            end_token_ids=self.request.end_token_ids,
+            min_end_position=self.num_prompt_tokens + sampling.min_tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
+            history=list(self.tokens) if penalised else None,
+        )
