@@ -62,6 +62,7 @@ class InstanceHandle:
     def _reset(self) -> None:
         self.inflight: deque[InflightStep] = deque()
         self.seats: dict[Sequence, Seat] = {}
+        self.reserved: dict[Sequence, Seat] = {}
         self._free_slots = list(range(self._performance.max_num_seqs))
 
     @property
@@ -107,10 +108,24 @@ class InstanceHandle:
         """The lowest free slot: low slots keep the worker's tables dense."""
         return heapq.heappop(self._free_slots)
 
-    def seat(self, sequence: Sequence, seat: Seat) -> None:
-        """Put a sequence where its plans will come from."""
+    def reserve(self, sequence: Sequence, seat: Seat) -> None:
+        """Keep a seat for a sequence that is still prefilled elsewhere."""
+        self.reserved[sequence] = seat
+
+    def activate(self, sequence: Sequence, seat: Seat) -> None:
+        """From the next plan on, the sequence takes part."""
+        self.reserved.pop(sequence, None)
         self.seats[sequence] = seat
 
-    def unseat(self, sequence: Sequence) -> None:
-        """Free the slot. Steps in flight may still name it; the worker works in order, so that is no harm."""
-        heapq.heappush(self._free_slots, self.seats.pop(sequence).slot)
+    def release(self, sequence: Sequence, seat: Seat) -> None:
+        """Free a seat. Steps in flight may still name its slot; the worker works in order, so no harm."""
+        if seat.epoch != self.epoch:
+            return  # the incarnation is gone and all its seats with it
+        self.seats.pop(sequence, None)
+        self.reserved.pop(sequence, None)
+        heapq.heappush(self._free_slots, seat.slot)
+
+    @property
+    def num_tokens_to_prefill(self) -> int:
+        """Prompt tokens that are seated here and not planned: the load that placement looks at."""
+        return sum(max(0, seat.num_tokens_at_entry - seat.num_planned) for seat in self.seats.values())

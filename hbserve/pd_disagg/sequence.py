@@ -30,6 +30,7 @@ class Seat:
     """A sequence's place on one worker: its slot there, its blocks in that worker's pool.
 
     Attributes:
+        epoch: of the worker's incarnation; once it is over the seat is void.
         owner: the name under which the pool knows the blocks.
         num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
         num_planned: positions whose KV exists or is in a plan that has been sent.
@@ -40,6 +41,7 @@ class Seat:
     """
 
     worker: InstanceHandle
+    epoch: int
     pool: UnifiedStorageManager
     owner: str
     slot: int

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import time
 from collections.abc import Callable
 
 import torch
 
-from hbserve.errors import ConfigError, KVTransferError, StaleBlockError
+from hbserve.errors import KVTransferError, StaleBlockError
+from hbserve.import_path import load_class
 from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferResult
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.byte_budget import ByteBudget
 
 logger = logging.getLogger(__name__)
-
-
-def load_class(import_path: str, base: type, key: str) -> type:
-    """The class at ``package.module:Class``.
-
-    Raises:
-        ConfigError: naming the key, if there is none or it is not a subclass of ``base``.
-    """
-    module_name, _, class_name = import_path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}: cannot import {import_path!r}: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{key}: {import_path!r} is not a subclass of {base.__module__}.{base.__name__}")
-    return found
 
 
 def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
@@ -44,9 +28,7 @@ def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
         from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
 
         return TorchDistributedKVTransfer(context)
-    backend = load_class(name, KVTransferBase, "kv_transfer.backend")(context)
-    assert isinstance(backend, KVTransferBase)
-    return backend
+    return load_class(name, KVTransferBase, "kv_transfer.backend")(context)
 
 
 class KVTransferManager:

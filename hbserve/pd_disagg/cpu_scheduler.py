@@ -1,0 +1,706 @@
+"""The CPU scheduler: sole owner of every request and every block table.
+
+One event loop. Messages change the books; after each batch of messages `_schedule` admits waiting
+requests, fills every worker's pipeline with plans and sends clients what is new. A mode is nothing
+but the roles of the instances and the pools behind them: the code below asks "is the decode seat
+the prefill seat?", never "which mode is this?".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import logging
+import secrets
+import time
+from collections import defaultdict
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from hbserve.config import Config, InstanceRole
+from hbserve.import_path import load_class
+from hbserve.messages import (
+    AbortRequest,
+    AddRequest,
+    ClientMessage,
+    GetStats,
+    Hello,
+    InstanceFailed,
+    InstanceReply,
+    NotReady,
+    OutputBatch,
+    Ping,
+    PlanRow,
+    Ready,
+    RequestOutput,
+    SchedulerReply,
+    SendBlocks,
+    SequenceState,
+    Stats,
+    StepPlan,
+    StepResult,
+    SubscribeReady,
+    TokenLogprobs,
+    TransferResult,
+)
+from hbserve.pd_disagg import system_stats
+from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle
+from hbserve.pd_disagg.rpc import bind
+from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
+from hbserve.pd_disagg.transfer_ledger import TransferLedger
+
+logger = logging.getLogger(__name__)
+
+
+class CpuScheduler:
+    """Requests in, plans out, tokens back.
+
+    To schedule by another policy, subclass it, override `_schedule_waiting_requests` and name the
+    class in the configuration as ``performance.scheduler: package.module:Class``.
+
+    Args:
+        config: of the system.
+        client_address: where clients connect.
+        instance_addresses: where each instance listens, by id.
+
+    Raises:
+        StartupError: if the client address cannot be had.
+    """
+
+    def __init__(self, config: Config, client_address: str, instance_addresses: dict[str, str]) -> None:
+        self.config = config
+        self.waiting: list[Sequence] = []
+        """Requests not yet admitted, oldest first. A policy may reorder it."""
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.start_time = time.monotonic()
+        self._epoch = secrets.randbits(62) + 1
+        self._sequences: dict[tuple[bytes, str], Sequence] = {}
+        self.transfers = TransferLedger()
+        self._arrivals = 0
+        self._steps = 0
+        self._outputs: defaultdict[bytes, list[RequestOutput]] = defaultdict(list)
+        self._subscribers: dict[bytes, float] = {}
+        self._max_model_len: int | None = None
+        self._vocab_size = 0
+        self._wake = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._clients = self._context.socket(zmq.ROUTER)
+        self._clients.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
+        self._clients.setsockopt(zmq.SNDHWM, 0)
+        self._clients.setsockopt(zmq.RCVHWM, 0)
+        bind(self._clients, client_address, "the scheduler")
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self.instances = {
+            instance.instance_id: InstanceHandle(
+                instance, config.performance, self._context, instance_addresses[instance.instance_id]
+            )
+            for instance in config.gpu_instances
+        }
+
+    # --- life ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        tasks = [asyncio.create_task(self._serve_clients()), asyncio.create_task(self._tick())]
+        tasks += [asyncio.create_task(self._serve_instance(instance)) for instance in self.instances.values()]
+        tasks.append(asyncio.create_task(self._run_schedule()))
+        stopped = asyncio.create_task(self._stop.wait())
+        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
+        for instance in self.instances.values():
+            instance.rpc.close()
+        self._clients.close(linger=200)
+        self._context.term()
+        for task in done:
+            if task is not stopped:
+                task.result()  # raises: none of them ends on its own otherwise
+
+    def stop(self) -> None:
+        """Make `run` return."""
+        self._stop.set()
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests that have not ended, waiting ones included."""
+        return len(self._sequences)
+
+    async def _run_schedule(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._schedule_waiting_requests()
+            for worker in self.instances.values():
+                while worker.ready and len(worker.inflight) < self.config.performance.pipeline_depth:
+                    if not self._plan_step(worker):
+                        break
+            self._flush_outputs()
+
+    async def _tick(self) -> None:
+        """Heartbeats and deadlines."""
+        interval = self.config.rpc.heartbeat_interval_s
+        last = time.monotonic()
+        while True:
+            now = time.monotonic()
+            was_asleep = now - last > 4 * interval + 1.0  # then their silence may be ours
+            last = now
+            for instance in self.instances.values():
+                instance.send(Ping(scheduler_epoch=self._epoch, known_epoch=instance.epoch))
+                silence = now - instance.last_seen
+                if instance.ready and silence > self.config.rpc.heartbeat_timeout_s and not was_asleep:
+                    self._lose(instance, f"no sign of life for {silence:.1f} s")
+            self._check_deadlines(now)
+            await asyncio.sleep(interval)
+
+    def _check_deadlines(self, now: float) -> None:
+        for client, deadline in list(self._subscribers.items()):
+            if now > deadline:
+                del self._subscribers[client]
+                self._reply(client, NotReady(reason=f"not ready in time: {self._who_is_missing()}"))
+        for does in ("prefills", "decodes"):
+            instances = [instance for instance in self.instances.values() if getattr(instance.role, does)]
+            since = [instance.lost_since for instance in instances if instance.lost_since is not None]
+            if len(since) < len(instances) or now - max(since) < self.config.rpc.recovery_timeout_s:
+                continue
+            for sequence in list(self.waiting):
+                self._fail(sequence, f"no instance that {does} came back: {self._who_is_missing()}")
+
+    def _who_is_missing(self) -> str:
+        missing = [f"{i.id} at {i.rpc.address} ({i.why_lost})" for i in self.instances.values() if not i.ready]
+        return ", ".join(missing) or "nobody"
+
+    # --- clients ---------------------------------------------------------------------------------
+
+    async def _serve_clients(self) -> None:
+        while True:
+            client, payload = await self._clients.recv_multipart()
+            try:
+                message = self._decoder.decode(payload)
+            except msgspec.DecodeError as error:
+                logger.error("dropped a message that is no client message: %s", error)
+                continue
+            self._on_client_message(client, message)
+            self._wake.set()
+
+    def _on_client_message(self, client: bytes, message: ClientMessage) -> None:
+        if isinstance(message, AddRequest):
+            self._add(client, message)
+        elif isinstance(message, AbortRequest):
+            sequence = self._sequences.get((client, message.request_id))
+            if sequence is not None:
+                self._finish(sequence, message.finish_reason)
+        elif isinstance(message, GetStats):
+            self._reply(client, Stats(query_id=message.query_id, stats=system_stats.collect(self)))
+        elif isinstance(message, SubscribeReady):
+            self._subscribers[client] = time.monotonic() + message.deadline_s
+            self._announce_ready()
+
+    def _add(self, client: bytes, request: AddRequest) -> None:
+        self.counts["requests"] += 1
+        refusal = self._refusal(client, request)
+        if refusal is not None:
+            self.counts["refused"] += 1
+            self._outputs[client].append(refusal)
+            return
+        self._arrivals += 1
+        max_tokens = request.sampling.max_tokens
+        assert max_tokens is not None and self._max_model_len is not None
+        sequence = Sequence(
+            client=client,
+            request=request,
+            arrival=self._arrivals,
+            tokens=list(request.prompt_token_ids),
+            end_token_ids=frozenset(request.end_token_ids),
+            max_total_tokens=min(len(request.prompt_token_ids) + max_tokens, self._max_model_len),
+        )
+        self._sequences[client, request.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def _refusal(self, client: bytes, request: AddRequest) -> RequestOutput | None:
+        """Why a request cannot be taken, as the output that says so."""
+
+        def refuse(kind: str, error: str, param: str | None = None) -> RequestOutput:
+            return RequestOutput(
+                request_id=request.request_id,
+                token_ids=[],
+                finish_reason="error",
+                error=error,
+                error_kind=kind,
+                error_param=param,
+            )
+
+        limit = self.config.performance.max_waiting_requests
+        if self._max_model_len is None:
+            return refuse("OverloadedError", f"starting; waiting for {self._who_is_missing()}")
+        if (client, request.request_id) in self._sequences:
+            return refuse("InvalidRequestError", f"request id {request.request_id!r} is in use", "request_id")
+        if len(self.waiting) >= limit:
+            return refuse("OverloadedError", f"{limit} requests are waiting (performance.max_waiting_requests)")
+        prompt = request.prompt_token_ids
+        if not prompt:
+            return refuse("InvalidRequestError", "the prompt is empty", "prompt")
+        if len(prompt) >= self._max_model_len:
+            what = f"the prompt has {len(prompt)} tokens; at most {self._max_model_len - 1} leave room for an answer"
+            return refuse("InvalidRequestError", what, "prompt")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            return refuse("InvalidRequestError", f"token ids must be in 0..{self._vocab_size - 1}", "prompt")
+        if request.sampling.max_tokens is None:
+            return refuse("InvalidRequestError", "max_tokens is not resolved", "max_tokens")
+        return None
+
+    def _reply(self, client: bytes, reply: SchedulerReply) -> None:
+        try:
+            zmq.Socket.send_multipart(self._clients, [client, self._encoder.encode(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError:  # EHOSTUNREACH: it has gone, and nobody wants its requests any more
+            self._subscribers.pop(client, None)
+            for sequence in [s for s in self._sequences.values() if s.client == client]:
+                self._finish(sequence, "abort")
+            self._outputs.pop(client, None)
+
+    def _flush_outputs(self) -> None:
+        while self._outputs:
+            client, outputs = self._outputs.popitem()
+            self._reply(client, OutputBatch(outputs=outputs))
+
+    def _announce_ready(self) -> None:
+        if not all(instance.ready for instance in self.instances.values()):
+            return
+        assert self._max_model_len is not None
+        for client in list(self._subscribers):
+            del self._subscribers[client]
+            self._reply(client, Ready(max_model_len=self._max_model_len, vocab_size=self._vocab_size))
+
+    # --- instances -------------------------------------------------------------------------------
+
+    async def _serve_instance(self, instance: InstanceHandle) -> None:
+        while True:
+            try:
+                reply = await instance.rpc.receive()
+            except msgspec.DecodeError as error:
+                logger.error("dropped a message of %s that is no reply: %s", instance.id, error)
+                continue
+            self._on_instance_reply(instance, reply)
+            self._wake.set()
+
+    def _on_instance_reply(self, instance: InstanceHandle, reply: InstanceReply) -> None:
+        if isinstance(reply, Hello):
+            self._register(instance, reply)
+            return
+        if isinstance(reply, InstanceFailed):
+            self._lose(instance, reply.error)
+            for client in list(self._subscribers):
+                del self._subscribers[client]
+                self._reply(client, NotReady(reason=f"{instance.id}: {reply.error}"))
+            return
+        if reply.epoch != instance.epoch:
+            return  # from an incarnation that has been given up
+        instance.last_seen = time.monotonic()
+        if isinstance(reply, StepResult):
+            if reply.error is not None:
+                self._lose(instance, f"a step failed: {reply.error}")
+            else:
+                self._on_step_result(instance, reply)
+        elif isinstance(reply, TransferResult):
+            self._on_transfer_result(reply)
+
+    def _register(self, instance: InstanceHandle, hello: Hello) -> None:
+        if hello.epoch == instance.epoch:
+            return
+        problem = self._misfit(instance, hello)
+        if problem is not None:
+            logger.error("%s", problem)
+            instance.why_lost = problem
+            return
+        if instance.ready:
+            self._lose(instance, "it started again")
+        instance.register(hello)
+        others = [i.hello.max_model_len for i in self.instances.values() if i.hello is not None]
+        self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
+        self._vocab_size = hello.vocab_size
+        logger.info("%s registered: %s, %d KV blocks", instance.id, hello.device, hello.num_blocks)
+        self._announce_ready()
+
+    def _misfit(self, instance: InstanceHandle, hello: Hello) -> str | None:
+        """Why an instance cannot work with the others."""
+        if hello.instance_id != instance.id or hello.role != instance.role:
+            return f"{instance.rpc.address} is {hello.role} {hello.instance_id!r}, not {instance.role} {instance.id!r}"
+        for other in self.instances.values():
+            if other is instance or other.hello is None:
+                continue
+            mine = (hello.block_size, hello.block_bytes, hello.vocab_size)
+            theirs = (other.hello.block_size, other.hello.block_bytes, other.hello.vocab_size)
+            if mine != theirs:
+                return (
+                    f"{instance.id} and {other.id} do not fit: (block size, block bytes, vocabulary) "
+                    f"is {mine} and {theirs}; do they run the same model with the same settings?"
+                )
+        return None
+
+    def _lose(self, instance: InstanceHandle, why: str) -> None:
+        """An instance is gone: what was there is computed again, from tokens that are all here."""
+        if not instance.ready:
+            instance.why_lost = why
+            return
+        logger.warning("lost %s: %s", instance.id, why)
+        seated = [
+            sequence
+            for sequence in self._sequences.values()
+            if any(seat.worker is instance for seat in sequence.seats)
+        ]
+        instance.lose(why)
+        self.transfers.lose(instance)
+        for sequence in seated:
+            self._retry(sequence, f"{instance.id} was lost: {why}")
+
+    # --- results ---------------------------------------------------------------------------------
+
+    def _on_step_result(self, worker: InstanceHandle, result: StepResult) -> None:
+        step = worker.inflight.popleft()
+        assert step.step_id == result.step_id, "a worker answers in order"
+        worker.num_steps += 1
+        worker.busy_s += result.busy_s
+        samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
+        for row in step.rows:
+            sample = next(samples) if row.samples else None
+            sequence, seat = row.sequence, row.seat
+            if row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
+                self._advance(sequence, seat, row.end)
+                if sample is not None:
+                    self._on_token(sequence, seat, *sample)
+            seat.pool.unpin(seat.owner)
+        assert next(samples, None) is None, "more samples than rows that sample"
+
+    def _advance(self, sequence: Sequence, seat: Seat, num_computed: int) -> None:
+        """KV up to ``num_computed`` is there; full blocks become sharable."""
+        seat.num_computed = num_computed
+        if not self.config.performance.enable_prefix_caching:
+            return
+        full = num_computed // seat.pool.block_size
+        if full > seat.num_sealed:
+            hashes = sequence.hashes(seat.pool.block_size)
+            for index in range(seat.num_sealed, full):
+                seat.pool.seal_block(seat.owner, index, hashes[index])
+            seat.num_sealed = full
+
+    def _on_token(self, sequence: Sequence, seat: Seat, token: int, logprobs: TokenLogprobs | None) -> None:
+        assert seat.num_computed == len(sequence.tokens), "a token for another position than the next"
+        sequence.tokens.append(token)
+        seat.worker.num_tokens += 1
+        self.counts["generated_tokens"] += 1
+        if sequence.first_token_time is None:
+            sequence.first_token_time = time.monotonic()
+        finish_reason = None
+        if token in sequence.end_token_ids:
+            finish_reason = "stop"
+        elif len(sequence.tokens) >= sequence.max_total_tokens:
+            finish_reason = "length"
+        self._outputs[sequence.client].append(
+            RequestOutput(
+                request_id=sequence.request.request_id,
+                token_ids=[token],
+                logprobs=None if logprobs is None else [logprobs],
+                num_cached_tokens=sequence.num_cached_tokens or 0,
+            )
+        )
+        if finish_reason is not None:
+            self._finish(sequence, finish_reason)
+        elif seat is sequence.prefill_seat and seat is not sequence.decode_seat:
+            self._leave_prefill(sequence, seat)
+        else:
+            sequence.phase = Phase.DECODING
+
+    def _leave_prefill(self, sequence: Sequence, seat: Seat) -> None:
+        """The prompt is done; its blocks stay pinned here until they have arrived where decode happens."""
+        self._release_seat(sequence, seat)
+        sequence.prefill_seat = None
+        sequence.phase = Phase.TRANSFERRING
+        self._start_decoding_if_arrived(sequence)
+
+    def _on_transfer_result(self, result: TransferResult) -> None:
+        transfer = self.transfers.close_side(result)
+        if transfer is None:
+            return
+        sequence = transfer.sequence
+        if transfer.attempt != sequence.attempt or sequence.phase is Phase.FINISHED:
+            return
+        if transfer.failed:
+            self._retry(sequence, f"KV transfer: {result.error}")
+        elif not result.sent:
+            sequence.open_transfers.discard(transfer.transfer_id)
+            self._start_decoding_if_arrived(sequence)
+
+    def _start_decoding_if_arrived(self, sequence: Sequence) -> None:
+        if sequence.phase is not Phase.TRANSFERRING or sequence.open_transfers:
+            return
+        seat = sequence.decode_seat
+        assert seat is not None
+        self._advance(sequence, seat, seat.num_tokens_at_entry)
+        sequence.phase = Phase.DECODING
+        seat.worker.activate(sequence, seat)
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+        if sequence.phase is Phase.WAITING:
+            self.waiting.remove(sequence)
+        self._release_all_seats(sequence)
+        sequence.phase = Phase.FINISHED
+        del self._sequences[sequence.client, sequence.request.request_id]
+        self.counts[{"abort": "aborted", "error": "failed"}.get(reason, "completed")] += 1
+        self._outputs[sequence.client].append(
+            RequestOutput(
+                request_id=sequence.request.request_id,
+                token_ids=[],
+                finish_reason=reason,
+                error=error,
+                error_kind=None if error is None else "RequestFailedError",
+            )
+        )
+
+    def _fail(self, sequence: Sequence, error: str) -> None:
+        self._finish(sequence, "error", error)
+
+    def _retry(self, sequence: Sequence, why: str) -> None:
+        """An attempt failed through no fault of the request: compute again, but not for ever."""
+        sequence.num_failures += 1
+        if sequence.num_failures >= self.config.kv_transfer.max_attempts:
+            self._fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {why}")
+        else:
+            self.counts["retries"] += 1
+            self._put_back(sequence)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Back to waiting, with all its tokens; whatever is in flight for it is void."""
+        self._release_all_seats(sequence)
+        sequence.attempt += 1
+        sequence.phase = Phase.WAITING
+        sequence.num_blocks_dispatched = 0
+        sequence.open_transfers.clear()
+        bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+
+    def _release_all_seats(self, sequence: Sequence) -> None:
+        for seat in sequence.seats:
+            self._release_seat(sequence, seat)
+        sequence.prefill_seat = sequence.decode_seat = None
+
+    def _release_seat(self, sequence: Sequence, seat: Seat) -> None:
+        seat.worker.release(sequence, seat)
+        seat.pool.deallocate_blocks(seat.owner)
+
+    # --- admission -------------------------------------------------------------------------------
+
+    async def _schedule_waiting_requests(self) -> None:
+        """Admit waiting requests, first come first served: the policy hook.
+
+        An override may reorder ``self.waiting`` and calls ``self._admit(sequence)``, which gives a
+        request its seats and removes it from ``self.waiting``, or returns False if nothing fits now.
+        """
+        while self.waiting and self._admit(self.waiting[0]):
+            pass
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Seat a request for prefill and decode, both or neither."""
+        workers = [worker for worker in self.instances.values() if worker.ready and worker.has_free_slot]
+        prefill_workers = [worker for worker in workers if worker.role.prefills]
+        prefill_workers.sort(key=lambda worker: worker.num_tokens_to_prefill)
+        decode_workers = [worker for worker in workers if not worker.role.prefills]
+        decode_workers.sort(key=lambda worker: len(worker.seats) + len(worker.reserved))
+        num_tokens = len(sequence.tokens)
+        for prefill_worker in prefill_workers:
+            if prefill_worker.role.decodes:
+                seat = self._take_seat(sequence, prefill_worker, num_tokens + 1)
+                if seat is not None:
+                    return self._start_prefill(sequence, seat, seat)
+            elif num_tokens + 1 == sequence.max_total_tokens:  # one token to go: prefill gives it
+                seat = self._take_seat(sequence, prefill_worker, num_tokens)
+                if seat is not None:
+                    return self._start_prefill(sequence, seat, None)
+            else:
+                for decode_worker in decode_workers:
+                    decode_seat = self._take_seat(sequence, decode_worker, num_tokens + 1)
+                    if decode_seat is None:
+                        continue
+                    seat = self._take_seat(sequence, prefill_worker, num_tokens)
+                    if seat is not None:
+                        return self._start_prefill(sequence, seat, decode_seat)
+                    self._release_seat(sequence, decode_seat)
+                    break
+        return False
+
+    def _take_seat(self, sequence: Sequence, worker: InstanceHandle, num_positions: int) -> Seat | None:
+        """A slot and blocks for ``num_positions`` on a worker, its prefix cache used; None if it has not enough."""
+        pool = worker.pool
+        num_tokens = len(sequence.tokens)
+        num_running = len(worker.seats) + len(worker.reserved) if worker.role.decodes else 0
+        headroom_tokens = self.config.performance.decode_headroom_tokens
+        pool.decode_headroom_blocks = num_running * -(-headroom_tokens // pool.block_size)
+        # A worker that prefills must compute the last token, or there are no logits to sample from.
+        usable = num_tokens - 1 if worker.role.prefills else num_tokens
+        hashes = sequence.hashes(pool.block_size)[: usable // pool.block_size]
+        hits = pool.count_cached_prefix(hashes)
+        owner = f"{sequence.arrival}.{sequence.attempt}"
+        num_blocks = -(-num_positions // pool.block_size)
+        if pool.allocate_blocks(owner, num_blocks, InstanceRole.PREFILL, hashes) is None:
+            return None
+        cached = hits * pool.block_size
+        return Seat(
+            worker=worker,
+            epoch=worker.epoch,
+            pool=pool,
+            owner=owner,
+            slot=worker.take_slot(),
+            num_tokens_at_entry=num_tokens,
+            num_planned=cached,
+            num_computed=cached,
+            num_sealed=hits,
+        )
+
+    def _start_prefill(self, sequence: Sequence, seat: Seat, decode_seat: Seat | None) -> bool:
+        self.waiting.remove(sequence)
+        sequence.phase = Phase.PREFILLING
+        sequence.prefill_seat, sequence.decode_seat = seat, decode_seat
+        seat.worker.activate(sequence, seat)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(seat.num_planned, sequence.num_prompt_tokens)
+            self.counts["prompt_tokens"] += sequence.num_prompt_tokens
+            self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
+        if decode_seat is not None and decode_seat is not seat:
+            decode_seat.worker.reserve(sequence, decode_seat)
+            sequence.num_blocks_dispatched = decode_seat.num_computed // decode_seat.pool.block_size
+            decode_seat.num_planned = decode_seat.num_tokens_at_entry
+        return True
+
+    # --- plans -----------------------------------------------------------------------------------
+
+    def _plan_step(self, worker: InstanceHandle) -> bool:
+        """Send a worker its next step, decodes first; False if there is nothing to do."""
+        step = _StepBuilder()
+        # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
+        seats = sorted(worker.seats.items(), key=lambda item: item[0].arrival)
+        for sequence, seat in seats:
+            if seat.num_planned >= seat.num_tokens_at_entry:
+                self._plan_decode(step, worker, sequence, seat)
+        chunked = self.config.chunked_prefill
+        budget = self.config.performance.max_num_batched_tokens - step.num_tokens
+        if chunked.enabled:
+            budget = min(budget, chunked.max_chunk_prefill_tokens)
+        for sequence, seat in seats:
+            remaining = seat.num_tokens_at_entry - seat.num_planned
+            if remaining <= 0 or sequence not in worker.seats:
+                continue
+            if chunked.enabled:
+                chunk = min(remaining, chunked.chunk_size, budget)
+            else:  # whole prompts: the first goes even where it is longer than the budget
+                chunk = remaining if remaining <= budget or not step.rows else 0
+            if chunk <= 0:
+                break
+            budget -= chunk
+            self._plan_prefill(step, sequence, seat, chunk)
+        if not step.rows:
+            return False
+        self._steps += 1
+        worker.inflight.append(InflightStep(self._steps, step.inflight))
+        worker.send(
+            StepPlan(
+                epoch=worker.epoch,
+                step_id=self._steps,
+                rows=step.rows,
+                new_sequences=step.new_sequences,
+                sends=step.sends,
+            )
+        )
+        return True
+
+    def _plan_decode(self, step: _StepBuilder, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
+        position = seat.num_planned
+        if not worker.role.decodes or position + 1 >= sequence.max_total_tokens or sequence not in worker.seats:
+            return
+        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(worker, sequence, seat):
+            return
+        known = position < len(sequence.tokens)
+        step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
+
+    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
+        end = seat.num_planned + chunk
+        last = end == seat.num_tokens_at_entry
+        step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
+        target = sequence.decode_seat
+        if target is None or target is seat:
+            return
+        # All blocks that are final after this step leave with it; the last one may be part full.
+        block_size = seat.pool.block_size
+        end_block = -(-end // block_size) if last else end // block_size
+        if end_block > sequence.num_blocks_dispatched:
+            first_block = sequence.num_blocks_dispatched
+            step.sends.append(self.transfers.open(sequence, seat, target, first_block, end_block))
+            sequence.num_blocks_dispatched = end_block
+
+    def _grow(self, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
+        """One more block for a decode; puts back younger sequences where the pool has none."""
+        while seat.pool.allocate_blocks(seat.owner, 1) is None:
+            if seat.pool.num_pending_blocks:
+                return False  # blocks are on their way back: sit this step out
+            victim = max(worker.seats, key=lambda seated: seated.arrival)
+            if victim is sequence and worker.reserved:
+                return False  # the blocks are with sequences about to arrive here; they can be put back then
+            self.counts["preemptions"] += 1
+            self._put_back(victim)
+            if victim is sequence:
+                return False
+        return True
+
+
+class _StepBuilder:
+    """A step in the making: what is sent, and what is remembered until it is confirmed."""
+
+    def __init__(self) -> None:
+        self.rows: list[PlanRow] = []
+        self.new_sequences: list[SequenceState] = []
+        self.sends: list[SendBlocks] = []
+        self.inflight: list[InflightRow] = []
+        self.num_tokens = 0
+
+    def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
+        block_ids = seat.block_ids
+        new_block_ids: list[int] = []
+        if seat.num_blocks_sent is None:
+            self.new_sequences.append(sequence.state_for(seat))
+        elif seat.num_blocks_sent < len(block_ids):
+            new_block_ids = block_ids[seat.num_blocks_sent :]
+        seat.num_blocks_sent = len(block_ids)
+        self.rows.append(
+            PlanRow(
+                slot=seat.slot,
+                start=seat.num_planned,
+                num_tokens=num_tokens,
+                token_ids=token_ids,
+                new_block_ids=new_block_ids,
+                sample=samples,
+            )
+        )
+        seat.num_planned += num_tokens
+        seat.pool.pin(seat.owner)
+        self.num_tokens += num_tokens
+        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, seat.num_planned, samples))
+
+
+async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:
+    """Run the configured scheduler until ``stop`` is set."""
+    scheduler_class: type[CpuScheduler] = CpuScheduler
+    if config.performance.scheduler is not None:
+        scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
+    scheduler = scheduler_class(config, client_address, instance_addresses)
+    running = asyncio.create_task(scheduler.run())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
+    scheduler.stop()
+    stopped.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await stopped
+    await running

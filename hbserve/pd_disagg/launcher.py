@@ -1,0 +1,214 @@
+"""Starts the processes of a system, watches over them, and ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from hbserve.config import Config
+from hbserve.errors import StartupError
+from hbserve.pd_disagg.child import STATUS_FD_VARIABLE
+from hbserve.pd_disagg.rpc import instance_address, scheduler_address
+
+logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 20.0
+_RESTART_WINDOW_S = 600.0
+
+
+class Child:
+    """One process started from orders; see `hbserve.pd_disagg.child` for its side.
+
+    Args:
+        name: for messages.
+        module: what it runs, as ``python -m``.
+        orders: JSON-serialisable, sent on its standard input.
+    """
+
+    def __init__(self, name: str, module: str, orders: dict[str, Any]) -> None:
+        self.name = name
+        self._module = module
+        self._orders = orders
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the process; it becomes ready later."""
+        read_end, write_end = os.pipe()
+        environment = dict(os.environ)
+        environment[STATUS_FD_VARIABLE] = str(write_end)
+        # A user's own classes are imported from wherever the user's program imports.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                self._module,
+                stdin=asyncio.subprocess.PIPE,
+                env=environment,
+                pass_fds=[write_end],
+                start_new_session=True,  # Ctrl-C is for the launcher, which then ends its children in order
+            )
+        finally:
+            os.close(write_end)
+        self._status_end = read_end
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(self._orders).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):
+            await self.process.stdin.drain()
+
+    async def wait_ready(self, deadline: float) -> None:
+        """Wait for its word that it is ready.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: with its own reason, its exit code, or at the deadline.
+        """
+        reader = asyncio.StreamReader()
+        pipe = os.fdopen(self._status_end, "rb")
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        try:
+            line = await asyncio.wait_for(reader.readline(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise StartupError(f"{self.name} was not ready in time (rpc.start_timeout_s)") from None
+        finally:
+            transport.close()
+        status = json.loads(line) if line else {}
+        if "error" in status:
+            raise StartupError(f"{self.name}: {status['error']}")
+        if "ready" not in status:
+            assert self.process is not None
+            raise StartupError(f"{self.name} ended at start with exit code {await self.process.wait()}; see its log")
+
+    async def stop(self) -> None:
+        """Ask it to end, wait, and only then kill."""
+        if self.process is None:
+            return
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                logger.error("%s did not end within %g s; killing it", self.name, _STOP_TIMEOUT_S)
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
+                await self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+
+class Launcher:
+    """The scheduler and, if they run here, the instances of one system.
+
+    Args:
+        config: of the system.
+        with_instances: False where instances are started elsewhere.
+        on_scheduler_exit: called with the reason if the scheduler ends on its own.
+    """
+
+    def __init__(self, config: Config, with_instances: bool, on_scheduler_exit: Callable[[str], None]) -> None:
+        self.config = config
+        self._with_instances = with_instances
+        self._on_scheduler_exit = on_scheduler_exit
+        self._run_dir: str | None = None
+        self._children: list[Child] = []
+        self._watchers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> str:
+        """Start everything; returns the address for clients.
+
+        Raises:
+            StartupError: naming the process that failed and why. What had started is ended.
+        """
+        deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
+        try:
+            return await self._start(deadline)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self, deadline: float) -> str:
+        run_dir = self._run_dir if self._with_instances else None
+        client_address = scheduler_address(self.config, self._run_dir)
+        addresses = {i.instance_id: instance_address(i, run_dir) for i in self.config.gpu_instances}
+        config = msgspec.to_builtins(self.config)
+        scheduler = Child(
+            "the scheduler",
+            "hbserve.pd_disagg.scheduler_process",
+            {"config": config, "client_address": client_address, "instance_addresses": addresses},
+        )
+        self._children.append(scheduler)
+        if self._with_instances:
+            for name, address in addresses.items():
+                orders = {"config": config, "instance_id": name, "address": address}
+                self._children.append(Child(name, "hbserve.pd_disagg.gpu_instance", orders))
+        for child in self._children:
+            await child.start()
+        waits = [asyncio.create_task(child.wait_ready(deadline)) for child in self._children]
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        self._watchers.append(asyncio.create_task(self._watch_scheduler(scheduler)))
+        self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in self._children[1:]]
+        return client_address
+
+    async def _watch_scheduler(self, scheduler: Child) -> None:
+        assert scheduler.process is not None
+        code = await scheduler.process.wait()
+        self._on_scheduler_exit(f"the scheduler ended with exit code {code}")
+
+    async def _keep_alive(self, child: Child) -> None:
+        """Restart an instance that ends on its own; the scheduler meanwhile keeps its requests."""
+        recent: deque[float] = deque()
+        while True:
+            assert child.process is not None
+            code = await child.process.wait()
+            now = time.monotonic()
+            while recent and now - recent[0] > _RESTART_WINDOW_S:
+                recent.popleft()
+            if len(recent) >= self.config.rpc.max_restarts:
+                logger.error("%s ended with exit code %d, too often to restart it again", child.name, code)
+                return
+            logger.warning("%s ended with exit code %d; restarting it", child.name, code)
+            await asyncio.sleep(min(0.1 * 4 ** len(recent), 10.0))  # quickly at first, calmer if it keeps failing
+            recent.append(now)
+            await child.start()
+            try:
+                await child.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
+            except StartupError as error:
+                logger.error("%s", error)
+                await child.stop()
+
+    async def stop(self) -> None:
+        """End everything that was started here, and remove the sockets."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self._watchers.clear()
+        for child in self._children[:1]:
+            await child.stop()  # the scheduler first: nobody then misses the instances
+        await asyncio.gather(*(child.stop() for child in self._children[1:]))
+        self._children.clear()
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = None

@@ -1,0 +1,79 @@
+"""The scheduler's books as plain numbers: what ``get_system_stats()`` returns."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
+    from hbserve.pd_disagg.instance_handle import InstanceHandle
+
+
+def collect(scheduler: CpuScheduler) -> dict[str, Any]:
+    """Snapshot of a scheduler.
+
+    Returns:
+        ``cpu_scheduler``: request and token counts since the start, and what is open now;
+        ``gpu_instances``: per instance its status, load, KV blocks and work done;
+        ``kv_transfer``: per link ``source->target`` the transfers, bytes and failures.
+    """
+    counts = scheduler.counts
+    ended = counts["completed"] + counts["failed"]
+    return {
+        "cpu_scheduler": {
+            "total_requests": counts["requests"],
+            "completed_requests": counts["completed"],
+            "failed_requests": counts["failed"],
+            "aborted_requests": counts["aborted"],
+            "refused_requests": counts["refused"],
+            "success_rate": counts["completed"] / ended if ended else 1.0,
+            "waiting_requests": len(scheduler.waiting),
+            "open_requests": scheduler.num_open_requests,
+            "preemptions": counts["preemptions"],
+            "retries": counts["retries"],
+            "prompt_tokens": counts["prompt_tokens"],
+            "cached_prompt_tokens": counts["cached_prompt_tokens"],
+            "generated_tokens": counts["generated_tokens"],
+            "uptime_s": time.monotonic() - scheduler.start_time,
+        },
+        "gpu_instances": {instance.id: _instance(instance) for instance in scheduler.instances.values()},
+        "kv_transfer": {
+            "open_transfers": len(scheduler.transfers),
+            "links": {
+                f"{source}->{target}": {
+                    "transfers": link.num_transfers,
+                    "bytes": link.num_bytes,
+                    "seconds": link.seconds,
+                    "failures": dict(link.failures),
+                }
+                for (source, target), link in scheduler.transfers.links.items()
+            },
+        },
+    }
+
+
+def _instance(instance: InstanceHandle) -> dict[str, Any]:
+    stats: dict[str, Any] = {
+        "status": "ready" if instance.ready else "lost",
+        "role": str(instance.role),
+        "active_requests": len(instance.seats) + len(instance.reserved),
+        "steps_in_flight": len(instance.inflight),
+        "steps": instance.num_steps,
+        "generated_tokens": instance.num_tokens,
+        "busy_s": instance.busy_s,
+        "restarts": max(0, instance.num_restarts),
+    }
+    if instance.hello is None:
+        stats["why_lost"] = instance.why_lost
+    else:
+        stats["device"] = instance.hello.device
+        stats["pid"] = instance.hello.pid
+        stats["kv_blocks"] = {
+            "total": instance.pool.total_blocks,
+            "free": instance.pool.num_free_blocks,
+            "cached": instance.pool.num_cached_blocks,
+            "block_size": instance.pool.block_size,
+            "block_bytes": instance.hello.block_bytes,
+        }
+    return stats
