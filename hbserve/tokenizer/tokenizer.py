@@ -1,0 +1,178 @@
+"""A model's tokenizer, from a local folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from hbserve.errors import InvalidRequestError, ModelError
+from hbserve.tokenizer.text_decoder import ByteDecoder, TextDecoder, WindowDecoder, byte_of_char
+
+ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, what chat templates take
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+class Tokenizer:
+    """Encodes prompts and chats, decodes outputs, and knows which tokens end an output.
+
+    Safe to use from several threads. A folder without any tokenizer file (a bare ``config.json``)
+    is legal: such a model takes token ids only, and the text of its outputs is empty.
+
+    Args:
+        path: folder with the tokenizer's files.
+        model_path: the model's folder, if it is another one: its configuration names end tokens too.
+
+    Attributes:
+        path: the folder.
+        end_token_ids: every token that the model, its generation configuration or its tokenizer
+            names as an end of output.
+        has_text: False for a folder without a tokenizer.
+
+    Raises:
+        ModelError: if there are tokenizer files that cannot be used.
+    """
+
+    def __init__(self, path: str | Path, model_path: str | Path | None = None) -> None:
+        self.path = Path(path)
+        self.has_text = any((self.path / name).is_file() for name in _FILES)
+        self._special: frozenset[int] = frozenset()
+        self._bytes: dict[int, bytes] = {}  # filled as tokens are met
+        self._shown_bytes: dict[int, bytes] = {}  # likewise, special tokens empty
+        end_token_ids = _configured_end_tokens(Path(model_path or path))
+        if self.has_text:
+            end_token_ids |= self._load()
+        self.end_token_ids = frozenset(end_token_ids)
+
+    def _load(self) -> set[int]:
+        """Load the files; returns the tokenizer's own end tokens."""
+        # Takes seconds to import, and workers, which import this package's siblings, do not need it.
+        from tokenizers.decoders import ByteLevel
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise ModelError(f"cannot load the tokenizer in {self.path}: {error}") from error
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(f"the tokenizer in {self.path} is no fast tokenizer; it needs a tokenizer.json")
+        # A tokenizer.json may say how training cut and padded its input; a server must do neither.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend: Any = backend
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._byte_of_char = byte_of_char() if isinstance(backend.decoder, ByteLevel) else None
+        return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; the model's embedding may have more rows."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True)) if self.has_text else 0
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return self.has_text and bool(self._hf.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: with what the model wants at the beginning (and end) of a prompt.
+
+        Raises:
+            InvalidRequestError: if the model has no tokenizer, or the text is not Unicode.
+        """
+        if not self.has_text:
+            raise InvalidRequestError(f"{self.path} has no tokenizer: send the prompt as token ids", "prompt")
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except UnicodeEncodeError:  # JSON can write half a surrogate pair
+            raise InvalidRequestError("the prompt holds a lone surrogate, which is no character", "prompt") from None
+        return ids
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a conversation and the beginning of the answer, by the model's chat template.
+
+        Raises:
+            InvalidRequestError: if the model has no chat template, or it rejects the messages.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                f"the model in {self.path} has no chat template; use completions with a plain prompt", "messages"
+            )
+        if not messages:
+            raise InvalidRequestError("messages must not be empty", "messages")
+        try:
+            text = self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # A template is a program that comes with the model; these are the ways in which it says no.
+            raise InvalidRequestError(f"the model's chat template rejects the messages: {error}", "messages") from error
+        try:
+            return self.encode(text, add_special_tokens=False)  # the template has written them
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error), "messages") from None
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary, nothing."""
+        if not self.has_text:
+            return ""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for (UTF-8, perhaps a part of a character)."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def text_decoder(self, skip_special_tokens: bool) -> TextDecoder:
+        """A decoder for one output. See `IncrementalDetokenizer` for what users want."""
+        if self.has_text and self._byte_of_char is None:
+            hidden = self._special if skip_special_tokens else frozenset()
+            return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=False), hidden)
+        return ByteDecoder(self._shown_token_bytes if skip_special_tokens else self.token_bytes)
+
+    def _shown_token_bytes(self, token_id: int) -> bytes:
+        shown = self._shown_bytes.get(token_id)
+        if shown is None:
+            shown = self._shown_bytes[token_id] = b"" if token_id in self._special else self.token_bytes(token_id)
+        return shown
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) if self.has_text else None
+        if token is None:
+            return b""
+        if self._byte_of_char is not None:
+            try:
+                return bytes(self._byte_of_char[char] for char in token)
+            except KeyError:  # an added token is written as it is
+                return str(token).encode()
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # SentencePiece's byte tokens
+            return bytes.fromhex(token[3:5])
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+
+def _configured_end_tokens(folder: Path) -> set[int]:
+    """End tokens in config.json (or its text part) and generation_config.json, each one id or a list."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from None
+        for section in (document, document.get("text_config") or {}):
+            value = section.get("eos_token_id")
+            ids = value if isinstance(value, list) else [value]
+            found.update(token_id for token_id in ids if isinstance(token_id, int))
+    return found
