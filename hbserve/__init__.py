@@ -1,1 +1,29 @@
 """HBServe: LLM serving with prefill and decode as separate workers under one CPU scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hbserve.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from hbserve.config import Config
+    from hbserve.pd_disagg.config import KVTransferBackend, PdDisaggConfig
+    from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
+    from hbserve.pd_disagg.llm import LLM
+    from hbserve.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Config", "DisaggregatedLLM", "KVTransferBackend", "PdDisaggConfig", "SamplingParams"]
+
+__getattr__: Any = lazy_attributes(
+    {
+        "LLM": "hbserve.pd_disagg.llm",
+        "Config": "hbserve.config",
+        "DisaggregatedLLM": "hbserve.pd_disagg.disaggregated_llm",
+        "KVTransferBackend": "hbserve.pd_disagg.config",
+        "PdDisaggConfig": "hbserve.pd_disagg.config",
+        "SamplingParams": "hbserve.sampling_params",
+    },
+    __name__,
+)

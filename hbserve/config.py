@@ -44,7 +44,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of the sections: immutable, keyword-only, and strict about unknown keys."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """Which model, and how it is held.
 
     Attributes:
@@ -73,7 +73,7 @@ class ModelConfig(Section):
     seed: int = 0
 
 
-class KVTransferConfig(Section):
+class KVTransferConfig(Section, frozen=True):
     """How KV blocks move between instances.
 
     Attributes:
@@ -95,7 +95,7 @@ class KVTransferConfig(Section):
     max_attempts: int = 3
 
 
-class ChunkedPrefillConfig(Section):
+class ChunkedPrefillConfig(Section, frozen=True):
     """How prompts are cut.
 
     Attributes:
@@ -109,7 +109,7 @@ class ChunkedPrefillConfig(Section):
     max_chunk_prefill_tokens: int = 4096
 
 
-class CudaGraphConfig(Section):
+class CudaGraphConfig(Section, frozen=True):
     """CUDA graphs for decode; the CPU platform has none and says so at start.
 
     Attributes:
@@ -121,7 +121,7 @@ class CudaGraphConfig(Section):
     max_seq_len: int = 131072
 
 
-class InstanceConfig(Section):
+class InstanceConfig(Section, frozen=True):
     """One instance: the processes (one per rank) that run one copy of the model.
 
     Attributes:
@@ -143,7 +143,7 @@ class InstanceConfig(Section):
     num_threads: int | None = None
 
 
-class PerformanceConfig(Section):
+class PerformanceConfig(Section, frozen=True):
     """Sizes and limits of batches, KV cache and queues.
 
     Attributes:
@@ -174,7 +174,7 @@ class PerformanceConfig(Section):
     scheduler: str | None = None
 
 
-class RpcConfig(Section):
+class RpcConfig(Section, frozen=True):
     """Control plane: addresses and deadlines.
 
     Attributes:
@@ -198,7 +198,7 @@ class RpcConfig(Section):
     max_restarts: int = 5
 
 
-class ServerConfig(Section):
+class ServerConfig(Section, frozen=True):
     """The HTTP server.
 
     Attributes:
@@ -210,13 +210,13 @@ class ServerConfig(Section):
     port: int = 8000
 
 
-class LoggingConfig(Section):
+class LoggingConfig(Section, frozen=True):
     """Attributes: level: the least important message that is shown."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """Everything that defines a system; see the sections for the keys."""
 
     model: ModelConfig

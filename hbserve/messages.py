@@ -28,7 +28,7 @@ class Value(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
 # --- client -> scheduler -------------------------------------------------------------------------
 
 
-class AddRequest(Message):
+class AddRequest(Message, frozen=True):
     """Generate tokens after a prompt; ``sampling.n`` is 1 here, the client makes n requests of it.
 
     Attributes:
@@ -43,20 +43,20 @@ class AddRequest(Message):
     sampling: SamplingParams
 
 
-class AbortRequest(Message):
+class AbortRequest(Message, frozen=True):
     """Give up on a request, in whatever state it is. Unknown ids are ignored: it may just have ended."""
 
     request_id: str
     finish_reason: str = "abort"
 
 
-class GetStats(Message):
+class GetStats(Message, frozen=True):
     """Ask for `Stats`; answered even while the system is not ready."""
 
     query_id: int
 
 
-class SubscribeReady(Message):
+class SubscribeReady(Message, frozen=True):
     """Ask for `Ready` once every instance is there, or `NotReady` at the deadline."""
 
     deadline_s: float
@@ -65,7 +65,7 @@ class SubscribeReady(Message):
 # --- scheduler -> client -------------------------------------------------------------------------
 
 
-class TokenLogprobs(Value):
+class TokenLogprobs(Value, frozen=True):
     """Log-probabilities at one output position.
 
     Attributes:
@@ -78,7 +78,7 @@ class TokenLogprobs(Value):
     top: list[float]
 
 
-class RequestOutput(Value):
+class RequestOutput(Value, frozen=True):
     """New tokens of one request, or its end.
 
     Attributes:
@@ -98,20 +98,20 @@ class RequestOutput(Value):
     num_cached_tokens: int = 0
 
 
-class OutputBatch(Message):
+class OutputBatch(Message, frozen=True):
     """All that happened to a client's requests since the last batch."""
 
     outputs: list[RequestOutput]
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Answer to `GetStats`: plain numbers and names, the shape of ``get_system_stats()``."""
 
     query_id: int
     stats: dict[str, Any]
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """Every instance is registered.
 
     Attributes:
@@ -122,7 +122,7 @@ class Ready(Message):
     vocab_size: int
 
 
-class NotReady(Message):
+class NotReady(Message, frozen=True):
     """The deadline passed, or an instance said why it cannot serve."""
 
     reason: str
@@ -131,7 +131,7 @@ class NotReady(Message):
 # --- scheduler -> instance -----------------------------------------------------------------------
 
 
-class Ping(Message):
+class Ping(Message, frozen=True):
     """A sign of life is wanted.
 
     Attributes:
@@ -143,7 +143,7 @@ class Ping(Message):
     known_epoch: int
 
 
-class SequenceState(Value):
+class SequenceState(Value, frozen=True):
     """All that a worker must know to go on with a sequence it has not seen, or has forgotten.
 
     Attributes:
@@ -163,7 +163,7 @@ class SequenceState(Value):
     history: list[int] | None = None
 
 
-class PlanRow(Value):
+class PlanRow(Value, frozen=True):
     """One sequence's part of a step: tokens at positions ``start ..  start + num_tokens - 1``.
 
     Attributes:
@@ -180,7 +180,7 @@ class PlanRow(Value):
     sample: bool
 
 
-class Peer(Value):
+class Peer(Value, frozen=True):
     """Where an instance receives KV.
 
     Attributes:
@@ -196,7 +196,7 @@ class Peer(Value):
     link_epoch: int = 0
 
 
-class SendBlocks(Message):
+class SendBlocks(Message, frozen=True):
     """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
 
     Attributes:
@@ -210,7 +210,7 @@ class SendBlocks(Message):
     generations: list[int]
 
 
-class ReceiveBlocks(Message):
+class ReceiveBlocks(Message, frozen=True):
     """Receive KV blocks into these blocks of the receiver's pool, in the sender's order."""
 
     transfer_id: str
@@ -220,13 +220,13 @@ class ReceiveBlocks(Message):
     generations: list[int]
 
 
-class CancelTransfer(Message):
+class CancelTransfer(Message, frozen=True):
     """Give up on a transfer. It is still answered by `TransferResult`, after which nothing is written."""
 
     transfer_id: str
 
 
-class StepPlan(Message):
+class StepPlan(Message, frozen=True):
     """One step of a worker: what to compute, in order; answered by one `StepResult`.
 
     Attributes:
@@ -242,14 +242,14 @@ class StepPlan(Message):
     sends: list[SendBlocks]
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Finish what is in flight and exit."""
 
 
 # --- instance -> scheduler -----------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """An instance introduces itself: its pool is empty, its state is void.
 
     Attributes:
@@ -271,13 +271,13 @@ class Hello(Message):
     peer: Peer
 
 
-class Pong(Message):
+class Pong(Message, frozen=True):
     """Sign of life."""
 
     epoch: int
 
 
-class StepResult(Message):
+class StepResult(Message, frozen=True):
     """What a step produced.
 
     Attributes:
@@ -295,7 +295,7 @@ class StepResult(Message):
     error: str | None = None
 
 
-class TransferResult(Message):
+class TransferResult(Message, frozen=True):
     """The end of one side of a transfer. On the receiver: after this nothing more is written.
 
     Attributes:
@@ -311,7 +311,7 @@ class TransferResult(Message):
     error: str | None = None
 
 
-class InstanceFailed(Message):
+class InstanceFailed(Message, frozen=True):
     """An instance cannot serve and exits; why."""
 
     instance_id: str

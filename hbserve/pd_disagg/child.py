@@ -43,7 +43,7 @@ def read_orders() -> dict[str, Any]:
     return orders
 
 
-def watch_parent(on_gone: Callable[[], None]) -> None:
+def watch_parent(on_gone: Callable[[], object]) -> None:
     """Call ``on_gone`` from another thread once the life line is cut.
 
     The thread is a daemon: it blocks in a read that only the parent's end can finish.

@@ -210,7 +210,8 @@ class CpuScheduler:
             return
         self._arrivals += 1
         max_tokens = request.sampling.max_tokens
-        assert max_tokens is not None and self._max_model_len is not None
+        assert max_tokens is not None
+        assert self._max_model_len is not None
         sequence = Sequence(
             client=client,
             request=request,
@@ -349,9 +350,7 @@ class CpuScheduler:
             return
         logger.warning("lost %s: %s", instance.id, why)
         seated = [
-            sequence
-            for sequence in self._sequences.values()
-            if any(seat.worker is instance for seat in sequence.seats)
+            sequence for sequence in self._sequences.values() if any(seat.worker is instance for seat in sequence.seats)
         ]
         instance.lose(why)
         self.transfers.lose(instance)
@@ -405,11 +404,13 @@ class CpuScheduler:
                 request_id=sequence.request.request_id,
                 token_ids=[token],
                 logprobs=None if logprobs is None else [logprobs],
+                finish_reason=finish_reason,
                 num_cached_tokens=sequence.num_cached_tokens or 0,
             )
         )
         if finish_reason is not None:
-            self._finish(sequence, finish_reason)
+            self._close(sequence)
+            self.counts["completed"] += 1
         elif seat is sequence.prefill_seat and seat is not sequence.decode_seat:
             self._leave_prefill(sequence, seat)
         else:
@@ -446,12 +447,17 @@ class CpuScheduler:
 
     # --- ends ------------------------------------------------------------------------------------
 
-    def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+    def _close(self, sequence: Sequence) -> None:
+        """Take a request off the books; its blocks return when nothing in flight can touch them."""
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         self._release_all_seats(sequence)
         sequence.phase = Phase.FINISHED
         del self._sequences[sequence.client, sequence.request.request_id]
+
+    def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+        """End a request for another reason than its tokens."""
+        self._close(sequence)
         self.counts[{"abort": "aborted", "error": "failed"}.get(reason, "completed")] += 1
         self._outputs[sequence.client].append(
             RequestOutput(

@@ -167,9 +167,11 @@ class EngineClient:
     def _fail_all(self, error: errors.EngineDeadError) -> None:
         for stream in self._streams.values():
             stream.put_nowait(error)
-        for future in (*self._queries.values(), *([self._ready] if self._ready else [])):
-            if not future.done():
-                future.set_exception(error)
+        for query in self._queries.values():
+            if not query.done():
+                query.set_exception(error)
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
 
     def _send(self, message: ClientMessage) -> None:
         # A DEALER without high-water mark never blocks, so the plain (non-async) send is right here.

@@ -62,6 +62,8 @@ class GpuInstance:
         self.config = config
         self.instance = instance
         self._rpc = RpcServer(address)
+        self._transfers: KVTransferManager  # made anew with every epoch, as is its backend
+        self._backend: KVTransferBase
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[tuple[StepPlan, PendingStep] | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
@@ -236,7 +238,7 @@ class GpuInstance:
             timeout_s=transfer.timeout_s,
             buffer_size=transfer.buffer_size,
         )
-        self._backend: KVTransferBase = make_backend(transfer.backend, context)
+        self._backend = make_backend(transfer.backend, context)
         await self._backend.start()
         self._transfers = KVTransferManager(self._backend, self._runner.kv_blocks, self._rpc.send)
         self._used = False
@@ -255,9 +257,7 @@ class GpuInstance:
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
                 device=self._platform.describe(),
-                peer=Peer(
-                    rank=self._backend.context.rank, epoch=self._epoch, endpoint=self._backend.endpoint
-                ),
+                peer=Peer(rank=self._backend.context.rank, epoch=self._epoch, endpoint=self._backend.endpoint),
             )
         )
 
@@ -319,6 +319,7 @@ def main() -> None:
     sys.stderr.flush()
     # Links to peers that are gone may still block a thread in C++; nothing is left to be cleaned up.
     os._exit(code)
+
 
 if __name__ == "__main__":
     main()

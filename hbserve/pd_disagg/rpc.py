@@ -83,7 +83,8 @@ class RpcClient:
         Raises:
             msgspec.DecodeError: if what came is not a reply.
         """
-        return self._decoder.decode(await self._socket.recv())
+        reply: InstanceReply = self._decoder.decode(await self._socket.recv())
+        return reply
 
     def close(self) -> None:
         """Close at once; what is queued is dropped."""

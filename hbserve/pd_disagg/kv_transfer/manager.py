@@ -28,7 +28,7 @@ def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
         from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
 
         return TorchDistributedKVTransfer(context)
-    return load_class(name, KVTransferBase, "kv_transfer.backend")(context)
+    return load_class(name, KVTransferBase, "kv_transfer.backend")(context)  # type: ignore[type-abstract]
 
 
 class KVTransferManager:

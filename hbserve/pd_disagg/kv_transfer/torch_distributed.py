@@ -16,10 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from hbserve.errors import KVTransferError, StartupError
 from hbserve.messages import Peer
@@ -27,6 +27,8 @@ from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
 
 T = TypeVar("T")
+
+dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
 _SENDER, _RECEIVER = 0, 1
 _NCCL_POLL_S = 20e-6
 
@@ -40,7 +42,7 @@ class _Link:
         self._use_nccl = use_nccl
         self._context = context
         self._timeout = timedelta(seconds=context.timeout_s)
-        self._group: dist.Backend | None = None
+        self._group: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{name}")
         self.receiving = asyncio.Lock()
         self.device = context.device if use_nccl else torch.device("cpu")
@@ -56,7 +58,7 @@ class _Link:
         except RuntimeError as error:  # gloo, NCCL and the store all raise RuntimeError or a subclass
             raise KVTransferError(f"KV link {self.name}: {error}") from error
 
-    def connect(self, store: dist.Store) -> None:
+    def connect(self, store: Any) -> None:
         """Meet the other side. Blocks up to the timeout."""
         prefixed = dist.PrefixStore(self.name, store)
         if self._use_nccl:
@@ -64,7 +66,7 @@ class _Link:
             nccl_options = dist.ProcessGroupNCCL.Options()
             nccl_options._timeout = self._timeout
             self._group = dist.ProcessGroupNCCL(prefixed, self._rank, 2, nccl_options)
-            self._stream = torch.cuda.Stream(self._context.device)
+            self._stream: Any = torch.cuda.Stream(self._context.device)  # type: ignore[no-untyped-call]
         else:
             gloo_options = dist.ProcessGroupGloo._Options()
             gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._context.host)]
@@ -85,13 +87,13 @@ class _Link:
         group = self._group
         self._complete(lambda: group.recv([tensor], _SENDER, 0))
 
-    def _complete(self, start: Callable[[], dist.Work]) -> None:
+    def _complete(self, start: Callable[[], Any]) -> None:
         if not self._use_nccl:
             start().wait(self._timeout)
             return
         with torch.cuda.stream(self._stream):
             start().wait()  # orders the stream only; the event tells when the bytes are there
-            done = torch.cuda.Event()
+            done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         deadline = time.monotonic() + self._context.timeout_s
         while not done.query():
@@ -114,7 +116,7 @@ class TorchDistributedKVTransfer(KVTransferBase):
         super().__init__(context)
         self._links: dict[tuple[str, int], _Link] = {}
         self._arrivals = KVLookupBuffer(context.buffer_size)
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None
         self._device_uuid = ""
         if context.device.type == "cuda":
             self._device_uuid = str(torch.cuda.get_device_properties(context.device).uuid)

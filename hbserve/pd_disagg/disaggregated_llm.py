@@ -1,0 +1,201 @@
+"""The asynchronous Python API: a running system as one object."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import zmq
+
+from hbserve.config import Config
+from hbserve.errors import EngineDeadError, StartupError
+from hbserve.messages import GetStats, SchedulerReply, Stats
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.pd_disagg.engine_client import EngineClient
+from hbserve.pd_disagg.generation_output import GenerationOutput, SampleDelta
+from hbserve.pd_disagg.launcher import Launcher
+from hbserve.pd_disagg.text_engine import Prompt, TextEngine
+from hbserve.sampling_params import SamplingParams
+from hbserve.tokenizer import ChatMessage, Tokenizer
+
+_STATS_TIMEOUT_MS = 10_000
+
+
+class DisaggregatedLLM:
+    """A system of scheduler and instances, started and stopped from one event loop.
+
+    Args:
+        config: flat or frozen; it is frozen here, so later changes to it have no effect.
+        with_instances: False where the instances are started elsewhere and will connect.
+
+    Raises:
+        ConfigError: naming the field that cannot be honoured.
+    """
+
+    def __init__(self, config: PdDisaggConfig | Config, with_instances: bool = True) -> None:
+        self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
+        self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit)
+        self._client: EngineClient | None = None
+        self._engine: TextEngine | None = None
+
+    async def start(self) -> None:
+        """Start every process and return when requests can be served.
+
+        Raises:
+            StartupError: naming who is missing at ``rpc.start_timeout_s``, or who failed and why.
+            ModelError: if the tokenizer cannot be loaded.
+        """
+        if self._client is not None:
+            raise StartupError("already started")
+        deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        tokenizer = asyncio.create_task(
+            asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
+        )
+        try:
+            self._address = await self._launcher.start()
+            self._client = EngineClient(self._address)
+            await self._client.connect()
+            ready = await self._client.wait_ready(max(1.0, deadline - time.monotonic()))
+            self._engine = TextEngine(self._client, await tokenizer, ready.max_model_len, ready.vocab_size)
+        except BaseException:
+            tokenizer.cancel()
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Abort what is open and end every process. May be called twice."""
+        self._engine = None
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+        await self._launcher.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def engine(self) -> TextEngine:
+        """The text engine of the running system.
+
+        Raises:
+            EngineDeadError: if it is not running.
+        """
+        if self._engine is None:
+            raise EngineDeadError("not started; await start() first")
+        return self._engine
+
+    @property
+    def client(self) -> EngineClient:
+        """The connection to the scheduler.
+
+        Raises:
+            EngineDeadError: if it is not running.
+        """
+        if self._client is None:
+            raise EngineDeadError("not started; await start() first")
+        return self._client
+
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[GenerationOutput]:
+        """Generate for one prompt or several at once; strings or token ids.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError
+        """
+        batch = as_batch(prompts)
+        engine = self.engine
+        tasks = [
+            asyncio.create_task(engine.generate(prompt, sampling))
+            for prompt, sampling in zip(batch, one_each(sampling_params, len(batch)), strict=True)
+        ]
+        return await gather_or_cancel(tasks)
+
+    async def chat(
+        self, messages: Sequence[ChatMessage], sampling_params: SamplingParams | None = None
+    ) -> GenerationOutput:
+        """Answer a conversation, by the model's chat template. Errors as in `generate`."""
+        return await self.engine.generate_chat(messages, sampling_params or SamplingParams())
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[SampleDelta]:
+        """``async for`` over what one request produces; leaving the loop early aborts it. Errors as in `generate`."""
+        return self.engine.stream(prompt, sampling_params or SamplingParams(), request_id)
+
+    def abort(self, request_id: str) -> None:
+        """End a streamed request by its id; unknown ids are ignored."""
+        self.engine.abort(request_id)
+
+    def get_system_stats(self) -> dict[str, Any]:
+        """The scheduler's books: see `hbserve.pd_disagg.system_stats.collect` for the keys.
+
+        A short synchronous exchange of its own (about a millisecond), so that it can be called anywhere.
+
+        Raises:
+            EngineDeadError: if the scheduler does not answer.
+        """
+        if self.client.dead is not None:
+            raise self.client.dead
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(self._address)
+            socket.send(msgspec.msgpack.encode(GetStats(query_id=0)))
+            if not socket.poll(_STATS_TIMEOUT_MS):
+                raise EngineDeadError("the scheduler does not answer")
+            reply = msgspec.msgpack.decode(socket.recv(), type=SchedulerReply)
+        assert isinstance(reply, Stats)
+        return reply.stats
+
+    def _on_scheduler_exit(self, reason: str) -> None:
+        if self._client is not None:
+            self._client.declare_dead(reason)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list: a string or a list of token ids is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def one_each(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """Sampling parameters per prompt.
+
+    Raises:
+        ValueError: if a list of another length is given.
+    """
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * num_prompts
+    if len(sampling_params) != num_prompts:
+        raise ValueError(f"{len(sampling_params)} sampling params for {num_prompts} prompts; give one, or one each")
+    return list(sampling_params)
+
+
+async def gather_or_cancel(tasks: list[asyncio.Task[GenerationOutput]]) -> list[GenerationOutput]:
+    """All results; if one fails the others are cancelled, which aborts their requests."""
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,134 @@
+"""The synchronous Python API."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tqdm import tqdm
+
+from hbserve.errors import EngineDeadError
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM, as_batch, gather_or_cancel, one_each
+from hbserve.pd_disagg.generation_output import GenerationOutput
+from hbserve.pd_disagg.text_engine import Prompt
+from hbserve.sampling_params import SamplingParams
+from hbserve.tokenizer import ChatMessage
+
+T = TypeVar("T")
+
+
+class LLM:
+    """A running system behind plain function calls.
+
+    A thread of its own runs the event loop; scheduler and instances are processes. Ends with the
+    ``with`` block, with `close`, or at the latest with the program.
+
+    Args:
+        model: folder in Hugging Face layout.
+        mode: ``unified``, ``disaggregated`` or ``semi_pd``.
+        arguments: any field of `PdDisaggConfig`.
+
+    Raises:
+        TypeError: naming an unknown argument and the nearest valid one.
+        ConfigError, ModelError, StartupError: naming what cannot be honoured or did not start.
+    """
+
+    def __init__(self, model: str, *, mode: str = "disaggregated", **arguments: Any) -> None:
+        self._llm = DisaggregatedLLM(PdDisaggConfig.from_arguments(str(model), mode=mode, **arguments))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-llm", daemon=True)
+        self._thread.start()
+        self._closed = False
+        # Daemon only because interpreters join other threads before they call atexit: `close` joins it.
+        atexit.register(self.close)
+        try:
+            self._run(self._llm.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[GenerationOutput]:
+        """Generate for one prompt or several at once; strings or token ids.
+
+        Args:
+            sampling_params: one for all, or one per prompt.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError
+        """
+        return self._run(self._generate(as_batch(prompts), sampling_params, use_tqdm))
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[GenerationOutput]:
+        """Answer one conversation or several, by the model's chat template. As `generate` otherwise."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self._llm.engine.tokenizer.encode_chat(each) for each in conversations]  # type: ignore[arg-type]
+        return self._run(self._generate(list(prompts), sampling_params, use_tqdm))
+
+    def get_system_stats(self) -> dict[str, Any]:
+        """The scheduler's books: see `hbserve.pd_disagg.system_stats.collect` for the keys."""
+        return self._llm.get_system_stats()
+
+    async def _generate(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[GenerationOutput]:
+        engine = self._llm.engine
+        tasks = [
+            asyncio.create_task(engine.generate(prompt, sampling))
+            for prompt, sampling in zip(prompts, one_each(sampling_params, len(prompts)), strict=True)
+        ]
+        with tqdm(total=len(tasks), desc="Generating", unit="req", disable=not use_tqdm) as bar:
+            for task in tasks:
+                task.add_done_callback(lambda _: bar.update())
+            return await gather_or_cancel(tasks)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise EngineDeadError("this LLM has been closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too: the requests must not go on
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End every process. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        asyncio.run_coroutine_threadsafe(self._llm.stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
