@@ -392,7 +392,8 @@ class CpuScheduler:
         sequence.tokens.append(token)
         seat.worker.num_tokens += 1
         self.counts["generated_tokens"] += 1
-        if sequence.first_token_time is None:
+        is_first = sequence.first_token_time is None
+        if is_first:
             sequence.first_token_time = time.monotonic()
         finish_reason = None
         if token in sequence.end_token_ids:
@@ -405,7 +406,7 @@ class CpuScheduler:
                 token_ids=[token],
                 logprobs=None if logprobs is None else [logprobs],
                 finish_reason=finish_reason,
-                num_cached_tokens=sequence.num_cached_tokens or 0,
+                num_cached_tokens=(sequence.num_cached_tokens or 0) if is_first else 0,
             )
         )
         if finish_reason is not None:

@@ -63,7 +63,7 @@ class IncrementalDetokenizer:
         if found:
             _, start, self.stop_string = min(found)
             return text[:start]
-        num_held = max(map(lambda stop: _overlap(text, stop), self._stop))
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         if num_held:
             text, self._held = text[:-num_held], text[-num_held:]
         return text

@@ -118,10 +118,7 @@ class KVTransferManager:
         num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
         await self._staging.take(num_bytes)
         try:
-            index = torch.tensor(command.block_ids, device=self._kv_blocks.device)
-            buffer = await asyncio.to_thread(self._kv_blocks.index_select, 0, index)
-            if buffer.is_cuda:
-                torch.cuda.current_stream(buffer.device).synchronize()
+            buffer = await asyncio.to_thread(self._gather, command.block_ids)
             await self._backend.send_kv_cache(command.transfer_id, buffer, command.target.rank)
         finally:
             await self._staging.give_back(num_bytes)
@@ -133,8 +130,22 @@ class KVTransferManager:
             raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
         rows = buffer.contiguous().view(torch.uint8).view(len(command.block_ids), -1)
         # No await between here and the result: once written it is reported, once given up not written.
-        index = torch.tensor(command.block_ids, device=self._kv_blocks.device)
+        self._scatter(command.block_ids, rows)
+
+    @torch.inference_mode()
+    def _gather(self, block_ids: list[int]) -> torch.Tensor:
+        index = torch.tensor(block_ids, device=self._kv_blocks.device)
+        buffer = self._kv_blocks.index_select(0, index)
+        self._synchronize()
+        return buffer
+
+    @torch.inference_mode()
+    def _scatter(self, block_ids: list[int], rows: torch.Tensor) -> None:
+        index = torch.tensor(block_ids, device=self._kv_blocks.device)
         self._kv_blocks.index_copy_(0, index, rows.to(self._kv_blocks.device))
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self._kv_blocks.is_cuda:
             torch.cuda.current_stream(self._kv_blocks.device).synchronize()
 

@@ -53,8 +53,13 @@ class _Link:
         Raises:
             KVTransferError: with what torch reports.
         """
+        task = asyncio.current_task()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, what)
+        except asyncio.CancelledError:
+            if task is not None and task.cancelling():
+                raise
+            raise KVTransferError(f"KV link {self.name} was closed") from None  # by `close`, before its turn came
         except RuntimeError as error:  # gloo, NCCL and the store all raise RuntimeError or a subclass
             raise KVTransferError(f"KV link {self.name}: {error}") from error
 

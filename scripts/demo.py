@@ -1,0 +1,129 @@
+"""The demonstration behind `make demo`: start a system, chat with it over HTTP, show what it cost.
+
+One prefill and one decode instance run as separate processes: on two GPUs where there are two, else
+on the CPU. Every answer below has passed its KV cache from one process to the other.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = [
+    "Hello!",
+    "What is HBServe?",
+    "Remember: lamp is 4821. river is 0937. stone is 5560. What is river?",
+    "What is 47 + 38?",
+    "Count from 3 to 9.",
+    "What are prefill and decode?",
+]
+START_TIMEOUT_S = 300.0
+ANSWER_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Timing:
+    """One answer's latencies, as its reader saw them."""
+
+    ttft_ms: float
+    tpot_ms: float
+    num_tokens: int
+
+
+def main() -> int:
+    """Run the demonstration; returns the exit code."""
+    config = "pd_disagg.yaml" if count_gpus() >= 2 else "pd_disagg_cpu.yaml"
+    command = [sys.executable, "scripts/start_pd_disagg.py", "--config", f"configs/{config}", "--port", "0"]
+    print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        url, model = wait_until_ready(server)
+        with httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S) as client:
+            timings = [ask(client, model, question) for question in QUESTIONS]
+            stats = client.get("/stats").raise_for_status().json()
+    finally:
+        server.terminate()
+        code = server.wait(timeout=60)
+    show(timings, stats)
+    return code
+
+
+def count_gpus() -> int:
+    """GPUs of this machine, without the cost of importing torch where there is no driver."""
+    if not Path("/dev/nvidia0").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def wait_until_ready(server: subprocess.Popen[str]) -> tuple[str, str]:
+    """URL and model name from the server's line on standard output.
+
+    Raises:
+        SystemExit: if it ends before it is ready. Its own deadline is ``rpc.start_timeout_s``.
+    """
+    assert server.stdout is not None
+    for line in server.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("HBServe is ready: "):
+            url, _, rest = line.removeprefix("HBServe is ready: ").partition(" (model ")
+            return url, rest.rstrip(")\n")
+    raise SystemExit(f"the server ended with exit code {server.wait()} before it was ready")
+
+
+def ask(client: httpx.Client, model: str, question: str) -> Timing:
+    """Stream one answer to the terminal."""
+    print(f"\n> {question}\n  ", end="", flush=True)
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    start = time.perf_counter()
+    first = last = start
+    num_tokens = 0
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.is_error:
+            raise SystemExit(f"{response.status_code}: {response.read().decode()}")
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise SystemExit(chunk["error"]["message"])
+            if chunk.get("usage"):
+                num_tokens = chunk["usage"]["completion_tokens"]
+            for choice in chunk["choices"]:
+                text = choice["delta"].get("content") or ""
+                if text:
+                    last = time.perf_counter()
+                    first = last if first == start else first
+                    print(text, end="", flush=True)
+    print(flush=True)
+    return Timing(1e3 * (first - start), 1e3 * (last - first) / max(1, num_tokens - 1), num_tokens)
+
+
+def show(timings: list[Timing], stats: dict[str, dict[str, object]]) -> None:
+    """Print the table."""
+    print(f"\n{'question':<46}{'TTFT ms':>9}{'TPOT ms':>9}{'tokens':>8}")
+    for question, timing in zip(QUESTIONS, timings, strict=True):
+        shown = question if len(question) < 44 else question[:41] + "..."
+        print(f"{shown:<46}{timing.ttft_ms:>9.1f}{timing.tpot_ms:>9.2f}{timing.num_tokens:>8}")
+    links = stats["kv_transfer"]["links"]
+    assert isinstance(links, dict)
+    for name, link in links.items():
+        print(f"\nKV moved {name}: {link['bytes']:,} bytes in {link['transfers']} transfers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

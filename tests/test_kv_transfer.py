@@ -1,0 +1,216 @@
+"""KV transfer between two arenas over real sockets: right bytes, right matching, no late writes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+from hbserve.errors import ConfigError
+from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferResult
+from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
+from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
+from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_backend
+
+NUM_BLOCKS, BLOCK_BYTES = 32, 1024
+DEADLINE_S = 30.0
+
+
+class Side:
+    """One instance's end: an arena, a backend and a manager, and the results it reported."""
+
+    def __init__(self, rank: int, timeout_s: float, buffer_size: int, backend: str) -> None:
+        self.context = KVTransferContext(
+            rank=rank,
+            epoch=100 + rank,
+            host="127.0.0.1",
+            port=None,
+            device=torch.device("cpu"),
+            timeout_s=timeout_s,
+            buffer_size=buffer_size,
+        )
+        self.backend = make_backend(backend, self.context)
+        generator = torch.Generator().manual_seed(rank)
+        self.arena = torch.randint(0, 256, (NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8, generator=generator)
+        self.results: asyncio.Queue[TransferResult] = asyncio.Queue()
+        self.manager = KVTransferManager(self.backend, self.arena, self.results.put_nowait)
+
+    def peer(self, link_epoch: int = 0) -> Peer:
+        return Peer(
+            rank=self.context.rank, epoch=self.context.epoch, endpoint=self.backend.endpoint, link_epoch=link_epoch
+        )
+
+    async def result(self) -> TransferResult:
+        return await asyncio.wait_for(self.results.get(), DEADLINE_S)
+
+
+@asynccontextmanager
+async def sides(
+    count: int = 2, timeout_s: float = 20.0, buffer_size: int = 1 << 20, backend: str = "nccl"
+) -> AsyncIterator[list[Side]]:
+    made = [Side(rank, timeout_s, buffer_size, backend) for rank in range(count)]
+    for side in made:
+        await side.backend.start()
+    try:
+        yield made
+    finally:
+        for side in made:
+            await side.manager.cancel_all()
+            await side.backend.stop()
+
+
+def pair(
+    name: str, source: Side, target: Side, blocks: list[int], to: list[int], generation: int = 0, link_epoch: int = 0
+) -> tuple[SendBlocks, ReceiveBlocks]:
+    generations = [generation] * len(blocks)
+    send = SendBlocks(
+        transfer_id=name,
+        request_id=name,
+        target=target.peer(link_epoch),
+        block_ids=blocks,
+        generations=generations,
+    )
+    receive = ReceiveBlocks(
+        transfer_id=name, request_id=name, source=source.peer(link_epoch), block_ids=to, generations=generations
+    )
+    return send, receive
+
+
+async def test_blocks_arrive_where_they_belong_and_nowhere_else() -> None:
+    async with sides() as (source, target):
+        before = target.arena.clone()
+        send, receive = pair("t", source, target, [3, 9, 4], [20, 1, 7])
+        target.manager.receive(receive)
+        source.manager.send(send)
+        for side in (source, target):
+            result = await side.result()
+            assert result.error is None
+            assert result.num_bytes == 3 * BLOCK_BYTES
+        assert torch.equal(target.arena[[20, 1, 7]], source.arena[[3, 9, 4]])
+        others = [block for block in range(NUM_BLOCKS) if block not in (20, 1, 7)]
+        assert torch.equal(target.arena[others], before[others])
+
+
+async def test_arrivals_in_another_order_than_asked_for_are_matched() -> None:
+    async with sides() as (source, target):
+        commands = [pair(f"t{i}", source, target, [i], [31 - i]) for i in range(8)]
+        for _, receive in reversed(commands):
+            target.manager.receive(receive)
+        for send, _ in commands:
+            source.manager.send(send)
+        for _ in commands:
+            assert (await source.result()).error is None
+            assert (await target.result()).error is None
+        assert torch.equal(target.arena[[31 - i for i in range(8)]], source.arena[list(range(8))])
+
+
+async def test_several_senders_and_receivers_at_once() -> None:
+    async with sides(4) as made:
+        links = [(s, t) for s in made[:2] for t in made[2:]]
+        for index, (source, target) in enumerate(links):
+            send, receive = pair(f"t{index}", source, target, [index], [index])
+            source.manager.send(send)
+            target.manager.receive(receive)
+        for _, target in links:
+            assert (await target.result()).error is None
+        for index, (source, target) in enumerate(links):
+            assert torch.equal(target.arena[index], source.arena[index])
+
+
+async def test_a_buffer_smaller_than_a_transfer_slows_but_does_not_stop_it() -> None:
+    async with sides(buffer_size=BLOCK_BYTES) as (source, target):
+        for i in range(4):
+            send, receive = pair(f"t{i}", source, target, [i, i + 8], [i, i + 8])
+            target.manager.receive(receive)
+            source.manager.send(send)
+        for _ in range(4):
+            assert (await target.result()).error is None
+        assert torch.equal(target.arena[:4], source.arena[:4])
+
+
+async def test_a_missing_sender_is_a_failure_at_the_timeout_and_writes_nothing() -> None:
+    async with sides(timeout_s=1.0) as (source, target):
+        before = target.arena.clone()
+        _, receive = pair("lonely", source, target, [1], [2])
+        target.manager.receive(receive)
+        result = await target.result()
+        assert result.error is not None
+        assert torch.equal(target.arena, before)
+        # The link starts afresh under the next epoch.
+        send, receive = pair("again", source, target, [1], [2], link_epoch=1)
+        target.manager.receive(receive)
+        source.manager.send(send)
+        assert (await target.result()).error is None
+        assert torch.equal(target.arena[2], source.arena[1])
+
+
+async def test_a_cancelled_transfer_reports_and_never_writes() -> None:
+    async with sides() as (source, target):
+        before = target.arena.clone()
+        send, receive = pair("t", source, target, [1], [2])
+        target.manager.receive(receive)
+        await asyncio.sleep(0)
+        target.manager.cancel("t")
+        result = await target.result()
+        assert result.error == "cancelled"
+        source.manager.send(send)
+        await asyncio.sleep(0.3)  # the bytes may even arrive; they must not be written
+        assert torch.equal(target.arena, before)
+        source.manager.cancel("t")
+        await source.result()
+
+
+async def test_a_stale_block_is_refused() -> None:
+    async with sides() as (source, target):
+        send, receive = pair("new", source, target, [1], [2], generation=5)
+        target.manager.receive(receive)
+        source.manager.send(send)
+        assert (await target.result()).error is None
+        _, stale = pair("old", source, target, [1], [2], generation=4)
+        target.manager.receive(stale)
+        result = await target.result()
+        assert result.error is not None
+        assert "reused" in result.error
+
+
+class WrongSize(KVTransferBase):
+    """A user's backend that delivers too little."""
+
+    async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
+        pass
+
+    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
+        return torch.zeros(7, dtype=torch.uint8)
+
+
+async def test_a_backend_that_delivers_the_wrong_size_is_a_failed_transfer() -> None:
+    async with sides(backend=f"{__name__}:WrongSize") as (source, target):
+        _, receive = pair("t", source, target, [1], [2])
+        target.manager.receive(receive)
+        result = await target.result()
+        assert result.error is not None
+        assert "7 bytes" in result.error
+
+
+def test_a_backend_that_is_none_is_refused_by_name() -> None:
+    context = KVTransferContext(0, 1, "127.0.0.1", None, torch.device("cpu"), 1.0, 1)
+    with pytest.raises(ConfigError, match=r"kv_transfer.backend.*no_such_module"):
+        make_backend("no_such_module:Backend", context)
+    with pytest.raises(ConfigError, match="not a subclass"):
+        make_backend("hbserve.messages:Peer", context)
+
+
+async def test_the_lookup_buffer_holds_arrivals_back_until_there_is_space() -> None:
+    buffer = KVLookupBuffer(10)
+    await buffer.wait_for_space(8)
+    buffer.put("a", torch.zeros(8, dtype=torch.uint8))
+    waiting = asyncio.create_task(buffer.wait_for_space(8))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    assert "a" in buffer
+    await buffer.take("a")
+    await asyncio.wait_for(waiting, DEADLINE_S)
+    assert buffer.used_bytes == 8
