@@ -8,13 +8,11 @@ Python users know is `hbserve.pd_disagg.PdDisaggConfig`; it ends in a `Config` t
 from __future__ import annotations
 
 import difflib
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from hbserve.errors import ConfigError
 
@@ -237,25 +235,9 @@ class Config(Section, frozen=True):
         Raises:
             ConfigError: naming key, file and line of what cannot be honoured.
         """
-        path = Path(path).expanduser()
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-        try:
-            document = yaml.safe_load(text)
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
-        duplicate = _duplicate_key(tree)
-        if duplicate is not None:
-            raise ConfigError(f"{path}:{duplicate[1]}: {duplicate[0]} is given twice")
-        try:
-            return Config.from_dict(document, base_dir=path.parent)
-        except ConfigError as error:
-            key = getattr(error, "key", "")
-            line = _line_of(tree, key)
-            raise ConfigError(f"{path}:{line}: {error}") from None
+        from hbserve.config_file import load
+
+        return load(path)
 
     @staticmethod
     def from_dict(document: Any, base_dir: Path | None = None) -> Config:
@@ -267,33 +249,9 @@ class Config(Section, frozen=True):
         Raises:
             ConfigError: with attribute ``key``, the dotted key at fault.
         """
-        if not isinstance(document, dict):
-            raise _error("", "the configuration must be a mapping of sections")
-        _check_keys(document)
-        try:
-            config = msgspec.convert(document, Config)
-        except msgspec.ValidationError as error:
-            raise _from_msgspec(error) from None
-        return config.completed(base_dir)
+        from hbserve.config_checks import from_dict
 
-    def completed(self, base_dir: Path | None = None) -> Config:
-        """This configuration with defaults that depend on other keys filled in, validated.
-
-        Raises:
-            ConfigError: with attribute ``key``.
-        """
-        model = msgspec.structs.replace(self.model, path=_find_folder(self.model.path, base_dir, "model.path"))
-        if model.tokenizer_path is not None:
-            tokenizer_path = _find_folder(model.tokenizer_path, base_dir, "model.tokenizer_path")
-            model = msgspec.structs.replace(model, tokenizer_path=tokenizer_path)
-        instances = self.gpu_instances or _default_instances(self.mode, model.tensor_parallel_size)
-        instances = tuple(
-            msgspec.structs.replace(instance, kv_rank=rank if instance.kv_rank is None else instance.kv_rank)
-            for rank, instance in enumerate(instances)
-        )
-        config = msgspec.structs.replace(self, model=model, gpu_instances=instances)
-        _validate(config)
-        return config
+        return from_dict(document, base_dir)
 
     @property
     def served_name(self) -> str:
@@ -313,7 +271,9 @@ class Config(Section, frozen=True):
         """
         names = [instance.instance_id for instance in self.gpu_instances]
         if instance_id not in names:
-            raise _error("gpu_instances", f"no instance {instance_id!r}{nearest(instance_id, names)}")
+            raise ConfigError(
+                f"gpu_instances: no instance {instance_id!r}{nearest(instance_id, names)}", "gpu_instances"
+            )
         return self.gpu_instances[names.index(instance_id)]
 
 
@@ -321,187 +281,3 @@ def nearest(name: str, valid: list[str]) -> str:
     """A hint such as ``; did you mean 'port'?``, or the list of valid names."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid are: {', '.join(sorted(valid))}"
-
-
-def _error(key: str, what: str) -> ConfigError:
-    error = ConfigError(f"{key}: {what}" if key else what)
-    error.key = key  # type: ignore[attr-defined]
-    return error
-
-
-def _from_msgspec(error: msgspec.ValidationError) -> ConfigError:
-    """msgspec says ``Expected `int`, got `str` - at `$.rpc.port` ``; say the key first."""
-    what, _, path = str(error).partition(" - at `$")
-    return _error(path.rstrip("`").lstrip("."), what.replace("`", ""))
-
-
-def _check_keys(document: dict[str, Any]) -> None:
-    """Refuse unknown keys before types are checked: msgspec would not name the nearest valid key."""
-
-    def check(section: type[msgspec.Struct], values: Any, prefix: str) -> None:
-        if not isinstance(values, dict):
-            return  # a wrong type: msgspec's message is right
-        valid = [field.name for field in msgspec.structs.fields(section)]
-        for key in values:
-            if key not in valid:
-                raise _error(f"{prefix}{key}", f"unknown key{nearest(str(key), valid)}")
-
-    check(Config, document, "")
-    for field in msgspec.structs.fields(Config):
-        values = document.get(field.name)
-        if isinstance(field.type, type) and issubclass(field.type, Section):
-            check(field.type, values, f"{field.name}.")
-    for index, values in enumerate(document.get("gpu_instances") or ()):
-        check(InstanceConfig, values, f"gpu_instances[{index}].")
-
-
-def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
-    expanded = Path(path).expanduser()
-    candidates = [expanded]
-    if base_dir is not None and not expanded.is_absolute():
-        candidates += [base_dir / expanded, base_dir.parent / expanded]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return str(candidate.resolve())
-    raise _error(key, f"there is no folder {path!r} (looked at {', '.join(str(c) for c in candidates)})")
-
-
-def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceConfig, ...]:
-    if mode == "disaggregated":
-        return (
-            InstanceConfig(instance_id="prefill-0", instance_type=InstanceRole.PREFILL, gpu_id=0),
-            InstanceConfig(instance_id="decode-0", instance_type=InstanceRole.DECODE, gpu_id=tensor_parallel_size),
-        )
-    return (InstanceConfig(instance_id="unified-0", instance_type=InstanceRole.UNIFIED, gpu_id=0),)
-
-
-def _validate(config: Config) -> None:
-    if config.mode == "semi_pd":
-        raise _error("mode", "semi_pd is not available yet; use unified or disaggregated")
-    if config.model.tensor_parallel_size != 1:
-        raise _error("model.tensor_parallel_size", "tensor parallelism is not available yet; use 1")
-    if config.kv_transfer.backend == "mooncake":
-        raise _error("kv_transfer.backend", "mooncake is not available yet; use nccl (gloo on CPU) or your own class")
-    if config.kv_transfer.backend != "nccl" and not _is_import_path(config.kv_transfer.backend):
-        raise _error(
-            "kv_transfer.backend",
-            f"{config.kv_transfer.backend!r} is neither a built-in backend nor a 'package.module:Class'"
-            + nearest(config.kv_transfer.backend, ["nccl", "mooncake"]),
-        )
-    if config.performance.scheduler is not None and not _is_import_path(config.performance.scheduler):
-        raise _error("performance.scheduler", "must be 'package.module:Class'")
-    if config.performance.block_size is not None and config.performance.block_size & (
-        config.performance.block_size - 1
-    ):
-        raise _error("performance.block_size", "must be a power of two")
-    if not 0 < config.performance.memory_fraction <= 1:
-        raise _error("performance.memory_fraction", "must be in (0, 1]")
-    _require_positive(config)
-    _validate_instances(config)
-
-
-def _is_import_path(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text) is not None
-
-
-def _require_positive(config: Config) -> None:
-    zero_is_legal = {"server.port", "model.seed", "performance.decode_headroom_tokens", "rpc.max_restarts"}
-    for section_name in config.__struct_fields__:
-        section = getattr(config, section_name)
-        if not isinstance(section, Section):
-            continue
-        for name in section.__struct_fields__:
-            key, value = f"{section_name}.{name}", getattr(section, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if value < 0 or (value == 0 and key not in zero_is_legal) or value != value:
-                raise _error(key, f"must be positive, got {value}")
-            if name == "port" and value > 65535:
-                raise _error(key, f"must be at most 65535, got {value}")
-
-
-def _validate_instances(config: Config) -> None:
-    instances = config.gpu_instances
-    roles = [instance.instance_type for instance in instances]
-    if config.mode == "disaggregated":
-        for role in (InstanceRole.PREFILL, InstanceRole.DECODE):
-            if role not in roles:
-                raise _error("gpu_instances", f"mode disaggregated needs at least one {role} instance")
-    allowed = {
-        "unified": {InstanceRole.UNIFIED},
-        "disaggregated": {InstanceRole.PREFILL, InstanceRole.DECODE},
-        "semi_pd": {InstanceRole.PREFILL, InstanceRole.DECODE},
-    }[config.mode]
-    seen: dict[tuple[str, object], str] = {}
-    if config.server.port:
-        seen["address", (config.server.host, config.server.port)] = "server.port"
-    if config.rpc.port is not None:
-        _claim(seen, "address", (config.rpc.host, config.rpc.port), "rpc.port")
-    for index, instance in enumerate(instances):
-        key = f"gpu_instances[{index}]"
-        if instance.instance_type not in allowed:
-            raise _error(f"{key}.instance_type", f"mode {config.mode} has no {instance.instance_type} instances")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", instance.instance_id):
-            raise _error(f"{key}.instance_id", "must be 1 to 64 letters, digits, '_', '.' or '-'")
-        if instance.gpu_id < 0:
-            raise _error(f"{key}.gpu_id", f"must not be negative, got {instance.gpu_id}")
-        if instance.num_threads is not None and instance.num_threads < 1:
-            raise _error(f"{key}.num_threads", f"must be positive, got {instance.num_threads}")
-        if instance.port is not None and not 0 < instance.port <= 65535:
-            raise _error(f"{key}.port", f"must be in 1..65535, got {instance.port}")
-        if instance.kv_rank is not None and instance.kv_rank < 0:
-            raise _error(f"{key}.kv_rank", f"must not be negative, got {instance.kv_rank}")
-        _claim(seen, "id", instance.instance_id, f"{key}.instance_id")
-        _claim(seen, "kv_rank", instance.kv_rank, f"{key}.kv_rank")
-        if instance.port is not None:
-            _claim(seen, "address", (instance.host, instance.port), f"{key}.port")
-        if config.kv_transfer.port is not None and config.mode == "disaggregated":
-            assert instance.kv_rank is not None
-            kv_port = config.kv_transfer.port + instance.kv_rank
-            _claim(seen, "address", (config.kv_transfer.ip or instance.host, kv_port), "kv_transfer.port")
-
-
-def _claim(seen: dict[tuple[str, object], str], kind: str, value: object, key: str) -> None:
-    """Refuse a value that another key has taken; localhost and 127.0.0.1 are one address."""
-    if kind == "address" and isinstance(value, tuple) and value[0] == "localhost":
-        value = ("127.0.0.1", value[1])
-    owner = seen.setdefault((kind, value), key)
-    if owner != key:
-        shown = f"{value[0]}:{value[1]}" if isinstance(value, tuple) else repr(value)
-        raise _error(key, f"{kind} {shown} is already taken by {owner}")
-
-
-def _line_of(tree: yaml.Node | None, key: str) -> int:
-    """Line of a dotted key such as ``gpu_instances[1].port``, or of the nearest enclosing one that is there."""
-    line, node = 1, tree
-    for part in re.findall(r"[^.\[\]]+", key):
-        if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == part), None)
-            if entry is None:
-                break
-            line, node = entry[0].start_mark.line + 1, entry[1]
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
-
-
-def _duplicate_key(node: yaml.Node | None) -> tuple[str, int] | None:
-    """The first key that stands twice in one mapping, and its line: YAML would keep the last in silence."""
-    if isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, value in node.value:
-            if key.value in keys:
-                return key.value, key.start_mark.line + 1
-            keys.add(key.value)
-            found = _duplicate_key(value)
-            if found:
-                return found
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            found = _duplicate_key(item)
-            if found:
-                return found
-    return None

@@ -8,7 +8,15 @@ class HBServeError(Exception):
 
 
 class ConfigError(HBServeError, ValueError):
-    """A configuration value that cannot be honoured."""
+    """A configuration value that cannot be honoured.
+
+    Attributes:
+        key: the dotted key at fault, where there is one.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class ModelError(HBServeError, ValueError):

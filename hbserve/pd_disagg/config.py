@@ -139,7 +139,7 @@ class PdDisaggConfig:
             return Config.from_dict(document)
         except ConfigError as error:
             flat = {key: field for field, key in _KEYS.items()}
-            key = getattr(error, "key", "")
-            if flat.get(key, key) == key:
+            if error.key not in flat:
                 raise
-            raise ConfigError(f"{flat[key]}: {str(error).removeprefix(key + ': ')}") from None
+            name = flat[error.key]
+            raise ConfigError(f"{name}: {str(error).removeprefix(error.key + ': ')}", name) from None

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 
 import msgspec
-import zmq
 import zmq.asyncio
 
 from hbserve.config import Config, InstanceRole
@@ -31,25 +30,20 @@ from hbserve.messages import (
     InstanceFailed,
     InstanceReply,
     NotReady,
-    OutputBatch,
     Ping,
-    PlanRow,
     Ready,
     RequestOutput,
-    SchedulerReply,
-    SendBlocks,
-    SequenceState,
     Stats,
-    StepPlan,
     StepResult,
     SubscribeReady,
     TokenLogprobs,
     TransferResult,
 )
 from hbserve.pd_disagg import system_stats
-from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle
-from hbserve.pd_disagg.rpc import bind
+from hbserve.pd_disagg.client_port import ClientPort
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
+from hbserve.pd_disagg.step_planner import StepPlanner
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 
 logger = logging.getLogger(__name__)
@@ -80,21 +74,14 @@ class CpuScheduler:
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
         self.transfers = TransferLedger()
         self._arrivals = 0
-        self._steps = 0
-        self._outputs: defaultdict[bytes, list[RequestOutput]] = defaultdict(list)
+        self._planner = StepPlanner(config, self.transfers, self._preempt)
         self._subscribers: dict[bytes, float] = {}
         self._max_model_len: int | None = None
         self._vocab_size = 0
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._context = zmq.asyncio.Context()
-        self._clients = self._context.socket(zmq.ROUTER)
-        self._clients.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
-        self._clients.setsockopt(zmq.SNDHWM, 0)
-        self._clients.setsockopt(zmq.RCVHWM, 0)
-        bind(self._clients, client_address, "the scheduler")
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._clients = ClientPort(self._context, client_address, self._abort_all_of)
         self.instances = {
             instance.instance_id: InstanceHandle(
                 instance, config.performance, self._context, instance_addresses[instance.instance_id]
@@ -116,7 +103,7 @@ class CpuScheduler:
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
         for instance in self.instances.values():
             instance.rpc.close()
-        self._clients.close(linger=200)
+        self._clients.close()
         self._context.term()
         for task in done:
             if task is not stopped:
@@ -138,9 +125,9 @@ class CpuScheduler:
             await self._schedule_waiting_requests()
             for worker in self.instances.values():
                 while worker.ready and len(worker.inflight) < self.config.performance.pipeline_depth:
-                    if not self._plan_step(worker):
+                    if not self._planner.plan_step(worker):
                         break
-            self._flush_outputs()
+            self._clients.flush()
 
     async def _tick(self) -> None:
         """Heartbeats and deadlines."""
@@ -162,7 +149,7 @@ class CpuScheduler:
         for client, deadline in list(self._subscribers.items()):
             if now > deadline:
                 del self._subscribers[client]
-                self._reply(client, NotReady(reason=f"not ready in time: {self._who_is_missing()}"))
+                self._clients.reply(client, NotReady(reason=f"not ready in time: {self._who_is_missing()}"))
         for does in ("prefills", "decodes"):
             instances = [instance for instance in self.instances.values() if getattr(instance.role, does)]
             since = [instance.lost_since for instance in instances if instance.lost_since is not None]
@@ -179,9 +166,8 @@ class CpuScheduler:
 
     async def _serve_clients(self) -> None:
         while True:
-            client, payload = await self._clients.recv_multipart()
             try:
-                message = self._decoder.decode(payload)
+                client, message = await self._clients.receive()
             except msgspec.DecodeError as error:
                 logger.error("dropped a message that is no client message: %s", error)
                 continue
@@ -196,7 +182,7 @@ class CpuScheduler:
             if sequence is not None:
                 self._finish(sequence, message.finish_reason)
         elif isinstance(message, GetStats):
-            self._reply(client, Stats(query_id=message.query_id, stats=system_stats.collect(self)))
+            self._clients.reply(client, Stats(query_id=message.query_id, stats=system_stats.collect(self)))
         elif isinstance(message, SubscribeReady):
             self._subscribers[client] = time.monotonic() + message.deadline_s
             self._announce_ready()
@@ -206,7 +192,7 @@ class CpuScheduler:
         refusal = self._refusal(client, request)
         if refusal is not None:
             self.counts["refused"] += 1
-            self._outputs[client].append(refusal)
+            self._clients.push(client, refusal)
             return
         self._arrivals += 1
         max_tokens = request.sampling.max_tokens
@@ -255,19 +241,12 @@ class CpuScheduler:
             return refuse("InvalidRequestError", "max_tokens is not resolved", "max_tokens")
         return None
 
-    def _reply(self, client: bytes, reply: SchedulerReply) -> None:
-        try:
-            zmq.Socket.send_multipart(self._clients, [client, self._encoder.encode(reply)], zmq.NOBLOCK)
-        except zmq.ZMQError:  # EHOSTUNREACH: it has gone, and nobody wants its requests any more
-            self._subscribers.pop(client, None)
-            for sequence in [s for s in self._sequences.values() if s.client == client]:
-                self._finish(sequence, "abort")
-            self._outputs.pop(client, None)
-
-    def _flush_outputs(self) -> None:
-        while self._outputs:
-            client, outputs = self._outputs.popitem()
-            self._reply(client, OutputBatch(outputs=outputs))
+    def _abort_all_of(self, client: bytes) -> None:
+        """A client has gone, and nobody wants its requests any more."""
+        self._subscribers.pop(client, None)
+        for sequence in [s for s in self._sequences.values() if s.client == client]:
+            self._close(sequence)
+            self.counts["aborted"] += 1
 
     def _announce_ready(self) -> None:
         if not all(instance.ready for instance in self.instances.values()):
@@ -275,7 +254,7 @@ class CpuScheduler:
         assert self._max_model_len is not None
         for client in list(self._subscribers):
             del self._subscribers[client]
-            self._reply(client, Ready(max_model_len=self._max_model_len, vocab_size=self._vocab_size))
+            self._clients.reply(client, Ready(max_model_len=self._max_model_len, vocab_size=self._vocab_size))
 
     # --- instances -------------------------------------------------------------------------------
 
@@ -297,7 +276,7 @@ class CpuScheduler:
             self._lose(instance, reply.error)
             for client in list(self._subscribers):
                 del self._subscribers[client]
-                self._reply(client, NotReady(reason=f"{instance.id}: {reply.error}"))
+                self._clients.reply(client, NotReady(reason=f"{instance.id}: {reply.error}"))
             return
         if reply.epoch != instance.epoch:
             return  # from an incarnation that has been given up
@@ -400,14 +379,15 @@ class CpuScheduler:
             finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.max_total_tokens:
             finish_reason = "length"
-        self._outputs[sequence.client].append(
+        self._clients.push(
+            sequence.client,
             RequestOutput(
                 request_id=sequence.request.request_id,
                 token_ids=[token],
                 logprobs=None if logprobs is None else [logprobs],
                 finish_reason=finish_reason,
                 num_cached_tokens=(sequence.num_cached_tokens or 0) if is_first else 0,
-            )
+            ),
         )
         if finish_reason is not None:
             self._close(sequence)
@@ -460,14 +440,15 @@ class CpuScheduler:
         """End a request for another reason than its tokens."""
         self._close(sequence)
         self.counts[{"abort": "aborted", "error": "failed"}.get(reason, "completed")] += 1
-        self._outputs[sequence.client].append(
+        self._clients.push(
+            sequence.client,
             RequestOutput(
                 request_id=sequence.request.request_id,
                 token_ids=[],
                 finish_reason=reason,
                 error=error,
                 error_kind=None if error is None else "RequestFailedError",
-            )
+            ),
         )
 
     def _fail(self, sequence: Sequence, error: str) -> None:
@@ -481,6 +462,10 @@ class CpuScheduler:
         else:
             self.counts["retries"] += 1
             self._put_back(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.counts["preemptions"] += 1
+        self._put_back(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
         """Back to waiting, with all its tokens; whatever is in flight for it is void."""
@@ -582,119 +567,6 @@ class CpuScheduler:
             sequence.num_blocks_dispatched = decode_seat.num_computed // decode_seat.pool.block_size
             decode_seat.num_planned = decode_seat.num_tokens_at_entry
         return True
-
-    # --- plans -----------------------------------------------------------------------------------
-
-    def _plan_step(self, worker: InstanceHandle) -> bool:
-        """Send a worker its next step, decodes first; False if there is nothing to do."""
-        step = _StepBuilder()
-        # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
-        seats = sorted(worker.seats.items(), key=lambda item: item[0].arrival)
-        for sequence, seat in seats:
-            if seat.num_planned >= seat.num_tokens_at_entry:
-                self._plan_decode(step, worker, sequence, seat)
-        chunked = self.config.chunked_prefill
-        budget = self.config.performance.max_num_batched_tokens - step.num_tokens
-        if chunked.enabled:
-            budget = min(budget, chunked.max_chunk_prefill_tokens)
-        for sequence, seat in seats:
-            remaining = seat.num_tokens_at_entry - seat.num_planned
-            if remaining <= 0 or sequence not in worker.seats:
-                continue
-            if chunked.enabled:
-                chunk = min(remaining, chunked.chunk_size, budget)
-            else:  # whole prompts: the first goes even where it is longer than the budget
-                chunk = remaining if remaining <= budget or not step.rows else 0
-            if chunk <= 0:
-                break
-            budget -= chunk
-            self._plan_prefill(step, sequence, seat, chunk)
-        if not step.rows:
-            return False
-        self._steps += 1
-        worker.inflight.append(InflightStep(self._steps, step.inflight))
-        worker.send(
-            StepPlan(
-                epoch=worker.epoch,
-                step_id=self._steps,
-                rows=step.rows,
-                new_sequences=step.new_sequences,
-                sends=step.sends,
-            )
-        )
-        return True
-
-    def _plan_decode(self, step: _StepBuilder, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
-        position = seat.num_planned
-        if not worker.role.decodes or position + 1 >= sequence.max_total_tokens or sequence not in worker.seats:
-            return
-        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(worker, sequence, seat):
-            return
-        known = position < len(sequence.tokens)
-        step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
-
-    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
-        end = seat.num_planned + chunk
-        last = end == seat.num_tokens_at_entry
-        step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
-        target = sequence.decode_seat
-        if target is None or target is seat:
-            return
-        # All blocks that are final after this step leave with it; the last one may be part full.
-        block_size = seat.pool.block_size
-        end_block = -(-end // block_size) if last else end // block_size
-        if end_block > sequence.num_blocks_dispatched:
-            first_block = sequence.num_blocks_dispatched
-            step.sends.append(self.transfers.open(sequence, seat, target, first_block, end_block))
-            sequence.num_blocks_dispatched = end_block
-
-    def _grow(self, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
-        """One more block for a decode; puts back younger sequences where the pool has none."""
-        while seat.pool.allocate_blocks(seat.owner, 1) is None:
-            if seat.pool.num_pending_blocks:
-                return False  # blocks are on their way back: sit this step out
-            victim = max(worker.seats, key=lambda seated: seated.arrival)
-            if victim is sequence and worker.reserved:
-                return False  # the blocks are with sequences about to arrive here; they can be put back then
-            self.counts["preemptions"] += 1
-            self._put_back(victim)
-            if victim is sequence:
-                return False
-        return True
-
-
-class _StepBuilder:
-    """A step in the making: what is sent, and what is remembered until it is confirmed."""
-
-    def __init__(self) -> None:
-        self.rows: list[PlanRow] = []
-        self.new_sequences: list[SequenceState] = []
-        self.sends: list[SendBlocks] = []
-        self.inflight: list[InflightRow] = []
-        self.num_tokens = 0
-
-    def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
-        block_ids = seat.block_ids
-        new_block_ids: list[int] = []
-        if seat.num_blocks_sent is None:
-            self.new_sequences.append(sequence.state_for(seat))
-        elif seat.num_blocks_sent < len(block_ids):
-            new_block_ids = block_ids[seat.num_blocks_sent :]
-        seat.num_blocks_sent = len(block_ids)
-        self.rows.append(
-            PlanRow(
-                slot=seat.slot,
-                start=seat.num_planned,
-                num_tokens=num_tokens,
-                token_ids=token_ids,
-                new_block_ids=new_block_ids,
-                sample=samples,
-            )
-        )
-        seat.num_planned += num_tokens
-        seat.pool.pin(seat.owner)
-        self.num_tokens += num_tokens
-        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, seat.num_planned, samples))
 
 
 async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:

@@ -1,0 +1,68 @@
+"""The scheduler's end of the border to its clients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from hbserve.messages import ClientMessage, OutputBatch, RequestOutput, SchedulerReply
+from hbserve.pd_disagg.rpc import bind
+
+
+class ClientPort:
+    """Receives from any number of clients and batches what goes back to each.
+
+    Args:
+        context: the scheduler's ZeroMQ context.
+        address: where clients connect.
+        on_gone: called with the identity of a client that can no longer be reached.
+
+    Raises:
+        StartupError: if the address cannot be had.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, address: str, on_gone: Callable[[bytes], None]) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        bind(self._socket, address, "the scheduler")
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._outputs: defaultdict[bytes, list[RequestOutput]] = defaultdict(list)
+        self._on_gone = on_gone
+
+    async def receive(self) -> tuple[bytes, ClientMessage]:
+        """The next message and who sent it.
+
+        Raises:
+            msgspec.DecodeError: if what came is not a client message.
+        """
+        client, payload = await self._socket.recv_multipart()
+        return client, self._decoder.decode(payload)
+
+    def push(self, client: bytes, output: RequestOutput) -> None:
+        """Add to the client's next batch."""
+        self._outputs[client].append(output)
+
+    def flush(self) -> None:
+        """Send every client its batch."""
+        while self._outputs:
+            client, outputs = self._outputs.popitem()
+            self.reply(client, OutputBatch(outputs=outputs))
+
+    def reply(self, client: bytes, reply: SchedulerReply) -> None:
+        """Send at once."""
+        try:
+            zmq.Socket.send_multipart(self._socket, [client, self._encoder.encode(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError:  # EHOSTUNREACH
+            self._outputs.pop(client, None)
+            self._on_gone(client)
+
+    def close(self) -> None:
+        """Close; what was just sent may still leave."""
+        self._socket.close(linger=200)

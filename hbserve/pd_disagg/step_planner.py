@@ -1,0 +1,137 @@
+"""From the scheduler's books to the next plan of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hbserve.config import Config
+from hbserve.messages import PlanRow, SendBlocks, SequenceState, StepPlan
+from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle
+from hbserve.pd_disagg.sequence import Seat, Sequence
+from hbserve.pd_disagg.transfer_ledger import TransferLedger
+
+
+class StepPlanner:
+    """Fills a worker's pipeline: decodes first, then prompt chunks up to the budgets.
+
+    Args:
+        config: for chunk sizes and budgets.
+        transfers: where the transfers of finished chunks are opened.
+        preempt: called with a sequence whose blocks are needed; it goes back to waiting.
+    """
+
+    def __init__(self, config: Config, transfers: TransferLedger, preempt: Callable[[Sequence], None]) -> None:
+        self._chunked = config.chunked_prefill
+        self._max_num_batched_tokens = config.performance.max_num_batched_tokens
+        self._transfers = transfers
+        self._preempt = preempt
+        self._num_steps = 0
+
+    def plan_step(self, worker: InstanceHandle) -> bool:
+        """Send a worker its next step, decodes first; False if there is nothing to do."""
+        step = _StepBuilder()
+        # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
+        seats = sorted(worker.seats.items(), key=lambda item: item[0].arrival)
+        for sequence, seat in seats:
+            if seat.num_planned >= seat.num_tokens_at_entry:
+                self._plan_decode(step, worker, sequence, seat)
+        budget = self._max_num_batched_tokens - step.num_tokens
+        if self._chunked.enabled:
+            budget = min(budget, self._chunked.max_chunk_prefill_tokens)
+        for sequence, seat in seats:
+            remaining = seat.num_tokens_at_entry - seat.num_planned
+            if remaining <= 0 or sequence not in worker.seats:
+                continue
+            if self._chunked.enabled:
+                chunk = min(remaining, self._chunked.chunk_size, budget)
+            else:  # whole prompts: the first goes even where it is longer than the budget
+                chunk = remaining if remaining <= budget or not step.rows else 0
+            if chunk <= 0:
+                break
+            budget -= chunk
+            self._plan_prefill(step, sequence, seat, chunk)
+        if not step.rows:
+            return False
+        self._num_steps += 1
+        worker.inflight.append(InflightStep(self._num_steps, step.inflight))
+        worker.send(
+            StepPlan(
+                epoch=worker.epoch,
+                step_id=self._num_steps,
+                rows=step.rows,
+                new_sequences=step.new_sequences,
+                sends=step.sends,
+            )
+        )
+        return True
+
+    def _plan_decode(self, step: _StepBuilder, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
+        position = seat.num_planned
+        if not worker.role.decodes or position + 1 >= sequence.max_total_tokens or sequence not in worker.seats:
+            return
+        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(worker, sequence, seat):
+            return
+        known = position < len(sequence.tokens)
+        step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
+
+    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
+        end = seat.num_planned + chunk
+        last = end == seat.num_tokens_at_entry
+        step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
+        target = sequence.decode_seat
+        if target is None or target is seat:
+            return
+        # All blocks that are final after this step leave with it; the last one may be part full.
+        block_size = seat.pool.block_size
+        end_block = -(-end // block_size) if last else end // block_size
+        if end_block > sequence.num_blocks_dispatched:
+            first_block = sequence.num_blocks_dispatched
+            step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block))
+            sequence.num_blocks_dispatched = end_block
+
+    def _grow(self, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
+        """One more block for a decode; puts back younger sequences where the pool has none."""
+        while seat.pool.allocate_blocks(seat.owner, 1) is None:
+            if seat.pool.num_pending_blocks:
+                return False  # blocks are on their way back: sit this step out
+            victim = max(worker.seats, key=lambda seated: seated.arrival)
+            if victim is sequence and worker.reserved:
+                return False  # the blocks are with sequences about to arrive here; they can be put back then
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+
+class _StepBuilder:
+    """A step in the making: what is sent, and what is remembered until it is confirmed."""
+
+    def __init__(self) -> None:
+        self.rows: list[PlanRow] = []
+        self.new_sequences: list[SequenceState] = []
+        self.sends: list[SendBlocks] = []
+        self.inflight: list[InflightRow] = []
+        self.num_tokens = 0
+
+    def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
+        block_ids = seat.block_ids
+        new_block_ids: list[int] = []
+        if seat.num_blocks_sent is None:
+            self.new_sequences.append(sequence.state_for(seat))
+        elif seat.num_blocks_sent < len(block_ids):
+            new_block_ids = block_ids[seat.num_blocks_sent :]
+        seat.num_blocks_sent = len(block_ids)
+        self.rows.append(
+            PlanRow(
+                slot=seat.slot,
+                start=seat.num_planned,
+                num_tokens=num_tokens,
+                token_ids=token_ids,
+                new_block_ids=new_block_ids,
+                sample=samples,
+            )
+        )
+        seat.num_planned += num_tokens
+        seat.pool.pin(seat.owner)
+        self.num_tokens += num_tokens
+        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, seat.num_planned, samples))

@@ -1,0 +1,103 @@
+"""Configurations: what is shipped loads; what cannot be honoured is refused with key, file, line and hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hbserve import Config, PdDisaggConfig
+from hbserve.config import InstanceRole
+from hbserve.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "model").mkdir(exist_ok=True)
+    path = folder / "system.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_file_is_valid(path: Path) -> None:
+    config = Config.load(path)
+    assert Path(config.model.path).is_dir()
+    assert config.gpu_instances
+
+
+def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> None:
+    config = Config.load(write(tmp_path, "mode: disaggregated\nmodel: {path: model}\n"))
+    assert [i.instance_type for i in config.gpu_instances] == [InstanceRole.PREFILL, InstanceRole.DECODE]
+    assert [i.kv_rank for i in config.gpu_instances] == [0, 1]
+    assert config.served_name == "model"
+
+
+MODEL = "model:\n  path: model\n"
+TWO = (
+    "mode: disaggregated\n"
+    + MODEL
+    + "gpu_instances:\n"
+    + "  - {instance_id: a, instance_type: prefill, port: 6000}\n"
+    + "  - {instance_id: b, instance_type: decode, port: 6000}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (MODEL + "chunked_prefil:\n  chunk_size: 1\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
+        (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
+        (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
+        (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive"),
+        (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be at most 65535"),
+        (MODEL + "mode: fast\n", 3, "mode: Invalid enum value"),
+        (MODEL + "mode: semi_pd\n", 3, "mode: semi_pd is not available yet"),
+        (MODEL + "kv_transfer:\n  backend: ncc\n", 4, "did you mean 'nccl'"),
+        (MODEL + "kv_transfer:\n  backend: mooncake\n", 4, "mooncake is not available yet"),
+        ("model:\n  path: nowhere\n", 2, "model.path: there is no folder 'nowhere'"),
+        ("model:\n  path: model\n  path: model\n", 3, "path is given twice"),
+        ("mode: unified\n", 1, "missing required field model"),
+        (TWO, 6, "gpu_instances[1].port: address 127.0.0.1:6000 is already taken by gpu_instances[0].port"),
+        (TWO.replace("port: 6000", "port: 0"), 5, "gpu_instances[0].port: must be in 1..65535"),
+        (TWO.replace("decode", "decod"), 6, "gpu_instances[1].instance_type: Invalid enum value 'decod'"),
+        (TWO.replace("instance_id: b", "instance_id: a"), 6, "gpu_instances[1].instance_id: id 'a' is already taken"),
+        (TWO.replace("disaggregated", "unified"), 5, "mode unified has no prefill instances"),
+        (TWO.replace("decode", "prefill"), 4, "needs at least one decode instance"),
+    ],
+)
+def test_an_error_names_key_file_line_and_hint(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        Config.load(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        Config.load(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        Config.load(write(tmp_path, "model: [\n"))
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        Config.load(write(tmp_path, "- 1\n"))
+
+
+def test_the_flat_configuration_can_change_until_it_is_frozen(tmp_path: Path) -> None:
+    flat = PdDisaggConfig(model_path=str(tmp_path), kv_transfer_backend="nccl")
+    flat.chunk_size = 256
+    flat.kv_buffer_size = 512 * 1024 * 1024
+    config = flat.freeze()
+    assert config.mode == "disaggregated"
+    assert config.chunked_prefill.chunk_size == 256
+    assert config.kv_transfer.buffer_size == 512 * 1024 * 1024
+    with pytest.raises(AttributeError):
+        config.chunked_prefill.chunk_size = 1  # type: ignore[misc]
+
+
+def test_the_flat_configuration_names_its_own_fields_in_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_transfer_backend: "):
+        PdDisaggConfig(str(tmp_path), kv_transfer_backend="mooncake").freeze()
+    with pytest.raises(TypeError, match=r"unknown argument 'chunk_sise'; did you mean 'chunk_size'"):
+        PdDisaggConfig.from_arguments(str(tmp_path), chunk_sise=1)
