@@ -1,1 +1,41 @@
+"""Attention over the paged KV cache."""
 
+from __future__ import annotations
+
+from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.attention.sdpa import SdpaBackend
+from hbserve.config import nearest
+from hbserve.errors import ConfigError
+from hbserve.models.spec import ModelSpec
+from hbserve.platform import Platform
+
+__all__ = ["AttentionBackend", "AttentionBatch", "select_attention_backend"]
+
+_BACKENDS: dict[str, type[AttentionBackend]] = {SdpaBackend.name: SdpaBackend}
+"""Best first: what ``auto`` tries."""
+
+_PLANNED = ("flashinfer", "flash_attn")
+
+
+def select_attention_backend(name: str, spec: ModelSpec, platform: Platform) -> type[AttentionBackend]:
+    """The backend of that name, or for ``auto`` the best that supports model and device.
+
+    Raises:
+        ConfigError: if there is none, or it cannot serve them; it says why.
+    """
+    key = "model.attention_backend"
+    if name in _PLANNED:
+        raise ConfigError(f"{key}: {name} is not available yet; use {', '.join(_BACKENDS)} or auto")
+    if name != "auto":
+        if name not in _BACKENDS:
+            raise ConfigError(f"{key}: no backend {name!r}{nearest(name, [*_BACKENDS, 'auto'])}")
+        reason = _BACKENDS[name].supports(spec, platform)
+        if reason is not None:
+            raise ConfigError(f"{key}: {name} {reason}")
+        return _BACKENDS[name]
+    reasons = {candidate: backend.supports(spec, platform) for candidate, backend in _BACKENDS.items()}
+    for candidate, reason in reasons.items():
+        if reason is None:
+            return _BACKENDS[candidate]
+    listed = "; ".join(f"{candidate} {reason}" for candidate, reason in reasons.items())
+    raise ConfigError(f"{key}: no backend supports this model on {platform.name}: {listed}")

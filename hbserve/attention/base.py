@@ -1,0 +1,81 @@
+"""What the forward pass asks of an attention backend, and what a backend is told of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hbserve.kv_cache.layout import KVLayout
+from hbserve.models.spec import ModelSpec
+from hbserve.platform import Platform
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """The rows of one step: sequences, each with the tokens it computes now.
+
+    Rows of a single token come first, whether they decode or end a prompt: kernels want them
+    apart, and so their tokens are the first ``num_decode_rows`` of the flat batch.
+
+    Attributes:
+        num_decode_rows: rows with one token.
+        query_starts: int32 ``[rows + 1]``, on the host: row i's tokens are
+            ``query_starts[i] .. query_starts[i + 1] - 1`` of the flat batch.
+        context_lens: int32 ``[rows]``, on the host: tokens of the sequence up to and including this step's.
+        block_tables: int32 ``[rows, width]``, on the host: block ids of positions 0..; what lies past
+            the context is undefined.
+        slot_mapping: int64 ``[tokens]``, on the device: where each token's KV goes,
+            ``block id * block size + offset in the block``.
+    """
+
+    num_decode_rows: int
+    query_starts: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
+    block_tables: npt.NDArray[np.int32]
+    slot_mapping: torch.Tensor
+
+
+class AttentionBackend(ABC):
+    """Causal attention of one rank over a block-major KV cache, through block tables.
+
+    All layers share one softmax scale, ``1 / sqrt(head_dim)``.
+
+    Args:
+        layout: of the cache.
+        kv_cache: ``[block, layer, k/v, token, kv head, head dim]``, a view of the KV arena, used in place.
+    """
+
+    name: ClassVar[str]
+    preferred_block_size: ClassVar[int]
+    """Tokens per block that suit the kernels best."""
+
+    def __init__(self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform) -> None:
+        self.spec, self.layout, self.kv_cache, self.platform = spec, layout, kv_cache, platform
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, spec: ModelSpec, platform: Platform) -> str | None:
+        """None, or why this backend cannot serve that model on that device."""
+
+    @abstractmethod
+    def begin(self, batch: AttentionBatch) -> None:
+        """Prepare for a step, once for all layers."""
+
+    @abstractmethod
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write the step's keys and values to the cache, then attend: each token to its sequence's past.
+
+        All rows are written before any is read, so a row may share blocks that another row of the
+        same step fills.
+
+        Args:
+            q: ``[tokens, heads, head_dim]``; k, v: ``[tokens, kv heads, head_dim]``.
+
+        Returns:
+            ``[tokens, heads, head_dim]``.
+        """

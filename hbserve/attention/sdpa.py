@@ -1,0 +1,193 @@
+"""Attention with torch's own kernel: runs everywhere, and is what other backends are measured against.
+
+Keys and values are gathered out of the cache through the block tables. Nothing is read that no
+step has written: a masked position may hold anything, and zero times NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.kv_cache.layout import KVLayout
+from hbserve.models.spec import ModelSpec
+from hbserve.platform import Platform
+
+_QUERY_TILE_TOKENS = 1024
+"""Most queries of one kernel call with a mask, so that the mask stays small however long the prompt."""
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """One kernel call: queries, and the cache rows of their keys.
+
+    Attributes:
+        queries: the flat batch's tokens, a slice for a prompt chunk, an index ``[rows]`` for decodes.
+        rows: cache rows ``[sequences * keys]`` of layer 0's keys; see `SdpaBackend._row_of`.
+        mask: bool, True where a key is seen: ``[queries, keys]`` of a chunk, ``[rows, 1, 1, keys]``
+            of decodes; None: all of them, or for a chunk the plain causal triangle.
+    """
+
+    queries: slice | torch.Tensor
+    rows: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _WindowPlan:
+    """All kernel calls of a step for the layers of one sliding window."""
+
+    decodes: list[_Gather]
+    chunks: list[_Gather]
+
+
+class SdpaBackend(AttentionBackend):
+    """`torch.nn.functional.scaled_dot_product_attention` on gathered keys and values."""
+
+    name = "sdpa"
+    preferred_block_size = 16
+
+    def __init__(self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform) -> None:
+        super().__init__(spec, layout, kv_cache, platform)
+        # Every token of every layer is one row of this view; a layer's are layer 0's plus a constant.
+        self._cache_rows = kv_cache.view(-1, layout.num_kv_heads * layout.head_dim)
+        self._scratch = kv_cache.new_empty(0)
+        self._plans: dict[int | None, _WindowPlan] = {}
+        self._slot_rows = torch.empty(0, dtype=torch.int64)
+
+    @classmethod
+    def supports(cls, spec: ModelSpec, platform: Platform) -> str | None:
+        return None
+
+    def begin(self, batch: AttentionBatch) -> None:
+        self._slot_rows = self._row_of(batch.slot_mapping)
+        tables = torch.from_numpy(batch.block_tables).to(self.platform.device)
+        self._plans = {window: self._plan(batch, tables, window) for window in set(self.spec.sliding_windows)}
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        key_row = layer * 2 * self.layout.block_size
+        value_row = key_row + self.layout.block_size
+        self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))
+        self._cache_rows.index_copy_(0, self._slot_rows + value_row, v.flatten(1))
+        plan = self._plans[self.spec.sliding_windows[layer]]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for gather in plan.decodes:
+            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, second=True)
+            out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask)
+        for gather in plan.chunks:
+            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, second=True)
+            out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask)
+        return out
+
+    def _row_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows of layer 0's keys in the cache, of ``block id * block size + offset``."""
+        block_size = self.layout.block_size
+        rows_per_block = self.layout.num_layers * 2 * block_size
+        return slots // block_size * rows_per_block + slots % block_size
+
+    def _gather(self, rows: torch.Tensor, first_row: int, second: bool = False) -> torch.Tensor:
+        """Keys or values ``[len(rows), kv heads, head_dim]`` in scratch memory.
+
+        Fresh memory for each layer costs five times as much on CPU, in page faults. The values go
+        behind the keys (``second``).
+        """
+        width = self._cache_rows.shape[1]
+        num = rows.numel() * width
+        if self._scratch.numel() < 2 * num:
+            self._scratch = self.kv_cache.new_empty(2 * num)
+        target = self._scratch[num : 2 * num] if second else self._scratch[:num]
+        torch.index_select(self._cache_rows, 0, rows + first_row, out=target.view(-1, width))
+        return target.view(-1, self.layout.num_kv_heads, self.layout.head_dim)
+
+    def _plan(self, batch: AttentionBatch, tables: torch.Tensor, window: int | None) -> _WindowPlan:
+        contexts = batch.context_lens
+        begins = np.zeros_like(contexts) if window is None else np.maximum(contexts - window, 0)
+        decodes = [
+            self._plan_decodes(tables, rows, begins[rows], contexts[rows])
+            for rows in _rows_by_length((contexts - begins)[: batch.num_decode_rows])
+        ]
+        chunks: list[_Gather] = []
+        for row in range(batch.num_decode_rows, len(contexts)):
+            first, end = int(batch.query_starts[row]), int(batch.query_starts[row + 1])
+            start = int(contexts[row]) - (end - first)
+            # without a mask a kernel call of any size is cheap
+            tile = end - first if start == 0 and window is None else _QUERY_TILE_TOKENS
+            for at in range(first, end, tile):
+                queries = slice(at, min(at + tile, end))
+                chunks.append(self._plan_chunk(tables[row], queries, start + at - first, window))
+        return _WindowPlan(decodes, chunks)
+
+    def _plan_decodes(
+        self,
+        tables: torch.Tensor,
+        rows: npt.NDArray[np.int64],
+        begins: npt.NDArray[np.int32],
+        ends: npt.NDArray[np.int32],
+    ) -> _Gather:
+        lengths = ends - begins
+        index, first, length = (self._to_device(x)[:, None] for x in (rows, begins, lengths))
+        offsets = torch.arange(int(lengths.max()), device=self.platform.device)
+        seen = offsets < length
+        # a padded place reads the row's own first key, which is there, and is masked
+        cache_rows = self._cache_rows_of(tables, index, first + offsets * seen)
+        mask = None if (lengths == lengths[0]).all() else seen[:, None, None, :]
+        return _Gather(index[:, 0], cache_rows.flatten(), mask)
+
+    def _plan_chunk(self, table: torch.Tensor, queries: slice, start: int, window: int | None) -> _Gather:
+        """Queries at positions ``start ..`` of the sequence of that block table."""
+        end = start + queries.stop - queries.start
+        begin = 0 if window is None else max(0, start - window + 1)
+        keys = torch.arange(begin, end, device=self.platform.device)
+        cache_rows = self._cache_rows_of(table, None, keys)
+        if start == 0 and (window is None or end <= window):
+            return _Gather(queries, cache_rows, None)
+        at = torch.arange(start, end, device=self.platform.device)[:, None]
+        mask = keys <= at
+        if window is not None:
+            mask &= keys > at - window
+        return _Gather(queries, cache_rows, mask)
+
+    def _cache_rows_of(self, tables: torch.Tensor, rows: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """Cache rows of positions, through ``tables[rows]``, or the one table that there is."""
+        block_size = self.layout.block_size
+        blocks = positions // block_size
+        block_ids = (tables[blocks] if rows is None else tables[rows, blocks]).long()
+        return self._row_of(block_ids * block_size + positions % block_size)
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.platform.device)
+
+
+def _rows_by_length(lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+    """Rows in groups whose numbers of keys differ by less than a factor of two: what padding can cost."""
+    exponents = np.frexp(lengths - 0.5)[1]
+    return [np.flatnonzero(exponents == exponent) for exponent in np.unique(exponents)]
+
+
+def _attend_decodes(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """One query per sequence: ``q [rows, heads, dim]``; keys and values of all rows, equally many each."""
+    rows, _, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    keys, values = (x.view(rows, -1, num_kv_heads, head_dim).transpose(1, 2) for x in (keys, values))
+    # the heads of a KV head take the place of the query length: as fast as one head, and no copies
+    grouped = q.view(rows, num_kv_heads, -1, head_dim)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
+
+
+def _attend_chunk(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Queries of one sequence: ``q [queries, heads, dim]``, keys and values ``[keys, kv heads, dim]``."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    group = num_heads // num_kv_heads
+    # KV heads are the batch and their query heads the heads: one copy of the keys serves them all
+    grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=mask is None)
+    return out.permute(2, 0, 1, 3).reshape(q.shape)

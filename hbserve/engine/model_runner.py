@@ -1,0 +1,105 @@
+"""A worker's model: step plans in, sampled tokens out."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from hbserve.attention import select_attention_backend
+from hbserve.config import Config, InstanceConfig
+from hbserve.engine.batch import build_batch
+from hbserve.engine.kv_sizing import size_kv
+from hbserve.engine.pending_step import PendingStep, StepTimer
+from hbserve.engine.sampler import sample
+from hbserve.engine.sequence_table import SequenceTable
+from hbserve.kv_cache.layout import KVLayout
+from hbserve.messages import StepPlan
+from hbserve.models.decoder import Decoder
+from hbserve.models.loader import fill_dummy_weights, load_weights
+from hbserve.models.spec import DTYPES, ModelSpec
+from hbserve.models.weights import WeightTable
+from hbserve.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """Weights, KV cache and sequence table of one rank, and the step that ties them together.
+
+    Not thread-safe: one thread launches. Plans take effect in the order of their launch.
+
+    Args:
+        platform: activated already.
+
+    Attributes:
+        spec: the model. layout: of a KV block. num_blocks: of the KV cache.
+        max_model_len: most tokens of prompt and output together.
+        kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
+
+    Raises:
+        ModelError: if the model folder cannot be served.
+        ConfigError: if the configuration does not fit model or device.
+    """
+
+    def __init__(self, config: Config, instance: InstanceConfig, platform: Platform) -> None:
+        self.platform = platform
+        self.spec = ModelSpec.load(config.model.path)
+        dtype = self.spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
+        backend = select_attention_backend(config.model.attention_backend, self.spec, platform)
+
+        table = WeightTable.build(self.spec, dtype)
+        weights = platform.allocate_arena(table.num_bytes)
+        if config.model.load_format == "dummy":
+            fill_dummy_weights(table, weights, config.model.seed)
+        else:
+            load_weights(config.model.path, self.spec, table, weights)
+        self._decoder = Decoder(self.spec, table.views(weights))
+
+        self.layout = KVLayout(
+            num_layers=self.spec.num_layers,
+            block_size=config.performance.block_size or backend.preferred_block_size,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            dtype=dtype,
+        )
+        size = size_kv(config, self.spec, self.layout, platform)
+        self.num_blocks, self.max_model_len = size.num_blocks, size.max_model_len
+        kv_arena = platform.allocate_arena(self.num_blocks * self.layout.block_bytes)
+        self.kv_blocks = self.layout.block_bytes_view(kv_arena, self.num_blocks)
+        kv_cache = self.layout.view(kv_arena, self.num_blocks)
+        self._attention = backend(self.spec, self.layout, kv_cache, platform)
+        self._table = SequenceTable(
+            max_num_seqs=config.performance.max_num_seqs,
+            max_blocks_per_seq=-(-self.max_model_len // self.layout.block_size),
+            num_blocks=self.num_blocks,
+            vocab_size=self.spec.vocab_size,
+            device=platform.device,
+        )
+        logger.info(
+            "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
+            *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
+            *(self.layout.block_size, self.max_model_len, backend.name),
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step; on CPU also finish it. The plan's ``sends`` are not looked at.
+
+        A plan that contradicts what the runner knows of a slot is a bug of its sender and fails an
+        assertion.
+        """
+        timer = StepTimer(self.platform.device)
+        for state in plan.new_sequences:
+            self._table.install(state)
+        self._table.append_new_blocks(plan.rows)
+        if not plan.rows:
+            return PendingStep(plan, None, [], timer)
+        batch = build_batch(plan.rows, self._table, self.layout.block_size, self.platform.device)
+        self._attention.begin(batch.attention)
+        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
+        if not batch.num_logprobs:
+            return PendingStep(plan, None, [], timer)
+        sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
+        self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
+        return PendingStep(plan, sampled, batch.num_logprobs, timer)

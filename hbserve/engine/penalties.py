@@ -1,0 +1,91 @@
+"""Which tokens a sequence has had: what its penalties are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+PROMPT_FLAG = 1 << 30
+"""Set in a token's count where the token is in the prompt; the bits below count it in the output."""
+
+
+class TokenCounts:
+    """Token counts, one device row per sequence that has penalties.
+
+    Memory is taken when the first such sequence comes, and doubled when more come.
+
+    Args:
+        max_num_seqs: slots are ``0 .. max_num_seqs - 1``.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self.row_of_slot: npt.NDArray[np.int64] = np.full(max_num_seqs, -1, np.int64)
+        self._table = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self._free_rows: list[int] = []
+
+    def install(self, slot: int, history: list[int], num_prompt_tokens: int) -> None:
+        """Count a sequence's tokens so far, forgetting what the slot had."""
+        vocab_size = self._table.shape[1]
+        tokens = np.asarray(history, np.int64)
+        assert ((tokens >= 0) & (tokens < vocab_size)).all(), f"slot {slot}: history has a token outside the vocabulary"
+        counts = np.bincount(tokens[num_prompt_tokens:], minlength=vocab_size).astype(np.int32)
+        counts[tokens[:num_prompt_tokens]] |= PROMPT_FLAG
+        if self.row_of_slot[slot] < 0:
+            if not self._free_rows:
+                self._grow()
+            self.row_of_slot[slot] = self._free_rows.pop()
+        self._table[int(self.row_of_slot[slot])].copy_(torch.from_numpy(counts))
+
+    def forget(self, slot: int) -> None:
+        """Give the slot's row back, if it has one."""
+        if self.row_of_slot[slot] >= 0:
+            self._free_rows.append(int(self.row_of_slot[slot]))
+            self.row_of_slot[slot] = -1
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Counts int32 ``[len(rows), vocab]`` of rows as in ``row_of_slot``; a copy."""
+        return self._table[rows]
+
+    def add(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Count one more output token for each of these rows, all different."""
+        self._table[rows, token_ids] += 1
+
+    def _grow(self) -> None:
+        old = self._table.shape[0]
+        grown = self._table.new_zeros(max(4, 2 * old), self._table.shape[1])
+        grown[:old] = self._table
+        self._table = grown
+        self._free_rows.extend(reversed(range(old, grown.shape[0])))
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Penalties of P rows; see `hbserve.sampling_params.SamplingParams` for what they do.
+
+    Attributes:
+        rows: int64 ``[P]``, rows of the logits.
+        count_rows: int64 ``[P]``, rows of `TokenCounts`.
+        counts: int32 ``[P, vocab]``, from `TokenCounts.of`.
+        repetition, presence, frequency: float32 ``[P]``.
+    """
+
+    rows: torch.Tensor
+    count_rows: torch.Tensor
+    counts: torch.Tensor
+    repetition: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+
+    def apply_(self, scores: torch.Tensor) -> None:
+        """Change the float32 scores ``[rows, vocab]`` of these rows in place."""
+        own = scores[self.rows]
+        repetition = self.repetition[:, None]
+        repeated = torch.where(own > 0, own / repetition, own * repetition)
+        own = torch.where(self.counts != 0, repeated, own)
+        in_output = self.counts & (PROMPT_FLAG - 1)
+        own -= self.frequency[:, None] * in_output
+        own -= self.presence[:, None] * (in_output > 0)
+        scores[self.rows] = own

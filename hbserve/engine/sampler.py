@@ -1,0 +1,132 @@
+"""From logits to tokens. Each row is treated by itself: nothing of a row depends on its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hbserve.engine.noise import gumbel_noise
+from hbserve.engine.penalties import Penalties
+
+_LOWEST_TEMPERATURE = 1e-6
+"""Below this, float32 cannot tell a temperature from zero; the most likely token is certain long before."""
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """The R rows that are not greedy.
+
+    Attributes:
+        rows: int64 ``[R]``, rows of the logits.
+        seeds, positions: int64 ``[R]``: of the request, and of the token that is sampled.
+        temperature, min_p: float32 ``[R]``.
+        truncated: int64 ``[T]``, which of the R have top-k or top-p; None: none has.
+        top_k: int64 ``[T]``, the vocabulary size where off. top_p: float32 ``[T]``.
+    """
+
+    rows: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    temperature: torch.Tensor
+    min_p: torch.Tensor
+    truncated: torch.Tensor | None = None
+    top_k: torch.Tensor | None = None
+    top_p: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How N rows of logits are sampled; None where no row asks for it. All tensors on the logits' device.
+
+    Attributes:
+        suppressed: rows and token ids, int64, pairwise: tokens that must not be sampled.
+        logprob_rows: int64, rows whose log-probabilities are reported.
+        num_top_logprobs: with so many most likely tokens.
+    """
+
+    random: RandomRows | None = None
+    penalties: Penalties | None = None
+    suppressed: tuple[torch.Tensor, torch.Tensor] | None = None
+    logprob_rows: torch.Tensor | None = None
+    num_top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class SampledLogprobs:
+    """Natural log-probabilities, before penalties and temperature, of the rows that asked.
+
+    Attributes:
+        token: float32 ``[L]``, of the sampled token.
+        top_ids, top: int64 and float32 ``[L, num_top_logprobs]``, the most likely, best first.
+    """
+
+    token: torch.Tensor
+    top_ids: torch.Tensor
+    top: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Attributes: token_ids: int64 ``[N]``."""
+
+    token_ids: torch.Tensor
+    logprobs: SampledLogprobs | None
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
+    """Choose a token for each row of ``logits [N, vocab]``, which are not changed.
+
+    Greedy rows take the highest score; others are drawn by the Gumbel-max trick (Gumbel 1954;
+    Maddison et al. 2014). Of equal scores the lowest token id wins.
+    """
+    scores = logits
+    if batch.penalties is not None or batch.suppressed is not None:
+        scores = logits.to(torch.float32, copy=True)
+        if batch.penalties is not None:
+            batch.penalties.apply_(scores)
+        if batch.suppressed is not None:
+            scores[batch.suppressed] = -torch.inf
+    token_ids = scores.argmax(-1)
+    if batch.random is not None:
+        token_ids[batch.random.rows] = _draw(scores[batch.random.rows].float(), batch.random)
+    logprobs = None
+    if batch.logprob_rows is not None:
+        rows = batch.logprob_rows
+        logprobs = _logprobs(logits[rows], token_ids[rows], batch.num_top_logprobs)
+    return Sampled(token_ids, logprobs)
+
+
+def _draw(scores: torch.Tensor, random: RandomRows) -> torch.Tensor:
+    # with the highest score at 0, no temperature overflows and min-p is one comparison
+    scores = scores - scores.amax(-1, keepdim=True)
+    scores /= random.temperature.clamp_min(_LOWEST_TEMPERATURE)[:, None]
+    if random.truncated is not None:
+        assert random.top_k is not None, "truncated rows need top_k"
+        assert random.top_p is not None, "truncated rows need top_p"
+        scores[random.truncated] = _truncate(scores[random.truncated], random.top_k, random.top_p)
+    scores.masked_fill_(scores < random.min_p.log()[:, None], -torch.inf)
+    scores += gumbel_noise(random.seeds, random.positions, scores.shape[1])
+    return scores.argmax(-1)
+
+
+def _truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Scores with all but the top-k, and of these all but the top-p (Holtzman et al. 2020), at minus infinity."""
+    ordered, token_ids = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[1], device=scores.device)
+    keep = rank < top_k[:, None]
+    probabilities = ordered.masked_fill(~keep, -torch.inf).softmax(-1)
+    better = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
+    # summed up, float32 probabilities may reach 1 before the last token: 1 means all of them
+    keep &= (better < top_p[:, None]) | (top_p >= 1)[:, None]
+    return scores.masked_fill(~torch.empty_like(keep).scatter_(1, token_ids, keep), -torch.inf)
+
+
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> SampledLogprobs:
+    logprobs = logits.float().log_softmax(-1)
+    top, top_ids = logprobs.topk(num_top, dim=-1)
+    # topk leaves the order of equal ones open: lowest token id first
+    top_ids, order = top_ids.sort(dim=-1)
+    top, best_first = top.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return SampledLogprobs(logprobs.gather(1, token_ids[:, None])[:, 0], top_ids.gather(1, best_first), top)

@@ -1,0 +1,84 @@
+"""How a step's rows are sampled: from the sequence table to a `SamplingBatch`, through one transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hbserve.engine.penalties import Penalties
+from hbserve.engine.sampler import RandomRows, SamplingBatch
+from hbserve.engine.sequence_table import SequenceTable
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+
+def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Arrays:
+    """What the device must know to sample for these slots a token at these positions; only what is needed.
+
+    Args:
+        slots, positions: of the N rows that are sampled, in the order of their logits.
+    """
+    arrays: Arrays = {}
+    random = np.flatnonzero(table.temperature[slots] > 0)
+    if random.size:
+        own = slots[random]
+        arrays.update(random_rows=random, seeds=table.seeds[own], positions_sampled=positions[random])
+        arrays.update(temperature=table.temperature[own], min_p=table.min_p[own])
+        truncated = np.flatnonzero((table.top_k[own] < table.vocab_size) | (table.top_p[own] < 1))
+        if truncated.size:
+            own = own[truncated]
+            arrays.update(truncated=truncated, top_k=table.top_k[own], top_p=table.top_p[own])
+    count_rows = table.token_counts.row_of_slot[slots]
+    penalised = np.flatnonzero(count_rows >= 0)
+    if penalised.size:
+        own = slots[penalised]
+        arrays.update(penalised_rows=penalised, count_rows=count_rows[penalised], repetition=table.repetition[own])
+        arrays.update(presence=table.presence[own], frequency=table.frequency[own])
+    too_early = np.flatnonzero(positions < table.min_end_positions[slots])
+    suppressed = [(row, token) for row in too_early.tolist() for token in table.end_token_ids[slots[row]]]
+    if suppressed:
+        arrays["suppressed"] = np.array(suppressed, np.int64).T
+    reported = np.flatnonzero(table.num_logprobs[slots] >= 0)
+    if reported.size:
+        arrays["logprob_rows"] = reported
+    return arrays
+
+
+def sampling_batch(
+    table: SequenceTable, slots: npt.NDArray[np.int64], tensors: Mapping[str, torch.Tensor]
+) -> SamplingBatch:
+    """The batch, of the arrays of `sampling_arrays` on the device."""
+    random = penalties = suppressed = None
+    if "random_rows" in tensors:
+        random = RandomRows(
+            rows=tensors["random_rows"],
+            seeds=tensors["seeds"],
+            positions=tensors["positions_sampled"],
+            temperature=tensors["temperature"],
+            min_p=tensors["min_p"],
+            truncated=tensors.get("truncated"),
+            top_k=tensors.get("top_k"),
+            top_p=tensors.get("top_p"),
+        )
+    if "penalised_rows" in tensors:
+        penalties = Penalties(
+            rows=tensors["penalised_rows"],
+            count_rows=tensors["count_rows"],
+            counts=table.token_counts.of(tensors["count_rows"]),
+            repetition=tensors["repetition"],
+            presence=tensors["presence"],
+            frequency=tensors["frequency"],
+        )
+    if "suppressed" in tensors:
+        rows, token_ids = tensors["suppressed"]
+        suppressed = rows, token_ids
+    return SamplingBatch(
+        random=random,
+        penalties=penalties,
+        suppressed=suppressed,
+        logprob_rows=tensors.get("logprob_rows"),
+        num_top_logprobs=max(0, int(table.num_logprobs[slots].max(initial=0))),
+    )

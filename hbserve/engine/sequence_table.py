@@ -1,0 +1,105 @@
+"""What a worker knows of the sequences it serves, by slot. All of it can be rebuilt from a `SequenceState`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hbserve.engine.penalties import Penalties, TokenCounts
+from hbserve.messages import PlanRow, SequenceState
+
+UNKNOWN_POSITION = -1
+
+
+class SequenceTable:
+    """Per-slot state; host arrays are indexed by slot.
+
+    Args:
+        max_num_seqs: slots are ``0 .. max_num_seqs - 1``.
+        max_blocks_per_seq: width of the block tables.
+        num_blocks: of the KV pool; block ids are ``0 .. num_blocks - 1``.
+
+    Attributes:
+        block_tables: int32 ``[slots, max_blocks_per_seq]``, valid up to ``num_table_blocks``.
+        last_token_ids: int64 ``[slots]``, on the device: the token sampled last.
+        next_positions: which position that token is for, or `UNKNOWN_POSITION`.
+        num_logprobs: as `SamplingParams.logprobs`, -1 for none.
+        end_token_ids: per slot; not sampled for positions before ``min_end_positions``.
+        token_counts: of the slots that have penalties.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_blocks_per_seq: int, num_blocks: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self.max_num_seqs, self.num_blocks, self.vocab_size = max_num_seqs, num_blocks, vocab_size
+        self.block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
+        self.num_table_blocks = np.zeros(max_num_seqs, np.int64)
+        self.installed = np.zeros(max_num_seqs, np.bool_)
+        self.last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.next_positions = np.full(max_num_seqs, UNKNOWN_POSITION, np.int64)
+        self.temperature = np.zeros(max_num_seqs, np.float32)
+        self.top_k = np.zeros(max_num_seqs, np.int64)
+        self.top_p = np.ones(max_num_seqs, np.float32)
+        self.min_p = np.zeros(max_num_seqs, np.float32)
+        self.seeds = np.zeros(max_num_seqs, np.int64)
+        self.repetition = np.ones(max_num_seqs, np.float32)
+        self.presence = np.zeros(max_num_seqs, np.float32)
+        self.frequency = np.zeros(max_num_seqs, np.float32)
+        self.num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self.min_end_positions = np.zeros(max_num_seqs, np.int64)
+        self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self.token_counts = TokenCounts(max_num_seqs, vocab_size, device)
+
+    def install(self, state: SequenceState) -> None:
+        """Take a sequence in, in place of whatever the slot had."""
+        slot, sampling = state.slot, state.sampling
+        assert 0 <= slot < self.max_num_seqs, f"slot {slot} is not in 0..{self.max_num_seqs - 1}"
+        assert sampling.greedy or sampling.seed is not None, f"slot {slot}: random sampling without a seed"
+        assert all(0 <= token < self.vocab_size for token in state.end_token_ids), (
+            f"slot {slot}: an end token is outside the vocabulary"
+        )
+        self.installed[slot] = True
+        self.num_table_blocks[slot] = 0
+        self.append_blocks(slot, state.block_ids)
+        self.next_positions[slot] = UNKNOWN_POSITION
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = min(sampling.top_k, self.vocab_size) if sampling.top_k > 0 else self.vocab_size
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.seeds[slot] = sampling.seed or 0
+        self.repetition[slot] = sampling.repetition_penalty
+        self.presence[slot] = sampling.presence_penalty
+        self.frequency[slot] = sampling.frequency_penalty
+        self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.min_end_positions[slot] = state.min_end_position
+        self.end_token_ids[slot] = state.end_token_ids
+        if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0:
+            self.token_counts.forget(slot)
+        else:
+            assert state.history is not None, f"slot {slot}: penalties need the history"
+            self.token_counts.install(slot, state.history, state.num_prompt_tokens)
+
+    def append_blocks(self, slot: int, block_ids: list[int]) -> None:
+        """Lengthen a slot's block table."""
+        begin = int(self.num_table_blocks[slot])
+        end = begin + len(block_ids)
+        width = self.block_tables.shape[1]
+        assert end <= width, f"slot {slot}: {end} blocks are more than the longest sequence has, {width}"
+        assert all(0 <= block < self.num_blocks for block in block_ids), (
+            f"slot {slot}: a block of {block_ids} is not in 0..{self.num_blocks - 1}"
+        )
+        self.block_tables[slot, begin:end] = block_ids
+        self.num_table_blocks[slot] = end
+
+    def append_new_blocks(self, rows: list[PlanRow]) -> None:
+        """Lengthen the block tables as a plan's rows say."""
+        for row in rows:
+            if row.new_block_ids:
+                assert 0 <= row.slot < self.max_num_seqs, f"slot {row.slot} is not in 0..{self.max_num_seqs - 1}"
+                self.append_blocks(row.slot, row.new_block_ids)
+
+    def note_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor, penalties: Penalties | None) -> None:
+        """Keep a step's tokens (int64, on the device) for their slots' next step."""
+        self.last_token_ids[slots] = token_ids
+        if penalties is not None:
+            self.token_counts.add(penalties.count_rows, token_ids[penalties.rows])

@@ -1,0 +1,63 @@
+"""Layers that a tensor-parallel group computes together (Shoeybi et al. 2019, Megatron-LM).
+
+Column-parallel layers need nothing: their weights are shards and their outputs stay sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+Collective = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One rank of a group.
+
+    Attributes:
+        all_reduce: sums a tensor over the ranks; called where ``size`` is above 1.
+        all_gather: joins the ranks' tensors along the last dimension, in rank order; likewise.
+    """
+
+    rank: int = 0
+    size: int = 1
+    all_reduce: Collective | None = None
+    all_gather: Collective | None = None
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` over the ranks."""
+        if self.size == 1:
+            return x
+        assert self.all_reduce is not None, "a group of several ranks needs its all_reduce"
+        return self.all_reduce(x)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` of all ranks, side by side in the last dimension."""
+        if self.size == 1:
+            return x
+        assert self.all_gather is not None, "a group of several ranks needs its all_gather"
+        return self.all_gather(x)
+
+
+def row_parallel_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parallel: TensorParallel
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, where each rank holds a slice of the input dimension and the whole bias."""
+    if parallel.size == 1:
+        return F.linear(x, weight, bias)
+    total = parallel.reduce(F.linear(x, weight))
+    return total if bias is None else total + bias
+
+
+def vocab_parallel_embedding(token_ids: torch.Tensor, weight: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """Rows ``[tokens, hidden]`` of an embedding whose rows are shared out evenly among the ranks."""
+    if parallel.size == 1:
+        return F.embedding(token_ids, weight)
+    local = token_ids - parallel.rank * weight.shape[0]
+    mine = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.where(mine, 0), weight)
+    return parallel.reduce(rows.masked_fill(~mine[:, None], 0))

@@ -1,0 +1,129 @@
+"""Filling the weight arena: from safetensors files, or at random."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hbserve.errors import ModelError
+from hbserve.models.spec import ModelSpec
+from hbserve.models.weights import CheckpointPart, WeightTable, checkpoint_parts
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
+_DUMMY_STD = 0.02
+_DUMMY_PERIOD = 1_048_583
+"""A prime, so that no two rows of a matrix are equal though the noise repeats."""
+
+
+def load_weights(
+    folder: str | Path, spec: ModelSpec, table: WeightTable, arena: torch.Tensor, tp_rank: int = 0, tp_size: int = 1
+) -> None:
+    """Copy a checkpoint into the arena, converted to the table's dtypes.
+
+    Args:
+        folder: holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names.
+        table: of the same rank.
+
+    Raises:
+        ModelError: naming file and tensor, if one is missing, unreadable, of a wrong shape or
+            dtype, or has no place in the model.
+    """
+    folder = Path(folder)
+    places = _places(spec, table.views(arena), tp_rank, tp_size)
+    filled: set[str] = set()
+    paths = _files(folder)
+    for path in paths:
+        for name, source in _tensors(path):
+            if name in places:
+                part, target = places[name]
+                _check(path, name, source, part)
+                index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
+                target.copy_(source[index])
+                filled.add(name)
+            elif not _is_harmless(name, spec):
+                raise ModelError(f"{path}: tensor {name} has no place in {spec.architecture} as config.json has it")
+    missing = [name for name in places if name not in filled]
+    if missing:
+        where = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} files)"
+        expected = list(places[missing[0]][0].shape)
+        more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{where}: there is no tensor {missing[0]} of shape {expected}{more}")
+
+
+def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> None:
+    """Fill the arena with normal noise of standard deviation 0.02, norms with one.
+
+    The same seed gives the same weights on the same kind of device.
+    """
+    views = table.views(arena)
+    generator = torch.Generator(arena.device).manual_seed(seed)
+    noise = torch.empty(_DUMMY_PERIOD, device=arena.device).normal_(0, _DUMMY_STD, generator=generator)
+    dtype = views["embedding"].dtype
+    noise = noise.to(dtype)
+    flat = arena[: table.num_bytes].view(dtype)
+    whole = flat[: flat.numel() // _DUMMY_PERIOD * _DUMMY_PERIOD].view(-1, _DUMMY_PERIOD)
+    whole.copy_(noise.expand_as(whole))
+    flat[whole.numel() :].copy_(noise[: flat.numel() - whole.numel()])
+    for name, view in views.items():
+        if name.endswith("norm"):
+            view.fill_(1)
+
+
+def _places(
+    spec: ModelSpec, views: dict[str, torch.Tensor], tp_rank: int, tp_size: int
+) -> dict[str, tuple[CheckpointPart, torch.Tensor]]:
+    """Each tensor of the checkpoint with the rows of the arena that it fills."""
+    places = {}
+    for entry, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
+        row = 0
+        for part in parts:
+            num_rows = part.local_shape[0]
+            places[part.name] = part, views[entry][row : row + num_rows]
+            row += num_rows
+    return places
+
+
+def _files(folder: Path) -> list[Path]:
+    index, single = folder / _INDEX, folder / _SINGLE
+    if not index.is_file():
+        if not single.is_file():
+            raise ModelError(f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is not a safetensors index: {error}") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{index} names {name}, which is not a file of {folder}")
+    return [folder / name for name in names]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Names and lazy slices of a file's tensors."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118, the file is no mapping
+                yield name, file.get_slice(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+
+
+def _check(path: Path, name: str, source: Any, part: CheckpointPart) -> None:
+    shape = tuple(source.get_shape())
+    if shape != part.shape:
+        raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, config.json asks for {list(part.shape)}")
+    if source.get_dtype() not in _FLOAT_DTYPES:
+        raise ModelError(f"{path}: tensor {name} is {source.get_dtype()}; supported are {', '.join(_FLOAT_DTYPES)}")
+
+
+def _is_harmless(name: str, spec: ModelSpec) -> bool:
+    """Tensors of older checkpoints that say nothing new: rotary frequencies, a copy of a tied LM head."""
+    return name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == "lm_head.weight")

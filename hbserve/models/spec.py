@@ -1,0 +1,185 @@
+"""What a model is, in the numbers that the forward pass needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from hbserve.errors import ModelError
+from hbserve.layers.rotary import RopeSpec
+
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+"""Supported architectures by transformers' ``model_type``."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Serving dtypes by their name in the configuration."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense decoder-only transformer with grouped-query attention and a gated feed-forward layer.
+
+    Attributes:
+        architecture: transformers' class name.
+        qkv_bias, o_bias, mlp_bias: which projections have a bias.
+        qk_norm: queries and keys are normalised per head before the rotary embedding.
+        tied_embeddings: the LM head is the embedding matrix.
+        sliding_windows: per layer, how many tokens back a token sees, itself included; None: all.
+        dtype: of the checkpoint.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeSpec
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def load(folder: str | Path) -> ModelSpec:
+        """Read ``config.json`` of a model folder.
+
+        Raises:
+            ModelError: if it cannot be read, or asks for something that is not supported.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            document = json.loads(path.read_text())
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from None
+        try:
+            # Refusals come first: AutoConfig's own message for an unknown model would not say what is supported.
+            architecture = _architecture(document)
+            _refuse_quantised(document)
+            try:
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # transformers raises many kinds, some of them bare Exception
+                raise ModelError(f"transformers cannot read it: {error}") from error
+            return _from_config(architecture, config)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error.__cause__
+
+
+def _architecture(document: dict[str, Any]) -> str:
+    supported = ", ".join(ARCHITECTURES.values())
+    names = document.get("architectures") or [ARCHITECTURES.get(document.get("model_type", ""))]
+    if names[0] is None:
+        raise ModelError(f"model_type {document.get('model_type')!r} is not supported; supported are {supported}")
+    if names[0] not in ARCHITECTURES.values():
+        raise ModelError(f"architecture {names[0]!r} is not supported; supported are {supported}")
+    return str(names[0])
+
+
+def _refuse_quantised(document: dict[str, Any]) -> None:
+    quantization = document.get("quantization_config") or document.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise ModelError(
+            f"the checkpoint is quantised ({method}); supported are unquantised ones in {', '.join(DTYPES)}"
+        )
+
+
+def _from_config(architecture: str, config: Any) -> ModelSpec:
+    if config.hidden_act != "silu":
+        raise ModelError(f"hidden_act {config.hidden_act!r} is not supported; supported is silu")
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if head_dim % 2:
+        raise ModelError(f"head_dim {head_dim} is odd; the rotary embedding needs an even one")
+    if num_heads % config.num_key_value_heads:
+        raise ModelError(
+            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
+        )
+    # a key that an architecture's own code does not look at means nothing, whatever config.json says
+    attention_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.attention_bias
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        rope=_rope(config),
+        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        o_bias=attention_bias,
+        mlp_bias=architecture == "LlamaForCausalLM" and config.mlp_bias,
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        tied_embeddings=config.tie_word_embeddings,
+        sliding_windows=_sliding_windows(architecture, config),
+        dtype=_dtype(config),
+    )
+
+
+def _rope(config: Any) -> RopeSpec:
+    # transformers 5 turns the older pair of rope_theta and rope_scaling into rope_parameters as it reads them
+    parameters = config.rope_parameters
+    kind = parameters["rope_type"]
+    if kind not in ("default", "linear", "llama3"):
+        raise ModelError(f"rope_type {kind!r} is not supported; supported are default, linear, llama3")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("partial_rotary_factor is not supported; supported is 1")
+    names = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }[kind]
+    missing = [name for name in names if parameters.get(name) is None]
+    if missing:
+        raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
+    return RopeSpec(theta=parameters["rope_theta"], kind=kind, **{name: parameters[name] for name in names})
+
+
+def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    full, sliding = "full_attention", "sliding_attention"
+    layer_types = getattr(config, "layer_types", None)
+    if architecture == "MistralForCausalLM":
+        # transformers itself runs all layers alike here, whatever layer_types says
+        same = sliding if window is not None else full
+        if layer_types is not None and set(layer_types) != {same}:
+            raise ModelError("layer_types of MistralForCausalLM is not supported; sliding_window holds for all layers")
+        layer_types = [same] * config.num_hidden_layers
+    elif layer_types is None:
+        layer_types = [full] * config.num_hidden_layers
+    unknown = sorted(set(layer_types) - {full, sliding})
+    if unknown:
+        raise ModelError(f"layer_types {', '.join(unknown)} not supported; supported are {full}, {sliding}")
+    if sliding in layer_types and window is None:
+        raise ModelError("layer_types has sliding_attention, but sliding_window is not set")
+    return tuple(window if layer_type == sliding else None for layer_type in layer_types)
+
+
+def _dtype(config: Any) -> torch.dtype:
+    dtype = config.dtype if config.dtype is not None else torch.float32
+    if dtype not in DTYPES.values():
+        raise ModelError(f"dtype {dtype} is not supported; supported are {', '.join(DTYPES)}")
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,184 @@
+"""Where each parameter lies in the weight arena, and which part of the checkpoint it is made of.
+
+Both follow from the `ModelSpec` alone, so that another process can attach to an arena it has not
+filled. Matrices that read the same input are stacked into one: q, k, v and gate, up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from hbserve.errors import ModelError
+from hbserve.models.spec import DTYPES, ModelSpec
+
+ALIGNMENT_BYTES = 256
+"""Of every parameter in the arena: what vectorised loads and the tensor memory accelerator like."""
+
+
+@dataclass(frozen=True)
+class CheckpointPart:
+    """A tensor of the checkpoint and the slice of it that a rank holds.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: there, whole.
+        dim: the dimension that is shared out among ranks.
+        start, stop: this rank's slice of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the slice."""
+        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
+
+
+class WeightEntry(msgspec.Struct, frozen=True):
+    """One parameter in the arena. Attributes: offset: in bytes; dtype: its name, such as bfloat16."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightTable(msgspec.Struct, frozen=True):
+    """All parameters of one rank; plain data that msgspec can send.
+
+    Attributes:
+        entries: by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
+            ``input_norm``, ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``mlp_norm``, ``gate_up``,
+            ``down``; ``<name>_bias`` where there is one. A tied ``lm_head`` is at ``embedding``.
+        num_bytes: of the arena.
+    """
+
+    entries: dict[str, WeightEntry]
+    num_bytes: int
+
+    @staticmethod
+    def build(spec: ModelSpec, dtype: torch.dtype, tp_rank: int = 0, tp_size: int = 1) -> WeightTable:
+        """Lay the parameters out one after the other.
+
+        Raises:
+            ModelError: if ``tp_size`` ranks cannot share the model evenly.
+        """
+        dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
+        entries, end = {}, 0
+        for name, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
+            shapes = [part.local_shape for part in parts]
+            shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+            entries[name] = WeightEntry(end, shape, dtype_name)
+            end += math.prod(shape) * dtype.itemsize
+            end += -end % ALIGNMENT_BYTES
+        if spec.tied_embeddings:
+            entries["lm_head"] = entries["embedding"]
+        return WeightTable(entries, end)
+
+    def views(self, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parameters as views into the arena (uint8, at least ``num_bytes``)."""
+        assert arena.dtype == torch.uint8, f"an arena is bytes, not {arena.dtype}"
+        assert arena.numel() >= self.num_bytes, f"an arena of {arena.numel()} bytes does not hold {self.num_bytes}"
+        return {name: _view(arena, entry) for name, entry in self.entries.items()}
+
+
+def _view(arena: torch.Tensor, entry: WeightEntry) -> torch.Tensor:
+    dtype = DTYPES[entry.dtype]
+    num_bytes = math.prod(entry.shape) * dtype.itemsize
+    return arena[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
+
+
+def checkpoint_parts(spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1) -> dict[str, tuple[CheckpointPart, ...]]:
+    """For each parameter of a rank, the checkpoint's tensors that it is stacked from, first to last row.
+
+    Raises:
+        ModelError: if ``tp_size`` ranks cannot share the model evenly.
+    """
+    return dict(_Sharding(spec, tp_rank, tp_size).parameters())
+
+
+class _Sharding:
+    """Names and slices for one rank."""
+
+    def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
+        self.spec, self.rank, self.size = spec, rank, size
+
+    def parameters(self) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+        spec = self.spec
+        vocab = self._share(spec.vocab_size, "vocab_size")
+        yield "embedding", (_part("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
+        for layer in range(spec.num_layers):
+            for name, parts in self._layer(f"model.layers.{layer}."):
+                yield f"layers.{layer}.{name}", parts
+        yield "final_norm", (_part("model.norm.weight", (spec.hidden_size,)),)
+        if not spec.tied_embeddings:
+            yield "lm_head", (_part("lm_head.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
+
+    def _layer(self, prefix: str) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+        spec, hidden, head_dim = self.spec, self.spec.hidden_size, self.spec.head_dim
+        q_rows = [head * head_dim for head in self._share(spec.num_heads, "num_attention_heads")]
+        kv_rows = [head * head_dim for head in self._kv_heads()]
+        inner = list(self._share(spec.intermediate_size, "intermediate_size"))
+        q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+
+        def column_parallel(
+            name: str, bias: bool, *parts: tuple[str, int, list[int]]
+        ) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+            yield name, tuple(_part(f"{source}.weight", (size, hidden), *rows) for source, size, rows in parts)
+            if bias:
+                yield f"{name}_bias", tuple(_part(f"{source}.bias", (size,), *rows) for source, size, rows in parts)
+
+        def row_parallel(
+            name: str, bias: bool, source: str, size: int, columns: list[int]
+        ) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+            yield name, (CheckpointPart(f"{source}.weight", (hidden, size), 1, *columns),)
+            if bias:
+                yield f"{name}_bias", (_part(f"{source}.bias", (hidden,)),)
+
+        yield "input_norm", (_part(f"{prefix}input_layernorm.weight", (hidden,)),)
+        yield from column_parallel(
+            "qkv",
+            spec.qkv_bias,
+            (f"{attention}q_proj", q_size, q_rows),
+            (f"{attention}k_proj", kv_size, kv_rows),
+            (f"{attention}v_proj", kv_size, kv_rows),
+        )
+        if spec.qk_norm:
+            yield "q_norm", (_part(f"{attention}q_norm.weight", (head_dim,)),)
+            yield "k_norm", (_part(f"{attention}k_norm.weight", (head_dim,)),)
+        yield from row_parallel("o", spec.o_bias, f"{attention}o_proj", q_size, q_rows)
+        yield "mlp_norm", (_part(f"{prefix}post_attention_layernorm.weight", (hidden,)),)
+        yield from column_parallel(
+            "gate_up",
+            spec.mlp_bias,
+            (f"{mlp}gate_proj", spec.intermediate_size, inner),
+            (f"{mlp}up_proj", spec.intermediate_size, inner),
+        )
+        yield from row_parallel("down", spec.mlp_bias, f"{mlp}down_proj", spec.intermediate_size, inner)
+
+    def _share(self, total: int, what: str) -> tuple[int, int]:
+        if total % self.size:
+            raise ModelError(f"{what} {total} cannot be shared evenly by {self.size} tensor-parallel ranks")
+        each = total // self.size
+        return self.rank * each, (self.rank + 1) * each
+
+    def _kv_heads(self) -> tuple[int, int]:
+        """A rank's KV heads; where there are more ranks than heads, neighbours hold the same one."""
+        if self.size > self.spec.num_kv_heads and self.size % self.spec.num_kv_heads == 0:
+            head = self.rank * self.spec.num_kv_heads // self.size
+            return head, head + 1
+        return self._share(self.spec.num_kv_heads, "num_key_value_heads")
+
+
+def _part(name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None) -> CheckpointPart:
+    """Rows ``start .. stop`` of a tensor, by default all."""
+    return CheckpointPart(name, shape, 0, start, shape[0] if stop is None else stop)

@@ -1,0 +1,83 @@
+"""Tiny random models of every supported architecture, written to disk in Hugging Face layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB_SIZE = 320
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3_head256": {"model_type": "qwen3", "head_dim": 256, "num_key_value_heads": 1, "attention_bias": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_window": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama3_rope": {"model_type": "llama", "num_attention_heads": 8, "head_dim": 64, "rope_parameters": _LLAMA3_ROPE},
+    "llama_linear_rope": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    },
+    "mistral": {"model_type": "mistral", "head_dim": 48, "sliding_window": 24},
+    "mistral_full": {"model_type": "mistral", "head_dim": 80, "sliding_window": None},
+}
+"""Configurations by name; what is not said is `_BASE`'s."""
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """The random model of that name.
+
+    Its weights are wide (standard deviation 0.3) and its norms and biases random: a narrow one
+    repeats one token, and then a corrupted KV cache goes unseen.
+    """
+    options = _BASE | MODELS[name] | changes
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    generator = torch.Generator().manual_seed(1234)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            center = 1.0 if parameter_name.endswith("norm.weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + center)
+    return model
+
+
+def save_model(folder: Path, name: str, sharded: bool = False, **changes: Any) -> PreTrainedModel:
+    """Write the model to a folder and return it; ``sharded`` spreads it over several files."""
+    model = make_model(name, **changes)
+    model.save_pretrained(folder, max_shard_size="100KB" if sharded else "5GB")
+    assert (folder / "model.safetensors.index.json").is_file() == sharded
+    return model
