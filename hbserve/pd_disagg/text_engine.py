@@ -134,7 +134,7 @@ class TextEngine:
             else:
                 token_ids = await asyncio.to_thread(self.tokenizer.encode, prompt)
         else:
-            token_ids = prompt
+            token_ids = list(prompt)
             self._check_token_ids(token_ids, "prompt")
         if not token_ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")

@@ -93,7 +93,7 @@ class Tokenizer:
             raise InvalidRequestError(f"{self.path} has no tokenizer: send the prompt as token ids", "prompt")
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:  # JSON can write half a surrogate pair
+        except (UnicodeEncodeError, TypeError):  # JSON can write half a surrogate pair
             raise InvalidRequestError("the prompt holds a lone surrogate, which is no character", "prompt") from None
         return ids
 

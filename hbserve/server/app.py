@@ -1,0 +1,84 @@
+"""The HTTP application: routes, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from hbserve.config import InstanceRole
+from hbserve.errors import EngineDeadError
+from hbserve.pd_disagg.engine_client import EngineClient
+from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.server import errors
+from hbserve.server.chat import create_chat_completion
+from hbserve.server.completions import create_completion
+from hbserve.server.protocol import ChatCompletionRequest, CompletionRequest
+
+HEALTH_TIMEOUT_S = 5.0
+
+
+def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> FastAPI:
+    """The OpenAI-compatible application over one engine.
+
+    Args:
+        client: of the same engine; asked for the system's health.
+        served_name: the model's name, which requests must give.
+    """
+    app = FastAPI(title="HBServe", description="OpenAI-compatible completions and chat completions.")
+    errors.install(app)
+    model = {
+        "id": served_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "hbserve",
+        "max_model_len": engine.max_model_len,
+    }
+
+    def check_model(name: str) -> None:
+        if name != served_name:
+            raise errors.ModelNotFoundError(f"there is no model {name!r}; this server has {served_name!r}", "model")
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        check_model(body.model)
+        return await create_completion(engine, body, request.receive)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        check_model(body.model)
+        return await create_chat_completion(engine, body, request.receive)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model_by_name(name: str) -> dict[str, Any]:
+        check_model(name)
+        return model
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        try:
+            report = _health(await client.stats(HEALTH_TIMEOUT_S))
+        except EngineDeadError as error:
+            report = {"status": "dead", "reason": str(error)}
+        return JSONResponse(report, 200 if report["status"] in ("ready", "degraded") else 503)
+
+    return app
+
+
+def _health(stats: dict[str, Any]) -> dict[str, Any]:
+    """``ready``: every instance is there; ``degraded``: enough to serve; else ``starting``, also after a loss."""
+    instances: dict[str, dict[str, Any]] = stats["gpu_instances"]
+    missing = {name: one.get("why_lost", "") for name, one in instances.items() if one["status"] != "ready"}
+    roles = [InstanceRole(one["role"]) for one in instances.values() if one["status"] == "ready"]
+    serves = any(role.prefills for role in roles) and any(role.decodes for role in roles)
+    if not missing:
+        return {"status": "ready"}
+    if serves:
+        return {"status": "degraded", "missing": missing}
+    return {"status": "starting", "reason": f"waiting for {', '.join(missing)}", "missing": missing}

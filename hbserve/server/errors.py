@@ -1,0 +1,107 @@
+"""Every error as OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from hbserve.config import nearest
+from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
+from hbserve.server.protocol import ChatCompletionRequest, CompletionRequest
+
+logger = logging.getLogger(__name__)
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that is not served here."""
+
+
+class ApiError(msgspec.Struct, frozen=True):
+    """An error as the client sees it.
+
+    Attributes:
+        retry_after_s: of the Retry-After header, where trying again later makes sense.
+    """
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body, also sent as an event when a stream breaks."""
+        message = self.message.encode("utf-8", "replace").decode()  # it may quote a lone surrogate
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The HTTP response."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        content = msgspec.json.encode(self.body())
+        return Response(content, self.status, headers, media_type="application/json")
+
+
+def api_error(error: Exception) -> ApiError:
+    """What the client is told about an error; bugs are logged, not told."""
+    what = str(error)
+    match error:
+        case ModelNotFoundError():
+            return ApiError(404, what, "invalid_request_error", error.param, "model_not_found")
+        case InvalidRequestError():
+            return ApiError(400, what, "invalid_request_error", error.param)
+        case OverloadedError():
+            return ApiError(503, what, "overloaded_error", None, "overloaded", error.retry_after_s)
+        case RequestFailedError():
+            return ApiError(500, what, "server_error", None, "request_failed")
+        case EngineDeadError():
+            return ApiError(503, what, "server_error", None, "engine_dead")
+        case RequestValidationError():
+            return _validation_error(error)
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), "invalid_request_error")
+    logger.error("bug while serving a request", exc_info=error)
+    return ApiError(500, "internal error; see the server's log", "server_error", None, "internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the application, its own and the framework's, in OpenAI's shape."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return api_error(error).response()
+
+    for kind in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
+        app.add_exception_handler(kind, handle)
+    app.add_exception_handler(RequestValidationError, handle)
+    app.add_exception_handler(HTTPException, handle)
+    app.add_exception_handler(Exception, handle)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, in one sentence that begins with the parameter."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"][1:]]  # the first part is "body"
+    param = ".".join(path) or None
+    if first["type"] == "json_invalid":
+        return _bad_request(f"the body is not valid JSON: {first['ctx']['error']}", None)
+    if param is None:
+        return _bad_request("the body must be a JSON object, with Content-Type: application/json", None)
+    if first["type"] == "extra_forbidden":
+        known = [*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields]
+        hint = nearest(path[0], sorted(set(known))) if len(path) == 1 else ""
+        return _bad_request(f"unknown parameter {param!r}{hint if 'did you mean' in hint else ''}", param)
+    if first["type"] == "missing":
+        return _bad_request(f"missing required parameter {param!r}", param)
+    return _bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)
+
+
+def _bad_request(message: str, param: str | None) -> ApiError:
+    return ApiError(400, message, "invalid_request_error", param)

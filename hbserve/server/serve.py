@@ -1,0 +1,87 @@
+"""Run the HTTP application in an event loop that already runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from hbserve.config import ServerConfig
+from hbserve.errors import StartupError
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, saying when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals belong to whoever runs the process
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+async def serve(
+    app: FastAPI,
+    config: ServerConfig,
+    stop: asyncio.Event,
+    on_ready: Callable[[int], None] = lambda port: None,
+    graceful_timeout_s: int = 10,
+) -> None:
+    """Serve until ``stop`` is set, or until this is cancelled; both end it in the same way.
+
+    Args:
+        on_ready: called with the actual port once connections are accepted.
+        graceful_timeout_s: at the end no new connections are accepted, and open requests have this
+            long to finish before they are aborted.
+
+    Raises:
+        StartupError: if the address cannot be listened on, naming it.
+    """
+    listener = _listen(config.host, config.port)
+    port: int = listener.getsockname()[1]
+    settings = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close first
+        timeout_graceful_shutdown=graceful_timeout_s,
+    )
+    server = _Server(settings, lambda: on_ready(port))
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="hbserve-http")
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        server.should_exit = True
+        stopping.cancel()
+        await serving
+        listener.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None
+    return listener
