@@ -21,6 +21,8 @@ from hbserve.models.spec import DTYPES, ModelSpec
 from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
 
+__all__ = ["ModelRunner", "PendingStep"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,6 +44,7 @@ class ModelRunner:
         ConfigError: if the configuration does not fit model or device.
     """
 
+    @torch.inference_mode(False)  # transfers write to the KV cache from other threads, outside of that mode
     def __init__(self, config: Config, instance: InstanceConfig, platform: Platform) -> None:
         self.platform = platform
         self.spec = ModelSpec.load(config.model.path)
