@@ -149,10 +149,10 @@ class TextEngine:
     def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise InvalidRequestError(f"token ids must be integers, got {token_id!r}", param)
+                raise InvalidRequestError(f"{param}: token ids must be integers, got {token_id!r}", param)
             if not 0 <= token_id < self.vocab_size:
                 raise InvalidRequestError(
-                    f"token id {token_id} is not in the vocabulary of {self.vocab_size} tokens", param
+                    f"{param}: token id {token_id} is not in the vocabulary of {self.vocab_size} tokens", param
                 )
 
     def _requests(self, token_ids: list[int], sampling: SamplingParams, sample_ids: list[str]) -> list[AddRequest]:

@@ -11,13 +11,9 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from hbserve.server.errors import api_error
+from hbserve.server.errors import ClientGone, api_error
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client closed its connection before it had its answer."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

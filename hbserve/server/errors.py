@@ -22,6 +22,10 @@ class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
 
 
+class ClientGone(Exception):
+    """The client closed its connection before it had its answer."""
+
+
 class ApiError(msgspec.Struct, frozen=True):
     """An error as the client sees it.
 
@@ -64,8 +68,6 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(500, what, "server_error", None, "request_failed")
         case EngineDeadError():
             return ApiError(503, what, "server_error", None, "engine_dead")
-        case RequestValidationError():
-            return _validation_error(error)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), "invalid_request_error")
     logger.error("bug while serving a request", exc_info=error)
@@ -78,15 +80,23 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         return api_error(error).response()
 
+    async def handle_invalid_body(request: Request, error: RequestValidationError) -> Response:
+        body = ChatCompletionRequest if "chat" in request.url.path else CompletionRequest
+        return _validation_error(error, list(body.model_fields)).response()
+
+    async def handle_client_gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nginx's number; nobody is there to read it
+
     for kind in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
         app.add_exception_handler(kind, handle)
-    app.add_exception_handler(RequestValidationError, handle)
+    app.exception_handler(RequestValidationError)(handle_invalid_body)
+    app.exception_handler(ClientGone)(handle_client_gone)
     app.add_exception_handler(HTTPException, handle)
     app.add_exception_handler(Exception, handle)
 
 
-def _validation_error(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in one sentence that begins with the parameter."""
+def _validation_error(error: RequestValidationError, known: list[str]) -> ApiError:
+    """The first thing that is wrong with a body, whose parameters are ``known``."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"][1:]]  # the first part is "body"
     param = ".".join(path) or None
@@ -95,9 +105,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if param is None:
         return _bad_request("the body must be a JSON object, with Content-Type: application/json", None)
     if first["type"] == "extra_forbidden":
-        known = [*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields]
-        hint = nearest(path[0], sorted(set(known))) if len(path) == 1 else ""
-        return _bad_request(f"unknown parameter {param!r}{hint if 'did you mean' in hint else ''}", param)
+        hint = nearest(path[0], known) if len(path) == 1 else ""
+        return _bad_request(f"unknown parameter {param!r}{hint}", param)
     if first["type"] == "missing":
         return _bad_request(f"missing required parameter {param!r}", param)
     return _bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)
