@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from hbserve.messages import ClientMessage, OutputBatch, RequestOutput, SchedulerReply
+from hbserve.pd_disagg.async_socket import AsyncSocket
 from hbserve.pd_disagg.rpc import bind
 
 
@@ -25,11 +25,9 @@ class ClientPort:
         StartupError: if the address cannot be had.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, on_gone: Callable[[bytes], None]) -> None:
-        self._socket = context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, on_gone: Callable[[bytes], None]) -> None:
+        self._socket = AsyncSocket(context, zmq.ROUTER)
+        self._socket.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
         bind(self._socket, address, "the scheduler")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
@@ -42,7 +40,7 @@ class ClientPort:
         Raises:
             msgspec.DecodeError: if what came is not a client message.
         """
-        client, payload = await self._socket.recv_multipart()
+        client, payload = await self._socket.receive()
         return client, self._decoder.decode(payload)
 
     def push(self, client: bytes, output: RequestOutput) -> None:
@@ -58,11 +56,11 @@ class ClientPort:
     def reply(self, client: bytes, reply: SchedulerReply) -> None:
         """Send at once."""
         try:
-            zmq.Socket.send_multipart(self._socket, [client, self._encoder.encode(reply)], zmq.NOBLOCK)
+            self._socket.send([client, self._encoder.encode(reply)])
         except zmq.ZMQError:  # EHOSTUNREACH
             self._outputs.pop(client, None)
             self._on_gone(client)
 
     def close(self) -> None:
         """Close; what was just sent may still leave."""
-        self._socket.close(linger=200)
+        self._socket.close(linger_ms=200)

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 
 import msgspec
-import zmq.asyncio
+import zmq
 
 from hbserve.config import Config, InstanceRole
 from hbserve.import_path import load_class
@@ -80,7 +80,7 @@ class CpuScheduler:
         self._vocab_size = 0
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._clients = ClientPort(self._context, client_address, self._abort_all_of)
         self.instances = {
             instance.instance_id: InstanceHandle(

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from hbserve import errors
 from hbserve.messages import (
@@ -26,6 +25,7 @@ from hbserve.messages import (
     Stats,
     SubscribeReady,
 )
+from hbserve.pd_disagg.async_socket import AsyncSocket
 
 _ERROR_KINDS: dict[str, type[errors.HBServeError]] = {
     kind.__name__: kind
@@ -67,12 +67,9 @@ class EngineClient:
 
     async def connect(self) -> None:
         """Open the socket. The scheduler may start later."""
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.connect(self._address)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = AsyncSocket(self._context, zmq.DEALER)
+        self._socket.socket.connect(self._address)
         self._receiver = asyncio.create_task(self._receive(), name="hbserve-engine-client")
 
     async def close(self) -> None:
@@ -83,7 +80,7 @@ class EngineClient:
         self._receiver.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._receiver
-        self._socket.close(linger=200)  # the aborts above may still leave
+        self._socket.close(linger_ms=200)  # the aborts above may still leave
         self._context.term()
 
     async def wait_ready(self, deadline_s: float) -> Ready:
@@ -174,12 +171,12 @@ class EngineClient:
             self._ready.set_exception(error)
 
     def _send(self, message: ClientMessage) -> None:
-        # A DEALER without high-water mark never blocks, so the plain (non-async) send is right here.
-        zmq.Socket.send(self._socket, self._encoder.encode(message), zmq.NOBLOCK)
+        self._socket.send([self._encoder.encode(message)])
 
     async def _receive(self) -> None:
         while True:
-            reply = self._decoder.decode(await self._socket.recv())
+            (payload,) = await self._socket.receive()
+            reply = self._decoder.decode(payload)
             if isinstance(reply, OutputBatch):
                 for output in reply.outputs:
                     stream = self._streams.get(output.request_id)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-import zmq.asyncio
+import zmq
 
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
@@ -42,7 +42,11 @@ class InstanceHandle:
     """
 
     def __init__(
-        self, config: InstanceConfig, performance: PerformanceConfig, context: zmq.asyncio.Context, address: str
+        self,
+        config: InstanceConfig,
+        performance: PerformanceConfig,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
     ) -> None:
         self.config = config
         self.id = config.instance_id

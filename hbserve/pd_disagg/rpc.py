@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages import InstanceCommand, InstanceReply
+from hbserve.pd_disagg.async_socket import AsyncSocket
 
 
 def instance_address(instance: InstanceConfig, run_dir: str | None) -> str:
@@ -35,14 +35,14 @@ def _private_socket(key: str, name: str, run_dir: str | None) -> str:
     return f"ipc://{run_dir}/{name}.sock"
 
 
-def bind(socket: zmq.Socket, address: str, what: str) -> None:  # type: ignore[type-arg]
+def bind(socket: AsyncSocket, address: str, what: str) -> None:
     """Bind, or say what could not listen where.
 
     Raises:
         StartupError
     """
     try:
-        socket.bind(address)
+        socket.socket.bind(address)
     except zmq.ZMQError as error:
         raise StartupError(f"{what} cannot listen on {address}: {error.strerror}") from None
 
@@ -55,24 +55,21 @@ class RpcClient:
         address: where the instance listens.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self.address = address
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceReply)
-        self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket = AsyncSocket(context, zmq.DEALER)
         # Only an established connection takes messages: nothing queues up for an instance that is away.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        self._socket.connect(address)
+        self._socket.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._socket.socket.connect(address)
 
     def send(self, command: InstanceCommand) -> bool:
         """Send without waiting; False if the instance is not connected."""
         try:
-            zmq.Socket.send(self._socket, self._encoder.encode(command), zmq.NOBLOCK)
+            self._socket.send([self._encoder.encode(command)])
         except zmq.Again:
             return False
         return True
@@ -83,12 +80,13 @@ class RpcClient:
         Raises:
             msgspec.DecodeError: if what came is not a reply.
         """
-        reply: InstanceReply = self._decoder.decode(await self._socket.recv())
+        (payload,) = await self._socket.receive()
+        reply: InstanceReply = self._decoder.decode(payload)
         return reply
 
     def close(self) -> None:
         """Close at once; what is queued is dropped."""
-        self._socket.close(linger=0)
+        self._socket.close()
 
 
 class RpcServer:
@@ -104,11 +102,8 @@ class RpcServer:
     def __init__(self, address: str) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceCommand)
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = AsyncSocket(self._context, zmq.ROUTER)
         bind(self._socket, address, "the instance")
         self._peer: bytes | None = None
 
@@ -118,7 +113,7 @@ class RpcServer:
         Raises:
             msgspec.DecodeError: if what came is not a command.
         """
-        peer, payload = await self._socket.recv_multipart()
+        peer, payload = await self._socket.receive()
         return peer, self._decoder.decode(payload)
 
     def answer_to(self, peer: bytes) -> None:
@@ -128,9 +123,9 @@ class RpcServer:
     def send(self, reply: InstanceReply) -> None:
         """Reply; dropped if no scheduler has spoken yet or it has gone."""
         if self._peer is not None:
-            zmq.Socket.send_multipart(self._socket, [self._peer, self._encoder.encode(reply)], zmq.NOBLOCK)
+            self._socket.send([self._peer, self._encoder.encode(reply)])
 
     def close(self) -> None:
         """Close; replies just sent still leave."""
-        self._socket.close()
+        self._socket.close(linger_ms=500)
         self._context.term()
