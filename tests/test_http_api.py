@@ -16,11 +16,14 @@ import pytest
 from hbserve.config import ServerConfig
 from hbserve.errors import StartupError
 from hbserve.messages import AddRequest, RequestOutput
+from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server import create_app, serve
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
+from tests.engines import assert_no_leaks, greedy_reference
+from tests.model_zoo import save_model
 from tests.scripted_scheduler import DEADLINE_S, Script, ScriptedScheduler, fails, output, tokens
 
 MODEL = "org/tiny"
@@ -593,3 +596,40 @@ async def test_a_port_in_use_is_named(client: EngineClient, tokenizer: Tokenizer
             await serve(app, ServerConfig(port=port), asyncio.Event())
     with pytest.raises(StartupError, match=r"no-such-host\.invalid:8000"):
         await serve(app, ServerConfig(host="no-such-host.invalid"), asyncio.Event())
+
+
+# --- the real system -----------------------------------------------------------------------------
+
+
+async def test_real_prefill_and_decode_instances_behind_the_api(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "qwen3", vocab_size=352)
+    tokenizer = Tokenizer(tiny_tokenizers.byte_level(tmp_path))
+    settings = PdDisaggConfig(str(tmp_path), device="cpu", dtype="float32", num_blocks=64, log_level="WARNING")
+    async with DisaggregatedLLM(settings) as llm:
+        stop = asyncio.Event()
+        listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        app = create_app(llm.engine, llm.client, MODEL)
+        serving = asyncio.create_task(serve(app, ServerConfig(port=0), stop, listening.set_result, 1))
+        url = f"http://127.0.0.1:{await asyncio.wait_for(listening, DEADLINE_S)}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as api:
+            own: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "extra_body": {"ignore_eos": True}}
+            expected = tokenizer.decode(greedy_reference(model, tokenizer.encode("the cat"), 20))
+            answer = await api.completions.create(model=MODEL, prompt=["the cat"] * 2, n=2, **own)
+            assert [choice.text for choice in answer.choices] == [expected] * 4
+            stream = await api.completions.create(model=MODEL, prompt="the cat", stream=True, **own)
+            assert "".join([chunk.choices[0].text async for chunk in stream]) == expected
+
+            sampled: dict[str, Any] = {"model": MODEL, "messages": USER, "seed": 5, "n": 2, "max_tokens": 9}
+            first, second = [await api.chat.completions.create(**sampled) for _ in range(2)]
+            texts = [choice.message.content for choice in first.choices]
+            assert texts == [choice.message.content for choice in second.choices]
+            assert texts[0] != texts[1]
+
+            own["max_tokens"] = None  # would go on for a thousand tokens
+            stream = await api.chat.completions.create(model=MODEL, messages=USER, stream=True, **own)
+            await anext(aiter(stream))
+            await stream.close()
+        await asyncio.to_thread(assert_no_leaks, llm)
+        assert llm.get_system_stats()["cpu_scheduler"]["aborted_requests"] == 1
+        stop.set()
+        await asyncio.wait_for(serving, DEADLINE_S)
