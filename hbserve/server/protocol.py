@@ -110,9 +110,9 @@ class GenerationRequest(Body):
         return SamplingParams(**given | more)
 
     def _refuse_unsupported(self) -> None:
-        for name in NEUTRAL.keys() & type(self).model_fields.keys():
-            value = getattr(self, name)
-            if value is not None and value not in NEUTRAL[name]:
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name, None)
+            if value is not None and value not in neutral:
                 raise InvalidRequestError(f"{name} is not supported{WHY.get(name, '')}", name)
 
 
