@@ -318,7 +318,13 @@ class InstanceFailed(Message, frozen=True):
     error: str
 
 
+class Leaving(Message, frozen=True):
+    """An instance has been told to end: no more plans; what it has not answered it will not answer."""
+
+    epoch: int
+
+
 ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady
 SchedulerReply = OutputBatch | Stats | Ready | NotReady
 InstanceCommand = Ping | StepPlan | ReceiveBlocks | CancelTransfer | Shutdown
-InstanceReply = Hello | Pong | StepResult | TransferResult | InstanceFailed
+InstanceReply = Hello | Pong | StepResult | TransferResult | InstanceFailed | Leaving

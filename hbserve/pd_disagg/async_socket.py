@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import cast
 
 import zmq
 
@@ -19,12 +20,11 @@ class AsyncSocket:
     Queues are unbounded: flow is controlled by who may have how much in flight, not by blocking.
 
     Args:
-        context: whose it is.
-        kind: for example ``zmq.DEALER``.
+        socket: not yet bound or connected; owned from here on.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int) -> None:
-        self.socket = context.socket(kind)
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.socket = socket
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -60,7 +60,8 @@ class AsyncSocket:
 
     def _wake(self) -> None:
         # Reading EVENTS is what arms the descriptor's edge again.
-        if self.socket.EVENTS & zmq.POLLIN and self._waiter is not None and not self._waiter.done():
+        events = cast(int, self.socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLIN and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def close(self, linger_ms: int = 0) -> None:

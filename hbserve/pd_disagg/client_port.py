@@ -26,7 +26,7 @@ class ClientPort:
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, on_gone: Callable[[bytes], None]) -> None:
-        self._socket = AsyncSocket(context, zmq.ROUTER)
+        self._socket = AsyncSocket(context.socket(zmq.ROUTER))
         self._socket.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
         bind(self._socket, address, "the scheduler")
         self._encoder = msgspec.msgpack.Encoder()

@@ -29,6 +29,7 @@ from hbserve.messages import (
     Hello,
     InstanceFailed,
     InstanceReply,
+    Leaving,
     NotReady,
     Ping,
     Ready,
@@ -47,6 +48,8 @@ from hbserve.pd_disagg.step_planner import StepPlanner
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 
 logger = logging.getLogger(__name__)
+
+_RETRY_DELAY_S = 0.1
 
 
 class CpuScheduler:
@@ -94,7 +97,9 @@ class CpuScheduler:
     async def run(self) -> None:
         """Serve until `stop`."""
         tasks = [asyncio.create_task(self._serve_clients()), asyncio.create_task(self._tick())]
-        tasks += [asyncio.create_task(self._serve_instance(instance)) for instance in self.instances.values()]
+        for instance in self.instances.values():
+            tasks.append(asyncio.create_task(self._serve_instance(instance)))
+            tasks.append(asyncio.create_task(self._watch_connection(instance)))
         tasks.append(asyncio.create_task(self._run_schedule()))
         stopped = asyncio.create_task(self._stop.wait())
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -268,6 +273,12 @@ class CpuScheduler:
             self._on_instance_reply(instance, reply)
             self._wake.set()
 
+    async def _watch_connection(self, instance: InstanceHandle) -> None:
+        while True:
+            await instance.rpc.wait_disconnected()
+            self._lose(instance, "its connection broke")
+            self._wake.set()
+
     def _on_instance_reply(self, instance: InstanceHandle, reply: InstanceReply) -> None:
         if isinstance(reply, Hello):
             self._register(instance, reply)
@@ -288,6 +299,8 @@ class CpuScheduler:
                 self._on_step_result(instance, reply)
         elif isinstance(reply, TransferResult):
             self._on_transfer_result(reply)
+        elif isinstance(reply, Leaving):
+            self._lose(instance, "it is ending")
 
     def _register(self, instance: InstanceHandle, hello: Hello) -> None:
         if hello.epoch == instance.epoch:
@@ -462,6 +475,10 @@ class CpuScheduler:
         else:
             self.counts["retries"] += 1
             self._put_back(sequence)
+            # Not at once: what made it fail may take a moment to be noticed.
+            delay_s = _RETRY_DELAY_S * 2 ** (sequence.num_failures - 1)
+            sequence.retry_at = time.monotonic() + delay_s
+            asyncio.get_running_loop().call_later(delay_s, self._wake.set)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counts["preemptions"] += 1
@@ -493,8 +510,10 @@ class CpuScheduler:
         An override may reorder ``self.waiting`` and calls ``self._admit(sequence)``, which gives a
         request its seats and removes it from ``self.waiting``, or returns False if nothing fits now.
         """
-        while self.waiting and self._admit(self.waiting[0]):
-            pass
+        now = time.monotonic()
+        for sequence in list(self.waiting):
+            if sequence.retry_at <= now and not self._admit(sequence):
+                break
 
     def _admit(self, sequence: Sequence) -> bool:
         """Seat a request for prefill and decode, both or neither."""

@@ -68,7 +68,7 @@ class EngineClient:
     async def connect(self) -> None:
         """Open the socket. The scheduler may start later."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = AsyncSocket(self._context, zmq.DEALER)
+        self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
         self._socket.socket.connect(self._address)
         self._receiver = asyncio.create_task(self._receive(), name="hbserve-engine-client")
 

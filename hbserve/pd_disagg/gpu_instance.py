@@ -28,6 +28,7 @@ from hbserve.messages import (
     Hello,
     InstanceCommand,
     InstanceFailed,
+    Leaving,
     Peer,
     Ping,
     Pong,
@@ -171,6 +172,7 @@ class GpuInstance:
         watchdog = asyncio.create_task(self._watch_steps())
         commands = asyncio.create_task(self._serve_commands())
         await self._stop_io.wait()
+        self._rpc.send(Leaving(epoch=self._epoch))
         for task in (commands, watchdog):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -59,12 +59,17 @@ class RpcClient:
         self.address = address
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceReply)
-        self._socket = AsyncSocket(context, zmq.DEALER)
+        self._socket = AsyncSocket(context.socket(zmq.DEALER))
         # Only an established connection takes messages: nothing queues up for an instance that is away.
         self._socket.socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._monitor = AsyncSocket(self._socket.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         self._socket.socket.connect(address)
+
+    async def wait_disconnected(self) -> None:
+        """Wait for the connection to break: sooner than a missing heartbeat tells that a process has died."""
+        await self._monitor.receive()
 
     def send(self, command: InstanceCommand) -> bool:
         """Send without waiting; False if the instance is not connected."""
@@ -86,6 +91,8 @@ class RpcClient:
 
     def close(self) -> None:
         """Close at once; what is queued is dropped."""
+        self._socket.socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
 
 
@@ -103,7 +110,7 @@ class RpcServer:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceCommand)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = AsyncSocket(self._context, zmq.ROUTER)
+        self._socket = AsyncSocket(self._context.socket(zmq.ROUTER))
         bind(self._socket, address, "the instance")
         self._peer: bytes | None = None
 

@@ -71,6 +71,7 @@ class Sequence:
         num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
         open_transfers: transfers of this attempt that the decode side has not confirmed.
         num_failures: attempts that ended in a failure not of the request's making.
+        retry_at: when it may be admitted again after one, on the monotonic clock.
     """
 
     client: bytes
@@ -87,6 +88,7 @@ class Sequence:
     num_blocks_dispatched: int = 0
     open_transfers: set[str] = field(default_factory=set)
     num_failures: int = 0
+    retry_at: float = 0.0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
     block_hashes: list[bytes] = field(default_factory=list)
