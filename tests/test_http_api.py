@@ -327,6 +327,17 @@ async def test_health(http: httpx.AsyncClient, scheduler: ScriptedScheduler, cli
     )
 
 
+async def test_stats(http: httpx.AsyncClient, scheduler: ScriptedScheduler, client: EngineClient) -> None:
+    scheduler.stats = {"cpu_scheduler": {"open_requests": 3, "success_rate": 0.5}, "gpu_instances": {}}
+    answer = await http.get("/stats")
+    assert (answer.status_code, answer.json()) == (200, scheduler.stats)
+    client.declare_dead("the scheduler exited with code 1")
+    answer = await http.get("/stats")
+    assert answer.status_code == 503
+    error = answer.json()["error"]
+    assert (error["code"], error["message"]) == ("engine_dead", "the scheduler exited with code 1")
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 

@@ -17,14 +17,14 @@ from hbserve.server.chat import create_chat_completion
 from hbserve.server.completions import create_completion
 from hbserve.server.protocol import ChatCompletionRequest, CompletionRequest
 
-HEALTH_TIMEOUT_S = 5.0
+STATS_TIMEOUT_S = 5.0
 
 
 def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> FastAPI:
     """The OpenAI-compatible application over one engine.
 
     Args:
-        client: of the same engine; asked for the system's health.
+        client: of the same engine; asked for the system's health and statistics.
         served_name: the model's name, which requests must give.
     """
     app = FastAPI(title="HBServe", description="OpenAI-compatible completions and chat completions.")
@@ -63,10 +63,15 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> Fa
     @app.get("/health")
     async def health() -> JSONResponse:
         try:
-            report = _health(await client.stats(HEALTH_TIMEOUT_S))
+            report = _health(await client.stats(STATS_TIMEOUT_S))
         except EngineDeadError as error:
             report = {"status": "dead", "reason": str(error)}
         return JSONResponse(report, 200 if report["status"] in ("ready", "degraded") else 503)
+
+    @app.get("/stats")
+    async def stats() -> dict[str, Any]:
+        """The operator's view: counts, instances and links, as `hbserve.pd_disagg.system_stats.collect` has them."""
+        return await client.stats(STATS_TIMEOUT_S)
 
     return app
 
