@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+# on busy cores more threads than one wait for each other longer than tiny tensors take
+torch.set_num_threads(1)
+
 VOCAB_SIZE = 320
 
 _BASE: dict[str, Any] = {

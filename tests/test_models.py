@@ -29,7 +29,7 @@ BLOCK_SIZE = 16
 
 
 def cpu() -> Platform:
-    return make_platform("cpu", gpu_id=0, num_threads=None, num_instances=1)
+    return make_platform("cpu", gpu_id=0, num_threads=1, num_instances=1)
 
 
 def one_sequence(
