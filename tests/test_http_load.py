@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,21 +101,33 @@ async def leave_after_s(seconds: float, work: asyncio.Task[str | None]) -> None:
     await asyncio.gather(work, return_exceptions=True)
 
 
-async def settled_stats(http: httpx.AsyncClient) -> dict[str, Any]:
-    """Statistics once everything has come back."""
+async def until(what: Callable[[], Any] | Callable[[], Awaitable[Any]]) -> Any:
+    """Poll until ``what()`` is true, and return it."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
-            stats: dict[str, Any] = (await http.get("/stats")).raise_for_status().json()
-            if not leaks(stats):
-                return stats
-            await asyncio.sleep(0.05)
-
-
-async def only_these_tasks_remain(expected: set[asyncio.Task[Any]]) -> None:
-    """Until every task that has been added is gone."""
-    async with asyncio.timeout(DEADLINE_S):
-        while asyncio.all_tasks() - expected:
+            found = what()
+            if inspect.isawaitable(found):
+                found = await found
+            if found:
+                return found
             await asyncio.sleep(0.02)
+
+
+async def stats_of(http: httpx.AsyncClient) -> dict[str, Any]:
+    """What /stats says now."""
+    stats: dict[str, Any] = (await http.get("/stats")).raise_for_status().json()
+    return stats
+
+
+async def settled_stats(http: httpx.AsyncClient) -> dict[str, Any]:
+    """Statistics once everything has come back."""
+
+    async def if_settled() -> dict[str, Any] | None:
+        stats = await stats_of(http)
+        return None if leaks(stats) else stats
+
+    stats: dict[str, Any] = await until(if_settled)
+    return stats
 
 
 async def test_two_hundred_streams_of_which_a_third_leave(model: tuple[Path, Any]) -> None:
@@ -129,7 +142,7 @@ async def test_two_hundred_streams_of_which_a_third_leave(model: tuple[Path, Any
         tasks_before = asyncio.all_tasks()
         finishing: list[tuple[Ask, asyncio.Task[str | None]]] = []
         leaving: list[asyncio.Task[Any]] = []
-        for number in range(NUM_CLIENTS):
+        for _ in range(NUM_CLIENTS):
             index = rng.randrange(NUM_PROMPTS)
             ask = Ask(prompts[index])
             if index % 5 == 4:
@@ -146,7 +159,7 @@ async def test_two_hundred_streams_of_which_a_third_leave(model: tuple[Path, Any
             await asyncio.gather(*leaving)
 
         stats = await settled_stats(http)
-        await only_these_tasks_remain(tasks_before)
+        await until(lambda: not asyncio.all_tasks() - tasks_before)
         counts = stats["cpu_scheduler"]
         assert counts["failed_requests"] == counts["refused_requests"] == 0
         assert counts["completed_requests"] + counts["aborted_requests"] == counts["total_requests"]
@@ -190,13 +203,15 @@ async def test_overload_is_refused_and_who_comes_again_is_served(model: tuple[Pa
                 num_refusals += 1
                 await asyncio.sleep(int(response.headers["Retry-After"]))
 
+    async def seats_are_taken() -> bool:
+        return (await stats_of(http))["gpu_instances"]["unified-0"]["active_requests"] == 2
+
     limits = {"mode": "unified", "num_blocks": 128, "max_num_seqs": 2, "max_waiting_requests": 4}
     async with server(folder, **limits) as http:
         # While both seats are taken, four of the others may wait.
         held = [asyncio.create_task(stream(http, Ask([1 + n], num_tokens=600))) for n in range(2)]
         async with asyncio.timeout(DEADLINE_S):
-            while (await http.get("/stats")).json()["gpu_instances"]["unified-0"]["active_requests"] < 2:
-                await asyncio.sleep(0.01)
+            await until(seats_are_taken)
             texts = await asyncio.gather(*(insist(http) for _ in range(16)))
             await asyncio.gather(*held)
         assert set(texts) == {expected}
