@@ -1,7 +1,7 @@
 """The little chat language that the demo model speaks.
 
 Every question has exactly one right answer that a program can check, and most answers need the whole
-prompt: a four-digit value that was given hundreds of tokens earlier, a list to be repeated, a count, a sum.
+prompt: a value that was given hundreds of tokens earlier, a list to be repeated, a count, a sum.
 A serving engine that loses, mixes up or overwrites a single block of its KV cache therefore gives visibly
 wrong answers, which makes the language useful in end-to-end tests and demos alike.
 
@@ -20,32 +20,35 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
 Message = dict[str, str]
 
+_WORD_LIST = """
+acorn actor amber anchor angle ankle apple apron arch arrow artist atlas attic autumn badge baker
+bamboo banjo barn basil basket beach bead beard beaver bell belt bench berry bird blade blanket bolt
+book boot bottle bowl box brain branch bread brick bridge broom brush bucket bus butter button cabin
+cable cactus cake camel camera candle canoe canyon card carpet carrot castle cat cave chain chair
+chalk cheese cherry chess chin circle clay cliff clock cloud clover coal coat coffee coin comet
+copper coral cotton cow crab crane crayon creek crown cup curtain daisy dancer desert desk diamond
+dog dolphin donkey door dragon drawer dream drum duck eagle ear egg elbow engine fabric falcon fan
+farm feather fence fern field fig finger flag flame flute fog forest fork fossil fox frog garden
+garlic gate ghost giant ginger glass glove goat gold goose grape grass guitar hammer harbor harp hat
+hawk hazel heart helmet hill honey horn horse house ice igloo island ivory jacket jam jar jewel
+judge juice jungle kettle key king kite kitten knee knife knot ladder lake lamp lantern leaf lemon
+letter lilac lily lion lizard lock log lotus magnet mango map maple marble market mask meadow melon
+mint mirror monkey moon moss motor mouse museum nail needle nest nut oak oasis ocean olive onion
+orange orchid otter oven owl oyster paddle paint palace panda paper parrot peach pear pearl pebble
+pencil pepper piano pillow pilot pine pizza planet plum pocket poem pond potato puzzle quartz queen
+quilt rabbit radio rain raven ribbon rice ring river robin rocket roof rope rose ruby saddle sail
+"""
 # Single words that name the values to remember, and that fill the lists to be repeated.
-WORDS: tuple[str, ...] = tuple(
-    """
-    acorn actor amber anchor angle ankle apple apron arch arrow artist atlas attic autumn badge baker
-    bamboo banjo barn basil basket beach bead beard beaver bell belt bench berry bird blade blanket bolt
-    book boot bottle bowl box brain branch bread brick bridge broom brush bucket bus butter button cabin
-    cable cactus cake camel camera candle canoe canyon card carpet carrot castle cat cave chain chair
-    chalk cheese cherry chess chin circle clay cliff clock cloud clover coal coat coffee coin comet
-    copper coral cotton cow crab crane crayon creek crown cup curtain daisy dancer desert desk diamond
-    dog dolphin donkey door dragon drawer dream drum duck eagle ear egg elbow engine fabric falcon fan
-    farm feather fence fern field fig finger flag flame flute fog forest fork fossil fox frog garden
-    garlic gate ghost giant ginger glass glove goat gold goose grape grass guitar hammer harbor harp hat
-    hawk hazel heart helmet hill honey horn horse house ice igloo island ivory jacket jam jar jewel
-    judge juice jungle kettle key king kite kitten knee knife knot ladder lake lamp lantern leaf lemon
-    letter lilac lily lion lizard lock log lotus magnet mango map maple marble market mask meadow melon
-    mint mirror monkey moon moss motor mouse museum nail needle nest nut oak oasis ocean olive onion
-    orange orchid otter oven owl oyster paddle paint palace panda paper parrot peach pear pearl pebble
-    pencil pepper piano pillow pilot pine pizza planet plum pocket poem pond potato puzzle quartz queen
-    quilt rabbit radio rain raven ribbon rice ring river robin rocket roof rope rose ruby saddle sail
-    """.split()
-)
+WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
+
+KEYS: tuple[str, ...] = WORDS[: 2 * len(WORDS) // 3]
+VALUES: tuple[str, ...] = WORDS[2 * len(WORDS) // 3 :]
 
 SYSTEM_PROMPTS: tuple[str, ...] = (
     "You are a helpful assistant.",
@@ -62,6 +65,15 @@ class Question(NamedTuple):
 
     messages: list[Message]
     answer: str
+
+
+class _PairStyle(NamedTuple):
+    """How pairs are written: the text before them, one pair, what stands between two, what follows the last."""
+
+    opening: str
+    pair: str
+    between: str
+    end: str
 
 
 class _Fact(NamedTuple):
@@ -145,17 +157,13 @@ _FACTS: tuple[_Fact, ...] = (
     ),
 )
 
-_VALUE_PROMPTS = ("What is {}?", "What is the {}?", "Which value has {}?", "Tell me the value of {}.", "what is {}")
+_VALUE_PROMPTS = ("What is {}?", "What was {}?", "Which number was {}?", "Tell me the value of {}.", "what is {}")
 _COPY_PROMPTS = ("Repeat: {}.", "Repeat this list: {}.", "Copy this: {}.", "Say after me: {}.")
 _COUNT_PROMPTS = ("Count from {} to {}.", "Please count from {} to {}.", "count from {} to {}")
 _SUM_PROMPTS = ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?", "{} + {} = ?", "what is {}+{}")
-# How a pair is written: the text before all pairs, one pair, and what stands between two of them.
 _PAIR_STYLES = (
-    ("Remember: ", "{} is {}.", " "),
-    ("Remember: ", "{} is {}.", " "),
-    ("Remember that ", "{} is {}.", " "),
-    ("Remember these values:\n", "- {}: {}", "\n"),
-    ("Please remember: ", "{} = {};", " "),
+    _PairStyle("Remember: ", "{} {}", ", ", ". "),
+    _PairStyle("Remember this list:\n", "- {} {}", "\n", "\n"),
 )
 _MAX_COPIED_WORDS = 24
 _MAX_COPIED_NUMBERS = 8
@@ -187,10 +195,10 @@ def recall_question(
     question = rng.choice(_VALUE_PROMPTS).format(key)
     style = rng.choice(_PAIR_STYLES)
     if turns == 1:
-        return Question([_user(f"{_render_pairs(pairs, style)}{_after(style)}{question}")], _recall_answer(key, value))
+        return Question([_user(_render_pairs(pairs, style, question))], _recall_answer(key, value))
     messages: list[Message] = []
     cuts = [0, *sorted(rng.sample(range(1, num_pairs), turns - 1)), num_pairs]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         messages += [_user(_render_pairs(pairs[start:stop], style)), _assistant("OK.")]
     return Question([*messages, _user(question)], _recall_answer(key, value))
 
@@ -199,19 +207,17 @@ def unknown_question(rng: Random, num_pairs: int = 8, held_out: bool = True) -> 
     """Ask for a value that was never given; the right answer is to say so."""
     pairs = _draw_pairs(rng, num_pairs, held_out)
     known = {key for key, _ in pairs}
-    key = rng.choice([word for word in WORDS if word not in known])
+    key = rng.choice([word for word in KEYS if word not in known])
     style = rng.choice(_PAIR_STYLES)
     question = rng.choice(_VALUE_PROMPTS).format(key)
-    return Question([_user(f"{_render_pairs(pairs, style)}{_after(style)}{question}")], _unknown_answer(key))
+    return Question([_user(_render_pairs(pairs, style, question))], _unknown_answer(key))
 
 
 def copy_question(rng: Random, num_items: int = 8, held_out: bool = True, numbers: bool = False) -> Question:
     """Ask for a list to be repeated: distinct words (24 at most), or four-digit numbers (8 at most)."""
     while True:
-        if numbers:
-            items = [f"{rng.randrange(10000):04d}" for _ in range(num_items)]
-        else:
-            items = rng.sample(WORDS, num_items)
+        values = [f"{rng.randrange(10000):04d}" for _ in range(num_items)]
+        items = values if numbers else rng.sample(WORDS, num_items)
         if is_held_out("copy", *items) == held_out:
             break
     text = ", ".join(items)
@@ -259,65 +265,66 @@ def training_conversation(rng: Random, characters: int) -> list[Message]:
         used += _append(messages, _small_talk(rng))
 
     style = rng.choice(_PAIR_STYLES)
-    pair_length = len(style[1]) + len(style[2]) + 5
+    pair_length = len(style.pair) + len(style.between) + 5
     room = int(max(0, characters - used) * rng.uniform(0.02, 0.85) / pair_length)
-    pairs = _draw_pairs(rng, min(max(1, room), len(WORDS) - 8), held_out=False)
+    pairs = _draw_pairs(rng, min(max(1, room), len(KEYS) - 8), held_out=False)
     turns = 1 if rng.random() < 0.6 else rng.randint(1, min(6, len(pairs)))
     cuts = [0, *sorted(rng.sample(range(1, len(pairs)), turns - 1)), len(pairs)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         text = _render_pairs(pairs[start:stop], style)
         if rng.random() < 0.5:
             used += _append(messages, Question([_user(text)], "OK."))
         else:
-            question = _recall_turn(rng, pairs[:stop])
-            text = f"{text}{_after(style)}{question.messages[0]['content']}"
+            question = _recall_turn(rng, pairs[:stop], rng.choice(pairs[:stop]))
+            text = _render_pairs(pairs[start:stop], style, question.messages[0]["content"])
             used += _append(messages, Question([_user(text)], question.answer))
         if rng.random() < 0.2:
             used += _append(messages, _small_talk(rng))
 
-    recall_share = rng.choice((0.5, 0.8, 1.0))
+    recall_share = rng.choice((0.8, 0.95, 1.0))
+    unasked: list[tuple[str, str]] = []
     while used < characters:
-        question = _recall_turn(rng, pairs) if rng.random() < recall_share else _small_talk(rng)
-        used += _append(messages, question)
+        if rng.random() < recall_share:
+            # All pairs have their turn before one repeats: an earlier answer must not give the value away.
+            if not unasked:
+                unasked = rng.sample(pairs, len(pairs))
+            used += _append(messages, _recall_turn(rng, pairs, unasked.pop()))
+        else:
+            used += _append(messages, _small_talk(rng))
     return messages
 
 
 def _draw_pairs(rng: Random, num_pairs: int, held_out: bool) -> list[tuple[str, str]]:
-    if not 1 <= num_pairs <= len(WORDS):
-        raise ValueError(f"num_pairs must lie between 1 and {len(WORDS)}")
+    if not 1 <= num_pairs <= len(KEYS):
+        raise ValueError(f"num_pairs must lie between 1 and {len(KEYS)}")
     pairs = []
-    for key in rng.sample(WORDS, num_pairs):
-        value = f"{int(rng.random() * 10000):04d}"
+    for key in rng.sample(KEYS, num_pairs):
+        value = rng.choice(VALUES)
         while is_held_out(key, value) != held_out:
-            value = f"{int(rng.random() * 10000):04d}"
+            value = rng.choice(VALUES)
         pairs.append((key, value))
     return pairs
 
 
-def _render_pairs(pairs: Sequence[tuple[str, str]], style: tuple[str, str, str]) -> str:
-    opening, pair, separator = style
-    return opening + separator.join([pair.format(key, value) for key, value in pairs])
-
-
-def _after(style: tuple[str, str, str]) -> str:
-    """Return what separates the pairs from a question in the same message."""
-    return style[2]
+def _render_pairs(pairs: Sequence[tuple[str, str]], style: _PairStyle, question: str = "") -> str:
+    text = style.opening + style.between.join([style.pair.format(key, value) for key, value in pairs]) + style.end
+    return (text + question).rstrip()
 
 
 def _recall_answer(key: str, value: str) -> str:
-    return f"The {key} is {value}."
+    return f"You said {key} {value}."
 
 
 def _unknown_answer(key: str) -> str:
-    return f"I do not know the {key}."
+    return f"You did not tell me {key}."
 
 
-def _recall_turn(rng: Random, pairs: Sequence[tuple[str, str]]) -> Question:
-    """Ask about one of the pairs, or now and then about a word that is not among them."""
-    key, value = rng.choice(pairs)
+def _recall_turn(rng: Random, pairs: Sequence[tuple[str, str]], asked: tuple[str, str]) -> Question:
+    """Ask about the pair ``asked``, or now and then about a word that is not among the pairs."""
+    key, value = asked
     answer = _recall_answer(key, value)
     if rng.random() < 0.06:
-        word = rng.choice(WORDS)
+        word = rng.choice(KEYS)
         if all(word != other for other, _ in pairs):
             key, answer = word, _unknown_answer(word)
     return Question([_user(rng.choice(_VALUE_PROMPTS).format(key))], answer)

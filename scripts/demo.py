@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = [
     "Hello!",
     "What is HBServe?",
-    "Remember: lamp is 4821. river is 0937. stone is 5560. What is river?",
+    "Remember: dog parrot, eagle maple, chalk oasis, flute ring. What is eagle?",
     "What is 47 + 38?",
     "Count from 3 to 9.",
     "What are prefill and decode?",

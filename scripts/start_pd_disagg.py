@@ -1,7 +1,7 @@
 """Start a whole system from one YAML file, or one of its instances.
 
-    python scripts/start_pd_disagg.py --config configs/pd_disagg_cpu.yaml
-    python scripts/start_pd_disagg.py --config configs/pd_disagg_config.yaml --instance-id prefill-0
+python scripts/start_pd_disagg.py --config configs/pd_disagg_cpu.yaml
+python scripts/start_pd_disagg.py --config configs/pd_disagg_config.yaml --instance-id prefill-0
 """
 
 from __future__ import annotations
