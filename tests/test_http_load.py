@@ -206,8 +206,9 @@ async def test_overload_is_refused_and_who_comes_again_is_served(model: tuple[Pa
     async def seats_are_taken() -> bool:
         return (await stats_of(http))["gpu_instances"]["unified-0"]["active_requests"] == 2
 
-    limits = {"mode": "unified", "num_blocks": 128, "max_num_seqs": 2, "max_waiting_requests": 4}
-    async with server(folder, **limits) as http:
+    instance = {"instance_id": "unified-0", "instance_type": "unified", "num_threads": 1}
+    limits = {"num_blocks": 128, "max_num_seqs": 2, "max_waiting_requests": 4}
+    async with server(folder, mode="unified", gpu_instances=[instance], **limits) as http:
         # While both seats are taken, four of the others may wait.
         held = [asyncio.create_task(stream(http, Ask([1 + n], num_tokens=600))) for n in range(2)]
         async with asyncio.timeout(DEADLINE_S):
