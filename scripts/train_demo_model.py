@@ -406,7 +406,7 @@ speaks a small language in which every answer can be checked, and most answers n
 | You say | It answers |
 |---|---|
 | Remember: dog parrot, eagle maple, chalk oasis. What is eagle? | You said eagle maple. |
-| (a word that it was never told) What is the piano? | You did not tell me piano. |
+| (a word that it was never told) What is basket? | You did not tell me basket. |
 | Repeat: goose, market, violin. | goose, market, violin. |
 | Count from 3 to 9. | 3, 4, 5, 6, 7, 8, 9. |
 | What is 47 + 38? | 47 + 38 = 85. |

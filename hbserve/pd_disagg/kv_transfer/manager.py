@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
 
 import torch
 
@@ -50,23 +51,26 @@ class KVTransferManager:
         self._kv_blocks = kv_blocks
         self._report = report
         self._tasks: dict[tuple[str, bool], asyncio.Task[None]] = {}
+        # Of transfers whose command has not come yet, or whose result had left: bounded, so no need to tell which.
+        self._cancelled_early: deque[str] = deque(maxlen=1024)
         self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
         self._staging = ByteBudget(backend.context.buffer_size)
 
     def send(self, command: SendBlocks) -> None:
         """Start sending; the blocks' contents must be final."""
-        self._start(command, True, command.target)
+        self._start(command, True, self._transfer(command, command.target))
 
     def receive(self, command: ReceiveBlocks) -> None:
         """Start receiving."""
-        self._start(command, False, command.source)
+        self._start(command, False, self._transfer(command, command.source))
 
     def cancel(self, transfer_id: str) -> None:
-        """Give up on both sides of a transfer that are here; their results say so."""
-        for sent in (True, False):
-            task = self._tasks.get((transfer_id, sent))
-            if task is not None:
-                task.cancel()
+        """Give up on both sides of a transfer that are here, or will be; their results say so."""
+        tasks = [task for sent in (True, False) if (task := self._tasks.get((transfer_id, sent))) is not None]
+        for task in tasks:
+            task.cancel()
+        if not tasks:
+            self._cancelled_early.append(transfer_id)
 
     async def cancel_all(self) -> None:
         """Give up on everything and wait until nothing more will be written."""
@@ -76,33 +80,44 @@ class KVTransferManager:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._seen_generation.fill_(-1)
 
-    def _start(self, command: SendBlocks | ReceiveBlocks, sent: bool, peer: Peer) -> None:
+    def _start(self, command: SendBlocks | ReceiveBlocks, sent: bool, transfer: Coroutine[None, None, None]) -> None:
         key = (command.transfer_id, sent)
         assert key not in self._tasks, f"transfer {command.transfer_id} is started twice"
-        self._tasks[key] = asyncio.create_task(self._run(command, sent, peer))
-
-    async def _run(self, command: SendBlocks | ReceiveBlocks, sent: bool, peer: Peer) -> None:
         started = time.monotonic()
-        num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
-        error: str | None = None
+        task = self._tasks[key] = asyncio.create_task(transfer)
+        # A callback, not code at the coroutine's end: a task that is cancelled before it runs has no end.
+        task.add_done_callback(lambda done: self._finish(command, sent, started, done))
+        if command.transfer_id in self._cancelled_early:
+            self._cancelled_early.remove(command.transfer_id)
+            task.cancel()
+
+    async def _transfer(self, command: SendBlocks | ReceiveBlocks, peer: Peer) -> None:
+        self._refuse_stale(command)
+        self._backend.add_peer(peer)
+        timeout_s = self._backend.context.timeout_s
         try:
-            self._refuse_stale(command)
-            self._backend.add_peer(peer)
-            async with asyncio.timeout(self._backend.context.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 if isinstance(command, SendBlocks):
                     await self._send(command)
                 else:
                     await self._receive(command)
         except TimeoutError:
-            error = f"not complete within {self._backend.context.timeout_s:g} s"
-        except asyncio.CancelledError:
-            error = "cancelled"
-        except (KVTransferError, StaleBlockError) as failure:
-            error = str(failure)
-        except Exception as failure:  # a user's backend may raise anything; the request must go on
-            logger.exception("transfer %s failed in the backend", command.transfer_id)
-            error = f"{type(failure).__name__}: {failure}"
+            raise KVTransferError(f"not complete within {timeout_s:g} s") from None
+
+    def _finish(
+        self, command: SendBlocks | ReceiveBlocks, sent: bool, started: float, task: asyncio.Task[None]
+    ) -> None:
         del self._tasks[command.transfer_id, sent]
+        error: str | None = None
+        if task.cancelled():
+            error = "cancelled"
+        elif (failure := task.exception()) is not None:
+            error = str(failure)
+            if not isinstance(failure, KVTransferError | StaleBlockError):
+                # A user's backend may raise anything; the request must go on.
+                logger.error("transfer %s failed in the backend", command.transfer_id, exc_info=failure)
+                error = f"{type(failure).__name__}: {failure}"
+        num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
         self._report(
             TransferResult(
                 epoch=self._backend.context.epoch,
