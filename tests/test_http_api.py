@@ -20,6 +20,7 @@ from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server import create_app, serve
+from hbserve.server.serve import bind
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.engines import assert_no_leaks, greedy_reference
@@ -607,6 +608,11 @@ async def test_a_port_in_use_is_named(client: EngineClient, tokenizer: Tokenizer
             await serve(app, ServerConfig(port=port), asyncio.Event())
     with pytest.raises(StartupError, match=r"no-such-host\.invalid:8000"):
         await serve(app, ServerConfig(host="no-such-host.invalid"), asyncio.Event())
+    with bind(ServerConfig(port=0)) as one:
+        other = bind(ServerConfig(port=one.getsockname()[1]))  # Linux lets both, while nobody listens
+        one.listen()
+        with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{one.getsockname()[1]}"):
+            await serve(app, other, asyncio.Event())
 
 
 # --- the real system -----------------------------------------------------------------------------

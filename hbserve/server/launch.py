@@ -9,10 +9,11 @@ import signal
 import msgspec
 
 from hbserve.config import Config
+from hbserve.errors import ConfigError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
 from hbserve.server.app import create_app
-from hbserve.server.serve import serve
+from hbserve.server.serve import bind, serve
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ def serve_system(config: Config, with_instances: bool, port: int | None = None) 
         HBServeError: if the system cannot start.
     """
     if port is not None:
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"--port must be in 0..65535, got {port}", "server.port")
         config = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, port=port))
     child.set_process_title("hbserve-api")
     child.configure_logging(config.logging.level, "api")
@@ -39,6 +42,7 @@ async def _serve(config: Config, with_instances: bool) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    listener = bind(config.server)
     llm = DisaggregatedLLM(config, with_instances)
     starting = asyncio.create_task(llm.start())
     stopped = asyncio.create_task(stop.wait())
@@ -57,8 +61,9 @@ async def _serve(config: Config, with_instances: bool) -> int:
                 f"HBServe is ready: http://{config.server.host}:{actual_port} (model {config.served_name})", flush=True
             )
 
-        await serve(app, config.server, stop, on_listening)
+        await serve(app, listener, stop, on_listening)
         return 0
     finally:
         stopped.cancel()
         await llm.stop()
+        listener.close()

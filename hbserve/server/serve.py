@@ -32,7 +32,7 @@ class _Server(uvicorn.Server):
 
 async def serve(
     app: FastAPI,
-    config: ServerConfig,
+    where: ServerConfig | socket.socket,
     stop: asyncio.Event,
     on_ready: Callable[[int], None] = lambda port: None,
     graceful_timeout_s: int = 10,
@@ -40,6 +40,7 @@ async def serve(
     """Serve until ``stop`` is set, or until this is cancelled; both end it in the same way.
 
     Args:
+        where: address to listen on, or a socket that `bind` made; it is closed in the end.
         on_ready: called with the actual port once connections are accepted.
         graceful_timeout_s: at the end no new connections are accepted, and open requests have this
             long to finish before they are aborted.
@@ -47,8 +48,9 @@ async def serve(
     Raises:
         StartupError: if the address cannot be listened on, naming it.
     """
-    listener = _listen(config.host, config.port)
+    listener = where if isinstance(where, socket.socket) else bind(where)
     port: int = listener.getsockname()[1]
+    _listen(listener)
     settings = uvicorn.Config(
         app,
         lifespan="off",
@@ -70,7 +72,13 @@ async def serve(
         listener.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(config: ServerConfig) -> socket.socket:
+    """Claim the address before anything slow is started; connections are refused until `serve`.
+
+    Raises:
+        StartupError: if it cannot be had, naming it.
+    """
+    host, port = config.host, config.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -85,3 +93,13 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    """Who binds first has not won before this: Linux lets several bind while nobody listens."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None

@@ -1,0 +1,291 @@
+"""The start scripts as an operator uses them: real processes, YAML files, signals, exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import openai
+import pytest
+import yaml
+
+from hbserve.tokenizer import Tokenizer
+from tests import tiny_tokenizers
+from tests.engines import greedy_reference
+from tests.model_zoo import save_model
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+DEADLINE_S = 90.0
+NUM_TOKENS = 16
+USER: list[Any] = [{"role": "user", "content": "hi"}]
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random model with a tokenizer, and its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizers.byte_level(folder)
+    return folder, save_model(folder, "qwen3", vocab_size=352)
+
+
+def poll(what: Callable[[], T | None], why_not: Callable[[], str]) -> T:
+    """The first true value of ``what()``."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := what()):
+        assert time.monotonic() < deadline, why_not()
+        time.sleep(0.05)
+    return found
+
+
+class Program:
+    """A running script; its output goes to files, so that nobody must read along."""
+
+    def __init__(self, folder: Path, script: str, *arguments: str) -> None:
+        name = f"{len(list(folder.iterdir()))}-{script}"
+        self._output, self._errors = folder / f"{name}.out", folder / f"{name}.err"
+        with self._output.open("wb") as output, self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPTS / script), *arguments],
+                stdout=output,
+                stderr=errors,
+                env=os.environ | {"TMPDIR": str(folder.parent)},
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def url(self) -> str:
+        """Where it serves HTTP, once it says that it is ready."""
+
+        def announced() -> str | None:
+            assert self.process.poll() is None, self.errors
+            _, found, rest = self.output.partition("HBServe is ready: ")
+            return rest.split()[0] if found and rest.endswith("\n") else None
+
+        return poll(announced, lambda: f"not ready: {self.errors}")
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return self.process.wait(DEADLINE_S)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal; it must end cleanly, and every process under it."""
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        os.kill(self.process.pid, number)
+        assert self.wait() == 0, self.errors
+        assert "Traceback" not in self.errors
+        assert not [pid for pid in pids if is_running(pid)]
+
+
+def descendants(pid: int) -> list[int]:
+    """Ids of all processes under one, by /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has just ended
+            continue
+        children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Workplace:
+    """A temporary directory for what the scripts make, and a folder in it for what they are given."""
+
+    def __init__(self, folder: Path) -> None:
+        self._temporary = folder
+        self.files = folder / "files"
+        self.files.mkdir()
+        self._programs: list[Program] = []
+
+    def write(self, document: Any) -> str:
+        """Path of a configuration with that content."""
+        path = self.files / "system.yaml"
+        path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+        return str(path)
+
+    def start(self, script: str, *arguments: str) -> Program:
+        program = Program(self.files, script, *arguments)
+        self._programs.append(program)
+        return program
+
+    def fail(self, script: str, *arguments: str) -> str:
+        """Start what cannot work; what it says on standard error, which is no traceback."""
+        program = self.start(script, *arguments)
+        assert program.wait() == 1
+        assert "Traceback" not in program.errors
+        assert program.output == ""
+        return program.errors
+
+    def leftovers(self) -> list[Path]:
+        """What the scripts have left in their temporary directory."""
+        return [path for path in self._temporary.iterdir() if path != self.files]
+
+    def clean_up(self) -> None:
+        for program in self._programs:
+            if program.process.poll() is None:
+                for pid in [program.process.pid, *descendants(program.process.pid)]:
+                    os.kill(pid, signal.SIGKILL)
+                program.process.wait()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Workplace]:
+    place = Workplace(tmp_path)
+    yield place
+    place.clean_up()
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def configuration(folder: Path, mode: str, ports: list[int | None] | None = None) -> dict[str, Any]:
+    """A small system on the CPU; with ports its parts can be started separately."""
+    names = ["unified-0"] if mode == "unified" else ["prefill-0", "decode-0"]
+    instances: list[dict[str, Any]] = [
+        {"instance_id": name, "instance_type": name.split("-")[0], "num_threads": 1} for name in names
+    ]
+    for instance, port in zip(instances, ports or (), strict=False):
+        instance["port"] = port
+    return {
+        "mode": mode,
+        "model": {"path": str(folder), "served_name": "tiny", "device": "cpu", "dtype": "float32"},
+        "gpu_instances": instances,
+        "performance": {"num_blocks": 64},
+        "logging": {"level": "WARNING"},
+    }
+
+
+def ask_and_check(url: str, model: tuple[Path, Any]) -> None:
+    """A completion and a streamed chat are what transformers makes of the same prompts."""
+    folder, reference = model
+    tokenizer = Tokenizer(folder)
+
+    def expected(prompt: list[int]) -> str:
+        return tokenizer.decode(greedy_reference(reference, prompt, NUM_TOKENS))
+
+    own: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": NUM_TOKENS}
+    own["extra_body"] = {"ignore_eos": True}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=DEADLINE_S, max_retries=0) as api:
+        answer = api.completions.create(prompt="the cat sat on", **own)
+        assert answer.choices[0].text == expected(tokenizer.encode("the cat sat on"))
+        chunks = api.chat.completions.create(messages=USER, stream=True, **own)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == expected(tokenizer.encode_chat(USER))
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"), [("disaggregated", signal.SIGTERM), ("unified", signal.SIGINT)], ids=["disagg", "unified"]
+)
+def test_whole_system(workplace: Workplace, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
+    system = workplace.start(
+        "start_pd_disagg.py", "--config", workplace.write(configuration(model[0], mode)), "--port", "0"
+    )
+    ask_and_check(system.url(), model)
+    assert len(descendants(system.process.pid)) == (3 if mode == "disaggregated" else 2)
+    assert workplace.leftovers(), "the private sockets are not where this test looks for them"
+    system.end(number)
+    assert workplace.leftovers() == []
+
+
+def test_told_to_end_while_it_starts(workplace: Workplace, model: tuple[Path, Any]) -> None:
+    config = workplace.write(configuration(model[0], "disaggregated"))
+    system = workplace.start("start_pd_disagg.py", "--config", config, "--port", "0")
+    poll(lambda: len(descendants(system.process.pid)) >= 2, lambda: system.errors)
+    system.end()
+    assert system.output == ""
+    assert workplace.leftovers() == []
+
+
+def test_parts_in_any_order(workplace: Workplace, model: tuple[Path, Any]) -> None:
+    config = workplace.write(configuration(model[0], "disaggregated", free_ports(2)))
+    scheduler = workplace.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    poll(lambda: descendants(scheduler.process.pid), lambda: scheduler.errors)
+    instances = [
+        workplace.start("start_pd_disagg.py", "--config", config, "--instance-id", name)
+        for name in ("decode-0", "prefill-0")
+    ]
+    ask_and_check(scheduler.url(), model)
+    scheduler.end(signal.SIGINT)
+    # Now the instances are there first.
+    scheduler = workplace.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    ask_and_check(scheduler.url(), model)
+    for program in [*instances, scheduler]:
+        program.end()
+    assert workplace.leftovers() == []
+
+
+def test_a_scheduler_alone_says_whom_it_misses(workplace: Workplace, model: tuple[Path, Any]) -> None:
+    ports = free_ports(2)
+    document = configuration(model[0], "disaggregated", ports)
+    document["rpc"] = {"start_timeout_s": 2.0}
+    errors = workplace.fail("start_cpu_scheduler.py", "--config", workplace.write(document))
+    for name, port in zip(("prefill-0", "decode-0"), ports, strict=True):
+        assert f"{name} at tcp://127.0.0.1:{port}" in errors
+    assert workplace.leftovers() == []
+
+
+def test_what_is_wrong_with_a_configuration_is_said_with_its_line(
+    workplace: Workplace, model: tuple[Path, Any]
+) -> None:
+    text = f"model:\n  path: {model[0]}\nperformance:\n  num_block: 64\n"
+    path = workplace.write(text)
+    errors = workplace.fail("start_pd_disagg.py", "--config", path)
+    assert errors == f"error: {path}:4: performance.num_block: unknown key; did you mean 'num_blocks'?\n"
+    assert workplace.fail("start_cpu_scheduler.py", "--config", path) == errors
+    path = workplace.write(configuration(model[0], "disaggregated", free_ports(2)))
+    errors = workplace.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefil-0")
+    assert "no instance 'prefil-0'; did you mean 'prefill-0'?" in errors
+    errors = workplace.fail("start_pd_disagg.py", "--config", str(workplace.files / "missing.yaml"))
+    assert "missing.yaml" in errors
+    path = workplace.write(configuration(model[0], "disaggregated"))
+    errors = workplace.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefill-0")
+    assert "gpu_instances: prefill-0: port" in errors
+    errors = workplace.fail("start_pd_disagg.py", "--config", path, "--port", "70000")
+    assert errors == "error: --port must be in 0..65535, got 70000\n"
+
+
+def test_a_port_in_use_is_named(workplace: Workplace, model: tuple[Path, Any]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = workplace.write(configuration(model[0], "disaggregated", [port, *free_ports(1)]))
+        errors = workplace.fail("start_pd_disagg.py", "--config", config, "--instance-id", "prefill-0")
+        assert f"127.0.0.1:{port}: Address already in use" in errors
+        errors = workplace.fail("start_cpu_scheduler.py", "--config", config, "--port", str(port))
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in errors
+    assert workplace.leftovers() == []
