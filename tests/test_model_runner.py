@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,12 @@ from transformers import PreTrainedModel
 
 from hbserve.config import Config, ModelConfig
 from hbserve.engine.model_runner import ModelRunner
-from hbserve.engine.pending_step import PendingStep
 from hbserve.errors import ConfigError
-from hbserve.messages import PlanRow, SequenceState, StepPlan, StepResult, TokenLogprobs
+from hbserve.messages import PlanRow, SequenceState, StepPlan, StepResult
 from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
 from tests.model_zoo import MODELS, VOCAB_SIZE, save_model
-
-GREEDY = SamplingParams(temperature=0, max_tokens=None)
+from tests.plan_driver import GREEDY, Driver, Sequence
 
 
 def make_runner(folder: Path, device: str = "cpu", num_blocks: int | None = 200, **options: Any) -> ModelRunner:
@@ -38,114 +34,6 @@ def make_runner(folder: Path, device: str = "cpu", num_blocks: int | None = 200,
     runner = ModelRunner(config, config.gpu_instances[0], platform)
     runner.kv_blocks.fill_(0xFF)
     return runner
-
-
-@dataclass
-class Sequence:
-    """A request as a scheduler sees it: ``computed`` tokens are in launched plans."""
-
-    prompt: list[int]
-    num_new: int
-    slot: int
-    block_ids: list[int]
-    sampling: SamplingParams = GREEDY
-    end_token_ids: list[int] = field(default_factory=list)
-    computed: int = 0
-    installed: bool = False
-    output: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.output
-
-    @property
-    def done(self) -> bool:
-        """Whether all that is wanted has been launched."""
-        return self.computed >= len(self.prompt) + self.num_new - 1
-
-
-class Driver:
-    """Makes plans by hand for one runner; blocks are scattered and come one at a time.
-
-    Args:
-        chunk: most tokens of a prompt in one step.
-        feedback: decode rows take the device's last token, and ``depth`` plans are in flight.
-    """
-
-    def __init__(self, runner: ModelRunner, chunk: int = 512, feedback: bool = True, depth: int = 3) -> None:
-        self.runner, self.chunk, self.feedback = runner, chunk, feedback
-        self.depth = depth if feedback else 1
-        self.free = list(range(runner.num_blocks))
-        random.Random(3).shuffle(self.free)
-        self.step_id = 0
-
-    def add(self, prompt: list[int], num_new: int, slot: int = 0, **options: Any) -> Sequence:
-        return Sequence(prompt, num_new, slot, [self.free.pop()], **options)
-
-    def state(self, sequence: Sequence) -> SequenceState:
-        sampling = sequence.sampling
-        penalised = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
-        return SequenceState(
-            slot=sequence.slot,
-            block_ids=list(sequence.block_ids),
-            sampling=sampling,
-            end_token_ids=sequence.end_token_ids,
-            min_end_position=len(sequence.prompt) + sampling.min_tokens,
-            num_prompt_tokens=len(sequence.prompt),
-            history=sequence.tokens if penalised else None,
-        )
-
-    def plan(self, sequences: list[Sequence]) -> tuple[StepPlan, list[Sequence]]:
-        """One step of all sequences that are not done, and those of them that sample in it."""
-        rows, states, sampling = [], [], []
-        for sequence in sequences:
-            if sequence.done:
-                continue
-            if not sequence.installed:
-                states.append(self.state(sequence))
-                sequence.installed = True
-            start = sequence.computed
-            decodes = start >= len(sequence.prompt)
-            count = 1 if decodes else min(self.chunk, len(sequence.prompt) - start)
-            needed = -(-(start + count) // self.runner.layout.block_size) - len(sequence.block_ids)
-            new_block_ids = [self.free.pop() for _ in range(needed)]
-            sequence.block_ids += new_block_ids
-            feed_back = decodes and self.feedback
-            rows.append(
-                PlanRow(
-                    slot=sequence.slot,
-                    start=start,
-                    num_tokens=count,
-                    token_ids=None if feed_back else sequence.tokens[start : start + count],
-                    new_block_ids=new_block_ids,
-                    sample=start + count >= len(sequence.prompt),
-                )
-            )
-            if rows[-1].sample:
-                sampling.append(sequence)
-            sequence.computed = start + count
-        self.step_id += 1
-        return StepPlan(epoch=1, step_id=self.step_id, rows=rows, new_sequences=states, sends=[]), sampling
-
-    def run(self, *sequences: Sequence) -> list[list[int]]:
-        """All outputs, after as many steps as it takes."""
-        in_flight: deque[tuple[PendingStep, list[Sequence]]] = deque()
-        while in_flight or not all(sequence.done for sequence in sequences):
-            if len(in_flight) < self.depth and not all(sequence.done for sequence in sequences):
-                plan, sampling = self.plan(list(sequences))
-                in_flight.append((self.runner.launch(plan), sampling))
-                continue
-            pending, sampling = in_flight.popleft()
-            result = pending.result()
-            assert result.epoch == 1
-            assert result.busy_s > 0
-            assert len(result.token_ids) == len(sampling)
-            for sequence, token in zip(sampling, result.token_ids, strict=True):
-                sequence.output.append(token)
-            for sequence, logprobs in zip(sampling, result.logprobs or [None] * len(sampling), strict=True):
-                sequence.logprobs.append(logprobs)
-        return [sequence.output for sequence in sequences]
 
 
 def some_prompt(length: int, seed: int = 0) -> list[int]:
@@ -168,7 +56,7 @@ def their_greedy(model: PreTrainedModel, prompt: list[int], num_new: int, **opti
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, name)
     runner = make_runner(tmp_path)
-    prompts = [some_prompt(length) for length in (1, 15, 16, 17, 100, 600)]
+    prompts = [some_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600)]
     expected = [their_greedy(model, prompt, 24) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 20, "the model repeats itself"
     batched = Driver(runner, chunk=16)
@@ -461,7 +349,7 @@ def test_sizes_follow_configuration_and_model(tmp_path: Path) -> None:
     [
         ({"max_model_len": 1025}, "max_model_len: 1025 tokens are more than the model's own limit, 1024"),
         ({"max_model_len": 161, "num_blocks": 10}, "num_blocks: 10 blocks gives a KV cache of 160 tokens, fewer than"),
-        ({"num_blocks": 1 << 30}, "num_blocks: 1073741824 blocks take .* GiB free"),
+        ({"num_blocks": 1 << 30}, "a KV cache of 1073741824 blocks takes .* GiB free"),
         ({"num_blocks": None, "memory_fraction": 1e-9}, "memory_fraction: 1e-09 of .* KV cache of 0 tokens"),
         ({"attention_backend": "flash_attn"}, "flash_attn is not available yet"),
     ],
@@ -504,7 +392,7 @@ def test_greedy_tokens_equal_transformers_on_cuda(name: str, tmp_path: Path) -> 
     """
     model = save_model(tmp_path, name).cuda()
     runner = make_runner(tmp_path, device="cuda", attention_backend="sdpa")
-    prompts = [some_prompt(length) for length in (1, 15, 16, 17, 100, 600)]
+    prompts = [some_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600)]
     driver = Driver(runner, chunk=16)
     outputs = driver.run(*(driver.add(prompt, 24, slot) for slot, prompt in enumerate(prompts)))
     compared = 0
@@ -528,7 +416,9 @@ def test_short_dtypes_serve_on_cuda(dtype: str, tmp_path: Path) -> None:
     ]
     outputs = []
     for _ in range(2):
-        driver = Driver(make_runner(tmp_path, device="cuda", dtype=dtype, num_blocks=None), chunk=16)
+        driver = Driver(
+            make_runner(tmp_path, device="cuda", dtype=dtype, num_blocks=None, memory_fraction=0.01), chunk=16
+        )
         sequences = [
             driver.add(some_prompt(40 + i), 30, i, sampling=s, end_token_ids=[7]) for i, s in enumerate(samplings)
         ]

@@ -39,6 +39,7 @@ def one_sequence(
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     layout = KVLayout(spec.num_layers, BLOCK_SIZE, num_kv_heads or spec.num_kv_heads, spec.head_dim, dtype)
     arena = platform.allocate_arena(num_blocks * layout.block_bytes)
+    arena.fill_(0xFF)  # NaN, unless written
     backend = select_attention_backend("sdpa", spec, platform)
     attention = backend(spec, layout, layout.view(arena, num_blocks), platform)
     attention.begin(
@@ -259,7 +260,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("llama", {"dtype": "float64"}, "float64 is not supported; .*bfloat16"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
         ("qwen2", {"layer_types": ["linear_attention"] * 3}, "linear_attention"),
-        ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},

@@ -1,1 +1,1 @@
-
+"""The engine of a worker: step plans in, sampled tokens out."""

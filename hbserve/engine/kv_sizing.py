@@ -36,20 +36,17 @@ def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platfor
         raise ConfigError(f"model.max_model_len: {asked} tokens are more than the model's own limit, {limit}")
     wanted_len = asked or limit
     performance = config.performance
-    free = platform.free_memory_bytes()
     num_blocks = performance.num_blocks
     if num_blocks is None:
+        free = platform.free_memory_bytes()
         num_blocks = layout.num_blocks_in(int(free * performance.memory_fraction))
         if platform.name == "cpu":
             per_sequence = -(-wanted_len // layout.block_size)
             most = min(per_sequence * performance.max_num_seqs, layout.num_blocks_in(CPU_DEFAULT_BYTES))
             num_blocks = min(num_blocks, max(most, per_sequence if asked is not None else 1))
-        source = f"performance.memory_fraction: {performance.memory_fraction} of {_gib(free)} free memory"
+        source = f"performance.memory_fraction: {performance.memory_fraction} of {free / (1 << 30):.1f} GiB free"
     else:
         source = f"performance.num_blocks: {num_blocks} blocks"
-        if num_blocks * layout.block_bytes > free:
-            needed = _gib(num_blocks * layout.block_bytes)
-            raise ConfigError(f"{source} take {needed}, and {platform.describe()} has {_gib(free)} free")
     capacity = num_blocks * layout.block_size
     at_least = asked or 1
     if capacity < at_least:
@@ -58,7 +55,3 @@ def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platfor
             f"one block of {layout.block_size} tokens takes {layout.block_bytes} bytes"
         )
     return KVSize(num_blocks, min(wanted_len, capacity))
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):.1f} GiB"

@@ -13,6 +13,7 @@ from hbserve.engine.kv_sizing import size_kv
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
+from hbserve.errors import ConfigError
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.messages import StepPlan
 from hbserve.models.decoder import Decoder
@@ -52,7 +53,7 @@ class ModelRunner:
         backend = select_attention_backend(config.model.attention_backend, self.spec, platform)
 
         table = WeightTable.build(self.spec, dtype)
-        weights = platform.allocate_arena(table.num_bytes)
+        weights = _allocate(platform, table.num_bytes, "the model's weights")
         if config.model.load_format == "dummy":
             fill_dummy_weights(table, weights, config.model.seed)
         else:
@@ -68,7 +69,8 @@ class ModelRunner:
         )
         size = size_kv(config, self.spec, self.layout, platform)
         self.num_blocks, self.max_model_len = size.num_blocks, size.max_model_len
-        kv_arena = platform.allocate_arena(self.num_blocks * self.layout.block_bytes)
+        kv_bytes = self.num_blocks * self.layout.block_bytes
+        kv_arena = _allocate(platform, kv_bytes, f"a KV cache of {self.num_blocks} blocks")
         self.kv_blocks = self.layout.block_bytes_view(kv_arena, self.num_blocks)
         kv_cache = self.layout.view(kv_arena, self.num_blocks)
         self._attention = backend(self.spec, self.layout, kv_cache, platform)
@@ -106,3 +108,11 @@ class ModelRunner:
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
+
+
+def _allocate(platform: Platform, num_bytes: int, what: str) -> torch.Tensor:
+    try:
+        return platform.allocate_arena(num_bytes)
+    except RuntimeError:  # torch's own message shows the allocator, not what it was for
+        needed, free = (f"{x / (1 << 30):.1f} GiB" for x in (num_bytes, platform.free_memory_bytes()))
+        raise ConfigError(f"{what} takes {needed}, and {platform.describe()} has {free} free") from None
