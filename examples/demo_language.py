@@ -46,7 +46,7 @@ quilt rabbit radio rain raven ribbon rice ring river robin rocket roof rope rose
 """
 # Single words that name the values to remember, and that fill the lists to be repeated.
 WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
-
+# Keys and values are different words, so that the answer to one question never looks like another key.
 KEYS: tuple[str, ...] = WORDS[: 2 * len(WORDS) // 3]
 VALUES: tuple[str, ...] = WORDS[2 * len(WORDS) // 3 :]
 
@@ -181,12 +181,15 @@ def recall_question(
     held_out: bool = True,
     position: int | None = None,
     turns: int = 1,
+    other_turns: int = 0,
 ) -> Question:
-    """Ask for one of ``num_pairs`` values that were given before (about eight tokens for each pair).
+    """Ask for one of ``num_pairs`` values that were given before (three or four tokens for each pair).
 
     ``position`` chooses the pair that is asked for (0 is the first one in the prompt); without it, all are
     equally likely. With ``turns`` above 1 the pairs come in that many user messages, each of them confirmed
-    by the assistant, and the question follows in a message of its own.
+    by the assistant, and the question follows in a message of its own. ``other_turns`` puts that many
+    answered questions of other kinds (some 50 tokens each) between the pairs and the question: prompts of
+    up to 2,000 tokens are within what the model can do.
     """
     if not 1 <= turns <= num_pairs:
         raise ValueError("turns must lie between 1 and num_pairs")
@@ -194,12 +197,14 @@ def recall_question(
     key, value = pairs[rng.randrange(num_pairs) if position is None else position]
     question = rng.choice(_VALUE_PROMPTS).format(key)
     style = rng.choice(_PAIR_STYLES)
-    if turns == 1:
+    if turns == 1 and not other_turns:
         return Question([_user(_render_pairs(pairs, style, question))], _recall_answer(key, value))
     messages: list[Message] = []
     cuts = [0, *sorted(rng.sample(range(1, num_pairs), turns - 1)), num_pairs]
     for start, stop in pairwise(cuts):
         messages += [_user(_render_pairs(pairs[start:stop], style)), _assistant("OK.")]
+    for _ in range(other_turns):
+        _append(messages, _small_talk(rng))
     return Question([*messages, _user(question)], _recall_answer(key, value))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,8 +47,12 @@ class Chat:
 
 
 @pytest.fixture(scope="module")
-def chat() -> Chat:
-    return Chat(torch.bfloat16)
+def chat() -> Iterator[Chat]:
+    # One thread is the fastest for a model of this size, above all when other work shares the cores.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Chat(torch.bfloat16)
+    torch.set_num_threads(threads)
 
 
 def test_folder_is_small_and_complete() -> None:
@@ -93,6 +97,14 @@ def test_recall_of_held_out_pairs(chat: Chat, turns: int) -> None:
 def test_recall_reaches_the_whole_prompt(chat: Chat) -> None:
     rng = Random(12)
     questions = [language.recall_question(rng, 100, position=position) for position in range(0, 100, 5)]
+    assert chat.accuracy(questions) >= 0.95
+
+
+def test_recall_behind_a_long_conversation(chat: Chat) -> None:
+    rng = Random(15)
+    questions = [language.recall_question(rng, 40, turns=2, other_turns=others) for others in range(6, 31, 3)]
+    longest = chat.tokenizer.apply_chat_template(questions[-1].messages, return_dict=False)
+    assert len(longest) > 1200
     assert chat.accuracy(questions) >= 0.95
 
 
