@@ -1,0 +1,107 @@
+"""The example programs, run as a reader would run them; what they print is right."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+DEADLINE_S = 90.0
+# The programs take what device there is; here that is the CPU.
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+sys.path.insert(0, str(EXAMPLES))
+
+import demo_language  # noqa: E402
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    """What an example prints, started from another folder."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def answer_to(question: str) -> str:
+    """The one right answer to a question about a fact."""
+    return next(q.answer for q in demo_language.fact_questions() if q.messages[-1]["content"] == question)
+
+
+def test_quick_start_async(tmp_path: Path) -> None:
+    output = run("quick_start_async.py", tmp_path, str(EXAMPLES / "models" / "hbserve-demo"))
+    responses = [part.split("\nPrompt: ")[0].strip() for part in output.split("Response: ")[1:]]
+    assert responses == [answer_to("What is prefill?"), answer_to("What is decode?")]
+
+
+def test_quick_start_sync(tmp_path: Path) -> None:
+    assert run("quick_start_sync.py", tmp_path).splitlines() == [answer_to("Hello!"), answer_to("What is HBServe?")]
+
+
+def test_system_stats(tmp_path: Path) -> None:
+    lines = [line.strip() for line in run("system_stats.py", tmp_path).splitlines()]
+    for expected in ("total requests: 10", "completed requests: 10", "success rate: 100.00%"):
+        assert expected in lines
+    assert lines.count("status: ready") == 2
+    assert lines.count("active requests: 0") == 2
+    assert any(line.startswith("prefill-0->decode-0: ") and line.endswith(" in 10 transfers") for line in lines)
+
+
+def test_custom_kv_transfer(tmp_path: Path) -> None:
+    answer, link = run("custom_kv_transfer.py", tmp_path).splitlines()
+    assert answer == "You said eagle maple."
+    assert re.fullmatch(r"prefill-0->decode-0: [1-9]\d+ bytes in 1 file\(s\)", link)
+
+
+def test_custom_scheduler(tmp_path: Path) -> None:
+    lines = [line.split(" tokens: ") for line in run("custom_scheduler.py", tmp_path).splitlines()]
+    assert [answer for _, answer in lines] == ["You said dog parrot."] * 4
+    lengths = [int(length) for length, _ in lines]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 4
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """Address of a server of the demo model, started as the README says."""
+    command = [sys.executable, "scripts/start_pd_disagg.py", "--config", "configs/unified.yaml", "--port", "0"]
+    with (tmp_path / "output").open("wb") as output:
+        server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output)
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (line := (tmp_path / "output").read_text()).endswith("\n"):
+            assert server.poll() is None, "the server did not start"
+            assert time.monotonic() < deadline, "the server is not ready"
+            time.sleep(0.05)
+        yield line.removeprefix("HBServe is ready: ").split()[0]
+    finally:
+        server.terminate()
+        assert server.wait(DEADLINE_S) == 0
+
+
+def test_openai_client(tmp_path: Path, url: str) -> None:
+    told = "Remember: dog parrot, eagle maple."
+    output = run("openai_client.py", tmp_path, "--url", url, told, "What is eagle?", "What is 47 + 38?")
+    assert output.splitlines() == [
+        f"> {told}",
+        "OK.",
+        "> What is eagle?",
+        "You said eagle maple.",
+        "> What is 47 + 38?",
+        "47 + 38 = 85.",
+    ]
