@@ -54,13 +54,13 @@ async def main() -> None:
             answer = await llm.chat(messages, SamplingParams(temperature=0, max_tokens=32))
             print(f"{answer['num_prompt_tokens']} tokens: {answer['text']}", flush=True)
 
-        # Something endless takes the only seat until all questions wait in the queue.
+        # Something endless takes the only seat until all questions have come.
         async with aclosing(llm.stream("a", SamplingParams(max_tokens=None, ignore_eos=True))) as endless:
             await anext(endless)
             tasks = [asyncio.create_task(ask(num_pairs)) for num_pairs in (12, 1, 8, 4)]
             while True:
                 await asyncio.sleep(0.01)
-                if llm.get_system_stats()["cpu_scheduler"]["waiting_requests"] == len(tasks):
+                if llm.get_system_stats()["cpu_scheduler"]["total_requests"] == 1 + len(tasks):
                     break
         await asyncio.gather(*tasks)
 
