@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu bench lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: setup.py constraints.txt
@@ -21,6 +21,10 @@ test: $(VENV)/.installed
 # Needs an NVIDIA GPU; takes the interpreter that has its libraries.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+# Options in ARGS, see docs/benchmarks.md; takes the interpreter that has the GPU's libraries.
+bench:
+	$(PYTHON) -m hbserve.bench offline $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,98 @@
+"""One measured run of a workload on a running system."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from hbserve import LLM, SamplingParams
+from hbserve.bench.workload import Workload
+from hbserve.errors import RequestFailedError
+
+
+@dataclass(frozen=True)
+class InstanceWork:
+    """What one instance did in a run.
+
+    Attributes:
+        busy_s: time its device worked.
+        busy_share: of the run's time.
+    """
+
+    role: str
+    device: str
+    steps: int
+    busy_s: float
+    busy_share: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Attributes:
+    seconds: from the call to the last token of the last request.
+    cached_prompt_tokens: whose KV was in the prefix cache; the floor holds for 0.
+    preemptions: decoding requests that had to be computed again for want of KV blocks.
+    kv_transfer_bytes: moved between instances.
+    """
+
+    seconds: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    cached_prompt_tokens: int
+    preemptions: int
+    kv_transfer_bytes: int
+    instances: dict[str, InstanceWork]
+
+
+def run_workload(llm: LLM, workload: Workload, sampling: SamplingParams) -> RunRecord:
+    """Send all requests at once and wait for all.
+
+    Args:
+        sampling: with a seed; request i gets its own length and seed + i.
+
+    Raises:
+        RequestFailedError: if a request did not produce exactly what was asked for.
+    """
+    assert sampling.seed is not None
+    samplings = [
+        msgspec.structs.replace(sampling, max_tokens=length, seed=sampling.seed + index)
+        for index, length in enumerate(workload.output_lens)
+    ]
+    before = llm.get_system_stats()
+    start = time.perf_counter()
+    outputs = llm.generate(list(workload.prompts), samplings, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    after = llm.get_system_stats()
+    for index, (output, length) in enumerate(zip(outputs, workload.output_lens, strict=True)):
+        if len(output["token_ids"]) != length:
+            raise RequestFailedError(f"request {index} has {len(output['token_ids'])} tokens, asked for were {length}")
+    return RunRecord(
+        seconds=seconds,
+        num_prompt_tokens=sum(output["num_prompt_tokens"] for output in outputs),
+        num_output_tokens=sum(len(output["token_ids"]) for output in outputs),
+        cached_prompt_tokens=sum(output["num_cached_tokens"] for output in outputs),
+        preemptions=after["cpu_scheduler"]["preemptions"] - before["cpu_scheduler"]["preemptions"],
+        kv_transfer_bytes=_transferred_bytes(after) - _transferred_bytes(before),
+        instances={
+            name: _instance_work(before["gpu_instances"][name], instance, seconds)
+            for name, instance in after["gpu_instances"].items()
+        },
+    )
+
+
+def _instance_work(before: dict[str, Any], after: dict[str, Any], seconds: float) -> InstanceWork:
+    busy_s = after["busy_s"] - before["busy_s"]
+    return InstanceWork(
+        role=after["role"],
+        device=after.get("device", "lost"),
+        steps=after["steps"] - before["steps"],
+        busy_s=busy_s,
+        busy_share=busy_s / seconds,
+    )
+
+
+def _transferred_bytes(stats: dict[str, Any]) -> int:
+    return sum(link["bytes"] for link in stats["kv_transfer"]["links"].values())
