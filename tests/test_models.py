@@ -40,7 +40,7 @@ def one_sequence(
     layout = KVLayout(spec.num_layers, BLOCK_SIZE, num_kv_heads or spec.num_kv_heads, spec.head_dim, dtype)
     arena = platform.allocate_arena(num_blocks * layout.block_bytes)
     arena.fill_(0xFF)  # NaN, unless written
-    backend = select_attention_backend("sdpa", spec, platform)
+    backend = select_attention_backend("sdpa", spec, dtype, platform)
     attention = backend(spec, layout, layout.view(arena, num_blocks), platform)
     attention.begin(
         AttentionBatch(
@@ -383,11 +383,12 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flashinfer", "flashinfer is not available yet; use sdpa or auto"),
+        ("flash_attn", "flash_attn is not available yet; use flashinfer, sdpa or auto"),
+        ("flashinfer", "flashinfer needs a CUDA device"),
         ("sdpaa", "no backend 'sdpaa'; did you mean 'sdpa'"),
     ],
 )
 def test_unavailable_attention_backends_are_refused(name: str, message: str, tmp_path: Path) -> None:
     save_model(tmp_path, "qwen2")
     with pytest.raises(ConfigError, match=message):
-        select_attention_backend(name, ModelSpec.load(tmp_path), cpu())
+        select_attention_backend(name, ModelSpec.load(tmp_path), torch.float32, cpu())

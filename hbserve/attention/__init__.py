@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.attention.sdpa import SdpaBackend
 from hbserve.config import nearest
 from hbserve.errors import ConfigError
@@ -11,13 +14,18 @@ from hbserve.platform import Platform
 
 __all__ = ["AttentionBackend", "AttentionBatch", "select_attention_backend"]
 
-_BACKENDS: dict[str, type[AttentionBackend]] = {SdpaBackend.name: SdpaBackend}
+_BACKENDS: dict[str, type[AttentionBackend]] = {
+    FlashInferBackend.name: FlashInferBackend,
+    SdpaBackend.name: SdpaBackend,
+}
 """Best first: what ``auto`` tries."""
 
-_PLANNED = ("flashinfer", "flash_attn")
+_PLANNED = ("flash_attn",)
 
 
-def select_attention_backend(name: str, spec: ModelSpec, platform: Platform) -> type[AttentionBackend]:
+def select_attention_backend(
+    name: str, spec: ModelSpec, dtype: torch.dtype, platform: Platform
+) -> type[AttentionBackend]:
     """The backend of that name, or for ``auto`` the best that supports model and device.
 
     Raises:
@@ -29,11 +37,11 @@ def select_attention_backend(name: str, spec: ModelSpec, platform: Platform) -> 
     if name != "auto":
         if name not in _BACKENDS:
             raise ConfigError(f"{key}: no backend {name!r}{nearest(name, [*_BACKENDS, 'auto'])}")
-        reason = _BACKENDS[name].supports(spec, platform)
+        reason = _BACKENDS[name].supports(spec, dtype, platform)
         if reason is not None:
             raise ConfigError(f"{key}: {name} {reason}")
         return _BACKENDS[name]
-    reasons = {candidate: backend.supports(spec, platform) for candidate, backend in _BACKENDS.items()}
+    reasons = {candidate: backend.supports(spec, dtype, platform) for candidate, backend in _BACKENDS.items()}
     for candidate, reason in reasons.items():
         if reason is None:
             return _BACKENDS[candidate]

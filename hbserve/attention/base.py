@@ -59,22 +59,33 @@ class AttentionBackend(ABC):
 
     @classmethod
     @abstractmethod
-    def supports(cls, spec: ModelSpec, platform: Platform) -> str | None:
-        """None, or why this backend cannot serve that model on that device."""
+    def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
+        """None, or why this backend cannot serve that model in that dtype on that device."""
+
+    slot_mapping: torch.Tensor
+    """Of the step that has begun; see `AttentionBatch`."""
 
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:
-        """Prepare for a step, once for all layers."""
+        """Prepare for a step, once for all layers; keeps ``slot_mapping``."""
 
-    @abstractmethod
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write the step's keys and values to the cache, then attend: each token to its sequence's past.
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
 
         All rows are written before any is read, so a row may share blocks that another row of the
         same step fills.
+        """
+        block_size = self.layout.block_size
+        blocks, offsets = self.slot_mapping // block_size, self.slot_mapping % block_size
+        self.kv_cache[blocks, layer, 0, offsets] = k
+        self.kv_cache[blocks, layer, 1, offsets] = v
+
+    @abstractmethod
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """Attend over the cache, which has the step's own keys and values: each token to its past.
 
         Args:
-            q: ``[tokens, heads, head_dim]``; k, v: ``[tokens, kv heads, head_dim]``.
+            q: ``[tokens, heads, head_dim]``.
 
         Returns:
             ``[tokens, heads, head_dim]``.

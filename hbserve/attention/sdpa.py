@@ -61,19 +61,23 @@ class SdpaBackend(AttentionBackend):
         self._slot_rows = torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def supports(cls, spec: ModelSpec, platform: Platform) -> str | None:
+    def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
         return None
 
     def begin(self, batch: AttentionBatch) -> None:
+        self.slot_mapping = batch.slot_mapping
         self._slot_rows = self._row_of(batch.slot_mapping)
         tables = torch.from_numpy(batch.block_tables).to(self.platform.device)
         self._plans = {window: self._plan(batch, tables, window) for window in set(self.spec.sliding_windows)}
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        key_row = layer * 2 * self.layout.block_size
+        self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))
+        self._cache_rows.index_copy_(0, self._slot_rows + key_row + self.layout.block_size, v.flatten(1))
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         key_row = layer * 2 * self.layout.block_size
         value_row = key_row + self.layout.block_size
-        self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))
-        self._cache_rows.index_copy_(0, self._slot_rows + value_row, v.flatten(1))
         plan = self._plans[self.spec.sliding_windows[layer]]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for gather in plan.decodes:

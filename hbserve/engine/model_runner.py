@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from hbserve.attention import select_attention_backend
+from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.config import Config, InstanceConfig
 from hbserve.engine.batch import build_batch
 from hbserve.engine.kv_sizing import size_kv
@@ -21,6 +23,9 @@ from hbserve.models.loader import fill_dummy_weights, load_weights
 from hbserve.models.spec import DTYPES, ModelSpec
 from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
+
+if TYPE_CHECKING:
+    from hbserve.engine.decode_graphs import DecodeGraphs
 
 __all__ = ["ModelRunner", "PendingStep"]
 
@@ -50,7 +55,7 @@ class ModelRunner:
         self.platform = platform
         self.spec = ModelSpec.load(config.model.path)
         dtype = self.spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
-        backend = select_attention_backend(config.model.attention_backend, self.spec, platform)
+        backend = select_attention_backend(config.model.attention_backend, self.spec, dtype, platform)
 
         table = WeightTable.build(self.spec, dtype)
         weights = _allocate(platform, table.num_bytes, "the model's weights")
@@ -81,11 +86,23 @@ class ModelRunner:
             vocab_size=self.spec.vocab_size,
             device=platform.device,
         )
+        self._graphs = self._capture_graphs(config)
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
             *(self.layout.block_size, self.max_model_len, backend.name),
         )
+
+    @torch.inference_mode()
+    def _capture_graphs(self, config: Config) -> DecodeGraphs | None:
+        if not config.cuda_graph.enabled or self.platform.name != "cuda":
+            return None
+        if not isinstance(self._attention, FlashInferBackend):
+            logger.warning("no CUDA graphs: attention by %s cannot be captured", self._attention.name)
+            return None
+        from hbserve.engine.decode_graphs import DecodeGraphs
+
+        return DecodeGraphs(self._decoder, self._attention, self._table, config.cuda_graph.max_seq_len)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -100,6 +117,8 @@ class ModelRunner:
         self._table.append_new_blocks(plan.rows)
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
+        if self._graphs is not None and self._graphs.fits(plan.rows):
+            return PendingStep(plan, *self._graphs.launch(plan.rows), timer)
         batch = build_batch(plan.rows, self._table, self.layout.block_size, self.platform.device)
         self._attention.begin(batch.attention)
         hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)

@@ -21,7 +21,9 @@ class SequenceTable:
 
     Attributes:
         block_tables: int32 ``[slots, max_blocks_per_seq]``, valid up to ``num_table_blocks``.
-        last_token_ids: int64 ``[slots]``, on the device: the token sampled last.
+        last_token_ids: int64 ``[slots + 1]``, on the device: the token sampled last; the last entry is
+            ``padding_slot``'s, of rows that only fill a batch up.
+        plain_sampling: no penalties, truncation or logprobs: temperature is all there is.
         next_positions: which position that token is for, or `UNKNOWN_POSITION`.
         num_logprobs: as `SamplingParams.logprobs`, -1 for none.
         end_token_ids: per slot; not sampled for positions before ``min_end_positions``.
@@ -35,7 +37,8 @@ class SequenceTable:
         self.block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
         self.num_table_blocks = np.zeros(max_num_seqs, np.int64)
         self.installed = np.zeros(max_num_seqs, np.bool_)
-        self.last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.padding_slot = max_num_seqs
+        self.last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self.next_positions = np.full(max_num_seqs, UNKNOWN_POSITION, np.int64)
         self.temperature = np.zeros(max_num_seqs, np.float32)
         self.top_k = np.zeros(max_num_seqs, np.int64)
@@ -46,6 +49,7 @@ class SequenceTable:
         self.presence = np.zeros(max_num_seqs, np.float32)
         self.frequency = np.zeros(max_num_seqs, np.float32)
         self.num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self.plain_sampling = np.zeros(max_num_seqs, np.bool_)
         self.min_end_positions = np.zeros(max_num_seqs, np.int64)
         self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.token_counts = TokenCounts(max_num_seqs, vocab_size, device)
@@ -73,9 +77,12 @@ class SequenceTable:
         self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self.min_end_positions[slot] = state.min_end_position
         self.end_token_ids[slot] = state.end_token_ids
+        truncates = self.top_k[slot] < self.vocab_size or sampling.top_p < 1 or sampling.min_p > 0
+        self.plain_sampling[slot] = not truncates and sampling.logprobs is None
         if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0:
             self.token_counts.forget(slot)
         else:
+            self.plain_sampling[slot] = False
             assert state.history is not None, f"slot {slot}: penalties need the history"
             self.token_counts.install(slot, state.history, state.num_prompt_tokens)
 

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from hbserve.attention.base import AttentionBackend
-from hbserve.layers.mlp import silu_and_mul
-from hbserve.layers.norm import rms_norm
+from hbserve.layers.ops import select_ops
 from hbserve.layers.parallel import TensorParallel, row_parallel_linear, vocab_parallel_embedding
-from hbserve.layers.rotary import RotaryEmbedding, rotate
+from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.models.spec import ModelSpec
 
 
@@ -51,6 +50,7 @@ class Decoder:
             weights[name] for name in ("embedding", "final_norm", "lm_head")
         )
         self.rotary = RotaryEmbedding(spec.rope, spec.head_dim, self.embedding.device)
+        self._ops = select_ops(self.embedding)
         self.layers = []
         for layer in range(spec.num_layers):
             prefix = f"layers.{layer}."
@@ -64,36 +64,22 @@ class Decoder:
             token_ids, positions: integers ``[tokens]``, in the order of the batch that ``attention``
                 was told about in `AttentionBackend.begin`.
         """
-        hidden = vocab_parallel_embedding(token_ids, self.embedding, self.parallel)
-        angles = self.rotary.angles(positions)
+        ops = self._ops
         eps = self.spec.rms_norm_eps
+        residual = vocab_parallel_embedding(token_ids, self.embedding, self.parallel)
+        hidden = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
-            normed = rms_norm(hidden, layer.input_norm, eps)
-            hidden = hidden + self._attend(index, layer, normed, angles, attention)
-            normed = rms_norm(hidden, layer.mlp_norm, eps)
-            inner = silu_and_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
-            hidden = hidden + row_parallel_linear(inner, layer.down, layer.down_bias, self.parallel)
-        return rms_norm(hidden, self.final_norm, eps)
+            qkv = F.linear(hidden, layer.qkv, layer.qkv_bias)
+            q = ops.rotate_and_store(qkv, layer.q_norm, layer.k_norm, eps, positions, self.rotary, attention, index)
+            out = row_parallel_linear(attention.attend(index, q).flatten(1), layer.o, layer.o_bias, self.parallel)
+            hidden, residual = ops.add_rms_norm(out, residual, layer.mlp_norm, eps)
+            inner = ops.silu_and_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias))
+            out = row_parallel_linear(inner, layer.down, layer.down_bias, self.parallel)
+            last = index + 1 == len(self.layers)
+            norm = self.final_norm if last else self.layers[index + 1].input_norm
+            hidden, residual = ops.add_rms_norm(out, residual, norm, eps)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]``, in the model's dtype, of rows of `forward`'s result."""
         return self.parallel.gather(F.linear(hidden, self.lm_head))
-
-    def _attend(
-        self,
-        index: int,
-        layer: _Layer,
-        normed: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        attention: AttentionBackend,
-    ) -> torch.Tensor:
-        head_dim = self.spec.head_dim
-        num_heads = layer.o.shape[1] // head_dim
-        num_kv_heads = (layer.qkv.shape[0] // head_dim - num_heads) // 2
-        heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, num_heads + 2 * num_kv_heads, head_dim)
-        q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, self.spec.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, self.spec.rms_norm_eps)
-        out = attention.attend(index, rotate(q, *angles), rotate(k, *angles), v)
-        return row_parallel_linear(out.flatten(1), layer.o, layer.o_bias, self.parallel)

@@ -1,0 +1,276 @@
+"""Decode steps as CUDA graphs: one launch instead of some hundred.
+
+For each size of a ladder of batch sizes the whole step is captured: fed-back tokens, forward pass,
+logits, sampling, and the sampled tokens' way back into the sequence table. A step copies its inputs
+into fixed buffers with one transfer from pinned memory, has FlashInfer write its schedule, and
+replays the smallest graph that holds its rows; rows beyond are padding that stores nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hbserve.attention.flashinfer import FlashInferBackend, PageTables
+from hbserve.engine.fast_sampler import fast_sample
+from hbserve.engine.sampler import Sampled, sample
+from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
+from hbserve.engine.sequence_table import SequenceTable
+from hbserve.engine.staging import to_device
+from hbserve.messages import PlanRow
+from hbserve.models.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT_BYTES = 16
+_NUM_HOST_BUFFERS = 8
+_WARM_UP_RUNS = 2
+_FED_BACK = -1
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One input array of a step, at a fixed place in the buffer."""
+
+    name: str
+    dtype: type[np.generic]
+    padding: int
+
+
+_FIELDS = (
+    _Field("token_ids", np.int64, 0),
+    _Field("positions", np.int64, 0),
+    _Field("slots", np.int64, 0),
+    _Field("slot_mapping", np.int64, -1),
+    _Field("seeds", np.int64, 0),
+    _Field("temperatures", np.float32, 0),
+    _Field("last_page_len", np.int32, 1),
+    _Field("indptr", np.int32, 0),
+)
+
+
+class _StepInputs:
+    """A step's input arrays on the device, and host copies of them to fill in turn.
+
+    The page indices come last, so that one copy of a prefix takes along just as many as there are.
+    """
+
+    def __init__(self, max_rows: int, max_pages: int, device: torch.device) -> None:
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for field in _FIELDS:
+            self._offsets[field.name] = end
+            end += (max_rows + 1) * np.dtype(field.dtype).itemsize
+            end += -end % _ALIGNMENT_BYTES
+        self._indices_offset = end
+        num_bytes = end + 4 * max_pages
+        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._host = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_HOST_BUFFERS)]
+        self._copied: list[Any] = [None] * _NUM_HOST_BUFFERS
+        self._turn = 0
+        self.indices = self._device[self._indices_offset :].view(torch.int32)
+
+    def tensor(self, name: str, size: int) -> torch.Tensor:
+        """The first ``size`` entries of an array on the device."""
+        field = next(field for field in _FIELDS if field.name == name)
+        dtype = torch.from_numpy(np.empty(0, field.dtype)).dtype
+        begin = self._offsets[name]
+        return self._device[begin : begin + size * dtype.itemsize].view(dtype)
+
+    def copy(
+        self, arrays: dict[str, npt.NDArray[Any]], indices: npt.NDArray[np.int32], num_rows: int, size: int
+    ) -> None:
+        """Queue the copy of a step's arrays, padded from ``num_rows`` to ``size`` rows."""
+        self._turn = (self._turn + 1) % _NUM_HOST_BUFFERS
+        if self._copied[self._turn] is not None:
+            self._copied[self._turn].synchronize()
+        host = self._host[self._turn].numpy()
+        for field in _FIELDS:
+            begin = self._offsets[field.name]
+            extra = 1 if field.name == "indptr" else 0
+            itemsize = np.dtype(field.dtype).itemsize
+            view = host[begin : begin + (size + extra) * itemsize].view(field.dtype)
+            array = arrays[field.name]
+            view[: len(array)] = array
+            view[len(array) :] = field.padding
+        end = self._indices_offset + indices.nbytes
+        host[self._indices_offset : end].view(np.int32)[:] = indices
+        self._device[:end].copy_(self._host[self._turn][:end], non_blocking=True)
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._copied[self._turn] = event
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: Any
+    attention: Any
+    logits: torch.Tensor
+    token_ids: torch.Tensor
+
+
+class DecodeGraphs:
+    """Captured decode steps of one worker.
+
+    Args:
+        max_seq_len: batches with a longer sequence are left to the eager path.
+    """
+
+    def __init__(self, decoder: Decoder, attention: FlashInferBackend, table: SequenceTable, max_seq_len: int) -> None:
+        self._decoder, self._attention, self._table = decoder, attention, table
+        self._block_size = attention.layout.block_size
+        self._max_seq_len = max_seq_len
+        self._sizes = ladder(table.max_num_seqs)
+        max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
+        device = table.last_token_ids.device
+        self._inputs = _StepInputs(table.max_num_seqs, max_pages, device)
+        self._graphs: dict[int, _Graph] = {}
+        self._capture_all(device)
+
+    def _capture_all(self, device: torch.device) -> None:
+        started = time.perf_counter()
+        before = torch.cuda.mem_get_info(device)[0]
+        pool: Any = None
+        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+            self._graphs[size] = self._capture(size, pool)
+            pool = self._graphs[size].graph.pool()
+        used = before - torch.cuda.mem_get_info(device)[0]
+        seconds = time.perf_counter() - started
+        logger.info(
+            "captured decode graphs for %d batch sizes up to %d in %.1f s, %.2f GiB",
+            *(len(self._sizes), self._sizes[-1], seconds, used / (1 << 30)),
+        )
+
+    def _capture(self, size: int, pool: Any) -> _Graph:
+        inputs = self._inputs
+        wrapper = self._attention.make_graph_decode(
+            inputs.tensor("indptr", size + 1), inputs.indices, inputs.tensor("last_page_len", size)
+        )
+        tables = PageTables(np.arange(size + 1, dtype=np.int32), np.zeros(size, np.int32), np.ones(size, np.int32))
+        self._copy_padding(tables, size)
+        self._attention.plan_graph(wrapper, tables)
+        self._attention.begin_graph(wrapper, inputs.tensor("slot_mapping", size))
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self._step(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits, token_ids = self._step(size)
+        return _Graph(graph, wrapper, logits, token_ids)
+
+    def _copy_padding(self, tables: PageTables, size: int) -> None:
+        empty = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
+        empty["indptr"] = tables.indptr
+        empty["slots"] = np.full(size, self._table.padding_slot, np.int64)
+        self._inputs.copy(empty, tables.indices, 0, size)
+
+    def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self._inputs
+        slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
+        positions = inputs.tensor("positions", size)
+        last = self._table.last_token_ids
+        token_ids = torch.where(given == _FED_BACK, last[slots], given)
+        hidden = self._decoder.forward(token_ids, positions, self._attention)
+        logits = self._decoder.logits(hidden)
+        sampled = fast_sample(logits, inputs.tensor("temperatures", size), inputs.tensor("seeds", size), positions)
+        last[slots] = sampled
+        return logits, sampled
+
+    def fits(self, rows: list[PlanRow]) -> bool:
+        """Whether a plan's rows are a decode step that is captured."""
+        return (
+            0 < len(rows) <= self._sizes[-1]
+            and all(row.num_tokens == 1 and row.sample for row in rows)
+            and max(row.start for row in rows) < self._max_seq_len
+        )
+
+    def launch(self, rows: list[PlanRow]) -> tuple[Sampled, list[int]]:
+        """Run a step that `fits`; its blocks have been appended.
+
+        Returns:
+            What was sampled, in the rows' order, and each row's number of logprobs.
+        """
+        table = self._table
+        num_rows = len(rows)
+        size = next(size for size in self._sizes if size >= num_rows)
+        graph = self._graphs[size]
+        slots = np.array([row.slot for row in rows], np.int64)
+        starts = np.array([row.start for row in rows], np.int64)
+        token_ids = np.array([_FED_BACK if row.token_ids is None else row.token_ids[0] for row in rows], np.int64)
+        self._check(slots, starts, token_ids)
+
+        page_of_token = starts // self._block_size
+        block_tables = table.block_tables[slots, : int(page_of_token.max()) + 1]
+        blocks = block_tables[np.arange(num_rows), page_of_token].astype(np.int64)
+        context_lens, block_tables = _pad(starts + 1, block_tables, size)
+        pages = PageTables.build(context_lens, block_tables, self._block_size)
+        padded_slots = np.full(size, table.padding_slot, np.int64)
+        padded_slots[:num_rows] = slots
+        self._inputs.copy(
+            {
+                "token_ids": token_ids,
+                "positions": starts,
+                "slots": padded_slots,
+                "slot_mapping": blocks * self._block_size + starts % self._block_size,
+                "seeds": table.seeds[slots],
+                "temperatures": table.temperature[slots],
+                "last_page_len": pages.last_page_len,
+                "indptr": pages.indptr,
+            },
+            pages.indices,
+            num_rows,
+            size,
+        )
+        self._attention.plan_graph(graph.attention, pages)
+        graph.graph.replay()
+        table.next_positions[slots] = starts + 1
+        num_logprobs = table.num_logprobs[slots].tolist()
+        if (table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])).all():
+            return Sampled(graph.token_ids[:num_rows], None), num_logprobs
+        # Penalties, truncation and the like need the general sampler, on the graph's logits.
+        arrays = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, graph.logits.device)
+        batch = sampling_batch(table, slots, arrays)
+        sampled = sample(graph.logits[:num_rows], batch)
+        table.note_sampled(arrays["slots"], sampled.token_ids, batch.penalties)
+        return sampled, num_logprobs
+
+    def _check(
+        self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]
+    ) -> None:
+        """A plan that contradicts the table is a bug of its sender; on a GPU it would read other memory."""
+        table = self._table
+        assert slots.min() >= 0, "a slot is negative"
+        assert slots.max() < table.max_num_seqs, f"slot {slots.max()} is out of range"
+        assert table.installed[slots].all(), "a slot has no sequence"
+        assert (starts < table.num_table_blocks[slots] * self._block_size).all(), "a position is beyond its blocks"
+        assert token_ids.max() < table.vocab_size, "a token id is outside the vocabulary"
+        fed_back = token_ids == _FED_BACK
+        assert (table.next_positions[slots[fed_back]] == starts[fed_back]).all(), (
+            "a slot has sampled no token for the position it starts at"
+        )
+
+
+def ladder(max_rows: int) -> list[int]:
+    """Batch sizes to capture: dense where padding would cost most, up to ``max_rows``."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
+    return [*(size for size in sizes if size < max_rows), max_rows]
+
+
+def _pad(
+    context_lens: npt.NDArray[np.int64], block_tables: npt.NDArray[np.int32], size: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Rows of one token in block 0 up to ``size``; what they compute is thrown away."""
+    extra = size - len(context_lens)
+    return (
+        np.pad(context_lens.astype(np.int32), (0, extra), constant_values=1),
+        np.pad(block_tables, ((0, extra), (0, 0))) if extra else block_tables,
+    )

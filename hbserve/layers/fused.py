@@ -1,0 +1,184 @@
+"""Triton kernels for what lies between the matrix products on a GPU.
+
+Each does in one pass over memory what the plain functions of this room do in several; those are the
+reference, and what runs on the CPU. Sums and products are taken in float32, and values are rounded
+to the model's dtype where the plain functions round them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x, residual, weight, out, stride, eps, size: tl.constexpr, block: tl.constexpr, has_residual: tl.constexpr
+):
+    row = tl.program_id(0)
+    columns = tl.arange(0, block)
+    mask = columns < size
+    values = tl.load(x + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if has_residual:
+        values += tl.load(residual + row * size + columns, mask=mask, other=0.0).to(tl.float32)
+        values = values.to(out.dtype.element_ty).to(tl.float32)
+        tl.store(residual + row * size + columns, values.to(out.dtype.element_ty), mask=mask)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+    normed = (values * scale).to(out.dtype.element_ty)
+    weights = tl.load(weight + columns, mask=mask, other=0.0)
+    tl.store(out + row * size + columns, normed * weights, mask=mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `hbserve.layers.norm.rms_norm`, of ``x [rows, size]`` with contiguous rows."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    size = x.shape[1]
+    block = triton.next_power_of_2(size)
+    _add_rms_norm_kernel[(x.shape[0],)](
+        x, x, weight, out, x.stride(0), eps, size, block, False, num_warps=_num_warps(block)
+    )
+    return out
+
+
+def add_rms_norm_(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add ``x`` to ``residual`` in place and return the norm of the sum; both contiguous ``[rows, size]``."""
+    out = torch.empty_like(x)
+    size = x.shape[1]
+    block = triton.next_power_of_2(size)
+    _add_rms_norm_kernel[(x.shape[0],)](
+        x, residual, weight, out, x.stride(0), eps, size, block, True, num_warps=_num_warps(block)
+    )
+    return out
+
+
+def _num_warps(block: int) -> int:
+    return max(1, min(16, block // 256))
+
+
+@triton.jit
+def _silu_and_mul_kernel(gate_up, out, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    mask = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask=mask, other=0.0)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
+    tl.store(out + row * size + columns, activated * up, mask=mask)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `hbserve.layers.mlp.silu_and_mul`, of a contiguous ``[tokens, gate | up]``."""
+    num_tokens, double = gate_up.shape
+    out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)
+    block = 1024
+    _silu_and_mul_kernel[(num_tokens, triton.cdiv(double // 2, block))](gate_up, out, double // 2, block)
+    return out
+
+
+@triton.jit
+def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    q_out,
+    cache,
+    q_weight,
+    k_weight,
+    positions,
+    slots,
+    inverse_frequencies,
+    eps,
+    stride_block,
+    stride_kv,
+    stride_token,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    half: tl.constexpr,
+    block_size: tl.constexpr,
+    has_norm: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    lane = tl.arange(0, half)
+    mask = lane < head_dim // 2
+    source = qkv + token * (num_heads + 2 * num_kv_heads) * head_dim + head * head_dim
+    first = tl.load(source + lane, mask=mask, other=0.0)
+    second = tl.load(source + head_dim // 2 + lane, mask=mask, other=0.0)
+    dtype = first.dtype
+    slot = tl.load(slots + token)
+    base = cache + (slot // block_size) * stride_block + (slot % block_size) * stride_token
+    if head >= num_heads + num_kv_heads:
+        if slot >= 0:  # a padded row has no place in the cache
+            target = base + stride_kv + (head - num_heads - num_kv_heads) * head_dim
+            tl.store(target + lane, first, mask=mask)
+            tl.store(target + head_dim // 2 + lane, second, mask=mask)
+    else:
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        if has_norm:
+            scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / head_dim + eps)
+            weight = q_weight if head < num_heads else k_weight
+            a = ((a * scale).to(dtype) * tl.load(weight + lane, mask=mask, other=0.0)).to(tl.float32)
+            b = ((b * scale).to(dtype) * tl.load(weight + head_dim // 2 + lane, mask=mask, other=0.0)).to(tl.float32)
+        position = tl.load(positions + token).to(tl.float32)
+        angle = position * tl.load(inverse_frequencies + lane, mask=mask, other=0.0)
+        cos, sin = tl.cos(angle), tl.sin(angle)
+        rotated_a = (a * cos - b * sin).to(dtype)
+        rotated_b = (b * cos + a * sin).to(dtype)
+        if head < num_heads:
+            target = q_out + token * num_heads * head_dim + head * head_dim
+            tl.store(target + lane, rotated_a, mask=mask)
+            tl.store(target + head_dim // 2 + lane, rotated_b, mask=mask)
+        elif slot >= 0:
+            target = base + (head - num_heads) * head_dim
+            tl.store(target + lane, rotated_a, mask=mask)
+            tl.store(target + head_dim // 2 + lane, rotated_b, mask=mask)
+
+
+def norm_rotate_store(
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    inverse_frequencies: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Per-head norm (where there are weights) and rotary embedding of q and k; k and v go to the cache.
+
+    Args:
+        qkv: contiguous ``[tokens, (heads + 2 kv heads) * head_dim]``.
+        cache: one layer, ``[block, k/v, token, kv head, head_dim]``, strided in its first dimension.
+        positions, slots: int64 ``[tokens]``; a negative slot stores nothing.
+
+    Returns:
+        q, ``[tokens, heads, head_dim]``.
+    """
+    num_tokens = qkv.shape[0]
+    _, _, block_size, num_kv_heads, head_dim = cache.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    weights: Any = (q_weight, k_weight) if q_weight is not None and k_weight is not None else (qkv, qkv)
+    _norm_rotate_store_kernel[(num_tokens, num_heads + 2 * num_kv_heads)](
+        qkv,
+        q,
+        cache,
+        *weights,
+        positions,
+        slots,
+        inverse_frequencies,
+        eps,
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        triton.next_power_of_2(head_dim // 2),
+        block_size,
+        q_weight is not None,
+        num_warps=1,
+    )
+    return q
