@@ -1,0 +1,87 @@
+"""What the pages say can be checked against the code is checked against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from hbserve.config import Config, InstanceConfig, Section
+from hbserve.pd_disagg.config import _KEYS
+from hbserve.sampling_params import SamplingParams
+from hbserve.server.protocol import NEUTRAL, ChatCompletionRequest, CompletionRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Where links into a page may point."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:hbserve|scripts|configs|tests|examples)/[\w/.]+)[` ]", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_key_is_documented_with_its_default_and_its_name_in_python() -> None:
+    section, documented = "", {}
+    for line in (ROOT / "docs" / "configuration.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        row = re.match(r"\| `(\w+)` \| ([^|]*) \|(?: (?:`(\w+)`)? ?\|)? ", line)
+        if row:
+            documented[section, row[1]] = row[2], row[3]
+
+    in_python = {key: name for name, key in _KEYS.items()}
+    expected: dict[tuple[str, str], tuple[str, str | None]] = {
+        ("", "mode"): (Config(model=None).mode, "mode"),  # type: ignore[arg-type]
+        ("", "gpu_instances"): ("by mode", "gpu_instances"),
+    }
+    sections: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    sections["gpu_instances"] = InstanceConfig
+    for name, kind in sections.items():
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            continue
+        for field in msgspec.structs.fields(kind):
+            default = "required" if field.required else yaml.safe_dump(field.default).split("\n")[0]
+            expected[name, field.name] = (
+                {"null": "none"}.get(default, default),
+                in_python.get(f"{name}.{field.name}"),
+            )
+    assert documented == expected
+
+
+def test_every_parameter_of_the_http_api_is_documented() -> None:
+    text = (ROOT / "docs" / "http_api.md").read_text()
+    own = set(SamplingParams.__struct_fields__) & set(CompletionRequest.model_fields)
+    for name in {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *own, *NEUTRAL}:
+        assert re.search(rf"`{name}\b", text), name
+
+
+def test_yaml_in_the_readme_is_a_system() -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert Config.from_dict(yaml.safe_load(text), ROOT).mode == "disaggregated"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    Config.load(path)
