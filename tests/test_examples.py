@@ -43,6 +43,12 @@ def answer_to(question: str) -> str:
     return next(q.answer for q in demo_language.fact_questions() if q.messages[-1]["content"] == question)
 
 
+def test_program_in_the_readme(tmp_path: Path) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    assert run(str(tmp_path / "program.py"), ROOT) == "47 + 38 = 85.\n"
+
+
 def test_quick_start_async(tmp_path: Path) -> None:
     output = run("quick_start_async.py", tmp_path, str(EXAMPLES / "models" / "hbserve-demo"))
     responses = [part.split("\nPrompt: ")[0].strip() for part in output.split("Response: ")[1:]]
