@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a layer, in the form that the device likes."""
+"""The operations of a layer, in the form that the device likes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.layers.mlp import silu_and_mul
@@ -14,7 +15,10 @@ from hbserve.layers.rotary import RotaryEmbedding, rotate
 
 
 class LayerOps(Protocol):
-    """The operations of a decoder layer that are not matrix products or attention."""
+    """The operations of a decoder layer that are not attention."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x @ weight.T + bias``."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """As `hbserve.layers.norm.rms_norm`."""
@@ -43,6 +47,9 @@ class LayerOps(Protocol):
 
 class PlainOps:
     """In torch's own operations: on the CPU, and the reference for everything else."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps)
@@ -84,6 +91,11 @@ class FusedOps:
         from hbserve.layers import fused
 
         self._fused = fused
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.shape[0] == 1 and bias is None:
+            return self._fused.one_row_linear(x, weight)
+        return F.linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._fused.rms_norm(x, weight, eps)

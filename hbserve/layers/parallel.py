@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 Collective = Callable[[torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class TensorParallel:
 
 
 def row_parallel_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parallel: TensorParallel
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parallel: TensorParallel, linear: Linear
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, where each rank holds a slice of the input dimension and the whole bias."""
     if parallel.size == 1:
-        return F.linear(x, weight, bias)
-    total = parallel.reduce(F.linear(x, weight))
+        return linear(x, weight, bias)
+    total = parallel.reduce(linear(x, weight, None))
     return total if bias is None else total + bias
 
 

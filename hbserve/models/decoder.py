@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.layers.ops import select_ops
@@ -69,12 +68,14 @@ class Decoder:
         residual = vocab_parallel_embedding(token_ids, self.embedding, self.parallel)
         hidden = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
-            qkv = F.linear(hidden, layer.qkv, layer.qkv_bias)
+            qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias)
             q = ops.rotate_and_store(qkv, layer.q_norm, layer.k_norm, eps, positions, self.rotary, attention, index)
-            out = row_parallel_linear(attention.attend(index, q).flatten(1), layer.o, layer.o_bias, self.parallel)
+            out = row_parallel_linear(
+                attention.attend(index, q).flatten(1), layer.o, layer.o_bias, self.parallel, ops.linear
+            )
             hidden, residual = ops.add_rms_norm(out, residual, layer.mlp_norm, eps)
-            inner = ops.silu_and_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias))
-            out = row_parallel_linear(inner, layer.down, layer.down_bias, self.parallel)
+            inner = ops.silu_and_mul(ops.linear(hidden, layer.gate_up, layer.gate_up_bias))
+            out = row_parallel_linear(inner, layer.down, layer.down_bias, self.parallel, ops.linear)
             last = index + 1 == len(self.layers)
             norm = self.final_norm if last else self.layers[index + 1].input_norm
             hidden, residual = ops.add_rms_norm(out, residual, norm, eps)
@@ -82,4 +83,4 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]``, in the model's dtype, of rows of `forward`'s result."""
-        return self.parallel.gather(F.linear(hidden, self.lm_head))
+        return self.parallel.gather(self._ops.linear(hidden, self.lm_head, None))
