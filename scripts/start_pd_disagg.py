@@ -31,11 +31,12 @@ def main() -> int:
             logging = msgspec.structs.replace(config.logging, level=arguments.log_level)
             config = msgspec.structs.replace(config, logging=logging)
         if arguments.instance_id is not None:
+            from hbserve.pd_disagg.child import exit_now
             from hbserve.pd_disagg.gpu_instance import run_instance
             from hbserve.pd_disagg.rpc import instance_address
 
             instance = config.instance(arguments.instance_id)
-            return run_instance(config, instance.instance_id, instance_address(instance, None))
+            exit_now(run_instance(config, instance.instance_id, instance_address(instance, None)))
         from hbserve.server.launch import serve_system
 
         return serve_system(config, with_instances=True, port=arguments.port)

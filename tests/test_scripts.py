@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -207,6 +210,17 @@ def ask_and_check(url: str, model: tuple[Path, Any]) -> None:
         assert text == expected(tokenizer.encode_chat(USER))
 
 
+@contextmanager
+def unanswered_request(url: str) -> Iterator[None]:
+    """Send a completion request and go away without an answer."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "tiny", "prompt": "the dog sat on"}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield
+
+
 @pytest.mark.parametrize(
     ("mode", "number"), [("disaggregated", signal.SIGTERM), ("unified", signal.SIGINT)], ids=["disagg", "unified"]
 )
@@ -231,20 +245,29 @@ def test_told_to_end_while_it_starts(workplace: Workplace, model: tuple[Path, An
 
 
 def test_parts_in_any_order(workplace: Workplace, model: tuple[Path, Any]) -> None:
-    config = workplace.write(configuration(model[0], "disaggregated", free_ports(2)))
+    document = configuration(model[0], "disaggregated", free_ports(2))
+    document["kv_transfer"] = {"timeout_s": 10 * DEADLINE_S}
+    config = workplace.write(document)
     scheduler = workplace.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
     poll(lambda: descendants(scheduler.process.pid), lambda: scheduler.errors)
-    instances = [
+    decode, prefill = (
         workplace.start("start_pd_disagg.py", "--config", config, "--instance-id", name)
         for name in ("decode-0", "prefill-0")
-    ]
+    )
     ask_and_check(scheduler.url(), model)
     scheduler.end(signal.SIGINT)
     # Now the instances are there first.
     scheduler = workplace.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
-    ask_and_check(scheduler.url(), model)
-    for program in [*instances, scheduler]:
-        program.end()
+    url = scheduler.url()
+    ask_and_check(url, model)
+    # It need not wait for the KV of a prefill instance that does not send it.
+    os.kill(prefill.process.pid, signal.SIGSTOP)
+    with unanswered_request(url):
+        poll(lambda: httpx.get(f"{url}/stats").json()["kv_transfer"]["open_transfers"], lambda: scheduler.errors)
+        decode.end()
+    os.kill(prefill.process.pid, signal.SIGCONT)
+    prefill.end()
+    scheduler.end()
     assert workplace.leftovers() == []
 
 

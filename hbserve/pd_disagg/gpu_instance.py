@@ -14,7 +14,6 @@ import logging
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -317,10 +316,7 @@ def main() -> None:
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Links to peers that are gone may still block a thread in C++; nothing is left to be cleaned up.
-    os._exit(code)
+    child.exit_now(code)
 
 
 if __name__ == "__main__":
