@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from hbserve.config import ServerConfig
@@ -26,6 +25,8 @@ from tests import tiny_tokenizers
 from tests.engines import assert_no_leaks, greedy_reference
 from tests.model_zoo import save_model
 from tests.scripted_scheduler import DEADLINE_S, Script, ScriptedScheduler, fails, output, tokens
+
+openai = pytest.importorskip("openai")
 
 MODEL = "org/tiny"
 USER = [{"role": "user", "content": "hi"}]

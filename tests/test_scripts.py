@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import openai
 import pytest
 import yaml
 
@@ -23,6 +22,8 @@ from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.engines import greedy_reference
 from tests.model_zoo import save_model
+
+openai = pytest.importorskip("openai")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 DEADLINE_S = 90.0
