@@ -118,7 +118,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-class Workplace:
+class Site:
     """A temporary directory for what the scripts make, and a folder in it for what they are given."""
 
     def __init__(self, folder: Path) -> None:
@@ -159,8 +159,8 @@ class Workplace:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Iterator[Workplace]:
-    place = Workplace(tmp_path)
+def site(tmp_path: Path) -> Iterator[Site]:
+    place = Site(tmp_path)
     yield place
     place.clean_up()
 
@@ -225,40 +225,38 @@ def unanswered_request(url: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("mode", "number"), [("disaggregated", signal.SIGTERM), ("unified", signal.SIGINT)], ids=["disagg", "unified"]
 )
-def test_whole_system(workplace: Workplace, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
-    system = workplace.start(
-        "start_pd_disagg.py", "--config", workplace.write(configuration(model[0], mode)), "--port", "0"
-    )
+def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
+    system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], mode)), "--port", "0")
     ask_and_check(system.url(), model)
     assert len(descendants(system.process.pid)) == (3 if mode == "disaggregated" else 2)
-    assert workplace.leftovers(), "the private sockets are not where this test looks for them"
+    assert site.leftovers(), "the private sockets are not where this test looks for them"
     system.end(number)
-    assert workplace.leftovers() == []
+    assert site.leftovers() == []
 
 
-def test_told_to_end_while_it_starts(workplace: Workplace, model: tuple[Path, Any]) -> None:
-    config = workplace.write(configuration(model[0], "disaggregated"))
-    system = workplace.start("start_pd_disagg.py", "--config", config, "--port", "0")
+def test_told_to_end_while_it_starts(site: Site, model: tuple[Path, Any]) -> None:
+    config = site.write(configuration(model[0], "disaggregated"))
+    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
     poll(lambda: len(descendants(system.process.pid)) >= 2, lambda: system.errors)
     system.end()
     assert system.output == ""
-    assert workplace.leftovers() == []
+    assert site.leftovers() == []
 
 
-def test_parts_in_any_order(workplace: Workplace, model: tuple[Path, Any]) -> None:
+def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
     document = configuration(model[0], "disaggregated", free_ports(2))
     document["kv_transfer"] = {"timeout_s": 10 * DEADLINE_S}
-    config = workplace.write(document)
-    scheduler = workplace.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    config = site.write(document)
+    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
     poll(lambda: descendants(scheduler.process.pid), lambda: scheduler.errors)
     decode, prefill = (
-        workplace.start("start_pd_disagg.py", "--config", config, "--instance-id", name)
+        site.start("start_pd_disagg.py", "--config", config, "--instance-id", name)
         for name in ("decode-0", "prefill-0")
     )
     ask_and_check(scheduler.url(), model)
     scheduler.end(signal.SIGINT)
     # Now the instances are there first.
-    scheduler = workplace.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
     url = scheduler.url()
     ask_and_check(url, model)
     # It need not wait for the KV of a prefill instance that does not send it.
@@ -269,47 +267,45 @@ def test_parts_in_any_order(workplace: Workplace, model: tuple[Path, Any]) -> No
     os.kill(prefill.process.pid, signal.SIGCONT)
     prefill.end()
     scheduler.end()
-    assert workplace.leftovers() == []
+    assert site.leftovers() == []
 
 
-def test_a_scheduler_alone_says_whom_it_misses(workplace: Workplace, model: tuple[Path, Any]) -> None:
+def test_a_scheduler_alone_says_whom_it_misses(site: Site, model: tuple[Path, Any]) -> None:
     ports = free_ports(2)
     document = configuration(model[0], "disaggregated", ports)
     document["rpc"] = {"start_timeout_s": 2.0}
-    errors = workplace.fail("start_cpu_scheduler.py", "--config", workplace.write(document))
+    errors = site.fail("start_cpu_scheduler.py", "--config", site.write(document))
     for name, port in zip(("prefill-0", "decode-0"), ports, strict=True):
         assert f"{name} at tcp://127.0.0.1:{port}" in errors
-    assert workplace.leftovers() == []
+    assert site.leftovers() == []
 
 
-def test_what_is_wrong_with_a_configuration_is_said_with_its_line(
-    workplace: Workplace, model: tuple[Path, Any]
-) -> None:
+def test_what_is_wrong_with_a_configuration_is_said_with_its_line(site: Site, model: tuple[Path, Any]) -> None:
     text = f"model:\n  path: {model[0]}\nperformance:\n  num_block: 64\n"
-    path = workplace.write(text)
-    errors = workplace.fail("start_pd_disagg.py", "--config", path)
+    path = site.write(text)
+    errors = site.fail("start_pd_disagg.py", "--config", path)
     assert errors == f"error: {path}:4: performance.num_block: unknown key; did you mean 'num_blocks'?\n"
-    assert workplace.fail("start_cpu_scheduler.py", "--config", path) == errors
-    path = workplace.write(configuration(model[0], "disaggregated", free_ports(2)))
-    errors = workplace.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefil-0")
+    assert site.fail("start_cpu_scheduler.py", "--config", path) == errors
+    path = site.write(configuration(model[0], "disaggregated", free_ports(2)))
+    errors = site.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefil-0")
     assert "no instance 'prefil-0'; did you mean 'prefill-0'?" in errors
-    errors = workplace.fail("start_pd_disagg.py", "--config", str(workplace.files / "missing.yaml"))
+    errors = site.fail("start_pd_disagg.py", "--config", str(site.files / "missing.yaml"))
     assert "missing.yaml" in errors
-    path = workplace.write(configuration(model[0], "disaggregated"))
-    errors = workplace.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefill-0")
+    path = site.write(configuration(model[0], "disaggregated"))
+    errors = site.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefill-0")
     assert "gpu_instances: prefill-0: port" in errors
-    errors = workplace.fail("start_pd_disagg.py", "--config", path, "--port", "70000")
+    errors = site.fail("start_pd_disagg.py", "--config", path, "--port", "70000")
     assert errors == "error: --port must be in 0..65535, got 70000\n"
 
 
-def test_a_port_in_use_is_named(workplace: Workplace, model: tuple[Path, Any]) -> None:
+def test_a_port_in_use_is_named(site: Site, model: tuple[Path, Any]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        config = workplace.write(configuration(model[0], "disaggregated", [port, *free_ports(1)]))
-        errors = workplace.fail("start_pd_disagg.py", "--config", config, "--instance-id", "prefill-0")
+        config = site.write(configuration(model[0], "disaggregated", [port, *free_ports(1)]))
+        errors = site.fail("start_pd_disagg.py", "--config", config, "--instance-id", "prefill-0")
         assert f"127.0.0.1:{port}: Address already in use" in errors
-        errors = workplace.fail("start_cpu_scheduler.py", "--config", config, "--port", str(port))
+        errors = site.fail("start_cpu_scheduler.py", "--config", config, "--port", str(port))
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in errors
-    assert workplace.leftovers() == []
+    assert site.leftovers() == []
