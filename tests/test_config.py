@@ -47,7 +47,7 @@ TWO = (
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        (MODEL + "chunked_prefil:\n  chunk_size: 1\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
+        (MODEL + "chunked_prefil: {}\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
         (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
         (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
         (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive"),

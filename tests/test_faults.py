@@ -62,7 +62,7 @@ def pid_of(llm: DisaggregatedLLM, instance: str) -> int:
 async def wait_for(what: Any, deadline_s: float = DEADLINE_S) -> None:
     """Poll until ``what()`` holds."""
     async with asyncio.timeout(deadline_s):
-        while not what():
+        while not what():  # noqa: ASYNC110 - the states of other processes have no event
             await asyncio.sleep(0.02)
 
 
@@ -89,7 +89,7 @@ async def test_an_instance_that_stops_answering_is_given_up_and_taken_back(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
     async with system(model[0], heartbeat_timeout_s=2.0) as llm:
-        work = asyncio.create_task(llm.generate([prompt for prompt, _ in references], GREEDY))
+        work = asyncio.create_task(llm.generate([prompt for prompt, _ in references], GREEDY))  # noqa: RUF006 - it is awaited below
         await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["decode-0"]["steps"] >= 5)
         pid = pid_of(llm, "decode-0")
         os.kill(pid, signal.SIGSTOP)
