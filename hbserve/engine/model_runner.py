@@ -95,7 +95,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _capture_graphs(self, config: Config) -> DecodeGraphs | None:
-        if not config.cuda_graph.enabled or self.platform.name != "cuda":
+        if not config.cuda_graph.enabled:
+            return None
+        if self.platform.name != "cuda":
+            logger.info("no CUDA graphs: there are none on the %s platform", self.platform.name)
             return None
         if not isinstance(self._attention, FlashInferBackend):
             logger.warning("no CUDA graphs: attention by %s cannot be captured", self._attention.name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -53,10 +53,14 @@ class EngineClient:
 
     Args:
         address: ZeroMQ address of the scheduler's client socket.
+        answer_timeout_s: a scheduler that is silent for so long while requests are open, and then does
+            not answer a question for as long again, is declared dead.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, answer_timeout_s: float = 15.0) -> None:
         self._address = address
+        self._answer_timeout_s = answer_timeout_s
+        self._last_heard = time.monotonic()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerReply)
         self._streams: dict[str, asyncio.Queue[RequestOutput | errors.HBServeError]] = {}
@@ -70,16 +74,16 @@ class EngineClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
         self._socket.socket.connect(self._address)
-        self._receiver = asyncio.create_task(self._receive(), name="hbserve-engine-client")
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_scheduler())]
 
     async def close(self) -> None:
         """Abort what is open and close the socket."""
         for request_id in list(self._streams):
             self.abort(request_id)
         self._fail_all(errors.EngineDeadError("the engine client was closed"))
-        self._receiver.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._receiver
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close(linger_ms=200)  # the aborts above may still leave
         self._context.term()
 
@@ -173,9 +177,21 @@ class EngineClient:
     def _send(self, message: ClientMessage) -> None:
         self._socket.send([self._encoder.encode(message)])
 
+    async def _watch_scheduler(self) -> None:
+        """A scheduler that hangs does not close its connection; only asking finds out."""
+        while self._dead is None:
+            await asyncio.sleep(self._answer_timeout_s / 4)
+            if not self._streams or time.monotonic() - self._last_heard < self._answer_timeout_s:
+                continue
+            try:
+                await self.stats(self._answer_timeout_s)
+            except errors.EngineDeadError as error:
+                self.declare_dead(str(error))
+
     async def _receive(self) -> None:
         while True:
             (payload,) = await self._socket.receive()
+            self._last_heard = time.monotonic()
             reply = self._decoder.decode(payload)
             if isinstance(reply, OutputBatch):
                 for output in reply.outputs:
