@@ -102,12 +102,15 @@ async def test_an_instance_that_stops_answering_is_given_up_and_taken_back(
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
-async def test_requests_fail_with_a_typed_error_when_an_instance_does_not_come_back(model: tuple[str, Any]) -> None:
-    async with system(model[0], heartbeat_timeout_s=1.0, recovery_timeout_s=1.0) as llm:
-        pid = pid_of(llm, "decode-0")
+@pytest.mark.parametrize(("mode", "victim"), [("disaggregated", "decode-0"), ("unified", "unified-0")])
+async def test_requests_fail_with_a_typed_error_when_an_instance_does_not_come_back(
+    model: tuple[str, Any], mode: str, victim: str
+) -> None:
+    async with system(model[0], mode=mode, heartbeat_timeout_s=1.0, recovery_timeout_s=1.0) as llm:
+        pid = pid_of(llm, victim)
         os.kill(pid, signal.SIGSTOP)
         try:
-            with pytest.raises(RequestFailedError, match="decode-0"):
+            with pytest.raises(RequestFailedError, match=victim):
                 await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), DEADLINE_S)
         finally:
             os.kill(pid, signal.SIGCONT)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from tests.engines import assert_no_leaks, random_prompt
@@ -38,6 +39,11 @@ def recall(count: int) -> list[language.Question]:
         {"attention_backend": "flashinfer", "chunk_size": 48},
         {"attention_backend": "sdpa", "cuda_graph_enabled": False},
         {"mode": "disaggregated", "gpu_instances": "one card"},
+        pytest.param(
+            {"mode": "disaggregated", "chunk_size": 64},
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: KV goes by NCCL"),
+            id="nccl",
+        ),
     ],
     ids=str,
 )

@@ -148,6 +148,7 @@ class CpuScheduler:
                 if instance.ready and silence > self.config.rpc.heartbeat_timeout_s and not was_asleep:
                     self._lose(instance, f"no sign of life for {silence:.1f} s")
             self._check_deadlines(now)
+            self._wake.set()  # what was lost or given up just now must be planned again, and said
             await asyncio.sleep(interval)
 
     def _check_deadlines(self, now: float) -> None:
