@@ -98,42 +98,42 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     half: tl.constexpr,
     block_size: tl.constexpr,
     has_norm: tl.constexpr,
+    heads_per_program: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    lane = tl.arange(0, half)
-    mask = lane < head_dim // 2
-    source = qkv + token * (num_heads + 2 * num_kv_heads) * head_dim + head * head_dim
-    first = tl.load(source + lane, mask=mask, other=0.0)
-    second = tl.load(source + head_dim // 2 + lane, mask=mask, other=0.0)
+    head = tl.program_id(1) * heads_per_program + tl.arange(0, heads_per_program)[:, None]
+    lane = tl.arange(0, half)[None, :]
+    in_head = lane < head_dim // 2
+    mask = in_head & (head < num_heads + 2 * num_kv_heads)
+    is_q = head < num_heads
+    is_v = head >= num_heads + num_kv_heads
+    source = qkv + (token * (num_heads + 2 * num_kv_heads) + head) * head_dim + lane
+    first = tl.load(source, mask=mask, other=0.0)
+    second = tl.load(source + head_dim // 2, mask=mask, other=0.0)
     dtype = first.dtype
-    slot = tl.load(slots + token)
-    base = cache + (slot // block_size) * stride_block + (slot % block_size) * stride_token
-    if head >= num_heads + num_kv_heads:
-        if slot >= 0:  # a padded row has no place in the cache
-            target = base + stride_kv + (head - num_heads - num_kv_heads) * head_dim
-            tl.store(target + lane, first, mask=mask)
-            tl.store(target + head_dim // 2 + lane, second, mask=mask)
-    else:
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        if has_norm:
-            scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / head_dim + eps)
-            weight = q_weight if head < num_heads else k_weight
-            a = ((a * scale).to(dtype) * tl.load(weight + lane, mask=mask, other=0.0)).to(tl.float32)
-            b = ((b * scale).to(dtype) * tl.load(weight + head_dim // 2 + lane, mask=mask, other=0.0)).to(tl.float32)
-        position = tl.load(positions + token).to(tl.float32)
-        angle = position * tl.load(inverse_frequencies + lane, mask=mask, other=0.0)
-        cos, sin = tl.cos(angle), tl.sin(angle)
-        rotated_a = (a * cos - b * sin).to(dtype)
-        rotated_b = (b * cos + a * sin).to(dtype)
-        if head < num_heads:
-            target = q_out + token * num_heads * head_dim + head * head_dim
-            tl.store(target + lane, rotated_a, mask=mask)
-            tl.store(target + head_dim // 2 + lane, rotated_b, mask=mask)
-        elif slot >= 0:
-            target = base + (head - num_heads) * head_dim
-            tl.store(target + lane, rotated_a, mask=mask)
-            tl.store(target + head_dim // 2 + lane, rotated_b, mask=mask)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    if has_norm:
+        square = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
+        scale = tl.rsqrt(square / head_dim + eps)[:, None]
+        weight_a = tl.where(is_q, tl.load(q_weight + lane, mask=in_head), tl.load(k_weight + lane, mask=in_head))
+        upper = lane + head_dim // 2
+        weight_b = tl.where(is_q, tl.load(q_weight + upper, mask=in_head), tl.load(k_weight + upper, mask=in_head))
+        a = ((a * scale).to(dtype) * weight_a).to(tl.float32)
+        b = ((b * scale).to(dtype) * weight_b).to(tl.float32)
+    position = tl.load(positions + token).to(tl.float32)
+    angle = position * tl.load(inverse_frequencies + lane, mask=in_head, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    first = tl.where(is_v, first, (a * cos - b * sin).to(dtype))
+    second = tl.where(is_v, second, (b * cos + a * sin).to(dtype))
+    q_target = q_out + (token * num_heads + head) * head_dim + lane
+    tl.store(q_target, first, mask=mask & is_q)
+    tl.store(q_target + head_dim // 2, second, mask=mask & is_q)
+    slot = tl.load(slots + token)  # negative for a padded row, which has no place in the cache
+    kv_head = head - num_heads - tl.where(is_v, num_kv_heads, 0)
+    place = (slot // block_size) * stride_block + (slot % block_size) * stride_token + tl.where(is_v, stride_kv, 0)
+    kv_target = cache + place + kv_head * head_dim + lane
+    tl.store(kv_target, first, mask=mask & (head >= num_heads) & (slot >= 0))
+    tl.store(kv_target + head_dim // 2, second, mask=mask & (head >= num_heads) & (slot >= 0))
 
 
 def norm_rotate_store(
@@ -161,7 +161,9 @@ def norm_rotate_store(
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     weights: Any = (q_weight, k_weight) if q_weight is not None and k_weight is not None else (qkv, qkv)
-    _norm_rotate_store_kernel[(num_tokens, num_heads + 2 * num_kv_heads)](
+    # Few heads a program where there are few tokens, to spread them; many where there is enough to do anyway.
+    heads_per_program = 1 if num_tokens < 64 else 8
+    _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
         qkv,
         q,
         cache,
@@ -179,7 +181,8 @@ def norm_rotate_store(
         triton.next_power_of_2(head_dim // 2),
         block_size,
         q_weight is not None,
-        num_warps=1,
+        heads_per_program,
+        num_warps=1 if heads_per_program == 1 else 2,
     )
     return q
 
