@@ -69,12 +69,12 @@ def pair(
     send = SendBlocks(
         transfer_id=name,
         request_id=name,
-        target=target.peer(link_epoch),
+        targets=[target.peer(link_epoch)],
         block_ids=blocks,
         generations=generations,
     )
     receive = ReceiveBlocks(
-        transfer_id=name, request_id=name, source=source.peer(link_epoch), block_ids=to, generations=generations
+        transfer_id=name, request_id=name, sources=[source.peer(link_epoch)], block_ids=to, generations=generations
     )
     return send, receive
 

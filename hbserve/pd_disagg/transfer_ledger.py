@@ -66,7 +66,7 @@ class TransferLedger:
             ReceiveBlocks(
                 transfer_id=transfer_id,
                 request_id=sequence.request.request_id,
-                source=_peer(source.worker, link_epoch),
+                sources=_peers(source.worker, link_epoch),
                 block_ids=target_blocks,
                 generations=target.pool.generations_of(target_blocks),
             )
@@ -74,7 +74,7 @@ class TransferLedger:
         return SendBlocks(
             transfer_id=transfer_id,
             request_id=sequence.request.request_id,
-            target=_peer(target.worker, link_epoch),
+            targets=_peers(target.worker, link_epoch),
             block_ids=source_blocks,
             generations=source.pool.generations_of(source_blocks),
         )
@@ -129,6 +129,6 @@ class TransferLedger:
             transfer.target.worker.send(cancel)
 
 
-def _peer(worker: InstanceHandle, link_epoch: int) -> Peer:
+def _peers(worker: InstanceHandle, link_epoch: int) -> list[Peer]:
     assert worker.hello is not None
-    return msgspec.structs.replace(worker.hello.peer, link_epoch=link_epoch)
+    return [msgspec.structs.replace(peer, link_epoch=link_epoch) for peer in worker.hello.peers]
