@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
-from hbserve.errors import ConfigError, StartupError
-from hbserve.messages import TransferResult
+from hbserve.engine.model_runner import ModelRunner, PendingStep
+from hbserve.errors import ConfigError, KVTransferError, StartupError
+from hbserve.messages import StepPlan, TransferResult
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
+from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
 from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
 
@@ -70,10 +72,23 @@ def of_one_rank(model: tuple[str, Any]) -> list[Any]:
         return llm.generate(SEEDED_PROMPTS, SEEDED, use_tqdm=False)
 
 
+class FailsOnceOnRank1(TorchDistributedKVTransfer):
+    """The first receive of rank 1 fails, while that of rank 0 is fine."""
+
+    count = 0
+
+    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
+        type(self).count += 1
+        if self.context.rank % 2 == 1 and self.count == 1:
+            raise KVTransferError("the cable was pulled")
+        return await super().receive_kv_cache(request_id, source_rank)
+
+
 @pytest.fixture(scope="module", params=["unified", "disaggregated"])
 def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]:
     """Systems of two ranks per instance; nothing may be left behind in them."""
-    with LLM(model[0], mode=request.param, tensor_parallel_size=2, **SETTINGS) as running:
+    settings = SETTINGS | {"kv_transfer_backend": f"{__name__}:FailsOnceOnRank1"}
+    with LLM(model[0], mode=request.param, tensor_parallel_size=2, **settings) as running:
         yield running
         assert_no_leaks(running)
 
@@ -106,6 +121,7 @@ def test_transfers_count_the_bytes_of_all_ranks(llm: LLM) -> None:
     stats = llm.get_system_stats()
     after = sum(link["bytes"] for link in stats["kv_transfer"]["links"].values())
     if "decode-0" in stats["gpu_instances"]:
+        assert stats["kv_transfer"]["links"]["prefill-0->decode-0"]["failures"] == {"receiver": 1}
         assert after - before == 3 * stats["gpu_instances"]["decode-0"]["kv_blocks"]["block_bytes"]
 
 
@@ -176,8 +192,53 @@ async def test_a_rank_that_dies_under_load_costs_its_instance_and_no_request(unt
         outputs = await asyncio.wait_for(work, DEADLINE_S)
         assert [output["token_ids"] for output in outputs] == expected
         await asyncio.to_thread(assert_no_leaks, llm)
-        restarts = [instance["restarts"] for instance in llm.get_system_stats()["gpu_instances"].values()]
-        assert restarts == [1, 1]
+        stats = llm.get_system_stats()
+        assert [instance["restarts"] for instance in stats["gpu_instances"].values()] == [1, 1]
+
+
+class BreaksOneStepOfRank1(TorchDistributedKVTransfer):
+    """Has rank 1's next step fail, once: the file named in the environment tells that it has happened."""
+
+    async def start(self) -> None:
+        await super().start()
+        marker = Path(os.environ["TEST_MARKER"])
+        if self.context.rank % 2 == 0 or marker.exists():
+            return
+        marker.touch()
+
+        def launch(runner: ModelRunner, plan: StepPlan) -> PendingStep:
+            raise RuntimeError("a wire is loose")
+
+        ModelRunner.launch = launch  # type: ignore[method-assign]
+
+
+async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
+    untied_model: tuple[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TEST_MARKER", str(tmp_path / "marker"))
+    expected = greedy_reference(untied_model[1], [1, 2, 3], NUM_TOKENS)
+    backend = f"{__name__}:BreaksOneStepOfRank1"
+    async with system(untied_model[0], kv_transfer_backend=backend, log_level="WARNING") as llm:
+        outputs = await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), DEADLINE_S)
+        assert outputs[0]["token_ids"] == expected
+        assert llm.get_system_stats()["gpu_instances"]["unified-0"]["restarts"] == 1
+    assert "lost unified-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
+
+
+class CannotStartOnRank1(TorchDistributedKVTransfer):
+    async def start(self) -> None:
+        if self.context.rank % 2 == 1:
+            raise StartupError("no wire is left")
+        await super().start()
+
+
+async def test_a_rank_that_cannot_begin_is_named_at_start(untied_model: tuple[str, Any]) -> None:
+    with pytest.raises(StartupError, match="unified-0: rank 1: no wire is left"):
+        async with system(untied_model[0], kv_transfer_backend=f"{__name__}:CannotStartOnRank1"):
+            pass
 
 
 async def test_no_rank_outlives_rank_0_however_it_ends(untied_model: tuple[str, Any]) -> None:

@@ -80,6 +80,7 @@ class GpuInstance:
         self._unfinished: dict[tuple[int, int], float] = {}  # (epoch, step) of plans here -> when it became first
         self._idle = asyncio.Event()
         self._idle.set()
+        self._stop_io = asyncio.Event()
         self._exit_code = 0
 
     def run(self) -> int:
@@ -131,9 +132,9 @@ class GpuInstance:
             child.report_status({"ready": True})
             self._launch_steps(pipeline)
         self._ranks.end_plans()
+        pipeline.close()
         if self._exit_code:
             self._ranks.kill()  # they may wait for a part of a step that will not come
-        pipeline.close()
         self._loop.call_soon_threadsafe(self._stop_io.set)
         io_thread.join()
         self._ranks.close()
@@ -192,7 +193,6 @@ class GpuInstance:
         self._loop.close()
 
     async def _serve(self) -> None:
-        self._stop_io = asyncio.Event()
         await self._ranks.open()
         tasks = [
             asyncio.create_task(task)

@@ -30,6 +30,7 @@ class RankLine(Generic[T]):
         self._end = end
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
+        self._is_over = False
 
     async def open(self) -> None:
         """Attach to the running event loop; before anything else."""
@@ -37,6 +38,8 @@ class RankLine(Generic[T]):
 
     def send(self, message: msgspec.Struct) -> None:
         """Send without waiting; dropped if the other side is gone, which its own watcher notices."""
+        if self._is_over:
+            return
         payload = self._encoder.encode(message)
         self._writer.write(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
 
@@ -49,7 +52,8 @@ class RankLine(Generic[T]):
         try:
             length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
             return self._decoder.decode(await self._reader.readexactly(length))
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._is_over = True
             raise ConnectionResetError("the other rank has closed the line") from None
 
     async def close(self) -> None:
