@@ -89,7 +89,7 @@ class ModelRunner:
         kv_arena = _allocate(platform, kv_bytes, f"a KV cache of {self.num_blocks} blocks")
         self.kv_blocks = self.layout.block_bytes_view(kv_arena, self.num_blocks)
         kv_cache = self.layout.view(kv_arena, self.num_blocks)
-        self._attention = backend(self.spec, self.layout, kv_cache, platform)
+        self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
         self._table = SequenceTable(
             max_num_seqs=config.performance.max_num_seqs,
             max_blocks_per_seq=-(-self.max_model_len // self.layout.block_size),
