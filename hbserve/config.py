@@ -52,7 +52,7 @@ class ModelConfig(Section, frozen=True):
         device: ``auto`` takes CUDA where there is a GPU, else the CPU.
         dtype: ``auto`` takes the checkpoint's dtype on a GPU and on CPU.
         load_format: ``safetensors``, or ``dummy`` for random weights from config.json alone.
-        tensor_parallel_size: ranks per instance.
+        tensor_parallel_size: ranks that share an instance's model: 1, 2, 4 or 8.
         max_model_len: longest prompt plus output, tokens; default: the model's own limit, or less
             if the KV pool holds less.
         attention_backend: ``auto`` takes the fastest one that supports model and device.
@@ -78,9 +78,11 @@ class KVTransferConfig(Section, frozen=True):
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where a side has none;
             ``mooncake`` is the Mooncake Transfer Engine; or ``package.module:Class``, a subclass
             of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
-        buffer_size: bytes of staging memory per instance; transfers wait when it is full.
+        buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
+            when it is full.
         ip: address that instances announce for transfers; default: the instance's own host.
-        port: base port; the instance with KV rank r listens on port + r. Default: any free port.
+        port: base port; of the instance with KV rank r, tensor-parallel rank t listens on
+            port + r * tensor_parallel_size + t. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request's prefill is tried before the request fails.
     """
@@ -125,11 +127,11 @@ class InstanceConfig(Section, frozen=True):
     Attributes:
         instance_id: its name.
         instance_type: its role.
-        gpu_id: first GPU of the instance; has no meaning on CPU.
+        gpu_id: first GPU of the instance, which has one per rank, in order; has no meaning on CPU.
         host: where the instance runs and listens for the scheduler.
         port: of that listener; default: a private local socket, which needs a common launcher.
         kv_rank: its number among the KV transfer peers; default: its place in the list.
-        num_threads: CPU threads of a worker, on CPU; default: the machine's cores shared evenly.
+        num_threads: CPU threads of each rank, on CPU; default: the machine's cores shared evenly.
     """
 
     instance_id: str

@@ -94,8 +94,8 @@ def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceC
 def _validate(config: Config) -> None:
     if config.mode == "semi_pd":
         raise _error("mode", "semi_pd is not available yet; use unified or disaggregated")
-    if config.model.tensor_parallel_size != 1:
-        raise _error("model.tensor_parallel_size", "tensor parallelism is not available yet; use 1")
+    if config.model.tensor_parallel_size not in (1, 2, 4, 8):
+        raise _error("model.tensor_parallel_size", f"must be 1, 2, 4 or 8, got {config.model.tensor_parallel_size}")
     if config.kv_transfer.backend == "mooncake":
         raise _error("kv_transfer.backend", "mooncake is not available yet; use nccl (gloo on CPU) or your own class")
     if config.kv_transfer.backend != "nccl" and not _is_import_path(config.kv_transfer.backend):
@@ -173,8 +173,11 @@ def _validate_instances(config: Config) -> None:
             _claim(seen, "address", (instance.host, instance.port), f"{key}.port")
         if config.kv_transfer.port is not None and config.mode == "disaggregated":
             assert instance.kv_rank is not None
-            kv_port = config.kv_transfer.port + instance.kv_rank
-            _claim(seen, "address", (config.kv_transfer.ip or instance.host, kv_port), "kv_transfer.port")
+            size = config.model.tensor_parallel_size
+            kv_port = config.kv_transfer.port + instance.kv_rank * size
+            for rank in range(size):
+                address = (config.kv_transfer.ip or instance.host, kv_port + rank)
+                _claim(seen, "address", address, "kv_transfer.port")
 
 
 def _claim(seen: dict[tuple[str, object], str], kind: str, value: object, key: str) -> None:

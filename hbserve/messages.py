@@ -5,6 +5,7 @@ Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `k
 
     client (API server, LLM)  --ClientMessage-->    CpuScheduler   --SchedulerReply-->  client
     CpuScheduler              --InstanceCommand-->  GpuInstance    --InstanceReply-->   CpuScheduler
+    GpuInstance (rank 0)      --RankCommand-->      RankWorker     --RankReply-->       GpuInstance
 """
 
 from __future__ import annotations
@@ -181,9 +182,10 @@ class PlanRow(Value, frozen=True):
 
 
 class Peer(Value, frozen=True):
-    """Where an instance receives KV.
+    """Where one rank of an instance receives KV.
 
     Attributes:
+        rank: its number among all ranks of all instances.
         epoch: the instance's incarnation.
         endpoint: its backend's own address.
         link_epoch: raised by the scheduler when the link between the two has broken; both ends
@@ -200,12 +202,13 @@ class SendBlocks(Message, frozen=True):
     """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
 
     Attributes:
+        targets: each rank sends its shard to the peer of its own number.
         generations: of the blocks, on the sender's side; a stale one is refused.
     """
 
     transfer_id: str
     request_id: str
-    target: Peer
+    targets: list[Peer]
     block_ids: list[int]
     generations: list[int]
 
@@ -215,7 +218,7 @@ class ReceiveBlocks(Message, frozen=True):
 
     transfer_id: str
     request_id: str
-    source: Peer
+    sources: list[Peer]
     block_ids: list[int]
     generations: list[int]
 
@@ -254,8 +257,8 @@ class Hello(Message, frozen=True):
 
     Attributes:
         epoch: number of this incarnation, different at every start.
-        block_bytes: of one KV block over all layers.
-        peer: where it receives KV.
+        block_bytes: of one KV block over all layers and ranks.
+        peers: where its ranks receive KV, in their order.
     """
 
     instance_id: str
@@ -268,7 +271,7 @@ class Hello(Message, frozen=True):
     max_model_len: int
     vocab_size: int
     device: str
-    peer: Peer
+    peers: list[Peer]
 
 
 class Pong(Message, frozen=True):
@@ -312,7 +315,7 @@ class TransferResult(Message, frozen=True):
 
 
 class InstanceFailed(Message, frozen=True):
-    """An instance cannot serve and exits; why."""
+    """An instance, or a rank of it, cannot serve and exits; why."""
 
     instance_id: str
     error: str
@@ -324,7 +327,34 @@ class Leaving(Message, frozen=True):
     epoch: int
 
 
+# --- rank 0 of an instance -> its other ranks ----------------------------------------------------
+# Plans come on a line of their own, encoded `StepPlan`s.
+
+
+class BeginEpoch(Message, frozen=True):
+    """Forget everything, and answer with `EpochBegun`.
+
+    Attributes:
+        epoch: of the instance.
+        num_plans: so many plans have been sent since the start; the last of them is finished first.
+    """
+
+    epoch: int
+    num_plans: int
+
+
+# --- a rank -> rank 0 of its instance ------------------------------------------------------------
+
+
+class EpochBegun(Message, frozen=True):
+    """Nothing of the epoch before can touch the rank's arena any more. Attributes: peer: where it receives KV."""
+
+    peer: Peer
+
+
 ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady
 SchedulerReply = OutputBatch | Stats | Ready | NotReady
 InstanceCommand = Ping | StepPlan | ReceiveBlocks | CancelTransfer | Shutdown
+RankCommand = BeginEpoch | ReceiveBlocks | CancelTransfer
+RankReply = EpochBegun | TransferResult | StepResult | InstanceFailed
 InstanceReply = Hello | Pong | StepResult | TransferResult | InstanceFailed | Leaving

@@ -69,12 +69,12 @@ def pair(
     send = SendBlocks(
         transfer_id=name,
         request_id=name,
-        target=target.peer(link_epoch),
+        targets=[target.peer(link_epoch)],
         block_ids=blocks,
         generations=generations,
     )
     receive = ReceiveBlocks(
-        transfer_id=name, request_id=name, source=source.peer(link_epoch), block_ids=to, generations=generations
+        transfer_id=name, request_id=name, sources=[source.peer(link_epoch)], block_ids=to, generations=generations
     )
     return send, receive
 
@@ -145,6 +145,19 @@ async def test_a_missing_sender_is_a_failure_at_the_timeout_and_writes_nothing()
         source.manager.send(send)
         assert (await target.result()).error is None
         assert torch.equal(target.arena[2], source.arena[1])
+
+
+async def test_a_sender_that_does_not_come_holds_up_no_other() -> None:
+    async with sides(3, timeout_s=20.0) as (absent, source, target):
+        _, lonely = pair("lonely", absent, target, [1], [2])
+        target.manager.receive(lonely)
+        await asyncio.sleep(0.3)  # by now it waits for the other end of its link
+        send, receive = pair("t", source, target, [3], [4])
+        target.manager.receive(receive)
+        source.manager.send(send)
+        async with asyncio.timeout(10):
+            result = await target.result()
+        assert (result.transfer_id, result.error) == ("t", None)
 
 
 async def test_a_cancelled_transfer_reports_and_never_writes() -> None:

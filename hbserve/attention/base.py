@@ -48,14 +48,18 @@ class AttentionBackend(ABC):
     Args:
         layout: of the cache.
         kv_cache: ``[block, layer, k/v, token, kv head, head dim]``, a view of the KV arena, used in place.
+        tp_size: ranks that share the query heads.
     """
 
     name: ClassVar[str]
     preferred_block_size: ClassVar[int]
     """Tokens per block that suit the kernels best."""
 
-    def __init__(self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform) -> None:
+    def __init__(
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+    ) -> None:
         self.spec, self.layout, self.kv_cache, self.platform = spec, layout, kv_cache, platform
+        self.num_heads = spec.num_heads // tp_size
 
     @classmethod
     @abstractmethod

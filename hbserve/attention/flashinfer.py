@@ -55,8 +55,10 @@ class FlashInferBackend(AttentionBackend):
     name = "flashinfer"
     preferred_block_size = 16
 
-    def __init__(self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform) -> None:
-        super().__init__(spec, layout, kv_cache, platform)
+    def __init__(
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+    ) -> None:
+        super().__init__(spec, layout, kv_cache, platform, tp_size)
         import flashinfer
 
         self._decode_class: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper
@@ -70,7 +72,6 @@ class FlashInferBackend(AttentionBackend):
         self._next_schedule = 0
         self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="auto")
         self._decode: Any = self._decode_class(self._workspace, "NHD", use_tensor_cores=True)
-        self._num_heads = spec.num_heads * layout.num_kv_heads // spec.num_kv_heads  # of this rank
         self._num_decode_rows = 0
         self._num_tokens = 0
         self._graph_decode: Any = None
@@ -104,7 +105,7 @@ class FlashInferBackend(AttentionBackend):
                 torch.from_numpy(tables.indptr[: split + 1]),
                 torch.from_numpy(tables.indices[:pages]),
                 torch.from_numpy(tables.last_page_len[:split]),
-                self._num_heads,
+                self.num_heads,
                 self.layout.num_kv_heads,
                 self.layout.head_dim,
                 self.layout.block_size,
@@ -118,7 +119,7 @@ class FlashInferBackend(AttentionBackend):
                 torch.from_numpy(tables.indptr[split:] - tables.indptr[split]),
                 torch.from_numpy(tables.indices[pages:]),
                 torch.from_numpy(tables.last_page_len[split:]),
-                self._num_heads,
+                self.num_heads,
                 self.layout.num_kv_heads,
                 self.layout.head_dim,
                 self.layout.block_size,
@@ -169,7 +170,7 @@ class FlashInferBackend(AttentionBackend):
                 torch.from_numpy(tables.indptr),
                 torch.from_numpy(tables.indices),
                 torch.from_numpy(tables.last_page_len),
-                self._num_heads,
+                self.num_heads,
                 self.layout.num_kv_heads,
                 self.layout.head_dim,
                 self.layout.block_size,
@@ -187,7 +188,7 @@ class FlashInferBackend(AttentionBackend):
                 torch.from_numpy(lengths.astype(np.int32)),
                 batch_size,
                 batch_size,
-                self._num_heads,
+                self.num_heads,
                 self.layout.num_kv_heads,
                 self.layout.block_size,
                 True,  # within a CUDA graph

@@ -52,8 +52,10 @@ class SdpaBackend(AttentionBackend):
     name = "sdpa"
     preferred_block_size = 16
 
-    def __init__(self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform) -> None:
-        super().__init__(spec, layout, kv_cache, platform)
+    def __init__(
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+    ) -> None:
+        super().__init__(spec, layout, kv_cache, platform, tp_size)
         # Every token of every layer is one row of this view; a layer's are layer 0's plus a constant.
         self._cache_rows = kv_cache.view(-1, layout.num_kv_heads * layout.head_dim)
         self._scratch = kv_cache.new_empty(0)

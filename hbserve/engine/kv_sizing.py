@@ -11,7 +11,7 @@ from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform
 
 CPU_DEFAULT_BYTES = 4 << 30
-"""Of the KV arena on CPU, unless one sequence needs more: the memory there is not the engine's alone."""
+"""Of an instance's KV arenas on CPU, unless one sequence needs more: the memory there is not the engine's alone."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class KVSize:
     max_model_len: int
 
 
-def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platform) -> KVSize:
-    """Fit the KV pool to configuration, model and memory.
+def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platform, tp_size: int = 1) -> KVSize:
+    """Fit a rank's KV pool to configuration, model and memory; on CPU the ``tp_size`` ranks share that.
 
     ``performance.num_blocks`` stands if given. Else the pool takes ``memory_fraction`` of the free
     memory; on CPU no more than the most sequences of the greatest length could fill, and 4 GiB.
@@ -39,10 +39,12 @@ def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platfor
     num_blocks = performance.num_blocks
     if num_blocks is None:
         free = platform.free_memory_bytes()
+        if platform.name == "cpu":
+            free //= tp_size
         num_blocks = layout.num_blocks_in(int(free * performance.memory_fraction))
         if platform.name == "cpu":
             per_sequence = -(-wanted_len // layout.block_size)
-            most = min(per_sequence * performance.max_num_seqs, layout.num_blocks_in(CPU_DEFAULT_BYTES))
+            most = min(per_sequence * performance.max_num_seqs, layout.num_blocks_in(CPU_DEFAULT_BYTES // tp_size))
             num_blocks = min(num_blocks, max(most, per_sequence if asked is not None else 1))
         source = f"performance.memory_fraction: {performance.memory_fraction} of {free / (1 << 30):.1f} GiB free"
     else:

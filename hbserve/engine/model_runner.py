@@ -17,6 +17,7 @@ from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.errors import ConfigError
 from hbserve.kv_cache.layout import KVLayout
+from hbserve.layers.parallel import TensorParallel
 from hbserve.messages import StepPlan
 from hbserve.models.decoder import Decoder
 from hbserve.models.loader import fill_dummy_weights, load_weights
@@ -39,10 +40,12 @@ class ModelRunner:
 
     Args:
         platform: activated already.
+        parallel: the ranks that compute the model together; every one must launch the same plans.
 
     Attributes:
-        spec: the model. layout: of a KV block. num_blocks: of the KV cache.
-        max_model_len: most tokens of prompt and output together.
+        spec: the model. parallel: as given. layout: of this rank's part of a KV block.
+        num_blocks: of the KV cache; max_model_len: most tokens of prompt and output together; both
+            are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
 
     Raises:
@@ -51,34 +54,42 @@ class ModelRunner:
     """
 
     @torch.inference_mode(False)  # transfers write to the KV cache from other threads, outside of that mode
-    def __init__(self, config: Config, instance: InstanceConfig, platform: Platform) -> None:
+    def __init__(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        platform: Platform,
+        parallel: TensorParallel | None = None,
+    ) -> None:
         self.platform = platform
+        self.parallel = parallel = parallel or TensorParallel()
         self.spec = ModelSpec.load(config.model.path)
         dtype = self.spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
         backend = select_attention_backend(config.model.attention_backend, self.spec, dtype, platform)
 
-        table = WeightTable.build(self.spec, dtype)
+        table = WeightTable.build(self.spec, dtype, parallel.rank, parallel.size)
         weights = _allocate(platform, table.num_bytes, "the model's weights")
         if config.model.load_format == "dummy":
             fill_dummy_weights(table, weights, config.model.seed)
         else:
-            load_weights(config.model.path, self.spec, table, weights)
-        self._decoder = Decoder(self.spec, table.views(weights))
+            load_weights(config.model.path, self.spec, table, weights, parallel.rank, parallel.size)
+        self._decoder = Decoder(self.spec, table.views(weights), parallel)
 
         self.layout = KVLayout(
             num_layers=self.spec.num_layers,
             block_size=config.performance.block_size or backend.preferred_block_size,
-            num_kv_heads=self.spec.num_kv_heads,
+            num_kv_heads=max(1, self.spec.num_kv_heads // parallel.size),
             head_dim=self.spec.head_dim,
             dtype=dtype,
         )
-        size = size_kv(config, self.spec, self.layout, platform)
-        self.num_blocks, self.max_model_len = size.num_blocks, size.max_model_len
+        size = size_kv(config, self.spec, self.layout, platform, parallel.size)
+        sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
+        self.num_blocks, self.max_model_len = parallel.minimum(sizes).tolist()
         kv_bytes = self.num_blocks * self.layout.block_bytes
         kv_arena = _allocate(platform, kv_bytes, f"a KV cache of {self.num_blocks} blocks")
         self.kv_blocks = self.layout.block_bytes_view(kv_arena, self.num_blocks)
         kv_cache = self.layout.view(kv_arena, self.num_blocks)
-        self._attention = backend(self.spec, self.layout, kv_cache, platform)
+        self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
         self._table = SequenceTable(
             max_num_seqs=config.performance.max_num_seqs,
             max_blocks_per_seq=-(-self.max_model_len // self.layout.block_size),

@@ -43,6 +43,10 @@ class TensorParallel:
         assert self.all_gather is not None, "a group of several ranks needs its all_gather"
         return self.all_gather(x)
 
+    def minimum(self, x: torch.Tensor) -> torch.Tensor:
+        """The least of each element of the vector ``x`` over the ranks."""
+        return self.gather(x).view(self.size, -1).amin(0)
+
 
 def row_parallel_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parallel: TensorParallel, linear: Linear

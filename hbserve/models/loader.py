@@ -60,7 +60,8 @@ def load_weights(
 def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> None:
     """Fill the arena with normal noise of standard deviation 0.02, norms with one.
 
-    The same seed gives the same weights on the same kind of device.
+    The same seed gives the same weights on the same kind of device. All tensor-parallel ranks use
+    the same seed: what they hold in common must be equal.
     """
     views = table.views(arena)
     generator = torch.Generator(arena.device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What every child process of a launcher does the same: take orders, report, die with its parent.
+"""What every child process of a launcher, or of a rank 0, does the same: take orders, report, die with its parent.
 
 The launcher writes one JSON line to the child's standard input and keeps the pipe open as a life
 line: when it closes, the parent is gone, whatever ended it. The child writes one JSON line about
@@ -16,6 +16,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
+
+
+def environment(status_fd: int) -> dict[str, str]:
+    """The environment of a child that inherits the write end of its status pipe; for its parent."""
+    values = dict(os.environ)
+    values[STATUS_FD_VARIABLE] = str(status_fd)
+    # A user's own classes are imported from wherever the user's program imports.
+    values["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return values
 
 
 def set_process_title(title: str) -> None:

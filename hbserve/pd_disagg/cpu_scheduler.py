@@ -327,11 +327,12 @@ class CpuScheduler:
         for other in self.instances.values():
             if other is instance or other.hello is None:
                 continue
-            mine = (hello.block_size, hello.block_bytes, hello.vocab_size)
-            theirs = (other.hello.block_size, other.hello.block_bytes, other.hello.vocab_size)
+            mine, theirs = (
+                (each.block_size, each.block_bytes, each.vocab_size, len(each.peers)) for each in (hello, other.hello)
+            )
             if mine != theirs:
                 return (
-                    f"{instance.id} and {other.id} do not fit: (block size, block bytes, vocabulary) "
+                    f"{instance.id} and {other.id} do not fit: (block size, block bytes, vocabulary, ranks) "
                     f"is {mine} and {theirs}; do they run the same model with the same settings?"
                 )
         return None

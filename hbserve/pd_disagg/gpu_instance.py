@@ -1,9 +1,12 @@
-"""A worker process: plans in, results out.
+"""The process of an instance's rank 0: plans in, results out.
 
 Three threads: the main one launches steps, one waits for their results (on a GPU they come later),
 and one runs the event loop for RPC and KV transfers, so that heartbeats and transfers go on while a
-step computes. An instance keeps nothing that the scheduler could not give it again: a scheduler
-that does not know its epoch gets a new one, with empty tables.
+step computes. With tensor parallelism the other ranks are children of this process, and live and
+die with it: the scheduler sees one instance.
+
+An instance keeps nothing that the scheduler could not give it again: a scheduler that does not know
+its epoch gets a new one, with empty tables.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages import (
     CancelTransfer,
+    EpochBegun,
     Hello,
     InstanceCommand,
     InstanceFailed,
@@ -31,22 +35,27 @@ from hbserve.messages import (
     Peer,
     Ping,
     Pong,
+    RankReply,
     ReceiveBlocks,
     StepPlan,
     StepResult,
+    TransferResult,
 )
 from hbserve.pd_disagg import child
-from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
-from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_backend
+from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
+from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
+from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.rpc import RpcServer
+from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
-    from hbserve.engine.model_runner import ModelRunner, PendingStep
+    from hbserve.engine.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 EXIT_STEP_FAILED = 70
 EXIT_STEP_HUNG = 71
+EXIT_RANK_LOST = 72
 
 
 class GpuInstance:
@@ -62,10 +71,8 @@ class GpuInstance:
         self.config = config
         self.instance = instance
         self._rpc = RpcServer(address)
-        self._transfers: KVTransferManager  # made anew with every epoch, as is its backend
-        self._backend: KVTransferBase
+        self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._pending: queue.SimpleQueue[tuple[StepPlan, PendingStep] | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._scheduler_epoch = 0
         self._epoch = 0
@@ -73,6 +80,7 @@ class GpuInstance:
         self._unfinished: dict[tuple[int, int], float] = {}  # (epoch, step) of plans here -> when it became first
         self._idle = asyncio.Event()
         self._idle.set()
+        self._stop_io = asyncio.Event()
         self._exit_code = 0
 
     def run(self) -> int:
@@ -81,21 +89,31 @@ class GpuInstance:
         Raises:
             HBServeError: if the model cannot be served as configured.
         """
-        import torch
+        started = time.monotonic()
+        rpc = self.config.rpc
+        self._ranks = RankGroup(self.config, self.instance, self._on_rank_lost)
+
+        import torch  # takes seconds, in which the other ranks start
 
         from hbserve.engine.model_runner import ModelRunner
+        from hbserve.engine.process_group import join_group
         from hbserve.platform import make_platform
 
-        started = time.monotonic()
+        size = self._ranks.size
         self._platform = make_platform(
             self.config.model.device,
             self.instance.gpu_id,
             self.instance.num_threads,
             len(self.config.gpu_instances),
+            0,
+            size,
         )
         self._platform.activate()
         with torch.inference_mode():
-            self._runner: ModelRunner = ModelRunner(self.config, self.instance, self._platform)
+            timeout_s = max(rpc.start_timeout_s, rpc.step_timeout_s)
+            parallel = join_group(self._platform, 0, size, self._ranks.port, self._ranks.take_listener(), timeout_s)
+            self._runner: ModelRunner = ModelRunner(self.config, self.instance, self._platform, parallel)
+            self._ranks.wait_ready(started + rpc.start_timeout_s)
             logger.info(
                 "ready in %.1f s: %s on %s, %d KV blocks of %d tokens",
                 time.monotonic() - started,
@@ -104,16 +122,22 @@ class GpuInstance:
                 self._runner.num_blocks,
                 self._runner.layout.block_size,
             )
+            self._transfers = RankTransfers(
+                self.config, self.instance, 0, self._runner.kv_blocks, self._on_transfer_result
+            )
+            self._joint_results = JointResults(size, self._rpc.send, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")
-            collector = threading.Thread(target=self._collect, name="collector")
             io_thread.start()
-            collector.start()
+            pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
             child.report_status({"ready": True})
-            self._launch_steps()
-        self._pending.put(None)
-        collector.join()
+            self._launch_steps(pipeline)
+        self._ranks.end_plans()
+        pipeline.close()
+        if self._exit_code:
+            self._ranks.kill()  # they may wait for a part of a step that will not come
         self._loop.call_soon_threadsafe(self._stop_io.set)
         io_thread.join()
+        self._ranks.close()
         return self._exit_code
 
     def stop(self, exit_code: int = 0) -> None:
@@ -123,37 +147,39 @@ class GpuInstance:
 
     # --- main thread -----------------------------------------------------------------------------
 
-    def _launch_steps(self) -> None:
+    def _launch_steps(self, pipeline: StepPipeline) -> None:
         while (plan := self._plans.get()) is not None:
             if plan.epoch != self._epoch:  # made for a scheduler that has gone, or before it lost us
                 self._loop.call_soon_threadsafe(self._step_is_over, plan)
                 continue
             try:
-                self._pending.put((plan, self._runner.launch(plan)))
-            except Exception as error:
-                self._fail_step(plan, error)
+                self._ranks.forward(plan)
+            except OSError as error:
+                self._on_step_failed(plan, error)
+                return
+            if not pipeline.launch(plan):
                 return
 
-    # --- collector thread ------------------------------------------------------------------------
+    # --- collector thread, and main thread where a launch fails ----------------------------------
 
-    def _collect(self) -> None:
-        while (item := self._pending.get()) is not None:
-            plan, pending = item
-            try:
-                result = pending.result()
-            except Exception as error:
-                self._fail_step(plan, error)
-                return
-            self._loop.call_soon_threadsafe(self._on_step_done, plan, result)
+    def _on_result(self, plan: StepPlan, result: StepResult) -> None:
+        self._loop.call_soon_threadsafe(self._on_step_done, plan, result)
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """A step that fails leaves the device in an unknown state: say so and exit."""
-        logger.error("step %d failed", plan.step_id, exc_info=error)
-        result = StepResult(
-            epoch=plan.epoch, step_id=plan.step_id, token_ids=[], logprobs=None, busy_s=0.0, error=repr(error)
-        )
-        self._loop.call_soon_threadsafe(self._rpc.send, result)
+    def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._rpc.send, failed_result(plan, repr(error)))
         self.stop(EXIT_STEP_FAILED)
+
+    # --- watchers' threads -----------------------------------------------------------------------
+
+    def _on_rank_lost(self, why: str) -> None:
+        """The main thread may wait for the lost rank for good, so the process ends here and now."""
+        logger.error("%s; exiting", why)
+        child.report_status({"error": why})
+        self._die(EXIT_RANK_LOST)
+
+    def _die(self, exit_code: int) -> None:
+        self._ranks.kill()
+        os._exit(exit_code)
 
     # --- event loop thread -----------------------------------------------------------------------
 
@@ -167,18 +193,21 @@ class GpuInstance:
         self._loop.close()
 
     async def _serve(self) -> None:
-        self._stop_io = asyncio.Event()
-        watchdog = asyncio.create_task(self._watch_steps())
-        commands = asyncio.create_task(self._serve_commands())
-        await self._stop_io.wait()
+        await self._ranks.open()
+        tasks = [
+            asyncio.create_task(task)
+            for task in (self._watch_steps(), self._serve_commands(), self._ranks.serve(self._on_rank_reply))
+        ]
+        stopped = asyncio.create_task(self._stop_io.wait())
+        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopped}:
+            task.result()  # raises: none of them ends on its own otherwise
         self._rpc.send(Leaving(epoch=self._epoch))
-        for task in (commands, watchdog):
+        for task in tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        if self._epoch:
-            await self._transfers.cancel_all()
-            await self._backend.stop()
+        await self._transfers.end_epoch()
         self._rpc.close()
 
     async def _serve_commands(self) -> None:
@@ -205,9 +234,10 @@ class GpuInstance:
             self._plans.put(command)
         elif isinstance(command, ReceiveBlocks):
             self._used = True
-            self._transfers.receive(command)
+            self._ranks.send(command)
+            self._transfers.manager.receive(command)
         elif isinstance(command, CancelTransfer):
-            self._transfers.cancel(command.transfer_id)
+            self._cancel_transfer(command.transfer_id)
         else:
             self.stop()
 
@@ -223,25 +253,11 @@ class GpuInstance:
 
     async def _begin_epoch(self) -> None:
         """Forget everything; only when nothing of the old epoch can touch the arena any more."""
-        old, self._epoch = self._epoch, time.time_ns()
+        self._epoch = time.time_ns()
         await self._idle.wait()  # plans of the old epoch are dropped by now, the launched ones finish
-        if old:
-            await self._transfers.cancel_all()
-            await self._backend.stop()
-        transfer = self.config.kv_transfer
-        assert self.instance.kv_rank is not None
-        context = KVTransferContext(
-            rank=self.instance.kv_rank,
-            epoch=self._epoch,
-            host=transfer.ip or self.instance.host,
-            port=None if transfer.port is None else transfer.port + self.instance.kv_rank,
-            device=self._platform.device,
-            timeout_s=transfer.timeout_s,
-            buffer_size=transfer.buffer_size,
-        )
-        self._backend = make_backend(transfer.backend, context)
-        await self._backend.start()
-        self._transfers = KVTransferManager(self._backend, self._runner.kv_blocks, self._rpc.send)
+        mine = await self._transfers.begin_epoch(self._epoch)
+        self._peers = [mine, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]
+        self._joint_results.clear()
         self._used = False
 
     def _hello(self) -> None:
@@ -254,11 +270,11 @@ class GpuInstance:
                 pid=os.getpid(),
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
-                block_bytes=runner.layout.block_bytes,
+                block_bytes=runner.layout.block_bytes * self._ranks.size,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
                 device=self._platform.describe(),
-                peer=Peer(rank=self._backend.context.rank, epoch=self._epoch, endpoint=self._backend.endpoint),
+                peers=self._peers,
             )
         )
 
@@ -266,7 +282,7 @@ class GpuInstance:
         self._rpc.send(result)
         if plan.epoch == self._epoch:
             for command in plan.sends:
-                self._transfers.send(command)
+                self._transfers.manager.send(command)
         self._step_is_over(plan)
 
     def _step_is_over(self, plan: StepPlan) -> None:
@@ -277,6 +293,26 @@ class GpuInstance:
         else:
             self._idle.set()
 
+    def _on_transfer_result(self, result: TransferResult) -> None:
+        if result.epoch == self._epoch:
+            self._joint_results.add(result)
+
+    def _cancel_transfer(self, transfer_id: str) -> None:
+        self._ranks.send(CancelTransfer(transfer_id=transfer_id))
+        self._transfers.manager.cancel(transfer_id)
+
+    def _on_rank_reply(self, number: int, reply: RankReply) -> None:
+        if isinstance(reply, TransferResult):
+            self._on_transfer_result(reply)
+            return
+        # A failed step, or an epoch that cannot begin: the main thread may wait for that rank for good.
+        assert not isinstance(reply, EpochBegun)
+        error = f"rank {number}: {reply.error}"
+        logger.error("%s; exiting", error)
+        self._rpc.send(msgspec.structs.replace(reply, error=error))
+        self._rpc.close()
+        self._die(EXIT_STEP_FAILED)
+
     async def _watch_steps(self) -> None:
         """A step that never ends cannot be interrupted; the process can."""
         timeout_s = self.config.rpc.step_timeout_s
@@ -285,7 +321,7 @@ class GpuInstance:
             first = next(iter(self._unfinished.values()), None)
             if first is not None and time.monotonic() - first > timeout_s:
                 logger.error("a step did not end within %g s; exiting", timeout_s)
-                os._exit(EXIT_STEP_HUNG)
+                self._die(EXIT_STEP_HUNG)
 
 
 def run_instance(config: Config, instance_id: str, address: str) -> int:

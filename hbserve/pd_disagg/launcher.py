@@ -19,7 +19,7 @@ import msgspec
 
 from hbserve.config import Config
 from hbserve.errors import StartupError
-from hbserve.pd_disagg.child import STATUS_FD_VARIABLE
+from hbserve.pd_disagg.child import environment as child_environment
 from hbserve.pd_disagg.rpc import instance_address, scheduler_address
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,13 @@ class Child:
     async def start(self) -> None:
         """Start the process; it becomes ready later."""
         read_end, write_end = os.pipe()
-        environment = dict(os.environ)
-        environment[STATUS_FD_VARIABLE] = str(write_end)
-        # A user's own classes are imported from wherever the user's program imports.
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 self._module,
                 stdin=asyncio.subprocess.PIPE,
-                env=environment,
+                env=child_environment(write_end),
                 pass_fds=[write_end],
                 start_new_session=True,  # Ctrl-C is for the launcher, which then ends its children in order
             )

@@ -21,6 +21,7 @@ class Transfer:
     attempt: int
     source: Seat
     target: Seat
+    link_epoch: int
     sender_open: bool = True
     receiver_open: bool = True
     failed: bool = False
@@ -55,18 +56,18 @@ class TransferLedger:
         """
         self._count += 1
         transfer_id = f"{sequence.request.request_id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
-        self._open[transfer_id] = Transfer(transfer_id, sequence, sequence.attempt, source, target)
+        link_epoch = self._link_epochs[source.worker.id, target.worker.id]
+        self._open[transfer_id] = Transfer(transfer_id, sequence, sequence.attempt, source, target, link_epoch)
         sequence.open_transfers.add(transfer_id)
         for seat in (source, target):
             seat.pool.pin(seat.owner)
-        link_epoch = self._link_epochs[source.worker.id, target.worker.id]
         source_blocks = source.block_ids[first_block:end_block]
         target_blocks = target.block_ids[first_block:end_block]
         target.worker.send(
             ReceiveBlocks(
                 transfer_id=transfer_id,
                 request_id=sequence.request.request_id,
-                source=_peer(source.worker, link_epoch),
+                sources=_peers(source.worker, link_epoch),
                 block_ids=target_blocks,
                 generations=target.pool.generations_of(target_blocks),
             )
@@ -74,7 +75,7 @@ class TransferLedger:
         return SendBlocks(
             transfer_id=transfer_id,
             request_id=sequence.request.request_id,
-            target=_peer(target.worker, link_epoch),
+            targets=_peers(target.worker, link_epoch),
             block_ids=source_blocks,
             generations=source.pool.generations_of(source_blocks),
         )
@@ -94,7 +95,8 @@ class TransferLedger:
         if result.error is not None and not transfer.failed:
             transfer.failed = True
             self.links[link].failures["sender" if result.sent else "receiver"] += 1
-            self._link_epochs[link] += 1
+            # Once for all that the broken link takes with it: their retries must not break the next one.
+            self._link_epochs[link] = max(self._link_epochs[link], transfer.link_epoch + 1)
             self._cancel_other_side(transfer)
         return transfer
 
@@ -129,6 +131,6 @@ class TransferLedger:
             transfer.target.worker.send(cancel)
 
 
-def _peer(worker: InstanceHandle, link_epoch: int) -> Peer:
+def _peers(worker: InstanceHandle, link_epoch: int) -> list[Peer]:
     assert worker.hello is not None
-    return msgspec.structs.replace(worker.hello.peer, link_epoch=link_epoch)
+    return [msgspec.structs.replace(peer, link_epoch=link_epoch) for peer in worker.hello.peers]

@@ -30,19 +30,26 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 
 
 def make_platform(
-    device: Literal["auto", "cpu", "cuda"], gpu_id: int, num_threads: int | None, num_instances: int
+    device: Literal["auto", "cpu", "cuda"],
+    gpu_id: int,
+    num_threads: int | None,
+    num_instances: int,
+    tp_rank: int = 0,
+    tp_size: int = 1,
 ) -> Platform:
-    """The platform of one worker.
+    """The platform of one rank of an instance.
 
     Args:
-        num_threads: on CPU; None shares the cores evenly among ``num_instances``.
+        gpu_id: of the instance's first rank; the others' follow.
+        num_threads: on CPU; None shares the cores evenly among ``num_instances`` of ``tp_size`` ranks.
 
     Raises:
         ConfigError: if the device is not there.
     """
     if resolve_device(device) == "cpu":
-        return CpuPlatform(num_threads or max(1, len(os.sched_getaffinity(0)) // num_instances))
+        return CpuPlatform(num_threads or max(1, len(os.sched_getaffinity(0)) // (num_instances * tp_size)))
     count = torch.cuda.device_count()
-    if gpu_id >= count:
-        raise ConfigError(f"gpu_id {gpu_id}: this machine has {count} GPU(s), numbered from 0")
-    return CudaPlatform(gpu_id)
+    if gpu_id + tp_size > count:
+        gpus = f"gpu_id {gpu_id}" if tp_size == 1 else f"gpu_id {gpu_id} with tensor_parallel_size {tp_size}"
+        raise ConfigError(f"{gpus}: this machine has {count} GPU(s), numbered from 0")
+    return CudaPlatform(gpu_id + tp_rank)

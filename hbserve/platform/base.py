@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -28,6 +30,15 @@ class Platform(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The device in words, for logs and status."""
+
+    @abstractmethod
+    def make_process_group(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        """A torch.distributed process group of ranks on this host, with the fastest library for the device.
+
+        Args:
+            store: where the ranks meet.
+            timeout: of a collective operation.
+        """
 
     def allocate_arena(self, num_bytes: int) -> torch.Tensor:
         """One contiguous uint8 tensor of ``num_bytes``, contents undefined.

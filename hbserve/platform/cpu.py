@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed
 
 from hbserve.platform.base import Platform
+
+dist: Any = torch.distributed  # its stubs lack the process groups
 
 
 class CpuPlatform(Platform):
@@ -38,3 +43,9 @@ class CpuPlatform(Platform):
 
     def describe(self) -> str:
         return f"cpu ({self.num_threads} threads)"
+
+    def make_process_group(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timeout
+        return dist.ProcessGroupGloo(store, rank, size, options)

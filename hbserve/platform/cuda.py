@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import torch
+import torch.distributed
 
 from hbserve.platform.base import Platform
+
+dist: Any = torch.distributed  # its stubs lack the process groups
 
 
 class CudaPlatform(Platform):
@@ -31,3 +37,8 @@ class CudaPlatform(Platform):
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index})"
+
+    def make_process_group(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -12,10 +12,10 @@ from hbserve.messages import Peer
 
 @dataclass(frozen=True)
 class KVTransferContext:
-    """What a backend knows about the instance it works for.
+    """What a backend knows about the rank it works for.
 
     Attributes:
-        rank: the instance's KV rank.
+        rank: its number among all ranks of all instances.
         epoch: number of this incarnation of the instance.
         host: address to listen on and to announce.
         port: port to listen on, or None for any free one.
@@ -34,7 +34,10 @@ class KVTransferContext:
 
 
 class KVTransferBase(ABC):
-    """Moves KV blocks between instances. One object per instance, used from one event loop.
+    """Moves KV blocks between instances. One object per rank of an instance, used from one event loop.
+
+    Rank t of one instance exchanges its shard of the blocks with rank t of another and with nobody
+    else, so a backend need not know of tensor parallelism: ``rank`` below is one number for both.
 
     A backend of your own needs the two abstract methods; name it in the configuration as
     ``kv_transfer.backend: package.module:Class``. Transfers run concurrently, so arrivals may come
@@ -65,7 +68,7 @@ class KVTransferBase(ABC):
         Args:
             request_id: names the transfer: the request, its attempt and its chunk. Never used twice.
             kv_buffer: uint8 ``[block, byte]``, contiguous, on ``context.device``.
-            target_rank: KV rank of the receiver.
+            target_rank: the receiver's `Peer.rank`.
 
         Raises:
             KVTransferError

@@ -1,4 +1,4 @@
-"""Transfers between an instance's KV arena and the wire, whatever the backend."""
+"""Transfers between a rank's KV arena and the wire, whatever the backend."""
 
 from __future__ import annotations
 
@@ -42,12 +42,18 @@ class KVTransferManager:
         backend: started by the caller.
         kv_blocks: the arena as ``[block, byte]``, uint8.
         report: called with each result, in the event loop.
+        tp_rank: of this arena in its instance; the same rank of the other instance has the other end.
     """
 
     def __init__(
-        self, backend: KVTransferBase, kv_blocks: torch.Tensor, report: Callable[[TransferResult], None]
+        self,
+        backend: KVTransferBase,
+        kv_blocks: torch.Tensor,
+        report: Callable[[TransferResult], None],
+        tp_rank: int = 0,
     ) -> None:
         self._backend = backend
+        self._tp_rank = tp_rank
         self._kv_blocks = kv_blocks
         self._report = report
         self._tasks: dict[tuple[str, bool], asyncio.Task[None]] = {}
@@ -58,11 +64,11 @@ class KVTransferManager:
 
     def send(self, command: SendBlocks) -> None:
         """Start sending; the blocks' contents must be final."""
-        self._start(command, True, self._transfer(command, command.target))
+        self._start(command, True, self._transfer(command, command.targets[self._tp_rank]))
 
     def receive(self, command: ReceiveBlocks) -> None:
         """Start receiving."""
-        self._start(command, False, self._transfer(command, command.source))
+        self._start(command, False, self._transfer(command, command.sources[self._tp_rank]))
 
     def cancel(self, transfer_id: str) -> None:
         """Give up on both sides of a transfer that are here, or will be; their results say so."""
@@ -98,9 +104,9 @@ class KVTransferManager:
         try:
             async with asyncio.timeout(timeout_s):
                 if isinstance(command, SendBlocks):
-                    await self._send(command)
+                    await self._send(command, peer)
                 else:
-                    await self._receive(command)
+                    await self._receive(command, peer)
         except TimeoutError:
             raise KVTransferError(f"not complete within {timeout_s:g} s") from None
 
@@ -129,17 +135,17 @@ class KVTransferManager:
             )
         )
 
-    async def _send(self, command: SendBlocks) -> None:
+    async def _send(self, command: SendBlocks, target: Peer) -> None:
         num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
         await self._staging.take(num_bytes)
         try:
             buffer = await asyncio.to_thread(self._gather, command.block_ids)
-            await self._backend.send_kv_cache(command.transfer_id, buffer, command.target.rank)
+            await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
         finally:
             await self._staging.give_back(num_bytes)
 
-    async def _receive(self, command: ReceiveBlocks) -> None:
-        buffer = await self._backend.receive_kv_cache(command.transfer_id, command.source.rank)
+    async def _receive(self, command: ReceiveBlocks, source: Peer) -> None:
+        buffer = await self._backend.receive_kv_cache(command.transfer_id, source.rank)
         expected = len(command.block_ids) * self._kv_blocks.shape[1]
         if buffer.nbytes != expected:
             raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")

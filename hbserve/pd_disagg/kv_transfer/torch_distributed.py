@@ -166,9 +166,7 @@ class TorchDistributedKVTransfer(KVTransferBase):
 
         def transfer() -> None:
             if not link.connected:
-                host, port, _ = peer.endpoint.split(" ")
-                timeout = timedelta(seconds=self.context.timeout_s)
-                link.connect(dist.TCPStore(host, int(port), None, False, timeout, wait_for_workers=False))
+                link.connect(self._connection_to(peer.endpoint))
             link.send(header)
             link.send(buffer)
 
@@ -189,8 +187,8 @@ class TorchDistributedKVTransfer(KVTransferBase):
 
         def receive_header() -> tuple[int, int]:
             if not link.connected:
-                assert self._store is not None
-                link.connect(self._store)
+                # Not over `_store` itself: a link whose sender does not come would hold up all others there.
+                link.connect(self._connection_to(self.endpoint))
             link.receive(header)
             digest, num_bytes = header.tolist()
             return digest, num_bytes
@@ -204,6 +202,12 @@ class TorchDistributedKVTransfer(KVTransferBase):
             await self._arrivals.give_back(num_bytes)
             raise
         self._arrivals.put(f"{link.name} {digest}", buffer)
+
+    def _connection_to(self, endpoint: str) -> Any:
+        """A connection of one link's own to the store at an endpoint."""
+        host, port, _ = endpoint.split(" ")
+        timeout = timedelta(seconds=self.context.timeout_s)
+        return dist.TCPStore(host, int(port), None, False, timeout, wait_for_workers=False)
 
     def _link(self, role: int, peer: Peer) -> _Link:
         mine, theirs = f"{self.context.rank}.{self.context.epoch}", f"{peer.rank}.{peer.epoch}"

@@ -1,0 +1,79 @@
+"""The tensor-parallel group of an instance's ranks, over torch.distributed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from hbserve.errors import StartupError
+from hbserve.layers.parallel import TensorParallel
+from hbserve.platform import Platform
+
+dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
+
+_HOST = "127.0.0.1"
+
+
+def join_group(
+    platform: Platform, rank: int, size: int, port: int, listen_fd: int | None, timeout_s: float
+) -> TensorParallel:
+    """Meet the other ranks of the instance; all of them are on this host.
+
+    There is no global process group, so several instances can live in one process' lifetime.
+
+    Args:
+        platform: activated already.
+        port: on the loopback interface, where rank 0 listens.
+        listen_fd: rank 0's listening socket, which this takes over; None on the others.
+        timeout_s: of the meeting, and of each collective operation.
+
+    Raises:
+        StartupError: if somebody does not come.
+    """
+    if size == 1:
+        return TensorParallel()
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if listen_fd is not None:
+            store = dist.TCPStore(_HOST, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listen_fd)
+        else:
+            store = dist.TCPStore(_HOST, port, None, False, timeout, wait_for_workers=False)
+        group = platform.make_process_group(store, rank, size, timeout)
+    except RuntimeError as error:  # the store's and the libraries' errors are subclasses of it
+        raise StartupError(f"rank {rank} of {size} cannot join its tensor-parallel group: {error}") from error
+    return _GroupOverTorch(group, rank, size, platform.device).as_tensor_parallel()
+
+
+class _GroupOverTorch:
+    """The two collectives, enqueued on the current stream where there are streams."""
+
+    def __init__(self, group: Any, rank: int, size: int, device: torch.device) -> None:
+        self._group, self._rank, self._size, self._device = group, rank, size, device
+        self._reduce_options = dist.AllreduceOptions()
+        self._gather_options = torch._C._distributed_c10d.AllgatherOptions()
+        for options in (self._reduce_options, self._gather_options):
+            # On a GPU: run on the current stream itself, which saves two events per operation.
+            options.asyncOp = device.type != "cuda"
+
+    def as_tensor_parallel(self) -> TensorParallel:
+        return TensorParallel(self._rank, self._size, self._all_reduce, self._all_gather)
+
+    def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """In place: callers hand over what they have just computed."""
+        _wait(self._group.allreduce([x], self._reduce_options))
+        return x
+
+    def _all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        parts = x.new_empty(self._size * x.shape[0], *x.shape[1:])
+        _wait(self._group._allgather_base(parts, x, self._gather_options))
+        return parts.view(self._size, *x.shape).movedim(0, -2).flatten(-2)
+
+
+def _wait(work: Any) -> None:
+    """On CPU wait for the operation; on a GPU it is ordered by the stream, and there may be nothing to wait for."""
+    if work is not None:
+        work.wait()

@@ -1,0 +1,71 @@
+"""One rank's end of the KV transfers through the life of its instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.messages import Peer, TransferResult
+from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
+from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_backend
+
+
+class RankTransfers:
+    """Backend and manager of the current epoch; both are made anew with every one.
+
+    Args:
+        tp_rank: which rank of the instance.
+        kv_blocks: its arena as ``[block, byte]``, uint8.
+        report: called with each `TransferResult`, in the event loop.
+    """
+
+    manager: KVTransferManager
+    """Of the epoch that began last."""
+
+    def __init__(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        tp_rank: int,
+        kv_blocks: torch.Tensor,
+        report: Callable[[TransferResult], None],
+    ) -> None:
+        assert instance.kv_rank is not None
+        self._config, self._instance, self._tp_rank = config.kv_transfer, instance, tp_rank
+        self._tp_size = config.model.tensor_parallel_size
+        self._rank = instance.kv_rank * self._tp_size + tp_rank
+        self._kv_blocks = kv_blocks
+        self._report = report
+        self._backend: KVTransferBase | None = None
+
+    async def begin_epoch(self, epoch: int) -> Peer:
+        """Give up on everything of the epoch before; the rank's new address.
+
+        Raises:
+            HBServeError: if the backend cannot be made or cannot start.
+        """
+        await self.end_epoch()
+        config = self._config
+        context = KVTransferContext(
+            rank=self._rank,
+            epoch=epoch,
+            host=config.ip or self._instance.host,
+            port=None if config.port is None else config.port + self._rank,
+            device=self._kv_blocks.device,
+            timeout_s=config.timeout_s,
+            buffer_size=config.buffer_size // self._tp_size,
+        )
+        backend = make_backend(config.backend, context)
+        await backend.start()
+        self.manager = KVTransferManager(backend, self._kv_blocks, self._report, self._tp_rank)
+        self._backend = backend
+        return Peer(rank=self._rank, epoch=epoch, endpoint=backend.endpoint)
+
+    async def end_epoch(self) -> None:
+        """Give up on everything; nothing is written to the arena after this."""
+        if self._backend is not None:
+            await self.manager.cancel_all()
+            await self._backend.stop()
+            self._backend = None

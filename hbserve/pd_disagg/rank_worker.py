@@ -1,0 +1,205 @@
+"""The process of a rank other than the first: its part of every plan and of every KV transfer.
+
+Rank 0 is all it knows: plans and commands come from there, results of transfers go there, and when
+rank 0 is gone it exits at once, for nothing it could still do would reach anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.errors import HBServeError
+from hbserve.messages import (
+    BeginEpoch,
+    EpochBegun,
+    InstanceFailed,
+    RankCommand,
+    ReceiveBlocks,
+    StepPlan,
+    StepResult,
+)
+from hbserve.pd_disagg import child
+from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
+from hbserve.pd_disagg.rank_group import END_OF_PLANS
+from hbserve.pd_disagg.rank_line import RankLine
+from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 70
+_FAREWELL_S = 30.0
+
+
+class RankWorker:
+    """One rank of an instance, commanded by rank 0.
+
+    Args:
+        config: of the system.
+        instance: whose rank this is.
+        tp_rank: which one, from 1.
+        plans: where encoded plans come from.
+        control: this rank's end of the line to rank 0's event loop.
+    """
+
+    def __init__(
+        self, config: Config, instance: InstanceConfig, tp_rank: int, plans: Connection, control: socket.socket
+    ) -> None:
+        self.config, self.instance, self.tp_rank = config, instance, tp_rank
+        self._plans = plans
+        self._line: RankLine[RankCommand] = RankLine(control, RankCommand)
+        self._loop = asyncio.new_event_loop()
+        self._epoch = 0
+        self._num_done = 0
+        self._step_done = asyncio.Event()
+        self._stop_io = asyncio.Event()
+
+    def run(self, port: int) -> int:
+        """Load this rank's part of the model and serve to the end; returns the exit code.
+
+        Args:
+            port: where the ranks of the instance meet.
+
+        Raises:
+            HBServeError: if the model cannot be served as configured.
+        """
+        import torch
+
+        from hbserve.engine.model_runner import ModelRunner
+        from hbserve.engine.process_group import join_group
+        from hbserve.platform import make_platform
+
+        size = self.config.model.tensor_parallel_size
+        platform = make_platform(
+            self.config.model.device,
+            self.instance.gpu_id,
+            self.instance.num_threads,
+            len(self.config.gpu_instances),
+            self.tp_rank,
+            size,
+        )
+        platform.activate()
+        rpc = self.config.rpc
+        with torch.inference_mode():
+            parallel = join_group(
+                platform, self.tp_rank, size, port, None, max(rpc.start_timeout_s, rpc.step_timeout_s)
+            )
+            runner = ModelRunner(self.config, self.instance, platform, parallel)
+            self._transfers = RankTransfers(self.config, self.instance, self.tp_rank, runner.kv_blocks, self._line.send)
+            io_thread = threading.Thread(target=self._run_io, name="io")
+            io_thread.start()
+            pipeline = StepPipeline(runner, self._on_step_done, self._on_step_failed)
+            child.report_status({"ready": True})
+            decoder = msgspec.msgpack.Decoder(StepPlan)
+            while (payload := self._plans.recv_bytes()) != END_OF_PLANS:
+                if not pipeline.launch(decoder.decode(payload)):
+                    threading.Event().wait(_FAREWELL_S)  # rank 0 has been told, and ends this process
+                    return EXIT_FAILED
+        pipeline.close()
+        self._loop.call_soon_threadsafe(self._stop_io.set)
+        io_thread.join()
+        return 0
+
+    # --- collector thread (the second of them: main thread, too) ---------------------------------
+
+    def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
+        self._loop.call_soon_threadsafe(self._after_step, plan)
+
+    def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._line.send, failed_result(plan, repr(error)))
+
+    # --- event loop thread -----------------------------------------------------------------------
+
+    def _run_io(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException:
+            logger.exception("the event loop failed; exiting")
+            os._exit(1)
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        await self._line.open()
+        commands = asyncio.create_task(self._serve_commands())
+        await self._stop_io.wait()
+        commands.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await commands
+        await self._transfers.end_epoch()
+        await self._line.close()
+
+    async def _serve_commands(self) -> None:
+        while True:
+            try:
+                command = await self._line.receive()
+            except ConnectionError:
+                return  # the life line is cut as well
+            if isinstance(command, BeginEpoch):
+                await self._begin_epoch(command)
+            elif isinstance(command, ReceiveBlocks):
+                self._transfers.manager.receive(command)
+            else:
+                self._transfers.manager.cancel(command.transfer_id)
+
+    async def _begin_epoch(self, command: BeginEpoch) -> None:
+        while self._num_done < command.num_plans:
+            self._step_done.clear()
+            await self._step_done.wait()
+        self._epoch = command.epoch
+        try:
+            peer = await self._transfers.begin_epoch(command.epoch)
+        except HBServeError as error:
+            logger.error("%s", error)
+            self._line.send(InstanceFailed(instance_id=self.instance.instance_id, error=str(error)))
+            return
+        self._line.send(EpochBegun(peer=peer))
+
+    def _after_step(self, plan: StepPlan) -> None:
+        self._num_done += 1
+        self._step_done.set()
+        if plan.epoch == self._epoch:
+            for command in plan.sends:
+                self._transfers.manager.send(command)
+
+
+def main() -> None:
+    """Entry of the process that rank 0 starts."""
+    orders = child.read_orders()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Whoever ends a whole group of processes must not take away what rank 0 needs to finish.
+        signal.signal(number, signal.SIG_IGN)
+    child.watch_parent(lambda: os._exit(EXIT_FAILED))
+    config = msgspec.convert(orders["config"], Config)
+    instance = config.instance(orders["instance_id"])
+    tp_rank = orders["tp_rank"]
+    child.set_process_title(f"hbserve-{instance.instance_id}-TP{tp_rank}")
+    child.configure_logging(config.logging.level, f"{instance.instance_id} TP{tp_rank}")
+    worker = RankWorker(
+        config, instance, tp_rank, Connection(orders["plans_fd"]), socket.socket(fileno=orders["control_fd"])
+    )
+    code = 1
+    try:
+        code = worker.run(orders["port"])
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        logger.error("%s", error)
+    except BaseException:
+        logger.exception("rank %d failed", tp_rank)
+    sys.stderr.flush()
+    # Links to peers that are gone may still block a thread in C++; nothing is left to be cleaned up.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

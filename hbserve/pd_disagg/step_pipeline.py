@@ -1,0 +1,70 @@
+"""Steps from their launch to their results: what every rank does with a plan."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hbserve.messages import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from hbserve.engine.model_runner import ModelRunner, PendingStep
+
+logger = logging.getLogger(__name__)
+
+
+class StepPipeline:
+    """Launches in the caller's thread, waits for results in another: on a GPU they come later.
+
+    Args:
+        on_done: called in the other thread with each plan and its result, in order.
+        on_failed: called in either thread, at most once in each, with the plan and its error. A step
+            that fails leaves the device in an unknown state: nothing may be launched after it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        on_done: Callable[[StepPlan, StepResult], None],
+        on_failed: Callable[[StepPlan, Exception], None],
+    ) -> None:
+        self._runner, self._on_done, self._on_failed = runner, on_done, on_failed
+        self._pending: queue.SimpleQueue[tuple[StepPlan, PendingStep] | None] = queue.SimpleQueue()
+        self._collector = threading.Thread(target=self._collect, name="collector")
+        self._collector.start()
+
+    def launch(self, plan: StepPlan) -> bool:
+        """Start a step; False if it failed."""
+        try:
+            self._pending.put((plan, self._runner.launch(plan)))
+        except Exception as error:
+            self._fail(plan, error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Wait for what has been launched."""
+        self._pending.put(None)
+        self._collector.join()
+
+    def _collect(self) -> None:
+        while (item := self._pending.get()) is not None:
+            plan, pending = item
+            try:
+                result = pending.result()
+            except Exception as error:
+                self._fail(plan, error)
+                return
+            self._on_done(plan, result)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        logger.error("step %d failed", plan.step_id, exc_info=error)
+        self._on_failed(plan, error)
+
+
+def failed_result(plan: StepPlan, error: str) -> StepResult:
+    """What is reported of a step that failed."""
+    return StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=[], logprobs=None, busy_s=0.0, error=error)
