@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -60,6 +62,7 @@ class KVTransferManager:
         # Of transfers whose command has not come yet, or whose result had left: bounded, so no need to tell which.
         self._cancelled_early: deque[str] = deque(maxlen=1024)
         self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
+        self._stream = torch.cuda.Stream(kv_blocks.device) if kv_blocks.is_cuda else None  # type: ignore[no-untyped-call]
         self._staging = ByteBudget(backend.context.buffer_size)
 
     def send(self, command: SendBlocks) -> None:
@@ -155,20 +158,30 @@ class KVTransferManager:
 
     @torch.inference_mode()
     def _gather(self, block_ids: list[int]) -> torch.Tensor:
-        index = torch.tensor(block_ids, device=self._kv_blocks.device)
-        buffer = self._kv_blocks.index_select(0, index)
-        self._synchronize()
-        return buffer
+        with self._beside_the_steps():
+            index = torch.tensor(block_ids, device=self._kv_blocks.device)
+            return self._kv_blocks.index_select(0, index)
 
     @torch.inference_mode()
     def _scatter(self, block_ids: list[int], rows: torch.Tensor) -> None:
-        index = torch.tensor(block_ids, device=self._kv_blocks.device)
-        self._kv_blocks.index_copy_(0, index, rows.to(self._kv_blocks.device))
-        self._synchronize()
+        with self._beside_the_steps():
+            index = torch.tensor(block_ids, device=self._kv_blocks.device)
+            self._kv_blocks.index_copy_(0, index, rows.to(self._kv_blocks.device))
 
-    def _synchronize(self) -> None:
-        if self._kv_blocks.is_cuda:
-            torch.cuda.current_stream(self._kv_blocks.device).synchronize()
+    @contextmanager
+    def _beside_the_steps(self) -> Iterator[None]:
+        """On a GPU: on a stream of its own, done when it returns.
+
+        No order with the steps is needed: blocks that leave are final, as their step's result is
+        here, and blocks that arrive are in no plan before this transfer's result.
+        """
+        if not self._kv_blocks.is_cuda:
+            yield
+            return
+        stream: Any = self._stream
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()
 
     def _refuse_stale(self, command: SendBlocks | ReceiveBlocks) -> None:
         index = torch.tensor(command.block_ids, dtype=torch.int64)

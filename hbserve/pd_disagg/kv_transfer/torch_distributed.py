@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ class _Link:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{name}")
         self.receiving = asyncio.Lock()
         self.device = context.device if use_nccl else torch.device("cpu")
+        self._stream: Any = torch.cuda.Stream(context.device) if use_nccl else None  # type: ignore[no-untyped-call]
 
     async def run(self, what: Callable[[], T]) -> T:
         """Call ``what`` in the link's thread.
@@ -71,12 +73,15 @@ class _Link:
             nccl_options = dist.ProcessGroupNCCL.Options()
             nccl_options._timeout = self._timeout
             self._group = dist.ProcessGroupNCCL(prefixed, self._rank, 2, nccl_options)
-            self._stream: Any = torch.cuda.Stream(self._context.device)  # type: ignore[no-untyped-call]
         else:
             gloo_options = dist.ProcessGroupGloo._Options()
             gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._context.host)]
             gloo_options._timeout = self._timeout
             self._group = dist.ProcessGroupGloo(prefixed, self._rank, 2, gloo_options)
+
+    def own_memory(self) -> AbstractContextManager[Any]:
+        """Where buffers are allocated: memory of another stream may have a kernel pending that still uses it."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @property
     def connected(self) -> bool:
@@ -161,12 +166,13 @@ class TorchDistributedKVTransfer(KVTransferBase):
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
         peer = self.peers[target_rank]
         link = self._link(_SENDER, peer)
-        buffer = kv_buffer.to(link.device)
-        header = torch.tensor([_digest(request_id), buffer.nbytes], dtype=torch.int64, device=link.device)
 
         def transfer() -> None:
             if not link.connected:
                 link.connect(self._connection_to(peer.endpoint))
+            with link.own_memory():
+                buffer = kv_buffer.to(link.device)
+                header = torch.tensor([_digest(request_id), buffer.nbytes], dtype=torch.int64, device=link.device)
             link.send(header)
             link.send(buffer)
 
@@ -183,21 +189,26 @@ class TorchDistributedKVTransfer(KVTransferBase):
         return await self._arrivals.take(wanted)
 
     async def _receive_next(self, link: _Link) -> None:
-        header = torch.empty(2, dtype=torch.int64, device=link.device)
-
         def receive_header() -> tuple[int, int]:
             if not link.connected:
                 # Not over `_store` itself: a link whose sender does not come would hold up all others there.
                 link.connect(self._connection_to(self.endpoint))
-            link.receive(header)
-            digest, num_bytes = header.tolist()
+            with link.own_memory():
+                header = torch.empty(2, dtype=torch.int64, device=link.device)
+                link.receive(header)
+                digest, num_bytes = header.tolist()
             return digest, num_bytes
+
+        def receive_buffer(num_bytes: int) -> torch.Tensor:
+            with link.own_memory():
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=link.device)
+            link.receive(buffer)
+            return buffer
 
         digest, num_bytes = await link.run(receive_header)
         await self._arrivals.wait_for_space(num_bytes)
         try:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=link.device)
-            await link.run(lambda: link.receive(buffer))
+            buffer = await link.run(lambda: receive_buffer(num_bytes))
         except BaseException:
             await self._arrivals.give_back(num_bytes)
             raise
