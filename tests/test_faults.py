@@ -254,11 +254,15 @@ async def test_no_process_outlives_a_killed_parent(model: tuple[str, Any], tmp_p
         "print(*children, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    process = await asyncio.create_subprocess_exec(sys.executable, str(program), stdout=subprocess.PIPE)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(program), stdout=subprocess.PIPE, env=environment
+    )
     output, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
     pids = [int(pid) for pid in output.split()]
     assert len(pids) == 3
     await wait_for(lambda: not any(is_running(pid) for pid in pids))
+    assert not any(name.startswith("hbserve-") for name in os.listdir(tmp_path)), "the folder of sockets is left"
 
 
 def is_running(pid: int) -> bool:

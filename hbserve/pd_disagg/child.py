@@ -7,6 +7,7 @@ its start to a status pipe: ready, or why not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -77,5 +78,6 @@ def report_status(status: dict[str, Any]) -> None:
     """Tell the launcher how the start went; does nothing where there is no launcher."""
     descriptor = os.environ.pop(STATUS_FD_VARIABLE, None)
     if descriptor is not None:
-        with os.fdopen(int(descriptor), "w") as pipe:
+        # A launcher that has given up, because another part failed first, no longer reads.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(int(descriptor), "w") as pipe:
             pipe.write(json.dumps(status) + "\n")

@@ -148,7 +148,12 @@ class Launcher:
         scheduler = Child(
             "the scheduler",
             "hbserve.pd_disagg.scheduler_process",
-            {"config": config, "client_address": client_address, "instance_addresses": addresses},
+            {
+                "config": config,
+                "client_address": client_address,
+                "instance_addresses": addresses,
+                "run_dir": self._run_dir,
+            },
         )
         self._children.append(scheduler)
         if self._with_instances:

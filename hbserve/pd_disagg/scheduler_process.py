@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import sys
 
@@ -47,6 +48,8 @@ def main() -> None:
     except BaseException:
         logger.exception("the scheduler failed")
         os._exit(1)
+    # The launcher does this too; a launcher that was killed cannot.
+    shutil.rmtree(orders["run_dir"], ignore_errors=True)
     sys.stderr.flush()
     os._exit(0)  # the life line's thread may be blocked in a read
 
