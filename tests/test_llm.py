@@ -222,6 +222,16 @@ def test_whole_prompts_without_chunking(model: tuple[str, Any], references: list
     assert [output["token_ids"] for output in outputs] == [tokens for _, tokens in references]
 
 
+def test_no_step_has_more_tokens_than_configured(model: tuple[str, Any]) -> None:
+    num_seqs, num_tokens = 4, 12
+    with LLM(model[0], mode="unified", **(SETTINGS | {"max_num_batched_tokens": 2})) as llm:
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        outputs = llm.generate([[token] for token in range(1, num_seqs + 1)], sampling, use_tqdm=False)
+        steps = llm.get_system_stats()["gpu_instances"]["unified-0"]["steps"]
+    assert [len(output["token_ids"]) for output in outputs] == [num_tokens] * num_seqs
+    assert steps >= num_seqs * num_tokens / 2
+
+
 def test_dummy_weights_need_only_a_config(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     (tmp_path / "model.safetensors").unlink()

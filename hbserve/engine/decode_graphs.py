@@ -83,10 +83,8 @@ class _StepInputs:
         begin = self._offsets[name]
         return self._device[begin : begin + size * dtype.itemsize].view(dtype)
 
-    def copy(
-        self, arrays: dict[str, npt.NDArray[Any]], indices: npt.NDArray[np.int32], num_rows: int, size: int
-    ) -> None:
-        """Queue the copy of a step's arrays, padded from ``num_rows`` to ``size`` rows."""
+    def copy(self, arrays: dict[str, npt.NDArray[Any]], indices: npt.NDArray[np.int32], size: int) -> None:
+        """Queue the copy of a step's arrays, padded to ``size`` rows."""
         self._turn = (self._turn + 1) % _NUM_HOST_BUFFERS
         if self._copied[self._turn] is not None:
             self._copied[self._turn].synchronize()
@@ -171,7 +169,7 @@ class DecodeGraphs:
         empty = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
         empty["indptr"] = tables.indptr
         empty["slots"] = np.full(size, self._table.padding_slot, np.int64)
-        self._inputs.copy(empty, tables.indices, 0, size)
+        self._inputs.copy(empty, tables.indices, size)
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self._inputs
@@ -227,7 +225,6 @@ class DecodeGraphs:
                 "indptr": pages.indptr,
             },
             pages.indices,
-            num_rows,
             size,
         )
         self._attention.plan_graph(graph.attention, pages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,53 +13,29 @@ from hbserve.layers.norm import rms_norm
 from hbserve.layers.rotary import RotaryEmbedding, rotate
 
 
-class LayerOps(Protocol):
-    """The operations of a decoder layer that are not attention."""
+class LayerOps:
+    """The operations of a decoder layer that are not attention.
+
+    Here in torch's own operations: what runs on the CPU, and the reference for everything else.
+    """
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ weight.T + bias``."""
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """As `hbserve.layers.norm.rms_norm`."""
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of ``x + residual``, and the sum itself; may reuse the residual's memory."""
-
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """As `hbserve.layers.mlp.silu_and_mul`."""
-
-    def rotate_and_store(
-        self,
-        qkv: torch.Tensor,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
-        eps: float,
-        positions: torch.Tensor,
-        rotary: RotaryEmbedding,
-        attention: AttentionBackend,
-        layer: int,
-    ) -> torch.Tensor:
-        """Normalise heads where the model does, rotate q and k, put k and v into the cache; returns q."""
-
-
-class PlainOps:
-    """In torch's own operations: on the CPU, and the reference for everything else."""
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `hbserve.layers.norm.rms_norm`."""
         return rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``x + residual``, and the sum itself; may reuse the residual's memory."""
         total = residual + x
         return rms_norm(total, weight, eps), total
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As `hbserve.layers.mlp.silu_and_mul`."""
         return silu_and_mul(gate_up)
 
     def rotate_and_store(
@@ -74,6 +49,7 @@ class PlainOps:
         attention: AttentionBackend,
         layer: int,
     ) -> torch.Tensor:
+        """Normalise heads where the model does, rotate q and k, put k and v into the cache; returns q."""
         num_kv_heads, head_dim = attention.layout.num_kv_heads, attention.layout.head_dim
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         q, k, v = heads.tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
@@ -84,7 +60,7 @@ class PlainOps:
         return rotate(q, *angles)
 
 
-class FusedOps:
+class FusedOps(LayerOps):
     """In Triton kernels that pass over memory once."""
 
     def __init__(self) -> None:
@@ -135,4 +111,4 @@ def select_ops(weights: torch.Tensor) -> LayerOps:
     """Fused where Triton can compile for the device of ``weights``, plain elsewhere."""
     if weights.is_cuda and importlib.util.find_spec("triton") is not None:
         return FusedOps()
-    return PlainOps()
+    return LayerOps()

@@ -19,7 +19,7 @@ from collections import defaultdict
 import msgspec
 import zmq
 
-from hbserve.config import Config, InstanceRole
+from hbserve.config import Config
 from hbserve.import_path import load_class
 from hbserve.messages import (
     AbortRequest,
@@ -41,6 +41,7 @@ from hbserve.messages import (
     TransferResult,
 )
 from hbserve.pd_disagg import system_stats
+from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
@@ -91,6 +92,7 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
+        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens)
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -414,7 +416,7 @@ class CpuScheduler:
 
     def _leave_prefill(self, sequence: Sequence, seat: Seat) -> None:
         """The prompt is done; its blocks stay pinned here until they have arrived where decode happens."""
-        self._release_seat(sequence, seat)
+        release_seat(sequence, seat)
         sequence.prefill_seat = None
         sequence.phase = Phase.TRANSFERRING
         self._start_decoding_if_arrived(sequence)
@@ -497,12 +499,8 @@ class CpuScheduler:
 
     def _release_all_seats(self, sequence: Sequence) -> None:
         for seat in sequence.seats:
-            self._release_seat(sequence, seat)
+            release_seat(sequence, seat)
         sequence.prefill_seat = sequence.decode_seat = None
-
-    def _release_seat(self, sequence: Sequence, seat: Seat) -> None:
-        seat.worker.release(sequence, seat)
-        seat.pool.deallocate_blocks(seat.owner)
 
     # --- admission -------------------------------------------------------------------------------
 
@@ -519,74 +517,15 @@ class CpuScheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Seat a request for prefill and decode, both or neither."""
-        workers = [worker for worker in self.instances.values() if worker.ready and worker.has_free_slot]
-        prefill_workers = [worker for worker in workers if worker.role.prefills]
-        prefill_workers.sort(key=lambda worker: worker.num_tokens_to_prefill)
-        decode_workers = [worker for worker in workers if not worker.role.prefills]
-        decode_workers.sort(key=lambda worker: len(worker.seats) + len(worker.reserved))
-        num_tokens = len(sequence.tokens)
-        for prefill_worker in prefill_workers:
-            if prefill_worker.role.decodes:
-                seat = self._take_seat(sequence, prefill_worker, num_tokens + 1)
-                if seat is not None:
-                    return self._start_prefill(sequence, seat, seat)
-            elif num_tokens + 1 == sequence.max_total_tokens:  # one token to go: prefill gives it
-                seat = self._take_seat(sequence, prefill_worker, num_tokens)
-                if seat is not None:
-                    return self._start_prefill(sequence, seat, None)
-            else:
-                for decode_worker in decode_workers:
-                    decode_seat = self._take_seat(sequence, decode_worker, num_tokens + 1)
-                    if decode_seat is None:
-                        continue
-                    seat = self._take_seat(sequence, prefill_worker, num_tokens)
-                    if seat is not None:
-                        return self._start_prefill(sequence, seat, decode_seat)
-                    self._release_seat(sequence, decode_seat)
-                    break
-        return False
-
-    def _take_seat(self, sequence: Sequence, worker: InstanceHandle, num_positions: int) -> Seat | None:
-        """A slot and blocks for ``num_positions`` on a worker, its prefix cache used; None if it has not enough."""
-        pool = worker.pool
-        num_tokens = len(sequence.tokens)
-        num_running = len(worker.seats) + len(worker.reserved) if worker.role.decodes else 0
-        headroom_tokens = self.config.performance.decode_headroom_tokens
-        pool.decode_headroom_blocks = num_running * -(-headroom_tokens // pool.block_size)
-        # A worker that prefills must compute the last token, or there are no logits to sample from.
-        usable = num_tokens - 1 if worker.role.prefills else num_tokens
-        hashes = sequence.hashes(pool.block_size)[: usable // pool.block_size]
-        hits = pool.count_cached_prefix(hashes)
-        owner = f"{sequence.arrival}.{sequence.attempt}"
-        num_blocks = -(-num_positions // pool.block_size)
-        if pool.allocate_blocks(owner, num_blocks, InstanceRole.PREFILL, hashes) is None:
-            return None
-        cached = hits * pool.block_size
-        return Seat(
-            worker=worker,
-            epoch=worker.epoch,
-            pool=pool,
-            owner=owner,
-            slot=worker.take_slot(),
-            num_tokens_at_entry=num_tokens,
-            num_planned=cached,
-            num_computed=cached,
-            num_sealed=hits,
-        )
-
-    def _start_prefill(self, sequence: Sequence, seat: Seat, decode_seat: Seat | None) -> bool:
+        if not self._admission.seat(sequence):
+            return False
         self.waiting.remove(sequence)
         sequence.phase = Phase.PREFILLING
-        sequence.prefill_seat, sequence.decode_seat = seat, decode_seat
-        seat.worker.activate(sequence, seat)
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = min(seat.num_planned, sequence.num_prompt_tokens)
+            assert sequence.prefill_seat is not None
+            sequence.num_cached_tokens = min(sequence.prefill_seat.num_planned, sequence.num_prompt_tokens)
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
-        if decode_seat is not None and decode_seat is not seat:
-            decode_seat.worker.reserve(sequence, decode_seat)
-            sequence.num_blocks_dispatched = decode_seat.num_computed // decode_seat.pool.block_size
-            decode_seat.num_planned = decode_seat.num_tokens_at_entry
         return True
 
 

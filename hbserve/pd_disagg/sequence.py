@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -80,7 +79,6 @@ class Sequence:
     tokens: list[int]
     end_token_ids: frozenset[int]
     max_total_tokens: int
-    arrival_time: float = field(default_factory=time.monotonic)
     phase: Phase = Phase.WAITING
     attempt: int = 0
     prefill_seat: Seat | None = None

@@ -33,6 +33,8 @@ class StepPlanner:
         # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
         seats = sorted(worker.seats.items(), key=lambda item: item[0].arrival)
         for sequence, seat in seats:
+            if step.num_tokens >= self._max_num_batched_tokens:
+                break
             if seat.num_planned >= seat.num_tokens_at_entry:
                 self._plan_decode(step, worker, sequence, seat)
         budget = self._max_num_batched_tokens - step.num_tokens

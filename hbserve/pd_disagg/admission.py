@@ -1,0 +1,98 @@
+"""Where a waiting request may go: workers, slots and blocks, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hbserve.config import InstanceRole
+from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.sequence import Seat, Sequence
+
+
+class Admission:
+    """Gives requests their seats.
+
+    The decode side is reserved together with the prefill side: a prompt that has been computed
+    always has somewhere to go.
+
+    Args:
+        instances: all there are, by id.
+        headroom_tokens: for each running sequence, tokens whose blocks admission leaves free.
+    """
+
+    def __init__(self, instances: Mapping[str, InstanceHandle], headroom_tokens: int) -> None:
+        self._instances = instances
+        self._headroom_tokens = headroom_tokens
+
+    def seat(self, sequence: Sequence) -> bool:
+        """Seat a request for prefill and decode on the least loaded workers; False if nothing fits now."""
+        workers = [worker for worker in self._instances.values() if worker.ready and worker.has_free_slot]
+        prefill_workers = [worker for worker in workers if worker.role.prefills]
+        prefill_workers.sort(key=lambda worker: worker.num_tokens_to_prefill)
+        decode_workers = [worker for worker in workers if not worker.role.prefills]
+        decode_workers.sort(key=lambda worker: len(worker.seats) + len(worker.reserved))
+        num_tokens = len(sequence.tokens)
+        for prefill_worker in prefill_workers:
+            if prefill_worker.role.decodes:
+                seat = self._take_seat(sequence, prefill_worker, num_tokens + 1)
+                if seat is not None:
+                    return _start_prefill(sequence, seat, seat)
+            elif num_tokens + 1 == sequence.max_total_tokens:  # one token to go: prefill gives it
+                seat = self._take_seat(sequence, prefill_worker, num_tokens)
+                if seat is not None:
+                    return _start_prefill(sequence, seat, None)
+            else:
+                for decode_worker in decode_workers:
+                    decode_seat = self._take_seat(sequence, decode_worker, num_tokens + 1)
+                    if decode_seat is None:
+                        continue
+                    seat = self._take_seat(sequence, prefill_worker, num_tokens)
+                    if seat is not None:
+                        return _start_prefill(sequence, seat, decode_seat)
+                    release_seat(sequence, decode_seat)
+                    break
+        return False
+
+    def _take_seat(self, sequence: Sequence, worker: InstanceHandle, num_positions: int) -> Seat | None:
+        """A slot and blocks for ``num_positions`` on a worker, its prefix cache used; None if it has not enough."""
+        pool = worker.pool
+        num_tokens = len(sequence.tokens)
+        num_running = len(worker.seats) + len(worker.reserved) if worker.role.decodes else 0
+        headroom_tokens = self._headroom_tokens
+        pool.decode_headroom_blocks = num_running * -(-headroom_tokens // pool.block_size)
+        # A worker that prefills must compute the last token, or there are no logits to sample from.
+        usable = num_tokens - 1 if worker.role.prefills else num_tokens
+        hashes = sequence.hashes(pool.block_size)[: usable // pool.block_size]
+        hits = pool.count_cached_prefix(hashes)
+        owner = f"{sequence.arrival}.{sequence.attempt}"
+        num_blocks = -(-num_positions // pool.block_size)
+        if pool.allocate_blocks(owner, num_blocks, InstanceRole.PREFILL, hashes) is None:
+            return None
+        cached = hits * pool.block_size
+        return Seat(
+            worker=worker,
+            epoch=worker.epoch,
+            pool=pool,
+            owner=owner,
+            slot=worker.take_slot(),
+            num_tokens_at_entry=num_tokens,
+            num_planned=cached,
+            num_computed=cached,
+            num_sealed=hits,
+        )
+
+
+def _start_prefill(sequence: Sequence, seat: Seat, decode_seat: Seat | None) -> bool:
+    sequence.prefill_seat, sequence.decode_seat = seat, decode_seat
+    seat.worker.activate(sequence, seat)
+    if decode_seat is not None and decode_seat is not seat:
+        decode_seat.worker.reserve(sequence, decode_seat)
+        sequence.num_blocks_dispatched = decode_seat.num_computed // decode_seat.pool.block_size
+        decode_seat.num_planned = decode_seat.num_tokens_at_entry
+    return True
+
+
+def release_seat(sequence: Sequence, seat: Seat) -> None:
+    """Give slot and blocks back; the blocks return when nothing in flight can touch them."""
+    seat.worker.release(sequence, seat)
+    seat.pool.deallocate_blocks(seat.owner)
