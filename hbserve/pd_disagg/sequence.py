@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ class Sequence:
     Attributes:
         client: ZeroMQ identity of who asked.
         arrival: a number that grows with every request.
+        arrival_time: on the monotonic clock; for policies that weigh how long it has waited.
         tokens: prompt and output so far.
         attempt: how often it has been put back; results of earlier attempts are void.
         prefill_seat, decode_seat: the same object where one worker does both; the decode seat is
@@ -79,6 +81,7 @@ class Sequence:
     tokens: list[int]
     end_token_ids: frozenset[int]
     max_total_tokens: int
+    arrival_time: float = field(default_factory=time.monotonic)
     phase: Phase = Phase.WAITING
     attempt: int = 0
     prefill_seat: Seat | None = None
