@@ -30,10 +30,11 @@ setup(
         "uvicorn",
     ],
     extras_require={
-        "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine"],
+        "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine-cuda13"],
         "test": [
             "hypothesis",
             "httpx",
+            "mooncake-transfer-engine-non-cuda",
             "mypy",
             "openai",
             "pytest",

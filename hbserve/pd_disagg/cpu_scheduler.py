@@ -30,6 +30,8 @@ from hbserve.messages import (
     InstanceFailed,
     InstanceReply,
     Leaving,
+    LinkClosed,
+    LinkOpened,
     NotReady,
     Ping,
     Ready,
@@ -46,7 +48,7 @@ from hbserve.pd_disagg.client_port import ClientPort
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
-from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class CpuScheduler:
         self.start_time = time.monotonic()
         self._epoch = secrets.randbits(62) + 1
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
-        self.transfers = TransferLedger()
+        self.transfers = TransferLedger(config.kv_transfer.verify)
         self._arrivals = 0
         self._planner = StepPlanner(config, self.transfers, self._preempt)
         self._subscribers: dict[bytes, float] = {}
@@ -92,7 +94,7 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
-        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens)
+        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens, self.transfers.is_open)
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -302,6 +304,10 @@ class CpuScheduler:
                 self._on_step_result(instance, reply)
         elif isinstance(reply, TransferResult):
             self._on_transfer_result(reply)
+        elif isinstance(reply, LinkOpened):
+            self.transfers.on_link_opened(instance, reply)
+        elif isinstance(reply, LinkClosed):
+            self.transfers.on_link_closed(instance, reply)
         elif isinstance(reply, Leaving):
             self._lose(instance, "it is ending")
 
@@ -316,6 +322,7 @@ class CpuScheduler:
         if instance.ready:
             self._lose(instance, "it started again")
         instance.register(hello)
+        self.transfers.connect(self.instances.values())
         others = [i.hello.max_model_len for i in self.instances.values() if i.hello is not None]
         self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
         self._vocab_size = hello.vocab_size
@@ -348,10 +355,11 @@ class CpuScheduler:
         seated = [
             sequence for sequence in self._sequences.values() if any(seat.worker is instance for seat in sequence.seats)
         ]
+        failed = self.transfers.lose(instance)
         instance.lose(why)
-        self.transfers.lose(instance)
         for sequence in seated:
             self._retry(sequence, f"{instance.id} was lost: {why}")
+        self._retry_all(failed, f"{instance.id} was lost: {why}")
 
     # --- results ---------------------------------------------------------------------------------
 
@@ -419,20 +427,28 @@ class CpuScheduler:
         release_seat(sequence, seat)
         sequence.prefill_seat = None
         sequence.phase = Phase.TRANSFERRING
+        sequence.prefilled_at = time.monotonic()
         self._start_decoding_if_arrived(sequence)
 
     def _on_transfer_result(self, result: TransferResult) -> None:
-        transfer = self.transfers.close_side(result)
-        if transfer is None:
+        outcome = self.transfers.on_result(result)
+        if outcome.failed:
+            logger.warning("KV transfer %s failed: %s", result.transfer_id, result.error)
+            self._retry_all(outcome.failed, f"KV transfer: {result.error}")
+            self.transfers.connect(self.instances.values())
+        transfer = outcome.arrived
+        if transfer is None or transfer.attempt != transfer.sequence.attempt:
             return
         sequence = transfer.sequence
-        if transfer.attempt != sequence.attempt or sequence.phase is Phase.FINISHED:
-            return
-        if transfer.failed:
-            self._retry(sequence, f"KV transfer: {result.error}")
-        elif not result.sent:
-            sequence.open_transfers.discard(transfer.transfer_id)
-            self._start_decoding_if_arrived(sequence)
+        sequence.open_transfers.discard(transfer.transfer_id)
+        if sequence.phase is Phase.TRANSFERRING and not sequence.open_transfers:
+            self.transfers.count_exposed(transfer, time.monotonic() - sequence.prefilled_at)
+        self._start_decoding_if_arrived(sequence)
+
+    def _retry_all(self, failed: list[Transfer], why: str) -> None:
+        for transfer in failed:
+            if transfer.attempt == transfer.sequence.attempt and transfer.sequence.phase is not Phase.FINISHED:
+                self._retry(transfer.sequence, why)
 
     def _start_decoding_if_arrived(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.TRANSFERRING or sequence.open_transfers:
