@@ -96,6 +96,7 @@ class ModelRunner:
             num_blocks=self.num_blocks,
             vocab_size=self.spec.vocab_size,
             device=platform.device,
+            tokenizer_folder=config.tokenizer_path,
         )
         self._graphs = self._capture_graphs(config)
         logger.info(
@@ -129,6 +130,7 @@ class ModelRunner:
         for state in plan.new_sequences:
             self._table.install(state)
         self._table.append_new_blocks(plan.rows)
+        self._table.grammars.advance(plan.rows)
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
