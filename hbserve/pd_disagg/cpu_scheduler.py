@@ -259,7 +259,7 @@ class CpuScheduler:
             self.counts["aborted"] += 1
 
     def _announce_ready(self) -> None:
-        if not all(instance.ready for instance in self.instances.values()):
+        if not all(instance.ready for instance in self.instances.values()) or self.transfers.is_connecting:
             return
         assert self._max_model_len is not None
         for client in list(self._subscribers):
@@ -306,6 +306,7 @@ class CpuScheduler:
             self._on_transfer_result(reply)
         elif isinstance(reply, LinkOpened):
             self.transfers.on_link_opened(instance, reply)
+            self._announce_ready()
         elif isinstance(reply, LinkClosed):
             self.transfers.on_link_closed(instance, reply)
         elif isinstance(reply, Leaving):

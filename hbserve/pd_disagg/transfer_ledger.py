@@ -146,6 +146,11 @@ class TransferLedger:
         link = self._links.get((source.id, target.id))
         return link is not None and bool(link.targets)
 
+    @property
+    def is_connecting(self) -> bool:
+        """Whether a link has been asked for and is not open yet."""
+        return not all(link.targets for link in self._links.values())
+
     def on_link_opened(self, target: InstanceHandle, opened: LinkOpened) -> None:
         """The receiving side is ready."""
         link = self._links.get((opened.source_id, target.id))
