@@ -19,6 +19,7 @@ setup(
         "jinja2",
         "msgspec",
         "numpy",
+        "prometheus-client",
         "pydantic>=2",
         "pyyaml",
         "pyzmq",
