@@ -16,7 +16,9 @@ setup(
     package_data={"hbserve": ["py.typed"]},
     install_requires=[
         "fastapi",
+        "httptools",
         "jinja2",
+        "llguidance",
         "msgspec",
         "numpy",
         "prometheus-client",
@@ -29,6 +31,7 @@ setup(
         "tqdm",
         "transformers>=5",
         "uvicorn",
+        "uvloop",
     ],
     extras_require={
         "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine"],

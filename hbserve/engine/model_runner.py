@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from hbserve.attention import select_attention_backend
-from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.config import Config, InstanceConfig
 from hbserve.engine.batch import build_batch
 from hbserve.engine.kv_sizing import size_kv
@@ -75,9 +75,15 @@ class ModelRunner:
             load_weights(config.model.path, self.spec, table, weights, parallel.rank, parallel.size)
         self._decoder = Decoder(self.spec, table.views(weights), parallel)
 
+        block_size = config.performance.block_size or backend.preferred_block_size
+        if block_size % backend.block_size_multiple:
+            raise ConfigError(
+                f"performance.block_size: {backend.name} attention needs a multiple of "
+                f"{backend.block_size_multiple}, not {block_size}"
+            )
         self.layout = KVLayout(
             num_layers=self.spec.num_layers,
-            block_size=config.performance.block_size or backend.preferred_block_size,
+            block_size=block_size,
             num_kv_heads=max(1, self.spec.num_kv_heads // parallel.size),
             head_dim=self.spec.head_dim,
             dtype=dtype,
@@ -96,6 +102,7 @@ class ModelRunner:
             num_blocks=self.num_blocks,
             vocab_size=self.spec.vocab_size,
             device=platform.device,
+            tokenizer_folder=config.tokenizer_path,
         )
         self._graphs = self._capture_graphs(config)
         logger.info(
@@ -111,12 +118,19 @@ class ModelRunner:
         if self.platform.name != "cuda":
             logger.info("no CUDA graphs: there are none on the %s platform", self.platform.name)
             return None
-        if not isinstance(self._attention, FlashInferBackend):
-            logger.warning("no CUDA graphs: attention by %s cannot be captured", self._attention.name)
+        if importlib.util.find_spec("triton") is None:
+            logger.warning("no CUDA graphs: Triton is not installed, so decode steps run eagerly and slower")
             return None
+        from hbserve.attention.paged_decode import PagedDecode
         from hbserve.engine.decode_graphs import DecodeGraphs
 
-        return DecodeGraphs(self._decoder, self._attention, self._table, config.cuda_graph.max_seq_len)
+        reason = PagedDecode.supports(self.spec, self.layout)
+        if reason is not None:
+            logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)
+            return None
+        heads = self.spec.num_heads // self.parallel.size
+        attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
+        return DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -129,6 +143,7 @@ class ModelRunner:
         for state in plan.new_sequences:
             self._table.install(state)
         self._table.append_new_blocks(plan.rows)
+        self._table.grammars.advance(plan.rows)
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):

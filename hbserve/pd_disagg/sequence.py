@@ -103,6 +103,11 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def has_grammar(self) -> bool:
+        """Whether a token must be known before the next one can be chosen."""
+        return self.request.sampling.grammar is not None
+
+    @property
     def seats(self) -> list[Seat]:
         """The seats it has, each once."""
         seats = [self.prefill_seat] if self.prefill_seat is not None else []
@@ -121,6 +126,7 @@ class Sequence:
         penalised = (
             sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         )
+        needs_history = penalised or self.has_grammar
         return SequenceState(
             slot=seat.slot,
             block_ids=list(seat.block_ids),
@@ -128,5 +134,5 @@ class Sequence:
             end_token_ids=self.request.end_token_ids,
             min_end_position=self.num_prompt_tokens + sampling.min_tokens,
             num_prompt_tokens=self.num_prompt_tokens,
-            history=list(self.tokens) if penalised else None,
+            history=list(self.tokens) if needs_history else None,
         )

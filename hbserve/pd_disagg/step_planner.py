@@ -71,9 +71,11 @@ class StepPlanner:
         position = seat.num_planned
         if not worker.role.decodes or position + 1 >= sequence.max_total_tokens or sequence not in worker.seats:
             return
+        known = position < len(sequence.tokens)
+        if sequence.has_grammar and not known:
+            return  # which tokens may come depends on it
         if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(worker, sequence, seat):
             return
-        known = position < len(sequence.tokens)
         step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
 
     def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
