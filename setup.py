@@ -21,6 +21,7 @@ setup(
         "llguidance",
         "msgspec",
         "numpy",
+        "prometheus-client",
         "pydantic>=2",
         "pyyaml",
         "pyzmq",
