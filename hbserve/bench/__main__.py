@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import offline
+from hbserve.bench import offline, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 
@@ -20,9 +20,15 @@ def main() -> int:
             help="throughput of a batch that is there at once, and its share of what the device could do",
         )
     )
+    transfer.add_arguments(
+        commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
+    )
     arguments = parser.parse_args()
     try:
-        offline.run(OfflineOptions.from_arguments(arguments))
+        if arguments.command == "transfer":
+            transfer.run(transfer.options_from(arguments))
+        else:
+            offline.run(OfflineOptions.from_arguments(arguments))
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
