@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import offline
+from hbserve.bench import offline, serve, serve_options
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 
@@ -20,9 +20,17 @@ def main() -> int:
             help="throughput of a batch that is there at once, and its share of what the device could do",
         )
     )
+    serve_options.add_arguments(
+        commands.add_parser(
+            "serve", help="latency under open-loop load, and the highest rate at which latency targets are kept"
+        )
+    )
     arguments = parser.parse_args()
     try:
-        offline.run(OfflineOptions.from_arguments(arguments))
+        if arguments.command == "offline":
+            offline.run(OfflineOptions.from_arguments(arguments))
+        else:
+            serve.run(serve_options.ServeOptions.from_arguments(arguments))
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
