@@ -16,9 +16,12 @@ setup(
     package_data={"hbserve": ["py.typed"]},
     install_requires=[
         "fastapi",
+        "httptools",
         "jinja2",
+        "llguidance",
         "msgspec",
         "numpy",
+        "prometheus-client",
         "pydantic>=2",
         "pyyaml",
         "pyzmq",
@@ -28,12 +31,14 @@ setup(
         "tqdm",
         "transformers>=5",
         "uvicorn",
+        "uvloop",
     ],
     extras_require={
-        "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine"],
+        "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine-cuda13"],
         "test": [
             "hypothesis",
             "httpx",
+            "mooncake-transfer-engine-non-cuda",
             "mypy",
             "openai",
             "pytest",

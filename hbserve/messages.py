@@ -6,6 +6,7 @@ Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `k
     client (API server, LLM)  --ClientMessage-->    CpuScheduler   --SchedulerReply-->  client
     CpuScheduler              --InstanceCommand-->  GpuInstance    --InstanceReply-->   CpuScheduler
     GpuInstance (rank 0)      --RankCommand-->      RankWorker     --RankReply-->       GpuInstance
+    API server                --TextRequests-->     text process   --TextReplies-->     API server
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class SequenceState(Value, frozen=True):
     Attributes:
         slot: row of the worker's state tables, given by the scheduler.
         block_ids: of positions 0.., all blocks that the sequence has in the worker's pool.
-        history: prompt and output tokens so far, only where penalties need them.
+        history: prompt and output tokens so far, only where penalties or a grammar need them.
         num_prompt_tokens: how many of ``history`` are the prompt's.
         min_end_position: no token of ``end_token_ids`` is sampled for a position before this.
     """
@@ -198,12 +199,40 @@ class Peer(Value, frozen=True):
     link_epoch: int = 0
 
 
+class OpenLink(Message, frozen=True):
+    """Be ready to receive from another instance, under a link epoch; answered by `LinkOpened`.
+
+    Attributes:
+        sources: the other instance's ranks.
+    """
+
+    source_id: str
+    link_epoch: int
+    sources: list[Peer]
+
+
+class CloseLink(Message, frozen=True):
+    """A link has failed or its sender is lost: see to it that nothing of it is written any more, then say `LinkClosed`.
+
+    Attributes:
+        senders_done: every sender on it has answered, so that none of them writes any more of its
+            own will; False where the sender's instance is lost and may still be at it.
+    """
+
+    source_id: str
+    link_epoch: int
+    sources: list[Peer]
+    senders_done: bool
+
+
 class SendBlocks(Message, frozen=True):
     """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
 
     Attributes:
         targets: each rank sends its shard to the peer of its own number.
         generations: of the blocks, on the sender's side; a stale one is refused.
+        target_block_ids: where they go, in the receiver's pool.
+        checksum: whether the answer shall hold the blocks' checksums.
     """
 
     transfer_id: str
@@ -211,6 +240,8 @@ class SendBlocks(Message, frozen=True):
     targets: list[Peer]
     block_ids: list[int]
     generations: list[int]
+    target_block_ids: list[int]
+    checksum: bool = False
 
 
 class ReceiveBlocks(Message, frozen=True):
@@ -223,8 +254,21 @@ class ReceiveBlocks(Message, frozen=True):
     generations: list[int]
 
 
+class VerifyBlocks(Message, frozen=True):
+    """Compare blocks that have arrived with what was sent; answered by the receiver's `TransferResult`.
+
+    Attributes:
+        checksums: by rank, one for each block.
+    """
+
+    transfer_id: str
+    block_ids: list[int]
+    generations: list[int]
+    checksums: list[list[int]]
+
+
 class CancelTransfer(Message, frozen=True):
-    """Give up on a transfer. It is still answered by `TransferResult`, after which nothing is written."""
+    """Give up on a transfer. It is still answered by `TransferResult`; see `CloseLink` for when nothing is written."""
 
     transfer_id: str
 
@@ -259,6 +303,7 @@ class Hello(Message, frozen=True):
         epoch: number of this incarnation, different at every start.
         block_bytes: of one KV block over all layers and ranks.
         peers: where its ranks receive KV, in their order.
+        one_sided: its transfer backend writes into the receiver's arena, which takes no part.
     """
 
     instance_id: str
@@ -272,6 +317,7 @@ class Hello(Message, frozen=True):
     vocab_size: int
     device: str
     peers: list[Peer]
+    one_sided: bool = False
 
 
 class Pong(Message, frozen=True):
@@ -298,12 +344,39 @@ class StepResult(Message, frozen=True):
     error: str | None = None
 
 
+class LinkOpened(Message, frozen=True):
+    """A link is ready for transfers.
+
+    Attributes:
+        peers: where the ranks receive what comes on it, in their order.
+        error: why it is not; the instance then exits.
+    """
+
+    epoch: int
+    source_id: str
+    link_epoch: int
+    peers: list[Peer]
+    error: str | None = None
+
+
+class LinkClosed(Message, frozen=True):
+    """Nothing that was sent on the link is written after this."""
+
+    epoch: int
+    source_id: str
+    link_epoch: int
+
+
 class TransferResult(Message, frozen=True):
-    """The end of one side of a transfer. On the receiver: after this nothing more is written.
+    """The end of one side of a transfer.
 
     Attributes:
         sent: True from the sender, False from the receiver.
+        seconds: from when the blocks were ready (sender) or asked for (receiver) to the end, less ``queued_s``.
+        queued_s: time that went to other transfers on the link.
         error: None if every byte is there.
+        error_kind: ``timeout``, ``stale``, ``checksum``, ``cancelled``, or ``backend``.
+        checksums: by rank, one for each block that was sent, if they were asked for.
     """
 
     epoch: int
@@ -311,7 +384,10 @@ class TransferResult(Message, frozen=True):
     sent: bool
     num_bytes: int
     seconds: float
+    queued_s: float = 0.0
     error: str | None = None
+    error_kind: str | None = None
+    checksums: list[list[int]] | None = None
 
 
 class InstanceFailed(Message, frozen=True):
@@ -352,9 +428,127 @@ class EpochBegun(Message, frozen=True):
     peer: Peer
 
 
+# --- API server -> text process ------------------------------------------------------------------
+
+
+class TextStreamOptions(Value, frozen=True):
+    """How an output becomes text; see `hbserve.tokenizer.IncrementalDetokenizer`."""
+
+    skip_special_tokens: bool
+    stop: list[str]
+    min_tokens: int
+
+
+class EncodeText(Message, frozen=True):
+    """Answered by `Encoded` or `TextFailed`."""
+
+    query_id: int
+    text: str
+    add_special_tokens: bool
+
+
+class EncodeChat(Message, frozen=True):
+    """Answered by `Encoded` or `TextFailed`.
+
+    Attributes:
+        messages, tools: plain data, as chat templates take them.
+    """
+
+    query_id: int
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+
+
+class CheckGrammar(Message, frozen=True):
+    """Answered by `Checked` or `TextFailed`.
+
+    Attributes:
+        token_ids: an output without its end token, of which is asked whether it follows the grammar;
+            None: whether the grammar can be followed at all.
+    """
+
+    query_id: int
+    grammar: str
+    vocab_size: int
+    token_ids: list[int] | None
+
+
+class OpenText(Message, frozen=True):
+    """Begin a stream. ``token_ids``: what it has had already, in a process that has died; not answered."""
+
+    stream: int
+    options: TextStreamOptions
+    token_ids: list[int]
+
+
+class FeedText(Message, frozen=True):
+    """Tokens of a stream, answered by one `StreamText`; see `hbserve.tokenizer.text_service.OutputStream`."""
+
+    stream: int
+    token_ids: list[int]
+    shown: int
+    last: bool
+
+
+class CloseText(Message, frozen=True):
+    """Forget a stream."""
+
+    stream: int
+
+
+# --- text process -> API server ------------------------------------------------------------------
+
+
+class Encoded(Message, frozen=True):
+    """Answer to `EncodeText` and `EncodeChat`."""
+
+    query_id: int
+    token_ids: list[int]
+
+
+class Checked(Message, frozen=True):
+    """Answer to `CheckGrammar`. ``problem``: why the output does not follow the grammar."""
+
+    query_id: int
+    problem: str | None = None
+
+
+class TextFailed(Message, frozen=True):
+    """A query that can never be answered; becomes an `InvalidRequestError`."""
+
+    query_id: int
+    error: str
+    param: str | None
+
+
+class OutputText(Value, frozen=True):
+    """What tokens have become.
+
+    Attributes:
+        text: what may be shown now.
+        num_tokens: tokens used; fewer than were given if a stop string ended the text before.
+        stop_string: the one that ended it.
+    """
+
+    text: str
+    num_tokens: int
+    stop_string: str | None = None
+
+
+class StreamText(Message, frozen=True):
+    """Answer to `FeedText`."""
+
+    stream: int
+    output: OutputText
+
+
 ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady
 SchedulerReply = OutputBatch | Stats | Ready | NotReady
-InstanceCommand = Ping | StepPlan | ReceiveBlocks | CancelTransfer | Shutdown
-RankCommand = BeginEpoch | ReceiveBlocks | CancelTransfer
-RankReply = EpochBegun | TransferResult | StepResult | InstanceFailed
-InstanceReply = Hello | Pong | StepResult | TransferResult | InstanceFailed | Leaving
+TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
+TransferReply = LinkOpened | LinkClosed | TransferResult
+InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown
+RankCommand = BeginEpoch | TransferCommand
+RankReply = EpochBegun | TransferReply | StepResult | InstanceFailed
+InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | Leaving
+TextRequest = EncodeText | EncodeChat | CheckGrammar | OpenText | FeedText | CloseText
+TextReply = Encoded | Checked | TextFailed | StreamText

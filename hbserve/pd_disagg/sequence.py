@@ -12,6 +12,7 @@ from hbserve.messages import AddRequest, SequenceState
 
 if TYPE_CHECKING:
     from hbserve.kv_cache.storage_manager import UnifiedStorageManager
+    from hbserve.metrics.request_metrics import RequestMetrics
     from hbserve.pd_disagg.instance_handle import InstanceHandle
 
 
@@ -71,8 +72,10 @@ class Sequence:
             reserved together with the prefill seat.
         num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
         open_transfers: transfers of this attempt that the decode side has not confirmed.
+        prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
         num_failures: attempts that ended in a failure not of the request's making.
         retry_at: when it may be admitted again after one, on the monotonic clock.
+        metrics: its times; `SchedulerMetrics.arrived` sets it.
     """
 
     client: bytes
@@ -88,15 +91,23 @@ class Sequence:
     decode_seat: Seat | None = None
     num_blocks_dispatched: int = 0
     open_transfers: set[str] = field(default_factory=set)
+    prefilled_at: float = 0.0
     num_failures: int = 0
     retry_at: float = 0.0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
+    metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether a token must be known before the next one can be chosen."""
+        return self.request.sampling.grammar is not None
 
     @property
     def seats(self) -> list[Seat]:
@@ -117,6 +128,7 @@ class Sequence:
         penalised = (
             sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         )
+        needs_history = penalised or self.has_grammar
         return SequenceState(
             slot=seat.slot,
             block_ids=list(seat.block_ids),
@@ -124,5 +136,5 @@ class Sequence:
             end_token_ids=self.request.end_token_ids,
             min_end_position=self.num_prompt_tokens + sampling.min_tokens,
             num_prompt_tokens=self.num_prompt_tokens,
-            history=list(self.tokens) if penalised else None,
+            history=list(self.tokens) if needs_history else None,
         )
