@@ -204,10 +204,12 @@ class ServerConfig(Section, frozen=True):
     Attributes:
         host: address to listen on.
         port: port to listen on; 0: any free one, printed at start.
+        num_tokenizers: processes that encode prompts; 0: the detokenizer does it too.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    num_tokenizers: int = 0
 
 
 class LoggingConfig(Section, frozen=True):

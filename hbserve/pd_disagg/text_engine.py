@@ -295,7 +295,11 @@ class _Sample:
             shown = len(output.token_ids) - (output.finish_reason == "stop")
             self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
 
-    def _on_text(self, text: OutputText) -> None:
+    def _on_text(self, text: OutputText | HBServeError) -> None:
+        if isinstance(text, HBServeError):
+            self._end()
+            self._stream.fail(text)
+            return
         output = self._outputs.popleft()
         if self._ended:
             return

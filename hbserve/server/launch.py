@@ -8,6 +8,7 @@ import signal
 
 import msgspec
 
+from hbserve import event_loop
 from hbserve.config import Config
 from hbserve.errors import ConfigError
 from hbserve.pd_disagg import child
@@ -34,7 +35,7 @@ def serve_system(config: Config, with_instances: bool, port: int | None = None) 
         config = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, port=port))
     child.set_process_title("hbserve-api")
     child.configure_logging(config.logging.level, "api")
-    return asyncio.run(_serve(config, with_instances))
+    return event_loop.run(_serve(config, with_instances))
 
 
 async def _serve(config: Config, with_instances: bool) -> int:
@@ -43,7 +44,7 @@ async def _serve(config: Config, with_instances: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     listener = bind(config.server)
-    llm = DisaggregatedLLM(config, with_instances)
+    llm = DisaggregatedLLM(config, with_instances, text_in_processes=True)
     starting = asyncio.create_task(llm.start())
     stopped = asyncio.create_task(stop.wait())
     try:
