@@ -76,7 +76,8 @@ class KVTransferConfig(Section, frozen=True):
 
     Attributes:
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where a side has none;
-            ``mooncake`` is the Mooncake Transfer Engine; or ``package.module:Class``, a subclass
+            ``mooncake`` is the Mooncake Transfer Engine, which writes straight into the receiver's
+            arena; or ``package.module:Class``, a subclass
             of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
             when it is full.
@@ -85,6 +86,10 @@ class KVTransferConfig(Section, frozen=True):
             port + r * tensor_parallel_size + t. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request's prefill is tried before the request fails.
+        verify: compare checksums of every block before it is used; what differs is computed again.
+        mooncake_protocol: how Mooncake moves bytes; default: what the file that
+            ``MOONCAKE_CONFIG_PATH`` names says, or the engine's own choice.
+        mooncake_device: RDMA adapters that Mooncake uses, comma-separated; default: that file's, or all.
     """
 
     backend: str = "nccl"
@@ -93,6 +98,9 @@ class KVTransferConfig(Section, frozen=True):
     port: int | None = None
     timeout_s: float = 30.0
     max_attempts: int = 3
+    verify: bool = False
+    mooncake_protocol: Literal["tcp", "rdma", "nvlink"] | None = None
+    mooncake_device: str | None = None
 
 
 class ChunkedPrefillConfig(Section, frozen=True):

@@ -60,6 +60,7 @@ class MetricsAggregator:
             window_end_time=max(part.window_end_time for part in parts),
             prefill=_merge_roles([part.prefill for part in parts]),
             decode=_merge_roles([part.decode for part in parts]),
+            worker_busy={name: share for part in parts for name, share in part.worker_busy.items()},
             system=_merge_systems([part.system for part in parts if part.system is not None]),
             **counts,
             **distributions,

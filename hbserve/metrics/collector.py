@@ -40,7 +40,8 @@ class SemiPDMetricsCollector:
         self.history: deque[RequestMetrics] = deque(maxlen=max_history_size)
         """Requests that have ended, oldest first."""
         self._since = clock()
-        self._system: SystemMetrics | None = None
+        self.system_metrics = SystemMetrics(timestamp=self._since)
+        """The last state that was recorded."""
         self._excluded: deque[tuple[float, float]] = deque(maxlen=64)
         self._exclusion_start: float | None = None
 
@@ -177,10 +178,11 @@ class SemiPDMetricsCollector:
             counts["decode_rows"] += decode_rows
             counts["decode_busy/" + worker] += busy_s
         counts["output_tokens"] += num_samples
+        counts["busy/" + worker] += busy_s
 
     def record_system_metrics(self, system: SystemMetrics) -> None:
         """The state of queues and memory."""
-        self._system = system
+        self.system_metrics = system
 
     # --- what is left out ------------------------------------------------------------------------
 
@@ -221,6 +223,11 @@ class SemiPDMetricsCollector:
         now = self.clock()
         start = max(self._since, self._counts.start_of(now))
         counts = self._counts.totals(now)
+        worker_busy = {
+            name.removeprefix("busy/"): min(1.0, busy_s / (now - start))
+            for name, busy_s in counts.items()
+            if name.startswith("busy/") and now > start
+        }
         latencies = {name: window.since(start) for name, window in self._latencies.items()}
         return AggregatedMetrics(
             window_start_time=start,
@@ -237,31 +244,14 @@ class SemiPDMetricsCollector:
             output_tokens=int(counts["output_tokens"]),
             prefill=_role_metrics("prefill", counts, now - start),
             decode=_role_metrics("decode", counts, now - start),
-            system=self._system,
+            system=self.system_metrics,
+            worker_busy=worker_busy,
             **latencies,
         )
 
     def get_real_time_metrics(self) -> dict[str, float]:
-        """The window in plain numbers, for people and logs; `_ms` are milliseconds, throughputs per second."""
-        metrics = self.get_current_window_metrics()
-        numbers: dict[str, float] = {
-            "arrival_rate": metrics.arrival_rate,
-            "request_throughput": metrics.request_throughput,
-            "prefill_throughput": metrics.prefill_throughput,
-            "decode_throughput": metrics.decode_throughput,
-            "prefill_utilization": metrics.prefill.utilization,
-            "decode_utilization": metrics.decode.utilization,
-            "prefill_batch_size": metrics.prefill.batch_size,
-            "decode_batch_size": metrics.decode.batch_size,
-            "prefix_hit_rate": metrics.prefix_hit_rate,
-            "num_requests": metrics.num_completed,
-        }
-        for name in ("ttft", "tpot", "itl", "e2e", "prefill_queue", "decode_queue"):
-            latencies = getattr(metrics, name)
-            numbers[f"{name}_mean_ms"] = latencies.mean
-            for percent in (50, 95, 99):
-                numbers[f"{name}_p{percent}_ms"] = latencies.percentile(percent)
-        return numbers
+        """The window in plain numbers: see `numbers_of`."""
+        return numbers_of(self.get_current_window_metrics())
 
 
 def _role_metrics(phase: str, counts: Mapping[str, float], duration_s: float) -> RoleMetrics:
@@ -274,3 +264,25 @@ def _role_metrics(phase: str, counts: Mapping[str, float], duration_s: float) ->
         num_tokens=int(counts["prefill_tokens"] if phase == "prefill" else rows),
         utilization=min(1.0, busy_s / duration_s) if duration_s > 0 else 0.0,
     )
+
+
+def numbers_of(metrics: AggregatedMetrics) -> dict[str, float]:
+    """A window in plain numbers, for people and logs; ``_ms`` are milliseconds, throughputs per second."""
+    numbers: dict[str, float] = {
+        "arrival_rate": metrics.arrival_rate,
+        "request_throughput": metrics.request_throughput,
+        "prefill_throughput": metrics.prefill_throughput,
+        "decode_throughput": metrics.decode_throughput,
+        "prefill_utilization": metrics.prefill.utilization,
+        "decode_utilization": metrics.decode.utilization,
+        "prefill_batch_size": metrics.prefill.batch_size,
+        "decode_batch_size": metrics.decode.batch_size,
+        "prefix_hit_rate": metrics.prefix_hit_rate,
+        "num_requests": metrics.num_completed,
+    }
+    for name in ("ttft", "tpot", "itl", "e2e", "prefill_queue", "decode_queue"):
+        latencies = getattr(metrics, name)
+        numbers[f"{name}_mean_ms"] = latencies.mean
+        for percent in (50, 95, 99):
+            numbers[f"{name}_p{percent}_ms"] = latencies.percentile(percent)
+    return numbers

@@ -70,6 +70,7 @@ class AggregatedMetrics:
         itl: gaps between a request's tokens, one per token after the first.
         e2e, prefill_queue, decode_queue: see `RequestMetrics`.
         num_met, num_missed: completed requests that had targets and kept all of them, or did not.
+        worker_busy: share of the window in which each worker's device worked, in [0, 1].
         system: the last state reported.
     """
 
@@ -95,6 +96,7 @@ class AggregatedMetrics:
     decode_queue: Distribution = field(default_factory=Distribution)
     prefill: RoleMetrics = field(default_factory=RoleMetrics)
     decode: RoleMetrics = field(default_factory=RoleMetrics)
+    worker_busy: dict[str, float] = field(default_factory=dict)
     system: SystemMetrics | None = None
 
     @property

@@ -30,6 +30,8 @@ from hbserve.messages import (
     InstanceFailed,
     InstanceReply,
     Leaving,
+    LinkClosed,
+    LinkOpened,
     NotReady,
     Ping,
     Ready,
@@ -40,13 +42,15 @@ from hbserve.messages import (
     TokenLogprobs,
     TransferResult,
 )
+from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.pd_disagg import system_stats
 from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
 from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
-from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +77,11 @@ class CpuScheduler:
         self.waiting: list[Sequence] = []
         """Requests not yet admitted, oldest first. A policy may reorder it."""
         self.counts: defaultdict[str, int] = defaultdict(int)
+        self.metrics = SchedulerMetrics(SemiPDMetricsCollector())
         self.start_time = time.monotonic()
         self._epoch = secrets.randbits(62) + 1
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
-        self.transfers = TransferLedger()
+        self.transfers = TransferLedger(config.kv_transfer.verify)
         self._arrivals = 0
         self._planner = StepPlanner(config, self.transfers, self._preempt)
         self._subscribers: dict[bytes, float] = {}
@@ -92,7 +97,7 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
-        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens)
+        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens, self.transfers.is_open)
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -150,6 +155,7 @@ class CpuScheduler:
                 if instance.ready and silence > self.config.rpc.heartbeat_timeout_s and not was_asleep:
                     self._lose(instance, f"no sign of life for {silence:.1f} s")
             self._check_deadlines(now)
+            self.metrics.observe_system(self.waiting, self.instances.values())
             self._wake.set()  # what was lost or given up just now must be planned again, and said
             await asyncio.sleep(interval)
 
@@ -216,6 +222,7 @@ class CpuScheduler:
         )
         self._sequences[client, request.request_id] = sequence
         self.waiting.append(sequence)
+        self.metrics.arrived(sequence)
 
     def _refusal(self, client: bytes, request: AddRequest) -> RequestOutput | None:
         """Why a request cannot be taken, as the output that says so."""
@@ -253,11 +260,10 @@ class CpuScheduler:
         """A client has gone, and nobody wants its requests any more."""
         self._subscribers.pop(client, None)
         for sequence in [s for s in self._sequences.values() if s.client == client]:
-            self._close(sequence)
-            self.counts["aborted"] += 1
+            self._close(sequence, "aborted")
 
     def _announce_ready(self) -> None:
-        if not all(instance.ready for instance in self.instances.values()):
+        if not all(instance.ready for instance in self.instances.values()) or self.transfers.is_connecting:
             return
         assert self._max_model_len is not None
         for client in list(self._subscribers):
@@ -302,6 +308,11 @@ class CpuScheduler:
                 self._on_step_result(instance, reply)
         elif isinstance(reply, TransferResult):
             self._on_transfer_result(reply)
+        elif isinstance(reply, LinkOpened):
+            self.transfers.on_link_opened(instance, reply)
+            self._announce_ready()
+        elif isinstance(reply, LinkClosed):
+            self.transfers.on_link_closed(instance, reply)
         elif isinstance(reply, Leaving):
             self._lose(instance, "it is ending")
 
@@ -316,6 +327,7 @@ class CpuScheduler:
         if instance.ready:
             self._lose(instance, "it started again")
         instance.register(hello)
+        self.transfers.connect(self.instances.values())
         others = [i.hello.max_model_len for i in self.instances.values() if i.hello is not None]
         self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
         self._vocab_size = hello.vocab_size
@@ -348,10 +360,11 @@ class CpuScheduler:
         seated = [
             sequence for sequence in self._sequences.values() if any(seat.worker is instance for seat in sequence.seats)
         ]
+        failed = self.transfers.lose(instance)
         instance.lose(why)
-        self.transfers.lose(instance)
         for sequence in seated:
             self._retry(sequence, f"{instance.id} was lost: {why}")
+        self._retry_all(failed, f"{instance.id} was lost: {why}")
 
     # --- results ---------------------------------------------------------------------------------
 
@@ -361,15 +374,20 @@ class CpuScheduler:
         worker.num_steps += 1
         worker.busy_s += result.busy_s
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
+        now = time.monotonic()
+        last_token_times: list[float | None] = []
         for row in step.rows:
             sample = next(samples) if row.samples else None
             sequence, seat = row.sequence, row.seat
             if row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
                 self._advance(sequence, seat, row.end)
                 if sample is not None:
+                    last_token_times.append(sequence.last_token_time)
+                    sequence.last_token_time = now
                     self._on_token(sequence, seat, *sample)
             seat.pool.unpin(seat.owner)
         assert next(samples, None) is None, "more samples than rows that sample"
+        self.metrics.step_done(worker.id, step, result.busy_s, now, last_token_times)
 
     def _advance(self, sequence: Sequence, seat: Seat, num_computed: int) -> None:
         """KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -391,6 +409,7 @@ class CpuScheduler:
         is_first = sequence.first_token_time is None
         if is_first:
             sequence.first_token_time = time.monotonic()
+            self.metrics.first_token(sequence)
         finish_reason = None
         if token in sequence.end_token_ids:
             finish_reason = "stop"
@@ -407,8 +426,7 @@ class CpuScheduler:
             ),
         )
         if finish_reason is not None:
-            self._close(sequence)
-            self.counts["completed"] += 1
+            self._close(sequence, "completed")
         elif seat is sequence.prefill_seat and seat is not sequence.decode_seat:
             self._leave_prefill(sequence, seat)
         else:
@@ -419,20 +437,28 @@ class CpuScheduler:
         release_seat(sequence, seat)
         sequence.prefill_seat = None
         sequence.phase = Phase.TRANSFERRING
+        sequence.prefilled_at = time.monotonic()
         self._start_decoding_if_arrived(sequence)
 
     def _on_transfer_result(self, result: TransferResult) -> None:
-        transfer = self.transfers.close_side(result)
-        if transfer is None:
+        outcome = self.transfers.on_result(result)
+        if outcome.failed:
+            logger.warning("KV transfer %s failed: %s", result.transfer_id, result.error)
+            self._retry_all(outcome.failed, f"KV transfer: {result.error}")
+            self.transfers.connect(self.instances.values())
+        transfer = outcome.arrived
+        if transfer is None or transfer.attempt != transfer.sequence.attempt:
             return
         sequence = transfer.sequence
-        if transfer.attempt != sequence.attempt or sequence.phase is Phase.FINISHED:
-            return
-        if transfer.failed:
-            self._retry(sequence, f"KV transfer: {result.error}")
-        elif not result.sent:
-            sequence.open_transfers.discard(transfer.transfer_id)
-            self._start_decoding_if_arrived(sequence)
+        sequence.open_transfers.discard(transfer.transfer_id)
+        if sequence.phase is Phase.TRANSFERRING and not sequence.open_transfers:
+            self.transfers.count_exposed(transfer, time.monotonic() - sequence.prefilled_at)
+        self._start_decoding_if_arrived(sequence)
+
+    def _retry_all(self, failed: list[Transfer], why: str) -> None:
+        for transfer in failed:
+            if transfer.attempt == transfer.sequence.attempt and transfer.sequence.phase is not Phase.FINISHED:
+                self._retry(transfer.sequence, why)
 
     def _start_decoding_if_arrived(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.TRANSFERRING or sequence.open_transfers:
@@ -442,21 +468,27 @@ class CpuScheduler:
         self._advance(sequence, seat, seat.num_tokens_at_entry)
         sequence.phase = Phase.DECODING
         seat.worker.activate(sequence, seat)
+        self.metrics.decode_may_start(sequence)
 
     # --- ends ------------------------------------------------------------------------------------
 
-    def _close(self, sequence: Sequence) -> None:
-        """Take a request off the books; its blocks return when nothing in flight can touch them."""
+    def _close(self, sequence: Sequence, outcome: str) -> None:
+        """Take a request off the books; its blocks return when nothing in flight can touch them.
+
+        Args:
+            outcome: ``completed``, ``aborted`` or ``failed``.
+        """
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         self._release_all_seats(sequence)
         sequence.phase = Phase.FINISHED
         del self._sequences[sequence.client, sequence.request.request_id]
+        self.counts[outcome] += 1
+        self.metrics.ended(sequence, outcome == "completed")
 
     def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
         """End a request for another reason than its tokens."""
-        self._close(sequence)
-        self.counts[{"abort": "aborted", "error": "failed"}.get(reason, "completed")] += 1
+        self._close(sequence, {"abort": "aborted", "error": "failed"}.get(reason, "completed"))
         self._clients.push(
             sequence.client,
             RequestOutput(
@@ -478,6 +510,7 @@ class CpuScheduler:
             self._fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {why}")
         else:
             self.counts["retries"] += 1
+            self.metrics.retried(sequence)
             self._put_back(sequence)
             # Not at once: what made it fail may take a moment to be noticed.
             delay_s = _RETRY_DELAY_S * 2 ** (sequence.num_failures - 1)
@@ -486,6 +519,7 @@ class CpuScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counts["preemptions"] += 1
+        self.metrics.preempted(sequence)
         self._put_back(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
@@ -526,6 +560,7 @@ class CpuScheduler:
             sequence.num_cached_tokens = min(sequence.prefill_seat.num_planned, sequence.num_prompt_tokens)
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
+            self.metrics.seated(sequence)
         return True
 
 

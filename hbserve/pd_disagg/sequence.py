@@ -12,6 +12,7 @@ from hbserve.messages import AddRequest, SequenceState
 
 if TYPE_CHECKING:
     from hbserve.kv_cache.storage_manager import UnifiedStorageManager
+    from hbserve.metrics.request_metrics import RequestMetrics
     from hbserve.pd_disagg.instance_handle import InstanceHandle
 
 
@@ -71,8 +72,10 @@ class Sequence:
             reserved together with the prefill seat.
         num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
         open_transfers: transfers of this attempt that the decode side has not confirmed.
+        prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
         num_failures: attempts that ended in a failure not of the request's making.
         retry_at: when it may be admitted again after one, on the monotonic clock.
+        metrics: its times; `SchedulerMetrics.arrived` sets it.
     """
 
     client: bytes
@@ -88,10 +91,13 @@ class Sequence:
     decode_seat: Seat | None = None
     num_blocks_dispatched: int = 0
     open_transfers: set[str] = field(default_factory=set)
+    prefilled_at: float = 0.0
     num_failures: int = 0
     retry_at: float = 0.0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
+    metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property

@@ -55,7 +55,7 @@ class StepPlanner:
         if not step.rows:
             return False
         self._num_steps += 1
-        worker.inflight.append(InflightStep(self._num_steps, step.inflight))
+        worker.inflight.append(InflightStep(self._num_steps, step.inflight, step.prefill_rows, step.prefill_tokens))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
@@ -82,6 +82,8 @@ class StepPlanner:
         end = seat.num_planned + chunk
         last = end == seat.num_tokens_at_entry
         step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
+        step.prefill_rows += 1
+        step.prefill_tokens += chunk
         target = sequence.decode_seat
         if target is None or target is seat:
             return
@@ -116,6 +118,8 @@ class _StepBuilder:
         self.sends: list[SendBlocks] = []
         self.inflight: list[InflightRow] = []
         self.num_tokens = 0
+        self.prefill_rows = 0
+        self.prefill_tokens = 0
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
         block_ids = seat.block_ids

@@ -16,9 +16,12 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
     Returns:
         ``cpu_scheduler``: request and token counts since the start, and what is open now;
         ``gpu_instances``: per instance its status, load, KV blocks and work done;
-        ``kv_transfer``: per link ``source->target`` the transfers, bytes and failures.
+        ``metrics``: latencies, rates and queues, see docs/metrics.md;
+        ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures.
     """
     counts = scheduler.counts
+    scheduler.metrics.observe_system(scheduler.waiting, scheduler.instances.values())
+    metrics = scheduler.metrics.as_dict()
     ended = counts["completed"] + counts["failed"]
     return {
         "cpu_scheduler": {
@@ -37,7 +40,10 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
             "generated_tokens": counts["generated_tokens"],
             "uptime_s": time.monotonic() - scheduler.start_time,
         },
-        "gpu_instances": {instance.id: _instance(instance) for instance in scheduler.instances.values()},
+        "gpu_instances": {
+            instance.id: _instance(instance, metrics["busy_share"]) for instance in scheduler.instances.values()
+        },
+        "metrics": metrics,
         "kv_transfer": {
             "open_transfers": len(scheduler.transfers),
             "links": {
@@ -45,6 +51,10 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
                     "transfers": link.num_transfers,
                     "bytes": link.num_bytes,
                     "seconds": link.seconds,
+                    "gb_per_s": link.num_bytes / link.seconds / 1e9 if link.seconds else 0.0,
+                    "queued": scheduler.transfers.num_open(source, target),
+                    "queued_s": link.queued_s,
+                    "exposed_s": link.exposed_s,
                     "failures": dict(link.failures),
                 }
                 for (source, target), link in scheduler.transfers.links.items()
@@ -53,7 +63,7 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
     }
 
 
-def _instance(instance: InstanceHandle) -> dict[str, Any]:
+def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[str, Any]:
     stats: dict[str, Any] = {
         "status": "ready" if instance.ready else "lost",
         "role": str(instance.role),
@@ -62,6 +72,7 @@ def _instance(instance: InstanceHandle) -> dict[str, Any]:
         "steps": instance.num_steps,
         "generated_tokens": instance.num_tokens,
         "busy_s": instance.busy_s,
+        "busy_share": busy_share.get(instance.id, 0.0),
         "restarts": max(0, instance.num_restarts),
     }
     if instance.hello is None:

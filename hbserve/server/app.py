@@ -18,6 +18,7 @@ from hbserve.server import errors
 from hbserve.server.chat import create_chat_completion
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import create_completion
+from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 STATS_TIMEOUT_S = 5.0
@@ -95,6 +96,11 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> Fa
     async def stats() -> dict[str, Any]:
         """The operator's view: counts, instances and links, as `hbserve.pd_disagg.system_stats.collect` has them."""
         return await client.stats(STATS_TIMEOUT_S)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        document, content_type = render(await client.stats(STATS_TIMEOUT_S), request.headers.get("Accept", ""))
+        return Response(document, media_type=content_type)
 
     return app
 
