@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import offline
+from hbserve.bench import front, offline
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 
@@ -20,9 +20,17 @@ def main() -> int:
             help="throughput of a batch that is there at once, and its share of what the device could do",
         )
     )
+    front.add_arguments(
+        commands.add_parser(
+            "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
+        )
+    )
     arguments = parser.parse_args()
     try:
-        offline.run(OfflineOptions.from_arguments(arguments))
+        if arguments.command == "front":
+            front.run(arguments)
+        else:
+            offline.run(OfflineOptions.from_arguments(arguments))
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -72,7 +72,14 @@ class DisaggregatedLLM:
             ready = await self._client.wait_ready(max(1.0, deadline - time.monotonic()))
             if text is not None:
                 await text
-            self._engine = TextEngine(self._client, await tokenizer, ready.max_model_len, ready.vocab_size, self._text)
+            self._engine = TextEngine(
+                self._client,
+                await tokenizer,
+                ready.max_model_len,
+                ready.vocab_size,
+                self._text,
+                self.config.server.max_prompt_tokens if self._text_in_processes else None,
+            )
         except BaseException:
             tokenizer.cancel()
             if text is not None:

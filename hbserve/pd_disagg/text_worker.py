@@ -142,7 +142,7 @@ def main() -> None:
     orders: dict[str, Any] = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title(f"hbserve-{orders['name']}")
-    child.configure_logging(config.logging.level, orders["name"])
+    child.configure_logging(config.logging, orders["name"])
     try:
         event_loop.run(_serve(config, orders["address"]))
     except HBServeError as error:
