@@ -164,7 +164,7 @@ class PerformanceConfig(Section, frozen=True):
         enable_prefix_caching: reuse the KV of equal prompt prefixes.
         decode_headroom_tokens: tokens per running sequence for which blocks are kept free when a
             new request is admitted.
-        pipeline_depth: plans in flight per worker.
+        pipeline_depth: plans in flight per worker; one more while steps take less than 2 ms.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of
             `hbserve.pd_disagg.cpu_scheduler.CpuScheduler` with another policy.

@@ -92,7 +92,7 @@ class _Completion:
                     if body.echo and delta.index not in begun:
                         begun.add(delta.index)
                         text = self._prompt_text(delta.index) + text
-                    if not text and delta.finish_reason is None and not delta.logprobs:
+                    if not (text or delta.finish_reason or delta.logprobs or body.continuous_usage):
                         continue
                     chunk = head | {"choices": [self._choice(delta, text)]}
                     if body.continuous_usage:
