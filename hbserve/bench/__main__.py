@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import offline, serve, serve_options
+from hbserve.bench import front, offline, serve, serve_options
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 
@@ -25,12 +25,19 @@ def main() -> int:
             "serve", help="latency under open-loop load, and the highest rate at which latency targets are kept"
         )
     )
+    front.add_arguments(
+        commands.add_parser(
+            "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
+        )
+    )
     arguments = parser.parse_args()
     try:
         if arguments.command == "offline":
             offline.run(OfflineOptions.from_arguments(arguments))
-        else:
+        elif arguments.command == "serve":
             serve.run(serve_options.ServeOptions.from_arguments(arguments))
+        else:
+            front.run(arguments)
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
