@@ -168,7 +168,7 @@ class PerformanceConfig(Section, frozen=True):
         enable_prefix_caching: reuse the KV of equal prompt prefixes.
         decode_headroom_tokens: tokens per running sequence for which blocks are kept free when a
             new request is admitted.
-        pipeline_depth: plans in flight per worker.
+        pipeline_depth: plans in flight per worker; one more while steps take less than 2 ms.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of
             `hbserve.pd_disagg.cpu_scheduler.CpuScheduler` with another policy.
@@ -219,16 +219,45 @@ class ServerConfig(Section, frozen=True):
     Attributes:
         host: address to listen on.
         port: port to listen on; 0: any free one, printed at start.
+        num_tokenizers: processes that encode prompts; 0: the detokenizer does it too.
+        api_keys_file: one key per line, a name before it if it has one; without keys none is asked for.
+        admin_key_file: holds the key for administration; without it there is none.
+        tls_cert_file, tls_key_file: PEM files; with both the server speaks HTTPS.
+        max_body_bytes: of a request.
+        max_prompt_tokens: a longer prompt is refused; default: what the context holds.
+        max_open_requests: requests that are with the scheduler at once; others wait, and keys take turns.
+        max_requests_per_key: requests that one key may have open at once.
+        requests_per_minute_per_key: requests that one key may begin per minute.
+        request_timeout_s: a request that takes longer ends with an error.
+        drain_timeout_s: at the end open requests have so long to finish, then they are handed back.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    num_tokenizers: int = 0
+    api_keys_file: str | None = None
+    admin_key_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+    max_body_bytes: int = 33554432
+    max_prompt_tokens: int | None = None
+    max_open_requests: int | None = None
+    max_requests_per_key: int | None = None
+    requests_per_minute_per_key: int | None = None
+    request_timeout_s: float | None = None
+    drain_timeout_s: float = 10.0
 
 
 class LoggingConfig(Section, frozen=True):
-    """Attributes: level: the least important message that is shown."""
+    """What goes to standard error.
+
+    Attributes:
+        level: the least important message that is shown.
+        format: ``text`` for people, ``json`` for programs: one object per line.
+    """
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["text", "json"] = "text"
 
 
 class Config(Section, frozen=True):

@@ -132,7 +132,13 @@ def _is_import_path(text: str) -> bool:
 
 
 def _require_positive(config: Config) -> None:
-    zero_is_legal = {"server.port", "model.seed", "performance.decode_headroom_tokens", "rpc.max_restarts"}
+    zero_is_legal = {
+        "server.port",
+        "model.seed",
+        "performance.decode_headroom_tokens",
+        "rpc.max_restarts",
+        "server.num_tokenizers",
+    }
     for section_name in config.__struct_fields__:
         section = getattr(config, section_name)
         if not isinstance(section, Section):

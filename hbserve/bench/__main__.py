@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import offline, transfer
+from hbserve.bench import front, offline, serve, serve_options, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 
@@ -20,15 +20,29 @@ def main() -> int:
             help="throughput of a batch that is there at once, and its share of what the device could do",
         )
     )
+    serve_options.add_arguments(
+        commands.add_parser(
+            "serve", help="latency under open-loop load, and the highest rate at which latency targets are kept"
+        )
+    )
+    front.add_arguments(
+        commands.add_parser(
+            "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
+        )
+    )
     transfer.add_arguments(
         commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
     )
     arguments = parser.parse_args()
     try:
-        if arguments.command == "transfer":
+        if arguments.command == "offline":
+            offline.run(OfflineOptions.from_arguments(arguments))
+        elif arguments.command == "serve":
+            serve.run(serve_options.ServeOptions.from_arguments(arguments))
+        elif arguments.command == "transfer":
             transfer.run(transfer.options_from(arguments))
         else:
-            offline.run(OfflineOptions.from_arguments(arguments))
+            front.run(arguments)
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

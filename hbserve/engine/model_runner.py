@@ -27,6 +27,7 @@ from hbserve.platform import Platform
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs
+    from hbserve.engine.prefill_graphs import PrefillGraphs
 
 __all__ = ["ModelRunner", "PendingStep"]
 
@@ -104,6 +105,7 @@ class ModelRunner:
             device=platform.device,
             tokenizer_folder=config.tokenizer_path,
         )
+        self._prefill_graphs: PrefillGraphs | None = None
         self._graphs = self._capture_graphs(config)
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
@@ -123,6 +125,7 @@ class ModelRunner:
             return None
         from hbserve.attention.paged_decode import PagedDecode
         from hbserve.engine.decode_graphs import DecodeGraphs
+        from hbserve.engine.prefill_graphs import PrefillGraphs
 
         reason = PagedDecode.supports(self.spec, self.layout)
         if reason is not None:
@@ -130,7 +133,11 @@ class ModelRunner:
             return None
         heads = self.spec.num_heads // self.parallel.size
         attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
-        return DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
+        graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
+        # The sampler and FlashInfer keep memory of their own, so a step's tokens are all that counts here.
+        max_tokens = config.performance.max_num_batched_tokens
+        self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, graphs.pool)
+        return graphs
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -147,10 +154,14 @@ class ModelRunner:
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
-            return PendingStep(plan, *self._graphs.launch(plan.rows), timer)
+            return PendingStep(plan, *self._graphs.launch(plan.rows, timer), timer)
         batch = build_batch(plan.rows, self._table, self.layout.block_size, self.platform.device)
+        timer.start()
         self._attention.begin(batch.attention)
-        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
+        if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
+            hidden = self._prefill_graphs.forward(batch)
+        else:
+            hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
         if not batch.num_logprobs:
             return PendingStep(plan, None, [], timer)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)

@@ -138,7 +138,7 @@ class CpuScheduler:
             self._wake.clear()
             await self._schedule_waiting_requests()
             for worker in self.instances.values():
-                while worker.ready and len(worker.inflight) < self.config.performance.pipeline_depth:
+                while worker.ready and len(worker.inflight) < worker.pipeline_depth:
                     if not self._planner.plan_step(worker):
                         break
             self._clients.flush()
@@ -375,6 +375,7 @@ class CpuScheduler:
         assert step.step_id == result.step_id, "a worker answers in order"
         worker.num_steps += 1
         worker.busy_s += result.busy_s
+        worker.last_step_s = result.busy_s
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         now = time.monotonic()
         last_token_times: list[float | None] = []

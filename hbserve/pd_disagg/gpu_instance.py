@@ -344,7 +344,7 @@ def run_instance(config: Config, instance_id: str, address: str) -> int:
     instance = config.instance(instance_id)
     name = instance.instance_id
     child.set_process_title(f"hbserve-{name}-TP0")
-    child.configure_logging(config.logging.level, name)
+    child.configure_logging(config.logging, name)
     worker = GpuInstance(config, instance, address)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

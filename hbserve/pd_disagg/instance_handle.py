@@ -16,6 +16,9 @@ from hbserve.messages import Hello, InstanceCommand
 from hbserve.pd_disagg.rpc import RpcClient
 from hbserve.pd_disagg.sequence import Seat, Sequence
 
+_SHORT_STEP_S = 2e-3
+"""Result out, scheduling, plan in and launch take about 1 ms."""
+
 
 @dataclass(slots=True)
 class InflightRow:
@@ -64,6 +67,7 @@ class InstanceHandle:
         self.num_steps = 0
         self.num_tokens = 0
         self.busy_s = 0.0
+        self.last_step_s = 0.0
         self._performance = performance
         self._reset()
 
@@ -72,6 +76,12 @@ class InstanceHandle:
         self.seats: dict[Sequence, Seat] = {}
         self.reserved: dict[Sequence, Seat] = {}
         self._free_slots = list(range(self._performance.max_num_seqs))
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Plans to have in flight: one more where a round trip takes longer than a step."""
+        short = 0 < self.last_step_s < _SHORT_STEP_S
+        return self._performance.pipeline_depth + short
 
     @property
     def ready(self) -> bool:
