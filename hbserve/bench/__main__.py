@@ -8,6 +8,7 @@ import sys
 from hbserve.bench import front, offline, serve, serve_options
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
+from hbserve.simulate import command as simulate
 
 
 def main() -> int:
@@ -30,12 +31,17 @@ def main() -> int:
             "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
         )
     )
+    simulate.add_arguments(
+        commands.add_parser("simulate", help="the same load on a simulated clock, for any number of GPUs")
+    )
     arguments = parser.parse_args()
     try:
         if arguments.command == "offline":
             offline.run(OfflineOptions.from_arguments(arguments))
         elif arguments.command == "serve":
             serve.run(serve_options.ServeOptions.from_arguments(arguments))
+        elif arguments.command == "simulate":
+            simulate.run(arguments)
         else:
             front.run(arguments)
     except HBServeError as error:
