@@ -85,6 +85,8 @@ def test_azure_traces(tmp_path: Path) -> None:
 def test_mooncake_traces_share_prefix_blocks(tmp_path: Path) -> None:
     trace = load_trace(trace_file(tmp_path, "m.jsonl", MOONCAKE))
     make = source(trace=trace, arrivals="trace", num_requests=None)
+    rounded = load_trace(trace_file(tmp_path, "r.jsonl", MOONCAKE.replace("500", "0", 1)))
+    assert [entry.arrival_s for entry in rounded] == [0, 0.75, 1.5]
     workload = make.workload(None, 3)
     first, second, third = (workload.prompt(request) for request in workload.requests)
     assert [len(prompt) for prompt in (first, second, third)] == [1100, 1030, 512]
@@ -134,6 +136,7 @@ def test_files_that_are_no_trace(tmp_path: Path, name: str, text: str, complaint
 
 def test_requests_that_come_at_once_have_no_rate(tmp_path: Path) -> None:
     trace = load_trace(trace_file(tmp_path, "m.jsonl", re.sub(r"\b1?500\b", "0", MOONCAKE)))
+    assert [entry.arrival_s for entry in trace] == [0, 0, 0]
     with pytest.raises(ConfigError, match="come at once"):
         source(trace=trace, arrivals="trace").workload(1.0, 0)
     with pytest.raises(ConfigError, match="--rate"):

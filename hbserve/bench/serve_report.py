@@ -63,4 +63,5 @@ def show_best(best: float, worst: float) -> None:
     if best == 0:
         print(f"\nbest      no rate down to {worst:.3g}/s keeps the targets", flush=True)
     else:
-        print(f"\nbest      {best:.3f} requests/s keep the targets, {worst:.3f} do not", flush=True)
+        above = "nothing higher was tried" if math.isinf(worst) else f"{worst:.3f} do not"
+        print(f"\nbest      {best:.3f} requests/s keep the targets; {above}", flush=True)

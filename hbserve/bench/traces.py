@@ -6,7 +6,8 @@ Read where they lie; three formats are told apart by their file names' ends:
   ``ContextTokens``, ``GeneratedTokens``.
 - ``.jsonl``: Mooncake's (Qin et al., FAST 2025): ``timestamp`` in ms, ``input_length``,
   ``output_length``, and ``hash_ids``, which name the prompt's 512-token blocks: equal ids at the
-  beginning of two prompts are equal tokens.
+  beginning of two prompts are equal tokens. Its times are rounded down to steps of 3 s; the requests
+  of a step are spread evenly over it, or every step would be a burst that never was.
 - ``.json``: ShareGPT's: a list of conversations, each with ``conversations``, a list of ``from`` and
   ``value``. They have no times.
 """
@@ -14,6 +15,8 @@ Read where they lie; three formats are told apart by their file names' ends:
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -111,7 +114,20 @@ def _read_mooncake(path: Path) -> list[TraceEntry]:
             raise ConfigError(f"{path}:{number}: {len(one.hash_ids)} blocks do not hold {one.input_length} tokens")
         if one.input_length > 0 and one.output_length > 0:
             entries.append(TraceEntry(one.timestamp / 1000, one.input_length, one.output_length, tuple(one.hash_ids)))
-    return entries
+    return _spread(entries)
+
+
+def _spread(entries: list[TraceEntry]) -> list[TraceEntry]:
+    """Requests of equal times, spread until the next time there is."""
+    steps = [list(step) for _, step in itertools.groupby(entries, key=lambda entry: entry.arrival_s or 0.0)]
+    starts = [step[0].arrival_s or 0.0 for step in steps]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(starts)]
+    gaps.append(gaps[-1] if gaps else 0.0)
+    return [
+        dataclasses.replace(entry, arrival_s=start + gap * place / len(step))
+        for start, gap, step in zip(starts, gaps, steps, strict=True)
+        for place, entry in enumerate(step)
+    ]
 
 
 def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[TraceEntry]:
