@@ -77,7 +77,7 @@ class KVTransferConfig(Section, frozen=True):
     Attributes:
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where a side has none;
             ``mooncake`` is the Mooncake Transfer Engine, which writes straight into the receiver's
-            arena; or ``package.module:Class``, a subclass
+            arena; ``shm`` maps it (shared memory, CUDA IPC), on one host; or ``package.module:Class``, a subclass
             of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
             when it is full.
@@ -136,8 +136,10 @@ class InstanceConfig(Section, frozen=True):
         instance_id: its name.
         instance_type: its role.
         gpu_id: first GPU of the instance, which has one per rank, in order; has no meaning on CPU.
-        host: where the instance runs and listens for the scheduler.
+        host: where the instance runs, and listens for the scheduler.
+        bind: address or network interface to listen on, where that is not ``host`` itself.
         port: of that listener; default: a private local socket, which needs a common launcher.
+        kv_ip: address that it announces for transfers; default: ``kv_transfer.ip``, or the host.
         kv_rank: its number among the KV transfer peers; default: its place in the list.
         num_threads: CPU threads of each rank, on CPU; default: the machine's cores shared evenly.
     """
@@ -146,7 +148,9 @@ class InstanceConfig(Section, frozen=True):
     instance_type: InstanceRole
     gpu_id: int = 0
     host: str = "127.0.0.1"
+    bind: str | None = None
     port: int | None = None
+    kv_ip: str | None = None
     kv_rank: int | None = None
     num_threads: int | None = None
 
@@ -208,6 +212,8 @@ class RpcConfig(Section, frozen=True):
     Attributes:
         host: where the scheduler listens for clients (API servers).
         port: of that listener; default: a private local socket.
+        key_file: cluster key, made by ``python -m hbserve.cluster_key``: control sockets over TCP then
+            hear only who has it. Nothing listens beyond this host without one.
         heartbeat_interval_s: how often the scheduler asks an instance for a sign of life.
         heartbeat_timeout_s: an instance that has not answered for so long is lost.
         step_timeout_s: a worker that has not finished a step for so long is lost.
@@ -218,6 +224,7 @@ class RpcConfig(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int | None = None
+    key_file: str | None = None
     heartbeat_interval_s: float = 0.5
     heartbeat_timeout_s: float = 10.0
     step_timeout_s: float = 120.0

@@ -18,6 +18,7 @@ from collections import defaultdict
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.import_path import load_class
 from hbserve.messages import (
@@ -93,11 +94,12 @@ class CpuScheduler:
         self._vocab_size = 0
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
+        key = ClusterKey.of(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._clients = ClientPort(self._context, client_address, self._abort_all_of)
+        self._clients = ClientPort(self._context, client_address, self._abort_all_of, key)
         self.instances = {
             instance.instance_id: InstanceHandle(
-                instance, config.performance, self._context, instance_addresses[instance.instance_id]
+                instance, config.performance, self._context, instance_addresses[instance.instance_id], key
             )
             for instance in config.gpu_instances
         }

@@ -11,6 +11,7 @@ from typing import Any, Self
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, StartupError
 from hbserve.messages import GetStats, SchedulerReply, Stats
@@ -42,6 +43,7 @@ class DisaggregatedLLM:
         self, config: PdDisaggConfig | Config, with_instances: bool = True, text_in_processes: bool = False
     ) -> None:
         self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
+        self._key = ClusterKey.of(self.config)
         self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit)
         self._client: EngineClient | None = None
         self._engine: TextEngine | None = None
@@ -67,7 +69,7 @@ class DisaggregatedLLM:
                 self._text = TextProcesses(self.config, self._launcher.make_run_dir())
                 text = asyncio.create_task(self._text.start(deadline))
             self._address = await self._launcher.start()
-            self._client = EngineClient(self._address)
+            self._client = EngineClient(self._address, key=self._key)
             await self._client.connect()
             ready = await self._client.wait_ready(max(1.0, deadline - time.monotonic()))
             if text is not None:
@@ -184,6 +186,8 @@ class DisaggregatedLLM:
             raise self.client.dead
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
+            if self._key is not None:
+                self._key.for_connecting(socket, self._address)
             socket.connect(self._address)
             socket.send(msgspec.msgpack.encode(GetStats(query_id=0)))
             if not socket.poll(_STATS_TIMEOUT_MS):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages import Hello, InstanceCommand
@@ -52,11 +53,12 @@ class InstanceHandle:
         performance: PerformanceConfig,
         context: zmq.Context[zmq.Socket[bytes]],
         address: str,
+        key: ClusterKey | None = None,
     ) -> None:
         self.config = config
         self.id = config.instance_id
         self.role: InstanceRole = config.instance_type
-        self.rpc = RpcClient(context, address)
+        self.rpc = RpcClient(context, address, key)
         self.hello: Hello | None = None
         self.last_seen = time.monotonic()
         self.lost_since: float | None = self.last_seen
