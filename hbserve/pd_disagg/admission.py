@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from hbserve.config import InstanceRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.placement import Placement
 from hbserve.pd_disagg.sequence import Seat, Sequence
 
 
@@ -18,26 +19,27 @@ class Admission:
     Args:
         instances: all there are, by id.
         headroom_tokens: for each running sequence, tokens whose blocks admission leaves free.
-        can_send: whether KV can go from the first worker to the second.
+        can_send: whether KV can go from one worker to another, by their ids.
+        placement: in which order workers are tried.
     """
 
     def __init__(
         self,
         instances: Mapping[str, InstanceHandle],
         headroom_tokens: int,
-        can_send: Callable[[InstanceHandle, InstanceHandle], bool],
+        can_send: Callable[[str, str], bool],
+        placement: Placement,
     ) -> None:
+        self._placement = placement
         self._instances = instances
         self._can_send = can_send
         self._headroom_tokens = headroom_tokens
 
     def seat(self, sequence: Sequence) -> bool:
-        """Seat a request for prefill and decode on the least loaded workers; False if nothing fits now."""
+        """Seat a request for prefill and decode, in the order of the placement; False if nothing fits now."""
         workers = [worker for worker in self._instances.values() if worker.ready and worker.has_free_slot]
-        prefill_workers = [worker for worker in workers if worker.role.prefills]
-        prefill_workers.sort(key=lambda worker: worker.num_tokens_to_prefill)
-        decode_workers = [worker for worker in workers if not worker.role.prefills]
-        decode_workers.sort(key=lambda worker: len(worker.seats) + len(worker.reserved))
+        prefill_workers = self._placement(sequence, [worker for worker in workers if worker.role.prefills], True)
+        decode_workers = self._placement(sequence, [worker for worker in workers if not worker.role.prefills], False)
         num_tokens = len(sequence.tokens)
         for prefill_worker in prefill_workers:
             if prefill_worker.role.decodes:
@@ -50,7 +52,7 @@ class Admission:
                     return _start_prefill(sequence, seat, None)
             else:
                 for decode_worker in decode_workers:
-                    if not self._can_send(prefill_worker, decode_worker):
+                    if not self._can_send(prefill_worker.id, decode_worker.id):
                         continue
                     decode_seat = self._take_seat(sequence, decode_worker, num_tokens + 1)
                     if decode_seat is None:

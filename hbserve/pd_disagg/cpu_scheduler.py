@@ -48,6 +48,7 @@ from hbserve.pd_disagg import system_stats
 from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
 from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.placement import PLACEMENTS
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
@@ -56,6 +57,7 @@ from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
 logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 0.1
+_LONGEST_RETRY_DELAY_S = 5.0
 
 
 class CpuScheduler:
@@ -99,7 +101,12 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
-        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens, self.transfers.is_open)
+        self._admission = Admission(
+            self.instances,
+            config.performance.decode_headroom_tokens,
+            self.transfers.is_open,
+            PLACEMENTS[config.performance.placement],
+        )
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -516,7 +523,7 @@ class CpuScheduler:
             self.metrics.retried(sequence)
             self._put_back(sequence)
             # Not at once: what made it fail may take a moment to be noticed.
-            delay_s = _RETRY_DELAY_S * 2 ** (sequence.num_failures - 1)
+            delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _LONGEST_RETRY_DELAY_S)
             sequence.retry_at = time.monotonic() + delay_s
             asyncio.get_running_loop().call_later(delay_s, self._wake.set)
 
