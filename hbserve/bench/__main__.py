@@ -8,6 +8,7 @@ import sys
 from hbserve.bench import front, offline, serve, serve_options, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
+from hbserve.simulate import command as simulate
 
 
 def main() -> int:
@@ -30,6 +31,9 @@ def main() -> int:
             "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
         )
     )
+    simulate.add_arguments(
+        commands.add_parser("simulate", help="the same load on a simulated clock, for any number of GPUs")
+    )
     transfer.add_arguments(
         commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
     )
@@ -39,6 +43,8 @@ def main() -> int:
             offline.run(OfflineOptions.from_arguments(arguments))
         elif arguments.command == "serve":
             serve.run(serve_options.ServeOptions.from_arguments(arguments))
+        elif arguments.command == "simulate":
+            simulate.run(arguments)
         elif arguments.command == "transfer":
             transfer.run(transfer.options_from(arguments))
         else:

@@ -21,7 +21,7 @@ _LONGEST_BURST = 64  # decode steps in one event: the context grows meanwhile
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Limits of one instance; defaults are the engine's.
+    """Limits of one instance; defaults are the engine's, and what an 8B model leaves of an H200 for KV.
 
     Attributes:
         kv_tokens: that its KV pool holds.

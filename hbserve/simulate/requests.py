@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import random
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
 
-import msgspec
-
-from hbserve.errors import ConfigError
-
-MOONCAKE_BLOCK_TOKENS = 512
+from hbserve.bench.serve_workload import ServeWorkload
+from hbserve.bench.traces import BLOCK_TOKENS
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +25,7 @@ class SimulatedRequest:
     prompt_tokens: int
     output_tokens: int
     prefix_blocks: tuple[int, ...] = ()
-    block_tokens: int = MOONCAKE_BLOCK_TOKENS
+    block_tokens: int = BLOCK_TOKENS
     request_id: str = ""
     cached_tokens: int = 0
     computed_tokens: int = 0
@@ -73,65 +67,13 @@ def poisson(
     return requests
 
 
-def load_trace(
-    path: str | Path, rate: float | None = None, duration_s: float | None = None, max_prompt_tokens: int | None = None
-) -> list[SimulatedRequest]:
-    """Read the Azure LLM inference trace (CSV) or Mooncake's (JSON lines).
-
-    Args:
-        rate: requests per second to scale the arrival times to; None leaves them.
-        duration_s: what arrives later, after scaling, is left out.
-        max_prompt_tokens: longer requests are left out.
-
-    Raises:
-        ConfigError: if it is neither, or nothing is left.
-    """
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8") as file:
-            requests = _read_azure(file) if path.suffix == ".csv" else _read_mooncake(file)
-    except OSError as error:
-        raise ConfigError(f"trace {path}: {error.strerror}") from None
-    except (KeyError, ValueError, msgspec.DecodeError) as error:
-        raise ConfigError(f"trace {path}: neither an Azure CSV nor a Mooncake JSONL file ({error})") from None
-    requests = [r for r in requests if max_prompt_tokens is None or r.prompt_tokens <= max_prompt_tokens]
-    if not requests:
-        raise ConfigError(f"trace {path}: no request left")
-    first = min(request.arrival for request in requests)
-    span_s = max(request.arrival for request in requests) - first
-    factor = 1.0 if rate is None else len(requests) / max(span_s, 1e-9) / rate
-    for request in requests:
-        request.arrival = (request.arrival - first) * factor
-    requests.sort(key=lambda request: request.arrival)
-    return [request for request in requests if duration_s is None or request.arrival < duration_s]
-
-
-def _read_azure(file: object) -> list[SimulatedRequest]:
-    rows = csv.DictReader(file)  # type: ignore[call-overload]
+def requests_of(workload: ServeWorkload) -> list[SimulatedRequest]:
+    """The requests of a serving benchmark's workload, fresh."""
     return [
         SimulatedRequest(
-            datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(),
-            max(1, int(row["ContextTokens"])),
-            max(1, int(row["GeneratedTokens"])),
+            request.arrival_s, request.input_len, request.output_len, request.block_ids, request_id=str(number)
         )
-        for row in rows
-    ]
-
-
-class _MooncakeLine(msgspec.Struct):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...] = ()
-
-
-def _read_mooncake(file: object) -> list[SimulatedRequest]:
-    lines = (msgspec.json.decode(line, type=_MooncakeLine) for line in file if line.strip())  # type: ignore[attr-defined]
-    return [
-        SimulatedRequest(
-            line.timestamp / 1000, max(1, line.input_length), max(1, line.output_length), prefix_blocks=line.hash_ids
-        )
-        for line in lines
+        for number, request in enumerate(workload.requests)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What serves requests in a simulation: semi-PD on one GPU, one unified worker, or 1P1D on two GPUs."""
+"""What serves requests in a simulation: semi-PD on a GPU, a unified worker, or GPUs of one phase."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ class Unit(ABC):
         window_s: of its metrics.
     """
 
-    num_gpus = 1
-
     def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
         self.clock, self.steps, self.sizes = clock, steps, sizes
         self.metrics = SemiPDMetricsCollector(window_s, 4096, clock)
         self.waiting: deque[SimulatedRequest] = deque()
         self._prefixes = PrefixCache(sizes.kv_tokens)
+        self._num_pools = 1
         self._num_open = 0
         self._kv_tokens = 0
+
+    @property
+    def num_gpus(self) -> int:
+        """That it takes."""
+        return 1
 
     @property
     @abstractmethod
@@ -51,20 +55,24 @@ class Unit(ABC):
     def _pump(self) -> None:
         """Start what can start."""
 
-    def _admit(self, queue: deque[SimulatedRequest]) -> None:
+    @abstractmethod
+    def _seat(self, request: SimulatedRequest) -> None:
+        """Queue an admitted request for prefill."""
+
+    def _admit(self) -> None:
+        max_open = self._num_pools * self.sizes.max_num_seqs
+        max_kv_tokens = self._num_pools * self.sizes.kv_tokens
         while self.waiting:
             request = self.waiting[0]
             tokens = request.prompt_tokens + request.output_tokens
-            if self._num_open >= self.sizes.max_num_seqs or (
-                self._num_open and self._kv_tokens + tokens > self.sizes.kv_tokens
-            ):
+            if self._num_open >= max_open or (self._num_open and self._kv_tokens + tokens > max_kv_tokens):
                 return
             self.waiting.popleft()
             self._num_open += 1
             self._kv_tokens += tokens
             request.cached_tokens = request.computed_tokens = self._prefixes.match(request)
             self.metrics.record_prefill_start(request.request_id, request.cached_tokens)
-            queue.append(request)
+            self._seat(request)
 
     def _first_token(self, request: SimulatedRequest) -> bool:
         """Its prompt is computed; returns whether it goes on to decode."""
@@ -96,7 +104,7 @@ class Unit(ABC):
                 prefill_queue_tokens=self.load_tokens,
                 oldest_wait_s=self.clock.now - oldest,
                 running_decode=self.num_decoding,
-                kv_usage=min(1.0, self._kv_tokens / self.sizes.kv_tokens),
+                kv_usage=min(1.0, self._kv_tokens / (self._num_pools * self.sizes.kv_tokens)),
             )
         )
 
@@ -110,29 +118,50 @@ class Unit(ABC):
         """Requests that wait for their first token."""
 
 
-class _TwoPhaseUnit(Unit):
-    """A prefill worker and a decode worker of their own."""
+class _PhasedUnit(Unit):
+    """Prefill workers and decode workers, each sequence with one of either.
 
-    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
+    Args:
+        num_prefill, num_decode: workers; each decode worker has a KV pool as large as ``sizes`` say.
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        steps: StepTimes,
+        sizes: Sizes,
+        window_s: float = 5.0,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+    ) -> None:
         super().__init__(clock, steps, sizes, window_s)
-        self.prefill = PrefillPhase(clock, steps, sizes, self._on_computed, self._pump)
-        self.decode = DecodePhase(clock, steps, self._on_decoded, self._finish, self._pump)
+        self._num_pools = num_decode
+        self._prefills = [PrefillPhase(clock, steps, sizes, self._on_computed, self._pump) for _ in range(num_prefill)]
+        self._decodes = [
+            DecodePhase(clock, steps, self._on_decoded, self._finish, self._pump) for _ in range(num_decode)
+        ]
 
     @property
     def load_tokens(self) -> int:
-        return self._waiting_tokens() + self.prefill.backlog_tokens
+        return self._waiting_tokens() + sum(prefill.backlog_tokens for prefill in self._prefills)
 
     @property
     def num_decoding(self) -> int:
-        return self.decode.num_sequences
+        return sum(decode.num_sequences for decode in self._decodes)
 
     def _without_token(self) -> list[SimulatedRequest]:
-        return [*self.waiting, *self.prefill.queue]
+        return [*self.waiting, *(request for prefill in self._prefills for request in prefill.queue)]
+
+    def _seat(self, request: SimulatedRequest) -> None:
+        min(self._prefills, key=lambda prefill: prefill.backlog_tokens).queue.append(request)
 
     def _on_computed(self, request: SimulatedRequest) -> None:
         if self._first_token(request):
-            self.metrics.record_decode_start(request.request_id)
-            self.decode.join(request)
+            self._join_decode(request)
+
+    def _join_decode(self, request: SimulatedRequest) -> None:
+        self.metrics.record_decode_start(request.request_id)
+        min(self._decodes, key=lambda decode: decode.num_sequences).join(request)
 
     def _on_decoded(self, steps: int, batch: int, seconds: float) -> None:
         self.metrics.record_token_gap(seconds / steps, steps * batch)
@@ -140,7 +169,7 @@ class _TwoPhaseUnit(Unit):
             self.metrics.record_step("decode", 0, 0, batch, batch, seconds / steps)
 
 
-class SemiPDUnit(_TwoPhaseUnit):
+class SemiPDUnit(_PhasedUnit):
     """Both phases on one GPU.
 
     Args:
@@ -158,11 +187,12 @@ class SemiPDUnit(_TwoPhaseUnit):
         window_s: float = 5.0,
     ) -> None:
         super().__init__(clock, steps, sizes, window_s)
+        [self.prefill], [self.decode] = self._prefills, self._decodes
         self.allocation = allocation
         self.alone = alone
 
     def _pump(self) -> None:
-        self._admit(self.prefill.queue)
+        self._admit()
         prefills = self.prefill.step is not None or bool(self.prefill.queue)
         decodes = self.decode.burst is not None or self.decode.num_sequences > 0
         alone = self.alone or self.allocation
@@ -189,10 +219,12 @@ class SemiPDUnit(_TwoPhaseUnit):
             burst.set_speed(1.0)
 
 
-class DisaggregatedUnit(_TwoPhaseUnit):
-    """One prefill GPU and one decode GPU, the KV moved between them."""
+class DisaggregatedUnit(_PhasedUnit):
+    """Prefill GPUs and decode GPUs, the KV moved between them."""
 
-    num_gpus = 2
+    @property
+    def num_gpus(self) -> int:
+        return len(self._prefills) + len(self._decodes)
 
     def _on_computed(self, request: SimulatedRequest) -> None:
         if not self._first_token(request):
@@ -201,16 +233,17 @@ class DisaggregatedUnit(_TwoPhaseUnit):
         self.clock.at(self.clock.now + delay_s, lambda: self._on_arrived(request))
 
     def _on_arrived(self, request: SimulatedRequest) -> None:
-        self.metrics.record_decode_start(request.request_id)
-        self.decode.join(request)
+        self._join_decode(request)
         self._pump()
 
     def _pump(self) -> None:
-        self._admit(self.prefill.queue)
-        if self.prefill.step is None and self.prefill.queue:
-            self.prefill.start(100)
-        if self.decode.burst is None and self.decode.num_sequences:
-            self.decode.start(100)
+        self._admit()
+        for prefill in self._prefills:
+            if prefill.step is None and prefill.queue:
+                prefill.start(100)
+        for decode in self._decodes:
+            if decode.burst is None and decode.num_sequences:
+                decode.start(100)
 
 
 class UnifiedUnit(Unit):
@@ -234,8 +267,11 @@ class UnifiedUnit(Unit):
     def _without_token(self) -> list[SimulatedRequest]:
         return [*self.waiting, *self._prompts]
 
+    def _seat(self, request: SimulatedRequest) -> None:
+        self._prompts.append(request)
+
     def _pump(self) -> None:
-        self._admit(self._prompts)
+        self._admit()
         if self._step is not None or not (self._prompts or self._running):
             return
         batch = len(self._running)
