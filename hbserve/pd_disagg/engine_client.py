@@ -44,6 +44,8 @@ def error_of(output: RequestOutput) -> errors.HBServeError:
     kind = _ERROR_KINDS.get(output.error_kind or "", errors.RequestFailedError)
     if kind is errors.InvalidRequestError:
         return errors.InvalidRequestError(output.error or "", output.error_param)
+    if kind is errors.OverloadedError and output.retry_after_s is not None:
+        return errors.OverloadedError(output.error or "", output.retry_after_s)
     return kind(output.error or "the request failed")
 
 
