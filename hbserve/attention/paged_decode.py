@@ -242,4 +242,6 @@ def _shape(programs: int, lanes: int) -> tuple[int, int, int]:
         return 32, 2, 4
     if programs <= 16:
         return 32, 1, 2
-    return (32, 4, 1) if programs >= 1280 else (64, 2, 4)
+    if programs <= 128:
+        return 32, 3, 2
+    return (64, 3, 2) if programs < 1792 else (32, 4, 1)
