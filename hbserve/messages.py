@@ -53,9 +53,14 @@ class AbortRequest(Message, frozen=True):
 
 
 class GetStats(Message, frozen=True):
-    """Ask for `Stats`; answered even while the system is not ready."""
+    """Ask for `Stats`; answered even while the system is not ready.
+
+    Attributes:
+        recent: with ``recent``: the last requests' timelines and the last events.
+    """
 
     query_id: int
+    recent: bool = False
 
 
 class SubscribeReady(Message, frozen=True):

@@ -51,6 +51,7 @@ from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
+from hbserve.pd_disagg.timeline import EventLog, recent_requests
 from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
 from hbserve.pd_disagg.waiting_queue import WaitingQueue
 
@@ -79,6 +80,7 @@ class CpuScheduler:
         self.config = config
         self.waiting: list[Sequence] = []
         """Requests not yet admitted, oldest first. A policy may reorder it."""
+        self.events = EventLog()
         self.counts: defaultdict[str, int] = defaultdict(int)
         endpoint = config.telemetry.otlp_endpoint
         tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
@@ -204,7 +206,11 @@ class CpuScheduler:
             if sequence is not None:
                 self._finish(sequence, message.finish_reason)
         elif isinstance(message, GetStats):
-            self._clients.reply(client, Stats(query_id=message.query_id, stats=system_stats.collect(self)))
+            stats = system_stats.collect(self)
+            if message.recent:
+                requests = recent_requests(self.metrics.collector)
+                stats["recent"] = {"requests": requests, "events": self.events.as_list()}
+            self._clients.reply(client, Stats(query_id=message.query_id, stats=stats))
         elif isinstance(message, SubscribeReady):
             self._subscribers[client] = time.monotonic() + message.deadline_s
             self._announce_ready()
@@ -348,6 +354,7 @@ class CpuScheduler:
         self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
         self._vocab_size = hello.vocab_size
         logger.info("%s registered: %s, %d KV blocks", instance.id, hello.device, hello.num_blocks)
+        self.events.note("ready", instance.id, f"{hello.device}, {hello.num_blocks} KV blocks")
         self._announce_ready()
 
     def _misfit(self, instance: InstanceHandle, hello: Hello) -> str | None:
@@ -373,6 +380,7 @@ class CpuScheduler:
             instance.why_lost = why
             return
         logger.warning("lost %s: %s", instance.id, why)
+        self.events.note("lost", instance.id, why)
         seated = [
             sequence for sequence in self._sequences.values() if any(seat.worker is instance for seat in sequence.seats)
         ]
@@ -462,6 +470,7 @@ class CpuScheduler:
         outcome = self.transfers.on_result(result)
         if outcome.failed:
             logger.warning("KV transfer %s failed: %s", result.transfer_id, result.error)
+            self.events.note("fault", f"KV transfer {result.transfer_id}", result.error or "")
             self._retry_all(outcome.failed, f"KV transfer: {result.error}")
             self.transfers.connect(self.instances.values())
         transfer = outcome.arrived

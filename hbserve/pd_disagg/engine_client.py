@@ -133,8 +133,11 @@ class EngineClient:
         """End a request; its stream ends with ``finish_reason``. Unknown ids are ignored."""
         self._send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
 
-    async def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
+    async def stats(self, timeout_s: float = 10.0, recent: bool = False) -> dict[str, Any]:
         """The scheduler's view of the system.
+
+        Args:
+            recent: with ``recent``: the last requests and events, see `hbserve.pd_disagg.timeline`.
 
         Raises:
             EngineDeadError: if the scheduler does not answer in time.
@@ -145,7 +148,7 @@ class EngineClient:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._queries[query_id] = future
         try:
-            self._send(GetStats(query_id=query_id))
+            self._send(GetStats(query_id=query_id, recent=recent))
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None

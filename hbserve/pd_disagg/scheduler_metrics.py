@@ -145,6 +145,9 @@ class SchedulerMetrics:
                 self.collector.record_token_gap(now - last, count)
         decode_rows = len(step.rows) - step.prefill_rows
         if step.prefill_rows:
+            for row in step.rows:
+                if row.end <= row.seat.num_tokens_at_entry:
+                    row.sequence.metrics.chunk_end_times.append(now)
             self.histograms["prefill_batch_size"].observe(step.prefill_rows)
         if decode_rows:
             self.histograms["decode_batch_size"].observe(decode_rows)
