@@ -222,11 +222,15 @@ class SemiPDMetricsCollector:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def get_current_window_metrics(self) -> AggregatedMetrics:
-        """The last ``window_size_seconds``, or less where the window has begun later."""
+    def get_current_window_metrics(self, seconds: float | None = None) -> AggregatedMetrics:
+        """The last ``window_size_seconds``, or less where the window has begun later.
+
+        Args:
+            seconds: only so many; rounded to a sixtieth of ``window_size_seconds``.
+        """
         now = self.clock()
-        start = max(self._since, self._counts.start_of(now))
-        counts = self._counts.totals(now)
+        start = max(self._since, self._counts.start_of(now, seconds))
+        counts = self._counts.totals(now, seconds)
         worker_busy = {
             name.removeprefix("busy/"): min(1.0, busy_s / (now - start))
             for name, busy_s in counts.items()
