@@ -16,9 +16,12 @@ setup(
     package_data={"hbserve": ["py.typed"]},
     install_requires=[
         "fastapi",
+        "httptools",
         "jinja2",
+        "llguidance",
         "msgspec",
         "numpy",
+        "prometheus-client",
         "pydantic>=2",
         "pyyaml",
         "pyzmq",
@@ -28,6 +31,7 @@ setup(
         "tqdm",
         "transformers>=5",
         "uvicorn",
+        "uvloop",
     ],
     extras_require={
         "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine"],

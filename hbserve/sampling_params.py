@@ -9,13 +9,14 @@ from hbserve.errors import InvalidRequestError
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIASES = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling parameters of one request, with OpenAI's names and meanings where OpenAI has one.
 
-    The order in which they act on the logits is: penalties, suppression of stop tokens
-    (``min_tokens``), temperature, top-k, top-p, min-p.
+    The order in which they act on the logits is: penalties, ``logit_bias``,
+    suppression of stop tokens (``min_tokens``), ``grammar``, temperature, top-k, top-p, min-p.
 
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
@@ -36,6 +37,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         logprobs: report the chosen token's log-probability and those of this many most likely
             tokens per position (0 to 20), taken before temperature and truncation; None: none.
         skip_special_tokens: leave special tokens out of the text.
+        logit_bias: added to the logits of these token ids, in [-100, 100]; the ends ban and force.
+        grammar: the output follows it and ends where it does: llguidance's Lark dialect, or what
+            `hbserve.grammar.json_schema` makes of a JSON schema. Not with ``ignore_eos`` or ``min_tokens``.
     """
 
     temperature: float = 1.0
@@ -54,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_tokens: int | None = 16
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be honoured.
@@ -87,6 +93,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")
         self._require(all(self.stop_strings), "stop", "must not hold an empty string")
         self._require(all(t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "must not be negative")
+        biases = self.logit_bias or {}
+        self._require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"takes at most {MAX_LOGIT_BIASES} tokens")
+        self._require(all(t >= 0 for t in biases), "logit_bias", "must name token ids")
+        self._require(all(-100 <= bias <= 100 for bias in biases.values()), "logit_bias", "must be in [-100, 100]")
+        if self.grammar is not None:
+            self._require(bool(self.grammar.strip()), "grammar", "must not be empty")
+            self._require(not self.ignore_eos, "ignore_eos", "must be false with a grammar, which has an end")
+            self._require(self.min_tokens == 0, "min_tokens", "must be 0 with a grammar, which has its own end")
 
     def _require(self, holds: bool, param: str, what: str) -> None:
         if not holds:  # NaN fails every comparison above, so it is refused as well

@@ -13,7 +13,8 @@ import yaml
 from hbserve.config import Config, InstanceConfig, Section
 from hbserve.pd_disagg.config import _KEYS
 from hbserve.sampling_params import SamplingParams
-from hbserve.server.protocol import NEUTRAL, ChatCompletionRequest, CompletionRequest
+from hbserve.server.chat_protocol import ChatCompletionRequest
+from hbserve.server.protocol import NEUTRAL, CompletionRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
-from hbserve.messages import AddRequest, RequestOutput
+from hbserve.messages import AddRequest, RequestOutput, TokenLogprobs
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import SampleDelta
-from hbserve.pd_disagg.text_engine import TextEngine, merge_streams
+from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.pd_disagg.text_stream import TextStream
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
@@ -74,10 +75,10 @@ async def test_text_comes_token_by_token(
 ) -> None:
     scheduler.script = tokens(*letters(tokenizer, "hé!"))
     deltas = await collect(engine, "the cat", SamplingParams())
-    assert [delta.text for delta in deltas] == ["h", "", "é", "!"]
-    assert [delta.finish_reason for delta in deltas] == [None, None, None, "length"]
+    assert "".join(delta.text for delta in deltas) == "hé!"
+    assert [delta.finish_reason for delta in deltas] == [*[None] * (len(deltas) - 1), "length"]
     assert {delta.num_prompt_tokens for delta in deltas} == {len(tokenizer.encode("the cat"))}
-    assert [delta.num_cached_tokens for delta in deltas] == [2, 0, 0, 0]
+    assert [delta.num_cached_tokens for delta in deltas] == [2, *[0] * (len(deltas) - 1)]
 
 
 async def test_generate_gives_the_whole_output(
@@ -352,27 +353,54 @@ async def test_death_of_the_engine_ends_open_and_later_requests(
                 await attempt
 
 
-async def test_merged_streams_are_all_closed_when_one_fails() -> None:
-    closed = []
+async def test_deltas_that_nobody_has_read_yet_are_merged() -> None:
+    closed: list[bool] = []
+    stream = TextStream(2, lambda: closed.append(True))
 
-    async def waits(name: str) -> AsyncIterator[str]:
-        try:
-            yield name
-            await asyncio.Event().wait()
-        finally:
-            closed.append(name)
+    def delta(index: int, text: str, finish_reason: str | None = None) -> SampleDelta:
+        logprobs = [TokenLogprobs(token=-1.0, top_ids=[], top=[])]
+        return SampleDelta(
+            index=index,
+            text=text,
+            token_ids=[ord(text)],
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=None,
+            num_prompt_tokens=3,
+            num_cached_tokens=2 if text == "a" else 0,
+        )
 
-    async def breaks() -> AsyncIterator[str]:
-        yield "c"
-        raise ValueError("broken")
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    for one in (delta(0, "a"), delta(1, "x"), delta(0, "b"), delta(0, "c", "length")):
+        stream.push(one)
+    first, second = await asyncio.wait_for(reading, DEADLINE_S)
+    assert (first.index, first.text, first.token_ids, first.finish_reason) == (0, "abc", [97, 98, 99], "length")
+    assert (len(first.logprobs or []), first.num_cached_tokens) == (3, 2)
+    assert (second.index, second.text, second.finish_reason) == (1, "x", None)
+    stream.push(delta(1, "y", "stop"))
+    assert [one.text for one in await stream.read()] == ["y"]
+    assert await stream.read() == []
+    stream.close()
+    stream.close()
+    assert closed == [True]
 
-    seen = []
 
-    async def consume() -> None:
-        async for item in merge_streams([waits("a"), waits("b"), breaks()]):  # type: ignore[list-item]
-            seen.append(item)
-
-    with pytest.raises(ValueError, match="broken"):
-        await asyncio.wait_for(consume(), DEADLINE_S)
-    assert sorted(seen) == ["a", "b", "c"]
-    assert sorted(closed) == ["a", "b"]
+async def test_what_came_before_an_error_is_read_before_it() -> None:
+    stream = TextStream(1, lambda: None)
+    stream.push(
+        SampleDelta(
+            index=0,
+            text="a",
+            token_ids=[1],
+            logprobs=None,
+            finish_reason=None,
+            stop_reason=None,
+            num_prompt_tokens=1,
+            num_cached_tokens=0,
+        )
+    )
+    stream.fail(RequestFailedError("lost"))
+    assert [delta.text for delta in await stream.read()] == ["a"]
+    with pytest.raises(RequestFailedError, match="lost"):
+        await stream.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.attention.flash_attn import FlashAttnBackend
 from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.attention.sdpa import SdpaBackend
 from hbserve.config import nearest
@@ -16,11 +17,10 @@ __all__ = ["AttentionBackend", "AttentionBatch", "select_attention_backend"]
 
 _BACKENDS: dict[str, type[AttentionBackend]] = {
     FlashInferBackend.name: FlashInferBackend,
+    FlashAttnBackend.name: FlashAttnBackend,
     SdpaBackend.name: SdpaBackend,
 }
 """Best first: what ``auto`` tries."""
-
-_PLANNED = ("flash_attn",)
 
 
 def select_attention_backend(
@@ -32,8 +32,6 @@ def select_attention_backend(
         ConfigError: if there is none, or it cannot serve them; it says why.
     """
     key = "model.attention_backend"
-    if name in _PLANNED:
-        raise ConfigError(f"{key}: {name} is not available yet; use {', '.join(_BACKENDS)} or auto")
     if name != "auto":
         if name not in _BACKENDS:
             raise ConfigError(f"{key}: no backend {name!r}{nearest(name, [*_BACKENDS, 'auto'])}")

@@ -40,38 +40,21 @@ class AttentionBatch:
     slot_mapping: torch.Tensor
 
 
-class AttentionBackend(ABC):
-    """Causal attention of one rank over a block-major KV cache, through block tables.
+class Attention(ABC):
+    """What the forward pass sees of attention: causal, of one rank, over a block-major KV cache.
 
     All layers share one softmax scale, ``1 / sqrt(head_dim)``.
 
     Args:
         layout: of the cache.
         kv_cache: ``[block, layer, k/v, token, kv head, head dim]``, a view of the KV arena, used in place.
-        tp_size: ranks that share the query heads.
     """
-
-    name: ClassVar[str]
-    preferred_block_size: ClassVar[int]
-    """Tokens per block that suit the kernels best."""
-
-    def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
-    ) -> None:
-        self.spec, self.layout, self.kv_cache, self.platform = spec, layout, kv_cache, platform
-        self.num_heads = spec.num_heads // tp_size
-
-    @classmethod
-    @abstractmethod
-    def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-        """None, or why this backend cannot serve that model in that dtype on that device."""
 
     slot_mapping: torch.Tensor
     """Of the step that has begun; see `AttentionBatch`."""
 
-    @abstractmethod
-    def begin(self, batch: AttentionBatch) -> None:
-        """Prepare for a step, once for all layers; keeps ``slot_mapping``."""
+    def __init__(self, layout: KVLayout, kv_cache: torch.Tensor) -> None:
+        self.layout, self.kv_cache = layout, kv_cache
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
@@ -94,3 +77,35 @@ class AttentionBackend(ABC):
         Returns:
             ``[tokens, heads, head_dim]``.
         """
+
+
+class AttentionBackend(Attention):
+    """Attention of any batch, through block tables.
+
+    Args:
+        layout, kv_cache: see `Attention`.
+        tp_size: ranks that share the query heads.
+    """
+
+    name: ClassVar[str]
+    preferred_block_size: ClassVar[int]
+    """Tokens per block that suit the kernels best."""
+
+    block_size_multiple: ClassVar[int] = 1
+    """What the tokens per block must be a multiple of."""
+
+    def __init__(
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+    ) -> None:
+        super().__init__(layout, kv_cache)
+        self.spec, self.platform = spec, platform
+        self.num_heads = spec.num_heads // tp_size
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
+        """None, or why this backend cannot serve that model in that dtype on that device."""
+
+    @abstractmethod
+    def begin(self, batch: AttentionBatch) -> None:
+        """Prepare for a step, once for all layers; keeps ``slot_mapping``."""

@@ -146,7 +146,13 @@ def _make(
         fill_dummy_weights(table, weights, config.model.seed)
     else:
         load_weights(config.model.path, spec, table, weights, parallel.rank, parallel.size)
-    layout = _layout(config, spec, config.performance.block_size or backend.preferred_block_size, parallel)
+    block_size = config.performance.block_size or backend.preferred_block_size
+    if block_size % backend.block_size_multiple:
+        raise ConfigError(
+            f"performance.block_size: {backend.name} attention needs a multiple of "
+            f"{backend.block_size_multiple}, not {block_size}"
+        )
+    layout = _layout(config, spec, block_size, parallel)
     size = size_kv(config, spec, layout, platform, parallel.size)
     sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
     num_blocks, max_model_len = parallel.minimum(sizes).tolist()

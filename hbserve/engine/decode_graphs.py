@@ -2,8 +2,8 @@
 
 For each size of a ladder of batch sizes the whole step is captured: fed-back tokens, forward pass,
 logits, sampling, and the sampled tokens' way back into the sequence table. A step copies its inputs
-into fixed buffers with one transfer from pinned memory, has FlashInfer write its schedule, and
-replays the smallest graph that holds its rows; rows beyond are padding that stores nothing.
+into fixed buffers with one transfer from pinned memory and replays the smallest graph that holds its
+rows; rows beyond are padding that stores nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hbserve.attention.flashinfer import FlashInferBackend, PageTables
+from hbserve.attention.page_tables import PageTables
+from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
@@ -50,7 +51,7 @@ _FIELDS = (
     _Field("slot_mapping", np.int64, -1),
     _Field("seeds", np.int64, 0),
     _Field("temperatures", np.float32, 0),
-    _Field("last_page_len", np.int32, 1),
+    _Field("chunk_len", np.int32, 1),
     _Field("indptr", np.int32, 0),
 )
 
@@ -108,7 +109,6 @@ class _StepInputs:
 @dataclass(frozen=True)
 class _Graph:
     graph: Any
-    attention: Any
     logits: torch.Tensor
     token_ids: torch.Tensor
 
@@ -120,7 +120,7 @@ class DecodeGraphs:
         max_seq_len: batches with a longer sequence are left to the eager path.
     """
 
-    def __init__(self, decoder: Decoder, attention: FlashInferBackend, table: SequenceTable, max_seq_len: int) -> None:
+    def __init__(self, decoder: Decoder, attention: PagedDecode, table: SequenceTable, max_seq_len: int) -> None:
         self._decoder, self._attention, self._table = decoder, attention, table
         self._block_size = attention.layout.block_size
         self._max_seq_len = max_seq_len
@@ -146,14 +146,17 @@ class DecodeGraphs:
         )
 
     def _capture(self, size: int, pool: Any) -> _Graph:
-        inputs = self._inputs
-        wrapper = self._attention.make_graph_decode(
-            inputs.tensor("indptr", size + 1), inputs.indices, inputs.tensor("last_page_len", size)
+        self._copy_padding(size)
+        tensor = self._inputs.tensor
+        self._attention.begin(
+            DecodeInputs(
+                tensor("indptr", size + 1),
+                self._inputs.indices,
+                tensor("positions", size),
+                tensor("slot_mapping", size),
+                tensor("chunk_len", 1),
+            )
         )
-        tables = PageTables(np.arange(size + 1, dtype=np.int32), np.zeros(size, np.int32), np.ones(size, np.int32))
-        self._copy_padding(tables, size)
-        self._attention.plan_graph(wrapper, tables)
-        self._attention.begin_graph(wrapper, inputs.tensor("slot_mapping", size))
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -163,13 +166,14 @@ class DecodeGraphs:
         graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits, token_ids = self._step(size)
-        return _Graph(graph, wrapper, logits, token_ids)
+        return _Graph(graph, logits, token_ids)
 
-    def _copy_padding(self, tables: PageTables, size: int) -> None:
-        empty = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
-        empty["indptr"] = tables.indptr
-        empty["slots"] = np.full(size, self._table.padding_slot, np.int64)
-        self._inputs.copy(empty, tables.indices, size)
+    def _copy_padding(self, size: int) -> None:
+        arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
+        arrays["indptr"] = np.arange(size + 1, dtype=np.int32)
+        arrays["slots"] = np.full(size, self._table.padding_slot, np.int64)
+        arrays["chunk_len"] = np.array([self._attention.chunk_len(size, 1)], np.int32)
+        self._inputs.copy(arrays, np.zeros(size, np.int32), size)
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self._inputs
@@ -178,8 +182,9 @@ class DecodeGraphs:
         last = self._table.last_token_ids
         token_ids = torch.where(given == _FED_BACK, last[slots], given)
         hidden = self._decoder.forward(token_ids, positions, self._attention)
-        logits = self._decoder.logits(hidden)
-        sampled = fast_sample(logits, inputs.tensor("temperatures", size), inputs.tensor("seeds", size), positions)
+        logits = self._decoder.shard_logits(hidden)
+        temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
+        sampled = fast_sample(logits, temperatures, seeds, positions, self._decoder.parallel)
         last[slots] = sampled
         return logits, sampled
 
@@ -221,13 +226,12 @@ class DecodeGraphs:
                 "slot_mapping": blocks * self._block_size + starts % self._block_size,
                 "seeds": table.seeds[slots],
                 "temperatures": table.temperature[slots],
-                "last_page_len": pages.last_page_len,
+                "chunk_len": np.array([self._attention.chunk_len(size, int(starts.max()) + 1)], np.int32),
                 "indptr": pages.indptr,
             },
             pages.indices,
             size,
         )
-        self._attention.plan_graph(graph.attention, pages)
         graph.graph.replay()
         table.next_positions[slots] = starts + 1
         num_logprobs = table.num_logprobs[slots].tolist()
@@ -236,7 +240,7 @@ class DecodeGraphs:
         # Penalties, truncation and the like need the general sampler, on the graph's logits.
         arrays = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, graph.logits.device)
         batch = sampling_batch(table, slots, arrays)
-        sampled = sample(graph.logits[:num_rows], batch)
+        sampled = sample(self._decoder.all_logits(graph.logits[:num_rows]), batch)
         table.note_sampled(arrays["slots"], sampled.token_ids, batch.penalties)
         return sampled, num_logprobs
 

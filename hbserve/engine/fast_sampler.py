@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve.layers.parallel import TensorParallel
+
 _BLOCK = 4096
 
 
@@ -33,7 +35,7 @@ def _key(seed, position, salt: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _best_of_block_kernel(  # type: ignore[no-untyped-def]
-    logits, temperatures, seeds, positions, best, best_ids, vocab_size, num_blocks, block: tl.constexpr
+    logits, temperatures, seeds, positions, best, best_ids, first_id, vocab_size, num_blocks, block: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -46,7 +48,7 @@ def _best_of_block_kernel(  # type: ignore[no-untyped-def]
         position = tl.load(positions + row) + 1  # of the token that is sampled
         first = _key(seed, position, 0x9E3779B9)
         second = _key(seed, position, 0x7F4A7C15)
-        bits = _mix(_mix(ids.to(tl.uint32) ^ first) ^ second)
+        bits = _mix(_mix((ids + first_id).to(tl.uint32) ^ first) ^ second)
         uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
         # log1p(-u), precise where u is small: there the noise is large and decides
         shrunk = 1.0 - uniform
@@ -55,27 +57,35 @@ def _best_of_block_kernel(  # type: ignore[no-untyped-def]
     scores = tl.where(mask, scores, float("-inf"))
     value, index = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best + row * num_blocks + part, value)
-    tl.store(best_ids + row * num_blocks + part, part * block + index)
+    tl.store(best_ids + row * num_blocks + part, first_id + part * block + index)
 
 
 @triton.jit
-def _best_of_row_kernel(best, best_ids, out, num_blocks, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _best_of_row_kernel(  # type: ignore[no-untyped-def]
+    best, best_ids, out, out_ids, num_blocks, block: tl.constexpr
+):
     row = tl.program_id(0)
     parts = tl.arange(0, block)
     values = tl.load(best + row * num_blocks + parts, mask=parts < num_blocks, other=float("-inf"))
-    index = tl.argmax(values, axis=0, tie_break_left=True)
-    tl.store(out + row, tl.load(best_ids + row * num_blocks + index).to(tl.int64))
+    value, index = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(out + row, value)
+    tl.store(out_ids + row, tl.load(best_ids + row * num_blocks + index).to(out_ids.dtype.element_ty))
 
 
 def fast_sample(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    parallel: TensorParallel,
 ) -> torch.Tensor:
     """A token per row: the most likely at temperature 0, else drawn by the Gumbel-max trick.
 
     Args:
-        logits: contiguous ``[rows, vocab]``.
+        logits: contiguous ``[rows, vocab / ranks]``, of this rank's part of the vocabulary.
         temperatures: float32 ``[rows]``.
         seeds, positions: int64 ``[rows]``; the position of the row's input, one before the sampled token's.
+        parallel: the ranks, among which only each one's best goes round.
 
     Returns:
         int64 ``[rows]``.
@@ -84,9 +94,21 @@ def fast_sample(
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     best = torch.empty(rows, num_blocks, dtype=torch.float32, device=logits.device)
     best_ids = torch.empty(rows, num_blocks, dtype=torch.int32, device=logits.device)
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    first_id = parallel.rank * vocab_size
     _best_of_block_kernel[(rows, num_blocks)](
-        logits, temperatures, seeds, positions, best, best_ids, vocab_size, num_blocks, _BLOCK, num_warps=8
+        logits, temperatures, seeds, positions, best, best_ids, first_id, vocab_size, num_blocks, _BLOCK, num_warps=8
     )
-    _best_of_row_kernel[(rows,)](best, best_ids, out, num_blocks, triton.next_power_of_2(num_blocks), num_warps=1)
-    return out
+    if parallel.size > 1:
+        best, best_ids = _best_of_row(best, best_ids, torch.int32)
+        best, best_ids = parallel.gather(best[:, None]), parallel.gather(best_ids[:, None])
+    return _best_of_row(best, best_ids, torch.int64)[1]
+
+
+def _best_of_row(best: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest value of each row, the first of equals, and its id."""
+    rows, num_blocks = best.shape
+    out = torch.empty(rows, dtype=torch.float32, device=best.device)
+    out_ids = torch.empty(rows, dtype=dtype, device=best.device)
+    block = triton.next_power_of_2(num_blocks)
+    _best_of_row_kernel[(rows,)](best, ids, out, out_ids, num_blocks, block, num_warps=1)
+    return out, out_ids

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from hbserve.attention import select_attention_backend
-from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.config import Config, InstanceConfig
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
@@ -81,6 +81,7 @@ class ModelRunner:
             num_blocks=num_arena_blocks,
             vocab_size=self.spec.vocab_size,
             device=platform.device,
+            tokenizer_folder=config.tokenizer_path,
         )
         self._graphs = self._capture_graphs(config) if instance.instance_type.decodes else None
         if arenas.spare_block is not None:
@@ -98,12 +99,19 @@ class ModelRunner:
         if self.platform.name != "cuda":
             logger.info("no CUDA graphs: there are none on the %s platform", self.platform.name)
             return None
-        if not isinstance(self._attention, FlashInferBackend):
-            logger.warning("no CUDA graphs: attention by %s cannot be captured", self._attention.name)
+        if importlib.util.find_spec("triton") is None:
+            logger.warning("no CUDA graphs: Triton is not installed, so decode steps run eagerly and slower")
             return None
+        from hbserve.attention.paged_decode import PagedDecode
         from hbserve.engine.decode_graphs import DecodeGraphs
 
-        return DecodeGraphs(self._decoder, self._attention, self._table, config.cuda_graph.max_seq_len)
+        reason = PagedDecode.supports(self.spec, self.layout)
+        if reason is not None:
+            logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)
+            return None
+        heads = self.spec.num_heads // self.parallel.size
+        attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
+        return DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
 
     @torch.inference_mode()
     def _warm_up(self, config: Config, spare_block: int) -> None:
@@ -136,6 +144,7 @@ class ModelRunner:
         for state in plan.new_sequences:
             self._table.install(state)
         self._table.append_new_blocks(plan.rows)
+        self._table.grammars.advance(plan.rows)
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):

@@ -37,6 +37,33 @@ class RandomRows:
 
 
 @dataclass(frozen=True)
+class Biases:
+    """Pairwise ``[B]``: the int64 rows and token ids whose scores get the float32 ``values`` added."""
+
+    rows: torch.Tensor
+    token_ids: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AllowedTokens:
+    """Rows int64 ``[C]`` of which only some tokens may be sampled.
+
+    Attributes:
+        words: int32 ``[C, ceil(vocab / 32)]``; bit i of word w is token ``32 * w + i``.
+    """
+
+    rows: torch.Tensor
+    words: torch.Tensor
+
+    def apply_(self, scores: torch.Tensor) -> None:
+        """Put all other tokens of these rows at minus infinity, in place."""
+        bits = torch.arange(32, dtype=torch.int32, device=scores.device)
+        allowed = ((self.words[:, :, None] >> bits) & 1).flatten(1)[:, : scores.shape[1]]
+        scores[self.rows] = scores[self.rows].masked_fill(allowed == 0, -torch.inf)
+
+
+@dataclass(frozen=True)
 class SamplingBatch:
     """How N rows of logits are sampled; None where no row asks for it. All tensors on the logits' device.
 
@@ -48,7 +75,9 @@ class SamplingBatch:
 
     random: RandomRows | None = None
     penalties: Penalties | None = None
+    biases: Biases | None = None
     suppressed: tuple[torch.Tensor, torch.Tensor] | None = None
+    allowed: AllowedTokens | None = None
     logprob_rows: torch.Tensor | None = None
     num_top_logprobs: int = 0
 
@@ -82,12 +111,16 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     Maddison et al. 2014). Of equal scores the lowest token id wins.
     """
     scores = logits
-    if batch.penalties is not None or batch.suppressed is not None:
+    if any(each is not None for each in (batch.penalties, batch.biases, batch.suppressed, batch.allowed)):
         scores = logits.to(torch.float32, copy=True)
         if batch.penalties is not None:
             batch.penalties.apply_(scores)
+        if batch.biases is not None:
+            scores[batch.biases.rows, batch.biases.token_ids] += batch.biases.values
         if batch.suppressed is not None:
             scores[batch.suppressed] = -torch.inf
+        if batch.allowed is not None:
+            batch.allowed.apply_(scores)
     token_ids = scores.argmax(-1)
     if batch.random is not None:
         token_ids[batch.random.rows] = _draw(scores[batch.random.rows].float(), batch.random)

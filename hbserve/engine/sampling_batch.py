@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from hbserve.engine.penalties import Penalties
-from hbserve.engine.sampler import RandomRows, SamplingBatch
+from hbserve.engine.sampler import AllowedTokens, Biases, RandomRows, SamplingBatch
 from hbserve.engine.sequence_table import SequenceTable
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -41,6 +41,14 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
     suppressed = [(row, token) for row in too_early.tolist() for token in table.end_token_ids[slots[row]]]
     if suppressed:
         arrays["suppressed"] = np.array(suppressed, np.int64).T
+    biases = [(row, *bias) for row, slot in enumerate(slots.tolist()) for bias in table.logit_bias[slot].items()]
+    if biases:
+        rows, token_ids, values = zip(*biases, strict=True)
+        arrays["biased"] = np.array([rows, token_ids], np.int64)
+        arrays["biases"] = np.array(values, np.float32)
+    constrained = np.flatnonzero(table.grammars.has_grammar[slots])
+    if constrained.size:
+        arrays.update(constrained_rows=constrained, allowed_tokens=table.grammars.masks(slots[constrained]))
     reported = np.flatnonzero(table.num_logprobs[slots] >= 0)
     if reported.size:
         arrays["logprob_rows"] = reported
@@ -51,7 +59,7 @@ def sampling_batch(
     table: SequenceTable, slots: npt.NDArray[np.int64], tensors: Mapping[str, torch.Tensor]
 ) -> SamplingBatch:
     """The batch, of the arrays of `sampling_arrays` on the device."""
-    random = penalties = suppressed = None
+    random = penalties = suppressed = biases = allowed = None
     if "random_rows" in tensors:
         random = RandomRows(
             rows=tensors["random_rows"],
@@ -75,10 +83,17 @@ def sampling_batch(
     if "suppressed" in tensors:
         rows, token_ids = tensors["suppressed"]
         suppressed = rows, token_ids
+    if "biased" in tensors:
+        rows, token_ids = tensors["biased"]
+        biases = Biases(rows, token_ids, tensors["biases"])
+    if "constrained_rows" in tensors:
+        allowed = AllowedTokens(tensors["constrained_rows"], tensors["allowed_tokens"])
     return SamplingBatch(
         random=random,
         penalties=penalties,
         suppressed=suppressed,
+        biases=biases,
+        allowed=allowed,
         logprob_rows=tensors.get("logprob_rows"),
         num_top_logprobs=max(0, int(table.num_logprobs[slots].max(initial=0))),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.penalties import Penalties, TokenCounts
 from hbserve.messages import PlanRow, SequenceState
 
@@ -23,15 +24,23 @@ class SequenceTable:
         block_tables: int32 ``[slots, max_blocks_per_seq]``, valid up to ``num_table_blocks``.
         last_token_ids: int64 ``[slots + 1]``, on the device: the token sampled last; the last entry is
             ``padding_slot``'s, of rows that only fill a batch up.
-        plain_sampling: no penalties, truncation or logprobs: temperature is all there is.
+        plain_sampling: no penalties, biases, grammar, truncation or logprobs: temperature is all there is.
         next_positions: which position that token is for, or `UNKNOWN_POSITION`.
         num_logprobs: as `SamplingParams.logprobs`, -1 for none.
         end_token_ids: per slot; not sampled for positions before ``min_end_positions``.
         token_counts: of the slots that have penalties.
+        logit_bias: per slot, by token id.
+        grammars: of the slots that have one.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_blocks_per_seq: int, num_blocks: int, vocab_size: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        num_blocks: int,
+        vocab_size: int,
+        device: torch.device,
+        tokenizer_folder: str = "",
     ) -> None:
         self.max_num_seqs, self.num_blocks, self.vocab_size = max_num_seqs, num_blocks, vocab_size
         self.block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
@@ -53,6 +62,8 @@ class SequenceTable:
         self.min_end_positions = np.zeros(max_num_seqs, np.int64)
         self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.token_counts = TokenCounts(max_num_seqs, vocab_size, device)
+        self.logit_bias: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]
+        self.grammars = GrammarTable(max_num_seqs, vocab_size, tokenizer_folder)
 
     def install(self, state: SequenceState) -> None:
         """Take a sequence in, in place of whatever the slot had."""
@@ -78,7 +89,11 @@ class SequenceTable:
         self.min_end_positions[slot] = state.min_end_position
         self.end_token_ids[slot] = state.end_token_ids
         truncates = self.top_k[slot] < self.vocab_size or sampling.top_p < 1 or sampling.min_p > 0
-        self.plain_sampling[slot] = not truncates and sampling.logprobs is None
+        self.logit_bias[slot] = sampling.logit_bias or {}
+        assert all(token < self.vocab_size for token in self.logit_bias[slot]), f"slot {slot}: a bias has no token"
+        self.grammars.install(state)
+        steered = bool(sampling.logit_bias) or sampling.grammar is not None
+        self.plain_sampling[slot] = not truncates and not steered and sampling.logprobs is None
         if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0:
             self.token_counts.forget(slot)
         else:

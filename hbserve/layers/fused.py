@@ -12,15 +12,31 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hbserve.layers.overlap import overlaps
 
 
 @triton.jit
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x, residual, weight, out, stride, eps, size: tl.constexpr, block: tl.constexpr, has_residual: tl.constexpr
+    x,
+    residual,
+    weight,
+    out,
+    stride,
+    eps,
+    size: tl.constexpr,
+    block: tl.constexpr,
+    has_residual: tl.constexpr,
+    overlap: tl.constexpr,
 ):
     row = tl.program_id(0)
     columns = tl.arange(0, block)
     mask = columns < size
+    weights = tl.load(weight + columns, mask=mask, other=0.0)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
     values = tl.load(x + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
     if has_residual:
         values += tl.load(residual + row * size + columns, mask=mask, other=0.0).to(tl.float32)
@@ -28,41 +44,55 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(residual + row * size + columns, values.to(out.dtype.element_ty), mask=mask)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
     normed = (values * scale).to(out.dtype.element_ty)
-    weights = tl.load(weight + columns, mask=mask, other=0.0)
     tl.store(out + row * size + columns, normed * weights, mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As `hbserve.layers.norm.rms_norm`, of ``x [rows, size]`` with contiguous rows."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    size = x.shape[1]
-    block = triton.next_power_of_2(size)
-    _add_rms_norm_kernel[(x.shape[0],)](
-        x, x, weight, out, x.stride(0), eps, size, block, False, num_warps=_num_warps(block)
-    )
+    _launch_norm(x, None, weight, out, eps)
     return out
 
 
 def add_rms_norm_(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add ``x`` to ``residual`` in place and return the norm of the sum; both contiguous ``[rows, size]``."""
     out = torch.empty_like(x)
-    size = x.shape[1]
-    block = triton.next_power_of_2(size)
-    _add_rms_norm_kernel[(x.shape[0],)](
-        x, residual, weight, out, x.stride(0), eps, size, block, True, num_warps=_num_warps(block)
-    )
+    _launch_norm(x, residual, weight, out, eps)
     return out
 
 
-def _num_warps(block: int) -> int:
-    return max(1, min(16, block // 256))
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float
+) -> None:
+    size = x.shape[1]
+    block = triton.next_power_of_2(size)
+    overlap = overlaps(x.device)
+    _add_rms_norm_kernel[(x.shape[0],)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        x.stride(0),
+        eps,
+        size,
+        block,
+        residual is not None,
+        overlap,
+        num_warps=max(1, min(16, block // 256)),
+        launch_pdl=overlap,
+    )
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up, out, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
+    gate_up, out, size: tl.constexpr, block: tl.constexpr, overlap: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     mask = columns < size
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
     gate = tl.load(gate_up + row * 2 * size + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask=mask, other=0.0)
     activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
@@ -74,7 +104,10 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     num_tokens, double = gate_up.shape
     out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
-    _silu_and_mul_kernel[(num_tokens, triton.cdiv(double // 2, block))](gate_up, out, double // 2, block)
+    overlap = overlaps(gate_up.device)
+    _silu_and_mul_kernel[(num_tokens, triton.cdiv(double // 2, block))](
+        gate_up, out, double // 2, block, overlap, launch_pdl=overlap
+    )
     return out
 
 
@@ -99,7 +132,11 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     block_size: tl.constexpr,
     has_norm: tl.constexpr,
     heads_per_program: tl.constexpr,
+    overlap: tl.constexpr,
 ):
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_per_program + tl.arange(0, heads_per_program)[:, None]
     lane = tl.arange(0, half)[None, :]
@@ -163,6 +200,7 @@ def norm_rotate_store(
     weights: Any = (q_weight, k_weight) if q_weight is not None and k_weight is not None else (qkv, qkv)
     # Few heads a program where there are few tokens, to spread them; many where there is enough to do anyway.
     heads_per_program = 1 if num_tokens < 64 else 8
+    overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
         qkv,
         q,
@@ -182,41 +220,8 @@ def norm_rotate_store(
         block_size,
         q_weight is not None,
         heads_per_program,
+        overlap,
         num_warps=1 if heads_per_program == 1 else 2,
+        launch_pdl=overlap,
     )
     return q
-
-
-@triton.jit
-def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, out, num_rows, size: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr
-):
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    total = tl.zeros((block_rows, block), tl.float32)
-    for start in range(0, size, block):
-        columns = start + tl.arange(0, block)
-        mask = columns < size
-        values = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
-        weights = tl.load(
-            weight + rows[:, None].to(tl.int64) * size + columns[None, :],
-            mask=(rows[:, None] < num_rows) & mask[None, :],
-            other=0.0,
-        )
-        total += weights.to(tl.float32) * values[None, :]
-    tl.store(out + rows, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=rows < num_rows)
-
-
-def one_row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` of a single row ``x [1, size]``, where reading the weights is all the work.
-
-    At this shape it is faster than cuBLAS, up to three times for small matrices: docs/benchmarks.md. The
-    block shapes follow a sweep over the matrices of 0.6B and 8B models.
-    """
-    num_rows, size = weight.shape
-    out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
-    block_rows = 2 if size <= 2048 else 1
-    block = min(triton.next_power_of_2(size), 1024 if num_rows * size < 1 << 25 else 2048)
-    _one_row_linear_kernel[(triton.cdiv(num_rows, block_rows),)](
-        x, weight, out, num_rows, size, block_rows, block, num_warps=4 if block_rows == 2 else 8
-    )
-    return out

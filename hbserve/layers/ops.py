@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from hbserve.attention.base import AttentionBackend
+from hbserve.attention.base import Attention
 from hbserve.layers.mlp import silu_and_mul
 from hbserve.layers.norm import rms_norm
+from hbserve.layers.parallel import TensorParallel
 from hbserve.layers.rotary import RotaryEmbedding, rotate
+
+
+@dataclass
+class ResidualStream:
+    """What the layers add to, one after the other (Elhage et al. 2021 name it so).
+
+    Attributes:
+        total: ``[tokens, hidden]``.
+        pending: of the same shape, a layer's output that is not yet in ``total``: adding it is left
+            to the next norm, which passes over both anyway.
+    """
+
+    total: torch.Tensor
+    pending: torch.Tensor | None = None
 
 
 class LayerOps:
@@ -23,16 +39,39 @@ class LayerOps:
         """``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """As `hbserve.layers.norm.rms_norm`."""
-        return rms_norm(x, weight, eps)
+    def norm(self, stream: ResidualStream, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The RMS norm of the stream, with what is pending."""
+        if stream.pending is not None:
+            stream.total, stream.pending = stream.total + stream.pending, None
+        return rms_norm(stream.total, weight, eps)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of ``x + residual``, and the sum itself; may reuse the residual's memory."""
-        total = residual + x
-        return rms_norm(total, weight, eps), total
+    def norm_linear(
+        self, stream: ResidualStream, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A linear layer on the norm of the stream."""
+        return self.linear(self.norm(stream, norm, eps), weight, bias)
+
+    def norm_gated_linear(
+        self, stream: ResidualStream, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same with rows ``gate | up``: ``silu(gate) * up``."""
+        return self.silu_and_mul(self.norm_linear(stream, norm, eps, weight, bias))
+
+    def add_linear(
+        self,
+        stream: ResidualStream,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        parallel: TensorParallel,
+    ) -> None:
+        """Add a linear layer on ``x`` to the stream; each rank has a slice of its inputs, and the whole bias."""
+        assert stream.pending is None, "the norm before has taken what was pending"
+        if parallel.size == 1:
+            stream.pending = self.linear(x, weight, bias)
+        else:
+            total = parallel.reduce(self.linear(x, weight, None))
+            stream.pending = total if bias is None else total + bias
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """As `hbserve.layers.mlp.silu_and_mul`."""
@@ -46,7 +85,7 @@ class LayerOps:
         eps: float,
         positions: torch.Tensor,
         rotary: RotaryEmbedding,
-        attention: AttentionBackend,
+        attention: Attention,
         layer: int,
     ) -> torch.Tensor:
         """Normalise heads where the model does, rotate q and k, put k and v into the cache; returns q."""
@@ -61,25 +100,51 @@ class LayerOps:
 
 
 class FusedOps(LayerOps):
-    """In Triton kernels that pass over memory once."""
+    """In Triton kernels that pass over memory once; a single row has kernels of its own."""
 
     def __init__(self) -> None:
-        from hbserve.layers import fused
+        from hbserve.layers import fused, one_row
 
         self._fused = fused
+        self._one_row_linear = one_row.one_row_linear
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[0] == 1 and bias is None:
-            return self._fused.one_row_linear(x, weight)
+        if x.shape[0] == 1:
+            return self._one_row_linear(x, weight, bias)
         return F.linear(x, weight, bias)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._fused.rms_norm(x, weight, eps)
+    def norm(self, stream: ResidualStream, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if stream.pending is None:
+            return self._fused.rms_norm(stream.total, weight, eps)
+        pending, stream.pending = stream.pending, None
+        return self._fused.add_rms_norm_(pending, stream.total, weight, eps)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._fused.add_rms_norm_(x, residual, weight, eps), residual
+    def norm_linear(
+        self, stream: ResidualStream, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if stream.total.shape[0] == 1 and stream.pending is None:
+            return self._one_row_linear(stream.total, weight, bias, norm=norm, eps=eps)
+        return super().norm_linear(stream, norm, eps, weight, bias)
+
+    def norm_gated_linear(
+        self, stream: ResidualStream, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if stream.total.shape[0] == 1 and stream.pending is None:
+            return self._one_row_linear(stream.total, weight, bias, norm=norm, eps=eps, gated=True)
+        return super().norm_gated_linear(stream, norm, eps, weight, bias)
+
+    def add_linear(
+        self,
+        stream: ResidualStream,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        parallel: TensorParallel,
+    ) -> None:
+        if x.shape[0] == 1 and parallel.size == 1 and stream.pending is None:
+            self._one_row_linear(x, weight, bias, residual=stream.total)
+        else:
+            super().add_linear(stream, x, weight, bias, parallel)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._fused.silu_and_mul(gate_up)
@@ -92,7 +157,7 @@ class FusedOps(LayerOps):
         eps: float,
         positions: torch.Tensor,
         rotary: RotaryEmbedding,
-        attention: AttentionBackend,
+        attention: Attention,
         layer: int,
     ) -> torch.Tensor:
         return self._fused.norm_rotate_store(

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 Collective = Callable[[torch.Tensor], torch.Tensor]
-Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,6 @@ class TensorParallel:
     def minimum(self, x: torch.Tensor) -> torch.Tensor:
         """The least of each element of the vector ``x`` over the ranks."""
         return self.gather(x).view(self.size, -1).amin(0)
-
-
-def row_parallel_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parallel: TensorParallel, linear: Linear
-) -> torch.Tensor:
-    """``x @ weight.T + bias``, where each rank holds a slice of the input dimension and the whole bias."""
-    if parallel.size == 1:
-        return linear(x, weight, bias)
-    total = parallel.reduce(linear(x, weight, None))
-    return total if bias is None else total + bias
 
 
 def vocab_parallel_embedding(token_ids: torch.Tensor, weight: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:

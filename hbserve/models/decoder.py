@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hbserve.attention.base import AttentionBackend
-from hbserve.layers.ops import select_ops
-from hbserve.layers.parallel import TensorParallel, row_parallel_linear, vocab_parallel_embedding
+from hbserve.attention.base import Attention
+from hbserve.layers.ops import ResidualStream, select_ops
+from hbserve.layers.parallel import TensorParallel, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.models.spec import ModelSpec
 
@@ -56,31 +56,31 @@ class Decoder:
             own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             self.layers.append(_Layer(**own))
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Hidden states ``[tokens, hidden]`` after the final norm; the tokens' KV is in the cache then.
 
         Args:
             token_ids, positions: integers ``[tokens]``, in the order of the batch that ``attention``
                 was told about in `AttentionBackend.begin`.
         """
-        ops = self._ops
-        eps = self.spec.rms_norm_eps
-        residual = vocab_parallel_embedding(token_ids, self.embedding, self.parallel)
-        hidden = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        ops, eps = self._ops, self.spec.rms_norm_eps
+        stream = ResidualStream(vocab_parallel_embedding(token_ids, self.embedding, self.parallel))
         for index, layer in enumerate(self.layers):
-            qkv = ops.linear(hidden, layer.qkv, layer.qkv_bias)
+            qkv = ops.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
             q = ops.rotate_and_store(qkv, layer.q_norm, layer.k_norm, eps, positions, self.rotary, attention, index)
-            out = row_parallel_linear(
-                attention.attend(index, q).flatten(1), layer.o, layer.o_bias, self.parallel, ops.linear
-            )
-            hidden, residual = ops.add_rms_norm(out, residual, layer.mlp_norm, eps)
-            inner = ops.silu_and_mul(ops.linear(hidden, layer.gate_up, layer.gate_up_bias))
-            out = row_parallel_linear(inner, layer.down, layer.down_bias, self.parallel, ops.linear)
-            last = index + 1 == len(self.layers)
-            norm = self.final_norm if last else self.layers[index + 1].input_norm
-            hidden, residual = ops.add_rms_norm(out, residual, norm, eps)
-        return hidden
+            ops.add_linear(stream, attention.attend(index, q).flatten(1), layer.o, layer.o_bias, self.parallel)
+            inner = ops.norm_gated_linear(stream, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias)
+            ops.add_linear(stream, inner, layer.down, layer.down_bias, self.parallel)
+        return ops.norm(stream, self.final_norm, eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]``, in the model's dtype, of rows of `forward`'s result."""
-        return self.parallel.gather(self._ops.linear(hidden, self.lm_head, None))
+        return self.all_logits(self.shard_logits(hidden))
+
+    def shard_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[rows, vocab / ranks]`` of this rank's part of the vocabulary."""
+        return self._ops.linear(hidden, self.lm_head, None)
+
+    def all_logits(self, shard: torch.Tensor) -> torch.Tensor:
+        """Logits ``[rows, vocab]`` of all ranks' `shard_logits`."""
+        return self.parallel.gather(shard)

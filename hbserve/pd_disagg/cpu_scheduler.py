@@ -44,10 +44,12 @@ from hbserve.messages import (
     TransferResult,
     WorkerLost,
 )
+from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.pd_disagg import system_stats
 from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
 from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
@@ -79,6 +81,7 @@ class CpuScheduler:
         self.waiting: list[Sequence] = []
         """Requests not yet admitted, oldest first. A policy may reorder it."""
         self.counts: defaultdict[str, int] = defaultdict(int)
+        self.metrics = SchedulerMetrics(SemiPDMetricsCollector())
         self.start_time = time.monotonic()
         self._epoch = secrets.randbits(62) + 1
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
@@ -163,6 +166,7 @@ class CpuScheduler:
                 if worker.ready and silence > self.config.rpc.heartbeat_timeout_s and not was_asleep:
                     self._lose(instance, worker, f"no sign of life for {silence:.1f} s")
             self._check_deadlines(now)
+            self.metrics.observe_system(self.waiting, self.instances.values())
             self._wake.set()  # what was lost or given up just now must be planned again, and said
             await asyncio.sleep(interval)
 
@@ -235,6 +239,7 @@ class CpuScheduler:
         )
         self._sequences[client, request.request_id] = sequence
         self.waiting.append(sequence)
+        self.metrics.arrived(sequence)
 
     def _refusal(self, client: bytes, request: AddRequest) -> RequestOutput | None:
         """Why a request cannot be taken, as the output that says so."""
@@ -272,8 +277,7 @@ class CpuScheduler:
         """A client has gone, and nobody wants its requests any more."""
         self._subscribers.pop(client, None)
         for sequence in [s for s in self._sequences.values() if s.client == client]:
-            self._close(sequence)
-            self.counts["aborted"] += 1
+            self._close(sequence, "aborted")
 
     def _announce_ready(self) -> None:
         if not all(instance.ready for instance in self.instances.values()):
@@ -485,6 +489,8 @@ class CpuScheduler:
         worker.work.num_steps += 1
         worker.work.busy_s += result.busy_s
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
+        now = time.monotonic()
+        last_token_times: list[float | None] = []
         for row in step.rows:
             sample = next(samples) if row.samples else None
             sequence, seat = row.sequence, row.seat
@@ -492,10 +498,13 @@ class CpuScheduler:
                 self._advance(sequence, seat, row.end)
                 if sample is not None:
                     worker.work.num_tokens += 1
+                    last_token_times.append(sequence.last_token_time)
+                    sequence.last_token_time = now
                     self._on_token(sequence, seat, *sample)
             seat.num_inflight -= 1
             seat.pool.unpin(seat.owner)
         assert next(samples, None) is None, "more samples than rows that sample"
+        self.metrics.step_done(worker.id, step, result.busy_s, now, last_token_times)
 
     def _advance(self, sequence: Sequence, seat: Seat, num_computed: int) -> None:
         """KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -517,6 +526,7 @@ class CpuScheduler:
         is_first = sequence.first_token_time is None
         if is_first:
             sequence.first_token_time = time.monotonic()
+            self.metrics.first_token(sequence)
         finish_reason = None
         if token in sequence.end_token_ids:
             finish_reason = "stop"
@@ -533,8 +543,7 @@ class CpuScheduler:
             ),
         )
         if finish_reason is not None:
-            self._close(sequence)
-            self.counts["completed"] += 1
+            self._close(sequence, "completed")
         elif seat is sequence.prefill_seat and seat is not sequence.decode_seat:
             self._leave_prefill(sequence, seat)
         else:
@@ -568,21 +577,27 @@ class CpuScheduler:
         self._advance(sequence, seat, seat.num_tokens_at_entry)
         sequence.phase = Phase.DECODING
         seat.worker.activate(sequence, seat)
+        self.metrics.decode_may_start(sequence)
 
     # --- ends ------------------------------------------------------------------------------------
 
-    def _close(self, sequence: Sequence) -> None:
-        """Take a request off the books; its blocks return when nothing in flight can touch them."""
+    def _close(self, sequence: Sequence, outcome: str) -> None:
+        """Take a request off the books; its blocks return when nothing in flight can touch them.
+
+        Args:
+            outcome: ``completed``, ``aborted`` or ``failed``.
+        """
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         self._release_all_seats(sequence)
         sequence.phase = Phase.FINISHED
         del self._sequences[sequence.client, sequence.request.request_id]
+        self.counts[outcome] += 1
+        self.metrics.ended(sequence, outcome == "completed")
 
     def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
         """End a request for another reason than its tokens."""
-        self._close(sequence)
-        self.counts[{"abort": "aborted", "error": "failed"}.get(reason, "completed")] += 1
+        self._close(sequence, {"abort": "aborted", "error": "failed"}.get(reason, "completed"))
         self._clients.push(
             sequence.client,
             RequestOutput(
@@ -604,6 +619,7 @@ class CpuScheduler:
             self._fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {why}")
         else:
             self.counts["retries"] += 1
+            self.metrics.retried(sequence)
             self._put_back(sequence)
             # Not at once: what made it fail may take a moment to be noticed.
             delay_s = _RETRY_DELAY_S * 2 ** (sequence.num_failures - 1)
@@ -612,6 +628,7 @@ class CpuScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counts["preemptions"] += 1
+        self.metrics.preempted(sequence)
         self._put_back(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
@@ -652,6 +669,7 @@ class CpuScheduler:
             sequence.num_cached_tokens = min(sequence.prefill_seat.num_planned, sequence.num_prompt_tokens)
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
+            self.metrics.seated(sequence)
         return True
 
 

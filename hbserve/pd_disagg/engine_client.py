@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -63,7 +63,7 @@ class EngineClient:
         self._last_heard = time.monotonic()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerReply)
-        self._streams: dict[str, asyncio.Queue[RequestOutput | errors.HBServeError]] = {}
+        self._streams: dict[str, Callable[[RequestOutput | errors.HBServeError], None]] = {}
         self._queries: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._query_ids = itertools.count(1)
         self._ready: asyncio.Future[Ready] | None = None
@@ -104,33 +104,23 @@ class EngineClient:
                 f"no scheduler answered at {self._address} within {deadline_s:g} s; is it running?"
             ) from None
 
-    async def generate(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
-        """Stream the outputs of one request; leaving the iteration early aborts it.
+    def open(self, request: AddRequest, sink: Callable[[RequestOutput | errors.HBServeError], None]) -> None:
+        """Send a request; its outputs, and at most one error, go to ``sink`` until it ends or is closed.
 
         Raises:
-            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError
+            InvalidRequestError, EngineDeadError
         """
         if self._dead is not None:
             raise self._dead
         if request.request_id in self._streams:
             raise errors.InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
-        stream: asyncio.Queue[RequestOutput | errors.HBServeError] = asyncio.Queue()
-        self._streams[request.request_id] = stream
-        finished = False
-        try:
-            self._send(request)
-            while not finished:
-                output = await stream.get()
-                if isinstance(output, errors.HBServeError):
-                    raise output
-                finished = output.finish_reason is not None
-                if output.finish_reason == "error":
-                    raise error_of(output)
-                yield output
-        finally:
-            del self._streams[request.request_id]
-            if not finished:
-                self._send(AbortRequest(request_id=request.request_id))
+        self._streams[request.request_id] = sink
+        self._send(request)
+
+    def close_request(self, request_id: str, finish_reason: str = "abort") -> None:
+        """Nobody wants the rest of a request: end it, if it has not ended, and hear no more of it."""
+        if self._streams.pop(request_id, None) is not None:
+            self.abort(request_id, finish_reason)
 
     def abort(self, request_id: str, finish_reason: str = "abort") -> None:
         """End a request; its stream ends with ``finish_reason``. Unknown ids are ignored."""
@@ -165,9 +155,16 @@ class EngineClient:
         """Why no more requests are served, or None while they are."""
         return self._dead
 
+    def _deliver(self, output: RequestOutput) -> None:
+        ended = output.finish_reason is not None
+        sink = self._streams.pop(output.request_id, None) if ended else self._streams.get(output.request_id)
+        if sink is not None:
+            sink(error_of(output) if output.finish_reason == "error" else output)
+
     def _fail_all(self, error: errors.EngineDeadError) -> None:
-        for stream in self._streams.values():
-            stream.put_nowait(error)
+        streams, self._streams = self._streams, {}
+        for sink in streams.values():
+            sink(error)
         for query in self._queries.values():
             if not query.done():
                 query.set_exception(error)
@@ -190,14 +187,13 @@ class EngineClient:
 
     async def _receive(self) -> None:
         while True:
+            await asyncio.sleep(0)  # messages that are there already must not keep the loop from its other work
             (payload,) = await self._socket.receive()
             self._last_heard = time.monotonic()
             reply = self._decoder.decode(payload)
             if isinstance(reply, OutputBatch):
                 for output in reply.outputs:
-                    stream = self._streams.get(output.request_id)
-                    if stream is not None:
-                        stream.put_nowait(output)
+                    self._deliver(output)
             elif isinstance(reply, Stats):
                 query = self._queries.get(reply.query_id)
                 if query is not None and not query.done():

@@ -43,6 +43,8 @@ class InflightStep:
 
     step_id: int
     rows: list[InflightRow]
+    prefill_rows: int = 0
+    prefill_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from hbserve.messages import AddRequest, SequenceState
 
 if TYPE_CHECKING:
     from hbserve.kv_cache.storage_manager import UnifiedStorageManager
+    from hbserve.metrics.request_metrics import RequestMetrics
     from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
 
 
@@ -101,6 +102,7 @@ class Sequence:
         num_failures: attempts that ended in a failure not of the request's making.
         num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after one, on the monotonic clock.
+        metrics: its times; `SchedulerMetrics.arrived` sets it.
     """
 
     client: bytes
@@ -121,11 +123,18 @@ class Sequence:
     retry_at: float = 0.0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
+    metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether a token must be known before the next one can be chosen."""
+        return self.request.sampling.grammar is not None
 
     @property
     def seats(self) -> list[Seat]:
@@ -142,9 +151,12 @@ class Sequence:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a worker's state of the sequence changes with every token: its token counts do."""
+        """Whether a worker's state of the sequence changes with every token: token counts and grammars do."""
         sampling = self.request.sampling
-        return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        penalised = (
+            sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        )
+        return penalised or self.has_grammar
 
     def state_for(self, seat: Seat) -> SequenceState:
         """All that a worker needs to take the sequence on."""

@@ -55,7 +55,7 @@ class StepPlanner:
         if not step.rows:
             return False
         self._num_steps += 1
-        worker.inflight.append(InflightStep(self._num_steps, step.inflight))
+        worker.inflight.append(InflightStep(self._num_steps, step.inflight, step.prefill_rows, step.prefill_tokens))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
@@ -71,15 +71,19 @@ class StepPlanner:
         position = seat.num_planned
         if position + 1 >= sequence.max_total_tokens or sequence not in instance.seats:
             return
+        known = position < len(sequence.tokens)
+        if sequence.has_grammar and not known:
+            return  # which tokens may come depends on it
         if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(instance, sequence, seat):
             return
-        known = position < len(sequence.tokens)
         step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
 
     def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
         end = seat.num_planned + chunk
         last = end == seat.num_tokens_at_entry
         step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
+        step.prefill_rows += 1
+        step.prefill_tokens += chunk
         target = sequence.decode_seat
         if target is None or target is seat:
             return
@@ -115,6 +119,8 @@ class _StepBuilder:
         self.sends: list[SendBlocks] = []
         self.inflight: list[InflightRow] = []
         self.num_tokens = 0
+        self.prefill_rows = 0
+        self.prefill_tokens = 0
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
         block_ids = seat.block_ids

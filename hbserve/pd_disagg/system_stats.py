@@ -16,9 +16,12 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
     Returns:
         ``cpu_scheduler``: request and token counts since the start, and what is open now;
         ``gpu_instances``: per instance its status, load, KV blocks and work done;
+        ``metrics``: latencies, rates and queues, see docs/metrics.md;
         ``kv_transfer``: per link ``source->target`` the transfers, bytes and failures.
     """
     counts = scheduler.counts
+    scheduler.metrics.observe_system(scheduler.waiting, scheduler.instances.values())
+    metrics = scheduler.metrics.as_dict()
     ended = counts["completed"] + counts["failed"]
     return {
         "cpu_scheduler": {
@@ -37,7 +40,10 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
             "generated_tokens": counts["generated_tokens"],
             "uptime_s": time.monotonic() - scheduler.start_time,
         },
-        "gpu_instances": {instance.id: _instance(instance) for instance in scheduler.instances.values()},
+        "gpu_instances": {
+            instance.id: _instance(instance, metrics["busy_share"]) for instance in scheduler.instances.values()
+        },
+        "metrics": metrics,
         "kv_transfer": {
             "open_transfers": len(scheduler.transfers),
             "links": {
@@ -53,7 +59,7 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
     }
 
 
-def _instance(instance: InstanceHandle) -> dict[str, Any]:
+def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[str, Any]:
     work = instance.work
     stats: dict[str, Any] = {
         "status": "ready" if instance.ready else "lost",
@@ -63,6 +69,7 @@ def _instance(instance: InstanceHandle) -> dict[str, Any]:
         "steps": work.num_steps,
         "generated_tokens": work.num_tokens,
         "busy_s": work.busy_s,
+        "busy_share": max((busy_share.get(worker, 0.0) for worker in instance.workers), default=0.0),
         "restarts": max(0, instance.num_restarts),
     }
     if instance.id not in instance.workers:

@@ -7,24 +7,25 @@ import asyncio
 import itertools
 import secrets
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 
-from hbserve.errors import InvalidRequestError
-from hbserve.messages import AddRequest
+from hbserve.errors import HBServeError, InvalidRequestError, RequestFailedError
+from hbserve.messages import AddRequest, OutputText, RequestOutput, TextStreamOptions
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import GenerationOutput, Sample, SampleDelta
+from hbserve.pd_disagg.text_stream import TextStream
 from hbserve.sampling_params import SamplingParams
-from hbserve.tokenizer import ChatMessage, IncrementalDetokenizer, Tokenizer
+from hbserve.tokenizer import ChatMessage, Tokenizer
+from hbserve.tokenizer.text_service import LocalText, TextService
 
 Prompt = str | list[int]
-T = TypeVar("T")
 
 SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: spreads the seeds of n samples
-LONG_TEXT = 20_000  # characters; a longer prompt takes milliseconds to encode, so not in the event loop
 
 
 class _OpenRequest:
@@ -42,50 +43,87 @@ class TextEngine:
         client: connected; the engine lives in its event loop.
         max_model_len: most tokens of prompt and output together.
         vocab_size: of the model; token ids in prompts must be below it.
+        text: does the encoding and decoding; default: this process.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        vocab_size: int,
+        text: TextService | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self.text = text or LocalText(tokenizer)
         self._client = client
         self._open: dict[str, _OpenRequest] = {}
         self._serial = itertools.count()
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The prompt that the model's chat template makes of a conversation.
+    async def open(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, request_id: str | None = None
+    ) -> TextStream:
+        """Start generating for prompts that belong together.
+
+        Args:
+            request_id: a name for `abort`, unique among the open ones; default: a random one.
+
+        Returns:
+            A stream that must be closed; its sample ``p * n + i`` is sample i of prompt p.
 
         Raises:
-            InvalidRequestError: if there is no template or it rejects the messages.
+            InvalidRequestError: naming the parameter that cannot be honoured.
+            EngineDeadError: if the scheduler is gone.
         """
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
+        if request_id in self._open:
+            raise InvalidRequestError(f"request id {request_id!r} is in use", "request_id")
+        # The number keeps late outputs of an ended request from a new one of the same name.
+        num_samples = len(prompts) * sampling.n
+        opened = _OpenRequest([f"{request_id}-{index}-{next(self._serial)}" for index in range(num_samples)])
+        self._open[request_id] = opened
+        samples: list[_Sample] = []
+
+        def close() -> None:
+            self._open.pop(request_id, None)
+            for sample in samples:
+                sample.close()
+
+        stream = TextStream(num_samples, close)
+        try:
+            await self._check_sampling(sampling)
+            for prompt in prompts:
+                token_ids = await self._prompt_token_ids(prompt)
+                first = len(stream.prompt_token_ids) * sampling.n
+                stream.prompt_token_ids.append(token_ids)
+                requests = self._requests(token_ids, sampling, opened.sample_ids[first : first + sampling.n])
+                for index, request in enumerate(requests, start=first):
+                    samples.append(_Sample(self, index, request, sampling, stream))
+            for sample in samples:
+                if opened.aborted:  # before the scheduler has heard of it
+                    sample.abort_at_once()
+                else:
+                    sample.start(self._client)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, request_id: str | None = None
     ) -> AsyncGenerator[SampleDelta]:
         """Generate; deltas of all samples as they come. Closing the iteration aborts what is open.
 
-        Args:
-            request_id: a name for `abort`, unique among the open ones; default: a random one.
-
         Raises:
             InvalidRequestError: before the first delta, naming the parameter that cannot be honoured.
             OverloadedError, RequestFailedError, EngineDeadError: when it happens.
         """
-        request_id = request_id or f"req-{uuid.uuid4().hex}"
-        if request_id in self._open:
-            raise InvalidRequestError(f"request id {request_id!r} is in use", "request_id")
-        # The number keeps late outputs of an ended request from a new one of the same name.
-        sample_ids = [f"{request_id}-{index}-{next(self._serial)}" for index in range(sampling.n)]
-        opened = self._open[request_id] = _OpenRequest(sample_ids)
-        try:
-            requests = self._requests(await self._prompt_token_ids(prompt), sampling, sample_ids)
-            samples = [self._sample(index, request, sampling, opened) for index, request in enumerate(requests)]
-            async with aclosing(merge_streams(samples)) as deltas:
-                async for delta in deltas:
-                    yield delta
-        finally:
-            del self._open[request_id]
+        stream = await self.open([prompt], sampling, request_id)
+        async with aclosing(stream.deltas()) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, request_id: str | None = None
@@ -114,10 +152,14 @@ class TextEngine:
         }
 
     async def generate_chat(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, request_id: str | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        sampling: SamplingParams,
+        request_id: str | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> GenerationOutput:
         """`generate` the answer to a conversation, by the model's chat template."""
-        return await self.generate(await self.encode_chat(messages), sampling, request_id)
+        return await self.generate(await self.text.encode_chat(messages, tools), sampling, request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request; its samples finish with ``abort``. Unknown ids are ignored: it may just have ended."""
@@ -129,13 +171,10 @@ class TextEngine:
 
     async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            if len(prompt) < LONG_TEXT:
-                token_ids = self.tokenizer.encode(prompt)
-            else:
-                token_ids = await asyncio.to_thread(self.tokenizer.encode, prompt)
+            token_ids = await self.text.encode(prompt)
         else:
             token_ids = list(prompt)
-            self._check_token_ids(token_ids, "prompt")
+            self.check_token_ids(token_ids, "prompt")
         if not token_ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")
         if len(token_ids) >= self.max_model_len:
@@ -146,7 +185,12 @@ class TextEngine:
             )
         return token_ids
 
-    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Refuse what is no token of the model.
+
+        Raises:
+            InvalidRequestError: naming ``param``.
+        """
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"{param}: token ids must be integers, got {token_id!r}", param)
@@ -155,11 +199,18 @@ class TextEngine:
                     f"{param}: token id {token_id} is not in the vocabulary of {self.vocab_size} tokens", param
                 )
 
-    def _requests(self, token_ids: list[int], sampling: SamplingParams, sample_ids: list[str]) -> list[AddRequest]:
-        """One request per sample, with everything resolved that the scheduler should not have to guess."""
-        self._check_token_ids(sampling.stop_token_ids or (), "stop_token_ids")
+    async def _check_sampling(self, sampling: SamplingParams) -> None:
+        self.check_token_ids(sampling.stop_token_ids or (), "stop_token_ids")
+        self.check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
         if sampling.stop_strings and not self.tokenizer.has_text:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none", "stop")
+        if sampling.grammar is not None:
+            if not self.tokenizer.end_token_ids:
+                raise InvalidRequestError("the model names no end token, which a grammar needs", "grammar")
+            await self.text.check_grammar(sampling.grammar, self.vocab_size)
+
+    def _requests(self, token_ids: list[int], sampling: SamplingParams, sample_ids: list[str]) -> list[AddRequest]:
+        """One request per sample, with everything resolved that the scheduler should not have to guess."""
         room = self.max_model_len - len(token_ids)
         max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
         if max_tokens > room:
@@ -189,93 +240,112 @@ class TextEngine:
             for index, sample_id in enumerate(sample_ids)
         ]
 
-    async def _sample(
-        self, index: int, request: AddRequest, sampling: SamplingParams, opened: _OpenRequest
-    ) -> AsyncGenerator[SampleDelta]:
-        """One sample's deltas; the last one has a finish reason."""
-        detokenizer = IncrementalDetokenizer(
-            self.tokenizer,
+
+class _Sample:
+    """One sample between the scheduler, which gives tokens, and the text service, which gives text."""
+
+    def __init__(
+        self, engine: TextEngine, index: int, request: AddRequest, sampling: SamplingParams, stream: TextStream
+    ) -> None:
+        self._engine, self._index, self._request = engine, index, request
+        self._sampling, self._stream = sampling, stream
+        self._client: EngineClient | None = None
+        self._outputs: deque[RequestOutput] = deque()  # whose text is being made
+        self._all_token_ids: list[int] = []  # of a sample with a grammar
+        self._ended = False
+        self._check: asyncio.Task[None] | None = None
+
+    def start(self, client: EngineClient) -> None:
+        """Send it to the scheduler."""
+        sampling = self._sampling
+        options = TextStreamOptions(
             skip_special_tokens=sampling.skip_special_tokens,
             stop=sampling.stop_strings,
             min_tokens=sampling.min_tokens,
         )
-        num_prompt_tokens = len(request.prompt_token_ids)
-        if opened.aborted:  # before the scheduler has heard of it
-            yield SampleDelta(
-                index=index,
-                text="",
-                token_ids=[],
-                logprobs=None,
-                finish_reason="abort",
-                stop_reason=None,
-                num_prompt_tokens=num_prompt_tokens,
-                num_cached_tokens=0,
-            )
+        self._text = self._engine.text.open(options, self._on_text)
+        self._client = client
+        client.open(self._request, self._on_output)
+
+    def abort_at_once(self) -> None:
+        """It has been aborted before it was started."""
+        self._ended = True
+        self._push([], OutputText(text="", num_tokens=0), "abort", None)
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        self._end()
+        if self._check is not None:
+            self._check.cancel()
+
+    def _end(self, finish_reason: str = "abort") -> None:
+        if not self._ended:
+            self._ended = True
+            if self._client is not None:
+                self._client.close_request(self._request.request_id, finish_reason)
+                self._text.close()
+
+    def _on_output(self, output: RequestOutput | HBServeError) -> None:
+        if isinstance(output, HBServeError):
+            self._end()
+            self._stream.fail(output)
+        else:
+            self._outputs.append(output)
+            # An end token is counted, but not shown.
+            shown = len(output.token_ids) - (output.finish_reason == "stop")
+            self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
+
+    def _on_text(self, text: OutputText) -> None:
+        output = self._outputs.popleft()
+        if self._ended:
             return
-        async with aclosing(self._client.generate(request)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                token_ids, finish_reason = output.token_ids, output.finish_reason
-                stop_reason: str | int | None = None
-                # An end token is counted, but not shown.
-                num_shown = len(token_ids) - (finish_reason == "stop")
-                text = ""
-                for num_tokens, token_id in enumerate(token_ids[:num_shown], start=1):
-                    text += detokenizer.push(token_id)
-                    if detokenizer.stop_string is not None:
-                        token_ids = token_ids[:num_tokens]
-                        break
-                if finish_reason is not None and detokenizer.stop_string is None:
-                    text += detokenizer.finish()
-                if finish_reason == "stop" and token_ids and token_ids[-1] in (sampling.stop_token_ids or ()):
-                    stop_reason = token_ids[-1]
-                if detokenizer.stop_string is not None:
-                    if finish_reason is None:
-                        self._client.abort(request.request_id, "stop")
-                    finish_reason, stop_reason = "stop", detokenizer.stop_string
-                yield SampleDelta(
-                    index=index,
-                    text=text,
-                    token_ids=token_ids,
-                    logprobs=None if output.logprobs is None else output.logprobs[: len(token_ids)],
-                    finish_reason=finish_reason,
-                    stop_reason=stop_reason,
-                    num_prompt_tokens=num_prompt_tokens,
-                    num_cached_tokens=output.num_cached_tokens,
-                )
-                if finish_reason is not None:
-                    return
+        token_ids, finish_reason = output.token_ids[: text.num_tokens], output.finish_reason
+        stop_reason: str | int | None = None
+        if text.stop_string is not None:
+            finish_reason, stop_reason = "stop", text.stop_string
+        elif finish_reason == "stop" and token_ids and token_ids[-1] in (self._sampling.stop_token_ids or ()):
+            stop_reason = token_ids[-1]
+        if finish_reason is not None:
+            self._end("stop")
+        if self._sampling.grammar is not None:
+            self._all_token_ids += token_ids
+            if finish_reason == "stop" and stop_reason is None:
+                self._check = asyncio.create_task(self._finish_checked(output, text))
+                return
+        self._push(token_ids, text, finish_reason, stop_reason, output)
 
+    async def _finish_checked(self, output: RequestOutput, text: OutputText) -> None:
+        """An end is the grammar's end, or an error: a grammar may have become too complex on the way."""
+        grammar = self._sampling.grammar
+        assert grammar is not None
+        try:
+            token_ids = self._all_token_ids[:-1]
+            problem = await self._engine.text.check_output(grammar, self._engine.vocab_size, token_ids)
+        except HBServeError as error:
+            problem = str(error)
+        if problem is None:
+            self._push(output.token_ids, text, "stop", None, output)
+        else:
+            self._stream.fail(RequestFailedError(problem))
 
-async def merge_streams(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
-    """Items of several streams, which run concurrently, as they come.
-
-    The first error ends it. However it ends, every stream is closed when it has.
-    """
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
-        return
-    queue: asyncio.Queue[tuple[T] | asyncio.Task[None]] = asyncio.Queue()
-
-    async def drain(stream: AsyncGenerator[T]) -> None:
-        async with aclosing(stream):
-            async for item in stream:
-                queue.put_nowait((item,))
-
-    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
-    for task in tasks:
-        task.add_done_callback(queue.put_nowait)
-    num_open = len(tasks)
-    try:
-        while num_open:
-            event = await queue.get()
-            if isinstance(event, tuple):
-                yield event[0]
-            else:
-                event.result()
-                num_open -= 1
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    def _push(
+        self,
+        token_ids: list[int],
+        text: OutputText,
+        finish_reason: str | None,
+        stop_reason: str | int | None,
+        output: RequestOutput | None = None,
+    ) -> None:
+        logprobs = None if output is None else output.logprobs
+        self._stream.push(
+            SampleDelta(
+                index=self._index,
+                text=text.text,
+                token_ids=token_ids,
+                logprobs=None if logprobs is None else logprobs[: len(token_ids)],
+                finish_reason=finish_reason,
+                stop_reason=stop_reason,
+                num_prompt_tokens=len(self._request.prompt_token_ids),
+                num_cached_tokens=0 if output is None else output.num_cached_tokens,
+            )
+        )

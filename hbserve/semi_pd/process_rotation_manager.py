@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from dataclasses import asdict
 from typing import Any
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
@@ -30,7 +31,7 @@ from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
-from hbserve.semi_pd.utils import PHASES, semi_pd_system
+from hbserve.semi_pd.utils import PHASES, semi_pd_system, share_of
 from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
 
 __all__ = ["ProcessRotationManager", "SMAllocation"]
@@ -278,13 +279,13 @@ class ProcessRotationManager(InstanceSupervisor):
                 str(phase): worker.as_dict()
                 for phase in PHASES
                 for worker in workers
-                if worker.rung == (phase, self._allocation.of(phase)) and worker.state is WorkerState.ACTIVE
+                if worker.rung == (phase, share_of(self._allocation, phase)) and worker.state is WorkerState.ACTIVE
             }
             return {
                 "instance_id": self.instance.instance_id,
                 "state": self._state,
-                "current_sm_allocation": self._allocation.as_dict(),
-                "requested_sm_allocation": None if self._requested is None else self._requested.as_dict(),
+                "current_sm_allocation": asdict(self._allocation),
+                "requested_sm_allocation": None if self._requested is None else asdict(self._requested),
                 "switch_requested": self._requested is not None,
                 "active_processes": shares,
                 "workers": [worker.as_dict() for worker in workers],
@@ -339,7 +340,7 @@ class ProcessRotationManager(InstanceSupervisor):
         self.delayed_switching.request_delayed_switch(lambda: self._prepare(allocation, deadline))
         if not self.delayed_switching.wait_for_switch_ready():
             self._num_failed_rotations += 1
-            self._last_error = f"no rotation to {allocation.as_dict()}: {self.delayed_switching.error}"
+            self._last_error = f"no rotation to {allocation}: {self.delayed_switching.error}"
             logger.error("%s: %s", self.instance.instance_id, self._last_error)
             self._discard()
             return
@@ -364,7 +365,7 @@ class ProcessRotationManager(InstanceSupervisor):
         """Name a phase's new workers to the scheduler and let the old ones drain."""
         with self._condition:
             assert self._workers is not None
-            made = self._workers.of_rung((phase, allocation.of(phase)))
+            made = self._workers.of_rung((phase, share_of(allocation, phase)))
             self._activate([phase])
             old = [w for w in self._workers.workers.values() if w.state is WorkerState.RETIRING]
             old = [worker for worker in old if worker.spec.role is phase]
@@ -472,7 +473,7 @@ class ProcessRotationManager(InstanceSupervisor):
     def _rungs_of(self, phase: InstanceRole, allocation: SMAllocation) -> set[int]:
         ladder = self.config.semi_pd.ladder
         fixed = ladder.prefill if phase is InstanceRole.PREFILL else ladder.decode
-        return {allocation.of(phase), *fixed}
+        return {share_of(allocation, phase), *fixed}
 
     def _activate(self, phases: list[InstanceRole] | tuple[InstanceRole, ...]) -> None:
         """Put ready workers of these phases into service, retire those whose rung is no longer wanted."""

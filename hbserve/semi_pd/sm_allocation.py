@@ -1,20 +1,20 @@
-"""How a device is divided."""
+"""How prefill and decode share a GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hbserve.config import InstanceRole
+from hbserve.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, order=True)
 class SMAllocation:
-    """Each phase's percentage of the device's multiprocessors while both are busy.
+    """Percentages of the streaming multiprocessors (of the threads, on a CPU) while both phases run.
 
-    The sum may pass 100: both then compete for the rest, prefill at a lower priority.
+    The sum may pass 100: the phases then compete, and prefill, which has the lower priority, yields.
 
     Raises:
-        ValueError: if one is not in 1..100.
+        ConfigError: if a percentage is no whole number from 1 to 100.
     """
 
     prefill_percentage: int
@@ -24,12 +24,7 @@ class SMAllocation:
         for name in ("prefill_percentage", "decode_percentage"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100:
-                raise ValueError(f"{name} must be a whole number in 1..100, got {value!r}")
+                raise ConfigError(f"{name}: must be a whole number from 1 to 100, got {value!r}", name)
 
-    def of(self, phase: InstanceRole) -> int:
-        """The percentage of ``prefill`` or ``decode``."""
-        return self.prefill_percentage if phase is InstanceRole.PREFILL else self.decode_percentage
-
-    def as_dict(self) -> dict[str, int]:
-        """For status reports."""
-        return {"prefill_percentage": self.prefill_percentage, "decode_percentage": self.decode_percentage}
+    def __str__(self) -> str:
+        return f"({self.prefill_percentage}, {self.decode_percentage})"

@@ -7,8 +7,9 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import ConfigError
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.semi_pd.sm_allocation import SMAllocation
 
-__all__ = ["PHASES", "InstanceRole", "semi_pd_system"]
+__all__ = ["PHASES", "InstanceRole", "semi_pd_system", "share_of"]
 
 PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
 
@@ -28,3 +29,8 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
     instance = InstanceConfig(instance_id="semi-0", instance_type=InstanceRole.SEMI_PD, gpu_id=gpu_id, kv_rank=0)
     document = msgspec.to_builtins(config) | {"mode": "semi_pd", "gpu_instances": [msgspec.to_builtins(instance)]}
     return Config.from_dict(document), instance
+
+
+def share_of(allocation: SMAllocation, phase: InstanceRole) -> int:
+    """The percentage of ``prefill`` or ``decode``."""
+    return allocation.prefill_percentage if phase is InstanceRole.PREFILL else allocation.decode_percentage

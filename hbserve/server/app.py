@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from hbserve.config import InstanceRole
-from hbserve.errors import EngineDeadError
+from hbserve.errors import EngineDeadError, InvalidRequestError
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server import errors
 from hbserve.server.chat import create_chat_completion
+from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import create_completion
-from hbserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from hbserve.server.prometheus import render
+from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 STATS_TIMEOUT_S = 5.0
 
@@ -51,6 +55,26 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> Fa
         check_model(body.model)
         return await create_chat_completion(engine, body, request.receive)
 
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequestError("send either prompt or messages", "prompt")
+        if body.prompt is not None:
+            tokens = await engine.text.encode(body.prompt, body.add_special_tokens)
+        else:
+            tokens = await engine.text.encode_chat(body.messages or [])
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            check_model(body.model)
+        engine.check_token_ids(body.tokens, "tokens")
+        decode = partial(engine.tokenizer.decode, skip_special_tokens=False)
+        return {"prompt": await asyncio.to_thread(decode, body.tokens)}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
@@ -72,6 +96,11 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> Fa
     async def stats() -> dict[str, Any]:
         """The operator's view: counts, instances and links, as `hbserve.pd_disagg.system_stats.collect` has them."""
         return await client.stats(STATS_TIMEOUT_S)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        document, content_type = render(await client.stats(STATS_TIMEOUT_S), request.headers.get("Accept", ""))
+        return Response(document, media_type=content_type)
 
     return app
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -13,12 +13,13 @@ from fastapi import Response
 from starlette.types import Receive
 
 from hbserve.errors import InvalidRequestError
+from hbserve.pd_disagg.generation_output import Sample, SampleDelta
 from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.connection import EventStream, while_connected
 from hbserve.server.generation import Generation
 from hbserve.server.logprobs import chat_logprobs
-from hbserve.server.protocol import ChatCompletionRequest
-from hbserve.tokenizer import Tokenizer
+from hbserve.server.tool_calls import ToolCallParser
 
 
 async def create_chat_completion(engine: TextEngine, body: ChatCompletionRequest, receive: Receive) -> Response:
@@ -28,57 +29,97 @@ async def create_chat_completion(engine: TextEngine, body: ChatCompletionRequest
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
     sampling = body.sampling()
+    tools = body.offered_tools
+    if tools is not None and not engine.tokenizer.has_tool_calls:
+        raise InvalidRequestError("the model's chat template has no tool calls in the form <tool_call>", "tools")
+    prompt = await engine.text.encode_chat(body.conversation(), tools)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": body.model,
     }
-    prompt = await engine.encode_chat(body.conversation)
     generation = Generation(engine, head["id"], [prompt], sampling)
     if body.stream:
-        return EventStream(_events(generation, head, engine.tokenizer, body))
+        return EventStream(_events(engine, generation, head, body))
     with _named_as_in(body):
         samples = await while_connected(receive, generation.collect())
-    choices = [
-        {
-            "index": sample.index,
-            "message": {"role": "assistant", "content": sample.text},
-            "logprobs": sample.logprobs and chat_logprobs(engine.tokenizer, sample.token_ids, sample.logprobs),
-            "finish_reason": sample.finish_reason,
-            "stop_reason": sample.stop_reason,
-        }
-        for sample in samples
-    ]
+    choices = [_choice(engine, sample, tools is not None) for sample in samples]
     answer = msgspec.json.encode(head | {"choices": choices, "usage": generation.usage()})
     return Response(answer, media_type="application/json")
 
 
+def _choice(engine: TextEngine, sample: Sample, with_tools: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": sample.text}
+    finish_reason = sample.finish_reason
+    if with_tools:
+        text, calls = ToolCallParser().feed(sample.text, last=True)
+        if calls:
+            for call in calls:
+                del call["index"]
+            message = {"role": "assistant", "content": text or None, "tool_calls": calls}
+            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+    return {
+        "index": sample.index,
+        "message": message,
+        "logprobs": sample.logprobs and chat_logprobs(engine.tokenizer, sample.token_ids, sample.logprobs),
+        "finish_reason": finish_reason,
+        "stop_reason": sample.stop_reason,
+    }
+
+
 async def _events(
-    generation: Generation, head: dict[str, Any], tokenizer: Tokenizer, body: ChatCompletionRequest
-) -> AsyncGenerator[dict[str, Any]]:
+    engine: TextEngine, generation: Generation, head: dict[str, Any], body: ChatCompletionRequest
+) -> AsyncGenerator[list[dict[str, Any]]]:
     if body.include_usage:
         head = head | {"usage": None}
     begun: set[int] = set()
-    with _named_as_in(body):
-        async with aclosing(generation.stream()) as deltas:
-            async for number, delta in deltas:
-                if number not in begun:
-                    begun.add(number)
-                    yield head | {"choices": [_choice(number, {"role": "assistant", "content": ""})]}
-                if not delta.text and delta.finish_reason is None and not delta.logprobs:
-                    continue
-                choice = _choice(number, {"content": delta.text} if delta.text else {})
-                if delta.logprobs:
-                    choice["logprobs"] = chat_logprobs(tokenizer, delta.token_ids, delta.logprobs)
-                if delta.finish_reason is not None:
-                    choice |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-                yield head | {"choices": [choice]}
-    if body.include_usage:
-        yield head | {"choices": [], "usage": generation.usage()}
+    parsers = [ToolCallParser() if body.offered_tools else None for _ in range(generation.num_choices)]
+    try:
+        with _named_as_in(body):
+            while deltas := await generation.read():
+                chunks = []
+                for delta in deltas:
+                    if delta.index not in begun:
+                        begun.add(delta.index)
+                        choice = _chunk_choice(delta.index, {"role": "assistant", "content": ""})
+                        chunks.append(head | {"choices": [choice]})
+                    grown = _grown(engine, delta, parsers[delta.index])
+                    if grown is not None:
+                        chunks.append(head | {"choices": [grown]})
+                if body.continuous_usage:
+                    for chunk in chunks:
+                        chunk["usage"] = generation.usage()
+                if chunks:
+                    yield chunks
+        if body.include_usage:
+            yield [head | {"choices": [], "usage": generation.usage()}]
+    finally:
+        generation.close()
 
 
-def _choice(number: int, delta: dict[str, str]) -> dict[str, Any]:
+def _grown(engine: TextEngine, delta: SampleDelta, parser: ToolCallParser | None) -> dict[str, Any] | None:
+    """The choice of a chunk, or None where there is nothing to tell yet."""
+    text, finish_reason = delta.text, delta.finish_reason
+    calls: list[dict[str, Any]] = []
+    if parser is not None:
+        text, calls = parser.feed(text, last=finish_reason is not None)
+        if finish_reason == "stop" and parser.num_calls:
+            finish_reason = "tool_calls"
+    if not text and not calls and finish_reason is None and not delta.logprobs:
+        return None
+    content: dict[str, Any] = {"content": text} if text else {}
+    if calls:
+        content["tool_calls"] = calls
+    choice = _chunk_choice(delta.index, content)
+    if delta.logprobs:
+        choice["logprobs"] = chat_logprobs(engine.tokenizer, delta.token_ids, delta.logprobs)
+    if finish_reason is not None:
+        choice |= {"finish_reason": finish_reason, "stop_reason": delta.stop_reason}
+    return choice
+
+
+def _chunk_choice(number: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
@@ -88,6 +129,8 @@ def _named_as_in(body: ChatCompletionRequest) -> Iterator[None]:
     names = {"prompt": "messages"}
     if body.max_tokens is None:
         names["max_tokens"] = "max_completion_tokens"
+    if body.grammar is None:
+        names["grammar"] = "tool_choice" if body.response_format is None else "response_format"
     try:
         yield
     except InvalidRequestError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive
 
+from hbserve.pd_disagg.generation_output import Sample, SampleDelta
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server.connection import EventStream, while_connected
 from hbserve.server.generation import Generation
@@ -25,50 +25,77 @@ async def create_completion(engine: TextEngine, body: CompletionRequest, receive
     Raises:
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
-    sampling = body.sampling()
-    head: dict[str, Any] = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": body.model,
-    }
-    generation = Generation(engine, head["id"], body.prompts, sampling)
-    logprobs = [
-        CompletionLogprobs(engine.tokenizer, sampling.skip_special_tokens) for _ in range(generation.num_choices)
-    ]
-    if body.stream:
-        return EventStream(_events(generation, head, logprobs, body.include_usage))
-    samples = await while_connected(receive, generation.collect())
-    choices = [
-        {
-            "index": sample.index,
-            "text": sample.text,
-            "logprobs": sample.logprobs and logprobs[sample.index].add(sample.token_ids, sample.logprobs),
-            "finish_reason": sample.finish_reason,
-            "stop_reason": sample.stop_reason,
+    return await _Completion(engine, body).respond(receive)
+
+
+class _Completion:
+    def __init__(self, engine: TextEngine, body: CompletionRequest) -> None:
+        self._engine, self._body = engine, body
+        self._sampling = body.sampling()
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
         }
-        for sample in samples
-    ]
-    answer = msgspec.json.encode(head | {"choices": choices, "usage": generation.usage()})
-    return Response(answer, media_type="application/json")
+        self._generation = Generation(engine, self._head["id"], body.prompts, self._sampling)
+        self._logprobs = [
+            CompletionLogprobs(engine.tokenizer, self._sampling.skip_special_tokens)
+            for _ in range(self._generation.num_choices if self._sampling.logprobs is not None else 0)
+        ]
 
+    async def respond(self, receive: Receive) -> Response:
+        if self._body.stream:
+            return EventStream(self._events())
+        samples = await while_connected(receive, self._generation.collect())
+        choices = [self._choice(sample, self._prompt_text(sample.index) + sample.text) for sample in samples]
+        answer = msgspec.json.encode(self._head | {"choices": choices, "usage": self._generation.usage()})
+        return Response(answer, media_type="application/json")
 
-async def _events(
-    generation: Generation, head: dict[str, Any], logprobs: list[CompletionLogprobs], include_usage: bool
-) -> AsyncGenerator[dict[str, Any]]:
-    if include_usage:
-        head = head | {"usage": None}
-    async with aclosing(generation.stream()) as deltas:
-        async for number, delta in deltas:
-            if not delta.text and delta.finish_reason is None and not delta.logprobs:
-                continue
-            choice = {
-                "index": number,
-                "text": delta.text,
-                "logprobs": delta.logprobs and logprobs[number].add(delta.token_ids, delta.logprobs),
-                "finish_reason": delta.finish_reason,
-                "stop_reason": delta.stop_reason,
-            }
-            yield head | {"choices": [choice]}
-    if include_usage:
-        yield head | {"choices": [], "usage": generation.usage()}
+    def _choice(self, part: Sample | SampleDelta, text: str) -> dict[str, Any]:
+        """A whole choice, or what one has grown by."""
+        logprobs = None
+        if part.logprobs:
+            logprobs = self._logprobs[part.index].add(part.token_ids, part.logprobs)
+        return {
+            "index": part.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
+
+    def _prompt_text(self, index: int) -> str:
+        """What is to be shown of a choice's prompt."""
+        if not self._body.echo:
+            return ""
+        number = index // self._sampling.n
+        prompt = self._body.prompts[number]
+        if isinstance(prompt, str):
+            return prompt
+        return self._engine.tokenizer.decode(prompt, skip_special_tokens=self._sampling.skip_special_tokens)
+
+    async def _events(self) -> AsyncGenerator[list[dict[str, Any]]]:
+        generation, body = self._generation, self._body
+        head = self._head | {"usage": None} if body.include_usage else self._head
+        begun: set[int] = set()
+        try:
+            while deltas := await generation.read():
+                chunks = []
+                for delta in deltas:
+                    text = delta.text
+                    if body.echo and delta.index not in begun:
+                        begun.add(delta.index)
+                        text = self._prompt_text(delta.index) + text
+                    if not text and delta.finish_reason is None and not delta.logprobs:
+                        continue
+                    chunk = head | {"choices": [self._choice(delta, text)]}
+                    if body.continuous_usage:
+                        chunk["usage"] = generation.usage()
+                    chunks.append(chunk)
+                if chunks:
+                    yield chunks
+            if body.include_usage:
+                yield [head | {"choices": [], "usage": generation.usage()}]
+        finally:
+            generation.close()

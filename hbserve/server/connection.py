@@ -49,12 +49,12 @@ class EventStream(Response):
     A later one is sent as an event and ends the stream. A client that goes away closes the generator.
 
     Args:
-        events: the JSON documents.
+        events: the JSON documents, in lists that are sent together.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Any]) -> None:
+    def __init__(self, events: AsyncGenerator[list[dict[str, Any]]]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]  # of the empty body that the base class has made
         self._events = events
@@ -71,11 +71,11 @@ class EventStream(Response):
         started = False
         async with aclosing(self._events) as events:
             try:
-                async for event in events:
+                async for batch in events:
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                         started = True
-                    await send_chunk(b"data: " + msgspec.json.encode(event) + b"\n\n")
+                    await send_chunk(b"".join([b"data: " + msgspec.json.encode(event) + b"\n\n" for event in batch]))
             except Exception as error:
                 if not started:
                     raise

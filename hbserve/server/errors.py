@@ -13,7 +13,14 @@ from starlette.exceptions import HTTPException
 
 from hbserve.config import nearest
 from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
-from hbserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from hbserve.server.chat_protocol import ChatCompletionRequest
+from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+_BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +88,7 @@ def install(app: FastAPI) -> None:
         return api_error(error).response()
 
     async def handle_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        body = ChatCompletionRequest if "chat" in request.url.path else CompletionRequest
+        body = _BODIES.get(request.url.path, CompletionRequest)
         return _validation_error(error, list(body.model_fields)).response()
 
     async def handle_client_gone(request: Request, error: ClientGone) -> Response:

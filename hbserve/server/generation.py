@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 from hbserve.pd_disagg.generation_output import Sample, SampleDelta
-from hbserve.pd_disagg.text_engine import Prompt, TextEngine, merge_streams
+from hbserve.pd_disagg.text_engine import Prompt, TextEngine
+from hbserve.pd_disagg.text_stream import TextStream
 from hbserve.sampling_params import SamplingParams
 
 
@@ -15,7 +15,7 @@ class Generation:
     """One HTTP request's prompts, running concurrently.
 
     Args:
-        request_id: the id in the response; prompt p runs as ``<request_id>-<p>``.
+        request_id: the id in the response, and the engine's name for it.
 
     Attributes:
         num_choices: samples of all prompts; choice ``p * n + i`` is sample i of prompt p.
@@ -29,41 +29,49 @@ class Generation:
         self._request_id = request_id
         self._prompts = prompts
         self._sampling = sampling
-        self._prompt_tokens = [0] * len(prompts)
+        self._stream: TextStream | None = None
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
 
-    async def stream(self) -> AsyncGenerator[tuple[int, SampleDelta]]:
-        """Choice numbers and what those choices have grown by. Errors as in `TextEngine.stream`."""
-        streams = [self._run(number, prompt) for number, prompt in enumerate(self._prompts)]
-        async with aclosing(merge_streams(streams)) as merged:
-            async for item in merged:
-                yield item
+    async def read(self) -> list[SampleDelta]:
+        """What is new since the last call; empty at the end. Starts with the first call; errors as in `TextEngine`."""
+        if self._stream is None:
+            self._stream = await self._engine.open(self._prompts, self._sampling, self._request_id)
+        deltas = await self._stream.read()
+        for delta in deltas:
+            self._completion_tokens += len(delta.token_ids)
+            prompt, sample = divmod(delta.index, self._sampling.n)
+            if sample == 0:  # the other samples may find the first one's prompt in the cache
+                self._cached_tokens[prompt] += delta.num_cached_tokens
+        return deltas
 
     async def collect(self) -> list[Sample]:
         """All choices, finished."""
         samples = [Sample(index=index) for index in range(self.num_choices)]
-        async with aclosing(self.stream()) as deltas:
-            async for choice, delta in deltas:
-                samples[choice].add(delta)
+        try:
+            while deltas := await self.read():
+                for delta in deltas:
+                    samples[delta.index].add(delta)
+        finally:
+            self.close()
         return samples
 
+    def close(self) -> None:
+        """Abort what is still open."""
+        if self._stream is not None:
+            self._stream.close()
+
+    @property
+    def prompt_token_ids(self) -> list[list[int]]:
+        """Of every prompt, once something has been read."""
+        return [] if self._stream is None else self._stream.prompt_token_ids
+
     def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage`` object for what has been streamed; a prompt counts once, whatever n is."""
-        prompt_tokens = sum(self._prompt_tokens)
+        """OpenAI's ``usage`` object for what has been read; a prompt counts once, whatever n is."""
+        prompt_tokens = sum(map(len, self.prompt_token_ids))
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
-
-    async def _run(self, number: int, prompt: Prompt) -> AsyncGenerator[tuple[int, SampleDelta]]:
-        request_id = f"{self._request_id}-{number}"
-        async with aclosing(self._engine.stream(prompt, self._sampling, request_id)) as deltas:
-            async for delta in deltas:
-                self._prompt_tokens[number] = delta.num_prompt_tokens
-                self._completion_tokens += len(delta.token_ids)
-                if delta.index == 0:  # the other samples may find the first one's prompt in the cache
-                    self._cached_tokens[number] += delta.num_cached_tokens
-                yield number * self._sampling.n + delta.index, delta

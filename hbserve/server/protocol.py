@@ -1,9 +1,8 @@
 """The bodies that the HTTP API takes. Every parameter is honoured, or refused by name.
 
 Accepted although they change nothing here: ``user``, ``metadata``, ``safety_identifier``,
-``prompt_cache_key`` (labels for the provider's bookkeeping), ``parallel_tool_calls`` (there are no
-tools), and the values that mean "nothing special" of the parameters in `NEUTRAL`. Any other value of
-those is refused.
+``prompt_cache_key`` (labels for the provider's bookkeeping), and the values that mean "nothing special"
+of the parameters in `NEUTRAL`. Any other value of those is refused.
 """
 
 from __future__ import annotations
@@ -13,32 +12,27 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from hbserve.errors import InvalidRequestError
-from hbserve.sampling_params import MAX_LOGPROBS, SamplingParams
+from hbserve.sampling_params import SamplingParams
 
 # OpenAI's parameters that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_cache_retention": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
 WHY = {
-    "echo": ": the prompt is not part of the output",
     "suffix": ": insertion needs a model trained for it",
-    "tools": ": put them into the prompt",
+    "functions": "; send tools",
+    "function_call": "; send tool_choice",
     "store": ": nothing is kept",
 }
 
@@ -50,9 +44,15 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """Attributes: include_usage: end the stream with a chunk that has the token counts."""
+    """How a stream is sent.
+
+    Attributes:
+        include_usage: end the stream with a chunk that has the token counts.
+        continuous_usage_stats: have the counts so far in every chunk.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
     @field_validator("include_obfuscation", mode="before")
@@ -65,7 +65,7 @@ class StreamOptions(Body):
 
 class GenerationRequest(Body):
     """What completions and chat completions share. Names and meanings are OpenAI's; those from
-    ``top_k`` to ``skip_special_tokens`` are `SamplingParams`' own."""
+    ``top_k`` to ``grammar`` are `SamplingParams`' own."""
 
     model: str
     max_tokens: int | None = None
@@ -86,15 +86,16 @@ class GenerationRequest(Body):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
+    grammar: str | None = None
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    logit_bias: Any = None
+    logit_bias: dict[str, float] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _check_stop(cls, value: object) -> object:
-        if value is None or isinstance(value, str) or (isinstance(value, list) and _all(value, str)):
+        if value is None or isinstance(value, str) or (isinstance(value, list) and all_of(value, str)):
             return value
         raise ValueError("must be a string or a list of strings")
 
@@ -103,10 +104,17 @@ class GenerationRequest(Body):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk has the counts so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
     def _sampling(self, **more: Any) -> SamplingParams:
         """Sampling parameters from the fields of those names and from ``more``; absent ones have their defaults."""
         names = [name for name in SamplingParams.__struct_fields__ if name in type(self).model_fields]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.logit_bias is not None:
+            given["logit_bias"] = _biases(self.logit_bias)
         return SamplingParams(**given | more)
 
     def _refuse_unsupported(self) -> None:
@@ -131,9 +139,9 @@ class CompletionRequest(GenerationRequest):
         if isinstance(value, str):
             return value
         if isinstance(value, list) and value:
-            if _all(value, str) or _all(value, int):
+            if all_of(value, str) or all_of(value, int):
                 return value
-            if _all(value, list) and all(_all(token_ids, int) for token_ids in value):
+            if all_of(value, list) and all(all_of(token_ids, int) for token_ids in value):
                 return value
         raise ValueError("must be a string, a list of token ids, or a list of one of these, and not empty")
 
@@ -150,102 +158,40 @@ class CompletionRequest(GenerationRequest):
             InvalidRequestError: naming the parameter that cannot be honoured.
         """
         self._refuse_unsupported()
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError("echo is not supported with logprobs: those of the prompt are not kept", "echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError("best_of is not supported, unless it equals n", "best_of")
         return self._sampling()
 
 
-class ChatMessage(Body):
-    """One turn of a conversation. Content is text, or a list of text parts, which are joined."""
+class TokenizeRequest(Body):
+    """Body of POST /tokenize: a text, or a conversation with the beginning of its answer.
 
-    role: str
-    content: str
-    name: Any = None
-    refusal: Any = None
-    audio: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
-    function_call: Any = None
+    Attributes:
+        add_special_tokens: with what the model wants at the beginning of a prompt; of texts only.
+    """
 
-    @field_validator("role")
-    @classmethod
-    def _check_role(cls, value: str) -> str:
-        if value not in ("system", "developer", "user", "assistant"):
-            raise ValueError(f"must be system, developer, user or assistant, got {value!r}")
-        return "system" if value == "developer" else value  # OpenAI's newer name; templates know the older
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        texts = []
-        for part in value:
-            if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise ValueError("parts must be {'type': 'text', 'text': ...}; other kinds are not supported")
-            texts.append(part["text"])
-        if not _all(texts, str):
-            raise ValueError("the text of a part must be a string")
-        return "".join(texts)
-
-    @field_validator("name", "refusal", "audio", "tool_calls", "tool_call_id", "function_call")
-    @classmethod
-    def _refuse(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError("is not supported in messages")
-        return value
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize."""
 
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    parallel_tool_calls: bool | None = None
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    service_tier: Any = None
-    store: bool | None = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-    @property
-    def conversation(self) -> list[dict[str, str]]:
-        """The messages as chat templates take them."""
-        return [{"role": message.role, "content": message.content} for message in self.messages]
-
-    def sampling(self) -> SamplingParams:
-        """The request's sampling parameters; without a limit the output may fill the context.
-
-        Raises:
-            InvalidRequestError: naming the parameter that cannot be honoured.
-        """
-        self._refuse_unsupported()
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise InvalidRequestError("max_tokens and max_completion_tokens differ; send one", "max_tokens")
-        logprobs = None
-        if self.logprobs:
-            logprobs = self.top_logprobs or 0
-            if not 0 <= logprobs <= MAX_LOGPROBS:
-                raise InvalidRequestError(f"top_logprobs must be in 0..{MAX_LOGPROBS}", "top_logprobs")
-        elif self.top_logprobs is not None:
-            raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
-        return self._sampling(max_tokens=limits.pop() if limits else None, logprobs=logprobs)
+    model: str | None = None
+    tokens: list[int]
 
 
-def _all(values: list[Any], kind: type) -> bool:
+def _biases(values: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): bias for token_id, bias in values.items()}
+    except ValueError:
+        raise InvalidRequestError("logit_bias: keys must be token ids", "logit_bias") from None
+
+
+def all_of(values: list[Any], kind: type) -> bool:
+    """Whether all are of the kind; a bool is no int here."""
     return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

@@ -97,8 +97,18 @@ class Tokenizer:
             raise InvalidRequestError("the prompt holds a lone surrogate, which is no character", "prompt") from None
         return ids
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    @property
+    def has_tool_calls(self) -> bool:
+        """Whether the chat template knows tools, and calls as ``<tool_call>`` (Hermes, Qwen)."""
+        return self.has_chat_template and "<tool_call>" in str(self._hf.chat_template)
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation and the beginning of the answer, by the model's chat template.
+
+        Args:
+            tools: functions that the model may call, in OpenAI's form.
 
         Raises:
             InvalidRequestError: if the model has no chat template, or it rejects the messages.
@@ -110,7 +120,9 @@ class Tokenizer:
         if not messages:
             raise InvalidRequestError("messages must not be empty", "messages")
         try:
-            text = self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._hf.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
+            )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             # A template is a program that comes with the model; these are the ways in which it says no.
             raise InvalidRequestError(f"the model's chat template rejects the messages: {error}", "messages") from error

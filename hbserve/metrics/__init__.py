@@ -1,0 +1,1 @@
+"""What is measured about requests and workers: plain Python, any clock, bounded memory."""

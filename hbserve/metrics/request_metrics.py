@@ -1,0 +1,84 @@
+"""The times of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """One request's life; times are seconds on the collector's clock, None until they are there.
+
+    Attributes:
+        input_length: prompt tokens.
+        output_length: tokens generated; final once it is complete.
+        cached_tokens: prompt tokens whose KV was found.
+        prefill_start_time: it got its seats; what lies before is queueing.
+        first_token_time: TTFT's end.
+        prefill_end_time: its prompt is computed; what lies between this and ``decode_start_time``
+            is hand-over: the transfer, where there is one.
+        success: None while it is open.
+        num_preemptions: how often it gave its place to an older one.
+        num_retries: how often an attempt of it failed.
+        ttft_target_ms, tpot_target_ms: what it should meet, None for no target.
+    """
+
+    request_id: str
+    input_length: int
+    arrival_time: float
+    output_length: int = 0
+    cached_tokens: int = 0
+    prefill_start_time: float | None = None
+    first_token_time: float | None = None
+    prefill_end_time: float | None = None
+    decode_start_time: float | None = None
+    completion_time: float | None = None
+    success: bool | None = None
+    num_preemptions: int = 0
+    num_retries: int = 0
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time to first token: from arrival to the first output token."""
+        return _between_ms(self.arrival_time, self.first_token_time)
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per output token after the first, over the whole output; None for outputs of one token."""
+        decode_ms = _between_ms(self.first_token_time, self.completion_time)
+        if decode_ms is None or self.output_length < 2:
+            return None
+        return decode_ms / (self.output_length - 1)
+
+    @property
+    def e2e_ms(self) -> float | None:
+        """From arrival to the end."""
+        return _between_ms(self.arrival_time, self.completion_time)
+
+    @property
+    def prefill_queue_ms(self) -> float | None:
+        """From arrival to the first seat."""
+        return _between_ms(self.arrival_time, self.prefill_start_time)
+
+    @property
+    def prefill_ms(self) -> float | None:
+        """From the seat to the end of the prompt."""
+        return _between_ms(self.prefill_start_time, self.prefill_end_time)
+
+    @property
+    def decode_queue_ms(self) -> float | None:
+        """From the end of the prompt until decoding may begin."""
+        return _between_ms(self.prefill_end_time, self.decode_start_time)
+
+    @property
+    def meets_targets(self) -> bool | None:
+        """Whether it kept each target that it has; None if it has none or has not succeeded."""
+        targets = ((self.ttft_ms, self.ttft_target_ms), (self.tpot_ms, self.tpot_target_ms))
+        kept = [seen is None or seen <= target for seen, target in targets if target is not None]
+        return all(kept) if kept and self.success else None
+
+
+def _between_ms(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else (end - start) * 1000

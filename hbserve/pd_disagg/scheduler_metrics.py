@@ -1,0 +1,179 @@
+"""What the scheduler reports of requests and steps, on its own clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from hbserve.metrics.collector import SemiPDMetricsCollector, numbers_of
+from hbserve.metrics.histogram import BATCHES, E2E_S, LENGTHS, TOKEN_S, TTFT_S, Histogram
+from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.pd_disagg.sequence import Phase, Sequence
+
+if TYPE_CHECKING:
+    from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle
+
+
+class SchedulerMetrics:
+    """Called at the points of a request's life and after each step.
+
+    What is done per token is a store and a load, in the scheduler; the rest is per step or per request.
+
+    Args:
+        collector: of the sliding window; its clock times everything.
+
+    Attributes:
+        histograms: since the start, by name.
+    """
+
+    def __init__(self, collector: SemiPDMetricsCollector) -> None:
+        self.collector = collector
+        self.histograms = {
+            "time_to_first_token_seconds": Histogram(TTFT_S),
+            "time_per_output_token_seconds": Histogram(TOKEN_S),
+            "inter_token_latency_seconds": Histogram(TOKEN_S),
+            "e2e_request_latency_seconds": Histogram(E2E_S),
+            "prefill_queue_seconds": Histogram(TTFT_S),
+            "decode_queue_seconds": Histogram(TTFT_S),
+            "prompt_length_tokens": Histogram(LENGTHS),
+            "output_length_tokens": Histogram(LENGTHS),
+            "prefill_batch_size": Histogram(BATCHES),
+            "decode_batch_size": Histogram(BATCHES),
+        }
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def arrived(self, sequence: Sequence) -> None:
+        """A request has been taken."""
+        sequence.metrics = self.collector.record_request_arrival(_name(sequence), sequence.num_prompt_tokens)
+        self.histograms["prompt_length_tokens"].observe(sequence.num_prompt_tokens)
+
+    def seated(self, sequence: Sequence) -> None:
+        """It has its seats, and may be computed."""
+        self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
+
+    def first_token(self, sequence: Sequence) -> None:
+        """Its first token is here, and so is its prompt's KV."""
+        self.collector.record_first_token(_name(sequence))
+        self.collector.record_prefill_end(_name(sequence))
+        if sequence.prefill_seat is sequence.decode_seat:
+            self.collector.record_decode_start(_name(sequence))
+
+    def decode_may_start(self, sequence: Sequence) -> None:
+        """Its KV has arrived where it decodes."""
+        self.collector.record_decode_start(_name(sequence))
+
+    def preempted(self, sequence: Sequence) -> None:
+        """It gives its place to an older one."""
+        self.collector.record_preemption(_name(sequence))
+
+    def retried(self, sequence: Sequence) -> None:
+        """An attempt failed, and another begins."""
+        sequence.metrics.num_retries += 1
+
+    def ended(self, sequence: Sequence, success: bool) -> None:
+        """It is off the books; its tokens are all there if it was a success."""
+        self.collector.record_request_completion(
+            _name(sequence), len(sequence.tokens) - sequence.num_prompt_tokens, success
+        )
+        self._observe(sequence.metrics)
+
+    def _observe(self, request: RequestMetrics) -> None:
+        latencies = (
+            ("time_to_first_token_seconds", request.ttft_ms),
+            ("prefill_queue_seconds", request.prefill_queue_ms),
+            ("decode_queue_seconds", request.decode_queue_ms),
+            ("time_per_output_token_seconds", request.tpot_ms if request.success else None),
+            ("e2e_request_latency_seconds", request.e2e_ms if request.success else None),
+        )
+        for name, value_ms in latencies:
+            if value_ms is not None:
+                self.histograms[name].observe(value_ms / 1000)
+        if request.success:
+            self.histograms["output_length_tokens"].observe(request.output_length)
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def step_done(
+        self,
+        worker_id: str,
+        step: InflightStep,
+        busy_s: float,
+        now: float,
+        last_token_times: Iterable[float | None],
+    ) -> None:
+        """A step has been confirmed.
+
+        Args:
+            busy_s: how long the device worked on it.
+            now: when, the time of its tokens.
+            last_token_times: of each sequence that got a token, when it got the one before, None if
+                this is its first.
+        """
+        num_tokens = 0
+        gaps = self.histograms["inter_token_latency_seconds"]
+        for last, count in Counter(last_token_times).items():
+            num_tokens += count
+            if last is not None:
+                gaps.observe(now - last, count)
+                self.collector.record_token_gap(now - last, count)
+        decode_rows = len(step.rows) - step.prefill_rows
+        if step.prefill_rows:
+            self.histograms["prefill_batch_size"].observe(step.prefill_rows)
+        if decode_rows:
+            self.histograms["decode_batch_size"].observe(decode_rows)
+        self.collector.record_step(worker_id, step.prefill_rows, step.prefill_tokens, decode_rows, num_tokens, busy_s)
+
+    # --- the whole -------------------------------------------------------------------------------
+
+    def observe_system(self, waiting: list[Sequence], instances: Iterable[InstanceHandle]) -> None:
+        """The state of queues and pools now."""
+        now = self.collector.clock()
+        phases: Counter[Phase] = Counter()
+        kv_usage = 0.0
+        for instance in instances:
+            phases.update(sequence.phase for sequence in instance.seats)
+            phases[Phase.TRANSFERRING] += sum(s.phase is Phase.TRANSFERRING for s in instance.reserved)
+            if instance.ready:
+                kv_usage = max(kv_usage, 1 - instance.pool.num_free_blocks / instance.pool.total_blocks)
+        self.collector.record_system_metrics(
+            SystemMetrics(
+                timestamp=now,
+                prefill_queue_length=len(waiting),
+                prefill_queue_tokens=sum(len(sequence.tokens) for sequence in waiting),
+                oldest_wait_s=max((now - sequence.arrival_time for sequence in waiting), default=0.0),
+                decode_queue_length=phases[Phase.TRANSFERRING],
+                running_prefill=phases[Phase.PREFILLING],
+                running_decode=phases[Phase.DECODING],
+                kv_usage=kv_usage,
+            )
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers: ``queues`` now, the ``window``, and ``histograms`` since the start."""
+        state = self.collector.system_metrics
+        window = self.collector.get_current_window_metrics()
+        return {
+            "queues": {
+                "requests": {
+                    "waiting": state.prefill_queue_length,
+                    "prefilling": state.running_prefill,
+                    "transferring": state.decode_queue_length,
+                    "decoding": state.running_decode,
+                },
+                "waiting_tokens": state.prefill_queue_tokens,
+                "oldest_wait_s": state.oldest_wait_s,
+                "kv_usage": state.kv_usage,
+            },
+            "window_s": self.collector.window_size_seconds,
+            "window": numbers_of(window),
+            "busy_share": window.worker_busy,
+            "histograms": {name: histogram.as_dict() for name, histogram in self.histograms.items()},
+        }
+
+
+def _name(sequence: Sequence) -> str:
+    """Unique among all requests of all clients."""
+    return str(sequence.arrival)

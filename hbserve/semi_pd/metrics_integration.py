@@ -1,0 +1,102 @@
+"""Metrics for schedulers other than ours, and of several processes together.
+
+`hbserve.pd_disagg.cpu_scheduler.CpuScheduler` reports by itself, to its ``metrics.collector``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from hbserve.config import InstanceRole
+from hbserve.metrics.aggregator import MetricsAggregator
+from hbserve.metrics.collector import SemiPDMetricsCollector
+
+__all__ = ["MetricsAggregator", "SemiPDMetricsHooks", "integrate_semi_pd_metrics_with_scheduler"]
+
+
+class MeasuredRequest(Protocol):
+    """What the hooks ask of a request; `hbserve.messages.AddRequest` has it."""
+
+    @property
+    def request_id(self) -> str:
+        """Unique among the open ones."""
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        """Its prompt."""
+
+
+class MeasuredBatch(Protocol):
+    """What the hooks ask of a batch."""
+
+    @property
+    def reqs(self) -> Sequence[MeasuredRequest]:
+        """The requests in it."""
+
+
+class SemiPDMetricsHooks:
+    """What a scheduler calls at the points of a request's life.
+
+    Args:
+        role: of the scheduler's worker. One that only decodes first hears of a request when its prompt
+            is done: calling `semi_pd_on_batch_decode_start` is then the request's arrival too.
+    """
+
+    def __init__(self, collector: SemiPDMetricsCollector, role: InstanceRole) -> None:
+        self._collector, self._role = collector, role
+
+    def semi_pd_on_request_arrival(self, req: MeasuredRequest) -> None:
+        """A request is here."""
+        self._collector.record_request_arrival(req.request_id, len(req.prompt_token_ids))
+
+    def semi_pd_on_batch_prefill_start(self, batch: MeasuredBatch) -> None:
+        """A prefill batch begins."""
+        for req in batch.reqs:
+            self._collector.record_prefill_start(req.request_id)
+
+    def semi_pd_on_batch_prefill_end(self, batch: MeasuredBatch) -> None:
+        """A prefill batch is done."""
+        for req in batch.reqs:
+            self._collector.record_prefill_end(req.request_id)
+
+    def semi_pd_on_first_token_generated(self, req: MeasuredRequest) -> None:
+        """A request's first token is here."""
+        self._collector.record_first_token(req.request_id)
+
+    def semi_pd_on_batch_decode_start(self, batch: MeasuredBatch) -> None:
+        """A decode batch begins."""
+        for req in batch.reqs:
+            if self._role is InstanceRole.DECODE and req.request_id not in self._collector.open_requests:
+                self.semi_pd_on_request_arrival(req)
+            self._collector.record_decode_start(req.request_id)
+
+    def semi_pd_on_request_completion(self, req: MeasuredRequest, output_length: int, success: bool = True) -> None:
+        """A request has ended."""
+        self._collector.record_request_completion(req.request_id, output_length, success)
+
+
+def integrate_semi_pd_metrics_with_scheduler(
+    scheduler: Any, role: InstanceRole, collector: SemiPDMetricsCollector | None = None
+) -> SemiPDMetricsCollector:
+    """Give a scheduler of any kind the methods of `SemiPDMetricsHooks`, to call where they belong.
+
+    Args:
+        scheduler: gets the methods, and the collector as ``semi_pd_metrics``.
+        collector: to report to; default: a new one.
+
+    Returns:
+        The collector.
+
+    Raises:
+        TypeError: if the scheduler has an attribute of one of these names.
+    """
+    collector = collector or SemiPDMetricsCollector()
+    hooks = SemiPDMetricsHooks(collector, role)
+    given: dict[str, Any] = {name: getattr(hooks, name) for name in vars(SemiPDMetricsHooks) if name[0] != "_"}
+    given["semi_pd_metrics"] = collector
+    for name, value in given.items():
+        if hasattr(scheduler, name):
+            raise TypeError(f"the scheduler has an attribute {name!r} already; are its metrics integrated twice?")
+        setattr(scheduler, name, value)
+    return collector

@@ -1,0 +1,256 @@
+"""The body of a chat completion: messages, tools, and what the answer must look like."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hbserve.errors import InvalidRequestError
+from hbserve.grammar import ANY_JSON_OBJECT, json_schema
+from hbserve.sampling_params import MAX_LOGPROBS, SamplingParams
+from hbserve.server.protocol import Body, GenerationRequest, all_of
+from hbserve.server.tool_calls import CALL_END, calls_grammar
+
+
+class CalledFunction(Body):
+    """Attributes: arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call that the model has made in an earlier turn."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """One turn of a conversation. Content is text, or a list of text parts, which are joined."""
+
+    role: str
+    content: str | None = None
+    name: Any = None
+    refusal: Any = None
+    audio: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+
+    @field_validator("role")
+    @classmethod
+    def _check_role(cls, value: str) -> str:
+        if value not in ("system", "developer", "user", "assistant", "tool"):
+            raise ValueError(f"must be system, developer, user, assistant or tool, got {value!r}")
+        return "system" if value == "developer" else value  # OpenAI's newer name; templates know the older
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        texts = []
+        for part in value:
+            if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+                raise ValueError("parts must be {'type': 'text', 'text': ...}; other kinds are not supported")
+            texts.append(part["text"])
+        if not all_of(texts, str):
+            raise ValueError("the text of a part must be a string")
+        return "".join(texts)
+
+    @field_validator("name", "refusal", "audio", "function_call")
+    @classmethod
+    def _refuse(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("is not supported in messages")
+        return value
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only an assistant makes them")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id: only a tool's answer has one")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    def as_in_templates(self) -> dict[str, Any]:
+        """The message as chat templates take it: arguments of calls as objects, not as text.
+
+        Raises:
+            InvalidRequestError: if arguments are no JSON object.
+        """
+        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError("messages: the arguments of a tool call must be a JSON object, as text", "messages")
+    return arguments
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call. ``strict`` changes nothing: forced calls always fit the schema."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """Attributes: type: functions are the only kind."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class ChosenFunction(Body):
+    """The function of a `ToolChoice`."""
+
+    name: str
+
+
+class ToolChoice(Body):
+    """One function that must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class JsonSchema(Body):
+    """Attributes: name, description, strict: change nothing; the answer always fits the schema."""
+
+    model_config = Body.model_config | {"populate_by_name": True}
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer must look like: any text, any JSON object, or a document of a JSON schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type 'json_schema', and with no other")
+        return self
+
+    @property
+    def grammar(self) -> str | None:
+        """The grammar of such answers; None: any text."""
+        if self.type == "text":
+            return None
+        return json_schema(ANY_JSON_OBJECT if self.json_schema is None else self.json_schema.schema_ or {})
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    service_tier: Any = None
+    store: bool | None = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them.
+
+        Raises:
+            InvalidRequestError: if one cannot be written so.
+        """
+        return [message.as_in_templates() for message in self.messages]
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of, as templates take them."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+
+    def sampling(self) -> SamplingParams:
+        """The request's sampling parameters; without a limit the output may fill the context.
+
+        Raises:
+            InvalidRequestError: naming the parameter that cannot be honoured.
+        """
+        self._refuse_unsupported()
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError("max_tokens and max_completion_tokens differ; send one", "max_tokens")
+        logprobs = None
+        if self.logprobs:
+            logprobs = self.top_logprobs or 0
+            if not 0 <= logprobs <= MAX_LOGPROBS:
+                raise InvalidRequestError(f"top_logprobs must be in 0..{MAX_LOGPROBS}", "top_logprobs")
+        elif self.top_logprobs is not None:
+            raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
+        more: dict[str, Any] = {"max_tokens": limits.pop() if limits else None, "logprobs": logprobs}
+        grammars = {"grammar": self.grammar, "response_format": self.response_format and self.response_format.grammar}
+        grammars["tool_choice"] = self._forced_calls()
+        named = [name for name, grammar in grammars.items() if grammar is not None]
+        if len(named) > 1:
+            raise InvalidRequestError(f"{named[1]} and {named[0]} contradict each other", named[1])
+        if named:
+            more["grammar"] = grammars[named[0]]
+        elif self.offered_tools and self.parallel_tool_calls is False:
+            more["stop"] = [*SamplingParams(stop=self.stop).stop_strings, CALL_END]  # the first call is the last
+        return self._sampling(**more)
+
+    def _forced_calls(self) -> str | None:
+        if self.tool_choice in (None, "none", "auto"):
+            return None
+        tools = self.tools or []
+        if not tools:
+            raise InvalidRequestError("tool_choice needs tools", "tool_choice")
+        if isinstance(self.tool_choice, ToolChoice):
+            name = self.tool_choice.function.name
+            tools = [tool for tool in tools if tool.function.name == name]
+            if not tools:
+                raise InvalidRequestError(f"tool_choice: there is no tool {name!r}", "tool_choice")
+        functions = {tool.function.name: tool.function.parameters for tool in tools}
+        several = self.tool_choice == "required" and self.parallel_tool_calls is not False
+        return calls_grammar(functions, several)
