@@ -150,6 +150,10 @@ class ProcessRotationManager(InstanceSupervisor):
             if capability is not None:
                 # Importing FlashInfer asks the device for this, unless it is told.
                 environment["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a" if capability == "9.0" else capability
+        else:
+            # Idle OpenMP threads spin otherwise, on cores that the other phase's workers need: steps took
+            # ten times as long.
+            environment["OMP_WAIT_POLICY"] = "passive"
         if self._owns_run_dir:
             self.resident_manager.run_dir = self._run_dir
         self.resident_manager.environment = environment
