@@ -6,16 +6,21 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-gpu bench lint clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt scripts/install_debian_packages.sh
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 
+# What tests of Mooncake need from Debian.
+.PHONY: debian-packages
+debian-packages:
+	scripts/install_debian_packages.sh
+
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed debian-packages
 	$(BIN)/python -m pytest
 
 # Needs an NVIDIA GPU; takes the interpreter that has its libraries.

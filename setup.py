@@ -34,10 +34,11 @@ setup(
         "uvloop",
     ],
     extras_require={
-        "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine"],
+        "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine-cuda13"],
         "test": [
             "hypothesis",
             "httpx",
+            "mooncake-transfer-engine-non-cuda",
             "mypy",
             "openai",
             "pytest",

@@ -81,7 +81,8 @@ class KVTransferConfig(Section, frozen=True):
 
     Attributes:
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where a side has none;
-            ``mooncake`` is the Mooncake Transfer Engine; or ``package.module:Class``, a subclass
+            ``mooncake`` is the Mooncake Transfer Engine, which writes straight into the receiver's
+            arena; or ``package.module:Class``, a subclass
             of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
             when it is full.
@@ -90,6 +91,10 @@ class KVTransferConfig(Section, frozen=True):
             port + r * tensor_parallel_size + t. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request's prefill is tried before the request fails.
+        verify: compare checksums of every block before it is used; what differs is computed again.
+        mooncake_protocol: how Mooncake moves bytes; default: what the file that
+            ``MOONCAKE_CONFIG_PATH`` names says, or the engine's own choice.
+        mooncake_device: RDMA adapters that Mooncake uses, comma-separated; default: that file's, or all.
     """
 
     backend: str = "nccl"
@@ -98,6 +103,9 @@ class KVTransferConfig(Section, frozen=True):
     port: int | None = None
     timeout_s: float = 30.0
     max_attempts: int = 3
+    verify: bool = False
+    mooncake_protocol: Literal["tcp", "rdma", "nvlink"] | None = None
+    mooncake_device: str | None = None
 
 
 class ChunkedPrefillConfig(Section, frozen=True):
@@ -197,7 +205,7 @@ class PerformanceConfig(Section, frozen=True):
         enable_prefix_caching: reuse the KV of equal prompt prefixes.
         decode_headroom_tokens: tokens per running sequence for which blocks are kept free when a
             new request is admitted.
-        pipeline_depth: plans in flight per worker.
+        pipeline_depth: plans in flight per worker; one more while steps take less than 2 ms.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of
             `hbserve.pd_disagg.cpu_scheduler.CpuScheduler` with another policy.

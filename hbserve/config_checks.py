@@ -12,6 +12,9 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole, LadderConfig, Mode, Section, SemiPDConfig, nearest
 from hbserve.errors import ConfigError
 
+BACKENDS = ("nccl", "mooncake")
+"""Built-in ways to move KV."""
+
 
 def from_dict(document: Any, base_dir: Path | None) -> Config:
     """See `Config.from_dict`."""
@@ -118,13 +121,11 @@ def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceC
 def _validate(config: Config) -> None:
     if config.model.tensor_parallel_size not in (1, 2, 4, 8):
         raise _error("model.tensor_parallel_size", f"must be 1, 2, 4 or 8, got {config.model.tensor_parallel_size}")
-    if config.kv_transfer.backend == "mooncake":
-        raise _error("kv_transfer.backend", "mooncake is not available yet; use nccl (gloo on CPU) or your own class")
-    if config.kv_transfer.backend != "nccl" and not _is_import_path(config.kv_transfer.backend):
+    if config.kv_transfer.backend not in BACKENDS and not _is_import_path(config.kv_transfer.backend):
         raise _error(
             "kv_transfer.backend",
             f"{config.kv_transfer.backend!r} is neither a built-in backend nor a 'package.module:Class'"
-            + nearest(config.kv_transfer.backend, ["nccl", "mooncake"]),
+            + nearest(config.kv_transfer.backend, list(BACKENDS)),
         )
     if config.performance.scheduler is not None and not _is_import_path(config.performance.scheduler):
         raise _error("performance.scheduler", "must be 'package.module:Class'")

@@ -60,4 +60,12 @@ class StaleBlockError(HBServeError):
 
 
 class KVTransferError(HBServeError):
-    """A KV transfer that failed or timed out. Nothing more will be written to its destination."""
+    """A KV transfer that failed.
+
+    Attributes:
+        kind: what statistics count it as: ``timeout``, ``stale``, ``checksum``, or ``backend``.
+    """
+
+    def __init__(self, message: str, kind: str = "backend") -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -245,12 +245,40 @@ class Peer(Value, frozen=True):
     link_epoch: int = 0
 
 
+class OpenLink(Message, frozen=True):
+    """Be ready to receive from another instance, under a link epoch; answered by `LinkOpened`.
+
+    Attributes:
+        sources: the other instance's ranks.
+    """
+
+    source_id: str
+    link_epoch: int
+    sources: list[Peer]
+
+
+class CloseLink(Message, frozen=True):
+    """A link has failed or its sender is lost: see to it that nothing of it is written any more, then say `LinkClosed`.
+
+    Attributes:
+        senders_done: every sender on it has answered, so that none of them writes any more of its
+            own will; False where the sender's instance is lost and may still be at it.
+    """
+
+    source_id: str
+    link_epoch: int
+    sources: list[Peer]
+    senders_done: bool
+
+
 class SendBlocks(Message, frozen=True):
     """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
 
     Attributes:
         targets: each rank sends its shard to the peer of its own number.
         generations: of the blocks, on the sender's side; a stale one is refused.
+        target_block_ids: where they go, in the receiver's pool.
+        checksum: whether the answer shall hold the blocks' checksums.
     """
 
     transfer_id: str
@@ -258,6 +286,8 @@ class SendBlocks(Message, frozen=True):
     targets: list[Peer]
     block_ids: list[int]
     generations: list[int]
+    target_block_ids: list[int]
+    checksum: bool = False
 
 
 class ReceiveBlocks(Message, frozen=True):
@@ -270,8 +300,21 @@ class ReceiveBlocks(Message, frozen=True):
     generations: list[int]
 
 
+class VerifyBlocks(Message, frozen=True):
+    """Compare blocks that have arrived with what was sent; answered by the receiver's `TransferResult`.
+
+    Attributes:
+        checksums: by rank, one for each block.
+    """
+
+    transfer_id: str
+    block_ids: list[int]
+    generations: list[int]
+    checksums: list[list[int]]
+
+
 class CancelTransfer(Message, frozen=True):
-    """Give up on a transfer. It is still answered by `TransferResult`, after which nothing is written."""
+    """Give up on a transfer. It is still answered by `TransferResult`; see `CloseLink` for when nothing is written."""
 
     transfer_id: str
 
@@ -307,6 +350,7 @@ class Hello(Message, frozen=True):
         arena_epoch: of its KV memory: the same, or of the process that holds it.
         block_bytes: of one KV block over all layers and ranks.
         peers: where its ranks receive KV, in their order.
+        one_sided: its transfer backend writes into the receiver's arena, which takes no part.
     """
 
     instance_id: str
@@ -321,6 +365,7 @@ class Hello(Message, frozen=True):
     vocab_size: int
     device: str
     peers: list[Peer]
+    one_sided: bool = False
 
 
 class Pong(Message, frozen=True):
@@ -347,12 +392,39 @@ class StepResult(Message, frozen=True):
     error: str | None = None
 
 
+class LinkOpened(Message, frozen=True):
+    """A link is ready for transfers.
+
+    Attributes:
+        peers: where the ranks receive what comes on it, in their order.
+        error: why it is not; the instance then exits.
+    """
+
+    epoch: int
+    source_id: str
+    link_epoch: int
+    peers: list[Peer]
+    error: str | None = None
+
+
+class LinkClosed(Message, frozen=True):
+    """Nothing that was sent on the link is written after this."""
+
+    epoch: int
+    source_id: str
+    link_epoch: int
+
+
 class TransferResult(Message, frozen=True):
-    """The end of one side of a transfer. On the receiver: after this nothing more is written.
+    """The end of one side of a transfer.
 
     Attributes:
         sent: True from the sender, False from the receiver.
+        seconds: from when the blocks were ready (sender) or asked for (receiver) to the end, less ``queued_s``.
+        queued_s: time that went to other transfers on the link.
         error: None if every byte is there.
+        error_kind: ``timeout``, ``stale``, ``checksum``, ``cancelled``, or ``backend``.
+        checksums: by rank, one for each block that was sent, if they were asked for.
     """
 
     epoch: int
@@ -360,7 +432,10 @@ class TransferResult(Message, frozen=True):
     sent: bool
     num_bytes: int
     seconds: float
+    queued_s: float = 0.0
     error: str | None = None
+    error_kind: str | None = None
+    checksums: list[list[int]] | None = None
 
 
 class InstanceFailed(Message, frozen=True):
@@ -517,9 +592,11 @@ class StreamText(Message, frozen=True):
 
 ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady | SetWorkers
 SchedulerReply = OutputBatch | Stats | Ready | NotReady | WorkerLost
-InstanceCommand = Ping | StepPlan | ReceiveBlocks | CancelTransfer | Shutdown
-RankCommand = BeginEpoch | ReceiveBlocks | CancelTransfer
-RankReply = EpochBegun | TransferResult | StepResult | InstanceFailed
+TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
+TransferReply = LinkOpened | LinkClosed | TransferResult
+InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown
+RankCommand = BeginEpoch | TransferCommand
+RankReply = EpochBegun | TransferReply | StepResult | InstanceFailed
+InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | Leaving
 TextRequest = EncodeText | EncodeChat | CheckGrammar | OpenText | FeedText | CloseText
 TextReply = Encoded | Checked | TextFailed | StreamText
-InstanceReply = Hello | Pong | StepResult | TransferResult | InstanceFailed | Leaving

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
+from ctypes.util import find_library
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from tests.model_zoo import VOCAB_SIZE
+
+needs_mooncake = pytest.mark.skipif(
+    find_spec("mooncake") is None or find_library("ibverbs") is None,
+    reason="needs the Mooncake Transfer Engine and libibverbs: scripts/install_debian_packages.sh",
+)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

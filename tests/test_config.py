@@ -54,7 +54,7 @@ TWO = (
         (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be at most 65535"),
         (MODEL + "mode: fast\n", 3, "mode: Invalid enum value"),
         (MODEL + "kv_transfer:\n  backend: ncc\n", 4, "did you mean 'nccl'"),
-        (MODEL + "kv_transfer:\n  backend: mooncake\n", 4, "mooncake is not available yet"),
+        (MODEL + "kv_transfer:\n  backend: moonc\n", 4, "did you mean 'mooncake'"),
         ("model:\n  path: nowhere\n", 2, "model.path: there is no folder 'nowhere'"),
         ("model:\n  path: model\n  path: model\n", 3, "path is given twice"),
         ("mode: unified\n", 1, "missing required field model"),
@@ -97,6 +97,6 @@ def test_the_flat_configuration_can_change_until_it_is_frozen(tmp_path: Path) ->
 
 def test_the_flat_configuration_names_its_own_fields_in_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kv_transfer_backend: "):
-        PdDisaggConfig(str(tmp_path), kv_transfer_backend="mooncake").freeze()
+        PdDisaggConfig(str(tmp_path), kv_transfer_backend="moonc").freeze()
     with pytest.raises(TypeError, match=r"unknown argument 'chunk_sise'; did you mean 'chunk_size'"):
         PdDisaggConfig.from_arguments(str(tmp_path), chunk_sise=1)

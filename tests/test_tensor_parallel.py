@@ -284,15 +284,15 @@ def part(transfer_id: str, error: str | None = None) -> TransferResult:
 def test_a_transfer_is_over_when_it_is_over_on_every_rank() -> None:
     reported: list[TransferResult] = []
     cancelled: list[str] = []
-    results = JointResults(3, reported.append, cancelled.append)
-    for _ in range(2):
-        results.add(part("good"))
-    results.add(part("bad"))
-    results.add(part("bad", "the cable was pulled"))
+    results = JointResults(3, reported.append, cancelled.append)  # type: ignore[arg-type]
+    for rank in (2, 0):
+        results.add(rank, part("good"))
+    results.add(0, part("bad"))
+    results.add(1, part("bad", "the cable was pulled"))
     assert not reported
     assert cancelled == ["bad"], "the other ranks are not left to their timeouts"
-    results.add(part("bad", "cancelled"))
-    results.add(part("good"))
+    results.add(2, part("bad", "cancelled"))
+    results.add(1, part("good"))
     assert [(r.transfer_id, r.num_bytes, r.error) for r in reported] == [
         ("bad", 0, "the cable was pulled"),
         ("good", 30, None),

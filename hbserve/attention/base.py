@@ -68,14 +68,12 @@ class Attention(ABC):
         self.kv_cache[blocks, layer, 1, offsets] = v
 
     @abstractmethod
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         """Attend over the cache, which has the step's own keys and values: each token to its past.
 
         Args:
             q: ``[tokens, heads, head_dim]``.
-
-        Returns:
-            ``[tokens, heads, head_dim]``.
+            out: contiguous, of the same shape; written.
         """
 
 

@@ -61,10 +61,9 @@ class FlashAttnBackend(AttentionBackend):
             self._query_starts = torch.from_numpy(query_starts).to(device, non_blocking=True)
             self._key_starts = torch.nn.functional.pad(self._context_lens[split:].cumsum(0, dtype=torch.int32), (1, 0))
 
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         assert self._batch is not None, "no step has begun"
         keys, values = self.kv_cache[:, layer, 0], self.kv_cache[:, layer, 1]
-        out = torch.empty_like(q)
         split = self._batch.num_decode_rows
         if split:
             out[:split] = self._decode(
@@ -87,4 +86,3 @@ class FlashAttnBackend(AttentionBackend):
                 causal=True,
                 block_table=self._tables[split:],
             )
-        return out

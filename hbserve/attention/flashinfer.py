@@ -93,15 +93,13 @@ class FlashInferBackend(AttentionBackend):
             )
             self._schedule_is_queued()
 
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         cache = self.kv_cache[:, layer]
-        out = torch.empty_like(q)
         split = self._num_decode_rows
         if split:
             self._decode.run(q[:split], cache, out=out[:split])
         if split < self._num_tokens:
             self._prefill.run(q[split:], cache, out=out[split:])
-        return out
 
     def _use_next_schedule(self, wrapper: Any) -> None:
         self._next_schedule = (self._next_schedule + 1) % _NUM_SCHEDULE_BUFFERS

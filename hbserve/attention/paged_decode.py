@@ -9,9 +9,12 @@ lengths, and there is no schedule to compute on the host.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -25,13 +28,17 @@ from hbserve.models.spec import ModelSpec
 _MIN_QUERY_ROWS = 16
 """Rows of the smallest matrix product that tensor cores do."""
 
-_MAX_SPLITS = 64
+_MIN_SPLITS, _MAX_SPLITS = 4, 64
+_MIN_CHUNK_LEN = 64
+_WANTED_PROGRAMS = 512
+"""About four for each multiprocessor of an H200."""
 
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q,
     cache,
+    order,
     indptr,
     indices,
     positions,
@@ -56,9 +63,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     overlap: tl.constexpr,
 ):
     head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     # What the host has copied for this step is there; what other kernels write may not be.
+    sequence = tl.load(order + tl.program_id(1)).to(tl.int64)
     length = (tl.load(positions + sequence) + 1).to(tl.int32)
     chunk = tl.load(chunk_len)
     start = split * chunk
@@ -130,12 +137,14 @@ class DecodeInputs:
     """A batch of decoding sequences, on the device.
 
     Attributes:
+        order: int32 ``[rows]``, the rows by falling length: the longest begin first, so that all end together.
         indptr: int32 ``[rows + 1]``, row i's blocks are ``indices[indptr[i]:indptr[i + 1]]``.
         positions: int64 ``[rows]``, of the queries; a row attends to one token more than that.
         slot_mapping: int64 ``[rows]``, see `hbserve.attention.base.AttentionBatch`.
         chunk_len: int32 ``[1]``, from `PagedDecode.chunk_len`.
     """
 
+    order: torch.Tensor
     indptr: torch.Tensor
     indices: torch.Tensor
     positions: torch.Tensor
@@ -172,27 +181,25 @@ class PagedDecode(Attention):
         self._inputs, self.slot_mapping = inputs, inputs.slot_mapping
 
     def num_splits(self, num_rows: int) -> int:
-        """Into how many chunks a sequence may be split: enough programs to fill the card, not many more."""
+        """Into how many chunks a sequence may be split; each costs a program of every row that does not need it."""
         programs = num_rows * self.layout.num_kv_heads
-        return max(4, min(_MAX_SPLITS, 1 << (-(-4096 // programs) - 1).bit_length()))
+        return max(_MIN_SPLITS, min(_MAX_SPLITS, 1 << (-(-4096 // programs) - 1).bit_length()))
 
-    def chunk_len(self, num_rows: int, longest: int) -> int:
-        """Tokens of a chunk, for a step of a batch of ``num_rows`` whose longest context is ``longest``.
+    def chunk_len(self, num_rows: int, context_lens: npt.NDArray[np.int32]) -> int:
+        """Tokens of a chunk, for a step with these context lengths that is padded to ``num_rows``.
 
-        With few rows a chunk is as short as a program's smallest piece of work; with many, long
-        enough that merging does not count.
+        As long as there are programs enough to fill the card: splitting costs a merge.
         """
-        programs = num_rows * self.layout.num_kv_heads
-        least = 64 if programs <= 256 else 256 if programs <= 1024 else 512
-        return max(least, -(-longest // self.num_splits(num_rows) // 64) * 64)
+        even = int(context_lens.sum()) * self.layout.num_kv_heads / _WANTED_PROGRAMS
+        least = int(context_lens.max()) / self.num_splits(num_rows)
+        return max(_MIN_CHUNK_LEN, math.ceil(max(even, least) / _MIN_CHUNK_LEN) * _MIN_CHUNK_LEN)
 
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
         inputs, cache = self._inputs, self.kv_cache[:, layer]
         num_rows, num_heads, head_dim = q.shape
         num_kv_heads = self.layout.num_kv_heads
         splits = self.num_splits(num_rows)
-        out = torch.empty_like(q)
         partial = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(num_rows, num_heads, splits, dtype=torch.float32, device=q.device)
         lanes = triton.next_power_of_2(head_dim)
@@ -201,6 +208,7 @@ class PagedDecode(Attention):
         kernel[(num_kv_heads, num_rows, splits)](
             q,
             cache,
+            inputs.order,
             inputs.indptr,
             inputs.indices,
             inputs.positions,
@@ -226,11 +234,10 @@ class PagedDecode(Attention):
             num_warps=num_warps,
             launch_pdl=self._overlap,
         )
-        return out
 
 
 def _shape(programs: int, lanes: int) -> tuple[int, int, int]:
     """Tokens of a piece, pieces in flight, and warps of a program; from a sweep, docs/benchmarks.md."""
     if lanes > 128:
         return 32, 2, 4
-    return (64, 2, 4) if programs <= 256 else (128, 2, 4)
+    return (32, 4, 1) if programs >= 1280 else (64, 2, 4)

@@ -77,18 +77,16 @@ class SdpaBackend(AttentionBackend):
         self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))
         self._cache_rows.index_copy_(0, self._slot_rows + key_row + self.layout.block_size, v.flatten(1))
 
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         key_row = layer * 2 * self.layout.block_size
         value_row = key_row + self.layout.block_size
         plan = self._plans[self.spec.sliding_windows[layer]]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for gather in plan.decodes:
             keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, second=True)
             out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask)
         for gather in plan.chunks:
             keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, second=True)
             out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask)
-        return out
 
     def _row_of(self, slots: torch.Tensor) -> torch.Tensor:
         """Rows of layer 0's keys in the cache, of ``block id * block size + offset``."""

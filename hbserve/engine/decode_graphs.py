@@ -20,6 +20,7 @@ import torch
 from hbserve.attention.page_tables import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.fast_sampler import fast_sample
+from hbserve.engine.pending_step import StepTimer
 from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
@@ -51,6 +52,7 @@ _FIELDS = (
     _Field("slot_mapping", np.int64, -1),
     _Field("seeds", np.int64, 0),
     _Field("temperatures", np.float32, 0),
+    _Field("order", np.int32, 0),
     _Field("chunk_len", np.int32, 1),
     _Field("indptr", np.int32, 0),
 )
@@ -131,6 +133,11 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._capture_all(device)
 
+    @property
+    def pool(self) -> Any:
+        """Of the graphs' memory."""
+        return self._graphs[self._sizes[-1]].graph.pool()
+
     def _capture_all(self, device: torch.device) -> None:
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
@@ -150,6 +157,7 @@ class DecodeGraphs:
         tensor = self._inputs.tensor
         self._attention.begin(
             DecodeInputs(
+                tensor("order", size),
                 tensor("indptr", size + 1),
                 self._inputs.indices,
                 tensor("positions", size),
@@ -170,9 +178,10 @@ class DecodeGraphs:
 
     def _copy_padding(self, size: int) -> None:
         arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
+        arrays["order"] = np.arange(size, dtype=np.int32)
         arrays["indptr"] = np.arange(size + 1, dtype=np.int32)
         arrays["slots"] = np.full(size, self._table.padding_slot, np.int64)
-        arrays["chunk_len"] = np.array([self._attention.chunk_len(size, 1)], np.int32)
+        arrays["chunk_len"] = np.array([self._attention.chunk_len(size, np.ones(size, np.int32))], np.int32)
         self._inputs.copy(arrays, np.zeros(size, np.int32), size)
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,8 +205,11 @@ class DecodeGraphs:
             and max(row.start for row in rows) < self._max_seq_len
         )
 
-    def launch(self, rows: list[PlanRow]) -> tuple[Sampled, list[int]]:
+    def launch(self, rows: list[PlanRow], timer: StepTimer) -> tuple[Sampled, list[int]]:
         """Run a step that `fits`; its blocks have been appended.
+
+        Args:
+            timer: started when the device gets its work.
 
         Returns:
             What was sampled, in the rows' order, and each row's number of logprobs.
@@ -218,6 +230,7 @@ class DecodeGraphs:
         pages = PageTables.build(context_lens, block_tables, self._block_size)
         padded_slots = np.full(size, table.padding_slot, np.int64)
         padded_slots[:num_rows] = slots
+        timer.start()
         self._inputs.copy(
             {
                 "token_ids": token_ids,
@@ -226,7 +239,8 @@ class DecodeGraphs:
                 "slot_mapping": blocks * self._block_size + starts % self._block_size,
                 "seeds": table.seeds[slots],
                 "temperatures": table.temperature[slots],
-                "chunk_len": np.array([self._attention.chunk_len(size, int(starts.max()) + 1)], np.int32),
+                "order": np.argsort(-context_lens, kind="stable").astype(np.int32),
+                "chunk_len": np.array([self._attention.chunk_len(size, context_lens)], np.int32),
                 "indptr": pages.indptr,
             },
             pages.indices,

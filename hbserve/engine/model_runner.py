@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hbserve.attention import select_attention_backend
-from hbserve.config import Config, InstanceConfig
+from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
 from hbserve.engine.pending_step import PendingStep, StepTimer
@@ -24,6 +24,7 @@ from hbserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs
+    from hbserve.engine.prefill_graphs import PrefillGraphs
 
 __all__ = ["ModelRunner", "PendingStep"]
 
@@ -83,7 +84,9 @@ class ModelRunner:
             device=platform.device,
             tokenizer_folder=config.tokenizer_path,
         )
-        self._graphs = self._capture_graphs(config) if instance.instance_type.decodes else None
+        self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
+        self._capture_graphs(config, instance.instance_type)
         if arenas.spare_block is not None:
             self._warm_up(config, arenas.spare_block)
         logger.info(
@@ -93,25 +96,34 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _capture_graphs(self, config: Config) -> DecodeGraphs | None:
+    def _capture_graphs(self, config: Config, role: InstanceRole) -> None:
+        """Those of the phases that are done here."""
         if not config.cuda_graph.enabled:
-            return None
+            return
         if self.platform.name != "cuda":
             logger.info("no CUDA graphs: there are none on the %s platform", self.platform.name)
-            return None
+            return
         if importlib.util.find_spec("triton") is None:
             logger.warning("no CUDA graphs: Triton is not installed, so decode steps run eagerly and slower")
-            return None
+            return
         from hbserve.attention.paged_decode import PagedDecode
         from hbserve.engine.decode_graphs import DecodeGraphs
+        from hbserve.engine.prefill_graphs import PrefillGraphs
 
         reason = PagedDecode.supports(self.spec, self.layout)
         if reason is not None:
             logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)
-            return None
-        heads = self.spec.num_heads // self.parallel.size
-        attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
-        return DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
+            return
+        pool: Any = torch.cuda.graph_pool_handle()
+        if role.decodes:
+            heads = self.spec.num_heads // self.parallel.size
+            attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
+            self._graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
+            pool = self._graphs.pool
+        if role.prefills:
+            # The sampler and FlashInfer keep memory of their own, so a step's tokens are all that counts here.
+            max_tokens = config.performance.max_num_batched_tokens
+            self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, pool)
 
     @torch.inference_mode()
     def _warm_up(self, config: Config, spare_block: int) -> None:
@@ -148,10 +160,14 @@ class ModelRunner:
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
-            return PendingStep(plan, *self._graphs.launch(plan.rows), timer)
+            return PendingStep(plan, *self._graphs.launch(plan.rows, timer), timer)
         batch = build_batch(plan.rows, self._table, self.layout.block_size, self.platform.device)
+        timer.start()
         self._attention.begin(batch.attention)
-        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
+        if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
+            hidden = self._prefill_graphs.forward(batch)
+        else:
+            hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
         if not batch.num_logprobs:
             return PendingStep(plan, None, [], timer)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)

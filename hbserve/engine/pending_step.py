@@ -11,15 +11,20 @@ from hbserve.messages import StepPlan, StepResult, TokenLogprobs
 
 
 class StepTimer:
-    """How long the device works between two points of its stream, seconds. Starts when made."""
+    """How long the device works between two points of its stream, seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = None
         if device.type == "cuda":
             self._events = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+        self._seconds = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """The first point; once more to move it: before the device has its work it only waits for the host."""
+        if self._events is not None:
             self._events[0].record()
         self._started = time.perf_counter()
-        self._seconds = 0.0
 
     def stop(self) -> None:
         """The second point."""

@@ -182,28 +182,26 @@ def norm_rotate_store(
     slots: torch.Tensor,
     inverse_frequencies: torch.Tensor,
     eps: float,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """Per-head norm (where there are weights) and rotary embedding of q and k; k and v go to the cache.
 
     Args:
         qkv: contiguous ``[tokens, (heads + 2 kv heads) * head_dim]``.
         cache: one layer, ``[block, k/v, token, kv head, head_dim]``, strided in its first dimension.
         positions, slots: int64 ``[tokens]``; a negative slot stores nothing.
-
-    Returns:
-        q, ``[tokens, heads, head_dim]``.
+        out: contiguous ``[tokens, heads, head_dim]``, for q.
     """
     num_tokens = qkv.shape[0]
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     weights: Any = (q_weight, k_weight) if q_weight is not None and k_weight is not None else (qkv, qkv)
     # Few heads a program where there are few tokens, to spread them; many where there is enough to do anyway.
     heads_per_program = 1 if num_tokens < 64 else 8
     overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
         qkv,
-        q,
+        out,
         cache,
         *weights,
         positions,
@@ -224,4 +222,3 @@ def norm_rotate_store(
         num_warps=1 if heads_per_program == 1 else 2,
         launch_pdl=overlap,
     )
-    return q

@@ -87,8 +87,9 @@ class LayerOps:
         rotary: RotaryEmbedding,
         attention: Attention,
         layer: int,
-    ) -> torch.Tensor:
-        """Normalise heads where the model does, rotate q and k, put k and v into the cache; returns q."""
+        out: torch.Tensor,
+    ) -> None:
+        """Normalise heads where the model does, rotate q and k; k and v go to the cache, q to ``out``."""
         num_kv_heads, head_dim = attention.layout.num_kv_heads, attention.layout.head_dim
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         q, k, v = heads.tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
@@ -96,7 +97,7 @@ class LayerOps:
             q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
         angles = rotary.angles(positions)
         attention.store(layer, rotate(k, *angles), v)
-        return rotate(q, *angles)
+        out.copy_(rotate(q, *angles))
 
 
 class FusedOps(LayerOps):
@@ -159,8 +160,9 @@ class FusedOps(LayerOps):
         rotary: RotaryEmbedding,
         attention: Attention,
         layer: int,
-    ) -> torch.Tensor:
-        return self._fused.norm_rotate_store(
+        out: torch.Tensor,
+    ) -> None:
+        self._fused.norm_rotate_store(
             qkv,
             attention.kv_cache[:, layer],
             q_norm,
@@ -169,6 +171,7 @@ class FusedOps(LayerOps):
             attention.slot_mapping,
             rotary.inverse_frequencies,
             eps,
+            out,
         )
 
 

@@ -61,17 +61,42 @@ class Decoder:
 
         Args:
             token_ids, positions: integers ``[tokens]``, in the order of the batch that ``attention``
-                was told about in `AttentionBackend.begin`.
+                was told about.
         """
-        ops, eps = self._ops, self.spec.rms_norm_eps
-        stream = ResidualStream(vocab_parallel_embedding(token_ids, self.embedding, self.parallel))
-        for index, layer in enumerate(self.layers):
-            qkv = ops.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
-            q = ops.rotate_and_store(qkv, layer.q_norm, layer.k_norm, eps, positions, self.rotary, attention, index)
-            ops.add_linear(stream, attention.attend(index, q).flatten(1), layer.o, layer.o_bias, self.parallel)
-            inner = ops.norm_gated_linear(stream, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias)
-            ops.add_linear(stream, inner, layer.down, layer.down_bias, self.parallel)
-        return ops.norm(stream, self.final_norm, eps)
+        stream = self.embed(token_ids)
+        q, out = (self.heads_buffer(len(token_ids)) for _ in range(2))
+        for index in range(len(self.layers)):
+            self.before_attention(index, stream, positions, attention, q)
+            attention.attend(index, q, out)
+            self.after_attention(index, stream, out)
+        return self.finish(stream)
+
+    def embed(self, token_ids: torch.Tensor) -> ResidualStream:
+        """Where the layers begin."""
+        return ResidualStream(vocab_parallel_embedding(token_ids, self.embedding, self.parallel))
+
+    def heads_buffer(self, num_tokens: int) -> torch.Tensor:
+        """Memory for the query heads of tokens, or for what they attend to: ``[tokens, heads, head_dim]``."""
+        return self.embedding.new_empty(num_tokens, self.spec.num_heads // self.parallel.size, self.spec.head_dim)
+
+    def before_attention(
+        self, index: int, stream: ResidualStream, positions: torch.Tensor, attention: Attention, q: torch.Tensor
+    ) -> None:
+        """A layer up to its attention: queries go to ``q``, keys and values to the cache."""
+        layer, ops, eps = self.layers[index], self._ops, self.spec.rms_norm_eps
+        qkv = ops.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+        ops.rotate_and_store(qkv, layer.q_norm, layer.k_norm, eps, positions, self.rotary, attention, index, q)
+
+    def after_attention(self, index: int, stream: ResidualStream, attended: torch.Tensor) -> None:
+        """The rest of the layer."""
+        layer, ops, eps = self.layers[index], self._ops, self.spec.rms_norm_eps
+        ops.add_linear(stream, attended.flatten(1), layer.o, layer.o_bias, self.parallel)
+        inner = ops.norm_gated_linear(stream, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias)
+        ops.add_linear(stream, inner, layer.down, layer.down_bias, self.parallel)
+
+    def finish(self, stream: ResidualStream) -> torch.Tensor:
+        """What the layers have made of the tokens, ``[tokens, hidden]``."""
+        return self._ops.norm(stream, self.final_norm, self.spec.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]``, in the model's dtype, of rows of `forward`'s result."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from hbserve.config import InstanceRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle
@@ -18,10 +18,17 @@ class Admission:
     Args:
         instances: all there are, by id.
         headroom_tokens: for each running sequence, tokens whose blocks admission leaves free.
+        can_send: whether KV can go from the first worker to the second.
     """
 
-    def __init__(self, instances: Mapping[str, InstanceHandle], headroom_tokens: int) -> None:
+    def __init__(
+        self,
+        instances: Mapping[str, InstanceHandle],
+        headroom_tokens: int,
+        can_send: Callable[[InstanceHandle, InstanceHandle], bool],
+    ) -> None:
         self._instances = instances
+        self._can_send = can_send
         self._headroom_tokens = headroom_tokens
 
     def seat(self, sequence: Sequence) -> bool:
@@ -43,6 +50,8 @@ class Admission:
                     return _start_prefill(sequence, seat, None)
             else:
                 for decode_worker in decode_workers:
+                    if not self._can_send(prefill_worker, decode_worker):
+                        continue
                     decode_seat = self._take_seat(sequence, decode_worker, num_tokens + 1)
                     if decode_seat is None:
                         continue

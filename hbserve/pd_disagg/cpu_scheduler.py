@@ -31,6 +31,8 @@ from hbserve.messages import (
     InstanceFailed,
     InstanceReply,
     Leaving,
+    LinkClosed,
+    LinkOpened,
     NotReady,
     Ping,
     Ready,
@@ -52,7 +54,7 @@ from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle, Work
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
-from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ class CpuScheduler:
         self.start_time = time.monotonic()
         self._epoch = secrets.randbits(62) + 1
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
-        self.transfers = TransferLedger()
+        self.transfers = TransferLedger(config.kv_transfer.verify)
         self._arrivals = 0
         self._planner = StepPlanner(config, self.transfers, self._preempt)
         self._subscribers: dict[bytes, float] = {}
@@ -104,7 +106,7 @@ class CpuScheduler:
         self._worker_tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._worker_launchers: dict[str, bytes] = {}
-        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens)
+        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens, self.transfers.is_open)
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class CpuScheduler:
             await self._schedule_waiting_requests()
             for instance in self.instances.values():
                 for worker, phases in instance.choose_workers().items():
-                    while len(worker.inflight) < self.config.performance.pipeline_depth:
+                    while len(worker.inflight) < worker.pipeline_depth(self.config.performance.pipeline_depth):
                         if not self._planner.plan_step(instance, worker, phases):
                             break
                 self._end_retired(instance)
@@ -280,7 +282,7 @@ class CpuScheduler:
             self._close(sequence, "aborted")
 
     def _announce_ready(self) -> None:
-        if not all(instance.ready for instance in self.instances.values()):
+        if not all(instance.ready for instance in self.instances.values()) or self.transfers.is_connecting:
             return
         assert self._max_model_len is not None
         for client in list(self._subscribers):
@@ -353,6 +355,11 @@ class CpuScheduler:
                 self._on_step_result(worker, reply)
         elif isinstance(reply, TransferResult):
             self._on_transfer_result(reply)
+        elif isinstance(reply, LinkOpened):
+            self.transfers.on_link_opened(instance, reply)
+            self._announce_ready()
+        elif isinstance(reply, LinkClosed):
+            self.transfers.on_link_closed(instance, reply)
         elif isinstance(reply, Leaving):
             self._lose(instance, worker, "it is ending")
 
@@ -367,6 +374,7 @@ class CpuScheduler:
         if worker.ready:
             self._lose(instance, worker, "it started again")
         instance.register(worker, hello)
+        self.transfers.connect(self.instances.values())
         others = [i.hello.max_model_len for i in self.instances.values() if i.hello is not None]
         self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
         self._vocab_size = hello.vocab_size
@@ -409,11 +417,12 @@ class CpuScheduler:
 
     def _lose_memory(self, instance: InstanceHandle, why: str) -> None:
         seated = [s for s in self._sequences.values() if any(seat.worker is instance for seat in s.seats)]
+        failed = self.transfers.lose(instance)
         instance.reset()
         instance.note_lost(why)
-        self.transfers.lose(instance)
         for sequence in seated:
             self._retry(sequence, why)
+        self._retry_all(failed, why)
 
     # --- workers on memory that another process holds --------------------------------------------
 
@@ -488,6 +497,7 @@ class CpuScheduler:
         assert step.step_id == result.step_id, "a worker answers in order"
         worker.work.num_steps += 1
         worker.work.busy_s += result.busy_s
+        worker.last_step_s = result.busy_s
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         now = time.monotonic()
         last_token_times: list[float | None] = []
@@ -554,20 +564,28 @@ class CpuScheduler:
         release_seat(sequence, seat)
         sequence.prefill_seat = None
         sequence.phase = Phase.TRANSFERRING
+        sequence.prefilled_at = time.monotonic()
         self._start_decoding_if_arrived(sequence)
 
     def _on_transfer_result(self, result: TransferResult) -> None:
-        transfer = self.transfers.close_side(result)
-        if transfer is None:
+        outcome = self.transfers.on_result(result)
+        if outcome.failed:
+            logger.warning("KV transfer %s failed: %s", result.transfer_id, result.error)
+            self._retry_all(outcome.failed, f"KV transfer: {result.error}")
+            self.transfers.connect(self.instances.values())
+        transfer = outcome.arrived
+        if transfer is None or transfer.attempt != transfer.sequence.attempt:
             return
         sequence = transfer.sequence
-        if transfer.attempt != sequence.attempt or sequence.phase is Phase.FINISHED:
-            return
-        if transfer.failed:
-            self._retry(sequence, f"KV transfer: {result.error}")
-        elif not result.sent:
-            sequence.open_transfers.discard(transfer.transfer_id)
-            self._start_decoding_if_arrived(sequence)
+        sequence.open_transfers.discard(transfer.transfer_id)
+        if sequence.phase is Phase.TRANSFERRING and not sequence.open_transfers:
+            self.transfers.count_exposed(transfer, time.monotonic() - sequence.prefilled_at)
+        self._start_decoding_if_arrived(sequence)
+
+    def _retry_all(self, failed: list[Transfer], why: str) -> None:
+        for transfer in failed:
+            if transfer.attempt == transfer.sequence.attempt and transfer.sequence.phase is not Phase.FINISHED:
+                self._retry(transfer.sequence, why)
 
     def _start_decoding_if_arrived(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.TRANSFERRING or sequence.open_transfers:

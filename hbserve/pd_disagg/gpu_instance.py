@@ -32,13 +32,16 @@ from hbserve.messages import (
     InstanceCommand,
     InstanceFailed,
     Leaving,
+    LinkClosed,
+    LinkOpened,
     Peer,
     Ping,
     Pong,
     RankReply,
-    ReceiveBlocks,
+    Shutdown,
     StepPlan,
     StepResult,
+    TransferReply,
     TransferResult,
 )
 from hbserve.pd_disagg import child
@@ -139,9 +142,9 @@ class GpuInstance:
                 self._runner.layout.block_size,
             )
             self._transfers = RankTransfers(
-                self.config, self.instance, 0, self._runner.kv_blocks, self._on_transfer_result
+                self.config, self.instance, 0, self._runner.kv_blocks, lambda reply: self._on_transfer_reply(0, reply)
             )
-            self._joint_results = JointResults(size, self._rpc.send, self._cancel_transfer)
+            self._joint_results = JointResults(size, self._on_joint_reply, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
@@ -223,7 +226,7 @@ class GpuInstance:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await self._transfers.end_epoch()
+        await self._transfers.leave()
         self._rpc.close()
 
     async def _serve_commands(self) -> None:
@@ -248,14 +251,12 @@ class GpuInstance:
             self._idle.clear()
             self._unfinished[command.epoch, command.step_id] = time.monotonic()
             self._plans.put(command)
-        elif isinstance(command, ReceiveBlocks):
+        elif isinstance(command, Shutdown):
+            self.stop()
+        else:
             self._used = True
             self._ranks.send(command)
-            self._transfers.manager.receive(command)
-        elif isinstance(command, CancelTransfer):
-            self._cancel_transfer(command.transfer_id)
-        else:
-            self.stop()
+            self._transfers.manager.handle(command)
 
     async def _on_ping(self, peer: bytes, ping: Ping) -> None:
         self._rpc.answer_to(peer)
@@ -292,6 +293,7 @@ class GpuInstance:
                 vocab_size=runner.spec.vocab_size,
                 device=self._platform.describe(),
                 peers=self._peers,
+                one_sided=self._transfers.manager.one_sided,
             )
         )
 
@@ -310,17 +312,25 @@ class GpuInstance:
         else:
             self._idle.set()
 
-    def _on_transfer_result(self, result: TransferResult) -> None:
-        if result.epoch == self._epoch:
-            self._joint_results.add(result)
+    def _on_transfer_reply(self, number: int, reply: TransferReply) -> None:
+        if reply.epoch == self._epoch:
+            self._joint_results.add(number, reply)
+
+    def _on_joint_reply(self, reply: TransferReply) -> None:
+        if isinstance(reply, LinkOpened) and reply.error is not None:
+            logger.error("%s; exiting", reply.error)
+            self._rpc.send(InstanceFailed(instance_id=self.instance.instance_id, error=reply.error))
+            self.stop(EXIT_STEP_FAILED)
+        else:
+            self._rpc.send(reply)
 
     def _cancel_transfer(self, transfer_id: str) -> None:
         self._ranks.send(CancelTransfer(transfer_id=transfer_id))
         self._transfers.manager.cancel(transfer_id)
 
     def _on_rank_reply(self, number: int, reply: RankReply) -> None:
-        if isinstance(reply, TransferResult):
-            self._on_transfer_result(reply)
+        if isinstance(reply, TransferResult | LinkOpened | LinkClosed):
+            self._on_transfer_reply(number, reply)
             return
         # A failed step, or an epoch that cannot begin: the main thread may wait for that rank for good.
         assert not isinstance(reply, EpochBegun)

@@ -24,6 +24,8 @@ from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.pd_disagg.sequence import Seat, Sequence
 
 _PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
+_SHORT_STEP_S = 2e-3
+"""Result out, scheduling, plan in and launch take about 1 ms."""
 
 
 @dataclass(slots=True)
@@ -86,6 +88,11 @@ class WorkerHandle:
         self.is_retiring = False
         self.is_told_to_end = False
         self.work = Work()
+        self.last_step_s = 0.0
+
+    def pipeline_depth(self, configured: int) -> int:
+        """Plans to have in flight: one more where a round trip takes longer than a step."""
+        return configured + (0 < self.last_step_s < _SHORT_STEP_S)
 
     @property
     def ready(self) -> bool:

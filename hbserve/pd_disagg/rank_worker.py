@@ -25,7 +25,6 @@ from hbserve.messages import (
     EpochBegun,
     InstanceFailed,
     RankCommand,
-    ReceiveBlocks,
     StepPlan,
     StepResult,
 )
@@ -136,7 +135,7 @@ class RankWorker:
         commands.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await commands
-        await self._transfers.end_epoch()
+        await self._transfers.leave()
         await self._line.close()
 
     async def _serve_commands(self) -> None:
@@ -147,10 +146,8 @@ class RankWorker:
                 return  # the life line is cut as well
             if isinstance(command, BeginEpoch):
                 await self._begin_epoch(command)
-            elif isinstance(command, ReceiveBlocks):
-                self._transfers.manager.receive(command)
             else:
-                self._transfers.manager.cancel(command.transfer_id)
+                self._transfers.manager.handle(command)
 
     async def _begin_epoch(self, command: BeginEpoch) -> None:
         while self._num_done < command.num_plans:

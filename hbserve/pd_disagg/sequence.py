@@ -99,6 +99,7 @@ class Sequence:
             reserved together with the prefill seat.
         num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
         open_transfers: transfers of this attempt that the decode side has not confirmed.
+        prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
         num_failures: attempts that ended in a failure not of the request's making.
         num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after one, on the monotonic clock.
@@ -118,6 +119,7 @@ class Sequence:
     decode_seat: Seat | None = None
     num_blocks_dispatched: int = 0
     open_transfers: set[str] = field(default_factory=set)
+    prefilled_at: float = 0.0
     num_failures: int = 0
     num_setbacks: int = 0
     retry_at: float = 0.0

@@ -17,7 +17,7 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
         ``cpu_scheduler``: request and token counts since the start, and what is open now;
         ``gpu_instances``: per instance its status, load, KV blocks and work done;
         ``metrics``: latencies, rates and queues, see docs/metrics.md;
-        ``kv_transfer``: per link ``source->target`` the transfers, bytes and failures.
+        ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures.
     """
     counts = scheduler.counts
     scheduler.metrics.observe_system(scheduler.waiting, scheduler.instances.values())
@@ -51,6 +51,10 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
                     "transfers": link.num_transfers,
                     "bytes": link.num_bytes,
                     "seconds": link.seconds,
+                    "gb_per_s": link.num_bytes / link.seconds / 1e9 if link.seconds else 0.0,
+                    "queued": scheduler.transfers.num_open(source, target),
+                    "queued_s": link.queued_s,
+                    "exposed_s": link.exposed_s,
                     "failures": dict(link.failures),
                 }
                 for (source, target), link in scheduler.transfers.links.items()

@@ -1,136 +1,334 @@
-"""The scheduler's books of the KV transfers in flight."""
+"""The scheduler's books of the KV transfers in flight, and of the links they go over."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from hbserve.messages import CancelTransfer, Peer, ReceiveBlocks, SendBlocks, TransferResult
+from hbserve.messages import (
+    CancelTransfer,
+    CloseLink,
+    LinkClosed,
+    LinkOpened,
+    OpenLink,
+    Peer,
+    ReceiveBlocks,
+    SendBlocks,
+    TransferResult,
+    VerifyBlocks,
+)
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.sequence import Seat, Sequence
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Link:
+    """The way from one instance to another, from its opening to its end. It fails as a whole and is never mended.
+
+    Attributes:
+        epoch: tells it from those before and after it between the same two.
+        targets: where the target's ranks receive; empty until it is open.
+        transfers: of these at least one side has not confirmed.
+        broken: nothing new goes over it. Its target's blocks stay pinned until the target says that
+            nothing of it is written any more.
+        sender_lost: some sender never confirmed.
+    """
+
+    source: InstanceHandle
+    target: InstanceHandle
+    epoch: int
+    sources: list[Peer]
+    targets: list[Peer] = field(default_factory=list)
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+    broken: bool = False
+    sender_lost: bool = False
+    close_sent: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Transfer:
-    """Blocks of one chunk on their way. Each side's blocks stay pinned until that side has confirmed."""
+    """Blocks of one chunk on their way. Each side's blocks stay pinned until that side can touch them no more."""
 
     transfer_id: str
     sequence: Sequence
     attempt: int
     source: Seat
     target: Seat
-    link_epoch: int
+    target_blocks: list[int]
+    link: Link
     sender_open: bool = True
     receiver_open: bool = True
-    failed: bool = False
+    delivered: bool = False
+    verifying: bool = False
+    checksums: list[list[int]] | None = None
 
 
 @dataclass(slots=True)
 class LinkStats:
-    """What has gone from one instance to another."""
+    """What has gone from one instance to another.
+
+    Attributes:
+        seconds: spent moving bytes; waiting for the prefill or for other transfers is not in it.
+        queued_s: spent waiting for other transfers.
+        exposed_s: from a prompt's first token to the arrival of its last block: what was not hidden.
+        failures: of the link, by kind, see `TransferResult.error_kind`; ``lost`` where an instance was.
+    """
 
     num_transfers: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
+    queued_s: float = 0.0
+    exposed_s: float = 0.0
     failures: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-class TransferLedger:
-    """Opens transfers, matches both sides' results, and keeps what may still be touched pinned."""
+@dataclass(slots=True)
+class Outcome:
+    """What a result has decided: a transfer whose blocks are all there, or all that its link took with it."""
 
-    def __init__(self) -> None:
+    arrived: Transfer | None = None
+    failed: list[Transfer] = field(default_factory=list)
+
+
+class TransferLedger:
+    """Opens links and transfers, matches both sides' results, and keeps what may still be touched pinned.
+
+    Args:
+        verify: have checksums compared before a transfer counts as arrived.
+    """
+
+    def __init__(self, verify: bool = False) -> None:
+        self._verify = verify
         self._open: dict[str, Transfer] = {}
+        self._links: dict[tuple[str, str], Link] = {}  # those that are not broken
+        self._ending: list[Link] = []  # those that are, until their last transfer is off the books
         self._link_epochs: dict[tuple[str, str], int] = defaultdict(int)
         self._count = 0
         self.links: dict[tuple[str, str], LinkStats] = defaultdict(LinkStats)
+        """Statistics by source and target."""
 
     def __len__(self) -> int:
         return len(self._open)
 
+    def num_open(self, source_id: str, target_id: str) -> int:
+        """Transfers between two instances that have not ended."""
+        return sum(
+            len(link.transfers)
+            for link in (*self._links.values(), *self._ending)
+            if (link.source.id, link.target.id) == (source_id, target_id)
+        )
+
+    # --- links -----------------------------------------------------------------------------------
+
+    def connect(self, instances: Iterable[InstanceHandle]) -> None:
+        """Open every link that the instances' roles call for and that is not there."""
+        ready = [instance for instance in instances if instance.ready]
+        for source in ready:
+            for target in ready:
+                needed = source.role.prefills and not source.role.decodes and not target.role.prefills
+                if needed and (source.id, target.id) not in self._links:
+                    self._open_link(source, target)
+
+    def _open_link(self, source: InstanceHandle, target: InstanceHandle) -> None:
+        assert source.hello is not None
+        key = (source.id, target.id)
+        self._link_epochs[key] += 1
+        epoch = self._link_epochs[key]
+        sources = [msgspec.structs.replace(peer, link_epoch=epoch) for peer in source.hello.peers]
+        self._links[key] = Link(source, target, epoch, sources)
+        target.send(OpenLink(source_id=source.id, link_epoch=epoch, sources=sources))
+
+    def is_open(self, source: InstanceHandle, target: InstanceHandle) -> bool:
+        """Whether blocks can go from one instance to the other."""
+        link = self._links.get((source.id, target.id))
+        return link is not None and bool(link.targets)
+
+    @property
+    def is_connecting(self) -> bool:
+        """Whether a link has been asked for and is not open yet."""
+        return not all(link.targets for link in self._links.values())
+
+    def on_link_opened(self, target: InstanceHandle, opened: LinkOpened) -> None:
+        """The receiving side is ready."""
+        link = self._links.get((opened.source_id, target.id))
+        if link is not None and link.epoch == opened.link_epoch:
+            link.targets = opened.peers
+
+    def on_link_closed(self, target: InstanceHandle, closed: LinkClosed) -> None:
+        """Nothing of a broken link is written any more: its blocks return."""
+        for link in list(self._ending):
+            if (link.source.id, link.target, link.epoch) == (closed.source_id, target, closed.link_epoch):
+                self._close_all_receivers(link)
+
+    # --- transfers -------------------------------------------------------------------------------
+
     def open(self, sequence: Sequence, source: Seat, target: Seat, first_block: int, end_block: int) -> SendBlocks:
         """Plan the transfer of the blocks at ``first_block .. end_block - 1`` of both tables.
 
-        The receiver is told at once; the returned command belongs into the sender's plan.
+        A receiver that takes part is told at once; the returned command belongs into the sender's plan.
         """
         self._count += 1
         transfer_id = f"{sequence.request.request_id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
-        link_epoch = self._link_epochs[source.worker.id, target.worker.id]
-        self._open[transfer_id] = Transfer(transfer_id, sequence, sequence.attempt, source, target, link_epoch)
+        link = self._links[source.worker.id, target.worker.id]
+        source_blocks = source.block_ids[first_block:end_block]
+        target_blocks = target.block_ids[first_block:end_block]
+        transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, link)
+        self._open[transfer_id] = link.transfers[transfer_id] = transfer
         sequence.open_transfers.add(transfer_id)
         for seat in (source, target):
             seat.pool.pin(seat.owner)
-        source_blocks = source.block_ids[first_block:end_block]
-        target_blocks = target.block_ids[first_block:end_block]
-        target.worker.send(
-            ReceiveBlocks(
-                transfer_id=transfer_id,
-                request_id=sequence.request.request_id,
-                sources=_peers(source.worker, link_epoch),
-                block_ids=target_blocks,
-                generations=target.pool.generations_of(target_blocks),
+        if not _is_one_sided(link):
+            target.worker.send(
+                ReceiveBlocks(
+                    transfer_id=transfer_id,
+                    request_id=sequence.request.request_id,
+                    sources=link.sources,
+                    block_ids=target_blocks,
+                    generations=target.pool.generations_of(target_blocks),
+                )
             )
-        )
         return SendBlocks(
             transfer_id=transfer_id,
             request_id=sequence.request.request_id,
-            targets=_peers(target.worker, link_epoch),
+            targets=link.targets,
             block_ids=source_blocks,
             generations=source.pool.generations_of(source_blocks),
+            target_block_ids=target_blocks,
+            checksum=self._verify,
         )
 
-    def close_side(self, result: TransferResult) -> Transfer | None:
-        """Take one side's result; returns the transfer if this side was open, whatever the outcome."""
+    def on_result(self, result: TransferResult) -> Outcome:
+        """Take one side's result."""
         transfer = self._open.get(result.transfer_id)
         if transfer is None or not (transfer.sender_open if result.sent else transfer.receiver_open):
-            return None
-        link = (transfer.source.worker.id, transfer.target.worker.id)
-        if result.error is None and not result.sent:
-            stats = self.links[link]
-            stats.num_transfers += 1
-            stats.num_bytes += result.num_bytes
-            stats.seconds += result.seconds
-        self._close(transfer, result.sent)
-        if result.error is not None and not transfer.failed:
-            transfer.failed = True
-            self.links[link].failures["sender" if result.sent else "receiver"] += 1
-            # Once for all that the broken link takes with it: their retries must not break the next one.
-            self._link_epochs[link] = max(self._link_epochs[link], transfer.link_epoch + 1)
-            self._cancel_other_side(transfer)
-        return transfer
+            return Outcome()
+        link = transfer.link
+        if result.sent:
+            self._close_sender(transfer)
+        if link.broken:
+            self._end_if_senders_are_done(link)
+            return Outcome()
+        if result.error is not None:
+            self._stats(link).failures[result.error_kind or "backend"] += 1
+            return Outcome(failed=self._break(link))
+        if result.sent:
+            self._count_sent(link, result)
+            transfer.checksums = result.checksums
+        if not result.sent or _is_one_sided(link):
+            if transfer.verifying or not self._verify:
+                self._close_receiver(transfer)
+                return Outcome(arrived=transfer)
+            transfer.delivered = True
+        if transfer.delivered and transfer.checksums is not None:
+            self._ask_to_verify(transfer, transfer.checksums)
+        return Outcome()
 
-    def lose(self, instance: InstanceHandle) -> None:
-        """An instance is gone: its sides are over, the other sides are told to give up."""
-        for transfer in list(self._open.values()):
-            source_lost, target_lost = transfer.source.worker is instance, transfer.target.worker is instance
-            if not (source_lost or target_lost):
+    def lose(self, instance: InstanceHandle) -> list[Transfer]:
+        """An instance is gone, and with it its links: the transfers that have not arrived."""
+        failed: list[Transfer] = []
+        for link in (*self._links.values(), *self._ending):
+            if instance not in (link.source, link.target):
                 continue
-            transfer.failed = True
-            if source_lost and transfer.sender_open:
-                self._close(transfer, True)
-            if target_lost and transfer.receiver_open:
-                self._close(transfer, False)
-            self._cancel_other_side(transfer)
+            if link.transfers and not link.broken:
+                self._stats(link).failures["lost"] += 1
+            if instance is link.target:
+                link.close_sent = True  # nobody is left to be told
+                failed += self._break(link)
+                self._close_all_receivers(link)
+            else:
+                link.sender_lost = True
+                failed += self._break(link)
+                for transfer in list(link.transfers.values()):
+                    if transfer.sender_open:
+                        self._close_sender(transfer)
+                self._end_if_senders_are_done(link)
+        return failed
 
-    def _close(self, transfer: Transfer, sent: bool) -> None:
-        seat = transfer.source if sent else transfer.target
-        seat.pool.unpin(seat.owner)
-        if sent:
-            transfer.sender_open = False
-        else:
-            transfer.receiver_open = False
+    def _break(self, link: Link) -> list[Transfer]:
+        """Nothing more goes over a link; what has not arrived has failed."""
+        if link.broken:
+            return []
+        link.broken = True
+        del self._links[link.source.id, link.target.id]
+        self._ending.append(link)
+        for transfer in list(link.transfers.values()):
+            if transfer.sender_open and not link.sender_lost:
+                transfer.source.worker.send(CancelTransfer(transfer_id=transfer.transfer_id))
+        self._end_if_senders_are_done(link)
+        return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
+
+    def _end_if_senders_are_done(self, link: Link) -> None:
+        """When no sender is at it any more, have the target see to it that nothing comes later."""
+        if link.close_sent or any(transfer.sender_open for transfer in link.transfers.values()):
+            return
+        link.close_sent = True
+        link.target.send(
+            CloseLink(
+                source_id=link.source.id,
+                link_epoch=link.epoch,
+                sources=link.sources,
+                senders_done=not link.sender_lost,
+            )
+        )
+
+    def _ask_to_verify(self, transfer: Transfer, checksums: list[list[int]]) -> None:
+        transfer.verifying = True
+        pool = transfer.target.pool
+        transfer.target.worker.send(
+            VerifyBlocks(
+                transfer_id=transfer.transfer_id,
+                block_ids=transfer.target_blocks,
+                generations=pool.generations_of(transfer.target_blocks),
+                checksums=checksums,
+            )
+        )
+
+    # --- pins ------------------------------------------------------------------------------------
+
+    def _close_sender(self, transfer: Transfer) -> None:
+        transfer.sender_open = False
+        transfer.source.pool.unpin(transfer.source.owner)
+        self._forget_if_over(transfer)
+
+    def _close_receiver(self, transfer: Transfer) -> None:
+        transfer.receiver_open = False
+        transfer.target.pool.unpin(transfer.target.owner)
+        self._forget_if_over(transfer)
+
+    def _close_all_receivers(self, link: Link) -> None:
+        for transfer in list(link.transfers.values()):
+            if transfer.receiver_open:
+                self._close_receiver(transfer)
+        if not link.transfers and link in self._ending:
+            self._ending.remove(link)
+
+    def _forget_if_over(self, transfer: Transfer) -> None:
+        link = transfer.link
         if not (transfer.sender_open or transfer.receiver_open):
-            del self._open[transfer.transfer_id]
+            del self._open[transfer.transfer_id], link.transfers[transfer.transfer_id]
+            if link.broken and link.close_sent and not link.transfers and link in self._ending:
+                self._ending.remove(link)
 
-    def _cancel_other_side(self, transfer: Transfer) -> None:
-        cancel = CancelTransfer(transfer_id=transfer.transfer_id)
-        if transfer.sender_open:
-            transfer.source.worker.send(cancel)
-        if transfer.receiver_open:
-            transfer.target.worker.send(cancel)
+    # --- statistics ------------------------------------------------------------------------------
+
+    def _stats(self, link: Link) -> LinkStats:
+        return self.links[link.source.id, link.target.id]
+
+    def _count_sent(self, link: Link, result: TransferResult) -> None:
+        stats = self._stats(link)
+        stats.num_transfers += 1
+        stats.num_bytes += result.num_bytes
+        stats.seconds += result.seconds
+        stats.queued_s += result.queued_s
+
+    def count_exposed(self, transfer: Transfer, seconds: float) -> None:
+        """A prompt was done, and waited so long for its last blocks to arrive."""
+        self._stats(transfer.link).exposed_s += seconds
 
 
-def _peers(worker: InstanceHandle, link_epoch: int) -> list[Peer]:
-    assert worker.hello is not None
-    return [msgspec.structs.replace(peer, link_epoch=link_epoch) for peer in worker.hello.peers]
+def _is_one_sided(link: Link) -> bool:
+    assert link.target.hello is not None
+    return link.target.hello.one_sided

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.config import Config, InstanceConfig
+from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
 
@@ -61,12 +61,10 @@ def _work(config: Config, order: WakeUp) -> int:
 
     partition = Partition(order.percentage, order.priority)
     enter_partition(partition)
-    # Transfers are between instances of one worker each: this one listens for none.
-    transfers = msgspec.structs.replace(config.kv_transfer, port=None)
     attachment = msgspec.convert(order.attachment, ArenaAttachment)
     config = msgspec.structs.replace(
         config,
-        kv_transfer=transfers,
+        kv_transfer=KVTransferConfig(),  # nobody sends to this worker, or receives from it
         model=msgspec.structs.replace(config.model, device=attachment.device),
     )
     return run_worker(config, order.instance, order.address, attachment, partition)

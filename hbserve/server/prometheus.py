@@ -130,17 +130,23 @@ class _Translation(Collector):
         families = {
             "transfers": CounterMetricFamily("hbserve_kv_transfers", "KV transfers done.", labels=labels),
             "bytes": CounterMetricFamily("hbserve_kv_transfer_bytes", "Bytes of KV moved.", labels=labels),
-            "seconds": CounterMetricFamily("hbserve_kv_transfer_seconds", "From order to arrival.", labels=labels),
+            "seconds": CounterMetricFamily("hbserve_kv_transfer_seconds", "Moving them.", labels=labels),
+            "queued_s": CounterMetricFamily(
+                "hbserve_kv_transfer_queued_seconds", "Waiting for other transfers.", labels=labels
+            ),
+            "exposed_s": CounterMetricFamily(
+                "hbserve_kv_transfer_exposed_seconds", "From first tokens to last blocks.", labels=labels
+            ),
         }
         failures = CounterMetricFamily(
-            "hbserve_kv_transfer_failures", "By the side that failed.", labels=[*labels, "side"]
+            "hbserve_kv_transfer_failures", "Links that failed, by what failed.", labels=[*labels, "kind"]
         )
         for name, link in links.items():
             values = name.split("->")
             for key, family in families.items():
                 family.add_metric(values, link[key])
-            for side, number in link["failures"].items():
-                failures.add_metric([*values, side], number)
+            for kind, number in link["failures"].items():
+                failures.add_metric([*values, kind], number)
         yield from families.values()
         yield failures
 

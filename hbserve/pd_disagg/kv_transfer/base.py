@@ -22,6 +22,8 @@ class KVTransferContext:
         device: where the buffers to send are and the received ones shall be.
         timeout_s: a transfer that takes longer has failed.
         buffer_size: bytes that arrivals nobody has asked for yet may take.
+        host_is_given: ``host`` was named for transfers (``kv_transfer.ip``).
+        mooncake_protocol, mooncake_device: as in the configuration.
     """
 
     rank: int
@@ -31,6 +33,9 @@ class KVTransferContext:
     device: torch.device
     timeout_s: float
     buffer_size: int
+    host_is_given: bool = False
+    mooncake_protocol: str | None = None
+    mooncake_device: str | None = None
 
 
 class KVTransferBase(ABC):

@@ -7,18 +7,18 @@ from collections.abc import Callable
 import torch
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.messages import Peer, TransferResult
-from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
-from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_backend
+from hbserve.messages import Peer, TransferReply
+from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
+from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_manager
 
 
 class RankTransfers:
-    """Backend and manager of the current epoch; both are made anew with every one.
+    """The transfer manager of the current epoch; it is made anew with every one.
 
     Args:
         tp_rank: which rank of the instance.
         kv_blocks: its arena as ``[block, byte]``, uint8.
-        report: called with each `TransferResult`, in the event loop.
+        report: called with each reply, in the event loop.
     """
 
     manager: KVTransferManager
@@ -30,7 +30,7 @@ class RankTransfers:
         instance: InstanceConfig,
         tp_rank: int,
         kv_blocks: torch.Tensor,
-        report: Callable[[TransferResult], None],
+        report: Callable[[TransferReply], None],
     ) -> None:
         assert instance.kv_rank is not None
         self._config, self._instance, self._tp_rank = config.kv_transfer, instance, tp_rank
@@ -38,7 +38,7 @@ class RankTransfers:
         self._rank = instance.kv_rank * self._tp_size + tp_rank
         self._kv_blocks = kv_blocks
         self._report = report
-        self._backend: KVTransferBase | None = None
+        self._has_begun = False
 
     async def begin_epoch(self, epoch: int) -> Peer:
         """Give up on everything of the epoch before; the rank's new address.
@@ -56,16 +56,23 @@ class RankTransfers:
             device=self._kv_blocks.device,
             timeout_s=config.timeout_s,
             buffer_size=config.buffer_size // self._tp_size,
+            host_is_given=config.ip is not None,
+            mooncake_protocol=config.mooncake_protocol,
+            mooncake_device=config.mooncake_device,
         )
-        backend = make_backend(config.backend, context)
-        await backend.start()
-        self.manager = KVTransferManager(backend, self._kv_blocks, self._report, self._tp_rank)
-        self._backend = backend
-        return Peer(rank=self._rank, epoch=epoch, endpoint=backend.endpoint)
+        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._tp_rank)
+        await manager.start()
+        self.manager, self._has_begun = manager, True
+        return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)
 
     async def end_epoch(self) -> None:
         """Give up on everything; nothing is written to the arena after this."""
-        if self._backend is not None:
+        if self._has_begun:
+            self._has_begun = False
             await self.manager.cancel_all()
-            await self._backend.stop()
-            self._backend = None
+            await self.manager.stop()
+
+    async def leave(self) -> None:
+        """Give up on everything before the process ends, which closes what is still open."""
+        if self._has_begun:
+            await self.manager.cancel_all()

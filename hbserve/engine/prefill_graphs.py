@@ -1,0 +1,139 @@
+"""Steps with prompt chunks as piecewise CUDA graphs: one launch for all that lies between two attentions.
+
+Attention itself differs from step to step and is launched as ever. Everything else has fixed shapes
+for a fixed number of tokens, so for a ladder of token counts each piece, from behind one layer's
+attention to before the next one's, is captured; a step is padded to the next rung. That spares the
+host most launches, which pays where a layer takes the GPU less time than the host takes to launch
+it: short chunks and small models. Larger steps run eagerly and lose nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from hbserve.attention.base import AttentionBackend
+from hbserve.engine.batch import StepBatch
+from hbserve.layers.ops import ResidualStream
+from hbserve.models.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_LAYER_FLOPS = 0.4e-3 * 700e12
+"""What a GPU of 700 TFLOP/s does in the time that the host takes to launch a layer eagerly."""
+
+_MAX_TOKENS = 8192
+_NOWHERE = -1
+"""The slot of a padded token: it is not stored."""
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A captured step of a fixed number of tokens: ``graphs[i]`` ends before layer i's attention."""
+
+    graphs: list[Any]
+    hidden: torch.Tensor
+
+
+class PrefillGraphs:
+    """Captured pieces of one worker's steps.
+
+    Args:
+        attention: the backend that the steps between the pieces use.
+        max_tokens: most tokens of a step.
+        pool: of the graphs captured before; no two run at a time, so they share memory.
+    """
+
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, max_tokens: int, pool: Any) -> None:
+        self._decoder, self._attention = decoder, attention
+        self._sizes = token_ladder(decoder, max_tokens)
+        device = decoder.embedding.device
+        most = self._sizes[-1] if self._sizes else 0
+        self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self._slot_mapping = torch.full((most,), _NOWHERE, dtype=torch.int64, device=device)
+        self._q, self._attended = decoder.heads_buffer(most), decoder.heads_buffer(most).zero_()
+        self._pieces: dict[int, _Pieces] = {}
+        self._capture_all(pool, device)
+
+    def _capture_all(self, pool: Any, device: torch.device) -> None:
+        if not self._sizes:
+            return
+        started = time.perf_counter()
+        before = torch.cuda.mem_get_info(device)[0]
+        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+            self._pieces[size] = self._capture(size, pool)
+        logger.info(
+            "captured piecewise graphs for %d token counts up to %d in %.1f s, %.2f GiB",
+            *(len(self._sizes), self._sizes[-1], time.perf_counter() - started),
+            (before - torch.cuda.mem_get_info(device)[0]) / (1 << 30),
+        )
+
+    def _capture(self, size: int, pool: Any) -> _Pieces:
+        self._attention.slot_mapping = self._slot_mapping[:size]
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is compiled or allocated at the first call
+            self._finish(self._piece(0, None, size), size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs = []
+        residual: ResidualStream | None = None
+        for index in range(len(self._decoder.layers) + 1):
+            graph: Any = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                if index < len(self._decoder.layers):
+                    residual = self._piece(index, residual, size)
+                else:
+                    assert residual is not None, "a model has layers"
+                    hidden = self._finish(residual, size)
+            graphs.append(graph)
+        return _Pieces(graphs, hidden)
+
+    def _piece(self, index: int, residual: ResidualStream | None, size: int) -> ResidualStream:
+        """From behind the attention of the layer before, or from the embedding, to this layer's attention."""
+        if residual is None:
+            residual = self._decoder.embed(self._token_ids[:size])
+        else:
+            self._decoder.after_attention(index - 1, residual, self._attended[:size])
+        self._decoder.before_attention(index, residual, self._positions[:size], self._attention, self._q[:size])
+        return residual
+
+    def _finish(self, residual: ResidualStream, size: int) -> torch.Tensor:
+        self._decoder.after_attention(len(self._decoder.layers) - 1, residual, self._attended[:size])
+        return self._decoder.finish(residual)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens is captured."""
+        return bool(self._sizes) and num_tokens <= self._sizes[-1]
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """As `Decoder.forward`, of a step that `fits` and that attention has begun."""
+        num_tokens = len(batch.token_ids)
+        size = next(size for size in self._sizes if size >= num_tokens)
+        pieces = self._pieces[size]
+        self._token_ids[:num_tokens].copy_(batch.token_ids)
+        self._positions[:num_tokens].copy_(batch.positions)
+        self._slot_mapping[:num_tokens].copy_(batch.attention.slot_mapping)
+        self._slot_mapping[num_tokens:size].fill_(_NOWHERE)
+        q, attended = self._q[:num_tokens], self._attended[:num_tokens]
+        for index, graph in enumerate(pieces.graphs[:-1]):
+            graph.replay()
+            self._attention.attend(index, q, attended)
+        pieces.graphs[-1].replay()
+        return pieces.hidden[:num_tokens]
+
+
+def token_ladder(decoder: Decoder, max_tokens: int) -> list[int]:
+    """Token counts to capture, at most a third apart, as far as a layer takes less time than its launches."""
+    layer = decoder.layers[0]
+    flops_per_token = 2 * sum(weight.numel() for weight in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    most = min(max_tokens, _MAX_TOKENS, int(_LARGEST_LAYER_FLOPS / flops_per_token))
+    powers = [1 << exponent for exponent in range(6, 14)]
+    rungs = sorted({*powers, *(sum(pair) // 2 for pair in pairwise(powers))})
+    sizes = [rung for rung in rungs if rung < most]
+    return [*sizes, most] if most >= rungs[0] else []

@@ -1,0 +1,170 @@
+"""KV transfer by the Mooncake Transfer Engine: one-sided writes over TCP, RDMA, or NVLink inside a host.
+
+Each inbox is an engine of its own that has the arena registered, so closing an inbox is ending its
+engine: connections are cut and memory is unregistered, whatever the sender does. Closing one costs
+about a second in which no Python runs here; it happens only when a link has failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbserve.errors import ConfigError, KVTransferError, StartupError
+from hbserve.messages import Peer
+from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
+from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
+
+CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
+_HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: the two engines tell each other
+_PROTOCOLS = ("tcp", "rdma", "nvlink")
+_NEVER_SET = {
+    "MC_TRANSFER_TIMEOUT": "bytes of a transfer that it has given up on still arrive later",
+    "MC_LOG_DIR": "it makes the engine end the process",
+}
+
+
+@dataclass(frozen=True)
+class MooncakeSettings:
+    """How engines are made.
+
+    Attributes:
+        protocol: one of ``tcp``, ``rdma``, ``nvlink``; None leaves it to the environment (``MC_*``).
+        device_name: RDMA adapters, comma-separated; empty: all.
+        host: address of the engines; None: the instance's.
+    """
+
+    protocol: str | None = None
+    device_name: str = ""
+    host: str | None = None
+
+    @staticmethod
+    def load(protocol: str | None, device_name: str | None) -> MooncakeSettings:
+        """From the configuration, and for what it does not say from the file that ``MOONCAKE_CONFIG_PATH`` names.
+
+        Raises:
+            ConfigError: naming the file and the key that cannot be honoured.
+        """
+        document: dict[str, Any] = {}
+        path = os.environ.get(CONFIG_PATH_VARIABLE)
+        if path:
+            try:
+                document = json.loads(Path(path).expanduser().read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{CONFIG_PATH_VARIABLE}: cannot read {path}: {error}") from None
+            if not isinstance(document, dict):
+                raise ConfigError(f"{CONFIG_PATH_VARIABLE}: {path} does not hold a JSON object")
+            valid = {"local_hostname", "metadata_server", "protocol", "device_name"}
+            for key in document:
+                if key not in valid:
+                    raise ConfigError(f"{path}: unknown key {key!r}; valid are: {', '.join(sorted(valid))}")
+            if document.get("metadata_server", _HANDSHAKE) != _HANDSHAKE:
+                raise ConfigError(f"{path}: metadata_server must be {_HANDSHAKE!r}: instances find each other by it")
+        protocol = protocol or document.get("protocol")
+        if protocol is not None and protocol not in _PROTOCOLS:
+            raise ConfigError(f"{path}: protocol must be one of {', '.join(_PROTOCOLS)}, got {protocol!r}")
+        return MooncakeSettings(
+            protocol, device_name or document.get("device_name", ""), document.get("local_hostname") or None
+        )
+
+    def prepare_environment(self, timeout_s: float) -> None:
+        """Set what the library reads when it is imported and when an engine is made.
+
+        Raises:
+            StartupError: if a variable is set that makes transfers unsafe.
+        """
+        for name, why in _NEVER_SET.items():
+            if name in os.environ:
+                raise StartupError(f"kv_transfer.backend mooncake: unset {name}: {why}")
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        for name in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+            os.environ.setdefault(name, str(math.ceil(timeout_s)))
+        if self.protocol is not None:  # builds for GPUs go by these, and not by their protocol argument
+            for name, wanted in (("MC_FORCE_TCP", "tcp"), ("MC_INTRANODE_NVLINK", "nvlink")):
+                if self.protocol == wanted:
+                    os.environ[name] = "1"
+                else:
+                    os.environ.pop(name, None)
+
+
+class MooncakeKVTransfer(OneSidedKVTransfer):
+    """The ``mooncake`` backend of the configuration."""
+
+    writes_end = False  # one to a peer that has stopped lasts until the library's time limits
+
+    def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor) -> None:
+        super().__init__(context, kv_blocks)
+        self._settings = MooncakeSettings.load(context.mooncake_protocol, context.mooncake_device)
+        self._host = context.host if context.host_is_given else self._settings.host or context.host
+        self._inboxes: dict[tuple[int, int, int], Any] = {}
+        self._outbound: Any = None
+
+    async def start(self) -> None:
+        """Make the engine that sends.
+
+        Raises:
+            StartupError: if the library or its transport is not there.
+        """
+        self._settings.prepare_environment(self.context.timeout_s)
+        self._outbound = await asyncio.to_thread(self._make_engine)
+
+    def _make_engine(self) -> Any:
+        """An engine that has the arena registered."""
+        try:
+            library = importlib.import_module("mooncake.engine")
+        except ImportError as error:
+            raise StartupError(
+                f"kv_transfer.backend mooncake: {error}; install mooncake-transfer-engine-cuda13 (with a GPU) or "
+                "mooncake-transfer-engine-non-cuda, and Debian's libibverbs1"
+            ) from None
+        engine = library.TransferEngine()
+        protocol = "rdma" if self._settings.protocol == "rdma" else "tcp"
+        code = engine.initialize(self._host, _HANDSHAKE, protocol, self._settings.device_name)
+        if code != 0:
+            raise StartupError(f"kv_transfer.backend mooncake: no engine at {self._host} over {protocol} (code {code})")
+        code = engine.register_memory(self.kv_blocks.data_ptr(), self.kv_blocks.nbytes)
+        if code != 0:
+            raise StartupError(
+                f"kv_transfer.backend mooncake: cannot register {self.kv_blocks.nbytes} bytes of "
+                f"{self.kv_blocks.device} memory for {protocol} (code {code})"
+            )
+        return engine
+
+    async def open_inbox(self, source: Peer) -> str:
+        """``session address``: where the engine is, and where the arena is in this process."""
+        engine = await asyncio.to_thread(self._make_engine)
+        self._inboxes[_link(source)] = engine
+        return f"{self._host}:{engine.get_rpc_port()} {self.kv_blocks.data_ptr()}"
+
+    async def close_inbox(self, source: Peer, sender_done: bool) -> None:
+        engines = [self._inboxes.pop(_link(source), None)]
+        await asyncio.to_thread(engines.clear)  # the last reference: ends the engine
+
+    def write(self, target: Peer, runs: list[BlockRun]) -> None:
+        session, address = target.endpoint.split(" ")
+        block_bytes = self.kv_blocks.shape[1]
+        mine, theirs = self.kv_blocks.data_ptr(), int(address)
+        code = self._outbound.batch_transfer_sync_write(
+            session,
+            [mine + run.source * block_bytes for run in runs],
+            [theirs + run.target * block_bytes for run in runs],
+            [run.length * block_bytes for run in runs],
+        )
+        if code != 0:
+            raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
+
+    async def stop(self) -> None:
+        self._outbound = None  # lives on while a write is under way
+        await asyncio.to_thread(self._inboxes.clear)
+
+
+def _link(source: Peer) -> tuple[int, int, int]:
+    return source.rank, source.epoch, source.link_epoch
