@@ -136,7 +136,7 @@ async def test_rotations_and_kills_change_no_token(model: str) -> None:
             while not done.is_set():
                 split = SMAllocation(rng.choice([40, 50, 70]), rng.choice([40, 60, 80]))
                 assert manager.request_sm_reallocation(split)
-                await asyncio.to_thread(manager.wait_until_settled, 30)
+                await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
                 seen.update(pids_of(manager))
 
         async def kill() -> None:
@@ -147,7 +147,7 @@ async def test_rotations_and_kills_change_no_token(model: str) -> None:
                     os.kill(status["resident_manager"]["resident_process"]["pid"], signal.SIGKILL)
                     continue
                 active = [worker for worker in status["workers"] if worker["state"] == "active"]
-                if active and kills["worker"] < 5:
+                if active and kills["worker"] < 4:
                     kills["worker"] += 1
                     os.kill(rng.choice(active)["pid"], signal.SIGKILL)
 
@@ -158,9 +158,9 @@ async def test_rotations_and_kills_change_no_token(model: str) -> None:
         assert [output["token_ids"] for output in outputs] == expected
         assert kills["worker"] >= 3
         assert kills["resident"] == 1
-        assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
+        assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S), str(manager.get_status())
         status = manager.get_status()
-        assert status["statistics"]["rotations"] >= 1, status
+        assert status["statistics"]["rotations"] >= 1, str(status)
         assert status["statistics"]["recoveries"] == 1
         assert status["statistics"]["replaced_workers"] >= 1
         await asyncio.to_thread(assert_no_leaks, llm)

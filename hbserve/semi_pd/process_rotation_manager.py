@@ -97,7 +97,6 @@ class ProcessRotationManager(InstanceSupervisor):
         self._requested: SMAllocation | None = None
         self._memory_lost: str | None = None
         self._gone: list[str] = []
-        self._replaced: set[Rung] = set()
         self._losses: deque[float] = deque()
         self._num_rotations = self._num_failed_rotations = self._num_replaced = self._num_recoveries = 0
         self._last_rotation_s: float | None = None
@@ -362,8 +361,8 @@ class ProcessRotationManager(InstanceSupervisor):
             self._num_rotations += 1
         self._last_rotation_s = time.monotonic() - started
         with self._condition:
-            if self._workers is not None and self._state == "running":
-                self._workers.keep_sleepers(self.config.semi_pd.num_sleepers)
+            if self._state == "running" and self._memory_lost is None:
+                self._replace_lost()
 
     def _switch(self, phase: InstanceRole, allocation: SMAllocation) -> None:
         """Name a phase's new workers to the scheduler and let the old ones drain."""
@@ -512,6 +511,21 @@ class ProcessRotationManager(InstanceSupervisor):
             )
         )
 
+    def _replace_lost(self) -> None:
+        """Make a worker of every rung of the split in force that has none."""
+        assert self._workers is not None
+        for rung in sorted(self._rungs(self._allocation)):
+            if self._workers.of_rung(rung):
+                continue
+            if not self._may_try_again():
+                phase, percentage = rung
+                self._last_error = f"the {phase} worker at {percentage} % was lost, too often to make it again"
+                logger.error("%s: %s (rpc.max_restarts)", self.instance.instance_id, self._last_error)
+                continue
+            self._num_replaced += 1
+            self._workers.wake(*rung, self._attachment)
+        self._workers.keep_sleepers(self.config.semi_pd.num_sleepers)
+
     def _may_try_again(self) -> bool:
         """Whether one more loss in the last minutes is still bearable."""
         now = time.monotonic()
@@ -528,8 +542,7 @@ class ProcessRotationManager(InstanceSupervisor):
                 return
             worker.state = WorkerState.READY
             # One that was made in place of a lost one is put to work at once; others wait for their split.
-            if self._state == "running" and self._memory_lost is None and worker.rung in self._replaced:
-                self._replaced.discard(worker.rung)
+            if self._state == "running" and self._memory_lost is None and worker.rung in self._rungs(self._allocation):
                 self._activate([worker.spec.role])
             self._condition.notify_all()
 
@@ -552,21 +565,7 @@ class ProcessRotationManager(InstanceSupervisor):
             if self._memory_lost is not None or self._state != "running":
                 return
             self._publish(f"{worker.spec.worker_id} ended with exit code {code}")
-            self._replace(worker)
-
-    def _replace(self, worker: Worker) -> None:
-        """Make another worker of a lost one's rung, if that is still wanted."""
-        assert self._workers is not None
-        if worker.rung not in self._rungs(self._allocation) or self._workers.of_rung(worker.rung):
-            return
-        if not self._may_try_again():
-            self._last_error = f"{worker.spec.worker_id} was lost, too often to replace it again (rpc.max_restarts)"
-            logger.error("%s", self._last_error)
-            return
-        self._num_replaced += 1
-        self._replaced.add(worker.rung)
-        self._workers.wake(*worker.rung, self._attachment)
-        self._workers.keep_sleepers(self.config.semi_pd.num_sleepers)
+            self._replace_lost()
 
     def _note_memory_lost(self, why: str) -> None:
         with self._condition:
