@@ -82,7 +82,7 @@ class KVTransferConfig(Section, frozen=True):
     Attributes:
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where a side has none;
             ``mooncake`` is the Mooncake Transfer Engine, which writes straight into the receiver's
-            arena; or ``package.module:Class``, a subclass
+            arena; ``shm`` maps it (shared memory, CUDA IPC), on one host; or ``package.module:Class``, a subclass
             of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
             when it is full.
@@ -141,8 +141,10 @@ class InstanceConfig(Section, frozen=True):
         instance_id: its name.
         instance_type: its role.
         gpu_id: first GPU of the instance, which has one per rank, in order; has no meaning on CPU.
-        host: where the instance runs and listens for the scheduler.
+        host: where the instance runs, and listens for the scheduler.
+        bind: address or network interface to listen on, where that is not ``host`` itself.
         port: of that listener; default: a private local socket, which needs a common launcher.
+        kv_ip: address that it announces for transfers; default: ``kv_transfer.ip``, or the host.
         kv_rank: its number among the KV transfer peers; default: its place in the list.
         num_threads: CPU threads of each rank, on CPU; default: the machine's cores shared evenly.
     """
@@ -151,7 +153,9 @@ class InstanceConfig(Section, frozen=True):
     instance_type: InstanceRole
     gpu_id: int = 0
     host: str = "127.0.0.1"
+    bind: str | None = None
     port: int | None = None
+    kv_ip: str | None = None
     kv_rank: int | None = None
     num_threads: int | None = None
 
@@ -229,6 +233,8 @@ class RpcConfig(Section, frozen=True):
     Attributes:
         host: where the scheduler listens for clients (API servers).
         port: of that listener; default: a private local socket.
+        key_file: cluster key, made by ``python -m hbserve.cluster_key``: control sockets over TCP then
+            hear only who has it. Nothing listens beyond this host without one.
         heartbeat_interval_s: how often the scheduler asks an instance for a sign of life.
         heartbeat_timeout_s: an instance that has not answered for so long is lost.
         step_timeout_s: a worker that has not finished a step for so long is lost.
@@ -239,6 +245,7 @@ class RpcConfig(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int | None = None
+    key_file: str | None = None
     heartbeat_interval_s: float = 0.5
     heartbeat_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
@@ -253,16 +260,45 @@ class ServerConfig(Section, frozen=True):
     Attributes:
         host: address to listen on.
         port: port to listen on; 0: any free one, printed at start.
+        num_tokenizers: processes that encode prompts; 0: the detokenizer does it too.
+        api_keys_file: one key per line, a name before it if it has one; without keys none is asked for.
+        admin_key_file: holds the key for administration; without it there is none.
+        tls_cert_file, tls_key_file: PEM files; with both the server speaks HTTPS.
+        max_body_bytes: of a request.
+        max_prompt_tokens: a longer prompt is refused; default: what the context holds.
+        max_open_requests: requests that are with the scheduler at once; others wait, and keys take turns.
+        max_requests_per_key: requests that one key may have open at once.
+        requests_per_minute_per_key: requests that one key may begin per minute.
+        request_timeout_s: a request that takes longer ends with an error.
+        drain_timeout_s: at the end open requests have so long to finish, then they are handed back.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    num_tokenizers: int = 0
+    api_keys_file: str | None = None
+    admin_key_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+    max_body_bytes: int = 33554432
+    max_prompt_tokens: int | None = None
+    max_open_requests: int | None = None
+    max_requests_per_key: int | None = None
+    requests_per_minute_per_key: int | None = None
+    request_timeout_s: float | None = None
+    drain_timeout_s: float = 10.0
 
 
 class LoggingConfig(Section, frozen=True):
-    """Attributes: level: the least important message that is shown."""
+    """What goes to standard error.
+
+    Attributes:
+        level: the least important message that is shown.
+        format: ``text`` for people, ``json`` for programs: one object per line.
+    """
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["text", "json"] = "text"
 
 
 class Config(Section, frozen=True):

@@ -12,7 +12,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole, LadderConfig, Mode, Section, SemiPDConfig, nearest
 from hbserve.errors import ConfigError
 
-BACKENDS = ("nccl", "mooncake")
+BACKENDS = ("nccl", "mooncake", "shm")
 """Built-in ways to move KV."""
 
 
@@ -39,9 +39,11 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         msgspec.structs.replace(instance, kv_rank=rank if instance.kv_rank is None else instance.kv_rank)
         for rank, instance in enumerate(instances)
     )
-    config = msgspec.structs.replace(
-        given, model=model, gpu_instances=instances, semi_pd=_complete_semi_pd(given.semi_pd)
-    )
+    rpc = given.rpc
+    if rpc.key_file is not None:
+        rpc = msgspec.structs.replace(rpc, key_file=_find_key_file(rpc.key_file, base_dir))
+    semi_pd = _complete_semi_pd(given.semi_pd)
+    config = msgspec.structs.replace(given, model=model, gpu_instances=instances, rpc=rpc, semi_pd=semi_pd)
     _validate(config)
     return config
 
@@ -107,6 +109,13 @@ def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
     raise _error(key, f"there is no folder {path!r} (looked at {', '.join(str(c) for c in candidates)})")
 
 
+def _find_key_file(path: str, base_dir: Path | None) -> str:
+    for candidate in (Path(path).expanduser(), (base_dir or Path()) / path):
+        if candidate.is_file():
+            return str(candidate.resolve())
+    raise _error("rpc.key_file", f"there is no file {path!r}; make one with python -m hbserve.cluster_key")
+
+
 def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceConfig, ...]:
     if mode == "disaggregated":
         return (
@@ -165,8 +174,15 @@ def _is_import_path(text: str) -> bool:
 
 
 def _require_positive(config: Config) -> None:
-    zero_is_legal = {"server.port", "model.seed", "performance.decode_headroom_tokens", "rpc.max_restarts"}
-    zero_is_legal |= {"semi_pd.prefill_priority", "semi_pd.num_sleepers"}
+    zero_is_legal = {
+        "server.port",
+        "model.seed",
+        "performance.decode_headroom_tokens",
+        "rpc.max_restarts",
+        "server.num_tokenizers",
+        "semi_pd.prefill_priority",
+        "semi_pd.num_sleepers",
+    }
     for section_name in config.__struct_fields__:
         section = getattr(config, section_name)
         if not isinstance(section, Section):
@@ -201,6 +217,7 @@ def _validate_instances(config: Config) -> None:
     seen: dict[tuple[str, object], str] = {}
     if config.server.port:
         seen["address", (config.server.host, config.server.port)] = "server.port"
+    _require_key(config)
     if config.rpc.port is not None:
         _claim(seen, "address", (config.rpc.host, config.rpc.port), "rpc.port")
     for index, instance in enumerate(instances):
@@ -226,8 +243,30 @@ def _validate_instances(config: Config) -> None:
             size = config.model.tensor_parallel_size
             kv_port = config.kv_transfer.port + instance.kv_rank * size
             for rank in range(size):
-                address = (config.kv_transfer.ip or instance.host, kv_port + rank)
+                address = (instance.kv_ip or config.kv_transfer.ip or instance.host, kv_port + rank)
                 _claim(seen, "address", address, "kv_transfer.port")
+
+
+def _require_key(config: Config) -> None:
+    """Whoever can give orders to an instance can read every prompt: beyond this host only with a key."""
+    if config.rpc.key_file is not None:
+        return
+    listeners = [("rpc.host", config.rpc.host, config.rpc.port)]
+    for index, instance in enumerate(config.gpu_instances):
+        name = "host" if instance.bind is None else "bind"
+        listeners.append((f"gpu_instances[{index}].{name}", instance.bind or instance.host, instance.port))
+    for key, host, port in listeners:
+        if port is not None and not is_loopback(host):
+            raise _error(
+                key,
+                f"{host} can be reached from other hosts; make a key with python -m hbserve.cluster_key FILE, "
+                "copy it to every host, and set rpc.key_file",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can connect there."""
+    return host in ("localhost", "::1", "lo") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def _claim(seen: dict[tuple[str, object], str], kind: str, value: object, key: str) -> None:

@@ -43,12 +43,24 @@ class OverloadedError(HBServeError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitedError(OverloadedError):
+    """This key has more going on than it may have; try again after ``retry_after_s`` seconds."""
+
+
+class RequestTimeoutError(HBServeError):
+    """The request took longer than the server allows."""
+
+
 class RequestFailedError(HBServeError):
     """A request that was accepted and could not be finished; safe to send again."""
 
 
 class EngineDeadError(HBServeError):
     """The scheduler, or an instance the system cannot do without, is gone."""
+
+
+class ShuttingDownError(HBServeError):
+    """The server is ending, and what it could not finish is handed back; safe to send again, elsewhere."""
 
 
 class StartupError(HBServeError):

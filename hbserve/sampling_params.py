@@ -92,6 +92,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self._require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"must be in 0..{MAX_LOGPROBS}")
         self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")
         self._require(all(self.stop_strings), "stop", "must not hold an empty string")
+        for text, param in [*((stop, "stop") for stop in self.stop_strings), (self.grammar or "", "grammar")]:
+            self._require(_is_unicode(text), param, "must not hold a lone surrogate, which is no character")
         self._require(all(t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "must not be negative")
         biases = self.logit_bias or {}
         self._require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"takes at most {MAX_LOGIT_BIASES} tokens")
@@ -117,3 +119,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written; JSON can hold half a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

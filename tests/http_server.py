@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,10 @@ def letters(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text, one token per byte."""
     by_bytes = {tokenizer.token_bytes(token_id): token_id for token_id in reversed(range(tokenizer.vocab_size))}
     return [by_bytes[bytes([byte])] for byte in text.encode()]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Poll until it is true."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

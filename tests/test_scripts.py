@@ -228,7 +228,7 @@ def unanswered_request(url: str) -> Iterator[None]:
 def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
     system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], mode)), "--port", "0")
     ask_and_check(system.url(), model)
-    assert len(descendants(system.process.pid)) == (3 if mode == "disaggregated" else 2)
+    assert len(descendants(system.process.pid)) == (4 if mode == "disaggregated" else 3)
     assert site.leftovers(), "the private sockets are not where this test looks for them"
     system.end(number)
     assert site.leftovers() == []

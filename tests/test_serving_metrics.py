@@ -1,10 +1,12 @@
-"""A served system measures itself: every request and token is in its metrics, once."""
+"""A served system measures itself, and is measured: every request and token counts, once."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from tests.test_scripts import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60.0
+MOONCAKE = """{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]}
+{"timestamp": 500, "input_length": 1030, "output_length": 6, "hash_ids": [0, 1, 9]}
+{"timestamp": 1500, "input_length": 512, "output_length": 7, "hash_ids": [7]}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,53 @@ def test_documents_and_dashboard_name_what_there_is(url: str) -> None:
         assert re.sub("_(bucket|count|sum)$", "", name) in documented, name
     for name in scraped:
         assert re.sub("_(bucket|count|sum)$", "", name) in documented, name
+
+
+def test_the_serving_benchmark(url: str, tmp_path: Path) -> None:
+    trace = tmp_path / "m.jsonl"
+    trace.write_text(MOONCAKE)
+    results, plots = tmp_path / "results.json", tmp_path / "plots"
+    pytest.importorskip("matplotlib")
+    command = (
+        *(
+            sys.executable,
+            "-m",
+            "hbserve.bench",
+            "serve",
+            "--no-progress",
+            "--url",
+            url,
+            "--vocab-size",
+            "100",
+            "--trace",
+            str(trace),
+            "--rate",
+            "6",
+            "--max-input-len",
+            "60",
+        ),
+        *("--slo-scale", "1000:2000", "--sweep", "--num-requests", "3", "--precision", "1", "--time-limit", "1"),
+        *("--json", str(results), "--plots", str(plots), "--seed", "3"),
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(results.read_text())
+    lone, targets = document["lone_request"], document["targets"]
+    assert lone["input_len"] == 60
+    assert targets["ttft_ms"] == pytest.approx(1000 * lone["ttft_ms"])
+    assert targets["tpot_ms"] == pytest.approx(2000 * lone["tpot_ms"])
+    first = document["runs"][0]
+    assert [request["num_tokens"] for request in first["requests"]] == [5, 6, 7]
+    assert [request["error"] for request in first["requests"]] == [None] * 3
+    assert first["summary"]["attainment"] == 1
+    assert first["summary"]["output_tokens"] == 18
+    assert len(first["itl_quantiles_ms"]) <= 4 + 5 + 6
+    assert document["best_rate"]["rate"] >= 6
+    assert document["target"]["model"] == "hbserve-demo"
+    assert (plots / "latencies.png").stat().st_size > 0
+    assert "TTFT" in done.stdout
 
 
 class Clock:

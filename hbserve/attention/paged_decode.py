@@ -29,7 +29,6 @@ _MIN_QUERY_ROWS = 16
 """Rows of the smallest matrix product that tensor cores do."""
 
 _MIN_SPLITS, _MAX_SPLITS = 4, 64
-_MIN_CHUNK_LEN = 64
 _WANTED_PROGRAMS = 512
 """About four for each multiprocessor of an H200."""
 
@@ -192,7 +191,8 @@ class PagedDecode(Attention):
         """
         even = int(context_lens.sum()) * self.layout.num_kv_heads / _WANTED_PROGRAMS
         least = int(context_lens.max()) / self.num_splits(num_rows)
-        return max(_MIN_CHUNK_LEN, math.ceil(max(even, least) / _MIN_CHUNK_LEN) * _MIN_CHUNK_LEN)
+        block = _shape(num_rows * self.layout.num_kv_heads, self.layout.head_dim)[0]
+        return max(1, math.ceil(max(even, least) / block)) * block
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
@@ -240,4 +240,8 @@ def _shape(programs: int, lanes: int) -> tuple[int, int, int]:
     """Tokens of a piece, pieces in flight, and warps of a program; from a sweep, docs/benchmarks.md."""
     if lanes > 128:
         return 32, 2, 4
-    return (32, 4, 1) if programs >= 1280 else (64, 2, 4)
+    if programs <= 16:
+        return 32, 1, 2
+    if programs <= 128:
+        return 32, 3, 2
+    return (64, 3, 2) if programs < 1792 else (32, 4, 1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import offline
+from hbserve.bench import front, offline, serve, serve_options, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
+from hbserve.simulate import command as simulate
 
 
 def main() -> int:
@@ -20,9 +21,34 @@ def main() -> int:
             help="throughput of a batch that is there at once, and its share of what the device could do",
         )
     )
+    serve_options.add_arguments(
+        commands.add_parser(
+            "serve", help="latency under open-loop load, and the highest rate at which latency targets are kept"
+        )
+    )
+    front.add_arguments(
+        commands.add_parser(
+            "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
+        )
+    )
+    simulate.add_arguments(
+        commands.add_parser("simulate", help="the same load on a simulated clock, for any number of GPUs")
+    )
+    transfer.add_arguments(
+        commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
+    )
     arguments = parser.parse_args()
     try:
-        offline.run(OfflineOptions.from_arguments(arguments))
+        if arguments.command == "offline":
+            offline.run(OfflineOptions.from_arguments(arguments))
+        elif arguments.command == "serve":
+            serve.run(serve_options.ServeOptions.from_arguments(arguments))
+        elif arguments.command == "simulate":
+            simulate.run(arguments)
+        elif arguments.command == "transfer":
+            transfer.run(transfer.options_from(arguments))
+        else:
+            front.run(arguments)
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -77,7 +77,7 @@ class OfflineOptions:
             sampling=SamplingParams(temperature=arguments.temperature, seed=arguments.seed, ignore_eos=True),
             repeats=arguments.repeats,
             warmup=arguments.warmup,
-            engine=_engine_arguments(arguments, model),
+            engine=engine_arguments(arguments, model),
             json=arguments.json,
         )
 
@@ -108,16 +108,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="nano (default): nano-vllm's benchmark; one-stream: 1 sequence, 512 tokens in, 256 out; "
         "prefill: 8 prompts of 4096 tokens, 1 token out. The next three replace a part of it",
     )
-    workload.add_argument("--num-seqs", type=_positive, metavar="N", help="requests, all there at once")
-    workload.add_argument("--input-len", type=_lengths, metavar="LOW:HIGH", help="prompt tokens, uniform")
-    workload.add_argument("--output-len", type=_lengths, metavar="LOW:HIGH", help="generated tokens, uniform")
+    workload.add_argument("--num-seqs", type=positive, metavar="N", help="requests, all there at once")
+    workload.add_argument("--input-len", type=lengths, metavar="LOW:HIGH", help="prompt tokens, uniform")
+    workload.add_argument("--output-len", type=lengths, metavar="LOW:HIGH", help="generated tokens, uniform")
     workload.add_argument("--seed", type=int, default=0, help="of the draws and of the sampling (default: 0)")
     workload.add_argument("--temperature", type=float, default=0.6, help="of the sampling (default: 0.6)")
-    workload.add_argument("--repeats", type=_positive, default=3, metavar="N", help="measured runs (default: 3)")
+    workload.add_argument("--repeats", type=positive, default=3, metavar="N", help="measured runs (default: 3)")
     workload.add_argument(
         "--warmup", action="store_true", help="one whole run before, unmeasured (default: one short request)"
     )
 
+    add_engine_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the engine that is started."""
     engine = parser.add_argument_group("engine", "what is not given is left at the engine's default")
     engine.add_argument("--mode", help="unified (default), disaggregated, ...")
     engine.add_argument("--device", help="auto, cpu or cuda")
@@ -127,12 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["dummy", "safetensors"],
         help="dummy: random weights (default: safetensors if the folder has any, else dummy)",
     )
-    engine.add_argument("--max-model-len", type=_positive, metavar="TOKENS")
-    engine.add_argument("--max-num-seqs", type=_positive, metavar="N")
-    engine.add_argument("--max-num-batched-tokens", type=_positive, metavar="TOKENS")
-    engine.add_argument("--chunk-size", type=_positive, metavar="TOKENS")
+    engine.add_argument("--max-model-len", type=positive, metavar="TOKENS")
+    engine.add_argument("--max-num-seqs", type=positive, metavar="N")
+    engine.add_argument("--max-num-batched-tokens", type=positive, metavar="TOKENS")
+    engine.add_argument("--chunk-size", type=positive, metavar="TOKENS")
     kv_pool = engine.add_mutually_exclusive_group()
-    kv_pool.add_argument("--num-blocks", type=_positive, metavar="N", help="KV blocks per instance")
+    kv_pool.add_argument("--num-blocks", type=positive, metavar="N", help="KV blocks per instance")
     kv_pool.add_argument("--memory-fraction", type=float, metavar="SHARE", help="of free memory, for the KV blocks")
     engine.add_argument("--attention-backend", help="auto, sdpa, flashinfer or flash_attn")
     engine.add_argument("--no-cuda-graph", action="store_true", help="run every step eagerly")
@@ -146,7 +151,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _engine_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
+def engine_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Arguments of `hbserve.LLM` from what `add_engine_arguments` has declared.
+
+    Raises:
+        ConfigError: if one is given twice.
+    """
+    return {"mode": "unified", "load_format": default_load_format(model), "log_level": "WARNING"} | given_arguments(
+        arguments
+    )
+
+
+def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, and no defaults. Raises as `engine_arguments`."""
     given = {name: getattr(arguments, name) for name in _ENGINE_FLAGS if getattr(arguments, name) is not None}
     if arguments.no_cuda_graph:
         given["cuda_graph_enabled"] = False
@@ -154,16 +171,18 @@ def _engine_arguments(arguments: argparse.Namespace, model: Path) -> dict[str, A
         if key in given:
             raise ConfigError(f"--engine-arg: {key} is given twice")
         given[key] = value
-    return {"mode": "unified", "load_format": default_load_format(model), "log_level": "WARNING"} | given
+    return given
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A positive whole number, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 
-def _lengths(text: str) -> LengthRange:
+def lengths(text: str) -> LengthRange:
+    """A range of lengths, for argparse."""
     try:
         return LengthRange.parse(text)
     except ValueError as error:

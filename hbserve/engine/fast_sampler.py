@@ -1,4 +1,4 @@
-"""Greedy and plain random sampling as two Triton kernels, fit for a CUDA graph.
+"""Greedy and plain random sampling, fit for a CUDA graph, and its noise, as Triton kernels.
 
 The same noise as `hbserve.engine.noise`, bit for bit up to the logarithm, so that a seeded request
 gives the same tokens whichever sampler its batch meets.
@@ -34,6 +34,25 @@ def _key(seed, position, salt: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _noise(ids, seed, position):  # type: ignore[no-untyped-def]
+    first = _key(seed, position, 0x9E3779B9)
+    second = _key(seed, position, 0x7F4A7C15)
+    bits = _mix(_mix(ids.to(tl.uint32) ^ first) ^ second)
+    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    # log1p(-u), precise where u is small: there the noise is large and decides
+    shrunk = 1.0 - uniform
+    return -tl.log(-tl.where(uniform < 1e-4, -uniform - 0.5 * uniform * uniform, tl.log(shrunk)))
+
+
+@triton.jit
+def _noise_kernel(seeds, positions, out, vocab_size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * block + tl.arange(0, block)
+    noise = _noise(ids, tl.load(seeds + row), tl.load(positions + row))
+    tl.store(out + row * vocab_size + ids, noise, mask=ids < vocab_size)
+
+
+@triton.jit
 def _best_of_block_kernel(  # type: ignore[no-untyped-def]
     logits, temperatures, seeds, positions, best, best_ids, first_id, vocab_size, num_blocks, block: tl.constexpr
 ):
@@ -46,14 +65,7 @@ def _best_of_block_kernel(  # type: ignore[no-untyped-def]
     if temperature > 0:
         seed = tl.load(seeds + row)
         position = tl.load(positions + row) + 1  # of the token that is sampled
-        first = _key(seed, position, 0x9E3779B9)
-        second = _key(seed, position, 0x7F4A7C15)
-        bits = _mix(_mix((ids + first_id).to(tl.uint32) ^ first) ^ second)
-        uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-        # log1p(-u), precise where u is small: there the noise is large and decides
-        shrunk = 1.0 - uniform
-        exponential = -tl.where(uniform < 1e-4, -uniform - 0.5 * uniform * uniform, tl.log(shrunk))
-        scores = scores / tl.maximum(temperature, 1e-6) - tl.log(exponential)
+        scores = scores / tl.maximum(temperature, 1e-6) + _noise(ids + first_id, seed, position)
     scores = tl.where(mask, scores, float("-inf"))
     value, index = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best + row * num_blocks + part, value)
@@ -70,6 +82,13 @@ def _best_of_row_kernel(  # type: ignore[no-untyped-def]
     value, index = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(out + row, value)
     tl.store(out_ids + row, tl.load(best_ids + row * num_blocks + index).to(out_ids.dtype.element_ty))
+
+
+def fast_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """As `hbserve.engine.noise.gumbel_noise`, in one pass."""
+    out = torch.empty(len(seeds), vocab_size, dtype=torch.float32, device=seeds.device)
+    _noise_kernel[(len(seeds), triton.cdiv(vocab_size, _BLOCK))](seeds, positions, out, vocab_size, _BLOCK, num_warps=8)
+    return out
 
 
 def fast_sample(

@@ -6,6 +6,8 @@ finaliser (Appleby) as the mixing function.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 _MASK = 0xFFFFFFFF
@@ -27,6 +29,10 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     Returns:
         float32 ``[rows, vocab_size]``. The upper tail, which decides, is resolved to 2^-32.
     """
+    if seeds.is_cuda and importlib.util.find_spec("triton") is not None:
+        from hbserve.engine.fast_sampler import fast_noise
+
+        return fast_noise(seeds, positions, vocab_size)
     first, second = (_key(seeds, positions, salt)[:, None] for salt in _SALTS)
     token_ids = torch.arange(vocab_size, device=seeds.device)
     bits = _mix(_mix(token_ids ^ first) ^ second)

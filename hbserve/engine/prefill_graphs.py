@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -129,11 +128,10 @@ class PrefillGraphs:
 
 
 def token_ladder(decoder: Decoder, max_tokens: int) -> list[int]:
-    """Token counts to capture, at most a third apart, as far as a layer takes less time than its launches."""
+    """Token counts to capture, as far as a layer takes less time than its launches."""
     layer = decoder.layers[0]
     flops_per_token = 2 * sum(weight.numel() for weight in (layer.qkv, layer.o, layer.gate_up, layer.down))
     most = min(max_tokens, _MAX_TOKENS, int(_LARGEST_LAYER_FLOPS / flops_per_token))
-    powers = [1 << exponent for exponent in range(6, 14)]
-    rungs = sorted({*powers, *(sum(pair) // 2 for pair in pairwise(powers))})
+    rungs = [64, 96, 128, 192, 256, 384, *range(512, 2048, 256), *range(2048, _MAX_TOKENS, 512)]
     sizes = [rung for rung in rungs if rung < most]
     return [*sizes, most] if most >= rungs[0] else []

@@ -16,6 +16,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from hbserve.config import LoggingConfig
+from hbserve.log_format import JsonFormatter, TextFormatter
+
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
 
 
@@ -35,14 +38,14 @@ def set_process_title(title: str) -> None:
     setproctitle.setproctitle(title)
 
 
-def configure_logging(level: str, who: str) -> None:
+def configure_logging(config: LoggingConfig, who: str) -> None:
     """Log to standard error, each line with time, level and process."""
-    logging.basicConfig(
-        level=level, format=f"%(asctime)s %(levelname).1s {who}: %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter(who) if config.format == "json" else TextFormatter(who))
+    logging.basicConfig(level=config.level, handlers=[handler], force=True)
     # Libraries' chatter is for those who ask for DEBUG.
-    if level != "DEBUG":
-        for name in ("httpx", "asyncio", "transformers", "uvicorn.access"):
+    if config.level != "DEBUG":
+        for name in ("httpx", "asyncio", "transformers", "uvicorn.access", "uvicorn.error"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.messages import ClientMessage, OutputBatch, RequestOutput, SchedulerReply
 from hbserve.pd_disagg.async_socket import AsyncSocket
 from hbserve.pd_disagg.rpc import bind
@@ -20,15 +21,22 @@ class ClientPort:
         context: the scheduler's ZeroMQ context.
         address: where clients connect.
         on_gone: called with the identity of a client that can no longer be reached.
+        key: that clients over TCP must have.
 
     Raises:
         StartupError: if the address cannot be had.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, on_gone: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        on_gone: Callable[[bytes], None],
+        key: ClusterKey | None = None,
+    ) -> None:
         self._socket = AsyncSocket(context.socket(zmq.ROUTER))
         self._socket.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error we see
-        bind(self._socket, address, "the scheduler")
+        self._keeper = bind(self._socket, address, "the scheduler", key)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._outputs: defaultdict[bytes, list[RequestOutput]] = defaultdict(list)
@@ -64,3 +72,5 @@ class ClientPort:
     def close(self) -> None:
         """Close; what was just sent may still leave."""
         self._socket.close(linger_ms=200)
+        if self._keeper is not None:
+            self._keeper.close()

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceRole
 from hbserve.import_path import load_class
 from hbserve.messages import (
@@ -45,6 +46,7 @@ from hbserve.messages import (
     TokenLogprobs,
     TransferResult,
     WorkerLost,
+    WorkerSpec,
 )
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.pd_disagg import system_stats
@@ -95,11 +97,12 @@ class CpuScheduler:
         self._vocab_size = 0
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
+        key = ClusterKey.of(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._clients = ClientPort(self._context, client_address, self._abort_all_of)
+        self._clients = ClientPort(self._context, client_address, self._abort_all_of, key)
         self.instances = {
             instance.instance_id: InstanceHandle(
-                instance, config.performance, self._context, instance_addresses.get(instance.instance_id)
+                instance, config.performance, self._context, instance_addresses.get(instance.instance_id), key
             )
             for instance in config.gpu_instances
         }
@@ -452,10 +455,14 @@ class CpuScheduler:
             worker.is_retiring = worker.id not in named
         for spec in message.workers:
             if spec.worker_id not in instance.workers:
-                worker = WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address)
+                worker = self._new_worker(spec)
                 instance.workers[worker.id] = worker
                 self._serve_worker(instance, worker)
                 self._greet(worker)
+
+    def _new_worker(self, spec: WorkerSpec) -> WorkerHandle:
+        key = ClusterKey.of(self.config)
+        return WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address, key)
 
     def _greet(self, worker: WorkerHandle) -> None:
         """Ask for its `Hello` until it comes: sooner than at the next heartbeat."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, StartupError
 from hbserve.messages import GetStats, SchedulerReply, Stats
@@ -19,6 +20,7 @@ from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import GenerationOutput, SampleDelta
 from hbserve.pd_disagg.launcher import InstanceSupervisor, Launcher
 from hbserve.pd_disagg.text_engine import Prompt, TextEngine
+from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import ChatMessage, Tokenizer
 
@@ -31,16 +33,22 @@ class DisaggregatedLLM:
     Args:
         config: flat or frozen; it is frozen here, so later changes to it have no effect.
         with_instances: False where the instances are started elsewhere and will connect.
+        text_in_processes: encode and decode text in processes of their own, as servers do.
 
     Raises:
         ConfigError: naming the field that cannot be honoured.
     """
 
-    def __init__(self, config: PdDisaggConfig | Config, with_instances: bool = True) -> None:
+    def __init__(
+        self, config: PdDisaggConfig | Config, with_instances: bool = True, text_in_processes: bool = False
+    ) -> None:
         self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
+        self._key = ClusterKey.of(self.config)
         self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit)
         self._client: EngineClient | None = None
         self._engine: TextEngine | None = None
+        self._text_in_processes = text_in_processes
+        self._text: TextProcesses | None = None
 
     async def start(self) -> None:
         """Start every process and return when requests can be served.
@@ -55,14 +63,30 @@ class DisaggregatedLLM:
         tokenizer = asyncio.create_task(
             asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
         )
+        text: asyncio.Task[None] | None = None
         try:
+            if self._text_in_processes:
+                self._text = TextProcesses(self.config, self._launcher.make_run_dir())
+                text = asyncio.create_task(self._text.start(deadline))
             self._address = await self._launcher.start()
-            self._client = EngineClient(self._address)
+            self._client = EngineClient(self._address, key=self._key)
             await self._client.connect()
             ready = await self._client.wait_ready(max(1.0, deadline - time.monotonic()))
-            self._engine = TextEngine(self._client, await tokenizer, ready.max_model_len, ready.vocab_size)
+            if text is not None:
+                await text
+            self._engine = TextEngine(
+                self._client,
+                await tokenizer,
+                ready.max_model_len,
+                ready.vocab_size,
+                self._text,
+                self.config.server.max_prompt_tokens if self._text_in_processes else None,
+            )
         except BaseException:
             tokenizer.cancel()
+            if text is not None:
+                text.cancel()
+                await asyncio.gather(text, return_exceptions=True)
             await self.stop()
             raise
 
@@ -72,6 +96,9 @@ class DisaggregatedLLM:
         client, self._client = self._client, None
         if client is not None:
             await client.close()
+        text, self._text = self._text, None
+        if text is not None:
+            await text.stop()
         await self._launcher.stop()
 
     async def __aenter__(self) -> Self:
@@ -93,6 +120,11 @@ class DisaggregatedLLM:
         if self._engine is None:
             raise EngineDeadError("not started; await start() first")
         return self._engine
+
+    @property
+    def text_processes(self) -> TextProcesses | None:
+        """The processes for text, where there are any."""
+        return self._text
 
     @property
     def client(self) -> EngineClient:
@@ -159,6 +191,8 @@ class DisaggregatedLLM:
             raise self.client.dead
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
+            if self._key is not None:
+                self._key.for_connecting(socket, self._address)
             socket.connect(self._address)
             socket.send(msgspec.msgpack.encode(GetStats(query_id=0)))
             if not socket.poll(_STATS_TIMEOUT_MS):

@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from hbserve import errors
+from hbserve.cluster_key import ClusterKey
 from hbserve.messages import (
     AbortRequest,
     AddRequest,
@@ -55,9 +56,11 @@ class EngineClient:
         address: ZeroMQ address of the scheduler's client socket.
         answer_timeout_s: a scheduler that is silent for so long while requests are open, and then does
             not answer a question for as long again, is declared dead.
+        key: of the cluster, if there is one.
     """
 
-    def __init__(self, address: str, answer_timeout_s: float = 15.0) -> None:
+    def __init__(self, address: str, answer_timeout_s: float = 15.0, key: ClusterKey | None = None) -> None:
+        self._key = key
         self._address = address
         self._answer_timeout_s = answer_timeout_s
         self._last_heard = time.monotonic()
@@ -73,6 +76,8 @@ class EngineClient:
         """Open the socket. The scheduler may start later."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
+        if self._key is not None:
+            self._key.for_connecting(self._socket.socket, self._address)
         self._socket.socket.connect(self._address)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_scheduler())]
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages import (
@@ -48,7 +49,7 @@ from hbserve.pd_disagg import child
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 from hbserve.pd_disagg.rank_group import RankGroup
-from hbserve.pd_disagg.rpc import RpcServer
+from hbserve.pd_disagg.rpc import RpcServer, bind_address
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class GpuInstance:
         self.instance = instance
         self._attachment = attachment
         self._partition = partition
-        self._rpc = RpcServer(address)
+        self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
@@ -370,7 +371,7 @@ def run_worker(
     """As `run_instance`, of an instance that need not be one of the configuration's; arguments as `GpuInstance`."""
     name = instance.instance_id
     child.set_process_title(f"hbserve-{name}-TP0")
-    child.configure_logging(config.logging.level, name)
+    child.configure_logging(config.logging, name)
     worker = GpuInstance(config, instance, address, attachment, partition)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

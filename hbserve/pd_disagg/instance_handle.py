@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages import Hello, InstanceCommand
@@ -76,12 +77,18 @@ class WorkerHandle:
     """
 
     def __init__(
-        self, worker_id: str, role: InstanceRole, percentage: int, context: zmq.Context[zmq.Socket[bytes]], address: str
+        self,
+        worker_id: str,
+        role: InstanceRole,
+        percentage: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        key: ClusterKey | None = None,
     ) -> None:
         self.id = worker_id
         self.role = role
         self.percentage = percentage
-        self.rpc = RpcClient(context, address)
+        self.rpc = RpcClient(context, address, key)
         self.hello: Hello | None = None
         self.last_seen = time.monotonic()
         self.inflight: deque[InflightStep] = deque()
@@ -132,13 +139,14 @@ class InstanceHandle:
         performance: PerformanceConfig,
         context: zmq.Context[zmq.Socket[bytes]],
         address: str | None,
+        key: ClusterKey | None = None,
     ) -> None:
         self.config = config
         self.id = config.instance_id
         self.role: InstanceRole = config.instance_type
         self.workers: dict[str, WorkerHandle] = {}
         if address is not None:
-            self.workers[self.id] = WorkerHandle(self.id, self.role, 100, context, address)
+            self.workers[self.id] = WorkerHandle(self.id, self.role, 100, context, address, key)
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
         self.lost_since: float | None = time.monotonic()

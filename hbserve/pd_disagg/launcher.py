@@ -220,12 +220,18 @@ class Launcher:
             StartupError: naming the process that failed and why. What had started is ended.
         """
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
-        self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
+        self.make_run_dir()
         try:
             return await self._start(deadline)
         except BaseException:
             await self.stop()
             raise
+
+    def make_run_dir(self) -> str:
+        """The folder of the system's sockets; `stop` removes it, or the scheduler if the launcher is killed."""
+        if self._run_dir is None:
+            self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
+        return self._run_dir
 
     async def _start(self, deadline: float) -> str:
         run_dir = self._run_dir if self._with_instances else None

@@ -181,7 +181,7 @@ def main() -> None:
     instance = config.instance(orders["instance_id"])
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{instance.instance_id}-TP{tp_rank}")
-    child.configure_logging(config.logging.level, f"{instance.instance_id} TP{tp_rank}")
+    child.configure_logging(config.logging, f"{instance.instance_id} TP{tp_rank}")
     worker = RankWorker(
         config, instance, tp_rank, Connection(orders["plans_fd"]), socket.socket(fileno=orders["control_fd"])
     )

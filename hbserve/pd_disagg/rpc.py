@@ -6,9 +6,12 @@ back. The scheduler speaks first (`Ping`); an instance answers whoever spoke to 
 
 from __future__ import annotations
 
+import socket
+
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey, Doorkeeper
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages import InstanceCommand, InstanceReply
@@ -20,6 +23,13 @@ def instance_address(instance: InstanceConfig, run_dir: str | None) -> str:
     if instance.port is not None:
         return f"tcp://{instance.host}:{instance.port}"
     return _private_socket(f"gpu_instances: {instance.instance_id}: port", f"instance-{instance.instance_id}", run_dir)
+
+
+def bind_address(instance: InstanceConfig, address: str) -> str:
+    """Where an instance really listens, given where it is to be found."""
+    if instance.bind is None or not address.startswith("tcp:"):
+        return address
+    return f"tcp://{instance.bind}:{instance.port}"
 
 
 def scheduler_address(config: Config, run_dir: str | None) -> str:
@@ -35,16 +45,41 @@ def _private_socket(key: str, name: str, run_dir: str | None) -> str:
     return f"ipc://{run_dir}/{name}.sock"
 
 
-def bind(socket: AsyncSocket, address: str, what: str) -> None:
+def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
     """Bind, or say what could not listen where.
+
+    Args:
+        key: that clients over TCP must have.
+
+    Returns:
+        To be closed after the socket.
 
     Raises:
         StartupError
     """
+    keeper = key.for_binding(listener.socket, address) if key is not None else None
     try:
-        socket.socket.bind(address)
+        listener.socket.bind(_numeric(address))
+        return keeper
     except zmq.ZMQError as error:
+        if keeper is not None:
+            keeper.close()
         raise StartupError(f"{what} cannot listen on {address}: {error.strerror}") from None
+
+
+def _numeric(address: str) -> str:
+    """ZeroMQ listens on addresses and interfaces, not on names."""
+    scheme, _, rest = address.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme != "tcp" or host in [name for _, name in socket.if_nameindex()]:
+        return address
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartupError(
+            f"{host} is neither an address, nor a network interface, nor a known host: {error}"
+        ) from None
+    return f"tcp://{found[0][4][0]}{colon}{port}"
 
 
 class RpcClient:
@@ -53,9 +88,10 @@ class RpcClient:
     Args:
         context: the scheduler's ZeroMQ context.
         address: where the instance listens.
+        key: of the cluster, if there is one.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, key: ClusterKey | None = None) -> None:
         self.address = address
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceReply)
@@ -64,6 +100,8 @@ class RpcClient:
         self._socket.socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        if key is not None:
+            key.for_connecting(self._socket.socket, address)
         self._monitor = AsyncSocket(self._socket.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         self._socket.socket.connect(address)
 
@@ -101,17 +139,18 @@ class RpcServer:
 
     Args:
         address: where to listen.
+        key: that the scheduler must have, if it comes over TCP.
 
     Raises:
         StartupError: if the address cannot be had.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, key: ClusterKey | None = None) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceCommand)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.ROUTER))
-        bind(self._socket, address, "the instance")
+        self._keeper = bind(self._socket, address, "the instance", key)
         self._peer: bytes | None = None
 
     async def receive(self) -> tuple[bytes, InstanceCommand]:
@@ -135,4 +174,6 @@ class RpcServer:
     def close(self) -> None:
         """Close; replies just sent still leave."""
         self._socket.close(linger_ms=500)
+        if self._keeper is not None:
+            self._keeper.close()
         self._context.term()

@@ -38,7 +38,7 @@ def main() -> None:
     orders = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title("hbserve-scheduler")
-    child.configure_logging(config.logging.level, "scheduler")
+    child.configure_logging(config.logging, "scheduler")
     try:
         asyncio.run(run_scheduler(config, orders["client_address"], orders["instance_addresses"]))
     except HBServeError as error:

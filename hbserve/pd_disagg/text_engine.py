@@ -34,6 +34,7 @@ class _OpenRequest:
     def __init__(self, sample_ids: list[str]) -> None:
         self.sample_ids = sample_ids
         self.aborted = False
+        self.stream: TextStream | None = None
 
 
 class TextEngine:
@@ -44,6 +45,7 @@ class TextEngine:
         max_model_len: most tokens of prompt and output together.
         vocab_size: of the model; token ids in prompts must be below it.
         text: does the encoding and decoding; default: this process.
+        max_prompt_tokens: longer prompts are refused; default: what the context holds.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TextEngine:
         max_model_len: int,
         vocab_size: int,
         text: TextService | None = None,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
@@ -61,6 +64,8 @@ class TextEngine:
         self._client = client
         self._open: dict[str, _OpenRequest] = {}
         self._serial = itertools.count()
+        self._max_prompt_tokens = max_prompt_tokens
+        self._ended: HBServeError | None = None
 
     async def open(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, request_id: str | None = None
@@ -91,7 +96,7 @@ class TextEngine:
             for sample in samples:
                 sample.close()
 
-        stream = TextStream(num_samples, close)
+        stream = opened.stream = TextStream(num_samples, close)
         try:
             await self._check_sampling(sampling)
             for prompt in prompts:
@@ -101,6 +106,8 @@ class TextEngine:
                 requests = self._requests(token_ids, sampling, opened.sample_ids[first : first + sampling.n])
                 for index, request in enumerate(requests, start=first):
                     samples.append(_Sample(self, index, request, sampling, stream))
+            if self._ended is not None:
+                raise self._ended
             for sample in samples:
                 if opened.aborted:  # before the scheduler has heard of it
                     sample.abort_at_once()
@@ -169,6 +176,18 @@ class TextEngine:
             for sample_id in opened.sample_ids:
                 self._client.abort(sample_id)
 
+    def end_all(self, error: HBServeError) -> None:
+        """End every request with this error, and later ones too."""
+        self._ended = error
+        for opened in list(self._open.values()):
+            if opened.stream is not None:
+                opened.stream.fail(error)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
     async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             token_ids = await self.text.encode(prompt)
@@ -177,6 +196,10 @@ class TextEngine:
             self.check_token_ids(token_ids, "prompt")
         if not token_ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")
+        if self._max_prompt_tokens is not None and len(token_ids) > self._max_prompt_tokens:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens; this server takes at most {self._max_prompt_tokens}", "prompt"
+            )
         if len(token_ids) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(token_ids)} tokens; the model takes at most {self.max_model_len} "
@@ -295,7 +318,11 @@ class _Sample:
             shown = len(output.token_ids) - (output.finish_reason == "stop")
             self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
 
-    def _on_text(self, text: OutputText) -> None:
+    def _on_text(self, text: OutputText | HBServeError) -> None:
+        if isinstance(text, HBServeError):
+            self._end()
+            self._stream.fail(text)
+            return
         output = self._outputs.popleft()
         if self._ended:
             return

@@ -21,6 +21,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import Any
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.messages import SetWorkers
@@ -164,7 +165,7 @@ class ProcessRotationManager(InstanceSupervisor):
             self._workers = workers
             workers.keep_sleepers(len(self._rungs(self._allocation)))  # they import while the resident loads
         if self._scheduler_address is not None:
-            self._link = SchedulerLink(self._scheduler_address, self._note_worker_lost)
+            self._link = SchedulerLink(self._scheduler_address, self._note_worker_lost, ClusterKey.of(self.config))
         self._start_resident(deadline)
         self._prepare(self._allocation, deadline)
         with self._condition:

@@ -65,7 +65,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title(f"hbserve-{orders['name']}")
-    child.configure_logging(config.logging.level, orders["name"])
+    child.configure_logging(config.logging, orders["name"])
     code = 0
     try:
         hold(config, orders)

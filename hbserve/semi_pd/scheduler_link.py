@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from hbserve.cluster_key import ClusterKey
 from hbserve.messages import SchedulerReply, SetWorkers, WorkerLost
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,11 @@ class SchedulerLink:
     Args:
         address: of the scheduler's client socket.
         on_worker_lost: called from the thread with a worker's name and what is wrong with it.
+        key: of the cluster, if there is one.
     """
 
-    def __init__(self, address: str, on_worker_lost: Callable[[str, str], None]) -> None:
-        self._address, self._on_worker_lost = address, on_worker_lost
+    def __init__(self, address: str, on_worker_lost: Callable[[str, str], None], key: ClusterKey | None) -> None:
+        self._address, self._on_worker_lost, self._key = address, on_worker_lost, key
         self._outgoing: deque[SetWorkers | None] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="semi-pd-link", daemon=True)
@@ -48,6 +50,8 @@ class SchedulerLink:
         encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(SchedulerReply)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 200)
+            if self._key is not None:
+                self._key.for_connecting(socket, self._address)
             socket.connect(self._address)
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)

@@ -77,7 +77,7 @@ def main() -> None:
     config = msgspec.convert(orders["config"], Config)
     name = f"{orders['name']}-sleeper"
     child.set_process_title(f"hbserve-{name}")
-    child.configure_logging(config.logging.level, name)
+    child.configure_logging(config.logging, name)
     started = time.monotonic()
     _import_everything(orders["on_gpu"])
     child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)

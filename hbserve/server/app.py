@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from hbserve.config import InstanceRole
+from hbserve.config import InstanceRole, ServerConfig
 from hbserve.errors import EngineDeadError, InvalidRequestError
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
@@ -22,14 +22,16 @@ from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 STATS_TIMEOUT_S = 5.0
+_DEFAULTS = ServerConfig()
 
 
-def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> FastAPI:
+def create_app(engine: TextEngine, client: EngineClient, served_name: str, config: ServerConfig = _DEFAULTS) -> FastAPI:
     """The OpenAI-compatible application over one engine.
 
     Args:
         client: of the same engine; asked for the system's health and statistics.
         served_name: the model's name, which requests must give.
+        config: of which only what concerns a single request is used here; see `hbserve.server.guard`.
     """
     app = FastAPI(title="HBServe", description="OpenAI-compatible completions and chat completions.")
     errors.install(app)
@@ -48,12 +50,12 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> Fa
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        return await create_completion(engine, body, request.receive)
+        return await create_completion(engine, body, request.receive, config.request_timeout_s)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        return await create_chat_completion(engine, body, request.receive)
+        return await create_chat_completion(engine, body, request.receive, config.request_timeout_s)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -91,6 +93,11 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str) -> Fa
         except EngineDeadError as error:
             report = {"status": "dead", "reason": str(error)}
         return JSONResponse(report, 200 if report["status"] in ("ready", "degraded") else 503)
+
+    @app.get("/ready")
+    async def is_ready() -> JSONResponse:
+        """Whether to send work here: for load balancers. See `Guard` for the end of a server."""
+        return await health()
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:

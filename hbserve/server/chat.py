@@ -22,8 +22,13 @@ from hbserve.server.logprobs import chat_logprobs
 from hbserve.server.tool_calls import ToolCallParser
 
 
-async def create_chat_completion(engine: TextEngine, body: ChatCompletionRequest, receive: Receive) -> Response:
+async def create_chat_completion(
+    engine: TextEngine, body: ChatCompletionRequest, receive: Receive, timeout_s: float | None
+) -> Response:
     """Answer one request, streamed or whole.
+
+    Args:
+        timeout_s: it ends with an error if it takes longer.
 
     Raises:
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
@@ -39,7 +44,7 @@ async def create_chat_completion(engine: TextEngine, body: ChatCompletionRequest
         "created": int(time.time()),
         "model": body.model,
     }
-    generation = Generation(engine, head["id"], [prompt], sampling)
+    generation = Generation(engine, head["id"], [prompt], sampling, timeout_s)
     if body.stream:
         return EventStream(_events(engine, generation, head, body))
     with _named_as_in(body):

@@ -19,17 +19,22 @@ from hbserve.server.logprobs import CompletionLogprobs
 from hbserve.server.protocol import CompletionRequest
 
 
-async def create_completion(engine: TextEngine, body: CompletionRequest, receive: Receive) -> Response:
+async def create_completion(
+    engine: TextEngine, body: CompletionRequest, receive: Receive, timeout_s: float | None
+) -> Response:
     """Answer one request, streamed or whole.
+
+    Args:
+        timeout_s: it ends with an error if it takes longer.
 
     Raises:
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
-    return await _Completion(engine, body).respond(receive)
+    return await _Completion(engine, body, timeout_s).respond(receive)
 
 
 class _Completion:
-    def __init__(self, engine: TextEngine, body: CompletionRequest) -> None:
+    def __init__(self, engine: TextEngine, body: CompletionRequest, timeout_s: float | None) -> None:
         self._engine, self._body = engine, body
         self._sampling = body.sampling()
         self._head: dict[str, Any] = {
@@ -38,7 +43,7 @@ class _Completion:
             "created": int(time.time()),
             "model": body.model,
         }
-        self._generation = Generation(engine, self._head["id"], body.prompts, self._sampling)
+        self._generation = Generation(engine, self._head["id"], body.prompts, self._sampling, timeout_s)
         self._logprobs = [
             CompletionLogprobs(engine.tokenizer, self._sampling.skip_special_tokens)
             for _ in range(self._generation.num_choices if self._sampling.logprobs is not None else 0)
@@ -87,7 +92,7 @@ class _Completion:
                     if body.echo and delta.index not in begun:
                         begun.add(delta.index)
                         text = self._prompt_text(delta.index) + text
-                    if not text and delta.finish_reason is None and not delta.logprobs:
+                    if not (text or delta.finish_reason or delta.logprobs or body.continuous_usage):
                         continue
                     chunk = head | {"choices": [self._choice(delta, text)]}
                     if body.continuous_usage:

@@ -12,7 +12,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from hbserve.config import nearest
-from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
+from hbserve.errors import (
+    EngineDeadError,
+    HBServeError,
+    InvalidRequestError,
+    OverloadedError,
+    RateLimitedError,
+    RequestFailedError,
+    RequestTimeoutError,
+    ShuttingDownError,
+)
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -27,6 +36,14 @@ logger = logging.getLogger(__name__)
 
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
+
+
+class UnauthorizedError(HBServeError):
+    """The request has no key that is known."""
+
+
+class ForbiddenError(HBServeError):
+    """Nobody may do this here."""
 
 
 class ClientGone(Exception):
@@ -54,7 +71,7 @@ class ApiError(msgspec.Struct, frozen=True):
 
     def response(self) -> Response:
         """The HTTP response."""
-        headers = {}
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         content = msgspec.json.encode(self.body())
@@ -69,10 +86,20 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(404, what, "invalid_request_error", error.param, "model_not_found")
         case InvalidRequestError():
             return ApiError(400, what, "invalid_request_error", error.param)
+        case RateLimitedError():
+            return ApiError(429, what, "rate_limit_error", None, "rate_limited", error.retry_after_s)
         case OverloadedError():
             return ApiError(503, what, "overloaded_error", None, "overloaded", error.retry_after_s)
         case RequestFailedError():
             return ApiError(500, what, "server_error", None, "request_failed")
+        case RequestTimeoutError():
+            return ApiError(504, what, "server_error", None, "request_timeout")
+        case ShuttingDownError():
+            return ApiError(503, what, "server_error", None, "shutting_down", 1.0)
+        case UnauthorizedError():
+            return ApiError(401, what, "authentication_error", None, "invalid_api_key")
+        case ForbiddenError():
+            return ApiError(403, what, "permission_error", None, "forbidden")
         case EngineDeadError():
             return ApiError(503, what, "server_error", None, "engine_dead")
         case HTTPException():
@@ -94,8 +121,7 @@ def install(app: FastAPI) -> None:
     async def handle_client_gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)  # nginx's number; nobody is there to read it
 
-    for kind in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
-        app.add_exception_handler(kind, handle)
+    app.add_exception_handler(HBServeError, handle)
     app.exception_handler(RequestValidationError)(handle_invalid_body)
     app.exception_handler(ClientGone)(handle_client_gone)
     app.add_exception_handler(HTTPException, handle)

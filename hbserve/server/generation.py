@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from hbserve.errors import RequestTimeoutError
 from hbserve.pd_disagg.generation_output import Sample, SampleDelta
 from hbserve.pd_disagg.text_engine import Prompt, TextEngine
 from hbserve.pd_disagg.text_stream import TextStream
@@ -16,13 +18,19 @@ class Generation:
 
     Args:
         request_id: the id in the response, and the engine's name for it.
+        timeout_s: it ends with an error if it takes longer.
 
     Attributes:
         num_choices: samples of all prompts; choice ``p * n + i`` is sample i of prompt p.
     """
 
     def __init__(
-        self, engine: TextEngine, request_id: str, prompts: Sequence[Prompt], sampling: SamplingParams
+        self,
+        engine: TextEngine,
+        request_id: str,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        timeout_s: float | None,
     ) -> None:
         self.num_choices = len(prompts) * sampling.n
         self._engine = engine
@@ -30,6 +38,8 @@ class Generation:
         self._prompts = prompts
         self._sampling = sampling
         self._stream: TextStream | None = None
+        self._timeout_s = timeout_s
+        self._timer: asyncio.TimerHandle | None = None
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
 
@@ -37,6 +47,9 @@ class Generation:
         """What is new since the last call; empty at the end. Starts with the first call; errors as in `TextEngine`."""
         if self._stream is None:
             self._stream = await self._engine.open(self._prompts, self._sampling, self._request_id)
+            if self._timeout_s is not None:
+                error = RequestTimeoutError(f"not finished within {self._timeout_s:g} s (server.request_timeout_s)")
+                self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._stream.fail, error)
         deltas = await self._stream.read()
         for delta in deltas:
             self._completion_tokens += len(delta.token_ids)
@@ -58,6 +71,8 @@ class Generation:
 
     def close(self) -> None:
         """Abort what is still open."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._stream is not None:
             self._stream.close()
 

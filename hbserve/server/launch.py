@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 
 import msgspec
 
-from hbserve.config import Config
-from hbserve.errors import ConfigError
+from hbserve import event_loop
+from hbserve.config import Config, ServerConfig
+from hbserve.errors import ConfigError, ShuttingDownError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
 from hbserve.server.app import create_app
+from hbserve.server.fair_gate import FairGate
+from hbserve.server.guard import Guard
+from hbserve.server.keys import Keys
 from hbserve.server.serve import bind, serve
 
 logger = logging.getLogger(__name__)
@@ -33,8 +38,8 @@ def serve_system(config: Config, with_instances: bool, port: int | None = None) 
             raise ConfigError(f"--port must be in 0..65535, got {port}", "server.port")
         config = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, port=port))
     child.set_process_title("hbserve-api")
-    child.configure_logging(config.logging.level, "api")
-    return asyncio.run(_serve(config, with_instances))
+    child.configure_logging(config.logging, "api")
+    return event_loop.run(_serve(config, with_instances))
 
 
 async def _serve(config: Config, with_instances: bool) -> int:
@@ -42,8 +47,10 @@ async def _serve(config: Config, with_instances: bool) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    keys = Keys.load(config.server)
+    tls = _tls_files(config.server)
     listener = bind(config.server)
-    llm = DisaggregatedLLM(config, with_instances)
+    llm = DisaggregatedLLM(config, with_instances, text_in_processes=True)
     starting = asyncio.create_task(llm.start())
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -53,17 +60,42 @@ async def _serve(config: Config, with_instances: bool) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         await starting
-        app = create_app(llm.engine, llm.client, config.served_name)
+        server = config.server
+        gate = FairGate(
+            max_open=server.max_open_requests,
+            max_waiting=config.performance.max_waiting_requests,
+            max_per_key=server.max_requests_per_key,
+            rate_per_minute=server.requests_per_minute_per_key,
+        )
+        app = create_app(llm.engine, llm.client, config.served_name, server)
 
         def on_listening(actual_port: int) -> None:
             # For people and for programs that start us: the one line on standard output.
-            print(
-                f"HBServe is ready: http://{config.server.host}:{actual_port} (model {config.served_name})", flush=True
-            )
+            scheme = "http" if tls is None else "https"
+            print(f"HBServe is ready: {scheme}://{server.host}:{actual_port} (model {config.served_name})", flush=True)
 
-        await serve(app, listener, stop, on_listening)
+        def hand_back() -> None:
+            llm.engine.end_all(ShuttingDownError("the server is shutting down, and this was not finished in time"))
+
+        guard = Guard(app, server, keys, gate, stop)
+        await serve(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back, tls)
         return 0
     finally:
         stopped.cancel()
         await llm.stop()
         listener.close()
+
+
+def _tls_files(config: ServerConfig) -> tuple[str, str] | None:
+    cert, key = config.tls_cert_file, config.tls_key_file
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("server.tls_cert_file and server.tls_key_file go together", "server.tls_key_file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"server.tls_cert_file: cannot use {cert} with {key}: {error}", "server.tls_cert_file"
+        ) from None
+    return cert, key

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from hbserve.config import ServerConfig
 from hbserve.errors import StartupError
+
+_BACKLOG = 2048
+"""Connections that may wait to be accepted: bursts of clients must not see a refusal."""
+
+
+_LAST_WORDS_S = 3.0
+"""For the errors to leave that requests end with at the drain's deadline."""
 
 
 class _Server(uvicorn.Server):
@@ -31,19 +39,23 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    app: FastAPI,
+    app: ASGIApp,
     where: ServerConfig | socket.socket,
     stop: asyncio.Event,
     on_ready: Callable[[int], None] = lambda port: None,
-    graceful_timeout_s: int = 10,
+    drain_timeout_s: float = 10.0,
+    on_deadline: Callable[[], None] = lambda: None,
+    tls: tuple[str, str] | None = None,
 ) -> None:
     """Serve until ``stop`` is set, or until this is cancelled; both end it in the same way.
 
     Args:
         where: address to listen on, or a socket that `bind` made; it is closed in the end.
         on_ready: called with the actual port once connections are accepted.
-        graceful_timeout_s: at the end no new connections are accepted, and open requests have this
-            long to finish before they are aborted.
+        drain_timeout_s: at the end no new connections are accepted, and open requests have this long
+            to finish.
+        on_deadline: called then; it must end them, or they are cut off a moment later.
+        tls: certificate chain and private key, PEM files.
 
     Raises:
         StartupError: if the address cannot be listened on, naming it.
@@ -53,12 +65,16 @@ async def serve(
     _listen(listener)
     settings = uvicorn.Config(
         app,
+        interface="asgi3",
         lifespan="off",
         ws="none",
         log_config=None,
         access_log=False,
+        server_header=False,
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close first
-        timeout_graceful_shutdown=graceful_timeout_s,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
+        ssl_certfile=None if tls is None else tls[0],
+        ssl_keyfile=None if tls is None else tls[1],
     )
     server = _Server(settings, lambda: on_ready(port))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="hbserve-http")
@@ -68,7 +84,9 @@ async def serve(
     finally:
         server.should_exit = True
         stopping.cancel()
+        deadline = asyncio.get_running_loop().call_later(drain_timeout_s, on_deadline)
         await serving
+        deadline.cancel()
         listener.close()
 
 
@@ -99,7 +117,7 @@ def _listen(listener: socket.socket) -> None:
     """Who binds first has not won before this: Linux lets several bind while nobody listens."""
     host, port = listener.getsockname()[:2]
     try:
-        listener.listen()
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from hbserve.errors import HBServeError
 from hbserve.grammar import Vocabulary
 from hbserve.messages import OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
@@ -14,7 +15,7 @@ from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
 LONG_TEXT = 20_000
 """Characters; a longer prompt takes milliseconds to encode, so not in an event loop."""
 
-OnText = Callable[[OutputText], None]
+OnText = Callable[[OutputText | HBServeError], None]
 
 
 class OutputStream(Protocol):
@@ -50,7 +51,7 @@ class TextService(Protocol):
         """Why a finished output, without its end token, is not one of its grammar's; None if it is."""
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
-        """Begin the text of one output; ``on_text`` is called with each answer to `OutputStream.feed`."""
+        """Begin the text of one output; ``on_text`` is called with each answer to `OutputStream.feed`, or an error."""
 
 
 class TextDecoding:

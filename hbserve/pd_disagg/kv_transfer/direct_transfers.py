@@ -23,7 +23,7 @@ class DirectTransfers(KVTransferManager):
 
     @property
     def endpoint(self) -> str:
-        return ""
+        return self._backend.endpoint
 
     async def start(self) -> None:
         await self._backend.start()

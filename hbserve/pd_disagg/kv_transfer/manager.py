@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hbserve.errors import HBServeError, KVTransferError, StaleBlockError
+from hbserve.errors import ConfigError, HBServeError, KVTransferError, StaleBlockError
 from hbserve.messages import (
     CancelTransfer,
     CloseLink,
@@ -30,6 +30,9 @@ from hbserve.messages import (
 )
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.checksum import block_checksums
+
+if TYPE_CHECKING:
+    from hbserve.pd_disagg.kv_transfer.shared_memory import ArenaSharing
 
 logger = logging.getLogger(__name__)
 
@@ -284,8 +287,12 @@ def make_manager(
     kv_blocks: torch.Tensor,
     report: Callable[[TransferReply], None],
     tp_rank: int = 0,
+    sharing: ArenaSharing | None = None,
 ) -> KVTransferManager:
     """A manager with the backend that ``kv_transfer.backend`` names, not yet started.
+
+    Args:
+        sharing: for ``shm``.
 
     Raises:
         ConfigError: if it cannot be imported.
@@ -297,4 +304,10 @@ def make_manager(
         from hbserve.pd_disagg.kv_transfer.mooncake import MooncakeKVTransfer
 
         return DirectTransfers(MooncakeKVTransfer(context, kv_blocks), report, tp_rank)
+    if name == "shm":
+        from hbserve.pd_disagg.kv_transfer.shared_memory import SharedMemoryKVTransfer
+
+        if sharing is None:
+            raise ConfigError("kv_transfer.backend: shm: this instance's KV arena cannot be shared")
+        return DirectTransfers(SharedMemoryKVTransfer(context, kv_blocks, sharing), report, tp_rank)
     return StagedTransfers(make_backend(name, context), kv_blocks, report, tp_rank)

@@ -26,6 +26,7 @@ from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
 CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
 _HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: the two engines tell each other
 _PROTOCOLS = ("tcp", "rdma", "nvlink")
+_MAX_RUNS = 128  # in one call; thousands fail
 _NEVER_SET = {
     "MC_TRANSFER_TIMEOUT": "bytes of a transfer that it has given up on still arrive later",
     "MC_LOG_DIR": "it makes the engine end the process",
@@ -152,14 +153,17 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         session, address = target.endpoint.split(" ")
         block_bytes = self.kv_blocks.shape[1]
         mine, theirs = self.kv_blocks.data_ptr(), int(address)
-        code = self._outbound.batch_transfer_sync_write(
-            session,
-            [mine + run.source * block_bytes for run in runs],
-            [theirs + run.target * block_bytes for run in runs],
-            [run.length * block_bytes for run in runs],
-        )
-        if code != 0:
-            raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
+        engine = self._outbound
+        for first in range(0, len(runs), _MAX_RUNS):
+            some = runs[first : first + _MAX_RUNS]
+            code = engine.batch_transfer_sync_write(
+                session,
+                [mine + run.source * block_bytes for run in some],
+                [theirs + run.target * block_bytes for run in some],
+                [run.length * block_bytes for run in some],
+            )
+            if code != 0:
+                raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
 
     async def stop(self) -> None:
         self._outbound = None  # lives on while a write is under way

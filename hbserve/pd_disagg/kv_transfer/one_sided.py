@@ -53,6 +53,11 @@ class OneSidedKVTransfer(ABC):
         self.context = context
         self.kv_blocks = kv_blocks
 
+    @property
+    def endpoint(self) -> str:
+        """What receivers need to know of this rank as a sender."""
+        return ""
+
     async def start(self) -> None:  # noqa: B027 - a backend without set-up need not override it
         """Get ready; called before anything else."""
 

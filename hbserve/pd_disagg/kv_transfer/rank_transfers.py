@@ -51,12 +51,12 @@ class RankTransfers:
         context = KVTransferContext(
             rank=self._rank,
             epoch=epoch,
-            host=config.ip or self._instance.host,
+            host=self._instance.kv_ip or config.ip or self._instance.host,
             port=None if config.port is None else config.port + self._rank,
             device=self._kv_blocks.device,
             timeout_s=config.timeout_s,
             buffer_size=config.buffer_size // self._tp_size,
-            host_is_given=config.ip is not None,
+            host_is_given=(self._instance.kv_ip or config.ip) is not None,
             mooncake_protocol=config.mooncake_protocol,
             mooncake_device=config.mooncake_device,
         )

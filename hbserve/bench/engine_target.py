@@ -1,0 +1,60 @@
+"""An engine of our own, in this process, as the target of a load: no HTTP in between."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from hbserve import Config, DisaggregatedLLM, SamplingParams
+from hbserve.bench.http_target import split_in
+from hbserve.bench.target import TargetError
+from hbserve.errors import HBServeError
+
+
+class EngineTarget:
+    """Streams from a running system. Made by `start`.
+
+    Args:
+        sampling: of every request, but for its length.
+    """
+
+    def __init__(self, llm: DisaggregatedLLM, sampling: SamplingParams) -> None:
+        self.vocab_size = llm.engine.vocab_size
+        self.max_model_len: int | None = llm.engine.max_model_len
+        self._llm = llm
+        self._sampling = sampling
+
+    async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
+        """See `ServeTarget.generate`."""
+        sampling = msgspec.structs.replace(self._sampling, max_tokens=output_len)
+        try:
+            async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
+                async for delta in deltas:
+                    if delta.token_ids:
+                        yield len(delta.token_ids)
+        except HBServeError as error:
+            raise TargetError(type(error).__name__) from error
+
+    async def split(self) -> tuple[float, float] | None:
+        """From the system's statistics, where they have it."""
+        status = (await self._llm.client.stats()).get("semi_pd")
+        return None if status is None else split_in(status)
+
+    async def describe(self) -> dict[str, Any]:
+        """The engine's whole configuration and its statistics."""
+        config: dict[str, Any] = msgspec.to_builtins(self._llm.config)
+        return {"config": config, "stats": await self._llm.client.stats()}
+
+
+@asynccontextmanager
+async def start(config: Config, sampling: SamplingParams) -> AsyncIterator[EngineTarget]:
+    """Start a system, and end it.
+
+    Raises:
+        HBServeError: whatever keeps it from starting.
+    """
+    async with DisaggregatedLLM(config) as llm:
+        yield EngineTarget(llm, sampling)

@@ -1,0 +1,162 @@
+"""Open-loop load: requests are sent when they are due, whatever has become of the ones before."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from hbserve.bench.request_record import RequestRecord, Targets, percentile
+from hbserve.bench.serve_workload import ServeRequest, ServeWorkload
+from hbserve.bench.target import ServeTarget, TargetError
+
+_PROBE_INTERVAL_S = 0.02
+_SPLIT_INTERVAL_S = 1.0
+
+
+@dataclass
+class ClientHealth:
+    """Whether the client could have been the bottleneck.
+
+    Attributes:
+        loop_lag_s: how much later than asked the event loop came back, each time it was asked.
+        cpu_share: of one core that this process used.
+    """
+
+    loop_lag_s: list[float] = field(default_factory=list)
+    cpu_share: float = 0.0
+
+    def as_dict(self, records: list[RequestRecord]) -> dict[str, float]:
+        """Plain numbers, with how late requests were sent."""
+        late = sorted(record.sent_s - record.arrival_s for record in records if record.sent_s) or [0.0]
+        lags = sorted(self.loop_lag_s) or [0.0]
+        return {
+            "cpu_share": self.cpu_share,
+            "loop_lag_p50_ms": percentile(lags, 50) * 1000,
+            "loop_lag_p99_ms": percentile(lags, 99) * 1000,
+            "loop_lag_max_ms": lags[-1] * 1000,
+            "late_p99_ms": percentile(late, 99) * 1000,
+            "late_max_ms": late[-1] * 1000,
+        }
+
+
+@dataclass
+class LoadResult:
+    """Attributes:
+    split: (seconds, prefill percent, decode percent) over time, empty where the target has none.
+    cut_short: it was clear before the end that the targets are missed.
+    """
+
+    records: list[RequestRecord]
+    client: ClientHealth
+    split: list[tuple[float, float, float]] = field(default_factory=list)
+    cut_short: bool = False
+
+
+class LoadRun:
+    """One run of a workload against a target.
+
+    Args:
+        targets: sent along if ``tell_targets``, and used to stop early.
+        max_missed: give up as soon as more requests than this have missed; None: run to the end.
+        drain_s: after the last arrival the target has so long to finish.
+        on_done: called with each request that has ended.
+    """
+
+    def __init__(
+        self,
+        target: ServeTarget,
+        workload: ServeWorkload,
+        targets: Targets | None = None,
+        tell_targets: bool = False,
+        max_missed: int | None = None,
+        drain_s: float = 120.0,
+        on_done: Callable[[RequestRecord], Any] = lambda record: None,
+    ) -> None:
+        self._target, self._workload = target, workload
+        self._targets = targets
+        self._told: dict[str, float] = {}
+        if tell_targets and targets is not None:
+            told = {"ttft_ms": targets.ttft_ms, "tpot_ms": targets.tpot_ms}
+            self._told = {name: value for name, value in told.items() if value is not None}
+        self._max_missed = max_missed
+        self._drain_s = drain_s
+        self._on_done = on_done
+        self._client = ClientHealth()
+        self._split: list[tuple[float, float, float]] = []
+        self._records = [
+            RequestRecord(index, request.arrival_s, request.input_len, request.output_len)
+            for index, request in enumerate(workload.requests)
+        ]
+
+    async def run(self) -> LoadResult:
+        """Send everything, wait for it, and say what happened."""
+        gc.collect()
+        gc.freeze()  # what is here now is not looked at by collections during the run
+        cpu_start, self._start = time.process_time(), time.perf_counter()
+        sending = asyncio.create_task(self._send_all())
+        helpers = [asyncio.create_task(self._probe()), asyncio.create_task(self._watch_split())]
+        try:
+            cut_short = not await self._wait(sending)
+        finally:
+            for task in (sending, *helpers):
+                task.cancel()
+            await asyncio.gather(sending, *helpers, return_exceptions=True)
+            gc.unfreeze()
+        self._client.cpu_share = (time.process_time() - cpu_start) / (time.perf_counter() - self._start)
+        return LoadResult(self._records, self._client, self._split, cut_short)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    async def _wait(self, sending: asyncio.Task[None]) -> bool:
+        """Until all are done; False if it was given up before."""
+        deadline = self._workload.requests[-1].arrival_s + self._drain_s
+        while not sending.done():
+            await asyncio.wait([sending], timeout=0.25)
+            now = self._now()
+            if self._targets is not None and self._max_missed is not None:
+                missed = sum(self._targets.missed_by(record, now) for record in self._records if record.arrival_s < now)
+                if missed > self._max_missed:
+                    return False
+            if now > deadline:
+                return False
+        sending.result()
+        return True
+
+    async def _send_all(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for request, record in zip(self._workload.requests, self._records, strict=True):
+                prompt = self._workload.prompt(request)  # made before it is due
+                delay = request.arrival_s - self._now()
+                if delay > 0:
+                    await asyncio.sleep(delay)
+                group.create_task(self._send(request, record, prompt))
+
+    async def _send(self, request: ServeRequest, record: RequestRecord, prompt: list[int]) -> None:
+        record.sent_s = self._now()
+        try:
+            async with aclosing(self._target.generate(prompt, request.output_len, self._told)) as arrivals:
+                async for count in arrivals:
+                    record.token_times.append((self._now(), count))
+            record.error = None if record.num_tokens >= request.output_len else "too few tokens"
+        except TargetError as error:
+            record.error = str(error)
+        record.end_s = self._now()
+        self._on_done(record)
+
+    async def _probe(self) -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(_PROBE_INTERVAL_S)
+            self._client.loop_lag_s.append(time.perf_counter() - before - _PROBE_INTERVAL_S)
+
+    async def _watch_split(self) -> None:
+        with suppress(TargetError):
+            while (split := await self._target.split()) is not None:
+                self._split.append((self._now(), *split))
+                await asyncio.sleep(_SPLIT_INTERVAL_S)

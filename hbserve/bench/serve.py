@@ -1,0 +1,216 @@
+"""The serving benchmark: one run at a rate, or a search for the highest rate that keeps the targets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import statistics
+import sys
+import time
+from contextlib import AbstractAsyncContextManager, aclosing
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from hbserve.bench import engine_target, http_target, serve_report
+from hbserve.bench.load import LoadResult, LoadRun
+from hbserve.bench.report import versions
+from hbserve.bench.request_record import Targets, summarize
+from hbserve.bench.serve_options import ServeOptions, SloScale
+from hbserve.bench.serve_workload import ServeWorkload
+from hbserve.bench.sweep import RateSearch
+from hbserve.bench.target import ServeTarget, TargetError
+from hbserve.errors import ConfigError, RequestFailedError
+
+_LONE_REQUESTS = 5
+_LONE_OUTPUT_LEN = 64
+_SETTLE_S = 60.0
+
+
+def run(options: ServeOptions) -> None:
+    """Run what the options ask for; print tables, write the JSON file and the plots.
+
+    Raises:
+        HBServeError: whatever the target raises, and `ConfigError` for what cannot be run.
+    """
+    if options.plots is not None:
+        from hbserve.bench import serve_plots
+
+        serve_plots.check()
+    document = asyncio.run(_run(options))
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(f"\nwritten   {options.json}")
+    if options.plots is not None:
+        for path in serve_plots.draw(document, options.plots):
+            print(f"written   {path}")
+
+
+async def _run(options: ServeOptions) -> dict[str, Any]:
+    async with _target(options) as target:
+        return await ServeBenchmark(target, options).run()
+
+
+def _target(options: ServeOptions) -> AbstractAsyncContextManager[ServeTarget]:
+    if options.config is not None:
+        return engine_target.start(options.config, options.sampling)
+    assert options.url is not None
+    sampling = {"temperature": options.sampling.temperature, "seed": options.seed, "ignore_eos": True}
+    return http_target.connect(options.url, options.model, options.source.vocab_size, sampling, options.timeout_s)
+
+
+class ServeBenchmark:
+    """Runs on a target that is there.
+
+    Args:
+        options: of which the parts about the target are not looked at.
+    """
+
+    def __init__(self, target: ServeTarget, options: ServeOptions) -> None:
+        self._target, self._options = target, options
+        self._targets = options.targets
+        self._runs: list[dict[str, Any]] = []
+
+    async def run(self) -> dict[str, Any]:
+        """Measure; returns the results as plain data.
+
+        Raises:
+            ConfigError: if the workload does not fit the target.
+            RequestFailedError: if the target does not answer a lone request.
+        """
+        options = self._options
+        start = datetime.now(UTC)
+        workload = options.source.workload(options.rate, options.seed)
+        self._check(workload)
+        await self._warm_up(workload)
+        lone = None
+        if options.slo_scale is not None:
+            lone = await self._measure_alone(workload)
+            self._targets = _scaled(lone, options.slo_scale)
+        serve_report.show_setting(workload, lone, self._targets)
+        best = await self._sweep(workload) if options.sweep else None
+        if not options.sweep:
+            await self._measure(options.rate, None)
+        return {
+            "started": start.isoformat(timespec="seconds"),
+            "options": options.command,
+            "versions": versions(),
+            "target": await self._target.describe(),
+            "lone_request": lone,
+            "targets": None if self._targets is None else msgspec.to_builtins(self._targets),
+            "best_rate": best,
+            "runs": self._runs,
+        }
+
+    def _check(self, workload: ServeWorkload) -> None:
+        limit = self._target.max_model_len
+        if limit is not None and workload.longest > limit:
+            raise ConfigError(
+                f"the longest request has {workload.longest} tokens, prompt and output; the target takes {limit}. "
+                "Cut with --max-input-len and --max-output-len"
+            )
+
+    async def _warm_up(self, workload: ServeWorkload) -> None:
+        """Short and long, once each: whatever is done at a first time is done."""
+        longest = max(request.input_len for request in workload.requests)
+        for number, length in enumerate((16, workload.mean_input_len, longest)):
+            await self._alone(workload.draw_tokens(1 << 30 | number, length), 4)
+
+    async def _measure_alone(self, workload: ServeWorkload) -> dict[str, float]:
+        """What a request of the workload's mean prompt length takes when nothing else runs; medians."""
+        ttfts, tpots = [], []
+        for number in range(_LONE_REQUESTS):
+            prompt = workload.draw_tokens(1 << 29 | number, workload.mean_input_len)
+            times = await self._alone(prompt, _LONE_OUTPUT_LEN)
+            ttfts.append(times[0])
+            tpots.append((times[-1] - times[0]) / (_LONE_OUTPUT_LEN - 1))
+        return {
+            "input_len": workload.mean_input_len,
+            "output_len": _LONE_OUTPUT_LEN,
+            "ttft_ms": statistics.median(ttfts) * 1000,
+            "tpot_ms": statistics.median(tpots) * 1000,
+        }
+
+    async def _alone(self, prompt: list[int], output_len: int) -> list[float]:
+        """Seconds after which tokens came."""
+        start = time.perf_counter()
+        times: list[float] = []
+        try:
+            async with aclosing(self._target.generate(prompt, output_len, {})) as arrivals:
+                async for count in arrivals:
+                    times += [time.perf_counter() - start] * count
+        except TargetError as error:
+            raise RequestFailedError(f"the target does not answer a lone request: {error}") from error
+        if len(times) < output_len:
+            raise RequestFailedError(f"the target gave {len(times)} of {output_len} tokens; does it know ignore_eos?")
+        return times
+
+    async def _sweep(self, workload: ServeWorkload) -> dict[str, float]:
+        options = self._options
+        assert self._targets is not None
+        started = time.monotonic()
+        search = RateSearch(options.rate or workload.rate, options.precision)
+        while (rate := search.next_rate()) is not None:
+            if options.time_limit_s is not None and time.monotonic() - started > options.time_limit_s:
+                break
+            summary = await self._measure(rate, options.attainment)
+            search.add(rate, summary["attainment"] >= options.attainment)
+        serve_report.show_best(search.best, search.worst)
+        return {"rate": search.best, "too_high": search.worst if math.isfinite(search.worst) else 0.0}
+
+    async def _measure(self, rate: float | None, attainment: float | None) -> dict[str, Any]:
+        """One run.
+
+        Args:
+            attainment: stop as soon as it cannot be reached any more; None: run to the end.
+        """
+        options, seed = self._options, self._options.seed + len(self._runs)
+        workload = options.source.workload(rate, seed)  # other prompts each time: no help from the prefix cache
+        num_requests = len(workload.requests)
+        max_missed = None if attainment is None else math.floor((1 - attainment) * num_requests + 1e-9)
+        with tqdm(
+            total=num_requests,
+            desc=f"{workload.rate:8.2f} requests/s",
+            unit="req",
+            disable=not options.show_progress,
+            file=sys.stderr,
+            leave=False,
+        ) as bar:
+            load = LoadRun(
+                self._target,
+                workload,
+                self._targets,
+                options.tell_targets,
+                max_missed,
+                options.timeout_s,
+                lambda record: bar.update(),
+            )
+            result = await load.run()
+        summary = summarize(result.records, self._targets) | {
+            "rate": workload.rate if rate is None else rate,
+            "offered_per_s": workload.rate,
+            "seed": seed,
+            "cut_short": result.cut_short,
+        }
+        self._runs.append(self._as_dict(result, summary))
+        serve_report.show_run(summary, self._runs[-1]["client"], is_first=len(self._runs) == 1)
+        await asyncio.wait_for(self._alone(workload.draw_tokens(1 << 28, 16), 1), _SETTLE_S)  # what was cut off is gone
+        return summary
+
+    def _as_dict(self, result: LoadResult, summary: dict[str, Any]) -> dict[str, Any]:
+        gaps = sorted(gap * 1000 for record in result.records for gap in record.itls_s)
+        step = max(1, len(gaps) // 500)
+        return {
+            "summary": summary,
+            "client": result.client.as_dict(result.records),
+            "split": result.split,
+            "itl_quantiles_ms": [round(gap, 3) for gap in gaps[::step]],
+            "requests": [record.as_dict() for record in result.records],
+        }
+
+
+def _scaled(lone: dict[str, float], scale: SloScale) -> Targets:
+    return Targets(ttft_ms=lone["ttft_ms"] * scale.ttft, tpot_ms=lone["tpot_ms"] * scale.tpot)

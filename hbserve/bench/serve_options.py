@@ -1,0 +1,246 @@
+"""Arguments of the serving benchmark."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hbserve import Config, PdDisaggConfig, SamplingParams
+from hbserve.bench.model_folder import find_model
+from hbserve.bench.offline_options import (
+    add_engine_arguments,
+    engine_arguments,
+    given_arguments,
+    lengths,
+    positive,
+)
+from hbserve.bench.request_record import Targets
+from hbserve.bench.serve_workload import WorkloadSource
+from hbserve.bench.traces import load_trace
+from hbserve.bench.workload import LengthRange
+from hbserve.errors import ConfigError
+from hbserve.models.spec import ModelSpec
+from hbserve.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SloScale:
+    """Targets as multiples of what a lone request takes."""
+
+    ttft: float
+    tpot: float
+
+    @staticmethod
+    def parse(text: str) -> SloScale:
+        """Read ``7.5``, or ``7.5:10`` for TTFT and TPOT apart.
+
+        Raises:
+            ConfigError: if it is neither.
+        """
+        ttft, _, tpot = text.partition(":")
+        try:
+            scale = SloScale(float(ttft), float(tpot or ttft))
+        except ValueError:
+            scale = SloScale(0, 0)
+        if not (1 <= scale.ttft < 1e6 and 1 <= scale.tpot < 1e6):
+            raise ConfigError(f"--slo-scale: {text!r} is not like 7.5 or 7.5:10, at least 1")
+        return scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What to run.
+
+    Attributes:
+        url: of a server; None: an engine of this configuration is started.
+        model: its name at the URL.
+        rate: requests per second; of a sweep, where it begins. None: the trace's.
+        sweep: find the highest rate at which ``attainment`` of the requests keep their targets.
+        precision: the sweep ends when the rate is known within this factor.
+        time_limit_s: the sweep starts no run after this time.
+        tell_targets: send each request's targets to the server.
+        timeout_s: of one request.
+    """
+
+    url: str | None
+    config: Config | None
+    model: str | None
+    source: WorkloadSource
+    seed: int
+    sampling: SamplingParams
+    rate: float | None
+    targets: Targets | None
+    slo_scale: SloScale | None
+    tell_targets: bool
+    sweep: bool
+    attainment: float
+    precision: float
+    time_limit_s: float | None
+    timeout_s: float
+    show_progress: bool
+    json: Path | None
+    plots: Path | None
+    command: dict[str, Any]
+
+    @staticmethod
+    def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
+        """From what `add_arguments` has declared.
+
+        Raises:
+            HBServeError: naming the argument that cannot be honoured.
+        """
+        config = None
+        if arguments.url is not None:
+            if arguments.config is not None or given_arguments(arguments):
+                raise ConfigError("--url: that server has its own configuration; leave --config and engine options out")
+            if arguments.vocab_size is None and arguments.tokenizer is None:
+                raise ConfigError("--url needs --vocab-size or --tokenizer: prompts are token ids below it")
+        else:
+            config = _engine_config(arguments)
+        targets = None if arguments.goodput is None else Targets.parse(arguments.goodput)
+        slo_scale = None if arguments.slo_scale is None else SloScale.parse(arguments.slo_scale)
+        if targets is not None and slo_scale is not None:
+            raise ConfigError("--goodput and --slo-scale both set the targets; give one")
+        if arguments.sweep and targets is None and slo_scale is None:
+            raise ConfigError("--sweep needs targets: --goodput or --slo-scale")
+        if arguments.sweep and arguments.duration is None and arguments.num_requests is None:
+            raise ConfigError("--sweep needs --duration or --num-requests for each of its runs")
+        for name in ("json", "plots"):
+            path: Path | None = getattr(arguments, name)
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"--{name}: there is no folder {path.absolute().parent}")
+        return ServeOptions(
+            url=arguments.url,
+            config=config,
+            model=arguments.model,
+            source=_source(arguments, config),
+            seed=arguments.seed,
+            sampling=SamplingParams(temperature=arguments.temperature, seed=arguments.seed, ignore_eos=True),
+            rate=arguments.rate,
+            targets=targets,
+            slo_scale=slo_scale,
+            tell_targets=arguments.tell_targets,
+            sweep=arguments.sweep,
+            attainment=arguments.attainment,
+            precision=arguments.precision,
+            time_limit_s=arguments.time_limit,
+            timeout_s=arguments.timeout,
+            show_progress=not arguments.no_progress,
+            json=arguments.json,
+            plots=arguments.plots,
+            command={name: str(value) for name, value in vars(arguments).items() if value not in (None, False, [])},
+        )
+
+
+def _engine_config(arguments: argparse.Namespace) -> Config:
+    if arguments.config is not None:
+        if arguments.model is not None or given_arguments(arguments):
+            raise ConfigError("--config: the file says it all; leave --model and engine options out")
+        return Config.load(arguments.config)
+    if arguments.model is None:
+        raise ConfigError("--url, --config or --model is needed: what is to be measured")
+    model = find_model(arguments.model)
+    try:
+        return PdDisaggConfig.from_arguments(str(model), **engine_arguments(arguments, model)).freeze()
+    except TypeError as error:
+        raise ConfigError(f"--engine-arg: {error}") from None
+
+
+def _source(arguments: argparse.Namespace, config: Config | None) -> WorkloadSource:
+    tokenizer_path = arguments.tokenizer or (config.tokenizer_path if config is not None else None)
+    vocab_size = arguments.vocab_size
+    if vocab_size is None:
+        vocab_size = ModelSpec.load(Path(arguments.tokenizer if config is None else config.model.path)).vocab_size
+    trace = None
+    if arguments.trace is not None:
+        encode = None
+        if tokenizer_path is not None and arguments.trace.suffix == ".json":
+            encode = Tokenizer(str(tokenizer_path), str(tokenizer_path)).encode
+        trace = load_trace(arguments.trace, encode)
+    has_times = trace is not None and trace[0].arrival_s is not None
+    arrivals = arguments.arrivals or ("trace" if has_times else "poisson")
+    if arrivals == "trace" and not has_times:
+        raise ConfigError("--arrivals trace: there is no trace with times")
+    burstiness = {"poisson": 1.0, "trace": 1.0, "gamma": arguments.burstiness}[arrivals]
+    return WorkloadSource(
+        trace=trace,
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        arrivals=arrivals,
+        burstiness=burstiness,
+        duration_s=arguments.duration,
+        num_requests=arguments.num_requests,
+        max_input_len=arguments.max_input_len,
+        max_output_len=arguments.max_output_len,
+        vocab_size=vocab_size,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; see `ServeOptions.from_arguments`."""
+    target = parser.add_argument_group("target", "one of --url, --config, --model")
+    target.add_argument("--url", help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
+    target.add_argument("--config", type=Path, metavar="FILE", help="start this system here and drive it without HTTP")
+    target.add_argument("--model", help="with --url: its name there; else a folder or shape to start an engine of")
+    target.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="model folder, for the vocabulary and text")
+    target.add_argument("--vocab-size", type=positive, metavar="N", help="token ids of prompts are below it")
+
+    load = parser.add_argument_group("load")
+    load.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv, Mooncake .jsonl or ShareGPT .json")
+    load.add_argument(
+        "--rate", type=_positive_float, metavar="PER_S", help="requests per second (default: the trace's)"
+    )
+    load.add_argument(
+        "--arrivals",
+        choices=["trace", "poisson", "gamma"],
+        help="the trace's times stretched to the rate (default where there are any), or drawn (poisson else)",
+    )
+    load.add_argument(
+        "--burstiness", type=_positive_float, default=4.0, help="of gamma: variance of the gaps over mean² (default: 4)"
+    )
+    load.add_argument("--duration", type=_positive_float, metavar="S", help="requests come for so long")
+    load.add_argument("--num-requests", type=positive, metavar="N", help="at most so many")
+    load.add_argument(
+        "--input-len", type=lengths, default=LengthRange(512, 1536), metavar="LOW:HIGH", help="without a trace"
+    )
+    load.add_argument(
+        "--output-len", type=lengths, default=LengthRange(64, 256), metavar="LOW:HIGH", help="without a trace"
+    )
+    load.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
+    load.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="likewise")
+    load.add_argument("--seed", type=int, default=0, help="of arrivals, lengths, tokens and sampling (default: 0)")
+    load.add_argument("--temperature", type=float, default=0.0, help="of the sampling (default: 0)")
+    load.add_argument("--timeout", type=_positive_float, default=600.0, metavar="S", help="of a request (default: 600)")
+
+    slo = parser.add_argument_group("targets")
+    slo.add_argument("--goodput", metavar="TARGETS", help="ttft:500,tpot:50 (milliseconds; also e2e)")
+    slo.add_argument(
+        "--slo-scale", metavar="X[:Y]", help="TTFT and TPOT at X times (TPOT at Y) of a lone request's, measured"
+    )
+    slo.add_argument("--tell-targets", action="store_true", help="send them with each request (ttft_ms, tpot_ms)")
+    slo.add_argument("--sweep", action="store_true", help="find the highest rate that keeps them")
+    slo.add_argument("--attainment", type=_share, default=0.9, help="share of requests that must (default: 0.9)")
+    slo.add_argument("--precision", type=_share, default=0.05, help="of the rate a sweep finds (default: 0.05)")
+    slo.add_argument("--time-limit", type=_positive_float, metavar="S", help="a sweep starts no run after this")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="everything, with a record per request")
+    output.add_argument("--plots", type=Path, metavar="FOLDER", help="PNG files; needs matplotlib")
+    output.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_engine_arguments(parser)
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in (0, 1]")
+    return value

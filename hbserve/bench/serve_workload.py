@@ -1,0 +1,171 @@
+"""The requests of a serving benchmark: when each comes, what it asks, how much it gets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from hbserve.bench.arrivals import draw_arrivals
+from hbserve.bench.traces import BLOCK_TOKENS, TraceEntry
+from hbserve.bench.workload import LengthRange
+from hbserve.errors import ConfigError
+
+_FIRST_TOKEN = 10  # the lowest ids are often special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """One request.
+
+    Attributes:
+        arrival_s: from the start of the run.
+        output_len: tokens to generate.
+        prompt_seed: what its tokens are drawn from, beyond its blocks.
+        block_ids: names of its leading blocks of `BLOCK_TOKENS` tokens, which others may share.
+        token_ids: the prompt, at least ``input_len`` of it, where it is not drawn.
+    """
+
+    arrival_s: float
+    input_len: int
+    output_len: int
+    prompt_seed: int
+    block_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServeWorkload:
+    """A run's requests, by arrival.
+
+    Attributes:
+        seed: of all token ids: another seed, other prompts with the same shared prefixes.
+        vocab_size: token ids are below it.
+    """
+
+    requests: tuple[ServeRequest, ...]
+    seed: int
+    vocab_size: int
+
+    @property
+    def mean_input_len(self) -> int:
+        """Prompt tokens, mean."""
+        return round(sum(request.input_len for request in self.requests) / len(self.requests))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return max(request.input_len + request.output_len for request in self.requests)
+
+    @property
+    def rate(self) -> float:
+        """Requests per second over the time in which they come."""
+        span = self.requests[-1].arrival_s - self.requests[0].arrival_s
+        return (len(self.requests) - 1) / span if span > 0 else float("inf")
+
+    def prompt(self, request: ServeRequest) -> list[int]:
+        """The prompt of one of the requests, token ids."""
+        if request.token_ids:
+            return list(request.token_ids[: request.input_len])
+        if not request.block_ids:
+            return self.draw_tokens(request.prompt_seed, request.input_len)
+        blocks = [_draw(self.seed, 2, block_id, BLOCK_TOKENS, self.vocab_size) for block_id in request.block_ids]
+        tokens: list[int] = np.concatenate(blocks)[: request.input_len].tolist()
+        return tokens
+
+    def draw_tokens(self, prompt_seed: int, count: int) -> list[int]:
+        """Token ids that no other prompt begins with."""
+        tokens: list[int] = _draw_once(self.seed, 3, prompt_seed, count, self.vocab_size).tolist()
+        return tokens
+
+
+def _draw_once(seed: int, kind: int, number: int, count: int, vocab_size: int) -> np.ndarray:
+    return np.random.default_rng([seed, kind, number]).integers(_FIRST_TOKEN, vocab_size, size=count)
+
+
+_draw = lru_cache(maxsize=1 << 14)(_draw_once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadSource:
+    """From what the workload of any rate is made.
+
+    Attributes:
+        trace: its requests; None: lengths are drawn from the ranges.
+        arrivals: ``trace`` keeps the trace's times, stretched to the rate; ``gamma`` draws them.
+        burstiness: of drawn arrivals, see `draw_arrivals`.
+        duration_s: at a rate: so many seconds' worth of requests; at the trace's own: those that come so soon.
+        num_requests: at most so many; None: as many as there are, or come in ``duration_s``.
+        max_input_len, max_output_len: longer ones are cut to this.
+    """
+
+    trace: Sequence[TraceEntry] | None
+    input_len: LengthRange
+    output_len: LengthRange
+    arrivals: str
+    burstiness: float
+    duration_s: float | None
+    num_requests: int | None
+    max_input_len: int | None
+    max_output_len: int | None
+    vocab_size: int
+
+    def workload(self, rate: float | None, seed: int) -> ServeWorkload:
+        """Requests at that mean rate.
+
+        Args:
+            rate: requests per second; None: the trace's own.
+
+        Raises:
+            ConfigError: if there is no rate, or not enough requests to have one.
+        """
+        has_times = self.arrivals == "trace"
+        if rate is None and not has_times:
+            raise ConfigError("--rate is needed: the workload has no times of its own")
+        count = self.num_requests
+        if rate is not None and self.duration_s is not None:
+            count = min(count or sys.maxsize, max(2, round(rate * self.duration_s)))
+        if count is None and self.trace is None:
+            raise ConfigError("--num-requests or --duration is needed")
+        entries = self._entries(count, seed)
+        if has_times:
+            times = _stretched([entry.arrival_s or 0.0 for entry in entries], rate)
+        else:
+            assert rate is not None
+            times = draw_arrivals(len(entries), rate, self.burstiness, seed)
+        requests = [
+            ServeRequest(
+                time,
+                min(entry.input_len, self.max_input_len or entry.input_len),
+                min(entry.output_len, self.max_output_len or entry.output_len),
+                number,
+                entry.block_ids,
+                entry.token_ids,
+            )
+            for number, (time, entry) in enumerate(zip(times, entries, strict=True))
+            if rate is not None or self.duration_s is None or time <= self.duration_s
+        ]
+        return ServeWorkload(tuple(requests), seed, self.vocab_size)
+
+    def _entries(self, count: int | None, seed: int) -> Sequence[TraceEntry]:
+        if self.trace is not None:
+            return self.trace[:count]
+        assert count is not None
+        rng = np.random.default_rng([seed, 4])
+        inputs = rng.integers(self.input_len.low, self.input_len.high + 1, size=count).tolist()
+        outputs = rng.integers(self.output_len.low, self.output_len.high + 1, size=count).tolist()
+        return [TraceEntry(None, *lengths) for lengths in zip(inputs, outputs, strict=True)]
+
+
+def _stretched(times: Sequence[float], rate: float | None) -> list[float]:
+    """The times from 0, at that mean rate; None: as they are."""
+    span = times[-1] - times[0]
+    if rate is None:
+        return [time - times[0] for time in times]
+    if span == 0 and len(times) > 1:
+        raise ConfigError(f"the trace's first {len(times)} requests come at once; take more, or --arrivals poisson")
+    stretch = (len(times) - 1) / rate / span if span else 0.0
+    return [(time - times[0]) * stretch for time in times]

@@ -1,0 +1,144 @@
+"""Traces of production traffic: lengths, times and shared prefixes, no text.
+
+Read where they lie; three formats are told apart by their file names' ends:
+
+- ``.csv``: Azure's LLM inference traces (Patel et al., Splitwise, ISCA 2024): ``TIMESTAMP``,
+  ``ContextTokens``, ``GeneratedTokens``.
+- ``.jsonl``: Mooncake's (Qin et al., FAST 2025): ``timestamp`` in ms, ``input_length``,
+  ``output_length``, and ``hash_ids``, which name the prompt's 512-token blocks: equal ids at the
+  beginning of two prompts are equal tokens. Its times are rounded down to steps of 3 s; the requests
+  of a step are spread evenly over it, or every step would be a burst that never was.
+- ``.json``: ShareGPT's: a list of conversations, each with ``conversations``, a list of ``from`` and
+  ``value``. They have no times.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hbserve.errors import ConfigError
+
+BLOCK_TOKENS = 512
+"""Tokens that one of Mooncake's hash ids stands for; the last block may be part full."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEntry:
+    """One request of a trace.
+
+    Attributes:
+        arrival_s: from the first request of the trace; None where the trace has no times.
+        block_ids: of the prompt's blocks, empty where the trace has none.
+        token_ids: the prompt itself, where the trace has it.
+    """
+
+    arrival_s: float | None
+    input_len: int
+    output_len: int
+    block_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+
+def load_trace(path: Path, encode: Callable[[str], list[int]] | None = None) -> list[TraceEntry]:
+    """All requests of a trace, by time.
+
+    Args:
+        encode: a text into tokens; only ShareGPT's format needs it.
+
+    Raises:
+        ConfigError: naming file and line of what is no such trace.
+    """
+    readers = {".csv": _read_azure, ".jsonl": _read_mooncake}
+    try:
+        if path.suffix == ".json":
+            if encode is None:
+                raise ConfigError(f"{path}: ShareGPT's format needs the model's tokenizer; give --tokenizer")
+            entries = _read_sharegpt(path, encode)
+        elif path.suffix in readers:
+            entries = readers[path.suffix](path)
+        else:
+            raise ConfigError(f"{path}: a trace's name ends in .csv (Azure), .jsonl (Mooncake) or .json (ShareGPT)")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not entries:
+        raise ConfigError(f"{path}: no usable request in it")
+    if entries[0].arrival_s is not None:
+        entries.sort(key=lambda entry: entry.arrival_s or 0.0)
+    return entries
+
+
+def _read_azure(path: Path) -> list[TraceEntry]:
+    entries: list[TraceEntry] = []
+    start: datetime | None = None
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                # seven digits of a second are one more than datetime takes
+                time = datetime.fromisoformat(row["TIMESTAMP"][:26])
+                input_len, output_len = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            except (KeyError, ValueError, TypeError) as error:
+                raise ConfigError(f"{path}:{number}: not a line of an Azure trace: {error!r}") from None
+            start = start or time
+            if input_len > 0 and output_len > 0:
+                entries.append(TraceEntry((time - start).total_seconds(), input_len, output_len))
+    return entries
+
+
+class _MooncakeLine(msgspec.Struct):
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: list[int]
+
+
+def _read_mooncake(path: Path) -> list[TraceEntry]:
+    decoder = msgspec.json.Decoder(_MooncakeLine)
+    entries: list[TraceEntry] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            one = decoder.decode(line)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{path}:{number}: not a line of a Mooncake trace: {error}") from None
+        if len(one.hash_ids) * BLOCK_TOKENS < one.input_length:
+            raise ConfigError(f"{path}:{number}: {len(one.hash_ids)} blocks do not hold {one.input_length} tokens")
+        if one.input_length > 0 and one.output_length > 0:
+            entries.append(TraceEntry(one.timestamp / 1000, one.input_length, one.output_length, tuple(one.hash_ids)))
+    return _spread(entries)
+
+
+def _spread(entries: list[TraceEntry]) -> list[TraceEntry]:
+    """Requests of equal times, spread until the next time there is."""
+    steps = [list(step) for _, step in itertools.groupby(entries, key=lambda entry: entry.arrival_s or 0.0)]
+    starts = [step[0].arrival_s or 0.0 for step in steps]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(starts)]
+    gaps.append(gaps[-1] if gaps else 0.0)
+    return [
+        dataclasses.replace(entry, arrival_s=start + gap * place / len(step))
+        for start, gap, step in zip(starts, gaps, steps, strict=True)
+        for place, entry in enumerate(step)
+    ]
+
+
+def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[TraceEntry]:
+    try:
+        conversations: Any = msgspec.json.decode(path.read_bytes())
+        entries = []
+        for conversation in conversations:
+            turns = [turn["value"] for turn in conversation["conversations"][:2]]
+            if len(turns) == 2 and all(turns):  # the first question and its answer
+                prompt = tuple(encode(turns[0]))
+                entries.append(TraceEntry(None, len(prompt), max(1, len(encode(turns[1]))), token_ids=prompt))
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not ShareGPT's format: {error!r}") from None
+    return entries

@@ -1,0 +1,135 @@
+"""KV transfer inside one host: the sender maps the receiver's arena and copies into it.
+
+On CPU the arena is shared memory, on GPUs it is opened by CUDA IPC and written by peer copies.
+
+A mapping cannot be taken away from a process, so an inbox closes when its sender has confirmed the
+end of its writes, or is proven to be dead, or has begun another epoch, before which it ends them. A
+sender that has stopped (SIGSTOP) proves nothing: what it may write to stays out of use until it goes
+on or ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hbserve.errors import KVTransferError
+from hbserve.messages import Peer
+from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
+from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
+
+
+@dataclass(frozen=True)
+class ArenaSharing:
+    """How this rank's arena is opened to others of the host, and theirs here: see `hbserve.platform.Platform`.
+
+    Attributes:
+        handle: of this rank's KV arena; None: it cannot be opened.
+        attach: from a handle and a number of bytes to a tensor.
+    """
+
+    handle: str | None
+    attach: Callable[[str, int], torch.Tensor]
+
+
+class SharedMemoryKVTransfer(OneSidedKVTransfer):
+    """The ``shm`` backend of the configuration."""
+
+    writes_end = True
+
+    def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, sharing: ArenaSharing) -> None:
+        super().__init__(context, kv_blocks)
+        assert sharing.handle is not None, "the arena of an instance with this backend is made to be shared"
+        self._handle, self._attach = sharing.handle, sharing.attach
+        self._mapped: dict[int, tuple[int, torch.Tensor]] = {}  # by rank, with its epoch
+        self._senders: dict[tuple[int, int, int], int] = {}  # link -> descriptor of the sender's process
+        self._epochs: dict[int, int] = {}  # process -> its latest epoch
+        self._new_epoch = asyncio.Condition()
+        self._stream = torch.cuda.Stream(kv_blocks.device) if kv_blocks.is_cuda else None  # type: ignore[no-untyped-call]
+
+    @property
+    def endpoint(self) -> str:
+        return str(os.getpid())
+
+    async def open_inbox(self, source: Peer) -> str:
+        """``bytes handle``: of the arena."""
+        pid = int(source.endpoint)
+        with contextlib.suppress(ProcessLookupError):  # it is dead already, and will not write
+            self._senders[_link(source)] = os.pidfd_open(pid)
+        async with self._new_epoch:
+            self._epochs[pid] = max(source.epoch, self._epochs.get(pid, 0))
+            self._new_epoch.notify_all()
+        return f"{self.kv_blocks.nbytes} {self._handle}"
+
+    async def close_inbox(self, source: Peer, sender_done: bool) -> None:
+        descriptor = self._senders.pop(_link(source), None)
+        if descriptor is None:
+            return
+        try:
+            if not sender_done:
+                await self._wait_until_harmless(descriptor, source)
+        finally:
+            os.close(descriptor)
+
+    async def _wait_until_harmless(self, descriptor: int, source: Peer) -> None:
+        loop = asyncio.get_running_loop()
+        died: asyncio.Future[None] = loop.create_future()
+        # A process' descriptor is readable once all its threads are gone.
+        loop.add_reader(descriptor, _settle, died)
+        began_anew = asyncio.create_task(self._begins_epoch_after(source))
+        try:
+            await asyncio.wait([died, began_anew], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loop.remove_reader(descriptor)
+            began_anew.cancel()
+
+    async def _begins_epoch_after(self, source: Peer) -> None:
+        async with self._new_epoch:
+            await self._new_epoch.wait_for(lambda: self._epochs[int(source.endpoint)] > source.epoch)
+
+    @torch.inference_mode()
+    def write(self, target: Peer, runs: list[BlockRun]) -> None:
+        theirs = self._arena_of(target)
+        if self._stream is None:
+            self._copy(theirs, runs)
+            return
+        stream: Any = self._stream
+        with torch.cuda.stream(stream):
+            self._copy(theirs, runs)
+            stream.synchronize()
+
+    def _copy(self, theirs: torch.Tensor, runs: list[BlockRun]) -> None:
+        for source, target, length in runs:
+            theirs[target : target + length].copy_(self.kv_blocks[source : source + length], non_blocking=True)
+
+    def _arena_of(self, target: Peer) -> torch.Tensor:
+        num_bytes, _, handle = target.endpoint.partition(" ")
+        epoch, arena = self._mapped.get(target.rank, (0, None))
+        if arena is None or epoch != target.epoch:
+            try:
+                arena = self._attach(handle, int(num_bytes)).view(-1, self.kv_blocks.shape[1])
+            except (RuntimeError, OSError) as error:
+                raise KVTransferError(f"cannot open the receiver's arena, is it on this host? {error}") from None
+            self._mapped[target.rank] = target.epoch, arena
+        return arena
+
+    async def stop(self) -> None:
+        self._mapped.clear()
+        for descriptor in self._senders.values():
+            os.close(descriptor)
+        self._senders.clear()
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _link(source: Peer) -> tuple[int, int, int]:
+    return source.rank, source.epoch, source.link_epoch

@@ -1,0 +1,275 @@
+"""What TTFT and TPOT a split would give, and how far such predictions have been off.
+
+The forms are those of Semi-PD (arXiv 2504.19867, section 5), with the terms that make a shared GPU
+differ from two GPUs written out:
+
+- Prompts are served by a queue whose rate grows with prefill's share x. Its mean wait is that of
+  M/G/1 (Pollaczek-Khinchine), ``λ·E[S²] / (2·(1 - λ·E[S]))``, which with ``E[S] = s/x`` has the form
+  ``a₁/(x - λ·s)``: ``TTFT(x) = a₁/(x - λ·s) + b₁``, plus what the backlog of this moment adds.
+- A decode step takes ``a₂/y + b₂`` alone (`StepTimes`), and longer by a factor for the share of
+  time in which prefill runs beside it. How many sequences are in the batch follows from how long
+  they stay (Little's law): the two are solved together.
+
+How much each term really weighs is learnt while serving: ``TTFT = c₁·wait + c₂·service`` and
+``TPOT = d₁·alone + d₂·beside``, all believed to be 1 at first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from hbserve.semi_pd.least_squares import PriorLeastSquares
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.step_times import StepTimes
+
+_NORMAL = NormalDist()
+_MEMORY = 0.9  # of an observation at the next one
+_HORIZON_S = 10.0  # a backlog counts by what it adds to the requests of the next seconds
+_TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any is seen
+_ERROR_CAP = 1.0  # of a log ratio: beyond that, wrong is wrong
+_NUM_ERRORS = 8  # predictions that confidence looks back on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What has to be served, and its state now.
+
+    Attributes:
+        arrival_rate: requests per second.
+        prompt_tokens: to be computed per request, mean; what the prefix cache has is not.
+        prompt_tokens_squared: mean of their squares.
+        context_tokens: before the computed ones: found in the prefix cache, mean.
+        output_tokens: per request, mean.
+        backlog_tokens: prompt tokens that are here and not yet computed.
+        running: sequences that decode now.
+        tpot_spread: deviation of log TPOT over requests.
+    """
+
+    arrival_rate: float
+    prompt_tokens: float
+    prompt_tokens_squared: float
+    context_tokens: float = 0.0
+    output_tokens: float
+    backlog_tokens: float = 0.0
+    running: float = 0.0
+    tpot_spread: float = _TPOT_SPREAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What a request should meet, and at which percentile of requests that is judged."""
+
+    ttft_ms: float
+    tpot_ms: float
+    ttft_percentile: float = 95.0
+    tpot_percentile: float = 95.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a split would give.
+
+    Attributes:
+        ttft_ms, tpot_ms: at the targets' percentiles.
+        attainment: share of requests within both targets.
+        goodput: requests per second within both.
+        prefill_load: share of time in which prefill is busy; above 1 its queue grows without end.
+        decode_batch: sequences decoding, mean.
+        ttft_terms, tpot_terms: features of the fit: (wait, service) and (alone, beside).
+    """
+
+    ttft_ms: float
+    tpot_ms: float
+    attainment: float
+    goodput: float
+    prefill_load: float
+    decode_batch: float
+    ttft_terms: tuple[float, float]
+    tpot_terms: tuple[float, float]
+
+
+class LatencyModel:
+    """Predicts windows, learns from them, and knows how good it is.
+
+    Args:
+        steps: step times of the model on the device.
+        targets: for which percentiles and limits to predict.
+        alone: each phase's percentage while the other has nothing to do, or None to keep its share:
+            100 where the ladder has such workers.
+        max_batch: most sequences that decode together.
+        prefill_batch_tokens: most prompt tokens in one step.
+    """
+
+    def __init__(
+        self,
+        steps: StepTimes,
+        targets: Targets,
+        alone: SMAllocation | None = None,
+        max_batch: int = 256,
+        prefill_batch_tokens: int = 4096,
+    ) -> None:
+        self.steps = steps
+        self.targets = targets
+        self.alone = alone
+        self._max_batch = max_batch
+        self._prefill_batch_tokens = prefill_batch_tokens
+        self._ttft_fit = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
+        self._tpot_fit = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
+        self._errors: deque[float] = deque([0.2], maxlen=_NUM_ERRORS)
+
+    @property
+    def confidence(self) -> float:
+        """1 less the mean error of the last predictions, in [0, 1]; 0.8 before the first."""
+        return max(0.0, 1.0 - sum(self._errors) / len(self._errors))
+
+    def coefficients(self) -> dict[str, float]:
+        """How much each term weighs now."""
+        wait, service = (float(c) for c in self._ttft_fit.coefficients)
+        alone, beside = (float(c) for c in self._tpot_fit.coefficients)
+        return {"ttft_wait": wait, "ttft_service": service, "tpot_alone": alone, "tpot_beside": beside}
+
+    # --- prediction ------------------------------------------------------------------------------
+
+    def predict(self, workload: Workload, allocation: SMAllocation) -> Prediction:
+        """What the workload would see under a split."""
+        decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
+        batch = min(max(workload.running, 1.0), self._max_batch)
+        tpot_fit = self._tpot_fit.coefficients
+        for _ in range(4):  # the batch decides the step, and the step how many are in the batch
+            slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))))
+            load, service_s, spread = self._service(workload, allocation, batch, slowdown.prefill)
+            busy = min(1.0, load)
+            context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
+            shared_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
+            alone_ms = self.steps.decode_ms(batch, context, decode_alone)
+            # Steps per second add up over the two kinds of time, not milliseconds per step.
+            mean_ms = 1 / ((1 - busy) / alone_ms + busy / shared_ms)
+            tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
+            tpot_ms = max(1e-6, float(tpot_fit[0] * tpot_terms[0] + tpot_fit[1] * tpot_terms[1]))
+            decoding_rate = workload.arrival_rate / max(1.0, load)
+            steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
+            batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
+        decode_overload = max(1.0, steady / self._max_batch)  # who finds no place waits for one
+        return self._predict_percentiles(workload, load, service_s, spread, decode_overload, batch, tpot_ms, tpot_terms)
+
+    def _service(
+        self, workload: Workload, allocation: SMAllocation, batch: float, slowdown: float
+    ) -> tuple[float, float, float]:
+        """Load of the prefill queue, seconds per prompt, and the squared variation of the latter."""
+        prefill_alone = self.alone.prefill_percentage if self.alone else allocation.prefill_percentage
+        tokens, context = max(1.0, workload.prompt_tokens), workload.context_tokens
+        beside_ms = self._prompt_ms(tokens, context, allocation.prefill_percentage) * slowdown
+        alone_ms = self._prompt_ms(tokens, context, prefill_alone)
+        nobody_decodes = math.exp(-batch) if workload.output_tokens > 1 else 1.0
+        service_s = (nobody_decodes * alone_ms + (1 - nobody_decodes) * beside_ms) / 1000
+        variation = max(0.0, workload.prompt_tokens_squared / tokens**2 - 1)
+        return workload.arrival_rate * service_s, service_s, variation
+
+    def _prompt_ms(self, tokens: float, context: float, percentage: int) -> float:
+        """Several short prompts share a step, a long one takes several."""
+        step_tokens = self._prefill_batch_tokens
+        if tokens <= step_tokens:
+            return self.steps.prefill_ms(tokens, context, percentage)
+        num_steps = tokens / step_tokens
+        return num_steps * self.steps.prefill_ms(step_tokens, context + (tokens - step_tokens) / 2, percentage)
+
+    def _predict_percentiles(
+        self,
+        workload: Workload,
+        load: float,
+        service_s: float,
+        variation: float,
+        decode_overload: float,
+        batch: float,
+        tpot_ms: float,
+        tpot_terms: tuple[float, float],
+    ) -> Prediction:
+        steady_load = min(load, 0.98)
+        wait_s = steady_load * service_s * (1 + variation) / (2 * (1 - steady_load))
+        tokens = max(1.0, workload.prompt_tokens)
+        backlog_s = max(0.0, workload.backlog_tokens / tokens - workload.arrival_rate * service_s) * service_s
+        wait_s = min(wait_s, _HORIZON_S) + _mean_backlog(backlog_s, load) + (decode_overload - 1) * _HORIZON_S / 2
+        ttft_terms = (1000 * wait_s, 1000 * service_s)
+        fit = self._ttft_fit.coefficients
+        mean_ms = max(1e-6, float(fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1]))
+        # A wait is about exponential among those who wait; service varies as the prompts do.
+        idle = max(0.0, 1 - load) if not backlog_s else 0.0
+        wait_ms = fit[0] * ttft_terms[0]
+        variance = wait_ms**2 * (2 / max(0.02, 1 - idle) - 1) + (fit[1] * ttft_terms[1]) ** 2 * variation
+        log_variance = math.log1p(variance / mean_ms**2)
+        ttft = NormalDist(math.log(mean_ms) - log_variance / 2, math.sqrt(log_variance) + 1e-3)
+        tpot = NormalDist(math.log(tpot_ms), max(0.02, workload.tpot_spread))
+        attainment = ttft.cdf(math.log(self.targets.ttft_ms)) * tpot.cdf(math.log(self.targets.tpot_ms))
+        return Prediction(
+            ttft_ms=math.exp(ttft.inv_cdf(self.targets.ttft_percentile / 100)),
+            tpot_ms=math.exp(tpot.inv_cdf(self.targets.tpot_percentile / 100)),
+            attainment=attainment,
+            goodput=attainment * workload.arrival_rate / max(1.0, load),
+            prefill_load=load,
+            decode_batch=batch,
+            ttft_terms=ttft_terms,
+            tpot_terms=tpot_terms,
+        )
+
+    # --- learning --------------------------------------------------------------------------------
+
+    def observe(
+        self, workload: Workload, allocation: SMAllocation, ttft: Observed | None, tpot: Observed | None
+    ) -> float:
+        """Learn from a window in which this split served this workload.
+
+        Args:
+            ttft, tpot: what requests saw; None where there were none.
+
+        Returns:
+            How far the prediction was off, as a log ratio, the larger of both.
+        """
+        predicted = self.predict(workload, allocation)
+        error = 0.0
+        if ttft is not None:
+            error = max(error, self._error(ttft, predicted.ttft_ms, self.targets.ttft_ms))
+            spread = max(0.1, 1 / math.sqrt(ttft.count)) * ttft.mean_ms + 0.5
+            self._ttft_fit.observe(predicted.ttft_terms, ttft.mean_ms, spread)
+        if tpot is not None:
+            error = max(error, self._error(tpot, predicted.tpot_ms, self.targets.tpot_ms))
+            spread = max(0.05, 0.3 / math.sqrt(tpot.count)) * tpot.mean_ms
+            self._tpot_fit.observe(predicted.tpot_terms, tpot.mean_ms, spread)
+        if ttft is not None or tpot is not None:
+            self._errors.append(error)
+        return error
+
+    @staticmethod
+    def _error(seen: Observed, predicted_ms: float, target_ms: float) -> float:
+        """Beyond what chance explains. Twice the target or three times is the same to whoever decides."""
+        ratio = math.log(min(seen.percentile_ms, 2 * target_ms) / min(predicted_ms, 2 * target_ms))
+        return min(_ERROR_CAP, max(0.0, abs(ratio) - 1 / math.sqrt(seen.count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A latency in a window.
+
+    Attributes:
+        percentile_ms: at the target's percentile.
+    """
+
+    count: int
+    mean_ms: float
+    percentile_ms: float
+
+
+def _mean_backlog(backlog_s: float, load: float) -> float:
+    """What a backlog adds to the wait of the requests within the horizon, seconds, mean.
+
+    It grows or shrinks by ``load - 1`` seconds a second.
+    """
+    rate = load - 1
+    if rate >= 0:
+        return backlog_s + rate * _HORIZON_S / 2
+    empty_after_s = backlog_s / -rate
+    if empty_after_s >= _HORIZON_S:
+        return backlog_s + rate * _HORIZON_S / 2
+    return backlog_s * empty_after_s / (2 * _HORIZON_S)

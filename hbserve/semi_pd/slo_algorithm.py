@@ -1,0 +1,220 @@
+"""The SLO controller: windows in, splits out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import Any, Protocol
+
+from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.semi_pd.latency_model import LatencyModel
+from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
+from hbserve.semi_pd.slo_window import window_of
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.split_policy import Decision, SplitPolicy
+from hbserve.semi_pd.step_times import StepTimes
+
+__all__ = ["SLOAwareResourceController", "SLOConstraints", "SplitBounds"]
+
+logger = logging.getLogger(__name__)
+
+_NUM_DECISIONS = 64  # kept for the status
+_ROTATION_TIMEOUT_S = 120.0
+
+
+class MetricsSource(Protocol):
+    """What the controller asks of a collector, in whichever process that is."""
+
+    def get_current_window_metrics(self) -> AggregatedMetrics:
+        """The current window."""
+
+    def reset_window(self) -> None:
+        """Begin a new one now."""
+
+    def begin_exclusion(self) -> None:
+        """Leave out what overlaps the time from now."""
+
+    def end_exclusion(self) -> None:
+        """Until now."""
+
+
+class RotationManager(Protocol):
+    """What the controller asks of whoever changes the split."""
+
+    def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
+        """Begin to change; False if that cannot be done now."""
+
+    def get_status(self) -> dict[str, Any]:
+        """With ``current_sm_allocation``, the split in effect, and where there is a ladder with
+        ``warm_percentages``: those of ``prefill`` and ``decode`` that need no new process."""
+
+
+class SLOAwareResourceController:
+    """Watches latencies and moves the split so that most requests meet their targets.
+
+    `step` is one look at the window and at most one move; `start_monitoring` calls it every
+    ``monitoring_interval`` seconds in a thread that `stop_monitoring` ends.
+
+    Args:
+        slo_constraints: what to hold.
+        metrics_collector: where windows come from.
+        process_rotation_manager: who moves the split.
+        monitoring_interval: seconds.
+        bounds: which splits, and how often.
+        model: of latencies; default: from the built-in profile, which is right only for an 8B model
+            on an H200 and elsewhere has to learn first.
+    """
+
+    def __init__(
+        self,
+        slo_constraints: SLOConstraints,
+        metrics_collector: MetricsSource,
+        process_rotation_manager: RotationManager,
+        monitoring_interval: float = 2.0,
+        bounds: SplitBounds | None = None,
+        model: LatencyModel | None = None,
+    ) -> None:
+        self.slo_constraints = slo_constraints
+        self.metrics_collector = metrics_collector
+        self.process_rotation_manager = process_rotation_manager
+        self.monitoring_interval = monitoring_interval
+        model = model or LatencyModel(StepTimes(), slo_constraints.targets)
+        self.policy = SplitPolicy(model, slo_constraints, bounds)
+        self.decisions: deque[Decision] = deque(maxlen=_NUM_DECISIONS)
+        self._pending: Decision | None = None
+        self._num_steps = 0
+        self._num_requested = 0
+        self._num_succeeded = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # --- life ------------------------------------------------------------------------------------
+
+    def start_monitoring(self) -> None:
+        """Begin to watch; a second call does nothing."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._monitor, name="slo-controller")
+            self._thread.start()
+
+    def stop_monitoring(self) -> None:
+        """Stop watching; the split stays what it is."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _monitor(self) -> None:
+        while not self._stop.wait(self.monitoring_interval):
+            try:
+                self.step()
+            except Exception:
+                # Serving goes on at the split it has; the next look may succeed.
+                logger.exception("the SLO controller could not judge the window")
+
+    # --- one look --------------------------------------------------------------------------------
+
+    def step(self) -> Decision | None:
+        """Look once; None while a rotation that was asked for is under way."""
+        self._num_steps += 1
+        status = self.process_rotation_manager.get_status()
+        current = SMAllocation(
+            prefill_percentage=status["current_sm_allocation"]["prefill_percentage"],
+            decode_percentage=status["current_sm_allocation"]["decode_percentage"],
+        )
+        metrics = self.metrics_collector.get_current_window_metrics()
+        if self._pending is not None and not self._has_arrived(current, metrics.window_end_time):
+            return None
+        warm = status.get("warm_percentages")
+        decision = self.policy.decide(
+            window_of(metrics, self.slo_constraints), current, (warm["prefill"], warm["decode"]) if warm else None
+        )
+        self.decisions.append(decision)
+        log = logger.info if decision.moves else logger.debug
+        log("split %s -> %s: %s", current, decision.chosen, describe(decision))
+        if decision.moves:
+            self._move(decision, warm)
+        return decision
+
+    def _move(self, decision: Decision, warm: dict[str, list[int]] | None) -> None:
+        self._num_requested += 1
+        chosen = decision.chosen
+        if not self.process_rotation_manager.request_sm_reallocation(chosen):
+            logger.warning("the split %s was refused", chosen)
+            return
+        rotated = warm is not None and not (
+            chosen.prefill_percentage in warm["prefill"] and chosen.decode_percentage in warm["decode"]
+        )
+        self.policy.moved(decision, rotated)
+        self._pending = decision
+        self.metrics_collector.begin_exclusion()
+
+    def _has_arrived(self, current: SMAllocation, now: float) -> bool:
+        """Whether the split that was asked for is in effect, or has been given up; its window begins then."""
+        assert self._pending is not None
+        arrived = current == self._pending.chosen
+        if not arrived and now - self._pending.time < _ROTATION_TIMEOUT_S:
+            return False
+        self._num_succeeded += arrived
+        if not arrived:
+            logger.warning("the split %s did not come into effect", self._pending.chosen)
+        self._pending = None
+        self.metrics_collector.end_exclusion()
+        self.metrics_collector.reset_window()
+        return False  # this window began under the old split
+
+    # --- status ----------------------------------------------------------------------------------
+
+    def get_controller_status(self) -> dict[str, Any]:
+        """Plain numbers: targets, statistics, the model's coefficients and confidence, the last decisions."""
+        return {
+            "running": self._thread is not None,
+            "rotating": self._pending is not None,
+            "slo": {
+                "ttft_target_ms": self.slo_constraints.ttft_target_ms,
+                "tpot_target_ms": self.slo_constraints.tpot_target_ms,
+                "ttft_percentile": self.slo_constraints.ttft_percentile,
+                "tpot_percentile": self.slo_constraints.tpot_percentile,
+            },
+            "statistics": {
+                "total_windows": self._num_steps,
+                "total_adjustments": self._num_requested,
+                "successful_adjustments": self._num_succeeded,
+                "success_rate": self._num_succeeded / self._num_requested if self._num_requested else 1.0,
+            },
+            "model": {"confidence": self.policy.model.confidence, **self.policy.model.coefficients()},
+            "decisions": [describe(decision) for decision in list(self.decisions)],
+        }
+
+
+def describe(decision: Decision) -> dict[str, Any]:
+    """A decision in plain numbers, for logs and the status."""
+
+    def split(allocation: SMAllocation | None) -> list[int] | None:
+        return None if allocation is None else [allocation.prefill_percentage, allocation.decode_percentage]
+
+    numbers: dict[str, Any] = {
+        "time": round(decision.time, 3),
+        "reason": decision.reason,
+        "current": split(decision.current),
+        "chosen": split(decision.chosen),
+        "candidate": split(decision.candidate),
+        "candidates": decision.num_candidates,
+        "confidence": round(decision.confidence, 3),
+        "violations": {name: round(ratio, 3) for name, ratio in decision.violations.items()},
+        "arrival_rate": round(decision.workload.arrival_rate, 3),
+        "prompt_tokens": round(decision.workload.prompt_tokens, 1),
+        "output_tokens": round(decision.workload.output_tokens, 1),
+        "running": round(decision.workload.running, 1),
+        "backlog_tokens": round(decision.workload.backlog_tokens),
+    }
+    for name, prediction in (("predicted", decision.predicted), ("best", decision.best)):
+        if prediction is not None:
+            numbers[name] = {
+                "ttft_ms": round(prediction.ttft_ms, 1),
+                "tpot_ms": round(prediction.tpot_ms, 2),
+                "goodput": round(prediction.goodput, 3),
+                "prefill_load": round(prediction.prefill_load, 3),
+            }
+    return numbers

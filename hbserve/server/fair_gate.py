@@ -1,0 +1,112 @@
+"""Who may send work to the engine next: keys take turns, whatever the number of their requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+from hbserve.errors import OverloadedError, RateLimitedError
+
+
+class FairGate:
+    """Counts and queues requests per key.
+
+    Args:
+        max_open: requests that may be with the engine at once; the others wait here, and the keys'
+            queues are served in turn. None: nobody waits here.
+        max_waiting: with so many waiting, further ones are refused.
+        max_per_key: requests that a key may have at once, waiting ones included. None: any number.
+        rate_per_minute: requests that a key may begin per minute, saved up for at most a minute. None: any number.
+    """
+
+    def __init__(
+        self,
+        max_open: int | None = None,
+        max_waiting: int = 4096,
+        max_per_key: int | None = None,
+        rate_per_minute: int | None = None,
+    ) -> None:
+        self._max_open, self._max_waiting = max_open, max_waiting
+        self._max_per_key, self._rate = max_per_key, rate_per_minute
+        self._num_open = 0
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their turns
+        self._num_of: dict[str, int] = {}
+        self._allowance: dict[str, tuple[float, float]] = {}  # requests saved up, and when that was counted
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait here."""
+        return sum(map(len, self._queues.values()))
+
+    async def enter(self, key: str) -> None:
+        """Wait for the key's turn. Every `enter` that returns is followed by one `leave`.
+
+        Raises:
+            RateLimitedError: the key has too much going on.
+            OverloadedError: too many wait.
+        """
+        if self._max_per_key is not None and self._num_of.get(key, 0) >= self._max_per_key:
+            raise RateLimitedError(f"{self._max_per_key} requests of this key are open (server.max_requests_per_key)")
+        self._count(key)
+        self._num_of[key] = self._num_of.get(key, 0) + 1
+        try:
+            if self._max_open is not None and (self._num_open >= self._max_open or self._queues):
+                await self._wait(key)
+            else:
+                self._num_open += 1
+        except BaseException:
+            self._forget(key)
+            raise
+
+    def leave(self, key: str) -> None:
+        """A request that has entered is done."""
+        self._num_open -= 1
+        self._forget(key)
+        self._admit()
+
+    async def _wait(self, key: str) -> None:
+        if self.num_waiting >= self._max_waiting:
+            raise OverloadedError(f"{self._max_waiting} requests are waiting (performance.max_waiting_requests)")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(key, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # admitted, and cancelled at the same moment
+                self._num_open -= 1
+                self._admit()
+            else:
+                self._queues[key].remove(turn)
+                if not self._queues[key]:
+                    del self._queues[key]
+            raise
+
+    def _admit(self) -> None:
+        assert self._max_open is not None or not self._queues
+        while self._queues and self._num_open < (self._max_open or 0):
+            key = next(iter(self._queues))
+            queue = self._queues.pop(key)
+            self._num_open += 1
+            queue.popleft().set_result(None)
+            if queue:
+                self._queues[key] = queue  # behind the others
+
+    def _count(self, key: str) -> None:
+        if self._rate is None:
+            return
+        now = time.monotonic()
+        saved, since = self._allowance.get(key, (float(self._rate), now))
+        saved = min(float(self._rate), saved + (now - since) * self._rate / 60)
+        if saved < 1:
+            self._allowance[key] = saved, now
+            raise RateLimitedError(
+                f"{self._rate} requests per minute are this key's limit (server.requests_per_minute_per_key)",
+                (1 - saved) * 60 / self._rate,
+            )
+        self._allowance[key] = saved - 1, now
+
+    def _forget(self, key: str) -> None:
+        self._num_of[key] -= 1
+        if not self._num_of[key]:
+            del self._num_of[key]

@@ -1,0 +1,196 @@
+"""What every HTTP request passes before it reaches a route: its id, its key, its limits, its turn."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections import deque
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hbserve import log_format
+from hbserve.config import ServerConfig
+from hbserve.errors import HBServeError, ShuttingDownError
+from hbserve.server.errors import ClientGone, ForbiddenError, UnauthorizedError, api_error
+from hbserve.server.fair_gate import FairGate
+from hbserve.server.keys import Keys
+
+access = logging.getLogger("hbserve.access")
+
+GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
+OPEN = frozenset({"/health", "/ready", "/"})
+OPEN_FOLDER, ADMIN_FOLDER = "/page/", "/admin/"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+NOBODY = "-"
+_BODY_TIMEOUT_S = 30.0  # between two pieces of it
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        keys: who may do what.
+        gate: for the routes that generate.
+        is_draining: whether the server is ending, and takes no new work.
+    """
+
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, keys: Keys, gate: FairGate, is_draining: asyncio.Event
+    ) -> None:
+        self._app, self._config, self._keys, self._gate = app, config, keys, gate
+        self._is_draining = is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, as ASGI wants it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        token = log_format.request_id.set(request_id)
+        began = time.monotonic()
+        answer = _Answer(send, request_id)
+        name = NOBODY
+        try:
+            name = self._authenticate(scope, headers)
+            await self._serve(scope, _Body(receive, headers, self._config.max_body_bytes), answer, name)
+        except ClientGone:
+            pass
+        except (HBServeError, HTTPException) as error:
+            if answer.status is None:
+                await api_error(error).response()(scope, receive, answer)
+            else:
+                raise
+        finally:
+            self._log(scope, answer.status, name, time.monotonic() - began)
+            log_format.request_id.reset(token)
+
+    def _authenticate(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """The name of who asks.
+
+        Raises:
+            UnauthorizedError, ForbiddenError
+        """
+        path: str = scope["path"]
+        if path in OPEN or path.startswith(OPEN_FOLDER):
+            return NOBODY
+        scheme, _, value = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        key = value.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", b"").decode("latin-1")
+        name = self._keys.name_of(key) if key else None
+        if path.startswith(ADMIN_FOLDER):
+            if not self._keys.has_admin:
+                raise ForbiddenError("administration is off: there is no admin key (server.admin_key_file)")
+            if name != "admin":
+                raise UnauthorizedError("this needs the admin key, as 'Authorization: Bearer <key>'")
+        elif self._keys.are_asked_for and name is None:
+            raise UnauthorizedError("this needs an API key, as 'Authorization: Bearer <key>'")
+        return name or NOBODY
+
+    async def _serve(self, scope: Scope, body: _Body, answer: _Answer, name: str) -> None:
+        generates = scope["path"] in GENERATING and scope["method"] == "POST"
+        if self._is_draining.is_set() and (generates or scope["path"] == "/ready"):
+            raise ShuttingDownError("the server is shutting down")
+        if not generates:
+            await self._app(scope, body.receive, answer)
+            return
+        await body.while_connected(self._gate.enter(name))
+        try:
+            await self._app(scope, body.receive, answer)
+        finally:
+            self._gate.leave(name)
+
+    def _log(self, scope: Scope, status: int | None, name: str, seconds: float) -> None:
+        if not access.isEnabledFor(logging.INFO) or scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
+            return
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "key": name,
+            "ms": round(seconds * 1000, 1),
+        }
+        said = " ".join(str(value) for value in (*list(fields.values())[:4], f"{fields['ms']} ms"))
+        access.info("%s", said.replace("\n", " "), extra={"fields": fields})
+
+
+class _Answer:
+    """The sending side: adds the request's id, and remembers the status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._header = b"x-request-id", request_id.encode("latin-1")
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), self._header]}
+        await self._send(message)
+
+
+class _Body:
+    """The receiving side: refuses a body that is too large, and can watch the connection meanwhile."""
+
+    def __init__(self, receive: Receive, headers: dict[bytes, bytes], max_bytes: int) -> None:
+        self._receive, self._max_bytes = receive, max_bytes
+        self._num_bytes = 0
+        self._complete = False
+        self._early: deque[Message] = deque()
+        announced = headers.get(b"content-length", b"")
+        if announced.isdigit() and int(announced) > max_bytes:
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        """As ASGI wants it."""
+        return self._early.popleft() if self._early else await self._next()
+
+    async def _next(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), _BODY_TIMEOUT_S)
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
+        self._complete = not message.get("more_body", False)
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_bytes:
+            raise self._too_large()
+        return message
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body has more than {self._max_bytes} bytes (server.max_body_bytes)")
+
+    async def while_connected(self, work: Any) -> None:
+        """Await ``work``, which may take long; cancel it when the client goes away.
+
+        Raises:
+            ClientGone: after it has been cancelled.
+        """
+        working = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        if working.done():
+            return working.result()  # type: ignore[no-any-return]
+        watching = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                watching.result()
+                raise ClientGone
+            return working.result()  # type: ignore[no-any-return]
+        finally:
+            for task in (working, watching):
+                task.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        while True:
+            message = await self._next()
+            if message["type"] == "http.disconnect":
+                return
+            self._early.append(message)

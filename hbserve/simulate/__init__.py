@@ -1,0 +1,1 @@
+"""Serving on a simulated clock: ``python -m hbserve.simulate --help``."""

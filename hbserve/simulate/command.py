@@ -1,0 +1,137 @@
+"""The command line: systems compared at a rate, each at its highest rate, or the cheapest for a rate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from hbserve.bench.offline_options import lengths, positive
+from hbserve.bench.request_record import Targets
+from hbserve.bench.serve_workload import WorkloadSource
+from hbserve.bench.traces import load_trace
+from hbserve.bench.workload import LengthRange
+from hbserve.errors import ConfigError
+from hbserve.semi_pd.builtin_profile import H200_8B
+from hbserve.semi_pd.step_profile import StepProfile
+from hbserve.semi_pd.step_times import StepTimes
+from hbserve.simulate.phases import Sizes
+from hbserve.simulate.requests import requests_of
+from hbserve.simulate.systems import FORMS, Outcome, Setting, System, find_highest_rate, plan, simulate
+
+DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50", "1p1d")
+_HEADER = (
+    f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'good/s':>7} {'per GPU':>7} "
+    f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5}"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; see `run`."""
+    parser.add_argument(
+        "--system",
+        action="append",
+        metavar="SYSTEM",
+        help=f"{FORMS}; may be repeated (default: {', '.join(DEFAULT_SYSTEMS)})",
+    )
+    parser.add_argument("--goodput", required=True, metavar="TARGETS", help="ttft:500,tpot:50 (milliseconds)")
+    parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="of step times (default: built in, 8B on an H200)")
+    parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rate", type=float, metavar="PER_S", help="requests per second (default: the trace's)")
+    what.add_argument("--sweep", action="store_true", help="find each system's highest rate")
+    what.add_argument("--plan", type=float, metavar="PER_S", help="the cheapest system for this rate")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
+    parser.add_argument("--duration", type=float, metavar="S", help="requests come for so long")
+    parser.add_argument("--num-requests", type=positive, metavar="N", help="at most so many")
+    parser.add_argument("--input-len", type=lengths, default=LengthRange(512, 1536), metavar="LOW:HIGH")
+    parser.add_argument("--output-len", type=lengths, default=LengthRange(64, 256), metavar="LOW:HIGH")
+    parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chunk-size", type=positive, default=512, help="most tokens of a prompt in a step of semi-PD")
+    parser.add_argument("--max-num-seqs", type=positive, default=256)
+    parser.add_argument("--kv-tokens", type=positive, default=800_000, help="that a KV pool holds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the outcomes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Simulate, print a table, write the JSON file.
+
+    Raises:
+        ConfigError: naming the argument that cannot be honoured.
+    """
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}")
+    if not 0 < arguments.attainment < 1:
+        raise ConfigError(f"--attainment: must be in (0, 1), got {arguments.attainment}")
+    systems = [System.parse(text) for text in arguments.system or DEFAULT_SYSTEMS]
+    setting, source = _setting(arguments), _source(arguments)
+    print(
+        f"targets {setting.targets} for {100 * setting.attainment:g} % of requests; {setting.steps.profile.model} on "
+        f"{setting.steps.profile.device}\n\n{_HEADER}",
+        flush=True,
+    )
+    outcomes: list[Outcome] = []
+
+    def show(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(_row(outcome), flush=True)
+
+    if arguments.plan is not None:
+        for _, outcome in plan(systems, setting, source, arguments.seed, arguments.plan):
+            show(outcome)
+    for system in systems if arguments.plan is None else []:
+        if arguments.sweep:
+            best = find_highest_rate(system, setting, source, arguments.seed)
+            if best is None:
+                print(f"{system.name:20} keeps the targets at no rate", flush=True)
+            else:
+                show(best)
+        else:
+            show(simulate(system, setting, requests_of(source.workload(arguments.rate, arguments.seed))))
+    if arguments.plan is not None and not outcomes:
+        raise ConfigError("--plan: none of the systems keeps these targets at any rate")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([outcome.as_dict() for outcome in outcomes], indent=1) + "\n")
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    profile = H200_8B if arguments.profile is None else StepProfile.load(arguments.profile)
+    steps = StepTimes(profile, priority=not arguments.no_priority)
+    sizes = Sizes(chunk_size=arguments.chunk_size, max_num_seqs=arguments.max_num_seqs, kv_tokens=arguments.kv_tokens)
+    return Setting(steps, steps, sizes, Targets.parse(arguments.goodput), arguments.attainment)
+
+
+def _source(arguments: argparse.Namespace) -> WorkloadSource:
+    for name in ("rate", "plan", "duration"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name}: must be positive, got {value}")
+    trace = None if arguments.trace is None else load_trace(arguments.trace)
+    duration = arguments.duration
+    if duration is None and arguments.num_requests is None and (trace is None or arguments.sweep):
+        duration = 120.0
+    return WorkloadSource(
+        trace=trace,
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        arrivals="poisson" if trace is None else "trace",
+        burstiness=1.0,
+        duration_s=duration,
+        num_requests=arguments.num_requests,
+        max_input_len=arguments.max_input_len,
+        max_output_len=None,
+        vocab_size=32_000,
+    )
+
+
+def _row(outcome: Outcome) -> str:
+    times = (outcome.ttft_p50_ms, outcome.ttft_p90_ms, outcome.ttft_p99_ms)
+    tokens = (outcome.tpot_p50_ms, outcome.tpot_p90_ms, outcome.tpot_p99_ms)
+    return (
+        f"{outcome.system:20} {outcome.num_gpus:4} {outcome.rate:7.2f} {outcome.attainment:8.3f} "
+        f"{outcome.goodput:7.2f} {outcome.goodput / outcome.num_gpus:7.2f} "
+        f"{times[0]:8.0f} {times[1]:7.0f} {times[2]:7.0f} "
+        f"{tokens[0]:8.1f} {tokens[1]:6.1f} {tokens[2]:6.1f} {outcome.moves:5}"
+    )

@@ -1,0 +1,220 @@
+"""A prefill worker and a decode worker, step by step, on the simulated clock.
+
+The rules are the scheduler's (`hbserve.pd_disagg.step_planner`): prompts oldest first, each with one
+chunk per step up to the step's budget; all decoding sequences in every decode step. Decode steps of an
+unchanged batch are one event.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hbserve.semi_pd.step_times import StepTimes
+from hbserve.simulate.clock import Progress, SimulatedClock
+from hbserve.simulate.requests import SimulatedRequest
+
+_LONGEST_BURST = 64  # decode steps in one event: the context grows meanwhile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Limits of one instance; defaults are the engine's, and what an 8B model leaves of an H200 for KV.
+
+    Attributes:
+        kv_tokens: that its KV pool holds.
+    """
+
+    chunk_size: int = 512
+    max_chunk_prefill_tokens: int = 4096
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    kv_tokens: int = 800_000
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The prompt part of a step.
+
+    Attributes:
+        keys: query-key pairs, half of them for the tokens among themselves.
+    """
+
+    parts: tuple[tuple[SimulatedRequest, int], ...]
+    tokens: int
+    keys: float
+
+    @property
+    def context(self) -> float:
+        """Of one prompt of as many tokens that costs the same."""
+        return self.keys / self.tokens - self.tokens / 2
+
+
+def take_chunks(queue: deque[SimulatedRequest], budget: int, chunk_size: int) -> Chunks:
+    """What the next step computes, oldest first."""
+    parts, tokens, keys = [], 0, 0.0
+    for request in queue:
+        chunk = min(request.prompt_tokens - request.computed_tokens, chunk_size, budget - tokens)
+        if chunk <= 0:
+            break
+        parts.append((request, chunk))
+        tokens += chunk
+        keys += chunk * (request.computed_tokens + chunk / 2)
+    return Chunks(tuple(parts), tokens, keys)
+
+
+class PrefillPhase:
+    """Computes prompts.
+
+    Args:
+        computed: called with each request whose prompt is complete.
+        idle: called after each step, to start the next one.
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        steps: StepTimes,
+        sizes: Sizes,
+        computed: Callable[[SimulatedRequest], None],
+        idle: Callable[[], None],
+    ) -> None:
+        self._clock, self._steps, self._sizes = clock, steps, sizes
+        self._computed, self._idle = computed, idle
+        self.queue: deque[SimulatedRequest] = deque()
+        self.percentage = 100
+        self.step: Progress | None = None
+        self.chunks: Chunks | None = None
+        self.busy_s = 0.0
+        self.last_busy_s = 0.0
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Prompt tokens not yet computed."""
+        return sum(request.prompt_tokens - request.computed_tokens for request in self.queue)
+
+    def start(self, percentage: int) -> None:
+        """Begin a step on so much of the device."""
+        self.percentage = percentage
+        self.chunks = chunks = take_chunks(self.queue, self._sizes.max_chunk_prefill_tokens, self._sizes.chunk_size)
+        milliseconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage)
+        self.step = Progress(self._clock, milliseconds / 1000, self._done)
+
+    def _done(self) -> None:
+        assert self.step is not None
+        assert self.chunks is not None
+        self.last_busy_s = self._clock.now - self.step.started
+        self.busy_s += self.last_busy_s
+        self.step, chunks = None, self.chunks
+        for request, tokens in chunks.parts:
+            request.computed_tokens += tokens
+            if request.computed_tokens == request.prompt_tokens:
+                self.queue.remove(request)
+                self._computed(request)
+        self._idle()
+
+
+class DecodePhase:
+    """Decodes all its sequences in lockstep.
+
+    Args:
+        stepped: called after a run of equal steps with their number, the sequences and the seconds.
+        finished: called with each request that has all its tokens.
+        idle: called after that, to start the next steps.
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        steps: StepTimes,
+        stepped: Callable[[int, int, float], None],
+        finished: Callable[[SimulatedRequest], None],
+        idle: Callable[[], None],
+    ) -> None:
+        self._clock, self._steps = clock, steps
+        self._stepped, self._finished, self._idle = stepped, finished, idle
+        self.percentage = 100
+        self.burst: Progress | None = None
+        self.busy_s = 0.0
+        self._step_s = 0.0
+        self._num_steps = 0
+        self._by_end: list[tuple[int, int, SimulatedRequest]] = []
+        self._count = 0
+        self._context = 0  # summed over the running sequences
+        self._joining: list[SimulatedRequest] = []
+
+    @property
+    def num_sequences(self) -> int:
+        """Running, and about to."""
+        return len(self._by_end) + len(self._joining)
+
+    def join(self, request: SimulatedRequest) -> None:
+        """A sequence whose prompt is computed takes part from the next step."""
+        self._joining.append(request)
+        self.end_burst_at_step()
+
+    def end_burst_at_step(self) -> None:
+        """Something has changed: plan anew when the current step ends."""
+        if self.burst is not None:
+            done = int(self.burst.done_s / self._step_s + 1e-9)
+            self.burst.shorten(min(self.burst.total_s, (done + 1) * self._step_s))
+
+    def start(self, percentage: int) -> None:
+        """Begin a run of steps on so much of the device."""
+        self.percentage = percentage
+        for request in self._joining:
+            self._count += 1
+            request.finish_step = self._num_steps + request.output_tokens - 1
+            heapq.heappush(self._by_end, (request.finish_step, self._count, request))
+            self._context += request.prompt_tokens + 1
+        self._joining.clear()
+        batch = len(self._by_end)
+        steps = min(_LONGEST_BURST, self._by_end[0][0] - self._num_steps)
+        self._step_s = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage) / 1000
+        self.burst = Progress(self._clock, steps * self._step_s, self._done)
+
+    def _done(self) -> None:
+        assert self.burst is not None
+        steps, batch = round(self.burst.total_s / self._step_s), len(self._by_end)
+        seconds = self._clock.now - self.burst.started
+        self.burst = None
+        self.busy_s += seconds
+        self._num_steps += steps
+        self._context += steps * batch
+        self._stepped(steps, batch, seconds)
+        while self._by_end and self._by_end[0][0] <= self._num_steps:
+            request = heapq.heappop(self._by_end)[2]
+            self._context -= request.prompt_tokens + request.output_tokens
+            self._finished(request)
+        self._idle()
+
+
+class PrefixCache:
+    """Which blocks of earlier prompts are still there: the least recently used go first."""
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self._capacity_tokens = capacity_tokens
+        self._blocks: OrderedDict[int, int] = OrderedDict()
+        self._tokens = 0
+
+    def match(self, request: SimulatedRequest) -> int:
+        """Leading prompt tokens that are there; at least one is left to compute."""
+        blocks = 0
+        for name in request.prefix_blocks:
+            if name not in self._blocks:
+                break
+            self._blocks.move_to_end(name)
+            blocks += 1
+        return min(blocks * request.block_tokens, request.prompt_tokens - 1)
+
+    def insert(self, request: SimulatedRequest) -> None:
+        """Its prompt has been computed."""
+        for name in request.prefix_blocks:
+            if name not in self._blocks:
+                self._tokens += request.block_tokens
+            self._blocks[name] = request.block_tokens
+            self._blocks.move_to_end(name)
+        while self._tokens > self._capacity_tokens:
+            self._tokens -= self._blocks.popitem(last=False)[1]

@@ -1,0 +1,237 @@
+"""Systems to compare, by name, and what a simulation of one says."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hbserve.bench.request_record import Targets
+from hbserve.bench.serve_workload import WorkloadSource
+from hbserve.bench.sweep import RateSearch
+from hbserve.errors import ConfigError
+from hbserve.semi_pd.slo_constraints import SLOConstraints
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.step_times import StepTimes
+from hbserve.simulate.clock import SimulatedClock
+from hbserve.simulate.control import SimulatedController
+from hbserve.simulate.phases import Sizes
+from hbserve.simulate.requests import SimulatedRequest, requests_of
+from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
+
+FORMS = (
+    "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), each with *N for N replicas"
+)
+"""Of systems, for people."""
+_PATTERN = re.compile(
+    r"(?:(?P<unified>unified)(?:@(?P<chunk>\d+))?"
+    r"|(?P<x>[1-9]\d*)p(?P<y>[1-9]\d*)d"
+    r"|(?P<split>semi_pd|no_ladder|slo)@(?P<prefill>\d+)-(?P<decode>\d+))(?:\*(?P<n>[1-9]\d*))?"
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the forms in `parse`, and how often."""
+
+    name: str
+    form: str
+    replicas: int
+    chunk: int = 512
+    num_prefill: int = 1
+    num_decode: int = 1
+    allocation: SMAllocation | None = None
+
+    @staticmethod
+    def parse(text: str) -> System:
+        """Read such as ``slo@80-50*2``.
+
+        Raises:
+            ConfigError: naming the forms there are.
+        """
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"--system: {text!r} is none of {FORMS}")
+        replicas = int(match["n"] or 1)
+        if match["unified"]:
+            return System(text, "unified", replicas, chunk=int(match["chunk"] or 512))
+        if match["x"]:
+            return System(text, "disaggregated", replicas, num_prefill=int(match["x"]), num_decode=int(match["y"]))
+        return System(
+            text, match["split"], replicas, allocation=SMAllocation(int(match["prefill"]), int(match["decode"]))
+        )
+
+    def replicated(self, replicas: int) -> System:
+        """The same with another number of replicas."""
+        return System(
+            f"{self.name.split('*')[0]}*{replicas}",
+            self.form,
+            replicas,
+            self.chunk,
+            self.num_prefill,
+            self.num_decode,
+            self.allocation,
+        )
+
+    @property
+    def num_gpus(self) -> int:
+        """Of all replicas."""
+        return self.replicas * (self.num_prefill + self.num_decode if self.form == "disaggregated" else 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all systems of a comparison share.
+
+    Attributes:
+        belief: step times as the controller knows them; it may be given others than the truth, ``steps``.
+    """
+
+    steps: StepTimes
+    belief: StepTimes
+    sizes: Sizes
+    targets: Targets
+    attainment: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.targets.ttft_ms is None or self.targets.tpot_ms is None or self.targets.e2e_ms is not None:
+            raise ConfigError("--goodput: the simulator needs ttft and tpot, and knows no e2e")
+
+    @property
+    def constraints(self) -> SLOConstraints:
+        """For the controller: both at the percentile that is asked for."""
+        assert self.targets.ttft_ms is not None
+        assert self.targets.tpot_ms is not None
+        percent = min(99.9, 100 * self.attainment)
+        return SLOConstraints(self.targets.ttft_ms, self.targets.tpot_ms, percent, percent)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulated run gave.
+
+    Attributes:
+        rate: of the workload, requests per second.
+        attainment: share of requests within both targets.
+        goodput: requests within both targets per second.
+        moves: changes of the split, by the controllers.
+    """
+
+    system: str
+    num_gpus: int
+    rate: float
+    num_requests: int
+    attainment: float
+    goodput: float
+    ttft_p50_ms: float
+    ttft_p90_ms: float
+    ttft_p99_ms: float
+    tpot_p50_ms: float
+    tpot_p90_ms: float
+    tpot_p99_ms: float
+    moves: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self)
+
+
+def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> Outcome:
+    """Serve fresh requests by a system."""
+    clock = SimulatedClock()
+    units = [_unit(system, setting, clock) for _ in range(system.replicas)]
+    controllers = []
+    if system.form == "slo":
+        last = requests[-1].arrival
+        controllers = [
+            SimulatedController(unit, setting.constraints, setting.belief, last)
+            for unit in units
+            if isinstance(unit, SemiPDUnit)
+        ]
+    serve(clock, units, requests)
+    span = max(requests[-1].arrival - requests[0].arrival, 1e-9)
+    constraints = setting.constraints
+    met = sum(
+        request.ttft_ms <= constraints.ttft_target_ms and request.tpot_ms <= constraints.tpot_target_ms
+        for request in requests
+    )
+    ttft = sorted(request.ttft_ms for request in requests)
+    tpot = sorted(request.tpot_ms for request in requests if request.output_tokens > 1) or [0.0]
+    return Outcome(
+        system=system.name,
+        num_gpus=system.num_gpus,
+        rate=len(requests) / span,
+        num_requests=len(requests),
+        attainment=met / len(requests),
+        goodput=met / span,
+        ttft_p50_ms=_percentile(ttft, 50),
+        ttft_p90_ms=_percentile(ttft, 90),
+        ttft_p99_ms=_percentile(ttft, 99),
+        tpot_p50_ms=_percentile(tpot, 50),
+        tpot_p90_ms=_percentile(tpot, 90),
+        tpot_p99_ms=_percentile(tpot, 99),
+        moves=sum(len(controller.rotation.moves) for controller in controllers),
+    )
+
+
+def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
+    steps, sizes = setting.steps, setting.sizes
+    if system.form == "unified":
+        chunked = Sizes(
+            chunk_size=system.chunk,
+            max_chunk_prefill_tokens=system.chunk,
+            max_num_batched_tokens=max(sizes.max_num_batched_tokens, system.chunk + sizes.max_num_seqs),
+            max_num_seqs=sizes.max_num_seqs,
+            kv_tokens=sizes.kv_tokens,
+        )
+        return UnifiedUnit(clock, steps, chunked)
+    if system.form == "disaggregated":
+        return DisaggregatedUnit(clock, steps, sizes, num_prefill=system.num_prefill, num_decode=system.num_decode)
+    assert system.allocation is not None
+    alone = None if system.form == "no_ladder" else SMAllocation(100, 100)
+    return SemiPDUnit(clock, steps, sizes, system.allocation, alone)
+
+
+def find_highest_rate(
+    system: System, setting: Setting, source: WorkloadSource, seed: int, first: float = 4.0, precision: float = 0.03
+) -> Outcome | None:
+    """The run at the highest rate at which enough requests keep both targets; None if there is none."""
+    search = RateSearch(first * system.num_gpus, precision)
+    best: Outcome | None = None
+    while (rate := search.next_rate()) is not None:
+        outcome = simulate(system, setting, requests_of(source.workload(rate, seed)))
+        good = outcome.attainment >= setting.attainment
+        search.add(rate, good)
+        if good and (best is None or outcome.rate > best.rate):
+            best = outcome
+    return best
+
+
+def plan(
+    systems: list[System], setting: Setting, source: WorkloadSource, seed: int, rate: float
+) -> list[tuple[System, Outcome]]:
+    """For each kind of system the fewest replicas that keep the targets at a rate, fewest GPUs first.
+
+    Kinds that cannot keep them at any rate are left out.
+    """
+    found = []
+    for system in systems:
+        single = find_highest_rate(system.replicated(1), setting, source, seed)
+        if single is None:
+            continue
+        replicas = max(1, math.ceil(0.9 * rate / single.rate))
+        while True:  # ends: more replicas have less to do each
+            candidate = system.replicated(replicas)
+            outcome = simulate(candidate, setting, requests_of(source.workload(rate, seed)))
+            if outcome.attainment >= setting.attainment:
+                found.append((candidate, outcome))
+                break
+            replicas += max(1, replicas // 10)
+            if replicas > 100 * rate:
+                break
+    return sorted(found, key=lambda pair: (pair[0].num_gpus, -pair[1].attainment))
+
+
+def _percentile(ordered: list[float], percent: float) -> float:
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]

@@ -1,0 +1,326 @@
+"""What serves requests in a simulation: semi-PD on a GPU, a unified worker, or GPUs of one phase."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+
+from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.step_times import StepTimes
+from hbserve.simulate.clock import Progress, SimulatedClock
+from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Sizes, take_chunks
+from hbserve.simulate.requests import SimulatedRequest
+
+_KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
+_TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
+
+
+class Unit(ABC):
+    """One set of workers around one KV pool: takes requests, first come first served.
+
+    Args:
+        window_s: of its metrics.
+    """
+
+    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
+        self.clock, self.steps, self.sizes = clock, steps, sizes
+        self.metrics = SemiPDMetricsCollector(window_s, 4096, clock)
+        self.waiting: deque[SimulatedRequest] = deque()
+        self._prefixes = PrefixCache(sizes.kv_tokens)
+        self._num_pools = 1
+        self._num_open = 0
+        self._kv_tokens = 0
+
+    @property
+    def num_gpus(self) -> int:
+        """That it takes."""
+        return 1
+
+    @property
+    @abstractmethod
+    def load_tokens(self) -> int:
+        """Prompt tokens that are here and not computed: what placement looks at."""
+
+    def arrive(self, request: SimulatedRequest) -> None:
+        """A request is here."""
+        self.metrics.record_request_arrival(request.request_id, request.prompt_tokens)
+        self.waiting.append(request)
+        self._pump()
+
+    @abstractmethod
+    def _pump(self) -> None:
+        """Start what can start."""
+
+    @abstractmethod
+    def _seat(self, request: SimulatedRequest) -> None:
+        """Queue an admitted request for prefill."""
+
+    def _admit(self) -> None:
+        max_open = self._num_pools * self.sizes.max_num_seqs
+        max_kv_tokens = self._num_pools * self.sizes.kv_tokens
+        while self.waiting:
+            request = self.waiting[0]
+            tokens = request.prompt_tokens + request.output_tokens
+            if self._num_open >= max_open or (self._num_open and self._kv_tokens + tokens > max_kv_tokens):
+                return
+            self.waiting.popleft()
+            self._num_open += 1
+            self._kv_tokens += tokens
+            request.cached_tokens = request.computed_tokens = self._prefixes.match(request)
+            self.metrics.record_prefill_start(request.request_id, request.cached_tokens)
+            self._seat(request)
+
+    def _first_token(self, request: SimulatedRequest) -> bool:
+        """Its prompt is computed; returns whether it goes on to decode."""
+        self._prefixes.insert(request)
+        request.first_token_time = self.clock.now
+        self.metrics.record_first_token(request.request_id)
+        self.metrics.record_prefill_end(request.request_id)
+        if request.output_tokens == 1:
+            self._finish(request)
+            return False
+        return True
+
+    def _finish(self, request: SimulatedRequest) -> None:
+        request.completion_time = self.clock.now
+        self._num_open -= 1
+        self._kv_tokens -= request.prompt_tokens + request.output_tokens
+        self.metrics.record_request_completion(request.request_id, request.output_tokens)
+
+    def _waiting_tokens(self) -> int:
+        return sum(request.prompt_tokens for request in self.waiting)
+
+    def record_state(self) -> None:
+        """Report queues and memory to the metrics; done before they are read."""
+        oldest = min((request.arrival for request in self._without_token()), default=self.clock.now)
+        self.metrics.record_system_metrics(
+            SystemMetrics(
+                timestamp=self.clock.now,
+                prefill_queue_length=len(self.waiting),
+                prefill_queue_tokens=self.load_tokens,
+                oldest_wait_s=self.clock.now - oldest,
+                running_decode=self.num_decoding,
+                kv_usage=min(1.0, self._kv_tokens / (self._num_pools * self.sizes.kv_tokens)),
+            )
+        )
+
+    @property
+    @abstractmethod
+    def num_decoding(self) -> int:
+        """Sequences that decode."""
+
+    @abstractmethod
+    def _without_token(self) -> list[SimulatedRequest]:
+        """Requests that wait for their first token."""
+
+
+class _PhasedUnit(Unit):
+    """Prefill workers and decode workers, each sequence with one of either.
+
+    Args:
+        num_prefill, num_decode: workers; each decode worker has a KV pool as large as ``sizes`` say.
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        steps: StepTimes,
+        sizes: Sizes,
+        window_s: float = 5.0,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+    ) -> None:
+        super().__init__(clock, steps, sizes, window_s)
+        self._num_pools = num_decode
+        self._prefills = [PrefillPhase(clock, steps, sizes, self._on_computed, self._pump) for _ in range(num_prefill)]
+        self._decodes = [
+            DecodePhase(clock, steps, self._on_decoded, self._finish, self._pump) for _ in range(num_decode)
+        ]
+
+    @property
+    def load_tokens(self) -> int:
+        return self._waiting_tokens() + sum(prefill.backlog_tokens for prefill in self._prefills)
+
+    @property
+    def num_decoding(self) -> int:
+        return sum(decode.num_sequences for decode in self._decodes)
+
+    def _without_token(self) -> list[SimulatedRequest]:
+        return [*self.waiting, *(request for prefill in self._prefills for request in prefill.queue)]
+
+    def _seat(self, request: SimulatedRequest) -> None:
+        min(self._prefills, key=lambda prefill: prefill.backlog_tokens).queue.append(request)
+
+    def _on_computed(self, request: SimulatedRequest) -> None:
+        if self._first_token(request):
+            self._join_decode(request)
+
+    def _join_decode(self, request: SimulatedRequest) -> None:
+        self.metrics.record_decode_start(request.request_id)
+        min(self._decodes, key=lambda decode: decode.num_sequences).join(request)
+
+    def _on_decoded(self, steps: int, batch: int, seconds: float) -> None:
+        self.metrics.record_token_gap(seconds / steps, steps * batch)
+        for _ in range(steps):
+            self.metrics.record_step("decode", 0, 0, batch, batch, seconds / steps)
+
+
+class SemiPDUnit(_PhasedUnit):
+    """Both phases on one GPU.
+
+    Args:
+        allocation: shares while both are busy.
+        alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
+    """
+
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        steps: StepTimes,
+        sizes: Sizes,
+        allocation: SMAllocation,
+        alone: SMAllocation | None = SMAllocation(100, 100),  # noqa: B008  (immutable)
+        window_s: float = 5.0,
+    ) -> None:
+        super().__init__(clock, steps, sizes, window_s)
+        [self.prefill], [self.decode] = self._prefills, self._decodes
+        self.allocation = allocation
+        self.alone = alone
+
+    def _pump(self) -> None:
+        self._admit()
+        prefills = self.prefill.step is not None or bool(self.prefill.queue)
+        decodes = self.decode.burst is not None or self.decode.num_sequences > 0
+        alone = self.alone or self.allocation
+        if self.prefill.step is None and prefills:
+            self.prefill.start(self.allocation.prefill_percentage if decodes else alone.prefill_percentage)
+        share = self.allocation.decode_percentage if prefills else alone.decode_percentage
+        if self.decode.burst is None:
+            if decodes:
+                self.decode.start(share)
+        elif self.decode.percentage != share:
+            self.decode.end_burst_at_step()
+        self._set_speeds()
+
+    def _set_speeds(self) -> None:
+        step, burst = self.prefill.step, self.decode.burst
+        if step is not None and burst is not None:
+            octave = round(math.log2(max(1, self.decode.num_sequences)))
+            slowdown = self.steps.slowdown(SMAllocation(self.prefill.percentage, self.decode.percentage), octave)
+            step.set_speed(1 / slowdown.prefill)
+            burst.set_speed(1 / slowdown.decode)
+        elif step is not None:
+            step.set_speed(1.0)
+        elif burst is not None:
+            burst.set_speed(1.0)
+
+
+class DisaggregatedUnit(_PhasedUnit):
+    """Prefill GPUs and decode GPUs, the KV moved between them."""
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self._prefills) + len(self._decodes)
+
+    def _on_computed(self, request: SimulatedRequest) -> None:
+        if not self._first_token(request):
+            return
+        delay_s = request.prompt_tokens * _KV_BYTES_PER_TOKEN / _TRANSFER_BYTES_PER_S
+        self.clock.at(self.clock.now + delay_s, lambda: self._on_arrived(request))
+
+    def _on_arrived(self, request: SimulatedRequest) -> None:
+        self._join_decode(request)
+        self._pump()
+
+    def _pump(self) -> None:
+        self._admit()
+        for prefill in self._prefills:
+            if prefill.step is None and prefill.queue:
+                prefill.start(100)
+        for decode in self._decodes:
+            if decode.burst is None and decode.num_sequences:
+                decode.start(100)
+
+
+class UnifiedUnit(Unit):
+    """One worker that mixes prompt chunks into its decode steps."""
+
+    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
+        super().__init__(clock, steps, sizes, window_s)
+        self._prompts: deque[SimulatedRequest] = deque()
+        self._running: dict[SimulatedRequest, int] = {}  # tokens still to come
+        self._step: Progress | None = None
+        self._chunks: Chunks | None = None
+
+    @property
+    def load_tokens(self) -> int:
+        return self._waiting_tokens() + sum(r.prompt_tokens - r.computed_tokens for r in self._prompts)
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self._running)
+
+    def _without_token(self) -> list[SimulatedRequest]:
+        return [*self.waiting, *self._prompts]
+
+    def _seat(self, request: SimulatedRequest) -> None:
+        self._prompts.append(request)
+
+    def _pump(self) -> None:
+        self._admit()
+        if self._step is not None or not (self._prompts or self._running):
+            return
+        batch = len(self._running)
+        budget = min(self.sizes.max_num_batched_tokens - batch, self.sizes.max_chunk_prefill_tokens)
+        self._chunks = chunks = take_chunks(self._prompts, budget, self.sizes.chunk_size)
+        context = sum(map(_context_of, self._running.items())) / batch if batch else 0.0
+        prompt_context = chunks.context if chunks.tokens else 0.0
+        milliseconds = self.steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
+        self._step = Progress(self.clock, milliseconds / 1000, self._done)
+
+    def _done(self) -> None:
+        assert self._step is not None
+        assert self._chunks is not None
+        seconds, batch = self._step.total_s, len(self._running)
+        self._step = None
+        if batch:
+            self.metrics.record_token_gap(seconds, batch)
+        self.metrics.record_step("unified", len(self._chunks.parts), self._chunks.tokens, batch, batch, seconds)
+        for request in list(self._running):
+            self._running[request] -= 1
+            if not self._running[request]:
+                del self._running[request]
+                self._finish(request)
+        for request, tokens in self._chunks.parts:
+            request.computed_tokens += tokens
+            if request.computed_tokens == request.prompt_tokens:
+                self._prompts.remove(request)
+                if self._first_token(request):
+                    self._running[request] = request.output_tokens - 1
+        self._pump()
+
+
+def _context_of(item: tuple[SimulatedRequest, int]) -> int:
+    request, left = item
+    return request.prompt_tokens + request.output_tokens - left
+
+
+def serve(clock: SimulatedClock, units: list[Unit], requests: list[SimulatedRequest], until: float = math.inf) -> None:
+    """Send each request, when it arrives, to the unit with the fewest prompt tokens to compute; run to the end.
+
+    Args:
+        until: stop at this time, with whatever is still open.
+    """
+    numbers = itertools.count()
+
+    def arrive(request: SimulatedRequest) -> None:
+        request.request_id = str(next(numbers))
+        min(units, key=lambda unit: unit.load_tokens).arrive(request)
+
+    for request in requests:
+        clock.at(request.arrival, lambda request=request: arrive(request))  # type: ignore[misc]
+    clock.run(until)
