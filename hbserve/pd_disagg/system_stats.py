@@ -105,4 +105,5 @@ def _worker(instance: InstanceHandle, worker: WorkerHandle) -> dict[str, Any]:
         "generated_tokens": worker.work.num_tokens,
         "busy_s": worker.work.busy_s,
         "pid": worker.hello.pid if worker.hello is not None else None,
+        "device": worker.hello.device if worker.hello is not None else None,
     }

@@ -37,7 +37,9 @@ class CudaPlatform(Platform):
         torch.cuda.synchronize(self.device)
 
     def describe(self) -> str:
-        return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index})"
+        # Under MPS these are the multiprocessors of this process' share.
+        count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}, {count} multiprocessors)"
 
     def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
         self._make_current()
