@@ -227,6 +227,26 @@ class PerformanceConfig(Section, frozen=True):
     scheduler: str | None = None
 
 
+class SchedulerConfig(Section, frozen=True):
+    """Whose prompt is computed next, and who is sent away.
+
+    Attributes:
+        policy: ``fcfs``: first come, first served; ``shortest_prompt_first``; ``slo_aware``: who must
+            start soonest to keep its TTFT target.
+        ageing_tokens_per_s: by so much a prompt seems shorter for every second it waits, under
+            ``shortest_prompt_first``.
+        ttft_ms, tpot_ms: targets of requests that come without.
+        max_queue_s: a request whose first token is predicted to take longer is refused at once, and
+            told when to come again; default: none is, for that reason.
+    """
+
+    policy: Literal["fcfs", "shortest_prompt_first", "slo_aware"] = "fcfs"
+    ageing_tokens_per_s: float = 1000.0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    max_queue_s: float | None = None
+
+
 class RpcConfig(Section, frozen=True):
     """Control plane: addresses and deadlines.
 
@@ -301,6 +321,16 @@ class LoggingConfig(Section, frozen=True):
     format: Literal["text", "json"] = "text"
 
 
+class TelemetryConfig(Section, frozen=True):
+    """What is sent to others about requests.
+
+    Attributes:
+        otlp_endpoint: URL of an OTLP/HTTP receiver of traces; default: no traces.
+    """
+
+    otlp_endpoint: str | None = None
+
+
 class Config(Section, frozen=True):
     """Everything that defines a system; see the sections for the keys."""
 
@@ -312,9 +342,11 @@ class Config(Section, frozen=True):
     cuda_graph: CudaGraphConfig = CudaGraphConfig()
     performance: PerformanceConfig = PerformanceConfig()
     semi_pd: SemiPDConfig = SemiPDConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
     rpc: RpcConfig = RpcConfig()
     server: ServerConfig = ServerConfig()
     logging: LoggingConfig = LoggingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @staticmethod
     def load(path: str | Path) -> Config:

@@ -144,6 +144,9 @@ def _validate(config: Config) -> None:
         raise _error("performance.block_size", "must be a power of two")
     if not 0 < config.performance.memory_fraction <= 1:
         raise _error("performance.memory_fraction", "must be in (0, 1]")
+    endpoint = config.telemetry.otlp_endpoint
+    if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+/\S+", endpoint):
+        raise _error("telemetry.otlp_endpoint", "must be a URL with a path, like http://127.0.0.1:4318/v1/traces")
     _require_positive(config)
     _validate_semi_pd(config)
     _validate_instances(config)

@@ -54,9 +54,14 @@ class AbortRequest(Message, frozen=True):
 
 
 class GetStats(Message, frozen=True):
-    """Ask for `Stats`; answered even while the system is not ready."""
+    """Ask for `Stats`; answered even while the system is not ready.
+
+    Attributes:
+        recent: with ``recent``: the last requests' timelines and the last events.
+    """
 
     query_id: int
+    recent: bool = False
 
 
 class SubscribeReady(Message, frozen=True):
@@ -127,6 +132,7 @@ class RequestOutput(Value, frozen=True):
             ``abort``, ``error``, or None while it goes on.
         error: what went wrong, and ``error_kind`` the class in `hbserve.errors` it becomes.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache (first output only).
+        retry_after_s: when a refused request may fare better.
     """
 
     request_id: str
@@ -137,6 +143,7 @@ class RequestOutput(Value, frozen=True):
     error_kind: str | None = None
     error_param: str | None = None
     num_cached_tokens: int = 0
+    retry_after_s: float | None = None
 
 
 class OutputBatch(Message, frozen=True):

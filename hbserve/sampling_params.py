@@ -37,6 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         logprobs: report the chosen token's log-probability and those of this many most likely
             tokens per position (0 to 20), taken before temperature and truncation; None: none.
         skip_special_tokens: leave special tokens out of the text.
+        ttft_ms, tpot_ms: what the time to the first token and the mean time per token after it should
+            be at most; they decide when the request is computed, never what (``scheduler.policy``).
         logit_bias: added to the logits of these token ids, in [-100, 100]; the ends ban and force.
         grammar: the output follows it and ends where it does: llguidance's Lark dialect, or what
             `hbserve.grammar.json_schema` makes of a JSON schema. Not with ``ignore_eos`` or ``min_tokens``.
@@ -58,6 +60,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_tokens: int | None = 16
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
     logit_bias: dict[int, float] | None = None
     grammar: str | None = None
 
@@ -88,6 +92,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.max_tokens is not None:
             self._require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
             self._require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")
+        for name in ("ttft_ms", "tpot_ms"):
+            target = getattr(self, name)
+            self._require(target is None or 0 < target < float("inf"), name, "must be positive")
         if self.logprobs is not None:
             self._require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"must be in 0..{MAX_LOGPROBS}")
         self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")

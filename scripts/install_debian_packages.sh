@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Libraries that Python wheels of ours need and do not bring: the Mooncake Transfer Engine is linked
-# against libibverbs, also where it only uses TCP. Does nothing where they are installed.
+# against libibverbs, also where it only uses TCP. With --browser also Chromium, in which the tests look at
+# the live page (about a minute). Does nothing where they are installed.
 set -euo pipefail
 
 if ! command -v apt-get >/dev/null; then
@@ -8,7 +9,9 @@ if ! command -v apt-get >/dev/null; then
     exit 0
 fi
 missing=()
-for package in libibverbs1; do
+packages=(libibverbs1)
+if [ "${1:-}" = "--browser" ]; then packages+=(chromium fonts-dejavu-core); fi
+for package in "${packages[@]}"; do
     dpkg-query --show --showformat '${Status}' "$package" 2>/dev/null | grep --quiet 'ok installed' ||
         missing+=("$package")
 done
@@ -16,7 +19,7 @@ done
 
 install=(apt-get install --quiet --quiet --yes --no-install-recommends "${missing[@]}")
 if [ "$(id --user)" -ne 0 ]; then
-    echo "Mooncake cannot be loaded, and its tests will be skipped, until root runs: ${install[*]}" >&2
+    echo "what needs these packages does not work, and its tests are skipped, until root runs: ${install[*]}" >&2
     exit 0
 fi
 export DEBIAN_FRONTEND=noninteractive

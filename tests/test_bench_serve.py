@@ -5,6 +5,7 @@ Against a real server it runs in `tests/test_serving_metrics.py`.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
 import json
@@ -17,9 +18,12 @@ from typing import Any
 
 import pytest
 
+from hbserve.bench import serve_plots
 from hbserve.bench.arrivals import draw_arrivals
 from hbserve.bench.load import LoadResult, LoadRun
 from hbserve.bench.request_record import RequestRecord, Targets, summarize
+from hbserve.bench.serve import ServeBenchmark
+from hbserve.bench.serve_options import ServeOptions, add_arguments
 from hbserve.bench.serve_workload import ServeWorkload, WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.bench.target import TargetError
@@ -210,14 +214,25 @@ def test_the_search_does_not_believe_a_good_rate_above_a_bad_one() -> None:
 # --- load ----------------------------------------------------------------------------------------
 
 
+def options(*arguments: str) -> ServeOptions:
+    """As the program would have them."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    target = ("--url", "http://127.0.0.1:9", "--vocab-size", "1000", "--no-progress")
+    return ServeOptions.from_arguments(parser.parse_args([*target, *arguments]))
+
+
 class PacedTarget:
-    """Answers after so many seconds, then with a token each such time; refuses every fifth if told to."""
+    """Answers after so many seconds, then with a token each such time; refuses every fifth if told to.
+
+    With a capacity it is a hundred times slower while more requests than that are open.
+    """
 
     vocab_size = 1000
     max_model_len = None
 
-    def __init__(self, pace_s: float, refuses: bool = False) -> None:
-        self.pace_s, self.refuses = pace_s, refuses
+    def __init__(self, pace_s: float, refuses: bool = False, capacity: int | None = None) -> None:
+        self.pace_s, self.refuses, self.capacity = pace_s, refuses, capacity
         self.came: list[tuple[float, int, int, dict[str, float]]] = []
         self.num_open = self.most_open = 0
         self.splits = iter([(70.0, 30.0), (60.0, 40.0)])
@@ -230,7 +245,8 @@ class PacedTarget:
         self.most_open = max(self.most_open, self.num_open)
         try:
             for _ in range(output_len):
-                await asyncio.sleep(self.pace_s)
+                overloaded = self.capacity is not None and self.num_open > self.capacity
+                await asyncio.sleep(100 * self.pace_s if overloaded else self.pace_s)
                 yield 1
         finally:
             self.num_open -= 1
@@ -281,6 +297,31 @@ async def test_a_run_that_cannot_be_good_any_more_is_cut_short() -> None:
     assert target.num_open == 0
     summary = summarize(result.records, Targets(ttft_ms=50.0))
     assert (summary["attainment"], summary["errors"]) == (0, {"unfinished": 1000})
+
+
+async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_break(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = PacedTarget(0.005, capacity=4)
+    asked = options(
+        *("--slo-scale", "40:50", "--sweep", "--rate", "20", "--num-requests", "12", "--precision", "0.5"),
+        *("--input-len", "8:64", "--output-len", "3", "--arrivals", "poisson", "--seed", "1"),
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        document = await ServeBenchmark(target, asked).run()
+    lone, targets, best = document["lone_request"], document["targets"], document["best_rate"]
+    assert lone["tpot_ms"] >= 5
+    assert targets == {"ttft_ms": 40 * lone["ttft_ms"], "tpot_ms": 50 * lone["tpot_ms"], "e2e_ms": None}
+    rates = {run["summary"]["rate"]: run["summary"]["attainment"] >= 0.9 for run in document["runs"]}
+    assert rates[20.0]
+    assert rates[best["rate"]]
+    assert not rates[best["too_high"]]
+    assert best["rate"] < best["too_high"] <= 1.5 * best["rate"]
+    prompts = [request[1] for request in target.came]
+    assert prompts.count(16) >= 1  # the warm-up
+    serve_plots.check()
+    drawn = serve_plots.draw(json.loads(json.dumps(document)), tmp_path)
+    assert [path.name for path in drawn] == ["attainment.png", "latencies.png", "split.png"]
+    assert all(path.stat().st_size > 1000 for path in drawn)
 
 
 # --- the program ---------------------------------------------------------------------------------

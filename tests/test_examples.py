@@ -82,10 +82,11 @@ def test_custom_scheduler(tmp_path: Path) -> None:
     assert len(set(lengths)) == 4
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server of the demo model, started as the README says."""
     command = [sys.executable, "scripts/start_pd_disagg.py", "--config", "configs/unified.yaml", "--port", "0"]
+    tmp_path = tmp_path_factory.mktemp("server")
     with (tmp_path / "output").open("wb") as output:
         server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output)
     try:
@@ -111,3 +112,43 @@ def test_openai_client(tmp_path: Path, url: str) -> None:
         "> What is 47 + 38?",
         "47 + 38 = 85.",
     ]
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["url", "model"])
+def test_shell(url: str, local: bool) -> None:
+    where = ["--model", str(EXAMPLES / "models" / "hbserve-demo")] if local else ["--url", url]
+    lines = [
+        "Remember: dog parrot, eagle maple.",
+        "What is eagle?",
+        "/stats",
+        "/history",
+        "/reset",
+        "/history",
+        "/what",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "hbserve.shell", *where, "--temperature", "0"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    hello, first, second, speed, *rest = done.stdout.splitlines()
+    assert hello.startswith("hbserve-demo.")
+    assert (first, second) == ("OK.", "You said eagle maple.")
+    assert re.match(r"[1-9]\d* tokens in [\d.]+ s; the first after \d+ ms", speed)
+    start = rest.index(f"user: {lines[0]}")
+    assert rest[start + 3] == "assistant: You said eagle maple."
+    assert rest[start + 4] == "(a new conversation)"
+    assert rest[start + 5] == "unknown command /what"
+
+
+def test_shell_says_what_is_wrong() -> None:
+    command = [sys.executable, "-m", "hbserve.shell", "--url", "http://127.0.0.1:9"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE_S)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 127.0.0.1:9: ")
+    assert "Traceback" not in done.stderr

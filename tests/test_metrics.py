@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hbserve.config import InstanceRole
 from hbserve.metrics.distribution import Distribution
@@ -246,3 +248,26 @@ def test_any_scheduler_can_be_given_the_hooks(clock: Clock) -> None:
     assert (measured.input_length, measured.ttft_ms, measured.tpot_ms) == (3, 2000, 1000)
     with pytest.raises(TypeError, match="semi_pd_on_request_arrival"):
         integrate_semi_pd_metrics_with_scheduler(scheduler, InstanceRole.PREFILL)
+
+
+def test_a_shorter_window_takes_nothing_from_the_long_one() -> None:
+    time = 0.0
+    collector = SemiPDMetricsCollector(window_size_seconds=60.0, clock=lambda: time)
+    for second in range(40):
+        time = second + 0.5
+        collector.record_request_arrival(str(second), input_length=second)
+    time = 40.0
+    short = collector.get_current_window_metrics(10.0)
+    assert (short.window_start_time, short.num_arrivals) == (30.0, 10)
+    assert short.input_length.values == tuple(range(30, 40))
+    assert collector.get_current_window_metrics().num_arrivals == 40
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9)), max_size=60), st.integers(1, 20))
+def test_a_thinned_distribution_keeps_count_and_mean(samples: list[tuple[float, int]], most: int) -> None:
+    whole = Distribution.of(samples)
+    thin = whole.thinned(most)
+    assert len(thin.values) <= max(most, 0)
+    assert thin.count == whole.count
+    assert thin.mean == pytest.approx(whole.mean)
+    assert list(thin.values) == sorted(thin.values)

@@ -39,9 +39,9 @@ def _noise(ids, seed, position):  # type: ignore[no-untyped-def]
     second = _key(seed, position, 0x7F4A7C15)
     bits = _mix(_mix(ids.to(tl.uint32) ^ first) ^ second)
     uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    # log1p(-u), precise where u is small: there the noise is large and decides
-    shrunk = 1.0 - uniform
-    return -tl.log(-tl.where(uniform < 1e-4, -uniform - 0.5 * uniform * uniform, tl.log(shrunk)))
+    # -log1p(-u), by its series where u is small: there the noise is large and decides
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3 + uniform * (0.25 + uniform * (0.2 + uniform / 6)))))
+    return -tl.log(tl.where(uniform < 0.05, series, -tl.log(1.0 - uniform)))
 
 
 @triton.jit

@@ -93,26 +93,30 @@ class SemiPDMetricsCollector:
         counts["cached_tokens"] += cached_tokens
         self._add_latency("prefill_queue", request.prefill_queue_ms, request.arrival_time, now)
 
-    def record_first_token(self, request_id: str) -> None:
-        """Its first token is here: TTFT."""
+    def record_first_token(self, request_id: str, at: float | None = None) -> None:
+        """Its first token is here: TTFT.
+
+        Args:
+            at: when; default: now.
+        """
         request = self.open_requests.get(request_id)
         if request is None or request.first_token_time is not None:
             return
-        now = request.first_token_time = self.clock()
+        now = request.first_token_time = self.clock() if at is None else at
         self._add_latency("ttft", request.ttft_ms, request.arrival_time, now)
 
-    def record_prefill_end(self, request_id: str) -> None:
-        """Its prompt has been computed."""
+    def record_prefill_end(self, request_id: str, at: float | None = None) -> None:
+        """Its prompt has been computed; ``at`` as in `record_first_token`."""
         request = self.open_requests.get(request_id)
         if request is not None and request.prefill_end_time is None:
-            request.prefill_end_time = self.clock()
+            request.prefill_end_time = self.clock() if at is None else at
 
-    def record_decode_start(self, request_id: str) -> None:
-        """Its KV is where it decodes."""
+    def record_decode_start(self, request_id: str, at: float | None = None) -> None:
+        """Its KV is where it decodes; ``at`` as in `record_first_token`."""
         request = self.open_requests.get(request_id)
         if request is None or request.decode_start_time is not None:
             return
-        now = request.decode_start_time = self.clock()
+        now = request.decode_start_time = self.clock() if at is None else at
         start = request.prefill_end_time
         if start is not None:
             self._add_latency("decode_queue", request.decode_queue_ms, start, now)
@@ -218,11 +222,15 @@ class SemiPDMetricsCollector:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def get_current_window_metrics(self) -> AggregatedMetrics:
-        """The last ``window_size_seconds``, or less where the window has begun later."""
+    def get_current_window_metrics(self, seconds: float | None = None) -> AggregatedMetrics:
+        """The last ``window_size_seconds``, or less where the window has begun later.
+
+        Args:
+            seconds: only so many; rounded to a sixtieth of ``window_size_seconds``.
+        """
         now = self.clock()
-        start = max(self._since, self._counts.start_of(now))
-        counts = self._counts.totals(now)
+        start = max(self._since, self._counts.start_of(now, seconds))
+        counts = self._counts.totals(now, seconds)
         worker_busy = {
             name.removeprefix("busy/"): min(1.0, busy_s / (now - start))
             for name, busy_s in counts.items()
@@ -279,6 +287,8 @@ def numbers_of(metrics: AggregatedMetrics) -> dict[str, float]:
         "decode_batch_size": metrics.decode.batch_size,
         "prefix_hit_rate": metrics.prefix_hit_rate,
         "num_requests": metrics.num_completed,
+        "num_met": metrics.num_met,
+        "num_missed": metrics.num_missed,
     }
     for name in ("ttft", "tpot", "itl", "e2e", "prefill_queue", "decode_queue"):
         latencies = getattr(metrics, name)

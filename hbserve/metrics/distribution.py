@@ -35,6 +35,19 @@ class Distribution:
             itertools.chain.from_iterable(zip(part.values, part.weights, strict=True) for part in parts)
         )
 
+    def thinned(self, most: int) -> Distribution:
+        """Of no more than so many values: neighbours become their mean, with their weights added up."""
+        if len(self.values) <= most:
+            return self
+        bounds = [len(self.values) * index // most for index in range(most + 1)]
+        values, weights = [], []
+        for begin, end in itertools.pairwise(bounds):
+            weight = sum(self.weights[begin:end])
+            pairs = zip(self.values[begin:end], self.weights[begin:end], strict=True)
+            values.append(sum(value * count for value, count in pairs) / weight)
+            weights.append(weight)
+        return Distribution(tuple(values), tuple(weights))
+
     @property
     def count(self) -> int:
         """Samples in all, by weight."""
@@ -76,10 +89,9 @@ class SlidingWindow:
         self._samples.append((self._clock(), value, weight))
 
     def since(self, start: float) -> Distribution:
-        """The samples from ``start`` on; older ones are forgotten."""
-        while self._samples and self._samples[0][0] < start:
-            self._samples.popleft()
-        return Distribution.of((value, weight) for _, value, weight in self._samples)
+        """The samples from ``start`` on."""
+        latest = itertools.takewhile(lambda sample: sample[0] >= start, reversed(self._samples))
+        return Distribution.of((value, weight) for _, value, weight in latest)
 
     def clear(self) -> None:
         """Forget all samples."""
@@ -90,7 +102,7 @@ class CountWindow:
     """Sums of named quantities over a sliding window, in slices of it: memory does not grow with their number.
 
     Args:
-        seconds: what `start_of` and `totals` look back.
+        seconds: what `start_of` and `totals` look back, at most.
     """
 
     NUM_SLICES = 60
@@ -99,9 +111,13 @@ class CountWindow:
         self._slice_s = seconds / self.NUM_SLICES
         self._slices: deque[tuple[int, defaultdict[str, float]]] = deque(maxlen=self.NUM_SLICES + 2)
 
-    def start_of(self, now: float) -> float:
-        """Where the window that ends now begins: at a slice's border, so that sums over it are exact."""
-        return self._oldest(now) * self._slice_s
+    def start_of(self, now: float, seconds: float | None = None) -> float:
+        """Where the window that ends now begins: at a slice's border, so that sums over it are exact.
+
+        Args:
+            seconds: a shorter window; to the whole slice.
+        """
+        return self._oldest(now, seconds) * self._slice_s
 
     def at(self, now: float) -> defaultdict[str, float]:
         """The sums of the slice that ``now`` is in, to add to."""
@@ -110,9 +126,9 @@ class CountWindow:
             self._slices.append((index, defaultdict(float)))
         return self._slices[-1][1]
 
-    def totals(self, now: float) -> defaultdict[str, float]:
-        """The sums of the window that ends now."""
-        oldest = self._oldest(now)
+    def totals(self, now: float, seconds: float | None = None) -> defaultdict[str, float]:
+        """The sums of the window that ends now; ``seconds`` as in `start_of`."""
+        oldest = self._oldest(now, seconds)
         totals: defaultdict[str, float] = defaultdict(float)
         for index, sums in self._slices:
             if index >= oldest:
@@ -120,5 +136,8 @@ class CountWindow:
                     totals[name] += value
         return totals
 
-    def _oldest(self, now: float) -> int:
-        return math.floor(now / self._slice_s + 1e-9) - self.NUM_SLICES
+    def _oldest(self, now: float, seconds: float | None) -> int:
+        num_slices = self.NUM_SLICES
+        if seconds is not None:
+            num_slices = min(num_slices, max(1, round(seconds / self._slice_s)))
+        return math.floor(now / self._slice_s + 1e-9) - num_slices

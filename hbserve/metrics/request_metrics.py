@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -17,6 +17,7 @@ class RequestMetrics:
         first_token_time: TTFT's end.
         prefill_end_time: its prompt is computed; what lies between this and ``decode_start_time``
             is hand-over: the transfer, where there is one.
+        chunk_end_times: of the pieces in which the prompt was computed.
         success: None while it is open.
         num_preemptions: how often it gave its place to an older one.
         num_retries: how often an attempt of it failed.
@@ -34,6 +35,7 @@ class RequestMetrics:
     decode_start_time: float | None = None
     completion_time: float | None = None
     success: bool | None = None
+    chunk_end_times: list[float] = field(default_factory=list)
     num_preemptions: int = 0
     num_retries: int = 0
     ttft_target_ms: float | None = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
-from hbserve.config import InstanceRole
+from hbserve.config import Config, InstanceRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
+from hbserve.pd_disagg.waiting_queue import prefill_budget
 
 
 class Admission:
@@ -17,24 +20,43 @@ class Admission:
 
     Args:
         instances: all there are, by id.
-        headroom_tokens: for each running sequence, tokens whose blocks admission leaves free.
+        config: for the budgets of steps.
+        policy: whose prompt goes first.
         can_send: whether KV can go from the first worker to the second.
+
+    Attributes:
+        is_full: the last request that was not seated found no slot or too few blocks.
     """
 
     def __init__(
         self,
         instances: Mapping[str, InstanceHandle],
-        headroom_tokens: int,
+        config: Config,
+        policy: QueuePolicy,
         can_send: Callable[[InstanceHandle, InstanceHandle], bool],
     ) -> None:
         self._instances = instances
         self._can_send = can_send
-        self._headroom_tokens = headroom_tokens
+        self._headroom_tokens = config.performance.decode_headroom_tokens
+        # What a pipeline of steps can take of one prompt, and of all.
+        num_steps = config.performance.pipeline_depth + 2
+        self._enough_tokens = num_steps * prefill_budget(config)
+        self._most_of_one = self._enough_tokens
+        if config.chunked_prefill.enabled:
+            self._most_of_one = num_steps * config.chunked_prefill.chunk_size
+        self._policy = policy
+        self.is_full = False
 
     def seat(self, sequence: Sequence) -> bool:
-        """Seat a request for prefill and decode on the least loaded workers; False if nothing fits now."""
+        """Seat a request for prefill and decode on the least loaded workers; False if nothing fits now.
+
+        A worker that has prompts enough for the steps to come is given no more, unless they would be
+        computed before one that it has: who waits without a seat holds no blocks and can be overtaken.
+        """
         workers = [worker for worker in self._instances.values() if worker.ready and worker.has_free_slot]
-        prefill_workers = [worker for worker in workers if worker.role.prefills]
+        able = [worker for worker in workers if worker.role.prefills]
+        prefill_workers = [worker for worker in able if not self._has_enough(worker, sequence)]
+        self.is_full = bool(prefill_workers) or not able
         prefill_workers.sort(key=lambda worker: worker.num_tokens_to_prefill)
         decode_workers = [worker for worker in workers if not worker.role.prefills]
         decode_workers.sort(key=lambda worker: len(worker.seats) + len(worker.reserved))
@@ -61,6 +83,17 @@ class Admission:
                     release_seat(sequence, decode_seat)
                     break
         return False
+
+    def _has_enough(self, worker: InstanceHandle, sequence: Sequence) -> bool:
+        num_tokens, now = 0, time.monotonic()
+        key = self._policy.key(sequence, 0, now)
+        for seated, seat in worker.seats.items():
+            remaining = seat.num_tokens_at_entry - seat.num_planned
+            if remaining > 0:
+                if self._policy.key(seated, seat.num_planned, now) > key:
+                    return False
+                num_tokens += min(remaining, self._most_of_one)
+        return num_tokens >= self._enough_tokens
 
     def _take_seat(self, sequence: Sequence, worker: InstanceHandle, num_positions: int) -> Seat | None:
         """A slot and blocks for ``num_positions`` on a worker, its prefix cache used; None if it has not enough."""

@@ -43,6 +43,10 @@ _KEYS = {
     "pipeline_depth": "performance.pipeline_depth",
     "max_waiting_requests": "performance.max_waiting_requests",
     "scheduler": "performance.scheduler",
+    "scheduling_policy": "scheduler.policy",
+    "ttft_target_ms": "scheduler.ttft_ms",
+    "tpot_target_ms": "scheduler.tpot_ms",
+    "max_queue_s": "scheduler.max_queue_s",
     "kv_transfer_backend": "kv_transfer.backend",
     "kv_buffer_size": "kv_transfer.buffer_size",
     "kv_ip": "kv_transfer.ip",
@@ -60,6 +64,7 @@ _KEYS = {
     "num_sleepers": "semi_pd.num_sleepers",
     "gpu_instances": "gpu_instances",
     "log_level": "logging.level",
+    "otlp_endpoint": "telemetry.otlp_endpoint",
     "start_timeout_s": "rpc.start_timeout_s",
     "heartbeat_timeout_s": "rpc.heartbeat_timeout_s",
     "recovery_timeout_s": "rpc.recovery_timeout_s",
@@ -96,6 +101,10 @@ class PdDisaggConfig:
     pipeline_depth: int | None = None
     max_waiting_requests: int | None = None
     scheduler: str | None = None
+    scheduling_policy: str | None = None
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
+    max_queue_s: float | None = None
     kv_transfer_backend: KVTransferBackend | str | None = None
     kv_buffer_size: int | None = None
     kv_ip: str | None = None
@@ -113,6 +122,7 @@ class PdDisaggConfig:
     num_sleepers: int | None = None
     gpu_instances: list[dict[str, Any]] | None = None
     log_level: str | None = None
+    otlp_endpoint: str | None = None
     start_timeout_s: float | None = None
     heartbeat_timeout_s: float | None = None
     recovery_timeout_s: float | None = None

@@ -9,7 +9,6 @@ the prefill seat?", never "which mode is this?".
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import logging
 import secrets
@@ -49,6 +48,7 @@ from hbserve.messages import (
     WorkerSpec,
 )
 from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.metrics.tracing import RequestTracer
 from hbserve.pd_disagg import system_stats
 from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
@@ -56,7 +56,9 @@ from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle, Work
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
+from hbserve.pd_disagg.timeline import EventLog, recent_requests
 from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
+from hbserve.pd_disagg.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +86,18 @@ class CpuScheduler:
         self.config = config
         self.waiting: list[Sequence] = []
         """Requests not yet admitted, oldest first. A policy may reorder it."""
+        self.events = EventLog()
         self.counts: defaultdict[str, int] = defaultdict(int)
-        self.metrics = SchedulerMetrics(SemiPDMetricsCollector())
+        endpoint = config.telemetry.otlp_endpoint
+        tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
+        self.metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, tracer)
         self.start_time = time.monotonic()
         self._epoch = secrets.randbits(62) + 1
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
         self.transfers = TransferLedger(config.kv_transfer.verify)
         self._arrivals = 0
-        self._planner = StepPlanner(config, self.transfers, self._preempt)
+        self._queue = WaitingQueue(config)
+        self._planner = StepPlanner(config, self.transfers, self._preempt, self._queue.policy)
         self._subscribers: dict[bytes, float] = {}
         self._max_model_len: int | None = None
         self._vocab_size = 0
@@ -109,7 +115,7 @@ class CpuScheduler:
         self._worker_tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._worker_launchers: dict[str, bytes] = {}
-        self._admission = Admission(self.instances, config.performance.decode_headroom_tokens, self.transfers.is_open)
+        self._admission = Admission(self.instances, config, self._queue.policy, self.transfers.is_open)
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -131,6 +137,7 @@ class CpuScheduler:
         await asyncio.gather(*self._closing)
         self._clients.close()
         self._context.term()
+        self.metrics.close()
         for end in done:
             if end is not stopped:
                 end.result()  # raises: none of them ends on its own otherwise
@@ -216,7 +223,11 @@ class CpuScheduler:
             if sequence is not None:
                 self._finish(sequence, message.finish_reason)
         elif isinstance(message, GetStats):
-            self._clients.reply(client, Stats(query_id=message.query_id, stats=system_stats.collect(self)))
+            stats = system_stats.collect(self)
+            if message.recent:
+                requests = recent_requests(self.metrics.collector)
+                stats["recent"] = {"requests": requests, "events": self.events.as_list()}
+            self._clients.reply(client, Stats(query_id=message.query_id, stats=stats))
         elif isinstance(message, SubscribeReady):
             self._subscribers[client] = time.monotonic() + message.deadline_s
             self._announce_ready()
@@ -226,15 +237,23 @@ class CpuScheduler:
     def _add(self, client: bytes, request: AddRequest) -> None:
         self.counts["requests"] += 1
         refusal = self._refusal(client, request)
+        if refusal is None:
+            sequence = self._new_sequence(client, request)
+            refusal = self._overload(sequence)
         if refusal is not None:
             self.counts["refused"] += 1
             self._clients.push(client, refusal)
             return
+        self._sequences[client, request.request_id] = sequence
+        self._queue.insert(self.waiting, sequence)
+        self.metrics.arrived(sequence)
+
+    def _new_sequence(self, client: bytes, request: AddRequest) -> Sequence:
         self._arrivals += 1
         max_tokens = request.sampling.max_tokens
         assert max_tokens is not None
         assert self._max_model_len is not None
-        sequence = Sequence(
+        return Sequence(
             client=client,
             request=request,
             arrival=self._arrivals,
@@ -242,40 +261,40 @@ class CpuScheduler:
             end_token_ids=frozenset(request.end_token_ids),
             max_total_tokens=min(len(request.prompt_token_ids) + max_tokens, self._max_model_len),
         )
-        self._sequences[client, request.request_id] = sequence
-        self.waiting.append(sequence)
-        self.metrics.arrived(sequence)
 
     def _refusal(self, client: bytes, request: AddRequest) -> RequestOutput | None:
         """Why a request cannot be taken, as the output that says so."""
 
-        def refuse(kind: str, error: str, param: str | None = None) -> RequestOutput:
-            return RequestOutput(
-                request_id=request.request_id,
-                token_ids=[],
-                finish_reason="error",
-                error=error,
-                error_kind=kind,
-                error_param=param,
-            )
-
-        limit = self.config.performance.max_waiting_requests
         if self._max_model_len is None:
-            return refuse("OverloadedError", f"starting; waiting for {self._who_is_missing()}")
+            return _refuse(request, "OverloadedError", f"starting; waiting for {self._who_is_missing()}")
         if (client, request.request_id) in self._sequences:
-            return refuse("InvalidRequestError", f"request id {request.request_id!r} is in use", "request_id")
-        if len(self.waiting) >= limit:
-            return refuse("OverloadedError", f"{limit} requests are waiting (performance.max_waiting_requests)")
+            return _refuse(request, "InvalidRequestError", f"request id {request.request_id!r} is in use", "request_id")
         prompt = request.prompt_token_ids
         if not prompt:
-            return refuse("InvalidRequestError", "the prompt is empty", "prompt")
+            return _refuse(request, "InvalidRequestError", "the prompt is empty", "prompt")
         if len(prompt) >= self._max_model_len:
             what = f"the prompt has {len(prompt)} tokens; at most {self._max_model_len - 1} leave room for an answer"
-            return refuse("InvalidRequestError", what, "prompt")
+            return _refuse(request, "InvalidRequestError", what, "prompt")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            return refuse("InvalidRequestError", f"token ids must be in 0..{self._vocab_size - 1}", "prompt")
+            return _refuse(request, "InvalidRequestError", f"token ids must be in 0..{self._vocab_size - 1}", "prompt")
         if request.sampling.max_tokens is None:
-            return refuse("InvalidRequestError", "max_tokens is not resolved", "max_tokens")
+            return _refuse(request, "InvalidRequestError", "max_tokens is not resolved", "max_tokens")
+        return None
+
+    def _overload(self, sequence: Sequence) -> RequestOutput | None:
+        """Why a request is sent away now rather than late: too many wait, or for too long."""
+        limit, max_queue_s = self.config.performance.max_waiting_requests, self.config.scheduler.max_queue_s
+        if len(self.waiting) < limit and max_queue_s is None:
+            return None
+        wait_s = self._queue.predicted_ttft_s(
+            sequence, self.waiting, self.instances.values(), self._admission.is_full, time.monotonic()
+        )
+        if len(self.waiting) >= limit:
+            what = f"{limit} requests are waiting (performance.max_waiting_requests)"
+            return _refuse(sequence.request, "OverloadedError", what, retry_after_s=wait_s)
+        if max_queue_s is not None and wait_s > max_queue_s:
+            what = f"the first token would take about {wait_s:.1f} s (scheduler.max_queue_s is {max_queue_s:g})"
+            return _refuse(sequence.request, "OverloadedError", what, retry_after_s=wait_s - max_queue_s)
         return None
 
     def _abort_all_of(self, client: bytes) -> None:
@@ -382,6 +401,7 @@ class CpuScheduler:
         self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
         self._vocab_size = hello.vocab_size
         logger.info("%s registered: %s, %d KV blocks", worker.id, hello.device, hello.num_blocks)
+        self.events.note("ready", worker.id, f"{hello.device}, {hello.num_blocks} KV blocks")
         self._announce_ready()
 
     def _misfit(self, worker: WorkerHandle, hello: Hello) -> str | None:
@@ -407,6 +427,7 @@ class CpuScheduler:
             instance.note_lost(why)
             return
         logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
+        self.events.note("lost", worker.id, why)
         if worker.owns_memory:
             worker.hello = None
             worker.inflight.clear()
@@ -521,6 +542,7 @@ class CpuScheduler:
             seat.num_inflight -= 1
             seat.pool.unpin(seat.owner)
         assert next(samples, None) is None, "more samples than rows that sample"
+        self._queue.step_done(step, result.busy_s)
         self.metrics.step_done(worker.id, step, result.busy_s, now, last_token_times)
 
     def _advance(self, sequence: Sequence, seat: Seat, num_computed: int) -> None:
@@ -578,6 +600,7 @@ class CpuScheduler:
         outcome = self.transfers.on_result(result)
         if outcome.failed:
             logger.warning("KV transfer %s failed: %s", result.transfer_id, result.error)
+            self.events.note("fault", f"KV transfer {result.transfer_id}", result.error or "")
             self._retry_all(outcome.failed, f"KV transfer: {result.error}")
             self.transfers.connect(self.instances.values())
         transfer = outcome.arrived
@@ -618,7 +641,8 @@ class CpuScheduler:
         sequence.phase = Phase.FINISHED
         del self._sequences[sequence.client, sequence.request.request_id]
         self.counts[outcome] += 1
-        self.metrics.ended(sequence, outcome == "completed")
+        self._queue.ended(time.monotonic())
+        self.metrics.ended(sequence, outcome)
 
     def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
         """End a request for another reason than its tokens."""
@@ -663,7 +687,7 @@ class CpuScheduler:
         sequence.phase = Phase.WAITING
         sequence.num_blocks_dispatched = 0
         sequence.open_transfers.clear()
-        bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+        self._queue.insert(self.waiting, sequence)
 
     def _release_all_seats(self, sequence: Sequence) -> None:
         for seat in sequence.seats:
@@ -673,13 +697,13 @@ class CpuScheduler:
     # --- admission -------------------------------------------------------------------------------
 
     async def _schedule_waiting_requests(self) -> None:
-        """Admit waiting requests, first come first served: the policy hook.
+        """Admit waiting requests in the order of ``scheduler.policy``: the hook for other policies.
 
         An override may reorder ``self.waiting`` and calls ``self._admit(sequence)``, which gives a
         request its seats and removes it from ``self.waiting``, or returns False if nothing fits now.
         """
         now = time.monotonic()
-        for sequence in list(self.waiting):
+        for sequence in list(self._queue.in_order(self.waiting, now)):
             if sequence.retry_at <= now and not self._admit(sequence):
                 break
 
@@ -696,6 +720,21 @@ class CpuScheduler:
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
             self.metrics.seated(sequence)
         return True
+
+
+def _refuse(
+    request: AddRequest, kind: str, error: str, param: str | None = None, retry_after_s: float | None = None
+) -> RequestOutput:
+    """The output that says that a request is not taken; ``kind`` is a class in `hbserve.errors`."""
+    return RequestOutput(
+        request_id=request.request_id,
+        token_ids=[],
+        finish_reason="error",
+        error=error,
+        error_kind=kind,
+        error_param=param,
+        retry_after_s=retry_after_s,
+    )
 
 
 async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:

@@ -44,6 +44,8 @@ def error_of(output: RequestOutput) -> errors.HBServeError:
     kind = _ERROR_KINDS.get(output.error_kind or "", errors.RequestFailedError)
     if kind is errors.InvalidRequestError:
         return errors.InvalidRequestError(output.error or "", output.error_param)
+    if kind is errors.OverloadedError and output.retry_after_s is not None:
+        return errors.OverloadedError(output.error or "", output.retry_after_s)
     return kind(output.error or "the request failed")
 
 
@@ -131,8 +133,11 @@ class EngineClient:
         """End a request; its stream ends with ``finish_reason``. Unknown ids are ignored."""
         self._send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
 
-    async def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
+    async def stats(self, timeout_s: float = 10.0, recent: bool = False) -> dict[str, Any]:
         """The scheduler's view of the system.
+
+        Args:
+            recent: with ``recent``: the last requests and events, see `hbserve.pd_disagg.timeline`.
 
         Raises:
             EngineDeadError: if the scheduler does not answer in time.
@@ -143,7 +148,7 @@ class EngineClient:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._queries[query_id] = future
         try:
-            self._send(GetStats(query_id=query_id))
+            self._send(GetStats(query_id=query_id, recent=recent))
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from hbserve.config import SchedulerConfig
 from hbserve.metrics.collector import SemiPDMetricsCollector, numbers_of
 from hbserve.metrics.histogram import BATCHES, E2E_S, LENGTHS, TOKEN_S, TTFT_S, Histogram
 from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.metrics.tracing import RequestTracer
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.sequence import Phase, Sequence
 
@@ -23,13 +25,22 @@ class SchedulerMetrics:
 
     Args:
         collector: of the sliding window; its clock times everything.
+        targets: has those of requests that come without.
+        tracer: gets every request that has ended; it is closed by `close`.
 
     Attributes:
         histograms: since the start, by name.
     """
 
-    def __init__(self, collector: SemiPDMetricsCollector) -> None:
+    def __init__(
+        self,
+        collector: SemiPDMetricsCollector,
+        targets: SchedulerConfig | None = None,
+        tracer: RequestTracer | None = None,
+    ) -> None:
         self.collector = collector
+        self._tracer = tracer
+        self._targets = targets or SchedulerConfig()
         self.histograms = {
             "time_to_first_token_seconds": Histogram(TTFT_S),
             "time_per_output_token_seconds": Histogram(TOKEN_S),
@@ -47,7 +58,13 @@ class SchedulerMetrics:
 
     def arrived(self, sequence: Sequence) -> None:
         """A request has been taken."""
-        sequence.metrics = self.collector.record_request_arrival(_name(sequence), sequence.num_prompt_tokens)
+        sampling = sequence.request.sampling
+        sequence.metrics = self.collector.record_request_arrival(
+            _name(sequence),
+            sequence.num_prompt_tokens,
+            sampling.ttft_ms or self._targets.ttft_ms,
+            sampling.tpot_ms or self._targets.tpot_ms,
+        )
         self.histograms["prompt_length_tokens"].observe(sequence.num_prompt_tokens)
 
     def seated(self, sequence: Sequence) -> None:
@@ -56,10 +73,11 @@ class SchedulerMetrics:
 
     def first_token(self, sequence: Sequence) -> None:
         """Its first token is here, and so is its prompt's KV."""
-        self.collector.record_first_token(_name(sequence))
-        self.collector.record_prefill_end(_name(sequence))
+        name, now = _name(sequence), self.collector.clock()
+        self.collector.record_first_token(name, now)
+        self.collector.record_prefill_end(name, now)
         if sequence.prefill_seat is sequence.decode_seat:
-            self.collector.record_decode_start(_name(sequence))
+            self.collector.record_decode_start(name, now)
 
     def decode_may_start(self, sequence: Sequence) -> None:
         """Its KV has arrived where it decodes."""
@@ -73,12 +91,18 @@ class SchedulerMetrics:
         """An attempt failed, and another begins."""
         sequence.metrics.num_retries += 1
 
-    def ended(self, sequence: Sequence, success: bool) -> None:
-        """It is off the books; its tokens are all there if it was a success."""
-        self.collector.record_request_completion(
-            _name(sequence), len(sequence.tokens) - sequence.num_prompt_tokens, success
-        )
+    def ended(self, sequence: Sequence, outcome: str) -> None:
+        """It is off the books: ``completed``, ``aborted`` or ``failed``."""
+        num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
+        self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
         self._observe(sequence.metrics)
+        if self._tracer is not None:
+            self._tracer.record(sequence.request.request_id, sequence.metrics, outcome)
+
+    def close(self) -> None:
+        """Send what is left to send."""
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _observe(self, request: RequestMetrics) -> None:
         latencies = (
@@ -121,6 +145,9 @@ class SchedulerMetrics:
                 self.collector.record_token_gap(now - last, count)
         decode_rows = len(step.rows) - step.prefill_rows
         if step.prefill_rows:
+            for row in step.rows:
+                if row.end <= row.seat.num_tokens_at_entry:
+                    row.sequence.metrics.chunk_end_times.append(now)
             self.histograms["prefill_batch_size"].observe(step.prefill_rows)
         if decode_rows:
             self.histograms["decode_batch_size"].observe(decode_rows)

@@ -103,6 +103,7 @@ class Sequence:
         num_failures: attempts that ended in a failure not of the request's making.
         num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after one, on the monotonic clock.
+        rank: its place in the queue, see `QueuePolicy.rank`.
         metrics: its times; `SchedulerMetrics.arrived` sets it.
     """
 
@@ -126,6 +127,7 @@ class Sequence:
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
+    rank: tuple[int, float, int] = (0, 0.0, 0)
     metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 

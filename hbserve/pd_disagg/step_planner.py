@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 from hbserve.config import Config, InstanceRole
 from hbserve.messages import PlanRow, SendBlocks, SequenceState, StepPlan
 from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 
@@ -18,9 +20,13 @@ class StepPlanner:
         config: for chunk sizes and budgets.
         transfers: where the transfers of finished chunks are opened.
         preempt: called with a sequence whose blocks are needed; it goes back to waiting.
+        policy: whose prompt goes first.
     """
 
-    def __init__(self, config: Config, transfers: TransferLedger, preempt: Callable[[Sequence], None]) -> None:
+    def __init__(
+        self, config: Config, transfers: TransferLedger, preempt: Callable[[Sequence], None], policy: QueuePolicy
+    ) -> None:
+        self._policy = policy
         self._chunked = config.chunked_prefill
         self._max_num_batched_tokens = config.performance.max_num_batched_tokens
         self._transfers = transfers
@@ -40,7 +46,7 @@ class StepPlanner:
         budget = self._max_num_batched_tokens - step.num_tokens
         if self._chunked.enabled:
             budget = min(budget, self._chunked.max_chunk_prefill_tokens)
-        for sequence, seat in seats if InstanceRole.PREFILL in phases else ():
+        for sequence, seat in self._prefills(seats) if InstanceRole.PREFILL in phases else ():
             remaining = seat.num_tokens_at_entry - seat.num_planned
             if remaining <= 0 or sequence not in instance.seats or not seat.can_go_to(worker):
                 continue
@@ -66,6 +72,14 @@ class StepPlanner:
             )
         )
         return True
+
+    def _prefills(self, seats: list[tuple[Sequence, Seat]]) -> Iterable[tuple[Sequence, Seat]]:
+        """Those with prompt left to compute, in the policy's order."""
+        prefills = [item for item in seats if item[1].num_planned < item[1].num_tokens_at_entry]
+        if len(prefills) < 2:
+            return prefills
+        now = time.monotonic()
+        return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
 
     def _plan_decode(self, step: _StepBuilder, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
         position = seat.num_planned

@@ -101,6 +101,7 @@ class LatencyModel:
             100 where the ladder has such workers.
         max_batch: most sequences that decode together.
         prefill_batch_tokens: most prompt tokens in one step.
+        decode_interval_ms: while prefill is busy, decode steps begin no sooner after each other; 0 for no limit.
     """
 
     def __init__(
@@ -110,12 +111,14 @@ class LatencyModel:
         alone: SMAllocation | None = None,
         max_batch: int = 256,
         prefill_batch_tokens: int = 4096,
+        decode_interval_ms: float = 0.0,
     ) -> None:
         self.steps = steps
         self.targets = targets
         self.alone = alone
         self._max_batch = max_batch
         self._prefill_batch_tokens = prefill_batch_tokens
+        self._decode_interval_ms = decode_interval_ms
         self._ttft_fit = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
         self._tpot_fit = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
         self._errors: deque[float] = deque([0.2], maxlen=_NUM_ERRORS)
@@ -140,10 +143,13 @@ class LatencyModel:
         tpot_fit = self._tpot_fit.coefficients
         for _ in range(4):  # the batch decides the step, and the step how many are in the batch
             slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))))
-            load, service_s, spread = self._service(workload, allocation, batch, slowdown.prefill)
-            busy = min(1.0, load)
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
-            shared_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
+            step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
+            shared_ms = max(step_ms, self._decode_interval_ms)
+            beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step
+            prefill_slowdown = 1 / (beside / slowdown.prefill + 1 - beside)
+            load, service_s, spread = self._service(workload, allocation, batch, prefill_slowdown)
+            busy = min(1.0, load)
             alone_ms = self.steps.decode_ms(batch, context, decode_alone)
             # Steps per second add up over the two kinds of time, not milliseconds per step.
             mean_ms = 1 / ((1 - busy) / alone_ms + busy / shared_ms)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hbserve.errors import ConfigError
 from hbserve.semi_pd.latency_model import Targets
 
+_PACE = 0.8  # of the TPOT target
+
 
 @dataclass(frozen=True)
 class SLOConstraints:
@@ -37,6 +39,12 @@ class SLOConstraints:
                 low = 1.0 - 1e-9
             if not low < value < high:
                 raise ConfigError(f"{field.name}: must be above {low:g} and below {high:g}, got {value}", field.name)
+
+    @property
+    def decode_interval_ms(self) -> float:
+        """While prefill is busy, decode steps need not begin sooner after each other than this: TPOT's target
+        with some room. What decode does not take speeds prefill up."""
+        return _PACE * self.tpot_target_ms
 
     @property
     def targets(self) -> Targets:

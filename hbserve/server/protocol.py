@@ -65,7 +65,7 @@ class StreamOptions(Body):
 
 class GenerationRequest(Body):
     """What completions and chat completions share. Names and meanings are OpenAI's; those from
-    ``top_k`` to ``grammar`` are `SamplingParams`' own."""
+    ``top_k`` to ``tpot_ms`` are `SamplingParams`' own."""
 
     model: str
     max_tokens: int | None = None
@@ -87,6 +87,8 @@ class GenerationRequest(Body):
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
     grammar: str | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
     user: str | None = None
     metadata: dict[str, Any] | None = None

@@ -87,6 +87,7 @@ class SimulatedController:
             unit.alone,
             unit.sizes.max_num_seqs,
             unit.sizes.max_chunk_prefill_tokens,
+            1000 * unit.decode_interval_s,
         )
         self.controller = SLOAwareResourceController(
             constraints, _Metrics(unit), self.rotation, interval_s, bounds, model

@@ -138,6 +138,8 @@ class DecodePhase:
         self.percentage = 100
         self.burst: Progress | None = None
         self.busy_s = 0.0
+        self.started = float("-inf")
+        """When the last run of steps began."""
         self._step_s = 0.0
         self._num_steps = 0
         self._by_end: list[tuple[int, int, SimulatedRequest]] = []
@@ -161,9 +163,10 @@ class DecodePhase:
             done = int(self.burst.done_s / self._step_s + 1e-9)
             self.burst.shorten(min(self.burst.total_s, (done + 1) * self._step_s))
 
-    def start(self, percentage: int) -> None:
-        """Begin a run of steps on so much of the device."""
+    def start(self, percentage: int, most_steps: int = _LONGEST_BURST) -> None:
+        """Begin a run of steps, at most so many, on so much of the device."""
         self.percentage = percentage
+        self.started = self._clock.now
         for request in self._joining:
             self._count += 1
             request.finish_step = self._num_steps + request.output_tokens - 1
@@ -171,7 +174,7 @@ class DecodePhase:
             self._context += request.prompt_tokens + 1
         self._joining.clear()
         batch = len(self._by_end)
-        steps = min(_LONGEST_BURST, self._by_end[0][0] - self._num_steps)
+        steps = min(most_steps, self._by_end[0][0] - self._num_steps)
         self._step_s = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage) / 1000
         self.burst = Progress(self._clock, steps * self._step_s, self._done)
 

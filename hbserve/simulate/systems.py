@@ -190,7 +190,8 @@ def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
         return DisaggregatedUnit(clock, steps, sizes, num_prefill=system.num_prefill, num_decode=system.num_decode)
     assert system.allocation is not None
     alone = None if system.form == "no_ladder" else SMAllocation(100, 100)
-    return SemiPDUnit(clock, steps, sizes, system.allocation, alone)
+    interval_ms = setting.constraints.decode_interval_ms if system.form == "slo" else 0.0
+    return SemiPDUnit(clock, steps, sizes, system.allocation, alone, decode_interval_s=interval_ms / 1000)
 
 
 def find_highest_rate(

@@ -175,6 +175,7 @@ class SemiPDUnit(_PhasedUnit):
     Args:
         allocation: shares while both are busy.
         alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
+        decode_interval_s: while prefill is busy, decode steps begin no sooner after each other.
     """
 
     def __init__(
@@ -185,11 +186,14 @@ class SemiPDUnit(_PhasedUnit):
         allocation: SMAllocation,
         alone: SMAllocation | None = SMAllocation(100, 100),  # noqa: B008  (immutable)
         window_s: float = 5.0,
+        decode_interval_s: float = 0.0,
     ) -> None:
         super().__init__(clock, steps, sizes, window_s)
         [self.prefill], [self.decode] = self._prefills, self._decodes
         self.allocation = allocation
         self.alone = alone
+        self.decode_interval_s = decode_interval_s
+        self._wake_at = -1.0
 
     def _pump(self) -> None:
         self._admit()
@@ -199,12 +203,24 @@ class SemiPDUnit(_PhasedUnit):
         if self.prefill.step is None and prefills:
             self.prefill.start(self.allocation.prefill_percentage if decodes else alone.prefill_percentage)
         share = self.allocation.decode_percentage if prefills else alone.decode_percentage
-        if self.decode.burst is None:
-            if decodes:
-                self.decode.start(share)
-        elif self.decode.percentage != share:
-            self.decode.end_burst_at_step()
+        paced = prefills and self.decode_interval_s > 0
+        if self.decode.burst is not None:
+            if paced or self.decode.percentage != share:
+                self.decode.end_burst_at_step()
+        elif decodes and paced:
+            self._start_paced_decode(share)
+        elif decodes:
+            self.decode.start(share)
         self._set_speeds()
+
+    def _start_paced_decode(self, share: int) -> None:
+        """One step, if its time has come; prefill has the GPU for itself until then."""
+        next_step = self.decode.started + self.decode_interval_s
+        if self.clock.now >= next_step - 1e-9:
+            self.decode.start(share, 1)
+        elif self._wake_at != next_step:
+            self._wake_at = next_step
+            self.clock.at(next_step, self._pump)
 
     def _set_speeds(self) -> None:
         step, burst = self.prefill.step, self.decode.burst

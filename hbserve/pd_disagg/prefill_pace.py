@@ -1,0 +1,44 @@
+"""How fast prompts are computed here, learnt from the steps that did."""
+
+from __future__ import annotations
+
+_FORGET = 0.98
+"""Weight of the past at each step: about the last fifty count."""
+
+
+class PrefillPace:
+    """Fits ``seconds = fixed + per_token * tokens`` to steps with prompts, the latest weighing most.
+
+    ``fixed`` is what a step takes without them, such as the decodes that are mixed in. Weighted least
+    squares over running sums; with steps of one size only it is all ``per_token``.
+    """
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self.fixed_s = 0.0
+        self.per_token_s = 0.0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many prompt tokens in that time."""
+        if num_tokens <= 0 or seconds <= 0:
+            return
+        self._weight = self._weight * _FORGET + 1
+        self._x = self._x * _FORGET + num_tokens
+        self._y = self._y * _FORGET + seconds
+        self._xx = self._xx * _FORGET + num_tokens * num_tokens
+        self._xy = self._xy * _FORGET + num_tokens * seconds
+        variance = self._xx - self._x * self._x / self._weight
+        slope = 0.0
+        if variance > 1e-6 * self._xx:
+            slope = (self._xy - self._x * self._y / self._weight) / variance
+        # neither part of a step's time is negative
+        self.per_token_s = min(max(slope, 0.0), self._y / self._x) or self._y / self._x
+        self.fixed_s = max(0.0, (self._y - self.per_token_s * self._x) / self._weight)
+
+    def seconds(self, num_tokens: int, tokens_per_step: int) -> float:
+        """Predicted time to compute so many tokens on one worker; 0 while nothing is known.
+
+        Args:
+            tokens_per_step: most prompt tokens in a step.
+        """
+        return -(-num_tokens // tokens_per_step) * self.fixed_s + num_tokens * self.per_token_s

@@ -1,0 +1,86 @@
+"""The order of the waiting requests, and how long a new one would wait."""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+from hbserve.config import Config
+from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle
+from hbserve.pd_disagg.prefill_pace import PrefillPace
+from hbserve.pd_disagg.queue_policy import make_policy
+from hbserve.pd_disagg.sequence import Sequence
+
+_NUM_ENDS = 64
+
+
+class WaitingQueue:
+    """What `scheduler.policy` means for a list of waiting sequences, which its owner keeps.
+
+    Args:
+        config: for the policy and the steps' budgets.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._tokens_per_step = prefill_budget(config)
+        self._pace = PrefillPace()
+        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)
+        self.policy = make_policy(config.scheduler, lambda count: self._pace.seconds(count, self._tokens_per_step))
+
+    def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
+        """Put a sequence that begins to wait where it belongs."""
+        sequence.rank = self.policy.rank(sequence)
+        if waiting and sequence.rank < waiting[-1].rank:
+            bisect.insort(waiting, sequence, key=lambda other: other.rank)
+        else:
+            waiting.append(sequence)
+
+    def in_order(self, waiting: list[Sequence], now: float) -> Items[Sequence]:
+        """Who is to be admitted first."""
+        return self.policy.order(waiting, now)
+
+    # --- predictions -----------------------------------------------------------------------------
+
+    def step_done(self, step: InflightStep, busy_s: float) -> None:
+        """Learn from a step."""
+        if step.prefill_rows:
+            self._pace.observe(step.prefill_tokens, busy_s)
+
+    def ended(self, now: float) -> None:
+        """A request has ended, and left its seats."""
+        self._ends.append(now)
+
+    def predicted_ttft_s(
+        self,
+        sequence: Sequence,
+        waiting: list[Sequence],
+        instances: Iterable[InstanceHandle],
+        seats_are_full: bool,
+        now: float,
+    ) -> float:
+        """How long a new request would wait for its first token; 0 while nothing is known.
+
+        The longer of two waits: until the prompts before it and its own are computed, at the pace of
+        late; and, where requests wait for seats, until as many have left as would be before it.
+        """
+        rank = self.policy.rank(sequence)
+        before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
+        workers = [instance for instance in instances if instance.ready and instance.role.prefills]
+        if not workers:
+            return 0.0
+        num_tokens = sum(len(other.tokens) for other in before) + sum(w.num_tokens_to_prefill for w in workers)
+        # shared by the workers, but for its own prompt
+        prefill_s = self._pace.seconds(num_tokens // len(workers) + len(sequence.tokens), self._tokens_per_step)
+        if not seats_are_full or not before or len(self._ends) < 2:
+            return prefill_s
+        return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / len(self._ends))
+
+
+def prefill_budget(config: Config) -> int:
+    """Most prompt tokens in a step."""
+    budget = config.performance.max_num_batched_tokens
+    if config.chunked_prefill.enabled:
+        budget = min(budget, config.chunked_prefill.max_chunk_prefill_tokens)
+    return budget

@@ -1,0 +1,96 @@
+"""The operator's page at ``/``: static files, the data they poll, and what an administrator may do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
+
+from hbserve.errors import EngineDeadError
+from hbserve.pd_disagg.engine_client import EngineClient
+from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.pd_disagg.text_processes import TextProcesses
+from hbserve.server.fair_gate import FairGate
+
+FOLDER = Path(__file__).parent / "page"
+STATS_TIMEOUT_S = 5.0
+_SECURITY = {
+    # Everything comes from this server, and nothing else may be loaded or asked.
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class LiveData:
+    """What the page shows.
+
+    Args:
+        text: where there are processes for text.
+        stop: set to end the server.
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        client: EngineClient,
+        gate: FairGate,
+        text: TextProcesses | None,
+        stop: asyncio.Event,
+    ) -> None:
+        self._engine, self._client, self._gate, self._text = engine, client, gate, text
+        self._start = time.monotonic()
+        self.stop = stop
+
+    async def collect(self) -> dict[str, Any]:
+        """One snapshot: the scheduler's books with the last requests and events, and the server's own."""
+        data: dict[str, Any] = {
+            "time": time.time(),
+            "server": {
+                "uptime_s": time.monotonic() - self._start,
+                "open_requests": self._engine.num_open,
+                "waiting_for_turn": self._gate.num_waiting,
+                "draining": self.stop.is_set(),
+                "max_model_len": self._engine.max_model_len,
+                "text_processes": {} if self._text is None else self._text.report(),
+            },
+            "stats": None,
+            "error": None,
+        }
+        try:
+            data["stats"] = await self._client.stats(STATS_TIMEOUT_S, recent=True)
+        except EngineDeadError as error:
+            data["error"] = str(error)
+        return data
+
+
+def install(app: FastAPI, live: LiveData) -> None:
+    """Add the page's routes to an application."""
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(FOLDER / "index.html", headers=_SECURITY)
+
+    @app.get("/page/{name:path}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        path = (FOLDER / name).resolve()
+        if not path.is_relative_to(FOLDER) or not path.is_file():
+            raise HTTPException(404, "there is no such file")
+        return FileResponse(path, headers=_SECURITY)
+
+    @app.get("/live")
+    async def live_data() -> dict[str, Any]:
+        """What the page shows, as it polls it."""
+        return await live.collect()
+
+    @app.post("/admin/drain")
+    async def drain() -> dict[str, Any]:
+        """End the server as SIGTERM does: open requests finish or are handed back."""
+        live.stop.set()
+        return {"draining": True}

@@ -1,0 +1,299 @@
+"""Chat in the terminal: ``python -m hbserve.shell --url http://127.0.0.1:8000``, or ``--model FOLDER``.
+
+With ``--model`` a system of its own is started, and ended with the shell. Lines that begin with a slash
+are commands; Ctrl-C ends an answer, Ctrl-D the shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import ssl
+import sys
+import time
+from collections.abc import AsyncGenerator, Generator, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from hbserve.errors import HBServeError, RequestFailedError
+from hbserve.pd_disagg.generation_output import SampleDelta
+from hbserve.sampling_params import SamplingParams
+
+Message = dict[str, str]
+
+HELP = """/reset      forget the conversation
+/history    show it
+/system T   begin anew with this system message
+/stats      speed of the last answer, and the system's counts
+/help       this
+/quit       end (also Ctrl-D)"""
+_TIMEOUT_S = 600.0
+
+
+class Backend(Protocol):
+    """What answers."""
+
+    name: str
+
+    def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
+        """Pieces of the answer, each with its number of tokens; closing it ends the request.
+
+        Raises:
+            HBServeError: saying what went wrong.
+        """
+
+    def stats(self) -> dict[str, Any]:
+        """The scheduler's books."""
+
+
+class HttpBackend:
+    """A running server.
+
+    Args:
+        url: as the server prints it.
+        key: API key, if the server asks for one.
+        sampling: parameters of the chat completion.
+    """
+
+    def __init__(self, url: str, key: str | None, sampling: dict[str, Any]) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.hostname is None or parts.scheme not in ("http", "https"):
+            raise RequestFailedError(f"{url!r} is no address such as http://127.0.0.1:8000")
+        self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._sampling = sampling
+        with self._request("GET", "/v1/models") as response:
+            self.name: str = json.load(response)["data"][0]["id"]
+
+    def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        body = {"model": self.name, "messages": messages, "stream": True, "stream_options": usage, **self._sampling}
+        num_tokens = 0
+        with self._request("POST", "/v1/chat/completions", body) as response:
+            for line in response:
+                data = line.decode().strip().removeprefix("data: ")
+                if not data or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise RequestFailedError(event["error"]["message"])
+                new = event["usage"]["completion_tokens"] - num_tokens
+                num_tokens += new
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or "", new
+
+    def stats(self) -> dict[str, Any]:
+        with self._request("GET", "/stats") as response:
+            stats: dict[str, Any] = json.load(response)
+        return stats
+
+    @contextlib.contextmanager
+    def _request(self, method: str, path: str, body: object = None) -> Iterator[http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=_TIMEOUT_S)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise RequestFailedError(_message_of(response.read()))
+            yield response
+        except (OSError, http.client.HTTPException, ssl.SSLError) as error:
+            raise RequestFailedError(f"{self._host}:{self._port}: {error}") from error
+        finally:
+            connection.close()
+
+
+class LocalBackend:
+    """A system started for this shell; `close` ends it."""
+
+    def __init__(self, model: str, mode: str, sampling: dict[str, Any]) -> None:
+        from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+
+        config = PdDisaggConfig.from_arguments(model, mode=mode, log_level="WARNING")
+        self.name = Path(model).name
+        self._sampling = SamplingParams(**({"max_tokens": None} | sampling))
+        self._loop = asyncio.new_event_loop()
+        self._llm = DisaggregatedLLM(config)
+        try:
+            self._loop.run_until_complete(self._llm.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
+        run = self._loop.run_until_complete
+        prompt = run(self._llm.engine.text.encode_chat(messages))
+        deltas = self._llm.stream(prompt, self._sampling)
+        try:
+            while (delta := self._next(deltas)) is not None:
+                yield delta.text, len(delta.token_ids)
+        finally:
+            run(deltas.aclose())
+
+    def _next(self, deltas: AsyncGenerator[SampleDelta]) -> SampleDelta | None:
+        async def read() -> SampleDelta | None:
+            return await anext(deltas, None)
+
+        task = self._loop.create_task(read())
+        try:
+            return self._loop.run_until_complete(task)
+        except KeyboardInterrupt:
+            task.cancel()
+            self._loop.run_until_complete(asyncio.wait([task]))
+            raise
+
+    def stats(self) -> dict[str, Any]:
+        return self._llm.get_system_stats()
+
+    def close(self) -> None:
+        """End every process."""
+        self._loop.run_until_complete(self._llm.stop())
+        self._loop.close()
+
+
+class Shell:
+    """One conversation."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._messages: list[Message] = []
+        self._speed = "no answer yet"
+
+    def handle(self, line: str) -> bool:
+        """Obey or answer one line; False at the end."""
+        line = line.strip()
+        if line.startswith("/"):
+            return self._obey(*line.partition(" ")[::2])
+        if line:
+            self._reply(line)
+        return True
+
+    def _obey(self, command: str, rest: str) -> bool:
+        if command in ("/quit", "/exit"):
+            return False
+        if command in ("/reset", "/system"):
+            self._messages = [{"role": "system", "content": rest.strip()}] if command == "/system" else []
+            print("(a new conversation)")
+        elif command == "/history":
+            for message in self._messages:
+                print(f"{message['role']}: {message['content']}")
+        elif command == "/stats":
+            print(self._speed)
+            try:
+                for name, value in self._backend.stats().get("cpu_scheduler", {}).items():
+                    if isinstance(value, int | float):
+                        print(f"{name}: {round(value, 3):g}")
+            except HBServeError as error:
+                print(f"error: {error}", file=sys.stderr)
+        else:
+            print(HELP if command == "/help" else f"unknown command {command}\n{HELP}")
+        return True
+
+    def _reply(self, line: str) -> None:
+        self._messages.append({"role": "user", "content": line})
+        answer, num_tokens = "", 0
+        began = time.monotonic()
+        first: float | None = None
+        pieces = self._backend.answer(self._messages)
+        try:
+            for text, new in pieces:
+                if new and first is None:
+                    first = time.monotonic() - began
+                num_tokens += new
+                answer += text
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (ended)", end="")
+        except HBServeError as error:
+            print(f"\nerror: {error}", file=sys.stderr)
+        finally:
+            pieces.close()
+        print()
+        if not answer:
+            self._messages.pop()  # nothing was said to it
+            return
+        self._messages.append({"role": "assistant", "content": answer})
+        seconds = time.monotonic() - began
+        decoding = seconds - (first or 0.0)
+        rate = f", {(num_tokens - 1) / decoding:.1f} tokens/s after it" if num_tokens > 1 and decoding > 0 else ""
+        self._speed = f"{num_tokens} tokens in {seconds:.2f} s; the first after {1000 * (first or 0.0):.0f} ms{rate}"
+
+
+def _message_of(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace")[:500] or "the server gave no reason"
+
+
+def _lines() -> Iterator[str]:
+    """What is typed; with editing and, over sessions, history where there is a terminal."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    history = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "hbserve" / "history"
+    with contextlib.suppress(ImportError):
+        import readline
+
+        with contextlib.suppress(OSError):
+            readline.read_history_file(history)
+        readline.set_history_length(1000)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            break
+        except KeyboardInterrupt:
+            print()
+    with contextlib.suppress(ImportError, OSError):
+        import readline
+
+        history.parent.mkdir(parents=True, exist_ok=True)
+        readline.write_history_file(history)
+
+
+def main() -> int:
+    """Parse the arguments and chat until the end of input; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hbserve.shell", description="Chat in the terminal.", epilog=HELP)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--url", help="of a running server")
+    which.add_argument("--model", help="folder of a model, for a system of its own")
+    parser.add_argument("--mode", default="unified", help="of that system (default: unified)")
+    parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
+    parser.add_argument("--max-tokens", type=int, help="of an answer (default: what the context holds)")
+    parser.add_argument("--seed", type=int, help="makes answers reproducible")
+    arguments = parser.parse_args()
+    names = ("temperature", "max_tokens", "seed")
+    sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    local: LocalBackend | None = None
+    try:
+        backend: Backend
+        if arguments.url is not None:
+            backend = HttpBackend(arguments.url, os.environ.get("HBSERVE_API_KEY"), sampling)
+        else:
+            backend = local = LocalBackend(arguments.model, arguments.mode, sampling)
+        print(f"{backend.name}. /help shows the commands.")
+        shell = Shell(backend)
+        for line in _lines():
+            if not shell.handle(line):
+                break
+    except HBServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if local is not None:
+            local.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

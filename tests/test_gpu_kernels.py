@@ -1,0 +1,137 @@
+"""The Triton kernels against plain torch, at shapes that no model here has. Also fit for compute-sanitizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 2**-7
+"""Two roundings of bfloat16, relative: sums are taken in float32 on both sides, in another order."""
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    spread = expected.float().abs().max().item()
+    torch.testing.assert_close(actual.float(), expected.float(), atol=TOLERANCE * spread, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(16, 8, 128, 16), (8, 1, 64, 8), (6, 2, 96, 256)])
+@pytest.mark.parametrize("num_rows", [1, 7, 300])
+def test_paged_decode(heads: int, kv_heads: int, head_dim: int, page: int, num_rows: int) -> None:
+    from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
+    from hbserve.kv_cache.layout import KVLayout
+
+    rng = np.random.default_rng(1)
+    lens = rng.integers(1, 900, num_rows)
+    lens[0] = 2500  # many chunks
+    pages = -(-lens // page)
+    num_blocks = int(pages.sum()) + 1
+    layout = KVLayout(num_layers=2, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
+    cache = random(num_blocks, 2, 2, page, kv_heads, head_dim)
+    cache[-1] = torch.nan  # nobody's
+    order = rng.permutation(num_blocks - 1).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
+    for row, length in enumerate(lens):  # what lies behind a sequence is not to be read
+        if length % page:
+            cache[int(order[starts[row + 1] - 1]), :, :, int(length % page) :] = torch.nan
+    decode = PagedDecode(layout, cache, heads, num_rows)
+
+    def on_gpu(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
+        return torch.from_numpy(array).cuda()
+
+    chunk_len = decode.chunk_len(num_rows, lens.astype(np.int32))
+    for chunk in {chunk_len, chunk_len * 2}:
+        decode.begin(
+            DecodeInputs(
+                order=on_gpu(np.argsort(-lens).astype(np.int32)),
+                indptr=on_gpu(starts),
+                indices=on_gpu(order),
+                positions=on_gpu(lens.astype(np.int64) - 1),
+                slot_mapping=on_gpu(np.zeros(num_rows, np.int64)),
+                chunk_len=torch.tensor([chunk], dtype=torch.int32, device="cuda"),
+            )
+        )
+        q = random(num_rows, heads, head_dim)
+        out = torch.empty_like(q)
+        for _ in range(2):  # the counters must be left as they were
+            decode.attend(1, q, out)
+        for row, length in enumerate(lens):
+            blocks = on_gpu(order[starts[row] : starts[row + 1]]).long()
+            keys, values = (
+                cache[blocks, 1, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1).float()
+                for part in (0, 1)
+            )
+            grouped = q[row].view(kv_heads, heads // kv_heads, head_dim).float()
+            assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288)])
+def test_one_row_linear(rows: int, size: int) -> None:
+    from hbserve.layers.norm import rms_norm
+    from hbserve.layers.one_row import one_row_linear
+
+    x, weight, bias, norm = random(1, size), random(rows, size, scale=0.02), random(rows), random(size)
+    residual = random(1, rows)
+    product = F.linear(x.float(), weight.float())
+    assert_close(one_row_linear(x, weight), product)
+    assert_close(one_row_linear(x, weight, bias), product + bias)
+    expected = residual + product
+    assert one_row_linear(x, weight, residual=residual) is residual
+    assert_close(residual, expected)
+    normed = F.linear(rms_norm(x, norm, 1e-6).float(), weight.float())
+    assert_close(one_row_linear(x, weight, bias, norm=norm, eps=1e-6), normed + bias)
+    gate, up = normed.chunk(2, dim=1)
+    assert_close(one_row_linear(x, weight, norm=norm, eps=1e-6, gated=True), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+def test_norms_and_gate(num_tokens: int) -> None:
+    from hbserve.layers import fused
+    from hbserve.layers.mlp import silu_and_mul
+    from hbserve.layers.norm import rms_norm
+
+    x, residual, weight = random(num_tokens, 1000), random(num_tokens, 1000), random(1000)
+    assert_close(fused.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+    total = residual + x
+    assert_close(fused.add_rms_norm_(x, residual, weight, 1e-6), rms_norm(total, weight, 1e-6))
+    assert torch.equal(residual, total)
+    gate_up = random(num_tokens, 2 * 1500)
+    assert_close(fused.silu_and_mul(gate_up), silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 130])
+def test_norm_rotate_store(num_tokens: int) -> None:
+    from hbserve.layers import fused
+    from hbserve.layers.norm import rms_norm
+    from hbserve.layers.rotary import RopeSpec, RotaryEmbedding, rotate
+
+    heads, kv_heads, head_dim, page = 6, 2, 96, 16
+    rotary = RotaryEmbedding(RopeSpec(theta=10000.0), head_dim, torch.device("cuda"))
+    qkv = random(num_tokens, (heads + 2 * kv_heads) * head_dim)
+    cache = torch.zeros(20, 2, page, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    q_norm, k_norm = random(head_dim), random(head_dim)
+    positions = torch.randint(5000, (num_tokens,), device="cuda")
+    slots = torch.randperm(20 * page, device="cuda")[:num_tokens]
+    slots[0] = -1  # a padded token
+    q = torch.empty(num_tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    fused.norm_rotate_store(qkv, cache, q_norm, k_norm, positions, slots, rotary.inverse_frequencies, 1e-6, q)
+    theirs, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    angles = rotary.angles(positions)
+    assert_close(q, rotate(rms_norm(theirs, q_norm, 1e-6), *angles))
+    stored = slots[1:]
+    assert_close(cache[stored // page, 0, stored % page], rotate(rms_norm(keys, k_norm, 1e-6), *angles)[1:])
+    assert torch.equal(cache[stored // page, 1, stored % page], values[1:])
+    assert cache.count_nonzero(dim=(1, 3, 4)).count_nonzero() <= num_tokens - 1

@@ -1,0 +1,149 @@
+"""Who goes first, who goes last, and who is sent away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.config import SchedulerConfig
+from hbserve.errors import OverloadedError
+from hbserve.messages import AddRequest
+from hbserve.pd_disagg.prefill_pace import PrefillPace
+from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
+from hbserve.pd_disagg.sequence import Sequence
+from tests.engines import assert_no_leaks
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
+DEADLINE_S = 60.0
+arrivals = itertools.count(1)
+
+
+def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: float | None = None) -> Sequence:
+    """A request that has just come."""
+    request = AddRequest(
+        request_id="r", prompt_token_ids=[1] * length, end_token_ids=[], sampling=SamplingParams(ttft_ms=ttft_ms)
+    )
+    sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
+    sequence.rank = policy.rank(sequence)
+    return sequence
+
+
+def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> QueuePolicy:
+    config = SchedulerConfig(policy=name, **settings)  # type: ignore[arg-type]
+    return make_policy(config, lambda count: count * prefill_s_per_token)
+
+
+def served(policy: QueuePolicy, sequences: list[Sequence], now: float) -> list[int]:
+    """The order, as indices."""
+    queue = sorted(sequences, key=lambda sequence: sequence.rank)
+    return [sequences.index(sequence) for sequence in policy.order(queue, now)]
+
+
+def test_fcfs_is_by_arrival_whatever_else() -> None:
+    fcfs = policy("fcfs")
+    requests = [waiting(fcfs, 0.0, 500, 1.0), waiting(fcfs, 1.0, 5), waiting(fcfs, 2.0, 50, 1e6)]
+    assert served(fcfs, requests, 100.0) == [0, 1, 2]
+
+
+def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
+    shortest = policy("shortest_prompt_first", ageing_tokens_per_s=100.0)
+    long = waiting(shortest, 0.0, 900)
+    short = [waiting(shortest, float(second), 50) for second in range(12)]
+    order = served(shortest, [long, *short], 12.0)
+    assert order.index(0) == 9  # passed by those that came in the first 8.5 seconds
+
+
+def test_least_laxity_first_and_the_hopeless_last() -> None:
+    slo = policy("slo_aware", ttft_ms=5000.0)
+    relaxed = waiting(slo, 0.0, 10, 9000.0)  # must start by 8.9
+    long = waiting(slo, 1.0, 400, 9000.0)  # by 6.0
+    default = waiting(slo, 2.0, 50)  # by 6.5
+    hopeless = waiting(slo, 2.5, 100, 500.0)  # by 2.0
+    resumed = waiting(slo, 3.0, 100, 500.0)
+    resumed.first_token_time = 3.5
+    resumed.rank = slo.rank(resumed)
+    requests = [relaxed, long, default, hopeless, resumed]
+    assert served(slo, requests, 4.0) == [4, 1, 2, 0, 3]
+    assert served(slo, requests, 6.2) == [4, 2, 0, 3, 1]
+    keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.2))
+    assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
+    assert not slo.key(long, 100, 6.2)[0], "of 4 s one is done: there is time until 7.0"
+
+
+def test_a_hopeless_prompt_delays_nobody() -> None:
+    """Under any load, in-time requests come in the same order as if the late ones were not there."""
+    rng = random.Random(3)
+    slo = policy("slo_aware")
+    requests = [waiting(slo, rng.uniform(0, 10), rng.randint(1, 300), rng.uniform(100, 8000)) for _ in range(200)]
+    now = 10.0
+    in_time = [request for request in requests if request.rank[1] >= now]
+    assert 0 < len(in_time) < 200
+    order = served(slo, requests, now)
+    assert [requests[index] for index in order[: len(in_time)]] == sorted(in_time, key=lambda one: one.rank)
+
+
+def test_the_pace_of_prefill_is_learnt() -> None:
+    pace = PrefillPace()
+    assert pace.seconds(1000, 512) == 0
+    for _ in range(5):
+        pace.observe(100, 0.05)
+    assert pace.seconds(300, 100) == pytest.approx(0.15)  # of one size only: all by the token
+    for _ in range(200):
+        for tokens in (64, 256, 512):
+            pace.observe(tokens, 0.01 + tokens * 1e-4)
+    assert pace.fixed_s == pytest.approx(0.01, rel=0.05)
+    assert pace.per_token_s == pytest.approx(1e-4, rel=0.05)
+    assert pace.seconds(1024, 512) == pytest.approx(2 * 0.01 + 0.1024, rel=0.05)
+    for _ in range(300):
+        for tokens in (64, 256, 512):
+            pace.observe(tokens, 0.02 + tokens * 2e-4)
+    assert pace.per_token_s == pytest.approx(2e-4, rel=0.05)
+    pace.observe(0, 1.0)
+    pace.observe(10_000, 1e-9)  # an outlier may not make a part negative
+    assert pace.fixed_s >= 0 <= pace.per_token_s
+
+
+async def test_a_system_serves_by_laxity_and_counts_targets() -> None:
+    config = PdDisaggConfig(
+        DEMO, mode="unified", max_num_seqs=1, scheduling_policy="slo_aware", device="cpu", log_level="WARNING"
+    )
+    ended: list[str] = []
+    async with asyncio.timeout(DEADLINE_S), DisaggregatedLLM(config) as llm:
+
+        async def ask(name: str, length: int, ttft_ms: float) -> None:
+            await llm.generate([5] * length, SamplingParams(max_tokens=4, ignore_eos=True, ttft_ms=ttft_ms))
+            ended.append(name)
+
+        async with aclosing(llm.stream([7], SamplingParams(max_tokens=None, ignore_eos=True))) as endless:
+            await anext(endless)  # it has the only seat
+            asks = []
+            for number, (name, length, target_s) in enumerate(
+                [("last moment 300 s", 9, 300), ("hopeless", 9, 0.001), ("200 s", 9, 200), ("100 s", 90, 100)], start=1
+            ):
+                asks.append(asyncio.create_task(ask(name, length, 1000 * target_s)))
+                while (await llm.client.stats())["cpu_scheduler"]["waiting_requests"] < number:
+                    pass
+        await asyncio.gather(*asks)
+        assert ended == ["100 s", "200 s", "last moment 300 s", "hopeless"]
+        window = (await llm.client.stats())["metrics"]["window"]
+        assert (window["num_met"], window["num_missed"]) == (3, 1)
+        await asyncio.to_thread(assert_no_leaks, llm)
+
+
+async def test_overload_is_said_early() -> None:
+    config = PdDisaggConfig(DEMO, mode="unified", max_queue_s=1e-9, device="cpu", log_level="WARNING")
+    async with asyncio.timeout(DEADLINE_S), DisaggregatedLLM(config) as llm:
+        await llm.generate([5] * 40, SamplingParams(max_tokens=2))  # nothing is known yet, so nobody is refused
+        with pytest.raises(OverloadedError, match="max_queue_s") as caught:
+            await llm.generate([5] * 40, SamplingParams(max_tokens=2))
+        assert 0 < caught.value.retry_after_s < 60
+        stats = await llm.client.stats()
+        assert stats["cpu_scheduler"]["refused_requests"] == 1
+        await asyncio.to_thread(assert_no_leaks, llm)
