@@ -24,9 +24,11 @@ from hbserve.messages import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server import create_app, live_page, serve
+from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
+from hbserve.server.protocol import CompletionRequest
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.http_server import MODEL, USER, until
@@ -112,10 +114,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.sampled_from(
-    "temperature top_p n stop seed stream stream_options logprobs tools tool_choice response_format grammar "
-    "logit_bias max_tokens messages prompt metadata stop_token_ids".split()
-)
+NAMES = st.sampled_from(sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields} - {"model"}))
 
 
 @settings(parent=BOUNDED, max_examples=120)
