@@ -18,11 +18,16 @@ from hbserve.errors import ConfigError
 
 
 class InstanceRole(StrEnum):
-    """What an instance's workers do. A mode is nothing but which roles exist on which KV pools."""
+    """What an instance's workers do. A mode is nothing but which roles exist on which KV pools.
+
+    ``unified`` is one worker for both phases; ``semi_pd`` are workers for each phase that share one
+    device and one KV pool.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
     UNIFIED = "unified"
+    SEMI_PD = "semi_pd"
 
     @property
     def prefills(self) -> bool:
@@ -153,6 +158,42 @@ class InstanceConfig(Section, frozen=True):
     kv_ip: str | None = None
     kv_rank: int | None = None
     num_threads: int | None = None
+
+
+class LadderConfig(Section, frozen=True):
+    """Percentages at which a phase always has a warm worker, besides its share.
+
+    Attributes:
+        prefill, decode: each 1..100, no order.
+    """
+
+    prefill: tuple[int, ...] = (100,)
+    decode: tuple[int, ...] = (100,)
+
+
+class SemiPDConfig(Section, frozen=True):
+    """Instances of type ``semi_pd``: how prefill and decode share a device.
+
+    Attributes:
+        prefill_percentage, decode_percentage: of the device, while both phases are busy; the sum may
+            pass 100. Default: the environment's SEMI_PD_PREFILL_SM_PERCENTILE and
+            SEMI_PD_DECODE_SM_PERCENTILE, else 80 and 100.
+        prefill_priority: 1 lets prefill yield to decode where they compete, 0 does not.
+        ladder: further percentages to keep workers at. A phase that is alone gets its largest.
+        num_sleepers: processes kept that have imported everything and wait to become workers.
+        preparation_timeout_s: new workers that are not ready by then are discarded.
+        drain_timeout_s: a retired worker that has not ended by then is reported, and killed.
+        heartbeat_interval_s: how often the resident process is asked for a sign of life.
+    """
+
+    prefill_percentage: int | None = None
+    decode_percentage: int | None = None
+    prefill_priority: Literal[0, 1] = 1
+    ladder: LadderConfig = LadderConfig()
+    num_sleepers: int = 2
+    preparation_timeout_s: float = 60.0
+    drain_timeout_s: float = 60.0
+    heartbeat_interval_s: float = 1.0
 
 
 class PerformanceConfig(Section, frozen=True):
@@ -304,6 +345,7 @@ class Config(Section, frozen=True):
     chunked_prefill: ChunkedPrefillConfig = ChunkedPrefillConfig()
     cuda_graph: CudaGraphConfig = CudaGraphConfig()
     performance: PerformanceConfig = PerformanceConfig()
+    semi_pd: SemiPDConfig = SemiPDConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     rpc: RpcConfig = RpcConfig()
     server: ServerConfig = ServerConfig()

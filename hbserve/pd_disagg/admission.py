@@ -114,7 +114,7 @@ class Admission:
         cached = hits * pool.block_size
         return Seat(
             worker=worker,
-            epoch=worker.epoch,
+            epoch=worker.arena_epoch,
             pool=pool,
             owner=owner,
             slot=worker.take_slot(),
