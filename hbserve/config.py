@@ -258,6 +258,9 @@ class PerformanceConfig(Section, frozen=True):
         enable_prefix_caching: reuse the KV of equal prompt prefixes.
         decode_headroom_tokens: tokens per running sequence for which blocks are kept free when a
             new request is admitted.
+        placement: which of several instances a request goes to: ``least_loaded``; ``fcfs``, the first in
+            the list that has room; ``prefix_aware``, where most of its prompt is cached, unless too much
+            else waits there.
         pipeline_depth: plans in flight per worker; one more while steps take less than 2 ms.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of
@@ -271,6 +274,7 @@ class PerformanceConfig(Section, frozen=True):
     memory_fraction: float = 0.9
     enable_prefix_caching: bool = True
     decode_headroom_tokens: int = 64
+    placement: Literal["least_loaded", "fcfs", "prefix_aware"] = "least_loaded"
     pipeline_depth: int = 2
     max_waiting_requests: int = 4096
     scheduler: str | None = None

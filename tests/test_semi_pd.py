@@ -169,6 +169,11 @@ async def test_rotations_and_kills_change_no_token(model: str) -> None:
     assert not arena_mappings() & seen
 
 
+def workers_of(llm: LLM) -> list[dict[str, Any]]:
+    """As the scheduler knows them."""
+    return list(llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values())
+
+
 @pytest.fixture(scope="module")
 def running(model: str) -> Iterator[LLM]:
     with LLM(
@@ -179,13 +184,14 @@ def running(model: str) -> Iterator[LLM]:
         ladder={"prefill": [100], "decode": [100]},
         **SETTINGS,
     ) as llm:
+        # One worker of each phase is enough to be ready; these tests want all of them.
+        wait_for(lambda: sum(w["status"] == "ready" for w in workers_of(llm)) == 4)
         yield llm
 
 
 def test_a_phase_that_is_alone_gets_its_largest_rung(running: LLM) -> None:
     def tokens() -> dict[tuple[str, int], int]:
-        workers = running.get_system_stats()["gpu_instances"]["semi-0"]["workers"]
-        return {(w["role"], w["percentage"]): w["generated_tokens"] for w in workers.values()}
+        return {(w["role"], w["percentage"]): w["generated_tokens"] for w in workers_of(running)}
 
     assert set(tokens()) == {("prefill", 60), ("prefill", 100), ("decode", 40), ("decode", 100)}
     alone = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

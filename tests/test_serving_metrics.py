@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -211,7 +212,11 @@ def test_a_schedule_counted_by_hand() -> None:
 
     def step(now: float, prefill: list[Sequence], decode: list[Sequence], busy_s: float) -> None:
         clock.now = now
-        rows = [InflightRow(each, 0, None, 0, True) for each in prefill + decode]  # type: ignore[arg-type]
+        seats = [SimpleNamespace(num_tokens_at_entry=4)] * len(prefill) + [
+            SimpleNamespace(num_tokens_at_entry=3)
+        ] * len(decode)
+        sequences = zip(prefill + decode, seats, strict=True)
+        rows = [InflightRow(each, 0, seat, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
         prefill_tokens = sum(each.num_prompt_tokens for each in prefill)
         last_token_times = []
         for each in prefill + decode:

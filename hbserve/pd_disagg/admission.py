@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from hbserve.config import Config, InstanceRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.placement import PLACEMENTS
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.waiting_queue import prefill_budget
@@ -20,9 +21,9 @@ class Admission:
 
     Args:
         instances: all there are, by id.
-        config: for the budgets of steps.
+        config: for the budgets of steps, and in which order workers are tried.
         policy: whose prompt goes first.
-        can_send: whether KV can go from the first worker to the second.
+        can_send: whether KV can go from one worker to another, by their ids.
 
     Attributes:
         is_full: the last request that was not seated found no slot or too few blocks.
@@ -33,8 +34,9 @@ class Admission:
         instances: Mapping[str, InstanceHandle],
         config: Config,
         policy: QueuePolicy,
-        can_send: Callable[[InstanceHandle, InstanceHandle], bool],
+        can_send: Callable[[str, str], bool],
     ) -> None:
+        self._placement = PLACEMENTS[config.performance.placement]
         self._instances = instances
         self._can_send = can_send
         self._headroom_tokens = config.performance.decode_headroom_tokens
@@ -48,18 +50,17 @@ class Admission:
         self.is_full = False
 
     def seat(self, sequence: Sequence) -> bool:
-        """Seat a request for prefill and decode on the least loaded workers; False if nothing fits now.
+        """Seat a request for prefill and decode, in the order of the placement; False if nothing fits now.
 
         A worker that has prompts enough for the steps to come is given no more, unless they would be
         computed before one that it has: who waits without a seat holds no blocks and can be overtaken.
         """
         workers = [worker for worker in self._instances.values() if worker.ready and worker.has_free_slot]
         able = [worker for worker in workers if worker.role.prefills]
-        prefill_workers = [worker for worker in able if not self._has_enough(worker, sequence)]
-        self.is_full = bool(prefill_workers) or not able
-        prefill_workers.sort(key=lambda worker: worker.num_tokens_to_prefill)
-        decode_workers = [worker for worker in workers if not worker.role.prefills]
-        decode_workers.sort(key=lambda worker: len(worker.seats) + len(worker.reserved))
+        hungry = [worker for worker in able if not self._has_enough(worker, sequence)]
+        self.is_full = bool(hungry) or not able
+        prefill_workers = self._placement(sequence, hungry, True)
+        decode_workers = self._placement(sequence, [worker for worker in workers if not worker.role.prefills], False)
         num_tokens = len(sequence.tokens)
         for prefill_worker in prefill_workers:
             if prefill_worker.role.decodes:
@@ -72,7 +73,7 @@ class Admission:
                     return _start_prefill(sequence, seat, None)
             else:
                 for decode_worker in decode_workers:
-                    if not self._can_send(prefill_worker, decode_worker):
+                    if not self._can_send(prefill_worker.id, decode_worker.id):
                         continue
                     decode_seat = self._take_seat(sequence, decode_worker, num_tokens + 1)
                     if decode_seat is None:

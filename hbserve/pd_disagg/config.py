@@ -40,6 +40,7 @@ _KEYS = {
     "memory_fraction": "performance.memory_fraction",
     "enable_prefix_caching": "performance.enable_prefix_caching",
     "decode_headroom_tokens": "performance.decode_headroom_tokens",
+    "placement": "performance.placement",
     "pipeline_depth": "performance.pipeline_depth",
     "max_waiting_requests": "performance.max_waiting_requests",
     "scheduler": "performance.scheduler",
@@ -99,6 +100,7 @@ class PdDisaggConfig:
     memory_fraction: float | None = None
     enable_prefix_caching: bool | None = None
     decode_headroom_tokens: int | None = None
+    placement: str | None = None
     pipeline_depth: int | None = None
     max_waiting_requests: int | None = None
     scheduler: str | None = None

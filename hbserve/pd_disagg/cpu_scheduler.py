@@ -68,6 +68,7 @@ logger = logging.getLogger(__name__)
 _RETRY_DELAY_S = 0.1
 _GREETING_INTERVAL_S = 0.02
 _WINDOW_VALUES = 256  # of each latency, in a window that is sent
+_LONGEST_RETRY_DELAY_S = 5.0
 
 
 class CpuScheduler:
@@ -701,7 +702,7 @@ class CpuScheduler:
             self.metrics.retried(sequence)
             self._put_back(sequence)
             # Not at once: what made it fail may take a moment to be noticed.
-            delay_s = _RETRY_DELAY_S * 2 ** (sequence.num_failures - 1)
+            delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _LONGEST_RETRY_DELAY_S)
             sequence.retry_at = time.monotonic() + delay_s
             asyncio.get_running_loop().call_later(delay_s, self._wake.set)
 

@@ -48,6 +48,7 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
             "open_transfers": len(scheduler.transfers),
             "links": {
                 f"{source}->{target}": {
+                    "open": scheduler.transfers.is_open(source, target),
                     "transfers": link.num_transfers,
                     "bytes": link.num_bytes,
                     "seconds": link.seconds,

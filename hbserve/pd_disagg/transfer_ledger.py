@@ -139,11 +139,12 @@ class TransferLedger:
         epoch = self._link_epochs[key]
         sources = [msgspec.structs.replace(peer, link_epoch=epoch) for peer in source.hello.peers]
         self._links[key] = Link(source, target, epoch, sources)
+        self.links.setdefault(key, LinkStats())
         target.send(OpenLink(source_id=source.id, link_epoch=epoch, sources=sources))
 
-    def is_open(self, source: InstanceHandle, target: InstanceHandle) -> bool:
+    def is_open(self, source_id: str, target_id: str) -> bool:
         """Whether blocks can go from one instance to the other."""
-        link = self._links.get((source.id, target.id))
+        link = self._links.get((source_id, target_id))
         return link is not None and bool(link.targets)
 
     @property
