@@ -91,6 +91,8 @@ class KVTransferConfig(Section, frozen=True):
             port + r * tensor_parallel_size + t. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request's prefill is tried before the request fails.
+        local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
+            side, being short or mostly in its prefix cache, are computed there and not transferred.
         verify: compare checksums of every block before it is used; what differs is computed again.
         mooncake_protocol: how Mooncake moves bytes; default: what the file that
             ``MOONCAKE_CONFIG_PATH`` names says, or the engine's own choice.
@@ -103,6 +105,7 @@ class KVTransferConfig(Section, frozen=True):
     port: int | None = None
     timeout_s: float = 30.0
     max_attempts: int = 3
+    local_prefill_tokens: int = 0
     verify: bool = False
     mooncake_protocol: Literal["tcp", "rdma", "nvlink"] | None = None
     mooncake_device: str | None = None

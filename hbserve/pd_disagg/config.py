@@ -53,6 +53,7 @@ _KEYS = {
     "kv_ip": "kv_transfer.ip",
     "kv_port": "kv_transfer.port",
     "kv_timeout_s": "kv_transfer.timeout_s",
+    "local_prefill_tokens": "kv_transfer.local_prefill_tokens",
     "kv_verify": "kv_transfer.verify",
     "chunked_prefill_enabled": "chunked_prefill.enabled",
     "chunk_size": "chunked_prefill.chunk_size",
@@ -113,6 +114,7 @@ class PdDisaggConfig:
     kv_ip: str | None = None
     kv_port: int | None = None
     kv_timeout_s: float | None = None
+    local_prefill_tokens: int | None = None
     kv_verify: bool | None = None
     chunked_prefill_enabled: bool | None = None
     chunk_size: int | None = None

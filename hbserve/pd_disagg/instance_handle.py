@@ -258,7 +258,9 @@ class InstanceHandle:
         return max(0.0, worker.last_plan_time + self.decode_interval_s - now)
 
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
-        able = [w for w in self.workers.values() if w.ready and _does(w.role, phase) and _does(self.role, phase)]
+        # Short prompts may be computed where they decode; admission seats no others there.
+        role = InstanceRole.DECODE if self.role is InstanceRole.DECODE else phase
+        able = [w for w in self.workers.values() if w.ready and _does(w.role, role) and _does(self.role, role)]
         return [worker for worker in able if not worker.is_retiring] or able
 
     def current(self, phase: InstanceRole) -> WorkerHandle | None:
