@@ -152,3 +152,10 @@ def test_shell_says_what_is_wrong() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: 127.0.0.1:9: ")
     assert "Traceback" not in done.stderr
+
+
+def test_semi_pd(tmp_path: Path) -> None:
+    output = run("semi_pd/semi_pd_example.py", tmp_path)
+    assert "split: prefill 60 %, decode 40 %" in output
+    assert "47 + 38 = 85." in output
+    assert "always the same: True" in output
