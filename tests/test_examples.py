@@ -159,3 +159,12 @@ def test_semi_pd(tmp_path: Path) -> None:
     assert "split: prefill 60 %, decode 40 %" in output
     assert "47 + 38 = 85." in output
     assert "always the same: True" in output
+
+
+def test_slo_aware_example(tmp_path: Path) -> None:
+    arguments = ["--model-path", str(EXAMPLES / "models" / "hbserve-demo"), "--simulation-cycles", "2"]
+    targets = ["--ttft-target", "200", "--tpot-target", "50", "--cycle-seconds", "1.5"]
+    output = run("semi_pd/slo_aware_example.py", tmp_path, *arguments, *targets)
+    lines = output.splitlines()
+    assert [re.search(r"\w+ *-heavy", line)[0] for line in lines] == ["prefill-heavy", "decode -heavy"]  # type: ignore[index]
+    assert all(re.search(r"TTFT p95 +\d+\.\d ms .* split +\d+/ *\d+", line) for line in lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -58,6 +58,7 @@ class Arenas:
         weights, kv: uint8.
         num_blocks: KV blocks that sequences may have.
         spare_block: a block beyond those that warming up may write to; None in arenas of one's own.
+        kv_handle: what other processes of the host attach to the KV arena with; None: they cannot.
         max_model_len: most tokens of prompt and output together.
     """
 
@@ -68,10 +69,11 @@ class Arenas:
     num_blocks: int
     spare_block: int | None
     max_model_len: int
+    kv_handle: str | None = None
 
 
 def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel) -> Arenas:
-    """Allocate both for this process alone, and load the weights.
+    """Allocate both and load the weights; the KV arena so that others can attach, if they shall write KV into it.
 
     Raises:
         ModelError, ConfigError: if model, configuration and memory do not fit together.
@@ -81,7 +83,11 @@ def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: T
         with _saying(platform, num_bytes, what):
             return platform.allocate_arena(num_bytes)
 
-    return _make(config, spec, platform, parallel, allocate, 0)
+    if config.kv_transfer.backend != "shm":
+        return _make(config, spec, platform, parallel, allocate, allocate, 0)
+    handles: list[str] = []
+    arenas = _make(config, spec, platform, parallel, allocate, _sharing(platform, handles), 0)
+    return replace(arenas, kv_handle=handles[0])
 
 
 def share_arenas(
@@ -89,14 +95,8 @@ def share_arenas(
 ) -> tuple[Arenas, ArenaAttachment]:
     """Allocate both so that others can attach, and load the weights. Errors as `make_arenas`."""
     handles: list[str] = []
-
-    def allocate(num_bytes: int, what: str) -> torch.Tensor:
-        with _saying(platform, num_bytes, what):
-            shared = platform.allocate_shared_arena(num_bytes)
-        handles.append(shared.handle)
-        return shared.tensor
-
-    arenas = _make(config, spec, platform, parallel, allocate, 1)
+    allocate = _sharing(platform, handles)
+    arenas = _make(config, spec, platform, parallel, allocate, allocate, 1)
     platform.synchronize()
     return arenas, ArenaAttachment(
         epoch=epoch,
@@ -109,6 +109,18 @@ def share_arenas(
         block_size=arenas.layout.block_size,
         max_model_len=arenas.max_model_len,
     )
+
+
+def _sharing(platform: Platform, handles: list[str]) -> _Allocate:
+    """Allocate so that others can attach, and note the handles."""
+
+    def allocate(num_bytes: int, what: str) -> torch.Tensor:
+        with _saying(platform, num_bytes, what):
+            shared = platform.allocate_shared_arena(num_bytes)
+        handles.append(shared.handle)
+        return shared.tensor
+
+    return allocate
 
 
 def attach_arenas(
@@ -126,7 +138,14 @@ def attach_arenas(
         raise StartupError(f"cannot attach to the resident arenas: {error}") from None
     layout = _layout(config, spec, attachment.block_size, parallel)
     return Arenas(
-        weights, attachment.table, kv, layout, attachment.num_blocks, attachment.num_blocks, attachment.max_model_len
+        weights,
+        attachment.table,
+        kv,
+        layout,
+        attachment.num_blocks,
+        attachment.num_blocks,
+        attachment.max_model_len,
+        attachment.kv,
     )
 
 
@@ -135,13 +154,14 @@ def _make(
     spec: ModelSpec,
     platform: Platform,
     parallel: TensorParallel,
-    allocate: _Allocate,
+    allocate_weights: _Allocate,
+    allocate_kv: _Allocate,
     num_spare_blocks: int,
 ) -> Arenas:
     dtype = dtype_of(config, spec)
     backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
     table = WeightTable.build(spec, dtype, parallel.rank, parallel.size)
-    weights = allocate(table.num_bytes, "the model's weights")
+    weights = allocate_weights(table.num_bytes, "the model's weights")
     if config.model.load_format == "dummy":
         fill_dummy_weights(table, weights, config.model.seed)
     else:
@@ -157,7 +177,7 @@ def _make(
     sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
     num_blocks, max_model_len = parallel.minimum(sizes).tolist()
     kv_bytes = (num_blocks + num_spare_blocks) * layout.block_bytes
-    kv = allocate(kv_bytes, f"a KV cache of {num_blocks} blocks")
+    kv = allocate_kv(kv_bytes, f"a KV cache of {num_blocks} blocks")
     return Arenas(weights, table, kv, layout, num_blocks, None, max_model_len)
 
 

@@ -46,6 +46,7 @@ class ModelRunner:
         num_blocks: of the KV cache; max_model_len: most tokens of prompt and output together; both
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
+        kv_handle: what other processes attach to it with; None: they cannot.
 
     Raises:
         ModelError: if the model folder cannot be served.
@@ -74,6 +75,7 @@ class ModelRunner:
         self.layout, self.num_blocks, self.max_model_len = arenas.layout, arenas.num_blocks, arenas.max_model_len
         num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
         self.kv_blocks = self.layout.block_bytes_view(arenas.kv, self.num_blocks)
+        self.kv_handle = arenas.kv_handle
         kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
         self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
         self._table = SequenceTable(

@@ -53,6 +53,7 @@ _KEYS = {
     "kv_ip": "kv_transfer.ip",
     "kv_port": "kv_transfer.port",
     "kv_timeout_s": "kv_transfer.timeout_s",
+    "local_prefill_tokens": "kv_transfer.local_prefill_tokens",
     "kv_verify": "kv_transfer.verify",
     "chunked_prefill_enabled": "chunked_prefill.enabled",
     "chunk_size": "chunked_prefill.chunk_size",
@@ -63,6 +64,7 @@ _KEYS = {
     "decode_percentage": "semi_pd.decode_percentage",
     "ladder": "semi_pd.ladder",
     "num_sleepers": "semi_pd.num_sleepers",
+    "slo": "semi_pd.slo",
     "gpu_instances": "gpu_instances",
     "log_level": "logging.level",
     "otlp_endpoint": "telemetry.otlp_endpoint",
@@ -112,6 +114,7 @@ class PdDisaggConfig:
     kv_ip: str | None = None
     kv_port: int | None = None
     kv_timeout_s: float | None = None
+    local_prefill_tokens: int | None = None
     kv_verify: bool | None = None
     chunked_prefill_enabled: bool | None = None
     chunk_size: int | None = None
@@ -122,6 +125,7 @@ class PdDisaggConfig:
     decode_percentage: int | None = None
     ladder: dict[str, list[int]] | None = None
     num_sleepers: int | None = None
+    slo: dict[str, Any] | None = None
     gpu_instances: list[dict[str, Any]] | None = None
     log_level: str | None = None
     otlp_endpoint: str | None = None

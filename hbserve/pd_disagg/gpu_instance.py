@@ -47,6 +47,7 @@ from hbserve.messages import (
 )
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.rpc import RpcServer, bind_address
@@ -143,7 +144,12 @@ class GpuInstance:
                 self._runner.layout.block_size,
             )
             self._transfers = RankTransfers(
-                self.config, self.instance, 0, self._runner.kv_blocks, lambda reply: self._on_transfer_reply(0, reply)
+                self.config,
+                self.instance,
+                0,
+                self._runner.kv_blocks,
+                lambda reply: self._on_transfer_reply(0, reply),
+                ArenaSharing(self._runner.kv_handle, self._platform.open_arena),
             )
             self._joint_results = JointResults(size, self._on_joint_reply, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")

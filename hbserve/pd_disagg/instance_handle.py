@@ -9,6 +9,7 @@ sequence changes workers between two steps: when nothing of it is in flight at t
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 from collections import deque
@@ -96,6 +97,7 @@ class WorkerHandle:
         self.is_told_to_end = False
         self.work = Work()
         self.last_step_s = 0.0
+        self.last_plan_time = 0.0
 
     def pipeline_depth(self, configured: int) -> int:
         """Plans to have in flight: one more where a round trip takes longer than a step."""
@@ -131,6 +133,9 @@ class InstanceHandle:
         workers: by name, in the order in which they came.
         arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
         shares: each phase's percentage while both are busy.
+        decode_interval_s: while prefill is busy at another worker, decode steps begin no sooner after
+            each other: what they do not take speeds prefill up. 0: no limit.
+        timer: of the scheduler, for a step that is held back.
     """
 
     def __init__(
@@ -149,6 +154,8 @@ class InstanceHandle:
             self.workers[self.id] = WorkerHandle(self.id, self.role, 100, context, address, key)
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
+        self.decode_interval_s = 0.0
+        self.timer: asyncio.TimerHandle | None = None
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
         self.num_restarts = -1
@@ -241,8 +248,19 @@ class InstanceHandle:
             chosen.setdefault(target, set()).add(phase)
         return chosen
 
+    def decode_wait_s(self, worker: WorkerHandle, phases: set[InstanceRole], now: float) -> float | None:
+        """How long the worker's next decode step is held back; None: not at all, as deep as the pipeline goes.
+
+        Held-back steps go one at a time: one that is in flight early would not be held back.
+        """
+        if not self.decode_interval_s or phases != {InstanceRole.DECODE} or not self._is_busy(InstanceRole.PREFILL):
+            return None
+        return max(0.0, worker.last_plan_time + self.decode_interval_s - now)
+
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
-        able = [w for w in self.workers.values() if w.ready and _does(w.role, phase) and _does(self.role, phase)]
+        # Short prompts may be computed where they decode; admission seats no others there.
+        role = InstanceRole.DECODE if self.role is InstanceRole.DECODE else phase
+        able = [w for w in self.workers.values() if w.ready and _does(w.role, role) and _does(self.role, role)]
         return [worker for worker in able if not worker.is_retiring] or able
 
     def current(self, phase: InstanceRole) -> WorkerHandle | None:

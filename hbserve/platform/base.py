@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hbserve.platform.remote_arena import RemoteArena
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -88,6 +90,14 @@ class Platform(ABC):
     @abstractmethod
     def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
         """Another process' arena in this one, without a copy: uint8 ``[num_bytes]``.
+
+        Raises:
+            RuntimeError: if it is gone, or not of that size.
+        """
+
+    @abstractmethod
+    def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        """Another process' arena, to be written into; on a GPU it may lie on another one than this process'.
 
         Raises:
             RuntimeError: if it is gone, or not of that size.

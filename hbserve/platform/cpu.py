@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 
 from hbserve.platform.base import Platform, SharedArena
+from hbserve.platform.remote_arena import RemoteArena, RemoteHostArena
 
 dist: Any = torch.distributed  # its stubs lack the process groups
 
@@ -70,6 +71,9 @@ class CpuPlatform(Platform):
         if there != num_bytes:
             raise RuntimeError(f"the shared memory {handle} has {there} bytes, not {num_bytes}")
         return torch.from_file(handle, shared=True, size=num_bytes, dtype=torch.uint8)
+
+    def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        return RemoteHostArena(self.attach_arena(handle, num_bytes))
 
     def make_process_group(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
         options = dist.ProcessGroupGloo._Options()

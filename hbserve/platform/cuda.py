@@ -10,6 +10,7 @@ import torch.distributed
 
 from hbserve.platform import cuda_ipc
 from hbserve.platform.base import Platform, SharedArena
+from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 
 dist: Any = torch.distributed  # its stubs lack the process groups
 
@@ -49,6 +50,10 @@ class CudaPlatform(Platform):
     def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
         self._make_current()
         return torch.as_tensor(cuda_ipc.open_handle(handle, num_bytes), device=self.device)
+
+    def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        self._make_current()
+        return RemoteDeviceArena(cuda_ipc.open_handle(handle, num_bytes), self.device)
 
     def probe(self) -> None:
         torch.zeros(1, device=self.device).add_(1).cpu()

@@ -8,6 +8,7 @@ The calling thread's context must be torch's (`CudaPlatform` sees to it).
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
 _HANDLE_BYTES = 64
@@ -71,8 +72,22 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
     return DeviceMemory(address.value, num_bytes)
 
 
+def copy(target: int, source: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
+    """Copy from one device address to another, on the same GPU or between peers; returns before it is done.
+
+    Raises:
+        RuntimeError: if the device says so.
+    """
+    _call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), stream)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
 def _call(name: str, *arguments: Any) -> None:
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver = _driver()
     code = getattr(driver, name)(*arguments)
     if code:
         text = ctypes.c_char_p()
