@@ -1,4 +1,4 @@
-"""Biases and allowed tokens on a GPU: the tokens that the CPU's sampler takes, and with CUDA graphs what was asked for."""
+"""Biases and allowed tokens on a GPU: what the sampler of the CPU takes, and with CUDA graphs what was asked for."""
 
 from __future__ import annotations
 
