@@ -149,6 +149,8 @@ class CpuScheduler:
                 while worker.ready and len(worker.inflight) < worker.pipeline_depth:
                     if not self._planner.plan_step(worker):
                         break
+                    if self.waiting:
+                        self._wake.set()  # what this step took may leave room for more
             self._clients.flush()
 
     async def _tick(self) -> None:
@@ -573,7 +575,7 @@ class CpuScheduler:
         request its seats and removes it from ``self.waiting``, or returns False if nothing fits now.
         """
         now = time.monotonic()
-        for sequence in list(self._queue.in_order(self.waiting, now)):
+        for sequence in list(self._queue.in_order(self.waiting, self.instances.values(), now)):
             if sequence.retry_at <= now and not self._admit(sequence):
                 break
 
