@@ -18,11 +18,16 @@ from hbserve.errors import ConfigError
 
 
 class InstanceRole(StrEnum):
-    """What an instance's workers do. A mode is nothing but which roles exist on which KV pools."""
+    """What an instance's workers do. A mode is nothing but which roles exist on which KV pools.
+
+    ``unified`` is one worker for both phases; ``semi_pd`` are workers for each phase that share one
+    device and one KV pool.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
     UNIFIED = "unified"
+    SEMI_PD = "semi_pd"
 
     @property
     def prefills(self) -> bool:
@@ -86,6 +91,8 @@ class KVTransferConfig(Section, frozen=True):
             port + r * tensor_parallel_size + t. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request's prefill is tried before the request fails.
+        local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
+            side, being short or mostly in its prefix cache, are computed there and not transferred.
         verify: compare checksums of every block before it is used; what differs is computed again.
         mooncake_protocol: how Mooncake moves bytes; default: what the file that
             ``MOONCAKE_CONFIG_PATH`` names says, or the engine's own choice.
@@ -98,6 +105,7 @@ class KVTransferConfig(Section, frozen=True):
     port: int | None = None
     timeout_s: float = 30.0
     max_attempts: int = 3
+    local_prefill_tokens: int = 0
     verify: bool = False
     mooncake_protocol: Literal["tcp", "rdma", "nvlink"] | None = None
     mooncake_device: str | None = None
@@ -153,6 +161,91 @@ class InstanceConfig(Section, frozen=True):
     kv_ip: str | None = None
     kv_rank: int | None = None
     num_threads: int | None = None
+
+
+class LadderConfig(Section, frozen=True):
+    """Percentages at which a phase always has a warm worker, besides its share.
+
+    Attributes:
+        prefill, decode: each 1..100, no order.
+    """
+
+    prefill: tuple[int, ...] = (100,)
+    decode: tuple[int, ...] = (100,)
+
+
+class SLOConfig(Section, frozen=True):
+    """Targets that the split of a ``semi_pd`` instance is moved to hold; see docs/slo_control.md.
+
+    Attributes:
+        ttft_target_ms, tpot_target_ms: what a request should meet.
+        ttft_percentile, tpot_percentile: of requests at which that is judged.
+        ttft_violation_threshold, tpot_violation_threshold: how many times the target is a violation.
+        profile: file of step times, from ``python -m hbserve.profile``; default: a built-in one.
+        monitoring_interval_s: from one look to the next.
+        window_s: how far back a look goes.
+        min_percentage, max_total_percentage, adjustment_step: which splits may be chosen.
+        cooldown_s: from one move to the next.
+        rotation_cooldown_s: from one move that needs new processes to the next of that kind.
+        hysteresis: share of goodput that a move must gain.
+        min_confidence_threshold: of the latency model, below which it is not followed.
+        holds_back_decode: while prompts are computed, decode steps begin no sooner after each other
+            than the TPOT target allows with some room.
+    """
+
+    ttft_target_ms: float
+    tpot_target_ms: float
+    ttft_percentile: float = 95.0
+    tpot_percentile: float = 95.0
+    ttft_violation_threshold: float = 1.1
+    tpot_violation_threshold: float = 1.1
+    profile: str | None = None
+    monitoring_interval_s: float = 2.0
+    window_s: float = 5.0
+    min_percentage: int = 10
+    max_total_percentage: int = 200
+    adjustment_step: int = 10
+    cooldown_s: float = 4.0
+    rotation_cooldown_s: float = 60.0
+    hysteresis: float = 0.05
+    min_confidence_threshold: float = 0.7
+    holds_back_decode: bool = True
+
+    @property
+    def decode_interval_ms(self) -> float:
+        """Least time from the beginning of a decode step to the next's while prefill is busy; 0: none."""
+        return DECODE_PACE * self.tpot_target_ms if self.holds_back_decode else 0.0
+
+
+DECODE_PACE = 0.8
+"""Of the TPOT target."""
+
+
+class SemiPDConfig(Section, frozen=True):
+    """Instances of type ``semi_pd``: how prefill and decode share a device.
+
+    Attributes:
+        prefill_percentage, decode_percentage: of the device, while both phases are busy; the sum may
+            pass 100. Default: the environment's SEMI_PD_PREFILL_SM_PERCENTILE and
+            SEMI_PD_DECODE_SM_PERCENTILE, else 80 and 100.
+        prefill_priority: 1 lets prefill yield to decode where they compete, 0 does not.
+        ladder: further percentages to keep workers at. A phase that is alone gets its largest.
+        num_sleepers: processes kept that have imported everything and wait to become workers.
+        preparation_timeout_s: new workers that are not ready by then are discarded.
+        drain_timeout_s: a retired worker that has not ended by then is reported, and killed.
+        heartbeat_interval_s: how often the resident process is asked for a sign of life.
+        slo: targets to move the split for; None: it stays where it is put.
+    """
+
+    prefill_percentage: int | None = None
+    decode_percentage: int | None = None
+    prefill_priority: Literal[0, 1] = 1
+    ladder: LadderConfig = LadderConfig()
+    num_sleepers: int = 2
+    preparation_timeout_s: float = 60.0
+    drain_timeout_s: float = 60.0
+    heartbeat_interval_s: float = 1.0
+    slo: SLOConfig | None = None
 
 
 class PerformanceConfig(Section, frozen=True):
@@ -304,6 +397,7 @@ class Config(Section, frozen=True):
     chunked_prefill: ChunkedPrefillConfig = ChunkedPrefillConfig()
     cuda_graph: CudaGraphConfig = CudaGraphConfig()
     performance: PerformanceConfig = PerformanceConfig()
+    semi_pd: SemiPDConfig = SemiPDConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     rpc: RpcConfig = RpcConfig()
     server: ServerConfig = ServerConfig()

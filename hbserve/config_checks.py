@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hbserve.config import Config, InstanceConfig, InstanceRole, Mode, Section, nearest
+from hbserve.config import Config, InstanceConfig, InstanceRole, LadderConfig, Mode, Section, SemiPDConfig, nearest
 from hbserve.errors import ConfigError
 
 BACKENDS = ("nccl", "mooncake", "shm")
@@ -41,9 +42,29 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
     rpc = given.rpc
     if rpc.key_file is not None:
         rpc = msgspec.structs.replace(rpc, key_file=_find_key_file(rpc.key_file, base_dir))
-    config = msgspec.structs.replace(given, model=model, gpu_instances=instances, rpc=rpc)
+    semi_pd = _complete_semi_pd(given.semi_pd)
+    config = msgspec.structs.replace(given, model=model, gpu_instances=instances, rpc=rpc, semi_pd=semi_pd)
     _validate(config)
     return config
+
+
+_SHARES = {
+    "prefill_percentage": ("SEMI_PD_PREFILL_SM_PERCENTILE", 80),
+    "decode_percentage": ("SEMI_PD_DECODE_SM_PERCENTILE", 100),
+}
+
+
+def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
+    shares = {}
+    for name, (variable, default) in _SHARES.items():
+        value = getattr(given, name)
+        if value is None:
+            text = os.environ.get(variable, str(default))
+            if not text.isdecimal() or not 1 <= int(text) <= 100:
+                raise _error(f"semi_pd.{name}", f"the environment's {variable} must be in 1..100, got {text!r}")
+            value = int(text)
+        shares[name] = value
+    return msgspec.structs.replace(given, **shares)
 
 
 def _error(key: str, what: str) -> ConfigError:
@@ -101,12 +122,12 @@ def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceC
             InstanceConfig(instance_id="prefill-0", instance_type=InstanceRole.PREFILL, gpu_id=0),
             InstanceConfig(instance_id="decode-0", instance_type=InstanceRole.DECODE, gpu_id=tensor_parallel_size),
         )
+    if mode == "semi_pd":
+        return (InstanceConfig(instance_id="semi-0", instance_type=InstanceRole.SEMI_PD, gpu_id=0),)
     return (InstanceConfig(instance_id="unified-0", instance_type=InstanceRole.UNIFIED, gpu_id=0),)
 
 
 def _validate(config: Config) -> None:
-    if config.mode == "semi_pd":
-        raise _error("mode", "semi_pd is not available yet; use unified or disaggregated")
     if config.model.tensor_parallel_size not in (1, 2, 4, 8):
         raise _error("model.tensor_parallel_size", f"must be 1, 2, 4 or 8, got {config.model.tensor_parallel_size}")
     if config.kv_transfer.backend not in BACKENDS and not _is_import_path(config.kv_transfer.backend):
@@ -127,7 +148,33 @@ def _validate(config: Config) -> None:
     if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+/\S+", endpoint):
         raise _error("telemetry.otlp_endpoint", "must be a URL with a path, like http://127.0.0.1:4318/v1/traces")
     _require_positive(config)
+    _validate_semi_pd(config)
     _validate_instances(config)
+
+
+def _validate_semi_pd(config: Config) -> None:
+    for name in _SHARES:
+        value = getattr(config.semi_pd, name)
+        if not 1 <= value <= 100:
+            raise _error(f"semi_pd.{name}", f"must be in 1..100, got {value}")
+    for name in LadderConfig.__struct_fields__:
+        for value in getattr(config.semi_pd.ladder, name):
+            if not 1 <= value <= 100:
+                raise _error(f"semi_pd.ladder.{name}", f"percentages must be in 1..100, got {value}")
+    slo = config.semi_pd.slo
+    for name in slo.__struct_fields__ if slo is not None else ():
+        value = getattr(slo, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
+            raise _error(f"semi_pd.slo.{name}", f"must not be negative, got {value}")
+    for index, instance in enumerate(config.gpu_instances):
+        if instance.instance_type is not InstanceRole.SEMI_PD:
+            continue
+        if config.model.tensor_parallel_size > 1:
+            raise _error("model.tensor_parallel_size", "semi_pd instances cannot be shared by ranks yet; use 1")
+        if instance.port is not None:
+            raise _error(
+                f"gpu_instances[{index}].port", "a semi_pd instance is started with its scheduler and needs no port"
+            )
 
 
 def _is_import_path(text: str) -> bool:
@@ -136,11 +183,14 @@ def _is_import_path(text: str) -> bool:
 
 def _require_positive(config: Config) -> None:
     zero_is_legal = {
+        "kv_transfer.local_prefill_tokens",
         "server.port",
         "model.seed",
         "performance.decode_headroom_tokens",
         "rpc.max_restarts",
         "server.num_tokenizers",
+        "semi_pd.prefill_priority",
+        "semi_pd.num_sleepers",
     }
     for section_name in config.__struct_fields__:
         section = getattr(config, section_name)
@@ -163,10 +213,15 @@ def _validate_instances(config: Config) -> None:
         for role in (InstanceRole.PREFILL, InstanceRole.DECODE):
             if role not in roles:
                 raise _error("gpu_instances", f"mode disaggregated needs at least one {role} instance")
+    if config.mode == "semi_pd":
+        if InstanceRole.SEMI_PD not in roles:
+            raise _error("gpu_instances", "mode semi_pd needs at least one semi_pd instance")
+        if (InstanceRole.PREFILL in roles) != (InstanceRole.DECODE in roles):
+            raise _error("gpu_instances", "beside semi_pd instances, prefill and decode instances need each other")
     allowed = {
         "unified": {InstanceRole.UNIFIED},
         "disaggregated": {InstanceRole.PREFILL, InstanceRole.DECODE},
-        "semi_pd": {InstanceRole.PREFILL, InstanceRole.DECODE},
+        "semi_pd": {InstanceRole.SEMI_PD, InstanceRole.PREFILL, InstanceRole.DECODE},
     }[config.mode]
     seen: dict[tuple[str, object], str] = {}
     if config.server.port:

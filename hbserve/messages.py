@@ -4,6 +4,7 @@ Encoded with msgpack as tagged arrays: small, typed on arrival, and nothing in t
 Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `kv_transfer`).
 
     client (API server, LLM)  --ClientMessage-->    CpuScheduler   --SchedulerReply-->  client
+    launcher of workers       --SetWorkers-->       CpuScheduler   --WorkerLost-->      launcher of workers
     CpuScheduler              --InstanceCommand-->  GpuInstance    --InstanceReply-->   CpuScheduler
     GpuInstance (rank 0)      --RankCommand-->      RankWorker     --RankReply-->       GpuInstance
     API server                --TextRequests-->     text process   --TextReplies-->     API server
@@ -67,6 +68,57 @@ class SubscribeReady(Message, frozen=True):
     """Ask for `Ready` once every instance is there, or `NotReady` at the deadline."""
 
     deadline_s: float
+
+
+class WorkerSpec(Value, frozen=True):
+    """A worker of an instance whose memory a resident process holds.
+
+    Attributes:
+        role: the phase that it does.
+        percentage: its share of the device.
+        address: where it listens for the scheduler.
+    """
+
+    worker_id: str
+    role: InstanceRole
+    percentage: int
+    address: str
+
+
+class GetWindow(Message, frozen=True):
+    """Ask for the `Window` of the last ``seconds``."""
+
+    query_id: int
+    seconds: float
+
+
+class MarkRotation(Message, frozen=True):
+    """A rotation begins, or is over: latencies of the time between are left out of windows."""
+
+    begins: bool
+
+
+class SetWorkers(Message, frozen=True):
+    """Which workers an instance has from now on; from whoever starts and ends them.
+
+    A worker that the scheduler knows and that is named nowhere here retires: it gets no more plans
+    once another can do its phase, and is told to end when nothing of it is in flight.
+
+    Attributes:
+        arena_epoch: of the memory that they are attached to, or 0 while there is none. Where it is
+            not the one before, that memory and all KV in it are lost.
+        gone: names of workers whose processes have ended: nothing of theirs can write any more.
+        prefill_percentage, decode_percentage: each phase's share while both are busy.
+        reason: why, in words.
+    """
+
+    instance_id: str
+    arena_epoch: int
+    workers: list[WorkerSpec]
+    gone: list[str]
+    prefill_percentage: int
+    decode_percentage: int
+    reason: str = ""
 
 
 # --- scheduler -> client -------------------------------------------------------------------------
@@ -134,6 +186,20 @@ class Ready(Message, frozen=True):
 class NotReady(Message, frozen=True):
     """The deadline passed, or an instance said why it cannot serve."""
 
+    reason: str
+
+
+class Window(Message, frozen=True):
+    """Answer to `GetWindow`: an `hbserve.metrics.window_metrics.AggregatedMetrics`, as plain data."""
+
+    query_id: int
+    metrics: dict[str, Any]
+
+
+class WorkerLost(Message, frozen=True):
+    """To whoever sent `SetWorkers`: a worker failed or does not answer; its process must be ended."""
+
+    worker_id: str
     reason: str
 
 
@@ -308,6 +374,7 @@ class Hello(Message, frozen=True):
 
     Attributes:
         epoch: number of this incarnation, different at every start.
+        arena_epoch: of its KV memory: the same, or of the process that holds it.
         block_bytes: of one KV block over all layers and ranks.
         peers: where its ranks receive KV, in their order.
         one_sided: its transfer backend writes into the receiver's arena, which takes no part.
@@ -316,6 +383,7 @@ class Hello(Message, frozen=True):
     instance_id: str
     role: InstanceRole
     epoch: int
+    arena_epoch: int
     pid: int
     num_blocks: int
     block_size: int
@@ -549,8 +617,8 @@ class StreamText(Message, frozen=True):
     output: OutputText
 
 
-ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady
-SchedulerReply = OutputBatch | Stats | Ready | NotReady
+ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady | SetWorkers | GetWindow | MarkRotation
+SchedulerReply = OutputBatch | Stats | Ready | NotReady | WorkerLost | Window
 TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult
 InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown

@@ -125,9 +125,8 @@ def record(runner: ModelRunner, plans: Plans) -> list[Span]:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run_steps(runner, plans, NUM_STEPS)
         torch.cuda.synchronize()
-    spans = [
-        Span(kind_of(event.name), event.time_range.start, event.time_range.elapsed_us()) for event in recorded.events()
-    ]
+    events = [event for event in recorded.events() if event.device_type.name == "CUDA"]
+    spans = [Span(kind_of(event.name), event.time_range.start, event.time_range.elapsed_us()) for event in events]
     return sorted(spans, key=lambda span: span.start_us)
 
 

@@ -53,7 +53,6 @@ TWO = (
         (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive"),
         (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be at most 65535"),
         (MODEL + "mode: fast\n", 3, "mode: Invalid enum value"),
-        (MODEL + "mode: semi_pd\n", 3, "mode: semi_pd is not available yet"),
         (MODEL + "kv_transfer:\n  backend: ncc\n", 4, "did you mean 'nccl'"),
         (MODEL + "kv_transfer:\n  backend: moonc\n", 4, "did you mean 'mooncake'"),
         ("model:\n  path: nowhere\n", 2, "model.path: there is no folder 'nowhere'"),

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-BACKENDS = ["nccl", pytest.param("mooncake", marks=needs_mooncake)]
+BACKENDS = ["shm", "nccl", pytest.param("mooncake", marks=needs_mooncake)]
 
 
 @pytest.fixture(scope="module")

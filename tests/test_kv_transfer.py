@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -27,13 +28,14 @@ from hbserve.messages import (
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
 from hbserve.pd_disagg.kv_transfer.manager import make_manager
-from hbserve.pd_disagg.kv_transfer.one_sided import coalesce
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
+from hbserve.platform import CpuPlatform
 from tests.engines import needs_mooncake
 
 NUM_BLOCKS, BLOCK_BYTES = 32, 1024
 DEADLINE_S = 30.0
-ONE_SIDED = [pytest.param("mooncake", marks=needs_mooncake)]
+ONE_SIDED = ["shm", pytest.param("mooncake", marks=needs_mooncake)]
 
 
 class Side:
@@ -50,9 +52,18 @@ class Side:
             buffer_size=buffer_size,
         )
         generator = torch.Generator().manual_seed(rank)
-        self.arena = torch.randint(0, 256, (NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8, generator=generator)
+        self.platform = CpuPlatform(1)
+        shared = self.platform.allocate_shared_arena(NUM_BLOCKS * BLOCK_BYTES)
+        self.arena = shared.tensor.view(NUM_BLOCKS, BLOCK_BYTES)
+        self.arena.random_(0, 256, generator=generator)
         self.results: asyncio.Queue[Any] = asyncio.Queue()
-        self.manager = make_manager(backend, self.context, self.arena, self.results.put_nowait)
+        self.manager = make_manager(
+            backend,
+            self.context,
+            self.arena,
+            self.results.put_nowait,
+            sharing=ArenaSharing(shared.handle, self.platform.open_arena),
+        )
 
     def peer(self, link_epoch: int = 0) -> Peer:
         return Peer(
@@ -291,6 +302,31 @@ async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend:
         source.manager.send(msgspec.structs.replace(send, targets=[new]))
         assert (await source.result()).error is None
         assert torch.equal(target.arena[2], source.arena[1])
+
+
+async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_no_more() -> None:
+    async with sides(backend="shm") as (source, target):
+        sender = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220 - it takes no time
+        try:
+            for proof in ("dies", "begins anew"):
+                peer = Peer(rank=0, epoch=1, endpoint=str(sender.pid), link_epoch=1)
+                if proof == "begins anew":
+                    peer = source.peer(1)
+                target.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=[peer]))
+                assert isinstance(await target.result(), LinkOpened)
+                target.manager.handle(CloseLink(source_id="source", link_epoch=1, sources=[peer], senders_done=False))
+                await asyncio.sleep(0.1)
+                assert target.results.empty(), "the sender may still write"
+                if proof == "dies":
+                    sender.kill()
+                else:
+                    again = msgspec.structs.replace(peer, epoch=peer.epoch + 1)
+                    target.manager.handle(OpenLink(source_id="source", link_epoch=2, sources=[again]))
+                    assert isinstance(await target.result(), LinkOpened)
+                assert isinstance(await target.result(), LinkClosed)
+        finally:
+            sender.kill()
+            sender.wait()
 
 
 class WrongSize(KVTransferBase):

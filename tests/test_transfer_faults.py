@@ -105,8 +105,8 @@ def _go_on(pid: int) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "num_schedules", "heartbeat_timeout_s"),
-    [("nccl", 15, 0.7), pytest.param("mooncake", 10, 2.5, marks=needs_mooncake)],
-    ids=["nccl", "mooncake"],
+    [("nccl", 15, 0.7), ("shm", 25, 0.7), pytest.param("mooncake", 10, 2.5, marks=needs_mooncake)],
+    ids=["nccl", "shm", "mooncake"],
 )
 async def test_random_faults_cost_no_request_no_block_and_no_link(
     model: tuple[str, Any],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import front, offline, serve, serve_options, transfer
+from hbserve.bench import front, offline, semi_pd, serve, serve_options, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 from hbserve.simulate import command as simulate
@@ -37,6 +37,9 @@ def main() -> int:
     transfer.add_arguments(
         commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
     )
+    semi_pd.add_arguments(
+        commands.add_parser("semi_pd", help="prefill and decode that share a device: rotations, losses, gaps")
+    )
     arguments = parser.parse_args()
     try:
         if arguments.command == "offline":
@@ -47,6 +50,8 @@ def main() -> int:
             simulate.run(arguments)
         elif arguments.command == "transfer":
             transfer.run(transfer.options_from(arguments))
+        elif arguments.command == "semi_pd":
+            semi_pd.run(arguments)
         else:
             front.run(arguments)
     except HBServeError as error:

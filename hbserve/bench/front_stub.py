@@ -51,6 +51,16 @@ class EngineStub:
         """Serve for ever."""
         await asyncio.gather(self._receive(), self._step())
 
+    @property
+    def num_open(self) -> int:
+        """Requests that get tokens."""
+        return len(self._left)
+
+    def close(self) -> None:
+        """After `run` has been cancelled."""
+        self._socket.close()
+        self._context.term()
+
     async def _receive(self) -> None:
         while True:
             await asyncio.sleep(0)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 
 from hbserve.errors import ConfigError, KVTransferError
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
+from hbserve.platform.remote_arena import RemoteArena
 
 dist: Any = torch.distributed
 _TIMEOUT = timedelta(seconds=60)
@@ -76,6 +78,28 @@ class MooncakeLink(RawLink):
         return time.perf_counter() - started
 
 
+class SharedMemoryLink(RawLink):
+    """One copy into the opened arena: `memcpy`, or a peer copy between GPUs."""
+
+    def __init__(self, arena: torch.Tensor, sharing: ArenaSharing) -> None:
+        super().__init__(arena)
+        self._sharing = sharing
+        self._theirs: RemoteArena | None = None
+
+    def listen(self) -> str:
+        return str(self._sharing.handle)
+
+    def send(self, endpoint: str, num_bytes: int, count: int) -> float:
+        if self._theirs is None:
+            self._theirs = self._sharing.open_arena(endpoint, self._buffer.nbytes)
+        self._theirs.write(self._buffer, [(0, 0, num_bytes)])
+        started = time.perf_counter()
+        for index in range(count):
+            offset = index * num_bytes % (self._buffer.nbytes - num_bytes + 1)
+            self._theirs.write(self._buffer, [(offset, offset, num_bytes)])
+        return time.perf_counter() - started
+
+
 class TorchLink(RawLink):
     """`send` and `recv` of a group of two: NCCL on GPUs, else gloo."""
 
@@ -125,13 +149,15 @@ class TorchLink(RawLink):
         return self._buffer[offset : offset + num_bytes]
 
 
-def raw_link(backend: str, arena: torch.Tensor) -> RawLink:
+def raw_link(backend: str, arena: torch.Tensor, sharing: ArenaSharing) -> RawLink:
     """The library under a backend.
 
     Raises:
         ConfigError: if it is not one of the built-in ones.
     """
+    if backend == "shm":
+        return SharedMemoryLink(arena, sharing)
     kinds: dict[str, type[RawLink]] = {"mooncake": MooncakeLink, "nccl": TorchLink}
     if backend not in kinds:
-        raise ConfigError(f"--backend: {backend!r} is none of {', '.join(kinds)}")
+        raise ConfigError(f"--backend: {backend!r} is none of shm, {', '.join(kinds)}")
     return kinds[backend](arena)

@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -41,6 +41,8 @@ from hbserve.messages import (
 )
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_manager
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
+from hbserve.platform import make_platform
 
 _TIMEOUT_S = 60.0
 _SETTINGS_VARIABLE = "HBSERVE_BENCH_TRANSFER"
@@ -64,7 +66,7 @@ class TransferOptions:
 
     backend: str
     protocol: str | None
-    device: str
+    device: Literal["cpu", "cuda"]
     block_bytes: int
     transfer_blocks: tuple[int, ...]
     total_bytes: int
@@ -75,7 +77,7 @@ class TransferOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `options_from`."""
-    parser.add_argument("--backend", default="nccl", help="nccl (default; gloo on the CPU) or mooncake")
+    parser.add_argument("--backend", default="nccl", help="nccl (default; gloo on the CPU), shm or mooncake")
     parser.add_argument("--protocol", choices=["tcp", "rdma", "nvlink"], help="how Mooncake moves bytes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="cuda: from GPU 0 to GPU 1")
     parser.add_argument(
@@ -201,8 +203,9 @@ class _Sender:
         self._replies: asyncio.Queue[Any] = asyncio.Queue()
         self._unread: list[Any] = []
         self._count = 0
-        self.arena, self._manager = _make_rank(options, 0, self._replies.put_nowait)
-        self._raw = raw_link(options.backend, self.arena)
+        rank = _make_rank(options, 0, self._replies.put_nowait)
+        self._num_blocks, self._manager = len(rank.arena), rank.manager
+        self._raw = raw_link(options.backend, rank.arena, rank.sharing)
 
     async def connect(self) -> None:
         """Open a link to the receiver."""
@@ -260,7 +263,7 @@ class _Sender:
         return await asyncio.to_thread(self._raw.send, self._raw_endpoint, num_bytes, count)
 
     def _blocks(self, index: int, num_blocks: int) -> list[int]:
-        total = len(self.arena)
+        total = self._num_blocks
         if not self._options.scatter:
             first = index * num_blocks % (total - num_blocks + 1)
             return list(range(first, first + num_blocks))
@@ -322,11 +325,23 @@ def _socket_pair() -> tuple[Connection, int]:
     return Connection(ours.detach()), theirs.detach()
 
 
-def _make_rank(options: TransferOptions, rank: int, report: Any) -> tuple[torch.Tensor, KVTransferManager]:
+class _Rank(NamedTuple):
+    """What one end has."""
+
+    arena: torch.Tensor
+    sharing: ArenaSharing
+    manager: KVTransferManager
+
+
+def _make_rank(options: TransferOptions, rank: int, report: Any) -> _Rank:
     device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", rank)
     longest = max(options.transfer_blocks)
     num_blocks = max(options.total_bytes // options.block_bytes, longest) * (2 if options.scatter else 1)
-    arena = torch.full((num_blocks, options.block_bytes), rank, dtype=torch.uint8, device=device)
+    platform = make_platform(options.device, rank, 1, 2)
+    platform.activate()
+    shared = platform.allocate_shared_arena(num_blocks * options.block_bytes)
+    arena = shared.tensor.view(num_blocks, options.block_bytes).fill_(rank)
+    sharing = ArenaSharing(shared.handle, platform.open_arena)
     context = KVTransferContext(
         rank=rank,
         epoch=1,
@@ -337,7 +352,7 @@ def _make_rank(options: TransferOptions, rank: int, report: Any) -> tuple[torch.
         buffer_size=1 << 30,
         mooncake_protocol=options.protocol,
     )
-    return arena, make_manager(options.backend, context, arena, report)
+    return _Rank(arena, sharing, make_manager(options.backend, context, arena, report, sharing=sharing))
 
 
 async def _receive(options: TransferOptions, parent: Connection) -> None:
@@ -356,11 +371,11 @@ async def _receive(options: TransferOptions, parent: Connection) -> None:
             loop.remove_reader(parent.fileno())
             commands.put_nowait(None)
 
-    arena, manager = _make_rank(options, 1, tell)
+    arena, sharing, manager = _make_rank(options, 1, tell)
     await manager.start()
     tell(_Receives(Peer(rank=1, epoch=1, endpoint=manager.endpoint), manager.one_sided))
     loop.add_reader(parent.fileno(), on_readable)
-    raw = raw_link(options.backend, arena)
+    raw = raw_link(options.backend, arena, sharing)
     while (command := await commands.get()) is not None:
         if isinstance(command, _Raw):
             await asyncio.to_thread(raw.receive, command.endpoint, command.num_bytes, command.count)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hbserve.attention import select_attention_backend
-from hbserve.config import Config, InstanceConfig
+from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.engine.arenas import ArenaAttachment, attach_arenas, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
-from hbserve.engine.kv_sizing import size_kv
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
-from hbserve.errors import ConfigError
-from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
-from hbserve.messages import StepPlan
+from hbserve.messages import PlanRow, SequenceState, StepPlan
 from hbserve.models.decoder import Decoder
-from hbserve.models.loader import fill_dummy_weights, load_weights
-from hbserve.models.spec import DTYPES, ModelSpec
-from hbserve.models.weights import WeightTable
+from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform
+from hbserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs
@@ -42,12 +39,14 @@ class ModelRunner:
     Args:
         platform: activated already.
         parallel: the ranks that compute the model together; every one must launch the same plans.
+        attachment: to arenas that another process holds; None: arenas of its own.
 
     Attributes:
         spec: the model. parallel: as given. layout: of this rank's part of a KV block.
         num_blocks: of the KV cache; max_model_len: most tokens of prompt and output together; both
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
+        kv_handle: what other processes attach to it with; None: they cannot.
 
     Raises:
         ModelError: if the model folder cannot be served.
@@ -61,52 +60,37 @@ class ModelRunner:
         instance: InstanceConfig,
         platform: Platform,
         parallel: TensorParallel | None = None,
+        attachment: ArenaAttachment | None = None,
     ) -> None:
         self.platform = platform
         self.parallel = parallel = parallel or TensorParallel()
-        self.spec = ModelSpec.load(config.model.path)
-        dtype = self.spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
-        backend = select_attention_backend(config.model.attention_backend, self.spec, dtype, platform)
-
-        table = WeightTable.build(self.spec, dtype, parallel.rank, parallel.size)
-        weights = _allocate(platform, table.num_bytes, "the model's weights")
-        if config.model.load_format == "dummy":
-            fill_dummy_weights(table, weights, config.model.seed)
+        self.spec = spec = ModelSpec.load(config.model.path)
+        dtype = dtype_of(config, spec)
+        backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
+        if attachment is None:
+            arenas = make_arenas(config, spec, platform, parallel)
         else:
-            load_weights(config.model.path, self.spec, table, weights, parallel.rank, parallel.size)
-        self._decoder = Decoder(self.spec, table.views(weights), parallel)
-
-        block_size = config.performance.block_size or backend.preferred_block_size
-        if block_size % backend.block_size_multiple:
-            raise ConfigError(
-                f"performance.block_size: {backend.name} attention needs a multiple of "
-                f"{backend.block_size_multiple}, not {block_size}"
-            )
-        self.layout = KVLayout(
-            num_layers=self.spec.num_layers,
-            block_size=block_size,
-            num_kv_heads=max(1, self.spec.num_kv_heads // parallel.size),
-            head_dim=self.spec.head_dim,
-            dtype=dtype,
-        )
-        size = size_kv(config, self.spec, self.layout, platform, parallel.size)
-        sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
-        self.num_blocks, self.max_model_len = parallel.minimum(sizes).tolist()
-        kv_bytes = self.num_blocks * self.layout.block_bytes
-        kv_arena = _allocate(platform, kv_bytes, f"a KV cache of {self.num_blocks} blocks")
-        self.kv_blocks = self.layout.block_bytes_view(kv_arena, self.num_blocks)
-        kv_cache = self.layout.view(kv_arena, self.num_blocks)
+            arenas = attach_arenas(config, spec, platform, parallel, attachment)
+        self._decoder = Decoder(spec, arenas.table.views(arenas.weights), parallel)
+        self.layout, self.num_blocks, self.max_model_len = arenas.layout, arenas.num_blocks, arenas.max_model_len
+        num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
+        self.kv_blocks = self.layout.block_bytes_view(arenas.kv, self.num_blocks)
+        self.kv_handle = arenas.kv_handle
+        kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
         self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
         self._table = SequenceTable(
             max_num_seqs=config.performance.max_num_seqs,
             max_blocks_per_seq=-(-self.max_model_len // self.layout.block_size),
-            num_blocks=self.num_blocks,
+            num_blocks=num_arena_blocks,
             vocab_size=self.spec.vocab_size,
             device=platform.device,
             tokenizer_folder=config.tokenizer_path,
         )
+        self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
-        self._graphs = self._capture_graphs(config)
+        self._capture_graphs(config, instance.instance_type)
+        if arenas.spare_block is not None:
+            self._warm_up(config, arenas.spare_block)
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
@@ -114,15 +98,16 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _capture_graphs(self, config: Config) -> DecodeGraphs | None:
+    def _capture_graphs(self, config: Config, role: InstanceRole) -> None:
+        """Those of the phases that are done here."""
         if not config.cuda_graph.enabled:
-            return None
+            return
         if self.platform.name != "cuda":
             logger.info("no CUDA graphs: there are none on the %s platform", self.platform.name)
-            return None
+            return
         if importlib.util.find_spec("triton") is None:
             logger.warning("no CUDA graphs: Triton is not installed, so decode steps run eagerly and slower")
-            return None
+            return
         from hbserve.attention.paged_decode import PagedDecode
         from hbserve.engine.decode_graphs import DecodeGraphs
         from hbserve.engine.prefill_graphs import PrefillGraphs
@@ -130,14 +115,37 @@ class ModelRunner:
         reason = PagedDecode.supports(self.spec, self.layout)
         if reason is not None:
             logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)
-            return None
-        heads = self.spec.num_heads // self.parallel.size
-        attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
-        graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
-        # The sampler and FlashInfer keep memory of their own, so a step's tokens are all that counts here.
-        max_tokens = config.performance.max_num_batched_tokens
-        self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, graphs.pool)
-        return graphs
+            return
+        pool: Any = torch.cuda.graph_pool_handle()
+        if role.decodes:
+            heads = self.spec.num_heads // self.parallel.size
+            attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
+            self._graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
+            pool = self._graphs.pool
+        if role.prefills:
+            # The sampler and FlashInfer keep memory of their own, so a step's tokens are all that counts here.
+            max_tokens = config.performance.max_num_batched_tokens
+            self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, pool)
+
+    @torch.inference_mode()
+    def _warm_up(self, config: Config, spare_block: int) -> None:
+        """Run prompts of the lengths that will come, so that the first real one finds everything loaded.
+
+        All their KV goes to one block that is nobody's.
+        """
+        most = min(config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens)
+        for length in (1, min(self.max_model_len - 1, most)):
+            state = SequenceState(
+                slot=0,
+                block_ids=[spare_block] * -(-length // self.layout.block_size),
+                sampling=SamplingParams(temperature=1.0, seed=0, max_tokens=1),
+                end_token_ids=[],
+                min_end_position=0,
+                num_prompt_tokens=length,
+            )
+            row = PlanRow(slot=0, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
+            plan = StepPlan(epoch=0, step_id=0, rows=[row], new_sequences=[state], sends=[])
+            self.launch(plan).result()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -167,11 +175,3 @@ class ModelRunner:
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
-
-
-def _allocate(platform: Platform, num_bytes: int, what: str) -> torch.Tensor:
-    try:
-        return platform.allocate_arena(num_bytes)
-    except RuntimeError:  # torch's own message shows the allocator, not what it was for
-        needed, free = (f"{x / (1 << 30):.1f} GiB" for x in (num_bytes, platform.free_memory_bytes()))
-        raise ConfigError(f"{what} takes {needed}, and {platform.describe()} has {free} free") from None

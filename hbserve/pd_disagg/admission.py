@@ -39,6 +39,7 @@ class Admission:
         self._placement = PLACEMENTS[config.performance.placement]
         self._instances = instances
         self._can_send = can_send
+        self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
         # What the next step can take of all prompts, and of one.
         self._enough_tokens = self._most_of_one = prefill_budget(config)
@@ -59,6 +60,8 @@ class Admission:
         self.is_full = bool(hungry) or not able
         prefill_workers = self._placement(sequence, hungry, True)
         decode_workers = self._placement(sequence, [worker for worker in workers if not worker.role.prefills], False)
+        if self._seat_where_it_decodes(sequence, decode_workers):
+            return True
         num_tokens = len(sequence.tokens)
         for prefill_worker in prefill_workers:
             if prefill_worker.role.decodes:
@@ -83,6 +86,19 @@ class Admission:
                     break
         return False
 
+    def _seat_where_it_decodes(self, sequence: Sequence, decode_workers: list[InstanceHandle]) -> bool:
+        """Spare a request the transfer if so little of its prompt is to be computed that it disturbs nobody."""
+        num_tokens = len(sequence.tokens)
+        for worker in decode_workers if self._local_prefill_tokens else ():
+            block_size = worker.pool.block_size
+            hashes = sequence.hashes(block_size)[: (num_tokens - 1) // block_size]
+            uncached = num_tokens - worker.pool.count_cached_prefix(hashes) * block_size
+            if uncached <= self._local_prefill_tokens:
+                seat = self._take_seat(sequence, worker, num_tokens + 1, prefills=True)
+                if seat is not None:
+                    return _start_prefill(sequence, seat, seat)
+        return False
+
     def _has_enough(self, worker: InstanceHandle, sequence: Sequence) -> bool:
         num_tokens, now = 0, time.monotonic()
         key = self._policy.key(sequence, 0, now)
@@ -94,15 +110,23 @@ class Admission:
                 num_tokens += min(remaining, self._most_of_one)
         return num_tokens >= self._enough_tokens
 
-    def _take_seat(self, sequence: Sequence, worker: InstanceHandle, num_positions: int) -> Seat | None:
-        """A slot and blocks for ``num_positions`` on a worker, its prefix cache used; None if it has not enough."""
+    def _take_seat(
+        self, sequence: Sequence, worker: InstanceHandle, num_positions: int, prefills: bool | None = None
+    ) -> Seat | None:
+        """A slot and blocks for ``num_positions`` on a worker, its prefix cache used; None if it has not enough.
+
+        Args:
+            prefills: whether the prompt is computed there; default: by the worker's role.
+        """
+        if prefills is None:
+            prefills = worker.role.prefills
         pool = worker.pool
         num_tokens = len(sequence.tokens)
         num_running = len(worker.seats) + len(worker.reserved) if worker.role.decodes else 0
         headroom_tokens = self._headroom_tokens
         pool.decode_headroom_blocks = num_running * -(-headroom_tokens // pool.block_size)
         # A worker that prefills must compute the last token, or there are no logits to sample from.
-        usable = num_tokens - 1 if worker.role.prefills else num_tokens
+        usable = num_tokens - 1 if prefills else num_tokens
         hashes = sequence.hashes(pool.block_size)[: usable // pool.block_size]
         hits = pool.count_cached_prefix(hashes)
         owner = f"{sequence.arrival}.{sequence.attempt}"
@@ -112,7 +136,7 @@ class Admission:
         cached = hits * pool.block_size
         return Seat(
             worker=worker,
-            epoch=worker.epoch,
+            epoch=worker.arena_epoch,
             pool=pool,
             owner=owner,
             slot=worker.take_slot(),

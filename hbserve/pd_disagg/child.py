@@ -77,10 +77,12 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def report_status(status: dict[str, Any]) -> None:
-    """Tell the launcher how the start went; does nothing where there is no launcher."""
-    descriptor = os.environ.pop(STATUS_FD_VARIABLE, None)
+def report_status(status: dict[str, Any], is_last: bool = True) -> None:
+    """Tell the launcher how the start went; does nothing where there is no launcher, or after the last word."""
+    descriptor = os.environ.get(STATUS_FD_VARIABLE)
+    if is_last:
+        os.environ.pop(STATUS_FD_VARIABLE, None)
     if descriptor is not None:
         # A launcher that has given up, because another part failed first, no longer reads.
-        with contextlib.suppress(BrokenPipeError), os.fdopen(int(descriptor), "w") as pipe:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(int(descriptor), "w", closefd=is_last) as pipe:
             pipe.write(json.dumps(status) + "\n")

@@ -53,18 +53,25 @@ _KEYS = {
     "kv_ip": "kv_transfer.ip",
     "kv_port": "kv_transfer.port",
     "kv_timeout_s": "kv_transfer.timeout_s",
+    "local_prefill_tokens": "kv_transfer.local_prefill_tokens",
     "kv_verify": "kv_transfer.verify",
     "chunked_prefill_enabled": "chunked_prefill.enabled",
     "chunk_size": "chunked_prefill.chunk_size",
     "max_chunk_prefill_tokens": "chunked_prefill.max_chunk_prefill_tokens",
     "cuda_graph_enabled": "cuda_graph.enabled",
     "cuda_graph_max_seq_len": "cuda_graph.max_seq_len",
+    "prefill_percentage": "semi_pd.prefill_percentage",
+    "decode_percentage": "semi_pd.decode_percentage",
+    "ladder": "semi_pd.ladder",
+    "num_sleepers": "semi_pd.num_sleepers",
+    "slo": "semi_pd.slo",
     "gpu_instances": "gpu_instances",
     "log_level": "logging.level",
     "otlp_endpoint": "telemetry.otlp_endpoint",
     "start_timeout_s": "rpc.start_timeout_s",
     "heartbeat_timeout_s": "rpc.heartbeat_timeout_s",
     "recovery_timeout_s": "rpc.recovery_timeout_s",
+    "max_restarts": "rpc.max_restarts",
 }
 
 
@@ -107,18 +114,25 @@ class PdDisaggConfig:
     kv_ip: str | None = None
     kv_port: int | None = None
     kv_timeout_s: float | None = None
+    local_prefill_tokens: int | None = None
     kv_verify: bool | None = None
     chunked_prefill_enabled: bool | None = None
     chunk_size: int | None = None
     max_chunk_prefill_tokens: int | None = None
     cuda_graph_enabled: bool | None = None
     cuda_graph_max_seq_len: int | None = None
+    prefill_percentage: int | None = None
+    decode_percentage: int | None = None
+    ladder: dict[str, list[int]] | None = None
+    num_sleepers: int | None = None
+    slo: dict[str, Any] | None = None
     gpu_instances: list[dict[str, Any]] | None = None
     log_level: str | None = None
     otlp_endpoint: str | None = None
     start_timeout_s: float | None = None
     heartbeat_timeout_s: float | None = None
     recovery_timeout_s: float | None = None
+    max_restarts: int | None = None
 
     @classmethod
     def from_arguments(cls, model_path: str, **arguments: Any) -> PdDisaggConfig:

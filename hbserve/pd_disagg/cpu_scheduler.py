@@ -14,40 +14,48 @@ import logging
 import secrets
 import time
 from collections import defaultdict
+from typing import Any
 
 import msgspec
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.config import Config
+from hbserve.config import Config, InstanceRole
 from hbserve.import_path import load_class
 from hbserve.messages import (
     AbortRequest,
     AddRequest,
     ClientMessage,
     GetStats,
+    GetWindow,
     Hello,
     InstanceFailed,
     InstanceReply,
     Leaving,
     LinkClosed,
     LinkOpened,
+    MarkRotation,
     NotReady,
     Ping,
     Ready,
     RequestOutput,
+    SetWorkers,
+    Shutdown,
     Stats,
     StepResult,
     SubscribeReady,
     TokenLogprobs,
     TransferResult,
+    Window,
+    WorkerLost,
+    WorkerSpec,
 )
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.pd_disagg import system_stats
 from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
-from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle, WorkerHandle
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
@@ -58,6 +66,8 @@ from hbserve.pd_disagg.waiting_queue import WaitingQueue
 logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 0.1
+_GREETING_INTERVAL_S = 0.02
+_WINDOW_VALUES = 256  # of each latency, in a window that is sent
 _LONGEST_RETRY_DELAY_S = 5.0
 
 
@@ -70,7 +80,8 @@ class CpuScheduler:
     Args:
         config: of the system.
         client_address: where clients connect.
-        instance_addresses: where each instance listens, by id.
+        instance_addresses: where each instance listens, by id; an instance without an address has
+            its workers announced by `SetWorkers`.
 
     Raises:
         StartupError: if the client address cannot be had.
@@ -102,10 +113,16 @@ class CpuScheduler:
         self._clients = ClientPort(self._context, client_address, self._abort_all_of, key)
         self.instances = {
             instance.instance_id: InstanceHandle(
-                instance, config.performance, self._context, instance_addresses[instance.instance_id], key
+                instance, config.performance, self._context, instance_addresses.get(instance.instance_id), key
             )
             for instance in config.gpu_instances
         }
+        if config.semi_pd.slo is not None:
+            for handle in self.instances.values():
+                handle.decode_interval_s = config.semi_pd.slo.decode_interval_ms / 1000
+        self._worker_tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._worker_launchers: dict[str, bytes] = {}
         self._admission = Admission(self.instances, config, self._queue.policy, self.transfers.is_open)
 
     # --- life ------------------------------------------------------------------------------------
@@ -113,23 +130,25 @@ class CpuScheduler:
     async def run(self) -> None:
         """Serve until `stop`."""
         tasks = [asyncio.create_task(self._serve_clients()), asyncio.create_task(self._tick())]
-        for instance in self.instances.values():
-            tasks.append(asyncio.create_task(self._serve_instance(instance)))
-            tasks.append(asyncio.create_task(self._watch_connection(instance)))
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for instance, worker in self._all_workers():
+            self._serve_worker(instance, worker)
         tasks.append(asyncio.create_task(self._run_schedule()))
         stopped = asyncio.create_task(self._stop.wait())
-        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [stopped, self._failure, *tasks]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in (stopped, *tasks):
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
-        for instance in self.instances.values():
-            instance.rpc.close()
+        for _, worker in self._all_workers():
+            await self._drop_worker(worker)
+        await asyncio.gather(*self._closing)
         self._clients.close()
         self._context.term()
         self.metrics.close()
-        for task in done:
-            if task is not stopped:
-                task.result()  # raises: none of them ends on its own otherwise
+        for end in done:
+            if end is not stopped:
+                end.result()  # raises: none of them ends on its own otherwise
 
     def stop(self) -> None:
         """Make `run` return."""
@@ -145,13 +164,29 @@ class CpuScheduler:
             await self._wake.wait()
             self._wake.clear()
             await self._schedule_waiting_requests()
-            for worker in self.instances.values():
-                while worker.ready and len(worker.inflight) < worker.pipeline_depth:
-                    if not self._planner.plan_step(worker):
-                        break
-                    if self.waiting:
-                        self._wake.set()  # what this step took may leave room for more
+            for instance in self.instances.values():
+                for worker, phases in instance.choose_workers().items():
+                    depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
+                    wait_s = instance.decode_wait_s(worker, phases, time.monotonic())
+                    if wait_s is not None:
+                        depth = 1
+                        if wait_s and not worker.inflight:
+                            self._wake_in(instance, wait_s)
+                            continue
+                    while len(worker.inflight) < depth:
+                        if not self._planner.plan_step(instance, worker, phases):
+                            break
+                        worker.last_plan_time = time.monotonic()
+                        if self.waiting:
+                            self._wake.set()  # what this step took may leave room for more
+                self._end_retired(instance)
             self._clients.flush()
+
+    def _wake_in(self, instance: InstanceHandle, seconds: float) -> None:
+        """Schedule again then; one timer per instance."""
+        if instance.timer is not None:
+            instance.timer.cancel()
+        instance.timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
 
     async def _tick(self) -> None:
         """Heartbeats and deadlines."""
@@ -161,11 +196,11 @@ class CpuScheduler:
             now = time.monotonic()
             was_asleep = now - last > 4 * interval + 1.0  # then their silence may be ours
             last = now
-            for instance in self.instances.values():
-                instance.send(Ping(scheduler_epoch=self._epoch, known_epoch=instance.epoch))
-                silence = now - instance.last_seen
-                if instance.ready and silence > self.config.rpc.heartbeat_timeout_s and not was_asleep:
-                    self._lose(instance, f"no sign of life for {silence:.1f} s")
+            for instance, worker in list(self._all_workers()):
+                self._ping(worker)
+                silence = now - worker.last_seen
+                if worker.ready and silence > self.config.rpc.heartbeat_timeout_s and not was_asleep:
+                    self._lose(instance, worker, f"no sign of life for {silence:.1f} s")
             self._check_deadlines(now)
             self.metrics.observe_system(self.waiting, self.instances.values())
             self._wake.set()  # what was lost or given up just now must be planned again, and said
@@ -185,7 +220,11 @@ class CpuScheduler:
                 self._fail(sequence, f"no instance that {does} came back: {self._who_is_missing()}")
 
     def _who_is_missing(self) -> str:
-        missing = [f"{i.id} at {i.rpc.address} ({i.why_lost})" for i in self.instances.values() if not i.ready]
+        missing = []
+        for instance in self.instances.values():
+            if not instance.ready:
+                at = "".join(f" at {worker.rpc.address}" for worker in instance.workers.values())
+                missing.append(f"{instance.id}{at} ({instance.why_lost})")
         return ", ".join(missing) or "nobody"
 
     # --- clients ---------------------------------------------------------------------------------
@@ -216,6 +255,17 @@ class CpuScheduler:
         elif isinstance(message, SubscribeReady):
             self._subscribers[client] = time.monotonic() + message.deadline_s
             self._announce_ready()
+        elif isinstance(message, SetWorkers):
+            self._set_workers(client, message)
+        elif isinstance(message, GetWindow):
+            self.metrics.observe_system(self.waiting, self.instances.values())
+            window = self.metrics.collector.get_current_window_metrics(message.seconds).thinned(_WINDOW_VALUES)
+            self._clients.reply(client, Window(query_id=message.query_id, metrics=msgspec.to_builtins(window)))
+        elif isinstance(message, MarkRotation):
+            if message.begins:
+                self.metrics.collector.begin_exclusion()
+            else:
+                self.metrics.collector.end_exclusion()
 
     def _add(self, client: bytes, request: AddRequest) -> None:
         self.counts["requests"] += 1
@@ -296,40 +346,68 @@ class CpuScheduler:
 
     # --- instances -------------------------------------------------------------------------------
 
-    async def _serve_instance(self, instance: InstanceHandle) -> None:
+    def _all_workers(self) -> list[tuple[InstanceHandle, WorkerHandle]]:
+        return [(instance, worker) for instance in self.instances.values() for worker in instance.workers.values()]
+
+    def _serve_worker(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        tasks = [
+            asyncio.create_task(self._receive_from(instance, worker)),
+            asyncio.create_task(self._watch_connection(instance, worker)),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._on_worker_task_end)
+        self._worker_tasks[worker] = tasks
+
+    def _on_worker_task_end(self, task: asyncio.Task[None]) -> None:
+        """None of them ends on its own."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _drop_worker(self, worker: WorkerHandle) -> None:
+        tasks = self._worker_tasks.pop(worker, [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        worker.rpc.close()
+
+    def _ping(self, worker: WorkerHandle) -> None:
+        worker.send(Ping(scheduler_epoch=self._epoch, known_epoch=worker.epoch))
+
+    async def _receive_from(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         while True:
             try:
-                reply = await instance.rpc.receive()
+                reply = await worker.rpc.receive()
             except msgspec.DecodeError as error:
-                logger.error("dropped a message of %s that is no reply: %s", instance.id, error)
+                logger.error("dropped a message of %s that is no reply: %s", worker.id, error)
                 continue
-            self._on_instance_reply(instance, reply)
+            self._on_instance_reply(instance, worker, reply)
             self._wake.set()
 
-    async def _watch_connection(self, instance: InstanceHandle) -> None:
+    async def _watch_connection(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         while True:
-            await instance.rpc.wait_disconnected()
-            self._lose(instance, "its connection broke")
+            await worker.rpc.wait_disconnected()
+            self._lose(instance, worker, "its connection broke")
             self._wake.set()
 
-    def _on_instance_reply(self, instance: InstanceHandle, reply: InstanceReply) -> None:
+    def _on_instance_reply(self, instance: InstanceHandle, worker: WorkerHandle, reply: InstanceReply) -> None:
         if isinstance(reply, Hello):
-            self._register(instance, reply)
+            self._register(instance, worker, reply)
             return
         if isinstance(reply, InstanceFailed):
-            self._lose(instance, reply.error)
+            self._lose(instance, worker, reply.error)
             for client in list(self._subscribers):
                 del self._subscribers[client]
                 self._clients.reply(client, NotReady(reason=f"{instance.id}: {reply.error}"))
             return
-        if reply.epoch != instance.epoch:
+        if reply.epoch != worker.epoch:
             return  # from an incarnation that has been given up
-        instance.last_seen = time.monotonic()
+        worker.last_seen = time.monotonic()
         if isinstance(reply, StepResult):
             if reply.error is not None:
-                self._lose(instance, f"a step failed: {reply.error}")
+                self._lose(instance, worker, f"a step failed: {reply.error}")
             else:
-                self._on_step_result(instance, reply)
+                self._on_step_result(worker, reply)
         elif isinstance(reply, TransferResult):
             self._on_transfer_result(reply)
         elif isinstance(reply, LinkOpened):
@@ -338,67 +416,148 @@ class CpuScheduler:
         elif isinstance(reply, LinkClosed):
             self.transfers.on_link_closed(instance, reply)
         elif isinstance(reply, Leaving):
-            self._lose(instance, "it is ending")
+            self._lose(instance, worker, "it is ending")
 
-    def _register(self, instance: InstanceHandle, hello: Hello) -> None:
-        if hello.epoch == instance.epoch:
+    def _register(self, instance: InstanceHandle, worker: WorkerHandle, hello: Hello) -> None:
+        if hello.epoch == worker.epoch:
             return
-        problem = self._misfit(instance, hello)
+        problem = self._misfit(worker, hello)
         if problem is not None:
             logger.error("%s", problem)
             instance.why_lost = problem
             return
-        if instance.ready:
-            self._lose(instance, "it started again")
-        instance.register(hello)
+        if worker.ready:
+            self._lose(instance, worker, "it started again")
+        instance.register(worker, hello)
         self.transfers.connect(self.instances.values())
         others = [i.hello.max_model_len for i in self.instances.values() if i.hello is not None]
         self._max_model_len = min(others) if self._max_model_len is None else min(self._max_model_len, *others)
         self._vocab_size = hello.vocab_size
-        logger.info("%s registered: %s, %d KV blocks", instance.id, hello.device, hello.num_blocks)
-        self.events.note("ready", instance.id, f"{hello.device}, {hello.num_blocks} KV blocks")
+        logger.info("%s registered: %s, %d KV blocks", worker.id, hello.device, hello.num_blocks)
+        self.events.note("ready", worker.id, f"{hello.device}, {hello.num_blocks} KV blocks")
         self._announce_ready()
 
-    def _misfit(self, instance: InstanceHandle, hello: Hello) -> str | None:
-        """Why an instance cannot work with the others."""
-        if hello.instance_id != instance.id or hello.role != instance.role:
-            return f"{instance.rpc.address} is {hello.role} {hello.instance_id!r}, not {instance.role} {instance.id!r}"
-        for other in self.instances.values():
-            if other is instance or other.hello is None:
+    def _misfit(self, worker: WorkerHandle, hello: Hello) -> str | None:
+        """Why a worker cannot work with the others."""
+        if hello.instance_id != worker.id or hello.role != worker.role:
+            return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.role} {worker.id!r}"
+        for _, other in self._all_workers():
+            if other is worker or other.hello is None:
                 continue
             mine, theirs = (
                 (each.block_size, each.block_bytes, each.vocab_size, len(each.peers)) for each in (hello, other.hello)
             )
             if mine != theirs:
                 return (
-                    f"{instance.id} and {other.id} do not fit: (block size, block bytes, vocabulary, ranks) "
+                    f"{worker.id} and {other.id} do not fit: (block size, block bytes, vocabulary, ranks) "
                     f"is {mine} and {theirs}; do they run the same model with the same settings?"
                 )
         return None
 
-    def _lose(self, instance: InstanceHandle, why: str) -> None:
-        """An instance is gone: what was there is computed again, from tokens that are all here."""
-        if not instance.ready:
-            instance.why_lost = why
+    def _lose(self, instance: InstanceHandle, worker: WorkerHandle, why: str) -> None:
+        """A worker is gone: what was there is computed again, from tokens that are all here."""
+        if not worker.ready:
+            instance.note_lost(why)
             return
-        logger.warning("lost %s: %s", instance.id, why)
-        self.events.note("lost", instance.id, why)
-        seated = [
-            sequence for sequence in self._sequences.values() if any(seat.worker is instance for seat in sequence.seats)
-        ]
+        logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
+        self.events.note("lost", worker.id, why)
+        if worker.owns_memory:
+            worker.hello = None
+            worker.inflight.clear()
+            self._lose_memory(instance, f"{instance.id} was lost: {why}")
+            return
+        # The memory is intact, but until the process has ended it may still write: see `_set_workers`.
+        worker.hello = None
+        instance.note_lost(why)
+        if not worker.is_retiring:
+            self._clients.reply(self._worker_launchers[instance.id], WorkerLost(worker_id=worker.id, reason=why))
+
+    def _lose_memory(self, instance: InstanceHandle, why: str) -> None:
+        seated = [s for s in self._sequences.values() if any(seat.worker is instance for seat in s.seats)]
         failed = self.transfers.lose(instance)
-        instance.lose(why)
+        instance.reset()
+        instance.note_lost(why)
         for sequence in seated:
-            self._retry(sequence, f"{instance.id} was lost: {why}")
-        self._retry_all(failed, f"{instance.id} was lost: {why}")
+            self._retry(sequence, why)
+        self._retry_all(failed, why)
+
+    # --- workers on memory that another process holds --------------------------------------------
+
+    def _set_workers(self, launcher: bytes, message: SetWorkers) -> None:
+        instance = self.instances.get(message.instance_id)
+        if instance is None or instance.id in instance.workers:
+            logger.error("dropped a list of workers for %r, which is no such instance", message.instance_id)
+            return
+        self._worker_launchers[instance.id] = launcher
+        instance.shares = {
+            InstanceRole.PREFILL: message.prefill_percentage,
+            InstanceRole.DECODE: message.decode_percentage,
+        }
+        if instance.arena_epoch not in (0, message.arena_epoch):
+            logger.warning("lost the memory of %s: %s", instance.id, message.reason)
+            for worker in list(instance.workers.values()):
+                instance.forget_worker(worker)
+                self._close_later(worker)
+            self._lose_memory(instance, f"the memory of {instance.id} was lost: {message.reason}")
+        for worker_id in message.gone:
+            if worker_id in instance.workers:
+                worker = instance.workers[worker_id]
+                self._take_back(instance.forget_worker(worker))
+                self._close_later(worker)
+        named = {spec.worker_id for spec in message.workers}
+        for worker in instance.workers.values():
+            worker.is_retiring = worker.id not in named
+        for spec in message.workers:
+            if spec.worker_id not in instance.workers:
+                worker = self._new_worker(spec)
+                instance.workers[worker.id] = worker
+                self._serve_worker(instance, worker)
+                self._greet(worker)
+
+    def _new_worker(self, spec: WorkerSpec) -> WorkerHandle:
+        key = ClusterKey.of(self.config)
+        return WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address, key)
+
+    def _greet(self, worker: WorkerHandle) -> None:
+        """Ask for its `Hello` until it comes: sooner than at the next heartbeat."""
+        if worker in self._worker_tasks and not worker.ready:
+            self._ping(worker)
+            asyncio.get_running_loop().call_later(_GREETING_INTERVAL_S, self._greet, worker)
+
+    def _take_back(self, unconfirmed: list[InflightStep]) -> None:
+        """Steps that nobody will confirm, of a process that cannot write any more: others do them again."""
+        for step in unconfirmed:
+            for row in step.rows:
+                sequence, seat = row.sequence, row.seat
+                seat.pool.unpin(seat.owner)
+                if row.attempt != sequence.attempt or sequence.phase is Phase.FINISHED or not seat.num_inflight:
+                    continue
+                seat.roll_back()
+                sequence.num_setbacks += 1
+                if sequence.num_setbacks >= self.config.kv_transfer.max_attempts:
+                    self._fail(sequence, f"{sequence.num_setbacks} workers in a row were lost in its steps")
+
+    def _end_retired(self, instance: InstanceHandle) -> None:
+        """Have workers end that have nothing left to do, where others can do their phase."""
+        for worker in instance.workers.values():
+            if worker.ready and worker.is_retiring and not worker.is_told_to_end and not worker.inflight:
+                others = [other for other in instance.workers.values() if other.ready and not other.is_retiring]
+                if any(other.role is worker.role for other in others):
+                    worker.is_told_to_end = True
+                    worker.send(Shutdown())
+
+    def _close_later(self, worker: WorkerHandle) -> None:
+        task = asyncio.create_task(self._drop_worker(worker))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     # --- results ---------------------------------------------------------------------------------
 
-    def _on_step_result(self, worker: InstanceHandle, result: StepResult) -> None:
+    def _on_step_result(self, worker: WorkerHandle, result: StepResult) -> None:
         step = worker.inflight.popleft()
         assert step.step_id == result.step_id, "a worker answers in order"
-        worker.num_steps += 1
-        worker.busy_s += result.busy_s
+        worker.work.num_steps += 1
+        worker.work.busy_s += result.busy_s
         worker.last_step_s = result.busy_s
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         now = time.monotonic()
@@ -409,9 +568,11 @@ class CpuScheduler:
             if row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
                 self._advance(sequence, seat, row.end)
                 if sample is not None:
+                    worker.work.num_tokens += 1
                     last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
                     self._on_token(sequence, seat, *sample)
+            seat.num_inflight -= 1
             seat.pool.unpin(seat.owner)
         assert next(samples, None) is None, "more samples than rows that sample"
         self._queue.step_done(step, result.busy_s)
@@ -432,7 +593,7 @@ class CpuScheduler:
     def _on_token(self, sequence: Sequence, seat: Seat, token: int, logprobs: TokenLogprobs | None) -> None:
         assert seat.num_computed == len(sequence.tokens), "a token for another position than the next"
         sequence.tokens.append(token)
-        seat.worker.num_tokens += 1
+        sequence.num_setbacks = 0
         self.counts["generated_tokens"] += 1
         is_first = sequence.first_token_time is None
         if is_first:

@@ -18,7 +18,7 @@ from hbserve.messages import GetStats, SchedulerReply, Stats
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import GenerationOutput, SampleDelta
-from hbserve.pd_disagg.launcher import Launcher
+from hbserve.pd_disagg.launcher import InstanceSupervisor, Launcher
 from hbserve.pd_disagg.text_engine import Prompt, TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
@@ -136,6 +136,11 @@ class DisaggregatedLLM:
         if self._client is None:
             raise EngineDeadError("not started; await start() first")
         return self._client
+
+    @property
+    def supervisors(self) -> dict[str, InstanceSupervisor]:
+        """Of the instances that have several processes, by name: for ``semi_pd`` their rotation managers."""
+        return self._launcher.supervisors
 
     async def generate(
         self,

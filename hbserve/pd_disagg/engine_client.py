@@ -165,6 +165,11 @@ class EngineClient:
         """Why no more requests are served, or None while they are."""
         return self._dead
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
     def _deliver(self, output: RequestOutput) -> None:
         ended = output.finish_reason is not None
         sink = self._streams.pop(output.request_id, None) if ended else self._streams.get(output.request_id)

@@ -47,13 +47,16 @@ from hbserve.messages import (
 )
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.rpc import RpcServer, bind_address
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
+    from hbserve.engine.arenas import ArenaAttachment
     from hbserve.engine.model_runner import ModelRunner
+    from hbserve.platform import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,22 @@ class GpuInstance:
         config: of the system.
         instance: which of its instances this is.
         address: where to listen for the scheduler.
+        attachment: to arenas that another process holds; None: it has its own.
+        partition: its share of the device.
     """
 
-    def __init__(self, config: Config, instance: InstanceConfig, address: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        address: str,
+        attachment: ArenaAttachment | None = None,
+        partition: Partition | None = None,
+    ) -> None:
         self.config = config
         self.instance = instance
+        self._attachment = attachment
+        self._partition = partition
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
@@ -111,12 +125,15 @@ class GpuInstance:
             len(self.config.gpu_instances),
             0,
             size,
+            self._partition,
         )
         self._platform.activate()
         with torch.inference_mode():
             timeout_s = max(rpc.start_timeout_s, rpc.step_timeout_s)
             parallel = join_group(self._platform, 0, size, self._ranks.port, self._ranks.take_listener(), timeout_s)
-            self._runner: ModelRunner = ModelRunner(self.config, self.instance, self._platform, parallel)
+            self._runner: ModelRunner = ModelRunner(
+                self.config, self.instance, self._platform, parallel, self._attachment
+            )
             self._ranks.wait_ready(started + rpc.start_timeout_s)
             logger.info(
                 "ready in %.1f s: %s on %s, %d KV blocks of %d tokens",
@@ -127,7 +144,12 @@ class GpuInstance:
                 self._runner.layout.block_size,
             )
             self._transfers = RankTransfers(
-                self.config, self.instance, 0, self._runner.kv_blocks, lambda reply: self._on_transfer_reply(0, reply)
+                self.config,
+                self.instance,
+                0,
+                self._runner.kv_blocks,
+                lambda reply: self._on_transfer_reply(0, reply),
+                ArenaSharing(self._runner.kv_handle, self._platform.open_arena),
             )
             self._joint_results = JointResults(size, self._on_joint_reply, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")
@@ -269,6 +291,7 @@ class GpuInstance:
                 instance_id=self.instance.instance_id,
                 role=self.instance.instance_type,
                 epoch=self._epoch,
+                arena_epoch=self._epoch if self._attachment is None else self._attachment.epoch,
                 pid=os.getpid(),
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
@@ -341,11 +364,21 @@ def run_instance(config: Config, instance_id: str, address: str) -> int:
     Raises:
         HBServeError: if it cannot start.
     """
-    instance = config.instance(instance_id)
+    return run_worker(config, config.instance(instance_id), address)
+
+
+def run_worker(
+    config: Config,
+    instance: InstanceConfig,
+    address: str,
+    attachment: ArenaAttachment | None = None,
+    partition: Partition | None = None,
+) -> int:
+    """As `run_instance`, of an instance that need not be one of the configuration's; arguments as `GpuInstance`."""
     name = instance.instance_id
     child.set_process_title(f"hbserve-{name}-TP0")
     child.configure_logging(config.logging, name)
-    worker = GpuInstance(config, instance, address)
+    worker = GpuInstance(config, instance, address, attachment, partition)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     if child.STATUS_FD_VARIABLE in os.environ:

@@ -1,7 +1,15 @@
-"""The scheduler's view of one instance: its connection, its pool, its seats and its steps in flight."""
+"""The scheduler's view of one instance: its pool, its seats, and the workers that compute on it.
+
+An instance is a KV pool with slots. Most have one worker, which owns the pool's memory: when it is
+lost, the pool is. Where a resident process owns the memory, any number of workers may come and go,
+each for one phase and with a share of the device; which of them gets a phase's next plan is decided
+step by step (`choose_workers`). A worker keeps nothing that a plan could not tell the next one, so a
+sequence changes workers between two steps: when nothing of it is in flight at the old one.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 from collections import deque
@@ -14,8 +22,10 @@ from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages import Hello, InstanceCommand
 from hbserve.pd_disagg.rpc import RpcClient
+from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.pd_disagg.sequence import Seat, Sequence
 
+_PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
 _SHORT_STEP_S = 2e-3
 """Result out, scheduling, plan in and launch take about 1 ms."""
 
@@ -41,47 +51,57 @@ class InflightStep:
     prefill_tokens: int = 0
 
 
-class InstanceHandle:
-    """One instance as the scheduler knows it.
+@dataclass(slots=True)
+class Work:
+    """What has been done: confirmed steps, sampled tokens, seconds of the device."""
 
-    ``hello`` is None while the instance is not registered: not started yet, or lost.
+    num_steps: int = 0
+    num_tokens: int = 0
+    busy_s: float = 0.0
+
+    def add(self, other: Work) -> None:
+        """Count another's as well."""
+        self.num_steps += other.num_steps
+        self.num_tokens += other.num_tokens
+        self.busy_s += other.busy_s
+
+
+class WorkerHandle:
+    """One worker as the scheduler knows it: its connection and its steps in flight.
+
+    ``hello`` is None while it is not registered: not started yet, or lost.
+
+    Attributes:
+        percentage: its share of the device.
+        is_retiring: it gets no more plans where another worker can, and is told to end when nothing
+            is in flight.
     """
 
     def __init__(
         self,
-        config: InstanceConfig,
-        performance: PerformanceConfig,
+        worker_id: str,
+        role: InstanceRole,
+        percentage: int,
         context: zmq.Context[zmq.Socket[bytes]],
         address: str,
         key: ClusterKey | None = None,
     ) -> None:
-        self.config = config
-        self.id = config.instance_id
-        self.role: InstanceRole = config.instance_type
+        self.id = worker_id
+        self.role = role
+        self.percentage = percentage
         self.rpc = RpcClient(context, address, key)
         self.hello: Hello | None = None
         self.last_seen = time.monotonic()
-        self.lost_since: float | None = self.last_seen
-        self.why_lost = "has not started yet"
-        self.num_restarts = -1
-        self.num_steps = 0
-        self.num_tokens = 0
-        self.busy_s = 0.0
-        self.last_step_s = 0.0
-        self._performance = performance
-        self._reset()
-
-    def _reset(self) -> None:
         self.inflight: deque[InflightStep] = deque()
-        self.seats: dict[Sequence, Seat] = {}
-        self.reserved: dict[Sequence, Seat] = {}
-        self._free_slots = list(range(self._performance.max_num_seqs))
+        self.is_retiring = False
+        self.is_told_to_end = False
+        self.work = Work()
+        self.last_step_s = 0.0
+        self.last_plan_time = 0.0
 
-    @property
-    def pipeline_depth(self) -> int:
+    def pipeline_depth(self, configured: int) -> int:
         """Plans to have in flight: one more where a round trip takes longer than a step."""
-        short = 0 < self.last_step_s < _SHORT_STEP_S
-        return self._performance.pipeline_depth + short
+        return configured + (0 < self.last_step_s < _SHORT_STEP_S)
 
     @property
     def ready(self) -> bool:
@@ -93,29 +113,183 @@ class InstanceHandle:
         """Of the incarnation that is registered; 0 for none."""
         return self.hello.epoch if self.hello is not None else 0
 
-    def register(self, hello: Hello) -> None:
-        """A new incarnation is here, with an empty pool."""
-        self.hello = hello
-        self.lost_since = None
-        self.last_seen = time.monotonic()
-        self.num_restarts += 1
-        self._reset()
-        self.pool = UnifiedStorageManager(
-            hello.num_blocks, hello.block_size, enable_prefix_caching=self._performance.enable_prefix_caching
-        )
-
-    def lose(self, why: str) -> list[InflightStep]:
-        """The incarnation is gone; returns its steps that will never be confirmed."""
-        self.hello = None
-        self.lost_since = time.monotonic()
-        self.why_lost = why
-        unconfirmed = list(self.inflight)
-        self._reset()
-        return unconfirmed
+    @property
+    def owns_memory(self) -> bool:
+        """Whether the pool's memory is its own, and lost with it."""
+        return self.hello is None or self.hello.arena_epoch == self.hello.epoch
 
     def send(self, command: InstanceCommand) -> None:
-        """Send; what does not reach an instance is noticed by its silence."""
+        """Send; what does not reach a worker is noticed by its silence."""
         self.rpc.send(command)
+
+
+class InstanceHandle:
+    """One instance as the scheduler knows it.
+
+    Args:
+        address: of its one worker; None where workers are announced later.
+
+    Attributes:
+        workers: by name, in the order in which they came.
+        arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
+        shares: each phase's percentage while both are busy.
+        decode_interval_s: while prefill is busy at another worker, decode steps begin no sooner after
+            each other: what they do not take speeds prefill up. 0: no limit.
+        timer: of the scheduler, for a step that is held back.
+    """
+
+    def __init__(
+        self,
+        config: InstanceConfig,
+        performance: PerformanceConfig,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str | None,
+        key: ClusterKey | None = None,
+    ) -> None:
+        self.config = config
+        self.id = config.instance_id
+        self.role: InstanceRole = config.instance_type
+        self.workers: dict[str, WorkerHandle] = {}
+        if address is not None:
+            self.workers[self.id] = WorkerHandle(self.id, self.role, 100, context, address, key)
+        self.arena_epoch = 0
+        self.shares = dict.fromkeys(_PHASES, 100)
+        self.decode_interval_s = 0.0
+        self.timer: asyncio.TimerHandle | None = None
+        self.lost_since: float | None = time.monotonic()
+        self.why_lost = "has not started yet"
+        self.num_restarts = -1
+        self._work_of_ended = Work()
+        self._performance = performance
+        self.reset()
+
+    def reset(self) -> None:
+        """The pool's memory is gone, and all seats with it."""
+        self.arena_epoch = 0
+        self.seats: dict[Sequence, Seat] = {}
+        self.reserved: dict[Sequence, Seat] = {}
+        self._free_slots = list(range(self._performance.max_num_seqs))
+        self._current: dict[InstanceRole, WorkerHandle] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every phase that is done here has a worker."""
+        roles = [worker.role for worker in self.workers.values() if worker.ready]
+        return (not self.role.prefills or any(role.prefills for role in roles)) and (
+            not self.role.decodes or any(role.decodes for role in roles)
+        )
+
+    @property
+    def hello(self) -> Hello | None:
+        """What one of the registered workers said of itself; None where there is none."""
+        return next((worker.hello for worker in self.workers.values() if worker.hello is not None), None)
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Over all workers."""
+        return sum(len(worker.inflight) for worker in self.workers.values())
+
+    @property
+    def work(self) -> Work:
+        """Of all workers that are or were here."""
+        total = Work()
+        for work in (self._work_of_ended, *(worker.work for worker in self.workers.values())):
+            total.add(work)
+        return total
+
+    def register(self, worker: WorkerHandle, hello: Hello) -> None:
+        """A worker is here; if it comes with new memory, so is a new pool, which is empty."""
+        worker.hello = hello
+        worker.last_seen = time.monotonic()
+        if hello.arena_epoch != self.arena_epoch:
+            self.reset()
+            self.arena_epoch = hello.arena_epoch
+            self.num_restarts += 1
+            self.pool = UnifiedStorageManager(
+                hello.num_blocks, hello.block_size, enable_prefix_caching=self._performance.enable_prefix_caching
+            )
+        if self.ready:
+            self.lost_since = None
+
+    def note_lost(self, why: str) -> None:
+        """Remember since when and why some phase has no worker, if that is so."""
+        self.why_lost = why
+        if self.lost_since is None and not self.ready:
+            self.lost_since = time.monotonic()
+
+    def send(self, command: InstanceCommand) -> None:
+        """Send to the instance's one worker; transfers are only between instances that have one."""
+        for worker in self.workers.values():
+            worker.send(command)
+
+    # --- who computes ----------------------------------------------------------------------------
+
+    def choose_workers(self) -> dict[WorkerHandle, set[InstanceRole]]:
+        """Who may get plans now, and for which phases.
+
+        The other phase's being idle or busy decides the share, and so the worker. A change waits for
+        the steps that the phase has in flight at its old worker.
+        """
+        chosen: dict[WorkerHandle, set[InstanceRole]] = {}
+        for phase in _PHASES:
+            candidates = self._candidates(phase)
+            if not candidates:
+                continue
+            target = candidates[0]
+            if len(candidates) > 1:
+                percentages = [worker.percentage for worker in candidates]
+                alone = not self._is_busy(_other(phase))
+                wanted = choose_percentage(percentages, self.shares[phase], alone)
+                target = next(worker for worker in reversed(candidates) if worker.percentage == wanted)
+            current = self._current.get(phase)
+            if current is not None and current is not target and current.ready and current.inflight:
+                continue
+            self._current[phase] = target
+            chosen.setdefault(target, set()).add(phase)
+        return chosen
+
+    def decode_wait_s(self, worker: WorkerHandle, phases: set[InstanceRole], now: float) -> float | None:
+        """How long the worker's next decode step is held back; None: not at all, as deep as the pipeline goes.
+
+        Held-back steps go one at a time: one that is in flight early would not be held back.
+        """
+        if not self.decode_interval_s or phases != {InstanceRole.DECODE} or not self._is_busy(InstanceRole.PREFILL):
+            return None
+        return max(0.0, worker.last_plan_time + self.decode_interval_s - now)
+
+    def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
+        # Short prompts may be computed where they decode; admission seats no others there.
+        role = InstanceRole.DECODE if self.role is InstanceRole.DECODE else phase
+        able = [w for w in self.workers.values() if w.ready and _does(w.role, role) and _does(self.role, role)]
+        return [worker for worker in able if not worker.is_retiring] or able
+
+    def current(self, phase: InstanceRole) -> WorkerHandle | None:
+        """Who got the phase's plans last."""
+        return self._current.get(phase)
+
+    def _is_busy(self, phase: InstanceRole) -> bool:
+        current = self._current.get(phase)
+        if current is not None and current.inflight:
+            return True
+        if phase is InstanceRole.PREFILL:
+            return any(seat.num_planned < seat.num_tokens_at_entry for seat in self.seats.values())
+        return any(seat.num_planned >= seat.num_tokens_at_entry for seat in self.seats.values())
+
+    def forget_worker(self, worker: WorkerHandle) -> list[InflightStep]:
+        """A worker has ended; returns its steps that will never be confirmed."""
+        worker.hello = None
+        self.workers.pop(worker.id, None)
+        self._work_of_ended.add(worker.work)
+        for phase in _PHASES:
+            if self._current.get(phase) is worker:
+                del self._current[phase]
+        for seat in self.seats.values():
+            seat.blocks_sent.pop(worker, None)
+        unconfirmed = list(worker.inflight)
+        worker.inflight.clear()
+        return unconfirmed
+
+    # --- seats -----------------------------------------------------------------------------------
 
     @property
     def has_free_slot(self) -> bool:
@@ -123,7 +297,7 @@ class InstanceHandle:
         return bool(self._free_slots)
 
     def take_slot(self) -> int:
-        """The lowest free slot: low slots keep the worker's tables dense."""
+        """The lowest free slot: low slots keep the workers' tables dense."""
         return heapq.heappop(self._free_slots)
 
     def reserve(self, sequence: Sequence, seat: Seat) -> None:
@@ -136,9 +310,9 @@ class InstanceHandle:
         self.seats[sequence] = seat
 
     def release(self, sequence: Sequence, seat: Seat) -> None:
-        """Free a seat. Steps in flight may still name its slot; the worker works in order, so no harm."""
-        if seat.epoch != self.epoch:
-            return  # the incarnation is gone and all its seats with it
+        """Free a seat. Steps in flight may still name its slot; a worker works in order, so no harm."""
+        if seat.epoch != self.arena_epoch:
+            return  # the memory is gone and all its seats with it
         self.seats.pop(sequence, None)
         self.reserved.pop(sequence, None)
         heapq.heappush(self._free_slots, seat.slot)
@@ -147,3 +321,11 @@ class InstanceHandle:
     def num_tokens_to_prefill(self) -> int:
         """Prompt tokens that are seated here and not planned: the load that placement looks at."""
         return sum(max(0, seat.num_tokens_at_entry - seat.num_planned) for seat in self.seats.values())
+
+
+def _other(phase: InstanceRole) -> InstanceRole:
+    return InstanceRole.PREFILL if phase is InstanceRole.DECODE else InstanceRole.DECODE
+
+
+def _does(role: InstanceRole, phase: InstanceRole) -> bool:
+    return role.prefills if phase is InstanceRole.PREFILL else role.decodes

@@ -15,6 +15,7 @@ from hbserve.errors import EngineDeadError
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM, as_batch, gather_or_cancel, one_each
 from hbserve.pd_disagg.generation_output import GenerationOutput
+from hbserve.pd_disagg.launcher import InstanceSupervisor
 from hbserve.pd_disagg.text_engine import Prompt
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import ChatMessage
@@ -86,6 +87,11 @@ class LLM:
     def get_system_stats(self) -> dict[str, Any]:
         """The scheduler's books: see `hbserve.pd_disagg.system_stats.collect` for the keys."""
         return self._llm.get_system_stats()
+
+    @property
+    def supervisors(self) -> dict[str, InstanceSupervisor]:
+        """Of the instances that have several processes, by name: for ``semi_pd`` their rotation managers."""
+        return self._llm.supervisors
 
     async def _generate(
         self,

@@ -29,6 +29,7 @@ from hbserve.messages import (
     StepResult,
 )
 from hbserve.pd_disagg import child
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
 from hbserve.pd_disagg.rank_line import RankLine
@@ -94,7 +95,14 @@ class RankWorker:
                 platform, self.tp_rank, size, port, None, max(rpc.start_timeout_s, rpc.step_timeout_s)
             )
             runner = ModelRunner(self.config, self.instance, platform, parallel)
-            self._transfers = RankTransfers(self.config, self.instance, self.tp_rank, runner.kv_blocks, self._line.send)
+            self._transfers = RankTransfers(
+                self.config,
+                self.instance,
+                self.tp_rank,
+                runner.kv_blocks,
+                self._line.send,
+                ArenaSharing(runner.kv_handle, platform.open_arena),
+            )
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             pipeline = StepPipeline(runner, self._on_step_done, self._on_step_failed)

@@ -13,7 +13,7 @@ from hbserve.messages import AddRequest, SequenceState
 if TYPE_CHECKING:
     from hbserve.kv_cache.storage_manager import UnifiedStorageManager
     from hbserve.metrics.request_metrics import RequestMetrics
-    from hbserve.pd_disagg.instance_handle import InstanceHandle
+    from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
 
 
 class Phase(StrEnum):
@@ -28,16 +28,20 @@ class Phase(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class Seat:
-    """A sequence's place on one worker: its slot there, its blocks in that worker's pool.
+    """A sequence's place on one instance: its slot there, its blocks in that instance's pool.
 
     Attributes:
-        epoch: of the worker's incarnation; once it is over the seat is void.
+        worker: the instance.
+        epoch: of the pool's memory; once it is over the seat is void.
         owner: the name under which the pool knows the blocks.
         num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
         num_planned: positions whose KV exists or is in a plan that has been sent.
         num_computed: positions whose KV is confirmed to be in the pool.
-        num_blocks_sent: how much of the block table the worker has been told; None: it does not
-            know the sequence.
+        last_worker: who got the sequence's last row; only once nothing is in flight there may
+            another worker go on.
+        num_inflight: rows that have been sent to it and are not confirmed.
+        blocks_sent: how much of the block table each worker has been told; a worker that is not
+            there does not know the sequence.
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
     """
 
@@ -50,7 +54,30 @@ class Seat:
     num_planned: int
     num_computed: int
     num_sealed: int
-    num_blocks_sent: int | None = None
+    last_worker: WorkerHandle | None = None
+    num_inflight: int = 0
+    blocks_sent: dict[WorkerHandle, int] = field(default_factory=dict)
+
+    def can_go_to(self, worker: WorkerHandle) -> bool:
+        """Whether a worker may get the next row."""
+        return not self.num_inflight or self.last_worker is worker
+
+    def go_to(self, worker: WorkerHandle, keeps_state: bool) -> None:
+        """A worker gets the next row.
+
+        Args:
+            keeps_state: whether workers hold more of the sequence than its block table and its last
+                token; what another one held of it is then out of date.
+        """
+        if self.last_worker is not worker and keeps_state:
+            self.blocks_sent.clear()
+        self.last_worker = worker
+        self.num_inflight += 1
+
+    def roll_back(self) -> None:
+        """What is in flight will never be confirmed, and is to be planned again."""
+        self.num_planned = self.num_computed
+        self.num_inflight = 0
 
     @property
     def block_ids(self) -> list[int]:
@@ -74,6 +101,7 @@ class Sequence:
         open_transfers: transfers of this attempt that the decode side has not confirmed.
         prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
         num_failures: attempts that ended in a failure not of the request's making.
+        num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after one, on the monotonic clock.
         rank: its place in the queue, see `QueuePolicy.rank`.
         metrics: its times; `SchedulerMetrics.arrived` sets it.
@@ -94,6 +122,7 @@ class Sequence:
     open_transfers: set[str] = field(default_factory=set)
     prefilled_at: float = 0.0
     num_failures: int = 0
+    num_setbacks: int = 0
     retry_at: float = 0.0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
@@ -124,13 +153,18 @@ class Sequence:
         extend_block_hashes(self.block_hashes, self.tokens, block_size)
         return self.block_hashes
 
-    def state_for(self, seat: Seat) -> SequenceState:
-        """All that a worker needs to take the sequence on."""
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a worker's state of the sequence changes with every token: token counts and grammars do."""
         sampling = self.request.sampling
         penalised = (
             sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         )
-        needs_history = penalised or self.has_grammar
+        return penalised or self.has_grammar
+
+    def state_for(self, seat: Seat) -> SequenceState:
+        """All that a worker needs to take the sequence on."""
+        sampling = self.request.sampling
         return SequenceState(
             slot=seat.slot,
             block_ids=list(seat.block_ids),
@@ -138,5 +172,5 @@ class Sequence:
             end_token_ids=self.request.end_token_ids,
             min_end_position=self.num_prompt_tokens + sampling.min_tokens,
             num_prompt_tokens=self.num_prompt_tokens,
-            history=list(self.tokens) if needs_history else None,
+            history=list(self.tokens) if self.keeps_state else None,
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from hbserve.config import Config
+from hbserve.config import Config, InstanceRole
 from hbserve.messages import PlanRow, SendBlocks, SequenceState, StepPlan
-from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle
+from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle, WorkerHandle
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
@@ -33,22 +33,22 @@ class StepPlanner:
         self._preempt = preempt
         self._num_steps = 0
 
-    def plan_step(self, worker: InstanceHandle) -> bool:
-        """Send a worker its next step, decodes first; False if there is nothing to do."""
-        step = _StepBuilder()
+    def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
+        """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
+        step = _StepBuilder(worker)
         # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
-        seats = sorted(worker.seats.items(), key=lambda item: item[0].arrival)
-        for sequence, seat in seats:
+        seats = sorted(instance.seats.items(), key=lambda item: item[0].arrival)
+        for sequence, seat in seats if InstanceRole.DECODE in phases else ():
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
-            if seat.num_planned >= seat.num_tokens_at_entry:
-                self._plan_decode(step, worker, sequence, seat)
+            if seat.num_planned >= seat.num_tokens_at_entry and seat.can_go_to(worker):
+                self._plan_decode(step, instance, sequence, seat)
         budget = self._max_num_batched_tokens - step.num_tokens
         if self._chunked.enabled:
             budget = min(budget, self._chunked.max_chunk_prefill_tokens)
-        for sequence, seat in self._prefills(seats):
+        for sequence, seat in self._prefills(seats) if InstanceRole.PREFILL in phases else ():
             remaining = seat.num_tokens_at_entry - seat.num_planned
-            if remaining <= 0 or sequence not in worker.seats:
+            if remaining <= 0 or sequence not in instance.seats or not seat.can_go_to(worker):
                 continue
             if self._chunked.enabled:
                 chunk = min(remaining, self._chunked.chunk_size, budget)
@@ -81,14 +81,14 @@ class StepPlanner:
         now = time.monotonic()
         return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
 
-    def _plan_decode(self, step: _StepBuilder, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
+    def _plan_decode(self, step: _StepBuilder, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
         position = seat.num_planned
-        if not worker.role.decodes or position + 1 >= sequence.max_total_tokens or sequence not in worker.seats:
+        if position + 1 >= sequence.max_total_tokens or sequence not in instance.seats:
             return
         known = position < len(sequence.tokens)
         if sequence.has_grammar and not known:
             return  # which tokens may come depends on it
-        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(worker, sequence, seat):
+        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(instance, sequence, seat):
             return
         step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
 
@@ -109,13 +109,13 @@ class StepPlanner:
             step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block))
             sequence.num_blocks_dispatched = end_block
 
-    def _grow(self, worker: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
+    def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
         """One more block for a decode; puts back younger sequences where the pool has none."""
         while seat.pool.allocate_blocks(seat.owner, 1) is None:
             if seat.pool.num_pending_blocks:
                 return False  # blocks are on their way back: sit this step out
-            victim = max(worker.seats, key=lambda seated: seated.arrival)
-            if victim is sequence and worker.reserved:
+            victim = max(instance.seats, key=lambda seated: seated.arrival)
+            if victim is sequence and instance.reserved:
                 return False  # the blocks are with sequences about to arrive here; they can be put back then
             self._preempt(victim)
             if victim is sequence:
@@ -126,7 +126,8 @@ class StepPlanner:
 class _StepBuilder:
     """A step in the making: what is sent, and what is remembered until it is confirmed."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: WorkerHandle) -> None:
+        self._worker = worker
         self.rows: list[PlanRow] = []
         self.new_sequences: list[SequenceState] = []
         self.sends: list[SendBlocks] = []
@@ -138,11 +139,13 @@ class _StepBuilder:
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
         block_ids = seat.block_ids
         new_block_ids: list[int] = []
-        if seat.num_blocks_sent is None:
+        seat.go_to(self._worker, sequence.keeps_state)
+        num_sent = seat.blocks_sent.get(self._worker)
+        if num_sent is None:
             self.new_sequences.append(sequence.state_for(seat))
-        elif seat.num_blocks_sent < len(block_ids):
-            new_block_ids = block_ids[seat.num_blocks_sent :]
-        seat.num_blocks_sent = len(block_ids)
+        elif num_sent < len(block_ids):
+            new_block_ids = block_ids[num_sent:]
+        seat.blocks_sent[self._worker] = len(block_ids)
         self.rows.append(
             PlanRow(
                 slot=seat.slot,

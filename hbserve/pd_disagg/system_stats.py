@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
-    from hbserve.pd_disagg.instance_handle import InstanceHandle
+    from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
 
 
 def collect(scheduler: CpuScheduler) -> dict[str, Any]:
@@ -65,17 +65,21 @@ def collect(scheduler: CpuScheduler) -> dict[str, Any]:
 
 
 def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[str, Any]:
+    work = instance.work
     stats: dict[str, Any] = {
         "status": "ready" if instance.ready else "lost",
         "role": str(instance.role),
         "active_requests": len(instance.seats) + len(instance.reserved),
-        "steps_in_flight": len(instance.inflight),
-        "steps": instance.num_steps,
-        "generated_tokens": instance.num_tokens,
-        "busy_s": instance.busy_s,
-        "busy_share": busy_share.get(instance.id, 0.0),
+        "steps_in_flight": instance.num_steps_in_flight,
+        "steps": work.num_steps,
+        "generated_tokens": work.num_tokens,
+        "busy_s": work.busy_s,
+        "busy_share": max((busy_share.get(worker, 0.0) for worker in instance.workers), default=0.0),
         "restarts": max(0, instance.num_restarts),
     }
+    if instance.id not in instance.workers:
+        stats["shares"] = {str(phase): share for phase, share in instance.shares.items()}
+        stats["workers"] = {worker.id: _worker(instance, worker) for worker in instance.workers.values()}
     if instance.hello is None:
         stats["why_lost"] = instance.why_lost
     else:
@@ -89,3 +93,18 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
             "block_bytes": instance.hello.block_bytes,
         }
     return stats
+
+
+def _worker(instance: InstanceHandle, worker: WorkerHandle) -> dict[str, Any]:
+    return {
+        "role": str(worker.role),
+        "percentage": worker.percentage,
+        "status": "lost" if not worker.ready else "retiring" if worker.is_retiring else "ready",
+        "is_current": instance.current(worker.role) is worker,
+        "steps": worker.work.num_steps,
+        "steps_in_flight": len(worker.inflight),
+        "generated_tokens": worker.work.num_tokens,
+        "busy_s": worker.work.busy_s,
+        "pid": worker.hello.pid if worker.hello is not None else None,
+        "device": worker.hello.device if worker.hello is not None else None,
+    }

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
+
+from hbserve.platform.remote_arena import RemoteArena
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The share of a device that one process gets, fixed before it first touches the device.
+
+    Attributes:
+        percentage: of the device's multiprocessors, or of the instance's threads on CPU.
+        priority: 0 is normal, 1 below it: work of the latter yields to work of the former.
+    """
+
+    percentage: int = 100
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class SharedArena:
+    """Memory that other processes can attach to.
+
+    Attributes:
+        tensor: uint8, contiguous, in this process.
+        handle: what `Platform.attach_arena` takes in another process of this host; printable.
+    """
+
+    tensor: torch.Tensor
+    handle: str
 
 
 class Platform(ABC):
@@ -47,3 +76,37 @@ class Platform(ABC):
             RuntimeError: if the device has not that much memory (torch's own error).
         """
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    @abstractmethod
+    def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
+        """As `allocate_arena`, in memory that other processes can attach to.
+
+        It lives as long as this process: nothing of it is left to remove afterwards, however that ends.
+
+        Raises:
+            RuntimeError: if the device has not that much memory.
+        """
+
+    @abstractmethod
+    def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
+        """Another process' arena in this one, without a copy: uint8 ``[num_bytes]``.
+
+        Raises:
+            RuntimeError: if it is gone, or not of that size.
+        """
+
+    @abstractmethod
+    def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        """Another process' arena, to be written into; on a GPU it may lie on another one than this process'.
+
+        Raises:
+            RuntimeError: if it is gone, or not of that size.
+        """
+
+    def probe(self) -> None:
+        """Touch the device, so that one that has failed says so.
+
+        Raises:
+            RuntimeError: if it has.
+        """
+        self.synchronize()

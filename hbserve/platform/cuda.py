@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from hbserve.platform.base import Platform
+from hbserve.platform import cuda_ipc
+from hbserve.platform.base import Platform, SharedArena
+from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 
 dist: Any = torch.distributed  # its stubs lack the process groups
 
@@ -36,7 +38,30 @@ class CudaPlatform(Platform):
         torch.cuda.synchronize(self.device)
 
     def describe(self) -> str:
-        return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index})"
+        # Under MPS these are the multiprocessors of this process' share.
+        count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}, {count} multiprocessors)"
+
+    def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
+        self._make_current()
+        memory = cuda_ipc.allocate(num_bytes)
+        return SharedArena(torch.as_tensor(memory, device=self.device), cuda_ipc.export_handle(memory))
+
+    def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
+        self._make_current()
+        return torch.as_tensor(cuda_ipc.open_handle(handle, num_bytes), device=self.device)
+
+    def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        self._make_current()
+        return RemoteDeviceArena(cuda_ipc.open_handle(handle, num_bytes), self.device)
+
+    def probe(self) -> None:
+        torch.zeros(1, device=self.device).add_(1).cpu()
+
+    def _make_current(self) -> None:
+        """The driver's calls below work on the calling thread's context: torch's own."""
+        torch.cuda.set_device(self.device)
+        torch.zeros(1, device=self.device)
 
     def make_process_group(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
         options = dist.ProcessGroupNCCL.Options()

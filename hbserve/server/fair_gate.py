@@ -73,12 +73,13 @@ class FairGate:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # admitted, and cancelled at the same moment
+            queue = self._queues.get(key, deque())
+            if not turn.cancelled():  # admitted, and cancelled at the same moment
                 self._num_open -= 1
                 self._admit()
-            else:
-                self._queues[key].remove(turn)
-                if not self._queues[key]:
+            elif turn in queue:
+                queue.remove(turn)
+                if not queue:
                     del self._queues[key]
             raise
 
@@ -87,8 +88,10 @@ class FairGate:
         while self._queues and self._num_open < (self._max_open or 0):
             key = next(iter(self._queues))
             queue = self._queues.pop(key)
-            self._num_open += 1
-            queue.popleft().set_result(None)
+            turn = queue.popleft()
+            if not turn.cancelled():  # by a client that has just gone
+                self._num_open += 1
+                turn.set_result(None)
             if queue:
                 self._queues[key] = queue  # behind the others
 

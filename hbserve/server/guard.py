@@ -155,7 +155,8 @@ class _Body:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), _BODY_TIMEOUT_S)
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                message = await self._receive()
         except TimeoutError:
             raise HTTPException(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
         self._complete = not message.get("more_body", False)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,9 +30,7 @@ from hbserve.messages import (
 )
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.checksum import block_checksums
-
-if TYPE_CHECKING:
-    from hbserve.pd_disagg.kv_transfer.shared_memory import ArenaSharing
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +305,7 @@ def make_manager(
     if name == "shm":
         from hbserve.pd_disagg.kv_transfer.shared_memory import SharedMemoryKVTransfer
 
-        if sharing is None:
+        if sharing is None or sharing.handle is None:
             raise ConfigError("kv_transfer.backend: shm: this instance's KV arena cannot be shared")
         return DirectTransfers(SharedMemoryKVTransfer(context, kv_blocks, sharing), report, tp_rank)
     return StagedTransfers(make_backend(name, context), kv_blocks, report, tp_rank)

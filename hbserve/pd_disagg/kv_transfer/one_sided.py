@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from hbserve.messages import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
+from hbserve.platform.remote_arena import RemoteArena
 
 
 class BlockRun(NamedTuple):
@@ -31,6 +33,19 @@ def coalesce(source_ids: Sequence[int], target_ids: Sequence[int]) -> list[Block
                 continue
         runs.append(BlockRun(source, target, 1))
     return runs
+
+
+@dataclass(frozen=True)
+class ArenaSharing:
+    """How arenas are opened to other processes of this host; see `hbserve.platform.Platform`.
+
+    Attributes:
+        handle: of this rank's KV arena; None: it cannot be opened.
+        open_arena: from another's handle and its bytes to the right to write there.
+    """
+
+    handle: str | None
+    open_arena: Callable[[str, int], RemoteArena]
 
 
 class OneSidedKVTransfer(ABC):

@@ -10,6 +10,7 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.messages import Peer, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_manager
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 
 
 class RankTransfers:
@@ -19,6 +20,7 @@ class RankTransfers:
         tp_rank: which rank of the instance.
         kv_blocks: its arena as ``[block, byte]``, uint8.
         report: called with each reply, in the event loop.
+        sharing: how the arena is opened to others of this host.
     """
 
     manager: KVTransferManager
@@ -31,7 +33,9 @@ class RankTransfers:
         tp_rank: int,
         kv_blocks: torch.Tensor,
         report: Callable[[TransferReply], None],
+        sharing: ArenaSharing,
     ) -> None:
+        self._sharing = sharing
         assert instance.kv_rank is not None
         self._config, self._instance, self._tp_rank = config.kv_transfer, instance, tp_rank
         self._tp_size = config.model.tensor_parallel_size
@@ -60,7 +64,7 @@ class RankTransfers:
             mooncake_protocol=config.mooncake_protocol,
             mooncake_device=config.mooncake_device,
         )
-        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._tp_rank)
+        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._tp_rank, self._sharing)
         await manager.start()
         self.manager, self._has_begun = manager, True
         return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)

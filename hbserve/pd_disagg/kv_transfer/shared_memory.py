@@ -13,29 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from hbserve.errors import KVTransferError
 from hbserve.messages import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
-from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
-
-
-@dataclass(frozen=True)
-class ArenaSharing:
-    """How this rank's arena is opened to others of the host, and theirs here: see `hbserve.platform.Platform`.
-
-    Attributes:
-        handle: of this rank's KV arena; None: it cannot be opened.
-        attach: from a handle and a number of bytes to a tensor.
-    """
-
-    handle: str | None
-    attach: Callable[[str, int], torch.Tensor]
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, BlockRun, OneSidedKVTransfer
+from hbserve.platform.remote_arena import RemoteArena
 
 
 class SharedMemoryKVTransfer(OneSidedKVTransfer):
@@ -46,12 +31,11 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
     def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, sharing: ArenaSharing) -> None:
         super().__init__(context, kv_blocks)
         assert sharing.handle is not None, "the arena of an instance with this backend is made to be shared"
-        self._handle, self._attach = sharing.handle, sharing.attach
-        self._mapped: dict[int, tuple[int, torch.Tensor]] = {}  # by rank, with its epoch
+        self._handle, self._open_arena = sharing.handle, sharing.open_arena
+        self._opened: dict[int, tuple[int, RemoteArena]] = {}  # by rank, with its epoch
         self._senders: dict[tuple[int, int, int], int] = {}  # link -> descriptor of the sender's process
         self._epochs: dict[int, int] = {}  # process -> its latest epoch
         self._new_epoch = asyncio.Condition()
-        self._stream = torch.cuda.Stream(kv_blocks.device) if kv_blocks.is_cuda else None  # type: ignore[no-untyped-call]
 
     @property
     def endpoint(self) -> str:
@@ -93,34 +77,24 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         async with self._new_epoch:
             await self._new_epoch.wait_for(lambda: self._epochs[int(source.endpoint)] > source.epoch)
 
-    @torch.inference_mode()
     def write(self, target: Peer, runs: list[BlockRun]) -> None:
-        theirs = self._arena_of(target)
-        if self._stream is None:
-            self._copy(theirs, runs)
-            return
-        stream: Any = self._stream
-        with torch.cuda.stream(stream):
-            self._copy(theirs, runs)
-            stream.synchronize()
+        size = self.kv_blocks.shape[1]
+        try:
+            arena = self._arena_of(target)
+            arena.write(self.kv_blocks, [(run.source * size, run.target * size, run.length * size) for run in runs])
+        except (RuntimeError, OSError) as error:
+            raise KVTransferError(f"cannot write to the receiver's arena, is it on this host? {error}") from None
 
-    def _copy(self, theirs: torch.Tensor, runs: list[BlockRun]) -> None:
-        for source, target, length in runs:
-            theirs[target : target + length].copy_(self.kv_blocks[source : source + length], non_blocking=True)
-
-    def _arena_of(self, target: Peer) -> torch.Tensor:
-        num_bytes, _, handle = target.endpoint.partition(" ")
-        epoch, arena = self._mapped.get(target.rank, (0, None))
+    def _arena_of(self, target: Peer) -> RemoteArena:
+        epoch, arena = self._opened.get(target.rank, (0, None))
         if arena is None or epoch != target.epoch:
-            try:
-                arena = self._attach(handle, int(num_bytes)).view(-1, self.kv_blocks.shape[1])
-            except (RuntimeError, OSError) as error:
-                raise KVTransferError(f"cannot open the receiver's arena, is it on this host? {error}") from None
-            self._mapped[target.rank] = target.epoch, arena
+            num_bytes, _, handle = target.endpoint.partition(" ")
+            arena = self._open_arena(handle, int(num_bytes))
+            self._opened[target.rank] = target.epoch, arena
         return arena
 
     async def stop(self) -> None:
-        self._mapped.clear()
+        self._opened.clear()
         for descriptor in self._senders.values():
             os.close(descriptor)
         self._senders.clear()

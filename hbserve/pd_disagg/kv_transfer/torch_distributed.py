@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -32,6 +34,16 @@ T = TypeVar("T")
 dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
 _SENDER, _RECEIVER = 0, 1
 _NCCL_POLL_S = 20e-6
+_MAX_PARCELS = 64
+_HEADER_WORDS = 1 + 2 * _MAX_PARCELS  # how many parcels, and for each its name's digest and its bytes
+
+
+class _Parcel:
+    """A buffer that waits to be sent."""
+
+    def __init__(self, request_id: str, buffer: torch.Tensor) -> None:
+        self.digest, self.buffer = _digest(request_id), buffer
+        self.sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class _Link:
@@ -46,6 +58,8 @@ class _Link:
         self._group: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{name}")
         self.receiving = asyncio.Lock()
+        self.outgoing: deque[_Parcel] = deque()
+        self.sender: asyncio.Task[None] | None = None
         self.device = context.device if use_nccl else torch.device("cpu")
         self._stream: Any = torch.cuda.Stream(context.device) if use_nccl else None  # type: ignore[no-untyped-call]
 
@@ -87,22 +101,26 @@ class _Link:
     def connected(self) -> bool:
         return self._group is not None
 
-    def send(self, tensor: torch.Tensor) -> None:
-        assert self._group is not None
+    def send(self, tensors: list[torch.Tensor]) -> None:
+        """Send one after the other; return when all are out."""
         group = self._group
-        self._complete(lambda: group.send([tensor], _RECEIVER, 0))
+        assert group is not None
+        self._complete([functools.partial(group.send, [tensor], _RECEIVER, 0) for tensor in tensors])
 
-    def receive(self, tensor: torch.Tensor) -> None:
-        assert self._group is not None
+    def receive(self, tensors: list[torch.Tensor]) -> None:
+        """Likewise."""
         group = self._group
-        self._complete(lambda: group.recv([tensor], _SENDER, 0))
+        assert group is not None
+        self._complete([functools.partial(group.recv, [tensor], _SENDER, 0) for tensor in tensors])
 
-    def _complete(self, start: Callable[[], Any]) -> None:
+    def _complete(self, starts: list[Callable[[], Any]]) -> None:
         if not self._use_nccl:
-            start().wait(self._timeout)
+            for work in [start() for start in starts]:
+                work.wait(self._timeout)
             return
         with torch.cuda.stream(self._stream):
-            start().wait()  # orders the stream only; the event tells when the bytes are there
+            for start in starts:
+                start().wait()  # orders the stream only; the event tells when the bytes are there
             done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         deadline = time.monotonic() + self._context.timeout_s
@@ -164,19 +182,42 @@ class TorchDistributedKVTransfer(KVTransferBase):
         )
 
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
-        peer = self.peers[target_rank]
-        link = self._link(_SENDER, peer)
+        link = self._link(_SENDER, self.peers[target_rank])
+        parcel = _Parcel(request_id, kv_buffer)
+        link.outgoing.append(parcel)
+        if link.sender is None or link.sender.done():
+            link.sender = asyncio.create_task(self._send_all(link, self.peers[target_rank].endpoint))
+        try:
+            await asyncio.shield(parcel.sent)
+        except asyncio.CancelledError:
+            if parcel in link.outgoing:
+                link.outgoing.remove(parcel)
+            raise
 
-        def transfer() -> None:
-            if not link.connected:
-                link.connect(self._connection_to(peer.endpoint))
-            with link.own_memory():
-                buffer = kv_buffer.to(link.device)
-                header = torch.tensor([_digest(request_id), buffer.nbytes], dtype=torch.int64, device=link.device)
-            link.send(header)
-            link.send(buffer)
+    async def _send_all(self, link: _Link, endpoint: str) -> None:
+        """What has gathered while others were sent leaves together, under one header."""
+        while link.outgoing:
+            parcels = [link.outgoing.popleft() for _ in range(min(len(link.outgoing), _MAX_PARCELS))]
+            try:
+                await link.run(functools.partial(self._send_parcels, link, endpoint, parcels))
+            except KVTransferError as error:
+                for parcel in (*parcels, *link.outgoing):
+                    parcel.sent.set_exception(error)
+                    parcel.sent.exception()  # one whose transfer was cancelled has nobody to look at it
+                link.outgoing.clear()
+                return
+            for parcel in parcels:
+                parcel.sent.set_result(None)
 
-        await link.run(transfer)
+    def _send_parcels(self, link: _Link, endpoint: str, parcels: list[_Parcel]) -> None:
+        if not link.connected:
+            link.connect(self._connection_to(endpoint))
+        words = [len(parcels), *(word for parcel in parcels for word in (parcel.digest, parcel.buffer.nbytes))]
+        words += [0] * (_HEADER_WORDS - len(words))
+        with link.own_memory():
+            header = torch.tensor(words, dtype=torch.int64, device=link.device)
+            buffers = [parcel.buffer.to(link.device) for parcel in parcels]
+        link.send([header, *buffers])
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
         peer = self.peers[source_rank]
@@ -189,30 +230,32 @@ class TorchDistributedKVTransfer(KVTransferBase):
         return await self._arrivals.take(wanted)
 
     async def _receive_next(self, link: _Link) -> None:
-        def receive_header() -> tuple[int, int]:
+        def receive_header() -> list[int]:
             if not link.connected:
                 # Not over `_store` itself: a link whose sender does not come would hold up all others there.
                 link.connect(self._connection_to(self.endpoint))
             with link.own_memory():
-                header = torch.empty(2, dtype=torch.int64, device=link.device)
-                link.receive(header)
-                digest, num_bytes = header.tolist()
-            return digest, num_bytes
+                header = torch.empty(_HEADER_WORDS, dtype=torch.int64, device=link.device)
+                link.receive([header])
+                words: list[int] = header.tolist()
+            return words
 
-        def receive_buffer(num_bytes: int) -> torch.Tensor:
+        def receive_buffers(sizes: list[int]) -> list[torch.Tensor]:
             with link.own_memory():
-                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=link.device)
-            link.receive(buffer)
-            return buffer
+                buffers = [torch.empty(size, dtype=torch.uint8, device=link.device) for size in sizes]
+            link.receive(buffers)
+            return buffers
 
-        digest, num_bytes = await link.run(receive_header)
-        await self._arrivals.wait_for_space(num_bytes)
+        count, *words = await link.run(receive_header)
+        digests, sizes = words[0 : 2 * count : 2], words[1 : 2 * count : 2]
+        await self._arrivals.wait_for_space(sum(sizes))
         try:
-            buffer = await link.run(lambda: receive_buffer(num_bytes))
+            buffers = await link.run(lambda: receive_buffers(sizes))
         except BaseException:
-            await self._arrivals.give_back(num_bytes)
+            await self._arrivals.give_back(sum(sizes))
             raise
-        self._arrivals.put(f"{link.name} {digest}", buffer)
+        for digest, buffer in zip(digests, buffers, strict=True):
+            self._arrivals.put(f"{link.name} {digest}", buffer)
 
     def _connection_to(self, endpoint: str) -> Any:
         """A connection of one link's own to the store at an endpoint."""

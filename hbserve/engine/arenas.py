@@ -1,0 +1,206 @@
+"""The two arenas of a rank: all weights in one allocation, all KV in another.
+
+A rank makes its own, or attaches to those that another process holds. What it must know of them is
+an `ArenaAttachment`: two handles, and where everything lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+
+from hbserve.attention import select_attention_backend
+from hbserve.config import Config
+from hbserve.engine.kv_sizing import size_kv
+from hbserve.errors import ConfigError, StartupError
+from hbserve.kv_cache.layout import KVLayout
+from hbserve.layers.parallel import TensorParallel
+from hbserve.models.loader import fill_dummy_weights, load_weights
+from hbserve.models.spec import DTYPES, ModelSpec
+from hbserve.models.weights import WeightTable
+from hbserve.platform import Platform
+
+_Allocate = Callable[[int, str], torch.Tensor]
+
+
+class ArenaAttachment(msgspec.Struct, frozen=True):
+    """All that another process needs to work on a rank's arenas; plain data.
+
+    Attributes:
+        epoch: of this incarnation of the arenas; never used again.
+        device: where they lie, ``cpu`` or ``cuda``.
+        weights, kv: their handles.
+        table: name -> offset, shape, dtype of every parameter.
+        kv_bytes: of the KV arena, which has one block more than ``num_blocks``: the last is for
+            warming up, and holds nobody's tokens.
+    """
+
+    epoch: int
+    device: str
+    weights: str
+    table: WeightTable
+    kv: str
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Arenas:
+    """A rank's arenas in this process.
+
+    Attributes:
+        weights, kv: uint8.
+        num_blocks: KV blocks that sequences may have.
+        spare_block: a block beyond those that warming up may write to; None in arenas of one's own.
+        kv_handle: what other processes of the host attach to the KV arena with; None: they cannot.
+        max_model_len: most tokens of prompt and output together.
+    """
+
+    weights: torch.Tensor
+    table: WeightTable
+    kv: torch.Tensor
+    layout: KVLayout
+    num_blocks: int
+    spare_block: int | None
+    max_model_len: int
+    kv_handle: str | None = None
+
+
+def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel) -> Arenas:
+    """Allocate both and load the weights; the KV arena so that others can attach, if they shall write KV into it.
+
+    Raises:
+        ModelError, ConfigError: if model, configuration and memory do not fit together.
+    """
+
+    def allocate(num_bytes: int, what: str) -> torch.Tensor:
+        with _saying(platform, num_bytes, what):
+            return platform.allocate_arena(num_bytes)
+
+    if config.kv_transfer.backend != "shm":
+        return _make(config, spec, platform, parallel, allocate, allocate, 0)
+    handles: list[str] = []
+    arenas = _make(config, spec, platform, parallel, allocate, _sharing(platform, handles), 0)
+    return replace(arenas, kv_handle=handles[0])
+
+
+def share_arenas(
+    config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel, epoch: int
+) -> tuple[Arenas, ArenaAttachment]:
+    """Allocate both so that others can attach, and load the weights. Errors as `make_arenas`."""
+    handles: list[str] = []
+    allocate = _sharing(platform, handles)
+    arenas = _make(config, spec, platform, parallel, allocate, allocate, 1)
+    platform.synchronize()
+    return arenas, ArenaAttachment(
+        epoch=epoch,
+        device=platform.name,
+        weights=handles[0],
+        table=arenas.table,
+        kv=handles[1],
+        kv_bytes=arenas.kv.numel(),
+        num_blocks=arenas.num_blocks,
+        block_size=arenas.layout.block_size,
+        max_model_len=arenas.max_model_len,
+    )
+
+
+def _sharing(platform: Platform, handles: list[str]) -> _Allocate:
+    """Allocate so that others can attach, and note the handles."""
+
+    def allocate(num_bytes: int, what: str) -> torch.Tensor:
+        with _saying(platform, num_bytes, what):
+            shared = platform.allocate_shared_arena(num_bytes)
+        handles.append(shared.handle)
+        return shared.tensor
+
+    return allocate
+
+
+def attach_arenas(
+    config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel, attachment: ArenaAttachment
+) -> Arenas:
+    """Work on another process' arenas.
+
+    Raises:
+        StartupError: if they are gone.
+    """
+    try:
+        weights = platform.attach_arena(attachment.weights, attachment.table.num_bytes)
+        kv = platform.attach_arena(attachment.kv, attachment.kv_bytes)
+    except RuntimeError as error:
+        raise StartupError(f"cannot attach to the resident arenas: {error}") from None
+    layout = _layout(config, spec, attachment.block_size, parallel)
+    return Arenas(
+        weights,
+        attachment.table,
+        kv,
+        layout,
+        attachment.num_blocks,
+        attachment.num_blocks,
+        attachment.max_model_len,
+        attachment.kv,
+    )
+
+
+def _make(
+    config: Config,
+    spec: ModelSpec,
+    platform: Platform,
+    parallel: TensorParallel,
+    allocate_weights: _Allocate,
+    allocate_kv: _Allocate,
+    num_spare_blocks: int,
+) -> Arenas:
+    dtype = dtype_of(config, spec)
+    backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
+    table = WeightTable.build(spec, dtype, parallel.rank, parallel.size)
+    weights = allocate_weights(table.num_bytes, "the model's weights")
+    if config.model.load_format == "dummy":
+        fill_dummy_weights(table, weights, config.model.seed)
+    else:
+        load_weights(config.model.path, spec, table, weights, parallel.rank, parallel.size)
+    block_size = config.performance.block_size or backend.preferred_block_size
+    if block_size % backend.block_size_multiple:
+        raise ConfigError(
+            f"performance.block_size: {backend.name} attention needs a multiple of "
+            f"{backend.block_size_multiple}, not {block_size}"
+        )
+    layout = _layout(config, spec, block_size, parallel)
+    size = size_kv(config, spec, layout, platform, parallel.size)
+    sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
+    num_blocks, max_model_len = parallel.minimum(sizes).tolist()
+    kv_bytes = (num_blocks + num_spare_blocks) * layout.block_bytes
+    kv = allocate_kv(kv_bytes, f"a KV cache of {num_blocks} blocks")
+    return Arenas(weights, table, kv, layout, num_blocks, None, max_model_len)
+
+
+def dtype_of(config: Config, spec: ModelSpec) -> torch.dtype:
+    """Of weights and KV."""
+    return spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
+
+
+def _layout(config: Config, spec: ModelSpec, block_size: int, parallel: TensorParallel) -> KVLayout:
+    return KVLayout(
+        num_layers=spec.num_layers,
+        block_size=block_size,
+        num_kv_heads=max(1, spec.num_kv_heads // parallel.size),
+        head_dim=spec.head_dim,
+        dtype=dtype_of(config, spec),
+    )
+
+
+@contextmanager
+def _saying(platform: Platform, num_bytes: int, what: str) -> Iterator[None]:
+    """torch's own message shows the allocator, not what the memory was for."""
+    try:
+        yield
+    except RuntimeError:
+        needed, free = (f"{x / (1 << 30):.1f} GiB" for x in (num_bytes, platform.free_memory_bytes()))
+        raise ConfigError(f"{what} takes {needed}, and {platform.describe()} has {free} free") from None

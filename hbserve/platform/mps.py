@@ -1,0 +1,152 @@
+"""The CUDA Multi-Process Service: what lets processes share a GPU by percentages.
+
+A daemon of the user's is used as it is. Where none runs, one is started in a private folder, under a
+guard that ends it and removes the folder when this process ends, whatever ended it. The card's
+settings are never touched: MPS needs no change of the compute mode (https://docs.nvidia.com/deploy/mps).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from hbserve.errors import StartupError
+
+_CONTROL = "nvidia-cuda-mps-control"
+_PIPE_VARIABLE, _LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+_DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"
+_ASK_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 40.0
+# Its standard input is the life line. $1: the folder of pipes and logs.
+_GUARD = """
+mkdir -p "$1/pipe" "$1/log" && nvidia-cuda-mps-control -d && echo ready
+cat > /dev/null
+echo quit | timeout 30 nvidia-cuda-mps-control
+rm -rf "$1"
+"""
+_INSTEAD = "use mode unified, which needs none"
+
+
+def gpus() -> list[str]:
+    """The names of the GPUs that the driver has, without making a context; empty where there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    found = _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return found.stdout.split("\n")[:-1] if found is not None and found.returncode == 0 else []
+
+
+def compute_capability(gpu_id: int) -> str | None:
+    """Of a GPU, such as ``9.0``, without making a context; None if it cannot be found out."""
+    found = _run(["nvidia-smi", f"--id={gpu_id}", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return found.stdout.strip() if found is not None and found.returncode == 0 else None
+
+
+class MpsDaemon:
+    """A running MPS daemon, the user's or one of ours.
+
+    Attributes:
+        environment: what processes need to become its clients.
+        is_ours: whether `stop` ends it.
+    """
+
+    def __init__(self) -> None:
+        self.environment: dict[str, str] = {}
+        self.is_ours = False
+        self._guard: subprocess.Popen[str] | None = None
+        self._folder: str | None = None
+
+    def start(self) -> None:
+        """Find a daemon, or start one.
+
+        Raises:
+            StartupError: saying why MPS cannot run here.
+        """
+        if shutil.which(_CONTROL) is None:
+            raise StartupError(f"semi_pd on a GPU needs CUDA MPS, but there is no program {_CONTROL}; {_INSTEAD}")
+        directory = os.environ.get(_PIPE_VARIABLE, _DEFAULT_PIPE_DIRECTORY)
+        if _answers(directory):
+            self.environment = {_PIPE_VARIABLE: directory}
+            return
+        self._folder = tempfile.mkdtemp(prefix="hbserve-mps-")
+        self.environment = {
+            _PIPE_VARIABLE: str(Path(self._folder, "pipe")),
+            _LOG_VARIABLE: str(Path(self._folder, "log")),
+        }
+        self.is_ours = True
+        self._start_guard()
+
+    def restart(self) -> None:
+        """After a fault that has killed every client: begin anew. The user's own daemon recovers by itself.
+
+        Raises:
+            StartupError: if it does not start again.
+        """
+        if self.is_ours:
+            self._end_guard()
+            self._start_guard()
+
+    def stop(self) -> None:
+        """End what `start` started; its clients must be gone."""
+        if self.is_ours:
+            self._end_guard()
+
+    def _start_guard(self) -> None:
+        assert self._folder is not None
+        guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "hbserve-mps-guard", self._folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | self.environment,
+            start_new_session=True,  # Ctrl-C is for the launcher
+            text=True,
+        )
+        self._guard = guard
+        assert guard.stdout is not None
+        said = guard.stdout.readline()
+        if said.strip() != "ready" or not _answers(self.environment[_PIPE_VARIABLE], _START_TIMEOUT_S):
+            log = Path(self._folder, "log", "control.log")
+            with contextlib.suppress(OSError):
+                said += log.read_text()[-500:]
+            self._end_guard()
+            raise StartupError(f"semi_pd on a GPU needs CUDA MPS, and its daemon does not run: {said!r}; {_INSTEAD}")
+
+    def _end_guard(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        assert guard.stdin is not None
+        assert guard.stdout is not None
+        guard.stdin.close()
+        try:
+            guard.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            guard.kill()
+            guard.wait()
+        guard.stdout.close()
+
+
+def _answers(directory: str, timeout_s: float = _ASK_TIMEOUT_S) -> bool:
+    if not Path(directory).is_dir():
+        return False
+    asked = _run(
+        [_CONTROL],
+        stdin="get_default_active_thread_percentage\n",
+        env=os.environ | {_PIPE_VARIABLE: directory},
+        timeout_s=timeout_s,
+    )
+    return asked is not None and asked.returncode == 0
+
+
+def _run(
+    command: list[str], stdin: str = "", env: dict[str, str] | None = None, timeout_s: float = _ASK_TIMEOUT_S
+) -> subprocess.CompletedProcess[str] | None:
+    try:
+        return subprocess.run(command, input=stdin, env=env, capture_output=True, text=True, timeout=timeout_s)
+    except (OSError, subprocess.TimeoutExpired):
+        return None

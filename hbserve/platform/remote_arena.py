@@ -1,0 +1,69 @@
+"""Another process' arena, as far as writing into it goes."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from hbserve.platform import cuda_ipc
+
+ByteRun = tuple[int, int, int]
+"""Offset here, offset there, number of bytes."""
+
+
+class RemoteArena(ABC):
+    """Memory of another process of this host that this one may write."""
+
+    @abstractmethod
+    def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
+        """Copy runs of bytes there; return when they are there. One thread at a time.
+
+        Args:
+            source: uint8, contiguous, on this process' device.
+
+        Raises:
+            RuntimeError: if the device says so.
+        """
+
+
+class RemoteHostArena(RemoteArena):
+    """Shared memory.
+
+    Args:
+        arena: uint8, mapped.
+    """
+
+    def __init__(self, arena: torch.Tensor) -> None:
+        self._arena = arena
+
+    def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
+        flat = source.view(-1)
+        with torch.inference_mode():
+            for here, there, length in runs:
+                self._arena[there : there + length].copy_(flat[here : here + length])
+
+
+class RemoteDeviceArena(RemoteArena):
+    """Device memory, of the same GPU or a peer, written by its copy engines beside the steps.
+
+    Not a tensor: torch would take what lies on another GPU for something to be copied here.
+
+    Args:
+        memory: opened by `cuda_ipc.open_handle`.
+        device: this process' own.
+    """
+
+    def __init__(self, memory: cuda_ipc.DeviceMemory, device: torch.device) -> None:
+        self._memory = memory
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
+        torch.cuda.set_device(self._device)  # the thread's context is whose the stream is
+        mine, theirs, stream = source.data_ptr(), self._memory.address, ctypes.c_void_p(self._stream.cuda_stream)
+        for here, there, length in runs:
+            cuda_ipc.copy(theirs + there, mine + here, length, stream)
+        self._stream.synchronize()

@@ -1,0 +1,82 @@
+"""The resident process: holds a GPU's weights and KV cache, lets others attach, and computes nothing.
+
+Imports and loads, says where everything lies, and then waits for lines on its standard input: each is
+a question for a sign of life, answered after a touch of the device. The end of the input is its end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from hbserve.config import Config
+from hbserve.errors import HBServeError
+from hbserve.pd_disagg import child
+
+EXIT_DEVICE_FAILED = 73
+
+
+def hold(config: Config, orders: dict[str, Any]) -> None:
+    """Load, report, and hold until the life line is cut.
+
+    Raises:
+        HBServeError: if model, configuration and memory do not fit together.
+    """
+    import torch
+
+    from hbserve.engine.arenas import share_arenas
+    from hbserve.layers.parallel import TensorParallel
+    from hbserve.models.spec import ModelSpec
+    from hbserve.platform import make_platform
+
+    started = time.monotonic()
+    platform = make_platform(config.model.device, orders["gpu_id"], None, 1)
+    platform.activate()
+    with torch.inference_mode():
+        spec = ModelSpec.load(config.model.path)
+        arenas, attachment = share_arenas(config, spec, platform, TensorParallel(), time.time_ns())
+    ready = {
+        "ready": True,
+        "attachment": msgspec.to_builtins(attachment),
+        "device": platform.describe(),
+        "weights_bytes": arenas.weights.numel(),
+        "kv_bytes": arenas.kv.numel(),
+        "seconds": time.monotonic() - started,
+    }
+    child.report_status(ready, is_last=False)
+    for _ in sys.stdin.buffer:
+        try:
+            platform.probe()
+        except RuntimeError as error:
+            child.report_status({"error": f"the device has failed: {error}"})
+            child.exit_now(EXIT_DEVICE_FAILED)
+        child.report_status({"alive": True}, is_last=False)
+
+
+def main() -> None:
+    """Entry of the process that a `ResidentProcessManager` starts."""
+    orders = child.read_orders()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = msgspec.convert(orders["config"], Config)
+    child.set_process_title(f"hbserve-{orders['name']}")
+    child.configure_logging(config.logging, orders["name"])
+    code = 0
+    try:
+        hold(config, orders)
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        code = 1
+    # The one who started all this does it too; one that was killed cannot.
+    if orders["run_dir"] is not None and os.path.isdir(orders["run_dir"]):
+        shutil.rmtree(orders["run_dir"], ignore_errors=True)
+    child.exit_now(code)
+
+
+if __name__ == "__main__":
+    main()

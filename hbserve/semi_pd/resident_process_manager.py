@@ -1,0 +1,231 @@
+"""Starts the resident process, watches over it, and hands out what is needed to attach to its memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from hbserve.config import Config
+from hbserve.errors import StartupError
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
+from hbserve.semi_pd.utils import semi_pd_system
+
+__all__ = ["AsynchronousSwitchingController", "DelayedSwitchingController", "ResidentProcessManager", "SMAllocation"]
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 10.0
+
+
+class ResidentProcessManager:
+    """One resident process: started, asked for signs of life, started again when it is lost.
+
+    Args:
+        server_args: the system's configuration.
+        port_args: None: everything finds each other by private sockets.
+        gpu_id: whose memory is held.
+        tp_rank: 0.
+        on_lost: called from a thread when it has ended on its own or does not answer; who gives this
+            calls `start` again. By default it is started again at once.
+        environment: variables for the process.
+        run_dir: a folder to remove if the process outlives everybody else.
+
+    Attributes:
+        heartbeat_interval: seconds between questions.
+
+    Raises:
+        ConfigError: naming what cannot be honoured.
+    """
+
+    def __init__(
+        self,
+        server_args: Config | PdDisaggConfig,
+        port_args: None = None,
+        gpu_id: int = 0,
+        tp_rank: int = 0,
+        *,
+        on_lost: Callable[[str], None] | None = None,
+        environment: dict[str, str] | None = None,
+        run_dir: str | None = None,
+    ) -> None:
+        if port_args is not None:
+            raise TypeError("port_args: there are no ports to choose; give None")
+        if tp_rank != 0:
+            raise TypeError("tp_rank: semi_pd instances have one rank, 0")
+        self.config, self.instance = semi_pd_system(server_args, gpu_id)
+        self.heartbeat_interval = self.config.semi_pd.heartbeat_interval_s
+        self.environment = environment or {}
+        self.run_dir = run_dir
+        self._on_lost = on_lost or self._start_again
+        self._condition = threading.Condition()
+        self._process: ManagedProcess | None = None
+        self._status: dict[str, Any] = {}
+        self._num_answers = 0
+        self._last_seen = 0.0
+        self._num_starts = 0
+        self._wanted = False
+        self._heart: threading.Thread | None = None
+
+    def start(self, timeout: float | None = None, is_cancelled: Callable[[], bool] = lambda: False) -> bool:
+        """Start the process and wait until it has loaded.
+
+        Args:
+            timeout: seconds; default: ``rpc.start_timeout_s``.
+            is_cancelled: looked at when `give_up_start` is called.
+
+        Raises:
+            StartupError: with its own reason, or at the deadline.
+        """
+        timeout = self.config.rpc.start_timeout_s if timeout is None else timeout
+        name = f"{self.instance.instance_id}-resident"
+        orders = {
+            "config": msgspec.to_builtins(self.config),
+            "gpu_id": self.instance.gpu_id,
+            "name": name,
+            "run_dir": self.run_dir,
+        }
+        with self._condition:
+            self._status, self._wanted = {}, True
+            process = ManagedProcess(
+                name, "hbserve.semi_pd.resident_process", orders, self.environment, self._note_status, self._note_exit
+            )
+            self._process = process
+            self._condition.wait_for(lambda: self._status or not process.is_alive() or is_cancelled(), timeout)
+            status = dict(self._status)
+        if "ready" not in status:
+            self.stop()
+            why = status.get("error") or (
+                f"ended at start with exit code {process.exit_code}; see its log"
+                if process.exit_code is not None
+                else "was not ready in time (rpc.start_timeout_s)"
+            )
+            raise StartupError(f"{name}: {why}")
+        self._num_starts += 1
+        self._last_seen = time.monotonic()
+        if self._heart is None or not self._heart.is_alive():
+            self._heart = threading.Thread(target=self._beat, name="semi-pd-heartbeat", daemon=True)
+            self._heart.start()
+        return True
+
+    def give_up_start(self) -> None:
+        """Make a `start` that another thread is in look whether it is cancelled."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """End the process. Its memory goes when the last process that is attached does."""
+        with self._condition:
+            self._wanted = False
+            self._condition.notify_all()
+            process = self._process
+        if process is not None:
+            process.end(_END_TIMEOUT_S)
+        if self._heart is not None and threading.current_thread() is not self._heart:
+            self._heart.join()
+
+    @property
+    def attachment(self) -> dict[str, Any]:
+        """An `hbserve.engine.arenas.ArenaAttachment` of the current process, as plain data.
+
+        Raises:
+            StartupError: if there is none.
+        """
+        status = self._status
+        if "attachment" not in status:
+            raise StartupError("the resident process is not running; start() it first")
+        attachment: dict[str, Any] = status["attachment"]
+        return attachment
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+        return str(self._status.get("device", "unknown"))
+
+    def get_ipc_info_for_prefill(self) -> dict[str, Any]:
+        """What a prefill worker needs to attach: the same as a decode worker."""
+        return self.attachment
+
+    def get_ipc_info_for_decode(self) -> dict[str, Any]:
+        """What a decode worker needs to attach."""
+        return self.attachment
+
+    def is_healthy(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> bool:
+        """Ask now, and wait for the answer, which comes after a touch of the device."""
+        process = self._process
+        if process is None or not process.is_alive():
+            return False
+        with self._condition:
+            before = self._num_answers
+            if not process.send({}):
+                return False
+            self._condition.wait_for(lambda: self._num_answers > before or "error" in self._status, timeout_s)
+            return self._num_answers > before
+
+    def get_status(self) -> dict[str, Any]:
+        """``resident_process`` (``pid``, ``is_alive``, seconds since it was heard of), sizes, starts."""
+        process, status = self._process, self._status
+        return {
+            "resident_process": None
+            if process is None
+            else {
+                "pid": process.pid,
+                "is_alive": process.is_alive(),
+                "silence_s": time.monotonic() - self._last_seen,
+            },
+            "is_ready": "attachment" in status,
+            "device": self.device,
+            "weights_bytes": status.get("weights_bytes"),
+            "kv_bytes": status.get("kv_bytes"),
+            "load_s": status.get("seconds"),
+            "starts": self._num_starts,
+        }
+
+    # --- threads ---------------------------------------------------------------------------------
+
+    def _note_status(self, status: dict[str, Any]) -> None:
+        with self._condition:
+            if "alive" in status:
+                self._num_answers += 1
+                self._last_seen = time.monotonic()
+            else:
+                self._status = status
+            self._condition.notify_all()
+
+    def _note_exit(self, code: int) -> None:
+        with self._condition:
+            was_ready = "attachment" in self._status or "error" in self._status
+            why = self._status.get("error") or f"the resident process ended with exit code {code}"
+            self._status = {"error": why} if "error" in self._status else {}
+            is_lost = self._wanted and was_ready and self._num_starts > 0
+            self._condition.notify_all()
+        if is_lost:
+            logger.error("%s: %s", self.instance.instance_id, why)
+            self._on_lost(why)
+
+    def _beat(self) -> None:
+        while True:
+            with self._condition:
+                if self._condition.wait_for(lambda: not self._wanted, self.heartbeat_interval):
+                    return
+                process = self._process
+            if process is not None and process.is_alive() and "attachment" in self._status and not self.is_healthy():
+                logger.error("%s does not answer; ending it", process.name)
+                process.kill()  # its exit is what is heard of
+
+    def _start_again(self, why: str) -> None:
+        def start() -> None:
+            try:
+                self.start()
+            except StartupError as error:
+                logger.error("%s", error)
+
+        threading.Thread(target=start, name="semi-pd-resident-restart", daemon=True).start()

@@ -1,0 +1,36 @@
+"""What several parts of this room need."""
+
+from __future__ import annotations
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.errors import ConfigError
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.semi_pd.sm_allocation import SMAllocation
+
+__all__ = ["PHASES", "InstanceRole", "semi_pd_system", "share_of"]
+
+PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
+
+
+def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tuple[Config, InstanceConfig]:
+    """A system and its ``semi_pd`` instance on a GPU, from a configuration of whatever mode.
+
+    Raises:
+        ConfigError: naming what cannot be honoured.
+    """
+    config = server_args.freeze() if isinstance(server_args, PdDisaggConfig) else server_args
+    for instance in config.gpu_instances:
+        if instance.instance_type is InstanceRole.SEMI_PD and instance.gpu_id == gpu_id:
+            return config, instance
+    if config.mode == "semi_pd":
+        raise ConfigError(f"gpu_instances: there is no semi_pd instance on GPU {gpu_id}", "gpu_instances")
+    instance = InstanceConfig(instance_id="semi-0", instance_type=InstanceRole.SEMI_PD, gpu_id=gpu_id, kv_rank=0)
+    document = msgspec.to_builtins(config) | {"mode": "semi_pd", "gpu_instances": [msgspec.to_builtins(instance)]}
+    return Config.from_dict(document), instance
+
+
+def share_of(allocation: SMAllocation, phase: InstanceRole) -> int:
+    """The percentage of ``prefill`` or ``decode``."""
+    return allocation.prefill_percentage if phase is InstanceRole.PREFILL else allocation.decode_percentage

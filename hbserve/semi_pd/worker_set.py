@@ -1,0 +1,163 @@
+"""The worker processes of one instance, from sleeper to end, and the sleepers that become them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.messages import WorkerSpec
+from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.semi_pd.worker_process import WakeUp
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "hbserve.semi_pd.worker_process"
+
+
+class WorkerState(StrEnum):
+    """Where a worker process is in its life."""
+
+    PREPARING = "preparing"
+    READY = "ready"
+    ACTIVE = "active"
+    RETIRING = "retiring"
+    ENDED = "ended"
+
+
+class Worker:
+    """One worker process.
+
+    Attributes:
+        spec: as the scheduler gets to know it.
+        state: ``ready`` has attached, warmed up and listens; ``active`` is known to the scheduler.
+        error: what it said when it could not start.
+    """
+
+    def __init__(self, spec: WorkerSpec, process: ManagedProcess) -> None:
+        self.spec = spec
+        self.process = process
+        self.state = WorkerState.PREPARING
+        self.error: str | None = None
+
+    @property
+    def rung(self) -> tuple[InstanceRole, int]:
+        """Phase and percentage."""
+        return self.spec.role, self.spec.percentage
+
+    def as_dict(self) -> dict[str, Any]:
+        """For status reports."""
+        return {
+            "worker_id": self.spec.worker_id,
+            "role": str(self.spec.role),
+            "percentage": self.spec.percentage,
+            "pid": self.process.pid,
+            "state": str(self.state),
+        }
+
+
+class WorkerSet:
+    """Makes workers of sleepers and keeps the list of them. Not thread-safe: its owner has the lock.
+
+    Args:
+        config: of the system.
+        instance: whose workers these are.
+        run_dir: folder for their sockets.
+        environment: variables for the processes.
+        on_gpu: whether sleepers import what only a GPU needs.
+        on_ready, on_exit: called from a thread when a worker is ready, or its process has ended.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        run_dir: str,
+        environment: dict[str, str],
+        on_gpu: bool,
+        on_ready: Callable[[Worker], None],
+        on_exit: Callable[[Worker, int], None],
+    ) -> None:
+        self._config, self._instance, self._run_dir = config, instance, run_dir
+        self._environment, self._on_gpu = environment, on_gpu
+        self._on_ready, self._on_exit = on_ready, on_exit
+        self._serial = itertools.count(1)
+        self._worker_of: dict[ManagedProcess, Worker] = {}
+        self._sleepers: deque[ManagedProcess] = deque()
+        self.workers: dict[str, Worker] = {}
+        """By name, those that have not ended."""
+
+    def keep_sleepers(self, number: int) -> None:
+        """Start sleepers until there are so many."""
+        while len(self._sleepers) < number:
+            self._sleepers.append(self._new_process())
+
+    def _new_process(self) -> ManagedProcess:
+        orders = {
+            "config": msgspec.to_builtins(self._config),
+            "name": self._instance.instance_id,
+            "on_gpu": self._on_gpu,
+        }
+        process: ManagedProcess
+
+        def on_status(status: dict[str, Any]) -> None:
+            worker = self._worker_of.get(process)
+            if worker is not None and "error" in status:
+                worker.error = status["error"]
+            if worker is not None and "ready" in status:
+                self._on_ready(worker)
+
+        def on_exit(code: int) -> None:
+            worker = self._worker_of.pop(process, None)
+            if worker is not None:
+                self._on_exit(worker, code)
+
+        name = f"{self._instance.instance_id}-sleeper"
+        process = ManagedProcess(name, _MODULE, orders, self._environment, on_status, on_exit)
+        return process
+
+    def wake(self, phase: InstanceRole, percentage: int, attachment: dict[str, Any]) -> Worker:
+        """Have a sleeper, or a new process if there is none, become a worker; it says later when it is ready."""
+        priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
+        while True:
+            process = self._sleepers.popleft() if self._sleepers else self._new_process()
+            serial = next(self._serial)
+            worker_id = f"{self._instance.instance_id}.{phase}-{percentage}.{serial}"
+            address = f"ipc://{self._run_dir}/{self._instance.kv_rank}.{serial}.sock"
+            spec = WorkerSpec(worker_id=worker_id, role=phase, percentage=percentage, address=address)
+            order = WakeUp(
+                instance=msgspec.structs.replace(self._instance, instance_id=worker_id, instance_type=phase),
+                address=address,
+                percentage=percentage,
+                priority=priority,
+                attachment=attachment,
+            )
+            worker = Worker(spec, process)
+            process.name = worker_id
+            self._worker_of[process] = worker
+            self.workers[worker_id] = worker
+            # A sleeper that died in its sleep is passed over.
+            if process.send(msgspec.to_builtins(order)) and process.is_alive():
+                return worker
+            self._worker_of.pop(process, None)
+            del self.workers[worker_id]
+
+    def of_rung(self, rung: tuple[InstanceRole, int]) -> list[Worker]:
+        """Workers of that phase and percentage that are there or on their way, oldest first."""
+        wanted = (WorkerState.PREPARING, WorkerState.READY, WorkerState.ACTIVE)
+        return [worker for worker in self.workers.values() if worker.rung == rung and worker.state in wanted]
+
+    @property
+    def num_sleepers(self) -> int:
+        """Processes that wait to become workers."""
+        return sum(sleeper.is_alive() for sleeper in self._sleepers)
+
+    def processes(self) -> list[ManagedProcess]:
+        """All that run, sleepers included."""
+        return [*(worker.process for worker in self.workers.values()), *self._sleepers]

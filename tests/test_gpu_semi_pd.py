@@ -1,0 +1,116 @@
+"""Semi-PD on a GPU: MPS shares, arenas by IPC, rotation, ladder, and recovery from a fault of the GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
+from tests.engines import assert_no_leaks
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import demo_language as language  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+FAULT = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def write_far_out(pointer):
+    tl.store(pointer + (1 << 44), 1.0)
+
+write_far_out[(1,)](torch.zeros(1, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@asynccontextmanager
+async def system(**settings: Any) -> AsyncIterator[tuple[DisaggregatedLLM, ProcessRotationManager]]:
+    arguments: dict[str, Any] = {
+        "mode": "semi_pd",
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "num_blocks": 4096,
+        "chunk_size": 64,
+        "prefill_percentage": 60,
+        "decode_percentage": 40,
+        "ladder": {"prefill": [100], "decode": [100]},
+    }
+    async with DisaggregatedLLM(PdDisaggConfig.from_arguments(DEMO, **(arguments | settings))) as llm:
+        manager = llm.supervisors["semi-0"]
+        assert isinstance(manager, ProcessRotationManager)
+        yield llm, manager
+
+
+async def ask(llm: DisaggregatedLLM, count: int) -> None:
+    rng = random.Random(7)
+    questions = [language.recall_question(rng, rng.randint(3, 150)) for _ in range(count)]
+    outputs = await asyncio.gather(*(llm.chat(question.messages, GREEDY) for question in questions))
+    right = sum(output["text"] == question.answer for output, question in zip(outputs, questions, strict=True))
+    assert right >= 0.95 * count
+
+
+async def test_shares_rotation_and_ladder() -> None:
+    async with system() as (llm, manager):
+        workers = llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values()
+        share = {worker["percentage"]: int(worker["device"].split()[-2]) for worker in workers}
+        assert share[40] < share[60] < share[100], share
+        await ask(llm, 100)
+        for split in (SMAllocation(80, 50), SMAllocation(50, 30)):
+            asked = asyncio.create_task(ask(llm, 200))
+            manager.request_sm_reallocation(split)
+            assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
+            await asked
+        assert manager.get_status()["statistics"]["rotations"] == 2
+        await asyncio.to_thread(assert_no_leaks, llm)
+
+
+async def test_a_worker_that_ends_costs_no_request() -> None:
+    async with system() as (llm, manager):
+        asked = asyncio.create_task(ask(llm, 200))
+        await asyncio.sleep(0.3)
+        for worker in manager.get_status()["workers"][:2]:
+            os.kill(worker["pid"], signal.SIGTERM)
+        await asked
+        assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
+        assert manager.get_status()["statistics"]["replaced_workers"] == 2
+        await asyncio.to_thread(assert_no_leaks, llm)
+
+
+async def test_a_fault_of_the_gpu_costs_no_request(tmp_path: Path) -> None:
+    async with system() as (llm, manager):
+        asked = asyncio.create_task(ask(llm, 300))
+        await asyncio.sleep(0.3)
+        assert manager._mps is not None
+        started = time.monotonic()
+        environment = os.environ | manager._mps.environment
+        program = tmp_path / "fault.py"  # Triton wants its kernels in a file
+        program.write_text(FAULT)
+        fault = await asyncio.to_thread(
+            subprocess.run, [sys.executable, str(program)], env=environment, capture_output=True, timeout=60
+        )
+        assert fault.returncode != 0
+        assert b"CUDA error" in fault.stderr or b"Triton Error [CUDA]" in fault.stderr, fault.stderr
+        await asyncio.wait_for(asked, 120)
+        print(f"all answers {time.monotonic() - started:.1f} s after the fault")
+        assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
+        status = manager.get_status()
+        assert status["statistics"]["recoveries"] >= 1, status
+        await ask(llm, 20)
+        await asyncio.to_thread(assert_no_leaks, llm)

@@ -1,0 +1,316 @@
+"""Semi-PD with real processes and real shared memory: rotation, ladder, kills; nothing lost, nothing left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.config import InstanceRole
+from hbserve.pd_disagg.rungs import choose_percentage
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
+from hbserve.semi_pd.resident_process_manager import AsynchronousSwitchingController, DelayedSwitchingController
+from tests.engines import assert_no_leaks, random_prompt
+from tests.model_zoo import save_model
+
+DEADLINE_S = 120.0
+NUM_REQUESTS = 100
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "num_blocks": 400,
+    "max_model_len": 640,
+    "max_num_seqs": 32,
+    "chunk_size": 32,
+    "max_chunk_prefill_tokens": 64,
+    "log_level": "WARNING",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("qwen3")
+    save_model(folder, "qwen3")
+    return str(folder)
+
+
+def requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts that share prefixes, and sampling of every kind that keeps state on a worker."""
+    rng = random.Random(11)
+    prefix = random_prompt(64, seed=999)
+    prompts, sampling = [], []
+    for index in range(NUM_REQUESTS):
+        prompt = random_prompt(rng.randint(5, 120), seed=index)
+        prompts.append(prefix + prompt if index % 4 == 0 else prompt)
+        penalty = {"repetition_penalty": 1.3} if index % 5 == 0 else {}
+        sampling.append(
+            SamplingParams(
+                temperature=0 if index % 3 == 0 else 0.9,
+                seed=index,
+                max_tokens=rng.randint(60, 110),
+                ignore_eos=True,
+                **penalty,
+            )
+        )
+    return prompts, sampling
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
+    deadline = time.monotonic() + deadline_s
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+def arena_mappings() -> set[int]:
+    """Processes that have one of our arenas mapped."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if "hbserve-arena" in maps.read_text():
+                found.add(int(maps.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def pids_of(manager: ProcessRotationManager) -> set[int]:
+    status = manager.get_status()
+    resident = status["resident_manager"]["resident_process"]["pid"]
+    return {resident, *(worker["pid"] for worker in status["workers"])}
+
+
+async def test_rotations_and_kills_change_no_token(model: str) -> None:
+    """100 seeded requests while the split rotates and workers and the resident process are killed."""
+    prompts, sampling = requests()
+    async with DisaggregatedLLM(PdDisaggConfig.from_arguments(model, mode="unified", **SETTINGS)) as llm:
+        expected = [output["token_ids"] for output in await llm.generate(prompts, sampling)]
+
+    config = PdDisaggConfig.from_arguments(
+        model,
+        mode="semi_pd",
+        prefill_percentage=50,
+        decode_percentage=60,
+        ladder={"prefill": [], "decode": [100]},
+        max_restarts=100,
+        **SETTINGS,
+    )
+    rng = random.Random(5)
+    done = asyncio.Event()
+    kills = {"worker": 0, "resident": 0}
+
+    async with DisaggregatedLLM(config) as llm:
+        manager = llm.supervisors["semi-0"]
+        assert isinstance(manager, ProcessRotationManager)
+        seen = pids_of(manager)
+
+        def steps() -> int:
+            return int(llm.get_system_stats()["gpu_instances"]["semi-0"]["steps"])
+
+        async def after_steps(number: int) -> bool:
+            """Wait until so many more steps are confirmed; False if the work ended before."""
+            target = steps() + number
+            while steps() < target and not done.is_set():  # noqa: ASYNC110 - steps of other processes have no event
+                await asyncio.sleep(0.01)
+            return not done.is_set()
+
+        async def rotate() -> None:
+            while not done.is_set():
+                split = SMAllocation(rng.choice([40, 50, 70]), rng.choice([40, 60, 80]))
+                assert manager.request_sm_reallocation(split)
+                await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
+                seen.update(pids_of(manager))
+
+        async def kill() -> None:
+            while await after_steps(rng.randint(15, 30)):
+                status = manager.get_status()
+                if sum(kills.values()) == 3:
+                    kills["resident"] += 1
+                    os.kill(status["resident_manager"]["resident_process"]["pid"], signal.SIGKILL)
+                    continue
+                active = [worker for worker in status["workers"] if worker["state"] == "active"]
+                if active and kills["worker"] < 4:
+                    kills["worker"] += 1
+                    os.kill(rng.choice(active)["pid"], signal.SIGKILL)
+
+        chaos = [asyncio.create_task(rotate()), asyncio.create_task(kill())]
+        outputs = await asyncio.wait_for(llm.generate(prompts, sampling), DEADLINE_S)
+        done.set()
+        await asyncio.wait_for(asyncio.gather(*chaos), DEADLINE_S)
+        assert [output["token_ids"] for output in outputs] == expected
+        assert kills["worker"] >= 3
+        assert kills["resident"] == 1
+        assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S), str(manager.get_status())
+        status = manager.get_status()
+        assert status["statistics"]["rotations"] >= 1, str(status)
+        assert status["statistics"]["recoveries"] == 1
+        assert status["statistics"]["replaced_workers"] >= 1
+        await asyncio.to_thread(assert_no_leaks, llm)
+        seen |= pids_of(manager)
+    assert not any(is_running(pid) for pid in seen)
+    assert not arena_mappings() & seen
+
+
+def workers_of(llm: LLM) -> list[dict[str, Any]]:
+    """As the scheduler knows them."""
+    return list(llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values())
+
+
+@pytest.fixture(scope="module")
+def running(model: str) -> Iterator[LLM]:
+    with LLM(
+        model,
+        mode="semi_pd",
+        prefill_percentage=60,
+        decode_percentage=40,
+        ladder={"prefill": [100], "decode": [100]},
+        **SETTINGS,
+    ) as llm:
+        # One worker of each phase is enough to be ready; these tests want all of them.
+        wait_for(lambda: sum(w["status"] == "ready" for w in workers_of(llm)) == 4)
+        yield llm
+
+
+def test_a_phase_that_is_alone_gets_its_largest_rung(running: LLM) -> None:
+    def tokens() -> dict[tuple[str, int], int]:
+        return {(w["role"], w["percentage"]): w["generated_tokens"] for w in workers_of(running)}
+
+    assert set(tokens()) == {("prefill", 60), ("prefill", 100), ("decode", 40), ("decode", 100)}
+    alone = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    running.generate([1, 2, 3], alone, use_tqdm=False)
+    assert tokens() == {("prefill", 60): 0, ("prefill", 100): 1, ("decode", 40): 0, ("decode", 100): 39}
+    prompts = [random_prompt(200, seed=seed) for seed in range(20)]
+    running.generate(prompts, alone, use_tqdm=False)
+    assert tokens()["decode", 40] > 0  # while others' prompts were processed
+    assert tokens()["prefill", 60] > 0
+    assert_no_leaks(running)
+
+
+def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
+    manager = running.supervisors["semi-0"]
+    assert isinstance(manager, ProcessRotationManager)
+    manager.request_sm_reallocation(SMAllocation(80, 40))
+    assert manager.wait_until_settled(DEADLINE_S)
+    before = pids_of(manager)
+    assert manager.get_status()["rungs"] == {"prefill": [80, 100], "decode": [40, 100]}
+    manager.request_sm_reallocation(SMAllocation(80, 100))
+    assert manager.wait_until_settled(DEADLINE_S)
+    status = manager.get_status()
+    assert status["current_sm_allocation"] == {"prefill_percentage": 80, "decode_percentage": 100}
+    assert pids_of(manager) < before  # the decode worker of 40 % has gone, and nobody has come
+
+
+def test_a_preparation_that_fails_leaves_serving_as_it_is(running: LLM) -> None:
+    manager = running.supervisors["semi-0"]
+    assert isinstance(manager, ProcessRotationManager)
+    before, split = pids_of(manager), manager.current_sm_allocation
+    manager.delayed_switching.preparation_timeout = 0.01
+    try:
+        manager.request_sm_reallocation(SMAllocation(33, 33))
+        assert manager.wait_until_settled(DEADLINE_S)
+    finally:
+        manager.delayed_switching.preparation_timeout = 60.0
+    status = manager.get_status()
+    assert status["statistics"]["failed_rotations"] == 1
+    assert "33" in status["last_error"]
+    assert "in time" in status["last_error"] or "within" in status["last_error"]
+    assert manager.current_sm_allocation == split
+    assert pids_of(manager) == before
+    assert len(running.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)[0]["token_ids"]) == 4
+
+
+def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, tmp_path: Path) -> None:
+    """The manager alone, as a user's program has it; that program is killed."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal\n"
+        "from hbserve import PdDisaggConfig\n"
+        "from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation\n"
+        f"config = PdDisaggConfig.from_arguments({model!r}, **{SETTINGS | {'num_sleepers': 0}!r})\n"
+        "manager = ProcessRotationManager(server_args=config, port_args=None, gpu_id=0, tp_rank=0,\n"
+        "    initial_sm_allocation=SMAllocation(prefill_percentage=100, decode_percentage=100))\n"
+        "assert manager.start()\n"
+        "status = manager.get_status()\n"
+        "print(status['resident_manager']['resident_process']['pid'], *(w['pid'] for w in status['workers']))\n"
+        "import sys; sys.stdout.flush()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    shared_memory = set(os.listdir("/dev/shm"))
+    output = subprocess.run(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, env=environment, timeout=DEADLINE_S
+    ).stdout
+    pids = {int(pid) for pid in output.split()}
+    assert len(pids) == 3
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
+    wait_for(lambda: not any(name.startswith("hbserve-") for name in os.listdir(tmp_path)))
+    assert not set(os.listdir("/dev/shm")) - shared_memory
+    assert not arena_mappings() & pids
+
+
+def test_the_share_where_both_are_busy_and_the_largest_rung_alone() -> None:
+    assert choose_percentage([40, 60, 100], 60, alone=False) == 60
+    assert choose_percentage([40, 100], 60, alone=False) == 40  # the nearest, where a rung is just being replaced
+    assert choose_percentage([40, 60, 100], 40, alone=True) == 100
+
+
+def test_delayed_switching_says_how_a_preparation_ended() -> None:
+    controller = DelayedSwitchingController(preparation_timeout=5.0)
+    assert not controller.wait_for_switch_ready()
+    assert controller.request_delayed_switch(lambda: "made")
+    assert controller.wait_for_switch_ready()
+    assert controller.result == "made"
+    controller.request_delayed_switch(lambda: 1 / 0)
+    assert not controller.wait_for_switch_ready()
+    assert controller.get_status()["state"] == "failed"
+    assert "division" in (controller.error or "")
+
+
+class FakeProcess:
+    """What a switch asks of a process."""
+
+    def __init__(self) -> None:
+        self.alive = True
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def terminate(self) -> None:
+        self.alive = False
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
+
+
+def test_asynchronous_switching_ends_the_old_process_after_its_step() -> None:
+    controller = AsynchronousSwitchingController(drain_timeout=5.0)
+    old, new = FakeProcess(), FakeProcess()
+    was_alive_in_its_step = []
+    assert controller.start_asynchronous_switch(
+        InstanceRole.DECODE, old, new, lambda: was_alive_in_its_step.append(old.alive)
+    )
+    assert controller.wait_for_switch_completion(InstanceRole.DECODE, 5.0)
+    assert was_alive_in_its_step == [True]
+    assert not old.alive
+    assert new.alive
+    dead = FakeProcess()
+    dead.alive = False
+    assert not controller.start_asynchronous_switch(InstanceRole.PREFILL, old, dead, lambda: True)
