@@ -12,7 +12,15 @@ from hbserve.platform.base import Partition, Platform, SharedArena
 from hbserve.platform.cpu import CpuPlatform
 from hbserve.platform.cuda import CudaPlatform
 
-__all__ = ["Partition", "Platform", "SharedArena", "enter_partition", "make_platform", "resolve_device"]
+__all__ = [
+    "Partition",
+    "Platform",
+    "SharedArena",
+    "enter_partition",
+    "make_platform",
+    "partition_environment",
+    "resolve_device",
+]
 
 _NICENESS_OF_LOW_PRIORITY = 5
 
@@ -62,11 +70,21 @@ def make_platform(
     return CudaPlatform(gpu_id + tp_rank)
 
 
+def partition_environment(partition: Partition) -> dict[str, str]:
+    """The variables that give a process its share of a GPU under MPS.
+
+    The driver reads the percentage when it makes the context, and may read the priority already when
+    it is initialised, which an import can do: best is to start the process with both.
+    """
+    return {
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(partition.percentage),
+        "CUDA_MPS_CLIENT_PRIORITY": str(partition.priority),
+    }
+
+
 def enter_partition(partition: Partition) -> None:
     """Set the share that this process' CUDA context will get under MPS; before anything touches the GPU.
 
-    The driver reads both when it makes the context, and they cannot be changed afterwards
-    (https://docs.nvidia.com/deploy/mps).
+    It cannot be changed afterwards (https://docs.nvidia.com/deploy/mps).
     """
-    os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(partition.percentage)
-    os.environ["CUDA_MPS_CLIENT_PRIORITY"] = str(partition.priority)
+    os.environ.update(partition_environment(partition))
