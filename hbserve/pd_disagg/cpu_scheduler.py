@@ -458,7 +458,7 @@ class CpuScheduler:
             instance.note_lost(why)
             return
         logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
-        self.events.note("lost", worker.id, why)
+        self.events.note("retired" if worker.is_retiring else "lost", worker.id, why)
         if worker.owns_memory:
             worker.hello = None
             worker.inflight.clear()
@@ -487,10 +487,14 @@ class CpuScheduler:
             logger.error("dropped a list of workers for %r, which is no such instance", message.instance_id)
             return
         self._worker_launchers[instance.id] = launcher
-        instance.shares = {
+        shares = {
             InstanceRole.PREFILL: message.prefill_percentage,
             InstanceRole.DECODE: message.decode_percentage,
         }
+        if shares != instance.shares:
+            split = ", ".join(f"{phase} {share} %" for phase, share in shares.items())
+            self.events.note("rotation", instance.id, f"{split}: {message.reason}" if message.reason else split)
+        instance.shares = shares
         if instance.arena_epoch not in (0, message.arena_epoch):
             logger.warning("lost the memory of %s: %s", instance.id, message.reason)
             for worker in list(instance.workers.values()):
