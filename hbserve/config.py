@@ -174,6 +174,53 @@ class LadderConfig(Section, frozen=True):
     decode: tuple[int, ...] = (100,)
 
 
+class SLOConfig(Section, frozen=True):
+    """Targets that the split of a ``semi_pd`` instance is moved to hold; see docs/slo_control.md.
+
+    Attributes:
+        ttft_target_ms, tpot_target_ms: what a request should meet.
+        ttft_percentile, tpot_percentile: of requests at which that is judged.
+        ttft_violation_threshold, tpot_violation_threshold: how many times the target is a violation.
+        profile: file of step times, from ``python -m hbserve.profile``; default: a built-in one.
+        monitoring_interval_s: from one look to the next.
+        window_s: how far back a look goes.
+        min_percentage, max_total_percentage, adjustment_step: which splits may be chosen.
+        cooldown_s: from one move to the next.
+        rotation_cooldown_s: from one move that needs new processes to the next of that kind.
+        hysteresis: share of goodput that a move must gain.
+        min_confidence_threshold: of the latency model, below which it is not followed.
+        holds_back_decode: while prompts are computed, decode steps begin no sooner after each other
+            than the TPOT target allows with some room.
+    """
+
+    ttft_target_ms: float
+    tpot_target_ms: float
+    ttft_percentile: float = 95.0
+    tpot_percentile: float = 95.0
+    ttft_violation_threshold: float = 1.1
+    tpot_violation_threshold: float = 1.1
+    profile: str | None = None
+    monitoring_interval_s: float = 2.0
+    window_s: float = 5.0
+    min_percentage: int = 10
+    max_total_percentage: int = 200
+    adjustment_step: int = 10
+    cooldown_s: float = 4.0
+    rotation_cooldown_s: float = 60.0
+    hysteresis: float = 0.05
+    min_confidence_threshold: float = 0.7
+    holds_back_decode: bool = True
+
+    @property
+    def decode_interval_ms(self) -> float:
+        """Least time from the beginning of a decode step to the next's while prefill is busy; 0: none."""
+        return DECODE_PACE * self.tpot_target_ms if self.holds_back_decode else 0.0
+
+
+DECODE_PACE = 0.8
+"""Of the TPOT target."""
+
+
 class SemiPDConfig(Section, frozen=True):
     """Instances of type ``semi_pd``: how prefill and decode share a device.
 
@@ -187,6 +234,7 @@ class SemiPDConfig(Section, frozen=True):
         preparation_timeout_s: new workers that are not ready by then are discarded.
         drain_timeout_s: a retired worker that has not ended by then is reported, and killed.
         heartbeat_interval_s: how often the resident process is asked for a sign of life.
+        slo: targets to move the split for; None: it stays where it is put.
     """
 
     prefill_percentage: int | None = None
@@ -197,6 +245,7 @@ class SemiPDConfig(Section, frozen=True):
     preparation_timeout_s: float = 60.0
     drain_timeout_s: float = 60.0
     heartbeat_interval_s: float = 1.0
+    slo: SLOConfig | None = None
 
 
 class PerformanceConfig(Section, frozen=True):

@@ -161,6 +161,11 @@ def _validate_semi_pd(config: Config) -> None:
         for value in getattr(config.semi_pd.ladder, name):
             if not 1 <= value <= 100:
                 raise _error(f"semi_pd.ladder.{name}", f"percentages must be in 1..100, got {value}")
+    slo = config.semi_pd.slo
+    for name in slo.__struct_fields__ if slo is not None else ():
+        value = getattr(slo, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
+            raise _error(f"semi_pd.slo.{name}", f"must not be negative, got {value}")
     for index, instance in enumerate(config.gpu_instances):
         if instance.instance_type is not InstanceRole.SEMI_PD:
             continue

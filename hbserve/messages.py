@@ -85,6 +85,19 @@ class WorkerSpec(Value, frozen=True):
     address: str
 
 
+class GetWindow(Message, frozen=True):
+    """Ask for the `Window` of the last ``seconds``."""
+
+    query_id: int
+    seconds: float
+
+
+class MarkRotation(Message, frozen=True):
+    """A rotation begins, or is over: latencies of the time between are left out of windows."""
+
+    begins: bool
+
+
 class SetWorkers(Message, frozen=True):
     """Which workers an instance has from now on; from whoever starts and ends them.
 
@@ -194,6 +207,13 @@ class NotReady(Message, frozen=True):
     """The deadline passed, or an instance said why it cannot serve."""
 
     reason: str
+
+
+class Window(Message, frozen=True):
+    """Answer to `GetWindow`: an `hbserve.metrics.window_metrics.AggregatedMetrics`, as plain data."""
+
+    query_id: int
+    metrics: dict[str, Any]
 
 
 class WorkerLost(Message, frozen=True):
@@ -617,8 +637,8 @@ class StreamText(Message, frozen=True):
     output: OutputText
 
 
-ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady | SetWorkers | SetRole
-SchedulerReply = OutputBatch | Stats | Ready | NotReady | WorkerLost | RoleSet
+ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady | SetWorkers | SetRole | GetWindow | MarkRotation
+SchedulerReply = OutputBatch | Stats | Ready | NotReady | WorkerLost | RoleSet | Window
 TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult
 InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown

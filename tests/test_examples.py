@@ -152,3 +152,12 @@ def test_shell_says_what_is_wrong() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: 127.0.0.1:9: ")
     assert "Traceback" not in done.stderr
+
+
+def test_slo_aware_example(tmp_path: Path) -> None:
+    arguments = ["--model-path", str(EXAMPLES / "models" / "hbserve-demo"), "--simulation-cycles", "2"]
+    targets = ["--ttft-target", "200", "--tpot-target", "50", "--cycle-seconds", "1.5"]
+    output = run("semi_pd/slo_aware_example.py", tmp_path, *arguments, *targets)
+    lines = output.splitlines()
+    assert [re.search(r"\w+ *-heavy", line)[0] for line in lines] == ["prefill-heavy", "decode -heavy"]  # type: ignore[index]
+    assert all(re.search(r"TTFT p95 +\d+\.\d ms .* split +\d+/ *\d+", line) for line in lines)

@@ -15,6 +15,7 @@ import pytest
 
 from hbserve.config import ServerConfig
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from hbserve.server import create_app, live_page, serve
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
@@ -34,9 +35,12 @@ class System:
 
 
 @pytest.fixture
-async def system() -> AsyncIterator[System]:
+async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
     system = System()
-    config = PdDisaggConfig(str(DEMO_MODEL), device="cpu", dtype="float32", num_blocks=256, log_level="ERROR")
+    mode = getattr(request, "param", "disaggregated")
+    config = PdDisaggConfig(
+        str(DEMO_MODEL), mode=mode, device="cpu", dtype="float32", num_blocks=256, log_level="ERROR"
+    )
     async with DisaggregatedLLM(config) as llm:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo")
@@ -123,6 +127,25 @@ async def test_page_in_a_browser(system: System, page: Any) -> None:
     assert "dead" in (await page.locator("#status").get_attribute("class") or "")
     assert problems == []
     assert all(url.startswith(system.url) for url in asked)
+
+
+@pytest.mark.parametrize("system", ["semi_pd"], indirect=True)
+async def test_page_shows_a_rotation(system: System, page: Any) -> None:
+    await page.goto(system.url)
+    await page.get_by_label("Key", exact=True).fill(KEY)
+    await page.keyboard.press("Enter")
+    await page.locator("#status.ready").wait_for()
+    [manager] = system.llm._launcher.supervisors.values()
+    assert isinstance(manager, ProcessRotationManager)
+    assert await page.locator(".rung", has_text="25 %").count() == 0
+    assert manager.request_sm_reallocation(SMAllocation(75, 25))
+    event = page.locator("#events .rotation", has_text="prefill 75 %, decode 25 %")
+    await event.wait_for()
+    await page.locator(".rung", has_text="25 %").wait_for()
+    await ask(system.url)
+    await page.locator("#requests .track .decode").first.wait_for(state="attached")
+    await page.keyboard.press("a")
+    assert await page.get_by_label("Prefill, % of the SMs").input_value() == "75"
 
 
 async def test_pages_files_and_data(system: System) -> None:

@@ -111,7 +111,6 @@ class _StepInputs:
 @dataclass(frozen=True)
 class _Graph:
     graph: Any
-    logits: torch.Tensor
     token_ids: torch.Tensor
 
 
@@ -130,6 +129,8 @@ class DecodeGraphs:
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
         self._inputs = _StepInputs(table.max_num_seqs, max_pages, device)
+        # One for all graphs: it is read, if at all, before the next replay.
+        self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
         self._graphs: dict[int, _Graph] = {}
         self._capture_all(device)
 
@@ -173,8 +174,8 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits, token_ids = self._step(size)
-        return _Graph(graph, logits, token_ids)
+            token_ids = self._step(size)
+        return _Graph(graph, token_ids)
 
     def _copy_padding(self, size: int) -> None:
         arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
@@ -184,18 +185,18 @@ class DecodeGraphs:
         arrays["chunk_len"] = np.array([self._attention.chunk_len(size, np.ones(size, np.int32))], np.int32)
         self._inputs.copy(arrays, np.zeros(size, np.int32), size)
 
-    def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, size: int) -> torch.Tensor:
         inputs = self._inputs
         slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
         positions = inputs.tensor("positions", size)
         last = self._table.last_token_ids
         token_ids = torch.where(given == _FED_BACK, last[slots], given)
         hidden = self._decoder.forward(token_ids, positions, self._attention)
-        logits = self._decoder.shard_logits(hidden)
+        logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
         sampled = fast_sample(logits, temperatures, seeds, positions, self._decoder.parallel)
         last[slots] = sampled
-        return logits, sampled
+        return sampled
 
     def fits(self, rows: list[PlanRow]) -> bool:
         """Whether a plan's rows are a decode step that is captured."""
@@ -252,9 +253,9 @@ class DecodeGraphs:
         if (table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])).all():
             return Sampled(graph.token_ids[:num_rows], None), num_logprobs
         # Penalties, truncation and the like need the general sampler, on the graph's logits.
-        arrays = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, graph.logits.device)
+        arrays = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, self._logits.device)
         batch = sampling_batch(table, slots, arrays)
-        sampled = sample(self._decoder.all_logits(graph.logits[:num_rows]), batch)
+        sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
         table.note_sampled(arrays["slots"], sampled.token_ids, batch.penalties)
         return sampled, num_logprobs
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hbserve.metrics.distribution import Distribution
 
@@ -98,6 +99,12 @@ class AggregatedMetrics:
     decode: RoleMetrics = field(default_factory=RoleMetrics)
     worker_busy: dict[str, float] = field(default_factory=dict)
     system: SystemMetrics | None = None
+
+    def thinned(self, most: int) -> AggregatedMetrics:
+        """With no more than so many values in each distribution: small enough to send."""
+        parts = {name: getattr(self, name) for name in self.__slots__}
+        thin: dict[str, Any] = {n: part.thinned(most) for n, part in parts.items() if isinstance(part, Distribution)}
+        return replace(self, **thin)
 
     @property
     def duration_s(self) -> float:

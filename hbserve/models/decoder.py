@@ -102,9 +102,13 @@ class Decoder:
         """Logits ``[rows, vocab]``, in the model's dtype, of rows of `forward`'s result."""
         return self.all_logits(self.shard_logits(hidden))
 
-    def shard_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[rows, vocab / ranks]`` of this rank's part of the vocabulary."""
-        return self._ops.linear(hidden, self.lm_head, None)
+    def shard_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[rows, vocab / ranks]`` of this rank's part of the vocabulary, in ``out`` if given."""
+        if out is None:
+            return self._ops.linear(hidden, self.lm_head, None)
+        if len(hidden) == 1:
+            return out.copy_(self._ops.linear(hidden, self.lm_head, None))
+        return torch.mm(hidden, self.lm_head.t(), out=out)
 
     def all_logits(self, shard: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]`` of all ranks' `shard_logits`."""

@@ -64,6 +64,7 @@ _KEYS = {
     "decode_percentage": "semi_pd.decode_percentage",
     "ladder": "semi_pd.ladder",
     "num_sleepers": "semi_pd.num_sleepers",
+    "slo": "semi_pd.slo",
     "gpu_instances": "gpu_instances",
     "log_level": "logging.level",
     "otlp_endpoint": "telemetry.otlp_endpoint",
@@ -124,6 +125,7 @@ class PdDisaggConfig:
     decode_percentage: int | None = None
     ladder: dict[str, list[int]] | None = None
     num_sleepers: int | None = None
+    slo: dict[str, Any] | None = None
     gpu_instances: list[dict[str, Any]] | None = None
     log_level: str | None = None
     otlp_endpoint: str | None = None

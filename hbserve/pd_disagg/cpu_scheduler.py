@@ -27,12 +27,14 @@ from hbserve.messages import (
     AddRequest,
     ClientMessage,
     GetStats,
+    GetWindow,
     Hello,
     InstanceFailed,
     InstanceReply,
     Leaving,
     LinkClosed,
     LinkOpened,
+    MarkRotation,
     NotReady,
     Ping,
     Ready,
@@ -45,6 +47,7 @@ from hbserve.messages import (
     SubscribeReady,
     TokenLogprobs,
     TransferResult,
+    Window,
     WorkerLost,
     WorkerSpec,
 )
@@ -66,6 +69,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 0.1
 _GREETING_INTERVAL_S = 0.02
+_WINDOW_VALUES = 256  # of each latency, in a window that is sent
 _LONGEST_RETRY_DELAY_S = 5.0
 
 
@@ -115,6 +119,9 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
+        if config.semi_pd.slo is not None:
+            for handle in self.instances.values():
+                handle.decode_interval_s = config.semi_pd.slo.decode_interval_ms / 1000
         self._worker_tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._worker_launchers: dict[str, bytes] = {}
@@ -162,12 +169,26 @@ class CpuScheduler:
             await self._schedule_waiting_requests()
             for instance in self.instances.values():
                 for worker, phases in instance.choose_workers().items():
-                    while len(worker.inflight) < worker.pipeline_depth(self.config.performance.pipeline_depth):
+                    depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
+                    wait_s = instance.decode_wait_s(worker, phases, time.monotonic())
+                    if wait_s is not None:
+                        depth = 1
+                        if wait_s and not worker.inflight:
+                            self._wake_in(instance, wait_s)
+                            continue
+                    while len(worker.inflight) < depth:
                         if not self._planner.plan_step(instance, worker, phases):
                             break
+                        worker.last_plan_time = time.monotonic()
                 self._end_retired(instance)
             self._role_changes.proceed()
             self._clients.flush()
+
+    def _wake_in(self, instance: InstanceHandle, seconds: float) -> None:
+        """Schedule again then; one timer per instance."""
+        if instance.timer is not None:
+            instance.timer.cancel()
+        instance.timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
 
     async def _tick(self) -> None:
         """Heartbeats and deadlines."""
@@ -240,6 +261,15 @@ class CpuScheduler:
             self._role_changes.ask(client, message)
         elif isinstance(message, SetWorkers):
             self._set_workers(client, message)
+        elif isinstance(message, GetWindow):
+            self.metrics.observe_system(self.waiting, self.instances.values())
+            window = self.metrics.collector.get_current_window_metrics(message.seconds).thinned(_WINDOW_VALUES)
+            self._clients.reply(client, Window(query_id=message.query_id, metrics=msgspec.to_builtins(window)))
+        elif isinstance(message, MarkRotation):
+            if message.begins:
+                self.metrics.collector.begin_exclusion()
+            else:
+                self.metrics.collector.end_exclusion()
 
     def _add(self, client: bytes, request: AddRequest) -> None:
         self.counts["requests"] += 1
@@ -434,7 +464,7 @@ class CpuScheduler:
             instance.note_lost(why)
             return
         logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
-        self.events.note("lost", worker.id, why)
+        self.events.note("retired" if worker.is_retiring else "lost", worker.id, why)
         if worker.owns_memory:
             worker.hello = None
             worker.inflight.clear()
@@ -463,10 +493,14 @@ class CpuScheduler:
             logger.error("dropped a list of workers for %r, which is no such instance", message.instance_id)
             return
         self._worker_launchers[instance.id] = launcher
-        instance.shares = {
+        shares = {
             InstanceRole.PREFILL: message.prefill_percentage,
             InstanceRole.DECODE: message.decode_percentage,
         }
+        if shares != instance.shares:
+            split = ", ".join(f"{phase} {share} %" for phase, share in shares.items())
+            self.events.note("rotation", instance.id, f"{split}: {message.reason}" if message.reason else split)
+        instance.shares = shares
         if instance.arena_epoch not in (0, message.arena_epoch):
             logger.warning("lost the memory of %s: %s", instance.id, message.reason)
             for worker in list(instance.workers.values()):

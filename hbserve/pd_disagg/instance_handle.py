@@ -9,6 +9,7 @@ sequence changes workers between two steps: when nothing of it is in flight at t
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 from collections import deque
@@ -97,6 +98,7 @@ class WorkerHandle:
         self.is_told_to_end = False
         self.work = Work()
         self.last_step_s = 0.0
+        self.last_plan_time = 0.0
 
     def pipeline_depth(self, configured: int) -> int:
         """Plans to have in flight: one more where a round trip takes longer than a step."""
@@ -133,6 +135,9 @@ class InstanceHandle:
         arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
         shares: each phase's percentage while both are busy.
         is_draining: it is given no more requests.
+        decode_interval_s: while prefill is busy at another worker, decode steps begin no sooner after
+            each other: what they do not take speeds prefill up. 0: no limit.
+        timer: of the scheduler, for a step that is held back.
     """
 
     def __init__(
@@ -152,6 +157,8 @@ class InstanceHandle:
         self.is_draining = False
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
+        self.decode_interval_s = 0.0
+        self.timer: asyncio.TimerHandle | None = None
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
         self.num_restarts = -1
@@ -252,6 +259,15 @@ class InstanceHandle:
             self._current[phase] = target
             chosen.setdefault(target, set()).add(phase)
         return chosen
+
+    def decode_wait_s(self, worker: WorkerHandle, phases: set[InstanceRole], now: float) -> float | None:
+        """How long the worker's next decode step is held back; None: not at all, as deep as the pipeline goes.
+
+        Held-back steps go one at a time: one that is in flight early would not be held back.
+        """
+        if not self.decode_interval_s or phases != {InstanceRole.DECODE} or not self._is_busy(InstanceRole.PREFILL):
+            return None
+        return max(0.0, worker.last_plan_time + self.decode_interval_s - now)
 
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
         # Short prompts may be computed where they decode; admission seats no others there.

@@ -26,7 +26,7 @@ class EventLog:
         """Add one.
 
         Args:
-            kind: ``ready``, ``lost``, ``rotation``, ``transfer`` or the like: one word.
+            kind: ``ready``, ``lost``, ``retired``, ``rotation`` or ``fault``.
             subject: whom it is about.
         """
         self._events.append(

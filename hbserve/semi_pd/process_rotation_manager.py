@@ -30,6 +30,8 @@ from hbserve.pd_disagg.launcher import InstanceSupervisor
 from hbserve.platform import mps
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.scheduler_link import SchedulerLink
+from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
+from hbserve.semi_pd.slo_service import check_slo, make_controller
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import PHASES, semi_pd_system, share_of
@@ -85,6 +87,9 @@ class ProcessRotationManager(InstanceSupervisor):
         self.resident_manager = ResidentProcessManager(
             self.config, port_args, gpu_id, tp_rank, on_lost=self._note_memory_lost
         )
+        if settings.slo is not None:
+            check_slo(settings.slo)
+        self._slo_controller: SLOAwareResourceController | None = None
         self._run_dir: str | None = None
         self._owns_run_dir = True
         self._scheduler_address: str | None = None
@@ -175,6 +180,9 @@ class ProcessRotationManager(InstanceSupervisor):
             workers.keep_sleepers(self.config.semi_pd.num_sleepers)
             self._supervisor = threading.Thread(target=self._supervise, name="semi-pd-supervisor", daemon=True)
             self._supervisor.start()
+        if self._link is not None and self.config.semi_pd.slo is not None:
+            self._slo_controller = make_controller(self.config, self.config.semi_pd.slo, self, self._link)
+            self._slo_controller.start_monitoring()
 
     def tell_to_stop(self) -> None:
         with self._condition:
@@ -201,6 +209,8 @@ class ProcessRotationManager(InstanceSupervisor):
         self._end_everything()
 
     def _end_everything(self) -> None:
+        if self._slo_controller is not None:
+            self._slo_controller.stop_monitoring()
         with self._condition:
             self._is_told_to_stop = True
             self._state = "stopping"
@@ -309,6 +319,7 @@ class ProcessRotationManager(InstanceSupervisor):
                     "replaced_workers": self._num_replaced,
                     "recoveries": self._num_recoveries,
                 },
+                "slo": None if self._slo_controller is None else self._slo_controller.get_controller_status(),
                 "last_error": self._last_error,
             }
 

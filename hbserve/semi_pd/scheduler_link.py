@@ -1,11 +1,13 @@
-"""The line to the CPU scheduler: which workers there are goes out, which of them failed comes back."""
+"""The line to the CPU scheduler: which workers there are goes out, which of them failed comes back, and windows."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -13,7 +15,8 @@ import msgspec
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.messages import SchedulerReply, SetWorkers, WorkerLost
+from hbserve.messages import GetWindow, MarkRotation, SchedulerReply, SetWorkers, Window, WorkerLost
+from hbserve.metrics.window_metrics import AggregatedMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +32,35 @@ class SchedulerLink:
 
     def __init__(self, address: str, on_worker_lost: Callable[[str, str], None], key: ClusterKey | None) -> None:
         self._address, self._on_worker_lost, self._key = address, on_worker_lost, key
-        self._outgoing: deque[SetWorkers | None] = deque()
+        self._outgoing: deque[SetWorkers | GetWindow | MarkRotation | None] = deque()
+        self._windows: queue.SimpleQueue[Window] = queue.SimpleQueue()
+        self._num_queries = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="semi-pd-link", daemon=True)
         self._thread.start()
 
-    def send(self, message: SetWorkers) -> None:
+    def send(self, message: SetWorkers | GetWindow | MarkRotation) -> None:
         """Queue a message; in order."""
         self._outgoing.append(message)
         os.eventfd_write(self._wake, 1)
+
+    def get_window(self, seconds: float, timeout_s: float) -> AggregatedMetrics | None:
+        """The scheduler's last seconds; None if it does not answer in time. For one caller at a time."""
+        self._num_queries += 1
+        query_id = self._num_queries
+        self.send(GetWindow(query_id=query_id, seconds=seconds))
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                answer = self._windows.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if answer.query_id == query_id:  # not a late one to an earlier question
+                return msgspec.convert(answer.metrics, AggregatedMetrics)
+
+    def mark_rotation(self, begins: bool) -> None:
+        """A rotation begins, or is over: latencies that overlap it are left out of windows."""
+        self.send(MarkRotation(begins=begins))
 
     def close(self) -> None:
         """Send what is queued and end."""
@@ -70,3 +93,5 @@ class SchedulerLink:
                     reply = decoder.decode(socket.recv())
                     if isinstance(reply, WorkerLost):
                         self._on_worker_lost(reply.worker_id, reply.reason)
+                    elif isinstance(reply, Window):
+                        self._windows.put(reply)

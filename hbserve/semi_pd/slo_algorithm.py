@@ -47,7 +47,7 @@ class RotationManager(Protocol):
 
     def get_status(self) -> dict[str, Any]:
         """With ``current_sm_allocation``, the split in effect, and where there is a ladder with
-        ``warm_percentages``: those of ``prefill`` and ``decode`` that need no new process."""
+        ``rungs``: the percentages of ``prefill`` and ``decode`` that need no new process."""
 
 
 class SLOAwareResourceController:
@@ -124,9 +124,10 @@ class SLOAwareResourceController:
             decode_percentage=status["current_sm_allocation"]["decode_percentage"],
         )
         metrics = self.metrics_collector.get_current_window_metrics()
-        if self._pending is not None and not self._has_arrived(current, metrics.window_end_time):
+        under_way = bool(status.get("switch_requested", True))
+        if self._pending is not None and not self._has_arrived(current, under_way, metrics.window_end_time):
             return None
-        warm = status.get("warm_percentages")
+        warm = status.get("rungs")
         decision = self.policy.decide(
             window_of(metrics, self.slo_constraints), current, (warm["prefill"], warm["decode"]) if warm else None
         )
@@ -150,11 +151,11 @@ class SLOAwareResourceController:
         self._pending = decision
         self.metrics_collector.begin_exclusion()
 
-    def _has_arrived(self, current: SMAllocation, now: float) -> bool:
+    def _has_arrived(self, current: SMAllocation, under_way: bool, now: float) -> bool:
         """Whether the split that was asked for is in effect, or has been given up; its window begins then."""
         assert self._pending is not None
         arrived = current == self._pending.chosen
-        if not arrived and now - self._pending.time < _ROTATION_TIMEOUT_S:
+        if not arrived and under_way and now - self._pending.time < _ROTATION_TIMEOUT_S:
             return False
         self._num_succeeded += arrived
         if not arrived:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from hbserve.config import DECODE_PACE
 from hbserve.errors import ConfigError
 from hbserve.semi_pd.latency_model import Targets
-
-_PACE = 0.8  # of the TPOT target
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class SLOConstraints:
     def decode_interval_ms(self) -> float:
         """While prefill is busy, decode steps need not begin sooner after each other than this: TPOT's target
         with some room. What decode does not take speeds prefill up."""
-        return _PACE * self.tpot_target_ms
+        return DECODE_PACE * self.tpot_target_ms
 
     @property
     def targets(self) -> Targets:

@@ -33,7 +33,7 @@ class SimulatedRotation:
         """See `hbserve.semi_pd.slo_algorithm.RotationManager`."""
         if self.rotating:
             return False
-        warm = self.get_status()["warm_percentages"]
+        warm = self.get_status()["rungs"]
         if new_allocation.prefill_percentage in warm["prefill"] and new_allocation.decode_percentage in warm["decode"]:
             self._change(new_allocation)
         else:
@@ -55,7 +55,8 @@ class SimulatedRotation:
                 "prefill_percentage": now.prefill_percentage,
                 "decode_percentage": now.decode_percentage,
             },
-            "warm_percentages": {
+            "switch_requested": self.rotating,
+            "rungs": {
                 "prefill": sorted({*self._warm, now.prefill_percentage}),
                 "decode": sorted({*self._warm, now.decode_percentage}),
             },

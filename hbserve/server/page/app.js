@@ -154,7 +154,7 @@ function show(data) {
   showRequests(stats.recent?.requests ?? []);
   showEvents(stats.recent?.events ?? []);
   showLinks(stats.kv_transfer?.links ?? {});
-  by("split-fields").hidden = stats.semi_pd == null;
+  showSplitFields(stats.gpu_instances);
 }
 
 function showStatus(data) {
@@ -205,11 +205,14 @@ function showTiles(data, view, queues, metrics, targets) {
   });
 }
 
-// The share of the GPU that each role has, where workers share one; else how busy each worker is.
+// The share of its GPU that each phase has, where workers share one; else how busy each worker is.
 function sharesOf(data) {
-  const split = data.stats.semi_pd?.allocation;
-  if (split) return { prefill: split.prefill_percentage, decode: split.decode_percentage };
-  return Object.fromEntries(Object.entries(data.stats.gpu_instances).map(([name, one]) => [name, 100 * (one.busy_share ?? 0)]));
+  const instances = Object.entries(data.stats.gpu_instances);
+  const sharing = instances.filter(([, one]) => one.shares);
+  if (!sharing.length) return Object.fromEntries(instances.map(([name, one]) => [name, 100 * (one.busy_share ?? 0)]));
+  const named = (name, phase) => (sharing.length > 1 ? `${name} ${phase}` : phase);
+  return Object.fromEntries(sharing.flatMap(([name, one]) =>
+    Object.entries(one.shares).map(([phase, share]) => [named(name, phase), share])));
 }
 
 function showSplit(data) {
@@ -218,9 +221,18 @@ function showSplit(data) {
   if (names.join() !== lastSplitNames) {
     lastSplitNames = names.join();
     charts.split.build(names.map((label, index) => ({ label, color: PALETTE[index % PALETTE.length], fill: names.length < 3 })));
-    by("split-unit").textContent = data.stats.semi_pd?.allocation ? "share of the GPU's SMs, %" : "busy share of each worker, %";
+    by("split-unit").textContent = Object.values(data.stats.gpu_instances).some((one) => one.shares) ? "share of the GPU while both phases are busy, %" : "busy share of each worker, %";
   }
   charts.split.add(data.time, Object.values(shares));
+}
+
+function showSplitFields(instances) {
+  const shares = Object.values(instances).find((one) => one.shares)?.shares;
+  by("split-fields").hidden = shares == null;
+  for (const phase of ["prefill", "decode"]) {
+    const field = by(`split-${phase}`);
+    if (shares && !field.value && document.activeElement !== field) field.value = shares[phase];
+  }
 }
 
 function meter(name, value, share, className) {
@@ -245,12 +257,14 @@ function showInstances(instances) {
       const used = one.kv_blocks.total - one.kv_blocks.free;
       card.append(meter("KV blocks", `${number(used)} of ${number(one.kv_blocks.total)}`, used / one.kv_blocks.total, "kv"));
     }
-    const rungs = one.rungs ?? (one.sm_percentage == null ? [] : [{ percentage: one.sm_percentage, active: true }]);
-    if (rungs.length) {
+    const workers = Object.entries(one.workers ?? {});
+    for (const phase of new Set(workers.map(([, worker]) => worker.role))) {
       const box = text("div", null, "rungs");
-      for (const rung of rungs) {
-        const share = rung.percentage ?? rung;
-        box.append(text("span", `${share} %`, `rung ${rung.active || share === one.percentage ? "active" : ""}`));
+      box.append(text("span", `${phase} rungs`, "muted"));
+      for (const [id, worker] of workers.filter(([, each]) => each.role === phase)) {
+        const rung = text("span", `${worker.percentage} %`, `rung ${worker.is_current ? "active" : ""} ${worker.status}`);
+        rung.title = `${id}: ${worker.status}, ${number(worker.steps)} steps`;
+        box.append(rung);
       }
       card.append(box);
     }

@@ -1,0 +1,89 @@
+"""``python -m hbserve.profile``: measure a model's steps on this device, for the SLO controller and the simulator."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from hbserve import PdDisaggConfig
+from hbserve.bench.model_folder import default_load_format, find_model
+from hbserve.config import Config
+from hbserve.errors import ConfigError, HBServeError
+from hbserve.profile.bench import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
+from hbserve.profile.plot import plot
+from hbserve.semi_pd.step_profile import StepProfile
+
+
+def main() -> int:
+    """Parse the arguments and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hbserve.profile", description=__doc__)
+    parser.add_argument("--model", required=True, help="a model folder, or a shape under configs/models")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the JSON goes")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture too (.png, .svg)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--seconds", type=float, help="per point")
+    parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
+    parser.add_argument("--short", action="store_true", help="few points, for a first look")
+    arguments = parser.parse_args()
+    try:
+        for path in (arguments.out, arguments.plot):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"there is no folder {path.absolute().parent}")
+        profile = _profile(arguments)
+        profile.save(arguments.out)
+        if arguments.plot is not None:
+            plot(profile, arguments.plot)
+    except HBServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> StepProfile:
+    config = _config(arguments)
+    plan = CPU_PLAN if _on_cpu(config) else SHORT_GPU_PLAN if arguments.short else GPU_PLAN
+    if arguments.seconds is not None:
+        if not 0 < arguments.seconds < 60:
+            raise ConfigError(f"--seconds: must be in (0, 60), got {arguments.seconds}")
+        plan = dataclasses.replace(plan, seconds=arguments.seconds)
+    started = time.monotonic()
+    profile = run_profile(config, _within(plan, config), lambda line: print(line, flush=True))
+    print(f"{profile.model} on {profile.device}: {time.monotonic() - started:.0f} s")
+    return profile
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    model = find_model(arguments.model)
+    # Blocks for the largest decode batch, and room beside them for the workers' contexts and graphs.
+    config = PdDisaggConfig.from_arguments(
+        str(model),
+        mode="semi_pd",
+        device=arguments.device,
+        dtype=arguments.dtype,
+        load_format=default_load_format(model),
+        memory_fraction=0.6,
+        max_num_seqs=256,
+        log_level="WARNING",
+        **({"prefill_priority": 0} if arguments.no_priority else {}),
+    ).freeze()
+    return config
+
+
+def _on_cpu(config: Config) -> bool:
+    from hbserve.platform import mps
+
+    return config.model.device == "cpu" or not mps.gpus()
+
+
+def _within(plan: ProfilePlan, config: Config) -> ProfilePlan:
+    """Only prompts that a step may hold."""
+    most = config.performance.max_num_batched_tokens
+    return dataclasses.replace(plan, prompts=tuple(tokens for tokens in plan.prompts if tokens <= most))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The processes of a profile: the one that holds the memory, and a stepper per phase and percentage."""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Any
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.errors import StartupError
+from hbserve.platform import mps
+from hbserve.profile.stepper import Measured, Stepper, Work
+from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
+from hbserve.semi_pd.utils import semi_pd_system
+
+_MEASURE_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 20.0
+
+
+class StepperProcess:
+    """One process; see `hbserve.profile.stepper`."""
+
+    def __init__(self, orders: Stepper, environment: dict[str, str]) -> None:
+        self.name = f"{orders.instance.instance_type} at {orders.percentage} %"
+        self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.process = ManagedProcess(
+            self.name,
+            "hbserve.profile.stepper",
+            msgspec.to_builtins(orders),
+            environment,
+            self._said.put,
+            lambda code: self._said.put({"error": f"ended with exit code {code}"}),
+        )
+
+    def hear(self, timeout_s: float) -> dict[str, Any]:
+        """What it says next.
+
+        Raises:
+            StartupError: if that is an error, or nothing.
+        """
+        try:
+            said = self._said.get(timeout=max(0.01, timeout_s))
+        except queue.Empty:
+            raise StartupError(f"{self.name}: no answer within {timeout_s:.0f} s") from None
+        if "error" in said:
+            raise StartupError(f"{self.name}: {said['error']}")
+        return said
+
+    def begin(self, work: Work) -> None:
+        """Start measuring; `finish` waits for the result."""
+        self.process.send(msgspec.to_builtins(work))
+
+    def finish(self, work: Work) -> Measured:
+        """The result of the work begun."""
+        return msgspec.convert(self.hear(work.seconds + work.lead_s + _MEASURE_TIMEOUT_S), Measured)
+
+
+class ProfiledDevice:
+    """All processes on one device, as a context manager: ready when entered, ended when left.
+
+    Args:
+        config: of whatever mode; its model, sizes and ``semi_pd.prefill_priority`` are used.
+        percentages: of prefill and of decode.
+
+    Raises:
+        StartupError: if one of them cannot start.
+    """
+
+    def __init__(self, config: Config, prefill: list[int], decode: list[int]) -> None:
+        self.config, self._instance = semi_pd_system(config)
+        self._percentages = {InstanceRole.PREFILL: prefill, InstanceRole.DECODE: decode}
+        self._resident = ResidentProcessManager(self.config)
+        self._mps: mps.MpsDaemon | None = None
+        self._steppers: dict[tuple[InstanceRole, int], StepperProcess] = {}
+        self.mixed: StepperProcess
+        """One for both phases, at 100 %."""
+        self.device = "unknown"
+        self.num_blocks = 0
+        self.block_size = 0
+
+    def __enter__(self) -> ProfiledDevice:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        environment: dict[str, str] = {}
+        if self.config.model.device != "cpu" and mps.gpus():
+            self._mps = mps.MpsDaemon()
+            self._mps.start()
+            environment = dict(self._mps.environment)
+        else:
+            environment["OMP_WAIT_POLICY"] = "passive"  # as in serving: idle threads must not hold cores
+        self._resident.environment = environment
+        self._resident.start()
+        attachment = self._resident.attachment
+        self.num_blocks, self.block_size = attachment["num_blocks"], attachment["block_size"]
+
+        def stepper(role: InstanceRole, percentage: int, priority: int) -> StepperProcess:
+            instance: InstanceConfig = msgspec.structs.replace(
+                self._instance, instance_id=f"{role}-{percentage}", instance_type=role
+            )
+            orders = Stepper(
+                config=self.config,
+                instance=instance,
+                percentage=percentage,
+                priority=priority,
+                attachment=attachment,
+            )
+            return StepperProcess(orders, environment)
+
+        for role, percentages in self._percentages.items():
+            priority = self.config.semi_pd.prefill_priority if role is InstanceRole.PREFILL else 0
+            for percentage in percentages:
+                self._steppers[role, percentage] = stepper(role, percentage, priority)
+        self.mixed = self._steppers[InstanceRole.UNIFIED, 100] = stepper(InstanceRole.UNIFIED, 100, 0)
+        for process in self._steppers.values():
+            self.device = process.hear(deadline - time.monotonic())["device"]
+        self.device = self._resident.device
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._steppers.values():
+            process.process.terminate()
+        for process in self._steppers.values():
+            process.process.end(_END_TIMEOUT_S)
+        self._resident.stop()  # after those that are attached to its memory
+        if self._mps is not None:
+            self._mps.stop()
+
+    def prefill(self, percentage: int) -> StepperProcess:
+        """The one for prefill at this percentage."""
+        return self._steppers[InstanceRole.PREFILL, percentage]
+
+    def decode(self, percentage: int) -> StepperProcess:
+        """The one for decode at this percentage."""
+        return self._steppers[InstanceRole.DECODE, percentage]

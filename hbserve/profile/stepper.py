@@ -1,0 +1,180 @@
+"""A process that runs the same step again and again, on its share of the device.
+
+Its standard input is a line of orders, then a line per measurement (`Work`); it answers each with one
+line on the status pipe, and ends with its input. Its memory is a resident process', so that as many
+of these as there are percentages fit on a device.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig, ModelConfig
+from hbserve.errors import HBServeError
+from hbserve.messages import PlanRow, SequenceState, StepPlan
+from hbserve.pd_disagg import child
+from hbserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from hbserve.engine.model_runner import ModelRunner, PendingStep
+
+_DEPTH = 2  # plans in flight, as in serving
+_WARM_UP = 3
+_GREEDY = SamplingParams(temperature=0, max_tokens=None)
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of step, for a while.
+
+    Attributes:
+        tokens: of a prompt in each step, after ``prompt_context`` others; 0 for none.
+        batch: sequences that decode in each step, each with ``context`` tokens.
+        seconds: how long; at least one step is run.
+        lead_s: and how long before that, unmeasured.
+        first_block, num_blocks: KV blocks to use. They may hold anything: time does not depend on it.
+    """
+
+    tokens: int = 0
+    prompt_context: int = 0
+    batch: int = 0
+    context: int = 0
+    seconds: float
+    lead_s: float = 0.0
+    first_block: int
+    num_blocks: int
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """Attributes: ms: from the end of a step to the end of the next, mean."""
+
+    ms: float
+    steps: int
+
+
+def measure(runner: ModelRunner, work: Work) -> Measured:
+    """Run steps one after the other, the next launched before the last has ended."""
+    states, rows = _steps_of(runner, work)
+    in_flight: deque[PendingStep] = deque()
+
+    def run_one(new_sequences: list[SequenceState]) -> None:
+        plan = StepPlan(epoch=0, step_id=0, rows=rows, new_sequences=new_sequences, sends=[])
+        in_flight.append(runner.launch(plan))
+        if len(in_flight) >= _DEPTH:
+            in_flight.popleft().result()
+
+    run_one(states)
+    lead_until = time.perf_counter() + work.lead_s
+    warm = 0
+    while warm < _WARM_UP or time.perf_counter() < lead_until:
+        run_one([])
+        warm += 1
+    steps, started = 0, time.perf_counter()
+    while not steps or time.perf_counter() < started + work.seconds:
+        run_one([])
+        steps += 1
+    seconds = time.perf_counter() - started
+    while in_flight:
+        in_flight.popleft().result()
+    return Measured(ms=1000 * seconds / steps, steps=steps)
+
+
+def _steps_of(runner: ModelRunner, work: Work) -> tuple[list[SequenceState], list[PlanRow]]:
+    """State to install once, and the rows of every step: the same positions each time."""
+    block_size = runner.layout.block_size
+    states, rows = [], []
+    next_block = 0
+    lengths = [(work.context - 1, 1)] * work.batch
+    if work.tokens:
+        lengths.append((work.prompt_context, work.tokens))
+    for slot, (start, num_tokens) in enumerate(lengths):
+        count = -(-(start + num_tokens) // block_size)
+        blocks = [work.first_block + (next_block + i) % work.num_blocks for i in range(count)]
+        next_block += count
+        states.append(
+            SequenceState(
+                slot=slot,
+                block_ids=blocks,
+                sampling=_GREEDY,
+                end_token_ids=[],
+                min_end_position=0,
+                num_prompt_tokens=start,
+            )
+        )
+        tokens = [1 + index % 200 for index in range(num_tokens)]
+        rows.append(
+            PlanRow(slot=slot, start=start, num_tokens=num_tokens, token_ids=tokens, new_block_ids=[], sample=True)
+        )
+    return states, rows
+
+
+class Stepper(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process of this module is told first.
+
+    Attributes:
+        attachment: an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
+    """
+
+    config: Config
+    instance: InstanceConfig
+    percentage: int
+    priority: int
+    attachment: dict[str, object]
+
+
+def _run(orders: Stepper) -> None:
+    import torch
+
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.engine.model_runner import ModelRunner
+    from hbserve.platform import Partition, enter_partition, make_platform
+
+    partition = Partition(orders.percentage, orders.priority)
+    enter_partition(partition)
+    attachment = msgspec.convert(orders.attachment, ArenaAttachment)
+    model = msgspec.convert(msgspec.to_builtins(orders.config.model) | {"device": attachment.device}, ModelConfig)
+    instance = orders.instance
+    platform = make_platform(
+        model.device,
+        instance.gpu_id,
+        instance.num_threads,
+        1,
+        partition=partition,
+    )
+    platform.activate()
+    with torch.inference_mode():
+        runner = ModelRunner(
+            msgspec.structs.replace(orders.config, model=model), instance, platform, attachment=attachment
+        )
+        child.report_status({"ready": True, "device": platform.describe()}, is_last=False)
+        for line in sys.stdin.buffer:
+            result = measure(runner, msgspec.json.decode(line, type=Work))
+            child.report_status(msgspec.to_builtins(result), is_last=False)
+
+
+def main() -> None:
+    """Entry of the process that `hbserve.profile.bench` starts."""
+    orders = msgspec.convert(child.read_orders(), Stepper)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name = f"profile-{orders.instance.instance_type}-{orders.percentage}"
+    child.set_process_title(f"hbserve-{name}")
+    child.configure_logging(orders.config.logging, name)
+    code = 0
+    try:
+        _run(orders)
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        code = 1
+    except Exception as error:  # the one who waits must hear why, not only that
+        child.report_status({"error": repr(error)})
+        code = 1
+    child.exit_now(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The SLO controller of a running instance: windows from the scheduler, moves to the rotation manager."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Protocol
+
+from hbserve.config import Config, SLOConfig
+from hbserve.errors import EngineDeadError
+from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.semi_pd.builtin_profile import H200_8B
+from hbserve.semi_pd.latency_model import LatencyModel
+from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
+from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.step_profile import StepProfile
+from hbserve.semi_pd.step_times import StepTimes
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 2.0
+
+
+class WindowLink(Protocol):
+    """What is asked of the line to the scheduler."""
+
+    def get_window(self, seconds: float, timeout_s: float) -> AggregatedMetrics | None:
+        """The scheduler's last seconds; None if it does not answer in time."""
+
+    def mark_rotation(self, begins: bool) -> None:
+        """A rotation begins, or is over: latencies that overlap it are left out."""
+
+
+class SchedulerMetricsSource:
+    """The scheduler's metrics as a controller wants them: a window that can begin anew without
+    taking anything from others who look."""
+
+    def __init__(self, link: WindowLink, window_s: float) -> None:
+        self._link, self._window_s = link, window_s
+        self._since = time.monotonic()
+
+    def get_current_window_metrics(self) -> AggregatedMetrics:
+        """The last ``window_s`` seconds, or those since `reset_window`.
+
+        Raises:
+            EngineDeadError: if the scheduler does not answer.
+        """
+        seconds = min(self._window_s, time.monotonic() - self._since)
+        metrics = self._link.get_window(seconds, _ANSWER_TIMEOUT_S)
+        if metrics is None:
+            raise EngineDeadError(f"the scheduler did not answer within {_ANSWER_TIMEOUT_S:g} s")
+        return metrics
+
+    def reset_window(self) -> None:
+        """Begin anew now."""
+        self._since = time.monotonic()
+
+    def begin_exclusion(self) -> None:
+        """A rotation begins."""
+        self._link.mark_rotation(True)
+
+    def end_exclusion(self) -> None:
+        """It is over."""
+        self._link.mark_rotation(False)
+
+
+def make_controller(
+    config: Config, slo: SLOConfig, manager: RotationManager, link: WindowLink
+) -> SLOAwareResourceController:
+    """A controller as configured; not started.
+
+    Raises:
+        ConfigError: naming what cannot be honoured.
+    """
+    constraints, bounds, profile = check_slo(slo)
+    ladder = config.semi_pd.ladder
+    alone = SMAllocation(max(ladder.prefill), max(ladder.decode)) if ladder.prefill and ladder.decode else None
+    model = LatencyModel(
+        StepTimes(profile, priority=bool(config.semi_pd.prefill_priority)),
+        constraints.targets,
+        alone,
+        config.performance.max_num_seqs,
+        config.chunked_prefill.max_chunk_prefill_tokens,
+        slo.decode_interval_ms,
+    )
+    source = SchedulerMetricsSource(link, slo.window_s)
+    logger.info(
+        "SLO control: TTFT %g ms, TPOT %g ms; step times of %s on %s",
+        *(slo.ttft_target_ms, slo.tpot_target_ms, profile.model, profile.device),
+    )
+    return SLOAwareResourceController(constraints, source, manager, slo.monitoring_interval_s, bounds, model)
+
+
+def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]:
+    """What a configuration says, in parts.
+
+    Raises:
+        ConfigError: naming what cannot be honoured.
+    """
+    constraints = SLOConstraints(**_fields(slo, SLOConstraints))
+    bounds = SplitBounds(**_fields(slo, SplitBounds))
+    return constraints, bounds, H200_8B if slo.profile is None else StepProfile.load(slo.profile)
+
+
+def _fields(slo: SLOConfig, kind: Any) -> dict[str, Any]:
+    return {name: getattr(slo, name) for name in kind.__dataclass_fields__ if name in slo.__struct_fields__}
