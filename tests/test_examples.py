@@ -154,6 +154,13 @@ def test_shell_says_what_is_wrong() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_semi_pd(tmp_path: Path) -> None:
+    output = run("semi_pd/semi_pd_example.py", tmp_path)
+    assert "split: prefill 60 %, decode 40 %" in output
+    assert "47 + 38 = 85." in output
+    assert "always the same: True" in output
+
+
 def test_slo_aware_example(tmp_path: Path) -> None:
     arguments = ["--model-path", str(EXAMPLES / "models" / "hbserve-demo"), "--simulation-cycles", "2"]
     targets = ["--ttft-target", "200", "--tpot-target", "50", "--cycle-seconds", "1.5"]

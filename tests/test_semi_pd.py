@@ -13,13 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
+from hbserve.errors import OverloadedError
 from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from hbserve.semi_pd.resident_process_manager import AsynchronousSwitchingController, DelayedSwitchingController
+from hbserve.semi_pd.semi_pd_coordinator import create_semi_pd_coordinator
+from hbserve.server import errors, semi_pd_routes
+from hbserve.top import draw
 from tests.engines import assert_no_leaks, random_prompt
 from tests.model_zoo import save_model
 
@@ -210,7 +216,7 @@ def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
     manager.request_sm_reallocation(SMAllocation(80, 40))
     assert manager.wait_until_settled(DEADLINE_S)
     before = pids_of(manager)
-    assert manager.get_status()["rungs"] == {"prefill": [80, 100], "decode": [40, 100]}
+    assert manager.get_status()["warm_percentages"] == {"prefill": [80, 100], "decode": [40, 100]}
     manager.request_sm_reallocation(SMAllocation(80, 100))
     assert manager.wait_until_settled(DEADLINE_S)
     status = manager.get_status()
@@ -314,3 +320,55 @@ def test_asynchronous_switching_ends_the_old_process_after_its_step() -> None:
     dead = FakeProcess()
     dead.alive = False
     assert not controller.start_asynchronous_switch(InstanceRole.PREFILL, old, dead, lambda: True)
+
+
+def test_the_coordinator_joins_processes_and_pool(model: str) -> None:
+    config = PdDisaggConfig.from_arguments(
+        model, ladder={"prefill": [], "decode": []}, **SETTINGS | {"num_sleepers": 0}
+    )
+    coordinator = create_semi_pd_coordinator(config, None, 70, 30, ttft_target_ms=100.0, tpot_target_ms=50.0)
+    try:
+        assert coordinator.start()
+        assert coordinator.health_check() == {
+            "healthy": True,
+            "parts": {"resident_process": True, "prefill": True, "decode": True},
+        }
+        handles = coordinator.allocate_kv_blocks("a", 10, InstanceRole.PREFILL)
+        assert len(set(handles)) == 10
+        with pytest.raises(OverloadedError):
+            coordinator.allocate_kv_blocks("b", 400, InstanceRole.PREFILL)
+        status = coordinator.get_comprehensive_status()
+        assert status["storage"]["free_blocks"] == status["storage"]["total_blocks"] - 10
+        assert status["slo_controller"]["running"]
+        coordinator.deallocate_kv_blocks("a")
+        # Alone, without a scheduler, a rotation works as well.
+        assert coordinator.request_sm_reallocation(SMAllocation(60, 40))
+        assert coordinator.rotation_manager.wait_until_settled(DEADLINE_S)
+        assert coordinator.rotation_manager.get_status()["warm_percentages"] == {"prefill": [60], "decode": [40]}
+    finally:
+        coordinator.stop()
+    assert not coordinator.health_check()["healthy"]
+
+
+async def test_status_and_split_over_http(running: LLM) -> None:
+    app = FastAPI()
+    errors.install(app)
+    semi_pd_routes.install(app, running.supervisors)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        status = (await client.get("/v1/semi_pd/status")).json()["instances"]["semi-0"]
+        split = status["current_sm_allocation"]
+        assert status["state"] == "running"
+        stats = running.get_system_stats()
+        assert f"split {split['prefill_percentage']} / {split['decode_percentage']} %" in draw(
+            stats, {"instances": {"semi-0": status}}
+        )
+        answer = await client.post("/v1/semi_pd/allocation", json=split | {"decode_percentage": 100})
+        assert answer.status_code == 202
+        for wrong, param in (({"decode_percentage": 101}, "decode_percentage"), ({"instance": "semi-1"}, "instance")):
+            answer = await client.post("/v1/semi_pd/allocation", json=split | wrong)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == param
+    manager = running.supervisors["semi-0"]
+    assert isinstance(manager, ProcessRotationManager)
+    assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
+    assert manager.current_sm_allocation.decode_percentage == 100

@@ -180,6 +180,8 @@ class CpuScheduler:
                         if not self._planner.plan_step(instance, worker, phases):
                             break
                         worker.last_plan_time = time.monotonic()
+                        if self.waiting:
+                            self._wake.set()  # what this step took may leave room for more
                 self._end_retired(instance)
             self._role_changes.proceed()
             self._clients.flush()
@@ -744,7 +746,7 @@ class CpuScheduler:
         request its seats and removes it from ``self.waiting``, or returns False if nothing fits now.
         """
         now = time.monotonic()
-        for sequence in list(self._queue.in_order(self.waiting, now)):
+        for sequence in list(self._queue.in_order(self.waiting, self.instances.values(), now)):
             if sequence.retry_at <= now and not self._admit(sequence):
                 break
 

@@ -8,6 +8,7 @@ settings are never touched: MPS needs no change of the compute mode (https://doc
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from hbserve.errors import StartupError
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPE_VARIABLE, _LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 _DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"
+_NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 _ASK_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 40.0
@@ -26,7 +28,7 @@ _STOP_TIMEOUT_S = 40.0
 _GUARD = """
 mkdir -p "$1/pipe" "$1/log" && nvidia-cuda-mps-control -d && echo ready
 cat > /dev/null
-echo quit | timeout 30 nvidia-cuda-mps-control
+echo quit | timeout 20 nvidia-cuda-mps-control || kill "$(cat "$1/pipe/nvidia-cuda-mps-control.pid")"
 rm -rf "$1"
 """
 _INSTEAD = "use mode unified, which needs none"
@@ -44,6 +46,18 @@ def compute_capability(gpu_id: int) -> str | None:
     """Of a GPU, such as ``9.0``, without making a context; None if it cannot be found out."""
     found = _run(["nvidia-smi", f"--id={gpu_id}", "--query-gpu=compute_cap", "--format=csv,noheader"])
     return found.stdout.strip() if found is not None and found.returncode == 0 else None
+
+
+def is_driver_initialised() -> bool:
+    """Whether something in this process has called the driver's cuInit: from then on its share is fixed.
+
+    That need not show in ``torch.cuda.is_initialized()``: asking how many GPUs there are is enough.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALISED)
 
 
 class MpsDaemon:

@@ -151,6 +151,7 @@ class ProcessRotationManager(InstanceSupervisor):
             self._mps = mps.MpsDaemon()
             self._mps.start()
             environment |= self._mps.environment
+            environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for GPUs while it sleeps wakes no driver
             capability = mps.compute_capability(self.instance.gpu_id)
             if capability is not None:
                 # Importing FlashInfer asks the device for this, unless it is told.
@@ -289,11 +290,12 @@ class ProcessRotationManager(InstanceSupervisor):
         """Everything as plain data: state, split, processes, parts, counts."""
         with self._condition:
             workers = list(self._workers.workers.values()) if self._workers is not None else []
+            active = [worker for worker in workers if worker.state is WorkerState.ACTIVE]
             shares = {
                 str(phase): worker.as_dict()
                 for phase in PHASES
-                for worker in workers
-                if worker.rung == (phase, share_of(self._allocation, phase)) and worker.state is WorkerState.ACTIVE
+                for worker in active
+                if worker.rung == (phase, share_of(self._allocation, phase))
             }
             return {
                 "instance_id": self.instance.instance_id,
@@ -304,9 +306,8 @@ class ProcessRotationManager(InstanceSupervisor):
                 "active_processes": shares,
                 "workers": [worker.as_dict() for worker in workers],
                 "sleepers": self._workers.num_sleepers if self._workers is not None else 0,
-                "rungs": {
-                    str(phase): sorted(p for role, p in self._rungs(self._allocation) if role is phase)
-                    for phase in PHASES
+                "warm_percentages": {
+                    str(phase): sorted({p for role, p in (w.rung for w in active) if role is phase}) for phase in PHASES
                 },
                 "resident_manager": self.resident_manager.get_status(),
                 "delayed_switching": self.delayed_switching.get_status(),

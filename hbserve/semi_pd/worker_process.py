@@ -6,7 +6,9 @@ it. One line on its standard input makes it that; the end of the input ends it.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -17,8 +19,11 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
+from hbserve.platform import mps
 
 logger = logging.getLogger(__name__)
+
+_ORDERS_VARIABLE, _WAKE_UP_VARIABLE = "HBSERVE_WORKER_ORDERS", "HBSERVE_WORKER_WAKE_UP"
 
 
 class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,9 +75,21 @@ def _work(config: Config, order: WakeUp) -> int:
     return run_worker(config, order.instance, order.address, attachment, partition)
 
 
+def _wake_anew(orders: dict[str, Any], line: bytes) -> None:
+    """Replace this process' program by a new run of it, which gets its share before it imports anything."""
+    from hbserve.platform import Partition, enter_partition
+
+    order = msgspec.json.decode(line, type=WakeUp)
+    enter_partition(Partition(order.percentage, order.priority))
+    os.environ[_ORDERS_VARIABLE] = json.dumps(orders)
+    os.environ[_WAKE_UP_VARIABLE] = line.decode()
+    os.execv(sys.executable, [sys.executable, "-m", "hbserve.semi_pd.worker_process"])
+
+
 def main() -> None:
     """Entry of the process that a `ProcessRotationManager` starts."""
-    orders = child.read_orders()
+    woken = os.environ.pop(_WAKE_UP_VARIABLE, None)
+    orders = child.read_orders() if woken is None else json.loads(os.environ.pop(_ORDERS_VARIABLE))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
     name = f"{orders['name']}-sleeper"
@@ -80,10 +97,15 @@ def main() -> None:
     child.configure_logging(config.logging, name)
     started = time.monotonic()
     _import_everything(orders["on_gpu"])
-    child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
-    line = sys.stdin.buffer.readline()
-    if not line:
-        child.exit_now(0)
+    line = (woken or "").encode()
+    if woken is None:
+        child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            child.exit_now(0)
+        if orders["on_gpu"] and mps.is_driver_initialised():
+            logger.warning("an import has initialised the CUDA driver; starting anew to get the right share")
+            _wake_anew(orders, line)
     code = 1
     try:
         code = _work(config, msgspec.json.decode(line, type=WakeUp))

@@ -14,7 +14,7 @@ from hbserve.config import Config, ServerConfig
 from hbserve.errors import ConfigError, ShuttingDownError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
-from hbserve.server import live_page
+from hbserve.server import live_page, semi_pd_routes
 from hbserve.server.app import create_app
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
@@ -70,6 +70,8 @@ async def _serve(config: Config, with_instances: bool) -> int:
         )
         app = create_app(llm.engine, llm.client, config.served_name, server)
         live_page.install(app, live_page.LiveData(llm.engine, llm.client, gate, llm.text_processes, stop))
+
+        semi_pd_routes.install(app, llm.supervisors)
 
         def on_listening(actual_port: int) -> None:
             # For people and for programs that start us: the one line on standard output.

@@ -1,0 +1,167 @@
+"""All parts of semi-PD on one GPU behind one object, for programs that bring a scheduler of their own.
+
+The processes (`ProcessRotationManager`), the allocator of the KV pool that they share
+(`UnifiedStorageManager`), and a window of latencies with the controller that moves the split by it.
+In HBServe's own service the CPU scheduler owns the pool and the window; this object is for others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbserve.config import Config, InstanceRole
+from hbserve.errors import EngineDeadError, OverloadedError
+from hbserve.kv_cache.storage_manager import BlockHandle, UnifiedStorageManager
+from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.utils import semi_pd_system
+
+__all__ = ["SemiPDCoordinator", "create_semi_pd_coordinator"]
+
+
+class SemiPDCoordinator:
+    """Starts, joins and ends the parts.
+
+    Args:
+        rotation_manager: not started yet.
+        slo_constraints: what the controller holds; None: the split stays what users ask for.
+        window_size_seconds: of the latencies that it looks at.
+
+    Attributes:
+        metrics_collector: told by the program about its requests; what the controller looks at.
+        storage_manager: allocator of the pool, from `start` on.
+    """
+
+    def __init__(
+        self,
+        rotation_manager: ProcessRotationManager,
+        slo_constraints: SLOConstraints | None = None,
+        window_size_seconds: float = 30.0,
+    ) -> None:
+        self.rotation_manager = rotation_manager
+        self.metrics_collector = SemiPDMetricsCollector(window_size_seconds=window_size_seconds)
+        self.slo_controller: SLOAwareResourceController | None = None
+        if slo_constraints is not None:
+            self.slo_controller = SLOAwareResourceController(
+                slo_constraints=slo_constraints,
+                metrics_collector=self.metrics_collector,
+                process_rotation_manager=rotation_manager,
+            )
+        self.storage_manager: UnifiedStorageManager | None = None
+
+    def start(self) -> bool:
+        """Start every process and the controller; False, with the reason in the log, if that fails."""
+        if not self.rotation_manager.start():
+            return False
+        attachment = self.rotation_manager.resident_manager.attachment
+        self.storage_manager = UnifiedStorageManager(
+            attachment["num_blocks"],
+            attachment["block_size"],
+            enable_prefix_caching=self.rotation_manager.config.performance.enable_prefix_caching,
+        )
+        if self.slo_controller is not None:
+            self.slo_controller.start_monitoring()
+        return True
+
+    def stop(self) -> None:
+        """End everything. May be called twice."""
+        if self.slo_controller is not None:
+            self.slo_controller.stop_monitoring()
+        self.rotation_manager.stop()
+        self.storage_manager = None
+
+    def allocate_kv_blocks(self, request_id: str, num_blocks: int, requester_role: InstanceRole) -> list[BlockHandle]:
+        """Blocks of the shared pool for a request, all or none.
+
+        Raises:
+            OverloadedError: if the pool has too few.
+            EngineDeadError: if nothing is running.
+        """
+        pool = self._pool()
+        if pool.allocate_blocks(request_id, num_blocks, requester_role) is None:
+            raise OverloadedError(f"{num_blocks} KV blocks are asked for, and {pool.num_free_blocks} are free")
+        return pool.get_block_handles(request_id)
+
+    def deallocate_kv_blocks(self, request_id: str) -> None:
+        """Give a request's blocks back."""
+        self._pool().deallocate_blocks(request_id)
+
+    def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
+        """See `ProcessRotationManager.request_sm_reallocation`."""
+        return self.rotation_manager.request_sm_reallocation(new_allocation)
+
+    def report_workload_metrics(self, metrics: SystemMetrics) -> None:
+        """Note the state of the program's queues; single requests are reported to `metrics_collector`."""
+        self.metrics_collector.record_system_metrics(metrics)
+
+    def get_comprehensive_status(self) -> dict[str, Any]:
+        """``processes``, ``storage`` and ``slo_controller``, each as its part reports it."""
+        pool = self.storage_manager
+        return {
+            "processes": self.rotation_manager.get_status(),
+            "storage": None
+            if pool is None
+            else {
+                "total_blocks": pool.total_blocks,
+                "free_blocks": pool.num_free_blocks,
+                "cached_blocks": pool.num_cached_blocks,
+                "block_size": pool.block_size,
+            },
+            "slo_controller": None if self.slo_controller is None else self.slo_controller.get_controller_status(),
+        }
+
+    def health_check(self) -> dict[str, Any]:
+        """``healthy``, and by part whether it is there."""
+        status = self.rotation_manager.get_status()
+        resident = status["resident_manager"]["resident_process"]
+        parts = {
+            "resident_process": bool(resident and resident["is_alive"]),
+            "prefill": "prefill" in status["active_processes"],
+            "decode": "decode" in status["active_processes"],
+        }
+        return {"healthy": status["state"] == "running" and all(parts.values()), "parts": parts}
+
+    def _pool(self) -> UnifiedStorageManager:
+        if self.storage_manager is None:
+            raise EngineDeadError("the coordinator is not running; start() it first")
+        return self.storage_manager
+
+
+def create_semi_pd_coordinator(
+    server_args: Config | PdDisaggConfig,
+    port_args: None = None,
+    prefill_sm_percentage: int | None = None,
+    decode_sm_percentage: int | None = None,
+    ttft_target_ms: float | None = None,
+    tpot_target_ms: float | None = None,
+    gpu_id: int = 0,
+) -> SemiPDCoordinator:
+    """A coordinator of one GPU.
+
+    Args:
+        server_args: the system's configuration.
+        port_args: None: everything finds each other by private sockets.
+        prefill_sm_percentage, decode_sm_percentage: default: the configuration's.
+        ttft_target_ms, tpot_target_ms: with both, a controller moves the split to hold them; with
+            neither, nobody does.
+
+    Raises:
+        ConfigError: naming what cannot be honoured.
+        TypeError: if only one target is given.
+    """
+    settings = semi_pd_system(server_args, gpu_id)[0].semi_pd
+    prefill = settings.prefill_percentage if prefill_sm_percentage is None else prefill_sm_percentage
+    decode = settings.decode_percentage if decode_sm_percentage is None else decode_sm_percentage
+    assert prefill is not None
+    assert decode is not None
+    manager = ProcessRotationManager(server_args, port_args, SMAllocation(prefill, decode), gpu_id)
+    if (ttft_target_ms is None) != (tpot_target_ms is None):
+        raise TypeError("ttft_target_ms and tpot_target_ms go together")
+    constraints = None
+    if ttft_target_ms is not None and tpot_target_ms is not None:
+        constraints = SLOConstraints(ttft_target_ms=ttft_target_ms, tpot_target_ms=tpot_target_ms)
+    return SemiPDCoordinator(manager, constraints)

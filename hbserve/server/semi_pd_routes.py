@@ -1,0 +1,54 @@
+"""Looking at and changing how ``semi_pd`` instances divide their devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from hbserve.errors import InvalidRequestError, OverloadedError
+from hbserve.pd_disagg.launcher import InstanceSupervisor
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+from hbserve.semi_pd.sm_allocation import SMAllocation
+
+
+class AllocationRequest(BaseModel):
+    """Another split.
+
+    Attributes:
+        instance: which instance; None: all of type ``semi_pd``.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prefill_percentage: int = Field(ge=1, le=100)
+    decode_percentage: int = Field(ge=1, le=100)
+    instance: str | None = None
+
+
+def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
+    """Add the routes; `hbserve.server.guard` asks for the admin key where something is changed.
+
+    Args:
+        supervisors: of the system's instances, by name.
+    """
+    managers = {name: each for name, each in supervisors.items() if isinstance(each, ProcessRotationManager)}
+
+    @app.get("/v1/semi_pd/status")
+    async def status() -> dict[str, Any]:
+        return {"instances": {name: manager.get_status() for name, manager in managers.items()}}
+
+    @app.post("/v1/semi_pd/allocation", status_code=202)
+    async def allocation(body: AllocationRequest) -> dict[str, Any]:
+        if body.instance is not None and body.instance not in managers:
+            known = ", ".join(managers) or "none"
+            raise InvalidRequestError(f"there is no semi_pd instance {body.instance!r}; there are: {known}", "instance")
+        if not managers:
+            raise InvalidRequestError("no instance here is of type semi_pd: start with mode semi_pd")
+        chosen = {name: each for name, each in managers.items() if body.instance in (None, name)}
+        split = SMAllocation(body.prefill_percentage, body.decode_percentage)
+        for name, manager in chosen.items():
+            if not manager.request_sm_reallocation(split):
+                raise OverloadedError(f"{name} is not running now")
+        return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}

@@ -1,0 +1,118 @@
+"""A running server in the terminal: ``python -m hbserve.top [--url http://127.0.0.1:8000]``.
+
+Requests, latencies and instances from ``/stats``, the split and the rotations of ``semi_pd`` instances
+from ``/v1/semi_pd/status``, drawn anew every second until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+_CLEAR = "\x1b[H\x1b[2J"
+_BAR_WIDTH = 20
+_TIMEOUT_S = 5.0
+
+
+def draw(stats: dict[str, Any], semi_pd: dict[str, Any]) -> str:
+    """The picture of one moment.
+
+    Args:
+        stats: of ``/stats``.
+        semi_pd: of ``/v1/semi_pd/status``.
+    """
+    scheduler, window = stats["cpu_scheduler"], stats["metrics"]["window"]
+    lines = [
+        f"HBServe, up {scheduler['uptime_s']:.0f} s",
+        f"requests   open {scheduler['open_requests']}, waiting {scheduler['waiting_requests']}, "
+        f"completed {scheduler['completed_requests']}, failed {scheduler['failed_requests']}",
+        f"throughput {window['prefill_throughput']:.0f} prompt tokens/s, {window['decode_throughput']:.0f} tokens/s",
+    ]
+    for name in ("ttft", "tpot", "itl"):
+        values = ", ".join(f"p{percent} {window[f'{name}_p{percent}_ms']:.1f}" for percent in (50, 95, 99))
+        lines.append(f"{name.upper():<10} {values} ms")
+    for name, instance in stats["gpu_instances"].items():
+        lines += ["", f"{name} ({instance['role']}, {instance['status']}): {instance.get('device', '')}"]
+        blocks = instance.get("kv_blocks")
+        if blocks is not None:
+            used = 1 - blocks["free"] / blocks["total"]
+            lines.append(f"  KV cache {_bar(used)} {used:.0%} of {blocks['total']} blocks")
+        lines += _workers(instance)
+        if name in semi_pd.get("instances", {}):
+            lines += _rotation(semi_pd["instances"][name])
+    return "\n".join(lines) + "\n"
+
+
+def _bar(share: float) -> str:
+    full = round(min(max(share, 0.0), 1.0) * _BAR_WIDTH)
+    return "█" * full + "░" * (_BAR_WIDTH - full)
+
+
+def _workers(instance: dict[str, Any]) -> list[str]:
+    workers = sorted(instance.get("workers", {}).values(), key=lambda each: (each["role"], each["percentage"]))
+    return [
+        f"  {'▶' if each['is_current'] else ' '} {each['role']:<8} {_bar(each['percentage'] / 100)} "
+        f"{each['percentage']:>3} %  {each['status']:<9} steps {each['steps']}, in flight {each['steps_in_flight']}"
+        for each in workers
+    ]
+
+
+def _rotation(status: dict[str, Any]) -> list[str]:
+    split, counts = status["current_sm_allocation"], status["statistics"]
+    wanted = status["requested_sm_allocation"]
+    change = ""
+    if wanted is not None:
+        change = f" → {wanted['prefill_percentage']} / {wanted['decode_percentage']} %"
+        change += f" ({status['delayed_switching']['state']})"
+    lines = [
+        f"  split {split['prefill_percentage']} / {split['decode_percentage']} %{change}, "
+        f"sleepers {status['sleepers']}",
+        f"  rotations {counts['rotations']} (failed {counts['failed_rotations']}), "
+        f"replaced workers {counts['replaced_workers']}, recoveries {counts['recoveries']}",
+    ]
+    if status["last_error"]:
+        lines.append(f"  last error: {status['last_error']}")
+    return lines
+
+
+def _get(url: str, key: str | None) -> dict[str, Any]:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def main() -> int:
+    """Draw until Ctrl-C; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hbserve.top", description="A running server in the terminal.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between pictures")
+    parser.add_argument("--once", action="store_true", help="one picture, without clearing the screen")
+    arguments = parser.parse_args()
+    if not arguments.url.startswith(("http://", "https://")):
+        parser.error("--url must begin with http:// or https://")
+    base, key = arguments.url.rstrip("/"), os.environ.get("HBSERVE_API_KEY")
+    try:
+        while True:
+            picture = draw(_get(f"{base}/stats", key), _get(f"{base}/v1/semi_pd/status", key))
+            sys.stdout.write(picture if arguments.once else _CLEAR + picture)
+            sys.stdout.flush()
+            if arguments.once:
+                return 0
+            time.sleep(arguments.interval_s)
+    except KeyboardInterrupt:
+        return 0
+    except (urllib.error.URLError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        print(f"error: {base} does not answer as a server of HBServe: {reason}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
