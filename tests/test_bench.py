@@ -236,3 +236,27 @@ def test_a_whole_run(tmp_path: Path) -> None:
             assert 0 < work["busy_s"] == pytest.approx(work["busy_share"] * run["seconds"])
     seconds = [run["seconds"] for run in document["runs"]]
     assert document["median"]["seconds"] == pytest.approx(sum(seconds) / 2)
+
+
+def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
+    model = Path(__file__).resolve().parent.parent / "examples" / "models" / "hbserve-demo"
+    command = [sys.executable, "-m", "hbserve.bench", "front", "--model", str(model), "--open-streams", "0"]
+    command += [
+        "--streams",
+        "8",
+        "--tokens",
+        "6",
+        "--step-ms",
+        "1",
+        "--requests",
+        "20",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "out").read_text())
+    assert numbers["streamed_tokens_per_s"] > 0
+    assert numbers["requests_per_s"] > 0
+    assert 0 < numbers["ttft_p50_ms"] <= numbers["ttft_p95_ms"]
+    assert "requests_per_s" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections.abc import Sequence as Items
 from contextlib import aclosing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hbserve.config import SchedulerConfig
 from hbserve.errors import OverloadedError
 from hbserve.messages import AddRequest
 from hbserve.pd_disagg.prefill_pace import PrefillPace
-from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
+from hbserve.pd_disagg.queue_policy import AIM, QueuePolicy, make_policy
 from hbserve.pd_disagg.sequence import Sequence
 from tests.engines import assert_no_leaks
 
@@ -26,9 +27,12 @@ arrivals = itertools.count(1)
 
 
 def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: float | None = None) -> Sequence:
-    """A request that has just come."""
+    """A request that has just come, and is due so long after."""
     request = AddRequest(
-        request_id="r", prompt_token_ids=[1] * length, end_token_ids=[], sampling=SamplingParams(ttft_ms=ttft_ms)
+        request_id="r",
+        prompt_token_ids=[1] * length,
+        end_token_ids=[],
+        sampling=SamplingParams(ttft_ms=ttft_ms and ttft_ms / AIM),
     )
     sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
     sequence.rank = policy.rank(sequence)
@@ -40,10 +44,10 @@ def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> Q
     return make_policy(config, lambda count: count * prefill_s_per_token)
 
 
-def served(policy: QueuePolicy, sequences: list[Sequence], now: float) -> list[int]:
-    """The order, as indices."""
+def served(policy: QueuePolicy, sequences: list[Sequence], now: float, ahead: int = 0) -> list[int]:
+    """The order, as indices, with so many tokens before them."""
     queue = sorted(sequences, key=lambda sequence: sequence.rank)
-    return [sequences.index(sequence) for sequence in policy.order(queue, now)]
+    return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: ahead)]
 
 
 def test_fcfs_is_by_arrival_whatever_else() -> None:
@@ -60,33 +64,38 @@ def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
     assert order.index(0) == 9  # passed by those that came in the first 8.5 seconds
 
 
-def test_least_laxity_first_and_the_hopeless_last() -> None:
-    slo = policy("slo_aware", ttft_ms=5000.0)
-    relaxed = waiting(slo, 0.0, 10, 9000.0)  # must start by 8.9
-    long = waiting(slo, 1.0, 400, 9000.0)  # by 6.0
-    default = waiting(slo, 2.0, 50)  # by 6.5
-    hopeless = waiting(slo, 2.5, 100, 500.0)  # by 2.0
+def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
+    slo = policy("slo_aware", ttft_ms=5000.0 / AIM)
+    relaxed = waiting(slo, 0.0, 10, 9000.0)  # 0.1 s, due at 9
+    long = waiting(slo, 1.0, 200, 7000.0)  # 2 s, due at 8
+    default = waiting(slo, 2.0, 50)  # 0.5 s, due at 7
+    hopeless = waiting(slo, 2.5, 100, 500.0)  # 1 s, due at 3
     resumed = waiting(slo, 3.0, 100, 500.0)
     resumed.first_token_time = 3.5
     resumed.rank = slo.rank(resumed)
     requests = [relaxed, long, default, hopeless, resumed]
-    assert served(slo, requests, 4.0) == [4, 1, 2, 0, 3]
-    assert served(slo, requests, 6.2) == [4, 2, 0, 3, 1]
-    keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.2))
+    assert served(slo, requests, 4.0) == [4, 2, 1, 0, 3]
+    assert served(slo, requests, 4.0, ahead=100) == [4, 2, 0, 3, 1]  # of those in time, the longest gives way
+    keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.1))
     assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
-    assert not slo.key(long, 100, 6.2)[0], "of 4 s one is done: there is time until 7.0"
+    assert not slo.key(long, 100, 6.1)[0], "half is done: it can be there at 7.1"
 
 
-def test_a_hopeless_prompt_delays_nobody() -> None:
-    """Under any load, in-time requests come in the same order as if the late ones were not there."""
+def test_no_order_keeps_more_deadlines() -> None:
+    """Against every subset of small queues."""
     rng = random.Random(3)
     slo = policy("slo_aware")
-    requests = [waiting(slo, rng.uniform(0, 10), rng.randint(1, 300), rng.uniform(100, 8000)) for _ in range(200)]
-    now = 10.0
-    in_time = [request for request in requests if request.rank[1] >= now]
-    assert 0 < len(in_time) < 200
-    order = served(slo, requests, now)
-    assert [requests[index] for index in order[: len(in_time)]] == sorted(in_time, key=lambda one: one.rank)
+    for _ in range(60):
+        requests = [waiting(slo, 0.0, rng.randint(1, 300), rng.uniform(100, 8000)) for _ in range(7)]
+        requests.sort(key=lambda sequence: sequence.rank)
+
+        def num_in_time(order: Items[Sequence]) -> int:
+            ends = itertools.accumulate(0.01 * len(sequence.tokens) for sequence in order)
+            return sum(end <= sequence.rank[1] for end, sequence in zip(ends, order, strict=True))
+
+        subsets = (itertools.combinations(requests, count) for count in range(8))
+        best = max(len(subset) for subset in itertools.chain(*subsets) if num_in_time(subset) == len(subset))
+        assert num_in_time(slo.order(requests, 0.0, lambda: 0)) >= best
 
 
 def test_the_pace_of_prefill_is_learnt() -> None:
@@ -110,7 +119,7 @@ def test_the_pace_of_prefill_is_learnt() -> None:
     assert pace.fixed_s >= 0 <= pace.per_token_s
 
 
-async def test_a_system_serves_by_laxity_and_counts_targets() -> None:
+async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
     config = PdDisaggConfig(
         DEMO, mode="unified", max_num_seqs=1, scheduling_policy="slo_aware", device="cpu", log_level="WARNING"
     )
@@ -125,13 +134,13 @@ async def test_a_system_serves_by_laxity_and_counts_targets() -> None:
             await anext(endless)  # it has the only seat
             asks = []
             for number, (name, length, target_s) in enumerate(
-                [("last moment 300 s", 9, 300), ("hopeless", 9, 0.001), ("200 s", 9, 200), ("100 s", 90, 100)], start=1
+                [("300 s", 9, 300), ("hopeless", 9, 0.001), ("200 s", 9, 200), ("100 s", 90, 100)], start=1
             ):
                 asks.append(asyncio.create_task(ask(name, length, 1000 * target_s)))
                 while (await llm.client.stats())["cpu_scheduler"]["waiting_requests"] < number:
                     pass
         await asyncio.gather(*asks)
-        assert ended == ["100 s", "200 s", "last moment 300 s", "hopeless"]
+        assert ended == ["100 s", "200 s", "300 s", "hopeless"]
         window = (await llm.client.stats())["metrics"]["window"]
         assert (window["num_met"], window["num_missed"]) == (3, 1)
         await asyncio.to_thread(assert_no_leaks, llm)

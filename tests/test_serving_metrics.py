@@ -82,6 +82,7 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
     for name, count in (
         ("requests_total/outcome=completed", 6),
         ("requests_total/outcome=failed", 0),
+        ("requests_with_targets_total", 0),
         ("time_to_first_token_seconds_count", 6),
         ("time_per_output_token_seconds_count", 6),
         ("e2e_request_latency_seconds_count", 6),

@@ -27,6 +27,8 @@ from hbserve.bench import front_load
 
 PROMPT = "Remember the words that were said, and say them again one after the other. "
 HOST = "127.0.0.1"
+STEPS_OF_HOLD = 20
+"""Tokens that each stream gets while all are held."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         numbers["rss_mb"] = _rss_mb(pids)
     if arguments.open_streams:
         # Few tokens each: so many streams are many connections, not much text.
-        with _front(arguments, arguments.hold_s / 20) as (port, pids):
+        with _front(arguments, arguments.hold_s / STEPS_OF_HOLD) as (port, pids):
             numbers |= event_loop.run(_hold(arguments, port, pids))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     for name, value in numbers.items():
@@ -97,7 +99,7 @@ async def _requests(arguments: argparse.Namespace, port: int) -> dict[str, Any]:
 async def _latency(arguments: argparse.Namespace, port: int) -> dict[str, Any]:
     request = front_load.completion(HOST, port, "bench", _prompt_of(arguments), 2)
     ttfts_ms = []
-    for _ in range(200):
+    for _ in range(min(200, arguments.requests)):
         answer = await front_load.send(HOST, port, request)
         ttfts_ms.append(answer.ttft_s * 1000)
         await asyncio.sleep(0.01)  # low load
@@ -106,7 +108,8 @@ async def _latency(arguments: argparse.Namespace, port: int) -> dict[str, Any]:
 
 
 async def _hold(arguments: argparse.Namespace, port: int, pids: dict[str, int]) -> dict[str, Any]:
-    request = front_load.completion(HOST, port, "bench", "x", 20)
+    num_tokens = 2 * STEPS_OF_HOLD  # half of them while the others are being opened
+    request = front_load.completion(HOST, port, "bench", "x", num_tokens)
     gate = asyncio.Semaphore(200)  # connections in the making; the listen queue is short
     rss: list[dict[str, int]] = []
     num_open = 0
@@ -130,13 +133,14 @@ async def _hold(arguments: argparse.Namespace, port: int, pids: dict[str, int]) 
         if num_open == arguments.open_streams:
             rss.append(_rss_mb(pids))
     answers = [task.result() for task in tasks]
-    lost = sum(not answer.complete or answer.num_tokens != 20 for answer in answers)
+    lost = sum(not answer.complete or answer.num_tokens != num_tokens for answer in answers)
     return {
         "held_streams": most_open,
         "held_lost": lost,
         "held_s": round(time.monotonic() - began, 1),
         "held_all_s": len(rss),
         "held_rss_mb_first": rss[0] if rss else None,
+        "held_rss_mb_middle": rss[len(rss) // 2] if rss else None,
         "held_rss_mb_last": rss[-1] if rss else None,
     }
 

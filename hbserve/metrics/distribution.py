@@ -44,7 +44,8 @@ class Distribution:
         for begin, end in itertools.pairwise(bounds):
             weight = sum(self.weights[begin:end])
             pairs = zip(self.values[begin:end], self.weights[begin:end], strict=True)
-            values.append(sum(value * count for value, count in pairs) / weight)
+            mean = sum(value * count for value, count in pairs) / weight
+            values.append(min(max(mean, self.values[begin]), self.values[end - 1]))  # rounding must not disorder them
             weights.append(weight)
         return Distribution(tuple(values), tuple(weights))
 
@@ -90,7 +91,8 @@ class SlidingWindow:
 
     def since(self, start: float) -> Distribution:
         """The samples from ``start`` on."""
-        latest = itertools.takewhile(lambda sample: sample[0] >= start, reversed(self._samples))
+        # A copy, in one go: another thread may add samples meanwhile.
+        latest = itertools.takewhile(lambda sample: sample[0] >= start, reversed(list(self._samples)))
         return Distribution.of((value, weight) for _, value, weight in latest)
 
     def clear(self) -> None:
@@ -130,9 +132,9 @@ class CountWindow:
         """The sums of the window that ends now; ``seconds`` as in `start_of`."""
         oldest = self._oldest(now, seconds)
         totals: defaultdict[str, float] = defaultdict(float)
-        for index, sums in self._slices:
+        for index, sums in list(self._slices):
             if index >= oldest:
-                for name, value in sums.items():
+                for name, value in list(sums.items()):
                     totals[name] += value
         return totals
 

@@ -41,22 +41,24 @@ class Admission:
         self._can_send = can_send
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
-        # What a pipeline of steps can take of one prompt, and of all.
-        num_steps = config.performance.pipeline_depth + 2
-        self._enough_tokens = num_steps * prefill_budget(config)
-        self._most_of_one = self._enough_tokens
+        # What the next step can take of all prompts, and of one.
+        self._enough_tokens = self._most_of_one = prefill_budget(config)
         if config.chunked_prefill.enabled:
-            self._most_of_one = num_steps * config.chunked_prefill.chunk_size
+            self._most_of_one = config.chunked_prefill.chunk_size
         self._policy = policy
         self.is_full = False
 
     def seat(self, sequence: Sequence) -> bool:
         """Seat a request for prefill and decode, in the order of the placement; False if nothing fits now.
 
-        A worker that has prompts enough for the steps to come is given no more, unless they would be
+        A worker that has prompts enough to fill its next step is given no more, unless they would be
         computed before one that it has: who waits without a seat holds no blocks and can be overtaken.
         """
-        workers = [worker for worker in self._instances.values() if worker.ready and worker.has_free_slot]
+        workers = [
+            worker
+            for worker in self._instances.values()
+            if worker.ready and worker.has_free_slot and not worker.is_draining
+        ]
         able = [worker for worker in workers if worker.role.prefills]
         hungry = [worker for worker in able if not self._has_enough(worker, sequence)]
         self.is_full = bool(hungry) or not able

@@ -11,12 +11,16 @@ class PrefillPace:
 
     ``fixed`` is what a step takes without them, such as the decodes that are mixed in. Weighted least
     squares over running sums; with steps of one size only it is all ``per_token``.
+
+    Attributes:
+        mean_per_token_s: of late, the fixed part included, as full as the steps were.
     """
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self.fixed_s = 0.0
         self.per_token_s = 0.0
+        self.mean_per_token_s = 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many prompt tokens in that time."""
@@ -31,6 +35,7 @@ class PrefillPace:
         slope = 0.0
         if variance > 1e-6 * self._xx:
             slope = (self._xy - self._x * self._y / self._weight) / variance
+        self.mean_per_token_s = self._y / self._x
         # neither part of a step's time is negative
         self.per_token_s = min(max(slope, 0.0), self._y / self._x) or self._y / self._x
         self.fixed_s = max(0.0, (self._y - self.per_token_s * self._x) / self._weight)

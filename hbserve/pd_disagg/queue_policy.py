@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
-import math
+import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -11,6 +10,11 @@ from hbserve.config import SchedulerConfig
 from hbserve.pd_disagg.sequence import Sequence
 
 _RESUMED, _NEW = 0, 1
+AIM = 0.8
+"""Share of a target that deadlines are set at: under overload whoever is served is served at the last
+moment, and what is predicted may take longer."""
+_HORIZON = 256
+"""So many of a long queue are looked at; what comes after them is far from being served."""
 _PATIENCE_MS = 10_000.0
 """TTFT target, for the order only, of a request that has none."""
 
@@ -26,8 +30,12 @@ class QueuePolicy:
         """Smaller goes first. Of a sequence that begins to wait now."""
         return _NEW, 0.0, sequence.arrival
 
-    def order(self, waiting: list[Sequence], now: float) -> Items[Sequence]:
-        """Whom to admit first, of a queue sorted by rank."""
+    def order(self, waiting: list[Sequence], now: float, num_tokens_ahead: Callable[[], int]) -> Items[Sequence]:
+        """Whom to admit first, of a queue sorted by rank.
+
+        Args:
+            num_tokens_ahead: prompt tokens that have a seat and are not computed, per worker.
+        """
         return waiting
 
     def key(self, sequence: Sequence, num_computed: int, now: float) -> tuple[bool, tuple[int, float, int]]:
@@ -54,11 +62,13 @@ class ShortestPromptFirst(QueuePolicy):
         return _group(sequence), length, sequence.arrival
 
 
-class LeastLaxity(QueuePolicy):
-    """Who must start soonest to keep its TTFT target goes first; who cannot keep it any more, last.
+class SloAware(QueuePolicy):
+    """As many as possible in time: earliest TTFT deadline first, without those that would make others late.
 
-    Laxity is what is left until the last moment to start: arrival + target - time to compute the prompt.
-    All laxities shrink alike, so their order stays, but for those that pass zero.
+    Moore and Hodgson's rule (Moore, Management Science 15, 1968), which keeps the most deadlines on one
+    machine: go through the queue by deadline, and whenever one could not be kept, defer the longest
+    prompt so far. What is deferred, the hopeless among it, is served when the others leave time. Least
+    laxity alone serves, under overload, whoever is about to be late, until all are.
 
     Args:
         prefill_s: predicted seconds to compute so many prompt tokens.
@@ -72,29 +82,46 @@ class LeastLaxity(QueuePolicy):
     def rank(self, sequence: Sequence) -> tuple[int, float, int]:
         """See `QueuePolicy.rank`."""
         target_ms = sequence.request.sampling.ttft_ms or self._default_ttft_ms
-        latest_start = sequence.arrival_time + target_ms / 1000 - self._prefill_s(len(sequence.tokens))
-        return _group(sequence), latest_start, sequence.arrival
+        return _group(sequence), sequence.arrival_time + AIM * target_ms / 1000, sequence.arrival
 
-    def order(self, waiting: list[Sequence], now: float) -> Items[Sequence]:
+    def order(self, waiting: list[Sequence], now: float, num_tokens_ahead: Callable[[], int]) -> Items[Sequence]:
         """See `QueuePolicy.order`."""
-        first_new = bisect.bisect_left(waiting, (_NEW, -math.inf, 0), key=lambda sequence: sequence.rank)
-        first_in_time = bisect.bisect_left(waiting, (_NEW, now, 0), key=lambda sequence: sequence.rank)
-        if first_new == first_in_time:
+        if not waiting:
             return waiting
-        return waiting[:first_new] + waiting[first_in_time:] + waiting[first_new:first_in_time]
+        end = now + self._prefill_s(num_tokens_ahead())
+        chosen: list[tuple[float, int]] = []  # a heap, longest first: (-seconds, index)
+        for index, sequence in enumerate(waiting[:_HORIZON]):
+            seconds = self._prefill_s(len(sequence.tokens))
+            end += seconds
+            group, deadline, _ = sequence.rank
+            if group == _NEW:
+                heapq.heappush(chosen, (-seconds, index))
+                if end > deadline:
+                    end += heapq.heappop(chosen)[0]
+        in_time = {index for _, index in chosen}
+        deferred = [
+            sequence
+            for index, sequence in enumerate(waiting[:_HORIZON])
+            if index not in in_time and sequence.rank[0] == _NEW
+        ]
+        if not deferred:
+            return waiting
+        left_out = set(map(id, deferred))
+        return [sequence for sequence in waiting if id(sequence) not in left_out] + deferred
 
     def key(self, sequence: Sequence, num_computed: int, now: float) -> tuple[bool, tuple[int, float, int]]:
-        """See `QueuePolicy.key`. What has been computed already makes the last moment to go on later."""
-        group, latest_start, _ = sequence.rank
-        return group == _NEW and latest_start + self._prefill_s(num_computed) < now, sequence.rank
+        """See `QueuePolicy.key`. Those that can be in time go before those that cannot."""
+        group, deadline, _ = sequence.rank
+        num_tokens = max(0, len(sequence.tokens) - num_computed)
+        return group == _NEW and now + self._prefill_s(num_tokens) > deadline, sequence.rank
 
 
 def make_policy(config: SchedulerConfig, prefill_s: Callable[[int], float]) -> QueuePolicy:
-    """The configured policy; for ``prefill_s`` see `LeastLaxity`."""
+    """The configured policy; for ``prefill_s`` see `SloAware`."""
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)
     if config.policy == "slo_aware":
-        return LeastLaxity(prefill_s, config.ttft_ms)
+        return SloAware(prefill_s, config.ttft_ms)
     return QueuePolicy()
 
 

@@ -30,6 +30,7 @@ class SchedulerMetrics:
 
     Attributes:
         histograms: since the start, by name.
+        num_with_targets: completed requests that had targets, and kept all of them or not.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SchedulerMetrics:
         self.collector = collector
         self._tracer = tracer
         self._targets = targets or SchedulerConfig()
+        self.num_with_targets = {"kept": 0, "missed": 0}
         self.histograms = {
             "time_to_first_token_seconds": Histogram(TTFT_S),
             "time_per_output_token_seconds": Histogram(TOKEN_S),
@@ -96,6 +98,8 @@ class SchedulerMetrics:
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
         self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
         self._observe(sequence.metrics)
+        if sequence.metrics.meets_targets is not None:
+            self.num_with_targets["kept" if sequence.metrics.meets_targets else "missed"] += 1
         if self._tracer is not None:
             self._tracer.record(sequence.request.request_id, sequence.metrics, outcome)
 
@@ -194,6 +198,7 @@ class SchedulerMetrics:
                 "oldest_wait_s": state.oldest_wait_s,
                 "kv_usage": state.kv_usage,
             },
+            "requests_with_targets": dict(self.num_with_targets),
             "window_s": self.collector.window_size_seconds,
             "window": numbers_of(window),
             "busy_share": window.worker_busy,

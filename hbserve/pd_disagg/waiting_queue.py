@@ -27,7 +27,7 @@ class WaitingQueue:
         self._tokens_per_step = prefill_budget(config)
         self._pace = PrefillPace()
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)
-        self.policy = make_policy(config.scheduler, lambda count: self._pace.seconds(count, self._tokens_per_step))
+        self.policy = make_policy(config.scheduler, lambda count: count * self._pace.mean_per_token_s)
 
     def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
         """Put a sequence that begins to wait where it belongs."""
@@ -37,9 +37,15 @@ class WaitingQueue:
         else:
             waiting.append(sequence)
 
-    def in_order(self, waiting: list[Sequence], now: float) -> Items[Sequence]:
+    def in_order(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
         """Who is to be admitted first."""
-        return self.policy.order(waiting, now)
+
+        def num_tokens_ahead() -> int:
+            workers = [instance for instance in instances if instance.ready and instance.role.prefills]
+            seats = [seat for worker in workers for seat in worker.seats.values()]
+            return sum(max(0, s.num_tokens_at_entry - s.num_computed) for s in seats) // max(1, len(workers))
+
+        return self.policy.order(waiting, now, num_tokens_ahead)
 
     # --- predictions -----------------------------------------------------------------------------
 

@@ -60,11 +60,18 @@ def make_platform(
     return CudaPlatform(gpu_id + tp_rank)
 
 
+def partition_environment(partition: Partition) -> dict[str, str]:
+    """The variables that give a process its share of a GPU under MPS; see `enter_partition`."""
+    return {
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(partition.percentage),
+        "CUDA_MPS_CLIENT_PRIORITY": str(partition.priority),
+    }
+
+
 def enter_partition(partition: Partition) -> None:
     """Set the share that this process' CUDA context will get under MPS; before anything touches the GPU.
 
     The driver reads both when it makes the context, and they cannot be changed afterwards
     (https://docs.nvidia.com/deploy/mps).
     """
-    os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(partition.percentage)
-    os.environ["CUDA_MPS_CLIENT_PRIORITY"] = str(partition.priority)
+    os.environ.update(partition_environment(partition))

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
 from hbserve import PdDisaggConfig
 from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.config import Config
@@ -68,8 +70,9 @@ def _config(arguments: argparse.Namespace) -> Config:
         memory_fraction=0.6,
         max_num_seqs=256,
         log_level="WARNING",
-        **({"prefill_priority": 0} if arguments.no_priority else {}),
     ).freeze()
+    if arguments.no_priority:
+        config = msgspec.structs.replace(config, semi_pd=msgspec.structs.replace(config.semi_pd, prefill_priority=0))
     return config
 
 

@@ -75,6 +75,12 @@ class _Translation(Collector):
         for outcome, key in _REQUESTS.items():
             requests.add_metric([outcome], scheduler[key])
         yield requests
+        with_targets = CounterMetricFamily(
+            "hbserve_requests_with_targets", "Completed requests that had latency targets.", labels=["result"]
+        )
+        for result, number in self._stats["metrics"]["requests_with_targets"].items():
+            with_targets.add_metric([result], number)
+        yield with_targets
         for name, key, text in (
             ("preemptions", "preemptions", "Requests that gave their place to an older one."),
             ("retries", "retries", "Attempts of requests that failed and were made again."),

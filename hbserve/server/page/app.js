@@ -154,7 +154,6 @@ function show(data) {
   showRequests(stats.recent?.requests ?? []);
   showEvents(stats.recent?.events ?? []);
   showLinks(stats.kv_transfer?.links ?? {});
-  showSplitFields(stats.gpu_instances);
 }
 
 function showStatus(data) {
@@ -224,15 +223,6 @@ function showSplit(data) {
     by("split-unit").textContent = Object.values(data.stats.gpu_instances).some((one) => one.shares) ? "share of the GPU while both phases are busy, %" : "busy share of each worker, %";
   }
   charts.split.add(data.time, Object.values(shares));
-}
-
-function showSplitFields(instances) {
-  const shares = Object.values(instances).find((one) => one.shares)?.shares;
-  by("split-fields").hidden = shares == null;
-  for (const phase of ["prefill", "decode"]) {
-    const field = by(`split-${phase}`);
-    if (shares && !field.value && document.activeElement !== field) field.value = shares[phase];
-  }
 }
 
 function meter(name, value, share, className) {
@@ -422,6 +412,9 @@ async function administrate(path, body) {
 
 function openAdmin() {
   by("admin-answer").textContent = "";
+  const shares = Object.values(last?.stats?.gpu_instances ?? {}).find((one) => one.shares)?.shares;
+  by("split-fields").hidden = shares == null;
+  for (const [phase, share] of Object.entries(shares ?? {})) by(`split-${phase}`).value = share;
   by("admin-dialog").showModal();
 }
 
