@@ -121,6 +121,19 @@ class SetWorkers(Message, frozen=True):
     reason: str = ""
 
 
+class SetRole(Message, frozen=True):
+    """Have an instance change its role once it has nothing left to do; answered by `RoleSet`.
+
+    Attributes:
+        deadline_s: then it goes on as it was.
+    """
+
+    query_id: int
+    instance_id: str
+    role: InstanceRole
+    deadline_s: float
+
+
 # --- scheduler -> client -------------------------------------------------------------------------
 
 
@@ -181,6 +194,13 @@ class Ready(Message, frozen=True):
 
     max_model_len: int
     vocab_size: int
+
+
+class RoleSet(Message, frozen=True):
+    """Answer to `SetRole`. Attributes: error: why nothing has changed."""
+
+    query_id: int
+    error: str | None = None
 
 
 class NotReady(Message, frozen=True):
@@ -617,8 +637,8 @@ class StreamText(Message, frozen=True):
     output: OutputText
 
 
-ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady | SetWorkers | GetWindow | MarkRotation
-SchedulerReply = OutputBatch | Stats | Ready | NotReady | WorkerLost | Window
+ClientMessage = AddRequest | AbortRequest | GetStats | SubscribeReady | SetWorkers | SetRole | GetWindow | MarkRotation
+SchedulerReply = OutputBatch | Stats | Ready | NotReady | WorkerLost | RoleSet | Window
 TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult
 InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown

@@ -20,6 +20,7 @@ import pytest
 
 from hbserve.bench import serve_plots
 from hbserve.bench.arrivals import draw_arrivals
+from hbserve.bench.http_target import split_in
 from hbserve.bench.load import LoadResult, LoadRun
 from hbserve.bench.request_record import RequestRecord, Targets, summarize
 from hbserve.bench.serve import ServeBenchmark
@@ -261,6 +262,12 @@ class PacedTarget:
 async def run_load(target: PacedTarget, workload: ServeWorkload, *arguments: Any) -> LoadResult:
     async with asyncio.timeout(DEADLINE_S):
         return await LoadRun(target, workload, *arguments).run()
+
+
+def test_the_split_is_the_first_instances() -> None:
+    shares = {"prefill_percentage": 70, "decode_percentage": 30}
+    assert split_in({"instances": {"semi-0": {"current_sm_allocation": shares}}}) == (70, 30)
+    assert split_in({"instances": {}}) is None
 
 
 async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:

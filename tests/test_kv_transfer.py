@@ -30,7 +30,7 @@ from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
 from hbserve.pd_disagg.kv_transfer.manager import make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
-from hbserve.platform import CpuPlatform
+from hbserve.platform.cpu import CpuPlatform
 from tests.engines import needs_mooncake
 
 NUM_BLOCKS, BLOCK_BYTES = 32, 1024

@@ -12,6 +12,7 @@ from hbserve import Config, DisaggregatedLLM, SamplingParams
 from hbserve.bench.http_target import split_in
 from hbserve.bench.target import TargetError
 from hbserve.errors import HBServeError
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
 
 class EngineTarget:
@@ -39,9 +40,10 @@ class EngineTarget:
             raise TargetError(type(error).__name__) from error
 
     async def split(self) -> tuple[float, float] | None:
-        """From the system's statistics, where they have it."""
-        status = (await self._llm.client.stats()).get("semi_pd")
-        return None if status is None else split_in(status)
+        """Of its first semi-PD instance, where it has one."""
+        managers = self._llm.supervisors.items()
+        status = {name: each.get_status() for name, each in managers if isinstance(each, ProcessRotationManager)}
+        return split_in({"instances": status})
 
     async def describe(self) -> dict[str, Any]:
         """The engine's whole configuration and its statistics."""

@@ -108,9 +108,11 @@ class HttpTarget:
 
 
 def split_in(status: dict[str, Any]) -> tuple[float, float] | None:
-    """The shares in a status of the semi-PD coordinator."""
-    shares = status.get("current_sm_allocation") or status.get("rotation", {}).get("current_sm_allocation")
-    return None if shares is None else (shares["prefill_percentage"], shares["decode_percentage"])
+    """The shares of the first instance in a semi-PD status; None where there is none."""
+    for instance in status["instances"].values():
+        shares = instance["current_sm_allocation"]
+        return shares["prefill_percentage"], shares["decode_percentage"]
+    return None
 
 
 @asynccontextmanager

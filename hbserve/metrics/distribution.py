@@ -44,7 +44,8 @@ class Distribution:
         for begin, end in itertools.pairwise(bounds):
             weight = sum(self.weights[begin:end])
             pairs = zip(self.values[begin:end], self.weights[begin:end], strict=True)
-            values.append(sum(value * count for value, count in pairs) / weight)
+            mean = sum(value * count for value, count in pairs) / weight
+            values.append(min(max(mean, self.values[begin]), self.values[end - 1]))  # rounding must not disorder them
             weights.append(weight)
         return Distribution(tuple(values), tuple(weights))
 

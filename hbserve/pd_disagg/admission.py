@@ -54,7 +54,11 @@ class Admission:
         A worker that has prompts enough to fill its next step is given no more, unless they would be
         computed before one that it has: who waits without a seat holds no blocks and can be overtaken.
         """
-        workers = [worker for worker in self._instances.values() if worker.ready and worker.has_free_slot]
+        workers = [
+            worker
+            for worker in self._instances.values()
+            if worker.ready and worker.has_free_slot and not worker.is_draining
+        ]
         able = [worker for worker in workers if worker.role.prefills]
         hungry = [worker for worker in able if not self._has_enough(worker, sequence)]
         self.is_full = bool(hungry) or not able

@@ -39,6 +39,7 @@ from hbserve.messages import (
     Ping,
     Ready,
     RequestOutput,
+    SetRole,
     SetWorkers,
     Shutdown,
     Stats,
@@ -56,6 +57,7 @@ from hbserve.pd_disagg import system_stats
 from hbserve.pd_disagg.admission import Admission, release_seat
 from hbserve.pd_disagg.client_port import ClientPort
 from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.role_changes import RoleChanges
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
@@ -123,6 +125,7 @@ class CpuScheduler:
         self._worker_tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._worker_launchers: dict[str, bytes] = {}
+        self._role_changes = RoleChanges(self.instances, self.transfers, self._clients.reply)
         self._admission = Admission(self.instances, config, self._queue.policy, self.transfers.is_open)
 
     # --- life ------------------------------------------------------------------------------------
@@ -180,6 +183,7 @@ class CpuScheduler:
                         if self.waiting:
                             self._wake.set()  # what this step took may leave room for more
                 self._end_retired(instance)
+            self._role_changes.proceed()
             self._clients.flush()
 
     def _wake_in(self, instance: InstanceHandle, seconds: float) -> None:
@@ -255,6 +259,8 @@ class CpuScheduler:
         elif isinstance(message, SubscribeReady):
             self._subscribers[client] = time.monotonic() + message.deadline_s
             self._announce_ready()
+        elif isinstance(message, SetRole):
+            self._role_changes.ask(client, message)
         elif isinstance(message, SetWorkers):
             self._set_workers(client, message)
         elif isinstance(message, GetWindow):
@@ -439,8 +445,8 @@ class CpuScheduler:
 
     def _misfit(self, worker: WorkerHandle, hello: Hello) -> str | None:
         """Why a worker cannot work with the others."""
-        if hello.instance_id != worker.id or hello.role != worker.role:
-            return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.role} {worker.id!r}"
+        if hello.instance_id != worker.id or hello.role != worker.started_as:
+            return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.started_as} {worker.id!r}"
         for _, other in self._all_workers():
             if other is worker or other.hello is None:
                 continue

@@ -13,6 +13,7 @@ import zmq
 
 from hbserve import errors
 from hbserve.cluster_key import ClusterKey
+from hbserve.config import InstanceRole
 from hbserve.messages import (
     AbortRequest,
     AddRequest,
@@ -22,7 +23,9 @@ from hbserve.messages import (
     OutputBatch,
     Ready,
     RequestOutput,
+    RoleSet,
     SchedulerReply,
+    SetRole,
     Stats,
     SubscribeReady,
 )
@@ -155,6 +158,34 @@ class EngineClient:
         finally:
             del self._queries[query_id]
 
+    async def set_role(self, instance_id: str, role: InstanceRole, deadline_s: float = 120.0) -> None:
+        """Have an instance change between prefill and decode; returns when it has.
+
+        It gets no more requests, finishes those that it has, and then changes, with its weights and its
+        prefix cache.
+
+        Args:
+            deadline_s: if it has not finished them by then, it goes on as it was.
+
+        Raises:
+            InvalidRequestError: if it cannot change, or has not finished in time; saying why.
+            EngineDeadError: if the scheduler does not answer.
+        """
+        if self._dead is not None:
+            raise self._dead
+        query_id = next(self._query_ids)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._queries[query_id] = future
+        try:
+            self._send(SetRole(query_id=query_id, instance_id=instance_id, role=role, deadline_s=deadline_s))
+            error = (await asyncio.wait_for(future, deadline_s + self._answer_timeout_s))["error"]
+        except TimeoutError:
+            raise errors.EngineDeadError("the scheduler did not answer") from None
+        finally:
+            del self._queries[query_id]
+        if error is not None:
+            raise errors.InvalidRequestError(error)
+
     def declare_dead(self, reason: str) -> None:
         """The scheduler process is gone: end every stream and query with `EngineDeadError`."""
         self._dead = errors.EngineDeadError(reason)
@@ -213,6 +244,10 @@ class EngineClient:
                 query = self._queries.get(reply.query_id)
                 if query is not None and not query.done():
                     query.set_result(reply.stats)
+            elif isinstance(reply, RoleSet):
+                query = self._queries.get(reply.query_id)
+                if query is not None and not query.done():
+                    query.set_result({"error": reply.error})
             elif self._ready is not None and not self._ready.done():
                 if isinstance(reply, NotReady):
                     self._ready.set_exception(errors.StartupError(reply.reason))

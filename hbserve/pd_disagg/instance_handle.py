@@ -72,6 +72,7 @@ class WorkerHandle:
     ``hello`` is None while it is not registered: not started yet, or lost.
 
     Attributes:
+        started_as: the role of its process' configuration, which it introduces itself with.
         percentage: its share of the device.
         is_retiring: it gets no more plans where another worker can, and is told to end when nothing
             is in flight.
@@ -87,7 +88,7 @@ class WorkerHandle:
         key: ClusterKey | None = None,
     ) -> None:
         self.id = worker_id
-        self.role = role
+        self.role = self.started_as = role
         self.percentage = percentage
         self.rpc = RpcClient(context, address, key)
         self.hello: Hello | None = None
@@ -133,6 +134,7 @@ class InstanceHandle:
         workers: by name, in the order in which they came.
         arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
         shares: each phase's percentage while both are busy.
+        is_draining: it is given no more requests.
         decode_interval_s: while prefill is busy at another worker, decode steps begin no sooner after
             each other: what they do not take speeds prefill up. 0: no limit.
         timer: of the scheduler, for a step that is held back.
@@ -152,6 +154,7 @@ class InstanceHandle:
         self.workers: dict[str, WorkerHandle] = {}
         if address is not None:
             self.workers[self.id] = WorkerHandle(self.id, self.role, 100, context, address, key)
+        self.is_draining = False
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
         self.decode_interval_s = 0.0
@@ -162,6 +165,15 @@ class InstanceHandle:
         self._work_of_ended = Work()
         self._performance = performance
         self.reset()
+
+    def change_role(self, role: InstanceRole) -> None:
+        """From now on it does something else; it must have nothing to do."""
+        at_work = self.seats or self.reserved or self.num_steps_in_flight
+        assert not at_work, f"{self.id} is at work"
+        self.role = role
+        for worker in self.workers.values():
+            worker.role = role
+        self._current.clear()
 
     def reset(self) -> None:
         """The pool's memory is gone, and all seats with it."""

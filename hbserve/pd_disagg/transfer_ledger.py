@@ -132,6 +132,17 @@ class TransferLedger:
                 if needed and (source.id, target.id) not in self._links:
                     self._open_link(source, target)
 
+    def disconnect(self, instance: InstanceHandle) -> None:
+        """Close an instance's links, over which nothing is under way."""
+        for link in list(self._links.values()):
+            if instance in (link.source, link.target):
+                assert not link.transfers, f"transfers from {link.source.id} to {link.target.id} are under way"
+                self._break(link)
+
+    def touches(self, instance: InstanceHandle) -> bool:
+        """Whether a transfer from or to an instance has not ended on both sides."""
+        return any(instance in (each.link.source, each.link.target) for each in self._open.values())
+
     def _open_link(self, source: InstanceHandle, target: InstanceHandle) -> None:
         assert source.hello is not None
         key = (source.id, target.id)

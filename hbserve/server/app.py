@@ -19,7 +19,7 @@ from hbserve.server.chat import create_chat_completion
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import create_completion
 from hbserve.server.prometheus import render
-from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
 
 STATS_TIMEOUT_S = 5.0
 _DEFAULTS = ServerConfig()
@@ -103,6 +103,12 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
     async def stats() -> dict[str, Any]:
         """The operator's view: counts, instances and links, as `hbserve.pd_disagg.system_stats.collect` has them."""
         return await client.stats(STATS_TIMEOUT_S)
+
+    @app.post("/v1/instances/{instance_id}/role")
+    async def set_role(instance_id: str, body: RoleRequest) -> dict[str, Any]:
+        """Have an instance change between prefill and decode; answers when it has."""
+        await client.set_role(instance_id, InstanceRole(body.role), body.timeout_s)
+        return {"instance_id": instance_id, "role": body.role}
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -23,7 +23,7 @@ from hbserve.errors import (
     ShuttingDownError,
 )
 from hbserve.server.chat_protocol import ChatCompletionRequest
-from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
 
 _BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -115,7 +115,8 @@ def install(app: FastAPI) -> None:
         return api_error(error).response()
 
     async def handle_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        body = _BODIES.get(request.url.path, CompletionRequest)
+        path = request.url.path
+        body = RoleRequest if path.startswith("/v1/instances/") else _BODIES.get(path, CompletionRequest)
         return _validation_error(error, list(body.model_fields)).response()
 
     async def handle_client_gone(request: Request, error: ClientGone) -> Response:

@@ -25,6 +25,7 @@ access = logging.getLogger("hbserve.access")
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
 OPEN = frozenset({"/health", "/ready", "/"})
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
+INSTANCES_FOLDER = "/v1/instances/"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 NOBODY = "-"
 _BODY_TIMEOUT_S = 30.0  # between two pieces of it
@@ -84,7 +85,7 @@ class Guard:
         key = value.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", b"").decode("latin-1")
         name = self._keys.name_of(key) if key else None
         changes_the_split = path.startswith(SEMI_PD_FOLDER) and scope["method"] not in ("GET", "HEAD")
-        if path.startswith(ADMIN_FOLDER) or changes_the_split:
+        if path.startswith((ADMIN_FOLDER, INSTANCES_FOLDER)) or changes_the_split:
             if not self._keys.has_admin:
                 raise ForbiddenError("administration is off: there is no admin key (server.admin_key_file)")
             if name != "admin":

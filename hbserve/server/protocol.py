@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hbserve.errors import InvalidRequestError
 from hbserve.sampling_params import SamplingParams
@@ -185,6 +185,13 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+class RoleRequest(Body):
+    """Body of POST /v1/instances/{id}/role."""
+
+    role: Literal["prefill", "decode"]
+    timeout_s: float = Field(default=120.0, gt=0)
 
 
 def _biases(values: dict[str, float]) -> dict[int, float]:

@@ -126,6 +126,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
                 f"kv_transfer.backend mooncake: {error}; install mooncake-transfer-engine-cuda13 (with a GPU) or "
                 "mooncake-transfer-engine-non-cuda, and Debian's libibverbs1"
             ) from None
+        self._enter_device()
         engine = library.TransferEngine()
         protocol = "rdma" if self._settings.protocol == "rdma" else "tcp"
         code = engine.initialize(self._host, _HANDSHAKE, protocol, self._settings.device_name)
@@ -139,6 +140,11 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             )
         return engine
 
+    def _enter_device(self) -> None:
+        """The library works on the calling thread's CUDA context."""
+        if self.kv_blocks.is_cuda:
+            torch.cuda.set_device(self.kv_blocks.device)
+
     async def open_inbox(self, source: Peer) -> str:
         """``session address``: where the engine is, and where the arena is in this process."""
         engine = await asyncio.to_thread(self._make_engine)
@@ -150,6 +156,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         await asyncio.to_thread(engines.clear)  # the last reference: ends the engine
 
     def write(self, target: Peer, runs: list[BlockRun]) -> None:
+        self._enter_device()
         session, address = target.endpoint.split(" ")
         block_bytes = self.kv_blocks.shape[1]
         mine, theirs = self.kv_blocks.data_ptr(), int(address)
