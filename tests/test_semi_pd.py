@@ -104,12 +104,33 @@ def pids_of(manager: ProcessRotationManager) -> set[int]:
     return {resident, *(worker["pid"] for worker in status["workers"])}
 
 
-async def test_rotations_and_kills_change_no_token(model: str) -> None:
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[list[int]]:
+    """What `unified` makes of the requests."""
+    with LLM(model, mode="unified", **SETTINGS) as llm:
+        return [output["token_ids"] for output in llm.generate(*requests(), use_tqdm=False)]
+
+
+def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[int]]) -> None:
+    instances = [
+        {"instance_id": "shared-0", "instance_type": "semi_pd"},
+        {"instance_id": "shared-1", "instance_type": "semi_pd"},
+        {"instance_id": "prefill-0", "instance_type": "prefill"},
+        {"instance_id": "decode-0", "instance_type": "decode"},
+    ]
+    ladder: dict[str, list[int]] = {"prefill": [], "decode": []}
+    options = SETTINGS | {"gpu_instances": instances, "ladder": ladder, "num_sleepers": 0}
+    with LLM(model, mode="semi_pd", **options) as llm:
+        outputs = llm.generate(*requests(), use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == expected
+        work = llm.get_system_stats()["gpu_instances"]
+        assert all(work[name]["generated_tokens"] > 0 for name in work)
+        assert_no_leaks(llm)
+
+
+async def test_rotations_and_kills_change_no_token(model: str, expected: list[list[int]]) -> None:
     """100 seeded requests while the split rotates and workers and the resident process are killed."""
     prompts, sampling = requests()
-    async with DisaggregatedLLM(PdDisaggConfig.from_arguments(model, mode="unified", **SETTINGS)) as llm:
-        expected = [output["token_ids"] for output in await llm.generate(prompts, sampling)]
-
     config = PdDisaggConfig.from_arguments(
         model,
         mode="semi_pd",
