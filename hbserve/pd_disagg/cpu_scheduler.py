@@ -229,6 +229,7 @@ class CpuScheduler:
             if not instance.ready:
                 at = "".join(f" at {worker.rpc.address}" for worker in instance.workers.values())
                 missing.append(f"{instance.id}{at} ({instance.why_lost})")
+        missing += [f"the KV link {source}->{target} (not open yet)" for source, target in self.transfers.connecting]
         return ", ".join(missing) or "nobody"
 
     # --- clients ---------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ class CpuScheduler:
             self._close(sequence, "aborted")
 
     def _announce_ready(self) -> None:
-        if not all(instance.ready for instance in self.instances.values()) or self.transfers.is_connecting:
+        if not all(instance.ready for instance in self.instances.values()) or self.transfers.connecting:
             return
         assert self._max_model_len is not None
         for client in list(self._subscribers):

@@ -159,9 +159,9 @@ class TransferLedger:
         return link is not None and bool(link.targets)
 
     @property
-    def is_connecting(self) -> bool:
-        """Whether a link has been asked for and is not open yet."""
-        return not all(link.targets for link in self._links.values())
+    def connecting(self) -> list[tuple[str, str]]:
+        """Links that have been asked for and are not open yet, by source and target."""
+        return [key for key, link in self._links.items() if not link.targets]
 
     def on_link_opened(self, target: InstanceHandle, opened: LinkOpened) -> None:
         """The receiving side is ready."""
