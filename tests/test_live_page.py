@@ -44,7 +44,7 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
     async with DisaggregatedLLM(config) as llm:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo")
-        live_page.install(app, live_page.LiveData(llm.engine, llm.client, FairGate(), None, system.stop))
+        live_page.install(app, live_page.LiveData(llm.engine, llm.client, FairGate(), None, system.stop, 5000.0, 0.001))
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))
@@ -101,6 +101,8 @@ async def test_page_in_a_browser(system: System, page: Any) -> None:
     details = page.locator(".details")
     await details.get_by_text("TTFT").wait_for()
     assert "TPOT" in await details.inner_text()
+    await page.locator(".tile.late", has_text="target 0 ms").wait_for()  # TPOT; TTFT keeps its target
+    assert await page.locator(".tile.late").count() == 1
 
     # Nothing is wider than the phone.
     assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

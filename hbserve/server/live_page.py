@@ -34,6 +34,7 @@ class LiveData:
     Args:
         text: where there are processes for text.
         stop: set to end the server.
+        ttft_target_ms, tpot_target_ms: to compare with, where there are targets.
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class LiveData:
         gate: FairGate,
         text: TextProcesses | None,
         stop: asyncio.Event,
+        ttft_target_ms: float | None = None,
+        tpot_target_ms: float | None = None,
     ) -> None:
+        self._targets = {"ttft_ms": ttft_target_ms, "tpot_ms": tpot_target_ms}
         self._engine, self._client, self._gate, self._text = engine, client, gate, text
         self._start = time.monotonic()
         self.stop = stop
@@ -60,6 +64,7 @@ class LiveData:
                 "max_model_len": self._engine.max_model_len,
                 "text_processes": {} if self._text is None else self._text.report(),
             },
+            "targets": self._targets,
             "stats": None,
             "error": None,
         }

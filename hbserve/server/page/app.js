@@ -130,8 +130,7 @@ function makeCharts() {
 let lastSplitNames = "";
 
 function targetsOf(data) {
-  const slo = data.stats?.slo || data.stats?.semi_pd?.slo || {};
-  return { ttft: slo.ttft_target_ms ?? null, tpot: slo.tpot_target_ms ?? null };
+  return { ttft: data.targets.ttft_ms, tpot: data.targets.tpot_ms };
 }
 
 function show(data) {
@@ -184,8 +183,8 @@ function showTiles(data, view, queues, metrics, targets) {
     ["Waiting", number((queues.waiting ?? 0) + data.server.waiting_for_turn), `oldest ${number(metrics.queues?.oldest_wait_s ?? 0, 1)} s`],
     ["Output", `${number(view.decode_throughput)}`, "tokens/s", "per second"],
     ["Prompts", `${number(view.prefill_throughput)}`, `${number(100 * (view.prefix_hit_rate ?? 0))} % from the cache`],
-    ["TTFT p95", `${number(view.ttft_p95_ms, 1)} ms`, target(targets.ttft), late(view.ttft_p95_ms, targets.ttft)],
-    ["TPOT p95", `${number(view.tpot_p95_ms, 2)} ms`, target(targets.tpot), late(view.tpot_p95_ms, targets.tpot)],
+    ["TTFT p95", `${number(view.ttft_p95_ms, view.ttft_p95_ms < 100 ? 1 : 0)} ms`, target(targets.ttft), late(view.ttft_p95_ms, targets.ttft)],
+    ["TPOT p95", `${number(view.tpot_p95_ms, view.tpot_p95_ms < 100 ? 1 : 0)} ms`, target(targets.tpot), late(view.tpot_p95_ms, targets.tpot)],
     ["KV in use", `${number(100 * (metrics.queues?.kv_usage ?? 0), 1)} %`, "of the fullest pool"],
     ["Failed", number(books.failed_requests), `${number(books.retries)} retries, ${number(books.preemptions)} preemptions`, books.failed_requests > 0],
   ];
