@@ -19,7 +19,8 @@ each is atomic.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import heapq
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,7 +71,8 @@ class UnifiedStorageManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.decode_headroom_blocks = 0
         """Blocks that only running decodes may take; kept by the scheduler."""
-        self._free: deque[int] = deque(range(total_blocks))
+        # A heap: lowest first, so that a request's blocks lie together and transfers move them in few pieces.
+        self._free = list(range(total_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # unowned but sealed, oldest first
         self._by_hash: dict[bytes, int] = {}
         self._hash: list[bytes | None] = [None] * total_blocks
@@ -130,7 +132,7 @@ class UnifiedStorageManager:
 
     def _take_free(self) -> int:
         if self._free:
-            block = self._free.popleft()
+            block = heapq.heappop(self._free)
         else:
             block, _ = self._cached.popitem(last=False)
             stale = self._hash[block]
@@ -163,7 +165,7 @@ class UnifiedStorageManager:
                 continue
             self._generation[block] += 1
             if self._hash[block] is None:
-                self._free.append(block)
+                heapq.heappush(self._free, block)
             else:
                 self._cached[block] = None
 
