@@ -101,6 +101,9 @@ class ScriptedScheduler:
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        # As the real one: a burst is queued. A ROUTER drops what exceeds its limit.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(self.address)
         self._receiver = asyncio.create_task(self._receive())
         return self

@@ -383,9 +383,10 @@ class _TextProcess:
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.cancel()
-            await asyncio.gather(receiver, return_exceptions=True)
         if socket is not None:
-            socket.close()
+            socket.close()  # before anything is awaited: this may be cancelled there, and a context waits for its sockets
+        if receiver is not None:
+            await asyncio.gather(receiver, return_exceptions=True)
 
     async def stop(self) -> None:
         """End the process. May be called twice."""
