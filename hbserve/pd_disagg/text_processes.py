@@ -384,7 +384,7 @@ class _TextProcess:
         if receiver is not None:
             receiver.cancel()
         if socket is not None:
-            socket.close()  # before anything is awaited: this may be cancelled there, and a context waits for its sockets
+            socket.close()  # before anything is awaited: a cancel there must not leave it behind
         if receiver is not None:
             await asyncio.gather(receiver, return_exceptions=True)
 
