@@ -60,7 +60,9 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 def test_phases_become_spans_at_their_times() -> None:
-    handed_over = RequestMetrics("1", 100, 50.0, 5, 64, 51.0, 52.5, 52.5, 53.0, 55.0, True, 1, 0, 3000.0, None)
+    handed_over = RequestMetrics(
+        "1", 100, 50.0, 5, 64, 51.0, 52.5, 52.5, 53.0, 55.0, True, num_preemptions=1, ttft_target_ms=3000.0
+    )
     given_up = RequestMetrics("2", 10, 60.0, completion_time=60.25, success=False)
     with receiver() as (url, spans):
         tracer = RequestTracer(url, lambda: 50.0)
