@@ -22,35 +22,20 @@ import zmq
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceRole
 from hbserve.import_path import load_class
-from hbserve.messages import (
+from hbserve.messages.admin import GetStats, GetWindow, SetRole, Stats, Window
+from hbserve.messages.base import TokenLogprobs
+from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
     ClientMessage,
-    GetStats,
-    GetWindow,
-    Hello,
-    InstanceFailed,
-    InstanceReply,
-    Leaving,
-    LinkClosed,
-    LinkOpened,
-    MarkRotation,
     NotReady,
-    Ping,
     Ready,
     RequestOutput,
-    SetRole,
-    SetWorkers,
-    Shutdown,
-    Stats,
-    StepResult,
     SubscribeReady,
-    TokenLogprobs,
-    TransferResult,
-    Window,
-    WorkerLost,
-    WorkerSpec,
 )
+from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost, WorkerSpec
+from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
+from hbserve.messages.worker import Hello, InstanceFailed, InstanceReply, Leaving, Ping, Shutdown, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.pd_disagg import system_stats
