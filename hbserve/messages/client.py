@@ -7,7 +7,6 @@ from hbserve.messages.base import Message, TokenLogprobs, Value
 from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
 from hbserve.sampling_params import SamplingParams
 
-
 # --- client -> scheduler --------------------------------------------------------------------------
 
 

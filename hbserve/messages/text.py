@@ -6,7 +6,6 @@ from typing import Any
 
 from hbserve.messages.base import Message, Value
 
-
 # --- API server -> text process -------------------------------------------------------------------
 
 

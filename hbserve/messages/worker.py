@@ -7,7 +7,6 @@ from hbserve.messages.base import Message, TokenLogprobs, Value
 from hbserve.messages.transfer import Peer, SendBlocks, TransferCommand, TransferReply
 from hbserve.sampling_params import SamplingParams
 
-
 # --- scheduler -> worker --------------------------------------------------------------------------
 
 
