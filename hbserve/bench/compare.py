@@ -14,7 +14,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Awaitable
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,12 +100,14 @@ class _Load:
 
     Attributes:
         off_by: how many times the simulator's rate the systems so far have reached.
+        predicted: the simulator's rate for each system, and how long its runs are, seconds.
     """
 
     name: str
     source: WorkloadSource
     targets: Targets | None = None
     off_by: list[float] = field(default_factory=list)
+    predicted: dict[System, tuple[float | None, float]] = field(default_factory=dict)
 
 
 class _Comparison:
@@ -138,6 +140,7 @@ class _Comparison:
             for system in systems
             for loads in ([[load] for load in self._loads] if system.form == "slo" else [self._loads])
         ]
+        self._measured: list[tuple[dict[str, Any], tuple[Any, ...]]] = []  # runs, and how to simulate them
         self._deadline = time.monotonic() + arguments.time_limit
         self._document: dict[str, Any] = {
             "options": {name: str(value) for name, value in vars(arguments).items() if value not in (None, False, [])},
@@ -163,7 +166,11 @@ class _Comparison:
                     failed = {"system": system.name, "loads": [load.name for load in loads], "error": repr(error)}
                     self._document["results"].append(failed)
                     self._save()
-            self._show_rates()
+            outcomes = await _in_pool(pool, _simulate, [arguments for _, arguments in self._measured])
+        for (one, _), outcome in zip(self._measured, outcomes, strict=True):
+            one["simulated"] = outcome.as_dict()
+        self._save()
+        self._show_rates()
 
     def _save(self) -> None:
         self._options.json.write_text(json.dumps(self._document) + "\n", encoding="utf-8")
@@ -230,21 +237,12 @@ class _Comparison:
             benchmark = ServeBenchmark(target, dataclasses.replace(serve_options, targets=None))
             load.targets = await benchmark.measure_targets(SloScale.parse(options.slo_scale))
             print(f"{load.name}: {load.targets}", flush=True)
-        setting, source = self._setting(load.targets, kv_tokens), load.source
-        in_pool = asyncio.get_running_loop().run_in_executor
+            await self._predict(load, kv_tokens, pool)
+        setting = self._setting(load.targets, kv_tokens)
+        simulated, duration_s = load.predicted[system]
         off_by = math.exp(sum(map(math.log, load.off_by)) / len(load.off_by)) if load.off_by else 1.0
-        for _ in range(2):  # the rate says how long a run is, and that decides which requests are in it
-            simulated = await in_pool(pool, find_highest_rate, system, setting, source, options.seed)
-            first = 1.0 if simulated is None else simulated.rate * off_by
-            first = min(first, len(load.source.trace or ()) / options.duration)
-            duration_s = max(options.duration, options.min_requests / first)
-            source = dataclasses.replace(load.source, duration_s=duration_s)
-        expected: list[Awaitable[Outcome]] = []
-
-        def expect(rate: float | None, seed: int) -> None:
-            assert rate is not None
-            expected.append(in_pool(pool, _simulate, system, setting, source, rate, seed))
-
+        first = min(off_by * (simulated or 1.0), len(load.source.trace or ()) / duration_s)
+        source = dataclasses.replace(load.source, duration_s=duration_s)
         document = await ServeBenchmark(
             target,
             dataclasses.replace(
@@ -255,25 +253,33 @@ class _Comparison:
                 sweep=True,
                 sweep_factor=_FACTOR,
                 give_up_below=options.attainment - _GIVE_UP,
-                time_limit_s=max(0.0, deadline - time.monotonic() - duration_s),
+                time_limit_s=max(1.0, deadline - time.monotonic() - duration_s),
                 max_runs=options.max_runs,
             ),
-            expect,
         ).run()
         found = document["best_rate"]
         reached = found["interpolated"] or found["rate"]
-        if simulated is not None and reached:
-            load.off_by.append(reached / simulated.rate)
-        for one, outcome in zip(document["runs"], await asyncio.gather(*expected), strict=True):
-            one["simulated"] = outcome.as_dict()
+        if simulated and reached:
+            load.off_by.append(reached / simulated)
+        for one in document["runs"]:
+            self._measured.append((one, (system, setting, source, one["summary"]["rate"], one["summary"]["seed"])))
         return {
             "system": system.name,
             "load": load.name,
             "targets": msgspec.to_builtins(load.targets),
             "best_rate": found,
-            "simulated_rate": None if simulated is None else simulated.rate,
+            "simulated_rate": simulated,
             "runs": document["runs"],
         }
+
+    async def _predict(self, load: _Load, kv_tokens: int, pool: Executor) -> None:
+        """Of all systems, and before the first is measured: they would take its processors."""
+        assert load.targets is not None
+        options, setting = self._options, self._setting(load.targets, kv_tokens)
+        systems = list(dict.fromkeys(system for system, _ in self._jobs))
+        shared = (setting, load.source, options.seed, options.duration, options.min_requests)
+        found = await _in_pool(pool, _predict, [(system, *shared) for system in systems])
+        load.predicted = dict(zip(systems, found, strict=True))
 
     def _setting(self, targets: Targets, kv_tokens: int) -> Setting:
         steps = StepTimes(self._profile)
@@ -337,6 +343,22 @@ _PERCENTS = ("p50", "p90", "p99")
 def _row(name: str, rate: float, met: float, times: list[float]) -> str:
     ttft = f"{times[0]:8.0f} {times[1]:7.0f} {times[2]:7.0f}"
     return f"{name} {rate:7.2f} {met:6.1%} | {ttft} | {times[3]:8.1f} {times[4]:6.1f} {times[5]:6.1f}"
+
+
+async def _in_pool(pool: Executor, function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    in_pool = asyncio.get_running_loop().run_in_executor
+    return await asyncio.gather(*(in_pool(pool, function, *arguments) for arguments in calls))
+
+
+def _predict(
+    system: System, setting: Setting, source: WorkloadSource, seed: int, duration_s: float, min_requests: int
+) -> tuple[float | None, float]:
+    """The highest rate, and how long runs near it are: that decides which requests are in them."""
+    found = find_highest_rate(system, setting, source, seed)
+    if found is not None and found.rate * duration_s < min_requests:
+        duration_s = min_requests / found.rate
+        found = find_highest_rate(system, setting, dataclasses.replace(source, duration_s=duration_s), seed)
+    return None if found is None else found.rate, duration_s
 
 
 def _simulate(system: System, setting: Setting, source: WorkloadSource, rate: float, seed: int) -> Outcome:
