@@ -34,6 +34,7 @@ from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
 from hbserve.bench.workload import LengthRange
+from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.models.spec import ModelSpec
 from hbserve.semi_pd.builtin_profile import H200_8B
@@ -288,6 +289,7 @@ class _Comparison:
             max_chunk_prefill_tokens=int(self._engine.get("max_chunk_prefill_tokens", Sizes.max_chunk_prefill_tokens)),
             max_num_seqs=int(self._engine.get("max_num_seqs", Sizes.max_num_seqs)),
             kv_tokens=kv_tokens,
+            scheduler=SchedulerConfig(policy=self._engine.get("scheduling_policy", "fcfs")),
         )
         return Setting(steps, steps, sizes, targets, self._options.attainment)
 
