@@ -46,6 +46,7 @@ from hbserve.messages import (
     TransferResult,
 )
 from hbserve.pd_disagg import child
+from hbserve.pd_disagg.kv_transfer.head_split import Shard
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
@@ -146,7 +147,7 @@ class GpuInstance:
             self._transfers = RankTransfers(
                 self.config,
                 self.instance,
-                0,
+                Shard.of_rank(0, size, self._runner.spec.num_kv_heads, self._runner.layout),
                 self._runner.kv_blocks,
                 lambda reply: self._on_transfer_reply(0, reply),
                 ArenaSharing(self._runner.kv_handle, self._platform.open_arena),
@@ -296,6 +297,7 @@ class GpuInstance:
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
                 block_bytes=runner.layout.block_bytes * self._ranks.size,
+                head_bytes=runner.layout.block_bytes // runner.layout.num_kv_heads,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
                 device=self._platform.describe(),

@@ -29,6 +29,7 @@ from hbserve.messages import (
     StepResult,
 )
 from hbserve.pd_disagg import child
+from hbserve.pd_disagg.kv_transfer.head_split import Shard
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
@@ -79,7 +80,7 @@ class RankWorker:
         from hbserve.engine.process_group import join_group
         from hbserve.platform import make_platform
 
-        size = self.config.model.tensor_parallel_size
+        size = self.instance.num_ranks
         platform = make_platform(
             self.config.model.device,
             self.instance.gpu_id,
@@ -98,7 +99,7 @@ class RankWorker:
             self._transfers = RankTransfers(
                 self.config,
                 self.instance,
-                self.tp_rank,
+                Shard.of_rank(self.tp_rank, size, runner.spec.num_kv_heads, runner.layout),
                 runner.kv_blocks,
                 self._line.send,
                 ArenaSharing(runner.kv_handle, platform.open_arena),
