@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
 from hbserve.pd_disagg.kv_transfer.head_split import WHOLE, Route, Shard
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hbserve.messages import Peer
+from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.platform.remote_arena import ByteRun, RemoteArena
 

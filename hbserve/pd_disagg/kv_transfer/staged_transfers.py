@@ -9,7 +9,7 @@ import torch
 
 from hbserve.errors import KVTransferError
 from hbserve.import_path import load_class
-from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.byte_budget import ByteBudget
 from hbserve.pd_disagg.kv_transfer.head_split import Part, Route, Shard

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 
 from hbserve.errors import KVTransferError, StartupError
-from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Route, Shard
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
