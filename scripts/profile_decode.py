@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hbserve.config import Config
 from hbserve.engine.model_runner import ModelRunner
-from hbserve.messages import PlanRow, SequenceState, StepPlan
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
 

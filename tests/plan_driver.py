@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hbserve.engine.model_runner import ModelRunner, PendingStep
-from hbserve.messages import PlanRow, SequenceState, StepPlan, TokenLogprobs
+from hbserve.messages.base import TokenLogprobs
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=None)

@@ -11,18 +11,17 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from hbserve.messages import (
+from hbserve.messages.admin import GetStats, Stats
+from hbserve.messages.base import TokenLogprobs
+from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
     ClientMessage,
-    GetStats,
     OutputBatch,
     Ready,
     RequestOutput,
     SchedulerReply,
-    Stats,
     SubscribeReady,
-    TokenLogprobs,
 )
 
 DEADLINE_S = 20.0

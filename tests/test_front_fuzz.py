@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from hbserve.bench.front_stub import EngineStub
 from hbserve.config import ServerConfig
-from hbserve.messages import AddRequest, RequestOutput
+from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server import create_app, live_page, serve

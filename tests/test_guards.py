@@ -18,7 +18,7 @@ import pytest
 from hbserve import log_format
 from hbserve.config import ServerConfig
 from hbserve.errors import ConfigError, RateLimitedError, ShuttingDownError
-from hbserve.messages import AddRequest, RequestOutput
+from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server import create_app, serve

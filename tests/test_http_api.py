@@ -14,7 +14,7 @@ import pytest
 
 from hbserve.config import ServerConfig
 from hbserve.errors import StartupError
-from hbserve.messages import AddRequest, RequestOutput
+from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine

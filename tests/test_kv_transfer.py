@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbserve.errors import ConfigError
-from hbserve.messages import (
+from hbserve.messages.transfer import (
     CloseLink,
     LinkClosed,
     LinkOpened,
@@ -353,7 +353,7 @@ def test_a_backend_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"kv_transfer.backend.*no_such_module"):
         make_backend("no_such_module:Backend", context)
     with pytest.raises(ConfigError, match="not a subclass"):
-        make_backend("hbserve.messages:Peer", context)
+        make_backend("hbserve.messages.transfer:Peer", context)
 
 
 async def test_the_lookup_buffer_holds_arrivals_back_until_there_is_space() -> None:

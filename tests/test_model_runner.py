@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hbserve.config import Config, ModelConfig
 from hbserve.engine.model_runner import ModelRunner
 from hbserve.errors import ConfigError
-from hbserve.messages import PlanRow, SequenceState, StepPlan, StepResult
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepResult
 from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
 from tests.model_zoo import MODELS, VOCAB_SIZE, save_model

@@ -14,7 +14,7 @@ import pytest
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import SchedulerConfig
 from hbserve.errors import OverloadedError
-from hbserve.messages import AddRequest
+from hbserve.messages.client import AddRequest
 from hbserve.pd_disagg.prefill_pace import PrefillPace
 from hbserve.pd_disagg.queue_policy import AIM, QueuePolicy, make_policy
 from hbserve.pd_disagg.sequence import Sequence

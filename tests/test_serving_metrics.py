@@ -16,7 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hbserve.messages import AddRequest
+from hbserve.messages.client import AddRequest
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics

@@ -16,7 +16,8 @@ import torch
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.errors import ConfigError, KVTransferError, StartupError
-from hbserve.messages import StepPlan, TransferResult
+from hbserve.messages.transfer import TransferResult
+from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
 from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
-from hbserve.messages import AddRequest, RequestOutput, TokenLogprobs
+from hbserve.messages.base import TokenLogprobs
+from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import SampleDelta
 from hbserve.pd_disagg.text_engine import TextEngine

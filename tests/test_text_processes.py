@@ -13,7 +13,7 @@ import pytest
 
 from hbserve.config import Config
 from hbserve.errors import InvalidRequestError
-from hbserve.messages import AddRequest, RequestOutput
+from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses

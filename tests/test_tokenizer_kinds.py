@@ -17,7 +17,7 @@ import pytest
 
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import Vocabulary, json_schema
-from hbserve.messages import AddRequest, RequestOutput
+from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.http_server import MODEL, USER

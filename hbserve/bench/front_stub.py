@@ -13,15 +13,14 @@ import msgspec
 import zmq
 
 from hbserve import event_loop
-from hbserve.messages import (
+from hbserve.messages.admin import GetStats, Stats
+from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
     ClientMessage,
-    GetStats,
     OutputBatch,
     Ready,
     RequestOutput,
-    Stats,
     SubscribeReady,
 )
 from hbserve.pd_disagg.async_socket import AsyncSocket

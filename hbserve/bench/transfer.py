@@ -29,7 +29,7 @@ import torch
 
 from hbserve.bench.raw_links import raw_link
 from hbserve.errors import ConfigError, KVTransferError
-from hbserve.messages import (
+from hbserve.messages.transfer import (
     LinkOpened,
     OpenLink,
     Peer,

@@ -14,7 +14,7 @@ from hbserve.engine.sampler import SamplingBatch
 from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import to_device
-from hbserve.messages import PlanRow
+from hbserve.messages.worker import PlanRow
 
 _TO_BE_FED_BACK = (0,)
 """Stands for a token that only the device knows yet."""

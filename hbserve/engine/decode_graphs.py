@@ -25,7 +25,7 @@ from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import to_device
-from hbserve.messages import PlanRow
+from hbserve.messages.worker import PlanRow
 from hbserve.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbserve.grammar import Matcher, Vocabulary
-from hbserve.messages import PlanRow, SequenceState
+from hbserve.messages.worker import PlanRow, SequenceState
 
 
 class GrammarTable:

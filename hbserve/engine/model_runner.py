@@ -16,7 +16,7 @@ from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.layers.parallel import TensorParallel
-from hbserve.messages import PlanRow, SequenceState, StepPlan
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.models.decoder import Decoder
 from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform

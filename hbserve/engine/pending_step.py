@@ -7,7 +7,8 @@ import time
 import torch
 
 from hbserve.engine.sampler import Sampled
-from hbserve.messages import StepPlan, StepResult, TokenLogprobs
+from hbserve.messages.base import TokenLogprobs
+from hbserve.messages.worker import StepPlan, StepResult
 
 
 class StepTimer:

@@ -7,7 +7,7 @@ import torch
 
 from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.penalties import Penalties, TokenCounts
-from hbserve.messages import PlanRow, SequenceState
+from hbserve.messages.worker import PlanRow, SequenceState
 
 UNKNOWN_POSITION = -1
 

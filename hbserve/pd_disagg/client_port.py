@@ -9,7 +9,7 @@ import msgspec
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.messages import ClientMessage, OutputBatch, RequestOutput, SchedulerReply
+from hbserve.messages.client import ClientMessage, OutputBatch, RequestOutput, SchedulerReply
 from hbserve.pd_disagg.async_socket import AsyncSocket
 from hbserve.pd_disagg.rpc import bind
 

@@ -14,7 +14,8 @@ import zmq
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, StartupError
-from hbserve.messages import GetStats, SchedulerReply, Stats
+from hbserve.messages.admin import GetStats, Stats
+from hbserve.messages.client import SchedulerReply
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import GenerationOutput, SampleDelta

@@ -14,19 +14,16 @@ import zmq
 from hbserve import errors
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceRole
-from hbserve.messages import (
+from hbserve.messages.admin import GetStats, RoleSet, SetRole, Stats
+from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
     ClientMessage,
-    GetStats,
     NotReady,
     OutputBatch,
     Ready,
     RequestOutput,
-    RoleSet,
     SchedulerReply,
-    SetRole,
-    Stats,
     SubscribeReady,
 )
 from hbserve.pd_disagg.async_socket import AsyncSocket

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import msgspec
 
-from hbserve.messages import TokenLogprobs
+from hbserve.messages.base import TokenLogprobs
 
 
 class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):

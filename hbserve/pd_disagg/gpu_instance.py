@@ -26,24 +26,18 @@ import msgspec
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
-from hbserve.messages import (
-    CancelTransfer,
-    EpochBegun,
+from hbserve.messages.rank import EpochBegun, RankReply
+from hbserve.messages.transfer import CancelTransfer, LinkClosed, LinkOpened, Peer, TransferReply, TransferResult
+from hbserve.messages.worker import (
     Hello,
     InstanceCommand,
     InstanceFailed,
     Leaving,
-    LinkClosed,
-    LinkOpened,
-    Peer,
     Ping,
     Pong,
-    RankReply,
     Shutdown,
     StepPlan,
     StepResult,
-    TransferReply,
-    TransferResult,
 )
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults

@@ -20,7 +20,7 @@ import zmq
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
-from hbserve.messages import Hello, InstanceCommand
+from hbserve.messages.worker import Hello, InstanceCommand
 from hbserve.pd_disagg.rpc import RpcClient
 from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.pd_disagg.sequence import Seat, Sequence

@@ -119,7 +119,7 @@ class InstanceSupervisor(ABC):
         config: of the system.
         instance: which of its instances.
         run_dir: private folder for sockets.
-        scheduler_address: where to announce the workers, as `hbserve.messages.SetWorkers`.
+        scheduler_address: where to announce the workers, as `hbserve.messages.supervisor.SetWorkers`.
     """
 
     @classmethod

@@ -19,7 +19,9 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
-from hbserve.messages import BeginEpoch, EpochBegun, Peer, RankCommand, RankReply, StepPlan
+from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply
+from hbserve.messages.transfer import Peer
+from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.rank_line import RankLine
 

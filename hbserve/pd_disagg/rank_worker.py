@@ -20,14 +20,8 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
-from hbserve.messages import (
-    BeginEpoch,
-    EpochBegun,
-    InstanceFailed,
-    RankCommand,
-    StepPlan,
-    StepResult,
-)
+from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand
+from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hbserve.config import InstanceRole
-from hbserve.messages import RoleSet, SetRole
+from hbserve.messages.admin import RoleSet, SetRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 

@@ -14,7 +14,7 @@ import zmq
 from hbserve.cluster_key import ClusterKey, Doorkeeper
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
-from hbserve.messages import InstanceCommand, InstanceReply
+from hbserve.messages.worker import InstanceCommand, InstanceReply
 from hbserve.pd_disagg.async_socket import AsyncSocket
 
 

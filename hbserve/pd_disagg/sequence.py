@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from hbserve.kv_cache.prefix_hash import extend_block_hashes
-from hbserve.messages import AddRequest, SequenceState
+from hbserve.messages.client import AddRequest
+from hbserve.messages.worker import SequenceState
 
 if TYPE_CHECKING:
     from hbserve.kv_cache.storage_manager import UnifiedStorageManager

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hbserve.messages import StepPlan, StepResult
+from hbserve.messages.worker import StepPlan, StepResult
 
 if TYPE_CHECKING:
     from hbserve.engine.model_runner import ModelRunner, PendingStep

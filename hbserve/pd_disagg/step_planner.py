@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from hbserve.config import Config, InstanceRole
-from hbserve.messages import PlanRow, SendBlocks, SequenceState, StepPlan
+from hbserve.messages.transfer import SendBlocks
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle, WorkerHandle
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence

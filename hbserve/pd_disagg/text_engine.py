@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError, RequestFailedError
-from hbserve.messages import AddRequest, OutputText, RequestOutput, TextStreamOptions
+from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import GenerationOutput, Sample, SampleDelta
 from hbserve.pd_disagg.text_stream import TextStream

@@ -21,7 +21,7 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
-from hbserve.messages import (
+from hbserve.messages.text import (
     Checked,
     CheckGrammar,
     CloseText,

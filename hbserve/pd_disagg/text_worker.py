@@ -18,7 +18,7 @@ from hbserve import event_loop
 from hbserve.config import Config
 from hbserve.errors import HBServeError, InvalidRequestError
 from hbserve.grammar import Vocabulary
-from hbserve.messages import (
+from hbserve.messages.text import (
     Checked,
     CheckGrammar,
     CloseText,

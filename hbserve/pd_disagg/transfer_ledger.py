@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from hbserve.messages import (
+from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
     LinkClosed,

@@ -16,7 +16,7 @@ __all__ = ["MetricsAggregator", "SemiPDMetricsHooks", "integrate_semi_pd_metrics
 
 
 class MeasuredRequest(Protocol):
-    """What the hooks ask of a request; `hbserve.messages.AddRequest` has it."""
+    """What the hooks ask of a request; `hbserve.messages.client.AddRequest` has it."""
 
     @property
     def request_id(self) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
-from hbserve.messages import SetWorkers
+from hbserve.messages.supervisor import SetWorkers
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.launcher import InstanceSupervisor
 from hbserve.platform import mps

@@ -15,7 +15,9 @@ import msgspec
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.messages import GetWindow, MarkRotation, SchedulerReply, SetWorkers, Window, WorkerLost
+from hbserve.messages.admin import GetWindow, Window
+from hbserve.messages.client import SchedulerReply
+from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
 from hbserve.metrics.window_metrics import AggregatedMetrics
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
-from hbserve.messages import WorkerSpec
+from hbserve.messages.supervisor import WorkerSpec
 from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.worker_process import WakeUp
 

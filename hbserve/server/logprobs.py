@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hbserve.messages import TokenLogprobs
+from hbserve.messages.base import TokenLogprobs
 from hbserve.tokenizer import Tokenizer
 
 LEAST = -9999.0  # OpenAI's number for "never"; JSON has no infinity

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from hbserve.errors import HBServeError
 from hbserve.grammar import Vocabulary
-from hbserve.messages import OutputText, TextStreamOptions
+from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hbserve.messages import Peer
+from hbserve.messages.transfer import Peer
 
 
 @dataclass(frozen=True)

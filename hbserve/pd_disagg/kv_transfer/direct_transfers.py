@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, _Done
 from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
 from hbserve.pd_disagg.kv_transfer.outbox import Outbox

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import msgspec
 
-from hbserve.messages import LinkOpened, TransferReply, TransferResult
+from hbserve.messages.transfer import LinkOpened, TransferReply, TransferResult
 
 
 class JointResults:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hbserve.errors import ConfigError, HBServeError, KVTransferError, StaleBlockError
-from hbserve.messages import (
+from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
     LinkClosed,

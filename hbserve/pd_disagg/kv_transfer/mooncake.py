@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hbserve.errors import ConfigError, KVTransferError, StartupError
-from hbserve.messages import Peer
+from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from hbserve.messages import Peer
+from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.platform.remote_arena import RemoteArena
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.messages import Peer, TransferReply
+from hbserve.messages.transfer import Peer, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing

@@ -17,7 +17,7 @@ import os
 import torch
 
 from hbserve.errors import KVTransferError
-from hbserve.messages import Peer
+from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, BlockRun, OneSidedKVTransfer
 from hbserve.platform.remote_arena import RemoteArena

@@ -10,7 +10,7 @@ import torch
 
 from hbserve.errors import KVTransferError
 from hbserve.import_path import load_class
-from hbserve.messages import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.byte_budget import ByteBudget
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, _Done

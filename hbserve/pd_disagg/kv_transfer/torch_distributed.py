@@ -25,7 +25,7 @@ import torch
 import torch.distributed
 
 from hbserve.errors import KVTransferError, StartupError
-from hbserve.messages import Peer
+from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
 

@@ -1,0 +1,60 @@
+"""Whoever operates a system and the scheduler: what it has to tell, and changes of roles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbserve.config import InstanceRole
+from hbserve.messages.base import Message
+
+
+class GetStats(Message, frozen=True):
+    """Ask for `Stats`; answered even while the system is not ready.
+
+    Attributes:
+        recent: with ``recent``: the last requests' timelines and the last events.
+    """
+
+    query_id: int
+    recent: bool = False
+
+
+class Stats(Message, frozen=True):
+    """Answer to `GetStats`: plain numbers and names, the shape of ``get_system_stats()``."""
+
+    query_id: int
+    stats: dict[str, Any]
+
+
+class GetWindow(Message, frozen=True):
+    """Ask for the `Window` of the last ``seconds``."""
+
+    query_id: int
+    seconds: float
+
+
+class Window(Message, frozen=True):
+    """Answer to `GetWindow`: an `hbserve.metrics.window_metrics.AggregatedMetrics`, as plain data."""
+
+    query_id: int
+    metrics: dict[str, Any]
+
+
+class SetRole(Message, frozen=True):
+    """Have an instance change its role once it has nothing left to do; answered by `RoleSet`.
+
+    Attributes:
+        deadline_s: then it goes on as it was.
+    """
+
+    query_id: int
+    instance_id: str
+    role: InstanceRole
+    deadline_s: float
+
+
+class RoleSet(Message, frozen=True):
+    """Answer to `SetRole`. Attributes: error: why nothing has changed."""
+
+    query_id: int
+    error: str | None = None

@@ -1,0 +1,93 @@
+"""Clients (the API server, `LLM`) and the scheduler: requests in, tokens out."""
+
+from __future__ import annotations
+
+from hbserve.messages.admin import GetStats, GetWindow, RoleSet, SetRole, Stats, Window
+from hbserve.messages.base import Message, TokenLogprobs, Value
+from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
+from hbserve.sampling_params import SamplingParams
+
+# --- client -> scheduler --------------------------------------------------------------------------
+
+
+class AddRequest(Message, frozen=True):
+    """Generate tokens after a prompt; ``sampling.n`` is 1 here, the client makes n requests of it.
+
+    Attributes:
+        request_id: unique among the client's open requests.
+        end_token_ids: tokens that end the output: the model's own, unless ignored, and the request's.
+        sampling: with ``seed`` and ``max_tokens`` resolved.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    end_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class AbortRequest(Message, frozen=True):
+    """Give up on a request, in whatever state it is. Unknown ids are ignored: it may just have ended."""
+
+    request_id: str
+    finish_reason: str = "abort"
+
+
+class SubscribeReady(Message, frozen=True):
+    """Ask for `Ready` once every instance is there, or `NotReady` at the deadline."""
+
+    deadline_s: float
+
+
+# --- scheduler -> client --------------------------------------------------------------------------
+
+
+class RequestOutput(Value, frozen=True):
+    """New tokens of one request, or its end.
+
+    Attributes:
+        finish_reason: ``stop`` (an end token, which is the last of ``token_ids``), ``length``,
+            ``abort``, ``error``, or None while it goes on.
+        error: what went wrong, and ``error_kind`` the class in `hbserve.errors` it becomes.
+        num_cached_tokens: prompt tokens whose KV came from the prefix cache (first output only).
+        retry_after_s: when a refused request may fare better.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    error_param: str | None = None
+    num_cached_tokens: int = 0
+    retry_after_s: float | None = None
+
+
+class OutputBatch(Message, frozen=True):
+    """All that happened to a client's requests since the last batch."""
+
+    outputs: list[RequestOutput]
+
+
+class Ready(Message, frozen=True):
+    """Every instance is registered.
+
+    Attributes:
+        max_model_len: most tokens of prompt and output together.
+    """
+
+    max_model_len: int
+    vocab_size: int
+
+
+class NotReady(Message, frozen=True):
+    """The deadline passed, or an instance said why it cannot serve."""
+
+    reason: str
+
+
+ClientMessage = AddRequest | AbortRequest | SubscribeReady | GetStats | GetWindow | SetRole | SetWorkers | MarkRotation
+"""All that comes to the scheduler's port for clients: theirs, operators' and supervisors'."""
+
+SchedulerReply = OutputBatch | Ready | NotReady | Stats | Window | RoleSet | WorkerLost
+"""All that leaves it."""

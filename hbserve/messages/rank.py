@@ -1,0 +1,29 @@
+"""Rank 0 of an instance and its other ranks. Plans come on a line of their own, encoded `StepPlan`s."""
+
+from __future__ import annotations
+
+from hbserve.messages.base import Message
+from hbserve.messages.transfer import Peer, TransferCommand, TransferReply
+from hbserve.messages.worker import InstanceFailed, StepResult
+
+
+class BeginEpoch(Message, frozen=True):
+    """Forget everything, and answer with `EpochBegun`.
+
+    Attributes:
+        epoch: of the instance.
+        num_plans: so many plans have been sent since the start; the last of them is finished first.
+    """
+
+    epoch: int
+    num_plans: int
+
+
+class EpochBegun(Message, frozen=True):
+    """Nothing of the epoch before can touch the rank's arena any more. Attributes: peer: where it receives KV."""
+
+    peer: Peer
+
+
+RankCommand = BeginEpoch | TransferCommand
+RankReply = EpochBegun | TransferReply | StepResult | InstanceFailed

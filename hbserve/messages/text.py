@@ -1,0 +1,124 @@
+"""The API server and its text processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbserve.messages.base import Message, Value
+
+# --- API server -> text process -------------------------------------------------------------------
+
+
+class TextStreamOptions(Value, frozen=True):
+    """How an output becomes text; see `hbserve.tokenizer.IncrementalDetokenizer`."""
+
+    skip_special_tokens: bool
+    stop: list[str]
+    min_tokens: int
+
+
+class EncodeText(Message, frozen=True):
+    """Answered by `Encoded` or `TextFailed`."""
+
+    query_id: int
+    text: str
+    add_special_tokens: bool
+
+
+class EncodeChat(Message, frozen=True):
+    """Answered by `Encoded` or `TextFailed`.
+
+    Attributes:
+        messages, tools: plain data, as chat templates take them.
+    """
+
+    query_id: int
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+
+
+class CheckGrammar(Message, frozen=True):
+    """Answered by `Checked` or `TextFailed`.
+
+    Attributes:
+        token_ids: an output without its end token, of which is asked whether it follows the grammar;
+            None: whether the grammar can be followed at all.
+    """
+
+    query_id: int
+    grammar: str
+    vocab_size: int
+    token_ids: list[int] | None
+
+
+class OpenText(Message, frozen=True):
+    """Begin a stream. ``token_ids``: what it has had already, in a process that has died; not answered."""
+
+    stream: int
+    options: TextStreamOptions
+    token_ids: list[int]
+
+
+class FeedText(Message, frozen=True):
+    """Tokens of a stream, answered by one `StreamText`; see `hbserve.tokenizer.text_service.OutputStream`."""
+
+    stream: int
+    token_ids: list[int]
+    shown: int
+    last: bool
+
+
+class CloseText(Message, frozen=True):
+    """Forget a stream."""
+
+    stream: int
+
+
+# --- text process -> API server -------------------------------------------------------------------
+
+
+class Encoded(Message, frozen=True):
+    """Answer to `EncodeText` and `EncodeChat`."""
+
+    query_id: int
+    token_ids: list[int]
+
+
+class Checked(Message, frozen=True):
+    """Answer to `CheckGrammar`. ``problem``: why the output does not follow the grammar."""
+
+    query_id: int
+    problem: str | None = None
+
+
+class TextFailed(Message, frozen=True):
+    """A query that can never be answered; becomes an `InvalidRequestError`."""
+
+    query_id: int
+    error: str
+    param: str | None
+
+
+class OutputText(Value, frozen=True):
+    """What tokens have become.
+
+    Attributes:
+        text: what may be shown now.
+        num_tokens: tokens used; fewer than were given if a stop string ended the text before.
+        stop_string: the one that ended it.
+    """
+
+    text: str
+    num_tokens: int
+    stop_string: str | None = None
+
+
+class StreamText(Message, frozen=True):
+    """Answer to `FeedText`."""
+
+    stream: int
+    output: OutputText
+
+
+TextRequest = EncodeText | EncodeChat | CheckGrammar | OpenText | FeedText | CloseText
+TextReply = Encoded | Checked | TextFailed | StreamText

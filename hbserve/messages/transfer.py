@@ -1,0 +1,152 @@
+"""KV transfers: links and blocks, as the scheduler tells both ends of them. The bytes go elsewhere."""
+
+from __future__ import annotations
+
+from hbserve.messages.base import Message, Value
+
+
+class Peer(Value, frozen=True):
+    """Where one rank of an instance receives KV.
+
+    Attributes:
+        rank: its number among all ranks of all instances.
+        epoch: the instance's incarnation.
+        endpoint: its backend's own address.
+        link_epoch: raised by the scheduler when the link between the two has broken; both ends
+            then start it afresh.
+    """
+
+    rank: int
+    epoch: int
+    endpoint: str
+    link_epoch: int = 0
+
+
+# --- scheduler -> worker --------------------------------------------------------------------------
+
+
+class OpenLink(Message, frozen=True):
+    """Be ready to receive from another instance, under a link epoch; answered by `LinkOpened`.
+
+    Attributes:
+        sources: the other instance's ranks.
+    """
+
+    source_id: str
+    link_epoch: int
+    sources: list[Peer]
+
+
+class CloseLink(Message, frozen=True):
+    """A link has failed or its sender is lost: see to it that nothing of it is written any more, then say `LinkClosed`.
+
+    Attributes:
+        senders_done: every sender on it has answered, so that none of them writes any more of its
+            own will; False where the sender's instance is lost and may still be at it.
+    """
+
+    source_id: str
+    link_epoch: int
+    sources: list[Peer]
+    senders_done: bool
+
+
+class SendBlocks(Message, frozen=True):
+    """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
+
+    Attributes:
+        targets: each rank sends its shard to the peer of its own number.
+        generations: of the blocks, on the sender's side; a stale one is refused.
+        target_block_ids: where they go, in the receiver's pool.
+        checksum: whether the answer shall hold the blocks' checksums.
+    """
+
+    transfer_id: str
+    request_id: str
+    targets: list[Peer]
+    block_ids: list[int]
+    generations: list[int]
+    target_block_ids: list[int]
+    checksum: bool = False
+
+
+class ReceiveBlocks(Message, frozen=True):
+    """Receive KV blocks into these blocks of the receiver's pool, in the sender's order."""
+
+    transfer_id: str
+    request_id: str
+    sources: list[Peer]
+    block_ids: list[int]
+    generations: list[int]
+
+
+class VerifyBlocks(Message, frozen=True):
+    """Compare blocks that have arrived with what was sent; answered by the receiver's `TransferResult`.
+
+    Attributes:
+        checksums: by rank, one for each block.
+    """
+
+    transfer_id: str
+    block_ids: list[int]
+    generations: list[int]
+    checksums: list[list[int]]
+
+
+class CancelTransfer(Message, frozen=True):
+    """Give up on a transfer. It is still answered by `TransferResult`; see `CloseLink` for when nothing is written."""
+
+    transfer_id: str
+
+
+# --- worker -> scheduler --------------------------------------------------------------------------
+
+
+class LinkOpened(Message, frozen=True):
+    """A link is ready for transfers.
+
+    Attributes:
+        peers: where the ranks receive what comes on it, in their order.
+        error: why it is not; the instance then exits.
+    """
+
+    epoch: int
+    source_id: str
+    link_epoch: int
+    peers: list[Peer]
+    error: str | None = None
+
+
+class LinkClosed(Message, frozen=True):
+    """Nothing that was sent on the link is written after this."""
+
+    epoch: int
+    source_id: str
+    link_epoch: int
+
+
+class TransferResult(Message, frozen=True):
+    """The end of one side of a transfer.
+
+    Attributes:
+        sent: True from the sender, False from the receiver.
+        seconds: from when the blocks were ready (sender) or asked for (receiver) to the end, less ``queued_s``.
+        queued_s: time that went to other transfers on the link.
+        error: None if every byte is there.
+        error_kind: ``timeout``, ``stale``, ``checksum``, ``cancelled``, or ``backend``.
+        checksums: by rank, one for each block that was sent, if they were asked for.
+    """
+
+    epoch: int
+    transfer_id: str
+    sent: bool
+    num_bytes: int
+    seconds: float
+    queued_s: float = 0.0
+    error: str | None = None
+    error_kind: str | None = None
+    checksums: list[list[int]] | None = None
+
+
+TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
+TransferReply = LinkOpened | LinkClosed | TransferResult

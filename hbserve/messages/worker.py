@@ -1,0 +1,149 @@
+"""The scheduler and workers: plans out, results back."""
+
+from __future__ import annotations
+
+from hbserve.config import InstanceRole
+from hbserve.messages.base import Message, TokenLogprobs, Value
+from hbserve.messages.transfer import Peer, SendBlocks, TransferCommand, TransferReply
+from hbserve.sampling_params import SamplingParams
+
+# --- scheduler -> worker --------------------------------------------------------------------------
+
+
+class Ping(Message, frozen=True):
+    """A sign of life is wanted.
+
+    Attributes:
+        scheduler_epoch: which scheduler asks. A new one means that all state here is void.
+        known_epoch: the instance epoch it knows, so that the answer can be `Hello` or `Pong`.
+    """
+
+    scheduler_epoch: int
+    known_epoch: int
+
+
+class SequenceState(Value, frozen=True):
+    """All that a worker must know to go on with a sequence it has not seen, or has forgotten.
+
+    Attributes:
+        slot: row of the worker's state tables, given by the scheduler.
+        block_ids: of positions 0.., all blocks that the sequence has in the worker's pool.
+        history: prompt and output tokens so far, only where penalties or a grammar need them.
+        num_prompt_tokens: how many of ``history`` are the prompt's.
+        min_end_position: no token of ``end_token_ids`` is sampled for a position before this.
+    """
+
+    slot: int
+    block_ids: list[int]
+    sampling: SamplingParams
+    end_token_ids: list[int]
+    min_end_position: int
+    num_prompt_tokens: int
+    history: list[int] | None = None
+
+
+class PlanRow(Value, frozen=True):
+    """One sequence's part of a step: tokens at positions ``start ..  start + num_tokens - 1``.
+
+    Attributes:
+        token_ids: the tokens, or None for the one token that this worker sampled last for the slot.
+        new_block_ids: blocks appended to the slot's table before the step.
+        sample: whether the token for position ``start + num_tokens`` is sampled.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    token_ids: list[int] | None
+    new_block_ids: list[int]
+    sample: bool
+
+
+class StepPlan(Message, frozen=True):
+    """One step of a worker: what to compute, in order; answered by one `StepResult`.
+
+    Attributes:
+        epoch: of the instance it was made for; another incarnation drops it.
+        new_sequences: state to install before the step.
+        sends: transfers to start when the step is done.
+    """
+
+    epoch: int
+    step_id: int
+    rows: list[PlanRow]
+    new_sequences: list[SequenceState]
+    sends: list[SendBlocks]
+
+
+class Shutdown(Message, frozen=True):
+    """Finish what is in flight and exit."""
+
+
+# --- worker -> scheduler --------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """An instance introduces itself: its pool is empty, its state is void.
+
+    Attributes:
+        epoch: number of this incarnation, different at every start.
+        arena_epoch: of its KV memory: the same, or of the process that holds it.
+        block_bytes: of one KV block over all layers and ranks.
+        peers: where its ranks receive KV, in their order.
+        one_sided: its transfer backend writes into the receiver's arena, which takes no part.
+    """
+
+    instance_id: str
+    role: InstanceRole
+    epoch: int
+    arena_epoch: int
+    pid: int
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    max_model_len: int
+    vocab_size: int
+    device: str
+    peers: list[Peer]
+    one_sided: bool = False
+
+
+class Pong(Message, frozen=True):
+    """Sign of life."""
+
+    epoch: int
+
+
+class StepResult(Message, frozen=True):
+    """What a step produced.
+
+    Attributes:
+        token_ids: sampled tokens, one per plan row with ``sample``, in the plan's order.
+        logprobs: likewise, None where not asked for.
+        busy_s: time the device worked on it, seconds.
+        error: the step failed; the worker exits after saying so.
+    """
+
+    epoch: int
+    step_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+    busy_s: float
+    error: str | None = None
+
+
+class InstanceFailed(Message, frozen=True):
+    """An instance, or a rank of it, cannot serve and exits; why."""
+
+    instance_id: str
+    error: str
+
+
+class Leaving(Message, frozen=True):
+    """An instance has been told to end: no more plans; what it has not answered it will not answer."""
+
+    epoch: int
+
+
+InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown
+InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | Leaving
