@@ -22,6 +22,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.import_path import load_class
+from hbserve.pd_disagg.child import EXIT_DISMISSED
 from hbserve.pd_disagg.child import environment as child_environment
 from hbserve.pd_disagg.rpc import instance_address, scheduler_address
 
@@ -296,6 +297,9 @@ class Launcher:
         while True:
             assert child.process is not None
             code = await child.process.wait()
+            if code == EXIT_DISMISSED:
+                logger.info("%s has left", child.name)
+                return
             now = time.monotonic()
             while recent and now - recent[0] > _RESTART_WINDOW_S:
                 recent.popleft()
