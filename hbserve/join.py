@@ -22,7 +22,6 @@ from hbserve.config import InstanceConfig, InstanceRole
 from hbserve.errors import HBServeError
 from hbserve.messages.membership import Join
 from hbserve.pd_disagg.child import exit_now, report_status
-from hbserve.pd_disagg.gpu_instance import run_instance
 from hbserve.pd_disagg.joining import Membership, ask_to_join, config_of, free_port, host_seen_by
 
 
@@ -71,6 +70,9 @@ def _join(arguments: argparse.Namespace) -> int:
     config = config_of(answer, instance, arguments.model, key_file)
     mine = config.instance(instance.instance_id)
     membership = Membership(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
+
+    from hbserve.pd_disagg.gpu_instance import run_instance  # imports torch, which an answer need not wait for
+
     return run_instance(config, mine, address, membership)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from hbserve.config import InstanceRole
 from hbserve.messages.base import Message
 
@@ -26,13 +28,13 @@ class Joined(Message, frozen=True):
     """Answer to `Join`: the scheduler now waits for the instance at its address, or says why not.
 
     Attributes:
-        config: of the system, as plain data, with the instance in it. It names files, no secrets.
+        config: of the system, as plain data. It names files, and holds no secrets.
         kv_rank: the instance's.
         error: why it cannot join.
         is_taken: the error is that its name is in use by an instance that is there.
     """
 
-    config: dict[str, Any]
-    kv_rank: int
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
+    kv_rank: int = 0
     error: str | None = None
     is_taken: bool = False

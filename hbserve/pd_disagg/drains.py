@@ -42,7 +42,6 @@ class Drains:
         transfers: whose links follow the roles.
         planner: tells workers of their new roles.
         reply: to a client.
-        forget: takes an instance that is not there off the books.
     """
 
     def __init__(
@@ -51,13 +50,11 @@ class Drains:
         transfers: TransferLedger,
         planner: StepPlanner,
         reply: Callable[[bytes, InstanceChanged], None],
-        forget: Callable[[InstanceHandle], None],
     ) -> None:
         self._instances = instances
         self._transfers = transfers
         self._planner = planner
         self._reply = reply
-        self._forget = forget
         self._drains: dict[str, _Drain] = {}
 
     def set_role(self, client: bytes, message: SetRole) -> None:
@@ -76,7 +73,7 @@ class Drains:
         """Begin a departure, or say why not."""
         instance = self._instances.get(message.instance_id)
         problem = self._problem(instance, message.instance_id)
-        if problem is None and instance is not None and instance.id not in instance.workers:
+        if problem is None and instance is not None and instance.role is InstanceRole.SEMI_PD:
             problem = f"{instance.id} is {instance.role}: it ends with the system"
         self._begin(instance, problem, _Drain((client, message.query_id), None, _after(message.deadline_s)))
 
@@ -85,7 +82,7 @@ class Drains:
         drain = self._drains.get(instance.id)
         if drain is None or drain.role is not None:
             if drain is not None:
-                self._end(instance, f"{instance.id} is leaving")
+                self._end(instance.id, f"{instance.id} is leaving")
             self._begin(instance, None, _Drain(None, None, None))
 
     def gone(self, instance: InstanceHandle) -> bool:
@@ -93,7 +90,7 @@ class Drains:
         drain = self._drains.get(instance.id)
         if drain is None or drain.role is not None:
             return False
-        self._end(instance, None)
+        self._end(instance.id, None)
         return drain.asked_by is not None
 
     def _problem(self, instance: InstanceHandle | None, instance_id: str) -> str | None:
@@ -119,19 +116,18 @@ class Drains:
     def proceed(self) -> None:
         """Take instances that have nothing left a step further, and give up on those that take too long."""
         for name, drain in list(self._drains.items()):
-            instance = self._instances[name]
+            instance = self._instances.get(name)
+            if instance is None:
+                self._end(name, f"{name} was lost")
+                continue
             is_empty = not (instance.seats or instance.reserved or instance.num_steps_in_flight)
             if is_empty and not self._transfers.touches(instance):
                 self._go_on(instance, drain)
             elif drain.deadline is not None and time.monotonic() > drain.deadline and not drain.is_prepared:
                 left = len(instance.seats) + len(instance.reserved)
-                self._end(instance, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
+                self._end(name, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
 
     def _go_on(self, instance: InstanceHandle, drain: _Drain) -> None:
-        if drain.role is None and not instance.ready:
-            self._end(instance, None)
-            self._forget(instance)
-            return
         if drain.role is None:
             if not drain.is_prepared:
                 drain.is_prepared = True
@@ -146,11 +142,12 @@ class Drains:
         instance.change_role(drain.role)
         self._transfers.connect(self._instances.values())
         logger.info("%s is %s now", instance.id, drain.role)
-        self._end(instance, None)
+        self._end(instance.id, None)
 
-    def _end(self, instance: InstanceHandle, error: str | None) -> None:
-        drain = self._drains.pop(instance.id)
-        instance.is_draining = False
+    def _end(self, name: str, error: str | None) -> None:
+        drain = self._drains.pop(name)
+        if name in self._instances:
+            self._instances[name].is_draining = False
         if drain.asked_by is not None:
             client, query_id = drain.asked_by
             self._reply(client, InstanceChanged(query_id=query_id, error=error))

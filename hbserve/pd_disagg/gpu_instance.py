@@ -381,13 +381,13 @@ class GpuInstance:
         leaving_since: float | None = None
         while True:
             now = time.monotonic()
-            silence_s = now - self._last_ping
+            is_forgotten = now - self._last_ping > 2 * rpc.heartbeat_interval_s + 1.0
             if self._wants_to_leave:
                 leaving_since = leaving_since or now
-                if silence_s > 2 * rpc.heartbeat_interval_s + 1.0 or now - leaving_since > rpc.drain_timeout_s:
+                if is_forgotten or now - leaving_since > rpc.drain_timeout_s:
                     self.stop()  # nobody is there to ask, or has let it go in time
                 self._rpc.send(WantsToLeave(epoch=self._epoch))
-            elif self._membership is not None and silence_s > rpc.heartbeat_timeout_s:
+            elif self._membership is not None and is_forgotten:
                 try:
                     await self._membership.renew()
                 except HBServeError as error:

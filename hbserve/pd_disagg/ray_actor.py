@@ -11,7 +11,8 @@ import os
 import time
 
 from hbserve.errors import StartupError
-from hbserve.pd_disagg.child import EXIT_DISMISSED, Child
+from hbserve.pd_disagg.child import EXIT_DISMISSED
+from hbserve.pd_disagg.child_process import Child
 
 _RESTART_DELAY_S = 1.0
 

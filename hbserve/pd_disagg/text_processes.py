@@ -37,7 +37,7 @@ from hbserve.messages.text import (
     TextStreamOptions,
 )
 from hbserve.pd_disagg.async_socket import AsyncSocket
-from hbserve.pd_disagg.launcher import Child
+from hbserve.pd_disagg.child_process import Child
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
