@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--key-file", help="the cluster's key, if the system has one")
     parser.add_argument("--model", help="the model's folder on this host, if not where the scheduler has it")
     parser.add_argument("--gpu-id", type=int, default=0, help="its first GPU")
+    parser.add_argument("--tensor-parallel-size", type=int, help="its ranks; default: the system's")
     parser.add_argument("--num-threads", type=int, help="of each rank, on CPU")
     parser.add_argument("--host", help="address to listen on; default: the one on the way to the scheduler")
     parser.add_argument("--port", type=int, help="to listen on; default: any free one")
@@ -61,11 +62,18 @@ def _join(arguments: argparse.Namespace) -> int:
         port=arguments.port or free_port(host),
         kv_ip=arguments.kv_ip,
         num_threads=arguments.num_threads,
+        tensor_parallel_size=arguments.tensor_parallel_size,
     )
     key_file = None if arguments.key_file is None else str(Path(arguments.key_file).expanduser().resolve())
     key = None if key_file is None else ClusterKey.load(key_file)
     address = f"tcp://{instance.host}:{instance.port}"
-    join = Join(instance_id=instance.instance_id, role=role, address=address, kv_rank=None)
+    join = Join(
+        instance_id=instance.instance_id,
+        role=role,
+        address=address,
+        kv_rank=None,
+        num_ranks=instance.tensor_parallel_size,
+    )
     answer = ask_to_join(arguments.scheduler, join, key, arguments.patience_s)
     config = config_of(answer, instance, arguments.model, key_file)
     mine = config.instance(instance.instance_id)

@@ -16,12 +16,14 @@ class Join(Message, frozen=True):
     Attributes:
         address: where it will listen for the scheduler.
         kv_rank: its number among the KV transfer peers, if it has one already; None: give it one.
+        num_ranks: its tensor-parallel ranks; None: as many as the system's instances have by default.
     """
 
     instance_id: str
     role: InstanceRole
     address: str
     kv_rank: int | None
+    num_ranks: int | None
 
 
 class Joined(Message, frozen=True):

@@ -1,4 +1,4 @@
-"""The parent's side of a process that is started from orders."""
+"""A parent's side of a child process; `hbserve.pd_disagg.child` is the other."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 20.0
 
 
-class Child:
-    """One process started from orders; see `hbserve.pd_disagg.child` for its side.
+class ChildProcess:
+    """One process started from orders.
 
     Args:
         name: for messages.

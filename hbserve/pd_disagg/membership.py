@@ -101,8 +101,15 @@ class Membership:
         if kv_rank is None:
             kv_rank = next(rank for rank in range(len(taken) + 1) if rank not in taken)
         new = InstanceConfig(
-            instance_id=join.instance_id, instance_type=join.role, host=host, port=int(port), kv_rank=kv_rank
+            instance_id=join.instance_id,
+            instance_type=join.role,
+            host=host,
+            port=int(port),
+            kv_rank=kv_rank,
+            tensor_parallel_size=join.num_ranks or self._config.model.tensor_parallel_size,
         )
+        if new.num_ranks > self._config.most_ranks:  # the others count KV ranks by it
+            raise ConfigError(f"{new.num_ranks} ranks are more than any instance of the configuration has")
         with_instance(config, new)
         return new
 

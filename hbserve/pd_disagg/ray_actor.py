@@ -12,7 +12,7 @@ import time
 
 from hbserve.errors import StartupError
 from hbserve.pd_disagg.child import EXIT_DISMISSED
-from hbserve.pd_disagg.child_process import Child
+from hbserve.pd_disagg.child_process import ChildProcess
 
 _RESTART_DELAY_S = 1.0
 
@@ -27,7 +27,7 @@ class InstanceActor:
     """
 
     def __init__(self, name: str, arguments: list[str], start_timeout_s: float) -> None:
-        self._child = Child(name, "hbserve.join", {}, arguments)
+        self._child = ChildProcess(name, "hbserve.join", {}, arguments)
         self._start_timeout_s = start_timeout_s
         self._is_stopping = False
         self._started = asyncio.Event()

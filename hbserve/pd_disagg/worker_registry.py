@@ -229,10 +229,9 @@ class WorkerRegistry:
             return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.started_as} {worker.id!r}"
         if self._fit is None:
             return None
-        what = "model", "dtype", "block size", "block bytes", "vocabulary", "ranks"
+        what = "model", "dtype", "block size", "bytes of a KV head", "vocabulary"
         mine, theirs = (
-            (each.model, each.dtype, each.block_size, each.block_bytes, each.vocab_size, len(each.peers))
-            for each in (hello, self._fit)
+            (each.model, each.dtype, each.block_size, each.head_bytes, each.vocab_size) for each in (hello, self._fit)
         )
         if mine != theirs:
             differs = ", ".join(f"{n} {m}, not {t}" for n, m, t in zip(what, mine, theirs, strict=True) if m != t)

@@ -1,4 +1,7 @@
-"""Starts the processes of a system, watches over them, and ends them."""
+"""Starts the processes of a system, watches over them, and ends them.
+
+The only place that knows every kind of instance: rooms below this one do not know of each other.
+"""
 
 from __future__ import annotations
 
@@ -6,107 +9,24 @@ import asyncio
 import logging
 import shutil
 import tempfile
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
-from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.config import Config, InstanceRole
 from hbserve.errors import StartupError
-from hbserve.import_path import load_class
 from hbserve.pd_disagg.child import EXIT_DISMISSED
-from hbserve.pd_disagg.child_process import Child
+from hbserve.pd_disagg.child_process import ChildProcess
 from hbserve.pd_disagg.rpc import instance_address, scheduler_address
+from hbserve.pd_disagg.supervision import InstanceSupervisor, Supervision
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
 logger = logging.getLogger(__name__)
 
 _RESTART_WINDOW_S = 600.0
-
-
-class InstanceSupervisor(ABC):
-    """Starts, watches and ends the processes of an instance that has several.
-
-    Args:
-        config: of the system.
-        instance: which of its instances.
-        run_dir: private folder for sockets.
-        scheduler_address: where to announce the workers, as `hbserve.messages.supervisor.SetWorkers`.
-    """
-
-    @classmethod
-    @abstractmethod
-    def supervise(
-        cls, config: Config, instance: InstanceConfig, run_dir: str, scheduler_address: str
-    ) -> InstanceSupervisor:
-        """One for an instance of a system; nothing is started yet."""
-
-    @abstractmethod
-    def start_or_raise(self, deadline: float) -> None:
-        """Start everything and return when it is ready; may block.
-
-        Args:
-            deadline: on the monotonic clock.
-
-        Raises:
-            StartupError: naming what failed and why.
-        """
-
-    @abstractmethod
-    def tell_to_stop(self) -> None:
-        """Make a `start_or_raise` that is running give up; does not block. Callable from any thread."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End everything; may block. Callable in every state."""
-
-
-class _Supervision:
-    """A supervisor in a thread of its own, which starts and in the end stops it: both may block.
-
-    One thread for both, because none can be started any more when an interpreter is ending. A daemon,
-    because interpreters join other threads before that.
-    """
-
-    def __init__(self, supervisor: InstanceSupervisor, deadline: float) -> None:
-        self.supervisor = supervisor
-        self._deadline = deadline
-        self._loop = asyncio.get_running_loop()
-        self.ready: asyncio.Future[None] = self._loop.create_future()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._stop = threading.Event()
-        threading.Thread(target=self._run, name="supervision", daemon=True).start()
-
-    def _run(self) -> None:
-        error: BaseException | None = None
-        try:
-            self.supervisor.start_or_raise(self._deadline)
-        except BaseException as raised:
-            error = raised
-        self._loop.call_soon_threadsafe(_settle, self.ready, error)
-        self._stop.wait()
-        self.supervisor.stop()
-        self._loop.call_soon_threadsafe(_settle, self._ended, None)
-
-    async def stop(self) -> None:
-        self._stop.set()
-        self.supervisor.tell_to_stop()
-        await self._ended
-
-
-def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return  # cancelled
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
-
-
-# By name: these are rooms that build on this one.
-_SUPERVISORS = {InstanceRole.SEMI_PD: "hbserve.semi_pd.process_rotation_manager:ProcessRotationManager"}
+_SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
 
 
 class Launcher:
@@ -123,8 +43,8 @@ class Launcher:
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
         self._run_dir: str | None = None
-        self._children: list[Child] = []
-        self._supervisions: dict[str, _Supervision] = {}
+        self._children: list[ChildProcess] = []
+        self._supervisions: dict[str, Supervision] = {}
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
@@ -154,7 +74,7 @@ class Launcher:
         others = [i for i in self.config.gpu_instances if i.instance_type in _SUPERVISORS]
         addresses = {i.instance_id: instance_address(i, run_dir) for i in plain}
         config = msgspec.to_builtins(self.config)
-        scheduler = Child(
+        scheduler = ChildProcess(
             "the scheduler",
             "hbserve.pd_disagg.scheduler_process",
             {
@@ -168,7 +88,7 @@ class Launcher:
         if self._with_instances:
             for name, address in addresses.items():
                 orders = {"config": config, "instance_id": name, "address": address}
-                self._children.append(Child(name, "hbserve.pd_disagg.gpu_instance", orders))
+                self._children.append(ChildProcess(name, "hbserve.pd_disagg.gpu_instance", orders))
         if others and not self._with_instances:
             raise StartupError(
                 f"{others[0].instance_id}: a {others[0].instance_type} instance cannot be started elsewhere"
@@ -179,10 +99,10 @@ class Launcher:
             asyncio.create_task(child.wait_ready(deadline)) for child in self._children
         ]
         for instance in others:
-            kind = load_class(_SUPERVISORS[instance.instance_type], InstanceSupervisor, "gpu_instances")  # type: ignore[type-abstract]
             assert self._run_dir is not None
+            kind = _SUPERVISORS[instance.instance_type]
             supervisor = kind.supervise(self.config, instance, self._run_dir, client_address)
-            supervision = self._supervisions[instance.instance_id] = _Supervision(supervisor, deadline)
+            supervision = self._supervisions[instance.instance_id] = Supervision(supervisor, deadline)
             waits.append(supervision.ready)
         try:
             await asyncio.gather(*waits)
@@ -199,12 +119,12 @@ class Launcher:
         """Of the instances that have one, by name."""
         return {name: supervision.supervisor for name, supervision in self._supervisions.items()}
 
-    async def _watch_scheduler(self, scheduler: Child) -> None:
+    async def _watch_scheduler(self, scheduler: ChildProcess) -> None:
         assert scheduler.process is not None
         code = await scheduler.process.wait()
         self._on_scheduler_exit(f"the scheduler ended with exit code {code}")
 
-    async def _keep_alive(self, child: Child) -> None:
+    async def _keep_alive(self, child: ChildProcess) -> None:
         """Restart an instance that ends on its own; the scheduler meanwhile keeps its requests."""
         recent: deque[float] = deque()
         while True:
