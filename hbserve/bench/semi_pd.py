@@ -23,9 +23,9 @@ from typing import Any
 
 from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
 _SETTLE_TIMEOUT_S = 120.0
 _SPLITS = (SMAllocation(70, 50), SMAllocation(60, 40))

@@ -6,9 +6,7 @@ it. One line on its standard input makes it that; the end of the input ends it.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -22,8 +20,6 @@ from hbserve.pd_disagg import child
 from hbserve.platform import mps
 
 logger = logging.getLogger(__name__)
-
-_ORDERS_VARIABLE, _WAKE_UP_VARIABLE = "HBSERVE_WORKER_ORDERS", "HBSERVE_WORKER_WAKE_UP"
 
 
 class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +43,7 @@ def _import_everything(on_gpu: bool) -> None:
     """Seconds of work that do not depend on what the process will be."""
     import hbserve.engine.model_runner
     import hbserve.pd_disagg.gpu_instance
-    import hbserve.pd_disagg.kv_transfer.torch_distributed
+    import hbserve.pd_disagg.kv_transfer.torch_transfers
 
     if on_gpu:
         import flashinfer
@@ -62,10 +58,13 @@ def _import_everything(on_gpu: bool) -> None:
 def _work(config: Config, order: WakeUp) -> int:
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.pd_disagg.gpu_instance import run_worker
-    from hbserve.platform import Partition, enter_partition
+    from hbserve.platform import set_priority
+    from hbserve.semi_pd.utils import partition_of
 
-    partition = Partition(order.percentage, order.priority)
-    enter_partition(partition)
+    if order.priority and mps.is_driver_initialised():
+        logger.warning("something has initialised the CUDA driver already, so this worker has normal priority")
+    set_priority(order.priority)
+    partition = partition_of(order.instance.instance_type, order.percentage, order.priority)
     attachment = msgspec.convert(order.attachment, ArenaAttachment)
     config = msgspec.structs.replace(
         config,
@@ -75,21 +74,9 @@ def _work(config: Config, order: WakeUp) -> int:
     return run_worker(config, order.instance, order.address, attachment, partition)
 
 
-def _wake_anew(orders: dict[str, Any], line: bytes) -> None:
-    """Replace this process' program by a new run of it, which gets its share before it imports anything."""
-    from hbserve.platform import Partition, enter_partition
-
-    order = msgspec.json.decode(line, type=WakeUp)
-    enter_partition(Partition(order.percentage, order.priority))
-    os.environ[_ORDERS_VARIABLE] = json.dumps(orders)
-    os.environ[_WAKE_UP_VARIABLE] = line.decode()
-    os.execv(sys.executable, [sys.executable, "-m", "hbserve.semi_pd.worker_process"])
-
-
 def main() -> None:
     """Entry of the process that a `ProcessRotationManager` starts."""
-    woken = os.environ.pop(_WAKE_UP_VARIABLE, None)
-    orders = child.read_orders() if woken is None else json.loads(os.environ.pop(_ORDERS_VARIABLE))
+    orders = child.read_orders()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
     name = f"{orders['name']}-sleeper"
@@ -97,15 +84,10 @@ def main() -> None:
     child.configure_logging(config.logging, name)
     started = time.monotonic()
     _import_everything(orders["on_gpu"])
-    line = (woken or "").encode()
-    if woken is None:
-        child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
-        line = sys.stdin.buffer.readline()
-        if not line:
-            child.exit_now(0)
-        if orders["on_gpu"] and mps.is_driver_initialised():
-            logger.warning("an import has initialised the CUDA driver; starting anew to get the right share")
-            _wake_anew(orders, line)
+    child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        child.exit_now(0)
     code = 1
     try:
         code = _work(config, msgspec.json.decode(line, type=WakeUp))
