@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hbserve.config import InstanceRole
 from hbserve.messages.admin import RoleSet, SetRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.timeline import EventLog
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class RoleChanges:
     Args:
         instances: all there are, by id.
         transfers: whose links follow the roles.
+        events: where changes are noted.
         reply: to a client.
     """
 
@@ -38,10 +40,12 @@ class RoleChanges:
         self,
         instances: Mapping[str, InstanceHandle],
         transfers: TransferLedger,
+        events: EventLog,
         reply: Callable[[bytes, RoleSet], None],
     ) -> None:
         self._instances = instances
         self._transfers = transfers
+        self._events = events
         self._reply = reply
         self._changes: dict[str, _Change] = {}
 
@@ -76,6 +80,7 @@ class RoleChanges:
             instance = self._instances[name]
             is_empty = not (instance.seats or instance.reserved or instance.num_steps_in_flight)
             if is_empty and not self._transfers.touches(instance):
+                self._events.note("role", name, f"{instance.role} to {change.role}")
                 self._transfers.disconnect(instance)
                 instance.change_role(change.role)
                 self._transfers.connect(self._instances.values())
