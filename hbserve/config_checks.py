@@ -36,7 +36,13 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         model = msgspec.structs.replace(model, tokenizer_path=tokenizer_path)
     instances = given.gpu_instances or _default_instances(given.mode, model.tensor_parallel_size)
     instances = tuple(
-        msgspec.structs.replace(instance, kv_rank=rank if instance.kv_rank is None else instance.kv_rank)
+        msgspec.structs.replace(
+            instance,
+            kv_rank=rank if instance.kv_rank is None else instance.kv_rank,
+            tensor_parallel_size=(
+                model.tensor_parallel_size if instance.tensor_parallel_size is None else instance.tensor_parallel_size
+            ),
+        )
         for rank, instance in enumerate(instances)
     )
     rpc = given.rpc
@@ -65,6 +71,18 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
             value = int(text)
         shares[name] = value
     return msgspec.structs.replace(given, **shares)
+
+
+def with_instance(config: Config, instance: InstanceConfig) -> Config:
+    """The configuration as it is with another instance in it, in the place of one of its name.
+
+    Raises:
+        ConfigError: if the instance does not fit to the others.
+    """
+    others = [each for each in config.gpu_instances if each.instance_id != instance.instance_id]
+    extended = msgspec.structs.replace(config, gpu_instances=(*others, instance))
+    _validate(extended)
+    return extended
 
 
 def _error(key: str, what: str) -> ConfigError:
@@ -128,8 +146,11 @@ def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceC
 
 
 def _validate(config: Config) -> None:
-    if config.model.tensor_parallel_size not in (1, 2, 4, 8):
-        raise _error("model.tensor_parallel_size", f"must be 1, 2, 4 or 8, got {config.model.tensor_parallel_size}")
+    sizes = {"model.tensor_parallel_size": config.model.tensor_parallel_size}
+    sizes |= {f"gpu_instances[{n}].tensor_parallel_size": each.num_ranks for n, each in enumerate(config.gpu_instances)}
+    for key, size in sizes.items():
+        if size not in (1, 2, 4, 8):
+            raise _error(key, f"must be 1, 2, 4 or 8, got {size}")
     if config.kv_transfer.backend not in BACKENDS and not _is_import_path(config.kv_transfer.backend):
         raise _error(
             "kv_transfer.backend",
@@ -169,7 +190,7 @@ def _validate_semi_pd(config: Config) -> None:
     for index, instance in enumerate(config.gpu_instances):
         if instance.instance_type is not InstanceRole.SEMI_PD:
             continue
-        if config.model.tensor_parallel_size > 1:
+        if instance.num_ranks > 1:
             raise _error("model.tensor_parallel_size", "semi_pd instances cannot be shared by ranks yet; use 1")
         if instance.port is not None:
             raise _error(
@@ -249,9 +270,8 @@ def _validate_instances(config: Config) -> None:
             _claim(seen, "address", (instance.host, instance.port), f"{key}.port")
         if config.kv_transfer.port is not None and config.mode == "disaggregated":
             assert instance.kv_rank is not None
-            size = config.model.tensor_parallel_size
-            kv_port = config.kv_transfer.port + instance.kv_rank * size
-            for rank in range(size):
+            kv_port = config.kv_transfer.port + instance.kv_rank * config.most_ranks
+            for rank in range(instance.num_ranks):
                 address = (instance.kv_ip or config.kv_transfer.ip or instance.host, kv_port + rank)
                 _claim(seen, "address", address, "kv_transfer.port")
 

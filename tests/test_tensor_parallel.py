@@ -20,9 +20,9 @@ from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
-from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
-from tests.engines import assert_no_leaks, greedy_reference, random_prompt
+from tests.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
 from tests.model_zoo import save_model
+from tests.stream_transfer import StreamKVTransfer
 
 DEADLINE_S = 90.0
 NUM_TOKENS = 24
@@ -74,7 +74,7 @@ def of_one_rank(model: tuple[str, Any]) -> list[Any]:
         return llm.generate(SEEDED_PROMPTS, SEEDED, use_tqdm=False)
 
 
-class FailsOnceOnRank1(TorchDistributedKVTransfer):
+class FailsOnceOnRank1(StreamKVTransfer):
     """The first receive of rank 1 fails, while that of rank 0 is fine."""
 
     count = 0
@@ -125,6 +125,26 @@ def test_transfers_count_the_bytes_of_all_ranks(llm: LLM) -> None:
     if "decode-0" in stats["gpu_instances"]:
         assert sum(stats["kv_transfer"]["links"]["prefill-0->decode-0"]["failures"].values()) >= 1
         assert after - before == 3 * stats["gpu_instances"]["decode-0"]["kv_blocks"]["block_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "backend"), [((2, 1), "shm"), pytest.param((1, 2), "mooncake", marks=needs_mooncake)], ids=["2-1", "1-2"]
+)
+def test_prefill_and_decode_may_have_different_numbers_of_ranks(
+    untied_model: tuple[str, Any], sizes: tuple[int, int], backend: str
+) -> None:
+    instances = [
+        {"instance_id": role, "instance_type": role, "num_threads": 1, "tensor_parallel_size": size}
+        for role, size in zip(("prefill", "decode"), sizes, strict=True)
+    ]
+    prompts = [random_prompt(length, seed=length) for length in (1, 16, 17, 100, 180)]
+    settings = SETTINGS | {"kv_transfer_backend": backend, "kv_verify": True, "gpu_instances": instances}
+    with LLM(untied_model[0], mode="disaggregated", **settings) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert_no_leaks(llm)
+        (link,) = llm.get_system_stats()["kv_transfer"]["links"].values()
+    assert [o["token_ids"] for o in outputs] == [greedy_reference(untied_model[1], p, NUM_TOKENS) for p in prompts]
+    assert not link["failures"], "with checksums that hold"
 
 
 def test_preemption_changes_no_token(untied_model: tuple[str, Any]) -> None:
@@ -198,7 +218,7 @@ async def test_a_rank_that_dies_under_load_costs_its_instance_and_no_request(unt
         assert [instance["restarts"] for instance in stats["gpu_instances"].values()] == [1, 1]
 
 
-class BreaksOneStepOfRank1(TorchDistributedKVTransfer):
+class BreaksOneStepOfRank1(StreamKVTransfer):
     """Has rank 1's next step fail, once: the file named in the environment tells that it has happened."""
 
     def __init__(self, context: KVTransferContext) -> None:
@@ -230,7 +250,7 @@ async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
     assert "lost unified-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
 
 
-class CannotStartOnRank1(TorchDistributedKVTransfer):
+class CannotStartOnRank1(StreamKVTransfer):
     async def start(self) -> None:
         if self.context.rank % 2 == 1:
             raise StartupError("no wire is left")

@@ -20,6 +20,8 @@ from hbserve.config import LoggingConfig
 from hbserve.log_format import JsonFormatter, TextFormatter
 
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
+EXIT_DISMISSED = 69
+"""Of an instance that the scheduler has let go: its launcher need not start it again."""
 
 
 def environment(status_fd: int) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.messages.transfer import TransferReply
+from hbserve.pd_disagg.kv_transfer.head_split import Shard
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
-    """A rank with everything loaded."""
+    """A rank with everything loaded.
 
+    Attributes:
+        model_fingerprint: see `hbserve.models.fingerprint`.
+    """
+
+    model_fingerprint: str
     platform: Platform
     runner: ModelRunner
     transfers: RankTransfers
@@ -57,9 +63,10 @@ def loaded_rank(
 
     from hbserve.engine.model_runner import ModelRunner
     from hbserve.engine.process_group import join_group
+    from hbserve.models.fingerprint import model_fingerprint
     from hbserve.platform import make_platform
 
-    size = config.model.tensor_parallel_size
+    size = instance.num_ranks
     platform = make_platform(
         config.model.device,
         instance.gpu_id,
@@ -75,5 +82,8 @@ def loaded_rank(
         parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
         runner = ModelRunner(config, instance, platform, parallel, attachment)
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
-        transfers = RankTransfers(config, instance, tp_rank, runner.kv_blocks, report, sharing)
-        yield LoadedRank(platform, runner, transfers)
+        shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
+        transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
+        dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
+        fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
+        yield LoadedRank(fingerprint, platform, runner, transfers)

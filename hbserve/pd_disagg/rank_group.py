@@ -72,7 +72,7 @@ class RankGroup:
     """
 
     def __init__(self, config: Config, instance: InstanceConfig, on_lost: Callable[[str], None]) -> None:
-        self.size = config.model.tensor_parallel_size
+        self.size = instance.num_ranks
         self._on_lost = on_lost
         self._encoder = msgspec.msgpack.Encoder()
         self._num_plans = 0
