@@ -73,6 +73,18 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
     return msgspec.structs.replace(given, **shares)
 
 
+def with_instance(config: Config, instance: InstanceConfig) -> Config:
+    """The configuration as it is with another instance in it, in the place of one of its name.
+
+    Raises:
+        ConfigError: if the instance does not fit to the others.
+    """
+    others = [each for each in config.gpu_instances if each.instance_id != instance.instance_id]
+    extended = msgspec.structs.replace(config, gpu_instances=(*others, instance))
+    _validate(extended)
+    return extended
+
+
 def _error(key: str, what: str) -> ConfigError:
     return ConfigError(f"{key}: {what}" if key else what, key)
 

@@ -30,11 +30,11 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.pd_disagg.client_desk import ClientDesk
 from hbserve.pd_disagg.client_port import ClientPort
+from hbserve.pd_disagg.drains import Drains
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.intake import Intake
 from hbserve.pd_disagg.readiness import Readiness
 from hbserve.pd_disagg.request_book import RequestBook
-from hbserve.pd_disagg.role_changes import RoleChanges
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
@@ -84,13 +84,13 @@ class CpuScheduler:
         self._requests = requests = RequestBook(config, instances, transfers, metrics, events, port.push, wake)
         self._planner = StepPlanner(config, transfers, requests.preempt, requests.policy)
         self._readiness = readiness = Readiness(instances, transfers, port.reply)
-        self._roles = roles = RoleChanges(instances, transfers, events, port.reply)
+        self._drains = drains = Drains(instances, transfers, self._planner, events, port.reply)
         self._stats = stats = SystemStats(instances, requests, transfers, metrics, events)
         self._workers = workers = WorkerRegistry(
-            config, self._context, instances, transfers, requests, readiness, events, port.reply, wake
+            config, self._context, instances, transfers, requests, readiness, drains, events, port.reply, wake
         )
         intake = Intake(config, requests, readiness)
-        self._desk = ClientDesk(port, intake, requests, readiness, stats, roles, workers, wake)
+        self._desk = ClientDesk(port, intake, requests, readiness, stats, drains, workers, wake)
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -156,7 +156,7 @@ class CpuScheduler:
             for instance in self.instances.values():
                 self._fill_pipelines(instance)
                 self._workers.end_retired(instance)
-            self._roles.proceed()
+            self._drains.proceed()
             self._clients.flush()
 
     async def _schedule_waiting_requests(self) -> None:

@@ -73,6 +73,7 @@ class WorkerHandle:
 
     Attributes:
         started_as: the role of its process' configuration, which it introduces itself with.
+        prepared_for: the role that it has got ready for last.
         percentage: its share of the device.
         is_retiring: it gets no more plans where another worker can, and is told to end when nothing
             is in flight.
@@ -88,7 +89,7 @@ class WorkerHandle:
         key: ClusterKey | None = None,
     ) -> None:
         self.id = worker_id
-        self.role = self.started_as = role
+        self.role = self.started_as = self.prepared_for = role
         self.percentage = percentage
         self.rpc = RpcClient(context, address, key)
         self.hello: Hello | None = None
@@ -212,6 +213,7 @@ class InstanceHandle:
     def register(self, worker: WorkerHandle, hello: Hello) -> None:
         """A worker is here; if it comes with new memory, so is a new pool, which is empty."""
         worker.hello = hello
+        worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
         if hello.arena_epoch != self.arena_epoch:
             self.reset()

@@ -17,6 +17,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceRole
 from hbserve.errors import StartupError
+from hbserve.pd_disagg.child import EXIT_DISMISSED
 from hbserve.pd_disagg.child_process import ChildProcess
 from hbserve.pd_disagg.rpc import instance_address, scheduler_address
 from hbserve.pd_disagg.supervision import InstanceSupervisor, Supervision
@@ -129,6 +130,9 @@ class Launcher:
         while True:
             assert child.process is not None
             code = await child.process.wait()
+            if code == EXIT_DISMISSED:
+                logger.info("%s has left", child.name)
+                return
             now = time.monotonic()
             while recent and now - recent[0] > _RESTART_WINDOW_S:
                 recent.popleft()
