@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.pd_disagg.decode_turns import DecodeTurns
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
@@ -183,7 +184,8 @@ class SemiPDUnit(_PhasedUnit):
     Args:
         allocation: shares while both are busy.
         alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
-        decode_interval_s: while prefill is busy, decode steps begin no sooner after each other.
+        decode_interval_s: from one decode step to the next, mean, while prefill is busy; see `DecodeTurns`. 0: as fast
+            as they can.
     """
 
     def __init__(
@@ -201,34 +203,33 @@ class SemiPDUnit(_PhasedUnit):
         self.allocation = allocation
         self.alone = alone
         self.decode_interval_s = decode_interval_s
-        self._wake_at = -1.0
+        self._turns = DecodeTurns(decode_interval_s) if decode_interval_s else None
+        self._beside = True  # decode has a turn beside the prefill step under way
 
     def _pump(self) -> None:
         self._admit()
         prefills = self.prefill.step is not None or bool(self.prefill.prompts)
         decodes = self.decode.burst is not None or self.decode.num_sequences > 0
+        if self._turns is not None and not (prefills and decodes):
+            self._turns.rest(self.clock.now)
         alone = self.alone or self.allocation
         if self.prefill.step is None and prefills:
-            self.prefill.start(self.allocation.prefill_percentage if decodes else alone.prefill_percentage)
-        share = self.allocation.decode_percentage if prefills else alone.decode_percentage
-        paced = prefills and self.decode_interval_s > 0
+            shares = decodes
+            if self._turns is not None:
+                self._beside = shares = decodes and self._turns.update(self.clock.now)
+            self.prefill.start((self.allocation if shares else alone).prefill_percentage)
+        share = (self.allocation if prefills else alone).decode_percentage
+        takes_turns = prefills and self._turns is not None
         if self.decode.burst is not None:
-            if paced or self.decode.percentage != share:
+            if takes_turns or self.decode.percentage != share:
                 self.decode.end_burst_at_step()
-        elif decodes and paced:
-            self._start_paced_decode(share)
-        elif decodes:
+        elif decodes and not takes_turns:
             self.decode.start(share)
-        self._set_speeds()
-
-    def _start_paced_decode(self, share: int) -> None:
-        """One step, if its time has come; prefill has the GPU for itself until then."""
-        next_step = self.decode.started + self.decode_interval_s
-        if self.clock.now >= next_step - 1e-9:
+        elif decodes and self._beside:
+            assert self._turns is not None
+            self._turns.stepped()
             self.decode.start(share, 1)
-        elif self._wake_at != next_step:
-            self._wake_at = next_step
-            self.clock.at(next_step, self._pump)
+        self._set_speeds()
 
     def _set_speeds(self) -> None:
         step, burst = self.prefill.step, self.decode.burst
