@@ -168,15 +168,16 @@ class CorruptingKVTransfer(StreamKVTransfer):
 
 
 class FailingKVTransfer(StreamKVTransfer):
-    """Fails the first receives, then works."""
-
-    count = 0
+    """Fails on the first link, delivers something else on the second, then works."""
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
-        type(self).count += 1
-        if self.count <= 2:
+        link = self.peers[source_rank].link_epoch
+        if link == 1:
             raise ConnectionError("the cable was pulled")
-        return await super().receive_kv_cache(request_id, source_rank)
+        buffer = await super().receive_kv_cache(request_id, source_rank)
+        if link == 2:
+            buffer[len(buffer) // 2] ^= 1
+        return buffer
 
 
 class AlwaysFailingKVTransfer(StreamKVTransfer):
@@ -196,12 +197,14 @@ async def test_corrupted_blocks_would_be_seen_by_these_tests(
 async def test_failed_transfers_are_done_again(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
-    async with system(model[0], kv_transfer_backend=f"{__name__}:FailingKVTransfer") as llm:
+    async with system(model[0], kv_transfer_backend=f"{__name__}:FailingKVTransfer", kv_verify=True) as llm:
         prompt, expected = references[0]
         outputs = await asyncio.wait_for(llm.generate(prompt, GREEDY), DEADLINE_S)
         assert outputs[0]["token_ids"] == expected
         stats = llm.get_system_stats()
-        assert stats["cpu_scheduler"]["retries"] > 0
+        assert stats["cpu_scheduler"]["retries"] == 2
+        (link,) = stats["kv_transfer"]["links"].values()
+        assert link["failures"] == {"backend": 1, "checksum": 1}
         await asyncio.to_thread(assert_no_leaks, llm)
 
 

@@ -84,7 +84,7 @@ class CpuScheduler:
         self._requests = requests = RequestBook(config, instances, transfers, metrics, events, port.push, wake)
         self._planner = StepPlanner(config, transfers, requests.preempt, requests.policy)
         self._readiness = readiness = Readiness(instances, transfers, port.reply)
-        self._drains = drains = Drains(instances, transfers, self._planner, port.reply)
+        self._drains = drains = Drains(instances, transfers, self._planner, events, port.reply)
         self._stats = stats = SystemStats(instances, requests, transfers, metrics, events)
         self._workers = workers = WorkerRegistry(
             config, self._context, instances, transfers, requests, readiness, drains, events, port.reply, wake
