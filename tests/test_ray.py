@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -32,19 +31,22 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_enable_worker_prestart", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hbserve[ray]'")
-    from ray.cluster_utils import Cluster
+    # A short name, because paths of sockets are limited; Ray leaves its logs there.
+    with tempfile.TemporaryDirectory(prefix="hbr", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
+        pytest.importorskip("ray", reason="Ray is not installed: pip install 'hbserve[ray]'")
+        from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="hbr")  # short: paths of sockets are limited
-    options = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20, "temp_dir": folder}
-    made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
-    try:
-        made.add_node(**options)
-        monkeypatch.setenv("RAY_ADDRESS", made.address)
-        yield made
-    finally:
-        made.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        options = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20}
+        made = Cluster()
+        try:
+            made.add_node(**options, include_dashboard=False)
+            made.add_node(**options)
+            monkeypatch.setenv("RAY_ADDRESS", made.address)
+            yield made
+        finally:
+            made.shutdown()
 
 
 def document(model: Path, **instance: Any) -> dict[str, Any]:
