@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,11 @@ from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import InvalidRequestError
-from tests.engines import assert_no_leaks, greedy_reference, random_prompt
+from tests.engines import assert_no_leaks, free_port, greedy_reference, random_prompt
 from tests.model_zoo import save_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 DEADLINE_S = 60.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Joiner:
