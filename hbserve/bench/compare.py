@@ -259,7 +259,7 @@ class _Comparison:
             ),
         ).run()
         found = document["best_rate"]
-        reached = found["interpolated"] or found["rate"]
+        reached = found["interpolated"] or found["rate"] or found["too_high"] / _FACTOR
         if simulated and reached:
             load.off_by.append(reached / simulated)
         for one in document["runs"]:
