@@ -145,6 +145,9 @@ class _Link:
             nccl_options.is_high_priority_stream = True
             data = dist.ProcessGroupNCCL(dist.PrefixStore(f"{self.name}/nccl", store), rank, 2, nccl_options)
         self._data = data
+        if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
+            self._abort_groups()
+            raise KVTransferError(f"KV link {self.name} was closed")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -180,7 +183,11 @@ class _Link:
             raise KVTransferError(f"KV link {self.name} was closed")
 
     def _abort(self) -> None:
-        self._is_closed = True
+        if not self._is_closed:
+            self._is_closed = True
+            self._abort_groups()
+
+    def _abort_groups(self) -> None:
         for group in {id(each): each for each in (self._data, self._headers)}.values():
             if group is not None and hasattr(group, "abort"):
                 with contextlib.suppress(RuntimeError):
