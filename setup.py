@@ -51,6 +51,7 @@ setup(
             "pytest",
             "pytest-asyncio",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "schemathesis",
             "types-PyYAML",
