@@ -12,6 +12,7 @@ from hbserve.messages.admin import InstanceChanged, RemoveInstance, SetRole
 from hbserve.messages.worker import Shutdown
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.step_planner import StepPlanner
+from hbserve.pd_disagg.timeline import EventLog
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Drains:
         instances: all there are, by id.
         transfers: whose links follow the roles.
         planner: tells workers of their new roles.
+        events: where changes of roles are noted.
         reply: to a client.
     """
 
@@ -49,11 +51,13 @@ class Drains:
         instances: Mapping[str, InstanceHandle],
         transfers: TransferLedger,
         planner: StepPlanner,
+        events: EventLog,
         reply: Callable[[bytes, InstanceChanged], None],
     ) -> None:
         self._instances = instances
         self._transfers = transfers
         self._planner = planner
+        self._events = events
         self._reply = reply
         self._drains: dict[str, _Drain] = {}
 
@@ -138,6 +142,7 @@ class Drains:
             drain.is_prepared = True
             self._planner.plan_preparation(instance, drain.role)
             return  # until that is done
+        self._events.note("role", instance.id, f"{instance.role} to {drain.role}")
         self._transfers.disconnect(instance)
         instance.change_role(drain.role)
         self._transfers.connect(self._instances.values())
