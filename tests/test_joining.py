@@ -16,7 +16,7 @@ from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import InvalidRequestError
-from tests.engines import assert_no_leaks, free_port, greedy_reference, random_prompt
+from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
 from tests.ports import free_ports
 
