@@ -122,6 +122,9 @@ class GpuInstance:
             self._partition,
         )
         self._platform.activate()
+        device_begins = time.monotonic()
+        self._platform.probe()
+        device_s = time.monotonic() - device_begins
         with torch.inference_mode():
             timeout_s = max(rpc.start_timeout_s, rpc.step_timeout_s)
             parallel = join_group(self._platform, 0, size, self._ranks.port, self._ranks.take_listener(), timeout_s)
@@ -149,7 +152,13 @@ class GpuInstance:
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
-            child.report_status({"ready": True})
+            child.report_status(
+                {
+                    "ready": True,
+                    "start_s": {"device": device_s} | self._runner.start_s,
+                    "memory_bytes": self._platform.held_memory_bytes(),
+                }
+            )
             self._launch_steps(pipeline)
         self._ranks.end_plans()
         pipeline.close()

@@ -305,7 +305,7 @@ class ProcessRotationManager(InstanceSupervisor):
                 "switch_requested": self._requested is not None,
                 "active_processes": shares,
                 "workers": [worker.as_dict() for worker in workers],
-                "sleepers": self._workers.num_sleepers if self._workers is not None else 0,
+                "sleepers": self._workers.sleepers() if self._workers is not None else [],
                 "warm_percentages": {
                     str(phase): sorted({p for role, p in (w.rung for w in active) if role is phase}) for phase in PHASES
                 },

@@ -47,6 +47,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
         "device": platform.describe(),
         "weights_bytes": arenas.weights.numel(),
         "kv_bytes": arenas.kv.numel(),
+        "free_bytes": platform.free_memory_bytes(),
         "seconds": time.monotonic() - started,
     }
     child.report_status(ready, is_last=False)
@@ -56,7 +57,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
         except RuntimeError as error:
             child.report_status({"error": f"the device has failed: {error}"})
             child.exit_now(EXIT_DEVICE_FAILED)
-        child.report_status({"alive": True}, is_last=False)
+        child.report_status({"alive": True, "free_bytes": platform.free_memory_bytes()}, is_last=False)
 
 
 def main() -> None:

@@ -70,6 +70,7 @@ class ResidentProcessManager:
         self._process: ManagedProcess | None = None
         self._status: dict[str, Any] = {}
         self._num_answers = 0
+        self._free_bytes: int | None = None
         self._last_seen = 0.0
         self._num_starts = 0
         self._wanted = False
@@ -171,7 +172,11 @@ class ResidentProcessManager:
             return self._num_answers > before
 
     def get_status(self) -> dict[str, Any]:
-        """``resident_process`` (``pid``, ``is_alive``, seconds since it was heard of), sizes, starts."""
+        """``resident_process`` (``pid``, ``is_alive``, seconds since it was heard of), sizes, starts.
+
+        Of the device's memory ``free_bytes_at_start`` was left when it had loaded, ``free_bytes`` at its
+        last sign of life: what is between them, others have taken.
+        """
         process, status = self._process, self._status
         return {
             "resident_process": None
@@ -185,6 +190,8 @@ class ResidentProcessManager:
             "device": self.device,
             "weights_bytes": status.get("weights_bytes"),
             "kv_bytes": status.get("kv_bytes"),
+            "free_bytes_at_start": status.get("free_bytes"),
+            "free_bytes": self._free_bytes,
             "load_s": status.get("seconds"),
             "starts": self._num_starts,
         }
@@ -195,6 +202,7 @@ class ResidentProcessManager:
         with self._condition:
             if "alive" in status:
                 self._num_answers += 1
+                self._free_bytes = status["free_bytes"]
                 self._last_seen = time.monotonic()
             else:
                 self._status = status

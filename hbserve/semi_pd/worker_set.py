@@ -38,6 +38,8 @@ class Worker:
         spec: as the scheduler gets to know it.
         state: ``ready`` has attached, warmed up and listens; ``active`` is known to the scheduler.
         error: what it said when it could not start.
+        start_s: seconds that the parts of its start took.
+        memory_bytes: of the device, that it held of its own when it was ready.
     """
 
     def __init__(self, spec: WorkerSpec, process: ManagedProcess) -> None:
@@ -45,6 +47,8 @@ class Worker:
         self.process = process
         self.state = WorkerState.PREPARING
         self.error: str | None = None
+        self.start_s: dict[str, float] = {}
+        self.memory_bytes: int | None = None
 
     @property
     def rung(self) -> tuple[InstanceRole, int]:
@@ -59,6 +63,8 @@ class Worker:
             "percentage": self.spec.percentage,
             "pid": self.process.pid,
             "state": str(self.state),
+            "start_s": self.start_s,
+            "memory_bytes": self.memory_bytes,
         }
 
 
@@ -90,6 +96,7 @@ class WorkerSet:
         self._serial = itertools.count(1)
         self._worker_of: dict[ManagedProcess, Worker] = {}
         self._sleepers: deque[ManagedProcess] = deque()
+        self._asleep: set[ManagedProcess] = set()
         self.workers: dict[str, Worker] = {}
         """By name, those that have not ended."""
 
@@ -111,9 +118,13 @@ class WorkerSet:
             if worker is not None and "error" in status:
                 worker.error = status["error"]
             if worker is not None and "ready" in status:
+                worker.start_s, worker.memory_bytes = status["start_s"], status["memory_bytes"]
                 self._on_ready(worker)
+            if "asleep" in status:
+                self._asleep.add(process)
 
         def on_exit(code: int) -> None:
+            self._asleep.discard(process)
             worker = self._worker_of.pop(process, None)
             if worker is not None:
                 self._on_exit(worker, code)
@@ -153,10 +164,13 @@ class WorkerSet:
         wanted = (WorkerState.PREPARING, WorkerState.READY, WorkerState.ACTIVE)
         return [worker for worker in self.workers.values() if worker.rung == rung and worker.state in wanted]
 
-    @property
-    def num_sleepers(self) -> int:
-        """Processes that wait to become workers."""
-        return sum(sleeper.is_alive() for sleeper in self._sleepers)
+    def sleepers(self) -> list[dict[str, Any]]:
+        """Processes that wait to become workers, for status reports; one that is not asleep still imports."""
+        return [
+            {"pid": sleeper.pid, "is_asleep": sleeper in self._asleep}
+            for sleeper in self._sleepers
+            if sleeper.is_alive()
+        ]
 
     def processes(self) -> list[ManagedProcess]:
         """All that run, sleepers included."""
