@@ -3,65 +3,129 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
-    from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+import msgspec
+
+from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.request_book import RequestBook
+from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
+from hbserve.pd_disagg.timeline import EventLog, recent_requests
+from hbserve.pd_disagg.transfer_ledger import TransferLedger
+
+_WINDOW_VALUES = 256  # of each latency, in a window that is sent
 
 
-def collect(scheduler: CpuScheduler) -> dict[str, Any]:
-    """Snapshot of a scheduler.
+class SystemStats:
+    """Reads the books, and changes nothing there.
 
-    Returns:
-        ``cpu_scheduler``: request and token counts since the start, and what is open now;
-        ``gpu_instances``: per instance its status, load, KV blocks and work done;
-        ``metrics``: latencies, rates and queues, see docs/metrics.md;
-        ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures.
+    Args:
+        instances: by id.
+        requests: that are open, and counts of those that were.
+        transfers: and their links.
+        metrics: times and rates.
+        events: what has happened to instances.
     """
-    counts = scheduler.counts
-    scheduler.metrics.observe_system(scheduler.waiting, scheduler.instances.values())
-    metrics = scheduler.metrics.as_dict()
-    ended = counts["completed"] + counts["failed"]
-    return {
-        "cpu_scheduler": {
+
+    def __init__(
+        self,
+        instances: Mapping[str, InstanceHandle],
+        requests: RequestBook,
+        transfers: TransferLedger,
+        metrics: SchedulerMetrics,
+        events: EventLog,
+    ) -> None:
+        self._instances = instances
+        self._requests = requests
+        self._transfers = transfers
+        self._metrics = metrics
+        self._events = events
+        self._start_time = time.monotonic()
+
+    def observe(self) -> None:
+        """Have the metrics know the queues and pools as they are now."""
+        self._metrics.observe_system(self._requests.waiting, self._instances.values())
+
+    def collect(self, recent: bool) -> dict[str, Any]:
+        """Snapshot of everything.
+
+        Args:
+            recent: with ``recent``: the last requests and events.
+
+        Returns:
+            ``cpu_scheduler``: request and token counts since the start, and what is open now;
+            ``gpu_instances``: per instance its status, load, KV blocks and work done;
+            ``metrics``: latencies, rates and queues, see docs/metrics.md;
+            ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures.
+        """
+        self.observe()
+        metrics = self._metrics.as_dict()
+        stats = {
+            "cpu_scheduler": self._scheduler(),
+            "gpu_instances": {
+                instance.id: _instance(instance, metrics["busy_share"]) for instance in self._instances.values()
+            },
+            "metrics": metrics,
+            "kv_transfer": self._kv_transfer(),
+        }
+        if recent:
+            requests = recent_requests(self._metrics.collector)
+            stats["recent"] = {"requests": requests, "events": self._events.as_list()}
+        return stats
+
+    def window(self, seconds: float) -> dict[str, Any]:
+        """The last ``seconds``, as an `AggregatedMetrics` in plain data."""
+        self.observe()
+        window = self._metrics.collector.get_current_window_metrics(seconds).thinned(_WINDOW_VALUES)
+        plain: dict[str, Any] = msgspec.to_builtins(window)
+        return plain
+
+    def mark_rotation(self, begins: bool) -> None:
+        """What happens from now on, or until now, is left out of windows."""
+        if begins:
+            self._metrics.collector.begin_exclusion()
+        else:
+            self._metrics.collector.end_exclusion()
+
+    def _scheduler(self) -> dict[str, Any]:
+        counts = self._requests.counts
+        ended = counts["completed"] + counts["failed"]
+        return {
             "total_requests": counts["requests"],
             "completed_requests": counts["completed"],
             "failed_requests": counts["failed"],
             "aborted_requests": counts["aborted"],
             "refused_requests": counts["refused"],
             "success_rate": counts["completed"] / ended if ended else 1.0,
-            "waiting_requests": len(scheduler.waiting),
-            "open_requests": scheduler.num_open_requests,
+            "waiting_requests": len(self._requests.waiting),
+            "open_requests": len(self._requests),
             "preemptions": counts["preemptions"],
             "retries": counts["retries"],
             "prompt_tokens": counts["prompt_tokens"],
             "cached_prompt_tokens": counts["cached_prompt_tokens"],
             "generated_tokens": counts["generated_tokens"],
-            "uptime_s": time.monotonic() - scheduler.start_time,
-        },
-        "gpu_instances": {
-            instance.id: _instance(instance, metrics["busy_share"]) for instance in scheduler.instances.values()
-        },
-        "metrics": metrics,
-        "kv_transfer": {
-            "open_transfers": len(scheduler.transfers),
+            "uptime_s": time.monotonic() - self._start_time,
+        }
+
+    def _kv_transfer(self) -> dict[str, Any]:
+        return {
+            "open_transfers": len(self._transfers),
             "links": {
                 f"{source}->{target}": {
-                    "open": scheduler.transfers.is_open(source, target),
+                    "open": self._transfers.is_open(source, target),
                     "transfers": link.num_transfers,
                     "bytes": link.num_bytes,
                     "seconds": link.seconds,
                     "gb_per_s": link.num_bytes / link.seconds / 1e9 if link.seconds else 0.0,
-                    "queued": scheduler.transfers.num_open(source, target),
+                    "queued": self._transfers.num_open(source, target),
                     "queued_s": link.queued_s,
                     "exposed_s": link.exposed_s,
                     "failures": dict(link.failures),
                 }
-                for (source, target), link in scheduler.transfers.links.items()
+                for (source, target), link in self._transfers.links.items()
             },
-        },
-    }
+        }
 
 
 def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[str, Any]:

@@ -1,0 +1,300 @@
+"""The workers: who is there, who has been lost, and who comes and goes on memory that another process holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+import zmq
+
+from hbserve.cluster_key import ClusterKey
+from hbserve.config import Config, InstanceRole
+from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
+from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
+from hbserve.messages.worker import Hello, InstanceFailed, InstanceReply, Leaving, Ping, Shutdown, StepResult
+from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.readiness import Readiness
+from hbserve.pd_disagg.request_book import RequestBook
+from hbserve.pd_disagg.timeline import EventLog
+from hbserve.pd_disagg.transfer_ledger import TransferLedger
+
+logger = logging.getLogger(__name__)
+
+_GREETING_INTERVAL_S = 0.02
+
+
+class WorkerRegistry:
+    """Talks to every worker, and knows which of them can be given plans.
+
+    What a worker has done goes to the requests; what was there of them when one is lost does, too.
+
+    Args:
+        config: of the system.
+        context: ZeroMQ's, for connections to workers that are announced later.
+        instances: whose workers these are, by id.
+        transfers: whose links workers open and close.
+        requests: told of steps, transfers and losses.
+        readiness: told who has come, and who cannot.
+        events: told likewise, for operators.
+        reply: to a supervisor of workers.
+        wake: has the scheduler plan again.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        context: zmq.Context[zmq.Socket[bytes]],
+        instances: Mapping[str, InstanceHandle],
+        transfers: TransferLedger,
+        requests: RequestBook,
+        readiness: Readiness,
+        events: EventLog,
+        reply: Callable[[bytes, WorkerLost], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._rpc = config.rpc
+        self._key = ClusterKey.of(config)
+        self._context = context
+        self._instances = instances
+        self._transfers = transfers
+        self._requests = requests
+        self._readiness = readiness
+        self._events = events
+        self._reply = reply
+        self._wake = wake
+        self._scheduler_epoch = secrets.randbits(62) + 1
+        self._supervisors: dict[str, bytes] = {}
+        self._tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def _all(self) -> list[tuple[InstanceHandle, WorkerHandle]]:
+        return [(instance, worker) for instance in self._instances.values() for worker in instance.workers.values()]
+
+    # --- connections -----------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Listen to all workers, those that come later included, until cancelled."""
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            for instance, worker in self._all():
+                self._listen(instance, worker)
+            await self._failure
+        finally:
+            for _, worker in self._all():
+                await self._hang_up(worker)
+            await asyncio.gather(*self._closing)
+
+    def _listen(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        tasks = [
+            asyncio.create_task(self._receive_from(instance, worker)),
+            asyncio.create_task(self._watch_connection(instance, worker)),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._on_task_end)
+        self._tasks[worker] = tasks
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """None of them ends on its own."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _receive_from(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        while True:
+            try:
+                reply = await worker.rpc.receive()
+            except msgspec.DecodeError as error:
+                logger.error("dropped a message of %s that is no reply: %s", worker.id, error)
+                continue
+            self._on_reply(instance, worker, reply)
+            self._wake()
+
+    async def _watch_connection(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        while True:
+            await worker.rpc.wait_disconnected()
+            self._lose(instance, worker, "its connection broke")
+            self._wake()
+
+    async def _hang_up(self, worker: WorkerHandle) -> None:
+        tasks = self._tasks.pop(worker, [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        worker.rpc.close()
+
+    def _hang_up_later(self, worker: WorkerHandle) -> None:
+        task = asyncio.create_task(self._hang_up(worker))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def check_heartbeats(self, now: float, was_asleep: bool) -> None:
+        """Ask every worker for a sign of life, and give up on those that have given none for too long.
+
+        Args:
+            now: on the monotonic clock.
+            was_asleep: nobody is given up on this time.
+        """
+        for instance, worker in self._all():
+            self._ping(worker)
+            silence = now - worker.last_seen
+            if worker.ready and silence > self._rpc.heartbeat_timeout_s and not was_asleep:
+                self._lose(instance, worker, f"no sign of life for {silence:.1f} s")
+
+    def _ping(self, worker: WorkerHandle) -> None:
+        worker.send(Ping(scheduler_epoch=self._scheduler_epoch, known_epoch=worker.epoch))
+
+    def _on_reply(self, instance: InstanceHandle, worker: WorkerHandle, reply: InstanceReply) -> None:
+        if isinstance(reply, Hello):
+            self._register(instance, worker, reply)
+            return
+        if isinstance(reply, InstanceFailed):
+            self._lose(instance, worker, reply.error)
+            self._readiness.deny(f"{instance.id}: {reply.error}")
+            return
+        if reply.epoch != worker.epoch:
+            return  # from an incarnation that has been given up
+        worker.last_seen = time.monotonic()
+        if isinstance(reply, StepResult):
+            if reply.error is not None:
+                self._lose(instance, worker, f"a step failed: {reply.error}")
+            else:
+                self._requests.step_done(worker, reply)
+        elif isinstance(reply, TransferResult):
+            self._requests.transfer_ended(reply)
+        elif isinstance(reply, LinkOpened):
+            self._transfers.on_link_opened(instance, reply)
+            self._readiness.announce()
+        elif isinstance(reply, LinkClosed):
+            self._transfers.on_link_closed(instance, reply)
+        elif isinstance(reply, Leaving):
+            self._lose(instance, worker, "it is ending")
+
+    # --- who is there ----------------------------------------------------------------------------
+
+    def _register(self, instance: InstanceHandle, worker: WorkerHandle, hello: Hello) -> None:
+        if hello.epoch == worker.epoch:
+            return
+        problem = self._misfit(worker, hello)
+        if problem is not None:
+            logger.error("%s", problem)
+            instance.why_lost = problem
+            return
+        if worker.ready:
+            self._lose(instance, worker, "it started again")
+        instance.register(worker, hello)
+        self._transfers.connect(self._instances.values())
+        self._readiness.learn(hello)
+        logger.info("%s registered: %s, %d KV blocks", worker.id, hello.device, hello.num_blocks)
+        self._events.note("ready", worker.id, f"{hello.device}, {hello.num_blocks} KV blocks")
+        self._readiness.announce()
+
+    def _misfit(self, worker: WorkerHandle, hello: Hello) -> str | None:
+        """Why a worker cannot work with the others."""
+        if hello.instance_id != worker.id or hello.role != worker.started_as:
+            return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.started_as} {worker.id!r}"
+        for _, other in self._all():
+            if other is worker or other.hello is None:
+                continue
+            mine, theirs = (
+                (each.block_size, each.block_bytes, each.vocab_size, len(each.peers)) for each in (hello, other.hello)
+            )
+            if mine != theirs:
+                return (
+                    f"{worker.id} and {other.id} do not fit: (block size, block bytes, vocabulary, ranks) "
+                    f"is {mine} and {theirs}; do they run the same model with the same settings?"
+                )
+        return None
+
+    def _lose(self, instance: InstanceHandle, worker: WorkerHandle, why: str) -> None:
+        """A worker is gone, or as good as gone."""
+        if not worker.ready:
+            instance.note_lost(why)
+            return
+        logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
+        self._events.note("retired" if worker.is_retiring else "lost", worker.id, why)
+        if worker.owns_memory:
+            worker.hello = None
+            worker.inflight.clear()
+            self._requests.memory_lost(instance, f"{instance.id} was lost: {why}")
+            return
+        # The memory is intact, but until the process has ended it may still write: see `set_workers`.
+        worker.hello = None
+        instance.note_lost(why)
+        if not worker.is_retiring:
+            self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=why))
+
+    def nobody_came_back(self, now: float) -> str | None:
+        """Which phase has had no worker for longer than requests shall wait for one, in words; None if all is well.
+
+        Args:
+            now: on the monotonic clock.
+        """
+        for does in ("prefills", "decodes"):
+            instances = [instance for instance in self._instances.values() if getattr(instance.role, does)]
+            since = [instance.lost_since for instance in instances if instance.lost_since is not None]
+            if len(since) == len(instances) and now - max(since) >= self._rpc.recovery_timeout_s:
+                return f"no instance that {does} came back: {self._readiness.who_is_missing()}"
+        return None
+
+    # --- workers on memory that another process holds --------------------------------------------
+
+    def set_workers(self, supervisor: bytes, message: SetWorkers) -> None:
+        """Which workers an instance has from now on: meet the new ones, retire those not named, drop the dead."""
+        instance = self._instances.get(message.instance_id)
+        if instance is None or instance.id in instance.workers:
+            logger.error("dropped a list of workers for %r, which is no such instance", message.instance_id)
+            return
+        self._supervisors[instance.id] = supervisor
+        self._set_shares(instance, message)
+        if instance.arena_epoch not in (0, message.arena_epoch):
+            logger.warning("lost the memory of %s: %s", instance.id, message.reason)
+            for worker in list(instance.workers.values()):
+                instance.forget_worker(worker)
+                self._hang_up_later(worker)
+            self._requests.memory_lost(instance, f"the memory of {instance.id} was lost: {message.reason}")
+        for worker_id in message.gone:
+            if worker_id in instance.workers:
+                worker = instance.workers[worker_id]
+                self._requests.steps_lost(instance.forget_worker(worker))
+                self._hang_up_later(worker)
+        named = {spec.worker_id for spec in message.workers}
+        for worker in instance.workers.values():
+            worker.is_retiring = worker.id not in named
+        for spec in message.workers:
+            if spec.worker_id not in instance.workers:
+                self._meet(instance, spec)
+
+    def _set_shares(self, instance: InstanceHandle, message: SetWorkers) -> None:
+        shares = {
+            InstanceRole.PREFILL: message.prefill_percentage,
+            InstanceRole.DECODE: message.decode_percentage,
+        }
+        if shares != instance.shares:
+            split = ", ".join(f"{phase} {share} %" for phase, share in shares.items())
+            self._events.note("rotation", instance.id, f"{split}: {message.reason}" if message.reason else split)
+        instance.shares = shares
+
+    def _meet(self, instance: InstanceHandle, spec: WorkerSpec) -> None:
+        worker = WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address, self._key)
+        instance.workers[worker.id] = worker
+        self._listen(instance, worker)
+        self._greet(worker)
+
+    def _greet(self, worker: WorkerHandle) -> None:
+        """Ask for its `Hello` until it comes: sooner than at the next heartbeat."""
+        if worker in self._tasks and not worker.ready:
+            self._ping(worker)
+            asyncio.get_running_loop().call_later(_GREETING_INTERVAL_S, self._greet, worker)
+
+    def end_retired(self, instance: InstanceHandle) -> None:
+        """Have workers end that have nothing left to do, where others can do their phase."""
+        for worker in instance.workers.values():
+            if worker.ready and worker.is_retiring and not worker.is_told_to_end and not worker.inflight:
+                others = [other for other in instance.workers.values() if other.ready and not other.is_retiring]
+                if any(other.role is worker.role for other in others):
+                    worker.is_told_to_end = True
+                    worker.send(Shutdown())
