@@ -43,7 +43,7 @@ def draw(token_times: dict[int, list[float]], rotation: tuple[float, float, floa
     axis.axvspan(ready - asked, settled - asked, color="tab:red", alpha=0.3, label="plans change over, old workers end")
     if points:
         times, gaps = zip(*points, strict=True)
-        axis.plot(times, gaps, ",", color="tab:blue")
+        axis.plot(times, gaps, ".", markersize=2, color="tab:blue")
         axis.set_ylim(0, 1.1 * max(gaps))
     axis.set(xlabel="seconds since the other split was asked for", ylabel="gap between two tokens, ms", title=title)
     axis.legend(loc="upper left")
