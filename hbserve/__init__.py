@@ -9,18 +9,18 @@ from hbserve.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hbserve.config import Config
     from hbserve.pd_disagg.config import KVTransferBackend, PdDisaggConfig
-    from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
-    from hbserve.pd_disagg.llm import LLM
     from hbserve.sampling_params import SamplingParams
+    from hbserve.system.disaggregated_llm import DisaggregatedLLM
+    from hbserve.system.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Config", "DisaggregatedLLM", "KVTransferBackend", "PdDisaggConfig", "SamplingParams"]
 
 __getattr__: Any = lazy_attributes(
     {
-        "LLM": "hbserve.pd_disagg.llm",
+        "LLM": "hbserve.system.llm",
         "Config": "hbserve.config",
-        "DisaggregatedLLM": "hbserve.pd_disagg.disaggregated_llm",
+        "DisaggregatedLLM": "hbserve.system.disaggregated_llm",
         "KVTransferBackend": "hbserve.pd_disagg.config",
         "PdDisaggConfig": "hbserve.pd_disagg.config",
         "SamplingParams": "hbserve.sampling_params",

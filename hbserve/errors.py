@@ -35,6 +35,10 @@ class InvalidRequestError(HBServeError, ValueError):
         self.param = param
 
 
+class ContextLengthError(InvalidRequestError):
+    """Prompt and output together are more than the model's context holds."""
+
+
 class OverloadedError(HBServeError):
     """The waiting queue is full; try again after ``retry_after_s`` seconds."""
 

@@ -74,7 +74,19 @@ class Vocabulary:
         if not path.is_file():
             raise InvalidRequestError(f"structured output needs a tokenizer.json, and {folder} has none", "grammar")
         self.vocab_size = vocab_size
-        self._tokenizer: LLTokenizer = LLTokenizer(path.read_text(encoding="utf-8"), n_vocab=vocab_size)
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
+        decoder = document.get("decoder") or {}
+        if decoder.get("type") == "Metaspace":  # in the words that llguidance knows
+            space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
+            document["decoder"] = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+            text = json.dumps(document)
+        try:
+            self._tokenizer: LLTokenizer = LLTokenizer(text, n_vocab=vocab_size)
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"structured output cannot be had with this tokenizer: {error}", "grammar"
+            ) from None
 
     def check(self, grammar: str) -> None:
         """Compile a grammar.

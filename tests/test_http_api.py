@@ -312,6 +312,7 @@ async def test_unknown_model(http: httpx.AsyncClient) -> None:
 REFUSED_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"temprature": 1}, "temprature"),
     ({"stream_options": {"include_everything": True}}, "stream_options.include_everything"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
     ({"n": 1.5}, "n"),
@@ -346,6 +347,7 @@ async def test_completion_parameters_that_are_refused(http: httpx.AsyncClient, s
         error = await error_of(http, "/v1/completions", 400, {"model": MODEL, "prompt": "x", **more})
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
+        assert error["code"] == ("context_length_exceeded" if "maximum context length" in error["message"] else None)
         assert param.split(".")[-1] in error["message"]
         assert scheduler.requests == []
 
@@ -393,7 +395,7 @@ async def test_chat_parameters_that_are_refused(http: httpx.AsyncClient, schedul
 
 
 async def test_parameters_that_ask_for_nothing_are_accepted(http: httpx.AsyncClient) -> None:
-    labels = {"user": "me", "metadata": {"a": "b"}, "stream_options": {"include_usage": True}, "logit_bias": {}}
+    labels = {"user": "me", "metadata": {"a": "b"}, "stream_options": None, "logit_bias": {}}
     nothing = {"temperature": None, "stop": None, "n": None, "seed": None, "stream": None, "max_tokens": None}
     completion = {"echo": False, "suffix": None, "best_of": 1, "logprobs": None}
     chat = {

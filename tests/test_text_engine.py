@@ -234,7 +234,7 @@ async def test_samples_stream_side_by_side(engine: TextEngine, scheduler: Script
         ([1, VOCAB_SIZE], SamplingParams(), "prompt", "vocabulary"),
         ([1, -1], SamplingParams(), "prompt", "vocabulary"),
         ([1, "2"], SamplingParams(), "prompt", "integers"),
-        ([1] * MAX_MODEL_LEN, SamplingParams(max_tokens=1), "prompt", "at most 64"),
+        ([1] * MAX_MODEL_LEN, SamplingParams(max_tokens=1), "prompt", "maximum context length is 64"),
         ([1] * (MAX_MODEL_LEN - 4), SamplingParams(max_tokens=5), "max_tokens", "at most 4 tokens"),
         ([1] * (MAX_MODEL_LEN - 4), SamplingParams(max_tokens=None, min_tokens=5), "min_tokens", "max_tokens"),
         ("x", SamplingParams(stop_token_ids=[VOCAB_SIZE]), "stop_token_ids", "vocabulary"),

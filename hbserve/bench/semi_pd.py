@@ -27,9 +27,9 @@ from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.bench.stream_load import StreamLoad, Window, random_prompt
 from hbserve.errors import HBServeError, RequestFailedError
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
 _SETTLE_TIMEOUT_S = 120.0
 _PART_TIMEOUT_S = 240.0

@@ -1,4 +1,8 @@
-"""Prefill and decode on separate instances under one CPU scheduler."""
+"""Prefill and decode on separate instances under one CPU scheduler.
+
+The public names are found here, wherever they live: a whole system is put together in `hbserve.system`,
+above this room, and no module of this room imports it.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,15 @@ from hbserve.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from hbserve.pd_disagg.config import KVTransferBackend, PdDisaggConfig
-    from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
-    from hbserve.pd_disagg.llm import LLM
+    from hbserve.system.disaggregated_llm import DisaggregatedLLM
+    from hbserve.system.llm import LLM
 
 __all__ = ["LLM", "DisaggregatedLLM", "KVTransferBackend", "PdDisaggConfig"]
 
 __getattr__: Any = lazy_attributes(
     {
-        "LLM": "hbserve.pd_disagg.llm",
-        "DisaggregatedLLM": "hbserve.pd_disagg.disaggregated_llm",
+        "LLM": "hbserve.system.llm",
+        "DisaggregatedLLM": "hbserve.system.disaggregated_llm",
         "KVTransferBackend": "hbserve.pd_disagg.config",
         "PdDisaggConfig": "hbserve.pd_disagg.config",
     },

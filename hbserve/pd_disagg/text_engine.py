@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.errors import HBServeError, InvalidRequestError, RequestFailedError
+from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError, RequestFailedError
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.pd_disagg.engine_client import EngineClient
@@ -202,9 +202,9 @@ class TextEngine:
                 f"the prompt has {len(token_ids)} tokens; this server takes at most {self._max_prompt_tokens}", "prompt"
             )
         if len(token_ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens; the model takes at most {self.max_model_len} "
-                "with at least one for the output",
+            raise ContextLengthError(
+                f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {len(token_ids)}, "
+                "and at least one is for the output",
                 "prompt",
             )
         return token_ids
@@ -238,9 +238,9 @@ class TextEngine:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
         if max_tokens > room:
-            raise InvalidRequestError(
-                f"the prompt's {len(token_ids)} tokens and max_tokens={max_tokens} make "
-                f"{len(token_ids) + max_tokens}; the model takes at most {self.max_model_len}. "
+            raise ContextLengthError(
+                f"this model's maximum context length is {self.max_model_len} tokens; the prompt's {len(token_ids)} "
+                f"and max_tokens={max_tokens} make {len(token_ids) + max_tokens}. "
                 f"Shorten the prompt or ask for at most {room} tokens",
                 "max_tokens",
             )

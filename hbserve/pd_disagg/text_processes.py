@@ -37,7 +37,7 @@ from hbserve.messages.text import (
     TextStreamOptions,
 )
 from hbserve.pd_disagg.async_socket import AsyncSocket
-from hbserve.pd_disagg.launcher import Child
+from hbserve.pd_disagg.child_process import ChildProcess
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
@@ -173,7 +173,7 @@ class _TextProcess:
         self._streams: dict[int, _RemoteStream] = {}
         self._batch: list[msgspec.Raw] = []
         self._num_starts = 0
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
         self._socket: AsyncSocket | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
@@ -298,7 +298,7 @@ class _TextProcess:
         socket = AsyncSocket(self._context.socket(zmq.DEALER))
         socket.socket.bind(address)
         orders = {"config": msgspec.to_builtins(self._config), "name": self.name, "address": address}
-        self._child = Child(f"the {self.name}", "hbserve.pd_disagg.text_worker", orders)
+        self._child = ChildProcess(f"the {self.name}", "hbserve.pd_disagg.text_worker", orders)
         try:
             await self._child.start()
             await self._child.wait_ready(deadline)

@@ -34,7 +34,7 @@ from hbserve.messages.text import (
 )
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.async_socket import AsyncSocket
-from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer import Tokenizer, leave_out_torch
 from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ def main() -> None:
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title(f"hbserve-{orders['name']}")
     child.configure_logging(config.logging, orders["name"])
+    leave_out_torch()
     try:
         event_loop.run(_serve(config, orders["address"]))
     except HBServeError as error:

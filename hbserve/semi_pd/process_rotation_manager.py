@@ -26,7 +26,7 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.messages.supervisor import SetWorkers
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.launcher import InstanceSupervisor
+from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.platform import mps
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.scheduler_link import SchedulerLink

@@ -101,7 +101,7 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        """The operator's view: counts, instances and links, as `hbserve.pd_disagg.system_stats.collect` has them."""
+        """The operator's view: counts, instances and links; see `hbserve.pd_disagg.system_stats.SystemStats`."""
         return await client.stats(STATS_TIMEOUT_S)
 
     @app.post("/v1/instances/{instance_id}/role")

@@ -139,4 +139,4 @@ def _named_as_in(body: ChatCompletionRequest) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        raise InvalidRequestError(str(error), names.get(error.param or "", error.param)) from error
+        raise type(error)(str(error), names.get(error.param or "", error.param)) from error

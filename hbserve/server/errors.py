@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from hbserve.config import nearest
 from hbserve.errors import (
+    ContextLengthError,
     EngineDeadError,
     HBServeError,
     InvalidRequestError,
@@ -84,6 +85,8 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ModelNotFoundError():
             return ApiError(404, what, "invalid_request_error", error.param, "model_not_found")
+        case ContextLengthError():
+            return ApiError(400, what, "invalid_request_error", error.param, "context_length_exceeded")
         case InvalidRequestError():
             return ApiError(400, what, "invalid_request_error", error.param)
         case RateLimitedError():

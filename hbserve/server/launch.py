@@ -13,13 +13,14 @@ from hbserve import event_loop
 from hbserve.config import Config, ServerConfig
 from hbserve.errors import ConfigError, ShuttingDownError
 from hbserve.pd_disagg import child
-from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
 from hbserve.server import live_page, semi_pd_routes
 from hbserve.server.app import create_app
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
 from hbserve.server.serve import bind, serve
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
+from hbserve.tokenizer import leave_out_torch
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def serve_system(config: Config, with_instances: bool, port: int | None = None) 
         config = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, port=port))
     child.set_process_title("hbserve-api")
     child.configure_logging(config.logging, "api")
+    leave_out_torch()
     return event_loop.run(_serve(config, with_instances))
 
 

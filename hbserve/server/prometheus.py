@@ -1,7 +1,8 @@
 """The scheduler's numbers in Prometheus' format.
 
 The scheduler counts and the API server translates: nothing here is counted twice or kept between two
-scrapes. Names follow https://prometheus.io/docs/practices/naming/: base units, ``_total`` for counters.
+scrapes, and what a scheduler's statistics do not have is left out. Names follow
+https://prometheus.io/docs/practices/naming/: base units, ``_total`` for counters.
 """
 
 from __future__ import annotations
@@ -66,19 +67,25 @@ class _Translation(Collector):
         yield from self._requests()
         yield from self._instances()
         yield from self._links()
-        for name, histogram in self._stats["metrics"]["histograms"].items():
+        for name, histogram in self._metrics.get("histograms", {}).items():
             yield _histogram(name, histogram)
 
+    @property
+    def _metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = self._stats.get("metrics", {})
+        return metrics
+
     def _requests(self) -> Iterator[Metric]:
-        scheduler = self._stats["cpu_scheduler"]
+        scheduler: dict[str, Any] = self._stats.get("cpu_scheduler", {})
         requests = CounterMetricFamily("hbserve_requests", "Requests that have ended, by outcome.", labels=["outcome"])
         for outcome, key in _REQUESTS.items():
-            requests.add_metric([outcome], scheduler[key])
+            if key in scheduler:
+                requests.add_metric([outcome], scheduler[key])
         yield requests
         with_targets = CounterMetricFamily(
             "hbserve_requests_with_targets", "Completed requests that had latency targets.", labels=["result"]
         )
-        for result, number in self._stats["metrics"]["requests_with_targets"].items():
+        for result, number in self._metrics.get("requests_with_targets", {}).items():
             with_targets.add_metric([result], number)
         yield with_targets
         for name, key, text in (
@@ -88,8 +95,13 @@ class _Translation(Collector):
             ("cached_prompt_tokens", "cached_prompt_tokens", "Of these, found in the prefix cache."),
             ("generated_tokens", "generated_tokens", "Output tokens."),
         ):
-            yield CounterMetricFamily(f"hbserve_{name}", text, value=scheduler[key])
-        state = self._stats["metrics"]["queues"]
+            if key in scheduler:
+                yield CounterMetricFamily(f"hbserve_{name}", text, value=scheduler[key])
+        if "uptime_s" in scheduler:
+            yield GaugeMetricFamily("hbserve_uptime_seconds", "Of the scheduler.", value=scheduler["uptime_s"])
+        state = self._metrics.get("queues")
+        if state is None:
+            return
         by_phase = GaugeMetricFamily("hbserve_open_requests", "Requests that have not ended.", labels=["phase"])
         for phase, number in state["requests"].items():
             by_phase.add_metric([phase], number)
@@ -100,16 +112,18 @@ class _Translation(Collector):
         yield GaugeMetricFamily(
             "hbserve_oldest_wait_seconds", "How long the oldest waiting request waits.", value=state["oldest_wait_s"]
         )
-        yield GaugeMetricFamily("hbserve_uptime_seconds", "Of the scheduler.", value=scheduler["uptime_s"])
 
     def _instances(self) -> Iterator[Metric]:
         labels = ["instance", "role"]
-        instances = [([name, instance["role"]], instance) for name, instance in self._stats["gpu_instances"].items()]
+        instances = [
+            ([name, instance["role"]], instance) for name, instance in self._stats.get("gpu_instances", {}).items()
+        ]
 
         def counter(name: str, text: str, key: str) -> Metric:
             family = CounterMetricFamily(f"hbserve_instance_{name}", text, labels=labels)
             for values, instance in instances:
-                family.add_metric(values, instance[key])
+                if key in instance:
+                    family.add_metric(values, instance[key])
             return family
 
         up = GaugeMetricFamily("hbserve_instance_up", "Whether it can be given work.", labels=labels)
@@ -118,7 +132,7 @@ class _Translation(Collector):
         usage = GaugeMetricFamily("hbserve_kv_usage_ratio", "Share of the KV blocks in use.", labels=labels)
         for values, instance in instances:
             up.add_metric(values, instance["status"] == "ready")
-            active.add_metric(values, instance["active_requests"])
+            active.add_metric(values, instance.get("active_requests", 0))
             if "kv_blocks" in instance:
                 kv = instance["kv_blocks"]
                 for state in ("total", "free", "cached"):
@@ -132,7 +146,7 @@ class _Translation(Collector):
 
     def _links(self) -> Iterator[Metric]:
         labels = ["source", "target"]
-        links = self._stats["kv_transfer"]["links"]
+        links: dict[str, dict[str, Any]] = self._stats.get("kv_transfer", {}).get("links", {})
         families = {
             "transfers": CounterMetricFamily("hbserve_kv_transfers", "KV transfers done.", labels=labels),
             "bytes": CounterMetricFamily("hbserve_kv_transfer_bytes", "Bytes of KV moved.", labels=labels),

@@ -120,6 +120,8 @@ class GenerationRequest(Body):
         return SamplingParams(**given | more)
 
     def _refuse_unsupported(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options needs stream: true", "stream_options")
         for name, neutral in NEUTRAL.items():
             value = getattr(self, name, None)
             if value is not None and value not in neutral:

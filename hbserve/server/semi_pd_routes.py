@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from hbserve.errors import InvalidRequestError, OverloadedError
-from hbserve.pd_disagg.launcher import InstanceSupervisor
+from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.sm_allocation import SMAllocation
 

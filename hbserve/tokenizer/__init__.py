@@ -1,6 +1,6 @@
 """Text to token ids and back."""
 
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
-from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
+from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer, leave_out_torch
 
-__all__ = ["ChatMessage", "IncrementalDetokenizer", "Tokenizer"]
+__all__ = ["ChatMessage", "IncrementalDetokenizer", "Tokenizer", "leave_out_torch"]

@@ -3,21 +3,77 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Set
-from typing import Protocol
+import re
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding shows for bytes that are not UTF-8
 MAX_HELD_TOKENS = 32  # of text that ends in replacement characters; a character has 4 bytes at most
 
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
-def byte_of_char() -> dict[str, int]:
-    """The alphabet in which byte-level BPE vocabularies write bytes (Radford et al. 2019, GPT-2).
+BytesOfPiece = Callable[[str], bytes]
+
+
+def bytes_of_piece(decoder: Mapping[str, Any]) -> BytesOfPiece | None:
+    """How a vocabulary writes the bytes of its tokens.
+
+    Args:
+        decoder: its ``decoder`` in tokenizer.json.
+
+    Returns:
+        A function from an entry of the vocabulary to its bytes; None where there is none, as the text of a token
+        depends on its neighbours. That SentencePiece drops a space before a whole text is no such dependence:
+        an output goes on from its prompt.
+    """
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    space, has_byte_pieces, is_byte_level = "", False, False
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                is_byte_level = True
+            case {"type": "Metaspace", "replacement": str(space)}:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(space)}, "content": " "}:
+                pass
+            case {"type": "ByteFallback"}:
+                has_byte_pieces = True
+            case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 0 | 1, "stop": 0}:
+                pass
+            case _:
+                return None
+    if is_byte_level:
+        return None if space or has_byte_pieces else _byte_level()
+    return _sentence_piece(space, has_byte_pieces)
+
+
+def _byte_level() -> BytesOfPiece:
+    """The alphabet of byte-level BPE (Radford et al. 2019, GPT-2).
 
     Printable Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of_char = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    def convert(piece: str) -> bytes:
+        try:
+            return bytes(byte_of_char[char] for char in piece)
+        except KeyError:  # an added token is written as it is
+            return piece.encode()
+
+    return convert
+
+
+def _sentence_piece(space: str, has_byte_pieces: bool) -> BytesOfPiece:
+    """Text with a sign for spaces, and perhaps ``<0xE4>`` for bytes (Kudo and Richardson 2018)."""
+
+    def convert(piece: str) -> bytes:
+        if has_byte_pieces and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
+        return (piece.replace(space, " ") if space else piece).encode()
+
+    return convert
 
 
 class TextDecoder(Protocol):

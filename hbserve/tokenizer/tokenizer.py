@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,28 @@ from typing import Any
 import jinja2
 
 from hbserve.errors import InvalidRequestError, ModelError
-from hbserve.tokenizer.text_decoder import ByteDecoder, TextDecoder, WindowDecoder, byte_of_char
+from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, what chat templates take
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+def leave_out_torch() -> None:
+    """Keep transformers from importing torch, of which tokenizers need nothing: half the time and 180 MB.
+
+    For processes of our own: transformers finds no torch in this one for good, others still can import it.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would warn that there is none
+    sys.modules["torch"] = None  # type: ignore[assignment]  # "not to be found", as Python spells it
+    try:
+        import transformers.utils
+
+        transformers.utils.is_torch_available()  # which keeps its answer
+    finally:
+        del sys.modules["torch"]
 
 
 class Tokenizer:
@@ -41,6 +60,7 @@ class Tokenizer:
         self.path = Path(path)
         self.has_text = any((self.path / name).is_file() for name in _FILES)
         self._special: frozenset[int] = frozenset()
+        self._bytes_of_piece: BytesOfPiece | None = None
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
         self._shown_bytes: dict[int, bytes] = {}  # likewise, special tokens empty
         end_token_ids = _configured_end_tokens(Path(model_path or path))
@@ -51,7 +71,6 @@ class Tokenizer:
     def _load(self) -> set[int]:
         """Load the files; returns the tokenizer's own end tokens."""
         # Takes seconds to import, and workers, which import this package's siblings, do not need it.
-        from tokenizers.decoders import ByteLevel
         from transformers import AutoTokenizer
 
         try:
@@ -67,7 +86,8 @@ class Tokenizer:
         self._backend: Any = backend
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._byte_of_char = byte_of_char() if isinstance(backend.decoder, ByteLevel) else None
+        if backend.decoder is not None:
+            self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
 
     @property
@@ -147,7 +167,7 @@ class Tokenizer:
 
     def text_decoder(self, skip_special_tokens: bool) -> TextDecoder:
         """A decoder for one output. See `IncrementalDetokenizer` for what users want."""
-        if self.has_text and self._byte_of_char is None:
+        if self.has_text and self._bytes_of_piece is None:
             hidden = self._special if skip_special_tokens else frozenset()
             return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=False), hidden)
         return ByteDecoder(self._shown_token_bytes if skip_special_tokens else self.token_bytes)
@@ -162,13 +182,8 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id) if self.has_text else None
         if token is None:
             return b""
-        if self._byte_of_char is not None:
-            try:
-                return bytes(self._byte_of_char[char] for char in token)
-            except KeyError:  # an added token is written as it is
-                return str(token).encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # SentencePiece's byte tokens
-            return bytes.fromhex(token[3:5])
+        if self._bytes_of_piece is not None:
+            return self._bytes_of_piece(token)
         return self.decode([token_id], skip_special_tokens=False).encode()
 
 

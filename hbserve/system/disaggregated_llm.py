@@ -19,10 +19,11 @@ from hbserve.messages.client import SchedulerReply
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.generation_output import GenerationOutput, SampleDelta
-from hbserve.pd_disagg.launcher import InstanceSupervisor, Launcher
+from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.pd_disagg.text_engine import Prompt, TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
+from hbserve.system.launcher import Launcher
 from hbserve.tokenizer import ChatMessage, Tokenizer
 
 _STATS_TIMEOUT_MS = 10_000
@@ -181,7 +182,7 @@ class DisaggregatedLLM:
         self.engine.abort(request_id)
 
     def get_system_stats(self) -> dict[str, Any]:
-        """The scheduler's books: see `hbserve.pd_disagg.system_stats.collect` for the keys.
+        """The scheduler's books: see `hbserve.pd_disagg.system_stats.SystemStats` for the keys.
 
         A short synchronous exchange of its own (about a millisecond), so that it can be called anywhere.
 

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from hbserve.errors import EngineDeadError
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM, as_batch, gather_or_cancel, one_each
 from hbserve.pd_disagg.generation_output import GenerationOutput
-from hbserve.pd_disagg.launcher import InstanceSupervisor
+from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.pd_disagg.text_engine import Prompt
 from hbserve.sampling_params import SamplingParams
+from hbserve.system.disaggregated_llm import DisaggregatedLLM, as_batch, gather_or_cancel, one_each
 from hbserve.tokenizer import ChatMessage
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class LLM:
         return self._run(self._generate(list(prompts), sampling_params, use_tqdm))
 
     def get_system_stats(self) -> dict[str, Any]:
-        """The scheduler's books: see `hbserve.pd_disagg.system_stats.collect` for the keys."""
+        """The scheduler's books: see `hbserve.pd_disagg.system_stats.SystemStats` for the keys."""
         return self._llm.get_system_stats()
 
     @property

@@ -1,0 +1,100 @@
+"""A parent's side of a child process; `hbserve.pd_disagg.child` is the other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+from hbserve.errors import StartupError
+from hbserve.pd_disagg.child import environment as child_environment
+
+logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 20.0
+
+
+class ChildProcess:
+    """One process started from orders.
+
+    Args:
+        name: for messages.
+        module: what it runs, as ``python -m``.
+        orders: JSON-serialisable, sent on its standard input.
+    """
+
+    def __init__(self, name: str, module: str, orders: dict[str, Any]) -> None:
+        self.name = name
+        self._module = module
+        self._orders = orders
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the process; it becomes ready later."""
+        read_end, write_end = os.pipe()
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                self._module,
+                stdin=asyncio.subprocess.PIPE,
+                env=child_environment(write_end),
+                pass_fds=[write_end],
+                start_new_session=True,  # Ctrl-C is for the launcher, which then ends its children in order
+            )
+        finally:
+            os.close(write_end)
+        self._status_end = read_end
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(self._orders).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):
+            await self.process.stdin.drain()
+
+    async def wait_ready(self, deadline: float) -> None:
+        """Wait for its word that it is ready.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: with its own reason, its exit code, or at the deadline.
+        """
+        reader = asyncio.StreamReader()
+        pipe = os.fdopen(self._status_end, "rb")
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        try:
+            line = await asyncio.wait_for(reader.readline(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise StartupError(f"{self.name} was not ready in time (rpc.start_timeout_s)") from None
+        finally:
+            transport.close()
+        status = json.loads(line) if line else {}
+        if "error" in status:
+            raise StartupError(f"{self.name}: {status['error']}")
+        if "ready" not in status:
+            assert self.process is not None
+            raise StartupError(f"{self.name} ended at start with exit code {await self.process.wait()}; see its log")
+
+    async def stop(self) -> None:
+        """Ask it to end, wait, and only then kill."""
+        if self.process is None:
+            return
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                logger.error("%s did not end within %g s; killing it", self.name, _STOP_TIMEOUT_S)
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
+                await self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()

@@ -1,0 +1,162 @@
+"""Starts the processes of a system, watches over them, and ends them.
+
+The only place that knows every kind of instance: rooms below this one do not know of each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from hbserve.config import Config, InstanceRole
+from hbserve.errors import StartupError
+from hbserve.pd_disagg.child_process import ChildProcess
+from hbserve.pd_disagg.rpc import instance_address, scheduler_address
+from hbserve.pd_disagg.supervision import InstanceSupervisor, Supervision
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+
+logger = logging.getLogger(__name__)
+
+_RESTART_WINDOW_S = 600.0
+_SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
+
+
+class Launcher:
+    """The scheduler and, if they run here, the instances of one system.
+
+    Args:
+        config: of the system.
+        with_instances: False where instances are started elsewhere.
+        on_scheduler_exit: called with the reason if the scheduler ends on its own.
+    """
+
+    def __init__(self, config: Config, with_instances: bool, on_scheduler_exit: Callable[[str], None]) -> None:
+        self.config = config
+        self._with_instances = with_instances
+        self._on_scheduler_exit = on_scheduler_exit
+        self._run_dir: str | None = None
+        self._children: list[ChildProcess] = []
+        self._supervisions: dict[str, Supervision] = {}
+        self._watchers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> str:
+        """Start everything; returns the address for clients.
+
+        Raises:
+            StartupError: naming the process that failed and why. What had started is ended.
+        """
+        deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        self.make_run_dir()
+        try:
+            return await self._start(deadline)
+        except BaseException:
+            await self.stop()
+            raise
+
+    def make_run_dir(self) -> str:
+        """The folder of the system's sockets; `stop` removes it, or the scheduler if the launcher is killed."""
+        if self._run_dir is None:
+            self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
+        return self._run_dir
+
+    async def _start(self, deadline: float) -> str:
+        run_dir = self._run_dir if self._with_instances else None
+        client_address = scheduler_address(self.config, self._run_dir)
+        plain = [i for i in self.config.gpu_instances if i.instance_type not in _SUPERVISORS]
+        others = [i for i in self.config.gpu_instances if i.instance_type in _SUPERVISORS]
+        addresses = {i.instance_id: instance_address(i, run_dir) for i in plain}
+        config = msgspec.to_builtins(self.config)
+        scheduler = ChildProcess(
+            "the scheduler",
+            "hbserve.pd_disagg.scheduler_process",
+            {
+                "config": config,
+                "client_address": client_address,
+                "instance_addresses": addresses,
+                "run_dir": self._run_dir,
+            },
+        )
+        self._children.append(scheduler)
+        if self._with_instances:
+            for name, address in addresses.items():
+                orders = {"config": config, "instance_id": name, "address": address}
+                self._children.append(ChildProcess(name, "hbserve.pd_disagg.gpu_instance", orders))
+        if others and not self._with_instances:
+            raise StartupError(
+                f"{others[0].instance_id}: a {others[0].instance_type} instance cannot be started elsewhere"
+            )
+        for child in self._children:
+            await child.start()
+        waits: list[asyncio.Future[None]] = [
+            asyncio.create_task(child.wait_ready(deadline)) for child in self._children
+        ]
+        for instance in others:
+            assert self._run_dir is not None
+            kind = _SUPERVISORS[instance.instance_type]
+            supervisor = kind.supervise(self.config, instance, self._run_dir, client_address)
+            supervision = self._supervisions[instance.instance_id] = Supervision(supervisor, deadline)
+            waits.append(supervision.ready)
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        self._watchers.append(asyncio.create_task(self._watch_scheduler(scheduler)))
+        self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in self._children[1:]]
+        return client_address
+
+    @property
+    def supervisors(self) -> dict[str, InstanceSupervisor]:
+        """Of the instances that have one, by name."""
+        return {name: supervision.supervisor for name, supervision in self._supervisions.items()}
+
+    async def _watch_scheduler(self, scheduler: ChildProcess) -> None:
+        assert scheduler.process is not None
+        code = await scheduler.process.wait()
+        self._on_scheduler_exit(f"the scheduler ended with exit code {code}")
+
+    async def _keep_alive(self, child: ChildProcess) -> None:
+        """Restart an instance that ends on its own; the scheduler meanwhile keeps its requests."""
+        recent: deque[float] = deque()
+        while True:
+            assert child.process is not None
+            code = await child.process.wait()
+            now = time.monotonic()
+            while recent and now - recent[0] > _RESTART_WINDOW_S:
+                recent.popleft()
+            if len(recent) >= self.config.rpc.max_restarts:
+                logger.error("%s ended with exit code %d, too often to restart it again", child.name, code)
+                return
+            logger.warning("%s ended with exit code %d; restarting it", child.name, code)
+            await asyncio.sleep(min(0.1 * 4 ** len(recent), 10.0))  # quickly at first, calmer if it keeps failing
+            recent.append(now)
+            await child.start()
+            try:
+                await child.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
+            except StartupError as error:
+                logger.error("%s", error)
+                await child.stop()
+
+    async def stop(self) -> None:
+        """End everything that was started here, and remove the sockets."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self._watchers.clear()
+        for child in self._children[:1]:
+            await child.stop()  # the scheduler first: nobody then misses the instances
+        await asyncio.gather(*(each.stop() for each in self._supervisions.values()))
+        self._supervisions.clear()
+        await asyncio.gather(*(child.stop() for child in self._children[1:]))
+        self._children.clear()
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = None
