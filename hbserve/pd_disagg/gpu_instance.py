@@ -66,8 +66,9 @@ class GpuInstance:
         config: of the system.
         instance: which of its instances this is.
         address: where to listen for the scheduler.
-        attachment: to arenas that another process holds; None: it has its own.
+        attachments: to arenas that other processes hold, one per rank; None: it has its own.
         partition: its share of the device.
+        ranks: its other ranks, asleep; None: they are started by `run`.
     """
 
     def __init__(
@@ -75,13 +76,16 @@ class GpuInstance:
         config: Config,
         instance: InstanceConfig,
         address: str,
-        attachment: ArenaAttachment | None = None,
+        attachments: list[ArenaAttachment] | None = None,
         partition: Partition | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
         self.config = config
         self.instance = instance
-        self._attachment = attachment
+        self._attachments = attachments
+        self._attachment = None if attachments is None else attachments[0]
         self._partition = partition
+        self._sleeping_ranks = ranks
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
@@ -103,7 +107,11 @@ class GpuInstance:
         """
         started = time.monotonic()
         rpc = self.config.rpc
-        self._ranks = RankGroup(self.config, self.instance, self._on_rank_lost)
+        self._ranks = self._sleeping_ranks or RankGroup(
+            self.config.model.tensor_parallel_size, self.instance.instance_id, False, self._on_rank_lost
+        )
+        self._ranks.on_lost = self._on_rank_lost
+        self._ranks.wake(self.config, self.instance, self._attachments, self._partition)
 
         import torch  # takes seconds, in which the other ranks start
 
@@ -157,6 +165,7 @@ class GpuInstance:
                     "ready": True,
                     "start_s": {"device": device_s} | self._runner.start_s,
                     "memory_bytes": self._platform.held_memory_bytes(),
+                    "rank_pids": self._ranks.pids,
                 }
             )
             self._launch_steps(pipeline)
@@ -374,14 +383,15 @@ def run_worker(
     config: Config,
     instance: InstanceConfig,
     address: str,
-    attachment: ArenaAttachment | None = None,
+    attachments: list[ArenaAttachment] | None = None,
     partition: Partition | None = None,
+    ranks: RankGroup | None = None,
 ) -> int:
     """As `run_instance`, of an instance that need not be one of the configuration's; arguments as `GpuInstance`."""
     name = instance.instance_id
     child.set_process_title(f"hbserve-{name}-TP0")
     child.configure_logging(config.logging, name)
-    worker = GpuInstance(config, instance, address, attachment, partition)
+    worker = GpuInstance(config, instance, address, attachments, partition, ranks)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     if child.STATUS_FD_VARIABLE in os.environ:

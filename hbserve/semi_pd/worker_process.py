@@ -1,17 +1,10 @@
-"""A worker of one phase, and before that a sleeper: a process that has imported everything it will need.
-
-A sleeper has not touched the device, so it can still become a worker of any phase with any share of
-it. One line on its standard input makes it that; the end of the input ends it.
-"""
+"""A worker of one phase, and before that a sleeper (`hbserve.pd_disagg.sleep`), with the other ranks of its group."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import sys
-import time
 from typing import Any
 
 import msgspec
@@ -19,11 +12,12 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
-from hbserve.platform import mps
+from hbserve.pd_disagg.rank_group import RankGroup
+from hbserve.pd_disagg.sleep import sleep, take_orders
 
 logger = logging.getLogger(__name__)
 
-_ORDERS_VARIABLE, _WAKE_UP_VARIABLE = "HBSERVE_WORKER_ORDERS", "HBSERVE_WORKER_WAKE_UP"
+_EXIT_RANK_LOST = 72
 
 
 class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,83 +26,45 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         instance: with the worker's own name and its phase as type.
         address: where it listens for the scheduler.
-        percentage, priority: see `hbserve.platform.Partition`.
-        attachment: an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
+        partition: the arguments of its `hbserve.platform.Partition`.
+        attachments: by rank, an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
     """
 
     instance: InstanceConfig
     address: str
-    percentage: int
-    priority: int
-    attachment: dict[str, Any]
+    partition: dict[str, int]
+    attachments: list[dict[str, Any]]
 
 
-def _import_everything(on_gpu: bool) -> None:
-    """Seconds of work that do not depend on what the process will be."""
-    import hbserve.engine.model_runner
-    import hbserve.pd_disagg.gpu_instance
-    import hbserve.pd_disagg.kv_transfer.torch_distributed
-
-    if on_gpu:
-        import flashinfer
-        import triton
-
-        import hbserve.engine.decode_graphs
-        import hbserve.layers.fused  # noqa: F401
-
-        logger.debug("asleep with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)
-
-
-def _work(config: Config, order: WakeUp) -> int:
+def _work(config: Config, order: WakeUp, ranks: RankGroup) -> int:
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.pd_disagg.gpu_instance import run_worker
-    from hbserve.platform import Partition, enter_partition
+    from hbserve.platform import Partition
 
-    partition = Partition(order.percentage, order.priority)
-    enter_partition(partition)
-    attachment = msgspec.convert(order.attachment, ArenaAttachment)
+    attachments = msgspec.convert(order.attachments, list[ArenaAttachment])
     config = msgspec.structs.replace(
         config,
         kv_transfer=KVTransferConfig(),  # nobody sends to this worker, or receives from it
-        model=msgspec.structs.replace(config.model, device=attachment.device),
+        model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
-    return run_worker(config, order.instance, order.address, attachment, partition)
-
-
-def _wake_anew(orders: dict[str, Any], line: bytes) -> None:
-    """Replace this process' program by a new run of it, which gets its share before it imports anything."""
-    from hbserve.platform import Partition, enter_partition
-
-    order = msgspec.json.decode(line, type=WakeUp)
-    enter_partition(Partition(order.percentage, order.priority))
-    os.environ[_ORDERS_VARIABLE] = json.dumps(orders)
-    os.environ[_WAKE_UP_VARIABLE] = line.decode()
-    os.execv(sys.executable, [sys.executable, "-m", "hbserve.semi_pd.worker_process"])
+    return run_worker(config, order.instance, order.address, attachments, Partition(**order.partition), ranks)
 
 
 def main() -> None:
     """Entry of the process that a `ProcessRotationManager` starts."""
-    woken = os.environ.pop(_WAKE_UP_VARIABLE, None)
-    orders = child.read_orders() if woken is None else json.loads(os.environ.pop(_ORDERS_VARIABLE))
+    orders = take_orders()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
-    name = f"{orders['name']}-sleeper"
+    name = orders["name"]
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
-    started = time.monotonic()
-    _import_everything(orders["on_gpu"])
-    line = (woken or "").encode()
-    if woken is None:
-        child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
-        line = sys.stdin.buffer.readline()
-        if not line:
-            child.exit_now(0)
-        if orders["on_gpu"] and mps.is_driver_initialised():
-            logger.warning("an import has initialised the CUDA driver; starting anew to get the right share")
-            _wake_anew(orders, line)
+    # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
+    size = config.model.tensor_parallel_size
+    ranks = RankGroup(size, name, orders["on_gpu"], lambda why: os._exit(_EXIT_RANK_LOST))
+    order = sleep("hbserve.semi_pd.worker_process", orders, ranks.kill)
     code = 1
     try:
-        code = _work(config, msgspec.json.decode(line, type=WakeUp))
+        code = _work(config, msgspec.convert(order, WakeUp), ranks)
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)

@@ -32,7 +32,7 @@ class WorkerState(StrEnum):
 
 
 class Worker:
-    """One worker process.
+    """One worker: a process, or one for each rank of a tensor-parallel group, of which the first has the others.
 
     Attributes:
         spec: as the scheduler gets to know it.
@@ -40,6 +40,7 @@ class Worker:
         error: what it said when it could not start.
         start_s: seconds that the parts of its start took.
         memory_bytes: of the device, that it held of its own when it was ready.
+        rank_pids: process ids of its ranks, once it is ready.
     """
 
     def __init__(self, spec: WorkerSpec, process: ManagedProcess) -> None:
@@ -49,6 +50,7 @@ class Worker:
         self.error: str | None = None
         self.start_s: dict[str, float] = {}
         self.memory_bytes: int | None = None
+        self.rank_pids = [process.pid]
 
     @property
     def rung(self) -> tuple[InstanceRole, int]:
@@ -62,6 +64,7 @@ class Worker:
             "role": str(self.spec.role),
             "percentage": self.spec.percentage,
             "pid": self.process.pid,
+            "rank_pids": self.rank_pids,
             "state": str(self.state),
             "start_s": self.start_s,
             "memory_bytes": self.memory_bytes,
@@ -108,7 +111,7 @@ class WorkerSet:
     def _new_process(self) -> ManagedProcess:
         orders = {
             "config": msgspec.to_builtins(self._config),
-            "name": self._instance.instance_id,
+            "name": f"{self._instance.instance_id}-sleeper",
             "on_gpu": self._on_gpu,
         }
         process: ManagedProcess
@@ -119,6 +122,7 @@ class WorkerSet:
                 worker.error = status["error"]
             if worker is not None and "ready" in status:
                 worker.start_s, worker.memory_bytes = status["start_s"], status["memory_bytes"]
+                worker.rank_pids = [worker.process.pid, *status["rank_pids"]]
                 self._on_ready(worker)
             if "asleep" in status:
                 self._asleep.add(process)
@@ -133,8 +137,12 @@ class WorkerSet:
         process = ManagedProcess(name, _MODULE, orders, self._environment, on_status, on_exit)
         return process
 
-    def wake(self, phase: InstanceRole, percentage: int, attachment: dict[str, Any]) -> Worker:
-        """Have a sleeper, or a new process if there is none, become a worker; it says later when it is ready."""
+    def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
+        """Have a sleeper, or a new process if there is none, become a worker; it says later when it is ready.
+
+        Args:
+            attachments: to each rank's arenas.
+        """
         priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
         while True:
             process = self._sleepers.popleft() if self._sleepers else self._new_process()
@@ -145,9 +153,8 @@ class WorkerSet:
             order = WakeUp(
                 instance=msgspec.structs.replace(self._instance, instance_id=worker_id, instance_type=phase),
                 address=address,
-                percentage=percentage,
-                priority=priority,
-                attachment=attachment,
+                partition={"percentage": percentage, "priority": priority},
+                attachments=attachments,
             )
             worker = Worker(spec, process)
             process.name = worker_id
