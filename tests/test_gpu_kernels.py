@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +137,23 @@ def test_norm_rotate_store(num_tokens: int) -> None:
     assert_close(cache[stored // page, 0, stored % page], rotate(rms_norm(keys, k_norm, 1e-6), *angles)[1:])
     assert torch.equal(cache[stored // page, 1, stored % page], values[1:])
     assert cache.count_nonzero(dim=(1, 3, 4)).count_nonzero() <= num_tokens - 1
+
+
+@pytest.mark.parametrize(("percentage", "end"), [(60, "first"), (40, "last"), (80, "first"), (20, "last")])
+def test_products_in_a_share_of_the_multiprocessors(percentage: int, end: Literal["first", "last"]) -> None:
+    """In a process that MPS limits to a share, cuBLAS leaves tiles out: these are the shapes where it showed."""
+    from hbserve.platform.cuda_share import CudaShare
+
+    share = CudaShare(torch.device("cuda", 0), percentage, end)
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    assert abs(share.num_multiprocessors - total * percentage / 100) <= 4
+    with torch.cuda.stream(share.stream):
+        for size, inner in [(512, 256), (1408, 256), (6144, 4096), (4096, 4096), (4096, 12288)]:
+            for rows in (1, 16, 48, 64, 128, 200, 640, 1024, 4096):
+                x, weight, probe = random(rows, inner), random(size, inner), torch.randn(size, device="cuda")
+                product = torch.full((rows, size), float("nan"), device="cuda", dtype=torch.bfloat16)
+                torch.mm(x, weight.t(), out=product)
+                # Both sides as sums of products of vectors, which no kernel for matrices computes.
+                seen = (product.float() * probe).sum(1)
+                expected = (x.float() * (weight.float() * probe[:, None]).sum(0)).sum(1)
+                assert ((seen - expected).abs() < 0.1 * expected.abs().mean()).all(), (size, inner, rows)

@@ -19,6 +19,7 @@ import torch
 
 from hbserve.attention.page_tables import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
+from hbserve.engine.capture import capture_stream, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.pending_step import StepTimer
 from hbserve.engine.sampler import Sampled, sample
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT_BYTES = 16
 _NUM_HOST_BUFFERS = 8
-_WARM_UP_RUNS = 2
 _FED_BACK = -1
 
 
@@ -166,14 +166,9 @@ class DecodeGraphs:
                 tensor("chunk_len", 1),
             )
         )
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                self._step(size)
-        torch.cuda.current_stream().wait_stream(stream)
+        run_to_capture(lambda: self._step(size))
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
             token_ids = self._step(size)
         return _Graph(graph, token_ids)
 

@@ -18,6 +18,7 @@ import torch
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.engine.batch import StepBatch
+from hbserve.engine.capture import capture_stream, run_to_capture
 from hbserve.layers.ops import ResidualStream
 from hbserve.models.decoder import Decoder
 
@@ -75,16 +76,12 @@ class PrefillGraphs:
 
     def _capture(self, size: int, pool: Any) -> _Pieces:
         self._attention.slot_mapping = self._slot_mapping[:size]
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is compiled or allocated at the first call
-            self._finish(self._piece(0, None, size), size)
-        torch.cuda.current_stream().wait_stream(stream)
+        run_to_capture(lambda: self._finish(self._piece(0, None, size), size))
         graphs = []
         residual: ResidualStream | None = None
         for index in range(len(self._decoder.layers) + 1):
             graph: Any = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
                 if index < len(self._decoder.layers):
                     residual = self._piece(index, residual, size)
                 else:

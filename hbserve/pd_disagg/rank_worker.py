@@ -28,7 +28,7 @@ from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
 from hbserve.pd_disagg.rank_line import RankLine
-from hbserve.pd_disagg.sleep import sleep, take_orders
+from hbserve.pd_disagg.sleep import sleep
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
@@ -191,13 +191,13 @@ class RankWorker:
 
 def main() -> None:
     """Entry of the process that rank 0 starts."""
-    orders = take_orders()
+    orders = child.read_orders()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Whoever ends a whole group of processes must not take away what rank 0 needs to finish.
         signal.signal(number, signal.SIG_IGN)
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
-    wake_up = sleep("hbserve.pd_disagg.rank_worker", orders)
+    wake_up = sleep(orders["on_gpu"])
     child.watch_parent(lambda: os._exit(EXIT_FAILED))
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.platform import Partition

@@ -13,19 +13,6 @@ from hbserve.platform.remote_arena import RemoteArena
 
 
 @dataclass(frozen=True)
-class Partition:
-    """The share of a device that one process gets, fixed before it first touches the device.
-
-    Attributes:
-        percentage: of the device's multiprocessors, or of the instance's threads on CPU.
-        priority: 0 is normal, 1 below it: work of the latter yields to work of the former.
-    """
-
-    percentage: int = 100
-    priority: int = 0
-
-
-@dataclass(frozen=True)
 class SharedArena:
     """Memory that other processes can attach to.
 
@@ -46,7 +33,10 @@ class Platform(ABC):
 
     @abstractmethod
     def activate(self) -> None:
-        """Make this process use the device: its threads or its card. Called once, before any tensor."""
+        """Make this process use the device: its threads or its card, and its share of them.
+
+        Called once, before any tensor, by the thread that launches work.
+        """
 
     @abstractmethod
     def free_memory_bytes(self) -> int:

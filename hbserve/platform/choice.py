@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from hbserve.errors import ConfigError
-from hbserve.platform.base import Partition, Platform
+from hbserve.platform.base import Platform
 from hbserve.platform.cpu import CpuPlatform
 from hbserve.platform.cuda import CudaPlatform
+from hbserve.platform.partition import Partition
 
 _NICENESS_OF_LOW_PRIORITY = 5
 
@@ -43,7 +44,7 @@ def make_platform(
     Args:
         gpu_id: of the instance's first rank; the others' follow.
         num_threads: on CPU; None shares the cores evenly among ``num_instances`` of ``tp_size`` ranks.
-        partition: of the device; on a GPU `enter_partition` has to come first.
+        partition: of the device; its priority takes effect if `set_priority` came first.
 
     Raises:
         ConfigError: if the device is not there.
@@ -57,21 +58,12 @@ def make_platform(
     if gpu_id + tp_size > count:
         gpus = f"gpu_id {gpu_id}" if tp_size == 1 else f"gpu_id {gpu_id} with tensor_parallel_size {tp_size}"
         raise ConfigError(f"{gpus}: this machine has {count} GPU(s), numbered from 0")
-    return CudaPlatform(gpu_id + tp_rank)
+    return CudaPlatform(gpu_id + tp_rank, partition)
 
 
-def partition_environment(partition: Partition) -> dict[str, str]:
-    """The variables that give a process its share of a GPU under MPS; see `enter_partition`."""
-    return {
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(partition.percentage),
-        "CUDA_MPS_CLIENT_PRIORITY": str(partition.priority),
-    }
+def set_priority(priority: int) -> None:
+    """Set the priority that this process will have under MPS; before anything initialises the driver.
 
-
-def enter_partition(partition: Partition) -> None:
-    """Set the share that this process' CUDA context will get under MPS; before anything touches the GPU.
-
-    The driver reads both when it makes the context, and they cannot be changed afterwards
-    (https://docs.nvidia.com/deploy/mps).
+    The driver reads it once, and it cannot be changed afterwards (https://docs.nvidia.com/deploy/mps).
     """
-    os.environ.update(partition_environment(partition))
+    os.environ["CUDA_MPS_CLIENT_PRIORITY"] = str(priority)

@@ -10,6 +10,8 @@ import torch.distributed
 
 from hbserve.platform import cuda_ipc
 from hbserve.platform.base import Platform, SharedArena
+from hbserve.platform.cuda_share import CudaShare
+from hbserve.platform.partition import Partition
 from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 
 dist: Any = torch.distributed  # its stubs lack the process groups
@@ -20,15 +22,22 @@ class CudaPlatform(Platform):
 
     Args:
         gpu_id: index among the visible devices.
+        partition: of it.
     """
 
     name = "cuda"
 
-    def __init__(self, gpu_id: int) -> None:
+    def __init__(self, gpu_id: int, partition: Partition) -> None:
         self.device = torch.device("cuda", gpu_id)
+        self._partition = partition
+        self._share: CudaShare | None = None
 
     def activate(self) -> None:
         torch.cuda.set_device(self.device)
+        if self._partition.percentage < 100:
+            torch.zeros(1, device=self.device)  # makes the device's usual context, which a share builds on
+            self._share = CudaShare(self.device, self._partition.percentage, self._partition.end)
+            torch.cuda.set_stream(self._share.stream)
 
     def free_memory_bytes(self) -> int:
         torch.cuda.empty_cache()
@@ -41,8 +50,9 @@ class CudaPlatform(Platform):
         torch.cuda.synchronize(self.device)
 
     def describe(self) -> str:
-        # Under MPS these are the multiprocessors of this process' share.
         count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if self._share is not None:
+            count = self._share.num_multiprocessors
         return f"{torch.cuda.get_device_name(self.device)} (cuda:{self.device.index}, {count} multiprocessors)"
 
     def allocate_shared_arena(self, num_bytes: int) -> SharedArena:

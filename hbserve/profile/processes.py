@@ -10,7 +10,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
-from hbserve.platform import Partition, mps, partition_environment
+from hbserve.platform import mps
 from hbserve.profile.stepper import Measured, Stepper, Work
 from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
@@ -114,7 +114,7 @@ class ProfiledDevice:
                 priority=priority,
                 attachment=attachment,
             )
-            return StepperProcess(orders, environment | partition_environment(Partition(percentage, priority)))
+            return StepperProcess(orders, environment)
 
         for role, percentages in self._percentages.items():
             priority = self.config.semi_pd.prefill_priority if role is InstanceRole.PREFILL else 0

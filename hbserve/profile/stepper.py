@@ -132,10 +132,11 @@ def _run(orders: Stepper) -> None:
 
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.engine.model_runner import ModelRunner
-    from hbserve.platform import Partition, enter_partition, make_platform
+    from hbserve.platform import make_platform, set_priority
+    from hbserve.semi_pd.utils import partition_of
 
-    partition = Partition(orders.percentage, orders.priority)
-    enter_partition(partition)
+    set_priority(orders.priority)
+    partition = partition_of(orders.instance.instance_type, orders.percentage, orders.priority)
     attachment = msgspec.convert(orders.attachment, ArenaAttachment)
     model = msgspec.convert(msgspec.to_builtins(orders.config.model) | {"device": attachment.device}, ModelConfig)
     instance = orders.instance

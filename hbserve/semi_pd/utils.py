@@ -7,9 +7,10 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import ConfigError
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.platform import Partition
 from hbserve.semi_pd.sm_allocation import SMAllocation
 
-__all__ = ["PHASES", "InstanceRole", "semi_pd_system", "share_of"]
+__all__ = ["PHASES", "InstanceRole", "partition_of", "semi_pd_system", "share_of"]
 
 PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
 
@@ -29,6 +30,11 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
     instance = InstanceConfig(instance_id="semi-0", instance_type=InstanceRole.SEMI_PD, gpu_id=gpu_id, kv_rank=0)
     document = msgspec.to_builtins(config) | {"mode": "semi_pd", "gpu_instances": [msgspec.to_builtins(instance)]}
     return Config.from_dict(document), instance
+
+
+def partition_of(phase: InstanceRole, percentage: int, priority: int) -> Partition:
+    """Of a phase's worker: prefill has the device's first multiprocessors, decode its last."""
+    return Partition(percentage, "last" if phase is InstanceRole.DECODE else "first", priority)
 
 
 def share_of(allocation: SMAllocation, phase: InstanceRole) -> int:

@@ -13,7 +13,8 @@ from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.rank_group import RankGroup
-from hbserve.pd_disagg.sleep import sleep, take_orders
+from hbserve.pd_disagg.sleep import sleep
+from hbserve.platform import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +27,19 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         instance: with the worker's own name and its phase as type.
         address: where it listens for the scheduler.
-        partition: the arguments of its `hbserve.platform.Partition`.
+        partition: its share of the device.
         attachments: by rank, an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
     """
 
     instance: InstanceConfig
     address: str
-    partition: dict[str, int]
+    partition: Partition
     attachments: list[dict[str, Any]]
 
 
 def _work(config: Config, order: WakeUp, ranks: RankGroup) -> int:
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.pd_disagg.gpu_instance import run_worker
-    from hbserve.platform import Partition
 
     attachments = msgspec.convert(order.attachments, list[ArenaAttachment])
     config = msgspec.structs.replace(
@@ -47,12 +47,12 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup) -> int:
         kv_transfer=KVTransferConfig(),  # nobody sends to this worker, or receives from it
         model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
-    return run_worker(config, order.instance, order.address, attachments, Partition(**order.partition), ranks)
+    return run_worker(config, order.instance, order.address, attachments, order.partition, ranks)
 
 
 def main() -> None:
     """Entry of the process that a `ProcessRotationManager` starts."""
-    orders = take_orders()
+    orders = child.read_orders()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
     name = orders["name"]
@@ -61,7 +61,7 @@ def main() -> None:
     # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
     size = config.model.tensor_parallel_size
     ranks = RankGroup(size, name, orders["on_gpu"], lambda why: os._exit(_EXIT_RANK_LOST))
-    order = sleep("hbserve.semi_pd.worker_process", orders, ranks.kill)
+    order = sleep(orders["on_gpu"])
     code = 1
     try:
         code = _work(config, msgspec.convert(order, WakeUp), ranks)

@@ -14,6 +14,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.messages.supervisor import WorkerSpec
 from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.semi_pd.utils import partition_of
 from hbserve.semi_pd.worker_process import WakeUp
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class WorkerSet:
             order = WakeUp(
                 instance=msgspec.structs.replace(self._instance, instance_id=worker_id, instance_type=phase),
                 address=address,
-                partition={"percentage": percentage, "priority": priority},
+                partition=partition_of(phase, percentage, priority),
                 attachments=attachments,
             )
             worker = Worker(spec, process)

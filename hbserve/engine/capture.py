@@ -1,0 +1,33 @@
+"""Where CUDA graphs are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+def run_to_capture(run: Callable[[], object]) -> None:
+    """Run once what will be captured, so that all it compiles or allocates at its first call is there."""
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture_stream() -> Any:
+    """The stream to capture on: the current one where a process has a share of the device.
+
+    A graph's kernels run where the stream they were captured on would run them, whichever stream
+    the graph is launched into. The device's default stream cannot be captured.
+    """
+    current: Any = torch.cuda.current_stream()
+    return current if current != torch.cuda.default_stream() else _own_stream()
+
+
+@cache
+def _own_stream() -> Any:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
