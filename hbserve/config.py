@@ -57,7 +57,7 @@ class ModelConfig(Section, frozen=True):
         device: ``auto`` takes CUDA where there is a GPU, else the CPU.
         dtype: ``auto`` takes the checkpoint's dtype on a GPU and on CPU.
         load_format: ``safetensors``, or ``dummy`` for random weights from config.json alone.
-        tensor_parallel_size: ranks that share an instance's model: 1, 2, 4 or 8.
+        tensor_parallel_size: ranks that share an instance's model: 1, 2, 4 or 8; an instance may say otherwise.
         max_model_len: longest prompt plus output, tokens; default: the model's own limit, or less
             if the KV pool holds less.
         attention_backend: ``auto`` takes the fastest one that supports model and device.
@@ -88,7 +88,7 @@ class KVTransferConfig(Section, frozen=True):
             when it is full.
         ip: address that instances announce for transfers; default: the instance's own host.
         port: base port; of the instance with KV rank r, tensor-parallel rank t listens on
-            port + r * tensor_parallel_size + t. Default: any free ports.
+            port + r * s + t, where s is the largest number of ranks of an instance. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request's prefill is tried before the request fails.
         local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
@@ -150,6 +150,8 @@ class InstanceConfig(Section, frozen=True):
         kv_ip: address that it announces for transfers; default: ``kv_transfer.ip``, or the host.
         kv_rank: its number among the KV transfer peers; default: its place in the list.
         num_threads: CPU threads of each rank, on CPU; default: the machine's cores shared evenly.
+        tensor_parallel_size: its ranks: 1, 2, 4 or 8; default: ``model.tensor_parallel_size``. Prefill
+            and decode instances may differ.
     """
 
     instance_id: str
@@ -161,6 +163,13 @@ class InstanceConfig(Section, frozen=True):
     kv_ip: str | None = None
     kv_rank: int | None = None
     num_threads: int | None = None
+    tensor_parallel_size: int | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Its ``tensor_parallel_size``, which a complete configuration has."""
+        assert self.tensor_parallel_size is not None
+        return self.tensor_parallel_size
 
 
 class LadderConfig(Section, frozen=True):
@@ -428,6 +437,11 @@ class Config(Section, frozen=True):
         from hbserve.config_checks import from_dict
 
         return from_dict(document, base_dir)
+
+    @property
+    def most_ranks(self) -> int:
+        """Of any instance."""
+        return max(instance.num_ranks for instance in self.gpu_instances)
 
     @property
     def served_name(self) -> str:

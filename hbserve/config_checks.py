@@ -36,7 +36,13 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         model = msgspec.structs.replace(model, tokenizer_path=tokenizer_path)
     instances = given.gpu_instances or _default_instances(given.mode, model.tensor_parallel_size)
     instances = tuple(
-        msgspec.structs.replace(instance, kv_rank=rank if instance.kv_rank is None else instance.kv_rank)
+        msgspec.structs.replace(
+            instance,
+            kv_rank=rank if instance.kv_rank is None else instance.kv_rank,
+            tensor_parallel_size=(
+                model.tensor_parallel_size if instance.tensor_parallel_size is None else instance.tensor_parallel_size
+            ),
+        )
         for rank, instance in enumerate(instances)
     )
     rpc = given.rpc
@@ -128,8 +134,11 @@ def _default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceC
 
 
 def _validate(config: Config) -> None:
-    if config.model.tensor_parallel_size not in (1, 2, 4, 8):
-        raise _error("model.tensor_parallel_size", f"must be 1, 2, 4 or 8, got {config.model.tensor_parallel_size}")
+    sizes = {"model.tensor_parallel_size": config.model.tensor_parallel_size}
+    sizes |= {f"gpu_instances[{n}].tensor_parallel_size": each.num_ranks for n, each in enumerate(config.gpu_instances)}
+    for key, size in sizes.items():
+        if size not in (1, 2, 4, 8):
+            raise _error(key, f"must be 1, 2, 4 or 8, got {size}")
     if config.kv_transfer.backend not in BACKENDS and not _is_import_path(config.kv_transfer.backend):
         raise _error(
             "kv_transfer.backend",
@@ -247,9 +256,8 @@ def _validate_instances(config: Config) -> None:
             _claim(seen, "address", (instance.host, instance.port), f"{key}.port")
         if config.kv_transfer.port is not None and config.mode == "disaggregated":
             assert instance.kv_rank is not None
-            size = config.model.tensor_parallel_size
-            kv_port = config.kv_transfer.port + instance.kv_rank * size
-            for rank in range(size):
+            kv_port = config.kv_transfer.port + instance.kv_rank * config.most_ranks
+            for rank in range(instance.num_ranks):
                 address = (instance.kv_ip or config.kv_transfer.ip or instance.host, kv_port + rank)
                 _claim(seen, "address", address, "kv_transfer.port")
 

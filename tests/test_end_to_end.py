@@ -15,8 +15,8 @@ import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import EngineDeadError
-from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
 from tests.engines import assert_no_leaks
+from tests.stream_transfer import StreamKVTransfer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
@@ -53,7 +53,7 @@ def test_recall_of_held_out_pairs_in_every_mode(mode: str, dtype: str) -> None:
         assert_no_leaks(llm)
 
 
-class WipesThirdBlock(TorchDistributedKVTransfer):
+class WipesThirdBlock(StreamKVTransfer):
     """Loses one block of each prompt: the third one of the first chunk."""
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:

@@ -18,9 +18,9 @@ import torch
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import EngineDeadError, RequestFailedError
 from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
-from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
 from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
+from tests.stream_transfer import StreamKVTransfer
 
 DEADLINE_S = 90.0
 NUM_TOKENS = 120
@@ -154,7 +154,7 @@ async def test_aborts_in_every_state_return_all_blocks(model: tuple[str, Any]) -
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
-class CorruptingKVTransfer(TorchDistributedKVTransfer):
+class CorruptingKVTransfer(StreamKVTransfer):
     """Delivers every second transfer with one byte in a thousand wrong."""
 
     count = 0
@@ -167,7 +167,7 @@ class CorruptingKVTransfer(TorchDistributedKVTransfer):
         return buffer
 
 
-class FailingKVTransfer(TorchDistributedKVTransfer):
+class FailingKVTransfer(StreamKVTransfer):
     """Fails the first receives, then works."""
 
     count = 0
@@ -179,7 +179,7 @@ class FailingKVTransfer(TorchDistributedKVTransfer):
         return await super().receive_kv_cache(request_id, source_rank)
 
 
-class AlwaysFailingKVTransfer(TorchDistributedKVTransfer):
+class AlwaysFailingKVTransfer(StreamKVTransfer):
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
         raise ConnectionError("the cable was pulled")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import socket
 import struct
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from hbserve.config import ServerConfig
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
-from hbserve.server import create_app, live_page, serve
+from hbserve.server import create_app, http_protocol, live_page, serve
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
@@ -87,6 +89,13 @@ def address() -> Iterator[str]:
             assert not thread.is_alive()
 
 
+@pytest.fixture(scope="module")
+def http_once() -> Iterator[httpx.Client]:
+    """One for all: to make one takes longer than a request."""
+    with httpx.Client() as client:
+        yield client
+
+
 def test_openapi_description(address: str) -> None:
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
@@ -118,9 +127,11 @@ NAMES = st.sampled_from(sorted({*CompletionRequest.model_fields, *ChatCompletion
 
 @settings(parent=BOUNDED, max_examples=120)
 @given(st.sampled_from(["/v1/completions", "/v1/chat/completions"]), st.dictionaries(NAMES, JSON, max_size=3))
-def test_bodies_with_one_or_two_wrong_values(address: str, path: str, odd: dict[str, Any]) -> None:
+def test_bodies_with_one_or_two_wrong_values(
+    address: str, http_once: httpx.Client, path: str, odd: dict[str, Any]
+) -> None:
     body = {"model": MODEL, **({"messages": USER} if "chat" in path else {"prompt": "x"}), "max_tokens": 3, **odd}
-    answer = httpx.post(f"{address}{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    answer = http_once.post(f"{address}{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400, 404), answer.text
 
 
@@ -135,7 +146,9 @@ def test_bodies_with_one_or_two_wrong_values(address: str, path: str, odd: dict[
     ),
     st.binary(max_size=60),
 )
-def test_heads_that_are_no_head(address: str, headers: list[tuple[str, bytes]], body: bytes) -> None:
+def test_heads_that_are_no_head(
+    address: str, http_once: httpx.Client, headers: list[tuple[str, bytes]], body: bytes
+) -> None:
     head = b"".join(name.encode() + b": " + value + b"\r\n" for name, value in headers)
     request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head
     request += b"Content-Length: %d\r\n\r\n" % len(body) + body
@@ -147,34 +160,69 @@ def test_heads_that_are_no_head(address: str, headers: list[tuple[str, bytes]], 
         while piece := connection.recv(65536):
             answer += piece
     assert not answer.startswith(b"HTTP/1.1 5"), answer
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert http_once.get(f"{address}/health").status_code == 200
 
 
-async def test_a_thousand_clients_that_leave_at_random(tmp_path: Path) -> None:
+class Front:
+    """A server in this loop over an engine that gives tokens at once, or nearly."""
+
+    stub: EngineStub
+    engine: TextEngine
+    gate: FairGate
+    port: int
+
+
+@pytest.fixture
+async def front(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Front]:
+    front = Front()
     tokenizer = Tokenizer(tiny_tokenizers.byte_level(tmp_path))
-    stub = EngineStub(f"ipc://{tmp_path}/stub", 0.02, 400)
-    running = asyncio.create_task(stub.run())
+    front.stub = EngineStub(f"ipc://{tmp_path}/stub", request.param, 400)
+    running = asyncio.create_task(front.stub.run())
     client = EngineClient(f"ipc://{tmp_path}/stub")
     await client.connect()
     await client.wait_ready(DEADLINE_S)
-    engine, gate, stop = TextEngine(client, tokenizer, 4096, 1000), FairGate(max_open=100), asyncio.Event()
-    app = Guard(create_app(engine, client, MODEL), ServerConfig(), Keys({}, None), gate, stop)
+    front.engine, front.gate, stop = TextEngine(client, tokenizer, 4096, 1000), FairGate(max_open=100), asyncio.Event()
+    app = Guard(create_app(front.engine, client, MODEL), ServerConfig(), Keys({}, None), front.gate, stop)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what the system keeps for a slow reader
+    front.port = listener.getsockname()[1]
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(serve(app, ServerConfig(port=0), stop, listening.set_result, 1))
-    port = await asyncio.wait_for(listening, DEADLINE_S)
+    serving = asyncio.create_task(serve(app, listener, stop, listening.set_result, 1))
+    await asyncio.wait_for(listening, DEADLINE_S)
     tasks_before = asyncio.all_tasks()
+    yield front
+    await until(
+        lambda: (
+            not (front.engine.num_open or front.stub.num_open or front.gate.num_waiting or front.gate._num_open)
+            and asyncio.all_tasks() - tasks_before <= {asyncio.current_task()}
+        )
+    )
+    assert client.num_open == 0
+    stop.set()
+    await asyncio.wait_for(serving, DEADLINE_S)
+    await client.close()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    front.stub.close()
+
+
+def completion_request(**body: Any) -> bytes:
+    content = json.dumps({"model": MODEL, "prompt": "x", **body}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+@pytest.mark.parametrize("front", [0.02], indirect=True)
+async def test_a_thousand_clients_that_leave_at_random(front: Front) -> None:
     rng = random.Random(7)
     finished = 0
 
     async def visit(number: int) -> None:
         nonlocal finished
         stays = number % 4 == 0
-        body = {"model": MODEL, "prompt": "x", "max_tokens": 5 if stays else 4000, "stream": number % 3 > 0}
-        content = json.dumps(body).encode()
+        whole = completion_request(max_tokens=5 if stays else 4000, stream=number % 3 > 0)
         await asyncio.sleep(rng.uniform(0, 2))
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        whole = head + b"Content-Length: %d\r\n\r\n" % len(content) + content
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
         if stays:
             writer.write(whole)
             answer = await reader.read()
@@ -185,9 +233,9 @@ async def test_a_thousand_clients_that_leave_at_random(tmp_path: Path) -> None:
             writer.write(whole[: rng.randrange(len(whole))] if how == "mid-request" else whole)
             if how in ("later", "reset"):
                 await asyncio.sleep(rng.uniform(0, 0.5))
-            if how == "half-closed":
+            if how == "half-closed":  # taken to be gone: it gets no answer
                 writer.write_eof()
-                await asyncio.sleep(rng.uniform(0, 0.5))
+                await reader.read()
             if how == "reset":
                 linger = struct.pack("ii", 1, 0)
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -196,13 +244,51 @@ async def test_a_thousand_clients_that_leave_at_random(tmp_path: Path) -> None:
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.gather(*(visit(number) for number in range(1000)))
         assert finished == 250
-    await until(
-        lambda: not (engine.num_open or stub.num_open or gate.num_waiting or asyncio.all_tasks() - tasks_before)
-    )
-    assert client.num_open == 0
-    stop.set()
-    await asyncio.wait_for(serving, DEADLINE_S)
-    await client.close()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    stub.close()
+
+
+@pytest.mark.parametrize("front", [0.001], indirect=True)
+async def test_clients_that_stop_reading(
+    front: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hbserve.server.http_protocol")
+
+    async def connect(request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(own, ("127.0.0.1", front.port))
+        # A limit of one byte: it reads from the socket only when it is asked for more.
+        reader, writer = await asyncio.open_connection(sock=own, limit=1)
+        writer.write(request)
+        return reader, writer
+
+    # Five clients send a request and read nothing. The engine finishes, others are served meanwhile.
+    big = {"prompt": "x" * 2000, "echo": True, "n": 64, "max_tokens": 50}  # more than fits into any buffer
+    slow_request = completion_request(**big, stream=True, stream_options={"include_usage": True})
+    async with asyncio.timeout(DEADLINE_S):
+        slow = [await connect(slow_request) for _ in range(5)]
+        await until(lambda: front.engine.num_open == 5)
+        others = [await connect(completion_request(max_tokens=5, stream=True)) for _ in range(50)]
+        for reader, writer in others:
+            assert (await reader.read()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            writer.close()
+        await until(lambda: front.stub.num_open == 0)
+        assert front.engine.num_open == 5
+        # What waited for them was not a message per token, but the text.
+        for reader, writer in slow:
+            answer = await reader.read()
+            assert b'"completion_tokens":3200' in answer
+            assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert answer.count(b"data: {") < 1000
+            writer.close()
+
+    # Those who never read, or never finish their request's head, are cut off, whatever is left to send.
+    monkeypatch.setattr(http_protocol, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.2)
+    unread = [await connect(request) for request in (slow_request, completion_request(**big), slow_request[:20], b"")]
+    await until(lambda: sum("cut off a client" in record.message for record in caplog.records) == len(unread))
+    for reader, writer in unread:
+        with suppress(ConnectionError):
+            answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
+            assert not answer.endswith(b"\r\n\r\n" if b"data:" in answer else b"}")
+        writer.close()

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from hbserve.errors import ConfigError
 from hbserve.messages.transfer import (
     CloseLink,
+    FinishBlocks,
     LinkClosed,
     LinkOpened,
     OpenLink,
     Peer,
     ReceiveBlocks,
     SendBlocks,
-    VerifyBlocks,
 )
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
@@ -244,7 +244,13 @@ async def test_checksums_tell_blocks_that_are_not_what_was_sent() -> None:
         for damage, name in ((0, "whole"), (64, "damaged")):
             target.arena[1, 500] ^= damage
             target.manager.handle(
-                VerifyBlocks(transfer_id=name, block_ids=[20, 1, 7], generations=[0, 0, 0], checksums=sent.checksums)
+                FinishBlocks(
+                    transfer_id=name,
+                    num_sources=1,
+                    block_ids=[20, 1, 7],
+                    generations=[0, 0, 0],
+                    checksums=sent.checksums,
+                )
             )
             result = await target.result()
             assert result.error_kind == ("checksum" if damage else None)
@@ -254,11 +260,11 @@ async def test_checksums_tell_blocks_that_are_not_what_was_sent() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.permutations(range(12)), st.permutations(range(12)), st.integers(1, 12))
 def test_runs_move_the_same_blocks_and_none_could_be_joined(source: list[int], target: list[int], count: int) -> None:
-    runs = coalesce(source[:count], target[:count])
-    moved = [(run.source + i, run.target + i) for run in runs for i in range(run.length)]
-    assert sorted(moved) == sorted(zip(source[:count], target[:count], strict=True))
-    ends = {(run.source + run.length, run.target + run.length) for run in runs}
-    assert not ends & {(run.source, run.target) for run in runs}
+    runs = coalesce(zip((8 * block for block in source[:count]), (8 * block for block in target), strict=False), 8)
+    moved = [(here + byte, there + byte) for here, there, length in runs for byte in range(0, length, 8)]
+    assert sorted(moved) == sorted((8 * a, 8 * b) for a, b in zip(source[:count], target[:count], strict=True))
+    ends = {(here + length, there + length) for here, there, length in runs}
+    assert not ends & {(here, there) for here, there, _ in runs}
 
 
 # --- one-sided backends --------------------------------------------------------------------------

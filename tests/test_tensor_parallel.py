@@ -20,9 +20,9 @@ from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
-from hbserve.pd_disagg.kv_transfer.torch_distributed import TorchDistributedKVTransfer
 from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
+from tests.stream_transfer import StreamKVTransfer
 
 DEADLINE_S = 90.0
 NUM_TOKENS = 24
@@ -74,7 +74,7 @@ def of_one_rank(model: tuple[str, Any]) -> list[Any]:
         return llm.generate(SEEDED_PROMPTS, SEEDED, use_tqdm=False)
 
 
-class FailsOnceOnRank1(TorchDistributedKVTransfer):
+class FailsOnceOnRank1(StreamKVTransfer):
     """The first receive of rank 1 fails, while that of rank 0 is fine."""
 
     count = 0
@@ -198,7 +198,7 @@ async def test_a_rank_that_dies_under_load_costs_its_instance_and_no_request(unt
         assert [instance["restarts"] for instance in stats["gpu_instances"].values()] == [1, 1]
 
 
-class BreaksOneStepOfRank1(TorchDistributedKVTransfer):
+class BreaksOneStepOfRank1(StreamKVTransfer):
     """Has rank 1's next step fail, once: the file named in the environment tells that it has happened."""
 
     def __init__(self, context: KVTransferContext) -> None:
@@ -230,7 +230,7 @@ async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
     assert "lost unified-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
 
 
-class CannotStartOnRank1(TorchDistributedKVTransfer):
+class CannotStartOnRank1(StreamKVTransfer):
     async def start(self) -> None:
         if self.context.rank % 2 == 1:
             raise StartupError("no wire is left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -107,3 +108,20 @@ class AttentionBackend(Attention):
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:
         """Prepare for a step, once for all layers; keeps ``slot_mapping``."""
+
+
+def why_not_library(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
+    """Why a library of CUDA kernels cannot be used for a model, whatever its head size; None if it can.
+
+    Args:
+        package: that is imported; ``wheel`` is what to install.
+    """
+    if platform.name != "cuda":
+        return "needs a CUDA device"
+    if importlib.util.find_spec(package) is None:
+        return f"is not installed (pip install {wheel})"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"has no kernels for {dtype}"
+    if any(window is not None for window in spec.sliding_windows):
+        return "is not set up for sliding windows"
+    return None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.attention.base import AttentionBackend, AttentionBatch, why_not_library
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform
@@ -35,17 +34,10 @@ class FlashAttnBackend(AttentionBackend):
 
     @classmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-        if platform.name != "cuda":
-            return "needs a CUDA device"
-        if importlib.util.find_spec("flash_attn") is None:
-            return "is not installed (pip install flash-attn)"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"has no kernels for {dtype}"
-        if spec.head_dim > _MAX_HEAD_DIM or spec.head_dim % 8:
-            return f"has no kernels for head size {spec.head_dim}, only for multiples of 8 up to {_MAX_HEAD_DIM}"
-        if any(window is not None for window in spec.sliding_windows):
-            return "is not set up for sliding windows"
-        return None
+        problem = why_not_library("flash_attn", "flash-attn", spec, dtype, platform)
+        if problem is None and (spec.head_dim > _MAX_HEAD_DIM or spec.head_dim % 8):
+            problem = f"has no kernels for head size {spec.head_dim}, only for multiples of 8 up to {_MAX_HEAD_DIM}"
+        return problem
 
     def begin(self, batch: AttentionBatch) -> None:
         self.slot_mapping = batch.slot_mapping

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.attention.base import AttentionBackend, AttentionBatch, why_not_library
 from hbserve.attention.page_tables import PageTables
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.models.spec import ModelSpec
@@ -46,17 +45,10 @@ class FlashInferBackend(AttentionBackend):
 
     @classmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-        if platform.name != "cuda":
-            return "needs a CUDA device"
-        if importlib.util.find_spec("flashinfer") is None:
-            return "is not installed (pip install flashinfer-python)"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"has no kernels for {dtype}"
-        if spec.head_dim not in _HEAD_DIMS:
-            return f"has no kernels for head size {spec.head_dim}, only for {', '.join(map(str, _HEAD_DIMS))}"
-        if any(window is not None for window in spec.sliding_windows):
-            return "is not set up for sliding windows"
-        return None
+        problem = why_not_library("flashinfer", "flashinfer-python", spec, dtype, platform)
+        if problem is None and spec.head_dim not in _HEAD_DIMS:
+            problem = f"has no kernels for head size {spec.head_dim}, only for {', '.join(map(str, _HEAD_DIMS))}"
+        return problem
 
     def begin(self, batch: AttentionBatch) -> None:
         self.slot_mapping = batch.slot_mapping

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import front, offline, semi_pd, serve, serve_options, transfer
+from hbserve.bench import front, handover, offline, semi_pd, serve, serve_options, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 from hbserve.simulate import command as simulate
@@ -49,7 +49,10 @@ def main() -> int:
         elif arguments.command == "simulate":
             simulate.run(arguments)
         elif arguments.command == "transfer":
-            transfer.run(transfer.options_from(arguments))
+            if arguments.model is not None:
+                handover.run(handover.options_from(arguments))
+            else:
+                transfer.run(transfer.options_from(arguments))
         elif arguments.command == "semi_pd":
             semi_pd.run(arguments)
         else:

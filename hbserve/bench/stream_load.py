@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from hbserve.errors import HBServeError
-from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
 from hbserve.sampling_params import SamplingParams
 
 _START_TIMEOUT_S = 120.0

@@ -1,5 +1,7 @@
 """How fast KV moves between two processes of this host, and how fast the library under it could.
 
+(With ``--model`` the command measures whole systems instead, see `hbserve.bench.handover`.)
+
 The sender is this process, the receiver a child of it. Both run what an instance's rank runs: a
 `KVTransferManager` with its backend, commanded by the messages that a scheduler would send. Beside it
 stands the library's own rate, measured in the same run between the same two processes: the same
@@ -27,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
+from hbserve.bench import handover
 from hbserve.bench.raw_links import raw_link
 from hbserve.errors import ConfigError, KVTransferError
 from hbserve.messages.transfer import (
@@ -77,7 +80,11 @@ class TransferOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `options_from`."""
-    parser.add_argument("--backend", default="nccl", help="nccl (default; gloo on the CPU), shm or mooncake")
+    parser.add_argument(
+        "--backend",
+        default="nccl",
+        help="nccl (default; gloo on the CPU), shm or mooncake; with --model several, comma-separated",
+    )
     parser.add_argument("--protocol", choices=["tcp", "rdma", "nvlink"], help="how Mooncake moves bytes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="cuda: from GPU 0 to GPU 1")
     parser.add_argument(
@@ -95,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scatter", action="store_true", help="no two blocks of a transfer are neighbours")
     parser.add_argument("--repeats", type=int, default=3, help="runs for each line (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    handover.add_arguments(parser)
 
 
 def options_from(arguments: argparse.Namespace) -> TransferOptions:

@@ -55,7 +55,7 @@ class SendBlocks(Message, frozen=True):
     """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
 
     Attributes:
-        targets: each rank sends its shard to the peer of its own number.
+        targets: the receiver's ranks; which rank sends what to which, see `kv_transfer.head_split`.
         generations: of the blocks, on the sender's side; a stale one is refused.
         target_block_ids: where they go, in the receiver's pool.
         checksum: whether the answer shall hold the blocks' checksums.
@@ -80,17 +80,22 @@ class ReceiveBlocks(Message, frozen=True):
     generations: list[int]
 
 
-class VerifyBlocks(Message, frozen=True):
-    """Compare blocks that have arrived with what was sent; answered by the receiver's `TransferResult`.
+class FinishBlocks(Message, frozen=True):
+    """Make blocks that have arrived usable; answered by the receiver's `TransferResult`.
+
+    Where the sender has written by itself and has more ranks, their heads are put into their places.
+    Then the blocks are compared with what was sent.
 
     Attributes:
-        checksums: by rank, one for each block.
+        num_sources: ranks of the sender.
+        checksums: by rank of the sender, as in `TransferResult`; None: they are not compared.
     """
 
     transfer_id: str
+    num_sources: int
     block_ids: list[int]
     generations: list[int]
-    checksums: list[list[int]]
+    checksums: list[list[int]] | None
 
 
 class CancelTransfer(Message, frozen=True):
@@ -134,7 +139,8 @@ class TransferResult(Message, frozen=True):
         queued_s: time that went to other transfers on the link.
         error: None if every byte is there.
         error_kind: ``timeout``, ``stale``, ``checksum``, ``cancelled``, or ``backend``.
-        checksums: by rank, one for each block that was sent, if they were asked for.
+        checksums: if they were asked for, by rank of the sender: for each part that its blocks are cut
+            into (one, unless the receiver has more ranks), one for each block.
     """
 
     epoch: int
@@ -148,5 +154,5 @@ class TransferResult(Message, frozen=True):
     checksums: list[list[int]] | None = None
 
 
-TransferCommand = OpenLink | CloseLink | ReceiveBlocks | VerifyBlocks | CancelTransfer
+TransferCommand = OpenLink | CloseLink | ReceiveBlocks | FinishBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult

@@ -89,6 +89,7 @@ class Hello(Message, frozen=True):
         epoch: number of this incarnation, different at every start.
         arena_epoch: of its KV memory: the same, or of the process that holds it.
         block_bytes: of one KV block over all layers and ranks.
+        head_bytes: of one KV head in one block, over all layers.
         peers: where its ranks receive KV, in their order.
         one_sided: its transfer backend writes into the receiver's arena, which takes no part.
     """
@@ -101,6 +102,7 @@ class Hello(Message, frozen=True):
     num_blocks: int
     block_size: int
     block_bytes: int
+    head_bytes: int
     max_model_len: int
     vocab_size: int
     device: str

@@ -55,6 +55,7 @@ _KEYS = {
     "kv_timeout_s": "kv_transfer.timeout_s",
     "local_prefill_tokens": "kv_transfer.local_prefill_tokens",
     "kv_verify": "kv_transfer.verify",
+    "kv_mooncake_protocol": "kv_transfer.mooncake_protocol",
     "chunked_prefill_enabled": "chunked_prefill.enabled",
     "chunk_size": "chunked_prefill.chunk_size",
     "max_chunk_prefill_tokens": "chunked_prefill.max_chunk_prefill_tokens",
@@ -116,6 +117,7 @@ class PdDisaggConfig:
     kv_timeout_s: float | None = None
     local_prefill_tokens: int | None = None
     kv_verify: bool | None = None
+    kv_mooncake_protocol: str | None = None
     chunked_prefill_enabled: bool | None = None
     chunk_size: int | None = None
     max_chunk_prefill_tokens: int | None = None

@@ -41,15 +41,13 @@ from hbserve.messages.worker import (
 )
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
-from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
-from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
+from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.rpc import RpcServer, bind_address
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
-    from hbserve.engine.model_runner import ModelRunner
     from hbserve.platform import Partition
 
 logger = logging.getLogger(__name__)
@@ -106,40 +104,23 @@ class GpuInstance:
             HBServeError: if the model cannot be served as configured.
         """
         started = time.monotonic()
-        rpc = self.config.rpc
-        self._ranks = self._sleeping_ranks or RankGroup(
-            self.config.model.tensor_parallel_size, self.instance.instance_id, False, self._on_rank_lost
+        self._ranks = ranks = self._sleeping_ranks or RankGroup(
+            self.instance.num_ranks, self.instance.instance_id, False, self._on_rank_lost
         )
-        self._ranks.on_lost = self._on_rank_lost
-        self._ranks.wake(self.config, self.instance, self._attachments, self._partition)
-
-        import torch  # takes seconds, in which the other ranks start
-
-        from hbserve.engine.model_runner import ModelRunner
-        from hbserve.engine.process_group import join_group
-        from hbserve.platform import make_platform
-
-        size = self._ranks.size
-        self._platform = make_platform(
-            self.config.model.device,
-            self.instance.gpu_id,
-            self.instance.num_threads,
-            len(self.config.gpu_instances),
+        ranks.on_lost = self._on_rank_lost
+        ranks.wake(self.config, self.instance, self._attachments, self._partition)
+        with loaded_rank(
+            self.config,
+            self.instance,
             0,
-            size,
+            ranks.port,
+            ranks.take_listener(),
+            lambda reply: self._on_transfer_reply(0, reply),
+            self._attachment,
             self._partition,
-        )
-        self._platform.activate()
-        device_begins = time.monotonic()
-        self._platform.probe()
-        device_s = time.monotonic() - device_begins
-        with torch.inference_mode():
-            timeout_s = max(rpc.start_timeout_s, rpc.step_timeout_s)
-            parallel = join_group(self._platform, 0, size, self._ranks.port, self._ranks.take_listener(), timeout_s)
-            self._runner: ModelRunner = ModelRunner(
-                self.config, self.instance, self._platform, parallel, self._attachment
-            )
-            self._ranks.wait_ready(started + rpc.start_timeout_s)
+        ) as rank:
+            self._platform, self._runner, self._transfers = rank.platform, rank.runner, rank.transfers
+            ranks.wait_ready(started + self.config.rpc.start_timeout_s)
             logger.info(
                 "ready in %.1f s: %s on %s, %d KV blocks of %d tokens",
                 time.monotonic() - started,
@@ -148,34 +129,26 @@ class GpuInstance:
                 self._runner.num_blocks,
                 self._runner.layout.block_size,
             )
-            self._transfers = RankTransfers(
-                self.config,
-                self.instance,
-                0,
-                self._runner.kv_blocks,
-                lambda reply: self._on_transfer_reply(0, reply),
-                ArenaSharing(self._runner.kv_handle, self._platform.open_arena),
-            )
-            self._joint_results = JointResults(size, self._on_joint_reply, self._cancel_transfer)
+            self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
             child.report_status(
                 {
                     "ready": True,
-                    "start_s": {"device": device_s} | self._runner.start_s,
+                    "start_s": {"device": rank.device_s} | self._runner.start_s,
                     "memory_bytes": self._platform.held_memory_bytes(),
                     "rank_pids": self._ranks.pids,
                 }
             )
             self._launch_steps(pipeline)
-        self._ranks.end_plans()
+        ranks.end_plans()
         pipeline.close()
         if self._exit_code:
-            self._ranks.kill()  # they may wait for a part of a step that will not come
+            ranks.kill()  # they may wait for a part of a step that will not come
         self._loop.call_soon_threadsafe(self._stop_io.set)
         io_thread.join()
-        self._ranks.close()
+        ranks.close()
         return self._exit_code
 
     def stop(self, exit_code: int = 0) -> None:
@@ -308,6 +281,7 @@ class GpuInstance:
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
                 block_bytes=runner.layout.block_bytes * self._ranks.size,
+                head_bytes=runner.layout.block_bytes // runner.layout.num_kv_heads,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
                 device=self._platform.describe(),

@@ -24,8 +24,7 @@ from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand
 from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
 from hbserve.pd_disagg import child
-from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
-from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
+from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
 from hbserve.pd_disagg.rank_line import RankLine
 from hbserve.pd_disagg.sleep import sleep
@@ -83,40 +82,20 @@ class RankWorker:
         Raises:
             HBServeError: if the model cannot be served as configured.
         """
-        import torch
-
-        from hbserve.engine.model_runner import ModelRunner
-        from hbserve.engine.process_group import join_group
-        from hbserve.platform import make_platform
-
-        size = self.config.model.tensor_parallel_size
-        platform = make_platform(
-            self.config.model.device,
-            self.instance.gpu_id,
-            self.instance.num_threads,
-            len(self.config.gpu_instances),
+        with loaded_rank(
+            self.config,
+            self.instance,
             self.tp_rank,
-            size,
+            port,
+            None,
+            self._line.send,
+            self._attachment,
             self._partition,
-        )
-        platform.activate()
-        rpc = self.config.rpc
-        with torch.inference_mode():
-            parallel = join_group(
-                platform, self.tp_rank, size, port, None, max(rpc.start_timeout_s, rpc.step_timeout_s)
-            )
-            runner = ModelRunner(self.config, self.instance, platform, parallel, self._attachment)
-            self._transfers = RankTransfers(
-                self.config,
-                self.instance,
-                self.tp_rank,
-                runner.kv_blocks,
-                self._line.send,
-                ArenaSharing(runner.kv_handle, platform.open_arena),
-            )
+        ) as rank:
+            self._transfers = rank.transfers
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
-            pipeline = StepPipeline(runner, self._on_step_done, self._on_step_failed)
+            pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_step_failed)
             child.report_status({"ready": True})
             decoder = msgspec.msgpack.Decoder(StepPlan)
             while (payload := self._plans.recv_bytes()) != END_OF_PLANS:

@@ -48,7 +48,7 @@ def _import_everything(on_gpu: bool) -> None:
     """Seconds of work that do not depend on what the process will be."""
     import hbserve.engine.model_runner
     import hbserve.pd_disagg.gpu_instance
-    import hbserve.pd_disagg.kv_transfer.torch_distributed
+    import hbserve.pd_disagg.kv_transfer.torch_transfers
 
     if on_gpu:
         import flashinfer

@@ -11,6 +11,7 @@ import msgspec
 from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
+    FinishBlocks,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -18,7 +19,6 @@ from hbserve.messages.transfer import (
     ReceiveBlocks,
     SendBlocks,
     TransferResult,
-    VerifyBlocks,
 )
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.sequence import Seat, Sequence
@@ -62,7 +62,7 @@ class Transfer:
     sender_open: bool = True
     receiver_open: bool = True
     delivered: bool = False
-    verifying: bool = False
+    finishing: bool = False
     checksums: list[list[int]] | None = None
 
 
@@ -230,12 +230,12 @@ class TransferLedger:
             self._count_sent(link, result)
             transfer.checksums = result.checksums
         if not result.sent or _is_one_sided(link):
-            if transfer.verifying or not self._verify:
+            if transfer.finishing or not (self._verify or _needs_merging(link)):
                 self._close_receiver(transfer)
                 return Outcome(arrived=transfer)
             transfer.delivered = True
-        if transfer.delivered and transfer.checksums is not None:
-            self._ask_to_verify(transfer, transfer.checksums)
+        if transfer.delivered and (transfer.checksums is not None or not self._verify):
+            self._ask_to_finish(transfer)
         return Outcome()
 
     def lose(self, instance: InstanceHandle) -> list[Transfer]:
@@ -286,15 +286,16 @@ class TransferLedger:
             )
         )
 
-    def _ask_to_verify(self, transfer: Transfer, checksums: list[list[int]]) -> None:
-        transfer.verifying = True
+    def _ask_to_finish(self, transfer: Transfer) -> None:
+        transfer.finishing = True
         pool = transfer.target.pool
         transfer.target.worker.send(
-            VerifyBlocks(
+            FinishBlocks(
                 transfer_id=transfer.transfer_id,
+                num_sources=len(transfer.link.sources),
                 block_ids=transfer.target_blocks,
                 generations=pool.generations_of(transfer.target_blocks),
-                checksums=checksums,
+                checksums=transfer.checksums,
             )
         )
 
@@ -344,3 +345,8 @@ class TransferLedger:
 def _is_one_sided(link: Link) -> bool:
     assert link.target.hello is not None
     return link.target.hello.one_sided
+
+
+def _needs_merging(link: Link) -> bool:
+    """Whether the heads of several senders have been written into a block one after the other."""
+    return _is_one_sided(link) and len(link.sources) > len(link.targets)

@@ -199,12 +199,10 @@ class WorkerRegistry:
         for _, other in self._all():
             if other is worker or other.hello is None:
                 continue
-            mine, theirs = (
-                (each.block_size, each.block_bytes, each.vocab_size, len(each.peers)) for each in (hello, other.hello)
-            )
+            mine, theirs = ((each.block_size, each.head_bytes, each.vocab_size) for each in (hello, other.hello))
             if mine != theirs:
                 return (
-                    f"{worker.id} and {other.id} do not fit: (block size, block bytes, vocabulary, ranks) "
+                    f"{worker.id} and {other.id} do not fit: (block size, bytes of a KV head, vocabulary) "
                     f"is {mine} and {theirs}; do they run the same model with the same settings?"
                 )
         return None

@@ -23,9 +23,9 @@ class ResidentGroup:
     """
 
     def __init__(self, config: Config, instance: InstanceConfig, gpu_id: int, on_lost: Callable[[str], None]) -> None:
-        size = config.model.tensor_parallel_size
         self.ranks = [
-            ResidentProcessManager(config, gpu_id=gpu_id, tp_rank=rank, on_lost=on_lost) for rank in range(size)
+            ResidentProcessManager(config, gpu_id=gpu_id, tp_rank=rank, on_lost=on_lost)
+            for rank in range(instance.num_ranks)
         ]
         for rank in self.ranks:
             rank.instance = instance

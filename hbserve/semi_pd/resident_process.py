@@ -46,7 +46,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
         return KVSize(**json.loads(line))
 
     started = time.monotonic()
-    rank, size = orders["tp_rank"], config.model.tensor_parallel_size
+    rank, size = orders["tp_rank"], orders["num_ranks"]
     platform = make_platform(config.model.device, orders["gpu_id"], None, 1, rank, size)
     platform.activate()
     with torch.inference_mode():

@@ -60,8 +60,8 @@ class ResidentProcessManager:
         if port_args is not None:
             raise TypeError("port_args: there are no ports to choose; give None")
         self.config, self.instance = semi_pd_system(server_args, gpu_id)
-        if not 0 <= tp_rank < self.config.model.tensor_parallel_size:
-            raise ConfigError(f"tp_rank: there are {self.config.model.tensor_parallel_size} ranks, got {tp_rank}")
+        if not 0 <= tp_rank < self.instance.num_ranks:
+            raise ConfigError(f"tp_rank: there are {self.instance.num_ranks} ranks, got {tp_rank}")
         self.tp_rank = tp_rank
         self.heartbeat_interval = self.config.semi_pd.heartbeat_interval_s
         self.environment = environment or {}
@@ -99,6 +99,7 @@ class ResidentProcessManager:
             "config": msgspec.to_builtins(self.config),
             "gpu_id": self.instance.gpu_id,
             "tp_rank": self.tp_rank,
+            "num_ranks": self.instance.num_ranks,
             "name": self._name,
             "run_dir": self.run_dir,
         }
@@ -141,9 +142,7 @@ class ResidentProcessManager:
         assert process is not None, "begin() comes first"
         with self._condition:
             self._condition.wait_for(
-                lambda: (
-                    word in self._status or "error" in self._status or not process.is_alive() or is_cancelled()
-                ),
+                lambda: word in self._status or "error" in self._status or not process.is_alive() or is_cancelled(),
                 max(0.0, deadline - time.monotonic()),
             )
             status = dict(self._status)
@@ -159,7 +158,7 @@ class ResidentProcessManager:
 
     @property
     def _name(self) -> str:
-        rank = f"-TP{self.tp_rank}" if self.config.model.tensor_parallel_size > 1 else ""
+        rank = f"-TP{self.tp_rank}" if self.instance.num_ranks > 1 else ""
         return f"{self.instance.instance_id}-resident{rank}"
 
     def give_up_start(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from hbserve.config import DECODE_PACE
+from hbserve.config import DECODE_PACE, SLOConfig
 from hbserve.errors import ConfigError
 from hbserve.semi_pd.latency_model import Targets
+
+_DEFAULTS = SLOConfig(ttft_target_ms=1.0, tpot_target_ms=1.0)  # of all that is not a target
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class SLOConstraints:
 
     ttft_target_ms: float
     tpot_target_ms: float
-    ttft_percentile: float = 95.0
-    tpot_percentile: float = 95.0
-    ttft_violation_threshold: float = 1.1
-    tpot_violation_threshold: float = 1.1
+    ttft_percentile: float = _DEFAULTS.ttft_percentile
+    tpot_percentile: float = _DEFAULTS.tpot_percentile
+    ttft_violation_threshold: float = _DEFAULTS.ttft_violation_threshold
+    tpot_violation_threshold: float = _DEFAULTS.tpot_violation_threshold
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -73,13 +75,13 @@ class SplitBounds:
         min_window_s: a shorter window says nothing.
     """
 
-    min_percentage: int = 10
-    max_total_percentage: int = 200
-    adjustment_step: int = 10
-    cooldown_s: float = 4.0
-    rotation_cooldown_s: float = 60.0
-    hysteresis: float = 0.05
-    min_confidence_threshold: float = 0.7
+    min_percentage: int = _DEFAULTS.min_percentage
+    max_total_percentage: int = _DEFAULTS.max_total_percentage
+    adjustment_step: int = _DEFAULTS.adjustment_step
+    cooldown_s: float = _DEFAULTS.cooldown_s
+    rotation_cooldown_s: float = _DEFAULTS.rotation_cooldown_s
+    hysteresis: float = _DEFAULTS.hysteresis
+    min_confidence_threshold: float = _DEFAULTS.min_confidence_threshold
     min_window_s: float = 1.0
 
     def __post_init__(self) -> None:

@@ -59,8 +59,7 @@ def main() -> None:
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
     # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
-    size = config.model.tensor_parallel_size
-    ranks = RankGroup(size, name, orders["on_gpu"], lambda why: os._exit(_EXIT_RANK_LOST))
+    ranks = RankGroup(orders["num_ranks"], name, orders["on_gpu"], lambda why: os._exit(_EXIT_RANK_LOST))
     order = sleep(orders["on_gpu"])
     code = 1
     try:

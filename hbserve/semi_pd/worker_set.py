@@ -113,6 +113,7 @@ class WorkerSet:
         orders = {
             "config": msgspec.to_builtins(self._config),
             "name": f"{self._instance.instance_id}-sleeper",
+            "num_ranks": self._instance.num_ranks,
             "on_gpu": self._on_gpu,
         }
         process: ManagedProcess

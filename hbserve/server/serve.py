@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from hbserve.config import ServerConfig
 from hbserve.errors import StartupError
+from hbserve.server.http_protocol import HttpProtocol
 
 _BACKLOG = 2048
 """Connections that may wait to be accepted: bursts of clients must not see a refusal."""
@@ -65,6 +66,7 @@ async def serve(
     _listen(listener)
     settings = uvicorn.Config(
         app,
+        http=HttpProtocol,
         interface="asgi3",
         lifespan="off",
         ws="none",

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
 
 from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
-from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, _Done
-from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
-from hbserve.pd_disagg.kv_transfer.outbox import Outbox
+from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
+from hbserve.pd_disagg.kv_transfer.head_split import WHOLE, Route, Shard
+from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager
+from hbserve.pd_disagg.kv_transfer.one_sided import OneSidedKVTransfer, coalesce
+from hbserve.pd_disagg.kv_transfer.outbox import Letter, Outbox
+
+_STAGING_BYTES = 64 << 20
+"""Of parts that are put together before they leave, for each rank that they go to."""
 
 
 class DirectTransfers(KVTransferManager):
@@ -16,8 +24,13 @@ class DirectTransfers(KVTransferManager):
 
     one_sided = True
 
-    def __init__(self, backend: OneSidedKVTransfer, report: Callable[[TransferReply], None], tp_rank: int = 0) -> None:
-        super().__init__(backend.context, backend.kv_blocks, report, tp_rank)
+    def __init__(
+        self,
+        backend: OneSidedKVTransfer,
+        report: Callable[[TransferReply], None],
+        shard: Shard = Shard(),  # noqa: B008 - it is frozen
+    ) -> None:
+        super().__init__(backend.context, backend.kv_blocks, report, shard)
         self._backend = backend
         self._outboxes: dict[tuple[int, int, int], Outbox] = {}
 
@@ -36,27 +49,69 @@ class DirectTransfers(KVTransferManager):
     async def stop(self) -> None:
         await self._backend.stop()
 
-    async def _send(self, command: SendBlocks, target: Peer) -> float:
-        return await self._outbox(target).put(command.block_ids, command.target_block_ids)
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        letter = Letter(command.transfer_id, command.block_ids, command.target_block_ids)
+        return await self._outbox(target, route).put(letter)
 
-    async def _receive(self, command: ReceiveBlocks, source: Peer) -> _Done:
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
         raise AssertionError("nothing is to be received from a sender that writes by itself")
 
-    async def _open_inbox(self, source: Peer) -> str:
-        return await self._backend.open_inbox(source)
+    async def _open_inbox(self, sources: list[Peer]) -> str:
+        return await self._backend.open_inbox(sources)
 
-    async def _close_inbox(self, source: Peer, sender_done: bool) -> None:
-        await self._backend.close_inbox(source, sender_done)
+    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        await self._backend.close_inbox(sources, senders_done)
 
-    def _outbox(self, target: Peer) -> Outbox:
+    def _outbox(self, target: Peer, route: Route) -> Outbox:
         link = (target.rank, target.epoch, target.link_epoch)
         if link not in self._outboxes:
             for other in [key for key in self._outboxes if key[0] == target.rank and key < link]:
                 self._outboxes.pop(other).abandon()
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
-
-            def write(runs: list[BlockRun]) -> None:
-                self._backend.write(target, runs)
-
+            write = _Writer(self._backend, self._parts, self._beside_the_steps, target, route)
             self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end)
         return self._outboxes[link]
+
+
+class _Writer:
+    """Writes letters to one rank. Used in one thread.
+
+    A part of a row would be a thousand small pieces for every block, so it never travels as such. Where
+    the receiver holds less of each row, the sender puts the part together before (``staging``); where
+    it holds more, the sender's whole block becomes one stretch of the receiver's, which sorts its
+    rows when all of them are there (`FinishBlocks`).
+    """
+
+    def __init__(
+        self,
+        backend: OneSidedKVTransfer,
+        parts: BlockParts,
+        beside_the_steps: Callable[[], AbstractContextManager[None]],
+        target: Peer,
+        route: Route,
+    ) -> None:
+        self._backend, self._parts, self._beside_the_steps = backend, parts, beside_the_steps
+        self._target, self._route = target, route
+        self._piece_bytes = parts.part_bytes(route.source_part)
+        self._target_block_bytes = self._piece_bytes * route.target_part.count
+        self._staged_blocks = max(1, min(_STAGING_BYTES, backend.context.buffer_size) // self._piece_bytes)
+        self._staging: torch.Tensor | None = None
+
+    def __call__(self, letters: list[Letter]) -> None:
+        blocks = [pair for letter in letters for pair in zip(letter.source_ids, letter.target_ids, strict=True)]
+        if self._route.source_part == WHOLE:
+            self._write(self._parts.kv_blocks, blocks)
+            return
+        if self._staging is None:
+            self._staging = self._backend.make_staging(self._staged_blocks * self._piece_bytes)
+        for first in range(0, len(blocks), self._staged_blocks):
+            some = blocks[first : first + self._staged_blocks]
+            out = self._staging[: len(some) * self._piece_bytes].view(len(some), self._piece_bytes)
+            with self._beside_the_steps():
+                self._parts.take([source for source, _ in some], self._route.source_part, out)
+            self._write(self._staging, [(place, target) for place, (_, target) in enumerate(some)])
+
+    def _write(self, source: torch.Tensor, blocks: list[tuple[int, int]]) -> None:
+        first = self._route.target_part.index * self._piece_bytes
+        pieces = ((here * self._piece_bytes, there * self._target_block_bytes + first) for here, there in blocks)
+        self._backend.write(self._target, source, coalesce(pieces, self._piece_bytes))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from hbserve.errors import ConfigError, HBServeError, KVTransferError, StaleBloc
 from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
+    FinishBlocks,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -26,15 +27,17 @@ from hbserve.messages.transfer import (
     TransferCommand,
     TransferReply,
     TransferResult,
-    VerifyBlocks,
 )
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
-from hbserve.pd_disagg.kv_transfer.checksum import block_checksums
+from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
+from hbserve.pd_disagg.kv_transfer.head_split import Part, Route, Shard
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 
 logger = logging.getLogger(__name__)
 
-_Order = SendBlocks | ReceiveBlocks | VerifyBlocks
+T = TypeVar("T")
+
+_Order = SendBlocks | ReceiveBlocks | FinishBlocks
 
 
 class KVTransferManager(ABC):
@@ -44,7 +47,7 @@ class KVTransferManager(ABC):
         context: of the rank.
         kv_blocks: the arena as ``[block, byte]``, uint8.
         report: called with each reply, in the event loop.
-        tp_rank: of this arena in its instance; the same rank of the other instance has the other end.
+        shard: which of the KV heads are in this arena.
     """
 
     one_sided: bool
@@ -55,14 +58,16 @@ class KVTransferManager(ABC):
         context: KVTransferContext,
         kv_blocks: torch.Tensor,
         report: Callable[[TransferReply], None],
-        tp_rank: int = 0,
+        shard: Shard = Shard(),  # noqa: B008 - it is frozen
     ) -> None:
         self._context = context
-        self._tp_rank = tp_rank
+        self._shard = shard
         self._kv_blocks = kv_blocks
+        self._parts = BlockParts(kv_blocks, shard.num_rows)
         self._report = report
         self._tasks: dict[tuple[str, bool], asyncio.Task[_Done]] = {}
         self._link_tasks: set[asyncio.Task[None]] = set()
+        self._merging: set[asyncio.Task[None]] = set()
         # Of transfers whose command has not come yet, or whose result had left: bounded, so no need to tell which.
         self._cancelled_early: deque[str] = deque(maxlen=1024)
         self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
@@ -85,14 +90,14 @@ class KVTransferManager(ABC):
 
     def send(self, command: SendBlocks) -> None:
         """Start sending; the blocks' contents must be final."""
-        self._start(command, True, self._send_and_sum(command, command.targets[self._tp_rank]))
+        self._start(command, True, self._send_all(command))
 
     def handle(self, command: TransferCommand) -> None:
         """Start what the scheduler asks for."""
         if isinstance(command, ReceiveBlocks):
-            self._start(command, False, self._receive(command, command.sources[self._tp_rank]))
-        elif isinstance(command, VerifyBlocks):
-            self._start(command, False, self._verify(command))
+            self._start(command, False, self._receive_all(command))
+        elif isinstance(command, FinishBlocks):
+            self._start(command, False, self._finish_blocks(command))
         elif isinstance(command, CancelTransfer):
             self.cancel(command.transfer_id)
         else:
@@ -124,19 +129,19 @@ class KVTransferManager(ABC):
     # --- for the two kinds of backend --------------------------------------------------------------
 
     @abstractmethod
-    async def _send(self, command: SendBlocks, target: Peer) -> float:
-        """Move the blocks; returns the seconds that went to others."""
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        """Move a part of each block to one rank; returns the seconds that went to others."""
 
     @abstractmethod
-    async def _receive(self, command: ReceiveBlocks, source: Peer) -> _Done:
-        """Have the blocks moved here."""
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
+        """Have a part of each block moved here from one rank."""
 
     @abstractmethod
-    async def _open_inbox(self, source: Peer) -> str:
-        """Be ready for a link; what the sender needs to know."""
+    async def _open_inbox(self, sources: list[Peer]) -> str:
+        """Be ready for a link from these ranks; what they need to know."""
 
     @abstractmethod
-    async def _close_inbox(self, source: Peer, sender_done: bool) -> None:
+    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
         """Return when nothing of the link is written any more."""
 
     @contextmanager
@@ -194,7 +199,7 @@ class KVTransferManager(ABC):
                 error = f"{type(failure).__name__}: {failure}"
         else:
             done = task.result()
-        num_bytes = len(command.block_ids) * self._kv_blocks.shape[1]
+        num_bytes = len(command.block_ids) * self._bytes_of(command)
         self._report(
             TransferResult(
                 epoch=self._context.epoch,
@@ -209,23 +214,61 @@ class KVTransferManager(ABC):
             )
         )
 
-    async def _send_and_sum(self, command: SendBlocks, target: Peer) -> _Done:
+    def _bytes_of(self, command: _Order) -> int:
+        """What is moved of each block."""
+        if isinstance(command, FinishBlocks):
+            return 0
+        if isinstance(command, ReceiveBlocks):
+            return self._kv_blocks.shape[1]
+        return sum(self._parts.part_bytes(way.source_part) for way in self._shard.outgoing(len(command.targets)))
+
+    async def _send_all(self, command: SendBlocks) -> _Done:
+        routes = self._shard.outgoing(len(command.targets))
         checksums = None
         if command.checksum:
-            checksums = await asyncio.to_thread(self._checksums, command.block_ids)
-        return _Done(await self._send(command, target), checksums)
+            parts = sorted({route.source_part for route in routes})
+            checksums = await asyncio.to_thread(self._checksums, command.block_ids, parts)
+        queued_s = await _gather([self._send(command, command.targets[way.target], way) for way in routes])
+        return _Done(max(queued_s, default=0.0), checksums)
 
-    async def _verify(self, command: VerifyBlocks) -> _Done:
-        found = await asyncio.to_thread(self._checksums, command.block_ids)
-        wrong = sum(a != b for a, b in zip(found, command.checksums[self._tp_rank], strict=True))
-        if wrong:
-            raise KVTransferError(f"{wrong} of {len(found)} blocks are not what was sent", "checksum")
+    async def _receive_all(self, command: ReceiveBlocks) -> _Done:
+        routes = self._shard.incoming(len(command.sources))
+        await _gather([self._receive(command, command.sources[way.source], way) for way in routes])
         return _Done()
 
+    async def _finish_blocks(self, command: FinishBlocks) -> _Done:
+        routes = self._shard.incoming(command.num_sources)
+        num_parts = routes[0].target_part.count
+        if self.one_sided and num_parts > 1:
+            merging = asyncio.create_task(asyncio.to_thread(self._merge, command.block_ids, num_parts))
+            self._merging.add(merging)
+            merging.add_done_callback(self._merging.discard)
+            await to_its_end(merging)
+        if command.checksums is not None:
+            found = await asyncio.to_thread(self._checksums, command.block_ids, [way.target_part for way in routes])
+            self._compare(command, routes, found, command.checksums)
+        return _Done()
+
+    def _compare(self, command: FinishBlocks, routes: list[Route], found: list[int], expected: list[list[int]]) -> None:
+        num_blocks = len(command.block_ids)
+        wrong: set[int] = set()
+        for index, route in enumerate(routes):
+            mine = found[index * num_blocks : (index + 1) * num_blocks]
+            first = route.source_part.index * num_blocks
+            theirs = expected[route.source][first : first + num_blocks]
+            wrong |= {block for block, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b}
+        if wrong:
+            raise KVTransferError(f"{len(wrong)} of {num_blocks} blocks are not what was sent", "checksum")
+
     @torch.inference_mode()
-    def _checksums(self, block_ids: list[int]) -> list[int]:
+    def _checksums(self, block_ids: list[int], parts: list[Part]) -> list[int]:
         with self._beside_the_steps():
-            return block_checksums(self._kv_blocks, block_ids)
+            return [number for part in parts for number in self._parts.checksums(block_ids, part)]
+
+    @torch.inference_mode()
+    def _merge(self, block_ids: list[int], num_parts: int) -> None:
+        with self._beside_the_steps():
+            self._parts.merge(block_ids, num_parts)
 
     def _refuse_stale(self, command: _Order) -> None:
         index = torch.tensor(command.block_ids, dtype=torch.int64)
@@ -245,7 +288,7 @@ class KVTransferManager(ABC):
         context, error, endpoint = self._context, None, ""
         try:
             async with asyncio.timeout(context.timeout_s):
-                endpoint = await self._open_inbox(command.sources[self._tp_rank])
+                endpoint = await self._open_inbox(self._sources_of(command))
         except TimeoutError:
             error = f"kv_transfer: not ready for {command.source_id} within {context.timeout_s:g} s"
         except HBServeError as problem:
@@ -262,14 +305,47 @@ class KVTransferManager(ABC):
         )
 
     async def _close_link(self, command: CloseLink) -> None:
-        await self._close_inbox(command.sources[self._tp_rank], command.senders_done)
+        await self._close_inbox(self._sources_of(command), command.senders_done)
+        if self._merging:
+            await asyncio.wait(self._merging)
         self._report(LinkClosed(epoch=self._context.epoch, source_id=command.source_id, link_epoch=command.link_epoch))
+
+    def _sources_of(self, command: OpenLink | CloseLink) -> list[Peer]:
+        """The ranks that write here."""
+        return [command.sources[way.source] for way in self._shard.incoming(len(command.sources))]
 
     async def _cancel_and_wait(self, transfer_ids: set[str]) -> None:
         tasks = [self._tasks[name, False] for name in transfer_ids if (name, False) in self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gather(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; at the first failure, or if it is cancelled, the others are, and waited for."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def to_its_end(task: asyncio.Task[None]) -> None:
+    """Wait for work that cannot be broken off; a cancellation meanwhile takes effect after it."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        raise
 
 
 class _Done:
@@ -284,7 +360,7 @@ def make_manager(
     context: KVTransferContext,
     kv_blocks: torch.Tensor,
     report: Callable[[TransferReply], None],
-    tp_rank: int = 0,
+    shard: Shard = Shard(),  # noqa: B008 - it is frozen
     sharing: ArenaSharing | None = None,
 ) -> KVTransferManager:
     """A manager with the backend that ``kv_transfer.backend`` names, not yet started.
@@ -301,11 +377,15 @@ def make_manager(
     if name == "mooncake":
         from hbserve.pd_disagg.kv_transfer.mooncake import MooncakeKVTransfer
 
-        return DirectTransfers(MooncakeKVTransfer(context, kv_blocks), report, tp_rank)
+        return DirectTransfers(MooncakeKVTransfer(context, kv_blocks), report, shard)
     if name == "shm":
         from hbserve.pd_disagg.kv_transfer.shared_memory import SharedMemoryKVTransfer
 
         if sharing is None or sharing.handle is None:
             raise ConfigError("kv_transfer.backend: shm: this instance's KV arena cannot be shared")
-        return DirectTransfers(SharedMemoryKVTransfer(context, kv_blocks, sharing), report, tp_rank)
-    return StagedTransfers(make_backend(name, context), kv_blocks, report, tp_rank)
+        return DirectTransfers(SharedMemoryKVTransfer(context, kv_blocks, sharing), report, shard)
+    if name == "nccl":
+        from hbserve.pd_disagg.kv_transfer.torch_transfers import TorchTransfers
+
+        return TorchTransfers(context, kv_blocks, report, shard)
+    return StagedTransfers(make_backend(name, context), kv_blocks, report, shard)

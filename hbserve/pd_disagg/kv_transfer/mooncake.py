@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import torch
 from hbserve.errors import ConfigError, KVTransferError, StartupError
 from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
-from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, OneSidedKVTransfer
+from hbserve.pd_disagg.kv_transfer.one_sided import OneSidedKVTransfer
+from hbserve.platform.remote_arena import ByteRun
 
 CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
 _HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: the two engines tell each other
@@ -105,8 +107,9 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         super().__init__(context, kv_blocks)
         self._settings = MooncakeSettings.load(context.mooncake_protocol, context.mooncake_device)
         self._host = context.host if context.host_is_given else self._settings.host or context.host
-        self._inboxes: dict[tuple[int, int, int], Any] = {}
+        self._inboxes: dict[tuple[tuple[int, int, int], ...], Any] = {}
         self._outbound: Any = None
+        self._thread = threading.local()
 
     async def start(self) -> None:
         """Make the engine that sends.
@@ -132,50 +135,72 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         code = engine.initialize(self._host, _HANDSHAKE, protocol, self._settings.device_name)
         if code != 0:
             raise StartupError(f"kv_transfer.backend mooncake: no engine at {self._host} over {protocol} (code {code})")
-        code = engine.register_memory(self.kv_blocks.data_ptr(), self.kv_blocks.nbytes)
-        if code != 0:
-            raise StartupError(
-                f"kv_transfer.backend mooncake: cannot register {self.kv_blocks.nbytes} bytes of "
-                f"{self.kv_blocks.device} memory for {protocol} (code {code})"
-            )
+        self._register(engine, self.kv_blocks)
         return engine
 
-    def _enter_device(self) -> None:
-        """The library works on the calling thread's CUDA context."""
-        if self.kv_blocks.is_cuda:
-            torch.cuda.set_device(self.kv_blocks.device)
+    def _register(self, engine: Any, memory: torch.Tensor) -> None:
+        code = engine.register_memory(memory.data_ptr(), memory.nbytes)
+        if code != 0:
+            variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MC_")]
+            raise StartupError(
+                f"kv_transfer.backend mooncake: cannot register {memory.nbytes} bytes of {memory.device} memory at "
+                f"{memory.data_ptr():#x} (code {code}; {' '.join(variables)}); MC_LOG_LEVEL=INFO tells why"
+            )
 
-    async def open_inbox(self, source: Peer) -> str:
+    def _enter_device(self) -> None:
+        """The library works on the calling thread's CUDA context, through the driver, which does not make one current.
+
+        Naming the device is not enough: that does nothing in a thread whose device is the right one already.
+        """
+        if self.kv_blocks.is_cuda and not hasattr(self._thread, "has_context"):
+            torch.cuda.set_device(self.kv_blocks.device)
+            torch.zeros(1, device=self.kv_blocks.device)  # a launch makes it current
+            self._thread.has_context = True
+
+    async def open_inbox(self, sources: list[Peer]) -> str:
         """``session address``: where the engine is, and where the arena is in this process."""
         engine = await asyncio.to_thread(self._make_engine)
-        self._inboxes[_link(source)] = engine
+        self._inboxes[_link(sources)] = engine
         return f"{self._host}:{engine.get_rpc_port()} {self.kv_blocks.data_ptr()}"
 
-    async def close_inbox(self, source: Peer, sender_done: bool) -> None:
-        engines = [self._inboxes.pop(_link(source), None)]
-        await asyncio.to_thread(engines.clear)  # the last reference: ends the engine
+    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        engines = {0: self._inboxes.pop(_link(sources), None)}
+        await asyncio.to_thread(self._end, engines)
 
-    def write(self, target: Peer, runs: list[BlockRun]) -> None:
+    def make_staging(self, num_bytes: int) -> torch.Tensor:
+        self._enter_device()
+        staging = super().make_staging(num_bytes)
+        try:
+            self._register(self._outbound, staging)
+        except StartupError as error:
+            raise KVTransferError(str(error)) from None
+        return staging
+
+    def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
         self._enter_device()
         session, address = target.endpoint.split(" ")
-        block_bytes = self.kv_blocks.shape[1]
-        mine, theirs = self.kv_blocks.data_ptr(), int(address)
+        mine, theirs = source.data_ptr(), int(address)
         engine = self._outbound
         for first in range(0, len(runs), _MAX_RUNS):
             some = runs[first : first + _MAX_RUNS]
             code = engine.batch_transfer_sync_write(
                 session,
-                [mine + run.source * block_bytes for run in some],
-                [theirs + run.target * block_bytes for run in some],
-                [run.length * block_bytes for run in some],
+                [mine + here for here, _, _ in some],
+                [theirs + there for _, there, _ in some],
+                [num_bytes for _, _, num_bytes in some],
             )
             if code != 0:
                 raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
 
     async def stop(self) -> None:
         self._outbound = None  # lives on while a write is under way
-        await asyncio.to_thread(self._inboxes.clear)
+        await asyncio.to_thread(self._end, self._inboxes)
+
+    def _end(self, engines: dict[Any, Any]) -> None:
+        """Let go of the last references."""
+        self._enter_device()
+        engines.clear()
 
 
-def _link(source: Peer) -> tuple[int, int, int]:
-    return source.rank, source.epoch, source.link_epoch
+def _link(sources: list[Peer]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((source.rank, source.epoch, source.link_epoch) for source in sources)

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
-from hbserve.platform.remote_arena import RemoteArena
+from hbserve.platform.remote_arena import ByteRun, RemoteArena
 
 
-class BlockRun(NamedTuple):
-    """``length`` neighbouring blocks of the sender that become neighbouring blocks of the receiver."""
+def coalesce(pieces: Iterable[tuple[int, int]], num_bytes: int) -> list[ByteRun]:
+    """The fewest runs that move ``num_bytes`` from each offset here to that there: links are fast with large pieces.
 
-    source: int
-    target: int
-    length: int
-
-
-def coalesce(source_ids: Sequence[int], target_ids: Sequence[int]) -> list[BlockRun]:
-    """The fewest runs that move blocks ``source_ids[i]`` to ``target_ids[i]``: links are fast with large pieces."""
-    runs: list[BlockRun] = []
-    for source, target in sorted(zip(source_ids, target_ids, strict=True)):
+    Args:
+        pieces: offsets here and there.
+    """
+    runs: list[ByteRun] = []
+    for here, there in sorted(pieces):
         if runs:
-            last = runs[-1]
-            if source == last.source + last.length and target == last.target + last.length:
-                runs[-1] = BlockRun(last.source, last.target, last.length + 1)
+            first_here, first_there, length = runs[-1]
+            if here == first_here + length and there == first_there + length:
+                runs[-1] = (first_here, first_there, length + num_bytes)
                 continue
-        runs.append(BlockRun(source, target, 1))
+        runs.append((here, there, num_bytes))
     return runs
 
 
@@ -51,9 +46,9 @@ class ArenaSharing:
 class OneSidedKVTransfer(ABC):
     """Writes KV blocks into another instance's arena. One object per rank and epoch of an instance.
 
-    The receiver opens an *inbox* for each link and each link epoch, which gives the sender the right
-    to write. What makes it safe is the way an inbox ends: `close_inbox` returns when no write of that
-    sender can arrive any more, whatever state the sender is in.
+    The receiver opens an *inbox* for each link and each link epoch, which gives the senders the right
+    to write. What makes it safe is the way an inbox ends: `close_inbox` returns when no write of those
+    senders can arrive any more, whatever state they are in.
 
     Args:
         context: as for `KVTransferBase`.
@@ -77,27 +72,38 @@ class OneSidedKVTransfer(ABC):
         """Get ready; called before anything else."""
 
     @abstractmethod
-    async def open_inbox(self, source: Peer) -> str:
-        """Let a sender write; what it needs to know, which comes back as ``endpoint`` in its `write`.
+    async def open_inbox(self, sources: list[Peer]) -> str:
+        """Let a link's senders write; what they need to know, which comes back as ``endpoint`` in their `write`.
 
         Args:
-            source: the sender, with the link's epoch.
+            sources: the ranks that write here, with the link's epoch.
 
         Raises:
             HBServeError: if the arena cannot be opened to others.
         """
 
     @abstractmethod
-    async def close_inbox(self, source: Peer, sender_done: bool) -> None:
-        """Return when no write of this sender on this link epoch can arrive any more.
+    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        """Return when no write of these senders on this link epoch can arrive any more.
 
         Args:
-            sender_done: it has confirmed the end of all its writes.
+            senders_done: they have confirmed the end of all their writes.
         """
 
+    def make_staging(self, num_bytes: int) -> torch.Tensor:
+        """Memory beside the arena, uint8, that `write` takes as a source. Called in a thread, one per target.
+
+        Raises:
+            KVTransferError
+        """
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
+
     @abstractmethod
-    def write(self, target: Peer, runs: list[BlockRun]) -> None:
-        """Write runs of blocks; return when the receiver has them all. Called in a thread, one per target.
+    def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
+        """Write runs of bytes; return when the receiver has them all. Called in a thread, one per target.
+
+        Args:
+            source: the arena, or from `make_staging`; the runs' offsets there are in the receiver's arena.
 
         Raises:
             KVTransferError

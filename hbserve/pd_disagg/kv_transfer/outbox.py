@@ -9,14 +9,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from hbserve.errors import KVTransferError
-from hbserve.pd_disagg.kv_transfer.one_sided import BlockRun, coalesce
+
+MAX_LETTERS = 64
+"""In one write."""
 
 
-class _Letter:
-    """One transfer's blocks, and the event of their arrival."""
+class Letter:
+    """One transfer's blocks, and the event of their arrival.
 
-    def __init__(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
-        self.source_ids, self.target_ids = source_ids, target_ids
+    Args:
+        name: the transfer's.
+        source_ids, target_ids: blocks here, and there.
+    """
+
+    def __init__(self, name: str, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        self.name, self.source_ids, self.target_ids = name, source_ids, target_ids
         self.written: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.put_at = time.monotonic()
 
@@ -25,29 +32,28 @@ class Outbox:
     """One link's writes: what has gathered while one write was under way leaves with the next, as one.
 
     Args:
-        write: the backend's; blocks.
+        write: sends letters, in a thread of this outbox; blocks.
         max_batch_blocks: most blocks in one write, if more than one transfer is in it.
         writes_end: see `OneSidedKVTransfer.writes_end`.
     """
 
-    def __init__(self, write: Callable[[list[BlockRun]], None], max_batch_blocks: int, writes_end: bool) -> None:
+    def __init__(self, write: Callable[[list[Letter]], None], max_batch_blocks: int, writes_end: bool) -> None:
         self._write = write
         self._max_batch_blocks = max_batch_blocks
         self._writes_end = writes_end
-        self._waiting: deque[_Letter] = deque()
+        self._waiting: deque[Letter] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-outbox")
         self._writer: asyncio.Task[None] | None = None
         self._broken: KVTransferError | None = None
 
-    async def put(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> float:
-        """Write blocks ``source_ids`` to ``target_ids``; returns the seconds that went to others.
+    async def put(self, letter: Letter) -> float:
+        """Send a letter; returns the seconds that went to others.
 
         Raises:
             KVTransferError: if this or an earlier write on the link has failed.
         """
         if self._broken is not None:
             raise self._broken
-        letter = _Letter(source_ids, target_ids)
         self._waiting.append(letter)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._drain())
@@ -71,16 +77,16 @@ class Outbox:
         while self._waiting:
             batch = [self._waiting.popleft()]
             num_blocks = len(batch[0].source_ids)
-            while self._waiting and num_blocks + len(self._waiting[0].source_ids) <= self._max_batch_blocks:
+            while (
+                self._waiting
+                and len(batch) < MAX_LETTERS
+                and num_blocks + len(self._waiting[0].source_ids) <= self._max_batch_blocks
+            ):
                 batch.append(self._waiting.popleft())
                 num_blocks += len(batch[-1].source_ids)
-            runs = coalesce(
-                [block for letter in batch for block in letter.source_ids],
-                [block for letter in batch for block in letter.target_ids],
-            )
             started = time.monotonic()
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, runs)
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
             except Exception as error:
                 self._break(error if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
                 return
@@ -89,7 +95,7 @@ class Outbox:
                 share_s = (ended - started) * len(letter.source_ids) / num_blocks
                 letter.written.set_result(ended - letter.put_at - share_s)
 
-    def _break(self, error: KVTransferError, batch: list[_Letter]) -> None:
+    def _break(self, error: KVTransferError, batch: list[Letter]) -> None:
         self._broken = error
         for letter in (*batch, *self._waiting):
             letter.written.set_exception(error)

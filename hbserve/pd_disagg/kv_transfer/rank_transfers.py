@@ -9,6 +9,7 @@ import torch
 from hbserve.config import Config, InstanceConfig
 from hbserve.messages.transfer import Peer, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
+from hbserve.pd_disagg.kv_transfer.head_split import Shard
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 
@@ -17,7 +18,7 @@ class RankTransfers:
     """The transfer manager of the current epoch; it is made anew with every one.
 
     Args:
-        tp_rank: which rank of the instance.
+        shard: which rank of the instance, and what it holds.
         kv_blocks: its arena as ``[block, byte]``, uint8.
         report: called with each reply, in the event loop.
         sharing: how the arena is opened to others of this host.
@@ -30,16 +31,15 @@ class RankTransfers:
         self,
         config: Config,
         instance: InstanceConfig,
-        tp_rank: int,
+        shard: Shard,
         kv_blocks: torch.Tensor,
         report: Callable[[TransferReply], None],
         sharing: ArenaSharing,
     ) -> None:
         self._sharing = sharing
         assert instance.kv_rank is not None
-        self._config, self._instance, self._tp_rank = config.kv_transfer, instance, tp_rank
-        self._tp_size = config.model.tensor_parallel_size
-        self._rank = instance.kv_rank * self._tp_size + tp_rank
+        self._config, self._instance, self._shard = config.kv_transfer, instance, shard
+        self._rank = instance.kv_rank * config.most_ranks + shard.rank
         self._kv_blocks = kv_blocks
         self._report = report
         self._has_begun = False
@@ -59,12 +59,12 @@ class RankTransfers:
             port=None if config.port is None else config.port + self._rank,
             device=self._kv_blocks.device,
             timeout_s=config.timeout_s,
-            buffer_size=config.buffer_size // self._tp_size,
+            buffer_size=config.buffer_size // self._shard.size,
             host_is_given=(self._instance.kv_ip or config.ip) is not None,
             mooncake_protocol=config.mooncake_protocol,
             mooncake_device=config.mooncake_device,
         )
-        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._tp_rank, self._sharing)
+        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._shard, self._sharing)
         await manager.start()
         self.manager, self._has_begun = manager, True
         return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)

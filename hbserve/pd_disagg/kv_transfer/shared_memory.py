@@ -19,8 +19,8 @@ import torch
 from hbserve.errors import KVTransferError
 from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
-from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, BlockRun, OneSidedKVTransfer
-from hbserve.platform.remote_arena import RemoteArena
+from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, OneSidedKVTransfer
+from hbserve.platform.remote_arena import ByteRun, RemoteArena
 
 
 class SharedMemoryKVTransfer(OneSidedKVTransfer):
@@ -41,25 +41,27 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
     def endpoint(self) -> str:
         return str(os.getpid())
 
-    async def open_inbox(self, source: Peer) -> str:
+    async def open_inbox(self, sources: list[Peer]) -> str:
         """``bytes handle``: of the arena."""
-        pid = int(source.endpoint)
-        with contextlib.suppress(ProcessLookupError):  # it is dead already, and will not write
-            self._senders[_link(source)] = os.pidfd_open(pid)
-        async with self._new_epoch:
-            self._epochs[pid] = max(source.epoch, self._epochs.get(pid, 0))
-            self._new_epoch.notify_all()
+        for source in sources:
+            pid = int(source.endpoint)
+            with contextlib.suppress(ProcessLookupError):  # it is dead already, and will not write
+                self._senders[_link(source)] = os.pidfd_open(pid)
+            async with self._new_epoch:
+                self._epochs[pid] = max(source.epoch, self._epochs.get(pid, 0))
+                self._new_epoch.notify_all()
         return f"{self.kv_blocks.nbytes} {self._handle}"
 
-    async def close_inbox(self, source: Peer, sender_done: bool) -> None:
-        descriptor = self._senders.pop(_link(source), None)
-        if descriptor is None:
-            return
-        try:
-            if not sender_done:
-                await self._wait_until_harmless(descriptor, source)
-        finally:
-            os.close(descriptor)
+    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        for source in sources:
+            descriptor = self._senders.pop(_link(source), None)
+            if descriptor is None:
+                continue
+            try:
+                if not senders_done:
+                    await self._wait_until_harmless(descriptor, source)
+            finally:
+                os.close(descriptor)
 
     async def _wait_until_harmless(self, descriptor: int, source: Peer) -> None:
         loop = asyncio.get_running_loop()
@@ -77,11 +79,9 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         async with self._new_epoch:
             await self._new_epoch.wait_for(lambda: self._epochs[int(source.endpoint)] > source.epoch)
 
-    def write(self, target: Peer, runs: list[BlockRun]) -> None:
-        size = self.kv_blocks.shape[1]
+    def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
         try:
-            arena = self._arena_of(target)
-            arena.write(self.kv_blocks, [(run.source * size, run.target * size, run.length * size) for run in runs])
+            self._arena_of(target).write(source, runs)
         except (RuntimeError, OSError) as error:
             raise KVTransferError(f"cannot write to the receiver's arena, is it on this host? {error}") from None
 
