@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from hbserve.errors import HBServeError
-from hbserve.system.disaggregated_llm import DisaggregatedLLM
 from hbserve.sampling_params import SamplingParams
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
 _START_TIMEOUT_S = 120.0
 _BREAK = float("nan")
