@@ -325,6 +325,8 @@ class RpcConfig(Section, frozen=True):
         step_timeout_s: a worker that has not finished a step for so long is lost.
         start_timeout_s: the system must be ready within this time, else the error says who is missing.
         recovery_timeout_s: requests wait so long for a lost instance to come back, then fail.
+        drain_timeout_s: an instance that is told to end on its own has so long to finish its requests;
+            what is left is computed again elsewhere.
         max_restarts: how often the launcher restarts an instance that exits, within ten minutes.
     """
 
@@ -336,6 +338,7 @@ class RpcConfig(Section, frozen=True):
     step_timeout_s: float = 120.0
     start_timeout_s: float = 300.0
     recovery_timeout_s: float = 120.0
+    drain_timeout_s: float = 60.0
     max_restarts: int = 5
 
 
@@ -397,10 +400,15 @@ class TelemetryConfig(Section, frozen=True):
 
 
 class Config(Section, frozen=True):
-    """Everything that defines a system; see the sections for the keys."""
+    """Everything that defines a system; see the sections for the keys.
+
+    Attributes:
+        launcher: who starts the instances: the server itself, or a Ray cluster, on hosts of its choice.
+    """
 
     model: ModelConfig
     mode: Mode = "unified"
+    launcher: Literal["local", "ray"] = "local"
     gpu_instances: tuple[InstanceConfig, ...] = ()
     kv_transfer: KVTransferConfig = KVTransferConfig()
     chunked_prefill: ChunkedPrefillConfig = ChunkedPrefillConfig()

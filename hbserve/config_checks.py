@@ -73,6 +73,18 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
     return msgspec.structs.replace(given, **shares)
 
 
+def with_instance(config: Config, instance: InstanceConfig) -> Config:
+    """The configuration as it is with another instance in it, in the place of one of its name.
+
+    Raises:
+        ConfigError: if the instance does not fit to the others.
+    """
+    others = [each for each in config.gpu_instances if each.instance_id != instance.instance_id]
+    extended = msgspec.structs.replace(config, gpu_instances=(*others, instance))
+    _validate(extended)
+    return extended
+
+
 def _error(key: str, what: str) -> ConfigError:
     return ConfigError(f"{key}: {what}" if key else what, key)
 
@@ -159,6 +171,7 @@ def _validate(config: Config) -> None:
     _require_positive(config)
     _validate_semi_pd(config)
     _validate_instances(config)
+    _validate_launcher(config)
 
 
 def _validate_semi_pd(config: Config) -> None:
@@ -182,6 +195,19 @@ def _validate_semi_pd(config: Config) -> None:
             raise _error(
                 f"gpu_instances[{index}].port", "a semi_pd instance is started with its scheduler and needs no port"
             )
+
+
+def _validate_launcher(config: Config) -> None:
+    if config.launcher != "ray":
+        return
+    if config.rpc.port is None:
+        raise _error("rpc.port", "instances that Ray starts find the scheduler by it; set rpc.port")
+    for index, instance in enumerate(config.gpu_instances):
+        if instance.instance_type is InstanceRole.SEMI_PD:
+            raise _error("launcher", "Ray starts no semi_pd instances; use local")
+        for name in ("port", "bind"):
+            if getattr(instance, name) is not None:
+                raise _error(f"gpu_instances[{index}].{name}", "Ray decides where an instance listens; leave it out")
 
 
 def _is_import_path(text: str) -> bool:

@@ -36,7 +36,7 @@ def main() -> int:
             from hbserve.pd_disagg.rpc import instance_address
 
             instance = config.instance(arguments.instance_id)
-            exit_now(run_instance(config, instance.instance_id, instance_address(instance, None)))
+            exit_now(run_instance(config, instance, instance_address(instance, None)))
         from hbserve.server.launch import serve_system
 
         return serve_system(config, with_instances=True, port=arguments.port)

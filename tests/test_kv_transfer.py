@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from hbserve.messages.transfer import (
     SendBlocks,
 )
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
+from hbserve.pd_disagg.kv_transfer.head_split import Shard, routes
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
 from hbserve.pd_disagg.kv_transfer.manager import make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
@@ -33,7 +35,9 @@ from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
 from tests.engines import needs_mooncake
 
-NUM_BLOCKS, BLOCK_BYTES = 32, 1024
+NUM_BLOCKS, ROWS, HEAD_BYTES = 32, 8, 128
+BLOCK_BYTES = ROWS * HEAD_BYTES
+ONLY_RANK = Shard(num_rows=ROWS)
 DEADLINE_S = 30.0
 ONE_SIDED = ["shm", pytest.param("mooncake", marks=needs_mooncake)]
 
@@ -41,7 +45,7 @@ ONE_SIDED = ["shm", pytest.param("mooncake", marks=needs_mooncake)]
 class Side:
     """One instance's end: an arena, a backend and a manager, and the results it reported."""
 
-    def __init__(self, rank: int, timeout_s: float, buffer_size: int, backend: str) -> None:
+    def __init__(self, rank: int, timeout_s: float, buffer_size: int, backend: str, shard: Shard = ONLY_RANK) -> None:
         self.context = KVTransferContext(
             rank=rank,
             epoch=100 + rank,
@@ -53,8 +57,9 @@ class Side:
         )
         generator = torch.Generator().manual_seed(rank)
         self.platform = CpuPlatform(1)
-        shared = self.platform.allocate_shared_arena(NUM_BLOCKS * BLOCK_BYTES)
-        self.arena = shared.tensor.view(NUM_BLOCKS, BLOCK_BYTES)
+        block_bytes = ROWS * HEAD_BYTES * max(1, shard.num_kv_heads // shard.size)
+        shared = self.platform.allocate_shared_arena(NUM_BLOCKS * block_bytes)
+        self.arena = shared.tensor.view(NUM_BLOCKS, block_bytes)
         self.arena.random_(0, 256, generator=generator)
         self.results: asyncio.Queue[Any] = asyncio.Queue()
         self.manager = make_manager(
@@ -62,6 +67,7 @@ class Side:
             self.context,
             self.arena,
             self.results.put_nowait,
+            shard,
             sharing=ArenaSharing(shared.handle, self.platform.open_arena),
         )
 
@@ -333,6 +339,102 @@ async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_n
         finally:
             sender.kill()
             sender.wait()
+
+
+# --- instances of different numbers of ranks ------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 8])
+def test_every_rank_gets_each_of_its_heads_once_from_a_rank_that_has_it(num_heads: int) -> None:
+    sizes = [1, 2, 4, 8]
+    for num_sources, num_targets in itertools.product(sizes, sizes):
+        got: dict[int, list[int]] = {target: [] for target in range(num_targets)}
+        for route in routes(num_heads, num_sources, num_targets):
+            mine, theirs = (
+                heads_of(num_heads, num_sources, route.source),
+                heads_of(num_heads, num_targets, route.target),
+            )
+            width, part = len(mine) // route.source_part.count, route.source_part.index
+            got[route.target] += mine[part * width : (part + 1) * width]
+            assert theirs[route.target_part.index * width :][:width] == mine[part * width :][:width]
+        assert got == {target: heads_of(num_heads, num_targets, target) for target in range(num_targets)}
+        if num_sources == num_targets:
+            assert all(route.source == route.target for route in routes(num_heads, num_sources, num_targets))
+
+
+def heads_of(num_heads: int, size: int, rank: int) -> list[int]:
+    width = max(1, num_heads // size)
+    first = rank * num_heads // size
+    return list(range(first, first + width))
+
+
+SPLITS = [(4, 2, 1), (4, 1, 2), (2, 4, 1), (1, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_heads", "num_sources", "num_targets"),
+    [(backend, *split) for backend in ("nccl", "shm", "tests.stream_transfer:StreamKVTransfer") for split in SPLITS]
+    + [pytest.param("mooncake", 4, 2, 1, marks=needs_mooncake)],  # each of its engines takes a second to end
+)
+async def test_heads_are_split_anew_on_the_way_and_checksums_prove_it(
+    backend: str, num_heads: int, num_sources: int, num_targets: int
+) -> None:
+    everything = torch.randint(0, 256, (NUM_BLOCKS, ROWS, num_heads, HEAD_BYTES), dtype=torch.uint8)
+
+    def make(rank: int, number: int, size: int) -> Side:
+        return Side(rank, 20.0, 1 << 20, backend, Shard(number, size, num_heads, ROWS))
+
+    sources = [make(number, number, num_sources) for number in range(num_sources)]
+    targets = [make(8 + number, number, num_targets) for number in range(num_targets)]
+    for number, side in enumerate(sources):
+        side.arena.copy_(everything[:, :, heads_of(num_heads, num_sources, number)].reshape(NUM_BLOCKS, -1))
+    blocks, to = [3, 4, 5, 9, 20], [7, 8, 1, 30, 2]
+    untouched = [block for block in range(NUM_BLOCKS) if block not in to]
+    before = [side.arena.clone() for side in targets]
+    try:
+        for side in (*sources, *targets):
+            await side.manager.start()
+        source_peers, target_peers = [side.peer(1) for side in sources], []
+        for side in targets:
+            side.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=source_peers))
+            target_peers.append((await side.result()).peers[0])
+        order: dict[str, Any] = {"transfer_id": "t", "request_id": "t", "generations": [0] * len(blocks)}
+        for side in targets:
+            if not side.manager.one_sided:
+                side.manager.handle(ReceiveBlocks(**order, sources=source_peers, block_ids=to))
+        for side in sources:
+            side.manager.send(
+                SendBlocks(**order, targets=target_peers, block_ids=blocks, target_block_ids=to, checksum=True)
+            )
+        sent = [await side.result() for side in sources]
+        assert [result.error for result in sent] == [None] * num_sources
+        for side in targets:
+            if not side.manager.one_sided:
+                assert (await side.result()).error is None
+        checksums = [result.checksums[0] for result in sent]
+        for number, side in enumerate(targets):
+            finish = FinishBlocks(
+                transfer_id="t",
+                num_sources=num_sources,
+                block_ids=to,
+                generations=[0] * len(to),
+                checksums=checksums,
+            )
+            side.manager.handle(finish)
+            assert (await side.result()).error is None
+            mine = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
+            assert torch.equal(side.arena[to], mine[blocks])
+            assert torch.equal(side.arena[untouched], before[number][untouched])
+            side.arena[30, 5] ^= 1
+            # What is in order is not sorted again: only what one-sided senders of several ranks have left.
+            if not (side.manager.one_sided and num_sources > num_targets):
+                side.manager.handle(msgspec.structs.replace(finish, transfer_id="again"))
+                result = await side.result()
+                assert (result.error_kind, "1 of 5" in result.error) == ("checksum", True)
+    finally:
+        for side in (*sources, *targets):
+            await side.manager.cancel_all()
+            await side.manager.stop()
 
 
 class WrongSize(KVTransferBase):

@@ -15,8 +15,7 @@ import pytest
 
 from hbserve.config import ServerConfig
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
-from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
-from hbserve.server import create_app, live_page, serve
+from hbserve.server import create_app, live_page, semi_pd_routes, serve
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
@@ -38,13 +37,24 @@ class System:
 async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
     system = System()
     mode = getattr(request, "param", "disaggregated")
-    config = PdDisaggConfig(
-        str(DEMO_MODEL), mode=mode, device="cpu", dtype="float32", num_blocks=256, log_level="ERROR"
+    roles = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
+    workers: list[dict[str, Any]] = [
+        {"instance_id": name, "instance_type": role, "num_threads": 1} for name, role in roles.items()
+    ]
+    config = PdDisaggConfig.from_arguments(
+        str(DEMO_MODEL),
+        mode=mode,
+        device="cpu",
+        dtype="float32",
+        num_blocks=256,
+        log_level="ERROR",
+        **({"gpu_instances": workers} if mode == "disaggregated" else {}),
     )
     async with DisaggregatedLLM(config) as llm:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo")
         live_page.install(app, live_page.LiveData(llm.engine, llm.client, FairGate(), None, system.stop, 5000.0, 0.001))
+        semi_pd_routes.install(app, llm.supervisors)
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))
@@ -75,7 +85,29 @@ async def ask(url: str) -> None:
         assert answer.status_code == 200, answer.text
 
 
-async def test_page_in_a_browser(system: System, page: Any) -> None:
+async def files_and_data(system: System) -> None:
+    async with httpx.AsyncClient(base_url=system.url, timeout=DEADLINE_S) as http:
+        page = await http.get("/")
+        assert page.status_code == 200
+        assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+        for name in ("app.js", "style.css", "icon.svg", "vendor/uPlot.min.js", "vendor/uPlot.min.css"):
+            assert (await http.get(f"/page/{name}")).status_code == 200
+        for name in ("../live_page.py", "%2e%2e/live_page.py", "nothing", "..%2f..%2fconfig.py", ""):
+            assert (await http.get(f"/page/{name}")).status_code in (401, 404)
+        assert (await http.get("/live")).status_code == 401
+        await ask(system.url)
+        data = (await http.get("/live", headers={"Authorization": f"Bearer {KEY}"})).json()
+        [request] = data["stats"]["recent"]["requests"]
+        assert request["success"] is True
+        times = [request[name] for name in ("arrived", "seated", "prefilled", "decode_began", "ended")]
+        assert times == sorted(times, reverse=True)
+        assert len(request["chunks"]) >= 1
+        assert [event["kind"] for event in data["stats"]["recent"]["events"]] == ["ready"] * 3
+        assert (await http.post("/admin/drain")).status_code == 401
+
+
+async def test_page(system: System, page: Any) -> None:
+    await files_and_data(system)
     problems: list[str] = []
     asked: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -87,7 +119,7 @@ async def test_page_in_a_browser(system: System, page: Any) -> None:
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
     assert await page.locator("#model").inner_text() == "demo"
-    assert await page.locator(".card").count() == 2
+    assert await page.locator(".card").count() == 3
     assert await page.locator(".u-wrap").count() == 5
 
     # A request's timeline, opened by keyboard.
@@ -112,7 +144,7 @@ async def test_page_in_a_browser(system: System, page: Any) -> None:
     os.kill(pid, signal.SIGKILL)
     await page.locator("#events .lost").first.wait_for()
     assert "decode-0" in await page.locator("#events .lost").first.inner_text()
-    await page.locator("#events li.ready").nth(2).wait_for()
+    await page.locator("#events li.ready").nth(3).wait_for()
 
     # Administration needs its own key.
     await page.keyboard.press("Escape")
@@ -121,26 +153,40 @@ async def test_page_in_a_browser(system: System, page: Any) -> None:
     await page.get_by_text("Drain and end").click()
     await page.get_by_text("Refused: this needs the admin key").wait_for()
     assert not system.stop.is_set()
+    await page.get_by_label("Admin key").fill(ADMIN)
+    await page.locator("#role-instance").select_option("decode-1")
+    await page.get_by_text("Change the role").click()
+    await page.get_by_text("Done.").wait_for()
+    await page.locator("#events .role", has_text="decode-1: decode to prefill").wait_for()
+    assert system.llm.get_system_stats()["gpu_instances"]["decode-1"]["role"] == "prefill"
     await page.keyboard.press("Escape")
 
     # The scheduler is gone: said, and said why.
     system.llm.client.declare_dead("the scheduler ended with exit code 1")
     await page.locator("#problem").get_by_text("the scheduler ended with exit code 1").wait_for()
     assert "dead" in (await page.locator("#status").get_attribute("class") or "")
+    await page.keyboard.press("a")
+    await page.get_by_label("Admin key").fill(ADMIN)
+    await page.get_by_text("Drain and end").click()
+    await asyncio.wait_for(system.stop.wait(), DEADLINE_S)
     assert problems == []
     assert all(url.startswith(system.url) for url in asked)
 
 
 @pytest.mark.parametrize("system", ["semi_pd"], indirect=True)
-async def test_page_shows_a_rotation(system: System, page: Any) -> None:
+async def test_page_changes_the_split_and_shows_the_rotation(system: System, page: Any) -> None:
     await page.goto(system.url)
     await page.get_by_label("Key", exact=True).fill(KEY)
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
-    [manager] = system.llm._launcher.supervisors.values()
-    assert isinstance(manager, ProcessRotationManager)
     assert await page.locator(".rung", has_text="25 %").count() == 0
-    assert manager.request_sm_reallocation(SMAllocation(75, 25))
+    await page.keyboard.press("a")
+    await page.get_by_label("Admin key").fill(ADMIN)
+    await page.get_by_label("Prefill, % of the SMs").fill("75")
+    await page.get_by_label("Decode, % of the SMs").fill("25")
+    await page.get_by_text("Change the split").click()
+    await page.get_by_text("Done.").wait_for()
+    await page.keyboard.press("Escape")
     event = page.locator("#events .rotation", has_text="prefill 75 %, decode 25 %")
     await event.wait_for()
     await page.locator(".rung", has_text="25 %").wait_for()
@@ -148,26 +194,3 @@ async def test_page_shows_a_rotation(system: System, page: Any) -> None:
     await page.locator("#requests .track .decode").first.wait_for(state="attached")
     await page.keyboard.press("a")
     assert await page.get_by_label("Prefill, % of the SMs").input_value() == "75"
-
-
-async def test_pages_files_and_data(system: System) -> None:
-    async with httpx.AsyncClient(base_url=system.url, timeout=DEADLINE_S) as http:
-        page = await http.get("/")
-        assert page.status_code == 200
-        assert "default-src 'self'" in page.headers["Content-Security-Policy"]
-        for name in ("app.js", "style.css", "icon.svg", "vendor/uPlot.min.js", "vendor/uPlot.min.css"):
-            assert (await http.get(f"/page/{name}")).status_code == 200
-        for name in ("../live_page.py", "%2e%2e/live_page.py", "nothing", "..%2f..%2fconfig.py", ""):
-            assert (await http.get(f"/page/{name}")).status_code in (401, 404)
-        assert (await http.get("/live")).status_code == 401
-        await ask(system.url)
-        data = (await http.get("/live", headers={"Authorization": f"Bearer {KEY}"})).json()
-        [request] = data["stats"]["recent"]["requests"]
-        assert request["success"] is True
-        times = [request[name] for name in ("arrived", "seated", "prefilled", "decode_began", "ended")]
-        assert times == sorted(times, reverse=True)
-        assert len(request["chunks"]) >= 1
-        assert [event["kind"] for event in data["stats"]["recent"]["events"]] == ["ready", "ready"]
-        assert (await http.post("/admin/drain")).status_code == 401
-        drained = await http.post("/admin/drain", headers={"Authorization": f"Bearer {ADMIN}"})
-        assert (drained.status_code, system.stop.is_set()) == (200, True)

@@ -83,6 +83,14 @@ def test_logits_equal_transformers_in_fp32(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, atol=100 * 10 * 2**-24, rtol=0)
 
 
+def test_a_long_step_is_computed_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path, "qwen3")
+    token_ids = some_tokens(150)
+    whole = our_logits(tmp_path, token_ids, torch.float32, cpu())
+    monkeypatch.setattr("hbserve.layers.ops._GATED_ROWS", 64)
+    torch.testing.assert_close(our_logits(tmp_path, token_ids, torch.float32, cpu()), whole, atol=1e-4, rtol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)

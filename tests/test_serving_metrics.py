@@ -110,7 +110,19 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
     assert cumulated[-1] == after["hbserve_time_to_first_token_seconds_count"]
 
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
-        window = (await http.get("/stats")).json()["metrics"]
+        stats = (await http.get("/stats")).json()
+    link = stats["kv_transfer"]["links"]["prefill-0->decode-0"]
+    assert (
+        grown("hbserve_kv_transfer_bytes_total")
+        == 6 * 3 * stats["gpu_instances"]["decode-0"]["kv_blocks"]["block_bytes"]
+    )
+    assert link["bytes"] == after["hbserve_kv_transfer_bytes_total"]
+    assert link["gb_per_s"] == pytest.approx(link["bytes"] / link["seconds"] / 1e9)
+    for what in ("seconds", "queued_seconds", "exposed_seconds"):
+        assert 0 < grown(f"hbserve_kv_transfer_{what}_total") < DEADLINE_S, what
+    assert after["hbserve_kv_transfers_open"] == link["queued"] == 0
+    assert link["failures"] == {}
+    window = stats["metrics"]
     assert window["queues"]["requests"] == {"waiting": 0, "prefilling": 0, "transferring": 0, "decoding": 0}
     assert 0 < window["window"]["ttft_p50_ms"] <= window["window"]["ttft_p99_ms"]
     assert set(window["busy_share"]) == {"prefill-0", "decode-0"}

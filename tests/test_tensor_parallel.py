@@ -21,7 +21,7 @@ from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
-from tests.engines import assert_no_leaks, greedy_reference, random_prompt
+from tests.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
 from tests.model_zoo import save_model
 from tests.stream_transfer import StreamKVTransfer
 
@@ -126,6 +126,26 @@ def test_transfers_count_the_bytes_of_all_ranks(llm: LLM) -> None:
     if "decode-0" in stats["gpu_instances"]:
         assert sum(stats["kv_transfer"]["links"]["prefill-0->decode-0"]["failures"].values()) >= 1
         assert after - before == 3 * stats["gpu_instances"]["decode-0"]["kv_blocks"]["block_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "backend"), [((2, 1), "shm"), pytest.param((1, 2), "mooncake", marks=needs_mooncake)], ids=["2-1", "1-2"]
+)
+def test_prefill_and_decode_may_have_different_numbers_of_ranks(
+    untied_model: tuple[str, Any], sizes: tuple[int, int], backend: str
+) -> None:
+    instances = [
+        {"instance_id": role, "instance_type": role, "num_threads": 1, "tensor_parallel_size": size}
+        for role, size in zip(("prefill", "decode"), sizes, strict=True)
+    ]
+    prompts = [random_prompt(length, seed=length) for length in (1, 16, 17, 100, 180)]
+    settings = SETTINGS | {"kv_transfer_backend": backend, "kv_verify": True, "gpu_instances": instances}
+    with LLM(untied_model[0], mode="disaggregated", **settings) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert_no_leaks(llm)
+        (link,) = llm.get_system_stats()["kv_transfer"]["links"].values()
+    assert [o["token_ids"] for o in outputs] == [greedy_reference(untied_model[1], p, NUM_TOKENS) for p in prompts]
+    assert not link["failures"], "with checksums that hold"
 
 
 def test_preemption_changes_no_token(untied_model: tuple[str, Any]) -> None:

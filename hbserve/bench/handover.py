@@ -52,8 +52,8 @@ class HandoverOptions:
     engine: dict[str, Any]
     json: Path | None
 
-    def config(self, **arguments: Any) -> PdDisaggConfig:
-        """Of one system.
+    def config(self, mode: str, **arguments: Any) -> PdDisaggConfig:
+        """Of one system. Which instances there are is said of those that exchange KV.
 
         Raises:
             ConfigError: naming the argument that cannot be honoured.
@@ -64,8 +64,11 @@ class HandoverOptions:
             "log_level": "WARNING",
             "max_model_len": longest,
         }
+        engine = self.engine | arguments | {"mode": mode}
+        if mode == "unified":
+            engine.pop("gpu_instances", None)
         try:
-            return PdDisaggConfig.from_arguments(str(self.model), **defaults | self.engine | arguments)
+            return PdDisaggConfig.from_arguments(str(self.model), **defaults | engine)
         except TypeError as error:
             raise ConfigError(f"--engine-arg: {error}") from None
 

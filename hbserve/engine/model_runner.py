@@ -90,10 +90,12 @@ class ModelRunner:
             device=platform.device,
             tokenizer_folder=config.tokenizer_path,
         )
+        self._config = config
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
+        self._graph_pool: Any = None
         capture_begins = time.monotonic()
-        self._capture_graphs(config, instance.instance_type)
+        self._prepare_for(instance.instance_type)
         warm_up_begins = time.monotonic()
         if arenas.spare_block is not None:
             self._warm_up(config, arenas.spare_block)
@@ -109,8 +111,9 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _capture_graphs(self, config: Config, role: InstanceRole) -> None:
-        """Those of the phases that are done here."""
+    def _prepare_for(self, role: InstanceRole) -> None:
+        """Capture the graphs of the phases that a role does, if they are not there yet."""
+        config = self._config
         if not config.cuda_graph.enabled:
             return
         if self.platform.name != "cuda":
@@ -127,16 +130,17 @@ class ModelRunner:
         if reason is not None:
             logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)
             return
-        pool: Any = torch.cuda.graph_pool_handle()
-        if role.decodes:
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        if role.decodes and self._graphs is None:
             heads = self.spec.num_heads // self.parallel.size
             attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
             self._graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
-            pool = self._graphs.pool
-        if role.prefills:
+            self._graph_pool = self._graphs.pool
+        if role.prefills and self._prefill_graphs is None:
             # The sampler and FlashInfer keep memory of their own, so a step's tokens are all that counts here.
             max_tokens = config.performance.max_num_batched_tokens
-            self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, pool)
+            self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, self._graph_pool)
 
     @torch.inference_mode()
     def _warm_up(self, config: Config, spare_block: int) -> None:
@@ -165,6 +169,8 @@ class ModelRunner:
         A plan that contradicts what the runner knows of a slot is a bug of its sender and fails an
         assertion.
         """
+        if plan.role is not None:
+            self._prepare_for(plan.role)
         timer = StepTimer(self.platform.device)
         for state in plan.new_sequences:
             self._table.install(state)

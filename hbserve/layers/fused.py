@@ -99,10 +99,11 @@ def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * size + columns, activated * up, mask=mask)
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """As `hbserve.layers.mlp.silu_and_mul`, of a contiguous ``[tokens, gate | up]``."""
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """As `hbserve.layers.mlp.silu_and_mul`, of a contiguous ``[tokens, gate | up]``, and so is ``out``."""
     num_tokens, double = gate_up.shape
-    out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)
+    if out is None:
+        out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
     overlap = overlaps(gate_up.device)
     _silu_and_mul_kernel[(num_tokens, triton.cdiv(double // 2, block))](

@@ -5,6 +5,7 @@ Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `k
 
     API server, LLM         client, admin      CpuScheduler
     supervisor of workers   supervisor         CpuScheduler
+    new instance            membership         CpuScheduler
     CpuScheduler            worker, transfer   rank 0 of an instance
     rank 0 of an instance   rank, transfer     its other ranks
     API server              text               text process

@@ -1,4 +1,4 @@
-"""Whoever operates a system and the scheduler: what it has to tell, and changes of roles."""
+"""Whoever operates a system and the scheduler: what it has to tell, and changes of its instances."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Window(Message, frozen=True):
 
 
 class SetRole(Message, frozen=True):
-    """Have an instance change its role once it has nothing left to do; answered by `RoleSet`.
+    """Have an instance change its role once it has nothing left to do; answered by `InstanceChanged`.
 
     Attributes:
         deadline_s: then it goes on as it was.
@@ -53,8 +53,20 @@ class SetRole(Message, frozen=True):
     deadline_s: float
 
 
-class RoleSet(Message, frozen=True):
-    """Answer to `SetRole`. Attributes: error: why nothing has changed."""
+class RemoveInstance(Message, frozen=True):
+    """Have an instance end once it has nothing left to do; answered by `InstanceChanged`.
+
+    Attributes:
+        deadline_s: then it goes on as it was.
+    """
+
+    query_id: int
+    instance_id: str
+    deadline_s: float
+
+
+class InstanceChanged(Message, frozen=True):
+    """Answer to `SetRole` and `RemoveInstance`. Attributes: error: why nothing has changed."""
 
     query_id: int
     error: str | None = None

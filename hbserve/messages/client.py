@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hbserve.messages.admin import GetStats, GetWindow, RoleSet, SetRole, Stats, Window
+from hbserve.messages.admin import GetStats, GetWindow, InstanceChanged, RemoveInstance, SetRole, Stats, Window
 from hbserve.messages.base import Message, TokenLogprobs, Value
+from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
 from hbserve.sampling_params import SamplingParams
 
@@ -86,8 +87,19 @@ class NotReady(Message, frozen=True):
     reason: str
 
 
-ClientMessage = AddRequest | AbortRequest | SubscribeReady | GetStats | GetWindow | SetRole | SetWorkers | MarkRotation
-"""All that comes to the scheduler's port for clients: theirs, operators' and supervisors'."""
+ClientMessage = (
+    AddRequest
+    | AbortRequest
+    | SubscribeReady
+    | GetStats
+    | GetWindow
+    | SetRole
+    | RemoveInstance
+    | Join
+    | SetWorkers
+    | MarkRotation
+)
+"""All that comes to the scheduler's port for clients: theirs, operators', supervisors' and new instances'."""
 
-SchedulerReply = OutputBatch | Ready | NotReady | Stats | Window | RoleSet | WorkerLost
+SchedulerReply = OutputBatch | Ready | NotReady | Stats | Window | InstanceChanged | Joined | WorkerLost
 """All that leaves it."""

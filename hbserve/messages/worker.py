@@ -66,6 +66,7 @@ class StepPlan(Message, frozen=True):
         epoch: of the instance it was made for; another incarnation drops it.
         new_sequences: state to install before the step.
         sends: transfers to start when the step is done.
+        role: before the step, get ready for what an instance of this role does.
     """
 
     epoch: int
@@ -73,10 +74,13 @@ class StepPlan(Message, frozen=True):
     rows: list[PlanRow]
     new_sequences: list[SequenceState]
     sends: list[SendBlocks]
+    role: InstanceRole | None = None
 
 
 class Shutdown(Message, frozen=True):
-    """Finish what is in flight and exit."""
+    """Finish what is in flight and exit. ``error``: why the instance cannot be used here, if that is why."""
+
+    error: str | None = None
 
 
 # --- worker -> scheduler --------------------------------------------------------------------------
@@ -88,6 +92,7 @@ class Hello(Message, frozen=True):
     Attributes:
         epoch: number of this incarnation, different at every start.
         arena_epoch: of its KV memory: the same, or of the process that holds it.
+        model: what its weights are, see `hbserve.models.fingerprint`; dtype: of weights and KV.
         block_bytes: of one KV block over all layers and ranks.
         head_bytes: of one KV head in one block, over all layers.
         peers: where its ranks receive KV, in their order.
@@ -99,6 +104,8 @@ class Hello(Message, frozen=True):
     epoch: int
     arena_epoch: int
     pid: int
+    model: str
+    dtype: str
     num_blocks: int
     block_size: int
     block_bytes: int
@@ -141,6 +148,12 @@ class InstanceFailed(Message, frozen=True):
     error: str
 
 
+class WantsToLeave(Message, frozen=True):
+    """An instance asks for nothing new, and for `Shutdown` when it has nothing left."""
+
+    epoch: int
+
+
 class Leaving(Message, frozen=True):
     """An instance has been told to end: no more plans; what it has not answered it will not answer."""
 
@@ -148,4 +161,4 @@ class Leaving(Message, frozen=True):
 
 
 InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown
-InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | Leaving
+InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving

@@ -38,7 +38,7 @@ def load_weights(
     folder = Path(folder)
     places = _places(spec, table.views(arena), tp_rank, tp_size)
     filled: set[str] = set()
-    paths = _files(folder)
+    paths = checkpoint_files(folder)
     for path in paths:
         for name, source in _tensors(path):
             if name in places:
@@ -91,7 +91,12 @@ def _places(
     return places
 
 
-def _files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        ModelError: if there are none.
+    """
     index, single = folder / _INDEX, folder / _SINGLE
     if not index.is_file():
         if not single.is_file():

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from hbserve.errors import StartupError
@@ -26,12 +27,14 @@ class ChildProcess:
         name: for messages.
         module: what it runs, as ``python -m``.
         orders: JSON-serialisable, sent on its standard input.
+        arguments: of its command line.
     """
 
-    def __init__(self, name: str, module: str, orders: dict[str, Any]) -> None:
+    def __init__(self, name: str, module: str, orders: dict[str, Any], arguments: Sequence[str] = ()) -> None:
         self.name = name
         self._module = module
         self._orders = orders
+        self._arguments = arguments
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -42,6 +45,7 @@ class ChildProcess:
                 sys.executable,
                 "-m",
                 self._module,
+                *self._arguments,
                 stdin=asyncio.subprocess.PIPE,
                 env=child_environment(write_end),
                 pass_fds=[write_end],

@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from hbserve.messages.admin import GetStats, GetWindow, SetRole, Stats, Window
+from hbserve.messages.admin import GetStats, GetWindow, RemoveInstance, SetRole, Stats, Window
 from hbserve.messages.client import AbortRequest, AddRequest, ClientMessage, SubscribeReady
+from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import MarkRotation, SetWorkers
 from hbserve.pd_disagg.client_port import ClientPort
+from hbserve.pd_disagg.drains import Drains
 from hbserve.pd_disagg.intake import Intake
 from hbserve.pd_disagg.readiness import Readiness
 from hbserve.pd_disagg.request_book import RequestBook
-from hbserve.pd_disagg.role_changes import RoleChanges
 from hbserve.pd_disagg.system_stats import SystemStats
 from hbserve.pd_disagg.worker_registry import WorkerRegistry
 
@@ -30,8 +31,8 @@ class ClientDesk:
         requests: for those that are given up.
         readiness: for clients that wait for it.
         stats: for questions.
-        roles: for instances that shall change theirs.
-        workers: for workers that come and go, from their supervisors.
+        drains: for instances that shall change their roles.
+        workers: for workers and instances that come and go.
         wake: has the scheduler plan again.
     """
 
@@ -42,7 +43,7 @@ class ClientDesk:
         requests: RequestBook,
         readiness: Readiness,
         stats: SystemStats,
-        roles: RoleChanges,
+        drains: Drains,
         workers: WorkerRegistry,
         wake: Callable[[], None],
     ) -> None:
@@ -51,7 +52,7 @@ class ClientDesk:
         self._requests = requests
         self._readiness = readiness
         self._stats = stats
-        self._roles = roles
+        self._drains = drains
         self._workers = workers
         self._wake = wake
 
@@ -84,7 +85,11 @@ class ClientDesk:
             metrics = self._stats.window(message.seconds)
             self._port.reply(client, Window(query_id=message.query_id, metrics=metrics))
         elif isinstance(message, SetRole):
-            self._roles.ask(client, message)
+            self._drains.set_role(client, message)
+        elif isinstance(message, RemoveInstance):
+            self._workers.remove(client, message)
+        elif isinstance(message, Join):
+            self._workers.join(client, message)
         elif isinstance(message, SetWorkers):
             self._workers.set_workers(client, message)
         elif isinstance(message, MarkRotation):

@@ -14,7 +14,7 @@ import zmq
 from hbserve import errors
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceRole
-from hbserve.messages.admin import GetStats, RoleSet, SetRole, Stats
+from hbserve.messages.admin import GetStats, InstanceChanged, RemoveInstance, SetRole, Stats
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
@@ -168,18 +168,39 @@ class EngineClient:
             InvalidRequestError: if it cannot change, or has not finished in time; saying why.
             EngineDeadError: if the scheduler does not answer.
         """
+        await self._change(
+            SetRole(query_id=next(self._query_ids), instance_id=instance_id, role=role, deadline_s=deadline_s)
+        )
+
+    async def remove_instance(self, instance_id: str, deadline_s: float = 120.0) -> None:
+        """Have an instance leave; returns when its process has ended, or is about to.
+
+        It gets no more requests and finishes those that it has. It is not started again; under its name
+        an instance can join later.
+
+        Args:
+            deadline_s: if it has not finished them by then, it stays.
+
+        Raises:
+            InvalidRequestError: if it cannot be spared, or has not finished in time; saying why.
+            EngineDeadError: if the scheduler does not answer.
+        """
+        await self._change(
+            RemoveInstance(query_id=next(self._query_ids), instance_id=instance_id, deadline_s=deadline_s)
+        )
+
+    async def _change(self, message: SetRole | RemoveInstance) -> None:
         if self._dead is not None:
             raise self._dead
-        query_id = next(self._query_ids)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._queries[query_id] = future
+        self._queries[message.query_id] = future
         try:
-            self._send(SetRole(query_id=query_id, instance_id=instance_id, role=role, deadline_s=deadline_s))
-            error = (await asyncio.wait_for(future, deadline_s + self._answer_timeout_s))["error"]
+            self._send(message)
+            error = (await asyncio.wait_for(future, message.deadline_s + self._answer_timeout_s))["error"]
         except TimeoutError:
             raise errors.EngineDeadError("the scheduler did not answer") from None
         finally:
-            del self._queries[query_id]
+            del self._queries[message.query_id]
         if error is not None:
             raise errors.InvalidRequestError(error)
 
@@ -241,7 +262,7 @@ class EngineClient:
                 query = self._queries.get(reply.query_id)
                 if query is not None and not query.done():
                     query.set_result(reply.stats)
-            elif isinstance(reply, RoleSet):
+            elif isinstance(reply, InstanceChanged):
                 query = self._queries.get(reply.query_id)
                 if query is not None and not query.done():
                     query.set_result({"error": reply.error})

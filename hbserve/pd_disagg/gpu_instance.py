@@ -38,8 +38,10 @@ from hbserve.messages.worker import (
     Shutdown,
     StepPlan,
     StepResult,
+    WantsToLeave,
 )
 from hbserve.pd_disagg import child
+from hbserve.pd_disagg.joining import Membership
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
 from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import RankGroup
@@ -55,6 +57,9 @@ logger = logging.getLogger(__name__)
 EXIT_STEP_FAILED = 70
 EXIT_STEP_HUNG = 71
 EXIT_RANK_LOST = 72
+EXIT_REFUSED = 1
+
+_MEMBERSHIP_INTERVAL_S = 0.25
 
 
 class GpuInstance:
@@ -67,6 +72,10 @@ class GpuInstance:
         attachments: to arenas that other processes hold, one per rank; None: it has its own.
         partition: its share of the device.
         ranks: its other ranks, asleep; None: they are started by `run`.
+        membership: in a system that it has joined; None: the system's configuration has it.
+
+    Attributes:
+        was_dismissed: the scheduler has told it to end.
     """
 
     def __init__(
@@ -77,9 +86,13 @@ class GpuInstance:
         attachments: list[ArenaAttachment] | None = None,
         partition: Partition | None = None,
         ranks: RankGroup | None = None,
+        membership: Membership | None = None,
     ) -> None:
         self.config = config
         self.instance = instance
+        self.was_dismissed = False
+        self._membership = membership
+        self._wants_to_leave = False
         self._attachments = attachments
         self._attachment = None if attachments is None else attachments[0]
         self._partition = partition
@@ -129,6 +142,7 @@ class GpuInstance:
                 self._runner.num_blocks,
                 self._runner.layout.block_size,
             )
+            self._model = rank.model_fingerprint
             self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
@@ -155,6 +169,12 @@ class GpuInstance:
         """Finish what is in flight and return from `run`. Callable from any thread and from signal handlers."""
         self._exit_code = self._exit_code or exit_code
         self._plans.put(None)
+
+    def leave(self) -> None:
+        """Have the scheduler let it go when its requests are done; at the second call, `stop`. Callable as that."""
+        if self._wants_to_leave:
+            self.stop()
+        self._wants_to_leave = True  # the event loop looks at it: a signal handler must not wake anybody
 
     # --- main thread -----------------------------------------------------------------------------
 
@@ -204,10 +224,16 @@ class GpuInstance:
         self._loop.close()
 
     async def _serve(self) -> None:
+        self._last_ping = time.monotonic()
         await self._ranks.open()
         tasks = [
             asyncio.create_task(task)
-            for task in (self._watch_steps(), self._serve_commands(), self._ranks.serve(self._on_rank_reply))
+            for task in (
+                self._watch_steps(),
+                self._serve_commands(),
+                self._ranks.serve(self._on_rank_reply),
+                self._watch_membership(),
+            )
         ]
         stopped = asyncio.create_task(self._stop_io.wait())
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -244,7 +270,10 @@ class GpuInstance:
             self._unfinished[command.epoch, command.step_id] = time.monotonic()
             self._plans.put(command)
         elif isinstance(command, Shutdown):
-            self.stop()
+            self.was_dismissed = True
+            if command.error is not None:
+                logger.error("the system does not take this instance: %s", command.error)
+            self.stop(0 if command.error is None else EXIT_REFUSED)
         else:
             self._used = True
             self._ranks.send(command)
@@ -252,6 +281,7 @@ class GpuInstance:
 
     async def _on_ping(self, peer: bytes, ping: Ping) -> None:
         self._rpc.answer_to(peer)
+        self._last_ping = time.monotonic()
         if ping.scheduler_epoch == self._scheduler_epoch and ping.known_epoch == self._epoch:
             self._rpc.send(Pong(epoch=self._epoch))
             return
@@ -278,6 +308,8 @@ class GpuInstance:
                 epoch=self._epoch,
                 arena_epoch=self._epoch if self._attachment is None else self._attachment.epoch,
                 pid=os.getpid(),
+                model=self._model,
+                dtype=str(runner.layout.dtype).removeprefix("torch."),
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
                 block_bytes=runner.layout.block_bytes * self._ranks.size,
@@ -333,6 +365,26 @@ class GpuInstance:
         self._rpc.close()
         self._die(EXIT_STEP_FAILED)
 
+    async def _watch_membership(self) -> None:
+        """Joins again where no scheduler knows it any more, and leaves when that is wanted."""
+        rpc = self.config.rpc
+        leaving_since: float | None = None
+        while True:
+            now = time.monotonic()
+            is_forgotten = now - self._last_ping > 2 * rpc.heartbeat_interval_s + 1.0
+            if self._wants_to_leave:
+                leaving_since = leaving_since or now
+                if is_forgotten or now - leaving_since > rpc.drain_timeout_s:
+                    self.stop()  # nobody is there to ask, or has let it go in time
+                self._rpc.send(WantsToLeave(epoch=self._epoch))
+            elif self._membership is not None and is_forgotten:
+                try:
+                    await self._membership.renew()
+                except HBServeError as error:
+                    logger.error("%s", error)
+                    self.stop(EXIT_REFUSED)
+            await asyncio.sleep(_MEMBERSHIP_INTERVAL_S)
+
     async def _watch_steps(self) -> None:
         """A step that never ends cannot be interrupted; the process can."""
         timeout_s = self.config.rpc.step_timeout_s
@@ -344,13 +396,21 @@ class GpuInstance:
                 self._die(EXIT_STEP_HUNG)
 
 
-def run_instance(config: Config, instance_id: str, address: str) -> int:
-    """Run one instance in this process until SIGTERM or SIGINT; returns the exit code.
+def run_instance(config: Config, instance: InstanceConfig, address: str, membership: Membership | None = None) -> int:
+    """Run an instance that has this process for itself until it is to end; returns the exit code.
+
+    One that a launcher has started stops with it, and at SIGTERM and SIGINT. One that was started alone
+    then leaves its system: its requests are finished, unless there is a second signal. Arguments as `GpuInstance`.
 
     Raises:
         HBServeError: if it cannot start.
     """
-    return run_worker(config, config.instance(instance_id), address)
+    is_launched = child.STATUS_FD_VARIABLE in os.environ
+    worker = _prepare(config, instance, address, membership=membership)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop() if is_launched else worker.leave())
+    code = worker.run()
+    return child.EXIT_DISMISSED if worker.was_dismissed and is_launched else code
 
 
 def run_worker(
@@ -361,16 +421,28 @@ def run_worker(
     partition: Partition | None = None,
     ranks: RankGroup | None = None,
 ) -> int:
-    """As `run_instance`, of an instance that need not be one of the configuration's; arguments as `GpuInstance`."""
-    name = instance.instance_id
-    child.set_process_title(f"hbserve-{name}-TP0")
-    child.configure_logging(config.logging, name)
-    worker = GpuInstance(config, instance, address, attachments, partition, ranks)
+    """As `run_instance`, of a worker of an instance that has several; arguments as `GpuInstance`."""
+    worker = _prepare(config, instance, address, attachments, partition, ranks)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
+    return worker.run()
+
+
+def _prepare(
+    config: Config,
+    instance: InstanceConfig,
+    address: str,
+    attachments: list[ArenaAttachment] | None = None,
+    partition: Partition | None = None,
+    ranks: RankGroup | None = None,
+    membership: Membership | None = None,
+) -> GpuInstance:
+    child.set_process_title(f"hbserve-{instance.instance_id}-TP0")
+    child.configure_logging(config.logging, instance.instance_id)
+    worker = GpuInstance(config, instance, address, attachments, partition, ranks, membership)
     if child.STATUS_FD_VARIABLE in os.environ:
         child.watch_parent(worker.stop)
-    return worker.run()
+    return worker
 
 
 def main() -> None:
@@ -379,7 +451,7 @@ def main() -> None:
     config = msgspec.convert(orders["config"], Config)
     code = 1
     try:
-        code = run_instance(config, orders["instance_id"], orders["address"])
+        code = run_instance(config, config.instance(orders["instance_id"]), orders["address"])
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)

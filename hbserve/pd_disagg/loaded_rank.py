@@ -26,9 +26,11 @@ class LoadedRank:
 
     Attributes:
         device_s: seconds that it took to make the device usable.
+        model_fingerprint: see `hbserve.models.fingerprint`.
     """
 
     device_s: float
+    model_fingerprint: str
     platform: Platform
     runner: ModelRunner
     transfers: RankTransfers
@@ -64,6 +66,7 @@ def loaded_rank(
 
     from hbserve.engine.model_runner import ModelRunner
     from hbserve.engine.process_group import join_group
+    from hbserve.models.fingerprint import model_fingerprint
     from hbserve.platform import make_platform
 
     size = instance.num_ranks
@@ -87,4 +90,6 @@ def loaded_rank(
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
-        yield LoadedRank(device_s, platform, runner, transfers)
+        dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
+        fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
+        yield LoadedRank(device_s, fingerprint, platform, runner, transfers)

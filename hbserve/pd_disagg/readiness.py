@@ -53,9 +53,10 @@ class Readiness:
 
     def announce(self) -> None:
         """Tell all who wait, if it is so."""
-        if not all(instance.ready for instance in self._instances.values()) or self._transfers.connecting:
+        if self.max_model_len is None or self._transfers.connecting:
             return
-        assert self.max_model_len is not None
+        if not all(instance.ready for instance in self._instances.values()):
+            return
         self._tell(list(self._subscribers), Ready(max_model_len=self.max_model_len, vocab_size=self.vocab_size))
 
     def deny(self, reason: str) -> None:

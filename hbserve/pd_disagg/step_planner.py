@@ -61,6 +61,15 @@ class StepPlanner:
             self._plan_prefill(step, sequence, seat, chunk)
         if not step.rows:
             return False
+        self._send(worker, step, worker.role)
+        return True
+
+    def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
+        """Have an instance's one worker get ready for another role: a step without rows."""
+        for worker in instance.workers.values():
+            self._send(worker, _StepBuilder(worker), role)
+
+    def _send(self, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
         self._num_steps += 1
         worker.inflight.append(InflightStep(self._num_steps, step.inflight, step.prefill_rows, step.prefill_tokens))
         worker.send(
@@ -70,9 +79,10 @@ class StepPlanner:
                 rows=step.rows,
                 new_sequences=step.new_sequences,
                 sends=step.sends,
+                role=role if role is not worker.prepared_for else None,
             )
         )
-        return True
+        worker.prepared_for = role
 
     def _prefills(self, seats: list[tuple[Sequence, Seat]]) -> Iterable[tuple[Sequence, Seat]]:
         """Those with prompt left to compute, in the policy's order."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from hbserve.config import InstanceRole
 from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
@@ -141,7 +142,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         "busy_share": max((busy_share.get(worker, 0.0) for worker in instance.workers), default=0.0),
         "restarts": max(0, instance.num_restarts),
     }
-    if instance.id not in instance.workers:
+    if instance.role is InstanceRole.SEMI_PD:
         stats["shares"] = {str(phase): share for phase, share in instance.shares.items()}
         stats["workers"] = {worker.id: _worker(instance, worker) for worker in instance.workers.values()}
     if instance.hello is None:

@@ -16,7 +16,7 @@ MAX_REQUESTS = 40
 
 
 class EventLog:
-    """The last events of a system: instances that come and go, rotations, faults."""
+    """The last events of a system: instances that come and go, roles, rotations, faults."""
 
     def __init__(self) -> None:
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
@@ -26,7 +26,7 @@ class EventLog:
         """Add one.
 
         Args:
-            kind: ``ready``, ``lost``, ``retired``, ``rotation`` or ``fault``.
+            kind: ``ready``, ``lost``, ``retired``, ``role``, ``rotation`` or ``fault``.
             subject: whom it is about.
         """
         self._events.append(

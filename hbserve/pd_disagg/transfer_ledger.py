@@ -105,7 +105,7 @@ class TransferLedger:
         self._open: dict[str, Transfer] = {}
         self._links: dict[tuple[str, str], Link] = {}  # those that are not broken
         self._ending: list[Link] = []  # those that are, until their last transfer is off the books
-        self._link_epochs: dict[tuple[str, str], int] = defaultdict(int)
+        self._num_links = 0
         self._count = 0
         self.links: dict[tuple[str, str], LinkStats] = defaultdict(LinkStats)
         """Statistics by source and target."""
@@ -139,6 +139,12 @@ class TransferLedger:
                 assert not link.transfers, f"transfers from {link.source.id} to {link.target.id} are under way"
                 self._break(link)
 
+    def forget(self, instance: InstanceHandle) -> None:
+        """An instance that is lost will not come back: let go of its links, and of what is known of them."""
+        self.lose(instance)
+        for key in [key for key in self.links if instance.id in key]:
+            del self.links[key]
+
     def touches(self, instance: InstanceHandle) -> bool:
         """Whether a transfer from or to an instance has not ended on both sides."""
         return any(instance in (each.link.source, each.link.target) for each in self._open.values())
@@ -146,8 +152,8 @@ class TransferLedger:
     def _open_link(self, source: InstanceHandle, target: InstanceHandle) -> None:
         assert source.hello is not None
         key = (source.id, target.id)
-        self._link_epochs[key] += 1
-        epoch = self._link_epochs[key]
+        self._num_links += 1
+        epoch = self._num_links
         sources = [msgspec.structs.replace(peer, link_epoch=epoch) for peer in source.hello.peers]
         self._links[key] = Link(source, target, epoch, sources)
         self.links.setdefault(key, LinkStats())

@@ -6,17 +6,30 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 import zmq
 
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceRole
+from hbserve.messages.admin import InstanceChanged, RemoveInstance
+from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
 from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
-from hbserve.messages.worker import Hello, InstanceFailed, InstanceReply, Leaving, Ping, Shutdown, StepResult
+from hbserve.messages.worker import (
+    Hello,
+    InstanceFailed,
+    InstanceReply,
+    Leaving,
+    Ping,
+    Shutdown,
+    StepResult,
+    WantsToLeave,
+)
+from hbserve.pd_disagg.drains import Drains
 from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.membership import Membership
 from hbserve.pd_disagg.readiness import Readiness
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.timeline import EventLog
@@ -39,8 +52,9 @@ class WorkerRegistry:
         transfers: whose links workers open and close.
         requests: told of steps, transfers and losses.
         readiness: told who has come, and who cannot.
+        drains: told who wants to leave, and who is gone.
         events: told likewise, for operators.
-        reply: to a supervisor of workers.
+        reply: to a supervisor of workers, an operator, or an instance that joins.
         wake: has the scheduler plan again.
     """
 
@@ -48,12 +62,13 @@ class WorkerRegistry:
         self,
         config: Config,
         context: zmq.Context[zmq.Socket[bytes]],
-        instances: Mapping[str, InstanceHandle],
+        instances: dict[str, InstanceHandle],
         transfers: TransferLedger,
         requests: RequestBook,
         readiness: Readiness,
+        drains: Drains,
         events: EventLog,
-        reply: Callable[[bytes, WorkerLost], None],
+        reply: Callable[[bytes, WorkerLost | InstanceChanged | Joined], None],
         wake: Callable[[], None],
     ) -> None:
         self._rpc = config.rpc
@@ -63,6 +78,10 @@ class WorkerRegistry:
         self._transfers = transfers
         self._requests = requests
         self._readiness = readiness
+        self._drains = drains
+        self._membership = Membership(config, context, instances)
+        self._fit: Hello | None = None
+        self._last_departure = 0.0
         self._events = events
         self._reply = reply
         self._wake = wake
@@ -72,7 +91,8 @@ class WorkerRegistry:
         self._closing: set[asyncio.Task[None]] = set()
 
     def _all(self) -> list[tuple[InstanceHandle, WorkerHandle]]:
-        return [(instance, worker) for instance in self._instances.values() for worker in instance.workers.values()]
+        instances = (*self._instances.values(), *self._membership.joining)
+        return [(instance, worker) for instance in instances for worker in instance.workers.values()]
 
     # --- connections -----------------------------------------------------------------------------
 
@@ -143,6 +163,9 @@ class WorkerRegistry:
             silence = now - worker.last_seen
             if worker.ready and silence > self._rpc.heartbeat_timeout_s and not was_asleep:
                 self._lose(instance, worker, f"no sign of life for {silence:.1f} s")
+        for instance in self._membership.overdue(now):
+            logger.warning("%s wanted to join and did not come", instance.id)
+            self._gone(instance)
 
     def _ping(self, worker: WorkerHandle) -> None:
         worker.send(Ping(scheduler_epoch=self._scheduler_epoch, known_epoch=worker.epoch))
@@ -170,6 +193,8 @@ class WorkerRegistry:
             self._readiness.announce()
         elif isinstance(reply, LinkClosed):
             self._transfers.on_link_closed(instance, reply)
+        elif isinstance(reply, WantsToLeave):
+            self._drains.wants_to_leave(instance)
         elif isinstance(reply, Leaving):
             self._lose(instance, worker, "it is ending")
 
@@ -178,13 +203,19 @@ class WorkerRegistry:
     def _register(self, instance: InstanceHandle, worker: WorkerHandle, hello: Hello) -> None:
         if hello.epoch == worker.epoch:
             return
-        problem = self._misfit(worker, hello)
+        problem = self._misfit(instance, worker, hello)
         if problem is not None:
             logger.error("%s", problem)
             instance.why_lost = problem
+            if self._membership.is_member(instance):
+                worker.send(Shutdown(error=problem))  # and when its connection breaks, it is forgotten
             return
         if worker.ready:
             self._lose(instance, worker, "it started again")
+            if worker.id not in instance.workers:
+                return  # it will join again
+        self._fit = self._fit or hello
+        self._membership.arrived(instance)
         instance.register(worker, hello)
         self._transfers.connect(self._instances.values())
         self._readiness.learn(hello)
@@ -192,25 +223,30 @@ class WorkerRegistry:
         self._events.note("ready", worker.id, f"{hello.device}, {hello.num_blocks} KV blocks")
         self._readiness.announce()
 
-    def _misfit(self, worker: WorkerHandle, hello: Hello) -> str | None:
-        """Why a worker cannot work with the others."""
+    def _misfit(self, instance: InstanceHandle, worker: WorkerHandle, hello: Hello) -> str | None:
+        """Why a worker cannot work with the others: those that are there, and those that are to come back."""
         if hello.instance_id != worker.id or hello.role != worker.started_as:
             return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.started_as} {worker.id!r}"
-        for _, other in self._all():
-            if other is worker or other.hello is None:
-                continue
-            mine, theirs = ((each.block_size, each.head_bytes, each.vocab_size) for each in (hello, other.hello))
-            if mine != theirs:
-                return (
-                    f"{worker.id} and {other.id} do not fit: (block size, bytes of a KV head, vocabulary) "
-                    f"is {mine} and {theirs}; do they run the same model with the same settings?"
-                )
+        if self._fit is None:
+            return None
+        what = "model", "dtype", "block size", "bytes of a KV head", "vocabulary"
+        mine, theirs = (
+            (each.model, each.dtype, each.block_size, each.head_bytes, each.vocab_size) for each in (hello, self._fit)
+        )
+        if mine != theirs:
+            differs = ", ".join(f"{n} {m}, not {t}" for n, m, t in zip(what, mine, theirs, strict=True) if m != t)
+            return f"{worker.id} does not fit to {self._fit.instance_id}: {differs}"
+        most = self._readiness.max_model_len
+        if self._membership.is_member(instance) and most is not None and hello.max_model_len < most:
+            return f"{worker.id} takes {hello.max_model_len} tokens, the system {most}: it needs more KV blocks"
         return None
 
     def _lose(self, instance: InstanceHandle, worker: WorkerHandle, why: str) -> None:
         """A worker is gone, or as good as gone."""
         if not worker.ready:
             instance.note_lost(why)
+            if self._membership.is_member(instance):
+                self._gone(instance)
             return
         logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
         self._events.note("retired" if worker.is_retiring else "lost", worker.id, why)
@@ -218,12 +254,61 @@ class WorkerRegistry:
             worker.hello = None
             worker.inflight.clear()
             self._requests.memory_lost(instance, f"{instance.id} was lost: {why}")
+            self._gone(instance, self._drains.gone(instance))
             return
         # The memory is intact, but until the process has ended it may still write: see `set_workers`.
         worker.hello = None
         instance.note_lost(why)
         if not worker.is_retiring:
             self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=why))
+
+    def _gone(self, instance: InstanceHandle, for_good: bool = False) -> None:
+        """Let go of an instance that is not there, unless the configuration says where it will come back.
+
+        Args:
+            for_good: it is not to come back.
+        """
+        was_member = self._membership.is_member(instance)
+        if self._membership.gone(instance, for_good):
+            self._last_departure = time.monotonic()
+            self._transfers.forget(instance)
+            self._readiness.announce()
+            self._events.note("left", instance.id, instance.why_lost)
+            logger.info("%s is no instance of the system any more", instance.id)
+        elif not was_member:
+            return
+        for worker in list(instance.workers.values()):
+            instance.forget_worker(worker)
+            self._hang_up_later(worker)
+
+    # --- instances that come and go --------------------------------------------------------------
+
+    def join(self, client: bytes, message: Join) -> None:
+        """An instance wants to be one of the system's."""
+        known = {each.id: each for each in (*self._membership.joining, *self._instances.values())}
+        before = list(known[message.instance_id].workers.values()) if message.instance_id in known else []
+        answer, instance = self._membership.take(message)
+        self._reply(client, answer)
+        if answer.error is not None:
+            logger.warning("%s cannot join: %s", message.instance_id, answer.error)
+        if instance is None:
+            return
+        logger.info("%s joins as %s, at %s", instance.id, instance.role, message.address)
+        for worker in before:
+            self._hang_up_later(worker)
+        for worker in instance.workers.values():
+            self._listen(instance, worker)
+            self._greet(worker)
+
+    def remove(self, client: bytes, message: RemoveInstance) -> None:
+        """An operator wants an instance to leave: at once if it is not there, else when it has nothing left."""
+        instance = self._instances.get(message.instance_id)
+        if instance is None or instance.ready or instance.role is InstanceRole.SEMI_PD:
+            self._drains.remove(client, message)
+            return
+        self._drains.gone(instance)
+        self._gone(instance, for_good=True)
+        self._reply(client, InstanceChanged(query_id=message.query_id))
 
     def nobody_came_back(self, now: float) -> str | None:
         """Which phase has had no worker for longer than requests shall wait for one, in words; None if all is well.
@@ -234,7 +319,8 @@ class WorkerRegistry:
         for does in ("prefills", "decodes"):
             instances = [instance for instance in self._instances.values() if getattr(instance.role, does)]
             since = [instance.lost_since for instance in instances if instance.lost_since is not None]
-            if len(since) == len(instances) and now - max(since) >= self._rpc.recovery_timeout_s:
+            last = max(since, default=self._last_departure)
+            if len(since) == len(instances) and now - last >= self._rpc.recovery_timeout_s:
                 return f"no instance that {does} came back: {self._readiness.who_is_missing()}"
         return None
 

@@ -51,7 +51,7 @@ class CpuPlatform(Platform):
         pass
 
     def describe(self) -> str:
-        return f"cpu ({self.num_threads} threads)"
+        return f"cpu ({self.num_threads} thread{'s' * (self.num_threads > 1)})"
 
     def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
         # A file without a name: others open it through this process' descriptor, and the kernel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from hbserve.config import InstanceRole, ServerConfig
@@ -109,6 +109,12 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
         """Have an instance change between prefill and decode; answers when it has."""
         await client.set_role(instance_id, InstanceRole(body.role), body.timeout_s)
         return {"instance_id": instance_id, "role": body.role}
+
+    @app.delete("/v1/instances/{instance_id}")
+    async def remove_instance(instance_id: str, timeout_s: Annotated[float, Query(gt=0)] = 120.0) -> dict[str, Any]:
+        """Have an instance finish its requests and end; answers when it has."""
+        await client.remove_instance(instance_id, timeout_s)
+        return {"instance_id": instance_id, "removed": True}
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -158,6 +158,7 @@ class _Translation(Collector):
                 "hbserve_kv_transfer_exposed_seconds", "From first tokens to last blocks.", labels=labels
             ),
         }
+        under_way = GaugeMetricFamily("hbserve_kv_transfers_open", "KV transfers that have not ended.", labels=labels)
         failures = CounterMetricFamily(
             "hbserve_kv_transfer_failures", "Links that failed, by what failed.", labels=[*labels, "kind"]
         )
@@ -165,10 +166,11 @@ class _Translation(Collector):
             values = name.split("->")
             for key, family in families.items():
                 family.add_metric(values, link[key])
+            under_way.add_metric(values, link["queued"])
             for kind, number in link["failures"].items():
                 failures.add_metric([*values, kind], number)
         yield from families.values()
-        yield failures
+        yield from (under_way, failures)
 
 
 def _histogram(name: str, histogram: dict[str, Any]) -> Metric:

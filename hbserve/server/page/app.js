@@ -29,7 +29,7 @@ async function ask(path, options = {}) {
     method: options.method || "GET",
     headers,
     body: options.body && JSON.stringify(options.body),
-    signal: AbortSignal.timeout(TIMEOUT_MS),
+    signal: AbortSignal.timeout(options.timeoutMs ?? TIMEOUT_MS),
   });
   const body = await response.json().catch(() => ({}));
   if (!response.ok) {
@@ -40,15 +40,25 @@ async function ask(path, options = {}) {
   return body;
 }
 
+let keyIsWanted = true; // until the dialog has been cancelled
+
 function askForKey() {
   const dialog = by("key-dialog");
   if (dialog.open) return;
+  by("key-why").textContent = storage.get("key") ? "The server does not know this key." : "This server asks for a key. It is kept in this tab only.";
   dialog.returnValue = "";
   dialog.showModal();
   dialog.addEventListener("close", () => {
-    if (dialog.returnValue === "ok") storage.set("key", by("key").value);
+    keyIsWanted = dialog.returnValue === "ok";
+    if (keyIsWanted) storage.set("key", by("key").value);
     by("key").value = "";
   }, { once: true });
+}
+
+function say(problem, asksForKey = false) {
+  by("problem").hidden = problem == null;
+  by("problem-text").textContent = problem ?? "";
+  by("key-open").hidden = !asksForKey;
 }
 
 // --- charts ------------------------------------------------------------------------------------
@@ -99,6 +109,7 @@ class Chart {
     values.forEach((value, index) => this.data[index + 1].push(value));
     if (this.data[0].length > KEEP) this.data.forEach((column) => column.shift());
     this.plot.setData(this.data);
+    if (this.plot.cursor.idx == null) this.plot.setLegend({ idx: this.data[0].length - 1 }); // the newest, unless one is pointed at
   }
 }
 
@@ -135,8 +146,7 @@ function targetsOf(data) {
 
 function show(data) {
   const stats = data.stats;
-  by("problem").hidden = data.error == null;
-  by("problem").textContent = data.error ?? "";
+  say(data.error);
   showStatus(data);
   if (!stats) return;
   const metrics = stats.metrics ?? {};
@@ -334,7 +344,7 @@ function requestRow(request) {
 function details(request, phases) {
   const box = text("div", null, "details");
   const facts = phases.map((phase) => [phase.name, `${number(phase.ms, 2)} ms`]);
-  facts.push(["prompt", `${number(request.prompt_tokens)} tokens, ${number(request.cached_tokens)} cached, ${request.chunks.length} chunks`]);
+  facts.push(["prompt", `${number(request.prompt_tokens)} tokens, ${number(request.cached_tokens)} cached, ${request.chunks.length} chunk${request.chunks.length === 1 ? "" : "s"}`]);
   if (request.ended != null) facts.push(["output", `${number(request.output_tokens)} tokens`]);
   if (request.ttft_ms != null) facts.push(["TTFT", `${number(request.ttft_ms, 2)} ms`]);
   if (request.tpot_ms != null) facts.push(["TPOT", `${number(request.tpot_ms, 2)} ms`]);
@@ -398,11 +408,13 @@ function bytes(count) {
 
 // --- administration ----------------------------------------------------------------------------
 
-async function administrate(path, body) {
+const ROLE_TIMEOUT_S = 120; // for a worker to finish what it has
+
+async function administrate(path, body, timeoutMs) {
   const answer = by("admin-answer");
   answer.textContent = "…";
   try {
-    await ask(path, { method: "POST", key: by("admin-key").value, body });
+    await ask(path, { method: "POST", key: by("admin-key").value, body, timeoutMs });
     answer.textContent = "Done.";
   } catch (error) {
     answer.textContent = `Refused: ${error.message}`;
@@ -414,7 +426,28 @@ function openAdmin() {
   const shares = Object.values(last?.stats?.gpu_instances ?? {}).find((one) => one.shares)?.shares;
   by("split-fields").hidden = shares == null;
   for (const [phase, share] of Object.entries(shares ?? {})) by(`split-${phase}`).value = share;
+  showRoles();
   by("admin-dialog").showModal();
+}
+
+const otherRole = (role) => ({ prefill: "decode", decode: "prefill" })[role];
+
+// Where workers have one phase each, and some could change it: a phase must keep one.
+function showRoles() {
+  const workers = Object.entries(last?.stats?.gpu_instances ?? {}).filter(([, one]) => otherRole(one.role));
+  by("role-fields").hidden = workers.length < 3;
+  const list = by("role-instance");
+  const labels = workers.map(([name, one]) => `${name}: ${one.role} to ${otherRole(one.role)}`);
+  if (labels.join() === [...list.options].map((option) => option.text).join()) return;
+  const chosen = list.value;
+  list.replaceChildren(...workers.map(([name], index) => new Option(labels[index], name)));
+  if (workers.some(([name]) => name === chosen)) list.value = chosen;
+}
+
+function changeRole() {
+  const name = by("role-instance").value;
+  const role = otherRole(last.stats.gpu_instances[name].role);
+  administrate(`/v1/instances/${encodeURIComponent(name)}/role`, { role, timeout_s: ROLE_TIMEOUT_S }, 1000 * ROLE_TIMEOUT_S + TIMEOUT_MS);
 }
 
 // --- the loop ----------------------------------------------------------------------------------
@@ -438,12 +471,13 @@ async function poll() {
       if (!by("model").textContent) by("model").textContent = (await ask("/v1/models")).data[0].id;
       last = await ask("/live");
       show(last);
+      if (by("admin-dialog").open) showRoles();
     } catch (error) {
       by("status").textContent = "no answer";
       by("status").className = "pill dead";
-      by("problem").hidden = false;
-      by("problem").textContent = error.status === 401 ? "This server asks for an API key." : `The server does not answer: ${error.message}`;
-      if (error.status === 401) askForKey();
+      const asksForKey = error.status === 401;
+      say(asksForKey ? "This server asks for an API key." : `The server does not answer: ${error.message}`, asksForKey);
+      if (asksForKey && keyIsWanted) askForKey();
     }
   }
   setTimeout(poll, POLL_MS);
@@ -452,16 +486,20 @@ async function poll() {
 by("key-cancel").addEventListener("click", () => by("key-dialog").close("cancel"));
 by("pause").addEventListener("click", () => setPaused(!paused));
 by("admin-open").addEventListener("click", openAdmin);
+by("key-open").addEventListener("click", askForKey);
+by("role-apply").addEventListener("click", changeRole);
 by("drain").addEventListener("click", () => administrate("/admin/drain", {}));
 by("split-apply").addEventListener("click", () => administrate("/v1/semi_pd/allocation", {
   prefill_percentage: Number(by("split-prefill").value),
   decode_percentage: Number(by("split-decode").value),
 }));
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input") || document.querySelector("dialog[open]") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input, select") || document.querySelector("dialog[open]") || event.ctrlKey || event.metaKey || event.altKey) return;
   const act = { p: () => setPaused(!paused), a: openAdmin, j: () => moveFocus(1), k: () => moveFocus(-1) }[event.key.toLowerCase()];
   if (act) { event.preventDefault(); act(); }
 });
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => location.reload()); // charts keep their colours
 
 makeCharts();
 poll();

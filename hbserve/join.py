@@ -1,0 +1,88 @@
+"""Start an instance that joins a running system, which need not know of it.
+
+    python -m hbserve.join tcp://scheduler-host:50050 --role decode --key-file /etc/hbserve/cluster.key
+
+The scheduler must listen on TCP (``rpc.host``, ``rpc.port``). Model, sizes and KV backend are the system's:
+the scheduler says what they are. The instance gets work as soon as it is ready, and leaves at SIGTERM
+or Ctrl-C, when the requests that it has are done; at a second one it leaves at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+
+from hbserve.cluster_key import ClusterKey
+from hbserve.config import InstanceConfig, InstanceRole
+from hbserve.errors import HBServeError
+from hbserve.messages.membership import Join
+from hbserve.pd_disagg.child import exit_now, report_status
+from hbserve.pd_disagg.joining import Membership, ask_to_join, config_of, free_port, host_seen_by
+
+
+def main() -> int:
+    """Entry of ``python -m``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hbserve.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scheduler", help="where it listens: tcp://host:port")
+    parser.add_argument("--role", required=True, choices=["prefill", "decode", "unified"])
+    parser.add_argument("--instance-id", help="its name; default: made of role, host and process")
+    parser.add_argument("--key-file", help="the cluster's key, if the system has one")
+    parser.add_argument("--model", help="the model's folder on this host, if not where the scheduler has it")
+    parser.add_argument("--gpu-id", type=int, default=0, help="its first GPU")
+    parser.add_argument("--tensor-parallel-size", type=int, help="its ranks; default: the system's")
+    parser.add_argument("--num-threads", type=int, help="of each rank, on CPU")
+    parser.add_argument("--host", help="address to listen on; default: the one on the way to the scheduler")
+    parser.add_argument("--port", type=int, help="to listen on; default: any free one")
+    parser.add_argument("--kv-ip", help="address for KV transfers; default: that of --host")
+    parser.add_argument("--patience-s", type=float, default=0.0, help="wait so long for a name that is in use")
+    arguments = parser.parse_args()
+    try:
+        exit_now(_join(arguments))
+    except HBServeError as error:
+        report_status({"error": str(error)})
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    role = InstanceRole(arguments.role)
+    host = arguments.host or host_seen_by(arguments.scheduler)
+    instance = InstanceConfig(
+        instance_id=arguments.instance_id or f"{role}-{socket.gethostname().partition('.')[0]}-{os.getpid()}",
+        instance_type=role,
+        gpu_id=arguments.gpu_id,
+        host=host,
+        port=arguments.port or free_port(host),
+        kv_ip=arguments.kv_ip,
+        num_threads=arguments.num_threads,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+    )
+    key_file = None if arguments.key_file is None else str(Path(arguments.key_file).expanduser().resolve())
+    key = None if key_file is None else ClusterKey.load(key_file)
+    address = f"tcp://{instance.host}:{instance.port}"
+    join = Join(
+        instance_id=instance.instance_id,
+        role=role,
+        address=address,
+        kv_rank=None,
+        num_ranks=instance.tensor_parallel_size,
+    )
+    answer = ask_to_join(arguments.scheduler, join, key, arguments.patience_s)
+    config = config_of(answer, instance, arguments.model, key_file)
+    mine = config.instance(instance.instance_id)
+    membership = Membership(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
+
+    from hbserve.pd_disagg.gpu_instance import run_instance  # imports torch, which an answer need not wait for
+
+    return run_instance(config, mine, address, membership)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
