@@ -36,6 +36,7 @@ setup(
     extras_require={
         "bench": ["aiohttp", "matplotlib"],
         "telemetry": ["opentelemetry-exporter-otlp-proto-http", "opentelemetry-sdk"],
+        "ray": ["ray"],
         "gpu": ["flash-attn", "flashinfer-python", "mooncake-transfer-engine-cuda13"],
         "test": [
             "aiohttp",
@@ -51,6 +52,8 @@ setup(
             "pytest",
             "pytest-asyncio",
             "pytest-timeout",
+            "pytest-xdist",
+            "ray",
             "ruff",
             "schemathesis",
             "types-PyYAML",

@@ -400,10 +400,15 @@ class TelemetryConfig(Section, frozen=True):
 
 
 class Config(Section, frozen=True):
-    """Everything that defines a system; see the sections for the keys."""
+    """Everything that defines a system; see the sections for the keys.
+
+    Attributes:
+        launcher: who starts the instances: the server itself, or a Ray cluster, on hosts of its choice.
+    """
 
     model: ModelConfig
     mode: Mode = "unified"
+    launcher: Literal["local", "ray"] = "local"
     gpu_instances: tuple[InstanceConfig, ...] = ()
     kv_transfer: KVTransferConfig = KVTransferConfig()
     chunked_prefill: ChunkedPrefillConfig = ChunkedPrefillConfig()

@@ -171,6 +171,7 @@ def _validate(config: Config) -> None:
     _require_positive(config)
     _validate_semi_pd(config)
     _validate_instances(config)
+    _validate_launcher(config)
 
 
 def _validate_semi_pd(config: Config) -> None:
@@ -196,6 +197,19 @@ def _validate_semi_pd(config: Config) -> None:
             raise _error(
                 f"gpu_instances[{index}].port", "a semi_pd instance is started with its scheduler and needs no port"
             )
+
+
+def _validate_launcher(config: Config) -> None:
+    if config.launcher != "ray":
+        return
+    if config.rpc.port is None:
+        raise _error("rpc.port", "instances that Ray starts find the scheduler by it; set rpc.port")
+    for index, instance in enumerate(config.gpu_instances):
+        if instance.instance_type is InstanceRole.SEMI_PD:
+            raise _error("launcher", "Ray starts no semi_pd instances; use local")
+        for name in ("port", "bind"):
+            if getattr(instance, name) is not None:
+                raise _error(f"gpu_instances[{index}].{name}", "Ray decides where an instance listens; leave it out")
 
 
 def _is_import_path(text: str) -> bool:

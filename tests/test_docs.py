@@ -60,6 +60,7 @@ def test_every_key_is_documented_with_its_default_and_its_name_in_python() -> No
     in_python = {key: name for name, key in _KEYS.items()}
     expected: dict[tuple[str, str], tuple[str, str | None]] = {
         ("", "mode"): (Config(model=None).mode, "mode"),  # type: ignore[arg-type]
+        ("", "launcher"): (Config(model=None).launcher, "launcher"),  # type: ignore[arg-type]
         ("", "gpu_instances"): ("by mode", "gpu_instances"),
     }
     sections: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Config)}

@@ -168,7 +168,12 @@ class CorruptingKVTransfer(StreamKVTransfer):
 
 
 class FailingKVTransfer(StreamKVTransfer):
-    """Fails on the first link, delivers something else on the second, then works."""
+    """Fails on the first link, delivers something else on the second, then works; but never for a single block."""
+
+    async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
+        if len(kv_buffer) == 1:
+            raise ConnectionError("the line is dead")
+        await super().send_kv_cache(request_id, kv_buffer, target_rank)
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
         link = self.peers[source_rank].link_epoch
@@ -180,21 +185,17 @@ class FailingKVTransfer(StreamKVTransfer):
         return buffer
 
 
-class AlwaysFailingKVTransfer(StreamKVTransfer):
-    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
-        raise ConnectionError("the cable was pulled")
-
-
 async def test_corrupted_blocks_would_be_seen_by_these_tests(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
     async with system(model[0], kv_transfer_backend=f"{__name__}:CorruptingKVTransfer") as llm:
-        outputs = await asyncio.wait_for(llm.generate([prompt for prompt, _ in references], GREEDY), DEADLINE_S)
-        wrong = sum(o["token_ids"] != tokens for o, (_, tokens) in zip(outputs, references, strict=True))
-        assert wrong > len(references) // 2
+        some = references[:4]
+        outputs = await asyncio.wait_for(llm.generate([prompt for prompt, _ in some], GREEDY), DEADLINE_S)
+        wrong = sum(o["token_ids"] != tokens for o, (_, tokens) in zip(outputs, some, strict=True))
+        assert wrong > len(some) // 2
 
 
-async def test_failed_transfers_are_done_again(
+async def test_failed_transfers_are_done_again_and_end_in_a_typed_error_if_they_always_fail(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
     async with system(model[0], kv_transfer_backend=f"{__name__}:FailingKVTransfer", kv_verify=True) as llm:
@@ -205,12 +206,7 @@ async def test_failed_transfers_are_done_again(
         assert stats["cpu_scheduler"]["retries"] == 2
         (link,) = stats["kv_transfer"]["links"].values()
         assert link["failures"] == {"backend": 1, "checksum": 1}
-        await asyncio.to_thread(assert_no_leaks, llm)
-
-
-async def test_transfers_that_always_fail_end_in_a_typed_error(model: tuple[str, Any]) -> None:
-    async with system(model[0], kv_transfer_backend=f"{__name__}:AlwaysFailingKVTransfer") as llm:
-        with pytest.raises(RequestFailedError, match="cable was pulled"):
+        with pytest.raises(RequestFailedError, match="line is dead"):
             await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), DEADLINE_S)
         await asyncio.to_thread(assert_no_leaks, llm)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,10 @@ from hbserve.config import Config
 from hbserve.errors import InvalidRequestError
 from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
+from tests.ports import free_ports
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 DEADLINE_S = 60.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Joiner:
@@ -72,7 +67,7 @@ async def test_instances_join_and_leave_while_the_system_serves(tmp_path: Path) 
     expected = [greedy_reference(model, prompt, 40) for prompt in prompts]
     key_file = tmp_path / "cluster.key"
     ClusterKey.generate().save(key_file)
-    port = free_port()
+    port = free_ports(1)[0]
     config = Config.from_dict(
         {
             "mode": "disaggregated",

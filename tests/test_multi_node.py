@@ -20,6 +20,7 @@ from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import ConfigError
 from tests.engines import needs_mooncake
+from tests.lossy_wire import LossyWire
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "run_multi_node.sh"
@@ -30,7 +31,7 @@ YAML = """
 mode: disaggregated
 model: {{path: {model}, device: cpu, dtype: float32}}
 kv_transfer: {{backend: {backend}, verify: true, timeout_s: 20}}
-rpc: {{key_file: cluster.key}}
+rpc: {{host: "{hosts[0]}", port: 7100, key_file: cluster.key}}
 server: {{port: 8123}}
 logging: {{level: WARNING}}
 performance: {{num_blocks: 256}}
@@ -50,6 +51,11 @@ while True:
         if time.monotonic() > deadline:
             raise
         time.sleep(0.1)
+def stats():
+    return json.load(urllib.request.urlopen("http://127.0.0.1:8123/stats", timeout=10))
+while not stats()["kv_transfer"]["links"].get("prefill-1->decode-0", {}).get("open"):
+    assert time.monotonic() < deadline, stats()
+    time.sleep(0.1)
 answers = []
 for pairs, word in (("dog parrot, eagle maple, chalk oasis, flute ring", "eagle"),
                     ("dog parrot, eagle maple, chalk oasis, flute ring", "chalk")):
@@ -59,8 +65,7 @@ for pairs, word in (("dog parrot, eagle maple, chalk oasis, flute ring", "eagle"
     request = urllib.request.Request("http://127.0.0.1:8123/v1/chat/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     answers.append(json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["message"]["content"])
-stats = json.load(urllib.request.urlopen("http://127.0.0.1:8123/stats", timeout=10))
-print(json.dumps({"answers": answers, "links": stats["kv_transfer"]["links"]}))
+print(json.dumps({"answers": answers, "links": stats()["kv_transfer"]["links"]}))
 """
 
 
@@ -70,10 +75,11 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @dataclass
 class Hosts:
-    """Three namespaces on one bridge."""
+    """Three namespaces on one bridge; a wire of our own leads to the second."""
 
     names: list[str]
     addresses: list[str]
+    wire: LossyWire
 
 
 @pytest.fixture
@@ -83,6 +89,10 @@ def hosts() -> Iterator[Hosts]:
     tag = str(os.getpid() % 100000)
     bridge, names = f"hbb{tag}", [f"hbserve{tag}-{index}" for index in range(3)]
     addresses = [f"{NETWORK}.{index + 1}" for index in range(3)]
+    try:  # not netem, which few kernels of containers and small machines have
+        wire = LossyWire(f"hbl{tag}", delay_s=2e-3, loss=0.02)
+    except OSError as error:
+        pytest.skip(f"no TAP devices can be made here: {error}")
     try:
         made = run("ip", "link", "add", bridge, "type", "bridge")
         if made.returncode:
@@ -92,9 +102,10 @@ def hosts() -> Iterator[Hosts]:
             made = run("ip", "netns", "add", name)
             if made.returncode:
                 pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
-            ours, theirs = f"hbv{index}{tag}", f"hbw{index}{tag}"
+            ours, theirs = wire.devices if index == 1 else (f"hbv{index}{tag}", f"hbw{index}{tag}")
+            veth = f"ip link add {ours} type veth peer name {theirs} netns {name}"
             for command in (
-                f"ip link add {ours} type veth peer name {theirs} netns {name}",
+                f"ip link set {theirs} netns {name}" if index == 1 else veth,
                 f"ip link set {ours} master {bridge} up",
                 f"ip -n {name} addr add {addresses[index]}/24 dev {theirs}",
                 f"ip -n {name} link set {theirs} up",
@@ -102,10 +113,9 @@ def hosts() -> Iterator[Hosts]:
             ):
                 done = run(*command.split())
                 assert done.returncode == 0, f"{command}: {done.stderr}"
-        # The wire of the prefill host; kernels without netem give a perfect one.
-        run("ip", "netns", "exec", names[1], *f"tc qdisc add dev hbw1{tag} root netem delay 2ms loss 0.5%".split())
-        yield Hosts(names, addresses)
+        yield Hosts(names, addresses, wire)
     finally:
+        wire.close()
         for name in names:
             run("ip", "netns", "del", name)
         run("ip", "link", "del", bridge)
@@ -131,6 +141,11 @@ def test_three_hosts_from_one_file(tmp_path: Path, hosts: Hosts) -> None:
     service = subprocess.Popen(
         [*inside, str(SCRIPT), "--config", str(config), "--ssh", str(remote_shell)], env=environment
     )
+    scheduler, key = f"tcp://{hosts.addresses[0]}:7100", str(tmp_path / "cluster.key")
+    join = [sys.executable, "-m", "hbserve.join", scheduler, "--role", "prefill", "--instance-id", "prefill-1"]
+    joiner = subprocess.Popen(
+        ["ip", "netns", "exec", hosts.names[2], *join, "--num-threads", "1", "--key-file", key], env=environment
+    )
     try:
         asked = subprocess.run([*inside, sys.executable, "-c", ASK], capture_output=True, text=True, timeout=DEADLINE_S)
         assert asked.returncode == 0, asked.stderr
@@ -140,7 +155,12 @@ def test_three_hosts_from_one_file(tmp_path: Path, hosts: Hosts) -> None:
         link = found["links"]["prefill-0->decode-0"]
         assert link["bytes"] > 0
         assert not link["failures"]
+        assert hosts.wire.num_dropped > 0
+        joiner.send_signal(signal.SIGTERM)
+        assert joiner.wait(30) == 0
     finally:
+        joiner.kill()
+        joiner.wait()
         service.send_signal(signal.SIGTERM)
         service.wait(30)
     deadline = time.monotonic() + 20
@@ -150,7 +170,7 @@ def test_three_hosts_from_one_file(tmp_path: Path, hosts: Hosts) -> None:
 
 
 def test_the_plan_can_be_printed_and_names_each_hosts_command(tmp_path: Path) -> None:
-    config = system(tmp_path, ["", "192.0.2.1", "127.0.0.1"], "nccl")
+    config = system(tmp_path, ["127.0.0.1", "192.0.2.1", "127.0.0.1"], "nccl")
     environment = os.environ | {"PYTHON": sys.executable}
     printed = subprocess.run(
         [str(SCRIPT), "--config", str(config), "--print"], env=environment, capture_output=True, text=True, timeout=60

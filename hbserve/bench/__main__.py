@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hbserve.bench import front, handover, offline, semi_pd, serve, serve_options, transfer
+from hbserve.bench import compare, front, handover, offline, semi_pd, serve, serve_options, transfer
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 from hbserve.simulate import command as simulate
@@ -34,6 +34,9 @@ def main() -> int:
     simulate.add_arguments(
         commands.add_parser("simulate", help="the same load on a simulated clock, for any number of GPUs")
     )
+    compare.add_arguments(
+        commands.add_parser("compare", help="the highest rates of several systems, beside the simulator's")
+    )
     transfer.add_arguments(
         commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
     )
@@ -48,6 +51,8 @@ def main() -> int:
             serve.run(serve_options.ServeOptions.from_arguments(arguments))
         elif arguments.command == "simulate":
             simulate.run(arguments)
+        elif arguments.command == "compare":
+            compare.run(arguments)
         elif arguments.command == "transfer":
             if arguments.model is not None:
                 handover.run(handover.options_from(arguments))

@@ -30,7 +30,7 @@ class EngineTarget:
 
     async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
         """See `ServeTarget.generate`."""
-        sampling = msgspec.structs.replace(self._sampling, max_tokens=output_len)
+        sampling = msgspec.structs.replace(self._sampling, max_tokens=output_len, **targets)
         try:
             async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
                 async for delta in deltas:

@@ -8,6 +8,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +22,7 @@ from hbserve.bench.report import versions
 from hbserve.bench.request_record import Targets, summarize
 from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import ServeWorkload
-from hbserve.bench.sweep import RateSearch
+from hbserve.bench.sweep import RateSearch, interpolated_rate
 from hbserve.bench.target import ServeTarget, TargetError
 from hbserve.errors import ConfigError, RequestFailedError
 
@@ -67,10 +68,16 @@ class ServeBenchmark:
 
     Args:
         options: of which the parts about the target are not looked at.
+        on_run: called with the rate and the seed of each run that begins.
     """
 
-    def __init__(self, target: ServeTarget, options: ServeOptions) -> None:
-        self._target, self._options = target, options
+    def __init__(
+        self,
+        target: ServeTarget,
+        options: ServeOptions,
+        on_run: Callable[[float | None, int], None] = lambda rate, seed: None,
+    ) -> None:
+        self._target, self._options, self._on_run = target, options, on_run
         self._targets = options.targets
         self._runs: list[dict[str, Any]] = []
 
@@ -104,6 +111,12 @@ class ServeBenchmark:
             "best_rate": best,
             "runs": self._runs,
         }
+
+    async def measure_targets(self, scale: SloScale) -> Targets:
+        """Multiples of what a lone request of the workload takes."""
+        workload = self._options.source.workload(self._options.rate, self._options.seed)
+        await self._warm_up(workload)
+        return _scaled(await self._measure_alone(workload), scale)
 
     def _check(self, workload: ServeWorkload) -> None:
         limit = self._target.max_model_len
@@ -148,18 +161,27 @@ class ServeBenchmark:
             raise RequestFailedError(f"the target gave {len(times)} of {output_len} tokens; does it know ignore_eos?")
         return times
 
-    async def _sweep(self, workload: ServeWorkload) -> dict[str, float]:
+    async def _sweep(self, workload: ServeWorkload) -> dict[str, float | None]:
         options = self._options
         assert self._targets is not None
         started = time.monotonic()
-        search = RateSearch(options.rate or workload.rate, options.precision)
+        search = RateSearch(options.rate or workload.rate, options.precision, options.sweep_factor, options.max_runs)
+        give_up_below = options.attainment if options.give_up_below is None else options.give_up_below
+        reached = []
         while (rate := search.next_rate()) is not None:
             if options.time_limit_s is not None and time.monotonic() - started > options.time_limit_s:
                 break
-            summary = await self._measure(rate, options.attainment)
-            search.add(rate, summary["attainment"] >= options.attainment)
+            summary = await self._measure(rate, give_up_below)
+            attainment = summary["attainment"]
+            is_far = summary["cut_short"] if options.give_up_below is not None else False
+            search.add(rate, attainment >= options.attainment, is_far)
+            reached.append((rate, give_up_below if summary["cut_short"] else attainment))
         serve_report.show_best(search.best, search.worst)
-        return {"rate": search.best, "too_high": search.worst if math.isfinite(search.worst) else 0.0}
+        return {
+            "rate": search.best,
+            "too_high": search.worst if math.isfinite(search.worst) else 0.0,
+            "interpolated": interpolated_rate(reached, options.attainment),
+        }
 
     async def _measure(self, rate: float | None, attainment: float | None) -> dict[str, Any]:
         """One run.
@@ -169,6 +191,7 @@ class ServeBenchmark:
         """
         options, seed = self._options, self._options.seed + len(self._runs)
         workload = options.source.workload(rate, seed)  # other prompts each time: no help from the prefix cache
+        self._on_run(rate, seed)
         num_requests = len(workload.requests)
         max_missed = None if attainment is None else math.floor((1 - attainment) * num_requests + 1e-9)
         with tqdm(

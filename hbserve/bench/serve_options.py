@@ -18,6 +18,7 @@ from hbserve.bench.offline_options import (
 )
 from hbserve.bench.request_record import Targets
 from hbserve.bench.serve_workload import WorkloadSource
+from hbserve.bench.sweep import RateSearch
 from hbserve.bench.traces import load_trace
 from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
@@ -59,6 +60,9 @@ class ServeOptions:
         rate: requests per second; of a sweep, where it begins. None: the trace's.
         sweep: find the highest rate at which ``attainment`` of the requests keep their targets.
         precision: the sweep ends when the rate is known within this factor.
+        sweep_factor: between its rates before one is too high and one is not.
+        give_up_below: a run of a sweep stops as soon as it cannot reach this; None: ``attainment``.
+        max_runs: of a sweep.
         time_limit_s: the sweep starts no run after this time.
         tell_targets: send each request's targets to the server.
         timeout_s: of one request.
@@ -79,6 +83,9 @@ class ServeOptions:
     precision: float
     time_limit_s: float | None
     timeout_s: float
+    sweep_factor: float = 2.0
+    give_up_below: float | None = None
+    max_runs: int = RateSearch.MAX_RUNS
     show_progress: bool
     json: Path | None
     plots: Path | None

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -73,6 +74,26 @@ def watch_parent(on_gone: Callable[[], object]) -> None:
         on_gone()
 
     threading.Thread(target=watch, name="life-line", daemon=True).start()
+
+
+def watch_signals(on_signal: Callable[[], object]) -> None:
+    """Call ``on_signal`` from another thread at every SIGTERM and SIGINT; from the main thread.
+
+    A handler would run in the main thread, and only when that is back in Python: it may be waiting in C, for a
+    lock or for a model to be loaded, and the kernel may have given the signal to another thread. The
+    interpreter's own C handler, in whatever thread, writes to a pipe at once.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+    def watch() -> None:
+        while os.read(read_end, 1):
+            on_signal()
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def exit_now(code: int) -> NoReturn:

@@ -23,6 +23,7 @@ class KVTransferBackend(StrEnum):
 _KEYS = {
     # field -> key of the Config it becomes
     "mode": "mode",
+    "launcher": "launcher",
     "model_path": "model.path",
     "served_name": "model.served_name",
     "tokenizer_path": "model.tokenizer_path",
@@ -86,6 +87,7 @@ class PdDisaggConfig:
 
     model_path: str
     mode: str = "disaggregated"
+    launcher: str | None = None
     served_name: str | None = None
     tokenizer_path: str | None = None
     device: str | None = None

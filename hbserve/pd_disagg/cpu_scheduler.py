@@ -30,6 +30,7 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.pd_disagg.client_desk import ClientDesk
 from hbserve.pd_disagg.client_port import ClientPort
+from hbserve.pd_disagg.decode_turns import DecodeTurns
 from hbserve.pd_disagg.drains import Drains
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.intake import Intake
@@ -73,9 +74,9 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
-        if config.semi_pd.slo is not None:
+        if config.semi_pd.slo is not None and config.semi_pd.slo.holds_back_decode:
             for handle in instances.values():
-                handle.decode_interval_s = config.semi_pd.slo.decode_interval_ms / 1000
+                handle.turns = DecodeTurns(config.semi_pd.slo.decode_interval_ms / 1000)
         endpoint = config.telemetry.otlp_endpoint
         tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, tracer)
@@ -177,24 +178,16 @@ class CpuScheduler:
         """Send an instance's workers steps until each has enough in flight, or there is nothing to do."""
         for worker, phases in instance.choose_workers().items():
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
-            wait_s = instance.decode_wait_s(worker, phases, time.monotonic())
-            if wait_s is not None:
-                depth = 1
-                if wait_s and not worker.inflight:
-                    self._wake_in(instance, wait_s)
+            if instance.takes_turns(phases):
+                depth = 1  # one that is in flight early could not wait
+                if not instance.decode_has_turn():
                     continue
             while len(worker.inflight) < depth:
                 if not self._planner.plan_step(instance, worker, phases):
                     break
-                worker.last_plan_time = time.monotonic()
+                instance.note_planned(worker, phases)
                 if self.waiting:
                     self._wake.set()  # what this step took may leave room for more
-
-    def _wake_in(self, instance: InstanceHandle, seconds: float) -> None:
-        """Schedule again then; one timer per instance."""
-        if instance.timer is not None:
-            instance.timer.cancel()
-        instance.timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
 
 
 async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:

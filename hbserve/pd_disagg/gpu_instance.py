@@ -16,9 +16,9 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -90,7 +90,8 @@ class GpuInstance:
         self.instance = instance
         self.was_dismissed = False
         self._membership = membership
-        self._wants_to_leave = False
+        self._wants_to_leave = self._is_serving = False
+        self._kill_ranks: Callable[[], None] = lambda: None
         self._attachment = attachment
         self._partition = partition
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
@@ -114,6 +115,7 @@ class GpuInstance:
         """
         started = time.monotonic()
         self._ranks = ranks = RankGroup(self.config, self.instance, self._on_rank_lost)
+        self._kill_ranks = ranks.kill
         with loaded_rank(
             self.config,
             self.instance,
@@ -138,6 +140,7 @@ class GpuInstance:
             self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
+            self._is_serving = True
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
             child.report_status({"ready": True})
             self._launch_steps(pipeline)
@@ -151,15 +154,21 @@ class GpuInstance:
         return self._exit_code
 
     def stop(self, exit_code: int = 0) -> None:
-        """Finish what is in flight and return from `run`. Callable from any thread and from signal handlers."""
+        """Finish what is in flight and return from `run`. Callable from any thread.
+
+        Where nothing has begun yet the process ends here and now: loading a model may take minutes. But not
+        with memory that others work on: on a GPU, what they have in flight may not survive it.
+        """
         self._exit_code = self._exit_code or exit_code
+        if not self._is_serving and self._attachment is None:
+            self._die(self._exit_code)
         self._plans.put(None)
 
     def leave(self) -> None:
         """Have the scheduler let it go when its requests are done; at the second call, `stop`. Callable as that."""
-        if self._wants_to_leave:
+        if self._wants_to_leave or not self._is_serving:
             self.stop()
-        self._wants_to_leave = True  # the event loop looks at it: a signal handler must not wake anybody
+        self._wants_to_leave = True
 
     # --- main thread -----------------------------------------------------------------------------
 
@@ -194,8 +203,8 @@ class GpuInstance:
         self._die(EXIT_RANK_LOST)
 
     def _die(self, exit_code: int) -> None:
-        self._ranks.kill()
-        os._exit(exit_code)
+        self._kill_ranks()
+        child.exit_now(exit_code)
 
     # --- event loop thread -----------------------------------------------------------------------
 
@@ -392,8 +401,7 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, members
     """
     is_launched = child.STATUS_FD_VARIABLE in os.environ
     worker = _prepare(config, instance, address, membership=membership)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop() if is_launched else worker.leave())
+    child.watch_signals(worker.stop if is_launched else worker.leave)
     code = worker.run()
     return child.EXIT_DISMISSED if worker.was_dismissed and is_launched else code
 
@@ -407,8 +415,7 @@ def run_worker(
 ) -> int:
     """As `run_instance`, of a worker of an instance that has several; arguments as `GpuInstance`."""
     worker = _prepare(config, instance, address, attachment, partition)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
+    child.watch_signals(worker.stop)
     return worker.run()
 
 

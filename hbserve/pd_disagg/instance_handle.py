@@ -9,7 +9,6 @@ sequence changes workers between two steps: when nothing of it is in flight at t
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import Hello, InstanceCommand
+from hbserve.pd_disagg.decode_turns import DecodeTurns
 from hbserve.pd_disagg.rpc import RpcClient
 from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.pd_disagg.sequence import Seat, Sequence
@@ -43,12 +43,17 @@ class InflightRow:
 
 @dataclass(slots=True)
 class InflightStep:
-    """A step that has been sent and not confirmed."""
+    """A step that has been sent and not confirmed.
+
+    Attributes:
+        beside_decode: if it is prefill's: decode has a turn meanwhile.
+    """
 
     step_id: int
     rows: list[InflightRow]
     prefill_rows: int = 0
     prefill_tokens: int = 0
+    beside_decode: bool = True
 
 
 @dataclass(slots=True)
@@ -99,7 +104,6 @@ class WorkerHandle:
         self.is_told_to_end = False
         self.work = Work()
         self.last_step_s = 0.0
-        self.last_plan_time = 0.0
 
     def pipeline_depth(self, configured: int) -> int:
         """Plans to have in flight: one more where a round trip takes longer than a step."""
@@ -136,9 +140,7 @@ class InstanceHandle:
         arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
         shares: each phase's percentage while both are busy.
         is_draining: it is given no more requests.
-        decode_interval_s: while prefill is busy at another worker, decode steps begin no sooner after
-            each other: what they do not take speeds prefill up. 0: no limit.
-        timer: of the scheduler, for a step that is held back.
+        turns: when decode computes while prefill is busy at another worker; None: always.
     """
 
     def __init__(
@@ -158,8 +160,7 @@ class InstanceHandle:
         self.is_draining = False
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
-        self.decode_interval_s = 0.0
-        self.timer: asyncio.TimerHandle | None = None
+        self.turns: DecodeTurns | None = None
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
         self.num_restarts = -1
@@ -241,10 +242,17 @@ class InstanceHandle:
     def choose_workers(self) -> dict[WorkerHandle, set[InstanceRole]]:
         """Who may get plans now, and for which phases.
 
-        The other phase's being idle or busy decides the share, and so the worker. A change waits for
-        the steps that the phase has in flight at its old worker.
+        The other phase's being idle or busy decides the share, and so the worker; between decode's turns
+        prefill counts as alone. A change waits for the steps that the phase has in flight at its old worker.
         """
         chosen: dict[WorkerHandle, set[InstanceRole]] = {}
+        busy = {phase: self._is_busy(phase) for phase in _PHASES}
+        alone = {phase: not busy[_other(phase)] for phase in _PHASES}
+        if self.turns is not None:
+            if all(busy.values()):
+                alone[InstanceRole.PREFILL] = not self.turns.update(time.monotonic())
+            else:
+                self.turns.rest(time.monotonic())
         for phase in _PHASES:
             candidates = self._candidates(phase)
             if not candidates:
@@ -252,8 +260,7 @@ class InstanceHandle:
             target = candidates[0]
             if len(candidates) > 1:
                 percentages = [worker.percentage for worker in candidates]
-                alone = not self._is_busy(_other(phase))
-                wanted = choose_percentage(percentages, self.shares[phase], alone)
+                wanted = choose_percentage(percentages, self.shares[phase], alone[phase])
                 target = next(worker for worker in reversed(candidates) if worker.percentage == wanted)
             current = self._current.get(phase)
             if current is not None and current is not target and current.ready and current.inflight:
@@ -262,14 +269,26 @@ class InstanceHandle:
             chosen.setdefault(target, set()).add(phase)
         return chosen
 
-    def decode_wait_s(self, worker: WorkerHandle, phases: set[InstanceRole], now: float) -> float | None:
-        """How long the worker's next decode step is held back; None: not at all, as deep as the pipeline goes.
+    def takes_turns(self, phases: set[InstanceRole]) -> bool:
+        """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""
+        return self.turns is not None and phases == {InstanceRole.DECODE} and self._is_busy(InstanceRole.PREFILL)
 
-        Held-back steps go one at a time: one that is in flight early would not be held back.
-        """
-        if not self.decode_interval_s or phases != {InstanceRole.DECODE} or not self._is_busy(InstanceRole.PREFILL):
-            return None
-        return max(0.0, worker.last_plan_time + self.decode_interval_s - now)
+    def decode_has_turn(self) -> bool:
+        """While prefill is busy: decode steps go beside the prefill steps that were planned for it."""
+        assert self.turns is not None
+        prefill = self._current.get(InstanceRole.PREFILL)
+        if prefill is None or not prefill.inflight:
+            return self.turns.is_open
+        return prefill.inflight[0].beside_decode
+
+    def note_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
+        """A step has been planned; the turns of decode count it."""
+        if self.turns is None:
+            return
+        if phases == {InstanceRole.PREFILL}:
+            worker.inflight[-1].beside_decode = self.turns.is_open
+        elif self.takes_turns(phases):
+            self.turns.stepped()
 
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
         # Short prompts may be computed where they decode; admission seats no others there.

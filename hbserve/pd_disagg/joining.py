@@ -90,7 +90,7 @@ def config_of(answer: Joined, instance: InstanceConfig, model_path: str | None, 
     Raises:
         ConfigError: if something of it cannot be honoured here.
     """
-    document = dict(answer.config)
+    document = {**answer.config, "launcher": "local"}
     document["model"] = {**document["model"], **({} if model_path is None else {"path": model_path})}
     document["rpc"] = {**document["rpc"], "key_file": key_file}
     mine = msgspec.to_builtins(msgspec.structs.replace(instance, kv_rank=answer.kv_rank))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from collections.abc import Sequence as Items
+from typing import Protocol, TypeVar
 
 from hbserve.config import SchedulerConfig
-from hbserve.pd_disagg.sequence import Sequence
 
 _RESUMED, _NEW = 0, 1
 AIM = 0.8
@@ -19,6 +19,35 @@ _PATIENCE_MS = 10_000.0
 """TTFT target, for the order only, of a request that has none."""
 
 
+class Prompt(Protocol):
+    """What a policy looks at; see `hbserve.pd_disagg.sequence.Sequence`."""
+
+    rank: tuple[int, float, float]
+
+    @property
+    def tokens(self) -> Sized:
+        """To be computed."""
+
+    @property
+    def arrival(self) -> float:
+        """Grows with every request."""
+
+    @property
+    def arrival_time(self) -> float:
+        """Seconds."""
+
+    @property
+    def first_token_time(self) -> float | None:
+        """Set where its client has tokens."""
+
+    @property
+    def ttft_target_ms(self) -> float | None:
+        """That it came with."""
+
+
+_Prompt = TypeVar("_Prompt", bound=Prompt)
+
+
 class QueuePolicy:
     """First come, first served.
 
@@ -26,11 +55,11 @@ class QueuePolicy:
     client has tokens already, and which were put back, go before all others.
     """
 
-    def rank(self, sequence: Sequence) -> tuple[int, float, int]:
+    def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """Smaller goes first. Of a sequence that begins to wait now."""
         return _NEW, 0.0, sequence.arrival
 
-    def order(self, waiting: list[Sequence], now: float, num_tokens_ahead: Callable[[], int]) -> Items[Sequence]:
+    def order(self, waiting: list[_Prompt], now: float, num_tokens_ahead: Callable[[], int]) -> Items[_Prompt]:
         """Whom to admit first, of a queue sorted by rank.
 
         Args:
@@ -38,7 +67,7 @@ class QueuePolicy:
         """
         return waiting
 
-    def key(self, sequence: Sequence, num_computed: int, now: float) -> tuple[bool, tuple[int, float, int]]:
+    def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
         """Of those whose prompt could be gone on with now, the one with the smallest is.
 
         Args:
@@ -56,7 +85,7 @@ class ShortestPromptFirst(QueuePolicy):
     def __init__(self, ageing_tokens_per_s: float) -> None:
         self._ageing = ageing_tokens_per_s
 
-    def rank(self, sequence: Sequence) -> tuple[int, float, int]:
+    def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """See `QueuePolicy.rank`."""
         length = len(sequence.tokens) + self._ageing * sequence.arrival_time
         return _group(sequence), length, sequence.arrival
@@ -79,12 +108,12 @@ class SloAware(QueuePolicy):
         self._prefill_s = prefill_s
         self._default_ttft_ms = default_ttft_ms or _PATIENCE_MS
 
-    def rank(self, sequence: Sequence) -> tuple[int, float, int]:
+    def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """See `QueuePolicy.rank`."""
-        target_ms = sequence.request.sampling.ttft_ms or self._default_ttft_ms
+        target_ms = sequence.ttft_target_ms or self._default_ttft_ms
         return _group(sequence), sequence.arrival_time + AIM * target_ms / 1000, sequence.arrival
 
-    def order(self, waiting: list[Sequence], now: float, num_tokens_ahead: Callable[[], int]) -> Items[Sequence]:
+    def order(self, waiting: list[_Prompt], now: float, num_tokens_ahead: Callable[[], int]) -> Items[_Prompt]:
         """See `QueuePolicy.order`."""
         if not waiting:
             return waiting
@@ -109,7 +138,7 @@ class SloAware(QueuePolicy):
         left_out = set(map(id, deferred))
         return [sequence for sequence in waiting if id(sequence) not in left_out] + deferred
 
-    def key(self, sequence: Sequence, num_computed: int, now: float) -> tuple[bool, tuple[int, float, int]]:
+    def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
         """See `QueuePolicy.key`. Those that can be in time go before those that cannot."""
         group, deadline, _ = sequence.rank
         num_tokens = max(0, len(sequence.tokens) - num_computed)
@@ -125,5 +154,5 @@ def make_policy(config: SchedulerConfig, prefill_s: Callable[[int], float]) -> Q
     return QueuePolicy()
 
 
-def _group(sequence: Sequence) -> int:
+def _group(sequence: Prompt) -> int:
     return _NEW if sequence.first_token_time is None else _RESUMED

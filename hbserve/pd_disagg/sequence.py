@@ -128,13 +128,18 @@ class Sequence:
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
-    rank: tuple[int, float, int] = (0, 0.0, 0)
+    rank: tuple[int, float, float] = (0, 0.0, 0.0)
     metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def ttft_target_ms(self) -> float | None:
+        """That it came with."""
+        return self.request.sampling.ttft_ms
 
     @property
     def has_grammar(self) -> bool:

@@ -101,7 +101,7 @@ class LatencyModel:
             100 where the ladder has such workers.
         max_batch: most sequences that decode together.
         prefill_batch_tokens: most prompt tokens in one step.
-        decode_interval_ms: while prefill is busy, decode steps begin no sooner after each other; 0 for no limit.
+        decode_interval_ms: from one decode step to the next, mean, while prefill is busy; 0: as fast as they can.
     """
 
     def __init__(
@@ -147,8 +147,7 @@ class LatencyModel:
             step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
             shared_ms = max(step_ms, self._decode_interval_ms)
             beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step
-            prefill_slowdown = 1 / (beside / slowdown.prefill + 1 - beside)
-            load, service_s, spread = self._service(workload, allocation, batch, prefill_slowdown)
+            load, service_s, spread = self._service(workload, allocation, batch, slowdown.prefill, beside)
             busy = min(1.0, load)
             alone_ms = self.steps.decode_ms(batch, context, decode_alone)
             # Steps per second add up over the two kinds of time, not milliseconds per step.
@@ -162,15 +161,20 @@ class LatencyModel:
         return self._predict_percentiles(workload, load, service_s, spread, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _service(
-        self, workload: Workload, allocation: SMAllocation, batch: float, slowdown: float
+        self, workload: Workload, allocation: SMAllocation, batch: float, slowdown: float, beside: float
     ) -> tuple[float, float, float]:
-        """Load of the prefill queue, seconds per prompt, and the squared variation of the latter."""
+        """Load of the prefill queue, seconds per prompt, and the squared variation of the latter.
+
+        Args:
+            beside: share of the time in which decode steps run too; between them prefill is as if alone.
+        """
         prefill_alone = self.alone.prefill_percentage if self.alone else allocation.prefill_percentage
         tokens, context = max(1.0, workload.prompt_tokens), workload.context_tokens
         beside_ms = self._prompt_ms(tokens, context, allocation.prefill_percentage) * slowdown
         alone_ms = self._prompt_ms(tokens, context, prefill_alone)
         nobody_decodes = math.exp(-batch) if workload.output_tokens > 1 else 1.0
-        service_s = (nobody_decodes * alone_ms + (1 - nobody_decodes) * beside_ms) / 1000
+        shared_ms = 1 / (beside / beside_ms + (1 - beside) / alone_ms)
+        service_s = (nobody_decodes * alone_ms + (1 - nobody_decodes) * shared_ms) / 1000
         variation = max(0.0, workload.prompt_tokens_squared / tokens**2 - 1)
         return workload.arrival_rate * service_s, service_s, variation
 

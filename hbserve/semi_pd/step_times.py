@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from hbserve.semi_pd.builtin_profile import H200_8B
 from hbserve.semi_pd.least_squares import PriorLeastSquares
@@ -55,7 +54,7 @@ class StepTimes:
         )
         self._slowdowns = self._measured_slowdowns(priority)
         self._mixed = self._fit_mixed()
-        self.slowdown = lru_cache(maxsize=4096)(self._slowdown)
+        self._cache: dict[tuple[SMAllocation, int], Slowdown] = {}
 
     def prefill_ms(self, tokens: float, context: float, percentage: int) -> float:
         """A prefill step alone: ``tokens`` of prompts that have ``context`` tokens before them."""
@@ -90,8 +89,14 @@ class StepTimes:
             slowdowns.append((point, math.log(max(1.0, prefill)), math.log(max(1.0, decode))))
         return slowdowns
 
-    def _slowdown(self, allocation: SMAllocation, batch_octave: int) -> Slowdown:
+    def slowdown(self, allocation: SMAllocation, batch_octave: int) -> Slowdown:
         """While both phases run, with about ``2 ** batch_octave`` sequences decoding."""
+        found = self._cache.get((allocation, batch_octave))
+        if found is None:
+            found = self._cache[allocation, batch_octave] = self._interpolated(allocation, batch_octave)
+        return found
+
+    def _interpolated(self, allocation: SMAllocation, batch_octave: int) -> Slowdown:
         weights = prefill = decode = 0.0
         for point, prefill_log, decode_log in self._slowdowns:
             distance = _distance(point, allocation, batch_octave)

@@ -11,6 +11,7 @@ from hbserve.bench.request_record import Targets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
 from hbserve.bench.workload import LengthRange
+from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
 from hbserve.semi_pd.builtin_profile import H200_8B
 from hbserve.semi_pd.step_profile import StepProfile
@@ -50,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chunk-size", type=positive, default=512, help="most tokens of a prompt in a step of semi-PD")
+    parser.add_argument(
+        "--max-chunk-prefill-tokens", type=positive, metavar="N", help="of all prompts in a step (default: 4096)"
+    )
+    parser.add_argument(
+        "--policy", choices=["fcfs", "shortest_prompt_first", "slo_aware"], default="fcfs", help="order of the queue"
+    )
     parser.add_argument("--max-num-seqs", type=positive, default=256)
     parser.add_argument("--kv-tokens", type=positive, default=800_000, help="that a KV pool holds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcomes")
@@ -99,7 +106,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _setting(arguments: argparse.Namespace) -> Setting:
     profile = H200_8B if arguments.profile is None else StepProfile.load(arguments.profile)
     steps = StepTimes(profile, priority=not arguments.no_priority)
-    sizes = Sizes(chunk_size=arguments.chunk_size, max_num_seqs=arguments.max_num_seqs, kv_tokens=arguments.kv_tokens)
+    sizes = Sizes(
+        chunk_size=arguments.chunk_size,
+        max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens or Sizes.max_chunk_prefill_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        kv_tokens=arguments.kv_tokens,
+        scheduler=SchedulerConfig(policy=arguments.policy),
+    )
     return Setting(steps, steps, sizes, Targets.parse(arguments.goodput), arguments.attainment)
 
 

@@ -1,21 +1,25 @@
 """A prefill worker and a decode worker, step by step, on the simulated clock.
 
-The rules are the scheduler's (`hbserve.pd_disagg.step_planner`): prompts oldest first, each with one
-chunk per step up to the step's budget; all decoding sequences in every decode step. Decode steps of an
-unchanged batch are one event.
+The rules are the scheduler's (`hbserve.pd_disagg.step_planner`): prompts in its policy's order, each with
+one chunk per step up to the step's budget; all decoding sequences in every decode step. Decode steps of
+an unchanged batch are one event.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hbserve.config import SchedulerConfig
+from hbserve.pd_disagg.prefill_pace import PrefillPace
+from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.requests import SimulatedRequest
 
+_FCFS = SchedulerConfig()
 _LONGEST_BURST = 64  # decode steps in one event: the context grows meanwhile
 
 
@@ -25,6 +29,7 @@ class Sizes:
 
     Attributes:
         kv_tokens: that its KV pool holds.
+        scheduler: the order of its queue.
     """
 
     chunk_size: int = 512
@@ -32,6 +37,7 @@ class Sizes:
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     kv_tokens: int = 800_000
+    scheduler: SchedulerConfig = _FCFS
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,64 @@ class Chunks:
         return self.keys / self.tokens - self.tokens / 2
 
 
-def take_chunks(queue: deque[SimulatedRequest], budget: int, chunk_size: int) -> Chunks:
-    """What the next step computes, oldest first."""
-    parts, tokens, keys = [], 0, 0.0
-    for request in queue:
-        chunk = min(request.prompt_tokens - request.computed_tokens, chunk_size, budget - tokens)
-        if chunk <= 0:
-            break
-        parts.append((request, chunk))
-        tokens += chunk
-        keys += chunk * (request.computed_tokens + chunk / 2)
-    return Chunks(tuple(parts), tokens, keys)
+class Prompts:
+    """Those that have a seat and are not computed, in the order of the scheduler's policy.
+
+    Args:
+        sizes: how much of one, and of all, goes into a step.
+    """
+
+    def __init__(self, clock: SimulatedClock, sizes: Sizes) -> None:
+        self._clock, self._sizes = clock, sizes
+        self._pace = PrefillPace()
+        self.policy = make_policy(sizes.scheduler, lambda count: count * self._pace.mean_per_token_s)
+        self._is_fifo = type(self.policy) is QueuePolicy
+        self.requests: list[SimulatedRequest] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Not yet computed."""
+        return sum(request.prompt_tokens - request.computed_tokens for request in self.requests)
+
+    def has_enough(self, request: SimulatedRequest) -> bool:
+        """Whether the next step is full, and the request would not be computed before one that is here."""
+        tokens, key = 0, self._key(request)
+        for other in self.requests:
+            if not self._is_fifo and self._key(other) > key:
+                return False
+            tokens += min(other.prompt_tokens - other.computed_tokens, self._sizes.chunk_size)
+        return tokens >= self._sizes.max_chunk_prefill_tokens
+
+    def take(self, budget: int) -> Chunks:
+        """What the next step computes."""
+        parts, tokens, keys = [], 0, 0.0
+        ordered = self.requests if self._is_fifo else sorted(self.requests, key=self._key)
+        for request in ordered:
+            chunk = min(request.prompt_tokens - request.computed_tokens, self._sizes.chunk_size, budget - tokens)
+            if chunk <= 0:
+                break
+            parts.append((request, chunk))
+            tokens += chunk
+            keys += chunk * (request.computed_tokens + chunk / 2)
+        return Chunks(tuple(parts), tokens, keys)
+
+    def done(self, chunks: Chunks, seconds: float) -> list[SimulatedRequest]:
+        """A step has computed these; returns those that are complete, which leave."""
+        if chunks.tokens:
+            self._pace.observe(chunks.tokens, seconds)
+        complete = []
+        for request, tokens in chunks.parts:
+            request.computed_tokens += tokens
+            if request.computed_tokens == request.prompt_tokens:
+                self.requests.remove(request)
+                complete.append(request)
+        return complete
+
+    def _key(self, request: SimulatedRequest) -> tuple[bool, tuple[int, float, float]]:
+        return self.policy.key(request, request.computed_tokens, self._clock.now)
 
 
 class PrefillPhase:
@@ -83,22 +136,17 @@ class PrefillPhase:
     ) -> None:
         self._clock, self._steps, self._sizes = clock, steps, sizes
         self._computed, self._idle = computed, idle
-        self.queue: deque[SimulatedRequest] = deque()
+        self.prompts = Prompts(clock, sizes)
         self.percentage = 100
         self.step: Progress | None = None
         self.chunks: Chunks | None = None
         self.busy_s = 0.0
         self.last_busy_s = 0.0
 
-    @property
-    def backlog_tokens(self) -> int:
-        """Prompt tokens not yet computed."""
-        return sum(request.prompt_tokens - request.computed_tokens for request in self.queue)
-
     def start(self, percentage: int) -> None:
         """Begin a step on so much of the device."""
         self.percentage = percentage
-        self.chunks = chunks = take_chunks(self.queue, self._sizes.max_chunk_prefill_tokens, self._sizes.chunk_size)
+        self.chunks = chunks = self.prompts.take(self._sizes.max_chunk_prefill_tokens)
         milliseconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage)
         self.step = Progress(self._clock, milliseconds / 1000, self._done)
 
@@ -108,11 +156,8 @@ class PrefillPhase:
         self.last_busy_s = self._clock.now - self.step.started
         self.busy_s += self.last_busy_s
         self.step, chunks = None, self.chunks
-        for request, tokens in chunks.parts:
-            request.computed_tokens += tokens
-            if request.computed_tokens == request.prompt_tokens:
-                self.queue.remove(request)
-                self._computed(request)
+        for request in self.prompts.done(chunks, self.last_busy_s):
+            self._computed(request)
         self._idle()
 
 

@@ -19,6 +19,8 @@ class SimulatedRequest:
         block_tokens: tokens per name.
         cached_tokens: found in the prefix cache when it was admitted.
         computed_tokens: of the prompt, cached ones included.
+        ttft_target_ms: that it comes with, for the order of the queue.
+        rank: its place there.
     """
 
     arrival: float
@@ -32,6 +34,18 @@ class SimulatedRequest:
     first_token_time: float | None = None
     completion_time: float | None = None
     finish_step: int = field(default=0, repr=False)
+    ttft_target_ms: float | None = None
+    rank: tuple[int, float, float] = field(default=(0, 0.0, 0.0), repr=False)
+
+    @property
+    def tokens(self) -> range:
+        """Of the prompt: as many as there are, for the order of the queue."""
+        return range(self.prompt_tokens)
+
+    @property
+    def arrival_time(self) -> float:
+        """As the order of the queue calls it."""
+        return self.arrival
 
     @property
     def ttft_ms(self) -> float:

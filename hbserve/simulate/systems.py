@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -140,6 +141,8 @@ class Outcome:
 def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> Outcome:
     """Serve fresh requests by a system."""
     clock = SimulatedClock()
+    for request in requests:
+        request.ttft_target_ms = setting.targets.ttft_ms
     units = [_unit(system, setting, clock) for _ in range(system.replicas)]
     controllers = []
     if system.form == "slo":
@@ -178,12 +181,11 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
 def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
     steps, sizes = setting.steps, setting.sizes
     if system.form == "unified":
-        chunked = Sizes(
+        chunked = dataclasses.replace(
+            sizes,
             chunk_size=system.chunk,
             max_chunk_prefill_tokens=system.chunk,
             max_num_batched_tokens=max(sizes.max_num_batched_tokens, system.chunk + sizes.max_num_seqs),
-            max_num_seqs=sizes.max_num_seqs,
-            kv_tokens=sizes.kv_tokens,
         )
         return UnifiedUnit(clock, steps, chunked)
     if system.form == "disaggregated":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections import deque
 
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.pd_disagg.decode_turns import DecodeTurns
+from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import Progress, SimulatedClock
-from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Sizes, take_chunks
+from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
@@ -20,7 +22,7 @@ _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
 
 
 class Unit(ABC):
-    """One set of workers around one KV pool: takes requests, first come first served.
+    """One set of workers around one KV pool: takes requests, in the order of the scheduler's policy.
 
     Args:
         window_s: of its metrics.
@@ -29,7 +31,7 @@ class Unit(ABC):
     def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
         self.clock, self.steps, self.sizes = clock, steps, sizes
         self.metrics = SemiPDMetricsCollector(window_s, 4096, clock)
-        self.waiting: deque[SimulatedRequest] = deque()
+        self.waiting: list[SimulatedRequest] = []
         self._prefixes = PrefixCache(sizes.kv_tokens)
         self._num_pools = 1
         self._num_open = 0
@@ -41,38 +43,54 @@ class Unit(ABC):
         return 1
 
     @property
-    @abstractmethod
     def load_tokens(self) -> int:
         """Prompt tokens that are here and not computed: what placement looks at."""
+        waiting = sum(request.prompt_tokens for request in self.waiting)
+        return waiting + sum(prompts.backlog_tokens for prompts in self.prompts)
 
     def arrive(self, request: SimulatedRequest) -> None:
         """A request is here."""
         self.metrics.record_request_arrival(request.request_id, request.prompt_tokens)
-        self.waiting.append(request)
+        request.rank = self._policy.rank(request)
+        bisect.insort(self.waiting, request, key=lambda other: other.rank)
         self._pump()
 
     @abstractmethod
     def _pump(self) -> None:
         """Start what can start."""
 
+    @property
     @abstractmethod
-    def _seat(self, request: SimulatedRequest) -> None:
-        """Queue an admitted request for prefill."""
+    def prompts(self) -> list[Prompts]:
+        """Of each worker that prefills."""
+
+    @property
+    def _policy(self) -> QueuePolicy:
+        return self.prompts[0].policy
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         max_open = self._num_pools * self.sizes.max_num_seqs
         max_kv_tokens = self._num_pools * self.sizes.kv_tokens
-        while self.waiting:
-            request = self.waiting[0]
+        seated = []
+        for request in self._policy.order(self.waiting, self.clock.now, self._seated_tokens):
             tokens = request.prompt_tokens + request.output_tokens
             if self._num_open >= max_open or (self._num_open and self._kv_tokens + tokens > max_kv_tokens):
-                return
-            self.waiting.popleft()
+                break
+            if all(prompts.has_enough(request) for prompts in self.prompts):
+                break
+            seated.append(request)
             self._num_open += 1
             self._kv_tokens += tokens
             request.cached_tokens = request.computed_tokens = self._prefixes.match(request)
             self.metrics.record_prefill_start(request.request_id, request.cached_tokens)
-            self._seat(request)
+            min(self.prompts, key=lambda prompts: prompts.backlog_tokens).requests.append(request)
+        for request in seated:
+            self.waiting.remove(request)
+
+    def _seated_tokens(self) -> int:
+        return sum(prompts.backlog_tokens for prompts in self.prompts) // len(self.prompts)
 
     def _first_token(self, request: SimulatedRequest) -> bool:
         """Its prompt is computed; returns whether it goes on to decode."""
@@ -90,9 +108,6 @@ class Unit(ABC):
         self._num_open -= 1
         self._kv_tokens -= request.prompt_tokens + request.output_tokens
         self.metrics.record_request_completion(request.request_id, request.output_tokens)
-
-    def _waiting_tokens(self) -> int:
-        return sum(request.prompt_tokens for request in self.waiting)
 
     def record_state(self) -> None:
         """Report queues and memory to the metrics; done before they are read."""
@@ -113,9 +128,9 @@ class Unit(ABC):
     def num_decoding(self) -> int:
         """Sequences that decode."""
 
-    @abstractmethod
     def _without_token(self) -> list[SimulatedRequest]:
         """Requests that wait for their first token."""
+        return [*self.waiting, *(request for prompts in self.prompts for request in prompts.requests)]
 
 
 class _PhasedUnit(Unit):
@@ -142,18 +157,12 @@ class _PhasedUnit(Unit):
         ]
 
     @property
-    def load_tokens(self) -> int:
-        return self._waiting_tokens() + sum(prefill.backlog_tokens for prefill in self._prefills)
+    def prompts(self) -> list[Prompts]:
+        return [prefill.prompts for prefill in self._prefills]
 
     @property
     def num_decoding(self) -> int:
         return sum(decode.num_sequences for decode in self._decodes)
-
-    def _without_token(self) -> list[SimulatedRequest]:
-        return [*self.waiting, *(request for prefill in self._prefills for request in prefill.queue)]
-
-    def _seat(self, request: SimulatedRequest) -> None:
-        min(self._prefills, key=lambda prefill: prefill.backlog_tokens).queue.append(request)
 
     def _on_computed(self, request: SimulatedRequest) -> None:
         if self._first_token(request):
@@ -175,7 +184,8 @@ class SemiPDUnit(_PhasedUnit):
     Args:
         allocation: shares while both are busy.
         alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
-        decode_interval_s: while prefill is busy, decode steps begin no sooner after each other.
+        decode_interval_s: from one decode step to the next, mean, while prefill is busy; see `DecodeTurns`. 0: as fast
+            as they can.
     """
 
     def __init__(
@@ -193,34 +203,33 @@ class SemiPDUnit(_PhasedUnit):
         self.allocation = allocation
         self.alone = alone
         self.decode_interval_s = decode_interval_s
-        self._wake_at = -1.0
+        self._turns = DecodeTurns(decode_interval_s) if decode_interval_s else None
+        self._beside = True  # decode has a turn beside the prefill step under way
 
     def _pump(self) -> None:
         self._admit()
-        prefills = self.prefill.step is not None or bool(self.prefill.queue)
+        prefills = self.prefill.step is not None or bool(self.prefill.prompts)
         decodes = self.decode.burst is not None or self.decode.num_sequences > 0
+        if self._turns is not None and not (prefills and decodes):
+            self._turns.rest(self.clock.now)
         alone = self.alone or self.allocation
         if self.prefill.step is None and prefills:
-            self.prefill.start(self.allocation.prefill_percentage if decodes else alone.prefill_percentage)
-        share = self.allocation.decode_percentage if prefills else alone.decode_percentage
-        paced = prefills and self.decode_interval_s > 0
+            shares = decodes
+            if self._turns is not None:
+                self._beside = shares = decodes and self._turns.update(self.clock.now)
+            self.prefill.start((self.allocation if shares else alone).prefill_percentage)
+        share = (self.allocation if prefills else alone).decode_percentage
+        takes_turns = prefills and self._turns is not None
         if self.decode.burst is not None:
-            if paced or self.decode.percentage != share:
+            if takes_turns or self.decode.percentage != share:
                 self.decode.end_burst_at_step()
-        elif decodes and paced:
-            self._start_paced_decode(share)
-        elif decodes:
+        elif decodes and not takes_turns:
             self.decode.start(share)
-        self._set_speeds()
-
-    def _start_paced_decode(self, share: int) -> None:
-        """One step, if its time has come; prefill has the GPU for itself until then."""
-        next_step = self.decode.started + self.decode_interval_s
-        if self.clock.now >= next_step - 1e-9:
+        elif decodes and self._beside:
+            assert self._turns is not None
+            self._turns.stepped()
             self.decode.start(share, 1)
-        elif self._wake_at != next_step:
-            self._wake_at = next_step
-            self.clock.at(next_step, self._pump)
+        self._set_speeds()
 
     def _set_speeds(self) -> None:
         step, burst = self.prefill.step, self.decode.burst
@@ -255,7 +264,7 @@ class DisaggregatedUnit(_PhasedUnit):
     def _pump(self) -> None:
         self._admit()
         for prefill in self._prefills:
-            if prefill.step is None and prefill.queue:
+            if prefill.step is None and prefill.prompts:
                 prefill.start(100)
         for decode in self._decodes:
             if decode.burst is None and decode.num_sequences:
@@ -267,24 +276,18 @@ class UnifiedUnit(Unit):
 
     def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
         super().__init__(clock, steps, sizes, window_s)
-        self._prompts: deque[SimulatedRequest] = deque()
+        self._prompts = Prompts(clock, sizes)
         self._running: dict[SimulatedRequest, int] = {}  # tokens still to come
         self._step: Progress | None = None
         self._chunks: Chunks | None = None
 
     @property
-    def load_tokens(self) -> int:
-        return self._waiting_tokens() + sum(r.prompt_tokens - r.computed_tokens for r in self._prompts)
+    def prompts(self) -> list[Prompts]:
+        return [self._prompts]
 
     @property
     def num_decoding(self) -> int:
         return len(self._running)
-
-    def _without_token(self) -> list[SimulatedRequest]:
-        return [*self.waiting, *self._prompts]
-
-    def _seat(self, request: SimulatedRequest) -> None:
-        self._prompts.append(request)
 
     def _pump(self) -> None:
         self._admit()
@@ -292,7 +295,7 @@ class UnifiedUnit(Unit):
             return
         batch = len(self._running)
         budget = min(self.sizes.max_num_batched_tokens - batch, self.sizes.max_chunk_prefill_tokens)
-        self._chunks = chunks = take_chunks(self._prompts, budget, self.sizes.chunk_size)
+        self._chunks = chunks = self._prompts.take(budget)
         context = sum(map(_context_of, self._running.items())) / batch if batch else 0.0
         prompt_context = chunks.context if chunks.tokens else 0.0
         milliseconds = self.steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
@@ -311,12 +314,9 @@ class UnifiedUnit(Unit):
             if not self._running[request]:
                 del self._running[request]
                 self._finish(request)
-        for request, tokens in self._chunks.parts:
-            request.computed_tokens += tokens
-            if request.computed_tokens == request.prompt_tokens:
-                self._prompts.remove(request)
-                if self._first_token(request):
-                    self._running[request] = request.output_tokens - 1
+        for request in self._prompts.done(self._chunks, seconds):
+            if self._first_token(request):
+                self._running[request] = request.output_tokens - 1
         self._pump()
 
 

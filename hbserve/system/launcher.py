@@ -72,7 +72,8 @@ class Launcher:
         client_address = scheduler_address(self.config, self._run_dir)
         plain = [i for i in self.config.gpu_instances if i.instance_type not in _SUPERVISORS]
         others = [i for i in self.config.gpu_instances if i.instance_type in _SUPERVISORS]
-        addresses = {i.instance_id: instance_address(i, run_dir) for i in plain}
+        by_ray = self.config.launcher == "ray"
+        addresses = {} if by_ray else {i.instance_id: instance_address(i, run_dir) for i in plain}
         config = msgspec.to_builtins(self.config)
         scheduler = ChildProcess(
             "the scheduler",
@@ -89,6 +90,9 @@ class Launcher:
             for name, address in addresses.items():
                 orders = {"config": config, "instance_id": name, "address": address}
                 self._children.append(ChildProcess(name, "hbserve.pd_disagg.gpu_instance", orders))
+            if by_ray:
+                orders = {"config": config, "scheduler": client_address}
+                self._children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))
         if others and not self._with_instances:
             raise StartupError(
                 f"{others[0].instance_id}: a {others[0].instance_type} instance cannot be started elsewhere"

@@ -41,8 +41,8 @@ class KVTransferContext:
 class KVTransferBase(ABC):
     """Moves KV blocks between instances. One object per rank of an instance, used from one event loop.
 
-    Rank t of one instance exchanges its shard of the blocks with rank t of another and with nobody
-    else, so a backend need not know of tensor parallelism: ``rank`` below is one number for both.
+    A backend need not know of tensor parallelism: ``rank`` below is one number for instance and rank,
+    and which part of which blocks goes from which rank to which has been decided before.
 
     A backend of your own needs the two abstract methods; name it in the configuration as
     ``kv_transfer.backend: package.module:Class``. Transfers run concurrently, so arrivals may come
@@ -71,7 +71,8 @@ class KVTransferBase(ABC):
         """Send a buffer; return when it may be overwritten.
 
         Args:
-            request_id: names the transfer: the request, its attempt and its chunk. Never used twice.
+            request_id: names the transfer: the request, its attempt and its chunk. Never used twice between the
+                same two ranks.
             kv_buffer: uint8 ``[block, byte]``, contiguous, on ``context.device``.
             target_rank: the receiver's `Peer.rank`.
 

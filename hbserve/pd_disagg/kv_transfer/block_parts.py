@@ -44,8 +44,9 @@ class BlockParts:
         """
         rows, arena = self._view(part)
         words = out.view(arena.dtype).view(len(block_ids), *rows)
-        if not arena.is_cuda:
-            for first, start, count in _runs(block_ids):
+        runs = list(_runs(block_ids))
+        if self._copies_runs(runs):
+            for first, start, count in runs:
                 words[first : first + count].copy_(arena[start : start + count])
             return
         index = torch.tensor(block_ids, device=arena.device)
@@ -59,8 +60,9 @@ class BlockParts:
         """Copy a buffer into parts of blocks, the other way round."""
         rows, arena = self._view(part)
         words = buffer.view(arena.dtype).view(len(block_ids), *rows)
-        if not arena.is_cuda:
-            for first, start, count in _runs(block_ids):
+        runs = list(_runs(block_ids))
+        if self._copies_runs(runs):
+            for first, start, count in runs:
                 arena[start : start + count].copy_(words[first : first + count])
             return
         index = torch.tensor(block_ids, device=arena.device)
@@ -95,6 +97,10 @@ class BlockParts:
             sums += (buffer.view(torch.int64) * weights).sum(1).tolist()
         return sums
 
+    def _copies_runs(self, runs: list[tuple[int, int, int]]) -> bool:
+        """On the CPU one copy for each run of neighbours is the fastest; a GPU needs an index, but not for few."""
+        return not self.kv_blocks.is_cuda or len(runs) <= _FEW_RUNS
+
     def _view(self, part: Part) -> tuple[tuple[int, ...], torch.Tensor]:
         """The shape of one block's part, and the arena as parts: ``[block, (row,) word]``."""
         if part.count == 1:
@@ -110,6 +116,9 @@ class BlockParts:
         """Eight bytes at a time, where they come so: kernels move elements."""
         return of_bytes.view(torch.int64) if of_bytes.shape[-1] % _WORD_BYTES == 0 else of_bytes
 
+
+_FEW_RUNS = 4
+"""An index must be on the GPU before the kernel that uses it is launched; a launch is cheaper."""
 
 _BLOCKS_AT_ONCE = 32
 """Bounds the memory that merging and checksums take."""

@@ -2,8 +2,8 @@
 
 What gathers leaves as one *batch*: a header over gloo, which says what comes, then every transfer's
 blocks in pieces. The receiver starts no kernel that waits for a sender: NCCL is entered when the
-header has told that the other side is there. Pieces go through two buffers in turn, so that one is
-copied from or to the arena while the other is on its way; neighbouring blocks are sent from where
+header has told that the other side is there. Pieces go through a few buffers in turn, so that one is
+copied from or to the arena while others are on their way; neighbouring blocks are sent from where
 they lie.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +33,7 @@ T = TypeVar("T")
 
 dist: Any = torch.distributed
 _SENDER, _RECEIVER = 0, 1
-_POLL_S = 20e-6
-_NUM_SLOTS = 2
+_NUM_SLOTS = 3
 _PIECE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 """Large enough for the link's full rate, small enough that the copies at both ends hide behind it."""
 _HEADER_WORDS = 2 + 2 * MAX_LETTERS
@@ -128,7 +126,8 @@ class _Link:
         self._slots: list[torch.Tensor | None] = [None] * _NUM_SLOTS
         self._streams: list[Any] = []
         if context.device.type == "cuda":
-            self._streams = [torch.cuda.Stream(context.device) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
+            # Before the steps, which fill the device: the other side's kernels spin until these have sent.
+            self._streams = [torch.cuda.Stream(context.device, priority=-1) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
 
     def _meet(self, rank: int) -> None:
         """Make the groups when they are first needed. Blocks up to the time limit."""
@@ -143,8 +142,12 @@ class _Link:
             torch.cuda.set_device(self._context.device)
             nccl_options = dist.ProcessGroupNCCL.Options()
             nccl_options._timeout = self._timeout
+            nccl_options.is_high_priority_stream = True
             data = dist.ProcessGroupNCCL(dist.PrefixStore(f"{self.name}/nccl", store), rank, 2, nccl_options)
         self._data = data
+        if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
+            self._abort_groups()
+            raise KVTransferError(f"KV link {self.name} was closed")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -171,16 +174,20 @@ class _Link:
         if not self._use_nccl:
             work.wait(self._timeout)
             return
+        # Not in Python: asking again and again would cost more time than the copy of a piece. It has an end: whoever
+        # gives up on the transfer has the link closed, and that aborts what is waited for.
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._streams[index])
-        deadline = time.monotonic() + self._context.timeout_s
-        while not event.query():
-            if time.monotonic() > deadline or self._is_closed:
-                raise RuntimeError(f"not complete within {self._context.timeout_s:g} s")
-            time.sleep(_POLL_S)
+        event.synchronize()
+        if self._is_closed:
+            raise KVTransferError(f"KV link {self.name} was closed")
 
     def _abort(self) -> None:
-        self._is_closed = True
+        if not self._is_closed:
+            self._is_closed = True
+            self._abort_groups()
+
+    def _abort_groups(self) -> None:
         for group in {id(each): each for each in (self._data, self._headers)}.values():
             if group is not None and hasattr(group, "abort"):
                 with contextlib.suppress(RuntimeError):

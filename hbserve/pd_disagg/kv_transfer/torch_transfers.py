@@ -104,10 +104,17 @@ class TorchTransfers(KVTransferManager):
     # --- sending ---------------------------------------------------------------------------------
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        outbox = self._outbox(target, route)
-        return await outbox.put(Letter(command.transfer_id, command.block_ids, command.target_block_ids))
+        link, outbox = self._way_to(target, route)
+        try:
+            return await outbox.put(Letter(command.transfer_id, command.block_ids, command.target_block_ids))
+        except BaseException:
+            # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
+            # the GPU for it would wait for the other side for good.
+            outbox.abandon()
+            link.close()
+            raise
 
-    def _outbox(self, target: Peer, route: Route) -> Outbox:
+    def _way_to(self, target: Peer, route: Route) -> tuple[SendingLink, Outbox]:
         key = _key(target)
         if key not in self._outgoing:
             for other in [each for each in self._outgoing if each[0] == target.rank and each < key]:
@@ -121,7 +128,7 @@ class TorchTransfers(KVTransferManager):
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             # A send to a peer that has stopped lasts until the time limit; it only reads.
             self._outgoing[key] = link, Outbox(link.send, batch_blocks, writes_end=False)
-        return self._outgoing[key][1]
+        return self._outgoing[key]
 
     # --- receiving -------------------------------------------------------------------------------
 

@@ -1,0 +1,49 @@
+"""When decode computes beside prefill: in turns, often enough for the TPOT target and no more."""
+
+from __future__ import annotations
+
+_PATIENCE = 1.0
+"""Decode steps that may be owed before a turn begins, and that are done ahead before it ends. A change of turn can
+mean a change of prefill's worker, which costs some milliseconds."""
+_FORGIVEN = 4.0
+"""Decode steps: what is owed beyond them is given up."""
+
+
+class DecodeTurns:
+    """Two phases that share a device, of which one has time to spare.
+
+    A decode step reads all weights, however small its batch, and slows prefill down. So while prompts are computed,
+    decode does as many steps as one in each ``interval_s``, and does them in runs: during a *turn* it goes as fast as
+    it can at its share, beside a prefill that keeps to its own; between turns prefill has the whole device. That is
+    less work for the device than to spread the steps evenly, because what two workers gain by sharing is largest at
+    shares where both are quick.
+
+    Time is passed in, in seconds of any clock.
+
+    Args:
+        interval_s: from one decode step to the next, mean, while prefill is busy.
+
+    Attributes:
+        is_open: decode has its turn. False while not both phases are busy: then nobody needs to wait.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._due = 0.0  # when the next decode step should begin
+        self.is_open = False
+
+    def rest(self, now: float) -> None:
+        """Not both phases are busy."""
+        self.is_open = False
+        self._due = min(max(self._due, now), now + _PATIENCE * self._interval_s)
+
+    def update(self, now: float) -> bool:
+        """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now."""
+        self._due = max(self._due, now - _FORGIVEN * self._interval_s)
+        owed = (now - self._due) / self._interval_s
+        self.is_open = owed > -_PATIENCE if self.is_open else owed >= _PATIENCE
+        return self.is_open
+
+    def stepped(self) -> None:
+        """A decode step begins beside a prefill step."""
+        self._due += self._interval_s

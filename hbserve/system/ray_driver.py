@@ -1,0 +1,225 @@
+"""The process through which Ray starts instances, watches them and starts them again: ``launcher: ray``.
+
+Ray decides on which host an instance runs, and restarts it; that is all it does. Plans, results and KV
+go over our own sockets, as with every launcher. Ray's library stays in this process and its own workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.config_checks import is_loopback
+from hbserve.errors import HBServeError, StartupError
+from hbserve.pd_disagg import child
+from hbserve.system.ray_actor import InstanceActor
+
+logger = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S = 0.5
+_KNOCK_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 15.0
+_OWN_SHARE = 0.9
+"""Of the time to start: who waits for this process is still there to hear why it was not enough."""
+_PIN = 0.001
+"""Of a host's own resource, of which Ray gives it 1."""
+
+
+@dataclass
+class _Placed:
+    """An instance, the resources that are set aside for it, and its actor."""
+
+    instance: InstanceConfig
+    group: Any
+    actor: Any = None
+    run: Any = None
+
+
+class RayInstances:
+    """All instances of a system, as Ray actors.
+
+    Args:
+        config: of the system.
+        scheduler: where instances find it.
+
+    Raises:
+        StartupError: if Ray is not installed, or there is no cluster.
+    """
+
+    def __init__(self, config: Config, scheduler: str) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise StartupError("launcher: ray needs Ray: pip install 'hbserve[ray]'") from None
+        self._ray = ray
+        self._config = config
+        try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
+            ray.init("auto", logging_level=logging.WARNING)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise StartupError(f"there is no Ray cluster (ray start --head, or RAY_ADDRESS): {error}") from None
+        self._scheduler = scheduler.replace("://0.0.0.0:", f"://{ray.util.get_node_ip_address()}:")
+        self._placed: list[_Placed] = []
+
+    def start(self, deadline: float, stop: threading.Event) -> None:
+        """Place all instances and start them; returns when all are ready, or ``stop`` is set.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: if there is no room for one, or one cannot start; saying why.
+        """
+        for instance in self._config.gpu_instances:
+            bundle = self._needs(instance)
+            # One bundle lies on one host, and so do the ranks; it stays ours while an actor is restarted.
+            group = self._ray.util.placement_group([bundle], strategy="STRICT_PACK", name=instance.instance_id)
+            self._placed.append(_Placed(instance, group))
+        for placed in self._placed:
+            self._wait_for_room(placed, deadline, stop)
+            if not stop.is_set():
+                self._start_actor(placed)
+        names = {placed.actor.wait_started.remote(): placed.instance.instance_id for placed in self._placed}
+        waiting = list(names)
+        while waiting and not stop.is_set():
+            if time.monotonic() > deadline:
+                late = ", ".join(names[ref] for ref in waiting)
+                raise StartupError(f"not ready in time (rpc.start_timeout_s): {late}")
+            done, waiting = self._ray.wait(waiting, timeout=_WATCH_INTERVAL_S)
+            for ref in done:
+                try:
+                    error = self._ray.get(ref)
+                except self._ray.exceptions.RayError as failure:
+                    error = str(failure)
+                if error is not None:
+                    raise StartupError(f"{names[ref]}: {error}")
+
+    def _needs(self, instance: InstanceConfig) -> dict[str, float]:
+        """The resources of an instance's host that are set aside for it, in Ray's names."""
+        num_ranks = instance.num_ranks
+        device = self._config.model.device
+        if device == "auto":
+            device = "cuda" if self._ray.cluster_resources().get("GPU") else "cpu"
+        needs: dict[str, float] = {"CPU": num_ranks * (instance.num_threads or 1)}
+        if device == "cuda":
+            needs["GPU"] = num_ranks
+        if not is_loopback(instance.host):
+            needs[f"node:{instance.host}"] = _PIN
+        return needs
+
+    def _wait_for_room(self, placed: _Placed, deadline: float, stop: threading.Event) -> None:
+        while not stop.is_set() and not placed.group.wait(_WATCH_INTERVAL_S):
+            if time.monotonic() > deadline:
+                needs, free = placed.group.bundle_specs[0], self._ray.available_resources()
+                raise StartupError(
+                    f"no host of the Ray cluster has room for {placed.instance.instance_id}, which needs {needs}; "
+                    f"free on all together are { {name: free.get(name, 0) for name in needs} }"
+                )
+
+    def _start_actor(self, placed: _Placed) -> None:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        instance, rpc = placed.instance, self._config.rpc
+        options = {
+            "--role": instance.instance_type,
+            "--instance-id": instance.instance_id,
+            "--key-file": rpc.key_file,
+            "--tensor-parallel-size": instance.num_ranks,
+            "--num-threads": instance.num_threads,
+            "--kv-ip": instance.kv_ip,
+            "--patience-s": rpc.heartbeat_timeout_s + 5.0,  # until one that is gone has been missed
+        }
+        arguments = [self._scheduler]
+        for name, value in options.items():
+            arguments += [] if value is None else [name, str(value)]
+        needs = placed.group.bundle_specs[0]
+        kind = self._ray.remote(
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU", 0),
+            max_restarts=rpc.max_restarts,
+            max_task_retries=-1,  # a restarted actor runs again
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placed.group),
+        )(InstanceActor)
+        placed.actor = kind.remote(instance.instance_id, arguments, rpc.start_timeout_s)
+        placed.run = placed.actor.run.remote()
+
+    def watch(self, stop: threading.Event) -> None:
+        """Until ``stop`` is set: say what Ray does not start again, and give back what is set aside for it."""
+        while not stop.wait(_WATCH_INTERVAL_S):
+            running = {placed.run: placed for placed in self._placed}
+            done, _ = self._ray.wait(list(running), timeout=0) if running else ([], [])
+            for ref in done:
+                name = running[ref].instance.instance_id
+                try:
+                    self._ray.get(ref)
+                    logger.info("%s has left", name)
+                except self._ray.exceptions.RayError as error:
+                    logger.error("%s is not started again: %s", name, error)
+                self._ray.util.remove_placement_group(running[ref].group)
+                self._placed.remove(running[ref])
+
+    def close(self) -> None:
+        """End all instances and leave the cluster as it was."""
+        started = [placed for placed in self._placed if placed.actor is not None]
+        stops = [placed.actor.stop.options(max_task_retries=0).remote() for placed in started]
+        ends = [*stops, *(placed.run for placed in started)]
+        if ends:
+            self._ray.wait(ends, num_returns=len(ends), timeout=_STOP_TIMEOUT_S)
+        for placed in started:
+            self._ray.kill(placed.actor)
+        for placed in self._placed:
+            self._ray.util.remove_placement_group(placed.group)
+        self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        OSError: if nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        socket.create_connection((host, int(port)), _KNOCK_TIMEOUT_S).close()
+
+
+def main() -> None:
+    """Entry of the process that a launcher starts."""
+    orders = child.read_orders()
+    config = msgspec.convert(orders["config"], Config)
+    child.set_process_title("hbserve-ray")
+    child.configure_logging(config.logging, "ray")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Ray prints what instances say; standard output is the server's
+    started = time.monotonic()
+    stop = threading.Event()
+    child.watch_parent(stop.set)
+    code = 1
+    try:
+        instances = RayInstances(config, orders["scheduler"])
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            instances.start(started + _OWN_SHARE * config.rpc.start_timeout_s, stop)
+            child.report_status({"ready": True})
+            instances.watch(stop)
+        finally:
+            instances.close()
+        code = 0
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        logger.error("%s", error)
+    child.exit_now(code)
+
+
+if __name__ == "__main__":
+    main()
