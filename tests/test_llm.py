@@ -244,8 +244,6 @@ def test_dummy_weights_need_only_a_config_and_a_closed_llm_says_so(tmp_path: Pat
 
 
 def test_what_cannot_start_says_why(model: tuple[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="semi_pd instances cannot be shared by ranks"):
-        LLM(model[0], mode="semi_pd", tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="no folder"):
         LLM(str(tmp_path / "missing"))
     with pytest.raises(TypeError, match="did you mean 'num_blocks'"):
