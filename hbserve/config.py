@@ -90,7 +90,7 @@ class KVTransferConfig(Section, frozen=True):
         port: base port; of the instance with KV rank r, tensor-parallel rank t listens on
             port + r * s + t, where s is the largest number of ranks of an instance. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
-        max_attempts: how often a request's prefill is tried before the request fails.
+        max_attempts: how often a request is tried without getting on before it fails.
         local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
             side, being short or mostly in its prefix cache, are computed there and not transferred.
         verify: compare checksums of every block before it is used; what differs is computed again.
