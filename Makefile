@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed debian-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile # two files at a time: tests wait as much as they compute
 
 # Needs an NVIDIA GPU; takes the interpreter that has its libraries.
 test-gpu:

@@ -52,6 +52,7 @@ setup(
             "pytest",
             "pytest-asyncio",
             "pytest-timeout",
+            "pytest-xdist",
             "ray",
             "ruff",
             "schemathesis",

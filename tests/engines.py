@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from ctypes.util import find_library
 from importlib.util import find_spec
@@ -18,12 +17,6 @@ needs_mooncake = pytest.mark.skipif(
     find_spec("mooncake") is None or find_library("ibverbs") is None,
     reason="needs the Mooncake Transfer Engine and libibverbs: scripts/install_debian_packages.sh",
 )
-
-
-def free_port() -> int:
-    """A port of this host that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

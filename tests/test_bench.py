@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from hbserve.bench import handover, transfer
 from hbserve.bench.floor import compute_floor
 from hbserve.bench.model_cost import ModelCost
 from hbserve.bench.model_folder import SHAPES, find_model
@@ -236,6 +237,26 @@ def test_a_whole_run(tmp_path: Path) -> None:
             assert 0 < work["busy_s"] == pytest.approx(work["busy_share"] * run["seconds"])
     seconds = [run["seconds"] for run in document["runs"]]
     assert document["median"]["seconds"] == pytest.approx(sum(seconds) / 2)
+
+
+def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path, "qwen3", max_position_embeddings=2048)
+    parser = argparse.ArgumentParser()
+    transfer.add_arguments(parser)
+    command = f"""--model {tmp_path} --device cpu --backend no.such:Backend,shm --prompt-lens 33,80 --repeats 1
+        --streams 2 --seconds 0.2 --engine-arg num_blocks=256 --engine-arg max_restarts=1 --json {tmp_path / "out"}"""
+    handover.run(handover.options_from(parser.parse_args(command.split())))
+    shown = capsys.readouterr().out
+    assert "no.such:Backend: " in shown, "one that cannot start leaves the others"
+    unified, shm = json.loads((tmp_path / "out").read_text())["systems"]
+    assert (unified["name"], shm["name"]) == ("unified", "shm")
+    block_bytes = 3 * 2 * 16 * 2 * 32 * 4  # layers, k and v, tokens, KV heads, head size, float32
+    assert [each["moved_bytes"] for each in shm["alone"]] == [3 * block_bytes, 5 * block_bytes]
+    for each in shm["alone"]:
+        assert each["gb_per_s"] > 0
+        assert 0 < each["exposed_ms"] < each["ttft_ms"] + each["second_ms"]
+    assert shm["beside"]["num_prompts"] > 0
+    assert min(shm["beside"]["alone_ms"], shm["beside"]["beside_ms"]) > 0
 
 
 def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:

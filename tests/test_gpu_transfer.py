@@ -40,3 +40,22 @@ def test_two_gpus_give_the_tokens_of_transformers(model: tuple[str, Any], backen
     assert [o["token_ids"] for o in outputs] == [greedy_reference(model[1], p, NUM_TOKENS) for p in prompts]
     assert link["bytes"] > 0
     assert not link["failures"]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["2-1", "1-2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_are_split_anew_between_gpus(model: tuple[str, Any], backend: str, sizes: tuple[int, int]) -> None:
+    """One rank goes to the other GPU and one to its own, where NCCL cannot join the two."""
+    prompts = [random_prompt(length, seed=length) for length in (1, 17, 100, 180)]
+    instances = [
+        {"instance_id": role, "instance_type": role, "gpu_id": 0, "tensor_parallel_size": size}
+        for role, size in zip(("prefill", "decode"), sizes, strict=True)
+    ]
+    settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "num_blocks": 256, "chunk_size": 64}
+    settings |= {"log_level": "ERROR", "kv_transfer_backend": backend, "kv_verify": True, "gpu_instances": instances}
+    with LLM(model[0], mode="disaggregated", device="cuda", **settings) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert_no_leaks(llm)
+        (link,) = llm.get_system_stats()["kv_transfer"]["links"].values()
+    assert [o["token_ids"] for o in outputs] == [greedy_reference(model[1], p, NUM_TOKENS) for p in prompts]
+    assert not link["failures"]

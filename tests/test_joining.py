@@ -16,8 +16,9 @@ from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
 from hbserve.errors import InvalidRequestError
-from tests.engines import assert_no_leaks, free_port, greedy_reference, random_prompt
+from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
+from tests.ports import free_ports
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 DEADLINE_S = 60.0
@@ -66,7 +67,7 @@ async def test_instances_join_and_leave_while_the_system_serves(tmp_path: Path) 
     expected = [greedy_reference(model, prompt, 40) for prompt in prompts]
     key_file = tmp_path / "cluster.key"
     ClusterKey.generate().save(key_file)
-    port = free_port()
+    port = free_ports(1)[0]
     config = Config.from_dict(
         {
             "mode": "disaggregated",

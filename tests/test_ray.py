@@ -16,8 +16,9 @@ import pytest
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.config import Config
 from hbserve.errors import ConfigError
-from tests.engines import assert_no_leaks, free_port, greedy_reference, random_prompt
+from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
+from tests.ports import free_ports
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 DEADLINE_S = 90.0
@@ -55,7 +56,7 @@ def document(model: Path, **instance: Any) -> dict[str, Any]:
         "launcher": "ray",
         "model": {"path": str(model), "device": "cpu", "dtype": "float32", "max_model_len": 256},
         "performance": {"num_blocks": 256},
-        "rpc": {"port": free_port(), "start_timeout_s": 60.0},
+        "rpc": {"port": free_ports(1)[0], "start_timeout_s": 60.0},
         "logging": {"level": "ERROR"},
         "gpu_instances": [
             {"instance_id": f"{role}-0", "instance_type": role, "num_threads": 1, **instance}

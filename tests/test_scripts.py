@@ -22,6 +22,7 @@ from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.engines import greedy_reference
 from tests.model_zoo import save_model
+from tests.ports import free_ports
 
 openai = pytest.importorskip("openai")
 
@@ -163,17 +164,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
     place = Site(tmp_path)
     yield place
     place.clean_up()
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def configuration(folder: Path, mode: str, ports: list[int | None] | None = None) -> dict[str, Any]:

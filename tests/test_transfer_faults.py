@@ -38,6 +38,7 @@ def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def system(model_path: str, backend: str, heartbeat_timeout_s: float) -> DisaggregatedLLM:
+    sizes = {"prefill-1": 2} if backend == "shm" else {}  # one whose blocks are sorted where they arrive
     flat = PdDisaggConfig.from_arguments(
         model_path,
         device="cpu",
@@ -46,7 +47,7 @@ def system(model_path: str, backend: str, heartbeat_timeout_s: float) -> Disaggr
         max_model_len=320,
         chunk_size=32,
         enable_prefix_caching=False,  # or what has been sent once is not sent again
-        gpu_instances=INSTANCES,
+        gpu_instances=[each | {"tensor_parallel_size": sizes.get(each["instance_id"], 1)} for each in INSTANCES],
         kv_transfer_backend=backend,
         kv_timeout_s=5.0,
         heartbeat_timeout_s=heartbeat_timeout_s,

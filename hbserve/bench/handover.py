@@ -58,7 +58,7 @@ class HandoverOptions:
         Raises:
             ConfigError: naming the argument that cannot be honoured.
         """
-        longest = max(*self.prompt_lens, _STREAM_CONTEXT + self._stream_tokens) + _SHORT_OUTPUT
+        longest = max(*self.prompt_lens, self._longest_stream) + _SHORT_OUTPUT
         defaults = {
             "load_format": default_load_format(self.model),
             "log_level": "WARNING",
@@ -73,9 +73,9 @@ class HandoverOptions:
             raise ConfigError(f"--engine-arg: {error}") from None
 
     @property
-    def _stream_tokens(self) -> int:
-        """More than a stream produces while it is watched."""
-        return int(self.seconds * 1000) if self.num_streams else 0
+    def _longest_stream(self) -> int:
+        """Tokens of a stream that produces more than it can while it is watched."""
+        return _STREAM_CONTEXT + int(self.seconds * 1000) if self.num_streams else 0
 
     @property
     def long_prompt(self) -> int:

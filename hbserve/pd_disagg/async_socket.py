@@ -40,8 +40,7 @@ class AsyncSocket:
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK)
         finally:
-            if self._waiter is not None:
-                self._wake()
+            self.look()
 
     async def receive(self) -> list[bytes]:
         """The next message. One task at a time."""
@@ -57,6 +56,11 @@ class AsyncSocket:
                 await self._waiter
             finally:
                 self._waiter = None
+
+    def look(self) -> None:
+        """Wake whoever waits to receive, if there is something."""
+        if self._waiter is not None:
+            self._wake()
 
     def _wake(self) -> None:
         # Reading EVENTS is what arms the descriptor's edge again.

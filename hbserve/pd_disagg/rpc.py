@@ -6,6 +6,7 @@ back. The scheduler speaks first (`Ping`); an instance answers whoever spoke to 
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import msgspec
@@ -106,8 +107,13 @@ class RpcClient:
         self._socket.socket.connect(address)
 
     async def wait_disconnected(self) -> None:
-        """Wait for the connection to break: sooner than a missing heartbeat tells that a process has died."""
+        """Wait for the connection to break: sooner than a missing heartbeat tells that a process has died.
+
+        Whoever waits in `receive` is woken first for what came before the end: it may say why.
+        """
         await self._monitor.receive()
+        self._socket.look()
+        await asyncio.sleep(0)
 
     def send(self, command: InstanceCommand) -> bool:
         """Send without waiting; False if the instance is not connected."""
