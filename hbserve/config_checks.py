@@ -191,8 +191,6 @@ def _validate_semi_pd(config: Config) -> None:
     for index, instance in enumerate(config.gpu_instances):
         if instance.instance_type is not InstanceRole.SEMI_PD:
             continue
-        if instance.num_ranks > 1:
-            raise _error("model.tensor_parallel_size", "semi_pd instances cannot be shared by ranks yet; use 1")
         if instance.port is not None:
             raise _error(
                 f"gpu_instances[{index}].port", "a semi_pd instance is started with its scheduler and needs no port"

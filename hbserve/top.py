@@ -72,7 +72,7 @@ def _rotation(status: dict[str, Any]) -> list[str]:
         change += f" ({status['delayed_switching']['state']})"
     lines = [
         f"  split {split['prefill_percentage']} / {split['decode_percentage']} %{change}, "
-        f"sleepers {status['sleepers']}",
+        f"sleepers {len(status['sleepers'])}",
         f"  rotations {counts['rotations']} (failed {counts['failed_rotations']}), "
         f"replaced workers {counts['replaced_workers']}, recoveries {counts['recoveries']}",
     ]

@@ -66,9 +66,17 @@ async def ask(llm: DisaggregatedLLM, count: int) -> None:
     assert right >= 0.95 * count
 
 
+def _registered(llm: DisaggregatedLLM) -> list[dict[str, Any]]:
+    workers = llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values()
+    return [worker for worker in workers if worker["device"] is not None]
+
+
 async def test_shares_rotation_and_ladder() -> None:
     async with system() as (llm, manager):
-        workers = llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values()
+        deadline = time.monotonic() + 30
+        while len(workers := _registered(llm)) < 4:
+            assert time.monotonic() < deadline, "not all workers have come"
+            await asyncio.sleep(0.05)
         share = {worker["percentage"]: int(worker["device"].split()[-2]) for worker in workers}
         assert share[40] < share[60] < share[100], share
         await ask(llm, 100)
@@ -97,9 +105,10 @@ async def test_a_fault_of_the_gpu_costs_no_request(tmp_path: Path) -> None:
     async with system() as (llm, manager):
         asked = asyncio.create_task(ask(llm, 300))
         await asyncio.sleep(0.3)
-        assert manager._mps is not None
+        mps = manager.get_status()["mps"]
+        assert mps is not None
         started = time.monotonic()
-        environment = os.environ | manager._mps.environment
+        environment = os.environ | {name: value for name, value in mps.items() if name != "is_ours"}
         program = tmp_path / "fault.py"  # Triton wants its kernels in a file
         program.write_text(FAULT)
         fault = await asyncio.to_thread(

@@ -35,14 +35,16 @@ WEATHER = {
         "parameters": {
             "type": "object",
             "properties": {
-                "place": {"enum": ["Oslo", "Rome"]},
+                "place": {"$ref": "#/$defs/Place"},
                 "days": {"type": "integer", "minimum": 1, "maximum": 9},
             },
+            "$defs": {"Place": {"enum": ["Oslo", "Rome"]}},  # as pydantic writes nested models
             "required": ["place", "days"],
             "additionalProperties": False,
         },
     },
 }
+CLOCK = {"type": "function", "function": {"name": "get_time"}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Oslo", "days": 2}}\n</tool_call>'
 
 
@@ -251,12 +253,46 @@ async def test_forced_tool_calls_fit_their_schema(
     monkeypatch.setattr(Tokenizer, "has_tool_calls", True)  # the demo model's template would refuse them
     choice: Any = "required" if several else {"type": "function", "function": {"name": "get_weather"}}
     answer = await real_api.chat.completions.create(
-        model=MODEL, messages=USER, tools=[WEATHER], tool_choice=choice, seed=1, max_tokens=400
+        model=MODEL, messages=USER, tools=[CLOCK, WEATHER], tool_choice=choice, seed=1, max_tokens=400
     )
     calls = answer.choices[0].message.tool_calls or []
     assert calls
     assert several or len(calls) == 1
-    for call in calls:
+    for call in (call for call in calls if call.function.name == "get_weather"):
         arguments = json.loads(call.function.arguments)
         assert arguments["place"] in ("Oslo", "Rome")
         assert 1 <= arguments["days"] <= 9
+
+
+async def test_the_clients_own_helpers(
+    api: openai.AsyncOpenAI, scheduler: ScriptedScheduler, tokenizer: Tokenizer
+) -> None:
+    class GetWeather(BaseModel):
+        place: Literal["Oslo", "Rome"]
+        days: int
+
+    tools = [openai.pydantic_function_tool(GetWeather, name="get_weather")]
+    scheduler.script = tokens(*letters(tokenizer, "Let me see.\n" + CALL), 2)
+    chat: Any = {"model": MODEL, "messages": USER, "tools": tools, "max_completion_tokens": 400}
+    async with api.chat.completions.stream(**chat, stream_options={"include_usage": True}) as stream:
+        kinds = {event.type async for event in stream}
+        streamed = await stream.get_final_completion()
+    assert {"content.delta", "content.done", "tool_calls.function.arguments.done", "chunk"} <= kinds
+    whole = await api.chat.completions.parse(**chat)
+    for answer in (streamed, whole):
+        [choice] = answer.choices
+        assert (choice.message.content, choice.finish_reason) == ("Let me see.", "tool_calls")
+        [call] = choice.message.tool_calls or []
+        assert call.function.parsed_arguments == GetWeather(place="Oslo", days=2)
+        assert answer.usage is not None
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+    # What the client got is what it sends again with the tool's answer.
+    message = whole.choices[0].message
+    again = [*USER, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}]
+    raw = await api.chat.completions.with_raw_response.create(model=MODEL, messages=again, tools=tools, max_tokens=1)
+    assert raw.headers["content-type"] == "application/json"
+    assert raw.parse().choices[0].finish_reason == "length"
+    async with api.chat.completions.with_streaming_response.create(**chat, stream=True) as response:
+        lines = [line async for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"

@@ -91,6 +91,17 @@ def test_the_controller_moves_the_split_under_load(tmp_path: Path) -> None:
         assert_no_leaks(llm)
 
 
+def test_decode_in_turns_gives_the_same_tokens(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3")
+    arguments = settings(tmp_path, ttft_target_ms=10_000, tpot_target_ms=30.0, monitoring_interval_s=60.0)
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    prompts = [random_prompt(300, seed=seed) for seed in range(10)]
+    with LLM(arguments.pop("model_path"), chunk_size=32, max_chunk_prefill_tokens=32, **arguments) as llm:
+        alone = [llm.generate([prompt], sampling, use_tqdm=False)[0]["token_ids"] for prompt in prompts]
+        assert [output["token_ids"] for output in llm.generate(prompts, sampling, use_tqdm=False)] == alone
+        assert_no_leaks(llm)
+
+
 @pytest.mark.parametrize(
     ("slo", "key"),
     [

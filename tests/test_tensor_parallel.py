@@ -20,6 +20,7 @@ from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from tests.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
 from tests.model_zoo import save_model
 from tests.stream_transfer import StreamKVTransfer
@@ -216,6 +217,58 @@ async def test_a_rank_that_dies_under_load_costs_its_instance_and_no_request(unt
         await asyncio.to_thread(assert_no_leaks, llm)
         stats = llm.get_system_stats()
         assert [instance["restarts"] for instance in stats["gpu_instances"].values()] == [1, 1]
+        firsts = [pid_of(llm, name) for name in stats["gpu_instances"]]
+        ranks = [*firsts, *(rank for first in firsts for rank in other_ranks_of(first))]
+        assert len(ranks) == 4
+    assert not any(is_running(pid) for pid in ranks)
+
+
+async def test_workers_that_share_devices_rotate_and_are_replaced_with_all_their_ranks(
+    model: tuple[str, Any], of_one_rank: list[Any]
+) -> None:
+    expected = [output["token_ids"] for output in of_one_rank]
+    split = {"prefill_percentage": 50, "decode_percentage": 60, "ladder": {"prefill": [], "decode": []}}
+    async with system(model[0], mode="semi_pd", num_sleepers=1, **split) as llm:
+        manager = llm.supervisors["semi-0"]
+        assert isinstance(manager, ProcessRotationManager)
+        is_over = asyncio.Event()
+
+        async def ask() -> int:
+            """Over and over; how often."""
+            rounds = 0
+            while rounds == 0 or not is_over.is_set():
+                outputs = await llm.generate(SEEDED_PROMPTS, SEEDED)
+                assert [output["token_ids"] for output in outputs] == expected
+                rounds += 1
+            return rounds
+
+        def pids() -> dict[str, list[int]]:
+            return {worker["role"]: worker["rank_pids"] for worker in manager.get_status()["workers"]}
+
+        first = pids()
+        asking = asyncio.create_task(ask())
+        manager.request_sm_reallocation(SMAllocation(50, 80))
+        assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
+        second = pids()
+        assert second["prefill"] == first["prefill"]
+        assert len(set(second["decode"] + first["decode"])) == 4, "both ranks of the phase have changed"
+        os.kill(second["decode"][1], signal.SIGKILL)
+        await wait_for(lambda: manager.get_status()["statistics"]["replaced_workers"] == 1)
+        assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
+        third = pids()
+        assert third["prefill"] == first["prefill"]
+        assert not set(third["decode"]) & set(second["decode"])
+        is_over.set()
+        assert await asyncio.wait_for(asking, DEADLINE_S) > 1
+        status = manager.get_status()
+        assert status["statistics"]["rotations"] == 1
+        assert status["statistics"]["recoveries"] == 0
+        residents = [rank["resident_process"]["pid"] for rank in status["resident_manager"]["ranks"]]
+        assert len(set(residents)) == 2
+        await asyncio.to_thread(assert_no_leaks, llm)
+        everybody = {*residents}.union(*first.values(), *second.values(), *third.values())
+        everybody |= {child for sleeper in status["sleepers"] for child in other_ranks_of(sleeper["pid"])}
+    assert not any(is_running(pid) for pid in everybody)
 
 
 class BreaksOneStepOfRank1(StreamKVTransfer):
@@ -274,11 +327,6 @@ async def test_no_rank_outlives_rank_0_however_it_ends(untied_model: tuple[str, 
             os.kill(rank_0, number)
             await wait_for(lambda pids=(rank_0, rank_1): not any(is_running(pid) for pid in pids))
             await wait_for(lambda pid=rank_0: llm.get_system_stats()["gpu_instances"]["unified-0"].get("pid") != pid)
-        await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["unified-0"]["status"] == "ready")
-        rank_0 = pid_of(llm, "unified-0")
-        ranks = [rank_0, *other_ranks_of(rank_0)]
-        assert len(ranks) == 2
-    assert not any(is_running(pid) for pid in ranks)
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path, untied_model: tuple[str, Any]) -> None:

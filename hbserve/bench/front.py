@@ -2,7 +2,8 @@
 
 Four questions: how many streamed tokens per second go through HTTP, how many requests of 500 prompt
 tokens are taken per second, what the front adds to the time to first token at low load, and whether
-many open streams are held for a minute with flat memory and none lost.
+many open streams are held for a minute with flat memory and none lost. With ``--url`` the same load goes to
+another server, whose engine should cost as little.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from hbserve import event_loop
 from hbserve.bench import front_load
@@ -42,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=500, help="their prompts' length")
     parser.add_argument("--open-streams", type=int, default=10_000, help="streams that are held open; 0: skip")
     parser.add_argument("--hold-s", type=float, default=60.0, help="for so long")
+    parser.add_argument("--url", help="a running server to load, http://host:port, instead of one of our own")
+    parser.add_argument("--served-model", default="bench", help="its model's name, with --url")
     parser.add_argument("--output", type=Path, help="write the numbers there, as JSON")
 
 
@@ -50,15 +54,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     numbers: dict[str, Any] = {"cpus": os.cpu_count(), "options": {k: str(v) for k, v in vars(arguments).items()}}
-    with _front(arguments, arguments.step_ms / 1000) as (port, pids):
-        numbers |= event_loop.run(_throughput(arguments, port))
-        numbers |= event_loop.run(_requests(arguments, port))
-        numbers |= event_loop.run(_latency(arguments, port))
-        numbers["rss_mb"] = _rss_mb(pids)
-    if arguments.open_streams:
-        # Few tokens each: so many streams are many connections, not much text.
-        with _front(arguments, arguments.hold_s / STEPS_OF_HOLD) as (port, pids):
-            numbers |= event_loop.run(_hold(arguments, port, pids))
+    if arguments.url is not None:
+        address = urlsplit(arguments.url)
+        target = _Target(address.hostname or HOST, address.port or 80, arguments.served_model)
+        numbers |= _run_short(arguments, target)
+    else:
+        with _front(arguments, arguments.step_ms / 1000) as (port, pids):
+            numbers |= _run_short(arguments, _Target(HOST, port, "bench"))
+            numbers["rss_mb"] = _rss_mb(pids)
+        if arguments.open_streams:
+            # Few tokens each: so many streams are many connections, not much text.
+            with _front(arguments, arguments.hold_s / STEPS_OF_HOLD) as (port, pids):
+                numbers |= event_loop.run(_hold(arguments, _Target(HOST, port, "bench"), pids))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     for name, value in numbers.items():
         if name != "options":
@@ -68,11 +75,28 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return numbers
 
 
-async def _throughput(arguments: argparse.Namespace, port: int) -> dict[str, Any]:
-    request = front_load.completion(HOST, port, "bench", "x", arguments.tokens)
-    await front_load.send_all(HOST, port, [request] * 32, 32)
+class _Target(NamedTuple):
+    """The server under load."""
+
+    host: str
+    port: int
+    model: str
+
+    def request(self, prompt: str, max_tokens: int) -> bytes:
+        return front_load.completion(self.host, self.port, self.model, prompt, max_tokens)
+
+
+def _run_short(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
+    numbers = event_loop.run(_throughput(arguments, target))
+    numbers |= event_loop.run(_requests(arguments, target))
+    return numbers | event_loop.run(_latency(arguments, target))
+
+
+async def _throughput(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
+    request = target.request("x", arguments.tokens)
+    await front_load.send_all(target.host, target.port, [request] * 32, 32)
     began = time.monotonic()
-    answers = await front_load.send_all(HOST, port, [request] * arguments.streams, arguments.streams)
+    answers = await front_load.send_all(target.host, target.port, [request] * arguments.streams, arguments.streams)
     seconds = time.monotonic() - began
     assert all(answer.complete and answer.num_tokens == arguments.tokens for answer in answers), "a stream was lost"
     num_tokens = sum(answer.num_tokens for answer in answers)
@@ -83,33 +107,31 @@ async def _throughput(arguments: argparse.Namespace, port: int) -> dict[str, Any
     }
 
 
-async def _requests(arguments: argparse.Namespace, port: int) -> dict[str, Any]:
+async def _requests(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
     # the tokenizer is asked for each: different beginnings, so that no cache could help
     prompt = _prompt_of(arguments)
-    requests = [
-        front_load.completion(HOST, port, "bench", f"{number} {prompt}", 1) for number in range(arguments.requests)
-    ]
+    requests = [target.request(f"{number} {prompt}", 1) for number in range(arguments.requests)]
     began = time.monotonic()
-    answers = await front_load.send_all(HOST, port, requests, 64)
+    answers = await front_load.send_all(target.host, target.port, requests, 64)
     seconds = time.monotonic() - began
     assert all(answer.complete for answer in answers), "a request was lost"
     return {"requests_per_s": round(len(answers) / seconds)}
 
 
-async def _latency(arguments: argparse.Namespace, port: int) -> dict[str, Any]:
-    request = front_load.completion(HOST, port, "bench", _prompt_of(arguments), 2)
+async def _latency(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
+    request = target.request(_prompt_of(arguments), 2)
     ttfts_ms = []
     for _ in range(min(200, arguments.requests)):
-        answer = await front_load.send(HOST, port, request)
+        answer = await front_load.send(target.host, target.port, request)
         ttfts_ms.append(answer.ttft_s * 1000)
         await asyncio.sleep(0.01)  # low load
     cuts = statistics.quantiles(ttfts_ms, n=100)
     return {"ttft_p50_ms": round(cuts[49], 2), "ttft_p95_ms": round(cuts[94], 2)}
 
 
-async def _hold(arguments: argparse.Namespace, port: int, pids: dict[str, int]) -> dict[str, Any]:
+async def _hold(arguments: argparse.Namespace, target: _Target, pids: dict[str, int]) -> dict[str, Any]:
     num_tokens = 2 * STEPS_OF_HOLD  # half of them while the others are being opened
-    request = front_load.completion(HOST, port, "bench", "x", num_tokens)
+    request = target.request("x", num_tokens)
     gate = asyncio.Semaphore(200)  # connections in the making; the listen queue is short
     rss: list[dict[str, int]] = []
     num_open = 0
@@ -118,7 +140,9 @@ async def _hold(arguments: argparse.Namespace, port: int, pids: dict[str, int]) 
         nonlocal num_open
         async with gate:
             loop = asyncio.get_running_loop()
-            _, connection = await loop.create_connection(lambda: front_load._Connection(request), HOST, port)
+            _, connection = await loop.create_connection(
+                lambda: front_load._Connection(request), target.host, target.port
+            )
         num_open += 1
         await connection.done
         num_open -= 1

@@ -19,7 +19,7 @@ class Answer:
     Attributes:
         ttft_s: from the sent request to the first event.
         num_chunks: events with text or a role.
-        num_tokens: as the server counts them.
+        num_tokens: as the server counts them, or else as chunks.
         complete: it ended as it should.
     """
 
@@ -52,7 +52,7 @@ class _Connection(asyncio.Protocol):
         self._tail = (self._tail + data)[-400:]
         if b"data: [DONE]" in self._tail:
             counts = _COUNT.findall(self._tail)
-            answer.num_tokens = int(counts[-1]) if counts else 0
+            answer.num_tokens = int(counts[-1]) if counts else answer.num_chunks - 1  # without the end
             answer.complete = True
             self._transport.close()
 

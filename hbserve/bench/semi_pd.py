@@ -1,34 +1,52 @@
 """``python -m hbserve.bench semi_pd``: what sharing a device costs, and what a change of the split does to streams.
 
-Steady decoding streams, prompts that keep arriving, and on top of them rotations, a lost worker and a
-lost resident process. Every token's time is noted, so that the largest gap of any stream around each
-event can be set against the gaps without one.
+In parts, each printed as soon as it is there, and a part that fails leaves the others standing: each
+phase alone against ``unified``; the cost of a change of rung; steady streams beside arriving prompts;
+rotations; a lost worker, a lost resident process and, on a GPU, a fault of the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import random
 import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hbserve.bench import semi_pd_plot
 from hbserve.bench.model_folder import default_load_format, find_model
+from hbserve.bench.stream_load import StreamLoad, Window, random_prompt
+from hbserve.errors import HBServeError, RequestFailedError
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
 _SETTLE_TIMEOUT_S = 120.0
-_SPLITS = (SMAllocation(70, 50), SMAllocation(60, 40))
+_PART_TIMEOUT_S = 240.0
+_SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
+_NUM_SLEEPERS = 6  # so that one rotation after the other finds some asleep
+_TIME_FOR_LOSSES_S = 50.0
+_MIB = 1 << 20
+_FAULT = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def write_far_out(pointer):
+    tl.store(pointer + (1 << 44), 1.0)
+
+write_far_out[(1,)](torch.zeros(1, device="cuda"))
+torch.cuda.synchronize()
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,47 +57,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens of each stream's prompt")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of each arriving prompt")
     parser.add_argument("--interval-s", type=float, default=0.25, help="seconds between arriving prompts")
-    parser.add_argument("--window-s", type=float, default=5.0, help="seconds that each steady state is watched")
-    parser.add_argument("--rotations", type=int, default=20)
+    parser.add_argument("--window-s", type=float, default=4.0, help="seconds that each steady state is watched")
+    parser.add_argument("--rotations", type=int, default=20, help="how many, unless the time is up before")
+    parser.add_argument("--time-s", type=float, default=150.0, help="for the whole command; it ends rotations early")
     parser.add_argument("--num-blocks", type=int, help="KV blocks; default: by memory")
-    parser.add_argument("--json", type=Path, help="write results and token times here")
+    parser.add_argument("--json", type=Path, help="write results and token times here, after each part")
+    parser.add_argument("--plot", type=Path, help="draw the gaps between tokens around a rotation")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and print a table."""
-    results = asyncio.run(_Benchmark(arguments).run())
-    width = max(len(name) for name in results)
-    for name, value in results.items():
-        print(f"{name:<{width}}  {value:,.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    """Measure, print, and write what was asked for.
+
+    Raises:
+        RequestFailedError: at the end, if a part of it failed.
+    """
+    if arguments.plot is not None:
+        semi_pd_plot.check()
+    benchmark = _Benchmark(arguments)
+    asyncio.run(benchmark.run())
+    if benchmark.failed:
+        raise RequestFailedError(f"not everything could be measured: {', '.join(benchmark.failed)}")
 
 
 class _Benchmark:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._options = arguments
         self._folder = find_model(arguments.model)
+        self._deadline = time.monotonic() + arguments.time_s
         self._results: dict[str, Any] = {}
-        self._tokens: dict[int, list[float]] = {}
         self._events: list[tuple[str, float, float]] = []
+        self._load: StreamLoad | None = None
+        self.failed: list[str] = []
 
-    async def run(self) -> dict[str, Any]:
-        async with self._system("unified") as llm:
-            self._results |= {f"unified: {key}": value for key, value in (await self._alone(llm)).items()}
-        async with self._system("semi_pd") as llm:
-            manager = llm.supervisors["semi-0"]
-            assert isinstance(manager, ProcessRotationManager)
-            self._results["resident process: seconds to load"] = manager.get_status()["resident_manager"]["load_s"]
-            self._results |= {f"semi_pd: {key}": value for key, value in (await self._alone(llm)).items()}
-            for phase in ("decode", "prefill"):
-                key = f"{phase} alone, tokens/s"
-                self._results[f"semi_pd / unified: {key}"] = (
-                    self._results[f"semi_pd: {key}"] / self._results[f"unified: {key}"]
-                )
-            async with self._load(llm):
-                await self._under_load(llm, manager)
-        if self._options.json is not None:
-            record = {"results": self._results, "events": self._events, "token_times": self._tokens}
-            self._options.json.write_text(json.dumps(record))
-        return self._results
+    async def run(self) -> None:
+        await self._part("unified", self._unified())
+        await self._part("semi_pd", self._semi_pd())
+        self._write()
+
+    # --- books -----------------------------------------------------------------------------------
+
+    async def _part(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(_PART_TIMEOUT_S):
+                await work
+        except Exception as error:
+            self.failed.append(name)
+            self._put(f"{name}: FAILED", repr(error)[:500])
+        self._write()
+
+    def _put(self, name: str, value: Any) -> None:
+        self._results[name] = value
+        print(f"{name:<58}  {f'{value:,.3f}' if isinstance(value, float) else value}", flush=True)
+
+    def _write(self) -> None:
+        if self._options.json is None:
+            return
+        streams = self._load.token_times if self._load is not None else {}
+        # Null marks the beginning of a request.
+        times = {index: [at if at == at else None for at in stream] for index, stream in streams.items()}
+        record = {"results": self._results, "events": self._events, "token_times": times}
+        self._options.json.write_text(json.dumps(record))
+
+    # --- systems ---------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _system(self, mode: str) -> AsyncIterator[DisaggregatedLLM]:
@@ -89,6 +128,7 @@ class _Benchmark:
                 "prefill_percentage": _SPLITS[-1].prefill_percentage,
                 "decode_percentage": _SPLITS[-1].decode_percentage,
                 "ladder": {"prefill": [100], "decode": [100]},
+                "num_sleepers": _NUM_SLEEPERS,
             }
         config = PdDisaggConfig.from_arguments(
             str(self._folder),
@@ -104,149 +144,262 @@ class _Benchmark:
         )
         started = time.monotonic()
         async with DisaggregatedLLM(config) as llm:
-            self._results[f"{mode}: seconds to start"] = time.monotonic() - started
+            self._put(f"{mode}: seconds to start", time.monotonic() - started)
             yield llm
 
-    def _prompt(self, length: int, seed: int) -> list[int]:
-        rng = random.Random(seed)
-        return [rng.randrange(1, 1000) for _ in range(length)]
+    async def _unified(self) -> None:
+        async with self._system("unified") as llm:
+            await self._alone("unified", llm)
 
-    # --- each phase alone ------------------------------------------------------------------------
+    async def _semi_pd(self) -> None:
+        async with self._system("semi_pd") as llm:
+            manager = llm.supervisors["semi-0"]
+            assert isinstance(manager, ProcessRotationManager)
+            await self._part("what workers hold", self._workers(manager))
+            await self._part("each phase alone", self._against_unified(llm))
+            await self._part("change of rung", self._rung_change(llm, manager))
+            self._load = StreamLoad(llm, self._options.streams, self._options.context)
+            arrivals = self._load.arrivals(self._options.prompt, self._options.interval_s, 2)
+            async with self._load.running(), arrivals:
+                await self._part("steady load", self._steady(self._load))
+                await self._part("rotations", self._rotations(self._load, manager))
+                await self._part("lost worker", self._lost_worker(llm, self._load, manager))
+                await self._part("lost memory", self._lost_memory(self._load, manager))
+            self._put("requests of the load that failed", len(self._load.failures))
+            for why in sorted(set(self._load.failures)):
+                self._put(f"failed: {why[:100]}", self._load.failures.count(why))
 
-    async def _alone(self, llm: DisaggregatedLLM) -> dict[str, float]:
+    # --- parts -----------------------------------------------------------------------------------
+
+    async def _workers(self, manager: ProcessRotationManager) -> None:
+        """Times and memory of the four workers that were made when the system started."""
+        await asyncio.sleep(2 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
+        status = manager.get_status()
+        resident = status["resident_manager"]
+        self._put("resident process: seconds to load", resident["load_s"])
+        workers = [worker for worker in status["workers"] if worker["state"] == "active"]
+        for part in ("device", "arenas", "graphs", "warm_up"):
+            self._put(f"worker: {part}, median, ms", 1000 * _middle([worker["start_s"][part] for worker in workers]))
+        for worker in workers:
+            self._put(f"{worker['worker_id']}: its own allocations, MiB", worker["memory_bytes"] / _MIB)
+        # What the device has less than before there were workers, contexts and modules included.
+        taken = resident["free_bytes_at_start"] - resident["free_bytes"]
+        self._put("memory per worker, all of it, MiB", taken / len(workers) / _MIB)
+
+    async def _alone(self, mode: str, llm: DisaggregatedLLM) -> None:
         options = self._options
         one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-        prompts = [self._prompt(options.prompt, seed) for seed in range(16)]
-        await llm.generate(prompts[:2], one)
-        started = time.monotonic()
-        await llm.generate(prompts, one)
-        prefill = 16 * options.prompt / (time.monotonic() - started)
-        times: list[float] = []
+        many = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
+        prompts = [random_prompt(options.prompt, seed) for seed in range(16)]
+        best = {"prefill": 0.0, "decode": 0.0}
 
-        async def stream(seed: int) -> None:
-            many = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
-            async for delta in llm.stream(self._prompt(16, seed), many):
+        async def stream(seed: int, times: list[float]) -> None:
+            async for delta in llm.stream(random_prompt(16, seed), many):
                 times.extend([time.monotonic()] * len(delta.token_ids))
 
-        await asyncio.gather(*(stream(seed) for seed in range(options.streams)))
-        times.sort()
-        # Without the beginning and the end, where not all streams are there.
-        begin, end = len(times) // 5, len(times) * 4 // 5
-        decode = (end - begin) / (times[end] - times[begin])
-        return {"prefill alone, tokens/s": prefill, "decode alone, tokens/s": decode}
+        for _ in range(2):
+            await llm.generate(prompts[:2], one)
+            started = time.monotonic()
+            await llm.generate(prompts, one)
+            best["prefill"] = max(best["prefill"], 16 * options.prompt / (time.monotonic() - started))
+            times: list[float] = []
+            await asyncio.gather(*(stream(seed, times) for seed in range(options.streams)))
+            times.sort()
+            # Without the beginning and the end, where not all streams are there.
+            begin, end = len(times) // 5, len(times) * 4 // 5
+            best["decode"] = max(best["decode"], (end - begin) / (times[end] - times[begin]))
+        for phase, rate in best.items():
+            self._put(f"{mode}: {phase} alone, tokens/s", rate)
 
-    # --- both under load -------------------------------------------------------------------------
+    async def _against_unified(self, llm: DisaggregatedLLM) -> None:
+        await self._alone("semi_pd", llm)
+        for phase in ("decode", "prefill"):
+            key = f"{phase} alone, tokens/s"
+            if f"unified: {key}" in self._results:
+                ratio = self._results[f"semi_pd: {key}"] / self._results[f"unified: {key}"]
+                self._put(f"semi_pd / unified: {key}", ratio)
 
-    @asynccontextmanager
-    async def _load(self, llm: DisaggregatedLLM) -> AsyncIterator[None]:
-        options = self._options
-        ended = asyncio.Event()
+    async def _rung_change(self, llm: DisaggregatedLLM, manager: ProcessRotationManager) -> None:
+        """Decode steps with tiny prompts in between, where decode has one worker, and where it has two of one size.
 
-        async def stream(index: int) -> None:
-            """One user after the other, so that there is always one."""
-            times = self._tokens.setdefault(index, [])
-            turn = 0
-            while not ended.is_set():
-                sampling = SamplingParams(temperature=0.8, seed=index, max_tokens=1024, ignore_eos=True)
-                prompt = self._prompt(options.context, 1000 * turn + index)
-                times.append(float("nan"))  # the gap before a first token is not one between tokens
-                stream = llm.stream(prompt, sampling)
-                async with contextlib.aclosing(stream):
-                    async for delta in stream:
-                        times.extend([time.monotonic()] * len(delta.token_ids))
-                        if ended.is_set():
-                            break
-                turn += 1
+        With two, each prompt costs two changes: to the share and back. All else is the same.
+        """
+        interval_s = 0.05
+        seconds_per_token = {}
+        for percentage in (100, 99):
+            await _rotate(manager, SMAllocation(_SPLITS[-1].prefill_percentage, percentage))
+            load = StreamLoad(llm, self._options.streams, 16)
+            async with load.running(), load.arrivals(16, interval_s, 1):
+                await asyncio.sleep(0.5)
+                started = time.monotonic()
+                await asyncio.sleep(self._options.window_s / 2)
+                window = load.window(started, time.monotonic())
+            seconds_per_token[percentage] = 1 / window.tokens_per_s
+            self._put(
+                f"tiny prompts, decode at {'100' if percentage == 100 else '99 or 100'} %: tokens/s",
+                window.tokens_per_s,
+            )
+        lost_s = (seconds_per_token[99] - seconds_per_token[100]) / seconds_per_token[99] * interval_s
+        self._put("change of rung: costs, ms", 1000 * lost_s / 2)
+        await _rotate(manager, _SPLITS[-1])
 
-        async def arrivals() -> None:
-            running: set[asyncio.Task[Any]] = set()
-            seed = 10**6
-            while not ended.is_set():
-                seed += 1
-                sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-                task = asyncio.create_task(llm.generate(self._prompt(options.prompt, seed), sampling))
-                running.add(task)
-                task.add_done_callback(running.discard)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), options.interval_s)
-            await asyncio.gather(*running)
+    async def _steady(self, load: StreamLoad) -> None:
+        await asyncio.sleep(self._options.window_s / 2)  # what is loaded or compiled at the first use
+        self._steady_windows = [await self._steady_at(_SPLITS[-1], load)]
 
-        tasks = [asyncio.create_task(stream(index)) for index in range(options.streams)]
-        tasks.append(asyncio.create_task(arrivals()))
-        try:
-            while not all(len(times) > 2 for times in self._tokens.values()) or not self._tokens:
-                for task in tasks:
-                    if task.done():
-                        task.result()
-                await asyncio.sleep(0.1)
-            yield
-        finally:
-            ended.set()
-            await asyncio.gather(*tasks)
+    async def _steady_at(self, split: SMAllocation, load: StreamLoad) -> Window:
+        window = await self._watch("steady", load, self._options.window_s)
+        self._put(f"steady at {split}: ITL p50, ms", window.quantile(0.5))
+        self._put(f"steady at {split}: ITL p99, ms", window.quantile(0.99))
+        self._put(f"steady at {split}: ITL largest, ms", window.gaps[-1])
+        self._put(f"steady at {split}: tokens/s", window.tokens_per_s)
+        return window
 
-    async def _under_load(self, llm: DisaggregatedLLM, manager: ProcessRotationManager) -> None:
-        options, results = self._options, self._results
-        await asyncio.sleep(options.window_s)  # what is loaded or compiled at the first use
+    async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
+        done: list[_Rotation] = []
+        number = self._options.rotations
+        while len(done) < number and time.monotonic() < self._deadline - _TIME_FOR_LOSSES_S:
+            is_cold = len(done) == 1
+            if is_cold:
+                await _end_sleepers(manager)
+            else:
+                await _until(lambda: sum(each["is_asleep"] for each in manager.get_status()["sleepers"]) >= 2)
+            rotation = await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)])
+            if is_cold:
+                self._put("rotation: cold, seconds from request to ready", rotation.prepared_s)
+            elif not done:
+                self._put("rotation: first, seconds from request to ready", rotation.prepared_s)
+                if self._options.plot is not None:
+                    asked = rotation.asked
+                    at = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
+                    await asyncio.sleep(1.5)  # the time after it is in the picture
+                    title = f"{self._options.model}, {self._options.streams} streams, split to {_SPLITS[0]}"
+                    semi_pd_plot.draw(load.token_times, at, title, self._options.plot)
+            if not done:
+                self._steady_windows.append(await self._steady_at(_SPLITS[0], load))
+            done.append(rotation)
+        warm = [rotation for index, rotation in enumerate(done) if index != 1]
+        self._put("rotations: done", len(done))
+        self._put("rotation: from sleepers, seconds to ready, median", _middle([each.prepared_s for each in warm]))
+        self._put("rotation: seconds from request to settled, median", _middle([each.seconds for each in warm]))
+        self._put("rotation: ITL p99, ms, median", _middle([each.window.quantile(0.99) for each in done]))
+        largest = [each.window.gaps[-1] for each in done]
+        self._put("rotation: largest gap, ms, median", _middle(largest))
+        self._put("rotation: largest gap, ms, worst", max(largest))
+        steady_p99 = max(window.quantile(0.99) for window in self._steady_windows)
+        self._put("rotation: largest gap above steady p99, ms, median", _middle(largest) - steady_p99)
+        self._put("rotation: largest gap above steady p99, ms, worst", max(largest) - steady_p99)
+        at_change = [each.largest_at_change for each in done]
+        self._put("the change over itself: largest gap, ms, worst", max(at_change))
+        usual = sum(window.tokens_per_s for window in self._steady_windows) / len(self._steady_windows)
+        slowed = [each.window.tokens_per_s / usual for each in done]
+        self._put("rotation: tokens/s, share of steady, median", _middle(slowed))
+        self._put("rotations: device memory taken after each, MiB", [each.memory_mib for each in done])
+
+    async def _one_rotation(self, load: StreamLoad, manager: ProcessRotationManager, split: SMAllocation) -> _Rotation:
+        asked = time.monotonic()
+        await _rotate(manager, split)
+        settled = time.monotonic()
+        status = manager.get_status()
+        prepared_s = status["delayed_switching"]["last_preparation_s"]
+        await asyncio.sleep(1.1 * manager.resident_manager.heartbeat_interval)
+        resident = manager.get_status()["resident_manager"]
+        self._events.append((f"rotation to {split}", asked, settled))
+        change = load.window(asked + prepared_s - 0.1, settled + 0.2)
+        return _Rotation(
+            asked,
+            prepared_s,
+            settled - asked,
+            load.window(asked, settled),
+            change.gaps[-1],
+            (resident["free_bytes_at_start"] - resident["free_bytes"]) // _MIB,
+        )
+
+    async def _lost_worker(self, llm: DisaggregatedLLM, load: StreamLoad, manager: ProcessRotationManager) -> None:
         started = time.monotonic()
-        await asyncio.sleep(options.window_s)
-        steady = self._note("steady", started)
-        results["steady: ITL p50, ms"], results["steady: ITL p99, ms"] = steady["p50"], steady["p99"]
-        results["steady: ITL largest, ms"], results["steady: tokens/s"] = steady["largest"], steady["rate"]
-        memory, largest, prepared, seconds, slowed = [_memory_mib()], [], [], [], []
-        for index in range(options.rotations):
-            started = time.monotonic()
-            manager.request_sm_reallocation(_SPLITS[index % len(_SPLITS)])
-            assert await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
-            seconds.append(time.monotonic() - started)
-            window = self._note("rotation", started)
-            largest.append(window["largest"])
-            slowed.append(window["rate"] / steady["rate"])
-            prepared.append(manager.get_status()["delayed_switching"]["last_preparation_s"])
-            await asyncio.sleep(options.window_s / 5)
-            memory.append(_memory_mib())
-        if options.rotations:
-            results["rotations: done"] = manager.get_status()["statistics"]["rotations"]
-            results["rotation: seconds from request to ready, median"] = _middle(prepared)
-            results["rotation: seconds from request to settled, median"] = _middle(seconds)
-            results["rotation: largest gap of a stream, ms, median"] = _middle(largest)
-            results["rotation: largest gap of a stream, ms, worst"] = max(largest)
-            results["rotation: tokens/s, share of steady, median"] = _middle(slowed)
-            results["rotations: GPU memory before, after each, MiB"] = memory
-        workers = [worker for worker in manager.get_status()["workers"] if worker["state"] == "active"]
-        results["memory per worker, MiB"] = _memory_of([worker["pid"] for worker in workers])
-        for name, pid in (
-            ("decode worker lost", _current(llm, "decode")),
-            ("resident process lost", manager.get_status()["resident_manager"]["resident_process"]["pid"]),
-        ):
-            started = time.monotonic()
-            os.kill(pid, signal.SIGTERM)
-            await asyncio.sleep(0.5)
-            assert await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
-            results[f"{name}: seconds until all is as before"] = time.monotonic() - started
-            await asyncio.sleep(options.window_s)
-            results[f"{name}: largest gap of a stream, ms"] = self._note(name, started)["largest"]
+        os.kill(_current(llm, "decode"), signal.SIGTERM)
+        await self._resumption("decode worker lost", started, load, manager)
 
-    def _note(self, name: str, started: float) -> dict[str, float]:
-        """Gaps between the tokens of each stream from ``started`` until now, ms."""
-        ended = time.monotonic()
-        self._events.append((name, started, ended))
-        gaps: list[float] = []
-        count = 0
-        for times in self._tokens.values():
-            for earlier, later in pairwise(times):
-                if started <= later <= ended:
-                    count += 1
-                    if earlier == earlier:  # not the mark of a new request
-                        gaps.append(1000 * (later - earlier))
-            if times and times[-1] == times[-1] and ended - times[-1] > 0:
-                gaps.append(1000 * (ended - max(times[-1], started)))  # a stream that stands still has no later token
-        gaps.sort()
-        return {
-            "p50": gaps[len(gaps) // 2],
-            "p99": gaps[len(gaps) * 99 // 100],
-            "largest": gaps[-1],
-            "rate": count / (ended - started),
-        }
+    async def _lost_memory(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
+        """A kernel that writes out of bounds ends every process on a GPU; elsewhere the resident process is killed."""
+        status = manager.get_status()
+        if status["mps"] is None:
+            name, started = "resident process lost", time.monotonic()
+            os.kill(status["resident_manager"]["resident_process"]["pid"], signal.SIGKILL)
+        else:
+            name = "fault of the GPU"
+            variables = {key: value for key, value in status["mps"].items() if key != "is_ours"}
+            if await asyncio.to_thread(_fault, variables) == 0:
+                raise RequestFailedError("the kernel that was to fail did not")
+            started = time.monotonic()
+            await _until(lambda: manager.get_status()["statistics"]["recoveries"] > 0)
+        await self._resumption(name, started, load, manager)
+
+    async def _resumption(self, name: str, started: float, load: StreamLoad, manager: ProcessRotationManager) -> None:
+        resumed_s = await load.until_all_have_tokens(started + 0.2, _SETTLE_TIMEOUT_S)
+        await asyncio.sleep(0.5)
+        self._put(f"{name}: largest gap of a stream, ms", load.window(started, time.monotonic()).gaps[-1])
+        self._put(f"{name}: seconds until every stream goes on", resumed_s + 0.2)
+        settled = await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
+        self._put(f"{name}: seconds until all workers are back", time.monotonic() - started)
+        self._events.append((name, started, time.monotonic()))
+        if not settled:
+            raise RequestFailedError(str(manager.get_status()["last_error"]))
+
+    async def _watch(self, name: str, load: StreamLoad, seconds: float) -> Window:
+        started = time.monotonic()
+        await asyncio.sleep(seconds)
+        self._events.append((name, started, time.monotonic()))
+        return load.window(started, time.monotonic())
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """What one rotation did.
+
+    Attributes:
+        asked: when, on the monotonic clock.
+        prepared_s: until the new workers were ready.
+        seconds: until the old ones had ended.
+        window: of all that time.
+        largest_at_change: gap around the change over, ms.
+        memory_mib: that others than the resident process hold then.
+    """
+
+    asked: float
+    prepared_s: float
+    seconds: float
+    window: Window
+    largest_at_change: float
+    memory_mib: int
+
+
+async def _rotate(manager: ProcessRotationManager, split: SMAllocation) -> None:
+    manager.request_sm_reallocation(split)
+    settled = await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
+    if not settled or manager.current_sm_allocation != split:
+        raise HBServeError(f"no rotation to {split}: {manager.get_status()['last_error']}")
+
+
+def _fault(mps: dict[str, str]) -> int:
+    """Run a kernel that writes out of bounds; the exit code of its process."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "fault.py")  # Triton wants its kernels in a file
+        program.write_text(_FAULT)
+        command = [sys.executable, str(program)]
+        return subprocess.run(command, env=os.environ | mps, capture_output=True, timeout=60).returncode
+
+
+async def _end_sleepers(manager: ProcessRotationManager) -> None:
+    for sleeper in manager.get_status()["sleepers"]:
+        os.kill(sleeper["pid"], signal.SIGKILL)  # it has nothing on the device
+    await _until(lambda: not manager.get_status()["sleepers"])
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110 - what other processes do has no event here
+            await asyncio.sleep(0.05)
 
 
 def _current(llm: DisaggregatedLLM, role: str) -> int:
@@ -258,26 +411,3 @@ def _current(llm: DisaggregatedLLM, role: str) -> int:
 
 def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _nvidia_smi(query: str) -> list[list[str]]:
-    import shutil
-    import subprocess
-
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
-    return [[part.strip() for part in line.split(",")] for line in lines]
-
-
-def _memory_mib() -> int | None:
-    """GPU memory in use."""
-    rows = _nvidia_smi("--query-gpu=memory.used")
-    return int(rows[0][0]) if rows else None
-
-
-def _memory_of(pids: list[int]) -> dict[int, str]:
-    """GPU memory by process, as the driver counts it."""
-    rows = _nvidia_smi("--query-compute-apps=pid,used_memory")
-    return {int(row[0]): row[1] for row in rows if int(row[0]) in pids}

@@ -15,7 +15,7 @@ import torch
 
 from hbserve.attention import select_attention_backend
 from hbserve.config import Config
-from hbserve.engine.kv_sizing import size_kv
+from hbserve.engine.kv_sizing import KVSize, size_kv
 from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
@@ -25,6 +25,7 @@ from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
 
 _Allocate = Callable[[int, str], torch.Tensor]
+Agree = Callable[[KVSize], KVSize]
 
 
 class ArenaAttachment(msgspec.Struct, frozen=True):
@@ -83,20 +84,29 @@ def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: T
         with _saying(platform, num_bytes, what):
             return platform.allocate_arena(num_bytes)
 
+    def agree(size: KVSize) -> KVSize:
+        sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
+        return KVSize(*parallel.minimum(sizes).tolist())
+
     if config.kv_transfer.backend != "shm":
-        return _make(config, spec, platform, parallel, allocate, allocate, 0)
+        return _make(config, spec, platform, parallel, allocate, allocate, 0, agree)
     handles: list[str] = []
-    arenas = _make(config, spec, platform, parallel, allocate, _sharing(platform, handles), 0)
+    arenas = _make(config, spec, platform, parallel, allocate, _sharing(platform, handles), 0, agree)
     return replace(arenas, kv_handle=handles[0])
 
 
 def share_arenas(
-    config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel, epoch: int
+    config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel, epoch: int, agree: Agree
 ) -> tuple[Arenas, ArenaAttachment]:
-    """Allocate both so that others can attach, and load the weights. Errors as `make_arenas`."""
+    """Allocate both so that others can attach, and load the weights. Errors as `make_arenas`.
+
+    Args:
+        parallel: says which rank's; it is not asked to compute anything with the others.
+        agree: from what fits here to what fits on all ranks; called once, when the weights are loaded.
+    """
     handles: list[str] = []
     allocate = _sharing(platform, handles)
-    arenas = _make(config, spec, platform, parallel, allocate, allocate, 1)
+    arenas = _make(config, spec, platform, parallel, allocate, allocate, 1, agree)
     platform.synchronize()
     return arenas, ArenaAttachment(
         epoch=epoch,
@@ -157,6 +167,7 @@ def _make(
     allocate_weights: _Allocate,
     allocate_kv: _Allocate,
     num_spare_blocks: int,
+    agree: Agree,
 ) -> Arenas:
     dtype = dtype_of(config, spec)
     backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
@@ -173,12 +184,10 @@ def _make(
             f"{backend.block_size_multiple}, not {block_size}"
         )
     layout = _layout(config, spec, block_size, parallel)
-    size = size_kv(config, spec, layout, platform, parallel.size)
-    sizes = torch.tensor([size.num_blocks, size.max_model_len], device=platform.device)
-    num_blocks, max_model_len = parallel.minimum(sizes).tolist()
-    kv_bytes = (num_blocks + num_spare_blocks) * layout.block_bytes
-    kv = allocate_kv(kv_bytes, f"a KV cache of {num_blocks} blocks")
-    return Arenas(weights, table, kv, layout, num_blocks, None, max_model_len)
+    size = agree(size_kv(config, spec, layout, platform, parallel.size))
+    kv_bytes = (size.num_blocks + num_spare_blocks) * layout.block_bytes
+    kv = allocate_kv(kv_bytes, f"a KV cache of {size.num_blocks} blocks")
+    return Arenas(weights, table, kv, layout, size.num_blocks, None, size.max_model_len)
 
 
 def dtype_of(config: Config, spec: ModelSpec) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,7 @@ class ModelRunner:
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
         kv_handle: what other processes attach to it with; None: they cannot.
+        start_s: seconds that the parts of the start took: ``arenas``, ``graphs``, ``warm_up``.
 
     Raises:
         ModelError: if the model folder cannot be served.
@@ -67,10 +69,12 @@ class ModelRunner:
         self.spec = spec = ModelSpec.load(config.model.path)
         dtype = dtype_of(config, spec)
         backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
+        started = time.monotonic()
         if attachment is None:
             arenas = make_arenas(config, spec, platform, parallel)
         else:
             arenas = attach_arenas(config, spec, platform, parallel, attachment)
+        arenas_ready = time.monotonic()
         self._decoder = Decoder(spec, arenas.table.views(arenas.weights), parallel)
         self.layout, self.num_blocks, self.max_model_len = arenas.layout, arenas.num_blocks, arenas.max_model_len
         num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
@@ -90,9 +94,16 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._graph_pool: Any = None
+        capture_begins = time.monotonic()
         self._prepare_for(instance.instance_type)
+        warm_up_begins = time.monotonic()
         if arenas.spare_block is not None:
             self._warm_up(config, arenas.spare_block)
+        self.start_s = {
+            "arenas": arenas_ready - started,
+            "graphs": warm_up_begins - capture_begins,
+            "warm_up": time.monotonic() - warm_up_begins,
+        }
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),

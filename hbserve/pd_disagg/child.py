@@ -56,8 +56,11 @@ def configure_logging(config: LoggingConfig, who: str) -> None:
 
 
 def read_orders() -> dict[str, Any]:
-    """The launcher's JSON line."""
-    orders = json.loads(sys.stdin.buffer.readline())
+    """The launcher's JSON line; where it is gone already, the process ends."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        exit_now(0)
+    orders = json.loads(line)
     assert isinstance(orders, dict)
     return orders
 

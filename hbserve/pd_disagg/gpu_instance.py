@@ -69,8 +69,9 @@ class GpuInstance:
         config: of the system.
         instance: which of its instances this is.
         address: where to listen for the scheduler.
-        attachment: to arenas that another process holds; None: it has its own.
+        attachments: to arenas that other processes hold, one per rank; None: it has its own.
         partition: its share of the device.
+        ranks: its other ranks, asleep; None: they are started by `run`.
         membership: in a system that it has joined; None: the system's configuration has it.
 
     Attributes:
@@ -82,8 +83,9 @@ class GpuInstance:
         config: Config,
         instance: InstanceConfig,
         address: str,
-        attachment: ArenaAttachment | None = None,
+        attachments: list[ArenaAttachment] | None = None,
         partition: Partition | None = None,
+        ranks: RankGroup | None = None,
         membership: Membership | None = None,
     ) -> None:
         self.config = config
@@ -92,8 +94,10 @@ class GpuInstance:
         self._membership = membership
         self._wants_to_leave = self._is_serving = False
         self._kill_ranks: Callable[[], None] = lambda: None
-        self._attachment = attachment
+        self._attachments = attachments
+        self._attachment = None if attachments is None else attachments[0]
         self._partition = partition
+        self._sleeping_ranks = ranks
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
@@ -114,8 +118,12 @@ class GpuInstance:
             HBServeError: if the model cannot be served as configured.
         """
         started = time.monotonic()
-        self._ranks = ranks = RankGroup(self.config, self.instance, self._on_rank_lost)
+        self._ranks = ranks = self._sleeping_ranks or RankGroup(
+            self.instance.num_ranks, self.instance.instance_id, False, self._on_rank_lost
+        )
         self._kill_ranks = ranks.kill
+        ranks.on_lost = self._on_rank_lost
+        ranks.wake(self.config, self.instance, self._attachments, self._partition)
         with loaded_rank(
             self.config,
             self.instance,
@@ -142,7 +150,14 @@ class GpuInstance:
             io_thread.start()
             self._is_serving = True
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
-            child.report_status({"ready": True})
+            child.report_status(
+                {
+                    "ready": True,
+                    "start_s": {"device": rank.device_s} | self._runner.start_s,
+                    "memory_bytes": self._platform.held_memory_bytes(),
+                    "rank_pids": self._ranks.pids,
+                }
+            )
             self._launch_steps(pipeline)
         ranks.end_plans()
         pipeline.close()
@@ -410,11 +425,12 @@ def run_worker(
     config: Config,
     instance: InstanceConfig,
     address: str,
-    attachment: ArenaAttachment | None = None,
+    attachments: list[ArenaAttachment] | None = None,
     partition: Partition | None = None,
+    ranks: RankGroup | None = None,
 ) -> int:
     """As `run_instance`, of a worker of an instance that has several; arguments as `GpuInstance`."""
-    worker = _prepare(config, instance, address, attachment, partition)
+    worker = _prepare(config, instance, address, attachments, partition, ranks)
     child.watch_signals(worker.stop)
     return worker.run()
 
@@ -423,13 +439,14 @@ def _prepare(
     config: Config,
     instance: InstanceConfig,
     address: str,
-    attachment: ArenaAttachment | None = None,
+    attachments: list[ArenaAttachment] | None = None,
     partition: Partition | None = None,
+    ranks: RankGroup | None = None,
     membership: Membership | None = None,
 ) -> GpuInstance:
     child.set_process_title(f"hbserve-{instance.instance_id}-TP0")
     child.configure_logging(config.logging, instance.instance_id)
-    worker = GpuInstance(config, instance, address, attachment, partition, membership)
+    worker = GpuInstance(config, instance, address, attachments, partition, ranks, membership)
     if child.STATUS_FD_VARIABLE in os.environ:
         child.watch_parent(worker.stop)
     return worker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ class LoadedRank:
     """A rank with everything loaded.
 
     Attributes:
+        device_s: seconds that it took to make the device usable.
         model_fingerprint: see `hbserve.models.fingerprint`.
     """
 
+    device_s: float
     model_fingerprint: str
     platform: Platform
     runner: ModelRunner
@@ -76,7 +79,10 @@ def loaded_rank(
         size,
         partition,
     )
+    device_begins = time.monotonic()
     platform.activate()
+    platform.probe()
+    device_s = time.monotonic() - device_begins
     with torch.inference_mode():
         timeout_s = max(config.rpc.start_timeout_s, config.rpc.step_timeout_s)
         parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
@@ -86,4 +92,4 @@ def loaded_rank(
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
         dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
         fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
-        yield LoadedRank(fingerprint, platform, runner, transfers)
+        yield LoadedRank(device_s, fingerprint, platform, runner, transfers)

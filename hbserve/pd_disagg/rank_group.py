@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,13 +26,17 @@ from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.rank_line import RankLine
 
+if TYPE_CHECKING:
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.platform import Partition
+
 _EXIT_TIMEOUT_S = 10.0
 END_OF_PLANS = b""
 """On the line of plans: finish what has come before, and exit."""
 
 
 class _Rank:
-    """One other rank: its process, and rank 0's ends of the lines to it."""
+    """One other rank: its process, asleep at first, and rank 0's ends of the lines to it."""
 
     def __init__(self, number: int, orders: dict[str, Any]) -> None:
         self.number = number
@@ -40,14 +45,14 @@ class _Rank:
         control, their_control = socket.socketpair()
         self.status_end, write_end = os.pipe()
         theirs = [their_plans.fileno(), their_control.fileno()]
-        orders |= {"tp_rank": number, "plans_fd": theirs[0], "control_fd": theirs[1]}
+        # Whoever watches rank 0 by its status pipe sees the pipe's end only when all ranks have ended.
+        inherited = [int(os.environ[name]) for name in (child.STATUS_FD_VARIABLE,) if name in os.environ]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hbserve.pd_disagg.rank_worker"],
                 stdin=subprocess.PIPE,
                 env=child.environment(write_end),
-                pass_fds=[write_end, *theirs],
-                start_new_session=True,  # Ctrl-C is for rank 0, which then ends the others in order
+                pass_fds=[write_end, *theirs, *inherited],
             )
         finally:
             os.close(write_end)
@@ -55,6 +60,10 @@ class _Rank:
             their_control.close()
         self.plans = Connection(plans.detach())
         self.control: RankLine[RankReply] = RankLine(control, RankReply)
+        self.tell(orders | {"tp_rank": number, "plans_fd": theirs[0], "control_fd": theirs[1]})
+
+    def tell(self, orders: dict[str, Any]) -> None:
+        """Write one line to its standard input."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it is gone already: its watcher says so
             self.process.stdin.write(json.dumps(orders).encode() + b"\n")
@@ -62,33 +71,67 @@ class _Rank:
 
 
 class RankGroup:
-    """The ranks 1, 2, ... of an instance; none where it has only one.
+    """The ranks 1, 2, ... of an instance; none where it has only one. They are asleep until `wake`.
+
+    They are in the process group of rank 0, so that whoever ends that by force can end all at once.
 
     Args:
-        config: of the system.
-        instance: whose ranks these are.
+        size: how many ranks there are, with rank 0.
+        name: of the instance, as far as it is known.
+        on_gpu: whether sleeping ranks import what only a GPU needs.
         on_lost: called from a watcher's thread with the reason when a rank ends on its own, or
             cannot start. The instance is then of no use any more.
     """
 
-    def __init__(self, config: Config, instance: InstanceConfig, on_lost: Callable[[str], None]) -> None:
-        self.size = instance.num_ranks
-        self._on_lost = on_lost
+    def __init__(self, size: int, name: str, on_gpu: bool, on_lost: Callable[[str], None]) -> None:
+        self.size = size
+        self.on_lost = on_lost
         self._encoder = msgspec.msgpack.Encoder()
         self._num_plans = 0
         self._is_ending = False
         self._beginnings: dict[int, asyncio.Future[Peer]] = {}
         self._ranks: list[_Rank] = []
         self.port = 0
-        if self.size > 1:
-            # Bound before anybody looks for it, and to the loopback interface alone.
-            self._listener = socket.create_server(("127.0.0.1", 0))
-            self.port = self._listener.getsockname()[1]
-            orders = {"config": msgspec.to_builtins(config), "instance_id": instance.instance_id, "port": self.port}
-            self._ranks = [_Rank(number, orders) for number in range(1, self.size)]
+        orders = {"name": name, "on_gpu": on_gpu}
+        self._ranks = [_Rank(number, orders) for number in range(1, self.size)]
         self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._ranks]
         for watcher in self._watchers:
             watcher.start()
+
+    def wake(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        attachments: list[ArenaAttachment] | None,
+        partition: Partition | None,
+    ) -> None:
+        """Tell the ranks what they are.
+
+        Args:
+            config: of the system.
+            instance: whose ranks these are.
+            attachments: to arenas that other processes hold, one per rank; None: they have their own.
+            partition: the share that each has of its device.
+        """
+        if not self._ranks:
+            return
+        # Bound before anybody looks for it, and to the loopback interface alone.
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        orders = {
+            "config": msgspec.to_builtins(config),
+            "instance": msgspec.to_builtins(instance),
+            "port": self.port,
+            "partition": None if partition is None else dataclasses.asdict(partition),
+        }
+        for rank in self._ranks:
+            attachment = None if attachments is None else msgspec.to_builtins(attachments[rank.number])
+            rank.tell(orders | {"attachment": attachment})
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks from 1 on."""
+        return [rank.process.pid for rank in self._ranks]
 
     def take_listener(self) -> int | None:
         """The descriptor of the socket that listens on `port`, where the ranks meet, to be owned by the caller."""
@@ -152,14 +195,15 @@ class RankGroup:
     # --- watchers' threads -----------------------------------------------------------------------
 
     def _watch(self, rank: _Rank) -> None:
+        status: dict[str, Any] = {}
         with os.fdopen(rank.status_end, "rb") as pipe:
-            line = pipe.readline()
-        status = json.loads(line) if line else {}
-        if "ready" in status:
-            rank.ready.set()
+            for line in pipe:
+                status = json.loads(line)
+                if "ready" in status:
+                    rank.ready.set()
         code = rank.process.wait()
         if not self._is_ending:
-            self._on_lost(status.get("error") or f"rank {rank.number} ended with exit code {code}")
+            self.on_lost(status.get("error") or f"rank {rank.number} ended with exit code {code}")
 
     # --- event loop thread -----------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -26,7 +27,12 @@ from hbserve.pd_disagg import child
 from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
 from hbserve.pd_disagg.rank_line import RankLine
+from hbserve.pd_disagg.sleep import sleep
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
+
+if TYPE_CHECKING:
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.platform import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +47,24 @@ class RankWorker:
         config: of the system.
         instance: whose rank this is.
         tp_rank: which one, from 1.
+        attachment: to arenas that another process holds; None: it has its own.
+        partition: its share of the device.
         plans: where encoded plans come from.
         control: this rank's end of the line to rank 0's event loop.
     """
 
     def __init__(
-        self, config: Config, instance: InstanceConfig, tp_rank: int, plans: Connection, control: socket.socket
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        tp_rank: int,
+        attachment: ArenaAttachment | None,
+        partition: Partition | None,
+        plans: Connection,
+        control: socket.socket,
     ) -> None:
         self.config, self.instance, self.tp_rank = config, instance, tp_rank
+        self._attachment, self._partition = attachment, partition
         self._plans = plans
         self._line: RankLine[RankCommand] = RankLine(control, RankCommand)
         self._loop = asyncio.new_event_loop()
@@ -66,7 +82,16 @@ class RankWorker:
         Raises:
             HBServeError: if the model cannot be served as configured.
         """
-        with loaded_rank(self.config, self.instance, self.tp_rank, port, None, self._line.send) as rank:
+        with loaded_rank(
+            self.config,
+            self.instance,
+            self.tp_rank,
+            port,
+            None,
+            self._line.send,
+            self._attachment,
+            self._partition,
+        ) as rank:
             self._transfers = rank.transfers
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
@@ -149,18 +174,30 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Whoever ends a whole group of processes must not take away what rank 0 needs to finish.
         signal.signal(number, signal.SIG_IGN)
-    child.watch_parent(lambda: os._exit(EXIT_FAILED))
-    config = msgspec.convert(orders["config"], Config)
-    instance = config.instance(orders["instance_id"])
     tp_rank = orders["tp_rank"]
+    child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
+    wake_up = sleep(orders["on_gpu"])
+    child.watch_parent(lambda: os._exit(EXIT_FAILED))
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.platform import Partition
+
+    config = msgspec.convert(wake_up["config"], Config)
+    instance = msgspec.convert(wake_up["instance"], InstanceConfig)
+    attachment, partition = wake_up["attachment"], wake_up["partition"]
     child.set_process_title(f"hbserve-{instance.instance_id}-TP{tp_rank}")
     child.configure_logging(config.logging, f"{instance.instance_id} TP{tp_rank}")
     worker = RankWorker(
-        config, instance, tp_rank, Connection(orders["plans_fd"]), socket.socket(fileno=orders["control_fd"])
+        config,
+        instance,
+        tp_rank,
+        None if attachment is None else msgspec.convert(attachment, ArenaAttachment),
+        None if partition is None else Partition(**partition),
+        Connection(orders["plans_fd"]),
+        socket.socket(fileno=orders["control_fd"]),
     )
     code = 1
     try:
-        code = worker.run(orders["port"])
+        code = worker.run(wake_up["port"])
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)

@@ -43,6 +43,10 @@ class Platform(ABC):
         """Memory that this process could still allocate on the device."""
 
     @abstractmethod
+    def held_memory_bytes(self) -> int:
+        """Memory that this process alone holds: no arenas of others, and no context of the device."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
 

@@ -43,6 +43,10 @@ class CpuPlatform(Platform):
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
+    def held_memory_bytes(self) -> int:
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
     def synchronize(self) -> None:
         pass
 

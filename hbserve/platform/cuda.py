@@ -43,6 +43,9 @@ class CudaPlatform(Platform):
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def held_memory_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.device)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 

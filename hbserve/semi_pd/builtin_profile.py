@@ -1,41 +1,53 @@
 """The profile that stands in until there is one of the model and device at hand.
 
-An 8B-shaped model (32 layers, hidden 4096, GQA 32/8) on one NVIDIA H200, driver 580, CUDA 13.0,
-torch 2.11, FlashInfer 0.6.6, MPS: decode of 64 sequences at context 1024 and prefill of 2048 tokens,
-alone at each percentage and side by side, without and with client priority; a prefill of 4096
-tokens from docs/benchmarks.md (8 prompts in 0.839 s).
+Qwen3-8B's shape (36 layers, hidden 4096, GQA 32/8) on one NVIDIA H200, driver 580, CUDA 13.0, torch 2.11,
+FlashInfer 0.6.6, shares as `hbserve.platform` makes them, prefill at the lower client priority: some of the
+points of docs/results/profile_qwen3_8b_h200.json.
 """
 
 from __future__ import annotations
 
 from hbserve.semi_pd.step_profile import DecodePoint, MixedPoint, PrefillPoint, StepProfile, TogetherPoint
 
-_PERCENTAGES = (100, 80, 60, 50, 40, 30, 20)
-_PREFILL_2048_MS = (45.0, 53.0, 68.0, 81.0, 101.0, 136.0, 195.0)
-_DECODE_64_MS = (7.3, 7.5, 8.1, 8.2, 9.0, 11.5, 15.5)
+_PERCENTAGES = (100, 80, 60, 40, 20)
+_PREFILL_2048_MS = (53.4, 65.4, 71.2, 95.7, 201.0)
+_DECODE_64_MS = (7.2, 8.7, 8.5, 10.8, 16.8)
+_DECODE_192_MS = (13.0, 16.2, 17.8, 23.1, 38.9)
 # (prefill %, decode %): (prefill ms, decode ms)
-_SIDE_BY_SIDE = {
-    (50, 50): (101, 11.5),
-    (60, 40): (87, 12.7),
-    (70, 30): (71, 15.8),
-    (80, 40): (66, 17.0),
-    (80, 20): (61, 18.7),
-    (90, 50): (65, 26.0),
-    (100, 50): (54, 34.0),
-    (100, 100): (54, 33.0),
+_TOGETHER_64 = {
+    (100, 100): (58.2, 24.4),
+    (100, 60): (57.7, 35.3),
+    (100, 40): (57.9, 39.5),
+    (80, 100): (71.0, 12.3),
+    (80, 60): (73.5, 15.2),
+    (80, 40): (72.8, 17.6),
+    (60, 100): (73.5, 11.2),
+    (60, 60): (77.0, 12.9),
+    (60, 40): (76.3, 13.9),
+    (40, 100): (96.5, 9.6),
 }
-_WITH_PRIORITY_64 = {(100, 100): (67, 16.4), (100, 60): (60, 21.9), (80, 50): (72, 14.0), (70, 50): (79, 12.6)}
-_WITH_PRIORITY_192 = {(100, 100): (86, 23.5), (80, 60): (81, 26.5), (70, 50): (85, 29.1), (80, 40): (72, 31.4)}
-_MIXED_64 = {128: 9.7, 256: 11.7, 512: 17.9, 1024: 30.0, 2048: 56.0}
-_MIXED_192 = {128: 15.7, 256: 22.1, 512: 25.0, 1024: 34.0, 2048: 61.0}
+_TOGETHER_192 = {
+    (100, 100): (71.1, 36.0),
+    (100, 60): (70.5, 53.0),
+    (100, 40): (67.1, 67.1),
+    (80, 100): (68.8, 23.3),
+    (80, 60): (73.4, 31.4),
+    (80, 40): (74.7, 37.1),
+    (60, 100): (72.1, 20.5),
+    (60, 60): (83.4, 27.0),
+    (60, 40): (77.3, 31.5),
+    (40, 100): (96.6, 18.2),
+}
+_MIXED_64 = {128: 9.5, 512: 19.9, 2048: 55.6}
+_MIXED_192 = {128: 17.0, 512: 24.5, 2048: 62.5}
 
 
-def _together(table: dict[tuple[int, int], tuple[int, float]], priority: bool, batch: int) -> list[TogetherPoint]:
+def _together(table: dict[tuple[int, int], tuple[float, float]], batch: int) -> list[TogetherPoint]:
     return [
         TogetherPoint(
             prefill_percentage=prefill,
             decode_percentage=decode,
-            priority=priority,
+            priority=True,
             tokens=2048,
             batch=batch,
             context=1024,
@@ -46,26 +58,30 @@ def _together(table: dict[tuple[int, int], tuple[int, float]], priority: bool, b
     ]
 
 
+def _decode(milliseconds: tuple[float, ...], batch: int) -> list[DecodePoint]:
+    return [
+        DecodePoint(percentage=p, batch=batch, context=1024, ms=ms)
+        for p, ms in zip(_PERCENTAGES, milliseconds, strict=True)
+    ]
+
+
 H200_8B = StepProfile(
-    model="8B shape (32 layers, hidden 4096, GQA 32/8)",
+    model="8B shape (36 layers, hidden 4096, GQA 32/8)",
     device="NVIDIA H200",
     source="built in",
     prefill=(
         *(PrefillPoint(percentage=p, tokens=2048, ms=ms) for p, ms in zip(_PERCENTAGES, _PREFILL_2048_MS, strict=True)),
-        PrefillPoint(percentage=100, tokens=4096, ms=104.9),
+        PrefillPoint(percentage=100, tokens=128, ms=5.7),
+        PrefillPoint(percentage=100, tokens=512, ms=12.9),
+        PrefillPoint(percentage=100, tokens=4096, ms=101.4),
+        PrefillPoint(percentage=100, tokens=4096, context=8192, ms=133.1),
     ),
     decode=(
-        *(
-            DecodePoint(percentage=p, batch=64, context=1024, ms=ms)
-            for p, ms in zip(_PERCENTAGES, _DECODE_64_MS, strict=True)
-        ),
-        DecodePoint(percentage=100, batch=192, context=1024, ms=12.8),
+        DecodePoint(percentage=100, batch=1, context=1024, ms=4.3),
+        *_decode(_DECODE_64_MS, 64),
+        *_decode(_DECODE_192_MS, 192),
     ),
-    together=(
-        *_together(_SIDE_BY_SIDE, False, 64),
-        *_together(_WITH_PRIORITY_64, True, 64),
-        *_together(_WITH_PRIORITY_192, True, 192),
-    ),
+    together=(*_together(_TOGETHER_64, 64), *_together(_TOGETHER_192, 192)),
     mixed=(
         *(MixedPoint(chunk=chunk, batch=64, context=1024, ms=ms) for chunk, ms in _MIXED_64.items()),
         *(MixedPoint(chunk=chunk, batch=192, context=1024, ms=ms) for chunk, ms in _MIXED_192.items()),

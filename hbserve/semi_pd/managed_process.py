@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,8 @@ class ManagedProcess:
         orders: JSON-serialisable, its first line.
         environment: variables besides this process' own.
         on_status: called from a thread with each status that it reports.
-        on_exit: called from that thread with its exit code, once, when it can touch nothing any more.
+        on_exit: called from that thread with its exit code, once, when it can touch nothing any more: it
+            has ended, and so has everybody who has inherited its end of the status pipe.
     """
 
     def __init__(
@@ -89,9 +91,12 @@ class ManagedProcess:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End it now. On a GPU this may take its neighbours with it: only for one that cannot be asked."""
+        """End it, and what it has started in its process group, now.
+
+        On a GPU this may take its neighbours with it: only for one that cannot be asked.
+        """
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until it has ended and `on_exit` has returned; False if it has not in time."""

@@ -1,11 +1,13 @@
-"""The resident process: holds a GPU's weights and KV cache, lets others attach, and computes nothing.
+"""The resident process: holds a rank's weights and KV cache, lets others attach, and computes nothing.
 
-Imports and loads, says where everything lies, and then waits for lines on its standard input: each is
-a question for a sign of life, answered after a touch of the device. The end of the input is its end.
+Imports and loads the weights, says how much KV fits and is told how much all ranks have, says where
+everything lies, and then waits for lines on its standard input: each is a question for a sign of life,
+answered after a touch of the device. The end of the input is its end.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -31,22 +33,33 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
     import torch
 
     from hbserve.engine.arenas import share_arenas
+    from hbserve.engine.kv_sizing import KVSize
     from hbserve.layers.parallel import TensorParallel
     from hbserve.models.spec import ModelSpec
     from hbserve.platform import make_platform
 
+    def agree(size: KVSize) -> KVSize:
+        child.report_status({"fits": {"num_blocks": size.num_blocks, "max_model_len": size.max_model_len}}, False)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            child.exit_now(0)
+        return KVSize(**json.loads(line))
+
     started = time.monotonic()
-    platform = make_platform(config.model.device, orders["gpu_id"], None, 1)
+    rank, size = orders["tp_rank"], orders["num_ranks"]
+    platform = make_platform(config.model.device, orders["gpu_id"], None, 1, rank, size)
     platform.activate()
     with torch.inference_mode():
         spec = ModelSpec.load(config.model.path)
-        arenas, attachment = share_arenas(config, spec, platform, TensorParallel(), time.time_ns())
+        parallel = TensorParallel(rank, size)
+        arenas, attachment = share_arenas(config, spec, platform, parallel, time.time_ns(), agree)
     ready = {
         "ready": True,
         "attachment": msgspec.to_builtins(attachment),
         "device": platform.describe(),
         "weights_bytes": arenas.weights.numel(),
         "kv_bytes": arenas.kv.numel(),
+        "free_bytes": platform.free_memory_bytes(),
         "seconds": time.monotonic() - started,
     }
     child.report_status(ready, is_last=False)
@@ -56,7 +69,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
         except RuntimeError as error:
             child.report_status({"error": f"the device has failed: {error}"})
             child.exit_now(EXIT_DEVICE_FAILED)
-        child.report_status({"alive": True}, is_last=False)
+        child.report_status({"alive": True, "free_bytes": platform.free_memory_bytes()}, is_last=False)
 
 
 def main() -> None:

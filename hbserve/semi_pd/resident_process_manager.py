@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hbserve.config import Config
-from hbserve.errors import StartupError
+from hbserve.errors import ConfigError, StartupError
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.sm_allocation import SMAllocation
@@ -32,8 +32,8 @@ class ResidentProcessManager:
     Args:
         server_args: the system's configuration.
         port_args: None: everything finds each other by private sockets.
-        gpu_id: whose memory is held.
-        tp_rank: 0.
+        gpu_id: of the instance's first rank; the others' follow.
+        tp_rank: of the rank whose memory is held.
         on_lost: called from a thread when it has ended on its own or does not answer; who gives this
             calls `start` again. By default it is started again at once.
         environment: variables for the process.
@@ -59,9 +59,10 @@ class ResidentProcessManager:
     ) -> None:
         if port_args is not None:
             raise TypeError("port_args: there are no ports to choose; give None")
-        if tp_rank != 0:
-            raise TypeError("tp_rank: semi_pd instances have one rank, 0")
         self.config, self.instance = semi_pd_system(server_args, gpu_id)
+        if not 0 <= tp_rank < self.instance.num_ranks:
+            raise ConfigError(f"tp_rank: there are {self.instance.num_ranks} ranks, got {tp_rank}")
+        self.tp_rank = tp_rank
         self.heartbeat_interval = self.config.semi_pd.heartbeat_interval_s
         self.environment = environment or {}
         self.run_dir = run_dir
@@ -70,6 +71,7 @@ class ResidentProcessManager:
         self._process: ManagedProcess | None = None
         self._status: dict[str, Any] = {}
         self._num_answers = 0
+        self._free_bytes: int | None = None
         self._last_seen = 0.0
         self._num_starts = 0
         self._wanted = False
@@ -85,36 +87,79 @@ class ResidentProcessManager:
         Raises:
             StartupError: with its own reason, or at the deadline.
         """
-        timeout = self.config.rpc.start_timeout_s if timeout is None else timeout
-        name = f"{self.instance.instance_id}-resident"
+        deadline = time.monotonic() + (self.config.rpc.start_timeout_s if timeout is None else timeout)
+        self.begin()
+        self.settle(self.wait_sized(deadline, is_cancelled))
+        self.wait_ready(deadline, is_cancelled)
+        return True
+
+    def begin(self) -> None:
+        """Start the process, which loads the weights; `wait_sized` comes next."""
         orders = {
             "config": msgspec.to_builtins(self.config),
             "gpu_id": self.instance.gpu_id,
-            "name": name,
+            "tp_rank": self.tp_rank,
+            "num_ranks": self.instance.num_ranks,
+            "name": self._name,
             "run_dir": self.run_dir,
         }
         with self._condition:
             self._status, self._wanted = {}, True
-            process = ManagedProcess(
-                name, "hbserve.semi_pd.resident_process", orders, self.environment, self._note_status, self._note_exit
+            module = "hbserve.semi_pd.resident_process"
+            self._process = ManagedProcess(
+                self._name, module, orders, self.environment, self._note_status, self._note_exit
             )
-            self._process = process
-            self._condition.wait_for(lambda: self._status or not process.is_alive() or is_cancelled(), timeout)
+
+    def wait_sized(self, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, int]:
+        """Wait until the weights are loaded; how much KV fits then, as ``num_blocks`` and ``max_model_len``.
+
+        Raises:
+            StartupError: with its own reason, or at the deadline, which is on the monotonic clock.
+        """
+        size: dict[str, int] = self._wait_for("fits", deadline, is_cancelled)["fits"]
+        return size
+
+    def settle(self, size: dict[str, int]) -> None:
+        """Tell the process how much KV to reserve; `wait_ready` comes next."""
+        assert self._process is not None, "begin() comes first"
+        self._process.send(size)  # where it is gone, waiting for it says so
+
+    def wait_ready(self, deadline: float, is_cancelled: Callable[[], bool]) -> None:
+        """Wait until others can attach.
+
+        Raises:
+            StartupError: with its own reason, or at the deadline.
+        """
+        self._wait_for("ready", deadline, is_cancelled)
+        self._num_starts += 1
+        self._last_seen = time.monotonic()
+        if self._heart is None or not self._heart.is_alive():
+            self._heart = threading.Thread(target=self._beat, name="semi-pd-heartbeat", daemon=True)
+            self._heart.start()
+
+    def _wait_for(self, word: str, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None, "begin() comes first"
+        with self._condition:
+            self._condition.wait_for(
+                lambda: word in self._status or "error" in self._status or not process.is_alive() or is_cancelled(),
+                max(0.0, deadline - time.monotonic()),
+            )
             status = dict(self._status)
-        if "ready" not in status:
+        if word not in status:
             self.stop()
             why = status.get("error") or (
                 f"ended at start with exit code {process.exit_code}; see its log"
                 if process.exit_code is not None
                 else "was not ready in time (rpc.start_timeout_s)"
             )
-            raise StartupError(f"{name}: {why}")
-        self._num_starts += 1
-        self._last_seen = time.monotonic()
-        if self._heart is None or not self._heart.is_alive():
-            self._heart = threading.Thread(target=self._beat, name="semi-pd-heartbeat", daemon=True)
-            self._heart.start()
-        return True
+            raise StartupError(f"{self._name}: {why}")
+        return status
+
+    @property
+    def _name(self) -> str:
+        rank = f"-TP{self.tp_rank}" if self.instance.num_ranks > 1 else ""
+        return f"{self.instance.instance_id}-resident{rank}"
 
     def give_up_start(self) -> None:
         """Make a `start` that another thread is in look whether it is cancelled."""
@@ -171,7 +216,11 @@ class ResidentProcessManager:
             return self._num_answers > before
 
     def get_status(self) -> dict[str, Any]:
-        """``resident_process`` (``pid``, ``is_alive``, seconds since it was heard of), sizes, starts."""
+        """``resident_process`` (``pid``, ``is_alive``, seconds since it was heard of), sizes, starts.
+
+        Of the device's memory ``free_bytes_at_start`` was left when it had loaded, ``free_bytes`` at its
+        last sign of life: what is between them, others have taken.
+        """
         process, status = self._process, self._status
         return {
             "resident_process": None
@@ -185,6 +234,8 @@ class ResidentProcessManager:
             "device": self.device,
             "weights_bytes": status.get("weights_bytes"),
             "kv_bytes": status.get("kv_bytes"),
+            "free_bytes_at_start": status.get("free_bytes"),
+            "free_bytes": self._free_bytes,
             "load_s": status.get("seconds"),
             "starts": self._num_starts,
         }
@@ -195,6 +246,7 @@ class ResidentProcessManager:
         with self._condition:
             if "alive" in status:
                 self._num_answers += 1
+                self._free_bytes = status["free_bytes"]
                 self._last_seen = time.monotonic()
             else:
                 self._status = status

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from hbserve.config import Config, InstanceRole
-from hbserve.errors import EngineDeadError, OverloadedError
+from hbserve.errors import ConfigError, EngineDeadError, OverloadedError
 from hbserve.kv_cache.storage_manager import BlockHandle, UnifiedStorageManager
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints
+from hbserve.semi_pd.slo_service import check_slo
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.utils import semi_pd_system
 
@@ -28,12 +29,16 @@ class SemiPDCoordinator:
 
     Args:
         rotation_manager: not started yet.
-        slo_constraints: what the controller holds; None: the split stays what users ask for.
-        window_size_seconds: of the latencies that it looks at.
+        slo_constraints: what the controller holds; None: the configuration's ``semi_pd.slo``, and without
+            that, the split stays what users ask for.
+        window_size_seconds: of the latencies that it looks at, those during rotations left out.
 
     Attributes:
         metrics_collector: told by the program about its requests; what the controller looks at.
         storage_manager: allocator of the pool, from `start` on.
+
+    Raises:
+        ConfigError: if both the arguments and the configuration have targets.
     """
 
     def __init__(
@@ -45,12 +50,22 @@ class SemiPDCoordinator:
         self.rotation_manager = rotation_manager
         self.metrics_collector = SemiPDMetricsCollector(window_size_seconds=window_size_seconds)
         self.slo_controller: SLOAwareResourceController | None = None
+        rotation_manager.mark_rotation = self._mark_rotation
+        configured = rotation_manager.config.semi_pd.slo
+        if configured is not None:
+            if slo_constraints is not None:
+                raise ConfigError(
+                    "semi_pd.slo: there are targets in the configuration and in the arguments; give one of them",
+                    "semi_pd.slo",
+                )
+            slo_constraints = check_slo(configured)[0]
         if slo_constraints is not None:
             self.slo_controller = SLOAwareResourceController(
                 slo_constraints=slo_constraints,
                 metrics_collector=self.metrics_collector,
                 process_rotation_manager=rotation_manager,
             )
+            rotation_manager.control_by(self.slo_controller)
         self.storage_manager: UnifiedStorageManager | None = None
 
     def start(self) -> bool:
@@ -125,6 +140,12 @@ class SemiPDCoordinator:
         }
         return {"healthy": status["state"] == "running" and all(parts.values()), "parts": parts}
 
+    def _mark_rotation(self, begins: bool) -> None:
+        if begins:
+            self.metrics_collector.begin_exclusion()
+        else:
+            self.metrics_collector.end_exclusion()
+
     def _pool(self) -> UnifiedStorageManager:
         if self.storage_manager is None:
             raise EngineDeadError("the coordinator is not running; start() it first")
@@ -147,7 +168,7 @@ def create_semi_pd_coordinator(
         port_args: None: everything finds each other by private sockets.
         prefill_sm_percentage, decode_sm_percentage: default: the configuration's.
         ttft_target_ms, tpot_target_ms: with both, a controller moves the split to hold them; with
-            neither, nobody does.
+            neither, the configuration's ``semi_pd.slo`` says, if it is there.
 
     Raises:
         ConfigError: naming what cannot be honoured.

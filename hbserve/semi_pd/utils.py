@@ -29,7 +29,8 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
         raise ConfigError(f"gpu_instances: there is no semi_pd instance on GPU {gpu_id}", "gpu_instances")
     instance = InstanceConfig(instance_id="semi-0", instance_type=InstanceRole.SEMI_PD, gpu_id=gpu_id, kv_rank=0)
     document = msgspec.to_builtins(config) | {"mode": "semi_pd", "gpu_instances": [msgspec.to_builtins(instance)]}
-    return Config.from_dict(document), instance
+    complete = Config.from_dict(document)
+    return complete, complete.instance(instance.instance_id)
 
 
 def partition_of(phase: InstanceRole, percentage: int, priority: int) -> Partition:

@@ -14,6 +14,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.messages.supervisor import WorkerSpec
 from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.semi_pd.utils import partition_of
 from hbserve.semi_pd.worker_process import WakeUp
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,15 @@ class WorkerState(StrEnum):
 
 
 class Worker:
-    """One worker process.
+    """One worker: a process, or one for each rank of a tensor-parallel group, of which the first has the others.
 
     Attributes:
         spec: as the scheduler gets to know it.
         state: ``ready`` has attached, warmed up and listens; ``active`` is known to the scheduler.
         error: what it said when it could not start.
+        start_s: seconds that the parts of its start took.
+        memory_bytes: of the device, that it held of its own when it was ready.
+        rank_pids: process ids of its ranks, once it is ready.
     """
 
     def __init__(self, spec: WorkerSpec, process: ManagedProcess) -> None:
@@ -45,6 +49,9 @@ class Worker:
         self.process = process
         self.state = WorkerState.PREPARING
         self.error: str | None = None
+        self.start_s: dict[str, float] = {}
+        self.memory_bytes: int | None = None
+        self.rank_pids = [process.pid]
 
     @property
     def rung(self) -> tuple[InstanceRole, int]:
@@ -58,7 +65,10 @@ class Worker:
             "role": str(self.spec.role),
             "percentage": self.spec.percentage,
             "pid": self.process.pid,
+            "rank_pids": self.rank_pids,
             "state": str(self.state),
+            "start_s": self.start_s,
+            "memory_bytes": self.memory_bytes,
         }
 
 
@@ -90,6 +100,7 @@ class WorkerSet:
         self._serial = itertools.count(1)
         self._worker_of: dict[ManagedProcess, Worker] = {}
         self._sleepers: deque[ManagedProcess] = deque()
+        self._asleep: set[ManagedProcess] = set()
         self.workers: dict[str, Worker] = {}
         """By name, those that have not ended."""
 
@@ -101,7 +112,8 @@ class WorkerSet:
     def _new_process(self) -> ManagedProcess:
         orders = {
             "config": msgspec.to_builtins(self._config),
-            "name": self._instance.instance_id,
+            "name": f"{self._instance.instance_id}-sleeper",
+            "num_ranks": self._instance.num_ranks,
             "on_gpu": self._on_gpu,
         }
         process: ManagedProcess
@@ -111,9 +123,14 @@ class WorkerSet:
             if worker is not None and "error" in status:
                 worker.error = status["error"]
             if worker is not None and "ready" in status:
+                worker.start_s, worker.memory_bytes = status["start_s"], status["memory_bytes"]
+                worker.rank_pids = [worker.process.pid, *status["rank_pids"]]
                 self._on_ready(worker)
+            if "asleep" in status:
+                self._asleep.add(process)
 
         def on_exit(code: int) -> None:
+            self._asleep.discard(process)
             worker = self._worker_of.pop(process, None)
             if worker is not None:
                 self._on_exit(worker, code)
@@ -122,8 +139,12 @@ class WorkerSet:
         process = ManagedProcess(name, _MODULE, orders, self._environment, on_status, on_exit)
         return process
 
-    def wake(self, phase: InstanceRole, percentage: int, attachment: dict[str, Any]) -> Worker:
-        """Have a sleeper, or a new process if there is none, become a worker; it says later when it is ready."""
+    def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
+        """Have a sleeper, or a new process if there is none, become a worker; it says later when it is ready.
+
+        Args:
+            attachments: to each rank's arenas.
+        """
         priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
         while True:
             process = self._sleepers.popleft() if self._sleepers else self._new_process()
@@ -134,9 +155,8 @@ class WorkerSet:
             order = WakeUp(
                 instance=msgspec.structs.replace(self._instance, instance_id=worker_id, instance_type=phase),
                 address=address,
-                percentage=percentage,
-                priority=priority,
-                attachment=attachment,
+                partition=partition_of(phase, percentage, priority),
+                attachments=attachments,
             )
             worker = Worker(spec, process)
             process.name = worker_id
@@ -153,10 +173,13 @@ class WorkerSet:
         wanted = (WorkerState.PREPARING, WorkerState.READY, WorkerState.ACTIVE)
         return [worker for worker in self.workers.values() if worker.rung == rung and worker.state in wanted]
 
-    @property
-    def num_sleepers(self) -> int:
-        """Processes that wait to become workers."""
-        return sum(sleeper.is_alive() for sleeper in self._sleepers)
+    def sleepers(self) -> list[dict[str, Any]]:
+        """Processes that wait to become workers, for status reports; one that is not asleep still imports."""
+        return [
+            {"pid": sleeper.pid, "is_asleep": sleeper in self._asleep}
+            for sleeper in self._sleepers
+            if sleeper.is_alive()
+        ]
 
     def processes(self) -> list[ManagedProcess]:
         """All that run, sleepers included."""

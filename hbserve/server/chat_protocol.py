@@ -15,10 +15,11 @@ from hbserve.server.tool_calls import CALL_END, calls_grammar
 
 
 class CalledFunction(Body):
-    """Attributes: arguments: a JSON object, as text."""
+    """Attributes: arguments: a JSON object, as text; parsed_arguments: the client's own copy of it, not looked at."""
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(Body):
@@ -40,6 +41,7 @@ class ChatMessage(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
+    parsed: Any = None  # the client's own copy of the content, not looked at
 
     @field_validator("role")
     @classmethod

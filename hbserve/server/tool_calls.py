@@ -20,22 +20,22 @@ def calls_grammar(functions: Mapping[str, dict[str, Any] | None], several: bool)
         functions: by name, the JSON schema of their arguments; None: any object.
         several: more than one call may follow each other.
     """
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, parameters in functions.items()
-    ]
-    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    rules = []
+    for number, (name, parameters) in enumerate(functions.items()):
+        head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')  # as a string of the grammar
+        rules += [f'body_{number}: {head} arguments_{number} "}}"']
+        # A rule of its own: the references within a schema are to its root.
+        rules += [f"arguments_{number}: {json_rule(parameters or {'type': 'object'})}"]
+    bodies = " | ".join(f"body_{number}" for number in range(len(functions)))
     start = 'call ("\\n" call)*' if several else "call"
-    return f"""%llguidance {{}}
-start: {start}
-call: "{CALL_BEGIN}\\n" body "\\n{CALL_END}"
-body: {json_rule(schema)}
-"""
+    return "\n".join(
+        [
+            "%llguidance {}",
+            f"start: {start}",
+            f'call: "{CALL_BEGIN}\\n" ({bodies}) "\\n{CALL_END}"',
+            *rules,
+        ]
+    )
 
 
 class ToolCallParser:

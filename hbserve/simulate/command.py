@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chunk-size", type=positive, default=512, help="most tokens of a prompt in a step of semi-PD")
     parser.add_argument(
+        "--max-chunk-prefill-tokens", type=positive, metavar="N", help="of all prompts in a step (default: 4096)"
+    )
+    parser.add_argument(
         "--policy", choices=["fcfs", "shortest_prompt_first", "slo_aware"], default="fcfs", help="order of the queue"
     )
     parser.add_argument("--max-num-seqs", type=positive, default=256)
@@ -105,6 +108,7 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     steps = StepTimes(profile, priority=not arguments.no_priority)
     sizes = Sizes(
         chunk_size=arguments.chunk_size,
+        max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens or Sizes.max_chunk_prefill_tokens,
         max_num_seqs=arguments.max_num_seqs,
         kv_tokens=arguments.kv_tokens,
         scheduler=SchedulerConfig(policy=arguments.policy),

@@ -1,0 +1,51 @@
+"""A picture of what streams see while a split changes: every gap between two tokens, over time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from hbserve.errors import ConfigError
+
+
+def check() -> None:
+    """Refuse before anything is measured.
+
+    Raises:
+        ConfigError: if matplotlib is not there.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'hbserve[bench]'") from None
+    matplotlib.use("agg")
+
+
+def draw(token_times: dict[int, list[float]], rotation: tuple[float, float, float], title: str, path: Path) -> None:
+    """Draw the gaps around one rotation.
+
+    Args:
+        token_times: by stream, seconds.
+        rotation: when it was asked for, when the new workers were ready, when the old ones had ended.
+    """
+    from matplotlib import pyplot
+
+    asked, ready, settled = rotation
+    margin = max(1.0, (settled - asked) / 2)
+    points = [
+        (later - asked, 1000 * (later - earlier))
+        for times in token_times.values()
+        for earlier, later in pairwise(times)
+        if earlier == earlier and asked - margin <= later <= settled + margin
+    ]
+    figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    axis.axvspan(0, ready - asked, color="tab:orange", alpha=0.15, label="new workers get ready")
+    axis.axvspan(ready - asked, settled - asked, color="tab:red", alpha=0.3, label="plans change over, old workers end")
+    if points:
+        times, gaps = zip(*points, strict=True)
+        axis.plot(times, gaps, ".", markersize=2, color="tab:blue")
+        axis.set_ylim(0, 1.1 * max(gaps))
+    axis.set(xlabel="seconds since the other split was asked for", ylabel="gap between two tokens, ms", title=title)
+    axis.legend(loc="upper left")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

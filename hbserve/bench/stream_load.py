@@ -1,0 +1,164 @@
+"""Streams that decode all the time and prompts that keep arriving, with the time of every token noted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from hbserve.errors import HBServeError
+from hbserve.sampling_params import SamplingParams
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
+
+_START_TIMEOUT_S = 120.0
+_BREAK = float("nan")
+"""Between the tokens of two requests of a stream: what lies between them is no gap between tokens."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Gaps between the tokens of each stream within a time, ms; tokens are those of the streams.
+
+    Attributes:
+        tokens_per_s: of all streams together.
+        gaps: sorted.
+    """
+
+    tokens_per_s: float
+    gaps: list[float]
+
+    def quantile(self, share: float) -> float:
+        """The gap that a share of the gaps does not pass; not a number where there are none."""
+        return self.gaps[min(len(self.gaps) - 1, int(share * len(self.gaps)))] if self.gaps else float("nan")
+
+
+class StreamLoad:
+    """The load of one system.
+
+    Args:
+        context: tokens of a stream's prompt. max_tokens: after which its next request begins.
+
+    Attributes:
+        token_times: by stream, on the monotonic clock; `_BREAK` between requests.
+        failures: of requests, by what went wrong.
+    """
+
+    def __init__(self, llm: DisaggregatedLLM, num_streams: int, context: int, max_tokens: int = 1024) -> None:
+        self._llm, self._context, self._max_tokens = llm, context, max_tokens
+        self._ended = asyncio.Event()
+        self.token_times: dict[int, list[float]] = {index: [] for index in range(num_streams)}
+        self.failures: list[str] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """While the body runs, so do the streams.
+
+        Raises:
+            TimeoutError: if they do not all begin to get tokens.
+        """
+        tasks = [asyncio.create_task(self._stream(index)) for index in self.token_times]
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                while not all(len(times) > 2 for times in self.token_times.values()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            yield
+        finally:
+            self._ended.set()
+            await asyncio.gather(*tasks)
+
+    @asynccontextmanager
+    async def arrivals(self, prompt_tokens: int, interval_s: float, output_tokens: int) -> AsyncIterator[None]:
+        """While the body runs, a prompt arrives every ``interval_s``."""
+        ended = asyncio.Event()
+        task = asyncio.create_task(self._arrive(ended, prompt_tokens, interval_s, output_tokens))
+        try:
+            yield
+        finally:
+            ended.set()
+            await task
+
+    async def _arrive(self, ended: asyncio.Event, prompt_tokens: int, interval_s: float, output_tokens: int) -> None:
+        running: set[asyncio.Task[Any]] = set()
+        sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
+        seed = 10**6
+        while not ended.is_set():
+            seed += 1
+            task = asyncio.create_task(self._noting(self._llm.generate(random_prompt(prompt_tokens, seed), sampling)))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), interval_s)
+        await asyncio.gather(*running)
+
+    async def _stream(self, index: int) -> None:
+        """One user after the other, so that there is always one."""
+        times = self.token_times[index]
+        turn = 0
+        while not self._ended.is_set():
+            # The first requests end at different times, as those of a service do.
+            length = self._max_tokens if turn else self._max_tokens // 4 + 37 * index % self._max_tokens
+            sampling = SamplingParams(temperature=0.8, seed=index, max_tokens=length, ignore_eos=True)
+            times.append(_BREAK)
+            await self._noting(self._receive(random_prompt(self._context, 1000 * turn + index), sampling, times))
+            turn += 1
+
+    async def _receive(self, prompt: list[int], sampling: SamplingParams, times: list[float]) -> None:
+        stream = self._llm.stream(prompt, sampling)
+        async with contextlib.aclosing(stream):
+            async for delta in stream:
+                times.extend([time.monotonic()] * len(delta.token_ids))
+                if self._ended.is_set():
+                    return
+
+    async def _noting(self, request: Any) -> None:
+        try:
+            await request
+        except HBServeError as error:
+            self.failures.append(str(error))
+            await asyncio.sleep(0.1)  # what refuses at once is not to be asked all the time
+
+    def window(self, started: float, ended: float) -> Window:
+        """What the streams saw between two times."""
+        gaps: list[float] = []
+        count = 0
+        for times in self.token_times.values():
+            last = started
+            for earlier, later in pairwise(times):
+                if started <= later <= ended:
+                    count += 1
+                    last = later
+                    if earlier == earlier:
+                        gaps.append(1000 * (later - earlier))
+            gaps.append(1000 * (ended - last))  # a stream that stands still has no later token
+        gaps.sort()
+        return Window(count / (ended - started), gaps)
+
+    async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:
+        """Wait until every stream has got a token after ``since``; the seconds until the last one had it.
+
+        Raises:
+            TimeoutError: if that does not happen.
+        """
+
+        def first(times: list[float]) -> float | None:
+            later = [at for at in times[-4096:] if at > since]
+            return min(later) if later else None
+
+        async with asyncio.timeout(timeout_s):
+            while True:
+                firsts = [first(times) for times in self.token_times.values()]
+                if None not in firsts:
+                    return max(at for at in firsts if at is not None) - since
+                await asyncio.sleep(0.02)
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids of no meaning."""
+    rng = random.Random(seed)
+    return [rng.randrange(1, 1000) for _ in range(length)]

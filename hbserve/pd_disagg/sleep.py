@@ -1,0 +1,60 @@
+"""Processes that import everything first and are told later what they are to be.
+
+Orders come as one line on the standard input; then the process imports, says that it is asleep, and
+waits for a second line, which wakes it. Until then it has not touched the device, so its share of it
+and its priority are still open. The end of the input ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from hbserve.pd_disagg import child
+from hbserve.platform import Partition, mps, set_priority
+
+logger = logging.getLogger(__name__)
+
+
+def sleep(on_gpu: bool) -> dict[str, Any]:
+    """Import everything and wait for the second line; returns it.
+
+    Args:
+        on_gpu: whether to import what only a GPU needs.
+
+    Returns:
+        With ``partition``: None, or the fields of a `hbserve.platform.Partition`, whose priority has
+        taken effect.
+    """
+    started = time.monotonic()
+    _import_everything(on_gpu)
+    child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        child.exit_now(0)
+    wake_up: dict[str, Any] = json.loads(line)
+    if wake_up["partition"] is not None:
+        priority = Partition(**wake_up["partition"]).priority
+        if priority and mps.is_driver_initialised():
+            logger.warning("something has initialised the CUDA driver already, so this worker has normal priority")
+        set_priority(priority)
+    return wake_up
+
+
+def _import_everything(on_gpu: bool) -> None:
+    """Seconds of work that do not depend on what the process will be."""
+    import hbserve.engine.model_runner
+    import hbserve.pd_disagg.gpu_instance
+    import hbserve.pd_disagg.kv_transfer.torch_transfers
+
+    if on_gpu:
+        import flashinfer
+        import triton
+
+        import hbserve.engine.decode_graphs
+        import hbserve.layers.fused  # noqa: F401
+
+        logger.debug("asleep with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)

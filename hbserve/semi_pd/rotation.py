@@ -1,0 +1,110 @@
+"""A rotation: from one split to another while the service goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from hbserve.config import InstanceRole
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
+from hbserve.semi_pd.utils import PHASES, share_of
+from hbserve.semi_pd.worker_set import WorkerState
+from hbserve.semi_pd.workforce import Workforce
+
+logger = logging.getLogger(__name__)
+
+
+class Rotation:
+    """Does one rotation after the other, and counts them.
+
+    Args:
+        mark: called with True when one begins and with False when it is over, however it ended: what
+            is measured in between is not how the system is.
+
+    Attributes:
+        num_done, num_failed: rotations so far.
+        last_s: what the last one took.
+    """
+
+    def __init__(
+        self,
+        workforce: Workforce,
+        delayed: DelayedSwitchingController,
+        asynchronous: AsynchronousSwitchingController,
+        mark: Callable[[bool], None],
+    ) -> None:
+        self._workforce, self._delayed, self._asynchronous, self._mark = workforce, delayed, asynchronous, mark
+        self.num_done = self.num_failed = 0
+        self.last_s: float | None = None
+
+    def rotate(self, allocation: SMAllocation) -> None:
+        """Prepare the workers of a split, and change over to them; if they do not get ready, nothing has changed."""
+        started = time.monotonic()
+        self._mark(True)
+        try:
+            if self._prepare(allocation, started + self._delayed.preparation_timeout):
+                self._change_over(allocation)
+        finally:
+            self.last_s = time.monotonic() - started
+            self._mark(False)
+
+    def _prepare(self, allocation: SMAllocation, deadline: float) -> bool:
+        workforce = self._workforce
+        self._delayed.request_delayed_switch(lambda: workforce.prepare(allocation, deadline))
+        if self._delayed.wait_for_switch_ready():
+            return True
+        self.num_failed += 1
+        workforce.last_error = f"no rotation to {allocation}: {self._delayed.error}"
+        logger.error("%s: %s", workforce.instance.instance_id, workforce.last_error)
+        workforce.discard()
+        return False
+
+    def _change_over(self, allocation: SMAllocation) -> None:
+        workforce = self._workforce
+        with workforce.changed:
+            if not workforce.is_serving():
+                return  # a recovery makes workers for whatever split is in force then
+            before, workforce.allocation = workforce.allocation, allocation
+            changes = [
+                phase for phase in PHASES if workforce.rungs_of(phase, before) != workforce.rungs_of(phase, allocation)
+            ]
+            if not changes:
+                workforce.publish("the shares change")
+        for phase in changes:
+            self._switch(phase, allocation)
+        timeout = self._asynchronous.drain_timeout
+        if all(self._asynchronous.wait_for_switch_completion(phase, 2 * timeout) for phase in changes):
+            self.num_done += 1
+        with workforce.changed:
+            if workforce.is_serving():
+                workforce.replace_lost()
+
+    def _switch(self, phase: InstanceRole, allocation: SMAllocation) -> None:
+        """Name a phase's new workers to the scheduler and let the old ones drain."""
+        workforce = self._workforce
+        with workforce.changed:
+            assert workforce.workers is not None
+            made = workforce.workers.of_rung((phase, share_of(allocation, phase)))
+            workforce.activate([phase])
+            old = [
+                worker
+                for worker in workforce.workers.workers.values()
+                if worker.state is WorkerState.RETIRING and worker.spec.role is phase
+            ]
+
+        def drained() -> bool:
+            if workforce.link is None:
+                for worker in old:
+                    worker.process.terminate()
+            deadline = time.monotonic() + self._asynchronous.drain_timeout
+            done = [worker.process.join(max(0.0, deadline - time.monotonic())) for worker in old]
+            if all(done):
+                return True
+            for worker, ended in zip(old, done, strict=True):
+                if not ended:
+                    worker.process.kill()
+            return False
+
+        self._asynchronous.start_asynchronous_switch(phase, None, made[-1].process if made else None, drained)

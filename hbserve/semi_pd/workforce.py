@@ -1,0 +1,288 @@
+"""The books of one instance: which workers there are, which the split wants, and which serve.
+
+The books have one lock. Each child process has a watcher thread, which writes down what has become of
+it and wakes whoever waits for a change; what is then to be done, a supervisor does (`rotation`,
+`recovery`). A worker that ends on its own is the exception: another in its place is made at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from enum import StrEnum
+
+from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.errors import StartupError
+from hbserve.messages.supervisor import SetWorkers
+from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.semi_pd.resident_group import ResidentGroup
+from hbserve.semi_pd.scheduler_link import SchedulerLink
+from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.utils import PHASES, share_of
+from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
+
+logger = logging.getLogger(__name__)
+
+_RESTART_WINDOW_S = 600.0
+_GRACE_S = 5.0
+Rung = tuple[InstanceRole, int]
+
+
+class State(StrEnum):
+    """Where an instance is in its life."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+
+
+class Workforce:
+    """The books; methods take the lock themselves unless they say otherwise.
+
+    Args:
+        allocation: the split at first.
+
+    Attributes:
+        residents: who hold the memory.
+        changed: notified after every change; its lock is the books'.
+        allocation: the split in force.
+        state: of the instance.
+        is_told_to_stop: nothing new is to be begun.
+        workers: None while there are none to be had.
+        link: to the scheduler that gets to know the workers; None: nobody does.
+        memory_lost: why, until a recovery has begun; None if it is there.
+        last_error: what went wrong last.
+        num_replaced: workers made in place of lost ones.
+    """
+
+    def __init__(self, config: Config, instance: InstanceConfig, allocation: SMAllocation) -> None:
+        self._config = config
+        self.instance = instance
+        self.allocation = allocation
+        self.residents = ResidentGroup(config, instance, instance.gpu_id, self.note_memory_lost)
+        self.changed = threading.Condition(threading.RLock())
+        self.state = State.STOPPED
+        self.is_told_to_stop = False
+        self.workers: WorkerSet | None = None
+        self.link: SchedulerLink | None = None
+        self.memory_lost: str | None = None
+        self.last_error: str | None = None
+        self.num_replaced = 0
+        self._on_gpu = False
+        self._gone: list[str] = []
+        self._losses: deque[float] = deque()
+
+    def hire(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
+        """Begin to have workers: start the sleepers that the first of them are made of."""
+        workers = WorkerSet(
+            self._config, self.instance, run_dir, environment, on_gpu, self._note_ready, self._note_exit
+        )
+        with self.changed:
+            self.check_going()
+            self.workers, self._on_gpu = workers, on_gpu
+            workers.keep_sleepers(len(self.rungs(self.allocation)))  # they import while the memory is loaded
+
+    def check_going(self) -> None:
+        """Raises:
+        StartupError: if the instance was told to stop.
+        """
+        if self.is_told_to_stop:
+            raise StartupError(f"{self.instance.instance_id} was told to stop")
+
+    def start_memory(self, deadline: float) -> None:
+        """Start the resident processes.
+
+        Raises:
+            StartupError: with the reason of the one that cannot; or if told to stop.
+        """
+        self.check_going()
+        self.residents.start(max(0.0, deadline - time.monotonic()), lambda: self.is_told_to_stop)
+
+    def processes(self) -> list[ManagedProcess]:
+        """All of the workers' and sleepers' that run."""
+        with self.changed:
+            return self.workers.processes() if self.workers is not None else []
+
+    # --- what is wanted --------------------------------------------------------------------------
+
+    def rungs(self, allocation: SMAllocation) -> set[Rung]:
+        """Phases and percentages that a split has workers of."""
+        return {(phase, percentage) for phase in PHASES for percentage in self.rungs_of(phase, allocation)}
+
+    def rungs_of(self, phase: InstanceRole, allocation: SMAllocation) -> set[int]:
+        """The percentages of one phase."""
+        ladder = self._config.semi_pd.ladder
+        fixed = ladder.prefill if phase is InstanceRole.PREFILL else ladder.decode
+        return {share_of(allocation, phase), *fixed}
+
+    def all_serve(self) -> bool:
+        """Whether exactly the workers that the split wants are there, and serve. With the lock held."""
+        workers = list(self.workers.workers.values()) if self.workers is not None else []
+        active = {worker.rung for worker in workers if worker.state is WorkerState.ACTIVE}
+        return active == self.rungs(self.allocation) and all(w.state is WorkerState.ACTIVE for w in workers)
+
+    # --- getting ready ---------------------------------------------------------------------------
+
+    def prepare(self, allocation: SMAllocation, deadline: float) -> None:
+        """Make the workers that a split lacks, and wait until they are ready.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: naming the one that failed, or was not ready in time.
+        """
+        with self.changed:
+            assert self.workers is not None
+            attachments = self.residents.attachments
+            for phase, percentage in sorted(self.rungs(allocation)):
+                if not self.workers.of_rung((phase, percentage)):
+                    self.workers.wake(phase, percentage, attachments)
+            preparing = [w for w in self.workers.workers.values() if w.state is WorkerState.PREPARING]
+
+            def is_over() -> bool:
+                return (
+                    all(worker.state is not WorkerState.PREPARING for worker in preparing)
+                    or any(worker.state is WorkerState.ENDED for worker in preparing)
+                    or self.memory_lost is not None
+                    or self.is_told_to_stop
+                )
+
+            in_time = self.changed.wait_for(is_over, max(0.0, deadline - time.monotonic()))
+            self.check_going()
+            for worker in preparing:
+                if worker.state is WorkerState.ENDED:
+                    why = worker.error or f"ended with exit code {worker.process.exit_code}; see its log"
+                    raise StartupError(f"{worker.spec.worker_id}: {why}")
+            if self.memory_lost is not None:
+                raise StartupError(self.memory_lost)
+            if not in_time:
+                late = ", ".join(w.spec.worker_id for w in preparing if w.state is WorkerState.PREPARING)
+                raise StartupError(f"{late} not ready in time")
+
+    def discard(self) -> None:
+        """End what was prepared in vain."""
+        with self.changed:
+            assert self.workers is not None
+            wanted = self.rungs(self.allocation)
+            unserving = (WorkerState.PREPARING, WorkerState.READY)
+            unused = [w for w in self.workers.workers.values() if w.state in unserving and w.rung not in wanted]
+            for worker in unused:
+                worker.state = WorkerState.RETIRING
+        for worker in unused:
+            worker.process.end(_GRACE_S)
+
+    # --- serving; with the lock held -------------------------------------------------------------
+
+    def activate(self, phases: Iterable[InstanceRole]) -> None:
+        """Put ready workers of these phases into service, retire those whose rung is no longer wanted."""
+        assert self.workers is not None
+        chosen, wanted = set(phases), self.rungs(self.allocation)
+        for worker in self.workers.workers.values():
+            if worker.spec.role not in chosen:
+                continue
+            if worker.state is WorkerState.READY and worker.rung in wanted:
+                worker.state = WorkerState.ACTIVE
+            elif worker.state is WorkerState.ACTIVE and worker.rung not in wanted:
+                worker.state = WorkerState.RETIRING
+        self.publish("a change of workers")
+        self.changed.notify_all()
+
+    def publish(self, reason: str) -> None:
+        """Tell the scheduler which workers there are."""
+        if self.link is None or self.workers is None:
+            return
+        active = [w.spec for w in self.workers.workers.values() if w.state is WorkerState.ACTIVE]
+        is_lost = self.memory_lost is not None
+        gone, self._gone = self._gone, []
+        self.link.send(
+            SetWorkers(
+                instance_id=self.instance.instance_id,
+                arena_epoch=0 if is_lost else self.residents.attachments[0]["epoch"],
+                workers=[] if is_lost else active,
+                gone=gone,
+                prefill_percentage=self.allocation.prefill_percentage,
+                decode_percentage=self.allocation.decode_percentage,
+                reason=reason,
+            )
+        )
+
+    def replace_lost(self) -> None:
+        """Make a worker of every rung of the split in force that has none."""
+        assert self.workers is not None
+        for rung in sorted(self.rungs(self.allocation)):
+            if self.workers.of_rung(rung):
+                continue
+            if not self.may_try_again():
+                phase, percentage = rung
+                self.last_error = f"the {phase} worker at {percentage} % was lost, too often to make it again"
+                logger.error("%s: %s (rpc.max_restarts)", self.instance.instance_id, self.last_error)
+                continue
+            self.num_replaced += 1
+            self.workers.wake(*rung, self.residents.attachments)
+        self.workers.keep_sleepers(self._config.semi_pd.num_sleepers)
+
+    def may_try_again(self) -> bool:
+        """Whether one more loss in the last minutes is still bearable."""
+        now = time.monotonic()
+        while self._losses and now - self._losses[0] > _RESTART_WINDOW_S:
+            self._losses.popleft()
+        self._losses.append(now)
+        return len(self._losses) <= self._config.rpc.max_restarts
+
+    # --- what becomes of processes; from watchers' threads ---------------------------------------
+
+    def _note_ready(self, worker: Worker) -> None:
+        with self.changed:
+            if worker.state is not WorkerState.PREPARING:
+                return
+            worker.state = WorkerState.READY
+            # One that was made in place of a lost one is put to work at once; others wait for their split.
+            if self.is_serving() and worker.rung in self.rungs(self.allocation):
+                self.activate([worker.spec.role])
+            self.changed.notify_all()
+
+    def _note_exit(self, worker: Worker, code: int) -> None:
+        with self.changed:
+            before, worker.state = worker.state, WorkerState.ENDED
+            if self.workers is not None:
+                self.workers.workers.pop(worker.spec.worker_id, None)
+            self._gone.append(worker.spec.worker_id)
+            self.changed.notify_all()
+            if self.state is not State.RUNNING or before is WorkerState.RETIRING:
+                if self.is_serving():
+                    self.publish("a retired worker has ended")
+                return
+            logger.error("%s ended with exit code %d (%s)", worker.spec.worker_id, code, worker.error or before)
+        # On a GPU its end may be that of everybody.
+        if self._on_gpu and not self.residents.is_healthy():
+            self.note_memory_lost(f"{worker.spec.worker_id} ended with exit code {code} and took the memory with it")
+            return
+        with self.changed:
+            if self.is_serving():
+                self.publish(f"{worker.spec.worker_id} ended with exit code {code}")
+                self.replace_lost()
+
+    def is_serving(self) -> bool:
+        """Whether it runs and has its memory. With the lock held."""
+        return self.state is State.RUNNING and self.memory_lost is None
+
+    def note_memory_lost(self, why: str) -> None:
+        """A resident process has ended, or the device has failed."""
+        with self.changed:
+            if self.is_serving():
+                self.memory_lost = self.last_error = why
+            self.changed.notify_all()
+
+    def note_worker_lost(self, worker_id: str, why: str) -> None:
+        """The scheduler says that a worker has failed or is silent: it must end before others may go on."""
+        with self.changed:
+            worker = self.workers.workers.get(worker_id) if self.workers is not None else None
+        if worker is None:
+            return
+        logger.warning("%s: %s; ending it", worker_id, why)
+        threading.Thread(target=worker.process.end, args=(_GRACE_S,), name="semi-pd-end", daemon=True).start()
