@@ -198,8 +198,8 @@ class SLOConfig(Section, frozen=True):
         rotation_cooldown_s: from one move that needs new processes to the next of that kind.
         hysteresis: share of goodput that a move must gain.
         min_confidence_threshold: of the latency model, below which it is not followed.
-        holds_back_decode: while prompts are computed, decode steps begin no sooner after each other
-            than the TPOT target allows with some room.
+        holds_back_decode: while prompts are computed, decode does no more steps than the TPOT target
+            calls for with some room, in turns.
     """
 
     ttft_target_ms: float
@@ -222,7 +222,7 @@ class SLOConfig(Section, frozen=True):
 
     @property
     def decode_interval_ms(self) -> float:
-        """Least time from the beginning of a decode step to the next's while prefill is busy; 0: none."""
+        """Mean time from the beginning of a decode step to the next's while prefill is busy; 0: no matter."""
         return DECODE_PACE * self.tpot_target_ms if self.holds_back_decode else 0.0
 
 
