@@ -49,7 +49,8 @@ def share_right(llm: LLM, questions: list[language.Question]) -> float:
 @pytest.mark.parametrize("mode", ["unified", "disaggregated"])
 def test_recall_of_held_out_pairs_in_every_mode(mode: str, dtype: str) -> None:
     with LLM(DEMO, mode=mode, dtype=dtype, **SETTINGS) as llm:
-        assert share_right(llm, recall_questions(40)) >= 0.95
+        assert share_right(llm, recall_questions(20)) >= 0.95
+        assert share_right(llm, recall_questions(20, position=10)) >= 0.95
         assert_no_leaks(llm)
 
 
@@ -68,13 +69,10 @@ BLOCK_BYTES = 4 * 2 * 16 * 2 * 64 * 4  # layers, k and v, tokens, KV heads, head
 
 def test_a_corrupted_block_shows_in_the_answers() -> None:
     # About the tenth pair stands in the third block of 16 tokens.
-    questions = recall_questions(20, position=10)
-    with LLM(DEMO, mode="disaggregated", dtype="float32", **SETTINGS) as llm:
-        intact = share_right(llm, questions)
+    questions = recall_questions(20, position=10)  # which an intact system answers, see above
     backend = f"{__name__}:WipesThirdBlock"
     with LLM(DEMO, mode="disaggregated", dtype="float32", kv_transfer_backend=backend, **SETTINGS) as llm:
         corrupted = share_right(llm, questions)
-    assert intact >= 0.95
     assert corrupted <= 0.5
 
 
