@@ -248,8 +248,9 @@ class WorkerRegistry:
             if self._membership.is_member(instance):
                 self._gone(instance)
             return
-        logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
-        self._events.note("retired" if worker.is_retiring else "lost", worker.id, why)
+        is_expected = worker.is_retiring or self._drains.has_let_go(instance)
+        logger.log(logging.INFO if is_expected else logging.WARNING, "lost %s: %s", worker.id, why)
+        self._events.note("retired" if is_expected else "lost", worker.id, why)
         if worker.owns_memory:
             worker.hello = None
             worker.inflight.clear()
