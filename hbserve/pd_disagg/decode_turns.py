@@ -5,7 +5,7 @@ from __future__ import annotations
 _PATIENCE = 1.0
 """Decode steps that may be owed before a turn begins, and that are done ahead before it ends. A change of turn can
 mean a change of prefill's worker, which costs some milliseconds."""
-_FORGIVEN = 4.0
+_FORGIVEN = 8.0
 """Decode steps: what is owed beyond them is given up."""
 
 
@@ -28,7 +28,7 @@ class DecodeTurns:
     """
 
     def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
+        self._usual_s = self._interval_s = interval_s
         self._due = 0.0  # when the next decode step should begin
         self.is_open = False
 
@@ -37,8 +37,13 @@ class DecodeTurns:
         self.is_open = False
         self._due = min(max(self._due, now), now + _PATIENCE * self._interval_s)
 
-    def update(self, now: float) -> bool:
-        """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now."""
+    def update(self, now: float, needed_s: float | None = None) -> bool:
+        """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now.
+
+        Args:
+            needed_s: an interval that sequences in the batch need, where it is shorter than the usual one.
+        """
+        self._interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
         self._due = max(self._due, now - _FORGIVEN * self._interval_s)
         owed = (now - self._due) / self._interval_s
         self.is_open = owed > -_PATIENCE if self.is_open else owed >= _PATIENCE

@@ -144,6 +144,11 @@ class Sequence:
         return self.request.sampling.ttft_ms
 
     @property
+    def tpot_target_ms(self) -> float | None:
+        """That it came with."""
+        return self.request.sampling.tpot_ms
+
+    @property
     def has_grammar(self) -> bool:
         """Whether a token must be known before the next one can be chosen."""
         return self.request.sampling.grammar is not None
