@@ -284,7 +284,7 @@ class InstanceHandle:
         prefill = self._current.get(InstanceRole.PREFILL)
         if prefill is None or not prefill.inflight:
             return self.turns.is_open
-        return prefill.inflight[0].beside_decode
+        return prefill.inflight[0].beside_decode or self.turns.is_overdue
 
     def note_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
         """A step has been planned; the turns of decode count it."""
