@@ -84,22 +84,25 @@ class Prompts:
         """Whether the next step is full, and the request would not be computed before one that is here."""
         tokens, key = 0, self._key(request)
         for other in self.requests:
-            if not self._is_fifo and self._key(other) > key:
+            if not self._is_fifo and other.planned_tokens < other.prompt_tokens and self._key(other) > key:
                 return False
-            tokens += min(other.prompt_tokens - other.computed_tokens, self._sizes.chunk_size)
+            tokens += min(other.prompt_tokens - other.planned_tokens, self._sizes.chunk_size)
         return tokens >= self._sizes.max_chunk_prefill_tokens
 
     def take(self, budget: int) -> Chunks:
-        """What the next step computes."""
+        """What the next step to be planned computes."""
         parts, tokens, keys = [], 0, 0.0
         ordered = self.requests if self._is_fifo else sorted(self.requests, key=self._key)
         for request in ordered:
-            chunk = min(request.prompt_tokens - request.computed_tokens, self._sizes.chunk_size, budget - tokens)
-            if chunk <= 0:
+            start = request.planned_tokens
+            chunk = min(request.prompt_tokens - start, self._sizes.chunk_size, budget - tokens)
+            if chunk > 0:
+                parts.append((request, chunk))
+                request.planned_tokens += chunk
+                tokens += chunk
+                keys += chunk * (start + chunk / 2)
+            elif tokens >= budget:
                 break
-            parts.append((request, chunk))
-            tokens += chunk
-            keys += chunk * (request.computed_tokens + chunk / 2)
         return Chunks(tuple(parts), tokens, keys)
 
     def done(self, chunks: Chunks, seconds: float) -> list[SimulatedRequest]:
@@ -115,7 +118,7 @@ class Prompts:
         return complete
 
     def _key(self, request: SimulatedRequest) -> tuple[bool, tuple[int, float, float]]:
-        return self.policy.key(request, request.computed_tokens, self._clock.now)
+        return self.policy.key(request, request.planned_tokens, self._clock.now)
 
 
 class PrefillPhase:
@@ -140,15 +143,23 @@ class PrefillPhase:
         self.percentage = 100
         self.step: Progress | None = None
         self.chunks: Chunks | None = None
+        self._next: Chunks | None = None
         self.busy_s = 0.0
         self.last_busy_s = 0.0
 
     def start(self, percentage: int) -> None:
         """Begin a step on so much of the device."""
         self.percentage = percentage
-        self.chunks = chunks = self.prompts.take(self._sizes.max_chunk_prefill_tokens)
+        self.chunks = chunks = self._next or self.prompts.take(self._sizes.max_chunk_prefill_tokens)
+        self._next = None
         milliseconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage)
         self.step = Progress(self._clock, milliseconds / 1000, self._done)
+
+    def plan_ahead(self) -> None:
+        """While a step is under way the next is planned already: what comes later waits for both."""
+        if self.step is not None and self._next is None:
+            chunks = self.prompts.take(self._sizes.max_chunk_prefill_tokens)
+            self._next = chunks if chunks.tokens else None
 
     def _done(self) -> None:
         assert self.step is not None

@@ -19,6 +19,7 @@ class SimulatedRequest:
         block_tokens: tokens per name.
         cached_tokens: found in the prefix cache when it was admitted.
         computed_tokens: of the prompt, cached ones included.
+        planned_tokens: of it, those of steps under way or planned included.
         ttft_target_ms: that it comes with, for the order of the queue.
         rank: its place there.
     """
@@ -31,6 +32,7 @@ class SimulatedRequest:
     request_id: str = ""
     cached_tokens: int = 0
     computed_tokens: int = 0
+    planned_tokens: int = 0
     first_token_time: float | None = None
     completion_time: float | None = None
     finish_step: int = field(default=0, repr=False)

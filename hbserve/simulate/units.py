@@ -83,7 +83,8 @@ class Unit(ABC):
             seated.append(request)
             self._num_open += 1
             self._kv_tokens += tokens
-            request.cached_tokens = request.computed_tokens = self._prefixes.match(request)
+            request.cached_tokens = self._prefixes.match(request)
+            request.computed_tokens = request.planned_tokens = request.cached_tokens
             self.metrics.record_prefill_start(request.request_id, request.cached_tokens)
             min(self.prompts, key=lambda prompts: prompts.backlog_tokens).requests.append(request)
         for request in seated:
@@ -229,6 +230,8 @@ class SemiPDUnit(_PhasedUnit):
             assert self._turns is not None
             self._turns.stepped()
             self.decode.start(share, 1)
+        self._admit()
+        self.prefill.plan_ahead()
         self._set_speeds()
 
     def _set_speeds(self) -> None:
@@ -266,6 +269,8 @@ class DisaggregatedUnit(_PhasedUnit):
         for prefill in self._prefills:
             if prefill.step is None and prefill.prompts:
                 prefill.start(100)
+                self._admit()
+            prefill.plan_ahead()
         for decode in self._decodes:
             if decode.burst is None and decode.num_sequences:
                 decode.start(100)
@@ -280,6 +285,7 @@ class UnifiedUnit(Unit):
         self._running: dict[SimulatedRequest, int] = {}  # tokens still to come
         self._step: Progress | None = None
         self._chunks: Chunks | None = None
+        self._next: Chunks | None = None
 
     @property
     def prompts(self) -> list[Prompts]:
@@ -291,11 +297,24 @@ class UnifiedUnit(Unit):
 
     def _pump(self) -> None:
         self._admit()
-        if self._step is not None or not (self._prompts or self._running):
-            return
+        if self._step is None and (self._prompts or self._running):
+            self._start()
+            self._admit()
+        # While a step is under way the next is planned already: what comes later waits for both.
+        if self._step is not None and self._next is None:
+            chunks = self._take()
+            self._next = chunks if chunks.tokens or self._running else None
+
+    def _take(self) -> Chunks:
+        room = self.sizes.max_num_batched_tokens - len(self._running)
+        return self._prompts.take(min(room, self.sizes.max_chunk_prefill_tokens))
+
+    def _start(self) -> None:
         batch = len(self._running)
-        budget = min(self.sizes.max_num_batched_tokens - batch, self.sizes.max_chunk_prefill_tokens)
-        self._chunks = chunks = self._prompts.take(budget)
+        chunks = self._next
+        if chunks is None or not (chunks.tokens or batch):
+            chunks = self._take()
+        self._chunks, self._next = chunks, None
         context = sum(map(_context_of, self._running.items())) / batch if batch else 0.0
         prompt_context = chunks.context if chunks.tokens else 0.0
         milliseconds = self.steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
