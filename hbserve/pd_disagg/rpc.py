@@ -7,6 +7,7 @@ back. The scheduler speaks first (`Ping`); an instance answers whoever spoke to 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 
 import msgspec
@@ -18,6 +19,9 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages.worker import InstanceCommand, InstanceReply
 from hbserve.pd_disagg.async_socket import AsyncSocket, SocketClosed
+
+_MAX_SOCKET_PATH_BYTES = 107
+"""Linux's, see unix(7)."""
 
 
 def instance_address(instance: InstanceConfig, run_dir: str | None) -> str:
@@ -44,7 +48,13 @@ def scheduler_address(config: Config, run_dir: str | None) -> str:
 def _private_socket(key: str, name: str, run_dir: str | None) -> str:
     if run_dir is None:
         raise StartupError(f"{key}: parts that are started separately need a port to find each other; set one")
-    return f"ipc://{run_dir}/{name}.sock"
+    path = f"{run_dir}/{name}.sock"
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        raise StartupError(
+            f"TMPDIR: the path of a socket has at most {_MAX_SOCKET_PATH_BYTES} bytes, and {path} has more; "
+            f"name a shorter folder, or set {key}"
+        )
+    return f"ipc://{path}"
 
 
 def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
