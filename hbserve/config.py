@@ -90,7 +90,7 @@ class KVTransferConfig(Section, frozen=True):
         port: base port; of the instance with KV rank r, tensor-parallel rank t listens on
             port + r * s + t, where s is the largest number of ranks of an instance. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
-        max_attempts: how often a request's prefill is tried before the request fails.
+        max_attempts: how often a request is tried without getting on before it fails.
         local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
             side, being short or mostly in its prefix cache, are computed there and not transferred.
         verify: compare checksums of every block before it is used; what differs is computed again.
@@ -198,8 +198,8 @@ class SLOConfig(Section, frozen=True):
         rotation_cooldown_s: from one move that needs new processes to the next of that kind.
         hysteresis: share of goodput that a move must gain.
         min_confidence_threshold: of the latency model, below which it is not followed.
-        holds_back_decode: while prompts are computed, decode steps begin no sooner after each other
-            than the TPOT target allows with some room.
+        holds_back_decode: while prompts are computed, decode does no more steps than the TPOT target
+            calls for with some room, in turns.
     """
 
     ttft_target_ms: float
@@ -222,7 +222,7 @@ class SLOConfig(Section, frozen=True):
 
     @property
     def decode_interval_ms(self) -> float:
-        """Least time from the beginning of a decode step to the next's while prefill is busy; 0: none."""
+        """Mean time from the beginning of a decode step to the next's while prefill is busy; 0: no matter."""
         return DECODE_PACE * self.tpot_target_ms if self.holds_back_decode else 0.0
 
 

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hbserve.bench import serve_plots
+from hbserve.bench import compare, serve_plots
 from hbserve.bench.arrivals import draw_arrivals
 from hbserve.bench.http_target import split_in
 from hbserve.bench.load import LoadResult, LoadRun
@@ -26,11 +27,12 @@ from hbserve.bench.request_record import RequestRecord, Targets, summarize
 from hbserve.bench.serve import ServeBenchmark
 from hbserve.bench.serve_options import ServeOptions, add_arguments
 from hbserve.bench.serve_workload import ServeWorkload, WorkloadSource
-from hbserve.bench.sweep import RateSearch
+from hbserve.bench.sweep import RateSearch, interpolated_rate
 from hbserve.bench.target import TargetError
 from hbserve.bench.traces import load_trace
 from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
+from hbserve.simulate.systems import System
 
 DEADLINE_S = 120.0
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -109,6 +111,7 @@ def test_mooncake_traces_share_prefix_blocks(tmp_path: Path) -> None:
 def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "abc"}, {"from": "gpt", "value": "de"}, {"from": "human", "value": "f"}]
     one_sided = {"conversations": turns[:1]}
+    turns.insert(0, {"from": "system", "value": "be brief"})
     path = trace_file(tmp_path, "s.json", json.dumps([{"id": "x", "conversations": turns}, one_sided]))
     entries = load_trace(path, lambda text: [ord(character) for character in text])
     workload = source(trace=entries).workload(2.0, 0)
@@ -123,6 +126,7 @@ def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
     [
         ("a.csv", "TIMESTAMP,Context\n2023-11-16 18:15:46,3\n", "a.csv:2: not a line of an Azure trace"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,3,4\n", "a.csv:2"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-3,4\n", "negative"),
         ("m.jsonl", '{"timestamp": 0}\n', "m.jsonl:1: not a line of a Mooncake trace"),
         (
             "m.jsonl",
@@ -203,6 +207,17 @@ def test_the_search_finds_the_limit(first: float, limit: float) -> None:
         search.add(rate, rate <= limit)
     assert limit / 1.05 <= search.best <= limit < search.worst <= search.best * 1.05
     assert len(tried) < 20
+
+
+def test_a_search_near_its_end_takes_small_steps_and_the_limit_lies_between_its_runs() -> None:
+    search = RateSearch(10.0, 0.05, 1.1, 4)
+    tried = []
+    while (rate := search.next_rate()) is not None:
+        tried.append(rate)
+        search.add(rate, rate <= 13, is_far=rate == 10)
+    assert tried == pytest.approx([10, 12.1, 13.31, math.sqrt(12.1 * 13.31)])
+    assert interpolated_rate([(8.0, 1.0), (16.0, 0.8), (4.0, 1.0)], 0.9) == pytest.approx(8 * math.sqrt(2))
+    assert interpolated_rate([(8.0, 1.0)], 0.9) is interpolated_rate([(8.0, 0.1)], 0.9) is None
 
 
 def test_the_search_does_not_believe_a_good_rate_above_a_bad_one() -> None:
@@ -352,3 +367,46 @@ def test_arguments_that_do_not_fit(arguments: list[str], complaint: str, capsys:
     monkeypatch.setattr(sys, "argv", ["bench", "serve", *arguments])
     assert main() == 1
     assert complaint in capsys.readouterr().err
+
+
+# --- comparing systems ---------------------------------------------------------------------------
+
+
+def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    trace = trace_file(folder, "azure.csv", AZURE)
+    fixed = ["--model", "qwen3-8b", "--trace", str(trace), "--slo-scale", "7.5:10", "--json", str(folder / "c.json")]
+    return parser.parse_args([*fixed, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--system", "slo@80-50"], "the first one is measured for the targets"),
+        (["--system", "1p1d"], "only systems of one GPU"),
+        (["--system", "unified*2"], "only systems of one GPU"),
+        (["--system", "unified", "--json", "/nowhere/at/all.json"], "there is no folder"),
+    ],
+)
+def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        compare.run(comparison(tmp_path, *arguments))
+
+
+def test_compared_systems_become_configurations(tmp_path: Path) -> None:
+    arguments = comparison(tmp_path, "--system", "unified@1536", "--rungs", '{"prefill":[100,60],"decode":[100]}')
+    systems = {text: System.parse(text) for text in ("unified@1536", "semi_pd@60-100", "no_ladder@60-40", "slo@80-100")}
+    both = compare.Comparison(arguments, list(systems.values()))
+    targets = Targets(ttft_ms=172.0, tpot_ms=43.0)
+    configs = {name: both.config_of(system, targets).freeze() for name, system in systems.items()}
+    assert configs["unified@1536"].chunked_prefill.max_chunk_prefill_tokens == 1536
+    assert configs["unified@1536"].performance.max_num_batched_tokens >= 1536 + 256
+    assert configs["semi_pd@60-100"].semi_pd.ladder.prefill == (100,)
+    assert configs["no_ladder@60-40"].semi_pd.ladder.prefill == ()
+    slo = configs["slo@80-100"].semi_pd
+    assert slo.ladder.prefill == (100, 60)
+    assert slo.slo is not None
+    assert (slo.slo.ttft_target_ms, slo.slo.tpot_percentile) == (172.0, pytest.approx(90.0))
+    with pytest.raises(ConfigError, match="the first system has failed"):
+        both.config_of(systems["slo@80-100"], None)

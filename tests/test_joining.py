@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
+import httpx
 import torch
 
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
-from hbserve.errors import InvalidRequestError
+from hbserve.server.app import create_app
 from tests.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.model_zoo import save_model
 from tests.ports import free_ports
@@ -99,6 +99,8 @@ async def test_instances_join_and_leave_while_the_system_serves(tmp_path: Path) 
             outputs = await asyncio.wait_for(llm.generate(prompts, GREEDY), DEADLINE_S)
             assert [output["token_ids"] for output in outputs] == expected
 
+        app = create_app(llm.engine, llm.client, "tiny")
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=DEADLINE_S)
         everybody = {"prefill-0", "prefill-1", "decode-0", "decode-1"}
         async with joiner("decode", "decode-1") as decode, joiner("prefill", "prefill-1"):
             said = await asyncio.gather(
@@ -127,12 +129,13 @@ async def test_instances_join_and_leave_while_the_system_serves(tmp_path: Path) 
             work = asyncio.create_task(answer())
             await asyncio.sleep(0.05)  # somewhere in the middle of it
             decode.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(llm.client.remove_instance("prefill-0"), DEADLINE_S)
+            assert (await http.delete("/v1/instances/prefill-0")).status_code == 200
             assert await asyncio.wait_for(decode.wait(), DEADLINE_S) == 0
             await work
             stats = await until(llm, {"prefill-1", "decode-0"})
             assert stats["cpu_scheduler"]["retries"] == retries
-            with pytest.raises(InvalidRequestError, match="the only decode instance"):
-                await llm.client.remove_instance("decode-0")
+            refusal = await http.delete("/v1/instances/decode-0")
+            assert refusal.status_code == 400
+            assert "the only decode instance" in refusal.text
             await answer()
             await asyncio.to_thread(assert_no_leaks, llm)

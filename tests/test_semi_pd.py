@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
-from hbserve.errors import OverloadedError
+from hbserve.errors import ConfigError, OverloadedError
 from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from hbserve.semi_pd.resident_process_manager import AsynchronousSwitchingController, DelayedSwitchingController
@@ -361,13 +361,29 @@ def test_the_coordinator_joins_processes_and_pool(model: str) -> None:
         assert status["storage"]["free_blocks"] == status["storage"]["total_blocks"] - 10
         assert status["slo_controller"]["running"]
         coordinator.deallocate_kv_blocks("a")
-        # Alone, without a scheduler, a rotation works as well.
+        # Alone, without a scheduler, a rotation works as well; what overlaps it says nothing about either split.
+        collector = coordinator.metrics_collector
+        collector.record_request_arrival("before", 10)
         assert coordinator.request_sm_reallocation(SMAllocation(60, 40))
         assert coordinator.rotation_manager.wait_until_settled(DEADLINE_S)
+        collector.record_request_arrival("after", 10)
+        for name in ("before", "after"):
+            collector.record_first_token(name)
+        assert collector.get_current_window_metrics().ttft.count == 1
         assert coordinator.rotation_manager.get_status()["warm_percentages"] == {"prefill": [60], "decode": [40]}
     finally:
         coordinator.stop()
     assert not coordinator.health_check()["healthy"]
+
+
+def test_a_split_has_one_controller(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    slo = {"ttft_target_ms": 100.0, "tpot_target_ms": 50.0}
+    config = PdDisaggConfig.from_arguments(model, mode="semi_pd", slo=slo, **SETTINGS)
+    with pytest.raises(ConfigError, match="targets in the configuration and in the arguments"):
+        create_semi_pd_coordinator(config, ttft_target_ms=200.0, tpot_target_ms=50.0)
+    assert create_semi_pd_coordinator(config).slo_controller is not None
+    assert not ProcessRotationManager(config).start()
+    assert "without a scheduler nobody sees latencies" in caplog.text
 
 
 async def test_status_and_split_over_http(running: LLM) -> None:

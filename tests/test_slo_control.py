@@ -263,6 +263,10 @@ def test_decode_gets_its_steps_in_runs_and_no_more() -> None:
     assert sum(earlier != later for earlier, later in itertools.pairwise(opened)) < 300
     turns.rest(now)
     assert not turns.update(now)
+    assert turns.update(now + 0.02, 0.01)  # a request needs a token sooner
+    assert not turns.is_overdue
+    assert turns.update(now + 1.0)
+    assert turns.is_overdue
 
 
 def test_turns_leave_prefill_more_of_the_device_and_keep_tpot_within_its_target() -> None:

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--system: {system.name}: only systems of one GPU are compared")
     if systems[0].form == "slo":
         raise ConfigError("--system: the first one is measured for the targets; it can have no controller")
-    asyncio.run(_Comparison(arguments, systems).run())
+    asyncio.run(Comparison(arguments, systems).run())
 
 
 @dataclass
@@ -111,7 +111,13 @@ class _Load:
     predicted: dict[System, tuple[float | None, float]] = field(default_factory=dict)
 
 
-class _Comparison:
+class Comparison:
+    """Of systems under loads.
+
+    Args:
+        arguments: what `add_arguments` has declared.
+    """
+
     def __init__(self, arguments: argparse.Namespace, systems: list[System]) -> None:
         self._options = arguments
         self._folder = find_model(arguments.model)
@@ -150,6 +156,7 @@ class _Comparison:
         }
 
     async def run(self) -> None:
+        """Measure, print, write the JSON file."""
         options = self._options
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             left = sum(len(loads) for _, loads in self._jobs)
@@ -180,7 +187,7 @@ class _Comparison:
 
     async def _serve(self, system: System, loads: list[_Load], until: float, pool: Executor) -> None:
         started = time.monotonic()
-        config = self._config(system, loads[0].targets)
+        config = self.config_of(system, loads[0].targets)
         async with engine_target.start(config.freeze(), SamplingParams(temperature=0, ignore_eos=True)) as target:
             start_s = time.monotonic() - started
             described = await target.describe()
@@ -194,7 +201,12 @@ class _Comparison:
                 self._document["results"].append(result)
                 self._save()
 
-    def _config(self, system: System, targets: Targets | None) -> PdDisaggConfig:
+    def config_of(self, system: System, targets: Targets | None) -> PdDisaggConfig:
+        """How a system is started.
+
+        Raises:
+            ConfigError: if it needs targets and there are none, or an engine argument makes no sense.
+        """
         arguments = dict(self._engine)
         if system.form == "unified":
             largest = int(arguments.get("max_num_seqs", 256)) + system.chunk

@@ -17,7 +17,7 @@ from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.server.app import create_app
 from hbserve.server.serve import serve
-from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer import Tokenizer, leave_out_torch
 
 START_TIMEOUT_S = 60.0
 
@@ -27,6 +27,7 @@ async def run(address: str, config: Config) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     child.configure_logging(config.logging, "api")
+    leave_out_torch()
     client = EngineClient(address)
     await client.connect()
     with tempfile.TemporaryDirectory(prefix="hbserve-") as run_dir:

@@ -87,12 +87,15 @@ class _Benchmark:
         self._results: dict[str, Any] = {}
         self._events: list[tuple[str, float, float]] = []
         self._load: StreamLoad | None = None
+        self._first_rotation: tuple[float, float, float] | None = None
         self.failed: list[str] = []
 
     async def run(self) -> None:
         await self._part("unified", self._unified())
         await self._part("semi_pd", self._semi_pd())
-        self._write()
+        if self._options.plot is not None and self._load is not None and self._first_rotation is not None:
+            title = f"{self._options.model}, {self._options.streams} streams, {_SPLITS[-1]} to {_SPLITS[0]}"
+            semi_pd_plot.draw(self._load.token_times, self._first_rotation, title, self._options.plot)
 
     # --- books -----------------------------------------------------------------------------------
 
@@ -269,12 +272,8 @@ class _Benchmark:
                 self._put("rotation: cold, seconds from request to ready", rotation.prepared_s)
             elif not done:
                 self._put("rotation: first, seconds from request to ready", rotation.prepared_s)
-                if self._options.plot is not None:
-                    asked = rotation.asked
-                    at = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
-                    await asyncio.sleep(1.5)  # the time after it is in the picture
-                    title = f"{self._options.model}, {self._options.streams} streams, split to {_SPLITS[0]}"
-                    semi_pd_plot.draw(load.token_times, at, title, self._options.plot)
+                asked = rotation.asked
+                self._first_rotation = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
             if not done:
                 self._steady_windows.append(await self._steady_at(_SPLITS[0], load))
             done.append(rotation)

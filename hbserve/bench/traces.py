@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import msgspec
 
@@ -88,15 +88,20 @@ def _read_azure(path: Path) -> list[TraceEntry]:
             except (KeyError, ValueError, TypeError) as error:
                 raise ConfigError(f"{path}:{number}: not a line of an Azure trace: {error!r}") from None
             start = start or time
+            if input_len < 0 or output_len < 0:
+                raise ConfigError(f"{path}:{number}: not a line of an Azure trace: a negative number of tokens")
             if input_len > 0 and output_len > 0:
                 entries.append(TraceEntry((time - start).total_seconds(), input_len, output_len))
     return entries
 
 
+_Length = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _MooncakeLine(msgspec.Struct):
     timestamp: float
-    input_length: int
-    output_length: int
+    input_length: _Length
+    output_length: _Length
     hash_ids: list[int]
 
 
@@ -130,15 +135,27 @@ def _spread(entries: list[TraceEntry]) -> list[TraceEntry]:
     ]
 
 
+class _Turn(msgspec.Struct, rename={"speaker": "from"}):
+    value: str
+    speaker: str = ""
+
+
+class _Conversation(msgspec.Struct):
+    conversations: list[_Turn]
+
+
 def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[TraceEntry]:
     try:
-        conversations: Any = msgspec.json.decode(path.read_bytes())
-        entries = []
-        for conversation in conversations:
-            turns = [turn["value"] for turn in conversation["conversations"][:2]]
-            if len(turns) == 2 and all(turns):  # the first question and its answer
-                prompt = tuple(encode(turns[0]))
-                entries.append(TraceEntry(None, len(prompt), max(1, len(encode(turns[1]))), token_ids=prompt))
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not ShareGPT's format: {error!r}") from None
+        conversations = msgspec.json.decode(path.read_bytes(), type=list[_Conversation])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: not ShareGPT's format: {error}") from None
+    entries = []
+    for conversation in conversations:
+        turns = conversation.conversations
+        # The first question and its answer: some begin with a system's turn, or in the middle.
+        while turns and turns[0].speaker.lower() not in ("human", "user", ""):
+            turns = turns[1:]
+        if len(turns) >= 2 and turns[0].value and turns[1].value:
+            prompt = tuple(encode(turns[0].value))
+            entries.append(TraceEntry(None, len(prompt), max(1, len(encode(turns[1].value))), token_ids=prompt))
     return entries

@@ -98,7 +98,7 @@ class ModelRunner:
         self._prepare_for(instance.instance_type)
         warm_up_begins = time.monotonic()
         if arenas.spare_block is not None:
-            self._warm_up(config, arenas.spare_block)
+            self._warm_up(config, instance.instance_type, arenas.spare_block)
         self.start_s = {
             "arenas": arenas_ready - started,
             "graphs": warm_up_begins - capture_begins,
@@ -143,13 +143,13 @@ class ModelRunner:
             self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, self._graph_pool)
 
     @torch.inference_mode()
-    def _warm_up(self, config: Config, spare_block: int) -> None:
-        """Run prompts of the lengths that will come, so that the first real one finds everything loaded.
+    def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
+        """Run steps of the sizes that will come, so that the first real one finds everything loaded.
 
         All their KV goes to one block that is nobody's.
         """
         most = min(config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens)
-        for length in (1, min(self.max_model_len - 1, most)):
+        for length in (1, min(self.max_model_len - 1, most)) if role.prefills else (1,):
             state = SequenceState(
                 slot=0,
                 block_ids=[spare_block] * -(-length // self.layout.block_size),

@@ -8,6 +8,7 @@ its start to a status pipe: ready, or why not.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -45,7 +46,8 @@ def set_process_title(title: str) -> None:
 
 
 def configure_logging(config: LoggingConfig, who: str) -> None:
-    """Log to standard error, each line with time, level and process."""
+    """Log to standard error, each line with time, level and process; at SIGABRT the stack of every thread."""
+    faulthandler.enable()
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(who) if config.format == "json" else TextFormatter(who))
     logging.basicConfig(level=config.level, handlers=[handler], force=True)

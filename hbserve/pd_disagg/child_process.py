@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hbserve.pd_disagg.child import environment as child_environment
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 20.0
+_ABORT_TIMEOUT_S = 5.0
 
 
 class ChildProcess:
@@ -97,8 +99,17 @@ class ChildProcess:
                 await asyncio.wait_for(self.process.wait(), _STOP_TIMEOUT_S)
             except TimeoutError:
                 logger.error("%s did not end within %g s; killing it", self.name, _STOP_TIMEOUT_S)
-                with contextlib.suppress(ProcessLookupError):
-                    self.process.kill()
-                await self.process.wait()
+                await self._kill()
         if self.process.stdin is not None:
             self.process.stdin.close()
+
+    async def _kill(self) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGABRT)  # it says first what each of its threads is at
+        try:
+            await asyncio.wait_for(self.process.wait(), _ABORT_TIMEOUT_S)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()

@@ -5,8 +5,8 @@ from __future__ import annotations
 _PATIENCE = 1.0
 """Decode steps that may be owed before a turn begins, and that are done ahead before it ends. A change of turn can
 mean a change of prefill's worker, which costs some milliseconds."""
-_FORGIVEN = 4.0
-"""Decode steps: what is owed beyond them is given up."""
+_FORGIVEN = 8.0
+"""Decode steps: what is owed beyond them is given up, and whoever owes so many does not wait for its turn."""
 
 
 class DecodeTurns:
@@ -25,22 +25,29 @@ class DecodeTurns:
 
     Attributes:
         is_open: decode has its turn. False while not both phases are busy: then nobody needs to wait.
+        is_overdue: it has waited too long, for a prefill step that is very long or does not end.
     """
 
     def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
+        self._usual_s = self._interval_s = interval_s
         self._due = 0.0  # when the next decode step should begin
-        self.is_open = False
+        self.is_open = self.is_overdue = False
 
     def rest(self, now: float) -> None:
         """Not both phases are busy."""
-        self.is_open = False
+        self.is_open = self.is_overdue = False
         self._due = min(max(self._due, now), now + _PATIENCE * self._interval_s)
 
-    def update(self, now: float) -> bool:
-        """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now."""
-        self._due = max(self._due, now - _FORGIVEN * self._interval_s)
-        owed = (now - self._due) / self._interval_s
+    def update(self, now: float, needed_s: float | None = None) -> bool:
+        """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now.
+
+        Args:
+            needed_s: an interval that sequences in the batch need, where it is shorter than the usual one.
+        """
+        self._interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
+        owed = min((now - self._due) / self._interval_s, _FORGIVEN)
+        self._due = now - owed * self._interval_s
+        self.is_overdue = owed == _FORGIVEN
         self.is_open = owed > -_PATIENCE if self.is_open else owed >= _PATIENCE
         return self.is_open
 

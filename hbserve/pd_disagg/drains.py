@@ -97,6 +97,11 @@ class Drains:
         self._end(instance.id, None)
         return drain.asked_by is not None
 
+    def has_let_go(self, instance: InstanceHandle) -> bool:
+        """Whether it has nothing left and has been told to end."""
+        drain = self._drains.get(instance.id)
+        return drain is not None and drain.role is None and drain.is_prepared
+
     def _problem(self, instance: InstanceHandle | None, instance_id: str) -> str | None:
         if instance is None:
             return f"there is no instance {instance_id!r}; there are {', '.join(self._instances)}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
+from hbserve.config import DECODE_PACE, InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
@@ -250,7 +250,7 @@ class InstanceHandle:
         alone = {phase: not busy[_other(phase)] for phase in _PHASES}
         if self.turns is not None:
             if all(busy.values()):
-                alone[InstanceRole.PREFILL] = not self.turns.update(time.monotonic())
+                alone[InstanceRole.PREFILL] = not self.turns.update(time.monotonic(), self._needed_interval_s())
             else:
                 self.turns.rest(time.monotonic())
         for phase in _PHASES:
@@ -269,6 +269,11 @@ class InstanceHandle:
             chosen.setdefault(target, set()).add(phase)
         return chosen
 
+    def _needed_interval_s(self) -> float | None:
+        """By the tightest TPOT target that a request here came with."""
+        targets_ms = [ms for sequence in self.seats if (ms := sequence.tpot_target_ms) is not None]
+        return DECODE_PACE * min(targets_ms) / 1000 if targets_ms else None
+
     def takes_turns(self, phases: set[InstanceRole]) -> bool:
         """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""
         return self.turns is not None and phases == {InstanceRole.DECODE} and self._is_busy(InstanceRole.PREFILL)
@@ -279,7 +284,7 @@ class InstanceHandle:
         prefill = self._current.get(InstanceRole.PREFILL)
         if prefill is None or not prefill.inflight:
             return self.turns.is_open
-        return prefill.inflight[0].beside_decode
+        return prefill.inflight[0].beside_decode or self.turns.is_overdue
 
     def note_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
         """A step has been planned; the turns of decode count it."""

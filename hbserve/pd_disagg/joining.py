@@ -67,6 +67,7 @@ class Membership:
 
     def __init__(self, scheduler: str, join: Join, key: ClusterKey | None) -> None:
         self._scheduler, self._join, self._key = scheduler, join, key
+        self._is_alone = False
 
     async def renew(self) -> None:
         """Join once more: the scheduler has given the instance up, or is another one; does nothing if there is none.
@@ -76,8 +77,11 @@ class Membership:
         """
         try:
             await asyncio.to_thread(ask_to_join, self._scheduler, self._join, self._key)
+            self._is_alone = False
         except NobodyThereError:
-            logger.warning("no scheduler at %s; waiting for one", self._scheduler)
+            if not self._is_alone:
+                logger.warning("no scheduler at %s; waiting for one", self._scheduler)
+            self._is_alone = True
 
 
 def config_of(answer: Joined, instance: InstanceConfig, model_path: str | None, key_file: str | None) -> Config:

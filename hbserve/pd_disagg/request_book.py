@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 0.1
 _LONGEST_RETRY_DELAY_S = 5.0
+_FORGIVEN_AFTER_TOKENS = 16
+"""Since a failed attempt: a request at which its workers die gets one token from its prefill, and no more."""
 
 
 class RequestBook:
@@ -165,6 +167,8 @@ class RequestBook:
         assert seat.num_computed == len(sequence.tokens), "a token for another position than the next"
         sequence.tokens.append(token)
         sequence.num_setbacks = 0
+        if sequence.num_failures and len(sequence.tokens) - sequence.num_tokens_at_failure >= _FORGIVEN_AFTER_TOKENS:
+            sequence.num_failures = 0
         self.counts["generated_tokens"] += 1
         is_first = sequence.first_token_time is None
         if is_first:
@@ -246,12 +250,18 @@ class RequestBook:
 
     def memory_lost(self, instance: InstanceHandle, why: str) -> None:
         """An instance's KV is gone: who was seated there is computed again, from tokens that are all here."""
-        seated = [s for s in self._sequences.values() if any(seat.worker is instance for seat in s.seats)]
+        seats = {s: [seat for seat in s.seats if seat.worker is instance] for s in self._sequences.values()}
+        # It may have been one of these that the memory was lost by; those that only had a seat are innocent.
+        at_work = {sequence for sequence, own in seats.items() if any(seat.num_inflight for seat in own)}
         failed = self._transfers.lose(instance)
         instance.reset()
         instance.note_lost(why)
-        for sequence in seated:
-            self._retry(sequence, why)
+        for sequence, own in seats.items():
+            if sequence in at_work:
+                self._retry(sequence, why)
+            elif own:
+                self._count_retry(sequence)
+                self._put_back(sequence)
         self._retry_all(failed, why)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -268,16 +278,20 @@ class RequestBook:
     def _retry(self, sequence: Sequence, why: str) -> None:
         """An attempt failed through no fault of the request: compute again, but not for ever."""
         sequence.num_failures += 1
+        sequence.num_tokens_at_failure = len(sequence.tokens)
         if sequence.num_failures >= self._max_attempts:
             self.fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {why}")
         else:
-            self.counts["retries"] += 1
-            self._metrics.retried(sequence)
+            self._count_retry(sequence)
             self._put_back(sequence)
             # Not at once: what made it fail may take a moment to be noticed.
             delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _LONGEST_RETRY_DELAY_S)
             sequence.retry_at = time.monotonic() + delay_s
             asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _count_retry(self, sequence: Sequence) -> None:
+        self.counts["retries"] += 1
+        self._metrics.retried(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
         """Back to waiting, with all its tokens; whatever is in flight for it is void."""

@@ -101,7 +101,8 @@ class Sequence:
         num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
         open_transfers: transfers of this attempt that the decode side has not confirmed.
         prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
-        num_failures: attempts that ended in a failure not of the request's making.
+        num_failures: attempts in a row that ended in a failure; forgiven by progress.
+        num_tokens_at_failure: how long it was at the last one.
         num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after one, on the monotonic clock.
         rank: its place in the queue, see `QueuePolicy.rank`.
@@ -123,6 +124,7 @@ class Sequence:
     open_transfers: set[str] = field(default_factory=set)
     prefilled_at: float = 0.0
     num_failures: int = 0
+    num_tokens_at_failure: int = 0
     num_setbacks: int = 0
     retry_at: float = 0.0
     num_cached_tokens: int | None = None
@@ -140,6 +142,11 @@ class Sequence:
     def ttft_target_ms(self) -> float | None:
         """That it came with."""
         return self.request.sampling.ttft_ms
+
+    @property
+    def tpot_target_ms(self) -> float | None:
+        """That it came with."""
+        return self.request.sampling.tpot_ms
 
     @property
     def has_grammar(self) -> bool:

@@ -55,6 +55,9 @@ class StepPipeline:
             plan, pending = item
             try:
                 result = pending.result()
+                if any(token >= self._runner.spec.vocab_size for token in result.token_ids):
+                    # The sampler has found no greatest logit, and the next step must not be fed with that.
+                    raise RuntimeError("the logits of a step are not numbers")
             except Exception as error:
                 self._fail(plan, error)
                 return

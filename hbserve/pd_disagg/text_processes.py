@@ -178,6 +178,7 @@ class _TextProcess:
         self._receiver: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
+        self._heard = 0.0  # when something last came from it
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -246,6 +247,7 @@ class _TextProcess:
     async def _receive(self, socket: AsyncSocket) -> None:
         while True:
             (payload,) = await socket.receive()
+            self._heard = time.monotonic()
             for reply in self._decoder.decode(payload):
                 if isinstance(reply, StreamText):
                     self._on_stream_text(reply)
@@ -370,9 +372,11 @@ class _TextProcess:
         while True:
             await asyncio.sleep(_ANSWER_TIMEOUT_S / 4)
             late = time.monotonic() - _ANSWER_TIMEOUT_S
-            waits = any(query.since < late for query in self._queries.values()) or any(
-                stream.pending and stream.since < late for stream in self._streams.values()
-            )
+            waits = any(query.since < late for query in self._queries.values())
+            if (
+                self._heard < late
+            ):  # streams are answered in turn: one that waits while others do not is in a long queue
+                waits |= any(stream.pending and stream.since < late for stream in self._streams.values())
             if waits and self._socket is not None and self._child is not None and self._child.process is not None:
                 logger.error("the %s has not answered for %g s; ending it", self.name, _ANSWER_TIMEOUT_S)
                 with contextlib.suppress(ProcessLookupError):

@@ -26,7 +26,7 @@ class EventLog:
         """Add one.
 
         Args:
-            kind: ``ready``, ``lost``, ``retired``, ``role``, ``rotation`` or ``fault``.
+            kind: ``ready``, ``lost``, ``retired``, ``left``, ``role``, ``rotation`` or ``fault``.
             subject: whom it is about.
         """
         self._events.append(

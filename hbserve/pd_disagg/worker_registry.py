@@ -206,9 +206,11 @@ class WorkerRegistry:
             return
         problem = self._misfit(instance, worker, hello)
         if problem is not None:
-            logger.error("%s", problem)
-            instance.why_lost = problem
-            if self._membership.is_member(instance):
+            if not worker.is_told_to_end:
+                logger.error("%s", problem)
+                instance.why_lost = problem
+            if self._membership.is_member(instance) and not worker.is_told_to_end:
+                worker.is_told_to_end = True
                 worker.send(Shutdown(error=problem))  # and when its connection breaks, it is forgotten
             return
         if worker.ready:
@@ -249,8 +251,9 @@ class WorkerRegistry:
             if self._membership.is_member(instance):
                 self._gone(instance)
             return
-        logger.log(logging.INFO if worker.is_retiring else logging.WARNING, "lost %s: %s", worker.id, why)
-        self._events.note("retired" if worker.is_retiring else "lost", worker.id, why)
+        is_expected = worker.is_retiring or self._drains.has_let_go(instance)
+        logger.log(logging.INFO if is_expected else logging.WARNING, "lost %s: %s", worker.id, why)
+        self._events.note("retired" if is_expected else "lost", worker.id, why)
         if worker.owns_memory:
             worker.hello = None
             worker.inflight.clear()
@@ -298,8 +301,7 @@ class WorkerRegistry:
         for worker in before:
             self._hang_up_later(worker)
         for worker in instance.workers.values():
-            self._listen(instance, worker)
-            self._greet(worker)
+            self._listen(instance, worker)  # it has to load the model: heartbeats find it soon enough
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """An operator wants an instance to leave: at once if it is not there, else when it has nothing left."""

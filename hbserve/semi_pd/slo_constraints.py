@@ -43,8 +43,8 @@ class SLOConstraints:
 
     @property
     def decode_interval_ms(self) -> float:
-        """While prefill is busy, decode steps need not begin sooner after each other than this: TPOT's target
-        with some room. What decode does not take speeds prefill up."""
+        """While prefill is busy, decode steps need not begin sooner after each other than this, on average:
+        TPOT's target with some room. What decode does not take speeds prefill up."""
         return DECODE_PACE * self.tpot_target_ms
 
     @property
