@@ -1,7 +1,19 @@
 """Fixtures that several modules use; a module that needs another one has its own of the same name."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in our child processes; before anything imports torch
 
 from tests.http_server import api, client, http, max_model_len, scheduler, tokenizer, url  # noqa: F401
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty folder for sockets: their paths have 107 bytes at most, which leaves few for `tmp_path`'s."""
+    with tempfile.TemporaryDirectory(prefix="hbt-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

@@ -8,7 +8,8 @@ import pytest
 
 from hbserve import Config, PdDisaggConfig
 from hbserve.config import InstanceRole
-from hbserve.errors import ConfigError
+from hbserve.errors import ConfigError, StartupError
+from hbserve.pd_disagg.rpc import scheduler_address
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +33,12 @@ def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> No
     assert [i.instance_type for i in config.gpu_instances] == [InstanceRole.PREFILL, InstanceRole.DECODE]
     assert [i.kv_rank for i in config.gpu_instances] == [0, 1]
     assert config.served_name == "model"
+
+
+def test_a_folder_too_deep_for_sockets_is_named(tmp_path: Path) -> None:
+    config = Config.load(write(tmp_path, "mode: unified\nmodel: {path: model}\n"))
+    with pytest.raises(StartupError, match="TMPDIR: the path of a socket has at most 107 bytes"):
+        scheduler_address(config, "/" + 100 * "x")
 
 
 MODEL = "model:\n  path: model\n"

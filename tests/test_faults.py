@@ -248,8 +248,8 @@ async def test_a_users_scheduling_policy_is_used(
         assert finished == [0, 3, 2, 1]
 
 
-async def test_no_process_outlives_a_killed_parent(model: tuple[str, Any], tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
+async def test_no_process_outlives_a_killed_parent(model: tuple[str, Any], short_path: Path) -> None:
+    program = short_path / "program.py"
     program.write_text(
         "import os, signal\n"
         "from hbserve import LLM\n"
@@ -258,7 +258,7 @@ async def test_no_process_outlives_a_killed_parent(model: tuple[str, Any], tmp_p
         "print(*children, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    environment = os.environ | {"TMPDIR": str(short_path)}
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(program), stdout=subprocess.PIPE, env=environment
     )
@@ -266,7 +266,7 @@ async def test_no_process_outlives_a_killed_parent(model: tuple[str, Any], tmp_p
     pids = [int(pid) for pid in output.split()]
     assert len(pids) == 3
     await wait_for(lambda: not any(is_running(pid) for pid in pids))
-    assert not any(name.startswith("hbserve-") for name in os.listdir(tmp_path)), "the folder of sockets is left"
+    assert not any(name.startswith("hbserve-") for name in os.listdir(short_path)), "the folder of sockets is left"
 
 
 def is_running(pid: int) -> bool:

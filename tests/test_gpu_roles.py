@@ -13,7 +13,8 @@ import pytest
 
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.config import Config, InstanceRole
-from tests.engines import assert_no_leaks, free_port
+from tests.engines import assert_no_leaks
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
@@ -27,7 +28,7 @@ DEADLINE_S = 120.0
 
 
 async def test_a_changed_role_and_a_joined_instance_run_captured(capfd: pytest.CaptureFixture[str]) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     config = Config.from_dict(
         {
             "mode": "disaggregated",

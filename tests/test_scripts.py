@@ -160,8 +160,8 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    place = Site(tmp_path)
+def site(short_path: Path) -> Iterator[Site]:
+    place = Site(short_path)
     yield place
     place.clean_up()
 

@@ -264,9 +264,9 @@ def test_a_preparation_that_fails_leaves_serving_as_it_is(running: LLM) -> None:
     assert len(running.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)[0]["token_ids"]) == 4
 
 
-def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, tmp_path: Path) -> None:
+def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, short_path: Path) -> None:
     """The manager alone, as a user's program has it; that program is killed."""
-    program = tmp_path / "program.py"
+    program = short_path / "program.py"
     program.write_text(
         "import os, signal\n"
         "from hbserve import PdDisaggConfig\n"
@@ -280,14 +280,14 @@ def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, tmp_path:
         "import sys; sys.stdout.flush()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    environment = os.environ | {"TMPDIR": str(short_path)}
     output = subprocess.run(
         [sys.executable, str(program)], stdout=subprocess.PIPE, env=environment, timeout=DEADLINE_S
     ).stdout
     pids = {int(pid) for pid in output.split()}
     assert len(pids) == 3
     wait_for(lambda: not any(is_running(pid) for pid in pids))
-    wait_for(lambda: not any(name.startswith("hbserve-") for name in os.listdir(tmp_path)))
+    wait_for(lambda: not any(name.startswith("hbserve-") for name in os.listdir(short_path)))
     assert not [name for name in os.listdir("/dev/shm") if "hbserve" in name or any(str(pid) in name for pid in pids)]
     assert not arena_mappings() & pids
 

@@ -14,6 +14,10 @@ from typing import cast
 import zmq
 
 
+class SocketClosed(Exception):
+    """A socket was closed while somebody waited to receive from it."""
+
+
 class AsyncSocket:
     """One socket, used from one event loop (the one that is running when it first receives).
 
@@ -43,7 +47,11 @@ class AsyncSocket:
             self.look()
 
     async def receive(self) -> list[bytes]:
-        """The next message. One task at a time."""
+        """The next message. One task at a time.
+
+        Raises:
+            SocketClosed: if it is closed meanwhile.
+        """
         while True:
             with contextlib.suppress(zmq.Again):
                 return self.socket.recv_multipart(zmq.NOBLOCK)
@@ -70,6 +78,8 @@ class AsyncSocket:
 
     def close(self, linger_ms: int = 0) -> None:
         """Close; what has been sent may still leave for so long."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(SocketClosed())
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self.socket.FD)
         self.socket.close(linger=linger_ms)

@@ -7,16 +7,21 @@ back. The scheduler speaks first (`Ping`); an instance answers whoever spoke to 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 
 import msgspec
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from hbserve.cluster_key import ClusterKey, Doorkeeper
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages.worker import InstanceCommand, InstanceReply
-from hbserve.pd_disagg.async_socket import AsyncSocket
+from hbserve.pd_disagg.async_socket import AsyncSocket, SocketClosed
+
+_MAX_SOCKET_PATH_BYTES = 107
+"""Linux's, see unix(7)."""
 
 
 def instance_address(instance: InstanceConfig, run_dir: str | None) -> str:
@@ -43,7 +48,13 @@ def scheduler_address(config: Config, run_dir: str | None) -> str:
 def _private_socket(key: str, name: str, run_dir: str | None) -> str:
     if run_dir is None:
         raise StartupError(f"{key}: parts that are started separately need a port to find each other; set one")
-    return f"ipc://{run_dir}/{name}.sock"
+    path = f"{run_dir}/{name}.sock"
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        raise StartupError(
+            f"TMPDIR: the path of a socket has at most {_MAX_SOCKET_PATH_BYTES} bytes, and {path} has more; "
+            f"name a shorter folder, or set {key}"
+        )
+    return f"ipc://{path}"
 
 
 def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
@@ -94,34 +105,49 @@ class RpcClient:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, key: ClusterKey | None = None) -> None:
         self.address = address
+        self._context = context
+        self._key = key
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(InstanceReply)
-        self._socket = AsyncSocket(context.socket(zmq.DEALER))
-        # Only an established connection takes messages: nothing queues up for an instance that is away.
-        self._socket.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._open()
+
+    def _open(self) -> None:
+        """A socket for one connection; until it is there, nothing is sent: nothing queues up for who is away.
+
+        Not ``zmq.IMMEDIATE``, which throws away what a lost connection brought and nobody has read yet.
+        """
+        self._is_connected = False
+        self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        if key is not None:
-            key.for_connecting(self._socket.socket, address)
-        self._monitor = AsyncSocket(self._socket.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
-        self._socket.socket.connect(address)
+        if self._key is not None:
+            self._key.for_connecting(self._socket.socket, self.address)
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._monitor = AsyncSocket(self._socket.socket.get_monitor_socket(events))
+        self._socket.socket.connect(self.address)
 
     async def wait_disconnected(self) -> None:
         """Wait for the connection to break: sooner than a missing heartbeat tells that a process has died.
 
-        Whoever waits in `receive` is woken first for what came before the end: it may say why.
+        Whoever waits in `receive` has had what came before the end when this returns: it may say why.
+        To be awaited again and again: it is what notices connections.
         """
-        await self._monitor.receive()
+        while True:
+            frames = await self._monitor.receive()
+            event = parse_monitor_message(frames)["event"]
+            self._is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if not self._is_connected:
+                break
         self._socket.look()
         await asyncio.sleep(0)
+        self.close()
+        self._open()
 
     def send(self, command: InstanceCommand) -> bool:
         """Send without waiting; False if the instance is not connected."""
-        try:
+        if self._is_connected:
             self._socket.send([self._encoder.encode(command)])
-        except zmq.Again:
-            return False
-        return True
+        return self._is_connected
 
     async def receive(self) -> InstanceReply:
         """The next reply.
@@ -129,9 +155,13 @@ class RpcClient:
         Raises:
             msgspec.DecodeError: if what came is not a reply.
         """
-        (payload,) = await self._socket.receive()
-        reply: InstanceReply = self._decoder.decode(payload)
-        return reply
+        while True:
+            try:
+                (payload,) = await self._socket.receive()
+            except SocketClosed:
+                continue  # there is another for the next connection
+            reply: InstanceReply = self._decoder.decode(payload)
+            return reply
 
     def close(self) -> None:
         """Close at once; what is queued is dropped."""

@@ -136,8 +136,9 @@ class WorkerRegistry:
     async def _watch_connection(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         while True:
             await worker.rpc.wait_disconnected()
-            self._lose(instance, worker, "its connection broke")
-            self._wake()
+            if worker.ready:  # or it has said itself why
+                self._lose(instance, worker, "its connection broke")
+                self._wake()
 
     async def _hang_up(self, worker: WorkerHandle) -> None:
         tasks = self._tasks.pop(worker, [])

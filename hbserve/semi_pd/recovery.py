@@ -47,6 +47,9 @@ class Recovery:
         with workforce.changed:
             workforce.memory_lost = None
             workforce.check_going()
+            assert workforce.workers is not None
+            # Sleepers have not touched the device and are still there; more of them import while the memory is loaded.
+            workforce.workers.keep_sleepers(len(workforce.rungs(workforce.allocation)))
         try:
             workforce.start_memory(deadline)
             workforce.prepare(workforce.allocation, deadline)
@@ -57,7 +60,6 @@ class Recovery:
                     workforce.memory_lost = str(error)
             raise
         with workforce.changed:
-            assert workforce.workers is not None
             workforce.activate(PHASES)
             self.num_done += 1
             workforce.workers.keep_sleepers(self._num_sleepers)

@@ -105,7 +105,8 @@ class WorkerSet:
         """By name, those that have not ended."""
 
     def keep_sleepers(self, number: int) -> None:
-        """Start sleepers until there are so many."""
+        """Start sleepers until there are so many that live."""
+        self._sleepers = deque(sleeper for sleeper in self._sleepers if sleeper.is_alive())
         while len(self._sleepers) < number:
             self._sleepers.append(self._new_process())
 
