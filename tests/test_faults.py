@@ -238,12 +238,17 @@ async def test_a_users_scheduling_policy_is_used(
             assert outputs[0]["token_ids"] == expected
             finished.append(index)
 
-        first = asyncio.create_task(one(0))
-        await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["unified-0"]["active_requests"])
-        others = []
-        for index in (1, 2, 3):
-            others.append(asyncio.create_task(one(index)))
-            await wait_for(lambda n=index: llm.get_system_stats()["cpu_scheduler"]["total_requests"] > n)
+        pid = llm.get_system_stats()["gpu_instances"]["unified-0"]["pid"]
+        os.kill(pid, signal.SIGSTOP)  # the first request is not to end before all wait
+        try:
+            first = asyncio.create_task(one(0))
+            await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["unified-0"]["active_requests"])
+            others = []
+            for index in (1, 2, 3):
+                others.append(asyncio.create_task(one(index)))
+                await wait_for(lambda n=index: llm.get_system_stats()["cpu_scheduler"]["total_requests"] > n)
+        finally:
+            os.kill(pid, signal.SIGCONT)
         await asyncio.wait_for(asyncio.gather(first, *others), DEADLINE_S)
         assert finished == [0, 3, 2, 1]
 
