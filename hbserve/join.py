@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--host", help="address to listen on; default: the one on the way to the scheduler")
     parser.add_argument("--port", type=int, help="to listen on; default: any free one")
     parser.add_argument("--kv-ip", help="address for KV transfers; default: that of --host")
-    parser.add_argument("--patience-s", type=float, default=0.0, help="wait so long for a name that is in use")
+    parser.add_argument("--patience-s", type=float, default=0.0, help="wait so long for the scheduler, or for the name")
     arguments = parser.parse_args()
     try:
         exit_now(_join(arguments))

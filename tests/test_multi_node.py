@@ -25,7 +25,7 @@ from tests.lossy_wire import LossyWire
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "run_multi_node.sh"
 NETWORK = "10.213.7"
-DEADLINE_S = 90.0
+DEADLINE_S = 150.0
 
 YAML = """
 mode: disaggregated
@@ -42,7 +42,7 @@ gpu_instances:
 """
 ASK = """
 import json, sys, time, urllib.request
-deadline = time.monotonic() + 60
+deadline = time.monotonic() + 120
 while True:
     try:
         urllib.request.urlopen("http://127.0.0.1:8123/health", timeout=5)
@@ -143,6 +143,7 @@ def test_three_hosts_from_one_file(tmp_path: Path, hosts: Hosts) -> None:
     )
     scheduler, key = f"tcp://{hosts.addresses[0]}:7100", str(tmp_path / "cluster.key")
     join = [sys.executable, "-m", "hbserve.join", scheduler, "--role", "prefill", "--instance-id", "prefill-1"]
+    join += ["--patience-s", str(DEADLINE_S)]
     joiner = subprocess.Popen(
         ["ip", "netns", "exec", hosts.names[2], *join, "--num-threads", "1", "--key-file", key], env=environment
     )

@@ -31,8 +31,8 @@ def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: 
     Args:
         scheduler: where it listens for clients.
         key: of the cluster, if there is one.
-        patience_s: while the instance's name is in use, ask again for so long: one that has just died may
-            not have been missed yet.
+        patience_s: wait so long for a scheduler that is not there yet, and ask again for so long while the
+            instance's name is in use: one that has just died may not have been missed yet.
 
     Raises:
         StartupError: if it does not answer, or says no.
@@ -45,7 +45,7 @@ def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: 
         line.connect(scheduler)
         while True:
             line.send(msgspec.msgpack.encode(join))
-            if not line.poll(int(ANSWER_TIMEOUT_S * 1000)):
+            if not line.poll(int(1000 * max(ANSWER_TIMEOUT_S, deadline - time.monotonic()))):
                 what = "; is it the address of rpc.host and rpc.port, and is the key the cluster's?"
                 raise NobodyThereError(f"no scheduler answers at {scheduler}{what}")
             answer = msgspec.msgpack.decode(line.recv(), type=Joined)
