@@ -51,6 +51,8 @@ class StepPlanner:
             remaining = seat.num_tokens_at_entry - seat.num_planned
             if remaining <= 0 or sequence not in instance.seats or not seat.can_go_to(worker):
                 continue
+            if not self._can_leave(sequence, seat):
+                continue
             if self._chunked.enabled:
                 chunk = min(remaining, self._chunked.chunk_size, budget)
             else:  # whole prompts: the first goes even where it is longer than the budget
@@ -102,6 +104,11 @@ class StepPlanner:
         if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(instance, sequence, seat):
             return
         step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
+
+    def _can_leave(self, sequence: Sequence, seat: Seat) -> bool:
+        """Whether there is a way for a prompt's blocks; a link that another's failure has broken opens anew first."""
+        target = sequence.decode_seat
+        return target is None or target is seat or self._transfers.is_open(seat.worker.id, target.worker.id)
 
     def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
         end = seat.num_planned + chunk

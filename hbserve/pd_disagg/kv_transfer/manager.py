@@ -199,13 +199,12 @@ class KVTransferManager(ABC):
                 error = f"{type(failure).__name__}: {failure}"
         else:
             done = task.result()
-        num_bytes = len(command.block_ids) * self._bytes_of(command)
         self._report(
             TransferResult(
                 epoch=self._context.epoch,
                 transfer_id=command.transfer_id,
                 sent=sent,
-                num_bytes=num_bytes if error is None else 0,
+                num_bytes=len(command.block_ids) * self._bytes_of(command) if error is None else 0,
                 seconds=time.monotonic() - started - done.queued_s,
                 queued_s=done.queued_s,
                 error=error,
@@ -223,6 +222,8 @@ class KVTransferManager(ABC):
         return sum(self._parts.part_bytes(way.source_part) for way in self._shard.outgoing(len(command.targets)))
 
     async def _send_all(self, command: SendBlocks) -> _Done:
+        if not command.targets:
+            raise KVTransferError("the receiver has not opened the link")
         routes = self._shard.outgoing(len(command.targets))
         checksums = None
         if command.checksum:
