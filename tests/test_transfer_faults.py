@@ -137,8 +137,9 @@ async def test_random_faults_cost_no_request_no_block_and_no_link(
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
         await asyncio.to_thread(assert_no_leaks, llm, DEADLINE_S)
-        links = llm.get_system_stats()["kv_transfer"]["links"]
-        assert [link["open"] for link in links.values()] == [True] * 4, "a link has not healed"
+        async with asyncio.timeout(DEADLINE_S):  # who was lost last may still be starting; each link heals in time
+            while [link["open"] for link in llm.get_system_stats()["kv_transfer"]["links"].values()] != [True] * 4:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         outputs = await asyncio.wait_for(llm.generate([prompt for prompt, _ in references], GREEDY), DEADLINE_S)
         assert [output["token_ids"] for output in outputs] == [tokens for _, tokens in references]
         await asyncio.to_thread(assert_no_leaks, llm)
