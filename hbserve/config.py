@@ -237,7 +237,8 @@ class SemiPDConfig(Section, frozen=True):
         prefill_percentage, decode_percentage: of the device, while both phases are busy; the sum may
             pass 100. Default: the environment's SEMI_PD_PREFILL_SM_PERCENTILE and
             SEMI_PD_DECODE_SM_PERCENTILE, else 80 and 100.
-        prefill_priority: 1 lets prefill yield to decode where they compete, 0 does not.
+        prefill_priority: `CUDA_MPS_CLIENT_PRIORITY` of prefill workers: 1 asks MPS to let them yield to
+            decode, 0 does not (no difference was measured: docs/semi_pd.md).
         ladder: further percentages to keep workers at. A phase that is alone gets its largest.
         num_sleepers: processes kept that have imported everything and wait to become workers.
         preparation_timeout_s: new workers that are not ready by then are discarded.

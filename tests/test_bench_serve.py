@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hbserve.bench import compare, serve_plots
+from hbserve.bench import compare, pictures, serve_plots
 from hbserve.bench.arrivals import draw_arrivals
 from hbserve.bench.http_target import split_in
 from hbserve.bench.load import LoadResult, LoadRun
@@ -340,7 +340,7 @@ async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_b
     assert best["rate"] < best["too_high"] <= 1.5 * best["rate"]
     prompts = [request[1] for request in target.came]
     assert prompts.count(16) >= 1  # the warm-up
-    serve_plots.check()
+    pictures.check("--plots")
     drawn = serve_plots.draw(json.loads(json.dumps(document)), tmp_path)
     assert [path.name for path in drawn] == ["attainment.png", "latencies.png", "split.png"]
     assert all(path.stat().st_size > 1000 for path in drawn)

@@ -1,4 +1,4 @@
-"""Semi-PD on a GPU: MPS shares, arenas by IPC, rotation, ladder, and recovery from a fault of the GPU."""
+"""Semi-PD on a GPU: MPS and shares, arenas by IPC, rotation, ladder, and recovery from a fault of the GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.bench import gpu_fault
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from tests.engines import assert_no_leaks
 
@@ -28,16 +28,6 @@ import demo_language as language  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
-FAULT = """
-import torch, triton, triton.language as tl
-
-@triton.jit
-def write_far_out(pointer):
-    tl.store(pointer + (1 << 44), 1.0)
-
-write_far_out[(1,)](torch.zeros(1, device="cuda"))
-torch.cuda.synchronize()
-"""
 
 
 @asynccontextmanager
@@ -101,19 +91,15 @@ async def test_a_worker_that_ends_costs_no_request() -> None:
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
-async def test_a_fault_of_the_gpu_costs_no_request(tmp_path: Path) -> None:
+async def test_a_fault_of_the_gpu_costs_no_request() -> None:
     async with system() as (llm, manager):
         asked = asyncio.create_task(ask(llm, 300))
         await asyncio.sleep(0.3)
         mps = manager.get_status()["mps"]
         assert mps is not None
         started = time.monotonic()
-        environment = os.environ | {name: value for name, value in mps.items() if name != "is_ours"}
-        program = tmp_path / "fault.py"  # Triton wants its kernels in a file
-        program.write_text(FAULT)
-        fault = await asyncio.to_thread(
-            subprocess.run, [sys.executable, str(program)], env=environment, capture_output=True, timeout=60
-        )
+        environment = {name: value for name, value in mps.items() if name != "is_ours"}
+        fault = await asyncio.to_thread(gpu_fault.fault, environment)
         assert fault.returncode != 0
         assert b"CUDA error" in fault.stderr or b"Triton Error [CUDA]" in fault.stderr, fault.stderr
         await asyncio.wait_for(asked, 120)

@@ -12,9 +12,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -22,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbserve.bench import semi_pd_plot
+from hbserve.bench import gpu_fault, pictures, semi_pd_plot
 from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.bench.stream_load import StreamLoad, Window, random_prompt
 from hbserve.errors import HBServeError, RequestFailedError
@@ -37,16 +34,6 @@ _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is i
 _NUM_SLEEPERS = 6  # so that one rotation after the other finds some asleep
 _TIME_FOR_LOSSES_S = 50.0
 _MIB = 1 << 20
-_FAULT = """
-import torch, triton, triton.language as tl
-
-@triton.jit
-def write_far_out(pointer):
-    tl.store(pointer + (1 << 44), 1.0)
-
-write_far_out[(1,)](torch.zeros(1, device="cuda"))
-torch.cuda.synchronize()
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         RequestFailedError: at the end, if a part of it failed.
     """
     if arguments.plot is not None:
-        semi_pd_plot.check()
+        pictures.check("--plot")
     benchmark = _Benchmark(arguments)
     asyncio.run(benchmark.run())
     if benchmark.failed:
@@ -328,7 +315,7 @@ class _Benchmark:
         else:
             name = "fault of the GPU"
             variables = {key: value for key, value in status["mps"].items() if key != "is_ours"}
-            if await asyncio.to_thread(_fault, variables) == 0:
+            if (await asyncio.to_thread(gpu_fault.fault, variables)).returncode == 0:
                 raise RequestFailedError("the kernel that was to fail did not")
             started = time.monotonic()
             await _until(lambda: manager.get_status()["statistics"]["recoveries"] > 0)
@@ -378,15 +365,6 @@ async def _rotate(manager: ProcessRotationManager, split: SMAllocation) -> None:
     settled = await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
     if not settled or manager.current_sm_allocation != split:
         raise HBServeError(f"no rotation to {split}: {manager.get_status()['last_error']}")
-
-
-def _fault(mps: dict[str, str]) -> int:
-    """Run a kernel that writes out of bounds; the exit code of its process."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "fault.py")  # Triton wants its kernels in a file
-        program.write_text(_FAULT)
-        command = [sys.executable, str(program)]
-        return subprocess.run(command, env=os.environ | mps, capture_output=True, timeout=60).returncode
 
 
 async def _end_sleepers(manager: ProcessRotationManager) -> None:

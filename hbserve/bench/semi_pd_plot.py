@@ -5,21 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from hbserve.errors import ConfigError
-
-
-def check() -> None:
-    """Refuse before anything is measured.
-
-    Raises:
-        ConfigError: if matplotlib is not there.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'hbserve[bench]'") from None
-    matplotlib.use("agg")
-
 
 def draw(token_times: dict[int, list[float]], rotation: tuple[float, float, float], title: str, path: Path) -> None:
     """Draw the gaps around one rotation.

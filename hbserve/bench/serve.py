@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from hbserve.bench import engine_target, http_target, serve_report
+from hbserve.bench import engine_target, http_target, pictures, serve_plots, serve_report
 from hbserve.bench.load import LoadResult, LoadRun
 from hbserve.bench.report import versions
 from hbserve.bench.request_record import Targets, summarize
@@ -38,9 +38,7 @@ def run(options: ServeOptions) -> None:
         HBServeError: whatever the target raises, and `ConfigError` for what cannot be run.
     """
     if options.plots is not None:
-        from hbserve.bench import serve_plots
-
-        serve_plots.check()
+        pictures.check("--plots")
     document = asyncio.run(_run(options))
     if options.json is not None:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

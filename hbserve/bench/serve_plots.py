@@ -5,21 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hbserve.errors import ConfigError
-
-
-def check() -> None:
-    """Refuse before anything is measured.
-
-    Raises:
-        ConfigError: if matplotlib is not there.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plots needs matplotlib: pip install 'hbserve[bench]'") from None
-    matplotlib.use("agg")
-
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     """Draw what there is to draw; returns the files.
