@@ -81,13 +81,17 @@ async def test_shares_rotation_and_ladder() -> None:
 
 async def test_a_worker_that_ends_costs_no_request() -> None:
     async with system() as (llm, manager):
-        asked = asyncio.create_task(ask(llm, 200))
-        await asyncio.sleep(0.3)
+        asked = asyncio.create_task(ask(llm, 400))
+        await asyncio.sleep(0.05)
         for worker in manager.get_status()["workers"][:2]:
             os.kill(worker["pid"], signal.SIGTERM)
         await asked
+        deadline = time.monotonic() + 60
+        while manager.get_status()["statistics"]["replaced_workers"] < 2:
+            assert time.monotonic() < deadline, manager.get_status()
+            await asyncio.sleep(0.05)
         assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
-        assert manager.get_status()["statistics"]["replaced_workers"] == 2
+        await ask(llm, 20)
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
