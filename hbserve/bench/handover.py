@@ -304,7 +304,7 @@ class _Probe:
         alone = [*_gaps(tokens, marks[0], marks[1]), *_gaps(tokens, marks[2], marks[3])]
         beside = _gaps(tokens, marks[1], marks[2])
         if not alone or not beside:
-            print(f"no gap between two tokens of a stream lies within {seconds:g} s: --seconds is too short", flush=True)
+            print(f"no gap between two tokens of a stream is within {seconds:g} s: too short", flush=True)
             return None
         return Beside(1e3 * _p99(alone), 1e3 * _p99(beside), num_prompts)
 
