@@ -18,7 +18,7 @@ from hbserve.semi_pd.latency_model import LatencyModel, Observed, Workload
 from hbserve.semi_pd.least_squares import PriorLeastSquares
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.split_policy import SplitPolicy, Window
+from hbserve.semi_pd.split_policy import SplitPolicy, Warm, Window
 from hbserve.semi_pd.step_profile import PrefillPoint, StepProfile
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import SimulatedClock
@@ -223,11 +223,11 @@ def test_within_the_cool_down_nothing_moves_and_within_a_rotations_only_warm_wor
     )
     busy = load(12.0, 1200.0, 60.0)
     start = SMAllocation(30, 70)
-    first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, ([30, 60], [70]))
+    first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, Warm([30, 60], [70]))
     assert first.moves
     policy.moved(first, rotated=True)
-    assert policy.decide(window(busy, 8.0, ttft_ms=5000.0), start, ([30, 60], [70])).reason == "cooling down"
-    later = policy.decide(window(busy, 20.0, ttft_ms=9000.0), start, ([30, 60], [70]))
+    assert policy.decide(window(busy, 8.0, ttft_ms=5000.0), start, Warm([30, 60], [70])).reason == "cooling down"
+    later = policy.decide(window(busy, 20.0, ttft_ms=9000.0), start, Warm([30, 60], [70]))
     assert later.chosen == SMAllocation(60, 70)
 
 
