@@ -85,7 +85,7 @@ async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
     go_on.set()
     async with asyncio.timeout(DEADLINE_S):
         for _ in range(3):  # its successors too, as they start
-            while processes.report()["detokenizer"]["pid"] in (None, pids["detokenizer"]):
+            while processes.report()["detokenizer"]["pid"] in (None, pids["detokenizer"]):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             pids["detokenizer"] = processes.report()["detokenizer"]["pid"]
             os.kill(pids["detokenizer"], signal.SIGKILL)
