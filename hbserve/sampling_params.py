@@ -84,7 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 except msgspec.ValidationError as error:
                     raise InvalidRequestError(f"{name}: {error}", name) from None
         self._require(0 <= self.temperature <= 100, "temperature", "must be in [0, 100]")
-        self._require(self.top_k >= -1, "top_k", "must be at least 1, or 0 or -1 to keep all tokens")
+        self._require(-1 <= self.top_k < 2**31, "top_k", "must be at least 1, or 0 or -1 to keep all tokens")
         self._require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         self._require(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
         self._require(0 < self.repetition_penalty <= 10, "repetition_penalty", "must be in (0, 10]")
