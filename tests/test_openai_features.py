@@ -16,12 +16,12 @@ from hbserve.pd_disagg import LLM
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.sampling_params import SamplingParams
-from hbserve.server.tool_calls import ToolCallParser
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.engines import assert_no_leaks
 from tests.http_server import MODEL, USER, letters, served
 from tests.scripted_scheduler import DEADLINE_S, ScriptedScheduler, tokens
+from tests.test_tool_calls import TEMPLATES
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("llguidance")
@@ -71,8 +71,13 @@ async def test_tool_calls(
     if stream:
         choices = [chunk.choices[0] async for chunk in answer]
         content = "".join(choice.delta.content or "" for choice in choices)
-        calls = [call for choice in choices for call in choice.delta.tool_calls or []]
+        changes = [call for choice in choices for call in choice.delta.tool_calls or []]
+        calls = [call for call in changes if call.id is not None]
         assert [call.index for call in calls] == [0, 1]
+        assert len(changes) > 6  # arguments come as they are written
+        for change in changes:
+            if change.id is None:
+                calls[change.index].function.arguments += change.function.arguments
         finish_reason = choices[-1].finish_reason
     else:
         message = answer.choices[0].message
@@ -110,22 +115,6 @@ async def test_no_parallel_tool_calls_means_one(
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content is None
     assert len(choice.message.tool_calls or []) == 1
-
-
-def test_text_around_calls_is_shown_whatever_its_pieces() -> None:
-    text = f'a <tool b>\n\n{CALL}\n<tool_call>{{"no": 1}}</tool_call> z\n<tool_call>{{"name": "f"}}'
-    for size in range(1, 12):
-        parser = ToolCallParser()
-        shown, calls = "", []
-        pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        for number, piece in enumerate(pieces, start=1):
-            more, found = parser.feed(piece, last=number == len(pieces))
-            shown, calls = shown + more, calls + found
-        assert [call["function"]["name"] for call in calls] == ["get_weather", "f"], size
-        assert shown.startswith("a <tool b>")
-        assert '<tool_call>{"no": 1}</tool_call> z' in shown
-        assert calls[1]["function"]["arguments"] == "{}"
-    assert ToolCallParser().feed("a < b ", last=True) == ("a < b ", [])
 
 
 # --- other parameters ----------------------------------------------------------------------------
@@ -246,18 +235,23 @@ async def test_structured_output_through_the_api(real_api: openai.AsyncOpenAI) -
         assert isinstance(json.loads(choice.message.content or ""), dict)
 
 
-@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize(("family", "several"), [("hermes", True), ("llama", False), ("mistral", True)])
 async def test_forced_tool_calls_fit_their_schema(
-    real_api: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, several: bool
+    real_api: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, family: str, several: bool
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "has_tool_calls", True)  # the demo model's template would refuse them
+    monkeypatch.setattr(Tokenizer, "tools_template", TEMPLATES[family])  # the demo model's own would refuse them
     choice: Any = "required" if several else {"type": "function", "function": {"name": "get_weather"}}
-    answer = await real_api.chat.completions.create(
-        model=MODEL, messages=USER, tools=[CLOCK, WEATHER], tool_choice=choice, seed=1, max_tokens=400
-    )
+    request: Any = {"model": MODEL, "messages": USER, "tools": [CLOCK, WEATHER], "tool_choice": choice, "seed": 1}
+    answer = await real_api.chat.completions.create(**request, max_tokens=400)
     calls = answer.choices[0].message.tool_calls or []
     assert calls
     assert several or len(calls) == 1
+    assert not answer.choices[0].message.content
+    cut = await real_api.chat.completions.create(**request, max_tokens=(answer.usage.completion_tokens - 4))
+    assert (cut.choices[0].finish_reason, cut.choices[0].message.content or "") == ("length", "")
+    begun = [call.function for call in cut.choices[0].message.tool_calls or []]
+    assert [call.function for call in calls][: len(begun) - 1] == begun[:-1]
+    assert calls[len(begun) - 1].function.arguments.startswith(begun[-1].arguments)
     for call in (call for call in calls if call.function.name == "get_weather"):
         arguments = json.loads(call.function.arguments)
         assert arguments["place"] in ("Oslo", "Rome")

@@ -279,7 +279,7 @@ class _Probe:
         links = (await self._llm.client.stats())["kv_transfer"]["links"]
         return next(iter(links.values()), {"bytes": 0.0, "seconds": 0.0, "exposed_s": 0.0})
 
-    async def beside(self, num_streams: int, seconds: float, prompt_len: int) -> Beside:
+    async def beside(self, num_streams: int, seconds: float, prompt_len: int) -> Beside | None:
         """Streams by themselves, then with prompts, then by themselves again: their contexts grow meanwhile."""
         tokens: list[list[float]] = [[] for _ in range(num_streams)]
         begun = [asyncio.Event() for _ in tokens]
@@ -302,7 +302,11 @@ class _Probe:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
         alone = [*_gaps(tokens, marks[0], marks[1]), *_gaps(tokens, marks[2], marks[3])]
-        return Beside(1e3 * _p99(alone), 1e3 * _p99(_gaps(tokens, marks[1], marks[2])), num_prompts)
+        beside = _gaps(tokens, marks[1], marks[2])
+        if not alone or not beside:
+            print(f"no gap between two tokens of a stream is within {seconds:g} s: too short", flush=True)
+            return None
+        return Beside(1e3 * _p99(alone), 1e3 * _p99(beside), num_prompts)
 
     async def _stream(self, times: list[float], begun: asyncio.Event) -> None:
         prompt = [self._random.randint(0, self._last_token) for _ in range(_STREAM_CONTEXT)]

@@ -20,6 +20,7 @@ from hbserve.server.connection import EventStream, while_connected
 from hbserve.server.generation import Generation
 from hbserve.server.logprobs import chat_logprobs
 from hbserve.server.tool_calls import ToolCallParser
+from hbserve.server.tool_formats import tool_format
 
 
 async def create_chat_completion(
@@ -33,11 +34,8 @@ async def create_chat_completion(
     Raises:
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
-    sampling = body.sampling()
-    tools = body.offered_tools
-    if tools is not None and not engine.tokenizer.has_tool_calls:
-        raise InvalidRequestError("the model's chat template has no tool calls in the form <tool_call>", "tools")
-    prompt = await engine.text.encode_chat(body.conversation(), tools)
+    sampling = body.sampling(tool_format(engine.tokenizer.tools_template), engine.tokenizer.added_token_id)
+    prompt = await engine.text.encode_chat(body.conversation(), body.offered_tools)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -49,20 +47,28 @@ async def create_chat_completion(
         return EventStream(_events(engine, generation, head, body))
     with _named_as_in(body):
         samples = await while_connected(receive, generation.collect())
-    choices = [_choice(engine, sample, tools is not None) for sample in samples]
+    choices = [_choice(engine, sample, _parser(engine, body)) for sample in samples]
     answer = msgspec.json.encode(head | {"choices": choices, "usage": generation.usage()})
     return Response(answer, media_type="application/json")
 
 
-def _choice(engine: TextEngine, sample: Sample, with_tools: bool) -> dict[str, Any]:
+def _parser(engine: TextEngine, body: ChatCompletionRequest) -> ToolCallParser | None:
+    """For one output, which may have calls; None: it cannot."""
+    form = tool_format(engine.tokenizer.tools_template)
+    if not body.offered_tools or form is None:
+        return None
+    names = {tool.function.name for tool in body.tools or ()}
+    return ToolCallParser(form, names, forced=body.forces_calls, only_one=body.parallel_tool_calls is False)
+
+
+def _choice(engine: TextEngine, sample: Sample, parser: ToolCallParser | None) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": sample.text}
     finish_reason = sample.finish_reason
-    if with_tools:
-        text, calls = ToolCallParser().feed(sample.text, last=True)
+    if parser is not None:
+        text, calls = parser.feed(sample.text, last=True)  # all at once: every call is whole
+        message["content"] = text if text or not calls else None
         if calls:
-            for call in calls:
-                del call["index"]
-            message = {"role": "assistant", "content": text or None, "tool_calls": calls}
+            message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
             finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
     return {
         "index": sample.index,
@@ -79,7 +85,7 @@ async def _events(
     if body.include_usage:
         head = head | {"usage": None}
     begun: set[int] = set()
-    parsers = [ToolCallParser() if body.offered_tools else None for _ in range(generation.num_choices)]
+    parsers = [_parser(engine, body) for _ in range(generation.num_choices)]
     try:
         with _named_as_in(body):
             while deltas := await generation.read():

@@ -11,7 +11,7 @@ from hbserve.errors import InvalidRequestError
 from hbserve.grammar import ANY_JSON_OBJECT, json_schema
 from hbserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from hbserve.server.protocol import Body, GenerationRequest, all_of
-from hbserve.server.tool_calls import CALL_END, calls_grammar
+from hbserve.server.tool_formats import TokenId, ToolFormat
 
 
 class CalledFunction(Body):
@@ -213,8 +213,17 @@ class ChatCompletionRequest(GenerationRequest):
             return None
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
-    def sampling(self) -> SamplingParams:
+    @property
+    def forces_calls(self) -> bool:
+        """Whether the answer must consist of calls."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    def sampling(self, tool_format: ToolFormat | None, token_id: TokenId) -> SamplingParams:
         """The request's sampling parameters; without a limit the output may fill the context.
+
+        Args:
+            tool_format: how the model writes calls; None: it cannot.
+            token_id: see `ToolFormat.grammar`.
 
         Raises:
             InvalidRequestError: naming the parameter that cannot be honoured.
@@ -232,19 +241,30 @@ class ChatCompletionRequest(GenerationRequest):
             raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
         more: dict[str, Any] = {"max_tokens": limits.pop() if limits else None, "logprobs": logprobs}
         grammars = {"grammar": self.grammar, "response_format": self.response_format and self.response_format.grammar}
-        grammars["tool_choice"] = self._forced_calls()
+        forced = self._forced_functions()
         named = [name for name, grammar in grammars.items() if grammar is not None]
-        if len(named) > 1:
+        if len(named := named + ["tool_choice"] * bool(forced)) > 1:
             raise InvalidRequestError(f"{named[1]} and {named[0]} contradict each other", named[1])
-        if named:
+        if self.offered_tools and tool_format is None:
+            raise InvalidRequestError(
+                "the model's chat template has no tool calls, or none in a form that is known here "
+                "(Hermes and Qwen, Llama 3, Mistral)",
+                "tools",
+            )
+        if forced and tool_format is not None:
+            several = self.tool_choice == "required" and self.parallel_tool_calls is not False
+            more["grammar"] = tool_format.grammar(forced, several, token_id)
+        elif named:
             more["grammar"] = grammars[named[0]]
-        elif self.offered_tools and self.parallel_tool_calls is False:
-            more["stop"] = [*SamplingParams(stop=self.stop).stop_strings, CALL_END]  # the first call is the last
+        elif self.offered_tools and tool_format and tool_format.end_of_call and self.parallel_tool_calls is False:
+            stops = SamplingParams(stop=self.stop).stop_strings
+            more["stop"] = [*stops, tool_format.end_of_call]  # the first call is the last
         return self._sampling(**more)
 
-    def _forced_calls(self) -> str | None:
-        if self.tool_choice in (None, "none", "auto"):
-            return None
+    def _forced_functions(self) -> dict[str, dict[str, Any] | None]:
+        """Parameters by name of the functions of which one must be called; empty: none must."""
+        if not self.forces_calls:
+            return {}
         tools = self.tools or []
         if not tools:
             raise InvalidRequestError("tool_choice needs tools", "tool_choice")
@@ -253,6 +273,4 @@ class ChatCompletionRequest(GenerationRequest):
             tools = [tool for tool in tools if tool.function.name == name]
             if not tools:
                 raise InvalidRequestError(f"tool_choice: there is no tool {name!r}", "tool_choice")
-        functions = {tool.function.name: tool.function.parameters for tool in tools}
-        several = self.tool_choice == "required" and self.parallel_tool_calls is not False
-        return calls_grammar(functions, several)
+        return {tool.function.name: tool.function.parameters for tool in tools}

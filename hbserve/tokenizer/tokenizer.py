@@ -16,6 +16,9 @@ from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecode
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, what chat templates take
 
+SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>"})
+"""Shown even if they are special tokens: without them nobody could tell a call of a tool from other text."""
+
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -60,6 +63,8 @@ class Tokenizer:
         self.path = Path(path)
         self.has_text = any((self.path / name).is_file() for name in _FILES)
         self._special: frozenset[int] = frozenset()
+        self._added_ids: dict[str, int] = {}
+        self._tools_template = ""
         self._bytes_of_piece: BytesOfPiece | None = None
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
         self._shown_bytes: dict[int, bytes] = {}  # likewise, special tokens empty
@@ -85,7 +90,14 @@ class Tokenizer:
         backend.no_padding()
         self._backend: Any = backend
         added = backend.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        self._special = frozenset(
+            token_id for token_id, token in added.items() if token.special and token.content not in SHOWN_MARKS
+        )
+        if self._hf.chat_template:  # one, or several by name
+            templates = self._hf.chat_template
+            named = templates if isinstance(templates, dict) else {"default": templates}
+            self._tools_template = named.get("tool_use") or named.get("default", "")
         if backend.decoder is not None:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
@@ -118,9 +130,13 @@ class Tokenizer:
         return ids
 
     @property
-    def has_tool_calls(self) -> bool:
-        """Whether the chat template knows tools, and calls as ``<tool_call>`` (Hermes, Qwen)."""
-        return self.has_chat_template and "<tool_call>" in str(self._hf.chat_template)
+    def tools_template(self) -> str:
+        """The chat template for conversations with tools; empty if there is none."""
+        return self._tools_template
+
+    def added_token_id(self, text: str) -> int | None:
+        """The added token of this text, such as a mark in chat templates; None: it is written with ordinary ones."""
+        return self._added_ids.get(text)
 
     def encode_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] | None = None

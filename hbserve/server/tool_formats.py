@@ -1,0 +1,157 @@
+"""How model families write calls of tools. Which one a model has learnt is told by its chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from hbserve.grammar import json_rule
+
+TokenId = Callable[[str], int | None]
+Functions = Mapping[str, dict[str, Any] | None]
+
+
+class ToolFormat(ABC):
+    """One family's way. In general: a mark, an opening, calls with separators between them, a closing.
+
+    A call is a JSON object with a name and arguments, or has its arguments as a JSON object at its end.
+
+    Attributes:
+        mark: tells that calls follow, anywhere in an answer.
+        mark_is_optional: an answer that begins as a call is one, without the mark too.
+        opening, separator, closing: what is written before the first call, between two, and after the last.
+        head: of a call up to its arguments, with a group ``name``.
+        arguments_key: how the object of a call names its arguments; None: they stand alone, after the head.
+        end_of_call: text that comes after each call and nowhere else, if there is one.
+        knows_names: only names of the offered tools make a call, where the form alone could be another answer.
+    """
+
+    mark: str
+    mark_is_optional = False
+    opening = ""
+    separator = ""
+    closing = ""
+    arguments_key: str | None = "arguments"
+    end_of_call: str | None = None
+    knows_names = False
+
+    @property
+    def head(self) -> re.Pattern[str]:
+        return _HEADS[self.arguments_key]
+
+    def new_id(self) -> str:
+        """An id for a call, such as the chat template takes it back."""
+        return f"call_{uuid.uuid4().hex}"
+
+    @abstractmethod
+    def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
+        """The grammar of outputs that consist of calls, at least one.
+
+        Args:
+            functions: by name, the JSON schema of their arguments; None: any object.
+            several: more than one call may follow each other.
+            token_id: of a mark that is a token of its own; None: it is written like any text.
+        """
+
+    def _grammar(self, functions: Functions, start: str, head: Callable[[str], str], tail: str) -> str:
+        rules = []
+        for number, (name, parameters) in enumerate(functions.items()):
+            rules += [f"call_{number}: {head(name)} arguments_{number} {tail}".rstrip()]
+            # A rule of its own: the references within a schema are to its root.
+            rules += [f"arguments_{number}: {json_rule(parameters or {'type': 'object'})}"]
+        calls = " | ".join(f"call_{number}" for number in range(len(functions)))
+        return "\n".join(["%llguidance {}", f"start: {start}", f"call: {calls}", *rules])
+
+    def _object_head(self, name: str) -> str:
+        return json.dumps(f'{{"name": {json.dumps(name)}, "{self.arguments_key}": ')  # as a string of the grammar
+
+
+_NAME = r'"(?P<name>[^"\\]+)"'
+_HEADS = {
+    key: re.compile(rf'\s*\{{\s*"name"\s*:\s*{_NAME}\s*,\s*"{key}"\s*:\s*(?=\{{)')
+    for key in ("arguments", "parameters")
+} | {None: re.compile(r"\s*(?P<name>[\w.-]{1,64})\s*(?:\[CALL_ID\]\s*\w+\s*)?\[ARGS\]\s*(?=\{)")}
+
+
+class HermesFormat(ToolFormat):
+    """Hermes, Qwen 2.5 and 3: each call between marks, ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``."""
+
+    mark = "<tool_call>"
+    closing = end_of_call = "</tool_call>"
+
+    def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
+        begin, end = _mark(self.mark, token_id), _mark(self.closing, token_id)
+        start = f'{begin} "\\n" call "\\n" {end}'
+        if several:
+            start += f' ("\\n" {begin} "\\n" call "\\n" {end})*'
+        return self._grammar(functions, start, self._object_head, '"}"')
+
+
+class LlamaFormat(ToolFormat):
+    """Llama 3.1 to 3.3: the whole answer is ``{"name": …, "parameters": {…}}``, after a mark or not.
+
+    Their templates refuse conversations with more than one call in a turn, so no grammar asks for several.
+    """
+
+    mark = "<|python_tag|>"
+    mark_is_optional = True
+    separator = ";"
+    arguments_key = "parameters"
+    knows_names = True
+
+    def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
+        return self._grammar(functions, "call", self._object_head, '"}"')
+
+
+class MistralFormat(ToolFormat):
+    """Mistral up to tokenizer 7: a list of calls, ``[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]``."""
+
+    mark = "[TOOL_CALLS]"
+    opening, separator, closing = "[", ",", "]"
+
+    def new_id(self) -> str:
+        return secrets.token_hex(5)[:9]  # their templates take nine letters and digits, and nothing else
+
+    def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
+        more = ' (", " call)*' if several else ""
+        start = f'{_mark(self.mark, token_id)} " "? "[" call{more} "]"'
+        return self._grammar(functions, start, self._object_head, '"}"')
+
+
+class MistralNamedFormat(MistralFormat):
+    """Mistral from tokenizer 11 on: ``[TOOL_CALLS]name[ARGS]{…}`` for each call."""
+
+    opening = separator = closing = ""
+    arguments_key = None
+
+    def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
+        one = f"{_mark(self.mark, token_id)} call"
+        between = _mark("[ARGS]", token_id)
+        start = f"({one})+" if several else one
+        return self._grammar(functions, start, lambda name: f"{json.dumps(name)} {between}", "")
+
+
+@cache
+def tool_format(template: str) -> ToolFormat | None:
+    """How a model with this chat template writes calls; None: it knows no tools, or writes in an unknown way."""
+    if "tools" not in template:
+        return None
+    if "[TOOL_CALLS]" in template:
+        return MistralNamedFormat() if "[ARGS]" in template else MistralFormat()
+    if "<tool_call>" in template:  # Qwen3-Coder and GLM write XML between the same marks
+        return None if "<function=" in template or "<arg_key>" in template else HermesFormat()
+    if "<|start_header_id|>" in template and ("<|python_tag|>" in template or '"parameters"' in template):
+        return LlamaFormat()
+    return None
+
+
+def _mark(text: str, token_id: TokenId) -> str:
+    """A mark in a grammar: as the token that it is, which text of the same letters is not."""
+    number = token_id(text)
+    return json.dumps(text) if number is None else f"<[{number}]>"
