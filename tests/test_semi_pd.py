@@ -129,20 +129,21 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
 
 
 async def test_rotations_and_kills_change_no_token(model: str, expected: list[list[int]]) -> None:
-    """100 seeded requests while the split rotates and workers and the resident process are killed."""
+    """100 seeded requests while the split rotates, phases are mixed and parted again, and processes are killed."""
     prompts, sampling = requests()
     config = PdDisaggConfig.from_arguments(
         model,
         mode="semi_pd",
         prefill_percentage=50,
         decode_percentage=60,
-        ladder={"prefill": [], "decode": [100]},
+        ladder={"prefill": [], "decode": [100], "unified": [100]},
         max_restarts=100,
         **SETTINGS,
     )
     rng = random.Random(5)
     done = asyncio.Event()
     kills = {"worker": 0, "resident": 0}
+    tokens: dict[str, int] = {}
 
     async with DisaggregatedLLM(config) as llm:
         manager = llm.supervisors["semi-0"]
@@ -159,12 +160,19 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
                 await asyncio.sleep(0.01)
             return not done.is_set()
 
+        def note_tokens() -> None:
+            for worker in llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values():
+                tokens[worker["role"]] = max(tokens.get(worker["role"], 0), worker["generated_tokens"])
+
         async def rotate() -> None:
             while not done.is_set():
-                split = SMAllocation(rng.choice([40, 50, 70]), rng.choice([40, 60, 80]))
-                assert manager.request_sm_reallocation(split)
-                await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
-                seen.update(pids_of(manager))
+                shares = rng.choice([40, 50, 70]), rng.choice([40, 60, 80])
+                for mixed in (True, False, True, False):
+                    assert manager.request_sm_reallocation(SMAllocation(*shares, mixed=mixed))
+                    await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
+                    seen.update(pids_of(manager))
+                    await after_steps(6)
+                    note_tokens()
 
         async def kill() -> None:
             while await after_steps(rng.randint(15, 30)):
@@ -190,6 +198,7 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         assert status["statistics"]["rotations"] >= 1, str(status)
         assert status["statistics"]["recoveries"] == 1
         assert status["statistics"]["replaced_workers"] >= 1
+        assert min(tokens[role] for role in ("prefill", "decode", "unified")) > 0, tokens
         await asyncio.to_thread(assert_no_leaks, llm)
         seen |= pids_of(manager)
     assert not any(is_running(pid) for pid in seen)
@@ -237,11 +246,11 @@ def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
     manager.request_sm_reallocation(SMAllocation(80, 40))
     assert manager.wait_until_settled(DEADLINE_S)
     before = pids_of(manager)
-    assert manager.get_status()["warm_percentages"] == {"prefill": [80, 100], "decode": [40, 100]}
+    assert manager.get_status()["warm_percentages"] == {"prefill": [80, 100], "decode": [40, 100], "unified": []}
     manager.request_sm_reallocation(SMAllocation(80, 100))
     assert manager.wait_until_settled(DEADLINE_S)
     status = manager.get_status()
-    assert status["current_sm_allocation"] == {"prefill_percentage": 80, "decode_percentage": 100}
+    assert manager.current_sm_allocation == SMAllocation(80, 100)
     assert pids_of(manager) < before  # the decode worker of 40 % has gone, and nobody has come
 
 
