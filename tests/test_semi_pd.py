@@ -249,7 +249,7 @@ def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
     assert manager.get_status()["warm_percentages"] == {"prefill": [80, 100], "decode": [40, 100], "unified": []}
     manager.request_sm_reallocation(SMAllocation(80, 100))
     assert manager.wait_until_settled(DEADLINE_S)
-    status = manager.get_status()
+    manager.get_status()
     assert manager.current_sm_allocation == SMAllocation(80, 100)
     assert pids_of(manager) < before  # the decode worker of 40 % has gone, and nobody has come
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hbserve.errors import HBServeError
@@ -19,6 +22,8 @@ from hbserve.pd_disagg import child
 from hbserve.platform import Partition, mps, set_priority
 
 logger = logging.getLogger(__name__)
+
+_NICENESS = 5
 
 
 def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
@@ -33,7 +38,8 @@ def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
         taken effect.
     """
     started = time.monotonic()
-    _import_everything(model, on_gpu)
+    with ThreadPoolExecutor(1, "imports") as importer:
+        importer.submit(_import_everything, model, on_gpu).result()
     child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
     line = sys.stdin.buffer.readline()
     if not line:
@@ -48,7 +54,11 @@ def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def _import_everything(model: str, on_gpu: bool) -> None:
-    """Seconds of work that do not depend on what the process will be."""
+    """Seconds of work that do not depend on what the process will be, and yield to those that serve meanwhile.
+
+    In a thread of its own: on Linux niceness is a thread's, and it cannot be taken back.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     import numpy.ma  # noqa: F401 - `numpy.unique` does, at its first call
 
     import hbserve.engine.model_runner
