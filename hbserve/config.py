@@ -177,10 +177,13 @@ class LadderConfig(Section, frozen=True):
 
     Attributes:
         prefill, decode: each 1..100, no order.
+        unified: of workers that mix both phases in their steps; the largest is used. Default: 100 where
+            something can choose it, which is ``semi_pd.mixed`` or ``semi_pd.slo``, else none.
     """
 
     prefill: tuple[int, ...] = (100,)
     decode: tuple[int, ...] = (100,)
+    unified: tuple[int, ...] | None = None
 
 
 class SLOConfig(Section, frozen=True):
@@ -237,6 +240,7 @@ class SemiPDConfig(Section, frozen=True):
         prefill_percentage, decode_percentage: of the device, while both phases are busy; the sum may
             pass 100. Default: the environment's SEMI_PD_PREFILL_SM_PERCENTILE and
             SEMI_PD_DECODE_SM_PERCENTILE, else 80 and 100.
+        mixed: begin with one worker that does both phases in the same steps, instead of side by side.
         prefill_priority: `CUDA_MPS_CLIENT_PRIORITY` of prefill workers: 1 asks MPS to let them yield to
             decode, 0 does not (no difference was measured: docs/semi_pd.md).
         ladder: further percentages to keep workers at. A phase that is alone gets its largest.
@@ -249,6 +253,7 @@ class SemiPDConfig(Section, frozen=True):
 
     prefill_percentage: int | None = None
     decode_percentage: int | None = None
+    mixed: bool = False
     prefill_priority: Literal[0, 1] = 1
     ladder: LadderConfig = LadderConfig()
     num_sleepers: int = 2

@@ -70,7 +70,11 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
                 raise _error(f"semi_pd.{name}", f"the environment's {variable} must be in 1..100, got {text!r}")
             value = int(text)
         shares[name] = value
-    return msgspec.structs.replace(given, **shares)
+    ladder = given.ladder
+    if ladder.unified is None:
+        is_chosen = given.mixed or given.slo is not None
+        ladder = msgspec.structs.replace(ladder, unified=(100,) if is_chosen else ())
+    return msgspec.structs.replace(given, **shares, ladder=ladder)
 
 
 def with_instance(config: Config, instance: InstanceConfig) -> Config:
@@ -180,9 +184,11 @@ def _validate_semi_pd(config: Config) -> None:
         if not 1 <= value <= 100:
             raise _error(f"semi_pd.{name}", f"must be in 1..100, got {value}")
     for name in LadderConfig.__struct_fields__:
-        for value in getattr(config.semi_pd.ladder, name):
+        for value in getattr(config.semi_pd.ladder, name) or ():
             if not 1 <= value <= 100:
                 raise _error(f"semi_pd.ladder.{name}", f"percentages must be in 1..100, got {value}")
+    if config.semi_pd.mixed and not config.semi_pd.ladder.unified:
+        raise _error("semi_pd.mixed", "needs a worker of both phases; semi_pd.ladder.unified says there is none")
     slo = config.semi_pd.slo
     for name in slo.__struct_fields__ if slo is not None else ():
         value = getattr(slo, name)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_GRAMMAR_CHARACTERS = 200_000
 
+_MAX_PROBLEM_CHARACTERS = 300
+_NO_FORCING = '%llguidance {"no_forcing": true}'
 _WHITE_SPACE = r"( |\n {0,64})?"
 
 ANY_JSON_OBJECT = '{"type": "object"}'
@@ -76,6 +78,7 @@ class Vocabulary:
         self.vocab_size = vocab_size
         text = path.read_text(encoding="utf-8")
         document = json.loads(text)
+        self._added_texts = [token["content"] for token in document.get("added_tokens", ())]
         decoder = document.get("decoder") or {}
         if decoder.get("type") == "Metaspace":  # in the words that llguidance knows
             space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
@@ -98,9 +101,10 @@ class Vocabulary:
 
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise InvalidRequestError(f"the grammar has more than {MAX_GRAMMAR_CHARACTERS} characters", "grammar")
-        problem = LLMatcher(self._tokenizer, grammar, log_level=0).get_error()
+        problem = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0).get_error()
         if problem:
-            raise InvalidRequestError(f"the grammar cannot be followed: {problem.strip().splitlines()[0]}", "grammar")
+            what = " ".join(problem.split())[:_MAX_PROBLEM_CHARACTERS]
+            raise InvalidRequestError(f"the grammar cannot be followed: {what}", "grammar")
 
     def problem_of(self, grammar: str, token_ids: Sequence[int]) -> str | None:
         """Why a finished output, without its end token, is not one of the grammar's; None if it is."""
@@ -113,7 +117,23 @@ class Vocabulary:
         from llguidance import LLMatcher
 
         own_ends = self._tokenizer.eos_tokens
-        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self.vocab_size, end_token_ids, own_ends)
+        matcher = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0)
+        return Matcher(matcher, self.vocab_size, end_token_ids, own_ends)
+
+    def _unforced(self, grammar: str) -> str:
+        """The grammar, told not to force tokens if it names the text of an added one.
+
+        Where only one text can follow, llguidance allows just the token that the tokenizer would write. If that is an
+        added token, such as ``<think>``, it refuses it afterwards: it takes those for marks, not for text.
+        """
+        if not any(text in grammar for text in self._added_texts):
+            return grammar
+        if grammar.startswith("{"):  # what `json_schema` makes
+            return f"{_NO_FORCING}\nstart: %json {json.dumps(json.loads(grammar)['grammars'][0]['json_schema'])}"
+        head, _, rest = grammar.partition("\n")
+        if not head.startswith("%llguidance"):
+            return f"{_NO_FORCING}\n{grammar}"
+        return f"{_NO_FORCING}\n{rest}" if head.removeprefix("%llguidance").strip() == "{}" else grammar
 
 
 class Matcher:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import NoneType
+from typing import Any, get_args
+
 import msgspec
 
 from hbserve.errors import InvalidRequestError
@@ -72,14 +76,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             InvalidRequestError: naming the field.
         """
         # msgspec checks types when decoding but not in a direct call, so they are checked here too.
-        for field in msgspec.structs.fields(self):
-            value = getattr(self, field.name)
-            try:
-                msgspec.convert(value, field.type)
-            except msgspec.ValidationError as error:
-                raise InvalidRequestError(f"{field.name}: {error}", field.name) from None
+        for name, kind, plain in _field_types():
+            value = getattr(self, name)
+            if type(value) not in plain:
+                try:
+                    msgspec.convert(value, kind)
+                except msgspec.ValidationError as error:
+                    raise InvalidRequestError(f"{name}: {error}", name) from None
         self._require(0 <= self.temperature <= 100, "temperature", "must be in [0, 100]")
-        self._require(self.top_k >= -1, "top_k", "must be at least 1, or 0 or -1 to keep all tokens")
+        self._require(-1 <= self.top_k < 2**31, "top_k", "must be at least 1, or 0 or -1 to keep all tokens")
         self._require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         self._require(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
         self._require(0 < self.repetition_penalty <= 10, "repetition_penalty", "must be in (0, 10]")
@@ -126,6 +131,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+
+@cache
+def _field_types() -> list[tuple[str, Any, frozenset[type]]]:
+    """Per field its name, its type, and the types of values that need no closer look; slow to find out."""
+    fields = [(field.name, field.type) for field in msgspec.structs.fields(SamplingParams)]
+    return [
+        (name, kind, frozenset(one for one in (*get_args(kind), kind) if one in (bool, int, float, str, NoneType)))
+        for name, kind in fields
+    ]
 
 
 def _is_unicode(text: str) -> bool:

@@ -68,17 +68,21 @@ def _rotation(status: dict[str, Any]) -> list[str]:
     wanted = status["requested_sm_allocation"]
     change = ""
     if wanted is not None:
-        change = f" → {wanted['prefill_percentage']} / {wanted['decode_percentage']} %"
+        change = f" → {_split(wanted)}"
         change += f" ({status['delayed_switching']['state']})"
     lines = [
-        f"  split {split['prefill_percentage']} / {split['decode_percentage']} %{change}, "
-        f"sleepers {len(status['sleepers'])}",
+        f"  split {_split(split)}{change}, sleepers {len(status['sleepers'])}",
         f"  rotations {counts['rotations']} (failed {counts['failed_rotations']}), "
         f"replaced workers {counts['replaced_workers']}, recoveries {counts['recoveries']}",
     ]
     if status["last_error"]:
         lines.append(f"  last error: {status['last_error']}")
     return lines
+
+
+def _split(allocation: dict[str, Any]) -> str:
+    shares = f"{allocation['prefill_percentage']} / {allocation['decode_percentage']} %"
+    return f"mixed (else {shares})" if allocation["mixed"] else shares
 
 
 def _get(url: str, key: str | None) -> dict[str, Any]:

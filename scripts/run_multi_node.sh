@@ -37,7 +37,7 @@ if [ -n "$print" ]; then
     while IFS=$'\t' read -r host _ instance; do
         echo "$host: $(command_for "$instance")"
     done <<<"$plan"
-    echo "here: cd $root && ${scheduler[*]}"
+    echo "here: cd $(printf %q "$root") &&$(printf ' %q' "${scheduler[@]}")"
     exit 0
 fi
 

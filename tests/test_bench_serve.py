@@ -251,7 +251,7 @@ class PacedTarget:
         self.pace_s, self.refuses, self.capacity = pace_s, refuses, capacity
         self.came: list[tuple[float, int, int, dict[str, float]]] = []
         self.num_open = self.most_open = 0
-        self.splits = iter([(70.0, 30.0), (60.0, 40.0)])
+        self.splits = iter([(70.0, 30.0, False), (60.0, 40.0, True)])
 
     async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
         self.came.append((time.perf_counter(), len(prompt), output_len, targets))
@@ -267,7 +267,7 @@ class PacedTarget:
         finally:
             self.num_open -= 1
 
-    async def split(self) -> tuple[float, float] | None:
+    async def split(self) -> tuple[float, float, bool] | None:
         return next(self.splits, None)
 
     async def describe(self) -> dict[str, Any]:
@@ -280,8 +280,8 @@ async def run_load(target: PacedTarget, workload: ServeWorkload, *arguments: Any
 
 
 def test_the_split_is_the_first_instances() -> None:
-    shares = {"prefill_percentage": 70, "decode_percentage": 30}
-    assert split_in({"instances": {"semi-0": {"current_sm_allocation": shares}}}) == (70, 30)
+    shares = {"prefill_percentage": 70, "decode_percentage": 30, "mixed": False}
+    assert split_in({"instances": {"semi-0": {"current_sm_allocation": shares}}}) == (70, 30, False)
     assert split_in({"instances": {}}) is None
 
 
@@ -305,7 +305,7 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
             assert each.num_tokens == each.output_len
             assert each.ttft_s is not None
             assert each.ttft_s >= 0.3
-    assert result.split[0][1:] == (70.0, 30.0)
+    assert result.split[0][1:] == (70.0, 30.0, False)
     health = result.client.as_dict(result.records)
     assert 0 < health["cpu_share"] <= 1.5
     assert health["loop_lag_p50_ms"] <= health["loop_lag_max_ms"]

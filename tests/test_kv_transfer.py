@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import subprocess
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbserve.errors import ConfigError
+from hbserve.errors import ConfigError, StartupError
 from hbserve.messages.transfer import (
     CloseLink,
     FinishBlocks,
@@ -438,7 +439,11 @@ async def test_heads_are_split_anew_on_the_way_and_checksums_prove_it(
 
 
 class WrongSize(KVTransferBase):
-    """A user's backend that delivers too little."""
+    """A user's backend that delivers too little, and where it may not begin says why."""
+
+    async def start(self) -> None:
+        if self.context.rank == 7:
+            raise OSError("no cable")
 
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
         pass
@@ -456,12 +461,16 @@ async def test_a_backend_that_delivers_the_wrong_size_is_a_failed_transfer() -> 
         assert "7 bytes" in result.error
 
 
-def test_a_backend_that_is_none_is_refused_by_name() -> None:
+async def test_a_backend_that_is_none_is_refused_by_name() -> None:
     context = KVTransferContext(0, 1, "127.0.0.1", None, torch.device("cpu"), 1.0, 1)
     with pytest.raises(ConfigError, match=r"kv_transfer.backend.*no_such_module"):
         make_backend("no_such_module:Backend", context)
     with pytest.raises(ConfigError, match="not a subclass"):
         make_backend("hbserve.messages.transfer:Peer", context)
+    arena = torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
+    manager = make_manager(f"{__name__}:WrongSize", dataclasses.replace(context, rank=7), arena, print)
+    with pytest.raises(StartupError, match="WrongSize: OSError: no cable"):
+        await manager.start()
 
 
 async def test_the_lookup_buffer_holds_arrivals_back_until_there_is_space() -> None:

@@ -165,14 +165,15 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
                 tokens[worker["role"]] = max(tokens.get(worker["role"], 0), worker["generated_tokens"])
 
         async def rotate() -> None:
+            shares = 50, 60
             while not done.is_set():
-                shares = rng.choice([40, 50, 70]), rng.choice([40, 60, 80])
-                for mixed in (True, False, True, False):
+                for mixed in (True, False, True):
                     assert manager.request_sm_reallocation(SMAllocation(*shares, mixed=mixed))
                     await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
                     seen.update(pids_of(manager))
-                    await after_steps(6)
+                    await after_steps(4)
                     note_tokens()
+                shares = rng.choice([40, 50, 70]), rng.choice([40, 60, 80])
 
         async def kill() -> None:
             while await after_steps(rng.randint(15, 30)):
@@ -217,11 +218,11 @@ def running(model: str) -> Iterator[LLM]:
         mode="semi_pd",
         prefill_percentage=60,
         decode_percentage=40,
-        ladder={"prefill": [100], "decode": [100]},
+        ladder={"prefill": [100], "decode": [100], "unified": [100]},
         **SETTINGS,
     ) as llm:
         # One worker of each phase is enough to be ready; these tests want all of them.
-        wait_for(lambda: sum(w["status"] == "ready" for w in workers_of(llm)) == 4)
+        wait_for(lambda: sum(w["status"] == "ready" for w in workers_of(llm)) == 5)
         yield llm
 
 
@@ -229,10 +230,11 @@ def test_a_phase_that_is_alone_gets_its_largest_rung(running: LLM) -> None:
     def tokens() -> dict[tuple[str, int], int]:
         return {(w["role"], w["percentage"]): w["generated_tokens"] for w in workers_of(running)}
 
-    assert set(tokens()) == {("prefill", 60), ("prefill", 100), ("decode", 40), ("decode", 100)}
+    assert set(tokens()) == {("prefill", 60), ("prefill", 100), ("decode", 40), ("decode", 100), ("unified", 100)}
     alone = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     running.generate([1, 2, 3], alone, use_tqdm=False)
-    assert tokens() == {("prefill", 60): 0, ("prefill", 100): 1, ("decode", 40): 0, ("decode", 100): 39}
+    rungs = {("prefill", 60): 0, ("prefill", 100): 1, ("decode", 40): 0, ("decode", 100): 39, ("unified", 100): 0}
+    assert tokens() == rungs
     prompts = [random_prompt(200, seed=seed) for seed in range(20)]
     running.generate(prompts, alone, use_tqdm=False)
     assert tokens()["decode", 40] > 0  # while others' prompts were processed
@@ -246,10 +248,9 @@ def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
     manager.request_sm_reallocation(SMAllocation(80, 40))
     assert manager.wait_until_settled(DEADLINE_S)
     before = pids_of(manager)
-    assert manager.get_status()["warm_percentages"] == {"prefill": [80, 100], "decode": [40, 100], "unified": []}
+    assert manager.get_status()["warm_percentages"] == {"prefill": [80, 100], "decode": [40, 100], "unified": [100]}
     manager.request_sm_reallocation(SMAllocation(80, 100))
     assert manager.wait_until_settled(DEADLINE_S)
-    manager.get_status()
     assert manager.current_sm_allocation == SMAllocation(80, 100)
     assert pids_of(manager) < before  # the decode worker of 40 % has gone, and nobody has come
 
@@ -379,7 +380,13 @@ def test_the_coordinator_joins_processes_and_pool(model: str) -> None:
         for name in ("before", "after"):
             collector.record_first_token(name)
         assert collector.get_current_window_metrics().ttft.count == 1
-        assert coordinator.rotation_manager.get_status()["warm_percentages"] == {"prefill": [60], "decode": [40]}
+        assert coordinator.rotation_manager.get_status()["warm_percentages"] == {
+            "prefill": [60],
+            "decode": [40],
+            "unified": [],
+        }
+        with pytest.raises(ConfigError, match="no worker of both phases"):
+            coordinator.request_sm_reallocation(SMAllocation(60, 40, mixed=True))
     finally:
         coordinator.stop()
     assert not coordinator.health_check()["healthy"]
@@ -407,7 +414,7 @@ async def test_status_and_split_over_http(running: LLM) -> None:
         assert f"split {split['prefill_percentage']} / {split['decode_percentage']} %" in draw(
             stats, {"instances": {"semi-0": status}}
         )
-        answer = await client.post("/v1/semi_pd/allocation", json=split | {"decode_percentage": 100})
+        answer = await client.post("/v1/semi_pd/allocation", json=split | {"decode_percentage": 100, "mixed": True})
         assert answer.status_code == 202
         for wrong, param in (({"decode_percentage": 101}, "decode_percentage"), ({"instance": "semi-1"}, "instance")):
             answer = await client.post("/v1/semi_pd/allocation", json=split | wrong)
@@ -416,4 +423,9 @@ async def test_status_and_split_over_http(running: LLM) -> None:
     manager = running.supervisors["semi-0"]
     assert isinstance(manager, ProcessRotationManager)
     assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
-    assert manager.current_sm_allocation.decode_percentage == 100
+    assert manager.current_sm_allocation == SMAllocation(split["prefill_percentage"], 100, mixed=True)
+    [unified] = [worker["worker_id"] for worker in manager.get_status()["workers"] if worker["role"] == "unified"]
+    await asyncio.to_thread(running.generate, [1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    stats = running.get_system_stats()["gpu_instances"]["semi-0"]
+    assert stats["is_mixed"]
+    assert stats["workers"][unified]["generated_tokens"] == 4  # the first one, too

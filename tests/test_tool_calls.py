@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from hbserve.grammar import Vocabulary
+from hbserve.grammar import Vocabulary, json_schema
 from hbserve.server.tool_calls import ToolCallParser
 from hbserve.server.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
@@ -113,6 +113,26 @@ def test_what_a_forced_call_can_be_is_found_again(family: str, marks: str, tmp_p
         assert shown == ""
         assert calls
         assert all(name in functions and json.loads(arguments)["x"] in ("ab", 7) for name, arguments in calls)
+
+
+def test_grammars_may_name_the_text_of_an_added_token(tmp_path: Path) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<think>", special=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder)
+    end = tokenizer.vocab_size
+    vocabulary = Vocabulary(folder, end + 1)
+    grammars = ['start: "<think>x"', '%llguidance {}\nstart: "<think>x"', json_schema({"const": "<think>x"})]
+    for grammar in grammars:
+        vocabulary.check(grammar)
+        matcher, text = vocabulary.follow(grammar, [end]), b""
+        while (words := matcher.mask())[end // 32] >> (end % 32) & 1 == 0:
+            token_id = next(i for i in range(end) if words[i // 32] >> (i % 32) & 1)
+            matcher.advance([token_id])
+            text += tokenizer.token_bytes(token_id)
+        assert matcher.problem is None
+        assert text.strip(b'"') == b"<think>x"
 
 
 def test_templates_without_calls_or_in_other_ways() -> None:

@@ -38,7 +38,10 @@ def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def system(model_path: str, backend: str, heartbeat_timeout_s: float) -> DisaggregatedLLM:
-    sizes = {"prefill-1": 2} if backend == "shm" else {}  # one whose blocks are sorted where they arrive
+    sizes = {
+        "shm": {"prefill-1": 2},  # one whose blocks are sorted where they arrive
+        "mooncake": {"decode-1": 2},  # one for which they are put together before they leave
+    }.get(backend, {})
     flat = PdDisaggConfig.from_arguments(
         model_path,
         device="cpu",

@@ -39,7 +39,7 @@ class EngineTarget:
         except HBServeError as error:
             raise TargetError(type(error).__name__) from error
 
-    async def split(self) -> tuple[float, float] | None:
+    async def split(self) -> tuple[float, float, bool] | None:
         """Of its first semi-PD instance, where it has one."""
         managers = self._llm.supervisors.items()
         status = {name: each.get_status() for name, each in managers if isinstance(each, ProcessRotationManager)}

@@ -16,6 +16,9 @@ from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.server.app import create_app
+from hbserve.server.fair_gate import FairGate
+from hbserve.server.guard import Guard
+from hbserve.server.keys import Keys
 from hbserve.server.serve import serve
 from hbserve.tokenizer import Tokenizer, leave_out_torch
 
@@ -42,7 +45,9 @@ async def run(address: str, config: Config) -> None:
             def on_ready(port: int) -> None:
                 print(json.dumps({"port": port, "pids": pids}), flush=True)
 
-            await serve(create_app(engine, client, config.served_name), config.server, stop, on_ready, 1)
+            app = create_app(engine, client, config.served_name)
+            guard = Guard(app, config.server, Keys.load(config.server), FairGate(), stop)
+            await serve(guard, config.server, stop, on_ready, 1)
         finally:
             await text.stop()
             await client.close()

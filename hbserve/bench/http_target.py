@@ -92,7 +92,7 @@ class HttpTarget:
             return chunk.usage.completion_tokens - num_tokens
         return sum(bool(choice.text) for choice in chunk.choices)
 
-    async def split(self) -> tuple[float, float] | None:
+    async def split(self) -> tuple[float, float, bool] | None:
         """From ``GET /v1/semi_pd/status``, where the server has it."""
         if not self._has_split:
             return None
@@ -107,11 +107,11 @@ class HttpTarget:
         return {"url": str(self._session._base_url), "model": self._body["model"]}
 
 
-def split_in(status: dict[str, Any]) -> tuple[float, float] | None:
-    """The shares of the first instance in a semi-PD status; None where there is none."""
+def split_in(status: dict[str, Any]) -> tuple[float, float, bool] | None:
+    """How the first instance in a semi-PD status is split, as in `Target.split`; None where there is none."""
     for instance in status["instances"].values():
         shares = instance["current_sm_allocation"]
-        return shares["prefill_percentage"], shares["decode_percentage"]
+        return shares["prefill_percentage"], shares["decode_percentage"], shares["mixed"]
     return None
 
 

@@ -47,13 +47,13 @@ class ClientHealth:
 @dataclass
 class LoadResult:
     """Attributes:
-    split: (seconds, prefill percent, decode percent) over time, empty where the target has none.
+    split: (seconds, prefill percent, decode percent, whether mixed) over time, empty where the target has none.
     cut_short: it was clear before the end that the targets are missed.
     """
 
     records: list[RequestRecord]
     client: ClientHealth
-    split: list[tuple[float, float, float]] = field(default_factory=list)
+    split: list[tuple[float, float, float, bool]] = field(default_factory=list)
     cut_short: bool = False
 
 
@@ -87,7 +87,7 @@ class LoadRun:
         self._drain_s = drain_s
         self._on_done = on_done
         self._client = ClientHealth()
-        self._split: list[tuple[float, float, float]] = []
+        self._split: list[tuple[float, float, float, bool]] = []
         self._records = [
             RequestRecord(index, request.arrival_s, request.input_len, request.output_len)
             for index, request in enumerate(workload.requests)

@@ -72,9 +72,10 @@ def _split(runs: list[dict[str, Any]], path: Path) -> Path:
     runs = [run for run in runs if run["split"]]
     figure, axes = _figure(len(runs))
     for axis, run in zip(axes, runs, strict=True):
-        times, prefill, decode = zip(*run["split"], strict=True)
+        times, prefill, decode, mixed = zip(*run["split"], strict=True)
         axis.step(times, prefill, where="post", label="prefill")
         axis.step(times, decode, where="post", label="decode")
+        axis.fill_between(times, 0, 105, where=mixed, step="post", color="0.9", label="mixed")
         axis.set(xlabel="seconds", ylabel="% of the device", ylim=(0, 105))
         axis.set_title(f"{run['summary']['offered_per_s']:.2f} requests/s")
         axis.legend()

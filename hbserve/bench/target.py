@@ -22,8 +22,8 @@ class ServeTarget(Protocol):
             TargetError: in few words, why there is no answer.
         """
 
-    async def split(self) -> tuple[float, float] | None:
-        """The prefill and decode shares of the device now, percent; None where there is none."""
+    async def split(self) -> tuple[float, float, bool] | None:
+        """The prefill and decode shares of the device, percent, whether they are mixed; None: no such thing."""
 
     async def describe(self) -> dict[str, Any]:
         """What is being measured, for the results file."""

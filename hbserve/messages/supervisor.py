@@ -10,7 +10,7 @@ class WorkerSpec(Value, frozen=True):
     """A worker of an instance whose memory a resident process holds.
 
     Attributes:
-        role: the phase that it does.
+        role: the phase that it does; ``unified`` does both.
         percentage: its share of the device.
         address: where it listens for the scheduler.
     """
@@ -32,6 +32,7 @@ class SetWorkers(Message, frozen=True):
             not the one before, that memory and all KV in it are lost.
         gone: names of workers whose processes have ended: nothing of theirs can write any more.
         prefill_percentage, decode_percentage: each phase's share while both are busy.
+        mixed: both phases go to the unified worker, in the same steps.
         reason: why, in words.
     """
 
@@ -41,6 +42,7 @@ class SetWorkers(Message, frozen=True):
     gone: list[str]
     prefill_percentage: int
     decode_percentage: int
+    mixed: bool = False
     reason: str = ""
 
 

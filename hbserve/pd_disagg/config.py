@@ -64,6 +64,7 @@ _KEYS = {
     "cuda_graph_max_seq_len": "cuda_graph.max_seq_len",
     "prefill_percentage": "semi_pd.prefill_percentage",
     "decode_percentage": "semi_pd.decode_percentage",
+    "mixed": "semi_pd.mixed",
     "ladder": "semi_pd.ladder",
     "num_sleepers": "semi_pd.num_sleepers",
     "slo": "semi_pd.slo",
@@ -127,6 +128,7 @@ class PdDisaggConfig:
     cuda_graph_max_seq_len: int | None = None
     prefill_percentage: int | None = None
     decode_percentage: int | None = None
+    mixed: bool | None = None
     ladder: dict[str, list[int]] | None = None
     num_sleepers: int | None = None
     slo: dict[str, Any] | None = None

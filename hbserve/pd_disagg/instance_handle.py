@@ -139,6 +139,7 @@ class InstanceHandle:
         workers: by name, in the order in which they came.
         arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
         shares: each phase's percentage while both are busy.
+        is_mixed: both phases are done by one worker, in the same steps.
         is_draining: it is given no more requests.
         turns: when decode computes while prefill is busy at another worker; None: always.
     """
@@ -160,6 +161,7 @@ class InstanceHandle:
         self.is_draining = False
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
+        self.is_mixed = False
         self.turns: DecodeTurns | None = None
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
@@ -242,32 +244,42 @@ class InstanceHandle:
     def choose_workers(self) -> dict[WorkerHandle, set[InstanceRole]]:
         """Who may get plans now, and for which phases.
 
-        The other phase's being idle or busy decides the share, and so the worker; between decode's turns
-        prefill counts as alone. A change waits for the steps that the phase has in flight at its old worker.
+        Where phases are mixed, one worker does both. Else the other phase's being idle or busy decides the
+        share, and so the worker; between decode's turns prefill counts as alone. A change waits for the steps
+        that the phase has in flight at its old worker.
         """
         chosen: dict[WorkerHandle, set[InstanceRole]] = {}
+        mixing = self._mixing_worker()
         busy = {phase: self._is_busy(phase) for phase in _PHASES}
         alone = {phase: not busy[_other(phase)] for phase in _PHASES}
         if self.turns is not None:
-            if all(busy.values()):
+            if all(busy.values()) and mixing is None:
                 alone[InstanceRole.PREFILL] = not self.turns.update(time.monotonic(), self._needed_interval_s())
             else:
                 self.turns.rest(time.monotonic())
         for phase in _PHASES:
-            candidates = self._candidates(phase)
-            if not candidates:
+            target = mixing or self._worker_at_share(phase, alone[phase])
+            if target is None:
                 continue
-            target = candidates[0]
-            if len(candidates) > 1:
-                percentages = [worker.percentage for worker in candidates]
-                wanted = choose_percentage(percentages, self.shares[phase], alone[phase])
-                target = next(worker for worker in reversed(candidates) if worker.percentage == wanted)
             current = self._current.get(phase)
             if current is not None and current is not target and current.ready and current.inflight:
                 continue
             self._current[phase] = target
             chosen.setdefault(target, set()).add(phase)
         return chosen
+
+    def _mixing_worker(self) -> WorkerHandle | None:
+        """Who does both phases now; None where they are done side by side, or it is not there."""
+        able = [w for w in self.workers.values() if w.ready and not w.is_retiring and w.role is InstanceRole.UNIFIED]
+        return max(able, key=lambda worker: worker.percentage) if self.is_mixed and able else None
+
+    def _worker_at_share(self, phase: InstanceRole, is_alone: bool) -> WorkerHandle | None:
+        candidates = self._candidates(phase)
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        percentages = [worker.percentage for worker in candidates]
+        wanted = choose_percentage(percentages, self.shares[phase], is_alone)
+        return next(worker for worker in reversed(candidates) if worker.percentage == wanted)
 
     def _needed_interval_s(self) -> float | None:
         """By the tightest TPOT target that a request here came with."""
@@ -276,7 +288,8 @@ class InstanceHandle:
 
     def takes_turns(self, phases: set[InstanceRole]) -> bool:
         """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""
-        return self.turns is not None and phases == {InstanceRole.DECODE} and self._is_busy(InstanceRole.PREFILL)
+        is_alone = self.turns is None or self.is_mixed or phases != {InstanceRole.DECODE}
+        return not is_alone and self._is_busy(InstanceRole.PREFILL)
 
     def decode_has_turn(self) -> bool:
         """While prefill is busy: decode steps go beside the prefill steps that were planned for it."""
@@ -299,11 +312,13 @@ class InstanceHandle:
         # Short prompts may be computed where they decode; admission seats no others there.
         role = InstanceRole.DECODE if self.role is InstanceRole.DECODE else phase
         able = [w for w in self.workers.values() if w.ready and _does(w.role, role) and _does(self.role, role)]
+        # Who can do both does one only where nobody else is there.
+        able = [worker for worker in able if worker.role is not InstanceRole.UNIFIED] or able
         return [worker for worker in able if not worker.is_retiring] or able
 
-    def current(self, phase: InstanceRole) -> WorkerHandle | None:
-        """Who got the phase's plans last."""
-        return self._current.get(phase)
+    def is_current(self, worker: WorkerHandle) -> bool:
+        """Whether it got a phase's plans last."""
+        return worker in self._current.values()
 
     def _is_busy(self, phase: InstanceRole) -> bool:
         current = self._current.get(phase)

@@ -223,8 +223,10 @@ class RequestBook:
         """One side of a transfer has ended, well or not."""
         outcome = self._transfers.on_result(result)
         if outcome.failed:
-            logger.warning("KV transfer %s failed: %s", result.transfer_id, result.error)
-            self._events.note("fault", f"KV transfer {result.transfer_id}", result.error or "")
+            link = outcome.failed[0].link
+            where = f"{link.source.id} to {link.target.id}"
+            logger.warning("KV transfer %s from %s failed: %s", result.transfer_id, where, result.error)
+            self._events.note("fault", f"KV transfer from {where}", result.error or "")
             self._retry_all(outcome.failed, f"KV transfer: {result.error}")
             self._transfers.connect(self._instances.values())
         transfer = outcome.arrived

@@ -144,6 +144,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
     }
     if instance.role is InstanceRole.SEMI_PD:
         stats["shares"] = {str(phase): share for phase, share in instance.shares.items()}
+        stats["is_mixed"] = instance.is_mixed
         stats["workers"] = {worker.id: _worker(instance, worker) for worker in instance.workers.values()}
     if instance.hello is None:
         stats["why_lost"] = instance.why_lost
@@ -165,7 +166,7 @@ def _worker(instance: InstanceHandle, worker: WorkerHandle) -> dict[str, Any]:
         "role": str(worker.role),
         "percentage": worker.percentage,
         "status": "lost" if not worker.ready else "retiring" if worker.is_retiring else "ready",
-        "is_current": instance.current(worker.role) is worker,
+        "is_current": instance.is_current(worker),
         "steps": worker.work.num_steps,
         "steps_in_flight": len(worker.inflight),
         "generated_tokens": worker.work.num_tokens,

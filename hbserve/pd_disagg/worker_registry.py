@@ -360,10 +360,10 @@ class WorkerRegistry:
             InstanceRole.PREFILL: message.prefill_percentage,
             InstanceRole.DECODE: message.decode_percentage,
         }
-        if shares != instance.shares:
-            split = ", ".join(f"{phase} {share} %" for phase, share in shares.items())
+        if shares != instance.shares or message.mixed != instance.is_mixed:
+            split = "mixed" if message.mixed else ", ".join(f"{phase} {share} %" for phase, share in shares.items())
             self._events.note("rotation", instance.id, f"{split}: {message.reason}" if message.reason else split)
-        instance.shares = shares
+        instance.shares, instance.is_mixed = shares, message.mixed
 
     def _meet(self, instance: InstanceHandle, spec: WorkerSpec) -> None:
         worker = WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address, self._key)
@@ -382,6 +382,6 @@ class WorkerRegistry:
         for worker in instance.workers.values():
             if worker.ready and worker.is_retiring and not worker.is_told_to_end and not worker.inflight:
                 others = [other for other in instance.workers.values() if other.ready and not other.is_retiring]
-                if any(other.role is worker.role for other in others):
+                if any(other.role in (worker.role, InstanceRole.UNIFIED) for other in others):
                     worker.is_told_to_end = True
                     worker.send(Shutdown())

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.config import Config, InstanceConfig
+from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import ConfigError, StartupError
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.supervision import InstanceSupervisor
@@ -34,7 +34,7 @@ from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.semi_pd.slo_service import check_slo, make_controller
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
-from hbserve.semi_pd.utils import PHASES, semi_pd_system
+from hbserve.semi_pd.utils import ROLES, semi_pd_system
 from hbserve.semi_pd.workforce import State, Workforce
 
 __all__ = ["ProcessRotationManager", "SMAllocation"]
@@ -89,10 +89,12 @@ class ProcessRotationManager(InstanceSupervisor):
         settings = config.semi_pd
         assert settings.prefill_percentage is not None
         assert settings.decode_percentage is not None
-        allocation = allocation or SMAllocation(settings.prefill_percentage, settings.decode_percentage)
+        shares = settings.prefill_percentage, settings.decode_percentage
+        allocation = allocation or SMAllocation(*shares, mixed=settings.mixed)
+        self._workforce = Workforce(config, instance, allocation)
+        self._check_possible(allocation)
         if settings.slo is not None:
             check_slo(settings.slo)
-        self._workforce = Workforce(config, instance, allocation)
         self._device = DeviceSharing(config, instance)
         self.delayed_switching = DelayedSwitchingController(settings.preparation_timeout_s)
         self.async_switching = AsynchronousSwitchingController(settings.drain_timeout_s)
@@ -178,7 +180,7 @@ class ProcessRotationManager(InstanceSupervisor):
         workforce.prepare(workforce.allocation, deadline)
         with workforce.changed:
             workforce.check_going()
-            workforce.activate(PHASES)
+            workforce.activate(ROLES)
             workforce.state = State.RUNNING
             assert workforce.workers is not None
             workforce.workers.keep_sleepers(settings.num_sleepers)
@@ -247,17 +249,26 @@ class ProcessRotationManager(InstanceSupervisor):
     def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
         """Ask for another split; the change itself happens in the background.
 
-        Of requests that come while a change is under way, the last one is done after it.
+        Of requests that come while a change is under way, the last one is done after it. Between mixing and
+        side by side it is one message; so it is between percentages that are warm.
 
         Returns:
             Whether the request was taken: not unless the manager runs.
+
+        Raises:
+            ConfigError: if it says ``mixed``, and there is no worker for that.
         """
+        self._check_possible(new_allocation)
         with self._workforce.changed:
             if self._workforce.state is not State.RUNNING:
                 return False
             self._requested = new_allocation
             self._workforce.changed.notify_all()
         return True
+
+    def _check_possible(self, allocation: SMAllocation) -> None:
+        if allocation.mixed and not self._workforce.rungs_of(InstanceRole.UNIFIED, allocation):
+            raise ConfigError("mixed: there is no worker of both phases; give semi_pd.ladder.unified: [100]", "mixed")
 
     @property
     def current_sm_allocation(self) -> SMAllocation:

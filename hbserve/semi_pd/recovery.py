@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from hbserve.errors import StartupError
-from hbserve.semi_pd.utils import PHASES
+from hbserve.semi_pd.utils import ROLES
 from hbserve.semi_pd.worker_set import WorkerState
 from hbserve.semi_pd.workforce import State, Workforce
 
@@ -60,7 +60,7 @@ class Recovery:
                     workforce.memory_lost = str(error)
             raise
         with workforce.changed:
-            workforce.activate(PHASES)
+            workforce.activate(ROLES)
             self.num_done += 1
             workforce.workers.keep_sleepers(self._num_sleepers)
 

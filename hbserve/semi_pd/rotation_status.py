@@ -8,7 +8,7 @@ from typing import Any
 from hbserve.semi_pd.recovery import Recovery
 from hbserve.semi_pd.rotation import Rotation
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.utils import PHASES, share_of
+from hbserve.semi_pd.utils import PHASES, ROLES, share_of
 from hbserve.semi_pd.worker_set import WorkerState
 from hbserve.semi_pd.workforce import Workforce
 
@@ -35,7 +35,7 @@ def rotation_status(
         "workers": [worker.as_dict() for worker in workers],
         "sleepers": workforce.workers.sleepers() if workforce.workers is not None else [],
         "warm_percentages": {
-            str(phase): sorted({p for role, p in (w.rung for w in active) if role is phase}) for phase in PHASES
+            str(role): sorted({p for other, p in (w.rung for w in active) if other is role}) for role in ROLES
         },
         "resident_manager": workforce.residents.get_status(),
         "statistics": {

@@ -13,12 +13,17 @@ class SMAllocation:
 
     The sum may pass 100: the phases then compete, and prefill, which has the lower priority, yields.
 
+    Attributes:
+        mixed: both phases are done by one worker, in the same steps. The percentages are then those
+            that workers of one phase are kept ready at.
+
     Raises:
         ConfigError: if a percentage is no whole number from 1 to 100.
     """
 
     prefill_percentage: int
     decode_percentage: int
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prefill_percentage", "decode_percentage"):
@@ -27,4 +32,4 @@ class SMAllocation:
                 raise ConfigError(f"{name}: must be a whole number from 1 to 100, got {value!r}", name)
 
     def __str__(self) -> str:
-        return f"({self.prefill_percentage}, {self.decode_percentage})"
+        return f"({self.prefill_percentage}, {self.decode_percentage})" + " mixed" * self.mixed

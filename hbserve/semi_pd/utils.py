@@ -10,9 +10,11 @@ from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.platform import Partition
 from hbserve.semi_pd.sm_allocation import SMAllocation
 
-__all__ = ["PHASES", "InstanceRole", "partition_of", "semi_pd_system", "share_of"]
+__all__ = ["PHASES", "ROLES", "InstanceRole", "partition_of", "semi_pd_system", "share_of"]
 
 PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
+ROLES = (*PHASES, InstanceRole.UNIFIED)
+"""Of workers: one phase, or both in the same steps."""
 
 
 def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tuple[Config, InstanceConfig]:
@@ -34,7 +36,7 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
 
 
 def partition_of(phase: InstanceRole, percentage: int, priority: int) -> Partition:
-    """Of a phase's worker: prefill has the device's first multiprocessors, decode its last."""
+    """Of a worker: prefill has the device's first multiprocessors, decode its last."""
     return Partition(percentage, "last" if phase is InstanceRole.DECODE else "first", priority)
 
 

@@ -21,7 +21,7 @@ from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.resident_group import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.utils import PHASES, share_of
+from hbserve.semi_pd.utils import ROLES, share_of
 from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -110,12 +110,14 @@ class Workforce:
     # --- what is wanted --------------------------------------------------------------------------
 
     def rungs(self, allocation: SMAllocation) -> set[Rung]:
-        """Phases and percentages that a split has workers of."""
-        return {(phase, percentage) for phase in PHASES for percentage in self.rungs_of(phase, allocation)}
+        """Roles and percentages that a split has workers of."""
+        return {(role, percentage) for role in ROLES for percentage in self.rungs_of(role, allocation)}
 
     def rungs_of(self, phase: InstanceRole, allocation: SMAllocation) -> set[int]:
-        """The percentages of one phase."""
+        """The percentages of one phase; those of workers of both are the same for all splits."""
         ladder = self._config.semi_pd.ladder
+        if phase is InstanceRole.UNIFIED:
+            return set(ladder.unified or ())
         fixed = ladder.prefill if phase is InstanceRole.PREFILL else ladder.decode
         return {share_of(allocation, phase), *fixed}
 
@@ -207,6 +209,7 @@ class Workforce:
                 gone=gone,
                 prefill_percentage=self.allocation.prefill_percentage,
                 decode_percentage=self.allocation.decode_percentage,
+                mixed=self.allocation.mixed,
                 reason=reason,
             )
         )

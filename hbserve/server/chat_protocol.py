@@ -184,6 +184,14 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _check_tool_choice(cls, value: object) -> object:
+        function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+        if value in (None, "none", "auto", "required") or (isinstance(function, dict) and "name" in function):
+            return value
+        raise ValueError("must be none, auto, required, or {'type': 'function', 'function': {'name': ...}}")
+
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     audio: Any = None

@@ -7,6 +7,7 @@ of the parameters in `NEUTRAL`. Any other value of those is refused.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -29,6 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+_TOKEN_ID = re.compile("[0-9]{1,18}")
 WHY = {
     "suffix": ": insertion needs a model trained for it",
     "functions": "; send tools",
@@ -197,10 +199,9 @@ class RoleRequest(Body):
 
 
 def _biases(values: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): bias for token_id, bias in values.items()}
-    except ValueError:
-        raise InvalidRequestError("logit_bias: keys must be token ids", "logit_bias") from None
+    if not all(_TOKEN_ID.fullmatch(key) for key in values):
+        raise InvalidRequestError("logit_bias: keys must be token ids", "logit_bias")
+    return {int(key): bias for key, bias in values.items()}
 
 
 def all_of(values: list[Any], kind: type) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from hbserve.errors import InvalidRequestError, OverloadedError
+from hbserve.errors import ConfigError, InvalidRequestError, OverloadedError
 from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.sm_allocation import SMAllocation
@@ -17,6 +17,7 @@ class AllocationRequest(BaseModel):
     """Another split.
 
     Attributes:
+        mixed: one worker does both phases in the same steps; the percentages are for later.
         instance: which instance; None: all of type ``semi_pd``.
     """
 
@@ -24,6 +25,7 @@ class AllocationRequest(BaseModel):
 
     prefill_percentage: int = Field(ge=1, le=100)
     decode_percentage: int = Field(ge=1, le=100)
+    mixed: bool = False
     instance: str | None = None
 
 
@@ -47,8 +49,12 @@ def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
         if not managers:
             raise InvalidRequestError("no instance here is of type semi_pd: start with mode semi_pd")
         chosen = {name: each for name, each in managers.items() if body.instance in (None, name)}
-        split = SMAllocation(body.prefill_percentage, body.decode_percentage)
+        split = SMAllocation(body.prefill_percentage, body.decode_percentage, body.mixed)
         for name, manager in chosen.items():
-            if not manager.request_sm_reallocation(split):
+            try:
+                is_taken = manager.request_sm_reallocation(split)
+            except ConfigError as error:
+                raise InvalidRequestError(str(error), error.key) from None
+            if not is_taken:
                 raise OverloadedError(f"{name} is not running now")
         return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}

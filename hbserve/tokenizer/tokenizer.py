@@ -124,7 +124,9 @@ class Tokenizer:
         if not self.has_text:
             raise InvalidRequestError(f"{self.path} has no tokenizer: send the prompt as token ids", "prompt")
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # "fast" leaves out where in the text each token was: a third of the time or more
+            [encoded] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encoded.ids
         except (UnicodeEncodeError, TypeError):  # JSON can write half a surrogate pair
             raise InvalidRequestError("the prompt holds a lone surrogate, which is no character", "prompt") from None
         return ids

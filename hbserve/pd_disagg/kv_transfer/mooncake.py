@@ -13,6 +13,7 @@ import json
 import math
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,13 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
 
     def make_staging(self, num_bytes: int) -> torch.Tensor:
         self._enter_device()
-        staging = super().make_staging(num_bytes)
+        staging, engine = super().make_staging(num_bytes), self._outbound
         try:
-            self._register(self._outbound, staging)
+            self._register(engine, staging)
         except StartupError as error:
             raise KVTransferError(str(error)) from None
+        # Before its memory is free for others: the engine refuses to register a byte twice.
+        weakref.finalize(staging, engine.unregister_memory, staging.data_ptr()).atexit = False
         return staging
 
     def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:

@@ -87,6 +87,9 @@ class Outbox:
             started = time.monotonic()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
+            except asyncio.CancelledError:  # abandoned before its thread had begun
+                self._break(self._broken or KVTransferError("the link was closed"), batch)
+                raise
             except Exception as error:
                 self._break(error if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
                 return

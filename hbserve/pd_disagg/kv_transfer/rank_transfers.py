@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import torch
 
 from hbserve.config import Config, InstanceConfig
+from hbserve.errors import StartupError
 from hbserve.messages.transfer import Peer, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard
@@ -65,7 +67,13 @@ class RankTransfers:
             mooncake_device=config.mooncake_device,
         )
         manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._shard, self._sharing)
-        await manager.start()
+        try:
+            async with asyncio.timeout(config.timeout_s):
+                await manager.start()
+        except TimeoutError:
+            raise StartupError(
+                f"kv_transfer.backend {config.backend} did not start within {config.timeout_s:g} s"
+            ) from None
         self.manager, self._has_begun = manager, True
         return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)
 

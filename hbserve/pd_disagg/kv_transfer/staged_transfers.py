@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 
 import torch
 
-from hbserve.errors import KVTransferError
+from hbserve.errors import HBServeError, KVTransferError, StartupError
 from hbserve.import_path import load_class
 from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
@@ -15,14 +17,31 @@ from hbserve.pd_disagg.kv_transfer.byte_budget import ByteBudget
 from hbserve.pd_disagg.kv_transfer.head_split import Part, Route, Shard
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, to_its_end
 
+logger = logging.getLogger(__name__)
+
 
 def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
     """The user's backend that ``kv_transfer.backend`` names.
 
     Raises:
         ConfigError: if it cannot be imported.
+        StartupError: if it cannot be made.
     """
-    return load_class(name, KVTransferBase, "kv_transfer.backend")(context)  # type: ignore[type-abstract]
+    kind = load_class(name, KVTransferBase, "kv_transfer.backend")  # type: ignore[type-abstract]
+    with _startup_errors(name):
+        return kind(context)
+
+
+@contextlib.contextmanager
+def _startup_errors(name: str) -> Iterator[None]:
+    """A user's backend may raise anything."""
+    try:
+        yield
+    except HBServeError:
+        raise
+    except Exception as error:
+        logger.exception("kv_transfer.backend %s", name)
+        raise StartupError(f"kv_transfer.backend {name}: {type(error).__name__}: {error}") from error
 
 
 class StagedTransfers(KVTransferManager):
@@ -51,7 +70,8 @@ class StagedTransfers(KVTransferManager):
         return self._backend.endpoint
 
     async def start(self) -> None:
-        await self._backend.start()
+        with _startup_errors(type(self._backend).__name__):
+            await self._backend.start()
 
     async def stop(self) -> None:
         await self._backend.stop()
@@ -78,6 +98,8 @@ class StagedTransfers(KVTransferManager):
             self._backend.add_peer(source)
             buffer = await self._backend.receive_kv_cache(command.transfer_id, source.rank)
             expected = len(command.block_ids) * self._parts.part_bytes(route.target_part)
+            if not isinstance(buffer, torch.Tensor):
+                raise KVTransferError(f"receive_kv_cache returned {type(buffer).__name__}, not a tensor")
             if buffer.nbytes != expected:
                 raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
             rows = buffer.contiguous().view(torch.uint8).view(len(command.block_ids), -1)

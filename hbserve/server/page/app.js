@@ -268,7 +268,7 @@ function showInstances(instances) {
       card.append(box);
     }
     const list = text("dl");
-    const rows = [["role", one.role], ["requests", number(one.active_requests)], ["steps", number(one.steps)]];
+    const rows = [["role", one.is_mixed ? `${one.role}, mixed` : one.role], ["requests", number(one.active_requests)], ["steps", number(one.steps)]];
     if (one.device) rows.push(["device", one.device]);
     if (one.restarts) rows.push(["restarts", number(one.restarts)]);
     if (one.why_lost) rows.push(["why", one.why_lost]);
@@ -423,9 +423,11 @@ async function administrate(path, body, timeoutMs) {
 
 function openAdmin() {
   by("admin-answer").textContent = "";
-  const shares = Object.values(last?.stats?.gpu_instances ?? {}).find((one) => one.shares)?.shares;
-  by("split-fields").hidden = shares == null;
-  for (const [phase, share] of Object.entries(shares ?? {})) by(`split-${phase}`).value = share;
+  const shared = Object.values(last?.stats?.gpu_instances ?? {}).find((one) => one.shares);
+  by("split-fields").hidden = shared == null;
+  for (const [phase, share] of Object.entries(shared?.shares ?? {})) by(`split-${phase}`).value = share;
+  by("split-mixed").checked = shared?.is_mixed ?? false;
+  by("split-mixed").disabled = !Object.values(shared?.workers ?? {}).some((worker) => worker.role === "unified");
   showRoles();
   by("admin-dialog").showModal();
 }
@@ -492,6 +494,7 @@ by("drain").addEventListener("click", () => administrate("/admin/drain", {}));
 by("split-apply").addEventListener("click", () => administrate("/v1/semi_pd/allocation", {
   prefill_percentage: Number(by("split-prefill").value),
   decode_percentage: Number(by("split-decode").value),
+  mixed: by("split-mixed").checked,
 }));
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, select") || document.querySelector("dialog[open]") || event.ctrlKey || event.metaKey || event.altKey) return;
