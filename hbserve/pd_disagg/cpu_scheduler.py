@@ -176,6 +176,10 @@ class CpuScheduler:
 
     def _fill_pipelines(self, instance: InstanceHandle) -> None:
         """Send an instance's workers steps until each has enough in flight, or there is nothing to do."""
+        for worker in instance.workers.values():
+            if worker.ready and not worker.is_introduced:
+                self._planner.introduce(instance, worker)
+                worker.is_introduced = True
         for worker, phases in instance.choose_workers().items():
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
             if instance.takes_turns(phases):
