@@ -175,6 +175,7 @@ def test_preemption_by_recompute_changes_no_token(
     num_tokens = 60
     expected = [greedy_reference(model[1], prompt, num_tokens) for prompt in prompts]
     settings = SETTINGS | {"num_blocks": 24, "max_model_len": 128, "decode_headroom_tokens": 0}
+    settings |= {"scheduler": "tests.dawdler:Dawdler"}  # plans that wait change nothing either
     with LLM(model[0], mode=mode, **settings) as llm:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -201,7 +202,8 @@ def test_several_prefill_and_several_decode_instances(
 ) -> None:
     roles = ["prefill", "prefill", "decode", "decode"]
     instances = [{"instance_id": f"i{n}", "instance_type": role, "num_threads": 1} for n, role in enumerate(roles)]
-    with LLM(model[0], gpu_instances=instances, chunk_size=64, **SETTINGS) as llm:
+    settings = SETTINGS | {"scheduler": "tests.dawdler:Dawdler"}
+    with LLM(model[0], gpu_instances=instances, chunk_size=64, **settings) as llm:
         outputs = llm.generate([prompt for prompt, _ in references] * 2, GREEDY, use_tqdm=False)
         stats = llm.get_system_stats()
         assert_no_leaks(llm)

@@ -96,7 +96,8 @@ def test_decode_in_turns_gives_the_same_tokens(tmp_path: Path) -> None:
     arguments = settings(tmp_path, ttft_target_ms=10_000, tpot_target_ms=30.0, monitoring_interval_s=60.0)
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     prompts = [random_prompt(300, seed=seed) for seed in range(10)]
-    with LLM(arguments.pop("model_path"), chunk_size=32, max_chunk_prefill_tokens=32, **arguments) as llm:
+    arguments |= {"chunk_size": 32, "max_chunk_prefill_tokens": 32, "scheduler": "tests.dawdler:Dawdler"}
+    with LLM(arguments.pop("model_path"), **arguments) as llm:
         alone = [llm.generate([prompt], sampling, use_tqdm=False)[0]["token_ids"] for prompt in prompts]
         assert [output["token_ids"] for output in llm.generate(prompts, sampling, use_tqdm=False)] == alone
         assert_no_leaks(llm)

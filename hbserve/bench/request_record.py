@@ -54,6 +54,11 @@ class RequestRecord:
         return (last - first) / (self.num_tokens - at_once)
 
     @property
+    def second_token_s(self) -> float | None:
+        """From the first token to the next; None if there is none."""
+        return self.token_times[1][0] - self.token_times[0][0] if len(self.token_times) > 1 else None
+
+    @property
     def itls_s(self) -> list[float]:
         """Gaps between arrivals of tokens."""
         return [later - sooner for (sooner, _), (later, _) in itertools.pairwise(self.token_times)]
@@ -74,6 +79,7 @@ class RequestRecord:
             "num_tokens": self.num_tokens,
             "ttft_ms": _ms(self.ttft_s),
             "tpot_ms": _ms(self.tpot_s),
+            "second_token_ms": _ms(self.second_token_s),
             "max_itl_ms": _ms(max(self.itls_s, default=None)),
             "e2e_ms": _ms(self.e2e_s),
             "error": self.error,

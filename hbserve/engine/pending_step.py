@@ -12,7 +12,11 @@ from hbserve.messages.worker import StepPlan, StepResult
 
 
 class StepTimer:
-    """How long the device works between two points of its stream, seconds."""
+    """How long the device works between two points of its stream, seconds.
+
+    Attributes:
+        started_at: when the host came to the first point, on `time.perf_counter`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._events = None
@@ -25,13 +29,13 @@ class StepTimer:
         """The first point; once more to move it: before the device has its work it only waits for the host."""
         if self._events is not None:
             self._events[0].record()
-        self._started = time.perf_counter()
+        self.started_at = time.perf_counter()
 
     def stop(self) -> None:
         """The second point."""
         if self._events is not None:
             self._events[1].record()
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = time.perf_counter() - self.started_at
 
     def wait(self) -> float:
         """Wait until the device has come to the second point; the seconds between them."""
@@ -48,12 +52,16 @@ class PendingStep:
         sampled: None where the step sampled nothing.
         num_logprobs: per sampled row, as `SamplingParams.logprobs`, -1 for none.
         timer: started with the step; it is stopped here, after the results' copies.
+
+    Attributes:
+        ready_at: when the host had prepared it, on `time.perf_counter`.
     """
 
     def __init__(self, plan: StepPlan, sampled: Sampled | None, num_logprobs: list[int], timer: StepTimer) -> None:
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs
         self._timer = timer
+        self.ready_at = timer.started_at
         self._token_ids = None if sampled is None else _to_host(sampled.token_ids)
         self._logprobs = None
         if sampled is not None and sampled.logprobs is not None:

@@ -130,6 +130,7 @@ class StepResult(Message, frozen=True):
         token_ids: sampled tokens, one per plan row with ``sample``, in the plan's order.
         logprobs: likewise, None where not asked for.
         busy_s: time the device worked on it, seconds.
+        early_s: how long it was ready before the device could begin it; negative: so long the device has waited for it.
         error: the step failed; the worker exits after saying so.
     """
 
@@ -138,6 +139,7 @@ class StepResult(Message, frozen=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None
     busy_s: float
+    early_s: float = 0.0
     error: str | None = None
 
 

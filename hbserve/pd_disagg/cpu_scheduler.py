@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from typing import Any
@@ -150,15 +151,25 @@ class CpuScheduler:
     # --- scheduling ------------------------------------------------------------------------------
 
     async def _run_schedule(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            await self._schedule_waiting_requests()
-            for instance in self.instances.values():
-                self._fill_pipelines(instance)
-                self._workers.end_retired(instance)
-            self._drains.proceed()
-            self._clients.flush()
+        loop = asyncio.get_running_loop()
+        alarm: asyncio.TimerHandle | None = None
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                if alarm is not None:
+                    alarm.cancel()
+                await self._schedule_waiting_requests()
+                wait_s = math.inf
+                for instance in self.instances.values():
+                    wait_s = min(wait_s, self._fill_pipelines(instance))
+                    self._workers.end_retired(instance)
+                alarm = loop.call_later(wait_s, self._wake.set) if wait_s < math.inf else None
+                self._drains.proceed()
+                self._clients.flush()
+        finally:
+            if alarm is not None:
+                alarm.cancel()
 
     async def _schedule_waiting_requests(self) -> None:
         """Admit waiting requests in the order of ``scheduler.policy``: the hook for other policies.
@@ -174,8 +185,13 @@ class CpuScheduler:
     def _admit(self, sequence: Sequence) -> bool:
         return self._requests.admit(sequence)
 
-    def _fill_pipelines(self, instance: InstanceHandle) -> None:
-        """Send an instance's workers steps until each has enough in flight, or there is nothing to do."""
+    def _fill_pipelines(self, instance: InstanceHandle) -> float:
+        """Send an instance's workers steps until each has enough in flight, or there is nothing to do.
+
+        Returns in how many seconds there is more to be sent: what a worker with a long step in flight does next is
+        not decided before it must be.
+        """
+        soonest_s = math.inf
         for worker in instance.workers.values():
             if worker.ready and not worker.is_introduced:
                 self._planner.introduce(instance, worker)
@@ -187,11 +203,15 @@ class CpuScheduler:
                 if not instance.decode_has_turn():
                     continue
             while len(worker.inflight) < depth:
+                if (wait_s := worker.timing.wait_s(time.monotonic())) > 0:
+                    soonest_s = min(soonest_s, wait_s)
+                    break
                 if not self._planner.plan_step(instance, worker, phases):
                     break
                 instance.note_planned(worker, phases)
                 if self.waiting:
                     self._wake.set()  # what this step took may leave room for more
+        return soonest_s
 
 
 async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:

@@ -113,7 +113,7 @@ class GpuInstance:
         self._shared = shared
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._scheduler_epoch = 0
         self._epoch = 0
@@ -208,7 +208,8 @@ class GpuInstance:
     # --- main thread -----------------------------------------------------------------------------
 
     def _launch_steps(self, pipeline: StepPipeline) -> None:
-        while (plan := self._plans.get()) is not None:
+        while (item := self._plans.get()) is not None:
+            plan, came_at = item
             if plan.epoch != self._epoch:  # made for a scheduler that has gone, or before it lost us
                 self._loop.call_soon_threadsafe(self._unfinished.end, plan)
                 continue
@@ -217,7 +218,7 @@ class GpuInstance:
             except OSError as error:
                 self._on_step_failed(plan, error)
                 return
-            if not pipeline.launch(plan):
+            if not pipeline.launch(plan, came_at):
                 return
 
     # --- collector thread, and main thread where a launch fails ----------------------------------
@@ -296,7 +297,7 @@ class GpuInstance:
         elif isinstance(command, StepPlan):
             self._used = True
             self._unfinished.begin(command)
-            self._plans.put(command)
+            self._plans.put((command, time.perf_counter()))
         elif isinstance(command, Shutdown):
             self.was_dismissed = True
             if command.error is not None:

@@ -21,6 +21,7 @@ from hbserve.config import DECODE_PACE, InstanceConfig, InstanceRole, Performanc
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
+from hbserve.pd_disagg.plan_timing import PlanTiming
 from hbserve.pd_disagg.rpc import RpcClient
 from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.pd_disagg.sequence import Seat, Sequence
@@ -80,6 +81,7 @@ class WorkerHandle:
         started_as: the role of its process' configuration, which it introduces itself with.
         prepared_for: the role that it has got ready for last.
         percentage: its share of the device.
+        timing: of its steps in flight: when the next one is to be planned.
         is_retiring: it gets no more plans where another worker can, and is told to end when nothing
             is in flight.
         is_introduced: it has been told of the sequences that ran when it came.
@@ -101,6 +103,7 @@ class WorkerHandle:
         self.hello: Hello | None = None
         self.last_seen = time.monotonic()
         self.inflight: deque[InflightStep] = deque()
+        self.timing = PlanTiming()
         self.is_retiring = False
         self.is_told_to_end = False
         self.is_introduced = False
@@ -219,6 +222,7 @@ class InstanceHandle:
         """A worker is here; if it comes with new memory, so is a new pool, which is empty."""
         worker.hello = hello
         worker.is_introduced = False
+        worker.timing = PlanTiming()
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
         if hello.arena_epoch != self.arena_epoch:

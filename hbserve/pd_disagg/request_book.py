@@ -132,6 +132,7 @@ class RequestBook:
         worker.work.num_steps += 1
         worker.work.busy_s += result.busy_s
         worker.last_step_s = result.busy_s
+        worker.timing.confirmed(time.monotonic(), result.busy_s, result.early_s)
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         now = time.monotonic()
         last_token_times: list[float | None] = []

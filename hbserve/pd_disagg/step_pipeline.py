@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from hbserve.messages.worker import StepPlan, StepResult
 
@@ -32,14 +36,19 @@ class StepPipeline:
         on_failed: Callable[[StepPlan, Exception], None],
     ) -> None:
         self._runner, self._on_done, self._on_failed = runner, on_done, on_failed
-        self._pending: queue.SimpleQueue[tuple[StepPlan, PendingStep] | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[tuple[StepPlan, PendingStep, float] | None] = queue.SimpleQueue()
         self._collector = threading.Thread(target=self._collect, name="collector")
         self._collector.start()
 
-    def launch(self, plan: StepPlan) -> bool:
-        """Start a step; False if it failed."""
+    def launch(self, plan: StepPlan, came_at: float | None = None) -> bool:
+        """Start a step; False if it failed.
+
+        Args:
+            came_at: when its plan was here, on `time.perf_counter`; None: just now.
+        """
+        waited_s = 0.0 if came_at is None else time.perf_counter() - came_at
         try:
-            self._pending.put((plan, self._runner.launch(plan)))
+            self._pending.put((plan, self._runner.launch(plan), waited_s))
         except Exception as error:
             self._fail(plan, error)
             return False
@@ -51,8 +60,9 @@ class StepPipeline:
         self._collector.join()
 
     def _collect(self) -> None:
+        last_end = math.inf
         while (item := self._pending.get()) is not None:
-            plan, pending = item
+            plan, pending, waited_s = item
             try:
                 result = pending.result()
                 if any(token >= self._runner.spec.vocab_size for token in result.token_ids):
@@ -61,7 +71,11 @@ class StepPipeline:
             except Exception as error:
                 self._fail(plan, error)
                 return
-            self._on_done(plan, result)
+            end = time.perf_counter()
+            began = end - result.busy_s
+            early_s = waited_s + (began - pending.ready_at) - max(0.0, began - last_end)
+            last_end = end
+            self._on_done(plan, msgspec.structs.replace(result, early_s=early_s))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         logger.error("step %d failed", plan.step_id, exc_info=error)

@@ -9,6 +9,7 @@ from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.plan_timing import StepWork
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
@@ -87,6 +88,7 @@ class StepPlanner:
     def _send(self, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
         self._num_steps += 1
         worker.inflight.append(InflightStep(self._num_steps, step.inflight, step.prefill_rows, step.prefill_tokens))
+        worker.timing.planned(step.work, time.monotonic())
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
@@ -117,6 +119,7 @@ class StepPlanner:
         if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(instance, sequence, seat):
             return
         step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
+        step.decode_keys += position
 
     def _can_leave(self, sequence: Sequence, seat: Seat) -> bool:
         """Whether there is a way for a prompt's blocks; a link that another's failure has broken opens anew first."""
@@ -129,6 +132,7 @@ class StepPlanner:
         step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
         step.prefill_rows += 1
         step.prefill_tokens += chunk
+        step.prefill_keys += chunk * (end - chunk / 2)
         target = sequence.decode_seat
         if target is None or target is seat:
             return
@@ -166,6 +170,16 @@ class _StepBuilder:
         self.num_tokens = 0
         self.prefill_rows = 0
         self.prefill_tokens = 0
+        self.prefill_keys = 0.0
+        self.decode_keys = 0
+
+    @property
+    def work(self) -> StepWork | None:
+        """None without rows: getting ready for a role takes as long as it takes."""
+        if not self.rows:
+            return None
+        decode_rows = len(self.rows) - self.prefill_rows
+        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_keys)
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
         seat.go_to(self._worker, sequence.keeps_state)

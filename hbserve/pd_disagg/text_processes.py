@@ -329,8 +329,9 @@ class _TextProcess:
             assert self._child is not None
             assert self._child.process is not None
             code = await self._child.process.wait()
+            if self._socket is not None:  # else it ended at its start, and had not heard of any request
+                self._count_deaths()
             await self._hang_up()
-            self._count_deaths()
             now = time.monotonic()
             while recent and now - recent[0] > _RESTART_WINDOW_S:
                 recent.popleft()

@@ -8,19 +8,21 @@ an unchanged batch are one event.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
+from hbserve.pd_disagg.plan_timing import PlanTiming, StepWork
 from hbserve.pd_disagg.prefill_pace import PrefillPace
 from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
 from hbserve.semi_pd.step_times import StepTimes
-from hbserve.simulate.clock import Progress, SimulatedClock
+from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.requests import SimulatedRequest
 
 _FCFS = SchedulerConfig()
 _LONGEST_BURST = 64  # decode steps in one event: the context grows meanwhile
+_PLANS_WAY_S = 2e-3  # from a decision to a step that is ready on the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,11 @@ class Prompts:
         return bool(self.requests)
 
     @property
+    def has_more(self) -> bool:
+        """Whether there are prompts whose last chunk is not planned."""
+        return any(request.planned_tokens < request.prompt_tokens for request in self.requests)
+
+    @property
     def backlog_tokens(self) -> int:
         """Not yet computed."""
         return sum(request.prompt_tokens - request.computed_tokens for request in self.requests)
@@ -121,6 +128,44 @@ class Prompts:
         return self.policy.key(request, request.planned_tokens, self._clock.now)
 
 
+class PlanAhead:
+    """The next step, decided while one is under way: as late as the scheduler does, which times plans by the same rule.
+
+    Args:
+        pump: called when it is time to decide.
+
+    Attributes:
+        chunks: its prompts; None: it is not decided.
+    """
+
+    def __init__(self, clock: SimulatedClock, pump: Callable[[], None]) -> None:
+        self._clock, self._pump = clock, pump
+        self._timing = PlanTiming()
+        self._planned_at: deque[float] = deque()
+        self._alarm: Event | None = None
+        self.chunks: Chunks | None = None
+
+    def is_due(self) -> bool:
+        """Whether to decide now; if not, `pump` is called later."""
+        if self.chunks is not None:
+            return False
+        if self._alarm is not None:
+            self._alarm.cancel()
+        wait_s = self._timing.wait_s(self._clock.now)
+        if wait_s > 0:
+            self._alarm = self._clock.at(self._clock.now + wait_s, self._pump)
+        return not wait_s
+
+    def planned(self, work: StepWork) -> None:
+        """A step has been decided, for now or for later."""
+        self._timing.planned(work, self._clock.now)
+        self._planned_at.append(self._clock.now)
+
+    def ended(self, began: float, seconds: float) -> None:
+        """The oldest step has ended; seconds: 0 if there was nothing to do in it."""
+        self._timing.confirmed(self._clock.now, seconds, began - self._planned_at.popleft() - _PLANS_WAY_S)
+
+
 class PrefillPhase:
     """Computes prompts.
 
@@ -143,29 +188,34 @@ class PrefillPhase:
         self.percentage = 100
         self.step: Progress | None = None
         self.chunks: Chunks | None = None
-        self._next: Chunks | None = None
+        self._ahead = PlanAhead(clock, idle)
         self.busy_s = 0.0
         self.last_busy_s = 0.0
 
     def start(self, percentage: int) -> None:
         """Begin a step on so much of the device."""
         self.percentage = percentage
-        self.chunks = chunks = self._next or self.prompts.take(self._sizes.max_chunk_prefill_tokens)
-        self._next = None
+        self.chunks = chunks = self._ahead.chunks or self._take()
+        self._ahead.chunks = None
         milliseconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage)
         self.step = Progress(self._clock, milliseconds / 1000, self._done)
 
     def plan_ahead(self) -> None:
-        """While a step is under way the next is planned already: what comes later waits for both."""
-        if self.step is not None and self._next is None:
-            chunks = self.prompts.take(self._sizes.max_chunk_prefill_tokens)
-            self._next = chunks if chunks.tokens else None
+        """Shortly before a step ends the next is planned: what comes later waits for both."""
+        if self.step is not None and self.prompts.has_more and self._ahead.is_due():
+            self._ahead.chunks = self._take()
+
+    def _take(self) -> Chunks:
+        chunks = self.prompts.take(self._sizes.max_chunk_prefill_tokens)
+        self._ahead.planned(StepWork(0, 0, chunks.tokens, chunks.keys))
+        return chunks
 
     def _done(self) -> None:
         assert self.step is not None
         assert self.chunks is not None
         self.last_busy_s = self._clock.now - self.step.started
         self.busy_s += self.last_busy_s
+        self._ahead.ended(self.step.started, self.last_busy_s)
         self.step, chunks = None, self.chunks
         for request in self.prompts.done(chunks, self.last_busy_s):
             self._computed(request)

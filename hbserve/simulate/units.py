@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns
+from hbserve.pd_disagg.plan_timing import StepWork
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import Progress, SimulatedClock
-from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Prompts, Sizes
+from hbserve.simulate.phases import Chunks, DecodePhase, PlanAhead, PrefillPhase, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
@@ -285,7 +286,7 @@ class UnifiedUnit(Unit):
         self._running: dict[SimulatedRequest, int] = {}  # tokens still to come
         self._step: Progress | None = None
         self._chunks: Chunks | None = None
-        self._next: Chunks | None = None
+        self._ahead = PlanAhead(clock, self._pump)
 
     @property
     def prompts(self) -> list[Prompts]:
@@ -300,22 +301,28 @@ class UnifiedUnit(Unit):
         if self._step is None and (self._prompts or self._running):
             self._start()
             self._admit()
-        # While a step is under way the next is planned already: what comes later waits for both.
-        if self._step is not None and self._next is None:
-            chunks = self._take()
-            self._next = chunks if chunks.tokens or self._running else None
+        # Shortly before a step ends the next is planned: what comes later waits for both.
+        if self._step is not None and (self._running or self._prompts.has_more) and self._ahead.is_due():
+            self._ahead.chunks = self._take()
 
     def _take(self) -> Chunks:
         room = self.sizes.max_num_batched_tokens - len(self._running)
-        return self._prompts.take(min(room, self.sizes.max_chunk_prefill_tokens))
+        chunks = self._prompts.take(min(room, self.sizes.max_chunk_prefill_tokens))
+        self._ahead.planned(StepWork(len(self._running), self._context, chunks.tokens, chunks.keys))
+        return chunks
+
+    @property
+    def _context(self) -> int:
+        return sum(map(_context_of, self._running.items()))
 
     def _start(self) -> None:
         batch = len(self._running)
-        chunks = self._next
-        if chunks is None or not (chunks.tokens or batch):
-            chunks = self._take()
-        self._chunks, self._next = chunks, None
-        context = sum(map(_context_of, self._running.items())) / batch if batch else 0.0
+        chunks, self._ahead.chunks = self._ahead.chunks, None
+        if chunks is not None and not (chunks.tokens or batch):
+            self._ahead.ended(self.clock.now, 0.0)
+            chunks = None
+        self._chunks = chunks = chunks or self._take()
+        context = self._context / batch if batch else 0.0
         prompt_context = chunks.context if chunks.tokens else 0.0
         milliseconds = self.steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
         self._step = Progress(self.clock, milliseconds / 1000, self._done)
@@ -324,6 +331,7 @@ class UnifiedUnit(Unit):
         assert self._step is not None
         assert self._chunks is not None
         seconds, batch = self._step.total_s, len(self._running)
+        self._ahead.ended(self._step.started, seconds)
         self._step = None
         if batch:
             self.metrics.record_token_gap(seconds, batch)

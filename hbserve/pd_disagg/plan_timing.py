@@ -1,0 +1,149 @@
+"""When a worker's next plan is made: as late as it is surely there in time.
+
+A plan that is made when the step before it begins cannot have in it what comes meanwhile: after a long step that
+is a long wait. So a worker's steps are timed, and while one is expected to go on for a while the next one is not yet
+planned. How long steps take, and how long before its predecessor's end a plan must leave, are both learnt from the
+worker's own steps. Nothing hangs on it: whoever waits is woken by the end of the step before, too, and a step that
+comes too late costs the device the way of a plan, about a millisecond or two.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+_RATE = 0.4
+"""Of learning: how much of a step's surprise is believed."""
+_FADING = 0.99
+"""Per step, of the longest one that has been seen."""
+_NUM_NEEDS = 64
+_NUM_LATE = 3
+"""Of so many steps, this many may be a little late: the device waits for them."""
+_FEW_NEEDS = 16
+_LEAST_LEAD_S = 3e-3
+_SHORTEST_WAIT_S = 1e-3
+"""Timers are no finer; with the least lead, steps below 4 ms are all planned at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step's time depends on.
+
+    Attributes:
+        decode_rows: sequences that get one more token.
+        decode_keys: positions before these, all together.
+        prompt_tokens: of all prompt chunks.
+        prompt_keys: query-key pairs of them.
+    """
+
+    decode_rows: int
+    decode_keys: float
+    prompt_tokens: int
+    prompt_keys: float
+
+    @property
+    def features(self) -> tuple[float, ...]:
+        """What time is taken to be linear in, each about 1 in a large step."""
+        return (
+            1.0,
+            self.decode_rows / 64,
+            self.decode_keys / 65_536,
+            self.prompt_tokens / 1024,
+            self.prompt_keys / 1_048_576,
+        )
+
+
+class StepForecast:
+    """Predicts a step's time from its work: normalised least mean squares, coefficients that are never negative.
+
+    (B. Widrow and M. E. Hoff, Adaptive switching circuits, 1960.) Work of a kind that has not been seen is taken to
+    cost nothing, and no step to take longer than the longest of late: a prediction errs on the short side.
+    """
+
+    def __init__(self) -> None:
+        self._coefficients = [0.0] * 5
+        self._longest_s = 0.0
+
+    def seconds(self, work: StepWork) -> float:
+        """How long it will take; 0 while nothing is known."""
+        return min(self._longest_s, sum(c * x for c, x in zip(self._coefficients, work.features, strict=True)))
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """It has taken so long."""
+        features = work.features
+        surprise = seconds - sum(c * x for c, x in zip(self._coefficients, features, strict=True))
+        correction = _RATE * surprise / sum(x * x for x in features)
+        self._coefficients = [max(0.0, c + correction * x) for c, x in zip(self._coefficients, features, strict=True)]
+        self._longest_s = max(seconds, _FADING * self._longest_s)
+
+
+@dataclass(slots=True)
+class _Step:
+    """One that is in flight; ``begin``: when that was expected to be, None if its plan came to an idle worker."""
+
+    work: StepWork | None
+    seconds: float
+    planned_at: float
+    begin: float | None
+
+
+class PlanTiming:
+    """One worker's steps in flight, and how long the next plan may wait.
+
+    Time is passed in, in seconds of any clock. The *lead* is how long before a step's expected end the next plan is
+    made. Each step tells by how much it came early or late, so what lead would have been just enough; the lead is what
+    would have been for all of the last steps but a few. That covers whatever makes plans late: scheduling, the way
+    and the preparation on the worker, and predictions that are wrong.
+    """
+
+    def __init__(self) -> None:
+        self._forecast = StepForecast()
+        self._steps: deque[_Step] = deque()
+        self._needs: deque[float] = deque(maxlen=_NUM_NEEDS)
+        self._last_end = float("-inf")
+        self._due: float | None = None
+        self._overtaken: float | None = None
+
+    def wait_s(self, now: float) -> float:
+        """How much later the next plan is early enough; 0: make it now."""
+        end = self._expected_end()
+        if end is None or len(self._needs) < _FEW_NEEDS or end - now < _LEAST_LEAD_S + _SHORTEST_WAIT_S:
+            return 0.0
+        lead_s = max(_LEAST_LEAD_S, sorted(self._needs)[-_NUM_LATE] + _SHORTEST_WAIT_S)
+        wait_s = end - lead_s - now
+        if wait_s < _SHORTEST_WAIT_S:
+            return 0.0
+        self._due = end - lead_s
+        return wait_s
+
+    def planned(self, work: StepWork | None, now: float) -> None:
+        """A plan is on its way.
+
+        Args:
+            work: None where nobody can tell how long it takes.
+        """
+        seconds = 0.0 if work is None else self._forecast.seconds(work)
+        # A plan that had waited, and then was made late, is late by the fault of whoever makes plans.
+        planned_at = now if self._due is None else min(now, self._due)
+        begin = self._expected_end()
+        if begin is None and now - self._last_end < _LEAST_LEAD_S:
+            begin = self._overtaken
+        self._steps.append(_Step(work, seconds, planned_at, begin))
+        self._due = self._overtaken = None
+
+    def confirmed(self, now: float, busy_s: float, early_s: float) -> None:
+        """The oldest step in flight has ended; what it reported, as in `StepResult`."""
+        # What a plan still waits for may be over already: the expected end tells by how much that was wrong.
+        self._overtaken = None if self._due is None else self._expected_end()
+        step = self._steps.popleft()
+        self._last_end, self._due = now, None
+        if step.begin is not None:
+            self._needs.append(step.begin - step.planned_at - early_s)
+        if step.work is not None and busy_s > 0:
+            self._forecast.observe(step.work, busy_s)
+
+    def _expected_end(self) -> float | None:
+        """Of all that is in flight; None if nothing is, or nobody can tell."""
+        if not self._steps or any(not step.seconds for step in self._steps):
+            return None
+        return max(self._last_end, self._steps[0].planned_at) + sum(step.seconds for step in self._steps)
