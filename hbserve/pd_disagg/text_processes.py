@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -96,11 +96,19 @@ class TextProcesses:
         return reply.token_ids
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         plain: list[dict[str, Any]] = [dict(message) for message in messages]
         reply = await self._tokenizer().ask(
-            lambda number: EncodeChat(query_id=number, messages=plain, tools=list(tools) if tools else None),
+            lambda number: EncodeChat(
+                query_id=number,
+                messages=plain,
+                tools=list(tools) if tools else None,
+                template_options=dict(template_options or {}),
+            ),
             "messages",
         )
         assert isinstance(reply, Encoded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hbserve.errors import HBServeError
@@ -40,7 +40,10 @@ class TextService(Protocol):
         """Token ids of a prompt. Errors as in `Tokenizer.encode`."""
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
 
@@ -91,9 +94,12 @@ class LocalText:
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, template_options)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> None:
         await asyncio.to_thread(lambda: self._vocabulary(vocab_size).check(grammar))
