@@ -280,7 +280,8 @@ class PerformanceConfig(Section, frozen=True):
         placement: which of several instances a request goes to: ``least_loaded``; ``fcfs``, the first in
             the list that has room; ``prefix_aware``, where most of its prompt is cached, unless too much
             else waits there.
-        pipeline_depth: plans in flight per worker; one more while steps take less than 2 ms.
+        pipeline_depth: most plans in flight per worker; one more in steps below 2 ms; in long ones one, until shortly
+            before their end.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of
             `hbserve.pd_disagg.cpu_scheduler.CpuScheduler` with another policy.

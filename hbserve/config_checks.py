@@ -35,16 +35,7 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         tokenizer_path = _find_folder(model.tokenizer_path, base_dir, "model.tokenizer_path")
         model = msgspec.structs.replace(model, tokenizer_path=tokenizer_path)
     instances = given.gpu_instances or _default_instances(given.mode, model.tensor_parallel_size)
-    instances = tuple(
-        msgspec.structs.replace(
-            instance,
-            kv_rank=rank if instance.kv_rank is None else instance.kv_rank,
-            tensor_parallel_size=(
-                model.tensor_parallel_size if instance.tensor_parallel_size is None else instance.tensor_parallel_size
-            ),
-        )
-        for rank, instance in enumerate(instances)
-    )
+    instances = _complete_instances(instances, model.tensor_parallel_size)
     rpc = given.rpc
     if rpc.key_file is not None:
         rpc = msgspec.structs.replace(rpc, key_file=_find_key_file(rpc.key_file, base_dir))
@@ -52,6 +43,24 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
     config = msgspec.structs.replace(given, model=model, gpu_instances=instances, rpc=rpc, semi_pd=semi_pd)
     _validate(config)
     return config
+
+
+def default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceConfig, ...]:
+    """What a configuration without ``gpu_instances`` has."""
+    return _complete_instances(_default_instances(mode, tensor_parallel_size), tensor_parallel_size)
+
+
+def _complete_instances(instances: tuple[InstanceConfig, ...], tensor_parallel_size: int) -> tuple[InstanceConfig, ...]:
+    return tuple(
+        msgspec.structs.replace(
+            instance,
+            kv_rank=rank if instance.kv_rank is None else instance.kv_rank,
+            tensor_parallel_size=(
+                tensor_parallel_size if instance.tensor_parallel_size is None else instance.tensor_parallel_size
+            ),
+        )
+        for rank, instance in enumerate(instances)
+    )
 
 
 _SHARES = {

@@ -33,6 +33,9 @@ HELP = """/reset      forget the conversation
 /help       this
 /quit       end (also Ctrl-D)"""
 _TIMEOUT_S = 600.0
+_SHOWN_CONTROLS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_SHOWN_CONTROLS |= {0x7F: 0x2421, 0x9B: "<CSI>"}
+"""A model's text must not command the terminal: its control characters are shown as Unicode's pictures of them."""
 
 
 class Backend(Protocol):
@@ -208,7 +211,7 @@ class Shell:
                     first = time.monotonic() - began
                 num_tokens += new
                 answer += text
-                print(text, end="", flush=True)
+                print(text.translate(_SHOWN_CONTROLS), end="", flush=True)
         except KeyboardInterrupt:
             print(" (ended)", end="")
         except HBServeError as error:
@@ -233,7 +236,7 @@ def _message_of(body: bytes) -> str:
         return body.decode("utf-8", "replace")[:500] or "the server gave no reason"
 
 
-def _lines() -> Iterator[str]:
+def _lines() -> Generator[str, None, None]:
     """What is typed; with editing and, over sessions, history where there is a terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
@@ -245,19 +248,21 @@ def _lines() -> Iterator[str]:
         with contextlib.suppress(OSError):
             readline.read_history_file(history)
         readline.set_history_length(1000)
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print()
-            break
-        except KeyboardInterrupt:
-            print()
-    with contextlib.suppress(ImportError, OSError):
-        import readline
+    try:
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                print()
+                break
+            except KeyboardInterrupt:
+                print()
+    finally:  # also where the reader stops, at /quit
+        with contextlib.suppress(ImportError, OSError):
+            import readline
 
-        history.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(history)
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
 
 
 def main() -> int:
@@ -283,9 +288,10 @@ def main() -> int:
             backend = local = LocalBackend(arguments.model, arguments.mode, sampling)
         print(f"{backend.name}. /help shows the commands.")
         shell = Shell(backend)
-        for line in _lines():
-            if not shell.handle(line):
-                break
+        with contextlib.closing(_lines()) as lines:
+            for line in lines:
+                if not shell.handle(line):
+                    break
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

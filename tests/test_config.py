@@ -10,6 +10,7 @@ from hbserve import Config, PdDisaggConfig
 from hbserve.config import InstanceRole
 from hbserve.errors import ConfigError, StartupError
 from hbserve.pd_disagg.rpc import scheduler_address
+from hbserve.system.gpu_fit import fit_to_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,22 @@ def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> No
     assert [i.instance_type for i in config.gpu_instances] == [InstanceRole.PREFILL, InstanceRole.DECODE]
     assert [i.kv_rank for i in config.gpu_instances] == [0, 1]
     assert config.served_name == "model"
+
+
+@pytest.mark.parametrize(("visible", "gpu_ids"), [("3", [0, 0]), ("0,1", [0, 1]), ("", [0, 1]), ("0,-1,2", [0, 0])])
+def test_default_instances_share_a_lone_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, gpu_ids: list[int]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    text = "mode: disaggregated\nmodel: {path: model}\n"
+    given = Config.load(write(tmp_path, text))
+    fitted = fit_to_gpus(given)
+    assert [instance.gpu_id for instance in fitted.gpu_instances] == gpu_ids
+    share = given.performance.memory_fraction / (1 + (gpu_ids == [0, 0]))
+    assert fitted.performance.memory_fraction == share
+    placed = "gpu_instances: [{instance_id: p, instance_type: prefill}, {instance_id: d, instance_type: decode}]"
+    config = Config.load(write(tmp_path, text + placed))
+    assert fit_to_gpus(config) is config
 
 
 def test_a_folder_too_deep_for_sockets_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.bench import gpu_fault
@@ -76,6 +77,18 @@ async def test_shares_rotation_and_ladder() -> None:
             assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
             await asked
         assert manager.get_status()["statistics"]["rotations"] == 2
+        await asyncio.to_thread(assert_no_leaks, llm)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+async def test_two_ranks_share_two_gpus_and_rotate() -> None:
+    async with system(tensor_parallel_size=2, ladder={"prefill": [], "decode": []}) as (llm, manager):
+        asked = asyncio.create_task(ask(llm, 200))
+        manager.request_sm_reallocation(SMAllocation(70, 50))
+        assert await asyncio.to_thread(manager.wait_until_settled, 100), manager.get_status()
+        await asked
+        await ask(llm, 100)
+        assert manager.get_status()["statistics"]["rotations"] == 1
         await asyncio.to_thread(assert_no_leaks, llm)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from hbserve.config import Config
@@ -20,7 +21,7 @@ from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
-from tests.http_server import USER, letters
+from tests.http_server import MODEL, USER, letters, served, until
 from tests.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output, tokens
 
 TEXT = "hé 你好 🙂 and on it goes, to its STOP and beyond"
@@ -79,9 +80,16 @@ async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
     samplings = [SamplingParams(max_tokens=60, stop=stops[number % 3]) for number in range(30)]
     tasks = [asyncio.create_task(engine.generate("the cat", one, f"r-{i}")) for i, one in enumerate(samplings)]
     await scheduler.wait_for(lambda: len(scheduler.requests) == 30)
-    for report in processes.report().values():
-        os.kill(report["pid"], signal.SIGKILL)
+    pids = {name: report["pid"] for name, report in processes.report().items()}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
     go_on.set()
+    async with asyncio.timeout(DEADLINE_S):
+        for _ in range(3):  # its successors too, as they start
+            while processes.report()["detokenizer"]["pid"] in (None, pids["detokenizer"]):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            pids["detokenizer"] = processes.report()["detokenizer"]["pid"]
+            os.kill(pids["detokenizer"], signal.SIGKILL)
     asked = [asyncio.create_task(engine.text.encode(f"the cat {number}")) for number in range(10)]
     async with asyncio.timeout(DEADLINE_S):
         outputs = await asyncio.gather(*tasks)
@@ -91,7 +99,7 @@ async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
         assert result["text"] == (TEXT.split("STOP")[0] if stopped else TEXT)
         assert result["stop_reason"] == ("STOP" if stopped else None)
         assert result["num_prompt_tokens"] == len(tokenizer.encode("the cat"))
-    assert [one["restarts"] for one in processes.report().values()] == [1] * len(names)
+    assert [one["restarts"] for one in processes.report().values()] == [4] + [1] * (len(names) - 1)
     assert sum(one["open_streams"] + one["open_questions"] for one in processes.report().values()) == 0
 
 
@@ -121,3 +129,24 @@ async def test_text_is_the_same_as_in_one_process(
     assert (await anext(stream)).text
     await stream.aclose()
     await scheduler.wait_for_aborts(1)
+
+
+async def test_a_process_that_cannot_be_replaced_is_said(
+    client: EngineClient, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    rpc = {"max_restarts": 0}
+    config = Config.from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
+    processes = TextProcesses(config, str(tmp_path))
+    await processes.start(time.monotonic() + DEADLINE_S)
+    ready = await client.wait_ready(DEADLINE_S)
+    engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+    async with served(engine, client) as address, httpx.AsyncClient(base_url=address, timeout=DEADLINE_S) as http:
+        assert (await http.get("/health")).status_code == 200
+        os.kill(processes.report()["detokenizer"]["pid"], signal.SIGKILL)
+        await until(lambda: processes.dead is not None)
+        health = await http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        assert "detokenizer" in health.json()["reason"]
+        answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    await processes.stop()

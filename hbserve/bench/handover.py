@@ -156,9 +156,17 @@ class Alone:
 
 @dataclass(frozen=True)
 class Beside:
-    """Gaps between the tokens of decoding streams, 99th percentiles, alone and with prompts prefilled meanwhile."""
+    """Gaps between the tokens of decoding streams: 99th percentiles.
+
+    Attributes:
+        alone_ms: while nothing else happens.
+        joined_ms: while requests join them at the same pace whose prompts both sides have in their caches:
+            all that the next one has but prefill and transfer.
+        beside_ms: while prompts are prefilled and arrive.
+    """
 
     alone_ms: float
+    joined_ms: float
     beside_ms: float
     num_prompts: int
 
@@ -178,14 +186,22 @@ def run(options: HandoverOptions) -> None:
     Raises:
         HBServeError: if a system cannot be started. One of several backends that cannot is named, and left out.
     """
-    systems = [asyncio.run(_measure(options, "unified", options.config(mode="unified")))]
-    for backend in options.backends:
-        config = options.config(mode="disaggregated", kv_transfer_backend=backend)
+    systems: list[Measured] = []
+    for name in ("unified", *options.backends):
+        others = {} if name == "unified" else {"kv_transfer_backend": name}
+        config = options.config(mode="disaggregated" if others else "unified", **others)
         try:
-            systems.append(asyncio.run(_measure(options, backend, config)))
+            systems.append(asyncio.run(_measure(options, name, config)))
         except HBServeError as error:
-            print(f"{backend}: {error}", flush=True)
+            if not systems:
+                raise
+            print(f"{name}: {error}", flush=True)
+        _save(options, systems)
     _show(options, systems)
+
+
+def _save(options: HandoverOptions, systems: list[Measured]) -> None:
+    """What there is so far: a run on a machine that is lent may be ended at any time."""
     if options.json is not None:
         document: dict[str, Any] = {"benchmark": "handover", "model": options.model.name, "engine": options.engine}
         document["systems"] = [asdict(system) for system in systems]
@@ -210,12 +226,16 @@ def _show(options: HandoverOptions, systems: list[Measured]) -> None:
     if options.num_streams:
         what = f"{options.long_prompt}-token prompts"
         print(f"\n{options.num_streams} streams decode: 99th percentile of the gaps between their tokens")
-        print(f"{'system':>10} {'alone ms':>9} {'beside ' + what + ' ms':>32} {'ratio':>7} {'prompts':>8}")
+        print(
+            f"{'system':>10} {'alone ms':>9} {'joined ms':>10} {'beside ' + what + ' ms':>32} "
+            f"{'/alone':>7} {'/joined':>8} {'prompts':>8}"
+        )
         for system in systems:
             if (beside := system.beside) is not None:
                 print(
-                    f"{system.name:>10} {beside.alone_ms:9.2f} {beside.beside_ms:32.2f} "
-                    f"{beside.beside_ms / beside.alone_ms:7.2f} {beside.num_prompts:8}"
+                    f"{system.name:>10} {beside.alone_ms:9.2f} {beside.joined_ms:10.2f} {beside.beside_ms:32.2f} "
+                    f"{beside.beside_ms / beside.alone_ms:7.2f} {beside.beside_ms / beside.joined_ms:8.2f} "
+                    f"{beside.num_prompts:8}"
                 )
 
 
@@ -226,7 +246,7 @@ async def _measure(options: HandoverOptions, name: str, config: PdDisaggConfig) 
         probe = _Probe(llm, name)
         alone = []
         for length in options.prompt_lens:
-            await probe.request(length)  # makes the link, and compiles
+            await probe.request(probe.prompt(length))  # makes the link, and compiles
             rounds = [await probe.alone(length) for _ in range(options.repeats)]
             alone.append(_median(rounds))
         beside = None
@@ -249,11 +269,14 @@ class _Probe:
         self._random = Random(seed)
         self._last_token = llm.engine.vocab_size - 1
 
-    async def request(self, prompt_len: int, num_tokens: int = _SHORT_OUTPUT) -> list[float]:
+    def prompt(self, prompt_len: int) -> list[int]:
+        """One that nobody has in a cache."""
+        return [self._random.randint(0, self._last_token) for _ in range(prompt_len)]
+
+    async def request(self, prompt: list[int]) -> list[float]:
         """When a request was sent and its tokens came, in seconds of the monotonic clock."""
         times: list[float] = []
-        prompt = [self._random.randint(0, self._last_token) for _ in range(prompt_len)]
-        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=_SHORT_OUTPUT, ignore_eos=True)
         times.append(time.monotonic())
         async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
             async for delta in deltas:
@@ -263,7 +286,7 @@ class _Probe:
     async def alone(self, prompt_len: int) -> Alone:
         """One request, and what its link did for it."""
         before = await self._link()
-        sent, first, second, *_ = await self.request(prompt_len)
+        sent, first, second, *_ = await self.request(self.prompt(prompt_len))
         after = await self._link()
         moved, seconds, exposed_s = (after[key] - before[key] for key in ("bytes", "seconds", "exposed_s"))
         return Alone(
@@ -280,7 +303,7 @@ class _Probe:
         return next(iter(links.values()), {"bytes": 0.0, "seconds": 0.0, "exposed_s": 0.0})
 
     async def beside(self, num_streams: int, seconds: float, prompt_len: int) -> Beside | None:
-        """Streams by themselves, then with prompts, then by themselves again: their contexts grow meanwhile."""
+        """Streams alone, then with prompts, with known prompts, and alone again: their contexts grow meanwhile."""
         tokens: list[list[float]] = [[] for _ in range(num_streams)]
         begun = [asyncio.Event() for _ in tokens]
         streams = [asyncio.create_task(self._stream(*each)) for each in zip(tokens, begun, strict=True)]
@@ -292,8 +315,14 @@ class _Probe:
             marks.append(time.monotonic())
             num_prompts = 0
             while time.monotonic() < marks[1] + seconds:
-                await self.request(prompt_len)
+                prompt = self.prompt(prompt_len)
+                await self.request(prompt)
                 num_prompts += 1
+            marks.append(time.monotonic())
+            period_s = (marks[2] - marks[1]) / num_prompts
+            for number in range(num_prompts):
+                await self.request(prompt)
+                await asyncio.sleep(marks[2] + (number + 1) * period_s - time.monotonic())
             marks.append(time.monotonic())
             await asyncio.sleep(seconds / 2)
             marks.append(time.monotonic())
@@ -301,15 +330,15 @@ class _Probe:
             for stream in streams:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
-        alone = [*_gaps(tokens, marks[0], marks[1]), *_gaps(tokens, marks[2], marks[3])]
-        beside = _gaps(tokens, marks[1], marks[2])
-        if not alone or not beside:
+        alone = [*_gaps(tokens, marks[0], marks[1]), *_gaps(tokens, marks[3], marks[4])]
+        beside, joined = _gaps(tokens, marks[1], marks[2]), _gaps(tokens, marks[2], marks[3])
+        if not (alone and beside and joined):
             print(f"no gap between two tokens of a stream is within {seconds:g} s: too short", flush=True)
             return None
-        return Beside(1e3 * _p99(alone), 1e3 * _p99(beside), num_prompts)
+        return Beside(1e3 * _p99(alone), 1e3 * _p99(joined), 1e3 * _p99(beside), num_prompts)
 
     async def _stream(self, times: list[float], begun: asyncio.Event) -> None:
-        prompt = [self._random.randint(0, self._last_token) for _ in range(_STREAM_CONTEXT)]
+        prompt = self.prompt(_STREAM_CONTEXT)
         room = self._llm.engine.max_model_len - _STREAM_CONTEXT
         sampling = SamplingParams(temperature=0, max_tokens=room, ignore_eos=True)
         async with aclosing(self._llm.stream(prompt, sampling)) as deltas:

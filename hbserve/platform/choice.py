@@ -57,7 +57,10 @@ def make_platform(
     count = torch.cuda.device_count()
     if gpu_id + tp_size > count:
         gpus = f"gpu_id {gpu_id}" if tp_size == 1 else f"gpu_id {gpu_id} with tensor_parallel_size {tp_size}"
-        raise ConfigError(f"{gpus}: this machine has {count} GPU(s), numbered from 0")
+        raise ConfigError(
+            f"{gpus}: this machine has {count} GPU(s), numbered from 0; "
+            "instances may share one (gpu_id, performance.memory_fraction), which mode semi_pd is made for"
+        )
     return CudaPlatform(gpu_id + tp_rank, partition)
 
 

@@ -42,6 +42,15 @@ def gpus() -> list[str]:
     return found.stdout.split("\n")[:-1] if found is not None and found.returncode == 0 else []
 
 
+def num_visible_gpus() -> int:
+    """How many GPUs a process started now would find, by ``CUDA_VISIBLE_DEVICES`` where that is set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return len(gpus())
+    names = [name.strip() for name in named.split(",")]
+    return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))
+
+
 def compute_capability(gpu_id: int) -> str | None:
     """Of a GPU, such as ``9.0``, without making a context; None if it cannot be found out."""
     found = _run(["nvidia-smi", f"--id={gpu_id}", "--query-gpu=compute_cap", "--format=csv,noheader"])

@@ -228,10 +228,12 @@ class SplitPolicy:
             around += [(prefill, decode) for prefill in grid for decode in grid]
         elif not violations:
             return []
-        if warm is not None and now - self._rotated_at < self.bounds.rotation_cooldown_s:
+        only_warm = warm is not None and now - self._rotated_at < self.bounds.rotation_cooldown_s
+        if warm is not None and only_warm:
             around += [(p, d) for p in warm.prefill for d in warm.decode]
-            around = [split for split in around if warm.has(SMAllocation(*split))]
         splits = [SMAllocation(*split) for split in dict.fromkeys(around) if self.bounds.allows(*split)]
+        if warm is not None and only_warm:
+            splits = [split for split in splits if warm.has(split)]
         # The percentages stay ready for when it is not mixed any more.
         mixed = dataclasses.replace(current, mixed=True)
         return [*splits, mixed] if warm is not None and warm.has(mixed) else splits
@@ -254,14 +256,24 @@ class SplitPolicy:
         )
         return prediction.attainment / max(1.0, prediction.prefill_load) - _HARM_WEIGHT * harm
 
+    def _value_seen(self, violations: dict[str, float]) -> float:
+        """At most, of a window with violated targets: at their percentiles requests were late by so much."""
+        targets = self.model.targets
+        percentiles = {"ttft": targets.ttft_percentile, "tpot": targets.tpot_percentile}
+        attainment = min((percentiles[name] / 100 for name in violations), default=1.0)
+        return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
+
     def _why_move(
         self, predicted: Prediction, best: Prediction, violations: dict[str, float], changes_kind: bool
     ) -> str | None:
-        gain = self._value(best) - self._value(predicted)
-        if gain >= self.bounds.hysteresis * (1 + changes_kind):
-            return f"gains {gain:.2f}"
+        value = self._value(predicted)
         if changes_kind:
-            return None  # the errors of two predictions do not cancel, as they do between two splits
+            # The errors of two models do not cancel, as those of two splits do: what was seen counts too.
+            gain = self._value(best) - min(value, self._value_seen(violations))
+            return f"gains {gain:.2f}" if gain >= 2 * self.bounds.hysteresis else None
+        gain = self._value(best) - value
+        if gain >= self.bounds.hysteresis:
+            return f"gains {gain:.2f}"
         if not self._rank(predicted, True)[0] and self._rank(best, False)[0]:
             return "holds both targets again"
         if violations and gain >= self.bounds.hysteresis / 2:

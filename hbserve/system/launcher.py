@@ -22,6 +22,7 @@ from hbserve.pd_disagg.child_process import ChildProcess
 from hbserve.pd_disagg.rpc import instance_address, scheduler_address
 from hbserve.pd_disagg.supervision import InstanceSupervisor, Supervision
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+from hbserve.system.gpu_fit import fit_to_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Launcher:
             StartupError: naming the process that failed and why. What had started is ended.
         """
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        if self._with_instances:
+            self.config = await asyncio.to_thread(fit_to_gpus, self.config)
         self.make_run_dir()
         try:
             return await self._start(deadline)
@@ -89,7 +92,7 @@ class Launcher:
         if self._with_instances:
             for name, address in addresses.items():
                 orders = {"config": config, "instance_id": name, "address": address}
-                self._children.append(ChildProcess(name, "hbserve.pd_disagg.gpu_instance", orders))
+                self._children.append(ChildProcess(name, "hbserve.pd_disagg.instance_process", orders))
             if by_ray:
                 orders = {"config": config, "scheduler": client_address}
                 self._children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))
