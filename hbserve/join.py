@@ -79,7 +79,7 @@ def _join(arguments: argparse.Namespace) -> int:
     mine = config.instance(instance.instance_id)
     membership = Membership(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
 
-    from hbserve.pd_disagg.gpu_instance import run_instance  # imports torch, which an answer need not wait for
+    from hbserve.pd_disagg.instance_process import run_instance  # imports torch, which an answer need not wait for
 
     return run_instance(config, mine, address, membership)
 

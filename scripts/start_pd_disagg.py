@@ -32,7 +32,7 @@ def main() -> int:
             config = msgspec.structs.replace(config, logging=logging)
         if arguments.instance_id is not None:
             from hbserve.pd_disagg.child import exit_now
-            from hbserve.pd_disagg.gpu_instance import run_instance
+            from hbserve.pd_disagg.instance_process import run_instance
             from hbserve.pd_disagg.rpc import instance_address
 
             instance = config.instance(arguments.instance_id)

@@ -104,6 +104,11 @@ async def test_answers_of_tools_are_put_into_the_prompt(
     assert '<tool_call>get_weather{"days": 2}</tool_call>' in prompt
     assert "<|im_start|>tool\nsunny<|im_end|>" in prompt
     assert "of a place" not in prompt  # tool_choice="none": the model is not told of them
+    assert not prompt.endswith("<think></think>")
+    options = {"chat_template_kwargs": {"enable_thinking": False}}
+    await api.chat.completions.create(model=MODEL, messages=USER, extra_body=options)
+    prompt = tokenizer.decode(scheduler.requests[1].prompt_token_ids, skip_special_tokens=False)
+    assert prompt.endswith("<think></think>")
 
 
 async def test_no_parallel_tool_calls_means_one(

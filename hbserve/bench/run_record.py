@@ -77,10 +77,13 @@ def run_workload(llm: LLM, workload: Workload, sampling: SamplingParams) -> RunR
         preemptions=after["cpu_scheduler"]["preemptions"] - before["cpu_scheduler"]["preemptions"],
         kv_transfer_bytes=_transferred_bytes(after) - _transferred_bytes(before),
         instances={
-            name: _instance_work(before["gpu_instances"][name], instance, seconds)
+            name: _instance_work(before["gpu_instances"].get(name, _JUST_JOINED), instance, seconds)
             for name, instance in after["gpu_instances"].items()
         },
     )
+
+
+_JUST_JOINED = {"busy_s": 0.0, "steps": 0}
 
 
 def _instance_work(before: dict[str, Any], after: dict[str, Any], seconds: float) -> InstanceWork:

@@ -103,9 +103,7 @@ class _Benchmark:
         if self._options.json is None:
             return
         streams = self._load.token_times if self._load is not None else {}
-        # Null marks the beginning of a request.
-        times = {index: [at if at == at else None for at in stream] for index, stream in streams.items()}
-        record = {"results": self._results, "events": self._events, "token_times": times}
+        record = {"results": self._results, "events": self._events, "token_times": streams}
         self._options.json.write_text(json.dumps(record))
 
     # --- systems ---------------------------------------------------------------------------------
@@ -168,13 +166,20 @@ class _Benchmark:
         resident = status["resident_manager"]
         self._put("resident process: seconds to load", resident["load_s"])
         workers = [worker for worker in status["workers"] if worker["state"] == "active"]
-        for part in ("device", "arenas", "graphs", "warm_up"):
-            self._put(f"worker: {part}, median, ms", 1000 * _middle([worker["start_s"][part] for worker in workers]))
+        self._put_start("worker of the first split", workers)
         for worker in workers:
             self._put(f"{worker['worker_id']}: its own allocations, MiB", worker["memory_bytes"] / _MIB)
         # What the device has less than before there were workers, contexts and modules included.
         taken = resident["free_bytes_at_start"] - resident["free_bytes"]
         self._put("memory per worker, all of it, MiB", taken / len(workers) / _MIB)
+
+    def _put_start(self, which: str, workers: list[dict[str, Any]]) -> None:
+        """Where the time of workers' starts went: the parts sum to the whole."""
+        if not workers:
+            return
+        for part in workers[0]["start_s"]:
+            seconds = [worker["start_s"][part] for worker in workers]
+            self._put(f"{which}: {part}, median, ms", 1000 * _middle(seconds))
 
     async def _alone(self, mode: str, llm: DisaggregatedLLM) -> None:
         options = self._options
@@ -239,9 +244,10 @@ class _Benchmark:
 
     async def _steady_at(self, split: SMAllocation, load: StreamLoad) -> Window:
         window = await self._watch("steady", load, self._options.window_s)
-        self._put(f"steady at {split}: ITL p50, ms", window.quantile(0.5))
-        self._put(f"steady at {split}: ITL p99, ms", window.quantile(0.99))
-        self._put(f"steady at {split}: ITL largest, ms", window.gaps[-1])
+        for name, gaps in (("", window.running), (" to the second token", window.starting)):
+            self._put(f"steady at {split}: ITL{name}, p50, ms", gaps.quantile(0.5))
+            self._put(f"steady at {split}: ITL{name}, p99, ms", gaps.quantile(0.99))
+            self._put(f"steady at {split}: ITL{name}, largest, ms", gaps.largest)
         self._put(f"steady at {split}: tokens/s", window.tokens_per_s)
         return window
 
@@ -253,7 +259,7 @@ class _Benchmark:
             if is_cold:
                 await _end_sleepers(manager)
             else:
-                await _until(lambda: sum(each["is_asleep"] for each in manager.get_status()["sleepers"]) >= 2)
+                await _until_asleep(manager, 2)
             rotation = await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)])
             if is_cold:
                 self._put("rotation: cold, seconds from request to ready", rotation.prepared_s)
@@ -261,43 +267,54 @@ class _Benchmark:
                 self._put("rotation: first, seconds from request to ready", rotation.prepared_s)
                 asked = rotation.asked
                 self._first_rotation = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
-            if not done:
+                self._put_start("worker from a sleeper", rotation.made)
+                await _until_asleep(manager, _NUM_SLEEPERS)  # new sleepers' imports belong to the rotation
                 self._steady_windows.append(await self._steady_at(_SPLITS[0], load))
             done.append(rotation)
+        self._put_rotations(load, done)
+
+    def _put_rotations(self, load: StreamLoad, done: list[_Rotation]) -> None:
+        """Windows of all rotations, when nothing is watched any more: to look at them takes the event loop's time."""
         warm = [rotation for index, rotation in enumerate(done) if index != 1]
         self._put("rotations: done", len(done))
         self._put("rotation: from sleepers, seconds to ready, median", _middle([each.prepared_s for each in warm]))
+        self._put("rotation: from sleepers, seconds to ready, worst", max(each.prepared_s for each in warm))
         self._put("rotation: seconds from request to settled, median", _middle([each.seconds for each in warm]))
-        self._put("rotation: ITL p99, ms, median", _middle([each.window.quantile(0.99) for each in done]))
-        largest = [each.window.gaps[-1] for each in done]
-        self._put("rotation: largest gap, ms, median", _middle(largest))
-        self._put("rotation: largest gap, ms, worst", max(largest))
-        steady_p99 = max(window.quantile(0.99) for window in self._steady_windows)
-        self._put("rotation: largest gap above steady p99, ms, median", _middle(largest) - steady_p99)
-        self._put("rotation: largest gap above steady p99, ms, worst", max(largest) - steady_p99)
-        at_change = [each.largest_at_change for each in done]
-        self._put("the change over itself: largest gap, ms, worst", max(at_change))
-        usual = sum(window.tokens_per_s for window in self._steady_windows) / len(self._steady_windows)
-        slowed = [each.window.tokens_per_s / usual for each in done]
+        windows = [load.window(each.asked, each.asked + each.seconds) for each in done]
+        self._put("rotation: ITL p99, ms, median", _middle([window.running.quantile(0.99) for window in windows]))
+        steady = self._steady_windows
+        for kind, during, before in (
+            ("gap of a running stream", [each.running for each in windows], [each.running for each in steady]),
+            ("gap to the second token", [each.starting for each in windows], [each.starting for each in steady]),
+        ):
+            largest = [gaps.largest for gaps in during if len(gaps.sorted_ms)]
+            p99 = max([gaps.quantile(0.99) for gaps in before if len(gaps.sorted_ms)], default=float("nan"))
+            for word, value in (("median", _middle(largest)), ("worst", max(largest))) if largest else ():
+                self._put(f"rotation: largest {kind}, ms, {word}", value)
+                self._put(f"rotation: largest {kind} above its steady p99, ms, {word}", value - p99)
+        changes = [load.window(each.asked + each.prepared_s - 0.1, each.asked + each.seconds + 0.2) for each in done]
+        self._put("the change over itself: largest gap, ms, worst", max(each.running.largest for each in changes))
+        after = [load.window(each.asked + each.seconds, each.asked + each.seconds + 1.0) for each in done]
+        self._put("the second after a rotation: largest gap, ms, worst", max(each.running.largest for each in after))
+        usual = sum(window.tokens_per_s for window in steady) / len(steady)
+        slowed = [window.tokens_per_s / usual for window in windows]
         self._put("rotation: tokens/s, share of steady, median", _middle(slowed))
         self._put("rotations: device memory taken after each, MiB", [each.memory_mib for each in done])
 
     async def _one_rotation(self, load: StreamLoad, manager: ProcessRotationManager, split: SMAllocation) -> _Rotation:
+        before = {worker["worker_id"] for worker in manager.get_status()["workers"]}
         asked = time.monotonic()
         await _rotate(manager, split)
         settled = time.monotonic()
         status = manager.get_status()
-        prepared_s = status["delayed_switching"]["last_preparation_s"]
-        await asyncio.sleep(1.1 * manager.resident_manager.heartbeat_interval)
+        await asyncio.sleep(1.1 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
         resident = manager.get_status()["resident_manager"]
         self._events.append((f"rotation to {split}", asked, settled))
-        change = load.window(asked + prepared_s - 0.1, settled + 0.2)
         return _Rotation(
             asked,
-            prepared_s,
+            status["delayed_switching"]["last_preparation_s"],
             settled - asked,
-            load.window(asked, settled),
-            change.gaps[-1],
+            [worker for worker in status["workers"] if worker["worker_id"] not in before],
             (resident["free_bytes_at_start"] - resident["free_bytes"]) // _MIB,
         )
 
@@ -324,7 +341,7 @@ class _Benchmark:
     async def _resumption(self, name: str, started: float, load: StreamLoad, manager: ProcessRotationManager) -> None:
         resumed_s = await load.until_all_have_tokens(started + 0.2, _SETTLE_TIMEOUT_S)
         await asyncio.sleep(0.5)
-        self._put(f"{name}: largest gap of a stream, ms", load.window(started, time.monotonic()).gaps[-1])
+        self._put(f"{name}: largest gap of a stream, ms", load.window(started, time.monotonic()).running.largest)
         self._put(f"{name}: seconds until every stream goes on", resumed_s + 0.2)
         settled = await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
         self._put(f"{name}: seconds until all workers are back", time.monotonic() - started)
@@ -347,16 +364,14 @@ class _Rotation:
         asked: when, on the monotonic clock.
         prepared_s: until the new workers were ready.
         seconds: until the old ones had ended.
-        window: of all that time.
-        largest_at_change: gap around the change over, ms.
+        made: the new workers, as `ProcessRotationManager.get_status` has them.
         memory_mib: that others than the resident process hold then.
     """
 
     asked: float
     prepared_s: float
     seconds: float
-    window: Window
-    largest_at_change: float
+    made: list[dict[str, Any]]
     memory_mib: int
 
 
@@ -371,6 +386,10 @@ async def _end_sleepers(manager: ProcessRotationManager) -> None:
     for sleeper in manager.get_status()["sleepers"]:
         os.kill(sleeper["pid"], signal.SIGKILL)  # it has nothing on the device
     await _until(lambda: not manager.get_status()["sleepers"])
+
+
+async def _until_asleep(manager: ProcessRotationManager, number: int) -> None:
+    await _until(lambda: sum(each["is_asleep"] for each in manager.get_status()["sleepers"]) >= number)
 
 
 async def _until(condition: Callable[[], bool]) -> None:

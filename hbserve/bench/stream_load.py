@@ -6,36 +6,53 @@ import asyncio
 import contextlib
 import random
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from hbserve.errors import HBServeError
 from hbserve.sampling_params import SamplingParams
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
 _START_TIMEOUT_S = 120.0
-_BREAK = float("nan")
-"""Between the tokens of two requests of a stream: what lies between them is no gap between tokens."""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Gaps between two tokens of a request, ms."""
+
+    sorted_ms: npt.NDArray[np.float64]
+
+    def quantile(self, share: float) -> float:
+        """The gap that a share of the gaps does not pass; not a number where there are none."""
+        number = len(self.sorted_ms)
+        return float(self.sorted_ms[min(number - 1, int(share * number))]) if number else float("nan")
+
+    @property
+    def largest(self) -> float:
+        """Of them all; not a number where there are none."""
+        return self.quantile(1.0)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Gaps between the tokens of each stream within a time, ms; tokens are those of the streams.
+    """What the streams saw within a time.
 
     Attributes:
         tokens_per_s: of all streams together.
-        gaps: sorted.
+        running: gaps between the second token of a request and the third, and so on; and for each request
+            that runs at the end of the window, how long that is after its last token.
+        starting: gaps between the first and the second token, where a request changes from prefill to decode.
     """
 
     tokens_per_s: float
-    gaps: list[float]
-
-    def quantile(self, share: float) -> float:
-        """The gap that a share of the gaps does not pass; not a number where there are none."""
-        return self.gaps[min(len(self.gaps) - 1, int(share * len(self.gaps)))] if self.gaps else float("nan")
+    running: Gaps
+    starting: Gaps
 
 
 class StreamLoad:
@@ -45,14 +62,14 @@ class StreamLoad:
         context: tokens of a stream's prompt. max_tokens: after which its next request begins.
 
     Attributes:
-        token_times: by stream, on the monotonic clock; `_BREAK` between requests.
+        token_times: by stream, and in it by request, on the monotonic clock.
         failures: of requests, by what went wrong.
     """
 
     def __init__(self, llm: DisaggregatedLLM, num_streams: int, context: int, max_tokens: int = 1024) -> None:
         self._llm, self._context, self._max_tokens = llm, context, max_tokens
         self._ended = asyncio.Event()
-        self.token_times: dict[int, list[float]] = {index: [] for index in range(num_streams)}
+        self.token_times: dict[int, list[list[float]]] = {index: [] for index in range(num_streams)}
         self.failures: list[str] = []
 
     @asynccontextmanager
@@ -65,7 +82,7 @@ class StreamLoad:
         tasks = [asyncio.create_task(self._stream(index)) for index in self.token_times]
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                while not all(len(times) > 2 for times in self.token_times.values()):  # noqa: ASYNC110
+                while not all(requests and len(requests[-1]) > 1 for requests in self.token_times.values()):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             yield
         finally:
@@ -98,14 +115,15 @@ class StreamLoad:
 
     async def _stream(self, index: int) -> None:
         """One user after the other, so that there is always one."""
-        times = self.token_times[index]
+        requests = self.token_times[index]
         turn = 0
         while not self._ended.is_set():
             # The first requests end at different times, as those of a service do.
             length = self._max_tokens if turn else self._max_tokens // 4 + 37 * index % self._max_tokens
             sampling = SamplingParams(temperature=0.8, seed=index, max_tokens=length, ignore_eos=True)
-            times.append(_BREAK)
-            await self._noting(self._receive(random_prompt(self._context, 1000 * turn + index), sampling, times))
+            requests.append([])
+            prompt = random_prompt(self._context, 1000 * turn + index)
+            await self._noting(self._receive(prompt, sampling, requests[-1]))
             turn += 1
 
     async def _receive(self, prompt: list[int], sampling: SamplingParams, times: list[float]) -> None:
@@ -124,20 +142,22 @@ class StreamLoad:
             await asyncio.sleep(0.1)  # what refuses at once is not to be asked all the time
 
     def window(self, started: float, ended: float) -> Window:
-        """What the streams saw between two times."""
-        gaps: list[float] = []
+        """What the streams saw between two times. Fast: it runs in the event loop whose gaps are measured."""
+        running: list[npt.NDArray[np.float64]] = [np.empty(0)]
+        starting: list[float] = []
         count = 0
-        for times in self.token_times.values():
-            last = started
-            for earlier, later in pairwise(times):
-                if started <= later <= ended:
-                    count += 1
-                    last = later
-                    if earlier == earlier:
-                        gaps.append(1000 * (later - earlier))
-            gaps.append(1000 * (ended - last))  # a stream that stands still has no later token
-        gaps.sort()
-        return Window(count / (ended - started), gaps)
+        for requests in self.token_times.values():
+            for times in requests:
+                begin, end = bisect_left(times, started), bisect_right(times, ended)
+                count += end - begin
+                if begin <= 1 < end:
+                    starting.append(times[1] - times[0])
+                if end > max(begin, 2):
+                    running.append(np.diff(times[max(begin - 1, 1) : end]))
+                if end and (end < len(times) or times is requests[-1]):
+                    # A stream that stands still has no later token.
+                    running.append(np.array([ended - max(times[end - 1], started)]))
+        return Window(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
 
     async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:
         """Wait until every stream has got a token after ``since``; the seconds until the last one had it.
@@ -146,16 +166,19 @@ class StreamLoad:
             TimeoutError: if that does not happen.
         """
 
-        def first(times: list[float]) -> float | None:
-            later = [at for at in times[-4096:] if at > since]
-            return min(later) if later else None
+        def first(requests: list[list[float]]) -> float | None:
+            return next((times[bisect_right(times, since)] for times in requests if times and times[-1] > since), None)
 
         async with asyncio.timeout(timeout_s):
             while True:
-                firsts = [first(times) for times in self.token_times.values()]
+                firsts = [first(requests) for requests in self.token_times.values()]
                 if None not in firsts:
                     return max(at for at in firsts if at is not None) - since
                 await asyncio.sleep(0.02)
+
+
+def _gaps(seconds: npt.NDArray[np.float64]) -> Gaps:
+    return Gaps(np.sort(1000 * seconds))
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

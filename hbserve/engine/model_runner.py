@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from hbserve.models.decoder import Decoder
 from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform
 from hbserve.sampling_params import SamplingParams
+from hbserve.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs
@@ -41,6 +41,8 @@ class ModelRunner:
         platform: activated already.
         parallel: the ranks that compute the model together; every one must launch the same plans.
         attachment: to arenas that another process holds; None: arenas of its own.
+        stopwatch: told of the parts of the start: ``model``, ``arenas``, ``decoder``, ``attention``, ``tables``,
+            ``graphs``, ``warm_up``.
 
     Attributes:
         spec: the model. parallel: as given. layout: of this rank's part of a KV block.
@@ -48,7 +50,6 @@ class ModelRunner:
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
         kv_handle: what other processes attach to it with; None: they cannot.
-        start_s: seconds that the parts of the start took: ``arenas``, ``graphs``, ``warm_up``.
 
     Raises:
         ModelError: if the model folder cannot be served.
@@ -63,25 +64,29 @@ class ModelRunner:
         platform: Platform,
         parallel: TensorParallel | None = None,
         attachment: ArenaAttachment | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
+        stopwatch = stopwatch or Stopwatch()
         self.platform = platform
         self.parallel = parallel = parallel or TensorParallel()
         self.spec = spec = ModelSpec.load(config.model.path)
         dtype = dtype_of(config, spec)
         backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
-        started = time.monotonic()
+        stopwatch.lap("model")
         if attachment is None:
             arenas = make_arenas(config, spec, platform, parallel)
         else:
             arenas = attach_arenas(config, spec, platform, parallel, attachment)
-        arenas_ready = time.monotonic()
+        stopwatch.lap("arenas")
         self._decoder = Decoder(spec, arenas.table.views(arenas.weights), parallel)
+        stopwatch.lap("decoder")
         self.layout, self.num_blocks, self.max_model_len = arenas.layout, arenas.num_blocks, arenas.max_model_len
         num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
         self.kv_blocks = self.layout.block_bytes_view(arenas.kv, self.num_blocks)
         self.kv_handle = arenas.kv_handle
         kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
         self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
+        stopwatch.lap("attention")
         self._table = SequenceTable(
             max_num_seqs=config.performance.max_num_seqs,
             max_blocks_per_seq=-(-self.max_model_len // self.layout.block_size),
@@ -94,16 +99,12 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._graph_pool: Any = None
-        capture_begins = time.monotonic()
+        stopwatch.lap("tables")
         self._prepare_for(instance.instance_type)
-        warm_up_begins = time.monotonic()
+        stopwatch.lap("graphs")
         if arenas.spare_block is not None:
             self._warm_up(config, instance.instance_type, arenas.spare_block)
-        self.start_s = {
-            "arenas": arenas_ready - started,
-            "graphs": warm_up_begins - capture_begins,
-            "warm_up": time.monotonic() - warm_up_begins,
-        }
+        stopwatch.lap("warm_up")
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),

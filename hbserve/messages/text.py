@@ -30,11 +30,13 @@ class EncodeChat(Message, frozen=True):
 
     Attributes:
         messages, tools: plain data, as chat templates take them.
+        template_options: what the template is told besides, by name.
     """
 
     query_id: int
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    template_options: dict[str, Any]
 
 
 class CheckGrammar(Message, frozen=True):

@@ -192,6 +192,10 @@ class CpuScheduler:
         not decided before it must be.
         """
         soonest_s = math.inf
+        for worker in instance.workers.values():
+            if worker.ready and not worker.is_introduced:
+                self._planner.introduce(instance, worker)
+                worker.is_introduced = True
         for worker, phases in instance.choose_workers().items():
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
             if instance.takes_turns(phases):

@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -47,6 +48,8 @@ from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.rpc import RpcServer, bind_address
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
+from hbserve.pd_disagg.unfinished_steps import UnfinishedSteps
+from hbserve.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -62,6 +65,23 @@ EXIT_REFUSED = 1
 _MEMBERSHIP_INTERVAL_S = 0.25
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedDevice:
+    """What a worker has that does not have its device for itself.
+
+    Attributes:
+        attachments: to arenas that other processes hold, one per rank.
+        partition: its share of the device.
+        ranks: its other ranks, asleep.
+        stopwatch: running since it was woken.
+    """
+
+    attachments: list[ArenaAttachment]
+    partition: Partition
+    ranks: RankGroup
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+
 class GpuInstance:
     """One instance of the model, listening for its scheduler.
 
@@ -69,9 +89,7 @@ class GpuInstance:
         config: of the system.
         instance: which of its instances this is.
         address: where to listen for the scheduler.
-        attachments: to arenas that other processes hold, one per rank; None: it has its own.
-        partition: its share of the device.
-        ranks: its other ranks, asleep; None: they are started by `run`.
+        shared: None: it has its own arenas, its device for itself, and starts its other ranks.
         membership: in a system that it has joined; None: the system's configuration has it.
 
     Attributes:
@@ -83,9 +101,7 @@ class GpuInstance:
         config: Config,
         instance: InstanceConfig,
         address: str,
-        attachments: list[ArenaAttachment] | None = None,
-        partition: Partition | None = None,
-        ranks: RankGroup | None = None,
+        shared: SharedDevice | None = None,
         membership: Membership | None = None,
     ) -> None:
         self.config = config
@@ -94,10 +110,7 @@ class GpuInstance:
         self._membership = membership
         self._wants_to_leave = self._is_serving = False
         self._kill_ranks: Callable[[], None] = lambda: None
-        self._attachments = attachments
-        self._attachment = None if attachments is None else attachments[0]
-        self._partition = partition
-        self._sleeping_ranks = ranks
+        self._shared = shared
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
@@ -105,9 +118,7 @@ class GpuInstance:
         self._scheduler_epoch = 0
         self._epoch = 0
         self._used = False  # whether the scheduler has put anything into this epoch
-        self._unfinished: dict[tuple[int, int], float] = {}  # (epoch, step) of plans here -> when it became first
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._unfinished = UnfinishedSteps()
         self._stop_io = asyncio.Event()
         self._exit_code = 0
 
@@ -118,12 +129,18 @@ class GpuInstance:
             HBServeError: if the model cannot be served as configured.
         """
         started = time.monotonic()
-        self._ranks = ranks = self._sleeping_ranks or RankGroup(
-            self.instance.num_ranks, self.instance.instance_id, False, self._on_rank_lost
-        )
-        self._kill_ranks = ranks.kill
-        ranks.on_lost = self._on_rank_lost
-        ranks.wake(self.config, self.instance, self._attachments, self._partition)
+        shared = self._shared
+        stopwatch = Stopwatch() if shared is None else shared.stopwatch
+        attachments, partition = (None, None) if shared is None else (shared.attachments, shared.partition)
+        if shared is None:
+            instance, model = self.instance, self.config.model.path
+            ranks = RankGroup(instance.num_ranks, instance.instance_id, model, False, self._on_rank_lost)
+        else:
+            ranks = shared.ranks
+            ranks.on_lost = self._on_rank_lost
+        self._ranks, self._kill_ranks = ranks, ranks.kill
+        ranks.wake(self.config, self.instance, attachments, partition)
+        stopwatch.lap("wake")
         with loaded_rank(
             self.config,
             self.instance,
@@ -131,11 +148,13 @@ class GpuInstance:
             ranks.port,
             ranks.take_listener(),
             lambda reply: self._on_transfer_reply(0, reply),
-            self._attachment,
-            self._partition,
+            None if attachments is None else attachments[0],
+            partition,
+            stopwatch,
         ) as rank:
             self._platform, self._runner, self._transfers = rank.platform, rank.runner, rank.transfers
             ranks.wait_ready(started + self.config.rpc.start_timeout_s)
+            stopwatch.lap("other_ranks")
             logger.info(
                 "ready in %.1f s: %s on %s, %d KV blocks of %d tokens",
                 time.monotonic() - started,
@@ -150,10 +169,11 @@ class GpuInstance:
             io_thread.start()
             self._is_serving = True
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
+            stopwatch.lap("threads")
             child.report_status(
                 {
                     "ready": True,
-                    "start_s": {"device": rank.device_s} | self._runner.start_s,
+                    "start_s": stopwatch.parts,
                     "memory_bytes": self._platform.held_memory_bytes(),
                     "rank_pids": self._ranks.pids,
                 }
@@ -175,7 +195,7 @@ class GpuInstance:
         with memory that others work on: on a GPU, what they have in flight may not survive it.
         """
         self._exit_code = self._exit_code or exit_code
-        if not self._is_serving and self._attachment is None:
+        if not self._is_serving and self._shared is None:
             self._die(self._exit_code)
         self._plans.put(None)
 
@@ -191,7 +211,7 @@ class GpuInstance:
         while (item := self._plans.get()) is not None:
             plan, came_at = item
             if plan.epoch != self._epoch:  # made for a scheduler that has gone, or before it lost us
-                self._loop.call_soon_threadsafe(self._step_is_over, plan)
+                self._loop.call_soon_threadsafe(self._unfinished.end, plan)
                 continue
             try:
                 self._ranks.forward(plan)
@@ -276,8 +296,7 @@ class GpuInstance:
             await self._on_ping(peer, command)
         elif isinstance(command, StepPlan):
             self._used = True
-            self._idle.clear()
-            self._unfinished[command.epoch, command.step_id] = time.monotonic()
+            self._unfinished.begin(command)
             self._plans.put((command, time.perf_counter()))
         elif isinstance(command, Shutdown):
             self.was_dismissed = True
@@ -303,7 +322,7 @@ class GpuInstance:
     async def _begin_epoch(self) -> None:
         """Forget everything; only when nothing of the old epoch can touch the arena any more."""
         self._epoch = time.time_ns()
-        await self._idle.wait()  # plans of the old epoch are dropped by now, the launched ones finish
+        await self._unfinished.wait_until_none()  # plans of the old epoch are dropped by now, the launched ones finish
         mine = await self._transfers.begin_epoch(self._epoch)
         self._peers = [mine, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]
         self._joint_results.clear()
@@ -316,7 +335,7 @@ class GpuInstance:
                 instance_id=self.instance.instance_id,
                 role=self.instance.instance_type,
                 epoch=self._epoch,
-                arena_epoch=self._epoch if self._attachment is None else self._attachment.epoch,
+                arena_epoch=self._epoch if self._shared is None else self._shared.attachments[0].epoch,
                 pid=os.getpid(),
                 model=self._model,
                 dtype=str(runner.layout.dtype).removeprefix("torch."),
@@ -337,15 +356,7 @@ class GpuInstance:
         if plan.epoch == self._epoch:
             for command in plan.sends:
                 self._transfers.manager.send(command)
-        self._step_is_over(plan)
-
-    def _step_is_over(self, plan: StepPlan) -> None:
-        del self._unfinished[plan.epoch, plan.step_id]
-        if self._unfinished:  # the clock of the next one starts now: it could not begin before
-            first = next(iter(self._unfinished))
-            self._unfinished[first] = time.monotonic()
-        else:
-            self._idle.set()
+        self._unfinished.end(plan)
 
     def _on_transfer_reply(self, number: int, reply: TransferReply) -> None:
         if reply.epoch == self._epoch:
@@ -398,73 +409,6 @@ class GpuInstance:
     async def _watch_steps(self) -> None:
         """A step that never ends cannot be interrupted; the process can."""
         timeout_s = self.config.rpc.step_timeout_s
-        while True:
-            await asyncio.sleep(min(timeout_s / 4, 5.0))
-            first = next(iter(self._unfinished.values()), None)
-            if first is not None and time.monotonic() - first > timeout_s:
-                logger.error("a step did not end within %g s; exiting", timeout_s)
-                self._die(EXIT_STEP_HUNG)
-
-
-def run_instance(config: Config, instance: InstanceConfig, address: str, membership: Membership | None = None) -> int:
-    """Run an instance that has this process for itself until it is to end; returns the exit code.
-
-    One that a launcher has started stops with it, and at SIGTERM and SIGINT. One that was started alone
-    then leaves its system: its requests are finished, unless there is a second signal. Arguments as `GpuInstance`.
-
-    Raises:
-        HBServeError: if it cannot start.
-    """
-    is_launched = child.STATUS_FD_VARIABLE in os.environ
-    worker = _prepare(config, instance, address, membership=membership)
-    child.watch_signals(worker.stop if is_launched else worker.leave)
-    code = worker.run()
-    return child.EXIT_DISMISSED if worker.was_dismissed and is_launched else code
-
-
-def run_worker(
-    config: Config,
-    instance: InstanceConfig,
-    address: str,
-    attachments: list[ArenaAttachment] | None = None,
-    partition: Partition | None = None,
-    ranks: RankGroup | None = None,
-) -> int:
-    """As `run_instance`, of a worker of an instance that has several; arguments as `GpuInstance`."""
-    worker = _prepare(config, instance, address, attachments, partition, ranks)
-    child.watch_signals(worker.stop)
-    return worker.run()
-
-
-def _prepare(
-    config: Config,
-    instance: InstanceConfig,
-    address: str,
-    attachments: list[ArenaAttachment] | None = None,
-    partition: Partition | None = None,
-    ranks: RankGroup | None = None,
-    membership: Membership | None = None,
-) -> GpuInstance:
-    child.set_process_title(f"hbserve-{instance.instance_id}-TP0")
-    child.configure_logging(config.logging, instance.instance_id)
-    worker = GpuInstance(config, instance, address, attachments, partition, ranks, membership)
-    if child.STATUS_FD_VARIABLE in os.environ:
-        child.watch_parent(worker.stop)
-    return worker
-
-
-def main() -> None:
-    """Entry of the process that a launcher starts."""
-    orders = child.read_orders()
-    config = msgspec.convert(orders["config"], Config)
-    code = 1
-    try:
-        code = run_instance(config, config.instance(orders["instance_id"]), orders["address"])
-    except HBServeError as error:
-        child.report_status({"error": str(error)})
-        logger.error("%s", error)
-    child.exit_now(code)
-
-
-if __name__ == "__main__":
-    main()
+        await self._unfinished.watch(timeout_s)
+        logger.error("a step did not end within %g s; exiting", timeout_s)
+        self._die(EXIT_STEP_HUNG)

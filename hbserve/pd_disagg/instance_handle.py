@@ -84,6 +84,7 @@ class WorkerHandle:
         timing: of its steps in flight: when the next one is to be planned.
         is_retiring: it gets no more plans where another worker can, and is told to end when nothing
             is in flight.
+        is_introduced: it has been told of the sequences that ran when it came.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class WorkerHandle:
         self.timing = PlanTiming()
         self.is_retiring = False
         self.is_told_to_end = False
+        self.is_introduced = False
         self.work = Work()
         self.last_step_s = 0.0
 
@@ -219,6 +221,7 @@ class InstanceHandle:
     def register(self, worker: WorkerHandle, hello: Hello) -> None:
         """A worker is here; if it comes with new memory, so is a new pool, which is empty."""
         worker.hello = hello
+        worker.is_introduced = False
         worker.timing = PlanTiming()
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()

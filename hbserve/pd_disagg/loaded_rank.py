@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from hbserve.messages.transfer import TransferReply
 from hbserve.pd_disagg.kv_transfer.head_split import Shard
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 from hbserve.pd_disagg.kv_transfer.rank_transfers import RankTransfers
+from hbserve.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -25,11 +25,9 @@ class LoadedRank:
     """A rank with everything loaded.
 
     Attributes:
-        device_s: seconds that it took to make the device usable.
         model_fingerprint: see `hbserve.models.fingerprint`.
     """
 
-    device_s: float
     model_fingerprint: str
     platform: Platform
     runner: ModelRunner
@@ -46,6 +44,7 @@ def loaded_rank(
     report: Callable[[TransferReply], None],
     attachment: ArenaAttachment | None = None,
     partition: Partition | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Iterator[LoadedRank]:
     """Load one rank's part of the model. What the block does, it does without gradients, in its own thread only.
 
@@ -58,6 +57,8 @@ def loaded_rank(
         report: called with what becomes of transfers, in the event loop's thread.
         attachment: to arenas that another process holds; None: it has its own.
         partition: its share of the device.
+        stopwatch: told of the parts of the start: ``imports``, ``driver``, ``device``, ``ranks`` (meeting them),
+            what `ModelRunner` has, and ``transfers``.
 
     Raises:
         HBServeError: if the model cannot be served as configured.
@@ -69,6 +70,8 @@ def loaded_rank(
     from hbserve.models.fingerprint import model_fingerprint
     from hbserve.platform import make_platform
 
+    stopwatch = stopwatch or Stopwatch()
+    stopwatch.lap("imports")
     size = instance.num_ranks
     platform = make_platform(
         config.model.device,
@@ -79,17 +82,19 @@ def loaded_rank(
         size,
         partition,
     )
-    device_begins = time.monotonic()
+    stopwatch.lap("driver")
     platform.activate()
     platform.probe()
-    device_s = time.monotonic() - device_begins
+    stopwatch.lap("device")
     with torch.inference_mode():
         timeout_s = max(config.rpc.start_timeout_s, config.rpc.step_timeout_s)
         parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
-        runner = ModelRunner(config, instance, platform, parallel, attachment)
+        stopwatch.lap("ranks")
+        runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch)
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
         dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
         fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
-        yield LoadedRank(device_s, fingerprint, platform, runner, transfers)
+        stopwatch.lap("transfers")
+        yield LoadedRank(fingerprint, platform, runner, transfers)

@@ -176,7 +176,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
-    wake_up = sleep(orders["on_gpu"])
+    wake_up = sleep(orders["model"], orders["on_gpu"])
     child.watch_parent(lambda: os._exit(EXIT_FAILED))
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.platform import Partition

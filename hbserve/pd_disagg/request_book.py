@@ -131,7 +131,8 @@ class RequestBook:
         assert step.step_id == result.step_id, "a worker answers in order"
         worker.work.num_steps += 1
         worker.work.busy_s += result.busy_s
-        worker.last_step_s = result.busy_s
+        if step.rows:
+            worker.last_step_s = result.busy_s
         worker.timing.confirmed(time.monotonic(), result.busy_s, result.early_s)
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         now = time.monotonic()

@@ -7,22 +7,30 @@ and its priority are still open. The end of the input ends it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
 from hbserve.platform import Partition, mps, set_priority
 
 logger = logging.getLogger(__name__)
 
+_NICENESS = 5
 
-def sleep(on_gpu: bool) -> dict[str, Any]:
+
+def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
     """Import everything and wait for the second line; returns it.
 
     Args:
+        model: the folder of the model that it will run.
         on_gpu: whether to import what only a GPU needs.
 
     Returns:
@@ -30,7 +38,8 @@ def sleep(on_gpu: bool) -> dict[str, Any]:
         taken effect.
     """
     started = time.monotonic()
-    _import_everything(on_gpu)
+    with ThreadPoolExecutor(1, "imports") as importer:
+        importer.submit(_import_everything, model, on_gpu).result()
     child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
     line = sys.stdin.buffer.readline()
     if not line:
@@ -44,17 +53,30 @@ def sleep(on_gpu: bool) -> dict[str, Any]:
     return wake_up
 
 
-def _import_everything(on_gpu: bool) -> None:
-    """Seconds of work that do not depend on what the process will be."""
-    import hbserve.engine.model_runner
-    import hbserve.pd_disagg.gpu_instance
-    import hbserve.pd_disagg.kv_transfer.torch_transfers
+def _import_everything(model: str, on_gpu: bool) -> None:
+    """Seconds of work that do not depend on what the process will be, and yield to those that serve meanwhile.
 
+    In a thread of its own: on Linux niceness is a thread's, and it cannot be taken back.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    import numpy.ma  # noqa: F401 - `numpy.unique` does, at its first call
+
+    import hbserve.engine.model_runner
+    import hbserve.engine.process_group
+    import hbserve.models.fingerprint
+    import hbserve.pd_disagg.instance_process
+    import hbserve.pd_disagg.kv_transfer.torch_transfers
+    from hbserve.models.spec import ModelSpec
+
+    with contextlib.suppress(HBServeError):  # who wakes it will hear that
+        ModelSpec.load(model)  # transformers imports what is the model's own
     if on_gpu:
         import flashinfer
         import triton
 
+        import hbserve.attention.paged_decode
         import hbserve.engine.decode_graphs
+        import hbserve.engine.prefill_graphs
         import hbserve.layers.fused  # noqa: F401
 
         logger.debug("asleep with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)

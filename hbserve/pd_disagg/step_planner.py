@@ -67,6 +67,19 @@ class StepPlanner:
         self._send(worker, step, worker.role)
         return True
 
+    def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """Tell a worker that has come to running sequences of them: a step without rows.
+
+        Its first step, which all of them wait for, is then as small as any other. What it is told may be out of
+        date by then; the rows tell the rest, as they do to a worker that was away for a while.
+        """
+        step = _StepBuilder(worker)
+        for sequence, seat in instance.seats.items() if worker.role.decodes else ():
+            if seat.num_planned >= seat.num_tokens_at_entry and not sequence.keeps_state:
+                step.tell(sequence, seat)
+        if step.new_sequences:
+            self._send(worker, step, worker.role)
+
     def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
         """Have an instance's one worker get ready for another role: a step without rows."""
         for worker in instance.workers.values():
@@ -169,15 +182,8 @@ class _StepBuilder:
         return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_keys)
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
-        block_ids = seat.block_ids
-        new_block_ids: list[int] = []
         seat.go_to(self._worker, sequence.keeps_state)
-        num_sent = seat.blocks_sent.get(self._worker)
-        if num_sent is None:
-            self.new_sequences.append(sequence.state_for(seat))
-        elif num_sent < len(block_ids):
-            new_block_ids = block_ids[num_sent:]
-        seat.blocks_sent[self._worker] = len(block_ids)
+        new_block_ids = self.tell(sequence, seat)
         self.rows.append(
             PlanRow(
                 slot=seat.slot,
@@ -192,3 +198,13 @@ class _StepBuilder:
         seat.pool.pin(seat.owner)
         self.num_tokens += num_tokens
         self.inflight.append(InflightRow(sequence, sequence.attempt, seat, seat.num_planned, samples))
+
+    def tell(self, sequence: Sequence, seat: Seat) -> list[int]:
+        """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""
+        block_ids = seat.block_ids
+        num_sent = seat.blocks_sent.get(self._worker)
+        seat.blocks_sent[self._worker] = len(block_ids)
+        if num_sent is None:
+            self.new_sequences.append(sequence.state_for(seat))
+            return []
+        return block_ids[num_sent:]

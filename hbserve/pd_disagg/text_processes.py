@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -68,6 +68,13 @@ class TextProcesses:
     def _processes(self) -> list[_TextProcess]:
         return [self._detokenizer, *self._tokenizers]
 
+    @property
+    def dead(self) -> EngineDeadError | None:
+        for process in self._processes:
+            if process.dead is not None:
+                return process.dead
+        return None
+
     async def start(self, deadline: float) -> None:
         """Start all and return when they are ready.
 
@@ -96,11 +103,19 @@ class TextProcesses:
         return reply.token_ids
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         plain: list[dict[str, Any]] = [dict(message) for message in messages]
         reply = await self._tokenizer().ask(
-            lambda number: EncodeChat(query_id=number, messages=plain, tools=list(tools) if tools else None),
+            lambda number: EncodeChat(
+                query_id=number,
+                messages=plain,
+                tools=list(tools) if tools else None,
+                template_options=dict(template_options or {}),
+            ),
             "messages",
         )
         assert isinstance(reply, Encoded)
@@ -210,6 +225,11 @@ class _TextProcess:
             raise InvalidRequestError(f"{param} holds a lone surrogate, which is no character", param) from None
         finally:
             self._queries.pop(number, None)
+
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """Why it is gone for good, or None."""
+        return self._dead
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         """Begin a stream.
@@ -345,6 +365,9 @@ class _TextProcess:
             except StartupError as error:
                 logger.error("%s", error)
                 await self._child.stop()
+            except OSError as error:
+                self._give_up(f"no process can be started in place of the {self.name}: {error}")
+                return
 
     def _count_deaths(self) -> None:
         """What has been there at too many deaths may be their cause."""

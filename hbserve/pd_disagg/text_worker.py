@@ -107,7 +107,8 @@ class TextWorker:
                 ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
                 return Encoded(query_id=number, token_ids=ids)
             if isinstance(request, EncodeChat):
-                return Encoded(query_id=number, token_ids=self._tokenizer.encode_chat(request.messages, request.tools))
+                ids = self._tokenizer.encode_chat(request.messages, request.tools, request.template_options)
+                return Encoded(query_id=number, token_ids=ids)
             vocabulary = self._vocabulary(request.vocab_size)
             if request.token_ids is None:
                 vocabulary.check(request.grammar)

@@ -33,8 +33,13 @@ class DeviceSharing:
             return {"OMP_WAIT_POLICY": "passive"}
         self._daemon = mps.MpsDaemon()
         self._daemon.start()
-        # Whoever asks for GPUs while it sleeps wakes no driver.
-        environment = self._daemon.environment | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        environment = self._daemon.environment | {
+            # Whoever asks for GPUs while it sleeps wakes no driver.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+            # Importing NumPy, and SciPy again, starts a thread for every core, each of which spins for some 50 ms
+            # before it sleeps: streams stood still for 30 to 190 ms when sleepers were begun beside them.
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         capability = mps.compute_capability(self._instance.gpu_id)
         if capability is not None:
             # Importing FlashInfer asks the device for this, unless it is told.

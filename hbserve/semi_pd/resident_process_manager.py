@@ -212,7 +212,9 @@ class ResidentProcessManager:
             before = self._num_answers
             if not process.send({}):
                 return False
-            self._condition.wait_for(lambda: self._num_answers > before or "error" in self._status, timeout_s)
+            self._condition.wait_for(
+                lambda: self._num_answers > before or "error" in self._status or not process.is_alive(), timeout_s
+            )
             return self._num_answers > before
 
     def get_status(self) -> dict[str, Any]:
@@ -269,9 +271,14 @@ class ResidentProcessManager:
                 if self._condition.wait_for(lambda: not self._wanted, self.heartbeat_interval):
                     return
                 process = self._process
-            if process is not None and process.is_alive() and "attachment" in self._status and not self.is_healthy():
+            if process is None or "attachment" not in self._status or self.is_healthy():
+                continue
+            # Whether it ends by itself, since it was told to or has said that the device failed, or is ended now:
+            # its exit is what is heard of.
+            is_ending = not self._wanted or "error" in self._status
+            if not process.join(_END_TIMEOUT_S if is_ending else 0.0):
                 logger.error("%s does not answer; ending it", process.name)
-                process.kill()  # its exit is what is heard of
+                process.kill()
 
     def _start_again(self, why: str) -> None:
         def start() -> None:

@@ -15,6 +15,7 @@ from hbserve.pd_disagg import child
 from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.sleep import sleep
 from hbserve.platform import Partition
+from hbserve.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,10 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
     attachments: list[dict[str, Any]]
 
 
-def _work(config: Config, order: WakeUp, ranks: RankGroup) -> int:
+def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch) -> int:
     from hbserve.engine.arenas import ArenaAttachment
-    from hbserve.pd_disagg.gpu_instance import run_worker
+    from hbserve.pd_disagg.gpu_instance import SharedDevice
+    from hbserve.pd_disagg.instance_process import run_worker
 
     attachments = msgspec.convert(order.attachments, list[ArenaAttachment])
     config = msgspec.structs.replace(
@@ -47,7 +49,8 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup) -> int:
         kv_transfer=KVTransferConfig(),  # nobody sends to this worker, or receives from it
         model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
-    return run_worker(config, order.instance, order.address, attachments, order.partition, ranks)
+    shared = SharedDevice(attachments=attachments, partition=order.partition, ranks=ranks, stopwatch=stopwatch)
+    return run_worker(config, order.instance, order.address, shared)
 
 
 def main() -> None:
@@ -59,11 +62,13 @@ def main() -> None:
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
     # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
-    ranks = RankGroup(orders["num_ranks"], name, orders["on_gpu"], lambda why: os._exit(_EXIT_RANK_LOST))
-    order = sleep(orders["on_gpu"])
+    model, on_gpu = config.model.path, orders["on_gpu"]
+    ranks = RankGroup(orders["num_ranks"], name, model, on_gpu, lambda why: os._exit(_EXIT_RANK_LOST))
+    order = sleep(model, on_gpu)
+    stopwatch = Stopwatch()
     code = 1
     try:
-        code = _work(config, msgspec.convert(order, WakeUp), ranks)
+        code = _work(config, msgspec.convert(order, WakeUp), ranks, stopwatch)
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
@@ -39,7 +40,7 @@ class Worker:
         spec: as the scheduler gets to know it.
         state: ``ready`` has attached, warmed up and listens; ``active`` is known to the scheduler.
         error: what it said when it could not start.
-        start_s: seconds that the parts of its start took.
+        start_s: seconds that the parts of its start took; they sum to what it took from the order to its answer.
         memory_bytes: of the device, that it held of its own when it was ready.
         rank_pids: process ids of its ranks, once it is ready.
     """
@@ -50,6 +51,7 @@ class Worker:
         self.state = WorkerState.PREPARING
         self.error: str | None = None
         self.start_s: dict[str, float] = {}
+        self.ordered_at = time.monotonic()
         self.memory_bytes: int | None = None
         self.rank_pids = [process.pid]
 
@@ -57,6 +59,11 @@ class Worker:
     def rung(self) -> tuple[InstanceRole, int]:
         """Phase and percentage."""
         return self.spec.role, self.spec.percentage
+
+    def note_start(self, parts: dict[str, float]) -> None:
+        """It is ready; what its own account lacks is ``orders``: their way, and the rest of its sleep."""
+        whole = time.monotonic() - self.ordered_at
+        self.start_s = {"orders": whole - sum(parts.values())} | parts
 
     def as_dict(self) -> dict[str, Any]:
         """For status reports."""
@@ -124,7 +131,8 @@ class WorkerSet:
             if worker is not None and "error" in status:
                 worker.error = status["error"]
             if worker is not None and "ready" in status:
-                worker.start_s, worker.memory_bytes = status["start_s"], status["memory_bytes"]
+                worker.note_start(status["start_s"])
+                worker.memory_bytes = status["memory_bytes"]
                 worker.rank_pids = [worker.process.pid, *status["rank_pids"]]
                 self._on_ready(worker)
             if "asleep" in status:

@@ -35,7 +35,7 @@ async def create_chat_completion(
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
     sampling = body.sampling(tool_format(engine.tokenizer.tools_template), engine.tokenizer.added_token_id)
-    prompt = await engine.text.encode_chat(body.conversation(), body.offered_tools)
+    prompt = await engine.text.encode_chat(body.conversation(), body.offered_tools, body.chat_template_kwargs)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",

@@ -192,6 +192,8 @@ class ChatCompletionRequest(GenerationRequest):
             return value
         raise ValueError("must be none, auto, required, or {'type': 'function', 'function': {'name': ...}}")
 
+    chat_template_kwargs: dict[str, Any] | None = None
+
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     audio: Any = None

@@ -92,7 +92,7 @@ class Launcher:
         if self._with_instances:
             for name, address in addresses.items():
                 orders = {"config": config, "instance_id": name, "address": address}
-                self._children.append(ChildProcess(name, "hbserve.pd_disagg.gpu_instance", orders))
+                self._children.append(ChildProcess(name, "hbserve.pd_disagg.instance_process", orders))
             if by_ray:
                 orders = {"config": config, "scheduler": client_address}
                 self._children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))

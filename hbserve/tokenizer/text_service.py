@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from hbserve.errors import HBServeError
+from hbserve.errors import EngineDeadError, HBServeError
 from hbserve.grammar import Vocabulary
 from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
@@ -36,11 +36,18 @@ class OutputStream(Protocol):
 class TextService(Protocol):
     """Encodes prompts and decodes outputs."""
 
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """Why nothing is encoded or decoded any more, or None while it is."""
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. Errors as in `Tokenizer.encode`."""
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
 
@@ -85,15 +92,22 @@ class LocalText:
         self._tokenizer = tokenizer
         self._vocabularies: dict[int, Vocabulary] = {}
 
+    @property
+    def dead(self) -> None:
+        """It is as alive as its process."""
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) < LONG_TEXT:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, template_options)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> None:
         await asyncio.to_thread(lambda: self._vocabulary(vocab_size).check(grammar))

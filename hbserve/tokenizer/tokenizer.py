@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,12 +143,16 @@ class Tokenizer:
         return self._added_ids.get(text)
 
     def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation and the beginning of the answer, by the model's chat template.
 
         Args:
             tools: functions that the model may call, in OpenAI's form.
+            template_options: what the template is told besides, such as ``enable_thinking`` in Qwen 3's.
 
         Raises:
             InvalidRequestError: if the model has no chat template, or it rejects the messages.
@@ -157,9 +163,19 @@ class Tokenizer:
             )
         if not messages:
             raise InvalidRequestError("messages must not be empty", "messages")
+        own = {"messages", *inspect.signature(self._hf.apply_chat_template).parameters}
+        for name in template_options or ():
+            if name in own or not re.search(rf"\b{re.escape(name)}\b", self._tools_template):
+                raise InvalidRequestError(
+                    f"chat_template_kwargs: the model's chat template has no option {name!r}", "chat_template_kwargs"
+                )
         try:
             text = self._hf.apply_chat_template(
-                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(template_options or {}),
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             # A template is a program that comes with the model; these are the ways in which it says no.
