@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from hbserve.config import Config
@@ -20,7 +21,7 @@ from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
-from tests.http_server import USER, letters
+from tests.http_server import MODEL, USER, letters, served, until
 from tests.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output, tokens
 
 TEXT = "hé 你好 🙂 and on it goes, to its STOP and beyond"
@@ -128,3 +129,24 @@ async def test_text_is_the_same_as_in_one_process(
     assert (await anext(stream)).text
     await stream.aclose()
     await scheduler.wait_for_aborts(1)
+
+
+async def test_a_process_that_cannot_be_replaced_is_said(
+    client: EngineClient, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    rpc = {"max_restarts": 0}
+    config = Config.from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
+    processes = TextProcesses(config, str(tmp_path))
+    await processes.start(time.monotonic() + DEADLINE_S)
+    ready = await client.wait_ready(DEADLINE_S)
+    engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+    async with served(engine, client) as address, httpx.AsyncClient(base_url=address, timeout=DEADLINE_S) as http:
+        assert (await http.get("/health")).status_code == 200
+        os.kill(processes.report()["detokenizer"]["pid"], signal.SIGKILL)
+        await until(lambda: processes.dead is not None)
+        health = await http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        assert "detokenizer" in health.json()["reason"]
+        answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    await processes.stop()

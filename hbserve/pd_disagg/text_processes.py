@@ -68,6 +68,13 @@ class TextProcesses:
     def _processes(self) -> list[_TextProcess]:
         return [self._detokenizer, *self._tokenizers]
 
+    @property
+    def dead(self) -> EngineDeadError | None:
+        for process in self._processes:
+            if process.dead is not None:
+                return process.dead
+        return None
+
     async def start(self, deadline: float) -> None:
         """Start all and return when they are ready.
 
@@ -219,6 +226,11 @@ class _TextProcess:
         finally:
             self._queries.pop(number, None)
 
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """Why it is gone for good, or None."""
+        return self._dead
+
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         """Begin a stream.
 
@@ -353,6 +365,9 @@ class _TextProcess:
             except StartupError as error:
                 logger.error("%s", error)
                 await self._child.stop()
+            except OSError as error:
+                self._give_up(f"no process can be started in place of the {self.name}: {error}")
+                return
 
     def _count_deaths(self) -> None:
         """What has been there at too many deaths may be their cause."""
