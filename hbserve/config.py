@@ -88,7 +88,8 @@ class KVTransferConfig(Section, frozen=True):
             when it is full.
         ip: address that instances announce for transfers; default: the instance's own host.
         port: base port; of the instance with KV rank r, tensor-parallel rank t listens on
-            port + r * s + t, where s is the largest number of ranks of an instance. Default: any free ports.
+            port + r * s + t, where s is the largest number of ranks of an instance. Mooncake's engines choose from
+            port to port + 999. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: how often a request is tried without getting on before it fails.
         local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode

@@ -170,6 +170,12 @@ def _validate(config: Config) -> None:
             f"{config.kv_transfer.backend!r} is neither a built-in backend nor a 'package.module:Class'"
             + nearest(config.kv_transfer.backend, list(BACKENDS)),
         )
+    if config.kv_transfer.backend != "mooncake":
+        for name in ("mooncake_protocol", "mooncake_device"):
+            if getattr(config.kv_transfer, name) is not None:
+                raise _error(f"kv_transfer.{name}", f"is of no use to backend {config.kv_transfer.backend}")
+    if config.kv_transfer.backend == "shm" and config.kv_transfer.port is not None:
+        raise _error("kv_transfer.port", "backend shm has no ports; leave it out")
     if config.performance.scheduler is not None and not _is_import_path(config.performance.scheduler):
         raise _error("performance.scheduler", "must be 'package.module:Class'")
     if config.performance.block_size is not None and config.performance.block_size & (

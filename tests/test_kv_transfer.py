@@ -322,7 +322,8 @@ async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_n
         sender = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220 - it takes no time
         try:
             for proof in ("dies", "begins anew"):
-                peer = Peer(rank=0, epoch=1, endpoint=str(sender.pid), link_epoch=1)
+                _, _, host = source.manager.endpoint.partition(" ")
+                peer = Peer(rank=0, epoch=1, endpoint=f"{sender.pid} {host}", link_epoch=1)
                 if proof == "begins anew":
                     peer = source.peer(1)
                 target.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=[peer]))
@@ -340,6 +341,9 @@ async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_n
         finally:
             sender.kill()
             sender.wait()
+        peer = Peer(rank=9, epoch=1, endpoint=f"{sender.pid} elsewhere", link_epoch=1)
+        target.manager.handle(OpenLink(source_id="source", link_epoch=3, sources=[peer]))
+        assert "another host" in (await target.result()).error
 
 
 # --- instances of different numbers of ranks ------------------------------------------------------

@@ -9,10 +9,11 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from hbserve.config import Config
-from hbserve.errors import InvalidRequestError
+from hbserve.errors import InvalidRequestError, RequestFailedError
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
@@ -20,7 +21,7 @@ from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
-from tests.http_server import USER, letters
+from tests.http_server import MODEL, USER, letters, served, until
 from tests.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output, tokens
 
 TEXT = "hé 你好 🙂 and on it goes, to its STOP and beyond"
@@ -128,3 +129,44 @@ async def test_text_is_the_same_as_in_one_process(
     assert (await anext(stream)).text
     await stream.aclose()
     await scheduler.wait_for_aborts(1)
+
+
+async def test_a_request_that_ends_processes_ends_alone_and_a_process_that_cannot_be_replaced_is_said(
+    client: EngineClient, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    rpc = {"max_restarts": 0}
+    config = Config.from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
+    processes = TextProcesses(config, str(tmp_path))
+    await processes.start(time.monotonic() + DEADLINE_S)
+    with pytest.raises(RequestFailedError, match="see the server's log"):  # what only a bug could ask
+        await processes.check_grammar("start: /a/", -1)
+
+    # As if a long question ended each process that is at it, while others wait beside it.
+    one = processes._detokenizer
+    asked = [asyncio.create_task(processes.encode(f"the cat {number}")) for number in range(8)]
+    fatal = asyncio.create_task(processes.encode("one two three " * 100_000))
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.sleep(0)
+        assert one.num_open == 9
+        for num_open in (9, 1, 1):
+            await until(lambda most=num_open: one._socket is not None and one.num_open <= most)  # type: ignore[misc]
+            pid = processes.report()["detokenizer"]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda pid=pid: processes.report()["detokenizer"]["pid"] != pid)  # type: ignore[misc]
+        with pytest.raises(RequestFailedError, match="died of the request"):
+            await fatal
+        assert await asyncio.gather(*asked) == [tokenizer.encode(f"the cat {number}") for number in range(8)]
+        await until(lambda: one._socket is not None)
+
+    ready = await client.wait_ready(DEADLINE_S)
+    engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+    async with served(engine, client) as address, httpx.AsyncClient(base_url=address, timeout=DEADLINE_S) as http:
+        assert (await http.get("/health")).status_code == 200
+        os.kill(processes.report()["detokenizer"]["pid"], signal.SIGKILL)
+        await until(lambda: processes.dead is not None)
+        health = await http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        assert "detokenizer" in health.json()["reason"]
+        answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    await processes.stop()

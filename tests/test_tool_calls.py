@@ -78,6 +78,21 @@ def test_calls_are_found_whatever_the_pieces(family: str) -> None:
             assert ARGUMENTS.startswith(calls[0][1])
 
 
+def test_what_is_found_does_not_depend_on_the_pieces() -> None:
+    rng = random.Random(3)
+    parts = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "f", "arguments": ']
+    parts += ['{"name": "g", "parameters":', '{"arguments": {}, "name": "f"}', *'{}[]"\\,; \nf', "<tool", "[TOOL", "é"]
+    for _ in range(1500):
+        family = rng.choice(list(TEMPLATES))
+        form = tool_format(TEMPLATES[family])
+        assert form is not None
+        text = TWO_CALLS[family] * rng.randrange(2)
+        cut = rng.randrange(len(text) + 1)
+        text = text[:cut] + "".join(rng.choices(parts, k=rng.randrange(1, 20))) + text[cut:]
+        whole, *others = [parse(ToolCallParser(form, {"f", "g"}), text, size) for size in (len(text), 1, 5)]
+        assert others == [whole, whole], (family, text)
+
+
 @pytest.mark.parametrize("marks", ["text", "added", "special"])
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_what_a_forced_call_can_be_is_found_again(family: str, marks: str, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class HandoverOptions:
         num_streams: that decode at once; 0: that part is left out.
         seconds: that they are watched, alone and again beside prompts.
         engine: arguments of the engine beside the model.
+        protocol: as ``kv_transfer.mooncake_protocol``.
         json: file for the results; None: none.
     """
 
@@ -50,6 +51,7 @@ class HandoverOptions:
     num_streams: int
     seconds: float
     engine: dict[str, Any]
+    protocol: str | None
     json: Path | None
 
     def config(self, mode: str, **arguments: Any) -> PdDisaggConfig:
@@ -67,6 +69,8 @@ class HandoverOptions:
         engine = self.engine | arguments | {"mode": mode}
         if mode == "unified":
             engine.pop("gpu_instances", None)
+        if arguments.get("kv_transfer_backend") == "mooncake" and self.protocol is not None:
+            engine["kv_mooncake_protocol"] = self.protocol
         try:
             return PdDisaggConfig.from_arguments(str(self.model), **defaults | engine)
         except TypeError as error:
@@ -122,8 +126,6 @@ def options_from(arguments: argparse.Namespace) -> HandoverOptions:
             engine[key] = json.loads(value)
         except ValueError:
             engine[key] = value
-    if arguments.protocol is not None:
-        engine["kv_mooncake_protocol"] = arguments.protocol
     return HandoverOptions(
         model=find_model(arguments.model),
         backends=tuple(arguments.backend.split(",")),
@@ -132,6 +134,7 @@ def options_from(arguments: argparse.Namespace) -> HandoverOptions:
         num_streams=arguments.streams,
         seconds=arguments.seconds,
         engine=engine,
+        protocol=arguments.protocol,
         json=arguments.json,
     )
 

@@ -89,6 +89,8 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
     @app.get("/health")
     async def health() -> JSONResponse:
         try:
+            if engine.text.dead is not None:
+                raise engine.text.dead
             report = _health(await client.stats(STATS_TIMEOUT_S))
         except EngineDeadError as error:
             report = {"status": "dead", "reason": str(error)}

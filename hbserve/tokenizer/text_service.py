@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from hbserve.errors import HBServeError
+from hbserve.errors import EngineDeadError, HBServeError
 from hbserve.grammar import Vocabulary
 from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
@@ -35,6 +35,10 @@ class OutputStream(Protocol):
 
 class TextService(Protocol):
     """Encodes prompts and decodes outputs."""
+
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """Why nothing is encoded or decoded any more, or None while it is."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. Errors as in `Tokenizer.encode`."""
@@ -87,6 +91,10 @@ class LocalText:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._vocabularies: dict[int, Vocabulary] = {}
+
+    @property
+    def dead(self) -> None:
+        """It is as alive as its process."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) < LONG_TEXT:

@@ -26,6 +26,7 @@ from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.one_sided import OneSidedKVTransfer
 from hbserve.platform.remote_arena import ByteRun
 
+NUM_PORTS = 1000
 CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
 _HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: the two engines tell each other
 _PROTOCOLS = ("tcp", "rdma", "nvlink")
@@ -79,8 +80,11 @@ class MooncakeSettings:
             protocol, device_name or document.get("device_name", ""), document.get("local_hostname") or None
         )
 
-    def prepare_environment(self, timeout_s: float) -> None:
+    def prepare_environment(self, timeout_s: float, first_port: int | None) -> None:
         """Set what the library reads when it is imported and when an engine is made.
+
+        Args:
+            first_port: of those that engines choose from, ``NUM_PORTS`` of them.
 
         Raises:
             StartupError: if a variable is set that makes transfers unsafe.
@@ -91,6 +95,9 @@ class MooncakeSettings:
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         for name in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
             os.environ.setdefault(name, str(math.ceil(timeout_s)))
+        if first_port is not None:
+            os.environ.setdefault("MC_MIN_RPC_PORT", str(first_port))
+            os.environ.setdefault("MC_MAX_RPC_PORT", str(min(first_port + NUM_PORTS - 1, 65535)))
         if self.protocol is not None:  # builds for GPUs go by these, and not by their protocol argument
             for name, wanted in (("MC_FORCE_TCP", "tcp"), ("MC_INTRANODE_NVLINK", "nvlink")):
                 if self.protocol == wanted:
@@ -118,7 +125,8 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         Raises:
             StartupError: if the library or its transport is not there.
         """
-        self._settings.prepare_environment(self.context.timeout_s)
+        base_port = None if self.context.port is None else self.context.port - self.context.rank
+        self._settings.prepare_environment(self.context.timeout_s, base_port)
         self._outbound = await asyncio.to_thread(self._make_engine)
 
     def _make_engine(self) -> Any:

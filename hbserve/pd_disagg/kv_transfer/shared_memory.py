@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from functools import cache
+from pathlib import Path
 
 import torch
 
-from hbserve.errors import KVTransferError
+from hbserve.errors import KVTransferError, StartupError
 from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, OneSidedKVTransfer
@@ -39,12 +41,23 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
 
     @property
     def endpoint(self) -> str:
-        return str(os.getpid())
+        """``process host``: who writes, and where that number means this process."""
+        return f"{os.getpid()} {_host()}"
 
     async def open_inbox(self, sources: list[Peer]) -> str:
-        """``bytes handle``: of the arena."""
+        """``bytes handle``: of the arena.
+
+        Raises:
+            StartupError: if a sender is where its end could not be seen.
+        """
         for source in sources:
-            pid = int(source.endpoint)
+            if source.endpoint.partition(" ")[2] != _host():
+                raise StartupError(
+                    "kv_transfer.backend shm: an instance is on another host, or in another container (PID namespace); "
+                    "use nccl or mooncake"
+                )
+        for source in sources:
+            pid = _process(source)
             with contextlib.suppress(ProcessLookupError):  # it is dead already, and will not write
                 self._senders[_link(source)] = os.pidfd_open(pid)
             async with self._new_epoch:
@@ -77,7 +90,7 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
 
     async def _begins_epoch_after(self, source: Peer) -> None:
         async with self._new_epoch:
-            await self._new_epoch.wait_for(lambda: self._epochs[int(source.endpoint)] > source.epoch)
+            await self._new_epoch.wait_for(lambda: self._epochs[_process(source)] > source.epoch)
 
     def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
         try:
@@ -103,6 +116,17 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+@cache
+def _host() -> str:
+    """Differs wherever a process' number means another process."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def _process(source: Peer) -> int:
+    return int(source.endpoint.partition(" ")[0])
 
 
 def _link(source: Peer) -> tuple[int, int, int]:

@@ -105,6 +105,9 @@ class _Link:
         parts, part: what of the arena's blocks goes over it.
     """
 
+    _before_the_steps: bool
+    """Whether its kernels get multiprocessors before those of the steps."""
+
     def __init__(
         self,
         name: str,
@@ -126,8 +129,8 @@ class _Link:
         self._slots: list[torch.Tensor | None] = [None] * _NUM_SLOTS
         self._streams: list[Any] = []
         if context.device.type == "cuda":
-            # Before the steps, which fill the device: the other side's kernels spin until these have sent.
-            self._streams = [torch.cuda.Stream(context.device, priority=-1) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
+            priority = -1 if self._before_the_steps else 0
+            self._streams = [torch.cuda.Stream(context.device, priority=priority) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
 
     def _meet(self, rank: int) -> None:
         """Make the groups when they are first needed. Blocks up to the time limit."""
@@ -142,7 +145,7 @@ class _Link:
             torch.cuda.set_device(self._context.device)
             nccl_options = dist.ProcessGroupNCCL.Options()
             nccl_options._timeout = self._timeout
-            nccl_options.is_high_priority_stream = True
+            nccl_options.is_high_priority_stream = self._before_the_steps
             data = dist.ProcessGroupNCCL(dist.PrefixStore(f"{self.name}/nccl", store), rank, 2, nccl_options)
         self._data = data
         if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
@@ -197,6 +200,8 @@ class _Link:
 class SendingLink(_Link):
     """The sender's end. `send` is called in one thread, `close` in any."""
 
+    _before_the_steps = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
+
     def send(self, letters: list[Letter]) -> None:
         """Send a batch; return when all of it is out.
 
@@ -246,6 +251,8 @@ class ReceivingLink(_Link):
     Attributes:
         wanted: what has been asked for, by digest; changed in the event loop's thread.
     """
+
+    _before_the_steps = False  # decode's are short, and somebody waits for each
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

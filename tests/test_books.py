@@ -1,4 +1,4 @@
-"""Which requests an instance's lost memory counts against: the scheduler's books, without processes."""
+"""The scheduler's books without processes: lost memory, and workers that come to running sequences."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import zmq
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.messages.client import AddRequest, RequestOutput
-from hbserve.messages.worker import Hello, StepResult
+from hbserve.messages.worker import Hello, InstanceCommand, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
-from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Sequence
@@ -51,12 +51,16 @@ class Books:
 
     def begin(self) -> None:
         """The instance is there, with new memory."""
-        epoch = next(self._epochs)
+        self.arena_epoch = next(self._epochs)
+        self.come(self.worker, self.arena_epoch)
+
+    def come(self, worker: WorkerHandle, epoch: int) -> None:
+        """A worker is there."""
         hello = Hello(
-            instance_id=self.instance.id,
-            role=InstanceRole.UNIFIED,
+            instance_id=worker.id,
+            role=worker.role,
             epoch=epoch,
-            arena_epoch=epoch,
+            arena_epoch=self.arena_epoch,
             pid=1,
             model="m",
             dtype="float32",
@@ -69,7 +73,7 @@ class Books:
             device="cpu",
             peers=[],
         )
-        self.instance.register(self.worker, hello)
+        self.instance.register(worker, hello)
 
     def add(self, name: str) -> Sequence:
         request = AddRequest(
@@ -85,12 +89,14 @@ class Books:
     def steps(self, number: int) -> None:
         for _ in range(number):
             assert self.plan()
-            step = self.worker.inflight[0]
-            tokens = [7 for row in step.rows if row.samples]
-            result = StepResult(
-                epoch=self.worker.epoch, step_id=step.step_id, token_ids=tokens, logprobs=None, busy_s=0.001
-            )
-            self.book.step_done(self.worker, result)
+            self.confirm(self.worker)
+
+    def confirm(self, worker: WorkerHandle) -> None:
+        """The worker has done its oldest step."""
+        step = worker.inflight[0]
+        tokens = [7 for row in step.rows if row.samples]
+        result = StepResult(epoch=worker.epoch, step_id=step.step_id, token_ids=tokens, logprobs=None, busy_s=0.001)
+        self.book.step_done(worker, result)
 
     def lose_memory(self) -> None:
         self.worker.inflight.clear()
@@ -129,3 +135,44 @@ async def test_a_request_at_which_the_memory_is_lost_again_and_again_fails(books
     assert waiting.phase is Phase.WAITING
     assert waiting.num_failures == 0
     assert [output.error for output in books.said if output.error] == ["gave up after 3 attempts; the last: it burnt"]
+
+
+class NotedWorker(WorkerHandle):
+    """One that notes what it is sent."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        super().__init__("late", InstanceRole.DECODE, 50, context, "inproc://nobody")
+        self.plans: list[StepPlan] = []
+
+    def send(self, command: InstanceCommand) -> None:
+        assert isinstance(command, StepPlan)
+        self.plans.append(command)
+
+
+async def test_a_worker_that_comes_is_told_of_running_sequences_before_its_first_step(books: Books) -> None:
+    running = [books.add(name) for name in "abc"]
+    assert all(books.book.admit(sequence) for sequence in running)
+    books.steps(3)
+    waiting = books.add("waiting")
+    assert books.book.admit(waiting)  # its prompt is not computed: whoever does that needs not be this worker
+    with zmq.Context() as context:
+        late = NotedWorker(context)
+        books.instance.workers[late.id] = late
+        books.come(late, epoch=77)
+        books.planner.introduce(books.instance, late)
+        books.steps(14)  # meanwhile they go on, and need another block
+        assert books.planner.plan_step(books.instance, late, {InstanceRole.DECODE})
+        for _ in range(2):
+            books.confirm(late)
+        late.rpc.close()
+    introduction, first = late.plans
+    blocks = {state.slot: list(state.block_ids) for state in introduction.new_sequences}
+    slots = {sequence: seat.slot for sequence, seat in books.instance.seats.items()}
+    assert introduction.rows == []
+    assert set(blocks) == {slots[sequence] for sequence in running}
+    assert [state.slot for state in first.new_sequences] == [slots[waiting]]
+    for row in first.rows:
+        assert row.token_ids == [7]
+        blocks[row.slot] = blocks.get(row.slot, []) + row.new_block_ids
+    for sequence in running:
+        assert blocks[slots[sequence]] == list(books.instance.seats[sequence].block_ids)
