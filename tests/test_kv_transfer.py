@@ -317,8 +317,9 @@ async def test_one_sided_writes_arrive_where_they_belong_and_nowhere_else(backen
 @pytest.mark.parametrize("backend", ONE_SIDED)
 async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend: str) -> None:
     async with sides(backend=backend, timeout_s=5.0) as (source, target):
+        closing = asyncio.create_task(target.close(source, 1))  # told before it is open
         old = await target.let_write(source, 1)
-        await target.close(source, 1)
+        await closing
         before = target.arena.clone()
         send, _ = pair("late", source, target, [1], [2])
         if backend == "mooncake":  # others rely on their senders, which are told before
