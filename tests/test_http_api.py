@@ -356,11 +356,15 @@ async def test_completion_parameters_that_are_refused(http: httpx.AsyncClient, s
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 BAD_SCHEMA = {"name": "x", "schema": {"type": "no such type"}}
+DEEP: dict[str, Any] = {}
+for _ in range(100):
+    DEEP = {"properties": DEEP}
 BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
 
 REFUSED_IN_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"tools": TOOLS}, "tools"),  # this model's template has none
     ({"tools": [{"type": "function", "function": {"name": "no name"}}]}, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools.0.function.parameters"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),

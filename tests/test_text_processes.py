@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from hbserve.config import Config
-from hbserve.errors import InvalidRequestError
+from hbserve.errors import InvalidRequestError, RequestFailedError
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
@@ -131,13 +131,31 @@ async def test_text_is_the_same_as_in_one_process(
     await scheduler.wait_for_aborts(1)
 
 
-async def test_a_process_that_cannot_be_replaced_is_said(
+async def test_a_request_that_ends_processes_ends_alone_and_a_process_that_cannot_be_replaced_is_said(
     client: EngineClient, tokenizer: Tokenizer, folder: Path, tmp_path: Path
 ) -> None:
     rpc = {"max_restarts": 0}
     config = Config.from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
     processes = TextProcesses(config, str(tmp_path))
     await processes.start(time.monotonic() + DEADLINE_S)
+    with pytest.raises(RequestFailedError, match="see the server's log"):  # what only a bug could ask
+        await processes.check_grammar("start: /a/", -1)
+
+    # As if a long question ended each process that is at it, while others wait beside it.
+    one = processes._detokenizer
+    asked = [asyncio.create_task(processes.encode(f"the cat {number}")) for number in range(8)]
+    fatal = asyncio.create_task(processes.encode("one two three " * 100_000))
+    async with asyncio.timeout(DEADLINE_S):
+        for num_asked in (9, 1, 1):
+            await until(lambda count=num_asked: one._socket is not None and one.num_open == count)  # type: ignore[misc]
+            pid = processes.report()["detokenizer"]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda pid=pid: processes.report()["detokenizer"]["pid"] != pid)  # type: ignore[misc]
+        with pytest.raises(RequestFailedError, match="died of the request"):
+            await fatal
+        assert await asyncio.gather(*asked) == [tokenizer.encode(f"the cat {number}") for number in range(8)]
+        await until(lambda: one._socket is not None)
+
     ready = await client.wait_ready(DEADLINE_S)
     engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
     async with served(engine, client) as address, httpx.AsyncClient(base_url=address, timeout=DEADLINE_S) as http:

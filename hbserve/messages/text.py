@@ -94,11 +94,12 @@ class Checked(Message, frozen=True):
 
 
 class TextFailed(Message, frozen=True):
-    """A query that can never be answered; becomes an `InvalidRequestError`."""
+    """A query that can never be answered; becomes an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`."""
 
     query_id: int
     error: str
     param: str | None
+    is_bug: bool = False
 
 
 class OutputText(Value, frozen=True):

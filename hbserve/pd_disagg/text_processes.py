@@ -194,6 +194,8 @@ class _TextProcess:
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
         self._heard = 0.0  # when something last came from it
+        self._to_ask_again: deque[int] = deque()  # questions that were open when it died, one at a time
+        self._suspect: int | None = None  # the one of them that it is at
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -288,11 +290,16 @@ class _TextProcess:
         stream.on_text(reply.output)
 
     def _on_answer(self, reply: Encoded | Checked | TextFailed) -> None:
+        if reply.query_id == self._suspect:
+            self._ask_again()
         query = self._queries.get(reply.query_id)
         if query is None or query.answer.done():
             return
         if isinstance(reply, TextFailed):
-            query.answer.set_exception(InvalidRequestError(reply.error, reply.param))
+            is_bug = reply.is_bug
+            query.answer.set_exception(
+                RequestFailedError(reply.error) if is_bug else InvalidRequestError(reply.error, reply.param)
+            )
         else:
             query.answer.set_result(reply)
 
@@ -307,6 +314,10 @@ class _TextProcess:
             "open_questions": len(self._queries),
             "open_streams": len(self._streams),
         }
+
+    @property
+    def _is_at_work(self) -> bool:
+        return bool(self._queries) or any(stream.pending for stream in self._streams.values())
 
     async def start(self, deadline: float) -> None:
         """Start the process; see `TextProcesses.start`."""
@@ -333,14 +344,27 @@ class _TextProcess:
             raise
         self._socket = socket
         self._receiver = asyncio.create_task(self._receive(socket))
-        for query in self._queries.values():
-            query.since = time.monotonic()
-            self.send(query.request)
         for stream in self._streams.values():
             stream.since = time.monotonic()
             self.send(OpenText(stream=stream.number, options=stream.options, token_ids=stream.answered))
             for request in stream.pending:
                 self.send(request)
+        self._flush()  # outputs are answered before any question that may be the end of this process too
+        for query in self._queries.values():
+            query.since = time.monotonic()
+        self._to_ask_again = deque(self._queries)
+        self._ask_again()
+
+    def _ask_again(self) -> None:
+        """The next of the questions that were open at a death: alone, so that the next death has one cause."""
+        self._suspect = None
+        while self._to_ask_again:
+            query = self._queries.get(number := self._to_ask_again.popleft())
+            if query is not None and not query.answer.done():
+                self._suspect = number
+                query.since = time.monotonic()
+                self.send(query.request)
+                return
 
     async def _keep_alive(self) -> None:
         """Replace the process when it ends on its own."""
@@ -349,17 +373,21 @@ class _TextProcess:
             assert self._child is not None
             assert self._child.process is not None
             code = await self._child.process.wait()
-            if self._socket is not None:  # else it ended at its start, and had not heard of any request
+            # Who ended at its start had not heard of any request. A death at work may be a request's doing, which must
+            # not be able to end the service: only other deaths count against it.
+            was_at_work = self._socket is not None and self._is_at_work
+            if was_at_work:
                 self._count_deaths()
             await self._hang_up()
             now = time.monotonic()
             while recent and now - recent[0] > _RESTART_WINDOW_S:
                 recent.popleft()
-            if len(recent) >= self._config.rpc.max_restarts:
+            if not was_at_work and len(recent) >= self._config.rpc.max_restarts:
                 self._give_up(f"the {self.name} ended with exit code {code}, too often to be replaced again")
                 return
             logger.warning("the %s ended with exit code %d; replacing it", self.name, code)
-            recent.append(now)
+            if not was_at_work:
+                recent.append(now)
             try:
                 await self._start(time.monotonic() + self._config.rpc.start_timeout_s)
             except StartupError as error:
@@ -371,8 +399,8 @@ class _TextProcess:
 
     def _count_deaths(self) -> None:
         """What has been there at too many deaths may be their cause."""
-        for query in list(self._queries.values()):
-            query.num_deaths += 1
+        for number, query in list(self._queries.items()):
+            query.num_deaths += self._suspect in (None, number)
             if query.num_deaths >= _MAX_ATTEMPTS and not query.answer.done():
                 query.answer.set_exception(RequestFailedError(f"the {self.name} died of the request, or beside it"))
         for stream in list(self._streams.values()):

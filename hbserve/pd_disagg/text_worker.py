@@ -116,6 +116,10 @@ class TextWorker:
             return Checked(query_id=number, problem=vocabulary.problem_of(request.grammar, request.token_ids))
         except InvalidRequestError as error:
             return TextFailed(query_id=number, error=str(error), param=error.param)
+        except Exception:  # one request's, and others are served here
+            logger.exception("bug while encoding or checking")
+            error_text = f"the {type(request).__name__} failed; see the server's log"
+            return TextFailed(query_id=number, error=error_text, param=None, is_bug=True)
 
     def _vocabulary(self, vocab_size: int) -> Vocabulary:
         vocabulary = self._vocabularies.get(vocab_size)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import ANY_JSON_OBJECT, json_schema
 from hbserve.sampling_params import MAX_LOGPROBS, SamplingParams
-from hbserve.server.protocol import Body, GenerationRequest, all_of
+from hbserve.server.protocol import AnyJson, Body, GenerationRequest, all_of, not_too_deep
 from hbserve.server.tool_formats import TokenId, ToolFormat
 
 
@@ -104,8 +104,8 @@ class ChatMessage(Body):
 
 def _arguments(text: str) -> dict[str, Any]:
     try:
-        arguments = json.loads(text or "{}")
-    except ValueError:
+        arguments = not_too_deep(json.loads(text or "{}"))
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise InvalidRequestError("messages: the arguments of a tool call must be a JSON object, as text", "messages")
@@ -117,7 +117,7 @@ class FunctionDefinition(Body):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: AnyJson | None = None
     strict: bool | None = None
 
 
@@ -148,7 +148,7 @@ class JsonSchema(Body):
 
     name: str
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: AnyJson | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -192,7 +192,7 @@ class ChatCompletionRequest(GenerationRequest):
             return value
         raise ValueError("must be none, auto, required, or {'type': 'function', 'function': {'name': ...}}")
 
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: AnyJson | None = None
 
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

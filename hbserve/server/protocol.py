@@ -8,9 +8,10 @@ of the parameters in `NEUTRAL`. Any other value of those is refused.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, cast
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from hbserve.errors import InvalidRequestError
 from hbserve.sampling_params import SamplingParams
@@ -37,6 +38,31 @@ WHY = {
     "function_call": "; send tool_choice",
     "store": ": nothing is kept",
 }
+
+
+MAX_DEPTH = 64
+
+
+def not_too_deep(value: Any) -> Any:
+    """For fields of any JSON: refuse what is nested so deep that a program that follows it may not come back.
+
+    Raises:
+        ValueError
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [each for one in level if isinstance(one, dict | list) for each in _values(one)]
+        level = [one for one in inner if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"must not be nested more than {MAX_DEPTH} levels deep")
+
+
+def _values(container: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+AnyJson = Annotated[dict[str, Any], AfterValidator(not_too_deep)]
 
 
 class Body(BaseModel):
@@ -180,7 +206,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[AnyJson] | None = None
     add_special_tokens: bool = True
 
 

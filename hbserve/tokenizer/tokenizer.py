@@ -177,7 +177,7 @@ class Tokenizer:
                 add_generation_prompt=True,
                 **(template_options or {}),
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # A template is a program that comes with the model; these are the ways in which it says no.
             raise InvalidRequestError(f"the model's chat template rejects the messages: {error}", "messages") from error
         try:
