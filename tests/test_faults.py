@@ -70,7 +70,7 @@ async def wait_for(what: Any, deadline_s: float = DEADLINE_S) -> None:
 async def test_instances_that_die_under_load_cost_no_request(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]], number: signal.Signals
 ) -> None:
-    async with system(model[0]) as llm:
+    async with system(model[0], scheduler="tests.dawdler:Dawdler") as llm:
         prompts = [prompt for prompt, _ in references]
         for victim in ("prefill-0", "decode-0"):
             steps = llm.get_system_stats()["gpu_instances"][victim]["steps"]
@@ -133,7 +133,7 @@ async def test_a_dead_scheduler_ends_every_request_with_a_typed_error(model: tup
 
 
 async def test_aborts_in_every_state_return_all_blocks(model: tuple[str, Any]) -> None:
-    async with system(model[0]) as llm:
+    async with system(model[0], scheduler="tests.dawdler:Dawdler") as llm:
 
         async def some_of(index: int) -> None:
             prompt = random_prompt(200 + index, seed=index)
