@@ -241,7 +241,8 @@ class SemiPDConfig(Section, frozen=True):
         prefill_percentage, decode_percentage: of the device, while both phases are busy; the sum may
             pass 100. Default: the environment's SEMI_PD_PREFILL_SM_PERCENTILE and
             SEMI_PD_DECODE_SM_PERCENTILE, else 80 and 100.
-        mixed: begin with one worker that does both phases in the same steps, instead of side by side.
+        mixed: begin with one worker that does both phases in the same steps, instead of side by side. Default:
+            with ``slo``, whose controller parts them where that is better, unless the ladder has no such worker.
         prefill_priority: `CUDA_MPS_CLIENT_PRIORITY` of prefill workers: 1 asks MPS to let them yield to
             decode, 0 does not (no difference was measured: docs/semi_pd.md).
         ladder: further percentages to keep workers at. A phase that is alone gets its largest.
@@ -254,7 +255,7 @@ class SemiPDConfig(Section, frozen=True):
 
     prefill_percentage: int | None = None
     decode_percentage: int | None = None
-    mixed: bool = False
+    mixed: bool | None = None
     prefill_priority: Literal[0, 1] = 1
     ladder: LadderConfig = LadderConfig()
     num_sleepers: int = 2

@@ -83,7 +83,8 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
     if ladder.unified is None:
         is_chosen = given.mixed or given.slo is not None
         ladder = msgspec.structs.replace(ladder, unified=(100,) if is_chosen else ())
-    return msgspec.structs.replace(given, **shares, ladder=ladder)
+    mixed = bool(ladder.unified) and given.slo is not None if given.mixed is None else given.mixed
+    return msgspec.structs.replace(given, **shares, ladder=ladder, mixed=mixed)
 
 
 def with_instance(config: Config, instance: InstanceConfig) -> Config:

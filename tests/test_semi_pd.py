@@ -138,6 +138,7 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         decode_percentage=60,
         ladder={"prefill": [], "decode": [100], "unified": [100]},
         max_restarts=100,
+        tpot_target_ms=30.0,  # what a mixed step may take, and whether all take part in it
         **SETTINGS,
     )
     rng = random.Random(5)
@@ -151,7 +152,10 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         seen = pids_of(manager)
 
         def steps() -> int:
-            return int(llm.get_system_stats()["gpu_instances"]["semi-0"]["steps"])
+            stats = llm.get_system_stats()["gpu_instances"]["semi-0"]
+            for worker in stats["workers"].values():
+                tokens[worker["role"]] = max(tokens.get(worker["role"], 0), worker["generated_tokens"])
+            return int(stats["steps"])
 
         async def after_steps(number: int) -> bool:
             """Wait until so many more steps are confirmed; False if the work ended before."""
@@ -159,10 +163,6 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
             while steps() < target and not done.is_set():  # noqa: ASYNC110 - steps of other processes have no event
                 await asyncio.sleep(0.01)
             return not done.is_set()
-
-        def note_tokens() -> None:
-            for worker in llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values():
-                tokens[worker["role"]] = max(tokens.get(worker["role"], 0), worker["generated_tokens"])
 
         async def rotate() -> None:
             shares = 50, 60
@@ -172,7 +172,6 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
                     await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)
                     seen.update(pids_of(manager))
                     await after_steps(4)
-                    note_tokens()
                 shares = rng.choice([40, 50, 70]), rng.choice([40, 60, 80])
 
         async def kill() -> None:

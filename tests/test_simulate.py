@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 64), st.integers(1000, 20000), st.integers(0, 3))
+@given(st.integers(1, 40), st.integers(1, 64), st.integers(1000, 20000), st.integers(0, 4))
 def test_every_request_ends_and_every_place_comes_back(rate: int, seats: int, kv_tokens: int, kind: int) -> None:
     clock = SimulatedClock()
     sizes = Sizes(max_num_seqs=seats, kv_tokens=kv_tokens)
@@ -84,7 +85,12 @@ def test_every_request_ends_and_every_place_comes_back(rate: int, seats: int, kv
         lambda: SemiPDUnit(clock, STEPS, sizes, SMAllocation(60, 40)),
         lambda: SemiPDUnit(clock, STEPS, sizes, SMAllocation(60, 40), None),
         lambda: DisaggregatedUnit(clock, STEPS, sizes, num_prefill=2, num_decode=2),
+        lambda: SemiPDUnit(clock, STEPS, sizes, SMAllocation(60, 40, mixed=True), decode_interval_s=0.03),
     ][kind]()
+    if kind == 4:
+        assert isinstance(unit, SemiPDUnit)
+        for flip in range(25):  # mixed and parted again, while it serves
+            clock.at(0.4 * flip, partial(setattr, unit, "allocation", SMAllocation(60, 40, mixed=bool(flip % 2))))
     requests = poisson(rate, 10, (1, 3000), (1, 60), seed=rate)
     serve(clock, [unit], requests)
     assert all(request.completion_time is not None for request in requests)

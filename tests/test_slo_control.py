@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from hbserve.errors import ConfigError
 from hbserve.pd_disagg.decode_turns import DecodeTurns
+from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom
+from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
 from hbserve.semi_pd.builtin_profile import H200_8B
 from hbserve.semi_pd.latency_model import LatencyModel, Observed, Workload
 from hbserve.semi_pd.least_squares import PriorLeastSquares
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.split_policy import SplitPolicy, Window
+from hbserve.semi_pd.split_policy import SplitPolicy, Warm, Window
 from hbserve.semi_pd.step_profile import PrefillPoint, StepProfile
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import SimulatedClock
@@ -223,11 +225,11 @@ def test_within_the_cool_down_nothing_moves_and_within_a_rotations_only_warm_wor
     )
     busy = load(12.0, 1200.0, 60.0)
     start = SMAllocation(30, 70)
-    first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, ([30, 60], [70]))
+    first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, Warm([30, 60], [70]))
     assert first.moves
     policy.moved(first, rotated=True)
-    assert policy.decide(window(busy, 8.0, ttft_ms=5000.0), start, ([30, 60], [70])).reason == "cooling down"
-    later = policy.decide(window(busy, 20.0, ttft_ms=9000.0), start, ([30, 60], [70]))
+    assert policy.decide(window(busy, 8.0, ttft_ms=5000.0), start, Warm([30, 60], [70])).reason == "cooling down"
+    later = policy.decide(window(busy, 20.0, ttft_ms=9000.0), start, Warm([30, 60], [70]))
     assert later.chosen == SMAllocation(60, 70)
 
 
@@ -243,6 +245,90 @@ def test_within_the_cool_down_nothing_moves_and_within_a_rotations_only_warm_wor
 def test_targets_that_make_no_sense_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         SLOConstraints(**arguments)
+
+
+SIZES_2048 = Sizes(chunk_size=2048, max_chunk_prefill_tokens=2048)
+WARM = Warm([80, 100], [50, 100], [100])
+
+
+def test_each_way_to_share_is_left_where_it_is_slower_than_predicted_and_the_other_can_be_had() -> None:
+    slo = SLOConstraints(ttft_target_ms=300, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
+
+    def ends_at(current: SMAllocation, warm: Warm, mixing_is_slow: bool) -> SMAllocation:
+        model, believed = (LatencyModel(STEPS, slo.targets, ALONE, 256, 2048, slo.decode_interval_ms) for _ in range(2))
+        policy, busy = SplitPolicy(model, slo), load(18.0, 800.0, 100.0)
+        for end in range(5, 120, 5):
+            terms, late = believed.predict(busy, current), 6.0 if current.mixed is mixing_is_slow else 1.0
+            ttft = Observed(60, late * sum(terms.ttft_terms), late * terms.ttft_ms)
+            seen = Window(start=end - 5, end=end, workload=busy, ttft=ttft, tpot=Observed(60, 9.0, 10.0))
+            decision = policy.decide(seen, current, warm)
+            if decision.moves:
+                policy.moved(decision, rotated=not warm.has(decision.chosen))
+                current = decision.chosen
+                assert (describe(decision)["chosen"] == "mixed") is current.mixed
+        return current
+
+    side_by_side, mixed = SMAllocation(80, 50), SMAllocation(80, 50, mixed=True)
+    assert ends_at(side_by_side, WARM, mixing_is_slow=False).mixed
+    assert ends_at(mixed, WARM, mixing_is_slow=False) == mixed
+    assert not ends_at(mixed, WARM, mixing_is_slow=True).mixed
+    assert not ends_at(side_by_side, WARM, mixing_is_slow=True).mixed
+    assert not ends_at(side_by_side, Warm([80, 100], [50, 100]), mixing_is_slow=False).mixed
+
+
+@pytest.mark.parametrize(("prompt", "output", "rate"), [((100, 900), (50, 200), 22), ((6000, 16000), (50, 200), 1.5)])
+def test_the_prediction_of_mixing_is_near_the_simulators(
+    prompt: tuple[int, int], output: tuple[int, int], rate: float
+) -> None:
+    slo = SLOConstraints(ttft_target_ms=3000, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
+    requests = poisson(rate, 60, prompt, output, seed=4)
+    clock, split = SimulatedClock(), SMAllocation(80, 100, mixed=True)
+    unit = SemiPDUnit(clock, STEPS, SIZES_2048, split, decode_interval_s=slo.decode_interval_ms / 1000)
+    serve(clock, [unit], requests)
+    count = len(requests)
+    workload = Workload(
+        arrival_rate=rate,
+        prompt_tokens=sum(r.prompt_tokens for r in requests) / count,
+        prompt_tokens_squared=sum(r.prompt_tokens**2 for r in requests) / count,
+        output_tokens=sum(r.output_tokens for r in requests) / count,
+    )
+    model = LatencyModel(STEPS, slo.targets, ALONE, 256, 2048, slo.decode_interval_ms)
+    prediction = model.predict(workload, split)
+    assert sum(prediction.ttft_terms) == pytest.approx(sum(r.ttft_ms for r in requests) / count, rel=0.5)
+    assert sum(prediction.tpot_terms) == pytest.approx(sum(r.tpot_ms for r in requests) / count, rel=0.5)
+
+
+# --- mixed steps -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 30000)), min_size=50, max_size=120), st.integers(1, 60))
+def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], batch: int) -> None:
+    """Whatever comes, decode steps begin on average within the interval, but for what the account forgives."""
+    interval_s, now, decoded, forecast, pace = 0.04, 0.0, 0, StepForecast(), MixedSteps()
+
+    def seconds(work: StepWork) -> float:
+        return 0.002 + 5e-5 * work.decode_rows + 2e-5 * work.prompt_tokens + 1e-9 * work.prompt_keys
+
+    for size in range(1, 200):  # it has seen steps of all kinds
+        work = StepWork(size % 64, 0.0, 37 * size % 2048, 1e6 * (size % 7))
+        for _ in range(20):
+            forecast.observe(work, seconds(work))
+    for waiting, start in prompts:
+        limit_s = pace.limit_s(now, interval_s, waiting, 2048)
+        rows = 0 if limit_s == math.inf else batch
+        decode = StepWork(rows, 0.0, 0, 0.0)
+        assert rows or waiting
+        tokens = min(waiting, 2048)
+        if rows:
+            room = StepRoom(forecast, decode, limit_s)
+            tokens = room.take(tokens, start) if tokens else 0
+            assert min(waiting, 128) <= tokens <= min(waiting, 2048)
+            assert room.is_full is (tokens < min(waiting, 2048))
+            pace.decoded(now, bool(tokens))
+            decoded += 1
+        now += seconds(StepWork(rows, 0.0, tokens, tokens * (start + tokens / 2)))
+    assert now <= (decoded + 18) * interval_s
 
 
 # --- turns ---------------------------------------------------------------------------------------
@@ -313,7 +399,9 @@ def test_it_stays_within_its_bounds(least: int, most: int, rate: int) -> None:
     assert all(later - earlier >= bounds.cooldown_s for earlier, later in itertools.pairwise(times[1:]))
 
 
-@pytest.mark.parametrize(("start", "in_turns"), [(SMAllocation(30, 70), False), (SMAllocation(80, 100), True)], ids=str)
+@pytest.mark.parametrize(
+    ("start", "in_turns"), [(SMAllocation(30, 70), False), (SMAllocation(80, 100, mixed=True), True)], ids=str
+)
 def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMAllocation, in_turns: bool) -> None:
     # each minute feasible at some split; half of the GPU for prefill is too little for the first kind
     parts = [

@@ -57,6 +57,7 @@ def settings(model: Path, **slo: Any) -> dict[str, Any]:
         "log_level": "WARNING",
         "prefill_percentage": 50,
         "decode_percentage": 50,
+        "ladder": {"prefill": [100], "decode": [100], "unified": []},
         "slo": slo,
     }
 

@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `run`."""
     parser.add_argument("--model", required=True, help="folder, or a shape under configs/models")
     parser.add_argument(
-        "--system", action="append", required=True, help="unified@CHUNK, semi_pd@P-D, no_ladder@P-D or slo@P-D"
+        "--system",
+        action="append",
+        required=True,
+        help="unified@CHUNK, semi_pd@P-D, no_ladder@P-D or slo@P-D, these with +mixed to begin so",
     )
     parser.add_argument("--trace", action="append", required=True, type=Path, metavar="FILE", help="a load; repeated")
     parser.add_argument("--slo-scale", required=True, metavar="X[:Y]", help="targets: times a lone request's, measured")
@@ -218,6 +221,7 @@ class Comparison:
                 "mode": "semi_pd",
                 "prefill_percentage": system.allocation.prefill_percentage,
                 "decode_percentage": system.allocation.decode_percentage,
+                "mixed": system.allocation.mixed,
                 "ladder": {"prefill": [], "decode": []} if system.form == "no_ladder" else self._options.rungs,
             }
             if system.form == "semi_pd":

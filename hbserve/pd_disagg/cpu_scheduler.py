@@ -35,6 +35,7 @@ from hbserve.pd_disagg.decode_turns import DecodeTurns
 from hbserve.pd_disagg.drains import Drains
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.intake import Intake
+from hbserve.pd_disagg.mixed_steps import MixedSteps
 from hbserve.pd_disagg.readiness import Readiness
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
@@ -75,9 +76,13 @@ class CpuScheduler:
             )
             for instance in config.gpu_instances
         }
-        if config.semi_pd.slo is not None and config.semi_pd.slo.holds_back_decode:
-            for handle in instances.values():
-                handle.turns = DecodeTurns(config.semi_pd.slo.decode_interval_ms / 1000)
+        slo = config.semi_pd.slo
+        for handle in instances.values():
+            handle.tpot_target_ms = config.scheduler.tpot_ms if slo is None else slo.tpot_target_ms
+            if slo is not None and slo.holds_back_decode:
+                handle.turns = DecodeTurns(slo.decode_interval_ms / 1000)
+            elif slo is not None:
+                handle.mixed_steps = MixedSteps(holds_back_decode=False)
         endpoint = config.telemetry.otlp_endpoint
         tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, tracer)

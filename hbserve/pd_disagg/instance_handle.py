@@ -21,6 +21,7 @@ from hbserve.config import DECODE_PACE, InstanceConfig, InstanceRole, Performanc
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
+from hbserve.pd_disagg.mixed_steps import MixedSteps
 from hbserve.pd_disagg.plan_timing import PlanTiming
 from hbserve.pd_disagg.rpc import RpcClient
 from hbserve.pd_disagg.rungs import choose_percentage
@@ -147,6 +148,8 @@ class InstanceHandle:
         is_mixed: both phases are done by one worker, in the same steps.
         is_draining: it is given no more requests.
         turns: when decode computes while prefill is busy at another worker; None: always.
+        mixed_steps: decode's pace where one worker does both.
+        tpot_target_ms: of requests that come without one; None: nothing is asked of those.
     """
 
     def __init__(
@@ -168,6 +171,8 @@ class InstanceHandle:
         self.shares = dict.fromkeys(_PHASES, 100)
         self.is_mixed = False
         self.turns: DecodeTurns | None = None
+        self.mixed_steps = MixedSteps()
+        self.tpot_target_ms: float | None = None
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
         self.num_restarts = -1
@@ -287,6 +292,14 @@ class InstanceHandle:
         percentages = [worker.percentage for worker in candidates]
         wanted = choose_percentage(percentages, self.shares[phase], is_alone)
         return next(worker for worker in reversed(candidates) if worker.percentage == wanted)
+
+    def mixed_interval_s(self, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
+        """From one decode step to the next, mean, at a worker that mixes both phases now; None: as it comes."""
+        if not self.is_mixed or len(phases) < 2 or worker.role is not InstanceRole.UNIFIED:
+            return None
+        usual_s = None if self.tpot_target_ms is None else DECODE_PACE * self.tpot_target_ms / 1000
+        asked_s = [seconds for seconds in (usual_s, self._needed_interval_s()) if seconds is not None]
+        return min(asked_s, default=None)
 
     def _needed_interval_s(self) -> float | None:
         """By the tightest TPOT target that a request here came with."""

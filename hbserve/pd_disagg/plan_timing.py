@@ -66,12 +66,16 @@ class StepForecast:
 
     def seconds(self, work: StepWork) -> float:
         """How long it will take; 0 while nothing is known."""
-        return min(self._longest_s, sum(c * x for c, x in zip(self._coefficients, work.features, strict=True)))
+        return min(self._longest_s, self.estimate(work))
+
+    def estimate(self, work: StepWork) -> float:
+        """The same without that bound, for those who would rather be told too long a time."""
+        return sum(c * x for c, x in zip(self._coefficients, work.features, strict=True))
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """It has taken so long."""
         features = work.features
-        surprise = seconds - sum(c * x for c, x in zip(self._coefficients, features, strict=True))
+        surprise = seconds - self.estimate(work)
         correction = _RATE * surprise / sum(x * x for x in features)
         self._coefficients = [max(0.0, c + correction * x) for c, x in zip(self._coefficients, features, strict=True)]
         self._longest_s = max(seconds, _FADING * self._longest_s)
@@ -94,10 +98,13 @@ class PlanTiming:
     made. Each step tells by how much it came early or late, so what lead would have been just enough; the lead is what
     would have been for all of the last steps but a few. That covers whatever makes plans late: scheduling, the way
     and the preparation on the worker, and predictions that are wrong.
+
+    Attributes:
+        forecast: of the worker's steps, as far as they have been seen.
     """
 
     def __init__(self) -> None:
-        self._forecast = StepForecast()
+        self.forecast = StepForecast()
         self._steps: deque[_Step] = deque()
         self._needs: deque[float] = deque(maxlen=_NUM_NEEDS)
         self._last_end = float("-inf")
@@ -122,7 +129,7 @@ class PlanTiming:
         Args:
             work: None where nobody can tell how long it takes.
         """
-        seconds = 0.0 if work is None else self._forecast.seconds(work)
+        seconds = 0.0 if work is None else self.forecast.seconds(work)
         # A plan that had waited, and then was made late, is late by the fault of whoever makes plans.
         planned_at = now if self._due is None else min(now, self._due)
         begin = self._expected_end()
@@ -140,7 +147,7 @@ class PlanTiming:
         if step.begin is not None:
             self._needs.append(step.begin - step.planned_at - early_s)
         if step.work is not None and busy_s > 0:
-            self._forecast.observe(step.work, busy_s)
+            self.forecast.observe(step.work, busy_s)
 
     def _expected_end(self) -> float | None:
         """Of all that is in flight; None if nothing is, or nobody can tell."""

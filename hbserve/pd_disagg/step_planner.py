@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -9,10 +10,12 @@ from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.mixed_steps import StepRoom
 from hbserve.pd_disagg.plan_timing import StepWork
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.waiting_queue import prefill_budget
 
 
 class StepPlanner:
@@ -31,6 +34,7 @@ class StepPlanner:
         self._policy = policy
         self._chunked = config.chunked_prefill
         self._max_num_batched_tokens = config.performance.max_num_batched_tokens
+        self._prompt_budget = prefill_budget(config)
         self._transfers = transfers
         self._preempt = preempt
         self._num_steps = 0
@@ -40,7 +44,8 @@ class StepPlanner:
         step = _StepBuilder(worker)
         # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
         seats = sorted(instance.seats.items(), key=lambda item: item[0].arrival)
-        for sequence, seat in seats if InstanceRole.DECODE in phases else ():
+        limit_s = self._mixed_limit_s(instance, worker, phases)
+        for sequence, seat in seats if InstanceRole.DECODE in phases and limit_s != math.inf else ():
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
             if seat.num_planned >= seat.num_tokens_at_entry and seat.can_go_to(worker):
@@ -48,6 +53,7 @@ class StepPlanner:
         budget = self._max_num_batched_tokens - step.num_tokens
         if self._chunked.enabled:
             budget = min(budget, self._chunked.max_chunk_prefill_tokens)
+        room = None if limit_s is None or not step.rows else StepRoom(worker.timing.forecast, step.decode_work, limit_s)
         for sequence, seat in self._prefills(seats) if InstanceRole.PREFILL in phases else ():
             remaining = seat.num_tokens_at_entry - seat.num_planned
             if remaining <= 0 or sequence not in instance.seats or not seat.can_go_to(worker):
@@ -58,14 +64,30 @@ class StepPlanner:
                 chunk = min(remaining, self._chunked.chunk_size, budget)
             else:  # whole prompts: the first goes even where it is longer than the budget
                 chunk = remaining if remaining <= budget or not step.rows else 0
+            if room is not None and self._chunked.enabled and chunk > 0:
+                chunk = 0 if room.is_full else room.take(chunk, seat.num_planned)
             if chunk <= 0:
                 break
             budget -= chunk
             self._plan_prefill(step, sequence, seat, chunk)
         if not step.rows:
             return False
+        if room is not None:
+            instance.mixed_steps.decoded(time.monotonic(), bool(step.prefill_rows))
         self._send(worker, step, worker.role)
         return True
+
+    def _mixed_limit_s(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
+        """How long a step may take that has decode rows; infinite: it shall have none; None: as long as it takes."""
+        interval_s = instance.mixed_interval_s(worker, phases)
+        if interval_s is None:
+            return None
+        waiting_tokens = sum(
+            seat.num_tokens_at_entry - seat.num_planned
+            for seat in instance.seats.values()
+            if seat.num_planned < seat.num_tokens_at_entry and seat.can_go_to(worker)
+        )
+        return instance.mixed_steps.limit_s(time.monotonic(), interval_s, waiting_tokens, self._prompt_budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """Tell a worker that has come to running sequences of them: a step without rows.
@@ -180,6 +202,11 @@ class _StepBuilder:
             return None
         decode_rows = len(self.rows) - self.prefill_rows
         return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_keys)
+
+    @property
+    def decode_work(self) -> StepWork:
+        """That of its decode rows, before there are others."""
+        return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
         seat.go_to(self._worker, sequence.keeps_state)

@@ -6,6 +6,9 @@ differ from two GPUs written out:
 - Prompts are served by a queue whose rate grows with prefill's share x. Its mean wait is that of
   M/G/1 (Pollaczek-Khinchine), ``λ·E[S²] / (2·(1 - λ·E[S]))``, which with ``E[S] = s/x`` has the form
   ``a₁/(x - λ·s)``: ``TTFT(x) = a₁/(x - λ·s) + b₁``, plus what the backlog of this moment adds.
+- One worker that mixes both phases is a queue of its own: its steps have the batch in them and what prompts
+  have come during the one before, so their mean is where both agree; a prompt waits for the rest of the step
+  under way, and where prompts fill steps, as in any queue.
 - A decode step takes ``a₂/y + b₂`` alone (`StepTimes`), and longer by a factor for the share of
   time in which prefill runs beside it. How many sequences are in the batch follows from how long
   they stay (Little's law): the two are solved together.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -30,6 +34,9 @@ _MEMORY = 0.9  # of an observation at the next one
 _HORIZON_S = 10.0  # a backlog counts by what it adds to the requests of the next seconds
 _TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any is seen
 _ERROR_CAP = 1.0  # of a log ratio: beyond that, wrong is wrong
+_ROUND_TRIP_MS = 1.0  # of a result and the next plan
+_CHANGE_MS = 2.0  # of prefill's worker, when the one before has ended: the way of a plan
+_LEAST_CHUNK = 128.0  # prompt tokens in a mixed step that has any
 _NUM_ERRORS = 8  # predictions that confidence looks back on
 
 
@@ -91,6 +98,31 @@ class Prediction:
     tpot_terms: tuple[float, float]
 
 
+class _Fits:
+    """How much the terms of a way to share the device weigh."""
+
+    def __init__(self) -> None:
+        self.ttft = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
+        self.tpot = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """Where prompts wait.
+
+    Attributes:
+        load: share of time in which it is busy.
+        service_s: that a prompt keeps it busy, mean.
+        own_s: from a prompt's first step to its token.
+        residual_s: for what is under way besides prompts.
+    """
+
+    load: float
+    service_s: float
+    own_s: float
+    residual_s: float = 0.0
+
+
 class LatencyModel:
     """Predicts windows, learns from them, and knows how good it is.
 
@@ -119,8 +151,7 @@ class LatencyModel:
         self._max_batch = max_batch
         self._prefill_batch_tokens = prefill_batch_tokens
         self._decode_interval_ms = decode_interval_ms
-        self._ttft_fit = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
-        self._tpot_fit = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
+        self._side_by_side, self._mixed = _Fits(), _Fits()
         self._errors: deque[float] = deque([0.2], maxlen=_NUM_ERRORS)
 
     @property
@@ -130,24 +161,77 @@ class LatencyModel:
 
     def coefficients(self) -> dict[str, float]:
         """How much each term weighs now."""
-        wait, service = (float(c) for c in self._ttft_fit.coefficients)
-        alone, beside = (float(c) for c in self._tpot_fit.coefficients)
-        return {"ttft_wait": wait, "ttft_service": service, "tpot_alone": alone, "tpot_beside": beside}
+        terms = {}
+        for prefix, fits in (("", self._side_by_side), ("mixed_", self._mixed)):
+            for name, fit in (("ttft_wait", fits.ttft), ("tpot_alone", fits.tpot)):
+                terms[prefix + name] = float(fit.coefficients[0])
+            for name, fit in (("ttft_service", fits.ttft), ("tpot_beside", fits.tpot)):
+                terms[prefix + name] = float(fit.coefficients[1])
+        return terms
 
     # --- prediction ------------------------------------------------------------------------------
 
     def predict(self, workload: Workload, allocation: SMAllocation) -> Prediction:
         """What the workload would see under a split."""
+        return self._predict_mixed(workload) if allocation.mixed else self._predict_side_by_side(workload, allocation)
+
+    def _predict_mixed(self, workload: Workload) -> Prediction:
+        """One worker, whose every step has the whole batch in it and the prompts that have come."""
+        batch = min(max(workload.running, 1.0), self._max_batch)
+        fit = self._mixed.tpot.coefficients
+        tokens, rate_per_ms = max(1.0, workload.prompt_tokens), workload.arrival_rate / 1000
+        decode_context = workload.context_tokens + tokens + workload.output_tokens / 2
+        for _ in range(6):  # the batch decides the step, and the step how many are in the batch
+
+            def step_ms(chunk: float, batch: float = batch) -> float:
+                context = workload.context_tokens + max(0.0, tokens - chunk) / 2
+                return self.steps.mixed_ms(chunk, batch, decode_context, context)
+
+            most = self._tokens_within(step_ms)
+            full_ms, alone_ms = step_ms(most), step_ms(0.0)
+            load = rate_per_ms * tokens * full_ms / most
+            mean_ms = alone_ms
+            for _ in range(4):  # what comes during a step is in the next one
+                arrived = rate_per_ms * tokens * mean_ms
+                share = min(1.0, max(1 - math.exp(-rate_per_ms * mean_ms), arrived / most))
+                mean_ms = (1 - share) * alone_ms + share * step_ms(min(most, arrived / max(share, 1e-9)))
+            tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
+            tpot_ms = max(1e-6, float(fit[0] * tpot_terms[0] + fit[1] * tpot_terms[1]))
+            decoding_rate = workload.arrival_rate / max(1.0, load)
+            steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
+            batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
+        decode_overload = max(1.0, steady / self._max_batch)
+        # A prompt waits for the step that is under way even if there are only decode rows in it.
+        somebody_decodes = 1 - math.exp(-batch) if workload.output_tokens > 1 else 0.0
+        residual_ms = max(0.0, 1 - load) * somebody_decodes * mean_ms / 2
+        own_ms = step_ms(tokens) if tokens <= most else tokens / most * full_ms
+        queue = _Queue(load, tokens / most * full_ms / 1000, own_ms / 1000, residual_ms / 1000)
+        return self._predict_percentiles(workload, self._mixed, queue, decode_overload, batch, tpot_ms, tpot_terms)
+
+    def _tokens_within(self, step_ms: Callable[[float], float]) -> float:
+        """Prompt tokens of a full step: as many as the interval of decode steps has time for."""
+        most = float(self._prefill_batch_tokens)
+        if not self._decode_interval_ms or step_ms(most) <= self._decode_interval_ms:
+            return most
+        low, high = 1.0, most
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if step_ms(middle) <= self._decode_interval_ms else (low, middle)
+        return max(low, min(most, _LEAST_CHUNK))
+
+    def _predict_side_by_side(self, workload: Workload, allocation: SMAllocation) -> Prediction:
         decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
         batch = min(max(workload.running, 1.0), self._max_batch)
-        tpot_fit = self._tpot_fit.coefficients
+        tpot_fit = self._side_by_side.tpot.coefficients
         for _ in range(4):  # the batch decides the step, and the step how many are in the batch
             slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))))
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
             step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
+            if self._decode_interval_ms:
+                step_ms += _ROUND_TRIP_MS  # whether it is decode's turn is known only when the step before has ended
             shared_ms = max(step_ms, self._decode_interval_ms)
             beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step
-            load, service_s, spread = self._service(workload, allocation, batch, slowdown.prefill, beside)
+            load, service_s = self._service(workload, allocation, batch, slowdown.prefill, beside)
             busy = min(1.0, load)
             alone_ms = self.steps.decode_ms(batch, context, decode_alone)
             # Steps per second add up over the two kinds of time, not milliseconds per step.
@@ -158,12 +242,14 @@ class LatencyModel:
             steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
             batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
         decode_overload = max(1.0, steady / self._max_batch)  # who finds no place waits for one
-        return self._predict_percentiles(workload, load, service_s, spread, decode_overload, batch, tpot_ms, tpot_terms)
+        queue = _Queue(load, service_s, service_s)
+        fits = self._side_by_side
+        return self._predict_percentiles(workload, fits, queue, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _service(
         self, workload: Workload, allocation: SMAllocation, batch: float, slowdown: float, beside: float
-    ) -> tuple[float, float, float]:
-        """Load of the prefill queue, seconds per prompt, and the squared variation of the latter.
+    ) -> tuple[float, float]:
+        """Load of the prefill queue, and seconds per prompt.
 
         Args:
             beside: share of the time in which decode steps run too; between them prefill is as if alone.
@@ -174,9 +260,10 @@ class LatencyModel:
         alone_ms = self._prompt_ms(tokens, context, prefill_alone)
         nobody_decodes = math.exp(-batch) if workload.output_tokens > 1 else 1.0
         shared_ms = 1 / (beside / beside_ms + (1 - beside) / alone_ms)
+        if self._decode_interval_ms and prefill_alone != allocation.prefill_percentage:
+            shared_ms += _CHANGE_MS  # about once for each prompt the turn is another one, and so is the worker
         service_s = (nobody_decodes * alone_ms + (1 - nobody_decodes) * shared_ms) / 1000
-        variation = max(0.0, workload.prompt_tokens_squared / tokens**2 - 1)
-        return workload.arrival_rate * service_s, service_s, variation
+        return workload.arrival_rate * service_s, service_s
 
     def _prompt_ms(self, tokens: float, context: float, percentage: int) -> float:
         """Several short prompts share a step, a long one takes several."""
@@ -189,21 +276,22 @@ class LatencyModel:
     def _predict_percentiles(
         self,
         workload: Workload,
-        load: float,
-        service_s: float,
-        variation: float,
+        fits: _Fits,
+        queue: _Queue,
         decode_overload: float,
         batch: float,
         tpot_ms: float,
         tpot_terms: tuple[float, float],
     ) -> Prediction:
+        load, service_s = queue.load, queue.service_s
         steady_load = min(load, 0.98)
-        wait_s = steady_load * service_s * (1 + variation) / (2 * (1 - steady_load))
         tokens = max(1.0, workload.prompt_tokens)
+        variation = max(0.0, workload.prompt_tokens_squared / tokens**2 - 1)
+        wait_s = steady_load * service_s * (1 + variation) / (2 * (1 - steady_load)) + queue.residual_s
         backlog_s = max(0.0, workload.backlog_tokens / tokens - workload.arrival_rate * service_s) * service_s
         wait_s = min(wait_s, _HORIZON_S) + _mean_backlog(backlog_s, load) + (decode_overload - 1) * _HORIZON_S / 2
-        ttft_terms = (1000 * wait_s, 1000 * service_s)
-        fit = self._ttft_fit.coefficients
+        ttft_terms = (1000 * wait_s, 1000 * queue.own_s)
+        fit = fits.ttft.coefficients
         mean_ms = max(1e-6, float(fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1]))
         # A wait is about exponential among those who wait; service varies as the prompts do.
         idle = max(0.0, 1 - load) if not backlog_s else 0.0
@@ -238,15 +326,16 @@ class LatencyModel:
             How far the prediction was off, as a log ratio, the larger of both.
         """
         predicted = self.predict(workload, allocation)
+        fits = self._mixed if allocation.mixed else self._side_by_side
         error = 0.0
         if ttft is not None:
             error = max(error, self._error(ttft, predicted.ttft_ms, self.targets.ttft_ms))
             spread = max(0.1, 1 / math.sqrt(ttft.count)) * ttft.mean_ms + 0.5
-            self._ttft_fit.observe(predicted.ttft_terms, ttft.mean_ms, spread)
+            fits.ttft.observe(predicted.ttft_terms, ttft.mean_ms, spread)
         if tpot is not None:
             error = max(error, self._error(tpot, predicted.tpot_ms, self.targets.tpot_ms))
             spread = max(0.05, 0.3 / math.sqrt(tpot.count)) * tpot.mean_ms
-            self._tpot_fit.observe(predicted.tpot_terms, tpot.mean_ms, spread)
+            fits.tpot.observe(predicted.tpot_terms, tpot.mean_ms, spread)
         if ttft is not None or tpot is not None:
             self._errors.append(error)
         return error

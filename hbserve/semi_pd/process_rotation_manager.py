@@ -90,7 +90,7 @@ class ProcessRotationManager(InstanceSupervisor):
         assert settings.prefill_percentage is not None
         assert settings.decode_percentage is not None
         shares = settings.prefill_percentage, settings.decode_percentage
-        allocation = allocation or SMAllocation(*shares, mixed=settings.mixed)
+        allocation = allocation or SMAllocation(*shares, mixed=bool(settings.mixed))
         self._workforce = Workforce(config, instance, allocation)
         self._check_possible(allocation)
         if settings.slo is not None:

@@ -12,7 +12,7 @@ from hbserve.semi_pd.latency_model import LatencyModel
 from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
 from hbserve.semi_pd.slo_window import window_of
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.split_policy import Decision, SplitPolicy
+from hbserve.semi_pd.split_policy import Decision, SplitPolicy, Warm
 from hbserve.semi_pd.step_times import StepTimes
 
 __all__ = ["SLOAwareResourceController", "SLOConstraints", "SplitBounds"]
@@ -46,8 +46,8 @@ class RotationManager(Protocol):
         """Begin to change; False if that cannot be done now."""
 
     def get_status(self) -> dict[str, Any]:
-        """With ``current_sm_allocation``, the split in effect, and where there is a ladder with
-        ``rungs``: the percentages of ``prefill`` and ``decode`` that need no new process."""
+        """With ``current_sm_allocation``, the split in effect; ``switch_requested``, whether another is on its way;
+        and where it is known, ``warm_percentages`` by role, which need no new process."""
 
 
 class SLOAwareResourceController:
@@ -122,15 +122,15 @@ class SLOAwareResourceController:
         current = SMAllocation(
             prefill_percentage=status["current_sm_allocation"]["prefill_percentage"],
             decode_percentage=status["current_sm_allocation"]["decode_percentage"],
+            mixed=status["current_sm_allocation"].get("mixed", False),
         )
         metrics = self.metrics_collector.get_current_window_metrics()
         under_way = bool(status.get("switch_requested", True))
         if self._pending is not None and not self._has_arrived(current, under_way, metrics.window_end_time):
             return None
-        warm = status.get("rungs")
-        decision = self.policy.decide(
-            window_of(metrics, self.slo_constraints), current, (warm["prefill"], warm["decode"]) if warm else None
-        )
+        percentages = status.get("warm_percentages")
+        warm = None if percentages is None else Warm(**percentages)
+        decision = self.policy.decide(window_of(metrics, self.slo_constraints), current, warm)
         self.decisions.append(decision)
         log = logger.info if decision.moves else logger.debug
         log("split %s -> %s: %s", current, decision.chosen, describe(decision))
@@ -138,16 +138,13 @@ class SLOAwareResourceController:
             self._move(decision, warm)
         return decision
 
-    def _move(self, decision: Decision, warm: dict[str, list[int]] | None) -> None:
+    def _move(self, decision: Decision, warm: Warm | None) -> None:
         self._num_requested += 1
         chosen = decision.chosen
         if not self.process_rotation_manager.request_sm_reallocation(chosen):
             logger.warning("the split %s was refused", chosen)
             return
-        rotated = warm is not None and not (
-            chosen.prefill_percentage in warm["prefill"] and chosen.decode_percentage in warm["decode"]
-        )
-        self.policy.moved(decision, rotated)
+        self.policy.moved(decision, rotated=warm is not None and not warm.has(chosen))
         self._pending = decision
         self.metrics_collector.begin_exclusion()
 
@@ -192,8 +189,10 @@ class SLOAwareResourceController:
 def describe(decision: Decision) -> dict[str, Any]:
     """A decision in plain numbers, for logs and the status."""
 
-    def split(allocation: SMAllocation | None) -> list[int] | None:
-        return None if allocation is None else [allocation.prefill_percentage, allocation.decode_percentage]
+    def split(allocation: SMAllocation | None) -> list[int] | str | None:
+        if allocation is None or allocation.mixed:
+            return None if allocation is None else "mixed"
+        return [allocation.prefill_percentage, allocation.decode_percentage]
 
     numbers: dict[str, Any] = {
         "time": round(decision.time, 3),

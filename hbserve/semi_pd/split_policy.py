@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hbserve.semi_pd.latency_model import LatencyModel, Observed, Prediction, Workload
 from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
@@ -33,6 +34,20 @@ class Window:
     workload: Workload
     ttft: Observed | None
     tpot: Observed | None
+
+
+class Warm(NamedTuple):
+    """Percentages that have workers: what is made of them needs no process."""
+
+    prefill: Collection[int]
+    decode: Collection[int]
+    unified: Collection[int] = ()
+
+    def has(self, split: SMAllocation) -> bool:
+        """Whether a split is made of them."""
+        if split.mixed:
+            return bool(self.unified)
+        return split.prefill_percentage in self.prefill and split.decode_percentage in self.decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +95,8 @@ class SplitPolicy:
     """Maximises predicted goodput subject to both targets.
 
     Candidates are the neighbours of the current split and every split on the grid of
-    ``adjustment_step``, overcommitted ones included; the best of the grid is the model's optimum.
+    ``adjustment_step``, overcommitted ones included; the best of the grid is the model's optimum. To mix
+    both phases in one worker is one more, where there is a warm worker for it.
     Of those predicted to hold both targets, the one with the most goodput is best. Where none is,
     the one with the most attainment less harm, harm being how far beyond the targets both are.
 
@@ -104,13 +120,13 @@ class SplitPolicy:
         self,
         window: Window,
         current: SMAllocation,
-        warm: tuple[Collection[int], Collection[int]] | None = None,
+        warm: Warm | None = None,
     ) -> Decision:
         """Judge a window; the caller makes the move, and says so with `moved`.
 
         Args:
             current: the split in effect during the window.
-            warm: percentages of prefill and of decode that have warm workers; None: all have.
+            warm: who has warm workers; None: all phases at all percentages, and nobody mixes.
         """
         workload = self._estimator.update(window.workload, window.start, window.end)
         self._learn(window, workload, current)
@@ -149,7 +165,7 @@ class SplitPolicy:
         if best == current:
             self._wanted = None
             return stay("the current split is the best", **numbers)
-        why = self._why_move(predicted, predictions[best], violations)
+        why = self._why_move(predicted, predictions[best], violations, best.mixed is not current.mixed)
         if why is None:
             self._wanted = None
             return stay("too little to gain", **numbers)
@@ -198,7 +214,7 @@ class SplitPolicy:
         self,
         current: SMAllocation,
         violations: dict[str, float],
-        warm: tuple[Collection[int], Collection[int]] | None,
+        warm: Warm | None,
         now: float,
     ) -> list[SMAllocation]:
         step = self.bounds.adjustment_step
@@ -211,13 +227,16 @@ class SplitPolicy:
             grid = range(100, self.bounds.min_percentage - 1, -step)
             around += [(prefill, decode) for prefill in grid for decode in grid]
         elif not violations:
-            around = []
-        splits = {split: None for split in around if self.bounds.allows(*split)}
-        if warm is not None and now - self._rotated_at < self.bounds.rotation_cooldown_s:
-            prefill_warm, decode_warm = warm
-            warm_splits = [(p, d) for p in prefill_warm for d in decode_warm if self.bounds.allows(p, d)]
-            splits = {split: None for split in (*splits, *warm_splits) if split in set(warm_splits)}
-        return [SMAllocation(*split) for split in splits]
+            return []
+        only_warm = warm is not None and now - self._rotated_at < self.bounds.rotation_cooldown_s
+        if warm is not None and only_warm:
+            around += [(p, d) for p in warm.prefill for d in warm.decode]
+        splits = [SMAllocation(*split) for split in dict.fromkeys(around) if self.bounds.allows(*split)]
+        if warm is not None and only_warm:
+            splits = [split for split in splits if warm.has(split)]
+        # The percentages stay ready for when it is not mixed any more.
+        mixed = dataclasses.replace(current, mixed=True)
+        return [*splits, mixed] if warm is not None and warm.has(mixed) else splits
 
     def _rank(self, prediction: Prediction, is_current: bool) -> tuple[bool, float, float]:
         """Feasible first, then what counts, then the room that is left, coarsely: small gains are none."""
@@ -237,8 +256,22 @@ class SplitPolicy:
         )
         return prediction.attainment / max(1.0, prediction.prefill_load) - _HARM_WEIGHT * harm
 
-    def _why_move(self, predicted: Prediction, best: Prediction, violations: dict[str, float]) -> str | None:
-        gain = self._value(best) - self._value(predicted)
+    def _value_seen(self, violations: dict[str, float]) -> float:
+        """At most, of a window with violated targets: at their percentiles requests were late by so much."""
+        targets = self.model.targets
+        percentiles = {"ttft": targets.ttft_percentile, "tpot": targets.tpot_percentile}
+        attainment = min((percentiles[name] / 100 for name in violations), default=1.0)
+        return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
+
+    def _why_move(
+        self, predicted: Prediction, best: Prediction, violations: dict[str, float], changes_kind: bool
+    ) -> str | None:
+        value = self._value(predicted)
+        if changes_kind:
+            # The errors of two models do not cancel, as those of two splits do: what was seen counts too.
+            gain = self._value(best) - min(value, self._value_seen(violations))
+            return f"gains {gain:.2f}" if gain >= 2 * self.bounds.hysteresis else None
+        gain = self._value(best) - value
         if gain >= self.bounds.hysteresis:
             return f"gains {gain:.2f}"
         if not self._rank(predicted, True)[0] and self._rank(best, False)[0]:
@@ -257,9 +290,10 @@ class SplitPolicy:
         return not worse_here and _is_similar(workload, left.workload)
 
 
-def _key(split: SMAllocation) -> tuple[int, int]:
-    """Among equals the larger shares: where they do not compete they are faster."""
-    return split.prefill_percentage + split.decode_percentage, split.decode_percentage
+def _key(split: SMAllocation) -> tuple[bool, int, int]:
+    """Among equals the one that needs no other's end, then the larger shares, which are faster where they do not
+    compete."""
+    return split.mixed, split.prefill_percentage + split.decode_percentage, split.decode_percentage
 
 
 def _is_similar(a: Workload, b: Workload) -> bool:

@@ -9,6 +9,7 @@ from hbserve.semi_pd.latency_model import LatencyModel
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
 from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.semi_pd.split_policy import Warm
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.units import SemiPDUnit
 
@@ -20,11 +21,14 @@ class SimulatedRotation:
 
     Args:
         warm: percentages that both phases always have workers of; those in effect are warm too.
+        mixes: whether there is a worker of both.
         preparation_s: from the request for others until they serve. Serving goes on meanwhile.
     """
 
-    def __init__(self, unit: SemiPDUnit, warm: tuple[int, ...] = _ALL, preparation_s: float = 5.0) -> None:
-        self._unit, self._warm, self._preparation_s = unit, warm, preparation_s
+    def __init__(
+        self, unit: SemiPDUnit, warm: tuple[int, ...] = _ALL, preparation_s: float = 5.0, mixes: bool = True
+    ) -> None:
+        self._unit, self._warm, self._preparation_s, self._mixes = unit, warm, preparation_s, mixes
         self.rotating = False
         self.moves: list[tuple[float, SMAllocation]] = []
         """Each change of the split, and when."""
@@ -33,8 +37,7 @@ class SimulatedRotation:
         """See `hbserve.semi_pd.slo_algorithm.RotationManager`."""
         if self.rotating:
             return False
-        warm = self.get_status()["rungs"]
-        if new_allocation.prefill_percentage in warm["prefill"] and new_allocation.decode_percentage in warm["decode"]:
+        if Warm(**self.get_status()["warm_percentages"]).has(new_allocation):
             self._change(new_allocation)
         else:
             self.rotating = True
@@ -54,11 +57,13 @@ class SimulatedRotation:
             "current_sm_allocation": {
                 "prefill_percentage": now.prefill_percentage,
                 "decode_percentage": now.decode_percentage,
+                "mixed": now.mixed,
             },
             "switch_requested": self.rotating,
-            "rungs": {
+            "warm_percentages": {
                 "prefill": sorted({*self._warm, now.prefill_percentage}),
                 "decode": sorted({*self._warm, now.decode_percentage}),
+                "unified": [100] if self._mixes else [],
             },
         }
 

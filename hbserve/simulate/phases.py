@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
-from hbserve.pd_disagg.plan_timing import PlanTiming, StepWork
+from hbserve.pd_disagg.plan_timing import PlanTiming, StepForecast, StepWork
 from hbserve.pd_disagg.prefill_pace import PrefillPace
 from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
 from hbserve.semi_pd.step_times import StepTimes
@@ -22,7 +22,8 @@ from hbserve.simulate.requests import SimulatedRequest
 
 _FCFS = SchedulerConfig()
 _LONGEST_BURST = 64  # decode steps in one event: the context grows meanwhile
-_PLANS_WAY_S = 2e-3  # from a decision to a step that is ready on the device
+PLANS_WAY_S = 2e-3  # from a decision to a step that is ready on the device
+_ROUND_TRIP_S = 1e-3  # of a result and the next plan, where that is a small one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,11 @@ class Prompts:
         return any(request.planned_tokens < request.prompt_tokens for request in self.requests)
 
     @property
+    def num_unplanned_tokens(self) -> int:
+        """Not yet in a step under way or planned."""
+        return sum(request.prompt_tokens - request.planned_tokens for request in self.requests)
+
+    @property
     def backlog_tokens(self) -> int:
         """Not yet computed."""
         return sum(request.prompt_tokens - request.computed_tokens for request in self.requests)
@@ -96,19 +102,25 @@ class Prompts:
             tokens += min(other.prompt_tokens - other.planned_tokens, self._sizes.chunk_size)
         return tokens >= self._sizes.max_chunk_prefill_tokens
 
-    def take(self, budget: int) -> Chunks:
-        """What the next step to be planned computes."""
+    def take(self, budget: int, fit: Callable[[int, int], int] | None = None) -> Chunks:
+        """What the next step to be planned computes.
+
+        Args:
+            fit: how many of a prompt's next tokens there is time for, of at most so many after so many others.
+        """
         parts, tokens, keys = [], 0, 0.0
         ordered = self.requests if self._is_fifo else sorted(self.requests, key=self._key)
         for request in ordered:
             start = request.planned_tokens
-            chunk = min(request.prompt_tokens - start, self._sizes.chunk_size, budget - tokens)
+            chunk = wanted = min(request.prompt_tokens - start, self._sizes.chunk_size, budget - tokens)
+            if chunk > 0 and fit is not None:
+                chunk = fit(chunk, start)
             if chunk > 0:
                 parts.append((request, chunk))
                 request.planned_tokens += chunk
                 tokens += chunk
                 keys += chunk * (start + chunk / 2)
-            elif tokens >= budget:
+            if tokens >= budget or chunk < wanted:
                 break
         return Chunks(tuple(parts), tokens, keys)
 
@@ -145,6 +157,11 @@ class PlanAhead:
         self._alarm: Event | None = None
         self.chunks: Chunks | None = None
 
+    @property
+    def forecast(self) -> StepForecast:
+        """Of steps, from those that have been seen."""
+        return self._timing.forecast
+
     def is_due(self) -> bool:
         """Whether to decide now; if not, `pump` is called later."""
         if self.chunks is not None:
@@ -163,7 +180,7 @@ class PlanAhead:
 
     def ended(self, began: float, seconds: float) -> None:
         """The oldest step has ended; seconds: 0 if there was nothing to do in it."""
-        self._timing.confirmed(self._clock.now, seconds, began - self._planned_at.popleft() - _PLANS_WAY_S)
+        self._timing.confirmed(self._clock.now, seconds, began - self._planned_at.popleft() - PLANS_WAY_S)
 
 
 class PrefillPhase:
@@ -189,20 +206,32 @@ class PrefillPhase:
         self.step: Progress | None = None
         self.chunks: Chunks | None = None
         self._ahead = PlanAhead(clock, idle)
+        self._last_end = float("-inf")
         self.busy_s = 0.0
         self.last_busy_s = 0.0
 
     def start(self, percentage: int) -> None:
-        """Begin a step on so much of the device."""
+        """Begin a step on so much of the device; one that is planned already is at the worker of the step before."""
+        changes = self.percentage != percentage and self._last_end == self._clock.now
         self.percentage = percentage
         self.chunks = chunks = self._ahead.chunks or self._take()
         self._ahead.chunks = None
-        milliseconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage)
-        self.step = Progress(self._clock, milliseconds / 1000, self._done)
+        seconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage) / 1000
+        # Another worker can begin only when the one before has ended, and its plan is on the way then.
+        self.step = Progress(self._clock, seconds + changes * PLANS_WAY_S, self._done)
 
-    def plan_ahead(self) -> None:
-        """Shortly before a step ends the next is planned: what comes later waits for both."""
-        if self.step is not None and self.prompts.has_more and self._ahead.is_due():
+    @property
+    def has_planned(self) -> bool:
+        """Whether the next step is with the worker already."""
+        return self._ahead.chunks is not None
+
+    def plan_ahead(self, percentage: int) -> None:
+        """Shortly before a step ends the next is planned: what comes later waits for both.
+
+        Args:
+            percentage: that the next step is to have; another worker's is not planned before this one's are done.
+        """
+        if self.step is not None and percentage == self.percentage and self.prompts.has_more and self._ahead.is_due():
             self._ahead.chunks = self._take()
 
     def _take(self) -> Chunks:
@@ -215,6 +244,7 @@ class PrefillPhase:
         assert self.chunks is not None
         self.last_busy_s = self._clock.now - self.step.started
         self.busy_s += self.last_busy_s
+        self._last_end = self._clock.now
         self._ahead.ended(self.step.started, self.last_busy_s)
         self.step, chunks = None, self.chunks
         for request in self.prompts.done(chunks, self.last_busy_s):
@@ -244,24 +274,32 @@ class DecodePhase:
         self.percentage = 100
         self.burst: Progress | None = None
         self.busy_s = 0.0
-        self.started = float("-inf")
-        """When the last run of steps began."""
+        self._last_end = float("-inf")
         self._step_s = 0.0
         self._num_steps = 0
         self._by_end: list[tuple[int, int, SimulatedRequest]] = []
         self._count = 0
         self._context = 0  # summed over the running sequences
-        self._joining: list[SimulatedRequest] = []
+        self._joining: list[tuple[SimulatedRequest, int]] = []
 
     @property
     def num_sequences(self) -> int:
         """Running, and about to."""
         return len(self._by_end) + len(self._joining)
 
-    def join(self, request: SimulatedRequest) -> None:
-        """A sequence whose prompt is computed takes part from the next step."""
-        self._joining.append(request)
+    def join(self, request: SimulatedRequest, left: int) -> None:
+        """A sequence whose prompt is computed takes part from the next step, for so many."""
+        self._joining.append((request, left))
         self.end_burst_at_step()
+
+    def leave(self) -> dict[SimulatedRequest, int]:
+        """All sequences go elsewhere; with the steps that each still needs. Between two runs of steps."""
+        assert self.burst is None
+        left = {request: end - self._num_steps for end, _, request in sorted(self._by_end)} | dict(self._joining)
+        self._by_end.clear()
+        self._joining.clear()
+        self._context = 0
+        return left
 
     def end_burst_at_step(self) -> None:
         """Something has changed: plan anew when the current step ends."""
@@ -271,17 +309,20 @@ class DecodePhase:
 
     def start(self, percentage: int, most_steps: int = _LONGEST_BURST) -> None:
         """Begin a run of steps, at most so many, on so much of the device."""
+        # The plan for another worker, or of a step that has waited for its turn, waits for the end of the step before.
+        is_late = self._last_end == self._clock.now and (percentage != self.percentage or most_steps == 1)
         self.percentage = percentage
-        self.started = self._clock.now
-        for request in self._joining:
+        for request, left in self._joining:
             self._count += 1
-            request.finish_step = self._num_steps + request.output_tokens - 1
+            request.finish_step = self._num_steps + left
             heapq.heappush(self._by_end, (request.finish_step, self._count, request))
-            self._context += request.prompt_tokens + 1
+            self._context += request.prompt_tokens + request.output_tokens - left
         self._joining.clear()
         batch = len(self._by_end)
         steps = min(most_steps, self._by_end[0][0] - self._num_steps)
         self._step_s = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage) / 1000
+        if is_late:
+            self._step_s += _ROUND_TRIP_S / steps
         self.burst = Progress(self._clock, steps * self._step_s, self._done)
 
     def _done(self) -> None:
@@ -289,6 +330,7 @@ class DecodePhase:
         steps, batch = round(self.burst.total_s / self._step_s), len(self._by_end)
         seconds = self._clock.now - self.burst.started
         self.burst = None
+        self._last_end = self._clock.now
         self.busy_s += seconds
         self._num_steps += steps
         self._context += steps * batch

@@ -22,13 +22,14 @@ from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
 
 FORMS = (
-    "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), each with *N for N replicas"
+    "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "
+    "begin so, each with *N for N replicas"
 )
 """Of systems, for people."""
 _PATTERN = re.compile(
     r"(?:(?P<unified>unified)(?:@(?P<chunk>\d+))?"
     r"|(?P<x>[1-9]\d*)p(?P<y>[1-9]\d*)d"
-    r"|(?P<split>semi_pd|no_ladder|slo)@(?P<prefill>\d+)-(?P<decode>\d+))(?:\*(?P<n>[1-9]\d*))?"
+    r"|(?P<split>semi_pd|no_ladder|slo)@(?P<prefill>\d+)-(?P<decode>\d+)(?P<mixed>\+mixed)?)(?:\*(?P<n>[1-9]\d*))?"
 )
 
 
@@ -59,9 +60,8 @@ class System:
             return System(text, "unified", replicas, chunk=int(match["chunk"] or 512))
         if match["x"]:
             return System(text, "disaggregated", replicas, num_prefill=int(match["x"]), num_decode=int(match["y"]))
-        return System(
-            text, match["split"], replicas, allocation=SMAllocation(int(match["prefill"]), int(match["decode"]))
-        )
+        allocation = SMAllocation(int(match["prefill"]), int(match["decode"]), match["mixed"] is not None)
+        return System(text, match["split"], replicas, allocation=allocation)
 
     def replicated(self, replicas: int) -> System:
         """The same with another number of replicas."""
@@ -192,7 +192,8 @@ def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
         return DisaggregatedUnit(clock, steps, sizes, num_prefill=system.num_prefill, num_decode=system.num_decode)
     assert system.allocation is not None
     alone = None if system.form == "no_ladder" else SMAllocation(100, 100)
-    interval_ms = setting.constraints.decode_interval_ms if system.form == "slo" else 0.0
+    is_paced = system.form == "slo" or system.allocation.mixed
+    interval_ms = setting.constraints.decode_interval_ms if is_paced else 0.0
     return SemiPDUnit(clock, steps, sizes, system.allocation, alone, decode_interval_s=interval_ms / 1000)
 
 

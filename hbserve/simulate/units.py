@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns
-from hbserve.pd_disagg.plan_timing import StepWork
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
-from hbserve.simulate.clock import Progress, SimulatedClock
-from hbserve.simulate.phases import Chunks, DecodePhase, PlanAhead, PrefillPhase, PrefixCache, Prompts, Sizes
+from hbserve.simulate.clock import SimulatedClock
+from hbserve.simulate.mixing import MixedPhase
+from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
@@ -111,6 +111,18 @@ class Unit(ABC):
         self._kv_tokens -= request.prompt_tokens + request.output_tokens
         self.metrics.record_request_completion(request.request_id, request.output_tokens)
 
+    def _mixing(self, prompts: Prompts, interval_s: float) -> MixedPhase:
+        """A worker of both phases; see there."""
+        return MixedPhase(
+            *(self.clock, self.steps, self.sizes, prompts, interval_s),
+            *(self._on_mixed, self._first_token, self._finish, self._pump),
+        )
+
+    def _on_mixed(self, chunks: Chunks, batch: int, seconds: float) -> None:
+        if batch:
+            self.metrics.record_token_gap(seconds, batch)
+        self.metrics.record_step("unified", len(chunks.parts), chunks.tokens, batch, batch, seconds)
+
     def record_state(self) -> None:
         """Report queues and memory to the metrics; done before they are read."""
         oldest = min((request.arrival for request in self._without_token()), default=self.clock.now)
@@ -172,7 +184,8 @@ class _PhasedUnit(Unit):
 
     def _join_decode(self, request: SimulatedRequest) -> None:
         self.metrics.record_decode_start(request.request_id)
-        min(self._decodes, key=lambda decode: decode.num_sequences).join(request)
+        decode = min(self._decodes, key=lambda decode: decode.num_sequences)
+        decode.join(request, request.output_tokens - 1)
 
     def _on_decoded(self, steps: int, batch: int, seconds: float) -> None:
         self.metrics.record_token_gap(seconds / steps, steps * batch)
@@ -188,6 +201,9 @@ class SemiPDUnit(_PhasedUnit):
         alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
         decode_interval_s: from one decode step to the next, mean, while prefill is busy; see `DecodeTurns`. 0: as fast
             as they can.
+
+    Attributes:
+        allocation: may be changed at any time; between mixing and side by side, all that is under way ends first.
     """
 
     def __init__(
@@ -207,19 +223,63 @@ class SemiPDUnit(_PhasedUnit):
         self.decode_interval_s = decode_interval_s
         self._turns = DecodeTurns(decode_interval_s) if decode_interval_s else None
         self._beside = True  # decode has a turn beside the prefill step under way
+        self._mixed = self._mixing(self.prefill.prompts, decode_interval_s)
+        self._is_mixing = allocation.mixed
+
+    @property
+    def num_decoding(self) -> int:
+        return super().num_decoding + len(self._mixed.running)
 
     def _pump(self) -> None:
         self._admit()
+        if self.allocation.mixed != self._is_mixing:
+            self._drain()
+        elif self._is_mixing:
+            self._mix()
+        else:
+            self._pump_side_by_side()
+
+    def _mix(self) -> None:
+        if self._mixed.step is None and (self.prefill.prompts or self._mixed.running):
+            self._mixed.start()
+            self._admit()
+        self._mixed.plan_ahead()
+
+    def _drain(self) -> None:
+        """What is in flight goes on, nothing is added; when it has ended sequences change workers."""
+        if self._is_mixing:
+            if self._mixed.step is None and self._mixed.has_planned:
+                self._mixed.start()
+            elif self._mixed.step is None:
+                for request, left in self._mixed.running.items():
+                    self.decode.join(request, left)
+                self._mixed.running.clear()
+        else:
+            self.decode.end_burst_at_step()
+            if self.prefill.step is None and self.prefill.has_planned:
+                self.prefill.start(self.prefill.percentage)
+            elif self.prefill.step is None and self.decode.burst is None:
+                self._mixed.running = self.decode.leave()
+            self._set_speeds()
+        is_idle = self._mixed.step is None and self.prefill.step is None and self.decode.burst is None
+        if is_idle:
+            self._is_mixing = self.allocation.mixed
+            self._pump()
+
+    def _pump_side_by_side(self) -> None:
         prefills = self.prefill.step is not None or bool(self.prefill.prompts)
         decodes = self.decode.burst is not None or self.decode.num_sequences > 0
         if self._turns is not None and not (prefills and decodes):
             self._turns.rest(self.clock.now)
         alone = self.alone or self.allocation
+        shares_next = decodes
+        if self._turns is not None and (prefills and decodes):
+            shares_next = self._turns.update(self.clock.now)
         if self.prefill.step is None and prefills:
-            shares = decodes
             if self._turns is not None:
-                self._beside = shares = decodes and self._turns.update(self.clock.now)
-            self.prefill.start((self.allocation if shares else alone).prefill_percentage)
+                self._beside = shares_next
+            share = (self.allocation if shares_next else alone).prefill_percentage
+            self.prefill.start(self.prefill.percentage if self.prefill.has_planned else share)
         share = (self.allocation if prefills else alone).decode_percentage
         takes_turns = prefills and self._turns is not None
         if self.decode.burst is not None:
@@ -232,7 +292,7 @@ class SemiPDUnit(_PhasedUnit):
             self._turns.stepped()
             self.decode.start(share, 1)
         self._admit()
-        self.prefill.plan_ahead()
+        self.prefill.plan_ahead((self.allocation if shares_next else alone).prefill_percentage)
         self._set_speeds()
 
     def _set_speeds(self) -> None:
@@ -271,7 +331,7 @@ class DisaggregatedUnit(_PhasedUnit):
             if prefill.step is None and prefill.prompts:
                 prefill.start(100)
                 self._admit()
-            prefill.plan_ahead()
+            prefill.plan_ahead(100)
         for decode in self._decodes:
             if decode.burst is None and decode.num_sequences:
                 decode.start(100)
@@ -283,10 +343,7 @@ class UnifiedUnit(Unit):
     def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
         super().__init__(clock, steps, sizes, window_s)
         self._prompts = Prompts(clock, sizes)
-        self._running: dict[SimulatedRequest, int] = {}  # tokens still to come
-        self._step: Progress | None = None
-        self._chunks: Chunks | None = None
-        self._ahead = PlanAhead(clock, self._pump)
+        self._worker = self._mixing(self._prompts, 0.0)
 
     @property
     def prompts(self) -> list[Prompts]:
@@ -294,62 +351,14 @@ class UnifiedUnit(Unit):
 
     @property
     def num_decoding(self) -> int:
-        return len(self._running)
+        return len(self._worker.running)
 
     def _pump(self) -> None:
         self._admit()
-        if self._step is None and (self._prompts or self._running):
-            self._start()
+        if self._worker.step is None and (self._prompts or self._worker.running):
+            self._worker.start()
             self._admit()
-        # Shortly before a step ends the next is planned: what comes later waits for both.
-        if self._step is not None and (self._running or self._prompts.has_more) and self._ahead.is_due():
-            self._ahead.chunks = self._take()
-
-    def _take(self) -> Chunks:
-        room = self.sizes.max_num_batched_tokens - len(self._running)
-        chunks = self._prompts.take(min(room, self.sizes.max_chunk_prefill_tokens))
-        self._ahead.planned(StepWork(len(self._running), self._context, chunks.tokens, chunks.keys))
-        return chunks
-
-    @property
-    def _context(self) -> int:
-        return sum(map(_context_of, self._running.items()))
-
-    def _start(self) -> None:
-        batch = len(self._running)
-        chunks, self._ahead.chunks = self._ahead.chunks, None
-        if chunks is not None and not (chunks.tokens or batch):
-            self._ahead.ended(self.clock.now, 0.0)
-            chunks = None
-        self._chunks = chunks = chunks or self._take()
-        context = self._context / batch if batch else 0.0
-        prompt_context = chunks.context if chunks.tokens else 0.0
-        milliseconds = self.steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
-        self._step = Progress(self.clock, milliseconds / 1000, self._done)
-
-    def _done(self) -> None:
-        assert self._step is not None
-        assert self._chunks is not None
-        seconds, batch = self._step.total_s, len(self._running)
-        self._ahead.ended(self._step.started, seconds)
-        self._step = None
-        if batch:
-            self.metrics.record_token_gap(seconds, batch)
-        self.metrics.record_step("unified", len(self._chunks.parts), self._chunks.tokens, batch, batch, seconds)
-        for request in list(self._running):
-            self._running[request] -= 1
-            if not self._running[request]:
-                del self._running[request]
-                self._finish(request)
-        for request in self._prompts.done(self._chunks, seconds):
-            if self._first_token(request):
-                self._running[request] = request.output_tokens - 1
-        self._pump()
-
-
-def _context_of(item: tuple[SimulatedRequest, int]) -> int:
-    request, left = item
-    return request.prompt_tokens + request.output_tokens - left
+        self._worker.plan_ahead()
 
 
 def serve(clock: SimulatedClock, units: list[Unit], requests: list[SimulatedRequest], until: float = math.inf) -> None:

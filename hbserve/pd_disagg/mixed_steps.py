@@ -1,0 +1,86 @@
+"""What goes into the next step of a worker that does both phases: prompts, for as long as TPOT's target leaves time.
+
+Every sequence that decodes waits for the prompts in its step. A budget in tokens does not bound that: the last tokens
+of a long prompt take several times as long as the first ones of a short one. A budget in time does, and where the
+batch is ahead of what its target asks for, it may be spent: on a larger step, or on one without decode rows, which
+gets short prompts done sooner.
+"""
+
+from __future__ import annotations
+
+from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
+
+_MOST_AHEAD = 8.0
+"""Intervals that decode can be ahead, or behind, by the account; what is beyond is forgotten."""
+_SHORTEST = 0.5
+"""Of an interval: prompts get so much of a step's time even where decode is behind."""
+_LEAST_TOKENS = 128
+"""Of prompts in a step that has any, however long it takes: they must get on."""
+
+
+class MixedSteps:
+    """Keeps account of how far decode is ahead of one step in each interval, in seconds of any clock.
+
+    Args:
+        holds_back_decode: it may be left out of steps while it is ahead; else it is never ahead.
+    """
+
+    def __init__(self, holds_back_decode: bool = True) -> None:
+        self._most_ahead = _MOST_AHEAD if holds_back_decode else 0.0
+        self._due = 0.0  # when decode's next step should end
+        self._interval_s = 0.0
+
+    def limit_s(self, now: float, interval_s: float, waiting_tokens: int, step_tokens: int) -> float:
+        """How long the next step may take with decode rows in it; infinite: leave them out of it.
+
+        Args:
+            interval_s: from one decode step to the next, mean, that TPOT's target allows.
+            waiting_tokens: of prompts that could be in the step; without any no decode row is left out.
+            step_tokens: most of them in a step.
+        """
+        self._interval_s = interval_s
+        self._due = min(max(self._due, now - _MOST_AHEAD * interval_s), now + self._most_ahead * interval_s)
+        ahead_s = self._due - now
+        if ahead_s > 0 and 0 < waiting_tokens <= step_tokens:
+            return float("inf")
+        return max(_SHORTEST * interval_s, interval_s + ahead_s)
+
+    def decoded(self, now: float, beside_prompts: bool) -> None:
+        """A step with decode rows has been planned. Where no prompts wait, no decode step is late."""
+        self._due = (self._due if beside_prompts else max(self._due, now)) + self._interval_s
+
+
+class StepRoom:
+    """The time in one step, as prompts are put into it.
+
+    Args:
+        forecast: of the worker's steps.
+        decode: the step's decode rows.
+        limit_s: how long it may take.
+    """
+
+    def __init__(self, forecast: StepForecast, decode: StepWork, limit_s: float) -> None:
+        self._forecast, self._work, self._limit_s = forecast, decode, limit_s
+        self.is_full = False
+
+    def take(self, tokens: int, start: int) -> int:
+        """How many of a prompt's next tokens fit, of at most ``tokens``; they are in the step then.
+
+        Args:
+            start: tokens of the prompt before them.
+        """
+        low, high = 0 if self._work.prompt_tokens else min(tokens, _LEAST_TOKENS), tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._forecast.estimate(self._with(middle, start)) <= self._limit_s:
+                low = middle
+            else:
+                high = middle - 1
+        self._work = self._with(low, start)
+        self.is_full = low < tokens
+        return low
+
+    def _with(self, tokens: int, start: int) -> StepWork:
+        work = self._work
+        pairs = tokens * (start + tokens / 2)
+        return StepWork(work.decode_rows, work.decode_keys, work.prompt_tokens + tokens, work.prompt_keys + pairs)
