@@ -132,7 +132,8 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_limits_of_a_request(client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler) -> None:
-    async with guarded(client, tokenizer, max_body_bytes=1000, max_prompt_tokens=5, request_timeout_s=0.3) as server:
+    gate, limits = FairGate(max_open=1), {"max_body_bytes": 1000, "max_prompt_tokens": 5, "request_timeout_s": 0.3}
+    async with guarded(client, tokenizer, gate=gate, **limits) as server:
         http = server.http
         answer = await http.post("/v1/completions", json=BODY | {"user": "x" * 1000})
         assert (answer.status_code, "max_body_bytes" in answer.text) == (413, True)
@@ -153,6 +154,11 @@ async def test_limits_of_a_request(client: EngineClient, tokenizer: Tokenizer, s
         assert answer.status_code == 200
         assert '"code":"request_timeout"' in answer.text
         await scheduler.wait_for_aborts(2)
+        await gate.enter("another")  # whose request takes long: the time in the queue counts
+        answer = await http.post("/v1/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+        gate.leave("another")
+        assert gate.num_waiting == 0
 
 
 async def test_request_ids(client: EngineClient, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -159,6 +159,21 @@ async def test_arrivals_in_another_order_than_asked_for_are_matched() -> None:
         assert torch.equal(target.arena[[31 - i for i in range(8)]], source.arena[list(range(8))])
 
 
+async def test_what_nobody_asks_for_any_more_takes_no_room_when_its_link_has_ended() -> None:
+    async with sides(buffer_size=2 * BLOCK_BYTES) as (source, target):
+        for epoch in range(1, 4):  # a leak of one of them would hold up the next
+            sends, receives = zip(
+                *(pair(f"{name}{epoch}", source, target, [1, 2], [3, 4], 0, epoch) for name in "ab"), strict=True
+            )
+            for send in sends:
+                source.manager.send(send)
+            target.manager.handle(receives[1])
+            assert (await target.result()).error is None
+            await target.close(source, epoch)
+            for _ in sends:
+                assert (await source.result()).error is None
+
+
 async def test_several_senders_and_receivers_at_once() -> None:
     async with sides(4) as made:
         links = [(s, t) for s in made[:2] for t in made[2:]]
@@ -302,8 +317,9 @@ async def test_one_sided_writes_arrive_where_they_belong_and_nowhere_else(backen
 @pytest.mark.parametrize("backend", ONE_SIDED)
 async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend: str) -> None:
     async with sides(backend=backend, timeout_s=5.0) as (source, target):
+        closing = asyncio.create_task(target.close(source, 1))  # told before it is open
         old = await target.let_write(source, 1)
-        await target.close(source, 1)
+        await closing
         before = target.arena.clone()
         send, _ = pair("late", source, target, [1], [2])
         if backend == "mooncake":  # others rely on their senders, which are told before
@@ -485,6 +501,6 @@ async def test_the_lookup_buffer_holds_arrivals_back_until_there_is_space() -> N
     await asyncio.sleep(0)
     assert not waiting.done()
     assert "a" in buffer
-    await buffer.take("a")
+    buffer.take("a")
     await asyncio.wait_for(waiting, DEADLINE_S)
     assert buffer.used_bytes == 8

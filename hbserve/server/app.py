@@ -18,6 +18,7 @@ from hbserve.server import errors
 from hbserve.server.chat import create_chat_completion
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import create_completion
+from hbserve.server.generation import Deadline
 from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
 
@@ -47,15 +48,19 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
         if name != served_name:
             raise errors.ModelNotFoundError(f"there is no model {name!r}; this server has {served_name!r}", "model")
 
+    def deadline_of(request: Request) -> Deadline:
+        deadline: Deadline | None = request.scope.get("deadline")  # the guard's, from before the wait for a turn
+        return deadline or Deadline(config.request_timeout_s)
+
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        return await create_completion(engine, body, request.receive, config.request_timeout_s)
+        return await create_completion(engine, body, request.receive, deadline_of(request))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        return await create_chat_completion(engine, body, request.receive, config.request_timeout_s)
+        return await create_chat_completion(engine, body, request.receive, deadline_of(request))
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:

@@ -17,32 +17,33 @@ from hbserve.pd_disagg.generation_output import Sample, SampleDelta
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.connection import EventStream, while_connected
-from hbserve.server.generation import Generation
+from hbserve.server.generation import Deadline, Generation
 from hbserve.server.logprobs import chat_logprobs
 from hbserve.server.tool_calls import ToolCallParser
 from hbserve.server.tool_formats import tool_format
 
 
 async def create_chat_completion(
-    engine: TextEngine, body: ChatCompletionRequest, receive: Receive, timeout_s: float | None
+    engine: TextEngine, body: ChatCompletionRequest, receive: Receive, deadline: Deadline
 ) -> Response:
     """Answer one request, streamed or whole.
 
     Args:
-        timeout_s: it ends with an error if it takes longer.
+        deadline: then it ends with an error.
 
     Raises:
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
     sampling = body.sampling(tool_format(engine.tokenizer.tools_template), engine.tokenizer.added_token_id)
-    prompt = await engine.text.encode_chat(body.conversation(), body.offered_tools, body.chat_template_kwargs)
+    async with deadline.applied():
+        prompt = await engine.text.encode_chat(body.conversation(), body.offered_tools, body.chat_template_kwargs)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": body.model,
     }
-    generation = Generation(engine, head["id"], [prompt], sampling, timeout_s)
+    generation = Generation(engine, head["id"], [prompt], sampling, deadline)
     if body.stream:
         return EventStream(_events(engine, generation, head, body))
     with _named_as_in(body):

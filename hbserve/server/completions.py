@@ -14,27 +14,27 @@ from starlette.types import Receive
 from hbserve.pd_disagg.generation_output import Sample, SampleDelta
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.server.connection import EventStream, while_connected
-from hbserve.server.generation import Generation
+from hbserve.server.generation import Deadline, Generation
 from hbserve.server.logprobs import CompletionLogprobs
 from hbserve.server.protocol import CompletionRequest
 
 
 async def create_completion(
-    engine: TextEngine, body: CompletionRequest, receive: Receive, timeout_s: float | None
+    engine: TextEngine, body: CompletionRequest, receive: Receive, deadline: Deadline
 ) -> Response:
     """Answer one request, streamed or whole.
 
     Args:
-        timeout_s: it ends with an error if it takes longer.
+        deadline: then it ends with an error.
 
     Raises:
         InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
     """
-    return await _Completion(engine, body, timeout_s).respond(receive)
+    return await _Completion(engine, body, deadline).respond(receive)
 
 
 class _Completion:
-    def __init__(self, engine: TextEngine, body: CompletionRequest, timeout_s: float | None) -> None:
+    def __init__(self, engine: TextEngine, body: CompletionRequest, deadline: Deadline) -> None:
         self._engine, self._body = engine, body
         self._sampling = body.sampling()
         self._head: dict[str, Any] = {
@@ -43,7 +43,7 @@ class _Completion:
             "created": int(time.time()),
             "model": body.model,
         }
-        self._generation = Generation(engine, self._head["id"], body.prompts, self._sampling, timeout_s)
+        self._generation = Generation(engine, self._head["id"], body.prompts, self._sampling, deadline)
         self._logprobs = [
             CompletionLogprobs(engine.tokenizer, self._sampling.skip_special_tokens)
             for _ in range(self._generation.num_choices if self._sampling.logprobs is not None else 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from hbserve.errors import RequestTimeoutError
@@ -13,12 +14,42 @@ from hbserve.pd_disagg.text_stream import TextStream
 from hbserve.sampling_params import SamplingParams
 
 
+class Deadline:
+    """When a request is given up.
+
+    Args:
+        timeout_s: from now on; None: never.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self.at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+    @property
+    def error(self) -> RequestTimeoutError:
+        """What its client is told."""
+        return RequestTimeoutError(f"not finished within {self._timeout_s:g} s (server.request_timeout_s)")
+
+    @asynccontextmanager
+    async def applied(self) -> AsyncGenerator[None]:
+        """Cancel what is done within when it is time.
+
+        Raises:
+            RequestTimeoutError
+        """
+        try:
+            async with asyncio.timeout_at(self.at):
+                yield
+        except TimeoutError:
+            raise self.error from None
+
+
 class Generation:
     """One HTTP request's prompts, running concurrently.
 
     Args:
         request_id: the id in the response, and the engine's name for it.
-        timeout_s: it ends with an error if it takes longer.
+        deadline: then it ends with an error.
 
     Attributes:
         num_choices: samples of all prompts; choice ``p * n + i`` is sample i of prompt p.
@@ -30,7 +61,7 @@ class Generation:
         request_id: str,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
-        timeout_s: float | None,
+        deadline: Deadline,
     ) -> None:
         self.num_choices = len(prompts) * sampling.n
         self._engine = engine
@@ -38,7 +69,7 @@ class Generation:
         self._prompts = prompts
         self._sampling = sampling
         self._stream: TextStream | None = None
-        self._timeout_s = timeout_s
+        self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
@@ -46,10 +77,11 @@ class Generation:
     async def read(self) -> list[SampleDelta]:
         """What is new since the last call; empty at the end. Starts with the first call; errors as in `TextEngine`."""
         if self._stream is None:
-            self._stream = await self._engine.open(self._prompts, self._sampling, self._request_id)
-            if self._timeout_s is not None:
-                error = RequestTimeoutError(f"not finished within {self._timeout_s:g} s (server.request_timeout_s)")
-                self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._stream.fail, error)
+            deadline = self._deadline
+            async with deadline.applied():
+                self._stream = await self._engine.open(self._prompts, self._sampling, self._request_id)
+            if deadline.at is not None:
+                self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)
         deltas = await self._stream.read()
         for delta in deltas:
             self._completion_tokens += len(delta.token_ids)

@@ -18,6 +18,7 @@ from hbserve.config import ServerConfig
 from hbserve.errors import HBServeError, ShuttingDownError
 from hbserve.server.errors import ClientGone, ForbiddenError, UnauthorizedError, api_error
 from hbserve.server.fair_gate import FairGate
+from hbserve.server.generation import Deadline
 from hbserve.server.keys import Keys
 
 access = logging.getLogger("hbserve.access")
@@ -101,7 +102,9 @@ class Guard:
         if not generates:
             await self._app(scope, body.receive, answer)
             return
-        await body.while_connected(self._gate.enter(name))
+        scope["deadline"] = deadline = Deadline(self._config.request_timeout_s)
+        async with deadline.applied():
+            await body.while_connected(self._gate.enter(name))
         try:
             await self._app(scope, body.receive, answer)
         finally:

@@ -15,18 +15,22 @@ class ByteBudget:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
-        self._changed = asyncio.Condition()
+        self._waiting: set[asyncio.Future[None]] = set()
 
     async def take(self, num_bytes: int) -> None:
         """Wait until ``num_bytes`` fit, and take them."""
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self.used_bytes == 0 or self.used_bytes + num_bytes <= self.capacity_bytes
-            )
-            self.used_bytes += num_bytes
+        while self.used_bytes and self.used_bytes + num_bytes > self.capacity_bytes:
+            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.add(changed)
+            try:
+                await changed
+            finally:
+                self._waiting.discard(changed)
+        self.used_bytes += num_bytes
 
-    async def give_back(self, num_bytes: int) -> None:
-        """Return what was taken."""
-        async with self._changed:
-            self.used_bytes -= num_bytes
-            self._changed.notify_all()
+    def give_back(self, num_bytes: int) -> None:
+        """Return what was taken. It does not wait, so nothing can keep it from being done."""
+        self.used_bytes -= num_bytes
+        for changed in self._waiting:
+            if not changed.done():
+                changed.set_result(None)

@@ -30,9 +30,9 @@ class KVLookupBuffer:
         """Wait until ``num_bytes`` more fit, and take them."""
         await self._budget.take(num_bytes)
 
-    async def give_back(self, num_bytes: int) -> None:
-        """Return space that was taken for something that did not arrive."""
-        await self._budget.give_back(num_bytes)
+    def give_back(self, num_bytes: int) -> None:
+        """Return space that was taken for something that did not arrive, or was wanted already."""
+        self._budget.give_back(num_bytes)
 
     def put(self, name: str, buffer: torch.Tensor) -> None:
         """File an arrival whose space has been taken."""
@@ -42,8 +42,13 @@ class KVLookupBuffer:
     def __contains__(self, name: str) -> bool:
         return name in self._arrived
 
-    async def take(self, name: str) -> torch.Tensor:
+    def take(self, name: str) -> torch.Tensor:
         """Hand out an arrival that is there."""
         buffer = self._arrived.pop(name)
-        await self._budget.give_back(buffer.nbytes)
+        self._budget.give_back(buffer.nbytes)
         return buffer
+
+    def drop(self, prefix: str) -> None:
+        """Let go of all arrivals whose names begin so: nobody will ask for them."""
+        for name in [name for name in self._arrived if name.startswith(prefix)]:
+            self.take(name)

@@ -67,6 +67,7 @@ class KVTransferManager(ABC):
         self._report = report
         self._tasks: dict[tuple[str, bool], asyncio.Task[_Done]] = {}
         self._link_tasks: set[asyncio.Task[None]] = set()
+        self._opening: dict[tuple[str, int], asyncio.Task[None]] = {}  # by source and epoch of the link
         self._merging: set[asyncio.Task[None]] = set()
         # Of transfers whose command has not come yet, or whose result had left: bounded, so no need to tell which.
         self._cancelled_early: deque[str] = deque(maxlen=1024)
@@ -101,8 +102,12 @@ class KVTransferManager(ABC):
         elif isinstance(command, CancelTransfer):
             self.cancel(command.transfer_id)
         else:
-            work = self._open_link(command) if isinstance(command, OpenLink) else self._close_link(command)
-            task = asyncio.create_task(work)
+            link = command.source_id, command.link_epoch
+            if isinstance(command, OpenLink):
+                task = self._opening[link] = asyncio.create_task(self._open_link(command))
+                task.add_done_callback(lambda _: self._opening.pop(link))
+            else:
+                task = asyncio.create_task(self._close_link(command, self._opening.get(link)))
             self._link_tasks.add(task)
             task.add_done_callback(self._link_tasks.discard)
 
@@ -305,7 +310,9 @@ class KVTransferManager(ABC):
             )
         )
 
-    async def _close_link(self, command: CloseLink) -> None:
+    async def _close_link(self, command: CloseLink, opening: asyncio.Task[None] | None) -> None:
+        if opening is not None:  # or it would be open when it has been closed
+            await asyncio.wait([opening])
         await self._close_inbox(self._sources_of(command), command.senders_done)
         if self._merging:
             await asyncio.wait(self._merging)

@@ -88,7 +88,7 @@ class StagedTransfers(KVTransferManager):
             buffer = await asyncio.to_thread(self._take, command.block_ids, route.source_part, shape)
             await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
         finally:
-            await self._staging.give_back(num_bytes)
+            self._staging.give_back(num_bytes)
         return queued_s
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:

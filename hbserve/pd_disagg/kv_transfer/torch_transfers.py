@@ -49,6 +49,7 @@ class TorchTransfers(KVTransferManager):
         super().__init__(context, kv_blocks, report, shard)
         self._outgoing: dict[tuple[int, int, int], tuple[SendingLink, Outbox]] = {}
         self._incoming: dict[tuple[int, int, int], ReceivingLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._pumps: dict[ReceivingLink, asyncio.Task[None]] = {}
         self._arrivals = KVLookupBuffer(context.buffer_size)
         self._store: Any = None
@@ -94,9 +95,9 @@ class TorchTransfers(KVTransferManager):
         self._incoming.clear()
         await asyncio.gather(*(self._end(link) for link in links))
         for sending, outbox in self._outgoing.values():
-            outbox.abandon()
-            sending.close()
+            self._give_up(sending, outbox)
         self._outgoing.clear()
+        await asyncio.gather(*self._closing)
 
     async def stop(self) -> None:
         self._store = None
@@ -110,17 +111,20 @@ class TorchTransfers(KVTransferManager):
         except BaseException:
             # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
             # the GPU for it would wait for the other side for good.
-            outbox.abandon()
-            link.close()
+            self._give_up(link, outbox)
             raise
+
+    def _give_up(self, link: SendingLink, outbox: Outbox) -> None:
+        outbox.abandon()
+        closing = asyncio.create_task(asyncio.to_thread(link.close))  # aborting takes NCCL a while
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     def _way_to(self, target: Peer, route: Route) -> tuple[SendingLink, Outbox]:
         key = _key(target)
         if key not in self._outgoing:
             for other in [each for each in self._outgoing if each[0] == target.rank and each < key]:
-                link, outbox = self._outgoing.pop(other)
-                outbox.abandon()
-                link.close()
+                self._give_up(*self._outgoing.pop(other))
             mine = f"{self._context.rank}.{self._context.epoch}"
             name = f"{mine}-{target.rank}.{target.epoch}.{target.link_epoch}"
             connect = functools.partial(self._connection_to, target.endpoint)
@@ -137,7 +141,7 @@ class TorchTransfers(KVTransferManager):
         digest = digest_of(command.transfer_id)
         name = f"{link.name} {digest}"
         if name in self._arrivals:
-            buffer = await self._arrivals.take(name)
+            buffer = self._arrivals.take(name)
             await link.run(lambda: link.put(command.block_ids, buffer))
             return
         wanted = link.wanted[digest] = Wanted(command.block_ids)
@@ -160,23 +164,21 @@ class TorchTransfers(KVTransferManager):
             link.fail(error)
 
     async def _receive_early(self, link: ReceivingLink, header: Header) -> None:
-        num_bytes = sum(size for digest, size in header.parcels if digest not in link.wanted)
-        await self._arrivals.wait_for_space(num_bytes)
+        held = sum(size for digest, size in header.parcels if digest not in link.wanted)
+        await self._arrivals.wait_for_space(held)
         try:
             early = await link.run(lambda: link.receive_parcels(header))
-        except BaseException:
-            await self._arrivals.give_back(num_bytes)
-            raise
-        await self._arrivals.give_back(num_bytes - sum(buffer.nbytes for buffer in early.values()))
-        for digest, buffer in early.items():
-            wanted = link.wanted.get(digest)
-            if wanted is None:
-                self._arrivals.put(f"{link.name} {digest}", buffer)
-                continue
-            # It was asked for while it came.
-            await link.run(functools.partial(link.put, wanted.block_ids, buffer))
-            await self._arrivals.give_back(buffer.nbytes)
-            wanted.settle(None)
+            for digest, buffer in early.items():
+                wanted = link.wanted.get(digest)
+                if wanted is None:
+                    self._arrivals.put(f"{link.name} {digest}", buffer)
+                    held -= buffer.nbytes
+                    continue
+                # It was asked for while it came.
+                await link.run(functools.partial(link.put, wanted.block_ids, buffer))
+                wanted.settle(None)
+        finally:
+            self._arrivals.give_back(held)
 
     def _link_from(self, source: Peer, route: Route) -> ReceivingLink:
         key = _key(source)
@@ -201,9 +203,11 @@ class TorchTransfers(KVTransferManager):
     async def _end(self, link: ReceivingLink) -> None:
         """Return when nothing of a link is written any more."""
         await asyncio.to_thread(link.close)
-        if link in self._pumps:
-            self._pumps[link].cancel()
+        if (pump := self._pumps.get(link)) is not None:
+            pump.cancel()
+            await asyncio.wait([pump])
         link.fail(KVTransferError(f"KV link {link.name} was closed"))
+        self._arrivals.drop(f"{link.name} ")
 
     # --- both ------------------------------------------------------------------------------------
 
