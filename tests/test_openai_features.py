@@ -97,12 +97,12 @@ async def test_answers_of_tools_are_put_into_the_prompt(
     messages: Any = [
         *USER,
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+        {"role": "tool", "tool_call_id": "call_1", "name": "get_weather", "content": "sunny"},
     ]
     await api.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], tool_choice="none")
     prompt = tokenizer.decode(scheduler.requests[0].prompt_token_ids, skip_special_tokens=False)
     assert '<tool_call>get_weather{"days": 2}</tool_call>' in prompt
-    assert "<|im_start|>tool\nsunny<|im_end|>" in prompt
+    assert "<|im_start|>tool get_weather\nsunny<|im_end|>" in prompt
     assert "of a place" not in prompt  # tool_choice="none": the model is not told of them
     assert not prompt.endswith("<think></think>")
     options = {"chat_template_kwargs": {"enable_thinking": False}}

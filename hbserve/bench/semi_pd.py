@@ -23,6 +23,7 @@ from hbserve.bench import gpu_fault, pictures, semi_pd_plot
 from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.bench.stream_load import StreamLoad, Window, random_prompt
 from hbserve.errors import HBServeError, RequestFailedError
+from hbserve.pd_disagg import child
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
@@ -31,7 +32,7 @@ from hbserve.system.disaggregated_llm import DisaggregatedLLM
 _SETTLE_TIMEOUT_S = 120.0
 _PART_TIMEOUT_S = 240.0
 _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
-_NUM_SLEEPERS = 6  # so that one rotation after the other finds some asleep
+_NUM_SLEEPERS = 8  # so that one rotation after the other finds some asleep
 _TIME_FOR_LOSSES_S = 50.0
 _MIB = 1 << 20
 
@@ -141,6 +142,7 @@ class _Benchmark:
 
     async def _semi_pd(self) -> None:
         async with self._system("semi_pd") as llm:
+            child.freeze_heap()  # this is the streams' client: as an API server does
             manager = llm.supervisors["semi-0"]
             assert isinstance(manager, ProcessRotationManager)
             await self._part("what workers hold", self._workers(manager))
@@ -161,6 +163,7 @@ class _Benchmark:
 
     async def _workers(self, manager: ProcessRotationManager) -> None:
         """Times and memory of the four workers that were made when the system started."""
+        await _until_asleep(manager, _NUM_SLEEPERS)
         await asyncio.sleep(2 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
         status = manager.get_status()
         resident = status["resident_manager"]
@@ -253,29 +256,25 @@ class _Benchmark:
 
     async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
         done: list[_Rotation] = []
-        number = self._options.rotations
-        while len(done) < number and time.monotonic() < self._deadline - _TIME_FOR_LOSSES_S:
-            is_cold = len(done) == 1
-            if is_cold:
-                await _end_sleepers(manager)
-            else:
-                await _until_asleep(manager, 2)
-            rotation = await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)])
-            if is_cold:
-                self._put("rotation: cold, seconds from request to ready", rotation.prepared_s)
-            elif not done:
+        ends = self._deadline - _TIME_FOR_LOSSES_S
+        while not done or (len(done) < self._options.rotations - 1 and time.monotonic() < ends):
+            await _until_asleep(manager, 2)
+            done.append(rotation := await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)]))
+            if len(done) == 1:
                 self._put("rotation: first, seconds from request to ready", rotation.prepared_s)
                 asked = rotation.asked
                 self._first_rotation = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
                 self._put_start("worker from a sleeper", rotation.made)
                 await _until_asleep(manager, _NUM_SLEEPERS)  # new sleepers' imports belong to the rotation
                 self._steady_windows.append(await self._steady_at(_SPLITS[0], load))
-            done.append(rotation)
-        self._put_rotations(load, done)
+        await _end_sleepers(manager)
+        cold = await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)])
+        self._put("rotation: cold, seconds from request to ready", cold.prepared_s)
+        self._put_rotations(load, done, cold)
 
-    def _put_rotations(self, load: StreamLoad, done: list[_Rotation]) -> None:
+    def _put_rotations(self, load: StreamLoad, warm: list[_Rotation], cold: _Rotation) -> None:
         """Windows of all rotations, when nothing is watched any more: to look at them takes the event loop's time."""
-        warm = [rotation for index, rotation in enumerate(done) if index != 1]
+        done = [*warm, cold]
         self._put("rotations: done", len(done))
         self._put("rotation: from sleepers, seconds to ready, median", _middle([each.prepared_s for each in warm]))
         self._put("rotation: from sleepers, seconds to ready, worst", max(each.prepared_s for each in warm))

@@ -147,21 +147,38 @@ class ModelRunner:
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
         """Run steps of the sizes that will come, so that the first real one finds everything loaded.
 
-        All their KV goes to one block that is nobody's.
+        What is loaded or allocated at its first use depends on the size: kernels, pinned memory of results, which
+        comes in powers of two, captured graphs. All their KV goes to one block that is nobody's.
         """
-        most = min(config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens)
-        for length in (1, min(self.max_model_len - 1, most)) if role.prefills else (1,):
-            state = SequenceState(
-                slot=0,
+        longest = min(
+            config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens, self.max_model_len - 1
+        )
+        batches = [[1]]
+        if role.prefills:
+            batches.append([longest])
+        if role.decodes and self._graphs is not None:
+            batches += [[1] * (1 << power) for power in range(1, self._table.max_num_seqs.bit_length())]
+        for lengths in batches:
+            self.launch(self._rehearsal(lengths, spare_block)).result()
+
+    def _rehearsal(self, lengths: list[int], spare_block: int) -> StepPlan:
+        """A step of whole prompts of nobody's."""
+        states = [
+            SequenceState(
+                slot=slot,
                 block_ids=[spare_block] * -(-length // self.layout.block_size),
                 sampling=SamplingParams(temperature=1.0, seed=0, max_tokens=1),
                 end_token_ids=[],
                 min_end_position=0,
                 num_prompt_tokens=length,
             )
-            row = PlanRow(slot=0, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
-            plan = StepPlan(epoch=0, step_id=0, rows=[row], new_sequences=[state], sends=[])
-            self.launch(plan).result()
+            for slot, length in enumerate(lengths)
+        ]
+        rows = [
+            PlanRow(slot=slot, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
+            for slot, length in enumerate(lengths)
+        ]
+        return StepPlan(epoch=0, step_id=0, rows=rows, new_sequences=states, sends=[])
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:

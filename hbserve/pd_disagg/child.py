@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -99,6 +100,15 @@ def watch_signals(on_signal: Callable[[], object]) -> None:
             on_signal()
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def freeze_heap() -> None:
+    """Have the collector of garbage leave out what is there now, since it lives as long as the process.
+
+    A full collection looks at every object that is not frozen: where torch and transformers are imported that takes
+    0.1 to 0.3 s, in which no step is launched and no token handed on.
+    """
+    gc.freeze()
 
 
 def exit_now(code: int) -> NoReturn:

@@ -170,6 +170,7 @@ class GpuInstance:
             self._is_serving = True
             pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
             stopwatch.lap("threads")
+            child.freeze_heap()
             child.report_status(
                 {
                     "ready": True,

@@ -96,6 +96,7 @@ class RankWorker:
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_step_failed)
+            child.freeze_heap()
             child.report_status({"ready": True})
             decoder = msgspec.msgpack.Decoder(StepPlan)
             while (payload := self._plans.recv_bytes()) != END_OF_PLANS:

@@ -29,6 +29,7 @@ async def run_scheduler(config: Config, client_address: str, instance_addresses:
     running = asyncio.create_task(serve(config, client_address, instance_addresses, stop))
     await asyncio.sleep(0)  # lets it bind, or fail, before it is called ready
     if not running.done():
+        child.freeze_heap()
         child.report_status({"ready": True})
     await running
 

@@ -170,6 +170,7 @@ async def _serve(config: Config, address: str) -> None:
     worker = TextWorker(Tokenizer(config.tokenizer_path, config.model.path), address)
     serving = asyncio.create_task(worker.run())
     stopped = asyncio.create_task(stop.wait())
+    child.freeze_heap()
     child.report_status({"ready": True})
     done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if serving in done:

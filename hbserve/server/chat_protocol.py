@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import ANY_JSON_OBJECT, json_schema
@@ -64,7 +64,14 @@ class ChatMessage(Body):
             raise ValueError("the text of a part must be a string")
         return "".join(texts)
 
-    @field_validator("name", "refusal", "audio", "function_call")
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: object, info: ValidationInfo) -> object:
+        if value is None or (info.data.get("role") == "tool" and isinstance(value, str)):
+            return value
+        raise ValueError("is supported in messages of role tool only, as text")
+
+    @field_validator("refusal", "audio", "function_call")
     @classmethod
     def _refuse(cls, value: object) -> object:
         if value is not None:
@@ -99,6 +106,8 @@ class ChatMessage(Body):
             ]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
         return message
 
 

@@ -78,6 +78,7 @@ async def _serve(config: Config, with_instances: bool) -> int:
         semi_pd_routes.install(app, llm.supervisors)
 
         def on_listening(actual_port: int) -> None:
+            child.freeze_heap()
             # For people and for programs that start us: the one line on standard output.
             scheme = "http" if tls is None else "https"
             print(f"HBServe is ready: {scheme}://{server.host}:{actual_port} (model {config.served_name})", flush=True)
