@@ -43,8 +43,8 @@ def gpus() -> list[str]:
 
 
 def num_visible_gpus() -> int:
-    """How many GPUs a process started now would find, by ``CUDA_VISIBLE_DEVICES`` where that is set."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """How many GPUs a process started now would find, by `CUDA_VISIBLE_DEVICES` where that is set."""
+    named = os.environ.get(_VISIBLE_VARIABLE)
     if named is None:
         return len(gpus())
     names = [name.strip() for name in named.split(",")]
@@ -120,12 +120,14 @@ class MpsDaemon:
 
     def _start_guard(self) -> None:
         assert self._folder is not None
+        # The daemon numbers the GPUs that it sees anew, and its clients would choose among those once more.
+        environment = {name: value for name, value in os.environ.items() if name != _VISIBLE_VARIABLE}
         guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "hbserve-mps-guard", self._folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | self.environment,
+            env=environment | self.environment,
             start_new_session=True,  # Ctrl-C is for the launcher
             text=True,
         )
