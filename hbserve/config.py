@@ -231,7 +231,9 @@ class SLOConfig(Section, frozen=True):
 
 
 DECODE_PACE = 0.8
-"""Of the TPOT target."""
+"""Of the TPOT target, for decode beside prefill."""
+MIXED_PACE = 0.9
+"""Likewise in one worker, whose steps wait for nobody else's."""
 
 
 class SemiPDConfig(Section, frozen=True):

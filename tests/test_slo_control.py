@@ -258,9 +258,12 @@ def test_each_way_to_share_is_left_where_it_is_slower_than_predicted_and_the_oth
         model, believed = (LatencyModel(STEPS, slo.targets, ALONE, 256, 2048, slo.decode_interval_ms) for _ in range(2))
         policy, busy = SplitPolicy(model, slo), load(18.0, 800.0, 100.0)
         for end in range(5, 120, 5):
+            # Prompts side by side, or tokens where phases are mixed: long waits there are taken for those of anybody.
             terms, late = believed.predict(busy, current), 6.0 if current.mixed is mixing_is_slow else 1.0
-            ttft = Observed(60, late * sum(terms.ttft_terms), late * terms.ttft_ms)
-            seen = Window(start=end - 5, end=end, workload=busy, ttft=ttft, tpot=Observed(60, 9.0, 10.0))
+            ttft_late, tpot_late = (1.0, late) if current.mixed else (late, 1.0)
+            ttft = Observed(60, ttft_late * sum(terms.ttft_terms), ttft_late * terms.ttft_ms)
+            tpot = Observed(60, tpot_late * sum(terms.tpot_terms), tpot_late * terms.tpot_ms)
+            seen = Window(start=end - 5, end=end, workload=busy, ttft=ttft, tpot=tpot)
             decision = policy.decide(seen, current, warm)
             if decision.moves:
                 policy.moved(decision, rotated=not warm.has(decision.chosen))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.config import DECODE_PACE, InstanceConfig, InstanceRole, PerformanceConfig
+from hbserve.config import DECODE_PACE, MIXED_PACE, InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
@@ -297,14 +297,16 @@ class InstanceHandle:
         """From one decode step to the next, mean, at a worker that mixes both phases now; None: as it comes."""
         if not self.is_mixed or len(phases) < 2 or worker.role is not InstanceRole.UNIFIED:
             return None
-        usual_s = None if self.tpot_target_ms is None else DECODE_PACE * self.tpot_target_ms / 1000
-        asked_s = [seconds for seconds in (usual_s, self._needed_interval_s()) if seconds is not None]
-        return min(asked_s, default=None)
+        target_ms = min((ms for ms in (self.tpot_target_ms, self._tightest_tpot_ms()) if ms is not None), default=None)
+        return None if target_ms is None else MIXED_PACE * target_ms / 1000
 
     def _needed_interval_s(self) -> float | None:
-        """By the tightest TPOT target that a request here came with."""
-        targets_ms = [ms for sequence in self.seats if (ms := sequence.tpot_target_ms) is not None]
-        return DECODE_PACE * min(targets_ms) / 1000 if targets_ms else None
+        """Of decode's turns, by the tightest TPOT target that a request here came with."""
+        target_ms = self._tightest_tpot_ms()
+        return None if target_ms is None else DECODE_PACE * target_ms / 1000
+
+    def _tightest_tpot_ms(self) -> float | None:
+        return min((ms for sequence in self.seats if (ms := sequence.tpot_target_ms) is not None), default=None)
 
     def takes_turns(self, phases: set[InstanceRole]) -> bool:
         """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""

@@ -1,9 +1,10 @@
 """What goes into the next step of a worker that does both phases: prompts, for as long as TPOT's target leaves time.
 
 Every sequence that decodes waits for the prompts in its step. A budget in tokens does not bound that: the last tokens
-of a long prompt take several times as long as the first ones of a short one. A budget in time does, and where the
-batch is ahead of what its target asks for, it may be spent: on a larger step, or on one without decode rows, which
-gets short prompts done sooner.
+of a long prompt take several times as long as the first ones of a short one. A budget in time does, and what the batch
+is ahead of its target may be spent: on larger steps, and on steps without decode rows while more prompts wait than one
+step holds. That is when prompts are in danger; at other times they are hardly sooner done without decode rows, and what
+is spent then is missing when many come.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
 
 _MOST_AHEAD = 8.0
 """Intervals that decode can be ahead, or behind, by the account; what is beyond is forgotten."""
-_SHORTEST = 0.5
-"""Of an interval: prompts get so much of a step's time even where decode is behind."""
 _LEAST_TOKENS = 128
 """Of prompts in a step that has any, however long it takes: they must get on."""
 
@@ -35,15 +34,13 @@ class MixedSteps:
 
         Args:
             interval_s: from one decode step to the next, mean, that TPOT's target allows.
-            waiting_tokens: of prompts that could be in the step; without any no decode row is left out.
+            waiting_tokens: of prompts that could be in the step.
             step_tokens: most of them in a step.
         """
         self._interval_s = interval_s
         self._due = min(max(self._due, now - _MOST_AHEAD * interval_s), now + self._most_ahead * interval_s)
-        ahead_s = self._due - now
-        if ahead_s > 0 and 0 < waiting_tokens <= step_tokens:
-            return float("inf")
-        return max(_SHORTEST * interval_s, interval_s + ahead_s)
+        ahead_s = max(0.0, self._due - now)
+        return float("inf") if ahead_s and waiting_tokens >= step_tokens else interval_s + ahead_s
 
     def decoded(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned. Where no prompts wait, no decode step is late."""

@@ -25,6 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
+
+from hbserve.config import MIXED_PACE
 from hbserve.semi_pd.least_squares import PriorLeastSquares
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
@@ -169,6 +172,10 @@ class LatencyModel:
                 terms[prefix + name] = float(fit.coefficients[1])
         return terms
 
+    def extrapolates(self, workload: Workload) -> bool:
+        """Whether prompts are shorter than any that the profile has beside decode."""
+        return workload.prompt_tokens < self.steps.shortest_together
+
     # --- prediction ------------------------------------------------------------------------------
 
     def predict(self, workload: Workload, allocation: SMAllocation) -> Prediction:
@@ -209,14 +216,15 @@ class LatencyModel:
         return self._predict_percentiles(workload, self._mixed, queue, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _tokens_within(self, step_ms: Callable[[float], float]) -> float:
-        """Prompt tokens of a full step: as many as the interval of decode steps has time for."""
+        """Prompt tokens of a full step: as many as TPOT's target has time for."""
         most = float(self._prefill_batch_tokens)
-        if not self._decode_interval_ms or step_ms(most) <= self._decode_interval_ms:
+        limit_ms = MIXED_PACE * self.targets.tpot_ms
+        if step_ms(most) <= limit_ms:
             return most
         low, high = 1.0, most
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (middle, high) if step_ms(middle) <= self._decode_interval_ms else (low, middle)
+            low, high = (middle, high) if step_ms(middle) <= limit_ms else (low, middle)
         return max(low, min(most, _LEAST_CHUNK))
 
     def _predict_side_by_side(self, workload: Workload, allocation: SMAllocation) -> Prediction:
@@ -293,6 +301,9 @@ class LatencyModel:
         wait_s = min(wait_s, _HORIZON_S) + _mean_backlog(backlog_s, load) + (decode_overload - 1) * _HORIZON_S / 2
         ttft_terms = (1000 * wait_s, 1000 * queue.own_s)
         fit = fits.ttft.coefficients
+        if fits is self._side_by_side:
+            # Waits that are longer than this queue's where phases are mixed come of how requests come.
+            fit = np.array([max(fit[0], self._mixed.ttft.coefficients[0]), fit[1]])
         mean_ms = max(1e-6, float(fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1]))
         # A wait is about exponential among those who wait; service varies as the prompts do.
         idle = max(0.0, 1 - load) if not backlog_s else 0.0

@@ -165,7 +165,9 @@ class SplitPolicy:
         if best == current:
             self._wanted = None
             return stay("the current split is the best", **numbers)
-        why = self._why_move(predicted, predictions[best], violations, best.mixed is not current.mixed)
+        changes_kind = best.mixed is not current.mixed
+        is_guess = changes_kind and self.model.extrapolates(workload)
+        why = self._why_move(predicted, predictions[best], violations, changes_kind and best.mixed, is_guess)
         if why is None:
             self._wanted = None
             return stay("too little to gain", **numbers)
@@ -264,16 +266,21 @@ class SplitPolicy:
         return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
 
     def _why_move(
-        self, predicted: Prediction, best: Prediction, violations: dict[str, float], changes_kind: bool
+        self, predicted: Prediction, best: Prediction, violations: dict[str, float], joins: bool, is_guess: bool
     ) -> str | None:
+        """Why it is worth it to move; None if it is not.
+
+        Args:
+            joins: phases are side by side, and would be mixed: how they do is known worse beforehand, so that what
+                was seen of them counts, too.
+            is_guess: of a change between these two, if prompts are shorter than any that were measured side by side.
+        """
         value = self._value(predicted)
-        if changes_kind:
-            # The errors of two models do not cancel, as those of two splits do: what was seen counts too.
-            gain = self._value(best) - min(value, self._value_seen(violations))
-            return f"gains {gain:.2f}" if gain >= 2 * self.bounds.hysteresis else None
-        gain = self._value(best) - value
-        if gain >= self.bounds.hysteresis:
+        gain = self._value(best) - (min(value, self._value_seen(violations)) if joins else value)
+        if gain >= self.bounds.hysteresis * (1 + is_guess):
             return f"gains {gain:.2f}"
+        if is_guess:
+            return None
         if not self._rank(predicted, True)[0] and self._rank(best, False)[0]:
             return "holds both targets again"
         if violations and gain >= self.bounds.hysteresis / 2:

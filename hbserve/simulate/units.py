@@ -7,6 +7,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 
+from hbserve.config import DECODE_PACE, MIXED_PACE
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns
@@ -223,7 +224,7 @@ class SemiPDUnit(_PhasedUnit):
         self.decode_interval_s = decode_interval_s
         self._turns = DecodeTurns(decode_interval_s) if decode_interval_s else None
         self._beside = True  # decode has a turn beside the prefill step under way
-        self._mixed = self._mixing(self.prefill.prompts, decode_interval_s)
+        self._mixed = self._mixing(self.prefill.prompts, decode_interval_s * MIXED_PACE / DECODE_PACE)
         self._is_mixing = allocation.mixed
 
     @property
