@@ -63,9 +63,9 @@ def _registered(llm: DisaggregatedLLM) -> list[dict[str, Any]]:
 
 
 async def test_shares_rotation_and_ladder() -> None:
-    async with system() as (llm, manager):
+    async with system(ladder={"prefill": [100], "decode": [100], "unified": [100]}) as (llm, manager):
         deadline = time.monotonic() + 30
-        while len(workers := _registered(llm)) < 4:
+        while len(workers := _registered(llm)) < 5:
             assert time.monotonic() < deadline, "not all workers have come"
             await asyncio.sleep(0.05)
         share = {worker["percentage"]: int(worker["device"].split()[-2]) for worker in workers}
@@ -77,6 +77,18 @@ async def test_shares_rotation_and_ladder() -> None:
             assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
             await asked
         assert manager.get_status()["statistics"]["rotations"] == 2
+        asked = asyncio.create_task(ask(llm, 400))
+        while not asked.done():  # mixed and parted again, by messages alone
+            split = manager.current_sm_allocation
+            mixed = SMAllocation(split.prefill_percentage, split.decode_percentage, not split.mixed)
+            manager.request_sm_reallocation(mixed)
+            assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
+            await asyncio.sleep(0.02)
+        await asked
+        tokens = {worker["role"]: worker["generated_tokens"] for worker in _registered(llm)}
+        changes = manager.get_status()["statistics"]["rotations"] - 2
+        print(f"{changes} changes; tokens by a worker of each role: {tokens}")
+        assert tokens["unified"] > 0
         await asyncio.to_thread(assert_no_leaks, llm)
 
 

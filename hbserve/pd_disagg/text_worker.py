@@ -1,6 +1,6 @@
 """The process around a tokenizer: encodes prompts and decodes outputs for an API server.
 
-It keeps nothing that the API server could not tell it again; see `hbserve.pd_disagg.text_processes`.
+It keeps nothing that the API server could not tell it again; see `hbserve.pd_disagg.text_process`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from hbserve.errors import StartupError
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPE_VARIABLE, _LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+_VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"
 _NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 _ASK_TIMEOUT_S = 10.0
@@ -43,8 +44,8 @@ def gpus() -> list[str]:
 
 
 def num_visible_gpus() -> int:
-    """How many GPUs a process started now would find, by ``CUDA_VISIBLE_DEVICES`` where that is set."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """How many GPUs a process started now would find, by `CUDA_VISIBLE_DEVICES` where that is set."""
+    named = os.environ.get(_VISIBLE_VARIABLE)
     if named is None:
         return len(gpus())
     names = [name.strip() for name in named.split(",")]
@@ -120,12 +121,14 @@ class MpsDaemon:
 
     def _start_guard(self) -> None:
         assert self._folder is not None
+        # The daemon numbers the GPUs that it sees anew, and its clients would choose among those once more.
+        environment = {name: value for name, value in os.environ.items() if name != _VISIBLE_VARIABLE}
         guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "hbserve-mps-guard", self._folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | self.environment,
+            env=environment | self.environment,
             start_new_session=True,  # Ctrl-C is for the launcher
             text=True,
         )
