@@ -20,6 +20,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.messages.transfer import (
     CloseLink,
     FinishBlocks,
+    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -34,6 +35,7 @@ from hbserve.pd_disagg.kv_transfer.manager import make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
+from hbserve.platform.remote_arena import RemoteArena
 from tests.engines import needs_mooncake
 
 NUM_BLOCKS, ROWS, HEAD_BYTES = 32, 8, 128
@@ -63,14 +65,19 @@ class Side:
         self.arena = shared.tensor.view(NUM_BLOCKS, block_bytes)
         self.arena.random_(0, 256, generator=generator)
         self.results: asyncio.Queue[Any] = asyncio.Queue()
+        self.opened: list[RemoteArena] = []
         self.manager = make_manager(
             backend,
             self.context,
             self.arena,
             self.results.put_nowait,
             shard,
-            sharing=ArenaSharing(shared.handle, self.platform.open_arena),
+            sharing=ArenaSharing(shared.handle, self._open_arena),
         )
+
+    def _open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        self.opened.append(self.platform.open_arena(handle, num_bytes))
+        return self.opened[-1]
 
     def peer(self, link_epoch: int = 0) -> Peer:
         return Peer(
@@ -331,6 +338,19 @@ async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend:
         source.manager.send(msgspec.structs.replace(send, targets=[new]))
         assert (await source.result()).error is None
         assert torch.equal(target.arena[2], source.arena[1])
+        source.manager.handle(LeaveLink(targets=[new]))
+        async with asyncio.timeout(DEADLINE_S):
+            while any(map(is_open, source.opened)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+def is_open(arena: RemoteArena) -> bool:
+    """Whether what its owner leaves behind would stay in use."""
+    try:
+        arena.write(torch.zeros(2, dtype=torch.uint8), [(0, 0, 2)])
+    except RuntimeError:
+        return False
+    return True
 
 
 async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_no_more() -> None:

@@ -79,7 +79,7 @@ def test_step_times_go_through_the_measured_points() -> None:
     for together in H200_8B.together:
         steps = StepTimes(priority=together.priority)
         split = SMAllocation(together.prefill_percentage, together.decode_percentage)
-        slowdown = steps.slowdown(split, round(math.log2(together.batch)))
+        slowdown = steps.slowdown(split, round(math.log2(together.batch)), together.tokens)
         prefill_ms = steps.prefill_ms(together.tokens, 0, split.prefill_percentage) * slowdown.prefill
         decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage) * slowdown.decode
         assert prefill_ms == pytest.approx(together.prefill_ms, rel=0.1)

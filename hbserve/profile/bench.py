@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +161,13 @@ class _Bench:
 
     def together(self) -> Iterator[TogetherPoint]:
         """Both, each without a pause, for the same time."""
-        tokens = max(t for t in self._plan.prompts if t <= 2048 and self._fits(1, t) and t <= self._longest)
+        longest = max(t for t in self._plan.prompts if t <= 2048 and self._fits(1, t) and t <= self._longest)
+        # Short prompts are slowed down otherwise than long ones: their kernels fill less of the device.
+        sizes = (longest, max((t for t in self._plan.prompts if t <= longest // 4), default=longest))
         context = max(c for c in self._plan.contexts if self._fits(1, c))
         batches = sorted({batch for batch, c in self._decode_sizes() if c == context and batch > 1})[-2:]
         for prefill_percentage, decode_percentage in self._plan.splits:
-            for batch in batches:
+            for tokens, batch in itertools.product(sorted(set(sizes), reverse=True), batches):
                 prefill, decode = self._prefill_work(tokens), self._decode_work(batch, context)
                 prefill_process = self._device.prefill(prefill_percentage)
                 decode_process = self._device.decode(decode_percentage)

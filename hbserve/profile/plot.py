@@ -28,8 +28,9 @@ def plot(profile: StepProfile, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     _lines(axes[0], "prefill alone", [(f"{p.tokens} after {p.context}", p.percentage, p.ms) for p in profile.prefill])
     _lines(axes[1], "decode alone", [(f"{p.batch} of {p.context}", p.percentage, p.ms) for p in profile.decode])
+    most = max((point.tokens for point in profile.together), default=0)
     for batch in sorted({point.batch for point in profile.together}):
-        points = [point for point in profile.together if point.batch == batch]
+        points = [each for each in profile.together if each.batch == batch and each.tokens == most]
         axes[2].scatter([p.prefill_ms for p in points], [p.decode_ms for p in points], label=f"batch {batch}")
         for p in points:
             axes[2].annotate(f"{p.prefill_percentage},{p.decode_percentage}", (p.prefill_ms, p.decode_ms), fontsize=7)

@@ -224,7 +224,8 @@ class LatencyModel:
         batch = min(max(workload.running, 1.0), self._max_batch)
         tpot_fit = self._side_by_side.tpot.coefficients
         for _ in range(4):  # the batch decides the step, and the step how many are in the batch
-            slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))))
+            step_tokens = max(1.0, min(workload.prompt_tokens, self._prefill_batch_tokens))
+            slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))), step_tokens)
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
             step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
             if self._decode_interval_ms:

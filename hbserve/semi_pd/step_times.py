@@ -5,8 +5,8 @@ for each measured percentage; between two of these it is interpolated in ``1 / p
 the form ``a/y + b`` of Semi-PD's section 5 (arXiv 2504.19867) piece by piece. One such curve over the
 whole range would be 13 % off at half of an H200, whose bandwidth needs only half of its SMs.
 
-Side by side each phase is slower by a factor that depends on both percentages, on the priority and
-on the batch; it is interpolated between the measured splits.
+Side by side each phase is slower by a factor that depends on both percentages, on the priority, on
+the batch and on the prompt tokens in a step; it is interpolated between the measured splits and sizes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StepTimes:
         )
         self._slowdowns = self._measured_slowdowns(priority)
         self._mixed = self._fit_mixed()
-        self._cache: dict[tuple[SMAllocation, int], Slowdown] = {}
+        self._cache: dict[tuple[SMAllocation, int, int], Slowdown] = {}
 
     def prefill_ms(self, tokens: float, context: float, percentage: int) -> float:
         """A prefill step alone: ``tokens`` of prompts that have ``context`` tokens before them."""
@@ -77,34 +77,47 @@ class StepTimes:
             return self.prefill_ms(chunk, prompt_context, 100)
         return self._mixed.predict(self._mixed_features(chunk, batch, context, prompt_context))
 
-    def _measured_slowdowns(self, priority: bool) -> list[tuple[TogetherPoint, float, float]]:
-        """Points side by side, with the logarithms of prefill's and decode's slowdown."""
+    def _measured_slowdowns(self, priority: bool) -> dict[int, list[tuple[TogetherPoint, float, float]]]:
+        """By prompt tokens, points side by side, with the logarithms of prefill's and decode's slowdown."""
         together = self.profile.together or H200_8B.together
         alone = self if self.profile.together or self.profile is H200_8B else StepTimes(H200_8B)
-        slowdowns = []
+        slowdowns: dict[int, list[tuple[TogetherPoint, float, float]]] = {}
         for point in [point for point in together if point.priority is priority] or together:
             prefill_ms = alone.prefill_ms(point.tokens, 0, point.prefill_percentage)
             decode_ms = alone.decode_ms(point.batch, point.context, point.decode_percentage)
             prefill, decode = point.prefill_ms / prefill_ms, point.decode_ms / decode_ms
-            slowdowns.append((point, math.log(max(1.0, prefill)), math.log(max(1.0, decode))))
+            logs = math.log(max(1.0, prefill)), math.log(max(1.0, decode))
+            slowdowns.setdefault(point.tokens, []).append((point, *logs))
         return slowdowns
 
-    def slowdown(self, allocation: SMAllocation, batch_octave: int) -> Slowdown:
-        """While both phases run, with about ``2 ** batch_octave`` sequences decoding."""
-        found = self._cache.get((allocation, batch_octave))
-        if found is None:
-            found = self._cache[allocation, batch_octave] = self._interpolated(allocation, batch_octave)
-        return found
+    def slowdown(self, allocation: SMAllocation, batch_octave: int, tokens: float) -> Slowdown:
+        """While both phases run, with ``2 ** batch_octave`` sequences decoding and so many prompt tokens in a step."""
+        sizes = sorted(self._slowdowns)
+        below = max((size for size in sizes if size <= tokens), default=sizes[0])
+        above = min((size for size in sizes if size >= tokens), default=sizes[-1])
+        low = self._at_size(allocation, batch_octave, below)
+        if below == above:
+            return low
+        high = self._at_size(allocation, batch_octave, above)
+        share = math.log(tokens / below) / math.log(above / below)
+        return Slowdown(
+            low.prefill * (high.prefill / low.prefill) ** share, low.decode * (high.decode / low.decode) ** share
+        )
 
-    def _interpolated(self, allocation: SMAllocation, batch_octave: int) -> Slowdown:
-        weights = prefill = decode = 0.0
-        for point, prefill_log, decode_log in self._slowdowns:
-            distance = _distance(point, allocation, batch_octave)
-            weight = 1 / (distance**2 + 1e-6) ** 2
-            weights += weight
-            prefill += weight * prefill_log
-            decode += weight * decode_log
-        return Slowdown(math.exp(prefill / weights), math.exp(decode / weights))
+    def _at_size(self, allocation: SMAllocation, batch_octave: int, size: int) -> Slowdown:
+        """At a number of prompt tokens that was measured."""
+        found = self._cache.get((allocation, batch_octave, size))
+        if found is None:
+            weights = prefill = decode = 0.0
+            for point, prefill_log, decode_log in self._slowdowns[size]:
+                distance = _distance(point, allocation, batch_octave)
+                weight = 1 / (distance**2 + 1e-6) ** 2
+                weights += weight
+                prefill += weight * prefill_log
+                decode += weight * decode_log
+            found = Slowdown(math.exp(prefill / weights), math.exp(decode / weights))
+            self._cache[allocation, batch_octave, size] = found
+        return found
 
     def _mixed_features(
         self, chunk: float, batch: float, context: float, prompt_context: float = 0.0

@@ -299,7 +299,9 @@ class SemiPDUnit(_PhasedUnit):
         step, burst = self.prefill.step, self.decode.burst
         if step is not None and burst is not None:
             octave = round(math.log2(max(1, self.decode.num_sequences)))
-            slowdown = self.steps.slowdown(SMAllocation(self.prefill.percentage, self.decode.percentage), octave)
+            assert self.prefill.chunks is not None
+            split = SMAllocation(self.prefill.percentage, self.decode.percentage)
+            slowdown = self.steps.slowdown(split, octave, self.prefill.chunks.tokens)
             step.set_speed(1 / slowdown.prefill)
             burst.set_speed(1 / slowdown.decode)
         elif step is not None:

@@ -134,6 +134,10 @@ class TorchTransfers(KVTransferManager):
             self._outgoing[key] = link, Outbox(link.send, batch_blocks, writes_end=False)
         return self._outgoing[key]
 
+    def _leave(self, target: Peer) -> None:
+        if _key(target) in self._outgoing:
+            self._give_up(*self._outgoing.pop(_key(target)))
+
     # --- receiving -------------------------------------------------------------------------------
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
