@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,6 +38,7 @@ from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
 from hbserve.platform.remote_arena import RemoteArena
 from tests.engines import needs_mooncake
+from tests.ports import free_ports
 
 NUM_BLOCKS, ROWS, HEAD_BYTES = 32, 8, 128
 BLOCK_BYTES = ROWS * HEAD_BYTES
@@ -179,6 +181,17 @@ async def test_what_nobody_asks_for_any_more_takes_no_room_when_its_link_has_end
             await target.close(source, epoch)
             for _ in sends:
                 assert (await source.result()).error is None
+
+
+async def test_a_port_that_was_given_can_be_had_again_at_once() -> None:
+    (port,) = free_ports(1)
+    context = KVTransferContext(0, 1, "127.0.0.1", port, torch.device("cpu"), 5.0, 1 << 20)
+    for _ in range(2):
+        manager = make_manager("nccl", context, torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), print)
+        await manager.start()
+        with socket.create_connection(("127.0.0.1", port)):  # what is there when an instance starts again
+            await asyncio.sleep(0.1)
+            await manager.stop()
 
 
 async def test_several_senders_and_receivers_at_once() -> None:

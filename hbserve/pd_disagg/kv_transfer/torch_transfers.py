@@ -72,6 +72,8 @@ class TorchTransfers(KVTransferManager):
         context = self._context
         # TCPStore itself listens on every interface; a listener of ours keeps it on the one we mean.
         listener = socket.socket()
+        # A port of the configuration's may have connections of the epoch before in their last minute.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((context.host, context.port or 0))
         except OSError as error:
