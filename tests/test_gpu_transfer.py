@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def test_two_gpus_give_the_tokens_of_transformers(model: tuple[str, Any], backen
     assert [o["token_ids"] for o in outputs] == [greedy_reference(model[1], p, NUM_TOKENS) for p in prompts]
     assert link["bytes"] > 0
     assert not link["failures"]
+
+
+def test_the_memory_of_a_dead_receiver_is_free_for_the_next(model: tuple[str, Any]) -> None:
+    prompt = random_prompt(180, seed=1)
+    expected = greedy_reference(model[1], prompt, NUM_TOKENS)
+    settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "memory_fraction": 0.7, "log_level": "ERROR"}
+    settings |= {"kv_transfer_backend": "shm", "cuda_graph_enabled": False, "enable_prefix_caching": False}
+    with LLM(model[0], mode="disaggregated", device="cuda", **settings) as llm:
+        sizes = []
+        for _ in range(2):
+            (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+            assert output["token_ids"] == expected
+            decode = llm.get_system_stats()["gpu_instances"]["decode-0"]
+            sizes.append(decode["kv_blocks"]["total"])
+            os.kill(decode["pid"], signal.SIGKILL)
+        assert sizes[1] > 0.9 * sizes[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

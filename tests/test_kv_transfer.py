@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.messages.transfer import (
     CloseLink,
     FinishBlocks,
+    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -34,7 +36,9 @@ from hbserve.pd_disagg.kv_transfer.manager import make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
+from hbserve.platform.remote_arena import RemoteArena
 from tests.engines import needs_mooncake
+from tests.ports import free_ports
 
 NUM_BLOCKS, ROWS, HEAD_BYTES = 32, 8, 128
 BLOCK_BYTES = ROWS * HEAD_BYTES
@@ -63,14 +67,19 @@ class Side:
         self.arena = shared.tensor.view(NUM_BLOCKS, block_bytes)
         self.arena.random_(0, 256, generator=generator)
         self.results: asyncio.Queue[Any] = asyncio.Queue()
+        self.opened: list[RemoteArena] = []
         self.manager = make_manager(
             backend,
             self.context,
             self.arena,
             self.results.put_nowait,
             shard,
-            sharing=ArenaSharing(shared.handle, self.platform.open_arena),
+            sharing=ArenaSharing(shared.handle, self._open_arena),
         )
+
+    def _open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
+        self.opened.append(self.platform.open_arena(handle, num_bytes))
+        return self.opened[-1]
 
     def peer(self, link_epoch: int = 0) -> Peer:
         return Peer(
@@ -172,6 +181,17 @@ async def test_what_nobody_asks_for_any_more_takes_no_room_when_its_link_has_end
             await target.close(source, epoch)
             for _ in sends:
                 assert (await source.result()).error is None
+
+
+async def test_a_port_that_was_given_can_be_had_again_at_once() -> None:
+    (port,) = free_ports(1)
+    context = KVTransferContext(0, 1, "127.0.0.1", port, torch.device("cpu"), 5.0, 1 << 20)
+    for _ in range(2):
+        manager = make_manager("nccl", context, torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), print)
+        await manager.start()
+        with socket.create_connection(("127.0.0.1", port)):  # what is there when an instance starts again
+            await asyncio.sleep(0.1)
+            await manager.stop()
 
 
 async def test_several_senders_and_receivers_at_once() -> None:
@@ -331,6 +351,19 @@ async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend:
         source.manager.send(msgspec.structs.replace(send, targets=[new]))
         assert (await source.result()).error is None
         assert torch.equal(target.arena[2], source.arena[1])
+        source.manager.handle(LeaveLink(targets=[new]))
+        async with asyncio.timeout(DEADLINE_S):
+            while any(map(is_open, source.opened)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+def is_open(arena: RemoteArena) -> bool:
+    """Whether what its owner leaves behind would stay in use."""
+    try:
+        arena.write(torch.zeros(2, dtype=torch.uint8), [(0, 0, 2)])
+    except RuntimeError:
+        return False
+    return True
 
 
 async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_no_more() -> None:

@@ -139,6 +139,7 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         ladder={"prefill": [], "decode": [100], "unified": [100]},
         max_restarts=100,
         tpot_target_ms=30.0,  # what a mixed step may take, and whether all take part in it
+        scheduler="tests.dawdler:Dawdler",
         **SETTINGS,
     )
     rng = random.Random(5)

@@ -252,6 +252,7 @@ class _Benchmark:
             self._put(f"steady at {split}: ITL{name}, p99, ms", gaps.quantile(0.99))
             self._put(f"steady at {split}: ITL{name}, largest, ms", gaps.largest)
         self._put(f"steady at {split}: tokens/s", window.tokens_per_s)
+        await asyncio.sleep(0.5)  # to look at the window took the streams' time
         return window
 
     async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:

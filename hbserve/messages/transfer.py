@@ -51,6 +51,16 @@ class CloseLink(Message, frozen=True):
     senders_done: bool
 
 
+class LeaveLink(Message, frozen=True):
+    """To the sender of a link: nothing goes over it any more; let go of what is there for it. Not answered.
+
+    Attributes:
+        targets: the other instance's ranks, as they were named in `SendBlocks`.
+    """
+
+    targets: list[Peer]
+
+
 class SendBlocks(Message, frozen=True):
     """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
 
@@ -154,5 +164,5 @@ class TransferResult(Message, frozen=True):
     checksums: list[list[int]] | None = None
 
 
-TransferCommand = OpenLink | CloseLink | ReceiveBlocks | FinishBlocks | CancelTransfer
+TransferCommand = OpenLink | CloseLink | LeaveLink | ReceiveBlocks | FinishBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult

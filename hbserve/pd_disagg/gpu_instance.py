@@ -47,6 +47,7 @@ from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
 from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import RankGroup
 from hbserve.pd_disagg.rpc import RpcServer, bind_address
+from hbserve.pd_disagg.sleep import Sleep
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 from hbserve.pd_disagg.unfinished_steps import UnfinishedSteps
 from hbserve.stopwatch import Stopwatch
@@ -131,12 +132,12 @@ class GpuInstance:
         started = time.monotonic()
         shared = self._shared
         stopwatch = Stopwatch() if shared is None else shared.stopwatch
-        attachments, partition = (None, None) if shared is None else (shared.attachments, shared.partition)
         if shared is None:
-            instance, model = self.instance, self.config.model.path
-            ranks = RankGroup(instance.num_ranks, instance.instance_id, model, False, self._on_rank_lost)
+            attachments = partition = None
+            how = Sleep(model=self.config.model.path, on_gpu=False, yields=False)
+            ranks = RankGroup(self.instance.num_ranks, self.instance.instance_id, how, self._on_rank_lost)
         else:
-            ranks = shared.ranks
+            attachments, partition, ranks = shared.attachments, shared.partition, shared.ranks
             ranks.on_lost = self._on_rank_lost
         self._ranks, self._kill_ranks = ranks, ranks.kill
         ranks.wake(self.config, self.instance, attachments, partition)

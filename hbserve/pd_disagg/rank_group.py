@@ -25,6 +25,7 @@ from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.rank_line import RankLine
+from hbserve.pd_disagg.sleep import Sleep
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -78,13 +79,12 @@ class RankGroup:
     Args:
         size: how many ranks there are, with rank 0.
         name: of the instance, as far as it is known.
-        model: its folder.
-        on_gpu: whether sleeping ranks import what only a GPU needs.
+        how: the ranks fall asleep.
         on_lost: called from a watcher's thread with the reason when a rank ends on its own, or
             cannot start. The instance is then of no use any more.
     """
 
-    def __init__(self, size: int, name: str, model: str, on_gpu: bool, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, size: int, name: str, how: Sleep, on_lost: Callable[[str], None]) -> None:
         self.size = size
         self.on_lost = on_lost
         self._encoder = msgspec.msgpack.Encoder()
@@ -93,7 +93,7 @@ class RankGroup:
         self._beginnings: dict[int, asyncio.Future[Peer]] = {}
         self._ranks: list[_Rank] = []
         self.port = 0
-        orders = {"name": name, "model": model, "on_gpu": on_gpu}
+        orders = {"name": name, "sleep": msgspec.to_builtins(how)}
         self._ranks = [_Rank(number, orders) for number in range(1, self.size)]
         self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._ranks]
         for watcher in self._watchers:

@@ -27,7 +27,7 @@ from hbserve.pd_disagg import child
 from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
 from hbserve.pd_disagg.rank_line import RankLine
-from hbserve.pd_disagg.sleep import sleep
+from hbserve.pd_disagg.sleep import Sleep, sleep
 from hbserve.pd_disagg.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
-    wake_up = sleep(orders["model"], orders["on_gpu"])
+    wake_up = sleep(msgspec.convert(orders["sleep"], Sleep))
     child.watch_parent(lambda: os._exit(EXIT_FAILED))
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.platform import Partition

@@ -17,6 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
+
 from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
 from hbserve.platform import Partition, mps, set_priority
@@ -26,12 +28,22 @@ logger = logging.getLogger(__name__)
 _NICENESS = 5
 
 
-def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
-    """Import everything and wait for the second line; returns it.
+class Sleep(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process falls asleep.
 
-    Args:
+    Attributes:
         model: the folder of the model that it will run.
         on_gpu: whether to import what only a GPU needs.
+        yields: its imports are in no hurry, and leave the cores to what serves meanwhile.
+    """
+
+    model: str
+    on_gpu: bool
+    yields: bool
+
+
+def sleep(how: Sleep) -> dict[str, Any]:
+    """Import everything and wait for the second line; returns it.
 
     Returns:
         With ``partition``: None, or the fields of a `hbserve.platform.Partition`, whose priority has
@@ -39,7 +51,7 @@ def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
     """
     started = time.monotonic()
     with ThreadPoolExecutor(1, "imports") as importer:
-        importer.submit(_import_everything, model, on_gpu).result()
+        importer.submit(_import_everything, how).result()
     child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
     line = sys.stdin.buffer.readline()
     if not line:
@@ -53,12 +65,13 @@ def sleep(model: str, on_gpu: bool) -> dict[str, Any]:
     return wake_up
 
 
-def _import_everything(model: str, on_gpu: bool) -> None:
-    """Seconds of work that do not depend on what the process will be, and yield to those that serve meanwhile.
+def _import_everything(how: Sleep) -> None:
+    """Seconds of work that do not depend on what the process will be.
 
     In a thread of its own: on Linux niceness is a thread's, and it cannot be taken back.
     """
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    if how.yields:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     import numpy.ma  # noqa: F401 - `numpy.unique` does, at its first call
 
     import hbserve.engine.model_runner
@@ -69,8 +82,8 @@ def _import_everything(model: str, on_gpu: bool) -> None:
     from hbserve.models.spec import ModelSpec
 
     with contextlib.suppress(HBServeError):  # who wakes it will hear that
-        ModelSpec.load(model)  # transformers imports what is the model's own
-    if on_gpu:
+        ModelSpec.load(how.model)  # transformers imports what is the model's own
+    if how.on_gpu:
         import flashinfer
         import triton
 

@@ -12,6 +12,7 @@ from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
     FinishBlocks,
+    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -275,6 +276,8 @@ class TransferLedger:
         for transfer in list(link.transfers.values()):
             if transfer.sender_open and not link.sender_lost:
                 transfer.source.worker.send(CancelTransfer(transfer_id=transfer.transfer_id))
+        if link.targets and not link.sender_lost:
+            link.source.send(LeaveLink(targets=link.targets))
         self._end_if_senders_are_done(link)
         return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
 

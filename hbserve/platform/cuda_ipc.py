@@ -72,6 +72,11 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
     return DeviceMemory(address.value, num_bytes)
 
 
+def close_handle(memory: DeviceMemory) -> None:
+    """Undo one `open_handle`; the driver counts them."""
+    _call("cuIpcCloseMemHandle", ctypes.c_uint64(memory.address))
+
+
 def copy(target: int, source: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
     """Copy from one device address to another, on the same GPU or between peers; returns before it is done.
 

@@ -28,6 +28,10 @@ class RemoteArena(ABC):
             RuntimeError: if the device says so.
         """
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it, after the last `write` and in its thread: only then is the memory of a dead owner free."""
+
 
 class RemoteHostArena(RemoteArena):
     """Shared memory.
@@ -44,6 +48,9 @@ class RemoteHostArena(RemoteArena):
         with torch.inference_mode():
             for here, there, length in runs:
                 self._arena[there : there + length].copy_(flat[here : here + length])
+
+    def close(self) -> None:
+        self._arena = torch.empty(0)
 
 
 class RemoteDeviceArena(RemoteArena):
@@ -67,3 +74,7 @@ class RemoteDeviceArena(RemoteArena):
         for here, there, length in runs:
             cuda_ipc.copy(theirs + there, mine + here, length, stream)
         self._stream.synchronize()
+
+    def close(self) -> None:
+        torch.cuda.set_device(self._device)
+        cuda_ipc.close_handle(self._memory)

@@ -37,7 +37,7 @@ class DeviceSharing:
             # Whoever asks for GPUs while it sleeps wakes no driver.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             # Importing NumPy, and SciPy again, starts a thread for every core, each of which spins for some 50 ms
-            # before it sleeps: streams stood still for 30 to 190 ms when sleepers were begun beside them.
+            # before it sleeps, on cores that those who serve want: see docs/benchmarks.md.
             "OPENBLAS_NUM_THREADS": "1",
         }
         capability = mps.compute_capability(self._instance.gpu_id)

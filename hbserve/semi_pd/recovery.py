@@ -49,7 +49,7 @@ class Recovery:
             workforce.check_going()
             assert workforce.workers is not None
             # Sleepers have not touched the device and are still there; more of them import while the memory is loaded.
-            workforce.workers.keep_sleepers(len(workforce.rungs(workforce.allocation)))
+            workforce.workers.keep_sleepers(len(workforce.rungs(workforce.allocation)), True)
         try:
             workforce.start_memory(deadline)
             workforce.prepare(workforce.allocation, deadline)

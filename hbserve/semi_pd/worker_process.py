@@ -13,7 +13,7 @@ from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.rank_group import RankGroup
-from hbserve.pd_disagg.sleep import sleep
+from hbserve.pd_disagg.sleep import Sleep, sleep
 from hbserve.platform import Partition
 from hbserve.stopwatch import Stopwatch
 
@@ -62,9 +62,9 @@ def main() -> None:
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
     # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
-    model, on_gpu = config.model.path, orders["on_gpu"]
-    ranks = RankGroup(orders["num_ranks"], name, model, on_gpu, lambda why: os._exit(_EXIT_RANK_LOST))
-    order = sleep(model, on_gpu)
+    how = msgspec.convert(orders["sleep"], Sleep)
+    ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(_EXIT_RANK_LOST))
+    order = sleep(how)
     stopwatch = Stopwatch()
     code = 1
     try:

@@ -14,6 +14,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.messages.supervisor import WorkerSpec
+from hbserve.pd_disagg.sleep import Sleep
 from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.utils import partition_of
 from hbserve.semi_pd.worker_process import WakeUp
@@ -111,18 +112,23 @@ class WorkerSet:
         self.workers: dict[str, Worker] = {}
         """By name, those that have not ended."""
 
-    def keep_sleepers(self, number: int) -> None:
-        """Start sleepers until there are so many that live."""
+    def keep_sleepers(self, number: int, are_awaited: bool = False) -> None:
+        """Start sleepers until there are so many that live.
+
+        Args:
+            are_awaited: they are in a hurry; else they yield to what serves.
+        """
         self._sleepers = deque(sleeper for sleeper in self._sleepers if sleeper.is_alive())
         while len(self._sleepers) < number:
-            self._sleepers.append(self._new_process())
+            self._sleepers.append(self._new_process(are_awaited))
 
-    def _new_process(self) -> ManagedProcess:
+    def _new_process(self, is_awaited: bool) -> ManagedProcess:
+        how = Sleep(model=self._config.model.path, on_gpu=self._on_gpu, yields=not is_awaited)
         orders = {
             "config": msgspec.to_builtins(self._config),
             "name": f"{self._instance.instance_id}-sleeper",
             "num_ranks": self._instance.num_ranks,
-            "on_gpu": self._on_gpu,
+            "sleep": msgspec.to_builtins(how),
         }
         process: ManagedProcess
 
@@ -156,7 +162,7 @@ class WorkerSet:
         """
         priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
         while True:
-            process = self._sleepers.popleft() if self._sleepers else self._new_process()
+            process = self._sleepers.popleft() if self._sleepers else self._new_process(True)
             serial = next(self._serial)
             worker_id = f"{self._instance.instance_id}.{phase}-{percentage}.{serial}"
             address = f"ipc://{self._run_dir}/{self._instance.kv_rank}.{serial}.sock"

@@ -84,7 +84,7 @@ class Workforce:
         with self.changed:
             self.check_going()
             self.workers, self._on_gpu = workers, on_gpu
-            workers.keep_sleepers(len(self.rungs(self.allocation)))  # they import while the memory is loaded
+            workers.keep_sleepers(len(self.rungs(self.allocation)), True)  # they import while the memory is loaded
 
     def check_going(self) -> None:
         """Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -62,6 +63,11 @@ class DirectTransfers(KVTransferManager):
     async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
         await self._backend.close_inbox(sources, senders_done)
 
+    def _leave(self, target: Peer) -> None:
+        outbox = self._outboxes.pop((target.rank, target.epoch, target.link_epoch), None)
+        if outbox is not None:
+            outbox.abandon()
+
     def _outbox(self, target: Peer, route: Route) -> Outbox:
         link = (target.rank, target.epoch, target.link_epoch)
         if link not in self._outboxes:
@@ -69,7 +75,8 @@ class DirectTransfers(KVTransferManager):
                 self._outboxes.pop(other).abandon()
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             write = _Writer(self._backend, self._parts, self._beside_the_steps, target, route)
-            self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end)
+            end = functools.partial(self._backend.leave, target)
+            self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end, end)
         return self._outboxes[link]
 
 

@@ -18,6 +18,7 @@ from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
     FinishBlocks,
+    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -101,6 +102,9 @@ class KVTransferManager(ABC):
             self._start(command, False, self._finish_blocks(command))
         elif isinstance(command, CancelTransfer):
             self.cancel(command.transfer_id)
+        elif isinstance(command, LeaveLink):
+            for target in command.targets:
+                self._leave(target)
         else:
             link = command.source_id, command.link_epoch
             if isinstance(command, OpenLink):
@@ -148,6 +152,10 @@ class KVTransferManager(ABC):
     @abstractmethod
     async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
         """Return when nothing of the link is written any more."""
+
+    @abstractmethod
+    def _leave(self, target: Peer) -> None:
+        """Let go of what is there for sending to a rank on a link that has ended. Its transfers have been cancelled."""
 
     @contextmanager
     def _beside_the_steps(self) -> Iterator[None]:

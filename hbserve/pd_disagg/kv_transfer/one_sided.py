@@ -109,5 +109,8 @@ class OneSidedKVTransfer(ABC):
             KVTransferError
         """
 
+    def leave(self, target: Peer) -> None:  # noqa: B027 - likewise
+        """Let go of what is there for writing to a rank on a link that has ended. Called in the thread of `write`."""
+
     async def stop(self) -> None:  # noqa: B027 - likewise
         """Close every inbox and let go of everything."""

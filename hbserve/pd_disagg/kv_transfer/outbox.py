@@ -35,12 +35,20 @@ class Outbox:
         write: sends letters, in a thread of this outbox; blocks.
         max_batch_blocks: most blocks in one write, if more than one transfer is in it.
         writes_end: see `OneSidedKVTransfer.writes_end`.
+        end: called when the last write has ended, in the same thread.
     """
 
-    def __init__(self, write: Callable[[list[Letter]], None], max_batch_blocks: int, writes_end: bool) -> None:
+    def __init__(
+        self,
+        write: Callable[[list[Letter]], None],
+        max_batch_blocks: int,
+        writes_end: bool,
+        end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._write = write
         self._max_batch_blocks = max_batch_blocks
         self._writes_end = writes_end
+        self._end: Callable[[], None] | None = end
         self._waiting: deque[Letter] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-outbox")
         self._writer: asyncio.Task[None] | None = None
@@ -87,9 +95,6 @@ class Outbox:
             started = time.monotonic()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
-            except asyncio.CancelledError:  # abandoned before its thread had begun
-                self._break(self._broken or KVTransferError("the link was closed"), batch)
-                raise
             except Exception as error:
                 self._break(error if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
                 return
@@ -115,4 +120,7 @@ class Outbox:
     def abandon(self) -> None:
         """Begin no more writes, and do not wait for the one that is under way."""
         self._break(self._broken or KVTransferError("the link was closed"), [])
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._end is not None:
+            self._thread.submit(self._end)
+            self._end = None
+        self._thread.shutdown(wait=False)

@@ -34,7 +34,7 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         super().__init__(context, kv_blocks)
         assert sharing.handle is not None, "the arena of an instance with this backend is made to be shared"
         self._handle, self._open_arena = sharing.handle, sharing.open_arena
-        self._opened: dict[int, tuple[int, RemoteArena]] = {}  # by rank, with its epoch
+        self._opened: dict[tuple[int, int, int], RemoteArena] = {}  # by link: each is used in a thread of its own
         self._senders: dict[tuple[int, int, int], int] = {}  # link -> descriptor of the sender's process
         self._epochs: dict[int, int] = {}  # process -> its latest epoch
         self._new_epoch = asyncio.Condition()
@@ -99,15 +99,19 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
             raise KVTransferError(f"cannot write to the receiver's arena, is it on this host? {error}") from None
 
     def _arena_of(self, target: Peer) -> RemoteArena:
-        epoch, arena = self._opened.get(target.rank, (0, None))
-        if arena is None or epoch != target.epoch:
+        arena = self._opened.get(_link(target))
+        if arena is None:
             num_bytes, _, handle = target.endpoint.partition(" ")
-            arena = self._open_arena(handle, int(num_bytes))
-            self._opened[target.rank] = target.epoch, arena
+            arena = self._opened[_link(target)] = self._open_arena(handle, int(num_bytes))
         return arena
 
+    def leave(self, target: Peer) -> None:
+        """Memory of a receiver that has died is only free when nobody has it open."""
+        arena = self._opened.pop(_link(target), None)
+        if arena is not None:
+            arena.close()
+
     async def stop(self) -> None:
-        self._opened.clear()
         for descriptor in self._senders.values():
             os.close(descriptor)
         self._senders.clear()

@@ -115,6 +115,9 @@ class StagedTransfers(KVTransferManager):
         for source in sources:
             await self._cancel_and_wait(self._receiving.pop(_link(source), set()))
 
+    def _leave(self, target: Peer) -> None:
+        pass  # what a user's backend has for its peers is its own affair
+
     @torch.inference_mode()
     def _take(self, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
         with self._beside_the_steps():

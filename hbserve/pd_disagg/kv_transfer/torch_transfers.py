@@ -72,6 +72,8 @@ class TorchTransfers(KVTransferManager):
         context = self._context
         # TCPStore itself listens on every interface; a listener of ours keeps it on the one we mean.
         listener = socket.socket()
+        # A port of the configuration's may have connections of the epoch before in their last minute.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((context.host, context.port or 0))
         except OSError as error:
@@ -133,6 +135,10 @@ class TorchTransfers(KVTransferManager):
             # A send to a peer that has stopped lasts until the time limit; it only reads.
             self._outgoing[key] = link, Outbox(link.send, batch_blocks, writes_end=False)
         return self._outgoing[key]
+
+    def _leave(self, target: Peer) -> None:
+        if _key(target) in self._outgoing:
+            self._give_up(*self._outgoing.pop(_key(target)))
 
     # --- receiving -------------------------------------------------------------------------------
 
