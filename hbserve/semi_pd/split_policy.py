@@ -167,7 +167,7 @@ class SplitPolicy:
             return stay("the current split is the best", **numbers)
         changes_kind = best.mixed is not current.mixed
         is_guess = changes_kind and self.model.extrapolates(workload)
-        why = self._why_move(predicted, predictions[best], violations, changes_kind and best.mixed, is_guess)
+        why = self._why_move(predicted, predictions[best], violations, best.mixed, is_guess)
         if why is None:
             self._wanted = None
             return stay("too little to gain", **numbers)
@@ -266,17 +266,17 @@ class SplitPolicy:
         return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
 
     def _why_move(
-        self, predicted: Prediction, best: Prediction, violations: dict[str, float], joins: bool, is_guess: bool
+        self, predicted: Prediction, best: Prediction, violations: dict[str, float], to_mix: bool, is_guess: bool
     ) -> str | None:
         """Why it is worth it to move; None if it is not.
 
         Args:
-            joins: phases are side by side, and would be mixed: how they do is known worse beforehand, so that what
-                was seen of them counts, too.
-            is_guess: of a change between these two, if prompts are shorter than any that were measured side by side.
+            to_mix: the move is to one worker of both phases, or there is none.
+            is_guess: of a change between that and side by side, if prompts are shorter than any that were measured side
+                by side. How these do is then known badly beforehand, so that what was seen of them counts, too.
         """
         value = self._value(predicted)
-        gain = self._value(best) - (min(value, self._value_seen(violations)) if joins else value)
+        gain = self._value(best) - (min(value, self._value_seen(violations)) if to_mix and is_guess else value)
         if gain >= self.bounds.hysteresis * (1 + is_guess):
             return f"gains {gain:.2f}"
         if is_guess:
