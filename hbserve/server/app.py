@@ -34,7 +34,12 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
         served_name: the model's name, which requests must give.
         config: of which only what concerns a single request is used here; see `hbserve.server.guard`.
     """
-    app = FastAPI(title="HBServe", description="OpenAI-compatible completions and chat completions.")
+    app = FastAPI(
+        title="HBServe",
+        description="OpenAI-compatible completions and chat completions.",
+        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
+        redoc_url=None,
+    )
     errors.install(app)
     model = {
         "id": served_name,
