@@ -178,7 +178,7 @@ class LadderConfig(Section, frozen=True):
 
     Attributes:
         prefill, decode: each 1..100, no order.
-        unified: of workers that mix both phases in their steps; the largest is used. Default: 100 where
+        unified: of the worker that mixes both phases in its steps, at most one. Default: 100 where
             something can choose it, which is ``semi_pd.mixed`` or ``semi_pd.slo``, else none.
     """
 

@@ -203,6 +203,8 @@ def _validate_semi_pd(config: Config) -> None:
         for value in getattr(config.semi_pd.ladder, name) or ():
             if not 1 <= value <= 100:
                 raise _error(f"semi_pd.ladder.{name}", f"percentages must be in 1..100, got {value}")
+    if len(config.semi_pd.ladder.unified or ()) > 1:
+        raise _error("semi_pd.ladder.unified", "one percentage: one worker mixes both phases at a time")
     if config.semi_pd.mixed and not config.semi_pd.ladder.unified:
         raise _error("semi_pd.mixed", "needs a worker of both phases; semi_pd.ladder.unified says there is none")
     slo = config.semi_pd.slo

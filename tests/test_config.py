@@ -40,9 +40,15 @@ def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> No
 def test_default_instances_share_a_lone_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, gpu_ids: list[int]
 ) -> None:
+    smi = tmp_path / "nvidia-smi"  # as on a machine with four
+    smi.write_text("#!/bin/sh\nfor i in 1 2 3 4; do echo NVIDIA H200; done\n")
+    smi.chmod(0o755)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     text = "mode: disaggregated\nmodel: {path: model}\n"
     given = Config.load(write(tmp_path, text))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert fit_to_gpus(given) is given
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     fitted = fit_to_gpus(given)
     assert [instance.gpu_id for instance in fitted.gpu_instances] == gpu_ids
     share = given.performance.memory_fraction / (1 + (gpu_ids == [0, 0]))

@@ -45,9 +45,10 @@ def gpus() -> list[str]:
 
 def num_visible_gpus() -> int:
     """How many GPUs a process started now would find, by `CUDA_VISIBLE_DEVICES` where that is set."""
+    count = len(gpus())
     named = os.environ.get(_VISIBLE_VARIABLE)
-    if named is None:
-        return len(gpus())
+    if named is None or not count:
+        return count
     names = [name.strip() for name in named.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))
 
