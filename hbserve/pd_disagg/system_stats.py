@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 
 from hbserve.config import InstanceRole
-from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.timeline import EventLog, recent_requests
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.worker_handle import WorkerHandle
 
 _WINDOW_VALUES = 256  # of each latency, in a window that is sent
 
