@@ -135,6 +135,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
     stats: dict[str, Any] = {
         "status": "ready" if instance.ready else "lost",
         "role": str(instance.role),
+        "ranks": instance.config.num_ranks,
         "active_requests": len(instance.seats) + len(instance.reserved),
         "steps_in_flight": instance.num_steps_in_flight,
         "steps": work.num_steps,
