@@ -30,10 +30,10 @@ from hbserve.messages.transfer import (
     ReceiveBlocks,
     SendBlocks,
 )
+from hbserve.pd_disagg.kv_transfer.backends import make_manager
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard, routes
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
-from hbserve.pd_disagg.kv_transfer.manager import make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
