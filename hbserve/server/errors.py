@@ -22,6 +22,7 @@ from hbserve.errors import (
     RequestFailedError,
     RequestTimeoutError,
     ShuttingDownError,
+    UnknownInstanceError,
 )
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
@@ -85,6 +86,8 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ModelNotFoundError():
             return ApiError(404, what, "invalid_request_error", error.param, "model_not_found")
+        case UnknownInstanceError():
+            return ApiError(404, what, "invalid_request_error", error.param, "instance_not_found")
         case ContextLengthError():
             return ApiError(400, what, "invalid_request_error", error.param, "context_length_exceeded")
         case InvalidRequestError():
