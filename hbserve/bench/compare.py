@@ -176,7 +176,8 @@ class Comparison:
                     continue
                 try:
                     async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                        await self._serve(system, loads, time.monotonic() + share_s, pool)
+                        until = self._deadline if options.rates else time.monotonic() + share_s
+                        await self._serve(system, loads, until, pool)
                 except (HBServeError, TimeoutError) as error:
                     print(f"{system.name}: {type(error).__name__}: {error}", flush=True)
                     failed = {"system": system.name, "loads": [load.name for load in loads], "error": repr(error)}
