@@ -76,6 +76,7 @@ def one_row_linear(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     gated: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` of a single row.
 
@@ -84,16 +85,18 @@ def one_row_linear(
         norm: weights of an RMS norm with ``eps`` that ``x`` passes first.
         residual: contiguous ``[1, rows]``; the result is added to it, in place.
         gated: the rows are ``gate | up``, and the result is ``silu(gate) * up``, half as wide.
+        out: contiguous memory for the result, if it is not ``residual``.
 
     Returns:
-        ``[1, rows]``, or ``[1, rows / 2]`` if gated; ``residual`` itself if given.
+        ``[1, rows]``, or ``[1, rows / 2]`` if gated; ``residual`` or ``out`` itself if given.
     """
     num_rows, size = weight.shape
     num_rows = num_rows // 2 if gated else num_rows
     if residual is not None:
         assert not gated, "a gated layer has no residual"
+        assert out is None, "a sum has its place"
         out = residual
-    else:
+    if out is None:
         out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     block_rows, num_warps = _shape(block, gated)
