@@ -15,7 +15,8 @@ import time
 import zmq
 
 from hbserve.cluster_key import ClusterKey
-from hbserve.config import DECODE_PACE, MIXED_PACE, InstanceConfig, InstanceRole, PerformanceConfig
+from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
+from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
