@@ -203,11 +203,9 @@ class CpuScheduler:
                 worker.is_introduced = True
         for worker, phases in instance.choose_workers().items():
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
-            if instance.takes_turns(phases):
-                depth = 1  # one that is in flight early could not wait
-                if not instance.decode_has_turn():
-                    continue
-            while len(worker.inflight) < depth:
+            if instance.takes_turns(phases) and not instance.decode_has_turn():
+                continue
+            while len(worker.inflight) < instance.most_in_flight(phases, depth):
                 if (wait_s := worker.timing.wait_s(time.monotonic())) > 0:
                     soonest_s = min(soonest_s, wait_s)
                     break
