@@ -15,6 +15,7 @@ from hbserve.engine.batch import build_batch
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
+from hbserve.engine.step_board import StepBoard
 from hbserve.layers.parallel import TensorParallel
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.models.decoder import Decoder
@@ -50,6 +51,7 @@ class ModelRunner:
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
         kv_handle: what other processes attach to it with; None: they cannot.
+        board: of the workers on the same arenas; None where there is only this one.
 
     Raises:
         ModelError: if the model folder cannot be served.
@@ -84,6 +86,10 @@ class ModelRunner:
         num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
         self.kv_blocks = self.layout.block_bytes_view(arenas.kv, self.num_blocks)
         self.kv_handle = arenas.kv_handle
+        self.board: StepBoard | None = None
+        if arenas.board is not None:
+            samples = instance.instance_type is InstanceRole.DECODE
+            self.board = StepBoard(arenas.board, config.performance.max_num_seqs, samples)
         kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
         self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
         stopwatch.lap("attention")
@@ -197,8 +203,8 @@ class ModelRunner:
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
-            return PendingStep(plan, *self._graphs.launch(plan.rows, timer), timer)
-        batch = build_batch(plan.rows, self._table, self.layout.block_size, self.platform.device)
+            return PendingStep(plan, *self._graphs.launch(plan.rows, lambda: self._take_turn(plan), timer), timer)
+        batch = build_batch(self._take_turn(plan), self._table, self.layout.block_size, self.platform.device)
         timer.start()
         self._attention.begin(batch.attention)
         if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
@@ -210,3 +216,11 @@ class ModelRunner:
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
+
+    def _take_turn(self, plan: StepPlan) -> list[PlanRow]:
+        """Wait until nobody else's step comes before a plan's; its rows, with the tokens that others have sampled."""
+        if self.board is None:
+            return plan.rows
+        if plan.after is not None:
+            self.board.wait(plan.after)
+        return self.board.with_tokens(plan.rows)

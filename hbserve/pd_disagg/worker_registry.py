@@ -24,6 +24,8 @@ from hbserve.messages.worker import (
     Leaving,
     Ping,
     Shutdown,
+    StepLost,
+    StepOf,
     StepResult,
     WantsToLeave,
 )
@@ -186,7 +188,8 @@ class WorkerRegistry:
             if reply.error is not None:
                 self._lose(instance, worker, f"a step failed: {reply.error}")
             else:
-                self._requests.step_done(worker, reply)
+                worker.results.append(reply)
+                self._confirm_steps(instance)
         elif isinstance(reply, TransferResult):
             self._requests.transfer_ended(reply)
         elif isinstance(reply, LinkOpened):
@@ -198,6 +201,11 @@ class WorkerRegistry:
             self._drains.wants_to_leave(instance)
         elif isinstance(reply, Leaving):
             self._lose(instance, worker, "it is ending")
+
+    def _confirm_steps(self, instance: InstanceHandle) -> None:
+        """Results of several workers in the order of their steps, whichever is heard of first."""
+        while (worker := instance.whose_result_is_next()) is not None:
+            self._requests.step_done(worker, worker.results.popleft())
 
     # --- who is there ----------------------------------------------------------------------------
 
@@ -262,6 +270,9 @@ class WorkerRegistry:
             return
         # The memory is intact, but until the process has ended it may still write: see `set_workers`.
         worker.hello = None
+        worker.results.clear()
+        self._requests.worker_lost(instance, worker)
+        self._confirm_steps(instance)
         instance.note_lost(why)
         if not worker.is_retiring:
             self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=why))
@@ -346,8 +357,15 @@ class WorkerRegistry:
         for worker_id in message.gone:
             if worker_id in instance.workers:
                 worker = instance.workers[worker_id]
-                self._requests.steps_lost(instance.forget_worker(worker))
+                self._requests.worker_lost(instance, worker)  # its end may be heard of here first
+                unconfirmed = instance.forget_worker(worker)
+                self._requests.steps_lost(unconfirmed)
                 self._hang_up_later(worker)
+                if unconfirmed and worker.cell is not None:
+                    lost = StepLost(step=StepOf(cell=worker.cell, step_id=unconfirmed[-1].step_id))
+                    for other in instance.workers.values():
+                        if other.ready and other.role is worker.role:
+                            other.send(lost)
         named = {spec.worker_id for spec in message.workers}
         for worker in instance.workers.values():
             worker.is_retiring = worker.id not in named
