@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import torch
@@ -40,6 +41,7 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
         kv_bytes: of the KV arena, which has one block more than ``num_blocks``: the last is for
             warming up, and holds nobody's tokens.
         board: handle of a `StepBoard`'s memory.
+        spec: of the model, as `ModelSpec.as_plain`.
     """
 
     epoch: int
@@ -52,6 +54,7 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
     block_size: int
     max_model_len: int
     board: str
+    spec: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def share_arenas(
         block_size=arenas.layout.block_size,
         max_model_len=arenas.max_model_len,
         board=board.handle,
+        spec=spec.as_plain(),
     )
 
 

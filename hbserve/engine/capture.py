@@ -10,7 +10,10 @@ import torch
 
 
 def run_to_capture(run: Callable[[], object]) -> None:
-    """Run once what will be captured, so that all it compiles or allocates at its first call is there."""
+    """Run once what will be captured, so that all it compiles or loads at its first call is there.
+
+    As little of it as has all of that: others' steps run on the same device.
+    """
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

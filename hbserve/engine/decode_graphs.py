@@ -167,7 +167,7 @@ class DecodeGraphs:
                 tensor("chunk_len", 1),
             )
         )
-        run_to_capture(lambda: self._step(size))
+        run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
         graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
             token_ids = self._step(size)
@@ -181,13 +181,13 @@ class DecodeGraphs:
         arrays["chunk_len"] = np.array([self._attention.chunk_len(size, np.ones(size, np.int32))], np.int32)
         self._inputs.copy(arrays, np.zeros(size, np.int32), size)
 
-    def _step(self, size: int) -> torch.Tensor:
+    def _step(self, size: int, layers: list[int] | None = None) -> torch.Tensor:
         inputs = self._inputs
         slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
         positions = inputs.tensor("positions", size)
         last = self._table.last_token_ids
         token_ids = torch.where(given == _FED_BACK, last[slots], given)
-        hidden = self._decoder.forward(token_ids, positions, self._attention)
+        hidden = self._decoder.forward(token_ids, positions, self._attention, layers)
         logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
         sampled = fast_sample(logits, temperatures, seeds, positions, self._decoder.parallel)

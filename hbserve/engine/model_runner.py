@@ -15,6 +15,7 @@ from hbserve.engine.batch import build_batch
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
+from hbserve.engine.staging import reserve_pinned_memory
 from hbserve.engine.step_board import StepBoard
 from hbserve.layers.parallel import TensorParallel
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
@@ -71,7 +72,10 @@ class ModelRunner:
         stopwatch = stopwatch or Stopwatch()
         self.platform = platform
         self.parallel = parallel = parallel or TensorParallel()
-        self.spec = spec = ModelSpec.load(config.model.path)
+        if attachment is None:
+            self.spec = spec = ModelSpec.load(config.model.path)
+        else:
+            self.spec = spec = ModelSpec.from_plain(attachment.spec)
         dtype = dtype_of(config, spec)
         backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
         stopwatch.lap("model")
@@ -105,6 +109,9 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._graph_pool: Any = None
+        self._layers: list[int] | None = None
+        if platform.name == "cuda":
+            reserve_pinned_memory()
         stopwatch.lap("tables")
         self._prepare_for(instance.instance_type)
         stopwatch.lap("graphs")
@@ -153,8 +160,9 @@ class ModelRunner:
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
         """Run steps of the sizes that will come, so that the first real one finds everything loaded.
 
-        What is loaded or allocated at its first use depends on the size: kernels, pinned memory of results, which
-        comes in powers of two, captured graphs. All their KV goes to one block that is nobody's.
+        What is loaded or allocated at its first use depends on the size: kernels, memory, captured graphs. Others'
+        steps run on the device meanwhile, so it is a few sizes, and of what is not captured a few layers. All KV
+        goes to one block that is nobody's.
         """
         longest = min(
             config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens, self.max_model_len - 1
@@ -163,9 +171,11 @@ class ModelRunner:
         if role.prefills:
             batches.append([longest])
         if role.decodes and self._graphs is not None:
-            batches += [[1] * (1 << power) for power in range(1, self._table.max_num_seqs.bit_length())]
+            batches += [[1] * (1 << power) for power in range(2, self._table.max_num_seqs.bit_length(), 2)]
+        self._layers = self._decoder.typical_layers
         for lengths in batches:
             self.launch(self._rehearsal(lengths, spare_block)).result()
+        self._layers = None
 
     def _rehearsal(self, lengths: list[int], spare_block: int) -> StepPlan:
         """A step of whole prompts of nobody's."""
@@ -210,7 +220,7 @@ class ModelRunner:
         if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
             hidden = self._prefill_graphs.forward(batch)
         else:
-            hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
+            hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention, self._layers)
         if not batch.num_logprobs:
             return PendingStep(plan, None, [], timer)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
