@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from hbserve.config import Config, InstanceConfig, InstanceRole, LadderConfig, Mode, Section, SemiPDConfig, nearest
+from hbserve.config import Config, InstanceConfig, InstanceRole, Mode
+from hbserve.config_section import Section, nearest
+from hbserve.config_semi_pd import LadderConfig, SemiPDConfig
 from hbserve.errors import ConfigError
 
 BACKENDS = ("nccl", "mooncake", "shm")
@@ -115,16 +118,15 @@ def _check_keys(document: dict[str, Any]) -> None:
     def check(section: type[msgspec.Struct], values: Any, prefix: str) -> None:
         if not isinstance(values, dict):
             return  # a wrong type: msgspec's message is right
-        valid = [field.name for field in msgspec.structs.fields(section)]
-        for key in values:
-            if key not in valid:
-                raise _error(f"{prefix}{key}", f"unknown key{nearest(str(key), valid)}")
+        fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+        for key, value in values.items():
+            if key not in fields:
+                raise _error(f"{prefix}{key}", f"unknown key{nearest(str(key), list(fields))}")
+            for kind in (fields[key], *get_args(fields[key])):  # a section, or one that may be left out
+                if isinstance(kind, type) and issubclass(kind, Section):
+                    check(kind, value, f"{prefix}{key}.")
 
     check(Config, document, "")
-    for field in msgspec.structs.fields(Config):
-        values = document.get(field.name)
-        if isinstance(field.type, type) and issubclass(field.type, Section):
-            check(field.type, values, f"{field.name}.")
     instances = document.get("gpu_instances")
     for index, values in enumerate(instances if isinstance(instances, list) else ()):
         check(InstanceConfig, values, f"gpu_instances[{index}].")
@@ -257,8 +259,8 @@ def _require_positive(config: Config) -> None:
             key, value = f"{section_name}.{name}", getattr(section, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if value < 0 or (value == 0 and key not in zero_is_legal) or value != value:
-                raise _error(key, f"must be positive, got {value}")
+            if not math.isfinite(value) or value < 0 or (value == 0 and key not in zero_is_legal):
+                raise _error(key, f"must be positive and finite, got {value}")
             if name == "port" and value > 65535:
                 raise _error(key, f"must be at most 65535, got {value}")
 

@@ -24,9 +24,11 @@ def load(path: str | Path) -> Config:
     try:
         document = yaml.safe_load(text)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        duplicate = _duplicate_key(tree)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    duplicate = _duplicate_key(tree)
+    except RecursionError:
+        raise ConfigError(f"{path} holds itself, or is nested too deeply") from None
     if duplicate is not None:
         raise ConfigError(f"{path}:{duplicate[1]}: {duplicate[0]} is given twice")
     try:

@@ -35,6 +35,10 @@ class InvalidRequestError(HBServeError, ValueError):
         self.param = param
 
 
+class UnknownInstanceError(InvalidRequestError):
+    """There is no instance of that name."""
+
+
 class ContextLengthError(InvalidRequestError):
     """Prompt and output together are more than the model's context holds."""
 

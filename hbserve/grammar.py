@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hbserve.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_GRAMMAR_CHARACTERS = 200_000
 
@@ -101,7 +101,8 @@ class Vocabulary:
 
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise InvalidRequestError(f"the grammar has more than {MAX_GRAMMAR_CHARACTERS} characters", "grammar")
-        problem = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0).get_error()
+        matcher = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0)
+        problem = matcher.get_error() or _problem_at_start(matcher)
         if problem:
             what = " ".join(problem.split())[:_MAX_PROBLEM_CHARACTERS]
             raise InvalidRequestError(f"the grammar cannot be followed: {what}", "grammar")
@@ -171,6 +172,20 @@ class Matcher:
         if self._matcher.is_error():
             return f"the grammar could not be followed to the end: {self._matcher.get_error().strip().splitlines()[0]}"
         return None if self._matcher.is_accepting() else "the output ends before the grammar does"
+
+
+def _problem_at_start(matcher: LLMatcher) -> str | None:
+    """Why a grammar that has been compiled cannot be begun; None if it can.
+
+    It is compiled as it is needed, so what is too large shows at the first token, or at the one after it.
+    """
+    for _ in range(2):
+        words = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_stopped():
+            break
+        matcher.consume_token(int(np.unpackbits(words, bitorder="little").argmax()))
+    problem: str = matcher.get_error().partition("\n")[0]
+    return "there is no text that it admits" if problem == "NoExtensionBias" else problem or None
 
 
 def _set(words: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64], allowed: bool) -> None:

@@ -35,8 +35,9 @@ def draw(stats: dict[str, Any], semi_pd: dict[str, Any]) -> str:
         f"throughput {window['prefill_throughput']:.0f} prompt tokens/s, {window['decode_throughput']:.0f} tokens/s",
     ]
     for name in ("ttft", "tpot", "itl"):
-        values = ", ".join(f"p{percent} {window[f'{name}_p{percent}_ms']:.1f}" for percent in (50, 95, 99))
-        lines.append(f"{name.upper():<10} {values} ms")
+        percentiles = {percent: window[f"{name}_p{percent}_ms"] for percent in (50, 95, 99)}
+        values = ", ".join(f"p{percent} {value:.1f}" for percent, value in percentiles.items() if value)
+        lines.append(f"{name.upper():<10} {f'{values} ms' if values else 'nothing measured lately'}")
     for name, instance in stats["gpu_instances"].items():
         lines += ["", f"{name} ({instance['role']}, {instance['status']}): {instance.get('device', '')}"]
         blocks = instance.get("kv_blocks")

@@ -14,13 +14,14 @@ from hbserve.config import InstanceRole
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.messages.worker import Hello, InstanceCommand, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
-from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Sequence
 from hbserve.pd_disagg.step_planner import StepPlanner
 from hbserve.pd_disagg.timeline import EventLog
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.worker_handle import WorkerHandle
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "models" / "hbserve-demo"
 

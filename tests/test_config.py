@@ -79,6 +79,8 @@ TWO = (
     [
         (MODEL + "chunked_prefil: {}\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
         (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
+        (MODEL + "semi_pd:\n  ladder: {prefil: [1]}\n", 4, "ladder.prefil: unknown key; did you mean 'prefill'"),
+        (MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n", 4, "rpc.heartbeat_timeout_s: must be positive and finite"),
         (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
         (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive"),
         (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be at most 65535"),
@@ -111,6 +113,8 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
         Config.load(write(tmp_path, "model: [\n"))
     with pytest.raises(ConfigError, match="must be a mapping"):
         Config.load(write(tmp_path, "- 1\n"))
+    with pytest.raises(ConfigError, match="holds itself"):
+        Config.load(write(tmp_path, "model: &model [*model]\n"))
 
 
 def test_the_flat_configuration_can_change_until_it_is_frozen(tmp_path: Path) -> None:

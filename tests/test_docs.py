@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import yaml
 
-from hbserve.config import Config, InstanceConfig, Section
+from hbserve.config import Config, InstanceConfig
+from hbserve.config_section import Section
 from hbserve.pd_disagg.config import _KEYS
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.chat_protocol import ChatCompletionRequest

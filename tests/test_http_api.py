@@ -289,6 +289,9 @@ async def test_stats(http: httpx.AsyncClient, scheduler: ScriptedScheduler, clie
 # --- errors --------------------------------------------------------------------------------------
 
 
+JSON_BODY = {"Content-Type": "application/json"}
+
+
 async def error_of(http: httpx.AsyncClient, path: str, status: int, body: Any = None, **options: Any) -> dict[str, Any]:
     """Send a request that must fail with that status; the error in OpenAI's shape."""
     if body is not None:
@@ -331,6 +334,8 @@ REFUSED_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 2**64}, "top_k"),
     ({"echo": True, "logprobs": 1}, "echo"),
     ({"grammar": "start: ("}, "grammar"),
+    ({"grammar": "start: /a{1000000}/"}, "grammar"),  # can be compiled, not be followed
+    ({"grammar": "start: /[a&&b]/"}, "grammar"),  # admits no text
     ({"grammar": "start: /a/", "min_tokens": 2}, "min_tokens"),
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
@@ -397,8 +402,7 @@ REFUSED_IN_CHATS: list[tuple[dict[str, Any], str]] = [
 async def test_chat_parameters_that_are_refused(http: httpx.AsyncClient, scheduler: ScriptedScheduler) -> None:
     for more, param in REFUSED_IN_CHATS:
         body = json.dumps({"model": MODEL, "messages": USER, **more}).encode()
-        headers = {"Content-Type": "application/json"}
-        error = await error_of(http, "/v1/chat/completions", 400, content=body, headers=headers)
+        error = await error_of(http, "/v1/chat/completions", 400, content=body, headers=JSON_BODY)
         assert error["param"] == param
         assert scheduler.requests == []
 
@@ -430,12 +434,13 @@ async def test_a_misspelt_parameter_is_answered_with_the_right_one(http: httpx.A
     assert "did you mean 'temperature'" in error["message"]
     error = await error_of(http, "/v1/chat/completions", 400, {"model": MODEL, "messages": USER, "echo": True})
     assert "unknown parameter 'echo'; valid are: " in error["message"]
+    error = await error_of(http, "/v1/completions", 400, content=b'{"\\ud83d": 1}', headers=JSON_BODY)
+    assert "lone surrogate" in error["message"]
 
 
 async def test_bodies_that_are_no_request(http: httpx.AsyncClient) -> None:
-    headers = {"Content-Type": "application/json"}
     for content in (b'{"model": ', b"", b"[1]", b'"text"', b"\xff"):
-        await error_of(http, "/v1/completions", 400, content=content, headers=headers)
+        await error_of(http, "/v1/completions", 400, content=content, headers=JSON_BODY)
     await error_of(http, "/v1/completions", 400, content=b"model=x", headers={"Content-Type": "text/plain"})
     error = await error_of(http, "/v1/completions", 400, {"model": MODEL})
     assert error["param"] == "prompt"

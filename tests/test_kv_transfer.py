@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import socket
@@ -29,10 +30,10 @@ from hbserve.messages.transfer import (
     ReceiveBlocks,
     SendBlocks,
 )
+from hbserve.pd_disagg.kv_transfer.backends import make_manager
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard, routes
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
-from hbserve.pd_disagg.kv_transfer.manager import make_manager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
@@ -503,6 +504,42 @@ class WrongSize(KVTransferBase):
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
         return torch.zeros(7, dtype=torch.uint8)
+
+
+class Stubborn(KVTransferBase):
+    """A user's backend that ends when it has what it waits for, and not before."""
+
+    async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
+        await self._until(go_on)
+
+    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
+        await self._until(go_on)
+        return torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
+
+    async def _until(self, event: asyncio.Event) -> None:
+        while not event.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await event.wait()
+
+
+go_on = asyncio.Event()
+
+
+async def test_a_backend_that_does_not_heed_a_cancellation_holds_up_nothing_and_writes_nothing() -> None:
+    async with sides(backend=f"{__name__}:Stubborn") as (source, target):
+        before = target.arena.clone()
+        send, receive = pair("t", source, target, [1], [2])
+        target.manager.handle(receive)
+        source.manager.send(send)
+        await asyncio.sleep(0.05)
+        source.manager.cancel("t")
+        target.manager.handle(CloseLink(source_id="source", link_epoch=0, sources=[source.peer()], senders_done=True))
+        assert (await source.result()).error == "cancelled"
+        assert (await target.result()).error == "cancelled"
+        assert isinstance(await target.result(), LinkClosed)
+        go_on.set()
+        await asyncio.sleep(0.05)
+        assert torch.equal(target.arena, before)
 
 
 async def test_a_backend_that_delivers_the_wrong_size_is_a_failed_transfer() -> None:

@@ -64,6 +64,8 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(tmp
             ("i1", "unified", "Input should be 'prefill' or 'decode'"),
         ):
             assert said in (await change(instance_id, role) or "")
+        unknown = await http.delete("/v1/instances/nobody")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "instance_not_found")
         long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
         busy = [asyncio.create_task(llm.generate(prompts[0], long)) for _ in range(6)]
         while llm.get_system_stats()["gpu_instances"]["i1"]["active_requests"] < 2:  # noqa: ASYNC110 - no event

@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hbserve.messages.client import AddRequest
 from hbserve.metrics.collector import SemiPDMetricsCollector
-from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Sequence
+from hbserve.pd_disagg.worker_handle import InflightRow, InflightStep
 from hbserve.sampling_params import SamplingParams
 from tests.test_scripts import Program
 

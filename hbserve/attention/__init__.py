@@ -8,7 +8,7 @@ from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.attention.flash_attn import FlashAttnBackend
 from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.attention.sdpa import SdpaBackend
-from hbserve.config import nearest
+from hbserve.config_section import nearest
 from hbserve.errors import ConfigError
 from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform

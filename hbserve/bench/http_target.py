@@ -135,6 +135,8 @@ async def connect(
     except ImportError:
         raise ConfigError("--url needs aiohttp: pip install 'hbserve[bench]'") from None
     base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise ConfigError(f"--url must begin with http:// or https://, got {url!r}")
     async with aiohttp.ClientSession(
         base,
         connector=aiohttp.TCPConnector(limit=0),
@@ -146,7 +148,8 @@ async def connect(
             async with session.get("/v1/models") as response:
                 models = {one["id"]: one for one in (await response.json())["data"]}
         except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"--url: no OpenAI-compatible server answers at {base}: {error!r}") from None
+            what = str(error) or type(error).__name__
+            raise ConfigError(f"--url: no OpenAI-compatible server answers at {base}: {what}") from None
         if model is None and len(models) == 1:
             [model] = models
         if model not in models:

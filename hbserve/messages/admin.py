@@ -66,7 +66,13 @@ class RemoveInstance(Message, frozen=True):
 
 
 class InstanceChanged(Message, frozen=True):
-    """Answer to `SetRole` and `RemoveInstance`. Attributes: error: why nothing has changed."""
+    """Answer to `SetRole` and `RemoveInstance`.
+
+    Attributes:
+        error: why nothing has changed.
+        is_unknown: because there is no such instance.
+    """
 
     query_id: int
     error: str | None = None
+    is_unknown: bool = False

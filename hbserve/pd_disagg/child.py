@@ -20,7 +20,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from hbserve.config import LoggingConfig
+from hbserve.errors import HBServeError
 from hbserve.log_format import JsonFormatter, TextFormatter
+
+logger = logging.getLogger(__name__)
 
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
 EXIT_DISMISSED = 69
@@ -116,6 +119,17 @@ def exit_now(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def exit_after(work: Callable[[], int]) -> NoReturn:
+    """Do the work of this process, and end it with the code that is returned; an error of ours is reported, and 1."""
+    code = 1
+    try:
+        code = work()
+    except HBServeError as error:
+        report_status({"error": str(error)})
+        logger.error("%s", error)
+    exit_now(code)
 
 
 def report_status(status: dict[str, Any], is_last: bool = True) -> None:

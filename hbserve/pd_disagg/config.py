@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from hbserve.config import Config, nearest
+from hbserve.config import Config
+from hbserve.config_section import nearest
 from hbserve.errors import ConfigError
 
 

@@ -63,21 +63,25 @@ class Drains:
 
     def set_role(self, client: bytes, message: SetRole) -> None:
         """Begin a change of role, or say why not."""
-        instance = self._instances.get(message.instance_id)
-        problem = self._problem(instance, message.instance_id)
+        instance = self._known(client, message)
+        if instance is None:
+            return
+        problem = self._problem(instance)
         plain = (InstanceRole.PREFILL, InstanceRole.DECODE)
-        if instance is not None and (instance.role not in plain or message.role not in plain):
+        if instance.role not in plain or message.role not in plain:
             problem = f"{instance.id} is {instance.role}: only prefill and decode instances change, into each other"
-        elif instance is not None and instance.role is message.role:
+        elif instance.role is message.role:
             self._reply(client, InstanceChanged(query_id=message.query_id))
             return
         self._begin(instance, problem, _Drain((client, message.query_id), message.role, _after(message.deadline_s)))
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """Begin a departure, or say why not."""
-        instance = self._instances.get(message.instance_id)
-        problem = self._problem(instance, message.instance_id)
-        if problem is None and instance is not None and instance.role is InstanceRole.SEMI_PD:
+        instance = self._known(client, message)
+        if instance is None:
+            return
+        problem = self._problem(instance)
+        if problem is None and instance.role is InstanceRole.SEMI_PD:
             problem = f"{instance.id} is {instance.role}: it ends with the system"
         self._begin(instance, problem, _Drain((client, message.query_id), None, _after(message.deadline_s)))
 
@@ -102,9 +106,15 @@ class Drains:
         drain = self._drains.get(instance.id)
         return drain is not None and drain.role is None and drain.is_prepared
 
-    def _problem(self, instance: InstanceHandle | None, instance_id: str) -> str | None:
+    def _known(self, client: bytes, message: SetRole | RemoveInstance) -> InstanceHandle | None:
+        """The instance that is meant; None: there is none, and the client has been told."""
+        instance = self._instances.get(message.instance_id)
         if instance is None:
-            return f"there is no instance {instance_id!r}; there are {', '.join(self._instances)}"
+            error = f"there is no instance {message.instance_id!r}; there are {', '.join(self._instances)}"
+            self._reply(client, InstanceChanged(query_id=message.query_id, error=error, is_unknown=True))
+        return instance
+
+    def _problem(self, instance: InstanceHandle) -> str | None:
         if instance.id in self._drains:
             leaves = self._drains[instance.id].role is None
             return f"{instance.id} is {'leaving' if leaves else 'changing its role'} already"
@@ -113,8 +123,8 @@ class Drains:
             return f"{instance.id} is the only {instance.role} instance that is ready"
         return None
 
-    def _begin(self, instance: InstanceHandle | None, problem: str | None, drain: _Drain) -> None:
-        if problem is not None or instance is None:
+    def _begin(self, instance: InstanceHandle, problem: str | None, drain: _Drain) -> None:
+        if problem is not None:
             assert drain.asked_by is not None
             client, query_id = drain.asked_by
             self._reply(client, InstanceChanged(query_id=query_id, error=problem))

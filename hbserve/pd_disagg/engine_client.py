@@ -165,6 +165,7 @@ class EngineClient:
             deadline_s: if it has not finished them by then, it goes on as it was.
 
         Raises:
+            UnknownInstanceError: if there is none of that name.
             InvalidRequestError: if it cannot change, or has not finished in time; saying why.
             EngineDeadError: if the scheduler does not answer.
         """
@@ -182,6 +183,7 @@ class EngineClient:
             deadline_s: if it has not finished them by then, it stays.
 
         Raises:
+            UnknownInstanceError: if there is none of that name.
             InvalidRequestError: if it cannot be spared, or has not finished in time; saying why.
             EngineDeadError: if the scheduler does not answer.
         """
@@ -196,13 +198,15 @@ class EngineClient:
         self._queries[message.query_id] = future
         try:
             self._send(message)
-            error = (await asyncio.wait_for(future, message.deadline_s + self._answer_timeout_s))["error"]
+            answer = await asyncio.wait_for(future, message.deadline_s + self._answer_timeout_s)
         except TimeoutError:
             raise errors.EngineDeadError("the scheduler did not answer") from None
         finally:
             del self._queries[message.query_id]
-        if error is not None:
-            raise errors.InvalidRequestError(error)
+        if answer["is_unknown"]:
+            raise errors.UnknownInstanceError(answer["error"], "instance_id")
+        if answer["error"] is not None:
+            raise errors.InvalidRequestError(answer["error"])
 
     def declare_dead(self, reason: str) -> None:
         """The scheduler process is gone: end every stream and query with `EngineDeadError`."""
@@ -265,7 +269,7 @@ class EngineClient:
             elif isinstance(reply, InstanceChanged):
                 query = self._queries.get(reply.query_id)
                 if query is not None and not query.done():
-                    query.set_result({"error": reply.error})
+                    query.set_result({"error": reply.error, "is_unknown": reply.is_unknown})
             elif self._ready is not None and not self._ready.done():
                 if isinstance(reply, NotReady):
                     self._ready.set_exception(errors.StartupError(reply.reason))

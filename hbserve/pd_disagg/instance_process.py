@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import msgspec
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.errors import HBServeError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.gpu_instance import GpuInstance, SharedDevice
 from hbserve.pd_disagg.joining import Membership
-
-logger = logging.getLogger(__name__)
 
 
 def run_instance(config: Config, instance: InstanceConfig, address: str, membership: Membership | None = None) -> int:
@@ -53,13 +49,8 @@ def main() -> None:
     """Entry of the process that a launcher starts."""
     orders = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
-    code = 1
-    try:
-        code = run_instance(config, config.instance(orders["instance_id"]), orders["address"])
-    except HBServeError as error:
-        child.report_status({"error": str(error)})
-        logger.error("%s", error)
-    child.exit_now(code)
+    instance = config.instance(orders["instance_id"])
+    child.exit_after(lambda: run_instance(config, instance, orders["address"]))
 
 
 if __name__ == "__main__":

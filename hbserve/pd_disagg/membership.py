@@ -17,7 +17,8 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.config_checks import with_instance
 from hbserve.errors import ConfigError
 from hbserve.messages.membership import Join, Joined
-from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
+from hbserve.pd_disagg.worker_handle import WorkerHandle
 
 
 class Membership:

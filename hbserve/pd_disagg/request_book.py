@@ -23,13 +23,14 @@ from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepResult
 from hbserve.pd_disagg.admission import Admission, release_seat
-from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.sequence import Phase, Seat, Sequence
 from hbserve.pd_disagg.timeline import EventLog
 from hbserve.pd_disagg.transfer_ledger import Transfer, TransferLedger
 from hbserve.pd_disagg.waiting_queue import WaitingQueue
+from hbserve.pd_disagg.worker_handle import InflightStep, WorkerHandle
 
 logger = logging.getLogger(__name__)
 

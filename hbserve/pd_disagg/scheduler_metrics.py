@@ -15,7 +15,8 @@ from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.sequence import Phase, Sequence
 
 if TYPE_CHECKING:
-    from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle
+    from hbserve.pd_disagg.instance_handle import InstanceHandle
+    from hbserve.pd_disagg.worker_handle import InflightStep
 
 
 class SchedulerMetrics:

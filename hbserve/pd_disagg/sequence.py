@@ -14,7 +14,8 @@ from hbserve.messages.worker import SequenceState
 if TYPE_CHECKING:
     from hbserve.kv_cache.storage_manager import UnifiedStorageManager
     from hbserve.metrics.request_metrics import RequestMetrics
-    from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+    from hbserve.pd_disagg.instance_handle import InstanceHandle
+    from hbserve.pd_disagg.worker_handle import WorkerHandle
 
 
 class Phase(StrEnum):

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
-from hbserve.pd_disagg.instance_handle import InflightRow, InflightStep, InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.mixed_steps import StepRoom
 from hbserve.pd_disagg.plan_timing import StepWork
 from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 from hbserve.pd_disagg.waiting_queue import prefill_budget
+from hbserve.pd_disagg.worker_handle import InflightRow, InflightStep, WorkerHandle
 
 
 class StepPlanner:

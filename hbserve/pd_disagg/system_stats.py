@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 
 from hbserve.config import InstanceRole
-from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.scheduler_metrics import SchedulerMetrics
 from hbserve.pd_disagg.timeline import EventLog, recent_requests
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.worker_handle import WorkerHandle
 
 _WINDOW_VALUES = 256  # of each latency, in a window that is sent
 
@@ -134,6 +135,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
     stats: dict[str, Any] = {
         "status": "ready" if instance.ready else "lost",
         "role": str(instance.role),
+        "ranks": instance.config.num_ranks,
         "active_requests": len(instance.seats) + len(instance.reserved),
         "steps_in_flight": instance.num_steps_in_flight,
         "steps": work.num_steps,

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config
-from hbserve.pd_disagg.instance_handle import InflightStep, InstanceHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.prefill_pace import PrefillPace
 from hbserve.pd_disagg.queue_policy import make_policy
 from hbserve.pd_disagg.sequence import Sequence
+from hbserve.pd_disagg.worker_handle import InflightStep
 
 _NUM_ENDS = 64
 

@@ -30,12 +30,13 @@ from hbserve.messages.worker import (
     WantsToLeave,
 )
 from hbserve.pd_disagg.drains import Drains
-from hbserve.pd_disagg.instance_handle import InstanceHandle, WorkerHandle
+from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.membership import Membership
 from hbserve.pd_disagg.readiness import Readiness
 from hbserve.pd_disagg.request_book import RequestBook
 from hbserve.pd_disagg.timeline import EventLog
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
+from hbserve.pd_disagg.worker_handle import WorkerHandle
 
 logger = logging.getLogger(__name__)
 

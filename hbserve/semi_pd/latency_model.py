@@ -27,7 +27,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hbserve.config import MIXED_PACE
+from hbserve.config_semi_pd import MIXED_PACE
 from hbserve.semi_pd.least_squares import PriorLeastSquares
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from hbserve.config import DECODE_PACE, SLOConfig
+from hbserve.config_semi_pd import DECODE_PACE, SLOConfig
 from hbserve.errors import ConfigError
 from hbserve.semi_pd.latency_model import Targets
 

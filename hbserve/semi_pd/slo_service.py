@@ -6,8 +6,9 @@ import logging
 import time
 from typing import Any, Protocol
 
-from hbserve.config import Config, SLOConfig
-from hbserve.errors import EngineDeadError
+from hbserve.config import Config
+from hbserve.config_semi_pd import SLOConfig
+from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.semi_pd.builtin_profile import H200_8B
 from hbserve.semi_pd.latency_model import LatencyModel
@@ -98,8 +99,11 @@ def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]
     Raises:
         ConfigError: naming what cannot be honoured.
     """
-    constraints = SLOConstraints(**_fields(slo, SLOConstraints))
-    bounds = SplitBounds(**_fields(slo, SplitBounds))
+    try:
+        constraints = SLOConstraints(**_fields(slo, SLOConstraints))
+        bounds = SplitBounds(**_fields(slo, SplitBounds))
+    except ConfigError as error:
+        raise ConfigError(f"semi_pd.slo.{error}", f"semi_pd.slo.{error.key}") from None
     return constraints, bounds, H200_8B if slo.profile is None else StepProfile.load(slo.profile)
 
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from hbserve.config import nearest
+from hbserve.config_section import nearest
 from hbserve.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -22,6 +22,7 @@ from hbserve.errors import (
     RequestFailedError,
     RequestTimeoutError,
     ShuttingDownError,
+    UnknownInstanceError,
 )
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
@@ -85,6 +86,8 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ModelNotFoundError():
             return ApiError(404, what, "invalid_request_error", error.param, "model_not_found")
+        case UnknownInstanceError():
+            return ApiError(404, what, "invalid_request_error", error.param, "instance_not_found")
         case ContextLengthError():
             return ApiError(400, what, "invalid_request_error", error.param, "context_length_exceeded")
         case InvalidRequestError():
@@ -139,6 +142,8 @@ def _validation_error(error: RequestValidationError, known: list[str]) -> ApiErr
     param = ".".join(path) or None
     if first["type"] == "json_invalid":
         return _bad_request(f"the body is not valid JSON: {first['ctx']['error']}", None)
+    if first["type"] == "string_unicode" and param is None:
+        return _bad_request("a parameter's name holds a lone surrogate, which is no character", None)
     if param is None:
         return _bad_request("the body must be a JSON object, with Content-Type: application/json", None)
     if first["type"] == "extra_forbidden":

@@ -40,11 +40,12 @@ class Keys:
         users = {}
         for number, line in enumerate(line for line in lines if line.strip() and not line.lstrip().startswith("#")):
             name, _, key = line.strip().rpartition(" ")
-            users[_checked(key, "server.api_keys_file")] = name.strip() or f"key-{number + 1}"
-        admin = os.environ.get(ADMIN_KEY_VARIABLE) or None
+            users[_checked(key, f"server.api_keys_file or {API_KEYS_VARIABLE}")] = name.strip() or f"key-{number + 1}"
+        admin, source = os.environ.get(ADMIN_KEY_VARIABLE) or None, ADMIN_KEY_VARIABLE
         if config.admin_key_file is not None:
-            admin = "".join(_read(config.admin_key_file, "server.admin_key_file")).strip()
-        return Keys(users, None if admin is None else _checked(admin, "server.admin_key_file"))
+            source = "server.admin_key_file"
+            admin = "".join(_read(config.admin_key_file, source)).strip()
+        return Keys(users, None if admin is None else _checked(admin, source))
 
     @property
     def are_asked_for(self) -> bool:

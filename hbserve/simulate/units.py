@@ -7,7 +7,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 
-from hbserve.config import DECODE_PACE, MIXED_PACE
+from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns

@@ -100,17 +100,20 @@ class Launcher:
             raise StartupError(
                 f"{others[0].instance_id}: a {others[0].instance_type} instance cannot be started elsewhere"
             )
+        supervisors = {
+            instance.instance_id: _SUPERVISORS[instance.instance_type].supervise(
+                self.config, instance, self.make_run_dir(), client_address
+            )
+            for instance in others
+        }  # before anything is started: they check what they are told
         for child in self._children:
             await child.start()
         waits: list[asyncio.Future[None]] = [
             asyncio.create_task(child.wait_ready(deadline)) for child in self._children
         ]
-        for instance in others:
-            assert self._run_dir is not None
-            kind = _SUPERVISORS[instance.instance_type]
-            supervisor = kind.supervise(self.config, instance, self._run_dir, client_address)
-            supervision = self._supervisions[instance.instance_id] = Supervision(supervisor, deadline)
-            waits.append(supervision.ready)
+        for name, supervisor in supervisors.items():
+            self._supervisions[name] = Supervision(supervisor, deadline)
+            waits.append(self._supervisions[name].ready)
         try:
             await asyncio.gather(*waits)
         finally:

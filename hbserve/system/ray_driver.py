@@ -20,7 +20,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.config_checks import is_loopback
-from hbserve.errors import HBServeError, StartupError
+from hbserve.errors import StartupError
 from hbserve.pd_disagg import child
 from hbserve.system.ray_actor import InstanceActor
 
@@ -203,8 +203,8 @@ def main() -> None:
     started = time.monotonic()
     stop = threading.Event()
     child.watch_parent(stop.set)
-    code = 1
-    try:
+
+    def serve() -> int:
         instances = RayInstances(config, orders["scheduler"])
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
@@ -214,11 +214,9 @@ def main() -> None:
             instances.watch(stop)
         finally:
             instances.close()
-        code = 0
-    except HBServeError as error:
-        child.report_status({"error": str(error)})
-        logger.error("%s", error)
-    child.exit_now(code)
+        return 0
+
+    child.exit_after(serve)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hbserve.errors import ConfigError, HBServeError, KVTransferError, StaleBlockError
+from hbserve.errors import HBServeError, KVTransferError, StaleBlockError
 from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
@@ -32,7 +32,6 @@ from hbserve.messages.transfer import (
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
 from hbserve.pd_disagg.kv_transfer.head_split import Part, Route, Shard
-from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 
 logger = logging.getLogger(__name__)
 
@@ -369,39 +368,3 @@ class _Done:
 
     def __init__(self, queued_s: float = 0.0, checksums: list[int] | None = None) -> None:
         self.queued_s, self.checksums = queued_s, checksums
-
-
-def make_manager(
-    name: str,
-    context: KVTransferContext,
-    kv_blocks: torch.Tensor,
-    report: Callable[[TransferReply], None],
-    shard: Shard = Shard(),  # noqa: B008 - it is frozen
-    sharing: ArenaSharing | None = None,
-) -> KVTransferManager:
-    """A manager with the backend that ``kv_transfer.backend`` names, not yet started.
-
-    Args:
-        sharing: for ``shm``.
-
-    Raises:
-        ConfigError: if it cannot be imported.
-    """
-    from hbserve.pd_disagg.kv_transfer.direct_transfers import DirectTransfers
-    from hbserve.pd_disagg.kv_transfer.staged_transfers import StagedTransfers, make_backend
-
-    if name == "mooncake":
-        from hbserve.pd_disagg.kv_transfer.mooncake import MooncakeKVTransfer
-
-        return DirectTransfers(MooncakeKVTransfer(context, kv_blocks), report, shard)
-    if name == "shm":
-        from hbserve.pd_disagg.kv_transfer.shared_memory import SharedMemoryKVTransfer
-
-        if sharing is None or sharing.handle is None:
-            raise ConfigError("kv_transfer.backend: shm: this instance's KV arena cannot be shared")
-        return DirectTransfers(SharedMemoryKVTransfer(context, kv_blocks, sharing), report, shard)
-    if name == "nccl":
-        from hbserve.pd_disagg.kv_transfer.torch_transfers import TorchTransfers
-
-        return TorchTransfers(context, kv_blocks, report, shard)
-    return StagedTransfers(make_backend(name, context), kv_blocks, report, shard)

@@ -10,9 +10,10 @@ import torch
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages.transfer import Peer, TransferReply
+from hbserve.pd_disagg.kv_transfer.backends import make_manager
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard
-from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, make_manager
+from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,11 @@ from hbserve.pd_disagg.kv_transfer.head_split import Part, Route, Shard
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, to_its_end
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_GRACE_S = 1.0
+"""For a user's method to end when it is cancelled."""
 
 
 def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
@@ -48,7 +54,9 @@ class StagedTransfers(KVTransferManager):
     """Runs transfers through a `KVTransferBase`.
 
     A received buffer is written to the arena in one go after all its bytes are there, and a transfer
-    that is given up meanwhile ends only after that: after its `TransferResult` nothing is written.
+    that is given up meanwhile ends only after that: after its `TransferResult` nothing is written. The
+    user's methods have to do with buffers alone, never with the arena, so one that goes on in spite of
+    being cancelled holds up nothing: it is left to itself, and what it returns is not looked at.
     """
 
     one_sided = False
@@ -84,19 +92,23 @@ class StagedTransfers(KVTransferManager):
         asked_at = loop.time()
         await self._staging.take(num_bytes)
         queued_s = loop.time() - asked_at
-        try:
-            buffer = await asyncio.to_thread(self._take, command.block_ids, route.source_part, shape)
-            await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
-        finally:
-            self._staging.give_back(num_bytes)
+        sending = asyncio.create_task(self._take_and_send(command, target, route, shape))
+        # Not here: one that is left to itself still has its buffer.
+        sending.add_done_callback(lambda _: self._staging.give_back(num_bytes))
+        await _its_result(sending, "send_kv_cache")
         return queued_s
+
+    async def _take_and_send(self, command: SendBlocks, target: Peer, route: Route, shape: tuple[int, int]) -> None:
+        buffer = await asyncio.to_thread(self._take, command.block_ids, route.source_part, shape)
+        await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
         of_link = self._receiving.setdefault(_link(source), set())
         of_link.add(command.transfer_id)
         try:
             self._backend.add_peer(source)
-            buffer = await self._backend.receive_kv_cache(command.transfer_id, source.rank)
+            work = self._backend.receive_kv_cache(command.transfer_id, source.rank)
+            buffer = await _its_result(asyncio.ensure_future(work), "receive_kv_cache")
             expected = len(command.block_ids) * self._parts.part_bytes(route.target_part)
             if not isinstance(buffer, torch.Tensor):
                 raise KVTransferError(f"receive_kv_cache returned {type(buffer).__name__}, not a tensor")
@@ -129,6 +141,19 @@ class StagedTransfers(KVTransferManager):
     def _put(self, block_ids: list[int], part: Part, rows: torch.Tensor) -> None:
         with self._beside_the_steps():
             self._parts.put(block_ids, part, rows)
+
+
+async def _its_result(work: asyncio.Future[T], name: str) -> T:
+    """What a user's method returns; cancelled, it has a moment to end."""
+    try:
+        await asyncio.wait([work])
+    except asyncio.CancelledError:
+        work.cancel()
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+        if not (await asyncio.wait([work], timeout=_GRACE_S))[0]:
+            logger.error("kv_transfer.backend: %s goes on although it was cancelled", name)
+        raise
+    return work.result()
 
 
 def _link(source: Peer) -> tuple[int, int, int]:
