@@ -20,7 +20,7 @@ import torch
 
 from hbserve.attention.page_tables import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
-from hbserve.engine.capture import capture_stream, run_to_capture
+from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.pending_step import StepTimer
 from hbserve.engine.sampler import Sampled, sample
@@ -169,7 +169,7 @@ class DecodeGraphs:
         )
         run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
+        with capturing(graph, pool):
             token_ids = self._step(size)
         return _Graph(graph, token_ids)
 
