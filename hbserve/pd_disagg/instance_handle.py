@@ -237,9 +237,10 @@ class InstanceHandle:
         """While prefill is busy: decode steps go beside the prefill steps that were planned for it."""
         assert self.turns is not None
         prefill = self._current.get(InstanceRole.PREFILL)
-        if prefill is None or not prefill.inflight:
+        steps = [] if prefill is None else [*(step for _, step in self.steps_ahead(prefill)), *prefill.inflight]
+        if not steps:
             return self.turns.is_open
-        return prefill.inflight[0].beside_decode or self.turns.is_overdue
+        return steps[0].beside_decode or self.turns.is_overdue
 
     def note_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
         """A step has been planned; the turns of decode count it."""
@@ -264,7 +265,7 @@ class InstanceHandle:
 
     def _is_busy(self, phase: InstanceRole) -> bool:
         current = self._current.get(phase)
-        if current is not None and current.inflight:
+        if current is not None and (current.inflight or self.steps_ahead(current)):
             return True
         if phase is InstanceRole.PREFILL:
             return any(seat.num_planned < seat.num_tokens_at_entry for seat in self.seats.values())

@@ -208,7 +208,7 @@ class RequestBook:
 
         The sequences wait for the end of the worker's process (`steps_lost`): until then it may write.
         """
-        starts = {row.seat: row.start for step in reversed(worker.inflight) for row in step.rows}
+        starts = {row.seat: row.start for step in reversed(worker.inflight) for row in step.rows if not row.is_void}
         for other in instance.workers.values():
             for step in other.inflight if other is not worker else ():
                 for row in step.rows:

@@ -226,6 +226,8 @@ class WorkerRegistry:
             self._lose(instance, worker, "it started again")
             if worker.id not in instance.workers:
                 return  # it will join again
+        if worker.inflight:
+            return  # it was given up on, and its process is to end: until then others' steps wait for that
         self._fit = self._fit or hello
         self._membership.arrived(instance)
         instance.register(worker, hello)
@@ -367,6 +369,7 @@ class WorkerRegistry:
                     for other in instance.workers.values():
                         if other.ready and other.role is worker.role:
                             other.send(lost)
+                self._confirm_steps(instance)
         named = {spec.worker_id for spec in message.workers}
         for worker in instance.workers.values():
             worker.is_retiring = worker.id not in named
