@@ -80,7 +80,7 @@ def test_paged_decode(heads: int, kv_heads: int, head_dim: int, page: int, num_r
             assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
 
 
-@pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288)])
+@pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288), (64, 5120)])
 def test_one_row_linear(rows: int, size: int) -> None:
     from hbserve.layers.norm import rms_norm
     from hbserve.layers.one_row import one_row_linear
@@ -88,7 +88,9 @@ def test_one_row_linear(rows: int, size: int) -> None:
     x, weight, bias, norm = random(1, size), random(rows, size, scale=0.02), random(rows), random(size)
     residual = random(1, rows)
     product = F.linear(x.float(), weight.float())
-    assert_close(one_row_linear(x, weight), product)
+    out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
+    assert one_row_linear(x, weight, out=out) is out
+    assert_close(out, product)
     assert_close(one_row_linear(x, weight, bias), product + bias)
     expected = residual + product
     assert one_row_linear(x, weight, residual=residual) is residual

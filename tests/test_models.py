@@ -163,9 +163,15 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
         assert torch.equal(view, table.views(arena)[name])
 
 
-@pytest.mark.parametrize(("name", "tp_size"), [("qwen3", 2), ("llama", 2), ("qwen2", 4), ("llama_linear_rope", 2)])
-def test_ranks_together_compute_the_whole_model(name: str, tp_size: int, tmp_path: Path) -> None:
-    """Every rank in a thread of its own; where there are more ranks than KV heads, ranks share them."""
+@pytest.mark.parametrize(
+    ("name", "tp_size", "in_place"),
+    [("qwen3", 2, True), ("llama", 2, False), ("qwen2", 4, True), ("llama_linear_rope", 2, False)],
+)
+def test_ranks_together_compute_the_whole_model(name: str, tp_size: int, in_place: bool, tmp_path: Path) -> None:
+    """Every rank in a thread of its own; where there are more ranks than KV heads, ranks share them.
+
+    In place: products are summed, all of them, in one piece of memory.
+    """
     save_model(tmp_path, name)
     spec = ModelSpec.load(tmp_path)
     token_ids = some_tokens(30)
@@ -182,11 +188,19 @@ def test_ranks_together_compute_the_whole_model(name: str, tp_size: int, tmp_pat
 
     @torch.inference_mode()
     def run(rank: int) -> None:
+        place = torch.empty(30, spec.hidden_size)
+
+        def all_reduce(x: torch.Tensor) -> torch.Tensor:
+            total = torch.stack(collect(rank, x)).sum(0)
+            barrier.wait()  # everybody has read the summands
+            return x.copy_(total) if x.data_ptr() == place.data_ptr() else total
+
         parallel = TensorParallel(
             rank,
             tp_size,
-            all_reduce=lambda x: torch.stack(collect(rank, x)).sum(0),
+            all_reduce,
             all_gather=lambda x: torch.cat(collect(rank, x), dim=-1),
+            summand_place=lambda shape, dtype: place if in_place and shape == place.shape else None,
         )
         table = WeightTable.build(spec, torch.float32, rank, tp_size)
         arena = cpu().allocate_arena(table.num_bytes)

@@ -32,6 +32,9 @@ _MIN_SPLITS, _MAX_SPLITS = 4, 64
 _WANTED_PROGRAMS = 512
 """About four for each multiprocessor of an H200."""
 
+_EARLY_PROGRAMS = 16
+"""Up to so many rows and heads a chunk is a piece or two, and latency is all: the first is loaded ahead of the wait."""
+
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
@@ -59,11 +62,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     block: tl.constexpr,
     num_splits: tl.constexpr,
     stages: tl.constexpr,
+    early: tl.constexpr,
     overlap: tl.constexpr,
 ):
     head = tl.program_id(0)
     split = tl.program_id(2)
-    # What the host has copied for this step is there; what other kernels write may not be.
+    # What the host has copied for this step is there, and so are keys and values of earlier steps; what the kernel in
+    # front writes may not be.
     sequence = tl.load(order + tl.program_id(1)).to(tl.int64)
     length = (tl.load(positions + sequence) + 1).to(tl.int32)
     chunk = tl.load(chunk_len)
@@ -77,6 +82,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     in_group = member[:, None] < group
     in_head = lane[None, :] < head_dim
     heads = sequence * num_kv_heads * group + head * group + member
+    keys = cache + head * head_dim
+    if early:  # the first piece, without the step's own token
+        token = start + tl.arange(0, block)
+        page_id = tl.load(indices + first_page + token // page, mask=token < end, other=0).to(tl.int64)
+        offset = page_id * stride_block + (token % page) * stride_token
+        mask = (token < tl.minimum(end, length - 1))[:, None] & in_head
+        early_key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+        early_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
@@ -86,8 +99,21 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     highest = tl.full((query_rows,), -1e30, tl.float32)
     total = tl.zeros((query_rows,), tl.float32)
     weighted = tl.zeros((query_rows, lanes), tl.float32)
-    keys = cache + head * head_dim
-    for at in tl.range(start, end, block, num_stages=stages):
+    begin = start
+    if early:
+        own = token == length - 1
+        mask = own[:, None] & in_head
+        key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+        value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+        key = tl.where(own[:, None], key, early_key)
+        value = tl.where(own[:, None], value, early_value)
+        score = tl.where((token < end)[None, :], tl.dot(query, tl.trans(key)), -1e30)
+        highest = tl.max(score, axis=1)
+        weight = tl.exp2(score - highest[:, None])
+        total = tl.sum(weight, axis=1)
+        weighted = tl.dot(weight.to(value.dtype), value)
+        begin += block
+    for at in tl.range(begin, end, block, num_stages=stages):
         token = at + tl.arange(0, block)
         there = token < end
         page_id = tl.load(indices + first_page + token // page, mask=there, other=0).to(tl.int64)
@@ -230,6 +256,7 @@ class PagedDecode(Attention):
             block,
             splits,
             stages,
+            num_rows * num_kv_heads <= _EARLY_PROGRAMS,
             self._overlap,
             num_warps=num_warps,
             launch_pdl=self._overlap,

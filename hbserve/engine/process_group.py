@@ -11,6 +11,7 @@ import torch.distributed
 from hbserve.errors import StartupError
 from hbserve.layers.parallel import TensorParallel
 from hbserve.platform import Platform
+from hbserve.platform.base import SmallSum
 
 dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
 
@@ -42,15 +43,17 @@ def join_group(
         else:
             store = dist.TCPStore(_HOST, port, None, False, timeout, wait_for_workers=False)
         group = platform.make_process_group(store, rank, size, timeout)
+        small_sum = platform.make_small_sum(dist.PrefixStore("small_sum", store), rank, size)
     except RuntimeError as error:  # the store's and the libraries' errors are subclasses of it
         raise StartupError(f"rank {rank} of {size} cannot join its tensor-parallel group: {error}") from error
-    return _GroupOverTorch(group, rank, size, platform.device).as_tensor_parallel()
+    return _GroupOverTorch(group, small_sum, rank, size, platform.device).as_tensor_parallel()
 
 
 class _GroupOverTorch:
     """The two collectives, enqueued on the current stream where there are streams."""
 
-    def __init__(self, group: Any, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, group: Any, small_sum: SmallSum | None, rank: int, size: int, device: torch.device) -> None:
+        self._small_sum = small_sum
         self._group, self._rank, self._size, self._device = group, rank, size, device
         self._reduce_options = dist.AllreduceOptions()
         self._gather_options = torch._C._distributed_c10d.AllgatherOptions()
@@ -59,10 +62,13 @@ class _GroupOverTorch:
             options.asyncOp = device.type != "cuda"
 
     def as_tensor_parallel(self) -> TensorParallel:
-        return TensorParallel(self._rank, self._size, self._all_reduce, self._all_gather)
+        place = None if self._small_sum is None else self._small_sum.place
+        return TensorParallel(self._rank, self._size, self._all_reduce, self._all_gather, place)
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """In place: callers hand over what they have just computed."""
+        if self._small_sum is not None and self._small_sum.holds(x):
+            return self._small_sum(x)
         _wait(self._group.allreduce([x], self._reduce_options))
         return x
 

@@ -135,9 +135,6 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     heads_per_program: tl.constexpr,
     overlap: tl.constexpr,
 ):
-    if overlap:
-        gdc_wait()
-        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_per_program + tl.arange(0, heads_per_program)[:, None]
     lane = tl.arange(0, half)[None, :]
@@ -145,6 +142,18 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     mask = in_head & (head < num_heads + 2 * num_kv_heads)
     is_q = head < num_heads
     is_v = head >= num_heads + num_kv_heads
+    # What the host has copied for this step is there, and so are weights.
+    if has_norm:
+        upper = lane + head_dim // 2
+        weight_a = tl.where(is_q, tl.load(q_weight + lane, mask=in_head), tl.load(k_weight + lane, mask=in_head))
+        weight_b = tl.where(is_q, tl.load(q_weight + upper, mask=in_head), tl.load(k_weight + upper, mask=in_head))
+    position = tl.load(positions + token).to(tl.float32)
+    slot = tl.load(slots + token)  # negative for a padded row, which has no place in the cache
+    angle = position * tl.load(inverse_frequencies + lane, mask=in_head, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
     source = qkv + (token * (num_heads + 2 * num_kv_heads) + head) * head_dim + lane
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + head_dim // 2, mask=mask, other=0.0)
@@ -153,20 +162,13 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     if has_norm:
         square = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
         scale = tl.rsqrt(square / head_dim + eps)[:, None]
-        weight_a = tl.where(is_q, tl.load(q_weight + lane, mask=in_head), tl.load(k_weight + lane, mask=in_head))
-        upper = lane + head_dim // 2
-        weight_b = tl.where(is_q, tl.load(q_weight + upper, mask=in_head), tl.load(k_weight + upper, mask=in_head))
         a = ((a * scale).to(dtype) * weight_a).to(tl.float32)
         b = ((b * scale).to(dtype) * weight_b).to(tl.float32)
-    position = tl.load(positions + token).to(tl.float32)
-    angle = position * tl.load(inverse_frequencies + lane, mask=in_head, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
     first = tl.where(is_v, first, (a * cos - b * sin).to(dtype))
     second = tl.where(is_v, second, (b * cos + a * sin).to(dtype))
     q_target = q_out + (token * num_heads + head) * head_dim + lane
     tl.store(q_target, first, mask=mask & is_q)
     tl.store(q_target + head_dim // 2, second, mask=mask & is_q)
-    slot = tl.load(slots + token)  # negative for a padded row, which has no place in the cache
     kv_head = head - num_heads - tl.where(is_v, num_kv_heads, 0)
     place = (slot // block_size) * stride_block + (slot % block_size) * stride_token + tl.where(is_v, stride_kv, 0)
     kv_target = cache + place + kv_head * head_dim + lane

@@ -28,6 +28,7 @@ def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
     eps,
     size: tl.constexpr,
     block: tl.constexpr,
+    tail: tl.constexpr,
     block_rows: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
@@ -36,35 +37,62 @@ def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
     overlap: tl.constexpr,
 ):
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    in_rows = rows < num_rows
+    begins = weight + rows[:, None].to(tl.int64) * size
+    up_begins = begins + num_rows.to(tl.int64) * size
+    # What nobody writes is loaded before the wait, in two parts where ``size`` is no power of two.
     columns = tl.arange(0, block)
-    in_row = columns < size
-    there = (rows[:, None] < num_rows) & in_row[None, :]
-    places = rows[:, None].to(tl.int64) * size + columns[None, :]
-    weights = tl.load(weight + places, mask=there, other=0.0)
+    there = in_rows[:, None] & (columns < size)[None, :]
+    weights = tl.load(begins + columns[None, :], mask=there, other=0.0)
     if gated:
-        up_weights = tl.load(weight + num_rows.to(tl.int64) * size + places, mask=there, other=0.0)
+        up_weights = tl.load(up_begins + columns[None, :], mask=there, other=0.0)
+    if has_norm:
+        norm_weights = tl.load(norm + columns, mask=columns < size, other=0.0)
+    if tail > 0:
+        tail_columns = block + tl.arange(0, tail)
+        tail_there = in_rows[:, None] & (tail_columns < size)[None, :]
+        tail_weights = tl.load(begins + tail_columns[None, :], mask=tail_there, other=0.0)
+        if gated:
+            tail_up_weights = tl.load(up_begins + tail_columns[None, :], mask=tail_there, other=0.0)
+        if has_norm:
+            tail_norm_weights = tl.load(norm + tail_columns, mask=tail_columns < size, other=0.0)
+    if has_bias:
+        biases = tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)
+        if gated:
+            up_biases = tl.load(bias + num_rows + rows, mask=in_rows, other=0.0).to(tl.float32)
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    values = tl.load(x + columns, mask=in_row, other=0.0).to(tl.float32)
+    values = tl.load(x + columns, mask=columns < size, other=0.0).to(tl.float32)
+    if tail > 0:
+        tail_values = tl.load(x + tail_columns, mask=tail_columns < size, other=0.0).to(tl.float32)
+    if has_residual:
+        residuals = tl.load(residual + rows, mask=in_rows, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
     if has_norm:
-        scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
-        norm_weights = tl.load(norm + columns, mask=in_row, other=0.0)
+        square = tl.sum(values * values, axis=0)
+        if tail > 0:
+            square += tl.sum(tail_values * tail_values, axis=0)
+        scale = tl.rsqrt(square / size + eps)
         values = ((values * scale).to(dtype) * norm_weights).to(tl.float32)
+        if tail > 0:
+            tail_values = ((tail_values * scale).to(dtype) * tail_norm_weights).to(tl.float32)
     total = tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
+    if tail > 0:
+        total += tl.sum(tail_weights.to(tl.float32) * tail_values[None, :], axis=1)
     if has_bias:
-        total += tl.load(bias + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+        total += biases
     if gated:
         up = tl.sum(up_weights.to(tl.float32) * values[None, :], axis=1)
+        if tail > 0:
+            up += tl.sum(tail_up_weights.to(tl.float32) * tail_values[None, :], axis=1)
         if has_bias:
-            up += tl.load(bias + num_rows + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+            up += up_biases
         gate = total.to(dtype).to(tl.float32)
         total = ((gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)).to(tl.float32)
     if has_residual:
-        total = total.to(dtype).to(tl.float32)
-        total += tl.load(residual + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
-    tl.store(out + rows, total.to(dtype), mask=rows < num_rows)
+        total = total.to(dtype).to(tl.float32) + residuals
+    tl.store(out + rows, total.to(dtype), mask=in_rows)
 
 
 def one_row_linear(
@@ -76,6 +104,7 @@ def one_row_linear(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     gated: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` of a single row.
 
@@ -84,19 +113,21 @@ def one_row_linear(
         norm: weights of an RMS norm with ``eps`` that ``x`` passes first.
         residual: contiguous ``[1, rows]``; the result is added to it, in place.
         gated: the rows are ``gate | up``, and the result is ``silu(gate) * up``, half as wide.
+        out: contiguous memory for the result, if it is not ``residual``.
 
     Returns:
-        ``[1, rows]``, or ``[1, rows / 2]`` if gated; ``residual`` itself if given.
+        ``[1, rows]``, or ``[1, rows / 2]`` if gated; ``residual`` or ``out`` itself if given.
     """
     num_rows, size = weight.shape
     num_rows = num_rows // 2 if gated else num_rows
     if residual is not None:
         assert not gated, "a gated layer has no residual"
+        assert out is None, "a sum has its place"
         out = residual
-    else:
+    if out is None:
         out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
-    block_rows, num_warps = _shape(block, gated)
+    block, tail = _parts(size)
+    block_rows, num_warps = _shape(block + tail, gated)
     overlap = overlaps(x.device)
     _one_row_linear_kernel[(triton.cdiv(num_rows, block_rows),)](
         x,
@@ -109,6 +140,7 @@ def one_row_linear(
         eps,
         size,
         block,
+        tail,
         block_rows,
         bias is not None,
         norm is not None,
@@ -121,8 +153,15 @@ def one_row_linear(
     return out
 
 
-def _shape(block: int, gated: bool) -> tuple[int, int]:
+def _parts(size: int) -> tuple[int, int]:
+    """A row as two blocks whose sizes are powers of two; the second is 0 if one will do."""
+    block = 1 << (size.bit_length() - 1)
+    return block, triton.next_power_of_2(size - block) if size > block else 0
+
+
+def _shape(lanes: int, gated: bool) -> tuple[int, int]:
     """Rows and warps of a program; from a sweep over the matrices of 0.6B and 8B models on an H200."""
-    block_rows = 8 if block <= 2048 else 4 if block <= 4096 else 2
+    block_rows = 8 if lanes <= 2048 else 4 if lanes <= 4096 else 2
     block_rows = block_rows // 2 if gated else block_rows
-    return block_rows, max(1 if block < 4096 else 4, min(16, block_rows * block // 4096))
+    warps = block_rows * triton.next_power_of_2(lanes) // 4096
+    return block_rows, max(1 if lanes < 4096 else 4, min(16, warps))

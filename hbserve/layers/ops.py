@@ -42,6 +42,10 @@ class LayerOps:
         """``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
 
+    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """``x @ weight.T`` in ``out``, contiguous ``[rows of x, rows of weight]``."""
+        return torch.mm(x, weight.t(), out=out)
+
     def norm(self, stream: ResidualStream, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """The RMS norm of the stream, with what is pending."""
         if stream.pending is not None:
@@ -84,7 +88,9 @@ class LayerOps:
         if parallel.size == 1:
             stream.pending = self.linear(x, weight, bias)
         else:
-            total = parallel.reduce(self.linear(x, weight, None))
+            place = parallel.summand(x.shape[0], weight)
+            mine = self.linear(x, weight, None) if place is None else self.linear_into(x, weight, place)
+            total = parallel.reduce(mine)
             stream.pending = total if bias is None else total + bias
 
     def silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -127,6 +133,11 @@ class FusedOps(LayerOps):
         if x.shape[0] == 1:
             return self._one_row_linear(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 1:
+            return self._one_row_linear(x, weight, out=out)
+        return super().linear_into(x, weight, out)
 
     def norm(self, stream: ResidualStream, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if stream.pending is None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 Collective = Callable[[torch.Tensor], torch.Tensor]
+SummandPlace = Callable[[tuple[int, ...], torch.dtype], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,15 @@ class TensorParallel:
     Attributes:
         all_reduce: sums a tensor over the ranks; called where ``size`` is above 1.
         all_gather: joins the ranks' tensors along the last dimension, in rank order; likewise.
+        summand_place: memory where `all_reduce` sums the quickest, for a tensor of a shape and dtype; there is one, so
+            a sum lies there until the next is asked for. None if it has none for such a tensor.
     """
 
     rank: int = 0
     size: int = 1
     all_reduce: Collective | None = None
     all_gather: Collective | None = None
+    summand_place: SummandPlace | None = None
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` over the ranks."""
@@ -34,6 +38,15 @@ class TensorParallel:
             return x
         assert self.all_reduce is not None, "a group of several ranks needs its all_reduce"
         return self.all_reduce(x)
+
+    def summand(self, rows: int, weight: torch.Tensor) -> torch.Tensor | None:
+        """Memory to multiply ``rows`` rows with ``weight [out, in]`` into, for `reduce`; None: anywhere.
+
+        The sum lies there until the next product is written.
+        """
+        if self.summand_place is None:
+            return None
+        return self.summand_place((rows, weight.shape[0]), weight.dtype)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` of all ranks, side by side in the last dimension."""

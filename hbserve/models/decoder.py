@@ -114,9 +114,7 @@ class Decoder:
         """Logits ``[rows, vocab / ranks]`` of this rank's part of the vocabulary, in ``out`` if given."""
         if out is None:
             return self._ops.linear(hidden, self.lm_head, None)
-        if len(hidden) == 1:
-            return out.copy_(self._ops.linear(hidden, self.lm_head, None))
-        return torch.mm(hidden, self.lm_head.t(), out=out)
+        return self._ops.linear_into(hidden, self.lm_head, out)
 
     def all_logits(self, shard: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]`` of all ranks' `shard_logits`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,19 @@ class SharedArena:
 
     tensor: torch.Tensor
     handle: str
+
+
+class SmallSum(Protocol):
+    """Sums of small tensors over the ranks of a group, in memory of its own, on the current stream."""
+
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write a summand of this shape, always the same memory; None if it cannot sum such."""
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` lies in that memory."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of what the ranks have written there, in place; ``x`` is this rank's `place`."""
 
 
 class Platform(ABC):
@@ -62,6 +75,10 @@ class Platform(ABC):
             store: where the ranks meet.
             timeout: of a collective operation.
         """
+
+    def make_small_sum(self, store: Any, rank: int, size: int) -> SmallSum | None:
+        """A quicker way than the process group's to sum what is small, if the device has one."""
+        return None
 
     def allocate_arena(self, num_bytes: int) -> torch.Tensor:
         """One contiguous uint8 tensor of ``num_bytes``, contents undefined.

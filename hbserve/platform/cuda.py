@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 import torch.distributed
 
 from hbserve.platform import cuda_ipc
-from hbserve.platform.base import Platform, SharedArena
+from hbserve.platform.base import Platform, SharedArena, SmallSum
 from hbserve.platform.cuda_share import CudaShare
 from hbserve.platform.partition import Partition
+from hbserve.platform.peer_sum import PeerSum, can_reach_each_other
 from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 
+logger = logging.getLogger(__name__)
 dist: Any = torch.distributed  # its stubs lack the process groups
 
 
@@ -80,3 +83,9 @@ class CudaPlatform(Platform):
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, size, options)
+
+    def make_small_sum(self, store: Any, rank: int, size: int) -> SmallSum | None:
+        if not can_reach_each_other(store, rank, size, self.device):
+            logger.warning("rank %d: the GPUs do not reach each other's memory; NCCL sums what is small, too", rank)
+            return None
+        return PeerSum(store, rank, size, self.device)
