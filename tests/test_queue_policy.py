@@ -18,7 +18,7 @@ from hbserve.config import Config, InstanceRole, SchedulerConfig
 from hbserve.errors import OverloadedError
 from hbserve.messages.client import AddRequest
 from hbserve.pd_disagg.prefill_pace import PrefillPace
-from hbserve.pd_disagg.queue_policy import AIM, QueuePolicy, make_policy
+from hbserve.pd_disagg.queue_policy import DOUBT, QueuePolicy, make_policy
 from hbserve.pd_disagg.sequence import Sequence
 from hbserve.pd_disagg.waiting_queue import WaitingQueue
 from tests.engines import assert_no_leaks
@@ -35,7 +35,7 @@ def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: floa
         request_id="r",
         prompt_token_ids=[1] * length,
         end_token_ids=[],
-        sampling=SamplingParams(ttft_ms=ttft_ms and ttft_ms / AIM),
+        sampling=SamplingParams(ttft_ms=ttft_ms),
     )
     sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
     sequence.rank = policy.rank(sequence)
@@ -44,7 +44,7 @@ def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: floa
 
 def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> QueuePolicy:
     config = SchedulerConfig(policy=name, **settings)  # type: ignore[arg-type]
-    return make_policy(config, lambda count: count * prefill_s_per_token)
+    return make_policy(config, lambda count: count * prefill_s_per_token / DOUBT, lambda: 0.0)
 
 
 def served(policy: QueuePolicy, sequences: list[Sequence], now: float, ahead: int = 0) -> list[int]:
@@ -68,7 +68,7 @@ def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
 
 
 def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
-    slo = policy("slo_aware", ttft_ms=5000.0 / AIM)
+    slo = policy("slo_aware", ttft_ms=5000.0)
     relaxed = waiting(slo, 0.0, 10, 9000.0)  # 0.1 s, due at 9
     long = waiting(slo, 1.0, 200, 7000.0)  # 2 s, due at 8
     default = waiting(slo, 2.0, 50)  # 0.5 s, due at 7

@@ -28,7 +28,9 @@ class WaitingQueue:
         self._tokens_per_step = prefill_budget(config)
         self._pace = PrefillPace()
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # of requests, and before them the queue's beginning
-        self.policy = make_policy(config.scheduler, lambda count: count * self._pace.mean_per_token_s)
+        self.policy = make_policy(
+            config.scheduler, lambda count: count * self._pace.mean_per_token_s, lambda: self._pace.step_s
+        )
 
     def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
         """Put a sequence that begins to wait where it belongs."""
