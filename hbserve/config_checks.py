@@ -260,7 +260,8 @@ def _require_positive(config: Config) -> None:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if not math.isfinite(value) or value < 0 or (value == 0 and key not in zero_is_legal):
-                raise _error(key, f"must be positive and finite, got {value}")
+                must = "not be negative" if key in zero_is_legal else "be positive"
+                raise _error(key, f"must {must if math.isfinite(value) else 'be finite'}, got {value}")
             if name == "port" and value > 65535:
                 raise _error(key, f"must be at most 65535, got {value}")
 

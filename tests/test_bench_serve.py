@@ -384,8 +384,6 @@ def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
     ("arguments", "complaint"),
     [
         (["--system", "slo@80-50"], "the first one is measured for the targets"),
-        (["--system", "1p1d"], "only systems of one GPU"),
-        (["--system", "unified*2"], "only systems of one GPU"),
         (["--system", "unified", "--json", "/nowhere/at/all.json"], "there is no folder"),
     ],
 )
@@ -408,5 +406,12 @@ def test_compared_systems_become_configurations(tmp_path: Path) -> None:
     assert slo.ladder.prefill == (100, 60)
     assert slo.slo is not None
     assert (slo.slo.ttft_target_ms, slo.slo.tpot_percentile) == (172.0, pytest.approx(90.0))
+    for name, roles in (
+        ("1p1d", ["prefill", "decode"]),
+        ("unified*2", ["unified"] * 2),
+        ("slo@80-100*2", ["semi_pd"] * 2),
+    ):
+        instances = both.config_of(System.parse(name), targets).freeze().gpu_instances
+        assert [(each.instance_type.value, each.gpu_id) for each in instances] == list(zip(roles, (0, 1), strict=True))
     with pytest.raises(ConfigError, match="the first system has failed"):
         both.config_of(systems["slo@80-100"], None)

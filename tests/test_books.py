@@ -72,6 +72,7 @@ class Books:
             num_blocks=200,
             block_size=16,
             block_bytes=16,
+            num_layers=1,
             head_bytes=16,
             max_model_len=1000,
             vocab_size=1024,

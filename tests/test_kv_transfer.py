@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from hbserve.errors import ConfigError, StartupError
 from hbserve.messages.transfer import (
+    ALL_LAYERS,
     CloseLink,
     FinishBlocks,
+    LayerGroup,
     LeaveLink,
     LinkClosed,
     LinkOpened,
@@ -453,34 +455,43 @@ async def test_heads_are_split_anew_on_the_way_and_checksums_prove_it(
         for side in targets:
             side.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=source_peers))
             target_peers.append((await side.result()).peers[0])
-        order: dict[str, Any] = {"transfer_id": "t", "request_id": "t", "generations": [0] * len(blocks)}
-        for side in targets:
-            if not side.manager.one_sided:
-                side.manager.handle(ReceiveBlocks(**order, sources=source_peers, block_ids=to))
-        for side in sources:
-            side.manager.send(
-                SendBlocks(**order, targets=target_peers, block_ids=blocks, target_block_ids=to, checksum=True)
+        first, second = (LayerGroup(index=index, count=2) for index in range(2))
+        for layers in (ALL_LAYERS, first, second):  # all of it at once, and then once more in halves
+            if layers == first:
+                for side in targets:
+                    side.arena[to] = 0
+            order: dict[str, Any] = {"transfer_id": str(layers), "request_id": "t", "generations": [0] * len(blocks)}
+            for side in targets:
+                if not side.manager.one_sided:
+                    side.manager.handle(ReceiveBlocks(**order, sources=source_peers, block_ids=to, layers=layers))
+            send = SendBlocks(
+                **order, targets=target_peers, block_ids=blocks, target_block_ids=to, layers=layers, checksum=True
             )
-        sent = [await side.result() for side in sources]
-        assert [result.error for result in sent] == [None] * num_sources
-        for side in targets:
-            if not side.manager.one_sided:
-                assert (await side.result()).error is None
-        checksums = [result.checksums[0] for result in sent]
-        for number, side in enumerate(targets):
+            for side in sources:
+                side.manager.send(send)
+            sent = [await side.result() for side in sources]
+            assert [result.error for result in sent] == [None] * num_sources
+            for side in targets:
+                if not side.manager.one_sided:
+                    assert (await side.result()).error is None
+            checksums = [result.checksums[0] for result in sent]
             finish = FinishBlocks(
-                transfer_id="t",
+                transfer_id=str(layers),
                 num_sources=num_sources,
                 block_ids=to,
                 generations=[0] * len(to),
                 checksums=checksums,
+                layers=layers,
             )
-            side.manager.handle(finish)
-            assert (await side.result()).error is None
-            mine = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
-            assert torch.equal(side.arena[to], mine[blocks])
-            assert torch.equal(side.arena[untouched], before[number][untouched])
-            side.arena[30, 5] ^= 1
+            for side in targets:
+                side.manager.handle(finish)
+                assert (await side.result()).error is None
+            for number, side in enumerate(targets if layers != first else ()):
+                mine = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
+                assert torch.equal(side.arena[to], mine[blocks])
+                assert torch.equal(side.arena[untouched], before[number][untouched])
+        for side in targets:
+            side.arena[30, -5] ^= 1
             # What is in order is not sorted again: only what one-sided senders of several ranks have left.
             if not (side.manager.one_sided and num_sources > num_targets):
                 side.manager.handle(msgspec.structs.replace(finish, transfer_id="again"))

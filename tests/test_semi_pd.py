@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMA
 from hbserve.semi_pd.resident_process_manager import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.semi_pd_coordinator import create_semi_pd_coordinator
 from hbserve.server import errors, semi_pd_routes
+from hbserve.server.prometheus import render
 from hbserve.top import draw
 from tests.engines import assert_no_leaks, random_prompt
 from tests.model_zoo import save_model
@@ -429,3 +431,14 @@ async def test_status_and_split_over_http(running: LLM) -> None:
     stats = running.get_system_stats()["gpu_instances"]["semi-0"]
     assert stats["is_mixed"]
     assert stats["workers"][unified]["generated_tokens"] == 4  # the first one, too
+    counts = semi_pd_routes.rotation_counts(running.supervisors)
+    scraped = {
+        name.partition("{")[0]: value
+        for line in render(running.get_system_stats(), "", counts)[0].decode().splitlines()
+        for name, _, value in [line.rpartition(" ")]
+        if 'role="decode"' in line or 'instance="semi-0"}' in line
+    }
+    assert scraped["hbserve_semi_pd_share_ratio"] == scraped["hbserve_semi_pd_mixed"] == "1.0"
+    assert scraped["hbserve_semi_pd_rotations_total"] == str(float(manager.get_status()["statistics"]["rotations"]))
+    dashboard = (Path(__file__).parent.parent / "configs" / "grafana" / "hbserve.json").read_text()
+    assert set(re.findall(r"hbserve_semi_pd_\w+", dashboard)) <= set(scraped)

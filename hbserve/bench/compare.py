@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system",
         action="append",
         required=True,
-        help="unified@CHUNK, semi_pd@P-D, no_ladder@P-D or slo@P-D, these with +mixed to begin so",
+        help="as for the simulator; those of several GPUs take the first ones",
     )
     parser.add_argument("--trace", action="append", required=True, type=Path, metavar="FILE", help="a load; repeated")
     parser.add_argument("--slo-scale", required=True, metavar="X[:Y]", help="targets: times a lone request's, measured")
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-requests", type=positive, default=40, metavar="N", help="of a run, which then is longer")
     parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
     parser.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="likewise")
+    parser.add_argument("--rates", type=_rates, default=(), metavar="A,B,…", help="requests per second; no search")
     parser.add_argument("--max-runs", type=positive, default=4, metavar="N", help="for a system and load (default: 4)")
     parser.add_argument("--time-limit", type=float, default=3600.0, metavar="S", help="for everything")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,6 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.help = "of semi-PD systems" if action.dest == "chunk_size" else argparse.SUPPRESS
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    rates = tuple(float(rate) for rate in text.split(","))
+    if not all(0 < rate < math.inf for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: rates are positive")
+    return rates
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Compare; a system that fails is reported, and the others go on.
 
@@ -90,9 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}")
     systems = [System.parse(text) for text in arguments.system]
-    for system in systems:
-        if system.form == "disaggregated" or system.replicas != 1:
-            raise ConfigError(f"--system: {system.name}: only systems of one GPU are compared")
     if systems[0].form == "slo":
         raise ConfigError("--system: the first one is measured for the targets; it can have no controller")
     asyncio.run(Comparison(arguments, systems).run())
@@ -171,7 +176,8 @@ class Comparison:
                     continue
                 try:
                     async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                        await self._serve(system, loads, time.monotonic() + share_s, pool)
+                        until = self._deadline if options.rates else time.monotonic() + share_s
+                        await self._serve(system, loads, until, pool)
                 except (HBServeError, TimeoutError) as error:
                     print(f"{system.name}: {type(error).__name__}: {error}", flush=True)
                     failed = {"system": system.name, "loads": [load.name for load in loads], "error": repr(error)}
@@ -196,7 +202,7 @@ class Comparison:
             described = await target.describe()
             print(f"\n{system.name}: ready after {start_s:.1f} s", flush=True)
             blocks = [one["kv_blocks"] for one in described["stats"]["gpu_instances"].values()]
-            kv_tokens = sum(one["total"] * one["block_size"] for one in blocks)
+            kv_tokens = min(one["total"] * one["block_size"] for one in blocks)
             for number, load in enumerate(loads):
                 time_s = (until - time.monotonic()) / (len(loads) - number)
                 result = await self._search(target, system, load, kv_tokens, time_s, pool)
@@ -215,6 +221,8 @@ class Comparison:
             largest = int(arguments.get("max_num_seqs", 256)) + system.chunk
             arguments |= {"mode": "unified", "chunk_size": system.chunk, "max_chunk_prefill_tokens": system.chunk}
             arguments["max_num_batched_tokens"] = max(int(arguments.get("max_num_batched_tokens", 8192)), largest)
+        elif system.form == "disaggregated":
+            arguments["mode"] = "disaggregated"
         else:
             assert system.allocation is not None
             arguments |= {
@@ -226,6 +234,8 @@ class Comparison:
             }
             if system.form == "semi_pd":
                 arguments["ladder"] = {"prefill": [100], "decode": [100]}
+        if system.num_gpus > 1:
+            arguments["gpu_instances"] = _instances(system)
         if system.form == "slo":
             if targets is None:
                 raise ConfigError("the targets are not known: the first system has failed")
@@ -257,6 +267,14 @@ class Comparison:
             await self._predict(load, kv_tokens, pool)
         setting = self._setting(load.targets, kv_tokens)
         simulated, duration_s = load.predicted[system]
+        if options.rates:
+            duration_s = options.duration
+
+        async def begin_as_configured() -> None:
+            # Whatever a run before has led the controller to is not this one's.
+            if system.form == "slo" and system.allocation is not None:
+                await target.set_split(system.allocation)
+
         off_by = math.exp(sum(map(math.log, load.off_by)) / len(load.off_by)) if load.off_by else 1.0
         first = min(off_by * (simulated or 1.0), len(load.source.trace or ()) / duration_s)
         source = dataclasses.replace(load.source, duration_s=duration_s)
@@ -272,7 +290,9 @@ class Comparison:
                 give_up_below=options.attainment - _GIVE_UP,
                 time_limit_s=max(1.0, deadline - time.monotonic() - duration_s),
                 max_runs=options.max_runs,
+                rates=options.rates,
             ),
+            begin_as_configured,
         ).run()
         found = document["best_rate"]
         reached = found["interpolated"] or found["rate"] or found["too_high"] / _FACTOR
@@ -353,6 +373,14 @@ class Comparison:
                 f"{best['rate']:7.2f} {best['too_high']:7.2f} {result['simulated_rate'] or math.nan:9.2f}",
                 flush=True,
             )
+
+
+def _instances(system: System) -> list[dict[str, Any]]:
+    """Of a system of several GPUs, one GPU each."""
+    roles = [{"unified": "unified", "disaggregated": ""}.get(system.form, "semi_pd")] * system.replicas
+    if system.form == "disaggregated":
+        roles = (["prefill"] * system.num_prefill + ["decode"] * system.num_decode) * system.replicas
+    return [{"instance_id": f"{role}-{n}", "instance_type": role, "gpu_id": n} for n, role in enumerate(roles)]
 
 
 _PERCENTS = ("p50", "p90", "p99")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from hbserve.bench.http_target import split_in
 from hbserve.bench.target import TargetError
 from hbserve.errors import HBServeError
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+from hbserve.semi_pd.sm_allocation import SMAllocation
+
+_SPLIT_TIMEOUT_S = 30.0
 
 
 class EngineTarget:
@@ -44,6 +48,13 @@ class EngineTarget:
         managers = self._llm.supervisors.items()
         status = {name: each.get_status() for name, each in managers if isinstance(each, ProcessRotationManager)}
         return split_in({"instances": status})
+
+    async def set_split(self, allocation: SMAllocation) -> None:
+        """Of all its semi-PD instances; returns when it is in effect."""
+        managers = [each for each in self._llm.supervisors.values() if isinstance(each, ProcessRotationManager)]
+        for manager in managers:
+            if manager.current_sm_allocation != allocation and manager.request_sm_reallocation(allocation):
+                await asyncio.to_thread(manager.wait_until_settled, _SPLIT_TIMEOUT_S)
 
     async def describe(self) -> dict[str, Any]:
         """The engine's whole configuration and its statistics."""

@@ -8,7 +8,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +22,7 @@ from hbserve.bench.report import versions
 from hbserve.bench.request_record import Targets, summarize
 from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import ServeWorkload
-from hbserve.bench.sweep import RateSearch, interpolated_rate
+from hbserve.bench.sweep import GivenRates, RateSearch, interpolated_rate
 from hbserve.bench.target import ServeTarget, TargetError
 from hbserve.errors import ConfigError, RequestFailedError
 
@@ -66,16 +66,16 @@ class ServeBenchmark:
 
     Args:
         options: of which the parts about the target are not looked at.
-        on_run: called with the rate and the seed of each run that begins.
+        before_run: awaited before each run.
     """
 
     def __init__(
         self,
         target: ServeTarget,
         options: ServeOptions,
-        on_run: Callable[[float | None, int], None] = lambda rate, seed: None,
+        before_run: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self._target, self._options, self._on_run = target, options, on_run
+        self._target, self._options, self._before_run = target, options, before_run
         self._targets = options.targets
         self._runs: list[dict[str, Any]] = []
 
@@ -163,7 +163,8 @@ class ServeBenchmark:
         options = self._options
         assert self._targets is not None
         started = time.monotonic()
-        search = RateSearch(options.rate or workload.rate, options.precision, options.sweep_factor, options.max_runs)
+        searched = options.rate or workload.rate, options.precision, options.sweep_factor, options.max_runs
+        search = GivenRates(options.rates) if options.rates else RateSearch(*searched)
         give_up_below = options.attainment if options.give_up_below is None else options.give_up_below
         reached = []
         while (rate := search.next_rate()) is not None:
@@ -189,7 +190,8 @@ class ServeBenchmark:
         """
         options, seed = self._options, self._options.seed + len(self._runs)
         workload = options.source.workload(rate, seed)  # other prompts each time: no help from the prefix cache
-        self._on_run(rate, seed)
+        if self._before_run is not None:
+            await self._before_run()
         num_requests = len(workload.requests)
         max_missed = None if attainment is None else math.floor((1 - attainment) * num_requests + 1e-9)
         with tqdm(

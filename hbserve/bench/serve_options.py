@@ -63,6 +63,7 @@ class ServeOptions:
         sweep_factor: between its rates before one is too high and one is not.
         give_up_below: a run of a sweep stops as soon as it cannot reach this; None: ``attainment``.
         max_runs: of a sweep.
+        rates: of a sweep that is no search; see `GivenRates`.
         time_limit_s: the sweep starts no run after this time.
         tell_targets: send each request's targets to the server.
         timeout_s: of one request.
@@ -86,6 +87,7 @@ class ServeOptions:
     sweep_factor: float = 2.0
     give_up_below: float | None = None
     max_runs: int = RateSearch.MAX_RUNS
+    rates: tuple[float, ...] = ()
     show_progress: bool
     json: Path | None
     plots: Path | None

@@ -58,6 +58,18 @@ class RateSearch:
             self.best = min(self.best, rate)
 
 
+class GivenRates(RateSearch):
+    """No search: these rates, one after the other."""
+
+    def __init__(self, rates: Iterable[float]) -> None:
+        self._rates = list(rates)
+        super().__init__(self._rates[0], 0.0)
+
+    def next_rate(self) -> float | None:
+        """See `RateSearch.next_rate`."""
+        return self._rates[self._num_runs] if self._num_runs < len(self._rates) else None
+
+
 def interpolated_rate(runs: Iterable[tuple[float, float]], attainment: float) -> float | None:
     """Where attainment falls below what is asked for, between the two runs around it; None if not both are there.
 

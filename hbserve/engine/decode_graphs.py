@@ -187,7 +187,7 @@ class DecodeGraphs:
         positions = inputs.tensor("positions", size)
         last = self._table.last_token_ids
         token_ids = torch.where(given == _FED_BACK, last[slots], given)
-        hidden = self._decoder.forward(token_ids, positions, self._attention, layers)
+        hidden = self._decoder.forward(token_ids, positions, self._attention, layers=layers)
         logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
         sampled = fast_sample(logits, temperatures, seeds, positions, self._decoder.parallel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,8 +198,11 @@ class ModelRunner:
         return StepPlan(epoch=0, step_id=0, rows=rows, new_sequences=states, sends=[])
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> PendingStep:
+    def launch(self, plan: StepPlan, on_stored: Callable[[int], None] = lambda layer: None) -> PendingStep:
         """Start a step; on CPU also finish it. The plan's ``sends`` are not looked at.
+
+        Args:
+            on_stored: see `Decoder.forward`; not called where a captured graph is all of the step.
 
         A plan that contradicts what the runner knows of a slot is a bug of its sender and fails an
         assertion.
@@ -218,9 +222,10 @@ class ModelRunner:
         timer.start()
         self._attention.begin(batch.attention)
         if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
-            hidden = self._prefill_graphs.forward(batch)
+            hidden = self._prefill_graphs.forward(batch, on_stored)
         else:
-            hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention, self._layers)
+            decoder, attention = self._decoder, self._attention
+            hidden = decoder.forward(batch.token_ids, batch.positions, attention, on_stored, self._layers)
         if not batch.num_logprobs:
             return PendingStep(plan, None, [], timer)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)

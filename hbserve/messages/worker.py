@@ -116,7 +116,7 @@ class Hello(Message, frozen=True):
         arena_epoch: of its KV memory: the same, or of the process that holds it.
         model: what its weights are, see `hbserve.models.fingerprint`; dtype: of weights and KV.
         block_bytes: of one KV block over all layers and ranks.
-        head_bytes: of one KV head in one block, over all layers.
+        num_layers: of the model; head_bytes: of one KV head in one block, over all layers.
         peers: where its ranks receive KV, in their order.
         one_sided: its transfer backend writes into the receiver's arena, which takes no part.
     """
@@ -131,6 +131,7 @@ class Hello(Message, frozen=True):
     num_blocks: int
     block_size: int
     block_bytes: int
+    num_layers: int
     head_bytes: int
     max_model_len: int
     vocab_size: int

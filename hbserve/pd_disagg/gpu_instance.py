@@ -172,7 +172,7 @@ class GpuInstance:
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             self._is_serving = True
-            pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
+            pipeline = StepPipeline(self._runner, self._on_result, self._on_layers_stored, self._on_step_failed)
             stopwatch.lap("threads")
             child.freeze_heap()
             child.report_status(
@@ -232,6 +232,9 @@ class GpuInstance:
 
     def _on_result(self, plan: StepPlan, result: StepResult) -> None:
         self._loop.call_soon_threadsafe(self._on_step_done, plan, result)
+
+    def _on_layers_stored(self, plan: StepPlan, group: int) -> None:
+        self._loop.call_soon_threadsafe(self._send_blocks, plan, group)
 
     def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._rpc.send, failed_result(plan, repr(error)))
@@ -353,6 +356,7 @@ class GpuInstance:
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
                 block_bytes=runner.layout.block_bytes * self._ranks.size,
+                num_layers=runner.layout.num_layers,
                 head_bytes=runner.layout.block_bytes // runner.layout.num_kv_heads,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
@@ -364,10 +368,12 @@ class GpuInstance:
 
     def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
         self._rpc.send(result)
-        if plan.epoch == self._epoch:
-            for command in plan.sends:
-                self._transfers.manager.send(command)
+        self._send_blocks(plan)
         self._unfinished.end(plan)
+
+    def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
+        if plan.epoch == self._epoch:
+            self._transfers.send(plan.sends, group)
 
     def _on_transfer_reply(self, number: int, reply: TransferReply) -> None:
         if reply.epoch == self._epoch:

@@ -14,6 +14,7 @@ class PrefillPace:
 
     Attributes:
         mean_per_token_s: of late, the fixed part included, as full as the steps were.
+        step_s: that a step with prompts took of late, mean.
     """
 
     def __init__(self) -> None:
@@ -21,6 +22,7 @@ class PrefillPace:
         self.fixed_s = 0.0
         self.per_token_s = 0.0
         self.mean_per_token_s = 0.0
+        self.step_s = 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many prompt tokens in that time."""
@@ -36,6 +38,7 @@ class PrefillPace:
         if variance > 1e-6 * self._xx:
             slope = (self._xy - self._x * self._y / self._weight) / variance
         self.mean_per_token_s = self._y / self._x
+        self.step_s = self._y / self._weight
         # neither part of a step's time is negative
         self.per_token_s = min(max(slope, 0.0), self._y / self._x) or self._y / self._x
         self.fixed_s = max(0.0, (self._y - self.per_token_s * self._x) / self._weight)

@@ -10,9 +10,10 @@ from typing import Protocol, TypeVar
 from hbserve.config import SchedulerConfig
 
 _RESUMED, _NEW = 0, 1
-AIM = 0.8
-"""Share of a target that deadlines are set at: under overload whoever is served is served at the last
-moment, and what is predicted may take longer."""
+DOUBT = 1.05
+"""Times that what is predicted may take: under overload whoever is served is served at the last moment."""
+_STEPS_WAITED = 0.5
+"""Of the step under way, that a prompt waits for, mean."""
 _HORIZON = 256
 """So many of a long queue are looked at; what comes after them is far from being served."""
 _PATIENCE_MS = 10_000.0
@@ -101,26 +102,30 @@ class SloAware(QueuePolicy):
 
     Args:
         prefill_s: predicted seconds to compute so many prompt tokens.
+        step_s: that a step with prompts takes of late.
         default_ttft_ms: target of requests that come without one.
     """
 
-    def __init__(self, prefill_s: Callable[[int], float], default_ttft_ms: float | None) -> None:
-        self._prefill_s = prefill_s
+    def __init__(
+        self, prefill_s: Callable[[int], float], step_s: Callable[[], float], default_ttft_ms: float | None
+    ) -> None:
+        self._prefill_s, self._step_s = prefill_s, step_s
         self._default_ttft_ms = default_ttft_ms or _PATIENCE_MS
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """See `QueuePolicy.rank`."""
         target_ms = sequence.ttft_target_ms or self._default_ttft_ms
-        return _group(sequence), sequence.arrival_time + AIM * target_ms / 1000, sequence.arrival
+        return _group(sequence), sequence.arrival_time + target_ms / 1000, sequence.arrival
 
     def order(self, waiting: list[_Prompt], now: float, num_tokens_ahead: Callable[[], int]) -> Items[_Prompt]:
         """See `QueuePolicy.order`."""
         if not waiting:
             return waiting
-        end = now + self._prefill_s(num_tokens_ahead())
+        now += _STEPS_WAITED * self._step_s()
+        end = now + DOUBT * self._prefill_s(num_tokens_ahead())
         chosen: list[tuple[float, int]] = []  # a heap, longest first: (-seconds, index)
         for index, sequence in enumerate(waiting[:_HORIZON]):
-            seconds = self._prefill_s(len(sequence.tokens))
+            seconds = DOUBT * self._prefill_s(len(sequence.tokens))
             end += seconds
             group, deadline, _ = sequence.rank
             if group == _NEW:
@@ -141,16 +146,16 @@ class SloAware(QueuePolicy):
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
         """See `QueuePolicy.key`. Those that can be in time go before those that cannot."""
         group, deadline, _ = sequence.rank
-        num_tokens = max(0, len(sequence.tokens) - num_computed)
-        return group == _NEW and now + self._prefill_s(num_tokens) > deadline, sequence.rank
+        seconds = DOUBT * self._prefill_s(max(0, len(sequence.tokens) - num_computed)) + _STEPS_WAITED * self._step_s()
+        return group == _NEW and now + seconds > deadline, sequence.rank
 
 
-def make_policy(config: SchedulerConfig, prefill_s: Callable[[int], float]) -> QueuePolicy:
-    """The configured policy; for ``prefill_s`` see `SloAware`."""
+def make_policy(config: SchedulerConfig, prefill_s: Callable[[int], float], step_s: Callable[[], float]) -> QueuePolicy:
+    """The configured policy; for ``prefill_s`` and ``step_s`` see `SloAware`."""
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)
     if config.policy == "slo_aware":
-        return SloAware(prefill_s, config.ttft_ms)
+        return SloAware(prefill_s, step_s, config.ttft_ms)
     return QueuePolicy()
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from hbserve.config import Config, InstanceRole
-from hbserve.messages.transfer import SendBlocks
+from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.mixed_steps import StepRoom
@@ -17,6 +17,9 @@ from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 from hbserve.pd_disagg.waiting_queue import prefill_budget
 from hbserve.pd_disagg.worker_handle import InflightRow, InflightStep, WorkerHandle
+
+_LEAST_GROUPED_TOKENS = 64
+"""Of a chunk that leaves in groups of layers: a shorter one is computed in no time."""
 
 
 class StepPlanner:
@@ -38,6 +41,7 @@ class StepPlanner:
         self._prompt_budget = prefill_budget(config)
         self._transfers = transfers
         self._preempt = preempt
+        self._most_layer_groups = config.kv_transfer.layer_groups
         # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
         self._last_step_id = time.time_ns()
 
@@ -177,8 +181,18 @@ class StepPlanner:
         end_block = -(-end // block_size) if last else end // block_size
         if end_block > sequence.num_blocks_dispatched:
             first_block = sequence.num_blocks_dispatched
-            step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block))
+            groups = self._layer_groups(seat) if last and chunk >= _LEAST_GROUPED_TOKENS else 1
+            for index in range(groups):
+                layers = LayerGroup(index=index, count=groups)
+                step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block, layers))
             sequence.num_blocks_dispatched = end_block
+
+    def _layer_groups(self, seat: Seat) -> int:
+        """Equal ones, as many of them as there may be."""
+        assert seat.worker.hello is not None
+        num_layers = seat.worker.hello.num_layers
+        most = min(self._most_layer_groups, num_layers)
+        return max(count for count in range(1, most + 1) if num_layers % count == 0)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
         """One more block for a decode; puts back younger sequences where the pool has none."""

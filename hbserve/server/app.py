@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -26,13 +27,20 @@ STATS_TIMEOUT_S = 5.0
 _DEFAULTS = ServerConfig()
 
 
-def create_app(engine: TextEngine, client: EngineClient, served_name: str, config: ServerConfig = _DEFAULTS) -> FastAPI:
+def create_app(
+    engine: TextEngine,
+    client: EngineClient,
+    served_name: str,
+    config: ServerConfig = _DEFAULTS,
+    rotations: Callable[[], dict[str, dict[str, Any]]] = dict,
+) -> FastAPI:
     """The OpenAI-compatible application over one engine.
 
     Args:
         client: of the same engine; asked for the system's health and statistics.
         served_name: the model's name, which requests must give.
         config: of which only what concerns a single request is used here; see `hbserve.server.guard`.
+        rotations: for the metrics, counts of each ``semi_pd`` instance; see `hbserve.server.prometheus.render`.
     """
     app = FastAPI(
         title="HBServe",
@@ -130,7 +138,8 @@ def create_app(engine: TextEngine, client: EngineClient, served_name: str, confi
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        document, content_type = render(await client.stats(STATS_TIMEOUT_S), request.headers.get("Accept", ""))
+        stats = await client.stats(STATS_TIMEOUT_S)
+        document, content_type = render(stats, request.headers.get("Accept", ""), rotations())
         return Response(document, media_type=content_type)
 
     return app

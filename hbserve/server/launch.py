@@ -70,7 +70,10 @@ async def _serve(config: Config, with_instances: bool) -> int:
             max_per_key=server.max_requests_per_key,
             rate_per_minute=server.requests_per_minute_per_key,
         )
-        app = create_app(llm.engine, llm.client, config.served_name, server)
+        app = create_app(
+            *(llm.engine, llm.client, config.served_name, server),
+            rotations=lambda: semi_pd_routes.rotation_counts(llm.supervisors),
+        )
         slo, own = config.semi_pd.slo, config.scheduler
         targets = (own.ttft_ms, own.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
         live_page.install(app, live_page.LiveData(llm.engine, llm.client, gate, llm.text_processes, stop, *targets))

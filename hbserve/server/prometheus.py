@@ -8,7 +8,8 @@ https://prometheus.io/docs/practices/naming/: base units, ``_total`` for counter
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -36,18 +37,19 @@ _HELP = {
 }
 
 
-def render(stats: dict[str, Any], accept: str) -> tuple[bytes, str]:
+def render(stats: dict[str, Any], accept: str, rotations: Mapping[str, dict[str, Any]]) -> tuple[bytes, str]:
     """One scrape.
 
     Args:
         stats: as ``get_system_stats()``.
         accept: the request's Accept header, which chooses between the text formats.
+        rotations: by name of ``semi_pd`` instances, the ``statistics`` of `ProcessRotationManager.get_status`.
 
     Returns:
         The document and its content type.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Translation(stats))
+    registry.register(_Translation(stats, rotations))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
@@ -55,8 +57,8 @@ def render(stats: dict[str, Any], accept: str) -> tuple[bytes, str]:
 class _Translation(Collector):
     """One snapshot as metric families."""
 
-    def __init__(self, stats: dict[str, Any]) -> None:
-        self._stats = stats
+    def __init__(self, stats: dict[str, Any], rotations: Mapping[str, dict[str, Any]]) -> None:
+        self._stats, self._rotations = stats, rotations
 
     def describe(self) -> Iterable[Metric]:
         """Nothing before the scrape."""
@@ -67,6 +69,8 @@ class _Translation(Collector):
         yield from self._requests()
         yield from self._instances()
         yield from self._links()
+        if self._rotations:
+            yield from self._shared_devices()
         for name, histogram in self._metrics.get("histograms", {}).items():
             yield _histogram(name, histogram)
 
@@ -171,6 +175,44 @@ class _Translation(Collector):
                 failures.add_metric([*values, kind], number)
         yield from families.values()
         yield from (under_way, failures)
+
+    def _shared_devices(self) -> Iterator[Metric]:
+        """How ``semi_pd`` instances divide their devices."""
+        labels = ["instance"]
+        share = GaugeMetricFamily(
+            "hbserve_semi_pd_share_ratio", "Of the device, while both phases are busy.", labels=[*labels, "role"]
+        )
+        mixed = GaugeMetricFamily("hbserve_semi_pd_mixed", "Whether one worker does both phases.", labels=labels)
+        busy = CounterMetricFamily(
+            "hbserve_semi_pd_worker_busy_seconds",
+            "Time in which the device worked on a worker's steps.",
+            labels=[*labels, "role", "percentage"],
+        )
+        counters = {
+            "rotations": CounterMetricFamily("hbserve_semi_pd_rotations", "Splits that were changed.", labels=labels),
+            "failed_rotations": CounterMetricFamily(
+                "hbserve_semi_pd_failed_rotations", "Changes whose workers were not ready in time.", labels=labels
+            ),
+            "replaced_workers": CounterMetricFamily(
+                "hbserve_semi_pd_replaced_workers", "Workers that ended and were replaced.", labels=labels
+            ),
+            "recoveries": CounterMetricFamily(
+                "hbserve_semi_pd_recoveries", "Losses of the memory that were recovered from.", labels=labels
+            ),
+        }
+        for name, statistics in self._rotations.items():
+            instance = self._stats["gpu_instances"].get(name, {})
+            for role, percentage in instance.get("shares", {}).items():
+                share.add_metric([name, role], percentage / 100)
+            mixed.add_metric([name], instance.get("is_mixed", False))
+            seconds: Counter[tuple[str, str]] = Counter()  # while workers change there may be two of a percentage
+            for worker in instance.get("workers", {}).values():
+                seconds[worker["role"], str(worker["percentage"])] += worker["busy_s"]
+            for (role, percentage), busy_s in seconds.items():
+                busy.add_metric([name, role, percentage], busy_s)
+            for key, family in counters.items():
+                family.add_metric([name], statistics[key])
+        yield from (share, mixed, busy, *counters.values())
 
 
 def _histogram(name: str, histogram: dict[str, Any]) -> Metric:

@@ -29,13 +29,18 @@ class AllocationRequest(BaseModel):
     instance: str | None = None
 
 
+def rotation_counts(supervisors: dict[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:
+    """By instance, the ``statistics`` of `ProcessRotationManager.get_status`."""
+    return {name: manager.get_status()["statistics"] for name, manager in _managers(supervisors).items()}
+
+
 def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
     """Add the routes; `hbserve.server.guard` asks for the admin key where something is changed.
 
     Args:
         supervisors: of the system's instances, by name.
     """
-    managers = {name: each for name, each in supervisors.items() if isinstance(each, ProcessRotationManager)}
+    managers = _managers(supervisors)
 
     @app.get("/v1/semi_pd/status")
     async def status() -> dict[str, Any]:
@@ -58,3 +63,7 @@ def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
             if not is_taken:
                 raise OverloadedError(f"{name} is not running now")
         return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}
+
+
+def _managers(supervisors: dict[str, InstanceSupervisor]) -> dict[str, ProcessRotationManager]:
+    return {name: each for name, each in supervisors.items() if isinstance(each, ProcessRotationManager)}

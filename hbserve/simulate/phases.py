@@ -71,7 +71,9 @@ class Prompts:
     def __init__(self, clock: SimulatedClock, sizes: Sizes) -> None:
         self._clock, self._sizes = clock, sizes
         self._pace = PrefillPace()
-        self.policy = make_policy(sizes.scheduler, lambda count: count * self._pace.mean_per_token_s)
+        self.policy = make_policy(
+            sizes.scheduler, lambda count: count * self._pace.mean_per_token_s, lambda: self._pace.step_s
+        )
         self._is_fifo = type(self.policy) is QueuePolicy
         self.requests: list[SimulatedRequest] = []
 
