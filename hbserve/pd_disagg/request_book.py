@@ -97,6 +97,9 @@ class RequestBook:
     def add(self, sequence: Sequence) -> None:
         """A request has been taken, and begins to wait."""
         self._sequences[sequence.client, sequence.request.request_id] = sequence
+        if not self.waiting:
+            self._queue.begins(sequence.arrival_time)
+            self._admission.is_full = False
         self._queue.insert(self.waiting, sequence)
         self._metrics.arrived(sequence)
 
