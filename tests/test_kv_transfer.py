@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,6 +37,7 @@ from hbserve.pd_disagg.kv_transfer.backends import make_manager
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard, routes
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
+from hbserve.pd_disagg.kv_transfer.mooncake import CONFIG_PATH_VARIABLE, MooncakeSettings
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
@@ -396,6 +398,29 @@ async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_n
         peer = Peer(rank=9, epoch=1, endpoint=f"{sender.pid} elsewhere", link_epoch=1)
         target.manager.handle(OpenLink(source_id="source", link_epoch=3, sources=[peer]))
         assert "another host" in (await target.result()).error
+
+
+def test_mooncakes_settings_come_from_the_configuration_and_then_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mooncake.json"
+    monkeypatch.setenv(CONFIG_PATH_VARIABLE, str(path))
+    path.write_text('{"protocol": "rdma", "device_name": "mlx5_0", "local_hostname": "10.0.0.1"}')
+    assert MooncakeSettings.load(None, None) == MooncakeSettings("rdma", "mlx5_0", "10.0.0.1")
+    assert MooncakeSettings.load("tcp", "mlx5_1") == MooncakeSettings("tcp", "mlx5_1", "10.0.0.1")
+    for text, said in (
+        ('{"protocl": "tcp"}', "unknown key 'protocl'"),
+        ('{"protocol": "udp"}', "protocol must be one of tcp, rdma, nvlink"),
+        ('{"metadata_server": "etcd://host"}', "metadata_server must be 'P2PHANDSHAKE'"),
+        ("[]", "does not hold a JSON object"),
+        ("{", "cannot read"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            MooncakeSettings.load(None, None)
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "3")
+    with pytest.raises(StartupError, match="unset MC_TRANSFER_TIMEOUT"):
+        MooncakeSettings().prepare_environment(5.0, None)
 
 
 # --- instances of different numbers of ranks ------------------------------------------------------
