@@ -33,7 +33,7 @@ from hbserve.system.disaggregated_llm import DisaggregatedLLM
 _PART_TIMEOUT_S = 240.0
 _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
 _NUM_SLEEPERS = 8  # so that one rotation after the other finds some asleep
-_TIME_FOR_LOSSES_S = 50.0
+_TIME_FOR_LOSSES_S = 45.0
 _MIB = 1 << 20
 
 
@@ -260,6 +260,7 @@ class _Benchmark:
     async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
         done: list[_Rotation] = []
         ends = self._deadline - _TIME_FOR_LOSSES_S
+        await asyncio.sleep(0.5)  # to write results down took the streams' time
         while not done or (len(done) < self._options.rotations - 1 and time.monotonic() < ends):
             await until_asleep(manager, 2)
             done.append(rotation := await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)]))

@@ -269,7 +269,10 @@ class InstanceHandle:
             return True
         if phase is InstanceRole.PREFILL:
             return any(seat.num_planned < seat.num_tokens_at_entry for seat in self.seats.values())
-        return any(seat.num_planned >= seat.num_tokens_at_entry for seat in self.seats.values())
+        return any(
+            seat.num_planned >= seat.num_tokens_at_entry and seat.num_planned + 1 < sequence.max_total_tokens
+            for sequence, seat in self.seats.items()
+        )
 
     def forget_worker(self, worker: WorkerHandle) -> list[InflightStep]:
         """A worker has ended; returns its steps that will never be confirmed."""
