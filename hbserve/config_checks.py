@@ -267,6 +267,7 @@ def _is_import_path(text: str) -> bool:
 def _require_positive(config: Config) -> None:
     zero_is_legal = {
         "kv_transfer.local_prefill_tokens",
+        "kv_transfer.layer_group_bytes",
         "server.port",
         "model.seed",
         "performance.decode_headroom_tokens",

@@ -18,8 +18,7 @@ from hbserve.pd_disagg.transfer_ledger import TransferLedger
 from hbserve.pd_disagg.waiting_queue import prefill_budget
 from hbserve.pd_disagg.worker_handle import InflightRow, InflightStep, WorkerHandle
 
-_LEAST_GROUPED_TOKENS = 64
-"""Of a chunk that leaves in groups of layers: a shorter one is computed in no time."""
+_MOST_LAYER_GROUPS = 4
 
 
 class StepPlanner:
@@ -41,7 +40,7 @@ class StepPlanner:
         self._prompt_budget = prefill_budget(config)
         self._transfers = transfers
         self._preempt = preempt
-        self._most_layer_groups = config.kv_transfer.layer_groups
+        self._layer_group_bytes = config.kv_transfer.layer_group_bytes
         # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
         self._last_step_id = time.time_ns()
 
@@ -181,18 +180,20 @@ class StepPlanner:
         end_block = -(-end // block_size) if last else end // block_size
         if end_block > sequence.num_blocks_dispatched:
             first_block = sequence.num_blocks_dispatched
-            groups = self._layer_groups(seat) if last and chunk >= _LEAST_GROUPED_TOKENS else 1
+            groups = self._layer_groups(seat, end_block - first_block) if last else 1
             for index in range(groups):
                 layers = LayerGroup(index=index, count=groups)
                 step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block, layers))
             sequence.num_blocks_dispatched = end_block
 
-    def _layer_groups(self, seat: Seat) -> int:
-        """Equal ones, as many of them as there may be."""
-        assert seat.worker.hello is not None
-        num_layers = seat.worker.hello.num_layers
-        most = min(self._most_layer_groups, num_layers)
-        return max(count for count in range(1, most + 1) if num_layers % count == 0)
+    def _layer_groups(self, seat: Seat, num_blocks: int) -> int:
+        """In how many equal ones blocks leave that somebody waits for: each is a transfer, which has its price."""
+        hello = seat.worker.hello
+        assert hello is not None
+        if not self._layer_group_bytes:
+            return 1
+        most = min(_MOST_LAYER_GROUPS, num_blocks * hello.block_bytes // self._layer_group_bytes)
+        return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
         """One more block for a decode; puts back younger sequences where the pool has none."""
