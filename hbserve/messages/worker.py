@@ -153,6 +153,7 @@ class StepResult(Message, frozen=True):
         token_ids: sampled tokens, one per plan row with ``sample``, in the plan's order.
         logprobs: likewise, None where not asked for.
         busy_s: time the device worked on it, seconds.
+        host_s: time the host took to prepare and launch it; on a CPU that is the step itself.
         early_s: how long it was ready before the device could begin it; negative: so long the device has waited for it.
         error: the step failed; the worker exits after saying so.
     """
@@ -162,6 +163,7 @@ class StepResult(Message, frozen=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None
     busy_s: float
+    host_s: float = 0.0
     early_s: float = 0.0
     error: str | None = None
 

@@ -136,6 +136,7 @@ class RequestBook:
         assert step.step_id == result.step_id, "a worker answers in order"
         worker.work.num_steps += 1
         worker.work.busy_s += result.busy_s
+        worker.work.host_s += result.host_s
         if step.rows:
             worker.last_step_s = result.busy_s
         worker.timing.confirmed(time.monotonic(), result.busy_s, result.early_s)

@@ -28,6 +28,7 @@ class _Launched(NamedTuple):
     plan: StepPlan
     pending: PendingStep
     waited_s: float
+    host_s: float
     progress: LayerProgress | None
 
 
@@ -60,7 +61,8 @@ class StepPipeline:
         Args:
             came_at: when its plan was here, on `time.perf_counter`; None: just now.
         """
-        waited_s = 0.0 if came_at is None else time.perf_counter() - came_at
+        began = time.perf_counter()
+        waited_s = 0.0 if came_at is None else began - came_at
         runner, progress = self._runner, None
         num_groups = max((send.layers.count for send in plan.sends), default=1)
         try:
@@ -70,7 +72,7 @@ class StepPipeline:
                 pending = runner.launch(plan, progress.stored)
             else:
                 pending = runner.launch(plan)
-            self._pending.put(_Launched(plan, pending, waited_s, progress))
+            self._pending.put(_Launched(plan, pending, waited_s, time.perf_counter() - began, progress))
         except Exception as error:
             self._fail(plan, error)
             return False
@@ -84,7 +86,7 @@ class StepPipeline:
     def _collect(self) -> None:
         last_end = math.inf
         while (item := self._pending.get()) is not None:
-            plan, pending, waited_s, progress = item
+            plan, pending, waited_s, host_s, progress = item
             try:
                 if progress is not None:
                     progress.wait()
@@ -103,7 +105,7 @@ class StepPipeline:
             last_end = end
             if progress is not None:
                 progress.finish()
-            self._on_done(plan, msgspec.structs.replace(result, early_s=early_s))
+            self._on_done(plan, msgspec.structs.replace(result, host_s=host_s, early_s=early_s))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         logger.error("step %d failed", plan.step_id, exc_info=error)

@@ -51,17 +51,19 @@ class InflightStep:
 
 @dataclass(slots=True)
 class Work:
-    """What has been done: confirmed steps, sampled tokens, seconds of the device."""
+    """What has been done: confirmed steps, sampled tokens, seconds of the device, and of the host to launch them."""
 
     num_steps: int = 0
     num_tokens: int = 0
     busy_s: float = 0.0
+    host_s: float = 0.0
 
     def add(self, other: Work) -> None:
         """Count another's as well."""
         self.num_steps += other.num_steps
         self.num_tokens += other.num_tokens
         self.busy_s += other.busy_s
+        self.host_s += other.host_s
 
 
 class WorkerHandle:
