@@ -89,6 +89,8 @@ class KVTransferConfig(Section, frozen=True):
         max_attempts: how often a request is tried without getting on before it fails.
         local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
             side, being short or mostly in its prefix cache, are computed there and not transferred.
+        layer_group_bytes: the last chunk of a prompt leaves in up to four groups of layers, each as soon as it is
+            computed and of at least so many bytes; 0: as a whole.
         verify: compare checksums of every block before it is used; what differs is computed again.
         mooncake_protocol: how Mooncake moves bytes; default: what the file that
             ``MOONCAKE_CONFIG_PATH`` names says, or the engine's own choice.
@@ -102,6 +104,7 @@ class KVTransferConfig(Section, frozen=True):
     timeout_s: float = 30.0
     max_attempts: int = 3
     local_prefill_tokens: int = 0
+    layer_group_bytes: int = 4 << 20
     verify: bool = False
     mooncake_protocol: Literal["tcp", "rdma", "nvlink"] | None = None
     mooncake_device: str | None = None

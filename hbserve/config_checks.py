@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -109,7 +110,30 @@ def _error(key: str, what: str) -> ConfigError:
 def _from_msgspec(error: msgspec.ValidationError) -> ConfigError:
     """msgspec says ``Expected `int`, got `str` - at `$.rpc.port` ``; say the key first."""
     what, _, path = str(error).partition(" - at `$")
-    return _error(path.rstrip("`").lstrip("."), what.replace("`", ""))
+    key = path.rstrip("`").lstrip(".")
+    if what.startswith("Invalid enum value"):
+        wrong = what.partition(" value ")[2].strip("'")
+        return _error(key, f"unknown value {wrong!r}{nearest(wrong, _values_at(key))}")
+    return _error(key, what.replace("`", ""))
+
+
+def _values_at(key: str) -> list[str]:
+    """What may be said at a key that takes one of a few words."""
+    kind: Any = Config
+    for name in re.sub(r"\[[^]]*\]", "", key).split("."):
+        structs = [each for each in _members(kind) if isinstance(each, type) and issubclass(each, msgspec.Struct)]
+        kind = next(field.type for field in msgspec.structs.fields(structs[0]) if field.name == name)
+    words = []
+    for each in _members(kind):
+        words += list(each) if isinstance(each, type) and issubclass(each, Enum) else []
+        words += get_args(each) if get_origin(each) is Literal else []
+    return [str(word) for word in words]
+
+
+def _members(kind: Any) -> list[Any]:
+    """A type, and what it is made of: of a union its members, of a tuple its items."""
+    inner = get_args(kind) if get_origin(kind) is not Literal else ()
+    return [kind, *(member for each in inner for member in _members(each))]
 
 
 def _check_keys(document: dict[str, Any]) -> None:
@@ -243,6 +267,7 @@ def _is_import_path(text: str) -> bool:
 def _require_positive(config: Config) -> None:
     zero_is_legal = {
         "kv_transfer.local_prefill_tokens",
+        "kv_transfer.layer_group_bytes",
         "server.port",
         "model.seed",
         "performance.decode_headroom_tokens",

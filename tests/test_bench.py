@@ -235,6 +235,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         for work in run["instances"].values():
             assert work["steps"] > 0
             assert 0 < work["busy_s"] == pytest.approx(work["busy_share"] * run["seconds"])
+            assert work["host_ms_per_step"] > 0  # on the CPU the step itself
     seconds = [run["seconds"] for run in document["runs"]]
     assert document["median"]["seconds"] == pytest.approx(sum(seconds) / 2)
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 
 from hbserve.errors import ConfigError, StartupError
 from hbserve.messages.transfer import (
+    ALL_LAYERS,
     CloseLink,
     FinishBlocks,
+    LayerGroup,
     LeaveLink,
     LinkClosed,
     LinkOpened,
@@ -34,6 +37,7 @@ from hbserve.pd_disagg.kv_transfer.backends import make_manager
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard, routes
 from hbserve.pd_disagg.kv_transfer.lookup_buffer import KVLookupBuffer
+from hbserve.pd_disagg.kv_transfer.mooncake import CONFIG_PATH_VARIABLE, MooncakeSettings
 from hbserve.pd_disagg.kv_transfer.one_sided import ArenaSharing, coalesce
 from hbserve.pd_disagg.kv_transfer.staged_transfers import make_backend
 from hbserve.platform.cpu import CpuPlatform
@@ -396,6 +400,29 @@ async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_n
         assert "another host" in (await target.result()).error
 
 
+def test_mooncakes_settings_come_from_the_configuration_and_then_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mooncake.json"
+    monkeypatch.setenv(CONFIG_PATH_VARIABLE, str(path))
+    path.write_text('{"protocol": "rdma", "device_name": "mlx5_0", "local_hostname": "10.0.0.1"}')
+    assert MooncakeSettings.load(None, None) == MooncakeSettings("rdma", "mlx5_0", "10.0.0.1")
+    assert MooncakeSettings.load("tcp", "mlx5_1") == MooncakeSettings("tcp", "mlx5_1", "10.0.0.1")
+    for text, said in (
+        ('{"protocl": "tcp"}', "unknown key 'protocl'"),
+        ('{"protocol": "udp"}', "protocol must be one of tcp, rdma, nvlink"),
+        ('{"metadata_server": "etcd://host"}', "metadata_server must be 'P2PHANDSHAKE'"),
+        ("[]", "does not hold a JSON object"),
+        ("{", "cannot read"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            MooncakeSettings.load(None, None)
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "3")
+    with pytest.raises(StartupError, match="unset MC_TRANSFER_TIMEOUT"):
+        MooncakeSettings().prepare_environment(5.0, None)
+
+
 # --- instances of different numbers of ranks ------------------------------------------------------
 
 
@@ -453,34 +480,43 @@ async def test_heads_are_split_anew_on_the_way_and_checksums_prove_it(
         for side in targets:
             side.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=source_peers))
             target_peers.append((await side.result()).peers[0])
-        order: dict[str, Any] = {"transfer_id": "t", "request_id": "t", "generations": [0] * len(blocks)}
-        for side in targets:
-            if not side.manager.one_sided:
-                side.manager.handle(ReceiveBlocks(**order, sources=source_peers, block_ids=to))
-        for side in sources:
-            side.manager.send(
-                SendBlocks(**order, targets=target_peers, block_ids=blocks, target_block_ids=to, checksum=True)
+        first, second = (LayerGroup(index=index, count=2) for index in range(2))
+        for layers in (ALL_LAYERS, first, second):  # all of it at once, and then once more in halves
+            if layers == first:
+                for side in targets:
+                    side.arena[to] = 0
+            order: dict[str, Any] = {"transfer_id": str(layers), "request_id": "t", "generations": [0] * len(blocks)}
+            for side in targets:
+                if not side.manager.one_sided:
+                    side.manager.handle(ReceiveBlocks(**order, sources=source_peers, block_ids=to, layers=layers))
+            send = SendBlocks(
+                **order, targets=target_peers, block_ids=blocks, target_block_ids=to, layers=layers, checksum=True
             )
-        sent = [await side.result() for side in sources]
-        assert [result.error for result in sent] == [None] * num_sources
-        for side in targets:
-            if not side.manager.one_sided:
-                assert (await side.result()).error is None
-        checksums = [result.checksums[0] for result in sent]
-        for number, side in enumerate(targets):
+            for side in sources:
+                side.manager.send(send)
+            sent = [await side.result() for side in sources]
+            assert [result.error for result in sent] == [None] * num_sources
+            for side in targets:
+                if not side.manager.one_sided:
+                    assert (await side.result()).error is None
+            checksums = [result.checksums[0] for result in sent]
             finish = FinishBlocks(
-                transfer_id="t",
+                transfer_id=str(layers),
                 num_sources=num_sources,
                 block_ids=to,
                 generations=[0] * len(to),
                 checksums=checksums,
+                layers=layers,
             )
-            side.manager.handle(finish)
-            assert (await side.result()).error is None
-            mine = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
-            assert torch.equal(side.arena[to], mine[blocks])
-            assert torch.equal(side.arena[untouched], before[number][untouched])
-            side.arena[30, 5] ^= 1
+            for side in targets:
+                side.manager.handle(finish)
+                assert (await side.result()).error is None
+            for number, side in enumerate(targets if layers != first else ()):
+                mine = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
+                assert torch.equal(side.arena[to], mine[blocks])
+                assert torch.equal(side.arena[untouched], before[number][untouched])
+        for side in targets:
+            side.arena[30, -5] ^= 1
             # What is in order is not sorted again: only what one-sided senders of several ranks have left.
             if not (side.manager.one_sided and num_sources > num_targets):
                 side.manager.handle(msgspec.structs.replace(finish, transfer_id="again"))

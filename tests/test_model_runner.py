@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from hbserve.config import Config, ModelConfig
 from hbserve.engine.model_runner import ModelRunner
 from hbserve.errors import ConfigError
+from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepResult
+from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
+from hbserve.pd_disagg.step_pipeline import StepPipeline
 from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
 from tests.model_zoo import MODELS, VOCAB_SIZE, save_model
@@ -426,3 +429,37 @@ def test_short_dtypes_serve_on_cuda(dtype: str, tmp_path: Path) -> None:
         assert all(logprobs is not None for logprobs in sequences[1].logprobs)
     assert outputs[0] == outputs[1]
     assert all(0 <= token < VOCAB_SIZE for output in outputs[0] for token in output)
+
+
+def test_a_group_of_layers_is_told_of_when_it_is_in_the_cache_and_the_next_one_is_not(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3")
+    runner = make_runner(tmp_path)
+    groups = [LayerGroup(index=index, count=3) for index in range(3)]
+    order: dict[str, Any] = {"request_id": "t", "targets": [], "block_ids": [0], "generations": [0]}
+    state = SequenceState(
+        slot=0, block_ids=[0, 1], sampling=GREEDY, end_token_ids=[], min_end_position=0, num_prompt_tokens=32
+    )
+    plan = StepPlan(
+        epoch=0,
+        step_id=1,
+        rows=[PlanRow(slot=0, start=0, num_tokens=32, token_ids=some_prompt(32), new_block_ids=[], sample=True)],
+        new_sequences=[state],
+        sends=[SendBlocks(transfer_id="t", target_block_ids=[0], layers=layers, **order) for layers in groups],
+    )
+    told: list[Any] = []
+    parts = [BlockParts(runner.kv_blocks).of_layers(layers).kv_blocks for layers in groups]
+
+    def on_stored(_: StepPlan, group: int) -> None:
+        told.append((group, [bool((part[:2] != 0xFF).any()) for part in parts], parts[group][:2].clone()))
+
+    pipeline = StepPipeline(runner, lambda *_: told.append("done"), on_stored, lambda *_: told.append("failed"))
+    pipeline.launch(plan)
+    pipeline.close()
+    assert [what if isinstance(what, str) else what[:2] for what in told] == [
+        (0, [True, False, False]),
+        (1, [True, True, False]),
+        (2, [True, True, True]),
+        "done",
+    ]
+    for (_, _, seen), part in zip(told[:3], parts, strict=True):
+        assert torch.equal(seen, part[:2])

@@ -8,16 +8,19 @@ import random
 from collections.abc import Sequence as Items
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
-from hbserve.config import SchedulerConfig
+from hbserve.config import Config, InstanceRole, SchedulerConfig
 from hbserve.errors import OverloadedError
 from hbserve.messages.client import AddRequest
 from hbserve.pd_disagg.prefill_pace import PrefillPace
 from hbserve.pd_disagg.queue_policy import DOUBT, QueuePolicy, make_policy
 from hbserve.pd_disagg.sequence import Sequence
+from hbserve.pd_disagg.waiting_queue import WaitingQueue
 from tests.engines import assert_no_leaks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,13 +150,33 @@ async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
+def test_how_fast_seats_come_free_counts_from_when_somebody_waits() -> None:
+    queue = WaitingQueue(Config.from_dict({"model": {"path": DEMO}}))
+    worker: Any = SimpleNamespace(ready=True, role=InstanceRole.UNIFIED, num_tokens_to_prefill=0)
+
+    def predicted(now: float) -> float:
+        one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
+        return queue.predicted_ttft_s(another, [one], [worker], seats_are_full=True, now=now)
+
+    for begin in (0.0, 1000.0):  # the time between is nobody's wait
+        queue.begins(begin)
+        assert predicted(begin + 0.5) == 0
+        queue.ended(begin + 1)
+        queue.ended(begin + 2)
+        assert predicted(begin + 3) == 2 * 3 / 2
+
+
 async def test_overload_is_said_early() -> None:
     config = PdDisaggConfig(DEMO, mode="unified", max_queue_s=1e-9, device="cpu", log_level="WARNING")
     async with asyncio.timeout(DEADLINE_S), DisaggregatedLLM(config) as llm:
-        await llm.generate([5] * 40, SamplingParams(max_tokens=2))  # nothing is known yet, so nobody is refused
-        with pytest.raises(OverloadedError, match="max_queue_s") as caught:
+        for _ in range(2):  # nothing is known yet, and nobody is before the second: neither is refused
             await llm.generate([5] * 40, SamplingParams(max_tokens=2))
-        assert 0 < caught.value.retry_after_s < 60
+        asks = (llm.generate([token] * 4000, SamplingParams(max_tokens=2)) for token in (6, 7))
+        first, second = await asyncio.gather(*asks, return_exceptions=True)
+        assert not isinstance(first, BaseException)
+        assert isinstance(second, OverloadedError)
+        assert "max_queue_s" in str(second)
+        assert 0 < second.retry_after_s < 60
         stats = await llm.client.stats()
         assert stats["cpu_scheduler"]["refused_requests"] == 1
         await asyncio.to_thread(assert_no_leaks, llm)

@@ -103,7 +103,7 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
     assert gaps == pytest.approx(8 * tpots, rel=0.05, abs=0.01)
     assert after["hbserve_open_requests"] == 0
     assert after["hbserve_instance_up"] == 2
-    assert grown("hbserve_instance_busy_seconds_total") > 0
+    assert grown("hbserve_instance_busy_seconds_total") > 0 < grown("hbserve_instance_host_seconds_total")
     bounds = [name for name in after if name.startswith("hbserve_time_to_first_token_seconds_bucket/")]
     cumulated = [after[name] for name in bounds]
     assert cumulated == sorted(cumulated)
@@ -229,7 +229,7 @@ def test_a_schedule_counted_by_hand() -> None:
             SimpleNamespace(num_tokens_at_entry=3)
         ] * len(decode)
         sequences = zip(prefill + decode, seats, strict=True)
-        rows = [InflightRow(each, 0, seat, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
+        rows = [InflightRow(each, 0, seat, 3, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
         prefill_tokens = sum(each.num_prompt_tokens for each in prefill)
         last_token_times = []
         for each in prefill + decode:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +26,11 @@ from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMA
 from tests.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
 from tests.model_zoo import save_model
 from tests.stream_transfer import StreamKVTransfer
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import demo_language as language  # noqa: E402
 
 DEADLINE_S = 90.0
 NUM_TOKENS = 24
@@ -140,12 +147,14 @@ def test_prefill_and_decode_may_have_different_numbers_of_ranks(
     ]
     prompts = [random_prompt(length, seed=length) for length in (1, 16, 17, 100, 180)]
     settings = SETTINGS | {"kv_transfer_backend": backend, "kv_verify": True, "gpu_instances": instances}
+    settings["kv_layer_group_bytes"] = 1 << 14
     with LLM(untied_model[0], mode="disaggregated", **settings) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert_no_leaks(llm)
         (link,) = llm.get_system_stats()["kv_transfer"]["links"].values()
     assert [o["token_ids"] for o in outputs] == [greedy_reference(untied_model[1], p, NUM_TOKENS) for p in prompts]
     assert not link["failures"], "with checksums that hold"
+    assert link["transfers"] > len(prompts), "longer prompts leave in groups of layers"
 
 
 def test_preemption_changes_no_token(untied_model: tuple[str, Any]) -> None:
@@ -409,6 +418,24 @@ def test_two_gpus_in_bfloat16_agree_with_one_on_the_first_logprobs(tmp_path: Pat
         assert len(common) >= 15
         for token in common:
             assert one[token] == pytest.approx(two[token], abs=0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_many_at_once_get_right_answers_from_two_gpus() -> None:
+    """Captured decode steps of many rows, in which each rank proposes a token for every row."""
+    rng = random.Random(5)
+    questions = [language.recall_question(rng, rng.randint(3, 150)) for _ in range(100)]
+    sampling = SamplingParams(temperature=0, max_tokens=64)
+    with LLM(
+        str(EXAMPLES / "models" / "hbserve-demo"),
+        mode="unified",
+        device="cuda",
+        dtype="bfloat16",
+        tensor_parallel_size=2,
+    ) as llm:
+        outputs = [output["text"] for output in llm.chat([q.messages for q in questions], sampling, use_tqdm=False)]
+    assert sum(text == question.answer for text, question in zip(outputs, questions, strict=True)) >= 95
 
 
 @pytest.mark.gpu

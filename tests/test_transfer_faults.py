@@ -48,10 +48,11 @@ def system(model_path: str, backend: str, heartbeat_timeout_s: float) -> Disaggr
         dtype="float32",
         num_blocks=256,
         max_model_len=320,
-        chunk_size=32,
+        chunk_size=112,  # so that there are transfers of one chunk, of several, and of groups of layers
         enable_prefix_caching=False,  # or what has been sent once is not sent again
         gpu_instances=[each | {"tensor_parallel_size": sizes.get(each["instance_id"], 1)} for each in INSTANCES],
         kv_transfer_backend=backend,
+        kv_layer_group_bytes=1 << 14,
         kv_timeout_s=5.0,
         heartbeat_timeout_s=heartbeat_timeout_s,
         log_level="ERROR",

@@ -66,8 +66,9 @@ class HttpTarget:
         try:
             async with self._session.post("/v1/completions", data=body) as response:
                 if response.status != 200:
-                    await response.read()
-                    raise TargetError(f"HTTP {response.status}")
+                    answer = await response.read()
+                    # What every request gets wrong is worth telling; else the number says what happened.
+                    raise TargetError(f"HTTP {response.status}{_reason(answer) if response.status == 400 else ''}")
                 async for line in response.content:
                     if not line.startswith(b"data: "):
                         continue
@@ -105,6 +106,14 @@ class HttpTarget:
     async def describe(self) -> dict[str, Any]:
         """The server's address and model."""
         return {"url": str(self._session._base_url), "model": self._body["model"]}
+
+
+def _reason(answer: bytes) -> str:
+    try:
+        error = msgspec.json.decode(answer, type=_Chunk).error
+    except msgspec.DecodeError:
+        return ""
+    return f": {error.message[:200]}" if error is not None else ""
 
 
 def split_in(status: dict[str, Any]) -> tuple[float, float, bool] | None:

@@ -17,7 +17,7 @@ from hbserve.bench.run_record import RunRecord
 _LIBRARIES = ("torch", "transformers", "numpy", "pyzmq", "msgspec", "flashinfer-python", "flash-attn")
 
 RUN_HEADER = "run     seconds  prompt tok/s  output tok/s  total tok/s  TFLOP/s  of floor  preempted"
-INSTANCE_HEADER = "run     instance          role        steps    busy"
+INSTANCE_HEADER = "run     instance          role        steps    busy   host ms"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run_line(name: str, rates: Rates, preemptions: float) -> str:
 def instance_lines(name: str, run: RunRecord) -> list[str]:
     """Lines under `INSTANCE_HEADER`, one per instance."""
     return [
-        f"{name:<8}{instance:<18}{work.role:<11}{work.steps:6}{work.busy_share:8.1%}"
+        f"{name:<8}{instance:<18}{work.role:<11}{work.steps:6}{work.busy_share:8.1%}{work.host_ms_per_step:10.3f}"
         for instance, work in run.instances.items()
     ]
 

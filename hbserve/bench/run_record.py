@@ -20,6 +20,7 @@ class InstanceWork:
     Attributes:
         busy_s: time its device worked.
         busy_share: of the run's time.
+        host_ms_per_step: time its host took to prepare and launch a step; on a CPU the step itself.
     """
 
     role: str
@@ -27,6 +28,7 @@ class InstanceWork:
     steps: int
     busy_s: float
     busy_share: float
+    host_ms_per_step: float
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,19 @@ def run_workload(llm: LLM, workload: Workload, sampling: SamplingParams) -> RunR
     )
 
 
-_JUST_JOINED = {"busy_s": 0.0, "steps": 0}
+_JUST_JOINED = {"busy_s": 0.0, "host_s": 0.0, "steps": 0}
 
 
 def _instance_work(before: dict[str, Any], after: dict[str, Any], seconds: float) -> InstanceWork:
     busy_s = after["busy_s"] - before["busy_s"]
+    steps = after["steps"] - before["steps"]
     return InstanceWork(
         role=after["role"],
         device=after.get("device", "lost"),
-        steps=after["steps"] - before["steps"],
+        steps=steps,
         busy_s=busy_s,
         busy_share=busy_s / seconds,
+        host_ms_per_step=1000 * (after["host_s"] - before["host_s"]) / max(1, steps),
     )
 
 

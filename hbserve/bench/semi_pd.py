@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +21,19 @@ from typing import Any
 
 from hbserve.bench import gpu_fault, pictures, semi_pd_plot
 from hbserve.bench.model_folder import default_load_format, find_model
+from hbserve.bench.semi_pd_steering import SETTLE_TIMEOUT_S, current_pid, end_sleepers, rotate, until, until_asleep
 from hbserve.bench.stream_load import StreamLoad, Window, random_prompt
-from hbserve.errors import HBServeError, RequestFailedError
+from hbserve.errors import RequestFailedError
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
-_SETTLE_TIMEOUT_S = 120.0
 _PART_TIMEOUT_S = 240.0
 _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
 _NUM_SLEEPERS = 8  # so that one rotation after the other finds some asleep
-_TIME_FOR_LOSSES_S = 50.0
+_TIME_FOR_LOSSES_S = 45.0
 _MIB = 1 << 20
 
 
@@ -163,7 +163,7 @@ class _Benchmark:
 
     async def _workers(self, manager: ProcessRotationManager) -> None:
         """Times and memory of the four workers that were made when the system started."""
-        await _until_asleep(manager, _NUM_SLEEPERS)
+        await until_asleep(manager, _NUM_SLEEPERS)
         await asyncio.sleep(2 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
         status = manager.get_status()
         resident = status["resident_manager"]
@@ -201,11 +201,15 @@ class _Benchmark:
             await llm.generate(prompts, one)
             best["prefill"] = max(best["prefill"], 16 * options.prompt / (time.monotonic() - started))
             times: list[float] = []
+            num_steps, busy_s = _work(llm)
             await asyncio.gather(*(stream(seed, times) for seed in range(options.streams)))
             times.sort()
             # Without the beginning and the end, where not all streams are there.
             begin, end = len(times) // 5, len(times) * 4 // 5
             best["decode"] = max(best["decode"], (end - begin) / (times[end] - times[begin]))
+            steps_after, busy_after_s = _work(llm)
+            ms_per_step = 1000 * (busy_after_s - busy_s) / (steps_after - num_steps)
+        self._put(f"{mode}: decode alone, ms of the device per step", ms_per_step)
         for phase, rate in best.items():
             self._put(f"{mode}: {phase} alone, tokens/s", rate)
 
@@ -225,7 +229,7 @@ class _Benchmark:
         interval_s = 0.05
         seconds_per_token = {}
         for percentage in (100, 99):
-            await _rotate(manager, SMAllocation(_SPLITS[-1].prefill_percentage, percentage))
+            await rotate(manager, SMAllocation(_SPLITS[-1].prefill_percentage, percentage))
             load = StreamLoad(llm, self._options.streams, 16)
             async with load.running(), load.arrivals(16, interval_s, 1):
                 await asyncio.sleep(0.5)
@@ -239,7 +243,7 @@ class _Benchmark:
             )
         lost_s = (seconds_per_token[99] - seconds_per_token[100]) / seconds_per_token[99] * interval_s
         self._put("change of rung: costs, ms", 1000 * lost_s / 2)
-        await _rotate(manager, _SPLITS[-1])
+        await rotate(manager, _SPLITS[-1])
 
     async def _steady(self, load: StreamLoad) -> None:
         await asyncio.sleep(self._options.window_s / 2)  # what is loaded or compiled at the first use
@@ -248,6 +252,8 @@ class _Benchmark:
     async def _steady_at(self, split: SMAllocation, load: StreamLoad) -> Window:
         window = await self._watch("steady", load, self._options.window_s)
         for name, gaps in (("", window.running), (" to the second token", window.starting)):
+            if not len(gaps.sorted_ms):
+                continue
             self._put(f"steady at {split}: ITL{name}, p50, ms", gaps.quantile(0.5))
             self._put(f"steady at {split}: ITL{name}, p99, ms", gaps.quantile(0.99))
             self._put(f"steady at {split}: ITL{name}, largest, ms", gaps.largest)
@@ -258,17 +264,18 @@ class _Benchmark:
     async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
         done: list[_Rotation] = []
         ends = self._deadline - _TIME_FOR_LOSSES_S
+        await asyncio.sleep(0.5)  # to write results down took the streams' time
         while not done or (len(done) < self._options.rotations - 1 and time.monotonic() < ends):
-            await _until_asleep(manager, 2)
+            await until_asleep(manager, 2)
             done.append(rotation := await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)]))
             if len(done) == 1:
                 self._put("rotation: first, seconds from request to ready", rotation.prepared_s)
                 asked = rotation.asked
                 self._first_rotation = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
                 self._put_start("worker from a sleeper", rotation.made)
-                await _until_asleep(manager, _NUM_SLEEPERS)  # new sleepers' imports belong to the rotation
+                await until_asleep(manager, _NUM_SLEEPERS)  # new sleepers' imports belong to the rotation
                 self._steady_windows.append(await self._steady_at(_SPLITS[0], load))
-        await _end_sleepers(manager)
+        await end_sleepers(manager)
         cold = await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)])
         self._put("rotation: cold, seconds from request to ready", cold.prepared_s)
         self._put_rotations(load, done, cold)
@@ -288,10 +295,11 @@ class _Benchmark:
             ("gap to the second token", [each.starting for each in windows], [each.starting for each in steady]),
         ):
             largest = [gaps.largest for gaps in during if len(gaps.sorted_ms)]
-            p99 = max([gaps.quantile(0.99) for gaps in before if len(gaps.sorted_ms)], default=float("nan"))
+            usual_ms = [gaps.quantile(0.99) for gaps in before if len(gaps.sorted_ms)]
             for word, value in (("median", _middle(largest)), ("worst", max(largest))) if largest else ():
                 self._put(f"rotation: largest {kind}, ms, {word}", value)
-                self._put(f"rotation: largest {kind} above its steady p99, ms, {word}", value - p99)
+                if usual_ms:
+                    self._put(f"rotation: largest {kind} above its steady p99, ms, {word}", value - max(usual_ms))
         changes = [load.window(each.asked + each.prepared_s - 0.1, each.asked + each.seconds + 0.2) for each in done]
         self._put("the change over itself: largest gap, ms, worst", max(each.running.largest for each in changes))
         after = [load.window(each.asked + each.seconds, each.asked + each.seconds + 1.0) for each in done]
@@ -304,7 +312,7 @@ class _Benchmark:
     async def _one_rotation(self, load: StreamLoad, manager: ProcessRotationManager, split: SMAllocation) -> _Rotation:
         before = {worker["worker_id"] for worker in manager.get_status()["workers"]}
         asked = time.monotonic()
-        await _rotate(manager, split)
+        await rotate(manager, split)
         settled = time.monotonic()
         status = manager.get_status()
         await asyncio.sleep(1.1 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
@@ -320,7 +328,7 @@ class _Benchmark:
 
     async def _lost_worker(self, llm: DisaggregatedLLM, load: StreamLoad, manager: ProcessRotationManager) -> None:
         started = time.monotonic()
-        os.kill(_current(llm, "decode"), signal.SIGTERM)
+        os.kill(current_pid(llm, "decode"), signal.SIGTERM)
         await self._resumption("decode worker lost", started, load, manager)
 
     async def _lost_memory(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
@@ -335,15 +343,15 @@ class _Benchmark:
             if (await asyncio.to_thread(gpu_fault.fault, variables)).returncode == 0:
                 raise RequestFailedError("the kernel that was to fail did not")
             started = time.monotonic()
-            await _until(lambda: manager.get_status()["statistics"]["recoveries"] > 0)
+            await until(lambda: manager.get_status()["statistics"]["recoveries"] > 0)
         await self._resumption(name, started, load, manager)
 
     async def _resumption(self, name: str, started: float, load: StreamLoad, manager: ProcessRotationManager) -> None:
-        resumed_s = await load.until_all_have_tokens(started + 0.2, _SETTLE_TIMEOUT_S)
+        resumed_s = await load.until_all_have_tokens(started + 0.2, SETTLE_TIMEOUT_S)
         await asyncio.sleep(0.5)
         self._put(f"{name}: largest gap of a stream, ms", load.window(started, time.monotonic()).running.largest)
         self._put(f"{name}: seconds until every stream goes on", resumed_s + 0.2)
-        settled = await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
+        settled = await asyncio.to_thread(manager.wait_until_settled, SETTLE_TIMEOUT_S)
         self._put(f"{name}: seconds until all workers are back", time.monotonic() - started)
         self._events.append((name, started, time.monotonic()))
         if not settled:
@@ -375,35 +383,11 @@ class _Rotation:
     memory_mib: int
 
 
-async def _rotate(manager: ProcessRotationManager, split: SMAllocation) -> None:
-    manager.request_sm_reallocation(split)
-    settled = await asyncio.to_thread(manager.wait_until_settled, _SETTLE_TIMEOUT_S)
-    if not settled or manager.current_sm_allocation != split:
-        raise HBServeError(f"no rotation to {split}: {manager.get_status()['last_error']}")
-
-
-async def _end_sleepers(manager: ProcessRotationManager) -> None:
-    for sleeper in manager.get_status()["sleepers"]:
-        os.kill(sleeper["pid"], signal.SIGKILL)  # it has nothing on the device
-    await _until(lambda: not manager.get_status()["sleepers"])
-
-
-async def _until_asleep(manager: ProcessRotationManager, number: int) -> None:
-    await _until(lambda: sum(each["is_asleep"] for each in manager.get_status()["sleepers"]) >= number)
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(_SETTLE_TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 - what other processes do has no event here
-            await asyncio.sleep(0.05)
-
-
-def _current(llm: DisaggregatedLLM, role: str) -> int:
-    """The process id of the worker that gets a phase's plans now."""
-    workers = llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values()
-    current = [worker for worker in workers if worker["role"] == role and worker["is_current"]]
-    return int(current[0]["pid"])
-
-
 def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def _work(llm: DisaggregatedLLM) -> tuple[int, float]:
+    """Steps so far, and seconds that the device took for them."""
+    [work] = llm.get_system_stats()["gpu_instances"].values()
+    return int(work["steps"]), float(work["busy_s"])

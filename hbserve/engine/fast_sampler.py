@@ -125,6 +125,8 @@ def fast_sample(
 
 def _best_of_row(best: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The greatest value of each row, the first of equals, and its id."""
+    assert best.is_contiguous()
+    assert ids.is_contiguous()
     rows, num_blocks = best.shape
     out = torch.empty(rows, dtype=torch.float32, device=best.device)
     out_ids = torch.empty(rows, dtype=dtype, device=best.device)

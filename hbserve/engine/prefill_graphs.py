@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.engine.batch import StepBatch
-from hbserve.engine.capture import capture_stream, run_to_capture
+from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.layers.ops import ResidualStream
 from hbserve.models.decoder import Decoder
 
@@ -81,7 +82,7 @@ class PrefillGraphs:
         residual: ResidualStream | None = None
         for index in range(len(self._decoder.layers) + 1):
             graph: Any = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
+            with capturing(graph, pool):
                 if index < len(self._decoder.layers):
                     residual = self._piece(index, residual, size)
                 else:
@@ -107,7 +108,7 @@ class PrefillGraphs:
         """Whether a step of so many tokens is captured."""
         return bool(self._sizes) and num_tokens <= self._sizes[-1]
 
-    def forward(self, batch: StepBatch) -> torch.Tensor:
+    def forward(self, batch: StepBatch, on_stored: Callable[[int], None] = lambda layer: None) -> torch.Tensor:
         """As `Decoder.forward`, of a step that `fits` and that attention has begun."""
         num_tokens = len(batch.token_ids)
         size = next(size for size in self._sizes if size >= num_tokens)
@@ -119,6 +120,7 @@ class PrefillGraphs:
         q, attended = self._q[:num_tokens], self._attended[:num_tokens]
         for index, graph in enumerate(pieces.graphs[:-1]):
             graph.replay()
+            on_stored(index)
             self._attention.attend(index, q, attended)
         pieces.graphs[-1].replay()
         return pieces.hidden[:num_tokens]

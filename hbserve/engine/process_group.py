@@ -76,7 +76,8 @@ class _GroupOverTorch:
         x = x.contiguous()
         parts = x.new_empty(self._size * x.shape[0], *x.shape[1:])
         _wait(self._group._allgather_base(parts, x, self._gather_options))
-        return parts.view(self._size, *x.shape).movedim(0, -2).flatten(-2)
+        # Of columns side by side `flatten` makes a view, but kernels count on rows that are contiguous.
+        return parts.view(self._size, *x.shape).movedim(0, -2).flatten(-2).contiguous()
 
 
 def _wait(work: Any) -> None:

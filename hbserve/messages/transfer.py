@@ -22,6 +22,16 @@ class Peer(Value, frozen=True):
     link_epoch: int = 0
 
 
+class LayerGroup(Value, frozen=True):
+    """One of ``count`` equal groups of neighbouring layers."""
+
+    index: int
+    count: int
+
+
+ALL_LAYERS = LayerGroup(index=0, count=1)
+
+
 # --- scheduler -> worker --------------------------------------------------------------------------
 
 
@@ -68,6 +78,7 @@ class SendBlocks(Message, frozen=True):
         targets: the receiver's ranks; which rank sends what to which, see `kv_transfer.head_split`.
         generations: of the blocks, on the sender's side; a stale one is refused.
         target_block_ids: where they go, in the receiver's pool.
+        layers: what is sent of each block; of fewer than all, as soon as the step has stored them.
         checksum: whether the answer shall hold the blocks' checksums.
     """
 
@@ -77,6 +88,7 @@ class SendBlocks(Message, frozen=True):
     block_ids: list[int]
     generations: list[int]
     target_block_ids: list[int]
+    layers: LayerGroup = ALL_LAYERS
     checksum: bool = False
 
 
@@ -88,6 +100,7 @@ class ReceiveBlocks(Message, frozen=True):
     sources: list[Peer]
     block_ids: list[int]
     generations: list[int]
+    layers: LayerGroup = ALL_LAYERS
 
 
 class FinishBlocks(Message, frozen=True):
@@ -106,6 +119,7 @@ class FinishBlocks(Message, frozen=True):
     block_ids: list[int]
     generations: list[int]
     checksums: list[list[int]] | None
+    layers: LayerGroup = ALL_LAYERS
 
 
 class CancelTransfer(Message, frozen=True):

@@ -26,7 +26,7 @@ class Admission:
         can_send: whether KV can go from one worker to another, by their ids.
 
     Attributes:
-        is_full: the last request that was not seated found no slot or too few blocks.
+        is_full: the last request found no slot or too few blocks.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Admission:
         ]
         able = [worker for worker in workers if worker.role.prefills]
         hungry = [worker for worker in able if not self._has_enough(worker, sequence)]
-        self.is_full = bool(hungry) or not able
+        self.is_full = False
         prefill_workers = self._placement(sequence, hungry, True)
         decode_workers = self._placement(sequence, [worker for worker in workers if not worker.role.prefills], False)
         if self._seat_where_it_decodes(sequence, decode_workers):
@@ -88,6 +88,7 @@ class Admission:
                         return _start_prefill(sequence, seat, decode_seat)
                     release_seat(sequence, decode_seat)
                     break
+        self.is_full = bool(hungry) or not able
         return False
 
     def _seat_where_it_decodes(self, sequence: Sequence, decode_workers: list[InstanceHandle]) -> bool:

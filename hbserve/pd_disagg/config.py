@@ -56,6 +56,7 @@ _KEYS = {
     "kv_port": "kv_transfer.port",
     "kv_timeout_s": "kv_transfer.timeout_s",
     "local_prefill_tokens": "kv_transfer.local_prefill_tokens",
+    "kv_layer_group_bytes": "kv_transfer.layer_group_bytes",
     "kv_verify": "kv_transfer.verify",
     "kv_mooncake_protocol": "kv_transfer.mooncake_protocol",
     "chunked_prefill_enabled": "chunked_prefill.enabled",
@@ -120,6 +121,7 @@ class PdDisaggConfig:
     kv_port: int | None = None
     kv_timeout_s: float | None = None
     local_prefill_tokens: int | None = None
+    kv_layer_group_bytes: int | None = None
     kv_verify: bool | None = None
     kv_mooncake_protocol: str | None = None
     chunked_prefill_enabled: bool | None = None

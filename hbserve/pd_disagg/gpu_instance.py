@@ -37,6 +37,7 @@ from hbserve.messages.worker import (
     Ping,
     Pong,
     Shutdown,
+    StepLost,
     StepPlan,
     StepResult,
     WantsToLeave,
@@ -64,6 +65,8 @@ EXIT_RANK_LOST = 72
 EXIT_REFUSED = 1
 
 _MEMBERSHIP_INTERVAL_S = 0.25
+_LAST_WAIT_S = 5.0
+"""For another worker's step, when this process is to end: that worker may have been killed, and the scheduler too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ class GpuInstance:
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             self._is_serving = True
-            pipeline = StepPipeline(self._runner, self._on_result, self._on_step_failed)
+            pipeline = StepPipeline(self._runner, self._on_result, self._on_layers_stored, self._on_step_failed)
             stopwatch.lap("threads")
             child.freeze_heap()
             child.report_status(
@@ -199,6 +202,8 @@ class GpuInstance:
         self._exit_code = self._exit_code or exit_code
         if not self._is_serving and self._shared is None:
             self._die(self._exit_code)
+        if self._is_serving and self._runner.board is not None:
+            self._runner.board.end_waits_in(_LAST_WAIT_S)
         self._plans.put(None)
 
     def leave(self) -> None:
@@ -227,6 +232,9 @@ class GpuInstance:
 
     def _on_result(self, plan: StepPlan, result: StepResult) -> None:
         self._loop.call_soon_threadsafe(self._on_step_done, plan, result)
+
+    def _on_layers_stored(self, plan: StepPlan, group: int) -> None:
+        self._loop.call_soon_threadsafe(self._send_blocks, plan, group)
 
     def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._rpc.send, failed_result(plan, repr(error)))
@@ -300,6 +308,10 @@ class GpuInstance:
             self._used = True
             self._unfinished.begin(command)
             self._plans.put((command, time.perf_counter()))
+        elif isinstance(command, StepLost):
+            self._ranks.send(command)
+            assert self._runner.board is not None, "a worker that is alone waits for nobody"
+            self._runner.board.note_lost(command.step)
         elif isinstance(command, Shutdown):
             self.was_dismissed = True
             if command.error is not None:
@@ -344,6 +356,7 @@ class GpuInstance:
                 num_blocks=runner.num_blocks,
                 block_size=runner.layout.block_size,
                 block_bytes=runner.layout.block_bytes * self._ranks.size,
+                num_layers=runner.layout.num_layers,
                 head_bytes=runner.layout.block_bytes // runner.layout.num_kv_heads,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
@@ -355,10 +368,12 @@ class GpuInstance:
 
     def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
         self._rpc.send(result)
-        if plan.epoch == self._epoch:
-            for command in plan.sends:
-                self._transfers.manager.send(command)
+        self._send_blocks(plan)
         self._unfinished.end(plan)
+
+    def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
+        if plan.epoch == self._epoch:
+            self._transfers.send(plan.sends, group)
 
     def _on_transfer_reply(self, number: int, reply: TransferReply) -> None:
         if reply.epoch == self._epoch:

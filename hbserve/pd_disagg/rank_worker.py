@@ -22,7 +22,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand
-from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
+from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan, StepResult
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
@@ -92,10 +92,10 @@ class RankWorker:
             self._attachment,
             self._partition,
         ) as rank:
-            self._transfers = rank.transfers
+            self._transfers, self._board = rank.transfers, rank.runner.board
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
-            pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_step_failed)
+            pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_layers_stored, self._on_step_failed)
             child.freeze_heap()
             child.report_status({"ready": True})
             decoder = msgspec.msgpack.Decoder(StepPlan)
@@ -112,6 +112,9 @@ class RankWorker:
 
     def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
         self._loop.call_soon_threadsafe(self._after_step, plan)
+
+    def _on_layers_stored(self, plan: StepPlan, group: int) -> None:
+        self._loop.call_soon_threadsafe(self._send_blocks, plan, group)
 
     def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._line.send, failed_result(plan, repr(error)))
@@ -145,6 +148,9 @@ class RankWorker:
                 return  # the life line is cut as well
             if isinstance(command, BeginEpoch):
                 await self._begin_epoch(command)
+            elif isinstance(command, StepLost):
+                assert self._board is not None, "a worker that is alone waits for nobody"
+                self._board.note_lost(command.step)
             else:
                 self._transfers.manager.handle(command)
 
@@ -164,9 +170,11 @@ class RankWorker:
     def _after_step(self, plan: StepPlan) -> None:
         self._num_done += 1
         self._step_done.set()
+        self._send_blocks(plan)
+
+    def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
         if plan.epoch == self._epoch:
-            for command in plan.sends:
-                self._transfers.manager.send(command)
+            self._transfers.send(plan.sends, group)
 
 
 def main() -> None:

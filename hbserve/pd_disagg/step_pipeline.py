@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from hbserve.engine.layer_progress import LayerProgress
 from hbserve.messages.worker import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -20,11 +22,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class _Launched(NamedTuple):
+    """A step that is under way."""
+
+    plan: StepPlan
+    pending: PendingStep
+    waited_s: float
+    host_s: float
+    progress: LayerProgress | None
+
+
 class StepPipeline:
     """Launches in the caller's thread, waits for results in another: on a GPU they come later.
 
     Args:
         on_done: called in the other thread with each plan and its result, in order.
+        on_stored: called in either thread with a plan whose ``sends`` are of groups of layers, and the number of the
+            group whose keys and values are in the cache now; before ``on_done``.
         on_failed: called in either thread, at most once in each, with the plan and its error. A step
             that fails leaves the device in an unknown state: nothing may be launched after it.
     """
@@ -33,10 +47,11 @@ class StepPipeline:
         self,
         runner: ModelRunner,
         on_done: Callable[[StepPlan, StepResult], None],
+        on_stored: Callable[[StepPlan, int], None],
         on_failed: Callable[[StepPlan, Exception], None],
     ) -> None:
-        self._runner, self._on_done, self._on_failed = runner, on_done, on_failed
-        self._pending: queue.SimpleQueue[tuple[StepPlan, PendingStep, float] | None] = queue.SimpleQueue()
+        self._runner, self._on_done, self._on_stored, self._on_failed = runner, on_done, on_stored, on_failed
+        self._pending: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
         self._collector = threading.Thread(target=self._collect, name="collector")
         self._collector.start()
 
@@ -46,9 +61,18 @@ class StepPipeline:
         Args:
             came_at: when its plan was here, on `time.perf_counter`; None: just now.
         """
-        waited_s = 0.0 if came_at is None else time.perf_counter() - came_at
+        began = time.perf_counter()
+        waited_s = 0.0 if came_at is None else began - came_at
+        runner, progress = self._runner, None
+        num_groups = max((send.layers.count for send in plan.sends), default=1)
         try:
-            self._pending.put((plan, self._runner.launch(plan), waited_s))
+            if num_groups > 1:
+                on_stored = functools.partial(self._on_stored, plan)
+                progress = LayerProgress(runner.spec.num_layers, num_groups, runner.platform.device, on_stored)
+                pending = runner.launch(plan, progress.stored)
+            else:
+                pending = runner.launch(plan)
+            self._pending.put(_Launched(plan, pending, waited_s, time.perf_counter() - began, progress))
         except Exception as error:
             self._fail(plan, error)
             return False
@@ -62,8 +86,10 @@ class StepPipeline:
     def _collect(self) -> None:
         last_end = math.inf
         while (item := self._pending.get()) is not None:
-            plan, pending, waited_s = item
+            plan, pending, waited_s, host_s, progress = item
             try:
+                if progress is not None:
+                    progress.wait()
                 result = pending.result()
                 if any(token >= self._runner.spec.vocab_size for token in result.token_ids):
                     # The sampler has found no greatest logit, and the next step must not be fed with that.
@@ -71,11 +97,15 @@ class StepPipeline:
             except Exception as error:
                 self._fail(plan, error)
                 return
+            if self._runner.board is not None:
+                self._runner.board.note(plan, result)
             end = time.perf_counter()
             began = end - result.busy_s
             early_s = waited_s + (began - pending.ready_at) - max(0.0, began - last_end)
             last_end = end
-            self._on_done(plan, msgspec.structs.replace(result, early_s=early_s))
+            if progress is not None:
+                progress.finish()
+            self._on_done(plan, msgspec.structs.replace(result, host_s=host_s, early_s=early_s))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         logger.error("step %d failed", plan.step_id, exc_info=error)

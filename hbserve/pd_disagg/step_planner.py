@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from hbserve.config import Config, InstanceRole
-from hbserve.messages.transfer import SendBlocks
-from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
+from hbserve.messages.transfer import LayerGroup, SendBlocks
+from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.mixed_steps import StepRoom
 from hbserve.pd_disagg.plan_timing import StepWork
@@ -17,6 +17,8 @@ from hbserve.pd_disagg.sequence import Seat, Sequence
 from hbserve.pd_disagg.transfer_ledger import TransferLedger
 from hbserve.pd_disagg.waiting_queue import prefill_budget
 from hbserve.pd_disagg.worker_handle import InflightRow, InflightStep, WorkerHandle
+
+_MOST_LAYER_GROUPS = 4
 
 
 class StepPlanner:
@@ -38,7 +40,9 @@ class StepPlanner:
         self._prompt_budget = prefill_budget(config)
         self._transfers = transfers
         self._preempt = preempt
-        self._num_steps = 0
+        self._layer_group_bytes = config.kv_transfer.layer_group_bytes
+        # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
+        self._last_step_id = time.time_ns()
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
@@ -75,7 +79,7 @@ class StepPlanner:
             return False
         if room is not None:
             instance.mixed_steps.decoded(time.monotonic(), bool(step.prefill_rows))
-        self._send(worker, step, worker.role)
+        self._send(instance, worker, step, worker.role)
         return True
 
     def _mixed_limit_s(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
@@ -101,25 +105,37 @@ class StepPlanner:
             if seat.num_planned >= seat.num_tokens_at_entry and not sequence.keeps_state:
                 step.tell(sequence, seat)
         if step.new_sequences:
-            self._send(worker, step, worker.role)
+            self._send(instance, worker, step, worker.role)
 
     def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
         """Have an instance's one worker get ready for another role: a step without rows."""
         for worker in instance.workers.values():
-            self._send(worker, _StepBuilder(worker), role)
+            self._send(instance, worker, _StepBuilder(worker), role)
 
-    def _send(self, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
-        self._num_steps += 1
-        worker.inflight.append(InflightStep(self._num_steps, step.inflight, step.prefill_rows, step.prefill_tokens))
-        worker.timing.planned(step.work, time.monotonic())
+    def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
+        self._last_step_id += 1
+        step_id, now, after = self._last_step_id, time.monotonic(), None
+        ahead = instance.steps_ahead(worker) if step.rows else []
+        ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
+        last = max(ahead, key=lambda item: item[1].step_id, default=None)
+        if last is not None and last[1].step_id > worker.has_waited_for:
+            assert last[0].cell is not None, "who is on no board cannot be followed"
+            after = StepOf(cell=last[0].cell, step_id=last[1].step_id)
+            worker.has_waited_for = after.step_id
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens)
+        inflight.after = 0 if after is None else after.step_id
+        worker.inflight.append(inflight)
+        worker.timing.planned(step.work, now, max(ends, default=-math.inf))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
-                step_id=self._num_steps,
+                step_id=step_id,
                 rows=step.rows,
                 new_sequences=step.new_sequences,
                 sends=step.sends,
                 role=role if role is not worker.prepared_for else None,
+                cell=worker.cell,
+                after=after,
             )
         )
         worker.prepared_for = role
@@ -164,8 +180,20 @@ class StepPlanner:
         end_block = -(-end // block_size) if last else end // block_size
         if end_block > sequence.num_blocks_dispatched:
             first_block = sequence.num_blocks_dispatched
-            step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block))
+            groups = self._layer_groups(seat, end_block - first_block) if last else 1
+            for index in range(groups):
+                layers = LayerGroup(index=index, count=groups)
+                step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block, layers))
             sequence.num_blocks_dispatched = end_block
+
+    def _layer_groups(self, seat: Seat, num_blocks: int) -> int:
+        """In how many equal ones blocks leave that somebody waits for: each is a transfer, which has its price."""
+        hello = seat.worker.hello
+        assert hello is not None
+        if not self._layer_group_bytes:
+            return 1
+        most = min(_MOST_LAYER_GROUPS, num_blocks * hello.block_bytes // self._layer_group_bytes)
+        return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
         """One more block for a decode; puts back younger sequences where the pool has none."""
@@ -210,6 +238,7 @@ class _StepBuilder:
         return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
+        sampled_elsewhere = token_ids is None and seat.last_worker is not self._worker
         seat.go_to(self._worker, sequence.keeps_state)
         new_block_ids = self.tell(sequence, seat)
         self.rows.append(
@@ -220,12 +249,14 @@ class _StepBuilder:
                 token_ids=token_ids,
                 new_block_ids=new_block_ids,
                 sample=samples,
+                sampled_elsewhere=sampled_elsewhere,
             )
         )
+        start = seat.num_planned
         seat.num_planned += num_tokens
         seat.pool.pin(seat.owner)
         self.num_tokens += num_tokens
-        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, seat.num_planned, samples))
+        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, start, seat.num_planned, samples))
 
     def tell(self, sequence: Sequence, seat: Seat) -> list[int]:
         """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""

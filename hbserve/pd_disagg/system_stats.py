@@ -141,6 +141,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         "steps": work.num_steps,
         "generated_tokens": work.num_tokens,
         "busy_s": work.busy_s,
+        "host_s": work.host_s,
         "busy_share": max((busy_share.get(worker, 0.0) for worker in instance.workers), default=0.0),
         "restarts": max(0, instance.num_restarts),
     }

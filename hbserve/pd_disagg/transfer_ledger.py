@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from hbserve.messages.transfer import (
+    ALL_LAYERS,
     CancelTransfer,
     CloseLink,
     FinishBlocks,
+    LayerGroup,
     LeaveLink,
     LinkClosed,
     LinkOpened,
@@ -51,7 +53,10 @@ class Link:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Blocks of one chunk on their way. Each side's blocks stay pinned until that side can touch them no more."""
+    """Blocks of one chunk on their way, with all their layers or a group of them.
+
+    Each side's blocks stay pinned until that side can touch them no more.
+    """
 
     transfer_id: str
     sequence: Sequence
@@ -59,6 +64,7 @@ class Transfer:
     source: Seat
     target: Seat
     target_blocks: list[int]
+    layers: LayerGroup
     link: Link
     sender_open: bool = True
     receiver_open: bool = True
@@ -184,8 +190,16 @@ class TransferLedger:
 
     # --- transfers -------------------------------------------------------------------------------
 
-    def open(self, sequence: Sequence, source: Seat, target: Seat, first_block: int, end_block: int) -> SendBlocks:
-        """Plan the transfer of the blocks at ``first_block .. end_block - 1`` of both tables.
+    def open(
+        self,
+        sequence: Sequence,
+        source: Seat,
+        target: Seat,
+        first_block: int,
+        end_block: int,
+        layers: LayerGroup = ALL_LAYERS,
+    ) -> SendBlocks:
+        """Plan the transfer of these layers of the blocks at ``first_block .. end_block - 1`` of both tables.
 
         A receiver that takes part is told at once; the returned command belongs into the sender's plan.
         """
@@ -194,7 +208,7 @@ class TransferLedger:
         link = self._links[source.worker.id, target.worker.id]
         source_blocks = source.block_ids[first_block:end_block]
         target_blocks = target.block_ids[first_block:end_block]
-        transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, link)
+        transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, layers, link)
         self._open[transfer_id] = link.transfers[transfer_id] = transfer
         sequence.open_transfers.add(transfer_id)
         for seat in (source, target):
@@ -207,6 +221,7 @@ class TransferLedger:
                     sources=link.sources,
                     block_ids=target_blocks,
                     generations=target.pool.generations_of(target_blocks),
+                    layers=layers,
                 )
             )
         return SendBlocks(
@@ -216,6 +231,7 @@ class TransferLedger:
             block_ids=source_blocks,
             generations=source.pool.generations_of(source_blocks),
             target_block_ids=target_blocks,
+            layers=layers,
             checksum=self._verify,
         )
 
@@ -305,6 +321,7 @@ class TransferLedger:
                 block_ids=transfer.target_blocks,
                 generations=pool.generations_of(transfer.target_blocks),
                 checksums=transfer.checksums,
+                layers=transfer.layers,
             )
         )
 

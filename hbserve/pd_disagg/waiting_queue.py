@@ -27,7 +27,7 @@ class WaitingQueue:
     def __init__(self, config: Config) -> None:
         self._tokens_per_step = prefill_budget(config)
         self._pace = PrefillPace()
-        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)
+        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # of requests, and before them the queue's beginning
         self.policy = make_policy(
             config.scheduler, lambda count: count * self._pace.mean_per_token_s, lambda: self._pace.step_s
         )
@@ -61,6 +61,11 @@ class WaitingQueue:
         """A request has ended, and left its seats."""
         self._ends.append(now)
 
+    def begins(self, now: float) -> None:
+        """Somebody comes to wait where nobody was: how fast seats came free counts from here on."""
+        self._ends.clear()
+        self._ends.append(now)
+
     def predicted_ttft_s(
         self,
         sequence: Sequence,
@@ -69,7 +74,9 @@ class WaitingQueue:
         seats_are_full: bool,
         now: float,
     ) -> float:
-        """How long a new request would wait for its first token; 0 while nothing is known.
+        """How long a new request would wait for its first token; 0 while nothing is known, or nobody is before it.
+
+        (Its own prompt alone is nobody's overload, and what computing it takes may be known from other sizes only.)
 
         The longer of two waits: until the prompts before it and its own are computed, at the pace of
         late; and, where requests wait for seats, until as many have left as would be before it.
@@ -77,14 +84,14 @@ class WaitingQueue:
         rank = self.policy.rank(sequence)
         before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
         workers = [instance for instance in instances if instance.ready and instance.role.prefills]
-        if not workers:
-            return 0.0
         num_tokens = sum(len(other.tokens) for other in before) + sum(w.num_tokens_to_prefill for w in workers)
+        if not workers or not num_tokens:
+            return 0.0
         # shared by the workers, but for its own prompt
         prefill_s = self._pace.seconds(num_tokens // len(workers) + len(sequence.tokens), self._tokens_per_step)
         if not seats_are_full or not before or len(self._ends) < 2:
             return prefill_s
-        return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / len(self._ends))
+        return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
 
 
 def prefill_budget(config: Config) -> int:

@@ -41,6 +41,10 @@ class CudaPlatform(Platform):
             torch.zeros(1, device=self.device)  # makes the device's usual context, which a share builds on
             self._share = CudaShare(self.device, self._partition.percentage, self._partition.end)
             torch.cuda.set_stream(self._share.stream)
+        else:
+            # Of its own: on the device's default stream steps would hold up whatever waits for that, as the events of
+            # Mooncake's copies do.
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
 
     def free_memory_bytes(self) -> int:
         torch.cuda.empty_cache()

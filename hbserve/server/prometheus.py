@@ -146,6 +146,7 @@ class _Translation(Collector):
         yield counter("steps", "Steps done.", "steps")
         yield counter("generated_tokens", "Output tokens made there.", "generated_tokens")
         yield counter("busy_seconds", "Time in which its device worked on steps.", "busy_s")
+        yield counter("host_seconds", "Time in which its host prepared and launched steps.", "host_s")
         yield counter("restarts", "How often it has come back.", "restarts")
 
     def _links(self) -> Iterator[Metric]:

@@ -71,8 +71,8 @@ class KVTransferBase(ABC):
         """Send a buffer; return when it may be overwritten.
 
         Args:
-            request_id: names the transfer: the request, its attempt and its chunk. Never used twice between the
-                same two ranks.
+            request_id: names the transfer: the request, its attempt, and its chunk or a group of its layers.
+                Never used twice between the same two ranks.
             kv_buffer: uint8 ``[block, byte]``, contiguous, on ``context.device``.
             target_rank: the receiver's `Peer.rank`.
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from hbserve.messages.transfer import LayerGroup
 from hbserve.pd_disagg.kv_transfer.head_split import WHOLE, Part
 
 _WORD_BYTES = 8
@@ -16,7 +17,7 @@ class BlockParts:
     """An arena as blocks of rows, of which parts can be taken out and put in.
 
     Args:
-        kv_blocks: ``[block, byte]``, uint8, contiguous.
+        kv_blocks: ``[block, byte]``, uint8; a block's bytes are contiguous.
         num_rows: equal rows of a block, see `head_split`.
     """
 
@@ -24,13 +25,22 @@ class BlockParts:
         self.kv_blocks = kv_blocks
         self._num_rows = num_rows
 
+    def of_layers(self, layers: LayerGroup) -> BlockParts:
+        """The same of a group of layers: their rows are neighbours in every block."""
+        if layers.count == 1:
+            return self
+        size = self.kv_blocks.shape[1] // layers.count
+        first = layers.index * size
+        return BlockParts(self.kv_blocks[:, first : first + size], self._num_rows // layers.count)
+
     def part_bytes(self, part: Part) -> int:
         """Bytes of a part of one block."""
         return self.kv_blocks.shape[1] // part.count
 
     def lies_in_one_piece(self, block_ids: Sequence[int], part: Part) -> bool:
         """Whether `piece` has these parts without a copy."""
-        return part.count == 1 and block_ids[-1] - block_ids[0] + 1 == len(block_ids) and _ascends(block_ids)
+        whole = part.count == 1 and self.kv_blocks.is_contiguous()
+        return whole and block_ids[-1] - block_ids[0] + 1 == len(block_ids) and _ascends(block_ids)
 
     def piece(self, block_ids: Sequence[int]) -> torch.Tensor:
         """Neighbouring whole blocks where they lie: ``[block, byte]``."""

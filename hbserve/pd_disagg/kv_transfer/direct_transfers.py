@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
-from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import LayerGroup, Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
 from hbserve.pd_disagg.kv_transfer.head_split import WHOLE, Route, Shard
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager
@@ -51,7 +52,7 @@ class DirectTransfers(KVTransferManager):
         await self._backend.stop()
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        letter = Letter(command.transfer_id, command.block_ids, command.target_block_ids)
+        letter = Letter(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
         return await self._outbox(target, route).put(letter)
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
@@ -99,26 +100,39 @@ class _Writer:
     ) -> None:
         self._backend, self._parts, self._beside_the_steps = backend, parts, beside_the_steps
         self._target, self._route = target, route
-        self._piece_bytes = parts.part_bytes(route.source_part)
-        self._target_block_bytes = self._piece_bytes * route.target_part.count
-        self._staged_blocks = max(1, min(_STAGING_BYTES, backend.context.buffer_size) // self._piece_bytes)
+        self._staged_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
         self._staging: torch.Tensor | None = None
 
     def __call__(self, letters: list[Letter]) -> None:
-        blocks = [pair for letter in letters for pair in zip(letter.source_ids, letter.target_ids, strict=True)]
-        if self._route.source_part == WHOLE:
-            self._write(self._parts.kv_blocks, blocks)
-            return
-        if self._staging is None:
-            self._staging = self._backend.make_staging(self._staged_blocks * self._piece_bytes)
-        for first in range(0, len(blocks), self._staged_blocks):
-            some = blocks[first : first + self._staged_blocks]
-            out = self._staging[: len(some) * self._piece_bytes].view(len(some), self._piece_bytes)
-            with self._beside_the_steps():
-                self._parts.take([source for source, _ in some], self._route.source_part, out)
-            self._write(self._staging, [(place, target) for place, (_, target) in enumerate(some)])
+        for layers, some in itertools.groupby(letters, lambda letter: letter.layers):
+            blocks = [pair for letter in some for pair in zip(letter.source_ids, letter.target_ids, strict=True)]
+            if self._route.source_part == WHOLE:
+                block_bytes = self._parts.kv_blocks.shape[1]
+                first = layers.index * (block_bytes // layers.count)
+                pieces = [(here * block_bytes + first, there) for here, there in blocks]
+                self._write(self._parts.kv_blocks, pieces, layers)
+            else:
+                self._put_together_and_write(blocks, layers)
 
-    def _write(self, source: torch.Tensor, blocks: list[tuple[int, int]]) -> None:
-        first = self._route.target_part.index * self._piece_bytes
-        pieces = ((here * self._piece_bytes, there * self._target_block_bytes + first) for here, there in blocks)
-        self._backend.write(self._target, source, coalesce(pieces, self._piece_bytes))
+    def _put_together_and_write(self, blocks: list[tuple[int, int]], layers: LayerGroup) -> None:
+        parts = self._parts.of_layers(layers)
+        size = parts.part_bytes(self._route.source_part)
+        if self._staging is None:
+            self._staging = self._backend.make_staging(self._staged_bytes)
+        at_once = self._staged_bytes // size
+        for first in range(0, len(blocks), at_once):
+            some = blocks[first : first + at_once]
+            out = self._staging[: len(some) * size].view(len(some), size)
+            with self._beside_the_steps():
+                parts.take([source for source, _ in some], self._route.source_part, out)
+            self._write(self._staging, [(place * size, there) for place, (_, there) in enumerate(some)], layers)
+
+    def _write(self, source: torch.Tensor, pieces: list[tuple[int, int]], layers: LayerGroup) -> None:
+        """Write pieces, each an offset in ``source`` and the block there that it is a stretch of."""
+        part = self._route.target_part
+        size = self._parts.of_layers(layers).part_bytes(self._route.source_part)
+        block_bytes = size * part.count * layers.count
+        first = size * (part.count * layers.index + part.index)
+        self._backend.write(
+            self._target, source, coalesce(((here, there * block_bytes + first) for here, there in pieces), size)
+        )

@@ -230,8 +230,9 @@ class KVTransferManager(ABC):
         if isinstance(command, FinishBlocks):
             return 0
         if isinstance(command, ReceiveBlocks):
-            return self._kv_blocks.shape[1]
-        return sum(self._parts.part_bytes(way.source_part) for way in self._shard.outgoing(len(command.targets)))
+            return self._kv_blocks.shape[1] // command.layers.count
+        parts = self._parts.of_layers(command.layers)
+        return sum(parts.part_bytes(way.source_part) for way in self._shard.outgoing(len(command.targets)))
 
     async def _send_all(self, command: SendBlocks) -> _Done:
         if not command.targets:
@@ -240,7 +241,7 @@ class KVTransferManager(ABC):
         checksums = None
         if command.checksum:
             parts = sorted({route.source_part for route in routes})
-            checksums = await asyncio.to_thread(self._checksums, command.block_ids, parts)
+            checksums = await asyncio.to_thread(self._checksums, command, parts)
         queued_s = await _gather([self._send(command, command.targets[way.target], way) for way in routes])
         return _Done(max(queued_s, default=0.0), checksums)
 
@@ -253,12 +254,12 @@ class KVTransferManager(ABC):
         routes = self._shard.incoming(command.num_sources)
         num_parts = routes[0].target_part.count
         if self.one_sided and num_parts > 1:
-            merging = asyncio.create_task(asyncio.to_thread(self._merge, command.block_ids, num_parts))
+            merging = asyncio.create_task(asyncio.to_thread(self._merge, command, num_parts))
             self._merging.add(merging)
             merging.add_done_callback(self._merging.discard)
             await to_its_end(merging)
         if command.checksums is not None:
-            found = await asyncio.to_thread(self._checksums, command.block_ids, [way.target_part for way in routes])
+            found = await asyncio.to_thread(self._checksums, command, [way.target_part for way in routes])
             self._compare(command, routes, found, command.checksums)
         return _Done()
 
@@ -274,14 +275,15 @@ class KVTransferManager(ABC):
             raise KVTransferError(f"{len(wrong)} of {num_blocks} blocks are not what was sent", "checksum")
 
     @torch.inference_mode()
-    def _checksums(self, block_ids: list[int], parts: list[Part]) -> list[int]:
+    def _checksums(self, command: SendBlocks | FinishBlocks, parts: list[Part]) -> list[int]:
+        blocks = self._parts.of_layers(command.layers)
         with self._beside_the_steps():
-            return [number for part in parts for number in self._parts.checksums(block_ids, part)]
+            return [number for part in parts for number in blocks.checksums(command.block_ids, part)]
 
     @torch.inference_mode()
-    def _merge(self, block_ids: list[int], num_parts: int) -> None:
+    def _merge(self, command: FinishBlocks, num_parts: int) -> None:
         with self._beside_the_steps():
-            self._parts.merge(block_ids, num_parts)
+            self._parts.of_layers(command.layers).merge(command.block_ids, num_parts)
 
     def _refuse_stale(self, command: _Order) -> None:
         index = torch.tensor(command.block_ids, dtype=torch.int64)

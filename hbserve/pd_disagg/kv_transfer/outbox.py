@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from hbserve.errors import KVTransferError
+from hbserve.messages.transfer import ALL_LAYERS, LayerGroup
 
 MAX_LETTERS = 64
 """In one write."""
@@ -20,10 +21,13 @@ class Letter:
     Args:
         name: the transfer's.
         source_ids, target_ids: blocks here, and there.
+        layers: what is sent of each.
     """
 
-    def __init__(self, name: str, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
-        self.name, self.source_ids, self.target_ids = name, source_ids, target_ids
+    def __init__(
+        self, name: str, source_ids: Sequence[int], target_ids: Sequence[int], layers: LayerGroup = ALL_LAYERS
+    ) -> None:
+        self.name, self.source_ids, self.target_ids, self.layers = name, source_ids, target_ids, layers
         self.written: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.put_at = time.monotonic()
 

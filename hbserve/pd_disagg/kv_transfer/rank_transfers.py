@@ -9,7 +9,7 @@ import torch
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
-from hbserve.messages.transfer import Peer, TransferReply
+from hbserve.messages.transfer import Peer, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.backends import make_manager
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.head_split import Shard
@@ -77,6 +77,12 @@ class RankTransfers:
             ) from None
         self.manager, self._has_begun = manager, True
         return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)
+
+    def send(self, commands: list[SendBlocks], group: int | None) -> None:
+        """Start what can leave: of a group of layers, or (None) what leaves only when all of its step is done."""
+        for command in commands:
+            if group == (command.layers.index if command.layers.count > 1 else None):
+                self.manager.send(command)
 
     async def end_epoch(self) -> None:
         """Give up on everything; nothing is written to the arena after this."""

@@ -14,6 +14,7 @@ from hbserve.errors import HBServeError, KVTransferError, StartupError
 from hbserve.import_path import load_class
 from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
+from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
 from hbserve.pd_disagg.kv_transfer.byte_budget import ByteBudget
 from hbserve.pd_disagg.kv_transfer.head_split import Part, Route, Shard
 from hbserve.pd_disagg.kv_transfer.manager import KVTransferManager, to_its_end
@@ -86,20 +87,23 @@ class StagedTransfers(KVTransferManager):
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
         loop = asyncio.get_running_loop()
-        shape = len(command.block_ids), self._parts.part_bytes(route.source_part)
+        parts = self._parts.of_layers(command.layers)
+        shape = len(command.block_ids), parts.part_bytes(route.source_part)
         num_bytes = shape[0] * shape[1]
         self._backend.add_peer(target)
         asked_at = loop.time()
         await self._staging.take(num_bytes)
         queued_s = loop.time() - asked_at
-        sending = asyncio.create_task(self._take_and_send(command, target, route, shape))
+        sending = asyncio.create_task(self._take_and_send(command, target, parts, route, shape))
         # Not here: one that is left to itself still has its buffer.
         sending.add_done_callback(lambda _: self._staging.give_back(num_bytes))
         await _its_result(sending, "send_kv_cache")
         return queued_s
 
-    async def _take_and_send(self, command: SendBlocks, target: Peer, route: Route, shape: tuple[int, int]) -> None:
-        buffer = await asyncio.to_thread(self._take, command.block_ids, route.source_part, shape)
+    async def _take_and_send(
+        self, command: SendBlocks, target: Peer, parts: BlockParts, route: Route, shape: tuple[int, int]
+    ) -> None:
+        buffer = await asyncio.to_thread(self._take, parts, command.block_ids, route.source_part, shape)
         await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
@@ -109,13 +113,14 @@ class StagedTransfers(KVTransferManager):
             self._backend.add_peer(source)
             work = self._backend.receive_kv_cache(command.transfer_id, source.rank)
             buffer = await _its_result(asyncio.ensure_future(work), "receive_kv_cache")
-            expected = len(command.block_ids) * self._parts.part_bytes(route.target_part)
+            parts = self._parts.of_layers(command.layers)
+            expected = len(command.block_ids) * parts.part_bytes(route.target_part)
             if not isinstance(buffer, torch.Tensor):
                 raise KVTransferError(f"receive_kv_cache returned {type(buffer).__name__}, not a tensor")
             if buffer.nbytes != expected:
                 raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
             rows = buffer.contiguous().view(torch.uint8).view(len(command.block_ids), -1)
-            put = asyncio.to_thread(self._put, command.block_ids, route.target_part, rows)
+            put = asyncio.to_thread(self._put, parts, command.block_ids, route.target_part, rows)
             await to_its_end(asyncio.create_task(put))
         finally:
             of_link.discard(command.transfer_id)
@@ -131,16 +136,16 @@ class StagedTransfers(KVTransferManager):
         pass  # what a user's backend has for its peers is its own affair
 
     @torch.inference_mode()
-    def _take(self, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
+    def _take(self, parts: BlockParts, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
         with self._beside_the_steps():
             buffer = torch.empty(shape, dtype=torch.uint8, device=self._kv_blocks.device)
-            self._parts.take(block_ids, part, buffer)
+            parts.take(block_ids, part, buffer)
             return buffer
 
     @torch.inference_mode()
-    def _put(self, block_ids: list[int], part: Part, rows: torch.Tensor) -> None:
+    def _put(self, parts: BlockParts, block_ids: list[int], part: Part, rows: torch.Tensor) -> None:
         with self._beside_the_steps():
-            self._parts.put(block_ids, part, rows)
+            parts.put(block_ids, part, rows)
 
 
 async def _its_result(work: asyncio.Future[T], name: str) -> T:

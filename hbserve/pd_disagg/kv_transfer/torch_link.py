@@ -24,6 +24,7 @@ import torch
 import torch.distributed
 
 from hbserve.errors import KVTransferError
+from hbserve.messages.transfer import LayerGroup
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.block_parts import BlockParts
 from hbserve.pd_disagg.kv_transfer.head_split import Part
@@ -72,8 +73,8 @@ class Header(NamedTuple):
 class Wanted:
     """Blocks that have been asked for, and the event of their arrival."""
 
-    def __init__(self, block_ids: Sequence[int]) -> None:
-        self.block_ids = block_ids
+    def __init__(self, block_ids: Sequence[int], layers: LayerGroup) -> None:
+        self.block_ids, self.layers = block_ids, layers
         self._loop = asyncio.get_running_loop()
         self.arrived: asyncio.Future[None] = self._loop.create_future()
 
@@ -119,7 +120,7 @@ class _Link:
     ) -> None:
         self.name = name
         self._context, self._use_nccl, self._connect = context, use_nccl, connect
-        self._parts, self._part = parts, part
+        self._all_layers, self._part = parts, part
         self._part_bytes = parts.part_bytes(part)
         self._timeout = timedelta(seconds=context.timeout_s)
         self._device = context.device if use_nccl else torch.device("cpu")
@@ -164,13 +165,12 @@ class _Link:
         """A slot's copies and messages are in order, and beside those of the other slots and the steps."""
         return torch.cuda.stream(self._streams[index]) if self._streams else contextlib.nullcontext()
 
-    def _slot(self, index: int, num_blocks: int, blocks_per_piece: int) -> torch.Tensor:
-        """Room for so many blocks: ``[block, byte]``."""
-        needed = blocks_per_piece * self._part_bytes
+    def _slot(self, index: int, num_blocks: int, block_bytes: int, piece_bytes: int) -> torch.Tensor:
+        """Room for so many blocks, of which a piece has at most ``piece_bytes``: ``[block, byte]``."""
         slot = self._slots[index]
-        if slot is None or slot.numel() < needed:
-            slot = self._slots[index] = torch.empty(needed, dtype=torch.uint8, device=self._device)
-        return slot[: num_blocks * self._part_bytes].view(num_blocks, self._part_bytes)
+        if slot is None or slot.numel() < piece_bytes:
+            slot = self._slots[index] = torch.empty(piece_bytes, dtype=torch.uint8, device=self._device)
+        return slot[: num_blocks * block_bytes].view(num_blocks, block_bytes)
 
     def _wait(self, index: int, work: Any) -> None:
         """Until a message is through; on a GPU with what was queued behind it on the slot's stream."""
@@ -211,30 +211,38 @@ class SendingLink(_Link):
         with self._explained():
             self._meet(_SENDER)
             limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
-            blocks_per_piece = max(1, limit // self._part_bytes)
-            parcels = [(digest_of(each.name), len(each.source_ids) * self._part_bytes) for each in letters]
-            header = Header(blocks_per_piece * self._part_bytes, parcels)
+            piece_bytes = max(1, limit // self._part_bytes) * self._part_bytes
+            parcels = [
+                (digest_of(each.name), len(each.source_ids) * (self._part_bytes // each.layers.count))
+                for each in letters
+            ]
+            header = Header(piece_bytes, parcels)
             announced = self._headers.send([torch.tensor(header.words())], _RECEIVER, 0)
             under_way: deque[tuple[int, Any]] = deque()
-            pieces = (piece for letter in letters for piece in _cut(letter.source_ids, blocks_per_piece))
-            for number, block_ids in enumerate(pieces):
+            pieces = (
+                (letter.layers, piece)
+                for letter in letters
+                for piece in _cut(letter.source_ids, piece_bytes // self._part_bytes * letter.layers.count)
+            )
+            for number, (layers, block_ids) in enumerate(pieces):
                 slot = number % _NUM_SLOTS
                 if len(under_way) == _NUM_SLOTS:
                     index, work = under_way.popleft()
                     if not self._use_nccl:  # else the streams keep the order
                         work.wait(self._timeout)
-                under_way.append((slot, self._send_piece(slot, block_ids, blocks_per_piece)))
+                under_way.append((slot, self._send_piece(slot, layers, block_ids, piece_bytes)))
             announced.wait(self._timeout)
             for index, work in under_way:
                 self._wait(index, work)
 
-    def _send_piece(self, slot: int, block_ids: Sequence[int], blocks_per_piece: int) -> Any:
+    def _send_piece(self, slot: int, layers: LayerGroup, block_ids: Sequence[int], piece_bytes: int) -> Any:
+        parts = self._all_layers.of_layers(layers)
         with self._on_stream(slot):
-            if self._parts.lies_in_one_piece(block_ids, self._part) and self._parts.kv_blocks.device == self._device:
-                buffer = self._parts.piece(block_ids)
+            if parts.lies_in_one_piece(block_ids, self._part) and parts.kv_blocks.device == self._device:
+                buffer = parts.piece(block_ids)
             else:
-                buffer = self._slot(slot, len(block_ids), blocks_per_piece)
-                self._parts.take(block_ids, self._part, buffer)
+                buffer = self._slot(slot, len(block_ids), parts.part_bytes(self._part), piece_bytes)
+                parts.take(block_ids, self._part, buffer)
             work = self._data.send([buffer], _RECEIVER, 0)
             if self._use_nccl:
                 work.wait()  # of the stream, not of this thread
@@ -298,22 +306,27 @@ class ReceivingLink(_Link):
                 if wanted is None:
                     early[digest] = self._receive_aside(size, header.piece_bytes)
                     continue
-                expected = len(wanted.block_ids) * self._part_bytes
-                if size != expected:
-                    raise KVTransferError(f"received {size} bytes where {expected} were expected")
-                self._receive_blocks(wanted.block_ids, header.piece_bytes // self._part_bytes)
+                self._check_size(wanted, size)
+                self._receive_blocks(wanted, header.piece_bytes)
                 wanted.settle_soon()
         return early
 
-    def _receive_blocks(self, block_ids: Sequence[int], blocks_per_piece: int) -> None:
-        under_way: deque[tuple[int, Any, Sequence[int], torch.Tensor]] = deque()
-        for number, piece in enumerate(_cut(block_ids, blocks_per_piece)):
+    def _check_size(self, wanted: Wanted, num_bytes: int) -> None:
+        expected = len(wanted.block_ids) * (self._part_bytes // wanted.layers.count)
+        if num_bytes != expected:
+            raise KVTransferError(f"received {num_bytes} bytes where {expected} were expected")
+
+    def _receive_blocks(self, wanted: Wanted, piece_bytes: int) -> None:
+        parts = self._all_layers.of_layers(wanted.layers)
+        block_bytes = parts.part_bytes(self._part)
+        under_way: deque[tuple[int, Any, BlockParts, Sequence[int], torch.Tensor]] = deque()
+        for number, piece in enumerate(_cut(wanted.block_ids, piece_bytes // block_bytes)):
             slot = number % _NUM_SLOTS
             if len(under_way) == _NUM_SLOTS:
                 self._store_piece(*under_way.popleft())
             with self._on_stream(slot):
-                buffer = self._slot(slot, len(piece), blocks_per_piece)
-                under_way.append((slot, self._receive_piece(buffer), piece, buffer))
+                buffer = self._slot(slot, len(piece), block_bytes, piece_bytes)
+                under_way.append((slot, self._receive_piece(buffer), parts, piece, buffer))
         for arrival in under_way:
             self._store_piece(*arrival)
         for stream in self._streams:
@@ -325,16 +338,18 @@ class ReceivingLink(_Link):
             work.wait()  # of the stream, not of this thread
         return work
 
-    def _store_piece(self, slot: int, work: Any, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
+    def _store_piece(
+        self, slot: int, work: Any, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor
+    ) -> None:
         self._wait(slot, work)
-        self._put(slot, block_ids, buffer)
+        self._put(slot, parts, block_ids, buffer)
 
-    def _put(self, slot: int, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
+    def _put(self, slot: int, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
         with self._writing:
             if self._is_closed:
                 raise KVTransferError(f"KV link {self.name} was closed")
             with self._on_stream(slot):
-                self._parts.put(block_ids, self._part, buffer)
+                parts.put(block_ids, self._part, buffer)
 
     def _receive_aside(self, size: int, piece_bytes: int) -> torch.Tensor:
         with self._on_stream(0):
@@ -344,12 +359,10 @@ class ReceivingLink(_Link):
             self._wait(0, work)
         return buffer
 
-    def put(self, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
+    def put(self, wanted: Wanted, buffer: torch.Tensor) -> None:
         """Write what was received before it was asked for."""
-        expected = len(block_ids) * self._part_bytes
-        if buffer.nbytes != expected:
-            raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
-        self._put(0, block_ids, buffer)
+        self._check_size(wanted, buffer.nbytes)
+        self._put(0, self._all_layers.of_layers(wanted.layers), wanted.block_ids, buffer)
         for stream in self._streams:
             stream.synchronize()
 

@@ -109,7 +109,9 @@ class TorchTransfers(KVTransferManager):
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
         link, outbox = self._way_to(target, route)
         try:
-            return await outbox.put(Letter(command.transfer_id, command.block_ids, command.target_block_ids))
+            return await outbox.put(
+                Letter(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
+            )
         except BaseException:
             # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
             # the GPU for it would wait for the other side for good.
@@ -146,11 +148,12 @@ class TorchTransfers(KVTransferManager):
         link = self._link_from(source, route)
         digest = digest_of(command.transfer_id)
         name = f"{link.name} {digest}"
+        wanted = Wanted(command.block_ids, command.layers)
         if name in self._arrivals:
             buffer = self._arrivals.take(name)
-            await link.run(lambda: link.put(command.block_ids, buffer))
+            await link.run(lambda: link.put(wanted, buffer))
             return
-        wanted = link.wanted[digest] = Wanted(command.block_ids)
+        link.wanted[digest] = wanted
         try:
             if link not in self._pumps:
                 pump = self._pumps[link] = asyncio.create_task(self._receive_what_comes(link))
@@ -181,7 +184,7 @@ class TorchTransfers(KVTransferManager):
                     held -= buffer.nbytes
                     continue
                 # It was asked for while it came.
-                await link.run(functools.partial(link.put, wanted.block_ids, buffer))
+                await link.run(functools.partial(link.put, wanted, buffer))
                 wanted.settle(None)
         finally:
             self._arrivals.give_back(held)

@@ -1,0 +1,55 @@
+"""What a step has done of its layers while it still computes the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class LayerProgress:
+    """Tells of each of several equal groups of layers when its keys and values are in the cache.
+
+    Args:
+        num_layers: of the model.
+        num_groups: divides that.
+        on_stored: called with the number of each group, in order: on CPU by `stored`, on a GPU by `wait`, and for
+            what these did not get to see by `finish`.
+    """
+
+    def __init__(
+        self, num_layers: int, num_groups: int, device: torch.device, on_stored: Callable[[int], None]
+    ) -> None:
+        assert num_layers % num_groups == 0, f"{num_layers} layers are no {num_groups} equal groups"
+        self._num_groups, self._layers_per_group = num_groups, num_layers // num_groups
+        self._on_stored = on_stored
+        self._is_cuda = device.type == "cuda"
+        self._events: list[Any] = []
+        self._num_told = 0
+
+    def stored(self, layer: int) -> None:
+        """In the thread that launches: a layer has stored, or on a GPU will have when the stream has come so far."""
+        if (layer + 1) % self._layers_per_group:
+            return
+        if not self._is_cuda:
+            self._tell()
+            return
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+
+    def wait(self) -> None:
+        """On a GPU: wait for one group after the other. Blocks nearly as long as the step takes."""
+        for event in self._events:
+            event.synchronize()
+            self._tell()
+
+    def finish(self) -> None:
+        """The step is done."""
+        while self._num_told < self._num_groups:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._num_told += 1
+        self._on_stored(self._num_told - 1)
