@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
@@ -24,8 +25,8 @@ class _AnyTiming(PlanTiming):
             self._plan_at = now + self._random.uniform(0.0, LONGEST_WAIT_S)
         return max(0.0, self._plan_at - now)
 
-    def planned(self, work: StepWork | None, now: float) -> None:
-        super().planned(work, now)
+    def planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
+        super().planned(work, now, not_before)
         self._plan_at = None
 
 

@@ -238,6 +238,8 @@ def test_a_phase_that_is_alone_gets_its_largest_rung(running: LLM) -> None:
     rungs = {("prefill", 60): 0, ("prefill", 100): 1, ("decode", 40): 0, ("decode", 100): 39, ("unified", 100): 0}
     assert tokens() == rungs
     prompts = [random_prompt(200, seed=seed) for seed in range(20)]
+    running.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    assert tokens() == rungs | {("prefill", 100): 21}  # nobody decodes, not even while last chunks are in flight
     running.generate(prompts, alone, use_tqdm=False)
     assert tokens()["decode", 40] > 0  # while others' prompts were processed
     assert tokens()["prefill", 60] > 0

@@ -232,7 +232,7 @@ def test_a_schedule_counted_by_hand() -> None:
             SimpleNamespace(num_tokens_at_entry=3)
         ] * len(decode)
         sequences = zip(prefill + decode, seats, strict=True)
-        rows = [InflightRow(each, 0, seat, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
+        rows = [InflightRow(each, 0, seat, 3, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
         prefill_tokens = sum(each.num_prompt_tokens for each in prefill)
         last_token_times = []
         for each in prefill + decode:

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
+
+import numpy as np
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.bench.model_folder import default_load_format, find_model
@@ -269,12 +270,13 @@ class _Probe:
 
     def __init__(self, llm: DisaggregatedLLM, seed: str) -> None:
         self._llm = llm
-        self._random = Random(seed)
-        self._last_token = llm.engine.vocab_size - 1
+        self._random = np.random.default_rng(list(seed.encode()))
+        self._vocab_size = llm.engine.vocab_size
 
     def prompt(self, prompt_len: int) -> list[int]:
-        """One that nobody has in a cache."""
-        return [self._random.randint(0, self._last_token) for _ in range(prompt_len)]
+        """One that nobody has in a cache. Made at once: streams are being watched."""
+        tokens: list[int] = self._random.integers(self._vocab_size, size=prompt_len).tolist()
+        return tokens
 
     async def request(self, prompt: list[int]) -> list[float]:
         """When a request was sent and its tokens came, in seconds of the monotonic clock."""

@@ -33,7 +33,7 @@ from hbserve.system.disaggregated_llm import DisaggregatedLLM
 _PART_TIMEOUT_S = 240.0
 _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
 _NUM_SLEEPERS = 8  # so that one rotation after the other finds some asleep
-_TIME_FOR_LOSSES_S = 50.0
+_TIME_FOR_LOSSES_S = 45.0
 _MIB = 1 << 20
 
 
@@ -201,11 +201,15 @@ class _Benchmark:
             await llm.generate(prompts, one)
             best["prefill"] = max(best["prefill"], 16 * options.prompt / (time.monotonic() - started))
             times: list[float] = []
+            num_steps, busy_s = _work(llm)
             await asyncio.gather(*(stream(seed, times) for seed in range(options.streams)))
             times.sort()
             # Without the beginning and the end, where not all streams are there.
             begin, end = len(times) // 5, len(times) * 4 // 5
             best["decode"] = max(best["decode"], (end - begin) / (times[end] - times[begin]))
+            steps_after, busy_after_s = _work(llm)
+            ms_per_step = 1000 * (busy_after_s - busy_s) / (steps_after - num_steps)
+        self._put(f"{mode}: decode alone, ms of the device per step", ms_per_step)
         for phase, rate in best.items():
             self._put(f"{mode}: {phase} alone, tokens/s", rate)
 
@@ -260,6 +264,7 @@ class _Benchmark:
     async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
         done: list[_Rotation] = []
         ends = self._deadline - _TIME_FOR_LOSSES_S
+        await asyncio.sleep(0.5)  # to write results down took the streams' time
         while not done or (len(done) < self._options.rotations - 1 and time.monotonic() < ends):
             await until_asleep(manager, 2)
             done.append(rotation := await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)]))
@@ -380,3 +385,9 @@ class _Rotation:
 
 def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def _work(llm: DisaggregatedLLM) -> tuple[int, float]:
+    """Steps so far, and seconds that the device took for them."""
+    [work] = llm.get_system_stats()["gpu_instances"].values()
+    return int(work["steps"]), float(work["busy_s"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import torch
@@ -16,6 +17,7 @@ import torch
 from hbserve.attention import select_attention_backend
 from hbserve.config import Config
 from hbserve.engine.kv_sizing import KVSize, size_kv
+from hbserve.engine.step_board import StepBoard
 from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
@@ -38,6 +40,8 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
         table: name -> offset, shape, dtype of every parameter.
         kv_bytes: of the KV arena, which has one block more than ``num_blocks``: the last is for
             warming up, and holds nobody's tokens.
+        board: handle of a `StepBoard`'s memory.
+        spec: of the model, as `ModelSpec.as_plain`.
     """
 
     epoch: int
@@ -49,6 +53,8 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
     num_blocks: int
     block_size: int
     max_model_len: int
+    board: str
+    spec: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Arenas:
         spare_block: a block beyond those that warming up may write to; None in arenas of one's own.
         kv_handle: what other processes of the host attach to the KV arena with; None: they cannot.
         max_model_len: most tokens of prompt and output together.
+        board: uint8, memory of a `StepBoard`; None in arenas of one's own, where there is nobody else to be told.
     """
 
     weights: torch.Tensor
@@ -71,6 +78,7 @@ class Arenas:
     spare_block: int | None
     max_model_len: int
     kv_handle: str | None = None
+    board: torch.Tensor | None = None
 
 
 def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel) -> Arenas:
@@ -107,6 +115,7 @@ def share_arenas(
     handles: list[str] = []
     allocate = _sharing(platform, handles)
     arenas = _make(config, spec, platform, parallel, allocate, allocate, 1, agree)
+    board = platform.allocate_shared_host(StepBoard.num_bytes(config.performance.max_num_seqs))
     platform.synchronize()
     return arenas, ArenaAttachment(
         epoch=epoch,
@@ -118,6 +127,8 @@ def share_arenas(
         num_blocks=arenas.num_blocks,
         block_size=arenas.layout.block_size,
         max_model_len=arenas.max_model_len,
+        board=board.handle,
+        spec=spec.as_plain(),
     )
 
 
@@ -144,6 +155,8 @@ def attach_arenas(
     try:
         weights = platform.attach_arena(attachment.weights, attachment.table.num_bytes)
         kv = platform.attach_arena(attachment.kv, attachment.kv_bytes)
+        board_bytes = StepBoard.num_bytes(config.performance.max_num_seqs)
+        board = platform.attach_shared_host(attachment.board, board_bytes)
     except RuntimeError as error:
         raise StartupError(f"cannot attach to the resident arenas: {error}") from None
     layout = _layout(config, spec, attachment.block_size, parallel)
@@ -156,6 +169,7 @@ def attach_arenas(
         attachment.num_blocks,
         attachment.max_model_len,
         attachment.kv,
+        board,
     )
 
 

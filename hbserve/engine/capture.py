@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -10,12 +11,32 @@ import torch
 
 
 def run_to_capture(run: Callable[[], object]) -> None:
-    """Run once what will be captured, so that all it compiles or allocates at its first call is there."""
+    """Run once what will be captured, so that all it compiles or loads at its first call is there.
+
+    As little of it as has all of that: others' steps run on the same device.
+    """
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def capturing(graph: Any, pool: Any) -> Iterator[None]:
+    """As `torch.cuda.graph`, which before each capture gives all memory that is cached back to the driver.
+
+    To give it back and get it again takes time, and others on the device feel it.
+
+    Args:
+        pool: of the graph's memory; None: a new one.
+    """
+    with torch.cuda.stream(capture_stream()):
+        graph.capture_begin(*(() if pool is None else (pool,)))
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 def capture_stream() -> Any:

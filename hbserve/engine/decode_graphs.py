@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from hbserve.attention.page_tables import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
-from hbserve.engine.capture import capture_stream, run_to_capture
+from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.pending_step import StepTimer
 from hbserve.engine.sampler import Sampled, sample
@@ -166,9 +167,9 @@ class DecodeGraphs:
                 tensor("chunk_len", 1),
             )
         )
-        run_to_capture(lambda: self._step(size))
+        run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
+        with capturing(graph, pool):
             token_ids = self._step(size)
         return _Graph(graph, token_ids)
 
@@ -180,13 +181,13 @@ class DecodeGraphs:
         arrays["chunk_len"] = np.array([self._attention.chunk_len(size, np.ones(size, np.int32))], np.int32)
         self._inputs.copy(arrays, np.zeros(size, np.int32), size)
 
-    def _step(self, size: int) -> torch.Tensor:
+    def _step(self, size: int, layers: list[int] | None = None) -> torch.Tensor:
         inputs = self._inputs
         slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
         positions = inputs.tensor("positions", size)
         last = self._table.last_token_ids
         token_ids = torch.where(given == _FED_BACK, last[slots], given)
-        hidden = self._decoder.forward(token_ids, positions, self._attention)
+        hidden = self._decoder.forward(token_ids, positions, self._attention, layers=layers)
         logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
         sampled = fast_sample(logits, temperatures, seeds, positions, self._decoder.parallel)
@@ -201,10 +202,14 @@ class DecodeGraphs:
             and max(row.start for row in rows) < self._max_seq_len
         )
 
-    def launch(self, rows: list[PlanRow], timer: StepTimer) -> tuple[Sampled, list[int]]:
+    def launch(
+        self, rows: list[PlanRow], take_turn: Callable[[], list[PlanRow]], timer: StepTimer
+    ) -> tuple[Sampled, list[int]]:
         """Run a step that `fits`; its blocks have been appended.
 
         Args:
+            take_turn: called when all that can be prepared is; from it on, the device may begin. Returns the rows
+                with their tokens.
             timer: started when the device gets its work.
 
         Returns:
@@ -216,8 +221,7 @@ class DecodeGraphs:
         graph = self._graphs[size]
         slots = np.array([row.slot for row in rows], np.int64)
         starts = np.array([row.start for row in rows], np.int64)
-        token_ids = np.array([_FED_BACK if row.token_ids is None else row.token_ids[0] for row in rows], np.int64)
-        self._check(slots, starts, token_ids)
+        self._check(slots, starts)
 
         page_of_token = starts // self._block_size
         block_tables = table.block_tables[slots, : int(page_of_token.max()) + 1]
@@ -226,43 +230,45 @@ class DecodeGraphs:
         pages = PageTables.build(context_lens, block_tables, self._block_size)
         padded_slots = np.full(size, table.padding_slot, np.int64)
         padded_slots[:num_rows] = slots
+        arrays = {
+            "positions": starts,
+            "slots": padded_slots,
+            "slot_mapping": blocks * self._block_size + starts % self._block_size,
+            "seeds": table.seeds[slots],
+            "temperatures": table.temperature[slots],
+            "order": np.argsort(-context_lens, kind="stable").astype(np.int32),
+            "chunk_len": np.array([self._attention.chunk_len(size, context_lens)], np.int32),
+            "indptr": pages.indptr,
+        }
+        rows = take_turn()
+        token_ids = np.array([_FED_BACK if row.token_ids is None else row.token_ids[0] for row in rows], np.int64)
+        self._check_tokens(slots, starts, token_ids)
         timer.start()
-        self._inputs.copy(
-            {
-                "token_ids": token_ids,
-                "positions": starts,
-                "slots": padded_slots,
-                "slot_mapping": blocks * self._block_size + starts % self._block_size,
-                "seeds": table.seeds[slots],
-                "temperatures": table.temperature[slots],
-                "order": np.argsort(-context_lens, kind="stable").astype(np.int32),
-                "chunk_len": np.array([self._attention.chunk_len(size, context_lens)], np.int32),
-                "indptr": pages.indptr,
-            },
-            pages.indices,
-            size,
-        )
+        self._inputs.copy({"token_ids": token_ids, **arrays}, pages.indices, size)
         graph.graph.replay()
         table.next_positions[slots] = starts + 1
         num_logprobs = table.num_logprobs[slots].tolist()
         if (table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])).all():
             return Sampled(graph.token_ids[:num_rows], None), num_logprobs
         # Penalties, truncation and the like need the general sampler, on the graph's logits.
-        arrays = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, self._logits.device)
-        batch = sampling_batch(table, slots, arrays)
+        tensors = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, self._logits.device)
+        batch = sampling_batch(table, slots, tensors)
         sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
-        table.note_sampled(arrays["slots"], sampled.token_ids, batch.penalties)
+        table.note_sampled(tensors["slots"], sampled.token_ids, batch.penalties)
         return sampled, num_logprobs
 
-    def _check(
-        self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]
-    ) -> None:
+    def _check(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> None:
         """A plan that contradicts the table is a bug of its sender; on a GPU it would read other memory."""
         table = self._table
         assert slots.min() >= 0, "a slot is negative"
         assert slots.max() < table.max_num_seqs, f"slot {slots.max()} is out of range"
         assert table.installed[slots].all(), "a slot has no sequence"
         assert (starts < table.num_table_blocks[slots] * self._block_size).all(), "a position is beyond its blocks"
+
+    def _check_tokens(
+        self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]
+    ) -> None:
+        table = self._table
         assert token_ids.max() < table.vocab_size, "a token id is outside the vocabulary"
         fed_back = token_ids == _FED_BACK
         assert (table.next_positions[slots[fed_back]] == starts[fed_back]).all(), (

@@ -16,6 +16,8 @@ from hbserve.engine.batch import build_batch
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
+from hbserve.engine.staging import reserve_pinned_memory
+from hbserve.engine.step_board import StepBoard
 from hbserve.layers.parallel import TensorParallel
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.models.decoder import Decoder
@@ -51,6 +53,7 @@ class ModelRunner:
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
         kv_handle: what other processes attach to it with; None: they cannot.
+        board: of the workers on the same arenas; None where there is only this one.
 
     Raises:
         ModelError: if the model folder cannot be served.
@@ -70,7 +73,10 @@ class ModelRunner:
         stopwatch = stopwatch or Stopwatch()
         self.platform = platform
         self.parallel = parallel = parallel or TensorParallel()
-        self.spec = spec = ModelSpec.load(config.model.path)
+        if attachment is None:
+            self.spec = spec = ModelSpec.load(config.model.path)
+        else:
+            self.spec = spec = ModelSpec.from_plain(attachment.spec)
         dtype = dtype_of(config, spec)
         backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
         stopwatch.lap("model")
@@ -85,6 +91,10 @@ class ModelRunner:
         num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
         self.kv_blocks = self.layout.block_bytes_view(arenas.kv, self.num_blocks)
         self.kv_handle = arenas.kv_handle
+        self.board: StepBoard | None = None
+        if arenas.board is not None:
+            samples = instance.instance_type is InstanceRole.DECODE
+            self.board = StepBoard(arenas.board, config.performance.max_num_seqs, samples)
         kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
         self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
         stopwatch.lap("attention")
@@ -100,6 +110,9 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._graph_pool: Any = None
+        self._layers: list[int] | None = None
+        if platform.name == "cuda":
+            reserve_pinned_memory()
         stopwatch.lap("tables")
         self._prepare_for(instance.instance_type)
         stopwatch.lap("graphs")
@@ -148,8 +161,9 @@ class ModelRunner:
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
         """Run steps of the sizes that will come, so that the first real one finds everything loaded.
 
-        What is loaded or allocated at its first use depends on the size: kernels, pinned memory of results, which
-        comes in powers of two, captured graphs. All their KV goes to one block that is nobody's.
+        What is loaded or allocated at its first use depends on the size: kernels, memory, captured graphs. Others'
+        steps run on the device meanwhile, so it is a few sizes, and of what is not captured a few layers. All KV
+        goes to one block that is nobody's.
         """
         longest = min(
             config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens, self.max_model_len - 1
@@ -158,9 +172,11 @@ class ModelRunner:
         if role.prefills:
             batches.append([longest])
         if role.decodes and self._graphs is not None:
-            batches += [[1] * (1 << power) for power in range(1, self._table.max_num_seqs.bit_length())]
+            batches += [[1] * (1 << power) for power in range(2, self._table.max_num_seqs.bit_length(), 2)]
+        self._layers = self._decoder.typical_layers
         for lengths in batches:
             self.launch(self._rehearsal(lengths, spare_block)).result()
+        self._layers = None
 
     def _rehearsal(self, lengths: list[int], spare_block: int) -> StepPlan:
         """A step of whole prompts of nobody's."""
@@ -201,16 +217,25 @@ class ModelRunner:
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
-            return PendingStep(plan, *self._graphs.launch(plan.rows, timer), timer)
-        batch = build_batch(plan.rows, self._table, self.layout.block_size, self.platform.device)
+            return PendingStep(plan, *self._graphs.launch(plan.rows, lambda: self._take_turn(plan), timer), timer)
+        batch = build_batch(self._take_turn(plan), self._table, self.layout.block_size, self.platform.device)
         timer.start()
         self._attention.begin(batch.attention)
         if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
             hidden = self._prefill_graphs.forward(batch, on_stored)
         else:
-            hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention, on_stored)
+            decoder, attention = self._decoder, self._attention
+            hidden = decoder.forward(batch.token_ids, batch.positions, attention, on_stored, self._layers)
         if not batch.num_logprobs:
             return PendingStep(plan, None, [], timer)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
+
+    def _take_turn(self, plan: StepPlan) -> list[PlanRow]:
+        """Wait until nobody else's step comes before a plan's; its rows, with the tokens that others have sampled."""
+        if self.board is None:
+            return plan.rows
+        if plan.after is not None:
+            self.board.wait(plan.after)
+        return self.board.with_tokens(plan.rows)

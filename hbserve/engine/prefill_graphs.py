@@ -19,7 +19,7 @@ import torch
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.engine.batch import StepBatch
-from hbserve.engine.capture import capture_stream, run_to_capture
+from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.layers.ops import ResidualStream
 from hbserve.models.decoder import Decoder
 
@@ -82,7 +82,7 @@ class PrefillGraphs:
         residual: ResidualStream | None = None
         for index in range(len(self._decoder.layers) + 1):
             graph: Any = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=capture_stream()):
+            with capturing(graph, pool):
                 if index < len(self._decoder.layers):
                     residual = self._piece(index, residual, size)
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbserve.messages.base import Message
 from hbserve.messages.transfer import Peer, TransferCommand, TransferReply
-from hbserve.messages.worker import InstanceFailed, StepResult
+from hbserve.messages.worker import InstanceFailed, StepLost, StepResult
 
 
 class BeginEpoch(Message, frozen=True):
@@ -25,5 +25,5 @@ class EpochBegun(Message, frozen=True):
     peer: Peer
 
 
-RankCommand = BeginEpoch | TransferCommand
+RankCommand = BeginEpoch | StepLost | TransferCommand
 RankReply = EpochBegun | TransferReply | StepResult | InstanceFailed

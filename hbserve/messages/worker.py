@@ -7,6 +7,9 @@ from hbserve.messages.base import Message, TokenLogprobs, Value
 from hbserve.messages.transfer import Peer, SendBlocks, TransferCommand, TransferReply
 from hbserve.sampling_params import SamplingParams
 
+NUM_BOARD_CELLS = 256
+"""Workers that can be told apart on a `hbserve.engine.step_board.StepBoard`."""
+
 # --- scheduler -> worker --------------------------------------------------------------------------
 
 
@@ -46,9 +49,10 @@ class PlanRow(Value, frozen=True):
     """One sequence's part of a step: tokens at positions ``start ..  start + num_tokens - 1``.
 
     Attributes:
-        token_ids: the tokens, or None for the one token that this worker sampled last for the slot.
+        token_ids: the tokens, or None for the one token that was sampled last for the slot.
         new_block_ids: blocks appended to the slot's table before the step.
         sample: whether the token for position ``start + num_tokens`` is sampled.
+        sampled_elsewhere: that one token is another worker's, and on the board.
     """
 
     slot: int
@@ -57,6 +61,14 @@ class PlanRow(Value, frozen=True):
     token_ids: list[int] | None
     new_block_ids: list[int]
     sample: bool
+    sampled_elsewhere: bool = False
+
+
+class StepOf(Value, frozen=True):
+    """A step of some worker on the same arenas, as their board knows it: the worker's cell there, and its id."""
+
+    cell: int
+    step_id: int
 
 
 class StepPlan(Message, frozen=True):
@@ -67,6 +79,8 @@ class StepPlan(Message, frozen=True):
         new_sequences: state to install before the step.
         sends: transfers to start when the step is done.
         role: before the step, get ready for what an instance of this role does.
+        cell: where the board is told that the step is done; None: nobody looks there.
+        after: another worker's step that must be done before this one begins.
     """
 
     epoch: int
@@ -75,6 +89,14 @@ class StepPlan(Message, frozen=True):
     new_sequences: list[SequenceState]
     sends: list[SendBlocks]
     role: InstanceRole | None = None
+    cell: int | None = None
+    after: StepOf | None = None
+
+
+class StepLost(Message, frozen=True):
+    """What a plan waits for will never be done: its step goes on without, and what comes of it counts for nothing."""
+
+    step: StepOf
 
 
 class Shutdown(Message, frozen=True):
@@ -165,5 +187,5 @@ class Leaving(Message, frozen=True):
     epoch: int
 
 
-InstanceCommand = Ping | StepPlan | TransferCommand | Shutdown
+InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | Shutdown
 InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +56,19 @@ class Decoder:
             own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             self.layers.append(_Layer(**own))
 
+    @property
+    def typical_layers(self) -> list[int]:
+        """The first two layers and one of each kind of attention: they do all that any layer does."""
+        windows = self.spec.sliding_windows
+        return sorted({0, min(1, len(self.layers) - 1), *(windows.index(window) for window in set(windows))})
+
     def forward(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         attention: Attention,
         on_stored: Callable[[int], None] = lambda layer: None,
+        layers: Iterable[int] | None = None,
     ) -> torch.Tensor:
         """Hidden states ``[tokens, hidden]`` after the final norm; the tokens' KV is in the cache then.
 
@@ -69,10 +76,11 @@ class Decoder:
             token_ids, positions: integers ``[tokens]``, in the order of the batch that ``attention``
                 was told about.
             on_stored: called when a layer's keys and values are in the cache; on a GPU, when they have been asked for.
+            layers: only these, so that what is loaded at its first use is loaded; what comes out means nothing.
         """
         stream = self.embed(token_ids)
         q, out = (self.heads_buffer(len(token_ids)) for _ in range(2))
-        for index in range(len(self.layers)):
+        for index in range(len(self.layers)) if layers is None else layers:
             self.before_attention(index, stream, positions, attention, q)
             on_stored(index)
             attention.attend(index, q, out)

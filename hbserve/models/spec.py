@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from transformers import AutoConfig
 
 from hbserve.errors import ModelError
 from hbserve.layers.rotary import RopeSpec
@@ -71,6 +71,8 @@ class ModelSpec:
             raise ModelError(f"cannot read {path}: {error.strerror}") from None
         except ValueError as error:
             raise ModelError(f"{path} is not valid JSON: {error}") from None
+        from transformers import AutoConfig  # takes seconds, and most processes are told what the model is
+
         try:
             # Refusals come first: AutoConfig's own message for an unknown model would not say what is supported.
             architecture = _architecture(document)
@@ -82,6 +84,16 @@ class ModelSpec:
             return _from_config(architecture, config)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error.__cause__
+
+    def as_plain(self) -> dict[str, Any]:
+        """What `from_plain` makes the same of, in another process."""
+        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=lambda dtype: str(dtype).removeprefix("torch."))
+        return plain
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any]) -> ModelSpec:
+        """The inverse of `as_plain`."""
+        return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
 
 
 def _architecture(document: dict[str, Any]) -> str:
@@ -125,7 +137,7 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        rms_norm_eps=config.rms_norm_eps,
+        rms_norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=config.max_position_embeddings,
         rope=_rope(config),
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
@@ -154,7 +166,11 @@ def _rope(config: Any) -> RopeSpec:
     missing = [name for name in names if parameters.get(name) is None]
     if missing:
         raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
-    return RopeSpec(theta=parameters["rope_theta"], kind=kind, **{name: parameters[name] for name in names})
+    given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
+    try:
+        return msgspec.convert(given, RopeSpec)  # config.json may have whole numbers for what is a float here
+    except msgspec.ValidationError as error:
+        raise ModelError(f"rope parameters: {error}") from None
 
 
 def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:

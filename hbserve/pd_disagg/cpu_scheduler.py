@@ -207,8 +207,10 @@ class CpuScheduler:
                 depth = 1  # one that is in flight early could not wait
                 if not instance.decode_has_turn():
                     continue
-            while len(worker.inflight) < depth:
-                if (wait_s := worker.timing.wait_s(time.monotonic())) > 0:
+            ahead = instance.steps_ahead(worker)
+            timings = {worker.timing, *(other.timing for other, _ in ahead)}
+            while len(worker.inflight) + len(ahead) < depth:
+                if (wait_s := max(timing.wait_s(time.monotonic()) for timing in timings)) > 0:
                     soonest_s = min(soonest_s, wait_s)
                     break
                 if not self._planner.plan_step(instance, worker, phases):

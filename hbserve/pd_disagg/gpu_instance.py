@@ -37,6 +37,7 @@ from hbserve.messages.worker import (
     Ping,
     Pong,
     Shutdown,
+    StepLost,
     StepPlan,
     StepResult,
     WantsToLeave,
@@ -64,6 +65,8 @@ EXIT_RANK_LOST = 72
 EXIT_REFUSED = 1
 
 _MEMBERSHIP_INTERVAL_S = 0.25
+_LAST_WAIT_S = 5.0
+"""For another worker's step, when this process is to end: that worker may have been killed, and the scheduler too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +202,8 @@ class GpuInstance:
         self._exit_code = self._exit_code or exit_code
         if not self._is_serving and self._shared is None:
             self._die(self._exit_code)
+        if self._is_serving and self._runner.board is not None:
+            self._runner.board.end_waits_in(_LAST_WAIT_S)
         self._plans.put(None)
 
     def leave(self) -> None:
@@ -303,6 +308,10 @@ class GpuInstance:
             self._used = True
             self._unfinished.begin(command)
             self._plans.put((command, time.perf_counter()))
+        elif isinstance(command, StepLost):
+            self._ranks.send(command)
+            assert self._runner.board is not None, "a worker that is alone waits for nobody"
+            self._runner.board.note_lost(command.step)
         elif isinstance(command, Shutdown):
             self.was_dismissed = True
             if command.error is not None:

@@ -4,7 +4,8 @@ An instance is a KV pool with slots. Most have one worker, which owns the pool's
 lost, the pool is. Where a resident process owns the memory, any number of workers may come and go,
 each for one phase and with a share of the device; which of them gets a phase's next plan is decided
 step by step (`choose_workers`). A worker keeps nothing that a plan could not tell the next one, so a
-sequence changes workers between two steps: when nothing of it is in flight at the old one.
+sequence changes workers between two steps. What is in flight at the old one, the new one waits for; they tell
+each other on a board (`hbserve.engine.step_board`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
-from hbserve.messages.worker import Hello, InstanceCommand
+from hbserve.messages.worker import NUM_BOARD_CELLS, Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
 from hbserve.pd_disagg.mixed_steps import MixedSteps
 from hbserve.pd_disagg.plan_timing import PlanTiming
@@ -121,6 +122,8 @@ class InstanceHandle:
         """A worker is here; if it comes with new memory, so is a new pool, which is empty."""
         worker.hello = hello
         worker.is_introduced = False
+        worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
+        worker.has_waited_for = 0
         worker.timing = PlanTiming()
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
@@ -133,6 +136,10 @@ class InstanceHandle:
             )
         if self.ready:
             self.lost_since = None
+
+    def _free_cell(self, worker: WorkerHandle) -> int | None:
+        taken = {other.cell for other in self.workers.values() if other is not worker}
+        return next((cell for cell in range(NUM_BOARD_CELLS) if cell not in taken), None)
 
     def note_lost(self, why: str) -> None:
         """Remember since when and why some phase has no worker, if that is so."""
@@ -151,8 +158,8 @@ class InstanceHandle:
         """Who may get plans now, and for which phases.
 
         Where phases are mixed, one worker does both. Else the other phase's being idle or busy decides the
-        share, and so the worker; between decode's turns prefill counts as alone. A change waits for the steps
-        that the phase has in flight at its old worker.
+        share, and so the worker; between decode's turns prefill counts as alone. The new worker's first step
+        waits for the last one of the old worker (`steps_ahead`); where it cannot, the change does.
         """
         chosen: dict[WorkerHandle, set[InstanceRole]] = {}
         mixing = self._mixing_worker()
@@ -168,11 +175,30 @@ class InstanceHandle:
             if target is None:
                 continue
             current = self._current.get(phase)
-            if current is not None and current is not target and current.ready and current.inflight:
+            if current is not None and current is not target and not _can_change(current, target):
                 continue
             self._current[phase] = target
             chosen.setdefault(target, set()).add(phase)
         return chosen
+
+    def steps_ahead(self, worker: WorkerHandle) -> list[tuple[WorkerHandle, InflightStep]]:
+        """Steps in flight at others that a worker's next one comes after; all of a phase's are in one order."""
+        return [
+            (other, step)
+            for other in self.workers.values()
+            if other is not worker and worker.can_follow(other)
+            for step in other.inflight
+            if step.rows
+        ]
+
+    def whose_result_is_next(self) -> WorkerHandle | None:
+        """Of the workers with results that are not confirmed; None: what comes before them is not yet heard of."""
+        for worker in self.workers.values():
+            if worker.results:
+                after = worker.inflight[0].after
+                if not after or all(step.step_id > after for _, step in self.steps_ahead(worker)):
+                    return worker
+        return None
 
     def _mixing_worker(self) -> WorkerHandle | None:
         """Who does both phases now; None where they are done side by side, or it is not there."""
@@ -211,9 +237,10 @@ class InstanceHandle:
         """While prefill is busy: decode steps go beside the prefill steps that were planned for it."""
         assert self.turns is not None
         prefill = self._current.get(InstanceRole.PREFILL)
-        if prefill is None or not prefill.inflight:
+        steps = [] if prefill is None else [*(step for _, step in self.steps_ahead(prefill)), *prefill.inflight]
+        if not steps:
             return self.turns.is_open
-        return prefill.inflight[0].beside_decode or self.turns.is_overdue
+        return steps[0].beside_decode or self.turns.is_overdue
 
     def note_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
         """A step has been planned; the turns of decode count it."""
@@ -238,11 +265,14 @@ class InstanceHandle:
 
     def _is_busy(self, phase: InstanceRole) -> bool:
         current = self._current.get(phase)
-        if current is not None and current.inflight:
+        if current is not None and (current.inflight or self.steps_ahead(current)):
             return True
         if phase is InstanceRole.PREFILL:
             return any(seat.num_planned < seat.num_tokens_at_entry for seat in self.seats.values())
-        return any(seat.num_planned >= seat.num_tokens_at_entry for seat in self.seats.values())
+        return any(
+            seat.num_planned >= seat.num_tokens_at_entry and seat.num_planned + 1 < sequence.max_total_tokens
+            for sequence, seat in self.seats.items()
+        )
 
     def forget_worker(self, worker: WorkerHandle) -> list[InflightStep]:
         """A worker has ended; returns its steps that will never be confirmed."""
@@ -290,6 +320,15 @@ class InstanceHandle:
     def num_tokens_to_prefill(self) -> int:
         """Prompt tokens that are seated here and not planned: the load that placement looks at."""
         return sum(max(0, seat.num_tokens_at_entry - seat.num_planned) for seat in self.seats.values())
+
+
+def _can_change(current: WorkerHandle, target: WorkerHandle) -> bool:
+    """Whether a phase can go from one worker to another now."""
+    if not current.ready or not current.inflight:
+        return True
+    # Of a sequence with more to it than its last token, nobody else knows that before the step is confirmed.
+    rows = (row for step in current.inflight for row in step.rows)
+    return target.can_follow(current) and not any(row.samples and row.sequence.keeps_state for row in rows)
 
 
 def _other(phase: InstanceRole) -> InstanceRole:

@@ -9,6 +9,7 @@ comes too late costs the device the way of a plan, about a millisecond or two.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ class PlanTiming:
 
     def wait_s(self, now: float) -> float:
         """How much later the next plan is early enough; 0: make it now."""
-        end = self._expected_end()
+        end = self.expected_end()
         if end is None or len(self._needs) < _FEW_NEEDS or end - now < _LEAST_LEAD_S + _SHORTEST_WAIT_S:
             return 0.0
         lead_s = max(_LEAST_LEAD_S, sorted(self._needs)[-_NUM_LATE] + _SHORTEST_WAIT_S)
@@ -123,25 +124,28 @@ class PlanTiming:
         self._due = end - lead_s
         return wait_s
 
-    def planned(self, work: StepWork | None, now: float) -> None:
+    def planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
         """A plan is on its way.
 
         Args:
             work: None where nobody can tell how long it takes.
+            not_before: when another worker's step is expected to end that this one waits for.
         """
         seconds = 0.0 if work is None else self.forecast.seconds(work)
         # A plan that had waited, and then was made late, is late by the fault of whoever makes plans.
         planned_at = now if self._due is None else min(now, self._due)
-        begin = self._expected_end()
+        begin = self.expected_end()
         if begin is None and now - self._last_end < _LEAST_LEAD_S:
             begin = self._overtaken
+        if not_before > now:
+            planned_at, begin = not_before, None  # how early it comes, this worker's device cannot tell
         self._steps.append(_Step(work, seconds, planned_at, begin))
         self._due = self._overtaken = None
 
     def confirmed(self, now: float, busy_s: float, early_s: float) -> None:
         """The oldest step in flight has ended; what it reported, as in `StepResult`."""
         # What a plan still waits for may be over already: the expected end tells by how much that was wrong.
-        self._overtaken = None if self._due is None else self._expected_end()
+        self._overtaken = None if self._due is None else self.expected_end()
         step = self._steps.popleft()
         self._last_end, self._due = now, None
         if step.begin is not None:
@@ -149,7 +153,7 @@ class PlanTiming:
         if step.work is not None and busy_s > 0:
             self.forecast.observe(step.work, busy_s)
 
-    def _expected_end(self) -> float | None:
+    def expected_end(self) -> float | None:
         """Of all that is in flight; None if nothing is, or nobody can tell."""
         if not self._steps or any(not step.seconds for step in self._steps):
             return None

@@ -22,7 +22,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand
-from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
+from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan, StepResult
 from hbserve.pd_disagg import child
 from hbserve.pd_disagg.loaded_rank import loaded_rank
 from hbserve.pd_disagg.rank_group import END_OF_PLANS
@@ -92,7 +92,7 @@ class RankWorker:
             self._attachment,
             self._partition,
         ) as rank:
-            self._transfers = rank.transfers
+            self._transfers, self._board = rank.transfers, rank.runner.board
             io_thread = threading.Thread(target=self._run_io, name="io")
             io_thread.start()
             pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_layers_stored, self._on_step_failed)
@@ -148,6 +148,9 @@ class RankWorker:
                 return  # the life line is cut as well
             if isinstance(command, BeginEpoch):
                 await self._begin_epoch(command)
+            elif isinstance(command, StepLost):
+                assert self._board is not None, "a worker that is alone waits for nobody"
+                self._board.note_lost(command.step)
             else:
                 self._transfers.manager.handle(command)
 

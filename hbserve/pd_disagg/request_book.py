@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -145,6 +146,9 @@ class RequestBook:
         for row in step.rows:
             sample = next(samples) if row.samples else None
             sequence, seat = row.sequence, row.seat
+            if row.is_void:
+                seat.pool.unpin(seat.owner)
+                continue
             if row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
                 self._advance(sequence, seat, row.end)
                 if sample is not None:
@@ -203,15 +207,33 @@ class RequestBook:
         else:
             sequence.phase = Phase.DECODING
 
+    def worker_lost(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """What others have in flight that goes on from its unconfirmed steps counts for nothing from now on.
+
+        The sequences wait for the end of the worker's process (`steps_lost`): until then it may write.
+        """
+        starts = {row.seat: row.start for step in reversed(worker.inflight) for row in step.rows if not row.is_void}
+        for other in instance.workers.values():
+            for step in other.inflight if other is not worker else ():
+                for row in step.rows:
+                    if row.start > starts.get(row.seat, math.inf) and not row.is_void:
+                        row.is_void = True
+                        row.seat.roll_back(row.start)
+                        row.seat.last_worker = worker
+
     def steps_lost(self, steps: Iterable[InflightStep]) -> None:
         """Steps that nobody will confirm, of a process that cannot write any more: others do them again."""
+        set_back: set[Sequence] = set()
         for step in steps:
             for row in step.rows:
                 sequence, seat = row.sequence, row.seat
                 seat.pool.unpin(seat.owner)
-                if row.attempt != sequence.attempt or sequence.phase is Phase.FINISHED or not seat.num_inflight:
+                if row.attempt != sequence.attempt or sequence.phase is Phase.FINISHED or row.is_void:
                     continue
-                seat.roll_back()
+                seat.roll_back(row.start)
+                if sequence in set_back:
+                    continue
+                set_back.add(sequence)
                 sequence.num_setbacks += 1
                 if sequence.num_setbacks >= self._max_attempts:
                     self.fail(sequence, f"{sequence.num_setbacks} workers in a row were lost in its steps")

@@ -39,8 +39,8 @@ class Seat:
         num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
         num_planned: positions whose KV exists or is in a plan that has been sent.
         num_computed: positions whose KV is confirmed to be in the pool.
-        last_worker: who got the sequence's last row; only once nothing is in flight there may
-            another worker go on.
+        last_worker: who got the sequence's last row; while something is in flight there, only a worker
+            that can follow it may go on.
         num_inflight: rows that have been sent to it and are not confirmed.
         blocks_sent: how much of the block table each worker has been told; a worker that is not
             there does not know the sequence.
@@ -62,7 +62,8 @@ class Seat:
 
     def can_go_to(self, worker: WorkerHandle) -> bool:
         """Whether a worker may get the next row."""
-        return not self.num_inflight or self.last_worker is worker
+        last = self.last_worker
+        return not self.num_inflight or last is None or last is worker or worker.can_follow(last)
 
     def go_to(self, worker: WorkerHandle, keeps_state: bool) -> None:
         """A worker gets the next row.
@@ -76,10 +77,10 @@ class Seat:
         self.last_worker = worker
         self.num_inflight += 1
 
-    def roll_back(self) -> None:
-        """What is in flight will never be confirmed, and is to be planned again."""
-        self.num_planned = self.num_computed
-        self.num_inflight = 0
+    def roll_back(self, start: int) -> None:
+        """A row in flight counts for nothing; from its first position on, all is to be planned again."""
+        self.num_planned = min(self.num_planned, start)
+        self.num_inflight -= 1
 
     @property
     def block_ids(self) -> list[int]:

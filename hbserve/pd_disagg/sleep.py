@@ -32,12 +32,12 @@ class Sleep(msgspec.Struct, frozen=True, kw_only=True):
     """How a process falls asleep.
 
     Attributes:
-        model: the folder of the model that it will run.
+        model: the folder of the model that it will run; None: it will be told what the model is.
         on_gpu: whether to import what only a GPU needs.
         yields: its imports are in no hurry, and leave the cores to what serves meanwhile.
     """
 
-    model: str
+    model: str | None
     on_gpu: bool
     yields: bool
 
@@ -81,8 +81,9 @@ def _import_everything(how: Sleep) -> None:
     import hbserve.pd_disagg.kv_transfer.torch_transfers
     from hbserve.models.spec import ModelSpec
 
-    with contextlib.suppress(HBServeError):  # who wakes it will hear that
-        ModelSpec.load(how.model)  # transformers imports what is the model's own
+    if how.model is not None:
+        with contextlib.suppress(HBServeError):  # who wakes it will hear that
+            ModelSpec.load(how.model)  # transformers imports what is the model's own
     if how.on_gpu:
         import flashinfer
         import triton

@@ -97,6 +97,8 @@ class StepPipeline:
             except Exception as error:
                 self._fail(plan, error)
                 return
+            if self._runner.board is not None:
+                self._runner.board.note(plan, result)
             end = time.perf_counter()
             began = end - result.busy_s
             early_s = waited_s + (began - pending.ready_at) - max(0.0, began - last_end)

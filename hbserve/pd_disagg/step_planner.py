@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
-from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
+from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
 from hbserve.pd_disagg.instance_handle import InstanceHandle
 from hbserve.pd_disagg.mixed_steps import StepRoom
 from hbserve.pd_disagg.plan_timing import StepWork
@@ -41,7 +41,8 @@ class StepPlanner:
         self._transfers = transfers
         self._preempt = preempt
         self._layer_group_bytes = config.kv_transfer.layer_group_bytes
-        self._num_steps = 0
+        # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
+        self._last_step_id = time.time_ns()
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
@@ -78,7 +79,7 @@ class StepPlanner:
             return False
         if room is not None:
             instance.mixed_steps.decoded(time.monotonic(), bool(step.prefill_rows))
-        self._send(worker, step, worker.role)
+        self._send(instance, worker, step, worker.role)
         return True
 
     def _mixed_limit_s(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
@@ -104,25 +105,37 @@ class StepPlanner:
             if seat.num_planned >= seat.num_tokens_at_entry and not sequence.keeps_state:
                 step.tell(sequence, seat)
         if step.new_sequences:
-            self._send(worker, step, worker.role)
+            self._send(instance, worker, step, worker.role)
 
     def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
         """Have an instance's one worker get ready for another role: a step without rows."""
         for worker in instance.workers.values():
-            self._send(worker, _StepBuilder(worker), role)
+            self._send(instance, worker, _StepBuilder(worker), role)
 
-    def _send(self, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
-        self._num_steps += 1
-        worker.inflight.append(InflightStep(self._num_steps, step.inflight, step.prefill_rows, step.prefill_tokens))
-        worker.timing.planned(step.work, time.monotonic())
+    def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
+        self._last_step_id += 1
+        step_id, now, after = self._last_step_id, time.monotonic(), None
+        ahead = instance.steps_ahead(worker) if step.rows else []
+        ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
+        last = max(ahead, key=lambda item: item[1].step_id, default=None)
+        if last is not None and last[1].step_id > worker.has_waited_for:
+            assert last[0].cell is not None, "who is on no board cannot be followed"
+            after = StepOf(cell=last[0].cell, step_id=last[1].step_id)
+            worker.has_waited_for = after.step_id
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens)
+        inflight.after = 0 if after is None else after.step_id
+        worker.inflight.append(inflight)
+        worker.timing.planned(step.work, now, max(ends, default=-math.inf))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
-                step_id=self._num_steps,
+                step_id=step_id,
                 rows=step.rows,
                 new_sequences=step.new_sequences,
                 sends=step.sends,
                 role=role if role is not worker.prepared_for else None,
+                cell=worker.cell,
+                after=after,
             )
         )
         worker.prepared_for = role
@@ -225,6 +238,7 @@ class _StepBuilder:
         return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
 
     def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
+        sampled_elsewhere = token_ids is None and seat.last_worker is not self._worker
         seat.go_to(self._worker, sequence.keeps_state)
         new_block_ids = self.tell(sequence, seat)
         self.rows.append(
@@ -235,12 +249,14 @@ class _StepBuilder:
                 token_ids=token_ids,
                 new_block_ids=new_block_ids,
                 sample=samples,
+                sampled_elsewhere=sampled_elsewhere,
             )
         )
+        start = seat.num_planned
         seat.num_planned += num_tokens
         seat.pool.pin(seat.owner)
         self.num_tokens += num_tokens
-        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, seat.num_planned, samples))
+        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, start, seat.num_planned, samples))
 
     def tell(self, sequence: Sequence, seat: Seat) -> list[int]:
         """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""

@@ -10,7 +10,7 @@ import zmq
 
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceRole
-from hbserve.messages.worker import Hello, InstanceCommand
+from hbserve.messages.worker import Hello, InstanceCommand, StepResult
 from hbserve.pd_disagg.plan_timing import PlanTiming
 from hbserve.pd_disagg.rpc import RpcClient
 from hbserve.pd_disagg.sequence import Seat, Sequence
@@ -26,8 +26,10 @@ class InflightRow:
     sequence: Sequence
     attempt: int
     seat: Seat
+    start: int
     end: int  # positions below this have KV once the step is confirmed
     samples: bool
+    is_void: bool = False  # it goes on from a row that was lost, and is planned again with that
 
 
 @dataclass(slots=True)
@@ -36,6 +38,7 @@ class InflightStep:
 
     Attributes:
         beside_decode: if it is prefill's: decode has a turn meanwhile.
+        after: another worker's step that it waits for; 0: none.
     """
 
     step_id: int
@@ -43,6 +46,7 @@ class InflightStep:
     prefill_rows: int = 0
     prefill_tokens: int = 0
     beside_decode: bool = True
+    after: int = 0
 
 
 @dataclass(slots=True)
@@ -75,6 +79,9 @@ class WorkerHandle:
         is_retiring: it gets no more plans where another worker can, and is told to end when nothing
             is in flight.
         is_introduced: it has been told of the sequences that ran when it came.
+        cell: its place on the board of the workers on its arenas; None: it is not on it.
+        has_waited_for: the last step of another worker that one of its plans waits for.
+        results: of its oldest steps in flight, which are not confirmed before those that they come after.
     """
 
     def __init__(
@@ -97,6 +104,9 @@ class WorkerHandle:
         self.is_retiring = False
         self.is_told_to_end = False
         self.is_introduced = False
+        self.cell: int | None = None
+        self.has_waited_for = 0
+        self.results: deque[StepResult] = deque()
         self.work = Work()
         self.last_step_s = 0.0
 
@@ -118,6 +128,10 @@ class WorkerHandle:
     def owns_memory(self) -> bool:
         """Whether the pool's memory is its own, and lost with it."""
         return self.hello is None or self.hello.arena_epoch == self.hello.epoch
+
+    def can_follow(self, other: WorkerHandle) -> bool:
+        """Whether a step of it can be planned before the other one's last is done: it waits on the device's side."""
+        return other.ready and other.role is self.role and None not in (self.cell, other.cell)
 
     def send(self, command: InstanceCommand) -> None:
         """Send; what does not reach a worker is noticed by its silence."""

@@ -24,6 +24,8 @@ from hbserve.messages.worker import (
     Leaving,
     Ping,
     Shutdown,
+    StepLost,
+    StepOf,
     StepResult,
     WantsToLeave,
 )
@@ -187,7 +189,8 @@ class WorkerRegistry:
             if reply.error is not None:
                 self._lose(instance, worker, f"a step failed: {reply.error}")
             else:
-                self._requests.step_done(worker, reply)
+                worker.results.append(reply)
+                self._confirm_steps(instance)
         elif isinstance(reply, TransferResult):
             self._requests.transfer_ended(reply)
         elif isinstance(reply, LinkOpened):
@@ -199,6 +202,11 @@ class WorkerRegistry:
             self._drains.wants_to_leave(instance)
         elif isinstance(reply, Leaving):
             self._lose(instance, worker, "it is ending")
+
+    def _confirm_steps(self, instance: InstanceHandle) -> None:
+        """Results of several workers in the order of their steps, whichever is heard of first."""
+        while (worker := instance.whose_result_is_next()) is not None:
+            self._requests.step_done(worker, worker.results.popleft())
 
     # --- who is there ----------------------------------------------------------------------------
 
@@ -218,6 +226,8 @@ class WorkerRegistry:
             self._lose(instance, worker, "it started again")
             if worker.id not in instance.workers:
                 return  # it will join again
+        if worker.inflight:
+            return  # it was given up on, and its process is to end: until then others' steps wait for that
         self._fit = self._fit or hello
         self._membership.arrived(instance)
         instance.register(worker, hello)
@@ -263,6 +273,9 @@ class WorkerRegistry:
             return
         # The memory is intact, but until the process has ended it may still write: see `set_workers`.
         worker.hello = None
+        worker.results.clear()
+        self._requests.worker_lost(instance, worker)
+        self._confirm_steps(instance)
         instance.note_lost(why)
         if not worker.is_retiring:
             self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=why))
@@ -347,8 +360,16 @@ class WorkerRegistry:
         for worker_id in message.gone:
             if worker_id in instance.workers:
                 worker = instance.workers[worker_id]
-                self._requests.steps_lost(instance.forget_worker(worker))
+                self._requests.worker_lost(instance, worker)  # its end may be heard of here first
+                unconfirmed = instance.forget_worker(worker)
+                self._requests.steps_lost(unconfirmed)
                 self._hang_up_later(worker)
+                if unconfirmed and worker.cell is not None:
+                    lost = StepLost(step=StepOf(cell=worker.cell, step_id=unconfirmed[-1].step_id))
+                    for other in instance.workers.values():
+                        if other.ready and other.role is worker.role:
+                            other.send(lost)
+                self._confirm_steps(instance)
         named = {spec.worker_id for spec in message.workers}
         for worker in instance.workers.values():
             worker.is_retiring = worker.id not in named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
@@ -105,6 +106,38 @@ class Platform(ABC):
         Raises:
             RuntimeError: if it is gone, or not of that size.
         """
+
+    def allocate_shared_host(self, num_bytes: int) -> SharedArena:
+        """As `allocate_shared_arena`, in the host's memory; zeros.
+
+        Raises:
+            RuntimeError: if there is not that much memory.
+        """
+        # A file without a name: others open it through this process' descriptor, which is never closed, and the
+        # kernel frees it with the last process that has it mapped.
+        descriptor = os.memfd_create("hbserve-arena")
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)  # all of it now, or an error here and not a SIGBUS later
+        except OSError as error:
+            os.close(descriptor)
+            raise RuntimeError(f"cannot reserve {num_bytes} bytes of shared memory: {error.strerror}") from None
+        handle = f"/proc/{os.getpid()}/fd/{descriptor}"
+        return SharedArena(self.attach_shared_host(handle, num_bytes), handle)
+
+    def attach_shared_host(self, handle: str, num_bytes: int) -> torch.Tensor:
+        """As `attach_arena`, of what `allocate_shared_host` has made.
+
+        Raises:
+            RuntimeError: if it is gone, or not of that size.
+        """
+        # torch would make a missing file and lengthen a short one.
+        try:
+            there = os.stat(handle).st_size
+        except OSError as error:
+            raise RuntimeError(f"the shared memory {handle} is gone: {error.strerror}") from None
+        if there != num_bytes:
+            raise RuntimeError(f"the shared memory {handle} has {there} bytes, not {num_bytes}")
+        return torch.from_file(handle, shared=True, size=num_bytes, dtype=torch.uint8)
 
     @abstractmethod
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:

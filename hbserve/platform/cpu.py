@@ -30,7 +30,6 @@ class CpuPlatform(Platform):
         self.device = torch.device("cpu")
         self.num_threads = num_threads
         self._niceness = niceness
-        self._shared: list[int] = []
 
     def activate(self) -> None:
         torch.set_num_threads(self.num_threads)
@@ -54,27 +53,10 @@ class CpuPlatform(Platform):
         return f"cpu ({self.num_threads} thread{'s' * (self.num_threads > 1)})"
 
     def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
-        # A file without a name: others open it through this process' descriptor, and the kernel
-        # frees it with the last process that has it mapped.
-        descriptor = os.memfd_create("hbserve-arena")
-        try:
-            os.posix_fallocate(descriptor, 0, num_bytes)  # all of it now, or an error here and not a SIGBUS later
-        except OSError as error:
-            os.close(descriptor)
-            raise RuntimeError(f"cannot reserve {num_bytes} bytes of shared memory: {error.strerror}") from None
-        self._shared.append(descriptor)
-        handle = f"/proc/{os.getpid()}/fd/{descriptor}"
-        return SharedArena(self.attach_arena(handle, num_bytes), handle)
+        return self.allocate_shared_host(num_bytes)
 
     def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
-        # torch would make a missing file and lengthen a short one.
-        try:
-            there = os.stat(handle).st_size
-        except OSError as error:
-            raise RuntimeError(f"the shared memory {handle} is gone: {error.strerror}") from None
-        if there != num_bytes:
-            raise RuntimeError(f"the shared memory {handle} has {there} bytes, not {num_bytes}")
-        return torch.from_file(handle, shared=True, size=num_bytes, dtype=torch.uint8)
+        return self.attach_shared_host(handle, num_bytes)
 
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
         return RemoteHostArena(self.attach_arena(handle, num_bytes))

@@ -80,6 +80,7 @@ class Rotation:
         with workforce.changed:
             if workforce.is_serving():
                 workforce.replace_lost()
+        workforce.discard()  # what was to replace a worker of the old split that was lost meanwhile
 
     def _switch(self, phase: InstanceRole, allocation: SMAllocation) -> None:
         """Name a phase's new workers to the scheduler and let the old ones drain."""

@@ -123,7 +123,7 @@ class WorkerSet:
             self._sleepers.append(self._new_process(are_awaited))
 
     def _new_process(self, is_awaited: bool) -> ManagedProcess:
-        how = Sleep(model=self._config.model.path, on_gpu=self._on_gpu, yields=not is_awaited)
+        how = Sleep(model=None, on_gpu=self._on_gpu, yields=not is_awaited)
         orders = {
             "config": msgspec.to_builtins(self._config),
             "name": f"{self._instance.instance_id}-sleeper",

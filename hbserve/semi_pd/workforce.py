@@ -167,7 +167,7 @@ class Workforce:
                 raise StartupError(f"{late} not ready in time")
 
     def discard(self) -> None:
-        """End what was prepared in vain."""
+        """End what was prepared in vain, of a split that is not in force."""
         with self.changed:
             assert self.workers is not None
             wanted = self.rungs(self.allocation)
