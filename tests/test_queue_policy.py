@@ -82,6 +82,7 @@ def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.1))
     assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
     assert not slo.key(long, 100, 6.1)[0], "half is done: it can be there at 7.1"
+    assert [slo.leaves(sequence, 4.0) for sequence in requests] == [False, False, False, True, False]
 
 
 def test_no_order_keeps_more_deadlines() -> None:

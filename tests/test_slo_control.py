@@ -354,6 +354,10 @@ def test_decode_gets_its_steps_in_runs_and_no_more() -> None:
     assert not turns.update(now)
     assert turns.update(now + 0.02, 0.01)  # a request needs a token sooner
     assert not turns.is_overdue
+    assert turns.is_behind
+    turns.stepped()
+    turns.stepped()
+    assert not turns.is_behind  # what comes next is planned when these have ended
     assert turns.update(now + 1.0)
     assert turns.is_overdue
 

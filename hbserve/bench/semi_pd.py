@@ -340,9 +340,12 @@ class _Benchmark:
         else:
             name = "fault of the GPU"
             variables = {key: value for key, value in status["mps"].items() if key != "is_ours"}
-            if (await asyncio.to_thread(gpu_fault.fault, variables)).returncode == 0:
+            fault = await asyncio.to_thread(gpu_fault.fault, variables)
+            if fault.returncode == 0:
                 raise RequestFailedError("the kernel that was to fail did not")
             started = time.monotonic()
+            told = [line for line in fault.stderr.decode(errors="replace").splitlines() if "CUDA" in line]
+            self._put(f"{name}: what the one who made it was told", told[:1])
             await until(lambda: manager.get_status()["statistics"]["recoveries"] > 0)
         await self._resumption(name, started, load, manager)
 

@@ -84,6 +84,8 @@ def _merge_systems(parts: list[SystemMetrics]) -> SystemMetrics | None:
         prefill_queue_length=sum(part.prefill_queue_length for part in parts),
         prefill_queue_tokens=sum(part.prefill_queue_tokens for part in parts),
         oldest_wait_s=max(part.oldest_wait_s for part in parts),
+        late_requests=sum(part.late_requests for part in parts),
+        late_tokens=sum(part.late_tokens for part in parts),
         decode_queue_length=sum(part.decode_queue_length for part in parts),
         running_prefill=sum(part.running_prefill for part in parts),
         running_decode=sum(part.running_decode for part in parts),

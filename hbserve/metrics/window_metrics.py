@@ -17,6 +17,8 @@ class SystemMetrics:
         prefill_queue_length: requests that wait for a seat.
         prefill_queue_tokens: tokens of theirs that must be computed.
         oldest_wait_s: how long the oldest of them has waited.
+        late_requests, late_tokens: of these, what has missed its TTFT target and is left to wait for the others'
+            sake: with policy ``slo_aware``.
         decode_queue_length: requests whose KV is on its way to where they decode.
         running_prefill, running_decode: requests in these phases.
         kv_usage: share of the KV blocks that are held, in [0, 1], of the fullest pool.
@@ -26,6 +28,8 @@ class SystemMetrics:
     prefill_queue_length: int = 0
     prefill_queue_tokens: int = 0
     oldest_wait_s: float = 0.0
+    late_requests: int = 0
+    late_tokens: int = 0
     decode_queue_length: int = 0
     running_prefill: int = 0
     running_decode: int = 0

@@ -203,13 +203,11 @@ class CpuScheduler:
                 worker.is_introduced = True
         for worker, phases in instance.choose_workers().items():
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
-            if instance.takes_turns(phases):
-                depth = 1  # one that is in flight early could not wait
-                if not instance.decode_has_turn():
-                    continue
+            if instance.takes_turns(phases) and not instance.decode_has_turn():
+                continue
             ahead = instance.steps_ahead(worker)
             timings = {worker.timing, *(other.timing for other, _ in ahead)}
-            while len(worker.inflight) + len(ahead) < depth:
+            while len(worker.inflight) + len(ahead) < instance.most_in_flight(phases, depth):
                 if (wait_s := max(timing.wait_s(time.monotonic()) for timing in timings)) > 0:
                     soonest_s = min(soonest_s, wait_s)
                     break

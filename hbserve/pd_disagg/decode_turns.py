@@ -31,11 +31,13 @@ class DecodeTurns:
     def __init__(self, interval_s: float) -> None:
         self._usual_s = self._interval_s = interval_s
         self._due = 0.0  # when the next decode step should begin
+        self._owed = 0.0
         self.is_open = self.is_overdue = False
 
     def rest(self, now: float) -> None:
         """Not both phases are busy."""
         self.is_open = self.is_overdue = False
+        self._owed = 0.0
         self._due = min(max(self._due, now), now + _PATIENCE * self._interval_s)
 
     def update(self, now: float, needed_s: float | None = None) -> bool:
@@ -45,12 +47,18 @@ class DecodeTurns:
             needed_s: an interval that sequences in the batch need, where it is shorter than the usual one.
         """
         self._interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
-        owed = min((now - self._due) / self._interval_s, _FORGIVEN)
+        self._owed = owed = min((now - self._due) / self._interval_s, _FORGIVEN)
         self._due = now - owed * self._interval_s
         self.is_overdue = owed == _FORGIVEN
         self.is_open = owed > -_PATIENCE if self.is_open else owed >= _PATIENCE
         return self.is_open
 
+    @property
+    def is_behind(self) -> bool:
+        """A step is owed even after those that have begun, so that the next one need not wait to see how they end."""
+        return self._owed > 0
+
     def stepped(self) -> None:
         """A decode step begins beside a prefill step."""
         self._due += self._interval_s
+        self._owed -= 1

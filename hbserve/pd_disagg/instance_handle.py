@@ -242,6 +242,10 @@ class InstanceHandle:
             return self.turns.is_open
         return steps[0].beside_decode or self.turns.is_overdue
 
+    def most_in_flight(self, phases: set[InstanceRole], depth: int) -> int:
+        """Steps of a worker; one in decode's turns, since what is in flight cannot wait, unless decode is behind."""
+        return 1 if self.takes_turns(phases) and self.turns is not None and not self.turns.is_behind else depth
+
     def note_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
         """A step has been planned; the turns of decode count it."""
         if self.turns is None:

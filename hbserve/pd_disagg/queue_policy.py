@@ -76,6 +76,10 @@ class QueuePolicy:
         """
         return False, sequence.rank
 
+    def leaves(self, sequence: Prompt, now: float) -> bool:
+        """Whether a sequence has missed its target, and others do not wait for it."""
+        return False
+
 
 class ShortestPromptFirst(QueuePolicy):
     """Fewest tokens first; every second of waiting makes a prompt seem so many tokens shorter.
@@ -148,6 +152,11 @@ class SloAware(QueuePolicy):
         group, deadline, _ = sequence.rank
         seconds = DOUBT * self._prefill_s(max(0, len(sequence.tokens) - num_computed)) + _STEPS_WAITED * self._step_s()
         return group == _NEW and now + seconds > deadline, sequence.rank
+
+    def leaves(self, sequence: Prompt, now: float) -> bool:
+        """See `QueuePolicy.leaves`."""
+        group, deadline, _ = sequence.rank
+        return group == _NEW and now > deadline
 
 
 def make_policy(config: SchedulerConfig, prefill_s: Callable[[int], float], step_s: Callable[[], float]) -> QueuePolicy:

@@ -12,6 +12,7 @@ from hbserve.metrics.histogram import BATCHES, E2E_S, LENGTHS, TOKEN_S, TTFT_S, 
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.pd_disagg.queue_policy import QueuePolicy
 from hbserve.pd_disagg.sequence import Phase, Sequence
 
 if TYPE_CHECKING:
@@ -160,8 +161,12 @@ class SchedulerMetrics:
 
     # --- the whole -------------------------------------------------------------------------------
 
-    def observe_system(self, waiting: list[Sequence], instances: Iterable[InstanceHandle]) -> None:
-        """The state of queues and pools now."""
+    def observe_system(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], policy: QueuePolicy) -> None:
+        """The state of queues and pools now.
+
+        Args:
+            policy: of the waiting ones' order.
+        """
         now = self.collector.clock()
         phases: Counter[Phase] = Counter()
         kv_usage = 0.0
@@ -170,9 +175,12 @@ class SchedulerMetrics:
             phases[Phase.TRANSFERRING] += sum(s.phase is Phase.TRANSFERRING for s in instance.reserved)
             if instance.ready:
                 kv_usage = max(kv_usage, 1 - instance.pool.num_free_blocks / instance.pool.total_blocks)
+        late = [sequence for sequence in waiting if policy.leaves(sequence, now)]
         self.collector.record_system_metrics(
             SystemMetrics(
                 timestamp=now,
+                late_requests=len(late),
+                late_tokens=sum(len(sequence.tokens) for sequence in late),
                 prefill_queue_length=len(waiting),
                 prefill_queue_tokens=sum(len(sequence.tokens) for sequence in waiting),
                 oldest_wait_s=max((now - sequence.arrival_time for sequence in waiting), default=0.0),

@@ -47,7 +47,7 @@ class SystemStats:
 
     def observe(self) -> None:
         """Have the metrics know the queues and pools as they are now."""
-        self._metrics.observe_system(self._requests.waiting, self._instances.values())
+        self._metrics.observe_system(self._requests.waiting, self._instances.values(), self._requests.policy)
 
     def collect(self, recent: bool) -> dict[str, Any]:
         """Snapshot of everything.

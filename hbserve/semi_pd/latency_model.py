@@ -236,7 +236,7 @@ class LatencyModel:
             slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))), step_tokens)
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
             step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
-            if self._decode_interval_ms:
+            if step_ms < self._decode_interval_ms:
                 step_ms += _ROUND_TRIP_MS  # whether it is decode's turn is known only when the step before has ended
             shared_ms = max(step_ms, self._decode_interval_ms)
             beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step

@@ -35,7 +35,7 @@ def window_of(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Window
             prompt_tokens_squared=_mean_square(prompt) * (1 - hit_rate) ** 2,
             context_tokens=prompt.mean * hit_rate,
             output_tokens=_output_tokens(metrics),
-            backlog_tokens=float(system.prefill_queue_tokens) if system else 0.0,
+            backlog_tokens=float(max(0, system.prefill_queue_tokens - system.late_tokens)) if system else 0.0,
             running=float(system.running_decode) if system else metrics.decode.batch_size,
             tpot_spread=spread,
         ),
@@ -45,13 +45,22 @@ def window_of(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Window
 
 
 def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Observed | None:
-    ttft = metrics.ttft
+    ttft, target_ms = metrics.ttft, constraints.ttft_target_ms
     oldest_ms = 1000 * metrics.system.oldest_wait_s if metrics.system else 0.0
     if ttft.count < _MIN_SAMPLES:
-        late = oldest_ms > constraints.ttft_target_ms
-        return Observed(1, oldest_ms, oldest_ms) if late else None
-    percentile = ttft.percentile(constraints.ttft_percentile)
-    return Observed(ttft.count, ttft.mean, max(percentile, oldest_ms))
+        return Observed(1, oldest_ms, oldest_ms) if oldest_ms > target_ms else None
+    # Where those that are late are left to wait, how long does not matter, only how many; of one window's time.
+    window_ms = 1000 * (metrics.window_end_time - metrics.window_start_time)
+    late = metrics.system.late_requests if metrics.system else 0
+    if late:
+        newly_late = math.ceil(late * min(1.0, window_ms / max(oldest_ms, 1.0)))
+        percentile = Distribution.merged([ttft, Distribution((oldest_ms,), (newly_late,))]).percentile(
+            constraints.ttft_percentile
+        )
+    else:
+        percentile = max(ttft.percentile(constraints.ttft_percentile), oldest_ms)
+    mean = sum(min(value, 2 * target_ms) * weight for value, weight in zip(ttft.values, ttft.weights, strict=True))
+    return Observed(ttft.count, mean / ttft.count, percentile)
 
 
 def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float) -> Observed | None:

@@ -309,10 +309,14 @@ class DecodePhase:
             done = int(self.burst.done_s / self._step_s + 1e-9)
             self.burst.shorten(min(self.burst.total_s, (done + 1) * self._step_s))
 
-    def start(self, percentage: int, most_steps: int = _LONGEST_BURST) -> None:
-        """Begin a run of steps, at most so many, on so much of the device."""
-        # The plan for another worker, or of a step that has waited for its turn, waits for the end of the step before.
-        is_late = self._last_end == self._clock.now and (percentage != self.percentage or most_steps == 1)
+    def start(self, percentage: int, most_steps: int = _LONGEST_BURST, waits: bool = False) -> None:
+        """Begin a run of steps, at most so many, on so much of the device.
+
+        Args:
+            waits: it could be planned only when the step before had ended.
+        """
+        # So it is with the plan for another worker.
+        is_late = self._last_end == self._clock.now and (percentage != self.percentage or waits)
         self.percentage = percentage
         for request, left in self._joining:
             self._count += 1

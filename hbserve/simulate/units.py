@@ -126,13 +126,17 @@ class Unit(ABC):
 
     def record_state(self) -> None:
         """Report queues and memory to the metrics; done before they are read."""
-        oldest = min((request.arrival for request in self._without_token()), default=self.clock.now)
+        without_token = self._without_token()
+        oldest = min((request.arrival for request in without_token), default=self.clock.now)
+        late = [request for request in without_token if self._policy.leaves(request, self.clock.now)]
         self.metrics.record_system_metrics(
             SystemMetrics(
                 timestamp=self.clock.now,
                 prefill_queue_length=len(self.waiting),
                 prefill_queue_tokens=self.load_tokens,
                 oldest_wait_s=self.clock.now - oldest,
+                late_requests=len(late),
+                late_tokens=sum(request.prompt_tokens - request.computed_tokens for request in late),
                 running_decode=self.num_decoding,
                 kv_usage=min(1.0, self._kv_tokens / (self._num_pools * self.sizes.kv_tokens)),
             )
@@ -290,8 +294,9 @@ class SemiPDUnit(_PhasedUnit):
             self.decode.start(share)
         elif decodes and self._beside:
             assert self._turns is not None
+            waits = not self._turns.is_behind
             self._turns.stepped()
-            self.decode.start(share, 1)
+            self.decode.start(share, 1, waits)
         self._admit()
         self.prefill.plan_ahead((self.allocation if shares_next else alone).prefill_percentage)
         self._set_speeds()
