@@ -29,6 +29,8 @@ def from_dict(document: Any, base_dir: Path | None) -> Config:
         config = msgspec.convert(document, Config)
     except msgspec.ValidationError as error:
         raise _from_msgspec(error) from None
+    except UnicodeEncodeError as error:
+        raise _error("", f"a value holds a lone surrogate, which is no character: {error.object!a}") from None
     return _complete(config, base_dir)
 
 
@@ -162,14 +164,14 @@ def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
     if base_dir is not None and not expanded.is_absolute():
         candidates += [base_dir / expanded, base_dir.parent / expanded]
     for candidate in candidates:
-        if candidate.is_dir():
+        if os.path.isdir(candidate):  # unlike Path's own, False for what cannot be a name
             return str(candidate.resolve())
     raise _error(key, f"there is no folder {path!r} (looked at {', '.join(str(c) for c in candidates)})")
 
 
 def _find_key_file(path: str, base_dir: Path | None) -> str:
     for candidate in (Path(path).expanduser(), (base_dir or Path()) / path):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return str(candidate.resolve())
     raise _error("rpc.key_file", f"there is no file {path!r}; make one with python -m hbserve.cluster_key")
 

@@ -41,6 +41,7 @@ def main() -> int:
     """Run the demonstration; returns the exit code."""
     config = "pd_disagg.yaml" if count_gpus() >= 2 else "pd_disagg_cpu.yaml"
     command = [sys.executable, "scripts/start_pd_disagg.py", "--config", f"configs/{config}", "--port", "0"]
+    command += ["--log-level", "WARNING"]  # its line for each request would stand in the midst of the answers
     print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

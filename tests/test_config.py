@@ -124,6 +124,10 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
         Config.load(write(tmp_path, "- 1\n"))
     with pytest.raises(ConfigError, match="holds itself"):
         Config.load(write(tmp_path, "model: &model [*model]\n"))
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        Config.load(write(tmp_path, 'mode: "\\ud83d"\n'))
+    with pytest.raises(ConfigError, match=r"model\.path: there is no folder"):
+        Config.load(write(tmp_path, f"model: {{path: {'a' * 5000}}}\n"))
 
 
 def test_the_flat_configuration_can_change_until_it_is_frozen(tmp_path: Path) -> None:

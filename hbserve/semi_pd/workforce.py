@@ -175,7 +175,10 @@ class Workforce:
             unused = [w for w in self.workers.workers.values() if w.state in unserving and w.rung not in wanted]
             for worker in unused:
                 worker.state = WorkerState.RETIRING
+            is_lost = self.memory_lost is not None
         for worker in unused:
+            worker.process.terminate()
+        for worker in () if is_lost else unused:  # a recovery ends all workers, and waits for none
             worker.process.end(_GRACE_S)
 
     # --- serving; with the lock held -------------------------------------------------------------
