@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hbserve.errors import ConfigError
+from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns
 from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom
 from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
@@ -19,6 +21,7 @@ from hbserve.semi_pd.builtin_profile import H200_8B
 from hbserve.semi_pd.latency_model import LatencyModel, Observed, Workload
 from hbserve.semi_pd.least_squares import PriorLeastSquares
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
+from hbserve.semi_pd.slo_window import window_of
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.split_policy import SplitPolicy, Warm, Window
 from hbserve.semi_pd.step_profile import PrefillPoint, StepProfile
@@ -332,6 +335,36 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
             decoded += 1
         now += seconds(StepWork(rows, 0.0, tokens, tokens * (start + tokens / 2)))
     assert now <= (decoded + 18) * interval_s
+
+
+def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
+    clock = SimulatedClock()
+    collector = SemiPDMetricsCollector(20.0, 64, clock)
+    for number in range(9):
+        collector.record_request_arrival(str(number), 100)
+    clock.run(0.1)
+    for number in range(9):
+        collector.record_first_token(str(number))
+    clock.run(10.0)
+    slo = SLOConstraints(ttft_target_ms=500, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
+    seen = {}
+    for late in (0, 1, 2):
+        collector.record_system_metrics(
+            SystemMetrics(
+                timestamp=clock.now,
+                prefill_queue_length=3,
+                prefill_queue_tokens=700,
+                oldest_wait_s=9.0,
+                late_requests=late,
+                late_tokens=250 * late,
+            )
+        )
+        window = window_of(collector.get_current_window_metrics(), slo)
+        assert window.ttft is not None
+        seen[late] = window.ttft.percentile_ms, window.workload.backlog_tokens
+    assert seen[0] == (pytest.approx(9000), 700)  # in order, everybody waits for the oldest
+    assert seen[1] == (pytest.approx(100), 450)  # one of ten may be late
+    assert seen[2] == (pytest.approx(9000), 200)
 
 
 # --- turns ---------------------------------------------------------------------------------------

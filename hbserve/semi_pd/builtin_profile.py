@@ -1,8 +1,8 @@
 """The profile that stands in until there is one of the model and device at hand.
 
 Qwen3-8B's shape (36 layers, hidden 4096, GQA 32/8) on one NVIDIA H200, driver 580, CUDA 13.0, torch 2.11,
-FlashInfer 0.6.6, shares as `hbserve.platform` makes them, prefill at the lower client priority: some of the
-points of docs/results/profile_qwen3_8b_h200.json.
+FlashInfer 0.6.6, shares as `hbserve.platform` makes them, prefill at the lower client priority: points of two runs
+of `python -m hbserve.profile`, those with short prompts side by side of docs/results/profile_qwen3_8b_h200.json.
 """
 
 from __future__ import annotations
@@ -38,17 +38,42 @@ _TOGETHER_192 = {
     (60, 40): (77.3, 31.5),
     (40, 100): (96.6, 18.2),
 }
+# The same beside steps of 512 prompt tokens, which lose far more.
+_SHORT_64 = {
+    (100, 100): (20.8, 14.3),
+    (100, 60): (19.0, 18.5),
+    (100, 40): (18.6, 20.3),
+    (80, 100): (30.9, 10.2),
+    (80, 60): (25.2, 12.9),
+    (80, 40): (22.4, 15.3),
+    (60, 100): (35.5, 9.6),
+    (60, 60): (26.4, 11.7),
+    (60, 40): (23.6, 13.6),
+    (40, 100): (44.6, 9.1),
+}
+_SHORT_192 = {
+    (100, 100): (31.7, 20.8),
+    (100, 60): (23.0, 31.8),
+    (100, 40): (21.7, 36.0),
+    (80, 100): (41.0, 18.6),
+    (80, 60): (27.0, 27.0),
+    (80, 40): (23.7, 32.3),
+    (60, 100): (45.3, 16.7),
+    (60, 60): (28.5, 24.4),
+    (60, 40): (24.5, 30.4),
+    (40, 100): (51.5, 16.2),
+}
 _MIXED_64 = {128: 9.5, 512: 19.9, 2048: 55.6}
 _MIXED_192 = {128: 17.0, 512: 24.5, 2048: 62.5}
 
 
-def _together(table: dict[tuple[int, int], tuple[float, float]], batch: int) -> list[TogetherPoint]:
+def _together(table: dict[tuple[int, int], tuple[float, float]], batch: int, tokens: int = 2048) -> list[TogetherPoint]:
     return [
         TogetherPoint(
             prefill_percentage=prefill,
             decode_percentage=decode,
             priority=True,
-            tokens=2048,
+            tokens=tokens,
             batch=batch,
             context=1024,
             prefill_ms=prefill_ms,
@@ -81,7 +106,12 @@ H200_8B = StepProfile(
         *_decode(_DECODE_64_MS, 64),
         *_decode(_DECODE_192_MS, 192),
     ),
-    together=(*_together(_TOGETHER_64, 64), *_together(_TOGETHER_192, 192)),
+    together=(
+        *_together(_TOGETHER_64, 64),
+        *_together(_TOGETHER_192, 192),
+        *_together(_SHORT_64, 64, 512),
+        *_together(_SHORT_192, 192, 512),
+    ),
     mixed=(
         *(MixedPoint(chunk=chunk, batch=64, context=1024, ms=ms) for chunk, ms in _MIXED_64.items()),
         *(MixedPoint(chunk=chunk, batch=192, context=1024, ms=ms) for chunk, ms in _MIXED_192.items()),

@@ -172,10 +172,6 @@ class LatencyModel:
                 terms[prefix + name] = float(fit.coefficients[1])
         return terms
 
-    def extrapolates(self, workload: Workload) -> bool:
-        """Whether prompts are shorter than any that the profile has beside decode."""
-        return workload.prompt_tokens < self.steps.shortest_together
-
     # --- prediction ------------------------------------------------------------------------------
 
     def predict(self, workload: Workload, allocation: SMAllocation) -> Prediction:

@@ -166,8 +166,7 @@ class SplitPolicy:
             self._wanted = None
             return stay("the current split is the best", **numbers)
         changes_kind = best.mixed is not current.mixed
-        is_guess = changes_kind and self.model.extrapolates(workload)
-        why = self._why_move(predicted, predictions[best], violations, best.mixed, is_guess)
+        why = self._why_move(predicted, predictions[best], violations, best.mixed, changes_kind)
         if why is None:
             self._wanted = None
             return stay("too little to gain", **numbers)
@@ -266,20 +265,20 @@ class SplitPolicy:
         return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
 
     def _why_move(
-        self, predicted: Prediction, best: Prediction, violations: dict[str, float], to_mix: bool, is_guess: bool
+        self, predicted: Prediction, best: Prediction, violations: dict[str, float], to_mix: bool, changes_kind: bool
     ) -> str | None:
         """Why it is worth it to move; None if it is not.
 
         Args:
             to_mix: the move is to one worker of both phases, or there is none.
-            is_guess: of a change between that and side by side, if prompts are shorter than any that were measured side
-                by side. How these do is then known badly beforehand, so that what was seen of them counts, too.
+            changes_kind: it is between that and side by side. Errors of two models do not cancel as those of two splits
+                do: such a move must gain twice as much, and what was seen of splits counts, too.
         """
         value = self._value(predicted)
-        gain = self._value(best) - (min(value, self._value_seen(violations)) if to_mix and is_guess else value)
-        if gain >= self.bounds.hysteresis * (1 + is_guess):
+        gain = self._value(best) - (min(value, self._value_seen(violations)) if to_mix and changes_kind else value)
+        if gain >= self.bounds.hysteresis * (1 + changes_kind):
             return f"gains {gain:.2f}"
-        if is_guess:
+        if changes_kind:
             return None
         if not self._rank(predicted, True)[0] and self._rank(best, False)[0]:
             return "holds both targets again"

@@ -90,11 +90,6 @@ class StepTimes:
             slowdowns.setdefault(point.tokens, []).append((point, *logs))
         return slowdowns
 
-    @property
-    def shortest_together(self) -> int:
-        """Prompt tokens in the smallest steps that were measured side by side."""
-        return min(self._slowdowns)
-
     def slowdown(self, allocation: SMAllocation, batch_octave: int, tokens: float) -> Slowdown:
         """While both phases run, with ``2 ** batch_octave`` sequences decoding and so many prompt tokens in a step."""
         sizes = sorted(self._slowdowns)

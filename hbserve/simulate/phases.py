@@ -207,7 +207,7 @@ class PrefillPhase:
         self.percentage = 100
         self.step: Progress | None = None
         self.chunks: Chunks | None = None
-        self._ahead = PlanAhead(clock, idle)
+        self._plans: dict[int, PlanAhead] = {}  # of the worker at each percentage
         self._last_end = float("-inf")
         self.busy_s = 0.0
         self.last_busy_s = 0.0
@@ -221,6 +221,11 @@ class PrefillPhase:
         seconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage) / 1000
         # Another worker can begin only when the one before has ended, and its plan is on the way then.
         self.step = Progress(self._clock, seconds + changes * PLANS_WAY_S, self._done)
+
+    @property
+    def _ahead(self) -> PlanAhead:
+        """Each worker's steps are timed by themselves."""
+        return self._plans.setdefault(self.percentage, PlanAhead(self._clock, self._idle))
 
     @property
     def has_planned(self) -> bool:
