@@ -52,7 +52,7 @@ def system(model_path: str, backend: str, heartbeat_timeout_s: float) -> Disaggr
         enable_prefix_caching=False,  # or what has been sent once is not sent again
         gpu_instances=[each | {"tensor_parallel_size": sizes.get(each["instance_id"], 1)} for each in INSTANCES],
         kv_transfer_backend=backend,
-        kv_layer_group_bytes=1 << 14,
+        kv_layer_group_bytes=1 << 12,
         kv_timeout_s=5.0,
         heartbeat_timeout_s=heartbeat_timeout_s,
         log_level="ERROR",

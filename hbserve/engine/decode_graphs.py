@@ -277,11 +277,8 @@ class DecodeGraphs:
 
 
 def ladder(max_rows: int) -> list[int]:
-    """Batch sizes to capture: dense where padding would cost most, up to ``max_rows``.
-
-    None between 32 and 64: matrix products of 40 rows take longer there than those of 64 (docs/benchmarks.md).
-    """
-    sizes = [1, 2, 4, *range(8, 33, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
+    """Batch sizes to capture: dense where padding would cost most, up to ``max_rows``."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 

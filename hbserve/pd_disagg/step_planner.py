@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
@@ -19,6 +20,7 @@ from hbserve.pd_disagg.waiting_queue import prefill_budget
 from hbserve.pd_disagg.worker_handle import InflightRow, InflightStep, WorkerHandle
 
 _MOST_LAYER_GROUPS = 4
+"""Of all last chunks of a step."""
 
 
 class StepPlanner:
@@ -77,6 +79,7 @@ class StepPlanner:
             self._plan_prefill(step, sequence, seat, chunk)
         if not step.rows:
             return False
+        self._open_transfers(step)
         if room is not None:
             instance.mixed_steps.decoded(time.monotonic(), bool(step.prefill_rows))
         self._send(instance, worker, step, worker.role)
@@ -179,20 +182,27 @@ class StepPlanner:
         block_size = seat.pool.block_size
         end_block = -(-end // block_size) if last else end // block_size
         if end_block > sequence.num_blocks_dispatched:
-            first_block = sequence.num_blocks_dispatched
-            groups = self._layer_groups(seat, end_block - first_block) if last else 1
-            for index in range(groups):
-                layers = LayerGroup(index=index, count=groups)
-                step.sends.append(self._transfers.open(sequence, seat, target, first_block, end_block, layers))
+            step.leaving.append(_Leaving(sequence, seat, target, sequence.num_blocks_dispatched, end_block, last))
             sequence.num_blocks_dispatched = end_block
 
-    def _layer_groups(self, seat: Seat, num_blocks: int) -> int:
-        """In how many equal ones blocks leave that somebody waits for: each is a transfer, which has its price."""
-        hello = seat.worker.hello
+    def _open_transfers(self, step: _StepBuilder) -> None:
+        num_last = sum(each.is_last for each in step.leaving)
+        for each in step.leaving:
+            # Of one prompt's last chunk somebody waits for every millisecond; of many at once, for all of them.
+            groups = self._layer_groups(each, _MOST_LAYER_GROUPS // num_last) if each.is_last else 1
+            for index in range(groups):
+                layers = LayerGroup(index=index, count=groups)
+                blocks = each.first_block, each.end_block
+                step.sends.append(self._transfers.open(each.sequence, each.seat, each.target, *blocks, layers))
+
+    def _layer_groups(self, leaving: _Leaving, most: int) -> int:
+        """In how many equal ones blocks leave: each is a transfer, which has its price."""
+        hello = leaving.seat.worker.hello
         assert hello is not None
         if not self._layer_group_bytes:
             return 1
-        most = min(_MOST_LAYER_GROUPS, num_blocks * hello.block_bytes // self._layer_group_bytes)
+        num_bytes = (leaving.end_block - leaving.first_block) * hello.block_bytes
+        most = min(most, num_bytes // self._layer_group_bytes)
         return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
@@ -209,6 +219,22 @@ class StepPlanner:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """Blocks of a prompt that are final after a step, and where they go.
+
+    Attributes:
+        is_last: the prompt is done then.
+    """
+
+    sequence: Sequence
+    seat: Seat
+    target: Seat
+    first_block: int
+    end_block: int
+    is_last: bool
+
+
 class _StepBuilder:
     """A step in the making: what is sent, and what is remembered until it is confirmed."""
 
@@ -216,6 +242,7 @@ class _StepBuilder:
         self._worker = worker
         self.rows: list[PlanRow] = []
         self.new_sequences: list[SequenceState] = []
+        self.leaving: list[_Leaving] = []
         self.sends: list[SendBlocks] = []
         self.inflight: list[InflightRow] = []
         self.num_tokens = 0
