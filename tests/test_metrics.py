@@ -172,6 +172,8 @@ def test_steps_add_up_per_phase(clock: Clock) -> None:
     collector.record_token_gap(0.010, 7)
     collector.record_token_gap(0.030, 3)
     clock.now += 1.0
+    with pytest.raises(TypeError, match="SystemMetrics, got NoneType"):
+        collector.record_system_metrics(None)  # type: ignore[arg-type]
     collector.record_system_metrics(SystemMetrics(timestamp=clock.now, prefill_queue_length=3))
     metrics = collector.get_current_window_metrics()
     assert metrics.duration_s == 2.0

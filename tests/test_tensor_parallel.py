@@ -6,8 +6,10 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.engine.model_runner import ModelRunner, PendingStep
+from hbserve.engine.process_group import join_group
 from hbserve.errors import ConfigError, KVTransferError, StartupError
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepPlan
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
 from hbserve.pd_disagg.kv_transfer.joint_results import JointResults
+from hbserve.platform import make_platform
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from tests.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
 from tests.model_zoo import save_model
@@ -379,6 +383,24 @@ def test_a_transfer_is_over_when_it_is_over_on_every_rank() -> None:
         ("good", 30, None),
     ]
     assert cancelled == ["bad"]
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (3, 4)])
+def test_what_ranks_gather_has_contiguous_rows_in_their_order(shape: tuple[int, int]) -> None:
+    """Kernels read it as such; of one column of each rank torch would make a strided view."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    mine = [torch.randn(shape) for _ in range(2)]
+
+    def gather(rank: int) -> torch.Tensor:
+        platform = make_platform("cpu", 0, 1, 1, rank, 2)
+        group = join_group(platform, rank, 2, port, listener.detach() if rank == 0 else None, 30)
+        return group.gather(mine[rank])
+
+    with ThreadPoolExecutor(2) as pool:
+        for gathered in pool.map(gather, range(2), timeout=60):
+            assert gathered.is_contiguous()
+            assert torch.equal(gathered, torch.cat(mine, dim=1))
 
 
 # --- on GPUs -------------------------------------------------------------------------------------

@@ -185,7 +185,13 @@ class SemiPDMetricsCollector:
         counts["busy/" + worker] += busy_s
 
     def record_system_metrics(self, system: SystemMetrics) -> None:
-        """The state of queues and memory."""
+        """The state of queues and memory.
+
+        Raises:
+            TypeError: if it is something else.
+        """
+        if not isinstance(system, SystemMetrics):
+            raise TypeError(f"system metrics must be a SystemMetrics, got {type(system).__name__}")
         self.system_metrics = system
 
     # --- what is left out ------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 from torch._C import _distributed_c10d
 
 _MAX_BYTES = 8 << 20
-"""Beyond it, the link's rate decides, and NCCL uses it as well."""
+"""Set aside on each GPU. What is larger was not measured, and is summed by NCCL."""
 _ALIGNMENT_BYTES = 16
 _DTYPES = (torch.bfloat16, torch.float32)
 _operators: Any = torch.ops.symm_mem

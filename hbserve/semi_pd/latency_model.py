@@ -32,7 +32,6 @@ from hbserve.semi_pd.least_squares import PriorLeastSquares
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
 
-_NORMAL = NormalDist()
 _MEMORY = 0.9  # of an observation at the next one
 _HORIZON_S = 10.0  # a backlog counts by what it adds to the requests of the next seconds
 _TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any is seen
