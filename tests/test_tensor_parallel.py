@@ -154,6 +154,7 @@ def test_prefill_and_decode_may_have_different_numbers_of_ranks(
     settings["kv_layer_group_bytes"] = 1 << 12
     with LLM(untied_model[0], mode="disaggregated", **settings) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert_no_leaks(llm)  # by then the senders have reported their last transfers
         (of_many,) = llm.get_system_stats()["kv_transfer"]["links"].values()
         prompts.append(random_prompt(90, seed=90))
         outputs += llm.generate(prompts[-1], GREEDY, use_tqdm=False)
