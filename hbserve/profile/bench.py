@@ -165,7 +165,7 @@ class _Bench:
         # Short prompts are slowed down otherwise than long ones: their kernels fill less of the device.
         sizes = (longest, max((t for t in self._plan.prompts if t <= longest // 4), default=longest))
         context = max(c for c in self._plan.contexts if self._fits(1, c))
-        batches = sorted({batch for batch, c in self._decode_sizes() if c == context and batch > 1})[-2:]
+        batches = sorted({batch for batch, c in self._decode_sizes() if c == context and batch > 1})[-3:]
         for prefill_percentage, decode_percentage in self._plan.splits:
             for tokens, batch in itertools.product(sorted(set(sizes), reverse=True), batches):
                 prefill, decode = self._prefill_work(tokens), self._decode_work(batch, context)
