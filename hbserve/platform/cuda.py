@@ -25,14 +25,15 @@ class CudaPlatform(Platform):
 
     Args:
         gpu_id: index among the visible devices.
-        partition: of it.
+        partition: of it; None: no other worker of the instance has it.
     """
 
     name = "cuda"
 
-    def __init__(self, gpu_id: int, partition: Partition) -> None:
+    def __init__(self, gpu_id: int, partition: Partition | None) -> None:
         self.device = torch.device("cuda", gpu_id)
-        self._partition = partition
+        self.is_shared = partition is not None
+        self._partition = partition or Partition()
         self._share: CudaShare | None = None
 
     def activate(self) -> None:
