@@ -168,7 +168,11 @@ class Workforce:
                 raise StartupError(f"{late} not ready in time")
 
     def discard(self) -> None:
-        """End what was prepared in vain, of a split that is not in force."""
+        """End what was prepared in vain, of a split that is not in force.
+
+        Told to end, a worker does so when it has been prepared. On a GPU it has all the time of one that drains: killed
+        with work in flight, it could take every process on the device with it.
+        """
         with self.changed:
             assert self.workers is not None
             wanted = self.rungs(self.allocation)
@@ -176,11 +180,20 @@ class Workforce:
             unused = [w for w in self.workers.workers.values() if w.state in unserving and w.rung not in wanted]
             for worker in unused:
                 worker.state = WorkerState.RETIRING
-            is_lost = self.memory_lost is not None
         for worker in unused:
             worker.process.terminate()
-        for worker in () if is_lost else unused:  # a recovery ends all workers, and waits for none
-            worker.process.end(_GRACE_S)
+
+        def is_over() -> bool:  # a recovery, or the end, ends all workers and waits for none
+            have_ended = all(worker.state is WorkerState.ENDED for worker in unused)
+            return have_ended or self.memory_lost is not None or self.is_told_to_stop
+
+        with self.changed:
+            in_time = self.changed.wait_for(is_over, self._config.semi_pd.drain_timeout_s if self._on_gpu else _GRACE_S)
+            late = [] if in_time else [worker for worker in unused if worker.state is not WorkerState.ENDED]
+        for worker in late:
+            logger.error("%s, prepared in vain, did not end; killing it", worker.spec.worker_id)
+            worker.process.kill()
+            worker.process.join(_GRACE_S)
 
     # --- serving; with the lock held -------------------------------------------------------------
 
