@@ -45,20 +45,20 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     # The summands of this rank are there, as the kernels in front have ended; say so, and wait for the others to.
     for other in tl.static_range(num_ranks):
         if other != rank:
-            theirs = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
-            while tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys") != 0:
+            their_flag = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
+            while tl.atomic_cas(their_flag, 0, 1, sem="release", scope="sys") != 0:
                 pass
     for other in tl.static_range(num_ranks):
         if other != rank:
-            mine = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + program * num_ranks + other
-            while tl.atomic_cas(mine, 1, 0, sem="acquire", scope="sys") != 1:
+            own_flag = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + program * num_ranks + other
+            while tl.atomic_cas(own_flag, 1, 0, sem="acquire", scope="sys") != 1:
                 pass
     for row in range(program, num_rows, tl.num_programs(0)):
         total = tl.zeros((block,), tl.float32)
         for other in tl.static_range(num_ranks):  # in the same order on all ranks, so that all get the same
-            theirs = tl.multiple_of(tl.load(summands + other).to(tl.pointer_type(out.dtype.element_ty)), 16)
+            rows = tl.multiple_of(tl.load(summands + other).to(tl.pointer_type(out.dtype.element_ty)), 16)
             # Not by the first cache, which does not know what others write.
-            part = tl.load(theirs + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
+            part = tl.load(rows + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
             total += part.to(tl.float32)
         values = total.to(out.dtype.element_ty).to(tl.float32)
         values += tl.load(residual + row * size + columns, mask=mask, other=0.0).to(tl.float32)

@@ -21,7 +21,7 @@ from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.resident_group import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.utils import ROLES, share_of
+from hbserve.semi_pd.utils import PHASES, ROLES, share_of
 from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Workforce:
         self._config = config
         self.instance = instance
         self.allocation = allocation
+        self._shares = {phase: share_of(allocation, phase) for phase in PHASES}
         self.residents = ResidentGroup(config, instance, instance.gpu_id, self.note_memory_lost)
         self.changed = threading.Condition(threading.RLock())
         self.state = State.STOPPED
@@ -196,10 +197,14 @@ class Workforce:
 
     # --- serving; with the lock held -------------------------------------------------------------
 
-    def activate(self, phases: Iterable[InstanceRole]) -> None:
-        """Put ready workers of these phases into service, retire those whose rung is no longer wanted."""
+    def activate(self, phases: Iterable[InstanceRole], reason: str = "a change of workers") -> None:
+        """Put ready workers of these phases into service, retire those whose rung is no longer wanted.
+
+        The split's share of a phase is told to the scheduler with its workers.
+        """
         assert self.workers is not None
         chosen, wanted = set(phases), self.rungs(self.allocation)
+        self._shares |= {phase: share_of(self.allocation, phase) for phase in PHASES if phase in chosen}
         for worker in self.workers.workers.values():
             if worker.spec.role not in chosen:
                 continue
@@ -207,7 +212,7 @@ class Workforce:
                 worker.state = WorkerState.ACTIVE
             elif worker.state is WorkerState.ACTIVE and worker.rung not in wanted:
                 worker.state = WorkerState.RETIRING
-        self.publish("a change of workers")
+        self.publish(reason)
         self.changed.notify_all()
 
     def publish(self, reason: str) -> None:
@@ -223,8 +228,8 @@ class Workforce:
                 arena_epoch=0 if is_lost else self.residents.attachments[0]["epoch"],
                 workers=[] if is_lost else active,
                 gone=gone,
-                prefill_percentage=self.allocation.prefill_percentage,
-                decode_percentage=self.allocation.decode_percentage,
+                prefill_percentage=self._shares[InstanceRole.PREFILL],
+                decode_percentage=self._shares[InstanceRole.DECODE],
                 mixed=self.allocation.mixed,
                 reason=reason,
             )
