@@ -2,7 +2,13 @@
 
 Each GPU reads all ranks' summands of a row, its neighbours' through NVLink, so it has the whole sum ("one shot") and
 goes on with the residual and the norm: no sums travel back, and nobody waits at the end. For two ranks that is as much
-to read as to sum half of the rows and to exchange the sums.
+to read as to sum half of the rows and to exchange the sums. Between H200s, in µs, without the products:
+
+    rows of 5120 in bfloat16                       1     16     64    256    512    800
+    two ranks: `PeerSum` and a norm              8.4    9.3   10.4   17.9   28.9   41.4
+    this kernel                                  4.9    5.5    7.0   14.1   22.2   32.3
+    four ranks: `PeerSum` and a norm             8.8   11.9   12.2   22.9   39.5   58.8
+    this kernel                                 10.4   15.5   19.4   57.0   87.9  109.3
 """
 
 from __future__ import annotations
