@@ -143,7 +143,7 @@ def test_logprobs_come_with_the_tokens(llm: LLM, references: list[tuple[list[int
 
 def test_one_token_needs_no_decode(llm: LLM, references: list[tuple[list[int], list[int]]]) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    outputs = llm.generate([prompt for prompt, _ in references], sampling, use_tqdm=False)
+    outputs = llm.generate((prompt for prompt, _ in references), sampling, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == [tokens[:1] for _, tokens in references]
 
 
@@ -164,6 +164,11 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_lost(
     with pytest.raises(InvalidRequestError) as caught:
         llm.generate([prompt], sampling, use_tqdm=False)
     assert caught.value.param == param
+    for wrong in (None, 5):
+        with pytest.raises(TypeError, match="a prompt is a string or a list of token ids"):
+            llm.generate(wrong, GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sampling_params must be"):
+        llm.generate([prompt], {"temperature": 0})  # type: ignore[arg-type]
     assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["finish_reason"] == "length"
 
 

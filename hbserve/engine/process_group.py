@@ -17,8 +17,6 @@ from hbserve.platform.base import SmallSum
 dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
 
 _HOST = "127.0.0.1"
-_ONE_SHOT_BYTES = 8 << 20
-"""Up to so many of neighbours' summands each rank reads them whole."""
 
 
 def join_group(
@@ -58,9 +56,10 @@ class _GroupOverTorch:
     def __init__(self, group: Any, small_sum: SmallSum | None, rank: int, size: int, platform: Platform) -> None:
         device = platform.device
         self._small_sum = small_sum
-        # Its programs wait for the other ranks' on all multiprocessors at once. Were there another such worker on the
-        # same devices, each could wait on one device for what the other keeps from starting on the next.
-        self._sums_with_norm = small_sum is not None and not platform.is_shared and has_triton(device)
+        # It pays for two ranks: the more there are, the more each has to read. Its programs wait for the other rank's
+        # on all multiprocessors at once: were there another such worker on the same devices, each could wait on one
+        # device for what the other keeps from starting on the next.
+        self._sums_with_norm = small_sum is not None and size == 2 and not platform.is_shared and has_triton(device)
         self._group, self._rank, self._size, self._device = group, rank, size, device
         self._reduce_options = dist.AllreduceOptions()
         self._gather_options = torch._C._distributed_c10d.AllgatherOptions()
@@ -81,13 +80,11 @@ class _GroupOverTorch:
         return x
 
     def _sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        from hbserve.layers import fused, peer_norm
+        from hbserve.layers.peer_norm import sum_add_rms_norm_
 
         assert self._small_sum is not None, "without a place there is nothing to sum"
-        if (self._size - 1) * x.nbytes > _ONE_SHOT_BYTES:
-            return fused.add_rms_norm_(self._small_sum(x), residual, weight, eps)
         summands, flags = self._small_sum.addresses(x), self._small_sum.flags
-        return peer_norm.sum_add_rms_norm_(summands, flags, self._rank, residual, weight, eps)
+        return sum_add_rms_norm_(summands, flags, self._rank, residual, weight, eps)
 
     def _all_gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

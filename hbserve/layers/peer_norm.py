@@ -2,7 +2,13 @@
 
 Each GPU reads all ranks' summands of a row, its neighbours' through NVLink, so it has the whole sum ("one shot") and
 goes on with the residual and the norm: no sums travel back, and nobody waits at the end. For two ranks that is as much
-to read as to sum half of the rows and to exchange the sums.
+to read as to sum half of the rows and to exchange the sums. Between H200s, in µs, without the products:
+
+    rows of 5120 in bfloat16                       1     16     64    256    512    800
+    two ranks: `PeerSum` and a norm              8.4    9.3   10.4   17.9   28.9   41.4
+    this kernel                                  4.9    5.5    7.0   14.1   22.2   32.3
+    four ranks: `PeerSum` and a norm             8.8   11.9   12.2   22.9   39.5   58.8
+    this kernel                                 10.4   15.5   19.4   57.0   87.9  109.3
 """
 
 from __future__ import annotations
@@ -45,20 +51,20 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     # The summands of this rank are there, as the kernels in front have ended; say so, and wait for the others to.
     for other in tl.static_range(num_ranks):
         if other != rank:
-            theirs = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
-            while tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys") != 0:
+            their_flag = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
+            while tl.atomic_cas(their_flag, 0, 1, sem="release", scope="sys") != 0:
                 pass
     for other in tl.static_range(num_ranks):
         if other != rank:
-            mine = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + program * num_ranks + other
-            while tl.atomic_cas(mine, 1, 0, sem="acquire", scope="sys") != 1:
+            own_flag = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + program * num_ranks + other
+            while tl.atomic_cas(own_flag, 1, 0, sem="acquire", scope="sys") != 1:
                 pass
     for row in range(program, num_rows, tl.num_programs(0)):
         total = tl.zeros((block,), tl.float32)
         for other in tl.static_range(num_ranks):  # in the same order on all ranks, so that all get the same
-            theirs = tl.multiple_of(tl.load(summands + other).to(tl.pointer_type(out.dtype.element_ty)), 16)
+            rows = tl.multiple_of(tl.load(summands + other).to(tl.pointer_type(out.dtype.element_ty)), 16)
             # Not by the first cache, which does not know what others write.
-            part = tl.load(theirs + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
+            part = tl.load(rows + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
             total += part.to(tl.float32)
         values = total.to(out.dtype.element_ty).to(tl.float32)
         values += tl.load(residual + row * size + columns, mask=mask, other=0.0).to(tl.float32)

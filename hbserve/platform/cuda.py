@@ -13,7 +13,7 @@ from hbserve.platform import cuda_ipc
 from hbserve.platform.base import Platform, SharedArena, SmallSum
 from hbserve.platform.cuda_share import CudaShare
 from hbserve.platform.partition import Partition
-from hbserve.platform.peer_sum import PeerSum, can_reach_each_other
+from hbserve.platform.peer_sum import PeerSum, can_reach_each_other, holds_for_all
 from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 
 logger = logging.getLogger(__name__)
@@ -93,4 +93,9 @@ class CudaPlatform(Platform):
         if not can_reach_each_other(store, rank, size, self.device):
             logger.warning("rank %d: the GPUs do not reach each other's memory; NCCL sums what is small, too", rank)
             return None
-        return PeerSum(store, rank, size, self.device)
+        peer_sum = None
+        try:
+            peer_sum = PeerSum(store, rank, size, self.device)
+        except RuntimeError as error:  # some containers keep processes from handing each other memory
+            logger.warning("rank %d: GPUs may not share memory; NCCL sums what is small, too: %s", rank, error)
+        return peer_sum if holds_for_all(store, "shares", rank, size, peer_sum is not None) else None

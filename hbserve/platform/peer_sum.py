@@ -89,5 +89,10 @@ def can_reach_each_other(store: Any, rank: int, size: int, device: torch.device)
     reaches = len(others) == size - 1 and all(
         torch.cuda.can_device_access_peer(device.index, other) for other in others
     )
-    store.set(f"reaches/{rank}", str(int(reaches)))
-    return all(int(store.get(f"reaches/{other}")) for other in range(size))
+    return holds_for_all(store, "reaches", rank, size, reaches)
+
+
+def holds_for_all(store: Any, what: str, rank: int, size: int, holds: bool) -> bool:
+    """Whether ``what`` holds for every rank; waits for their answers, and all get the same one."""
+    store.set(f"{what}/{rank}", str(int(holds)))
+    return all(int(store.get(f"{what}/{other}")) for other in range(size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -208,13 +208,18 @@ class DisaggregatedLLM:
             self._client.declare_dead(reason)
 
 
-def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list: a string or a list of token ids is one prompt."""
+def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """Prompts as a list: a string or a list of token ids is one prompt.
+
+    Raises:
+        TypeError: if they are nothing of that kind.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"a prompt is a string or a list of token ids, got {type(prompts).__name__}")
+    batch: list[Any] = list(prompts)
+    return [batch] if batch and all(isinstance(item, int) for item in batch) else batch
 
 
 def one_each(
@@ -223,10 +228,13 @@ def one_each(
     """Sampling parameters per prompt.
 
     Raises:
+        TypeError: if they are no `SamplingParams`.
         ValueError: if a list of another length is given.
     """
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
+    if not all(isinstance(each, SamplingParams) for each in sampling_params):
+        raise TypeError(f"sampling_params must be SamplingParams, or one of them per prompt, got {sampling_params!r}")
     if len(sampling_params) != num_prompts:
         raise ValueError(f"{len(sampling_params)} sampling params for {num_prompts} prompts; give one, or one each")
     return list(sampling_params)
