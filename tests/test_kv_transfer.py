@@ -174,6 +174,18 @@ async def test_arrivals_in_another_order_than_asked_for_are_matched() -> None:
         assert torch.equal(target.arena[[31 - i for i in range(8)]], source.arena[list(range(8))])
 
 
+async def test_what_is_asked_for_in_the_moment_in_which_all_else_has_come_is_received() -> None:
+    async with sides(timeout_s=2.0) as (source, target):
+        await target.let_write(source)
+        for index in range(400):
+            send, receive = pair(f"t{index}", source, target, [1], [3])
+            for _ in range(index % 8):
+                await asyncio.sleep(0)
+            target.manager.handle(receive)
+            source.manager.send(send)
+            assert [(await side.result()).error for side in (source, target)] == [None, None]
+
+
 async def test_what_nobody_asks_for_any_more_takes_no_room_when_its_link_has_ended() -> None:
     async with sides(buffer_size=2 * BLOCK_BYTES) as (source, target):
         for epoch in range(1, 4):  # a leak of one of them would hold up the next
