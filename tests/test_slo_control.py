@@ -82,9 +82,10 @@ def test_step_times_go_through_the_measured_points() -> None:
     for together in H200_8B.together:
         steps = StepTimes(priority=together.priority)
         split = SMAllocation(together.prefill_percentage, together.decode_percentage)
-        slowdown = steps.slowdown(split, round(math.log2(together.batch)), together.tokens)
+        decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage)
+        slowdown = steps.slowdown(split, decode_ms, together.tokens)
         prefill_ms = steps.prefill_ms(together.tokens, 0, split.prefill_percentage) * slowdown.prefill
-        decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage) * slowdown.decode
+        decode_ms *= slowdown.decode
         assert prefill_ms == pytest.approx(together.prefill_ms, rel=0.1)
         assert decode_ms == pytest.approx(together.decode_ms, rel=0.15)
     for mixed in H200_8B.mixed:

@@ -304,10 +304,9 @@ class SemiPDUnit(_PhasedUnit):
     def _set_speeds(self) -> None:
         step, burst = self.prefill.step, self.decode.burst
         if step is not None and burst is not None:
-            octave = round(math.log2(max(1, self.decode.num_sequences)))
             assert self.prefill.chunks is not None
             split = SMAllocation(self.prefill.percentage, self.decode.percentage)
-            slowdown = self.steps.slowdown(split, octave, self.prefill.chunks.tokens)
+            slowdown = self.steps.slowdown(split, self.decode.alone_ms, self.prefill.chunks.tokens)
             step.set_speed(1 / slowdown.prefill)
             burst.set_speed(1 / slowdown.decode)
         elif step is not None:
