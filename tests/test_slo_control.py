@@ -322,7 +322,8 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
         for _ in range(20):
             forecast.observe(work, seconds(work))
     for waiting, start in prompts:
-        limit_s = pace.limit_s(now, interval_s, waiting, 2048)
+        full_step_s = seconds(StepWork(0, 0.0, 2048, 2048**2 / 2))
+        limit_s = pace.limit_s(now, interval_s, math.inf, full_step_s, waiting >= 2048)
         rows = 0 if limit_s == math.inf else batch
         decode = StepWork(rows, 0.0, 0, 0.0)
         assert rows or waiting
