@@ -127,7 +127,7 @@ class StepPlanner:
             assert last[0].cell is not None, "who is on no board cannot be followed"
             after = StepOf(cell=last[0].cell, step_id=last[1].step_id)
             worker.has_waited_for = after.step_id
-        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens)
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
         inflight.after = 0 if after is None else after.step_id
         worker.inflight.append(inflight)
         worker.timing.planned(step.work, now, max(ends, default=-math.inf))

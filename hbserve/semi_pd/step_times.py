@@ -5,10 +5,10 @@ for each measured percentage; between two of these it is interpolated in ``1 / p
 the form ``a/y + b`` of Semi-PD's section 5 (arXiv 2504.19867) piece by piece. One such curve over the
 whole range would be 13 % off at half of an H200, whose bandwidth needs only half of its SMs.
 
-Side by side a decode step takes ``c + d · its time alone``: each of its kernels waits for room on the device however
-small the batch is (c), and what moves memory shares the bandwidth (d). A prefill step loses likewise the more, the longer
-decode steps take alone. Both are fitted to the batches of each measured split and number of prompt tokens in a step, and
-interpolated between these.
+Side by side a decode step takes ``c + d · its time alone``: each of its kernels waits for room on the
+device however small the batch is (c), and what moves memory shares the bandwidth (d). A prefill step
+loses likewise the more, the longer decode steps take alone. Both are fitted to the batches of each
+measured split and number of prompt tokens in a step, and interpolated between these.
 """
 
 from __future__ import annotations

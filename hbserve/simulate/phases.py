@@ -71,9 +71,7 @@ class Prompts:
     def __init__(self, clock: SimulatedClock, sizes: Sizes) -> None:
         self._clock, self._sizes = clock, sizes
         self._pace = PrefillPace()
-        self.policy = make_policy(
-            sizes.scheduler, lambda count: count * self._pace.mean_per_token_s, lambda: self._pace.step_s
-        )
+        self.policy = make_policy(sizes.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
         self._is_fifo = type(self.policy) is QueuePolicy
         self.requests: list[SimulatedRequest] = []
 
@@ -129,7 +127,7 @@ class Prompts:
     def done(self, chunks: Chunks, seconds: float) -> list[SimulatedRequest]:
         """A step has computed these; returns those that are complete, which leave."""
         if chunks.tokens:
-            self._pace.observe(chunks.tokens, seconds)
+            self._pace.observe(chunks.tokens, seconds, chunks.keys)
         complete = []
         for request, tokens in chunks.parts:
             request.computed_tokens += tokens
