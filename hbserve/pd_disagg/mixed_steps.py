@@ -12,6 +12,8 @@ loses in one. So no more is spent than every sequence can spare.
 
 from __future__ import annotations
 
+import math
+
 from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
 
 _MOST_AHEAD = 8.0
@@ -20,6 +22,8 @@ _LEAST_TOKENS = 128
 """Of prompts in a step that has any, however long it takes: they must get on."""
 _STEPS_TO_CATCH_UP = 4.0
 """In so many steps a sequence makes good what it is late."""
+_LEAST_LIMIT = 0.5
+"""Of the interval, for a step that makes good."""
 
 
 def spare_s(
@@ -27,11 +31,14 @@ def spare_s(
 ) -> float:
     """Time that a sequence can lose and still be within its target when it ends, if it gets its tokens at intervals.
 
+    Negative: it must be faster than that. Infinite: it is too late for that, too.
+
     Args:
         num_tokens: at most, after its first one; num_left: of them that are in no step yet.
         target_s: of TPOT.
     """
-    return first_token_time + num_tokens * target_s - now - num_left * interval_s
+    spare_s = first_token_time + num_tokens * target_s - now - num_left * interval_s
+    return spare_s if spare_s >= -num_left * interval_s * (1 - _LEAST_LIMIT) else math.inf
 
 
 class MixedSteps:
@@ -60,10 +67,10 @@ class MixedSteps:
         self._interval_s = interval_s
         self._due = min(max(self._due, now - _MOST_AHEAD * interval_s), now + self._most_ahead * interval_s)
         if least_spare_s < 0:
-            return max(interval_s / 2, interval_s + least_spare_s / _STEPS_TO_CATCH_UP)
+            return max(_LEAST_LIMIT * interval_s, interval_s + least_spare_s / _STEPS_TO_CATCH_UP)
         ahead_s = max(0.0, self._due - now)
         if ahead_s and waits_for_more and least_spare_s >= full_step_s:
-            return float("inf")
+            return math.inf
         return interval_s + min(ahead_s, least_spare_s)
 
     def decoded(self, now: float, beside_prompts: bool) -> None:

@@ -126,7 +126,7 @@ class StepTimes:
         """At a number of prompt tokens that was measured."""
         found = self._cache.get((allocation, step, size))
         if found is None:
-            decode_ms = 2 ** (step / _STEPS_PER_OCTAVE) / self.decode_ms(*_USUAL_DECODE, allocation.decode_percentage)
+            load = 2 ** (step / _STEPS_PER_OCTAVE) / self.decode_ms(*_USUAL_DECODE, allocation.decode_percentage)
             weights = prefill = decode = 0.0
             for pair in self._pairs[size]:
                 distance = math.hypot(
@@ -134,7 +134,7 @@ class StepTimes:
                     (pair.split.decode_percentage - allocation.decode_percentage) / 100,
                 )
                 weight = 1 / (distance**2 + 1e-6) ** 2
-                slowdown = pair.slowdown(decode_ms)
+                slowdown = pair.slowdown(load)
                 weights += weight
                 prefill += weight * math.log(slowdown.prefill)
                 decode += weight * math.log(slowdown.decode)
