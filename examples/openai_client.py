@@ -5,6 +5,7 @@ python examples/openai_client.py --url http://127.0.0.1:8000 "What is 47 + 38?"
 """
 
 import argparse
+import os
 
 import openai
 
@@ -13,8 +14,8 @@ parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the serve
 parser.add_argument("question", nargs="*", default=["Hello!"], help="asked one after the other, in one conversation")
 arguments = parser.parse_args()
 
-# The server asks for no key, but the client insists on having one.
-client = openai.OpenAI(base_url=f"{arguments.url}/v1", api_key="none")
+# Where the server asks for no key, the client insists on having one all the same.
+client = openai.OpenAI(base_url=f"{arguments.url}/v1", api_key=os.environ.get("HBSERVE_API_KEY", "none"))
 model = client.models.list().data[0].id
 messages: list[dict[str, str]] = []
 for question in arguments.question:

@@ -1,12 +1,17 @@
-"""Which event loop the processes with much traffic run on."""
+"""Which event loop the processes with much traffic run on, and one beside a process' main work."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -17,3 +22,20 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(main)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
+
+
+def start_thread(loop: asyncio.AbstractEventLoop, main: Callable[[], Coroutine[Any, Any, None]]) -> threading.Thread:
+    """Run ``main`` on the loop in a thread of its own, which closes it; where it fails, the process ends."""
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(main())
+        except BaseException:
+            logger.exception("the event loop failed; exiting")
+            os._exit(1)
+        loop.close()
+
+    thread = threading.Thread(target=work, name="io")
+    thread.start()
+    return thread

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-import urllib.error
 import urllib.request
 from typing import Any
 
@@ -96,12 +95,14 @@ def _get(url: str, key: str | None) -> dict[str, Any]:
 def main() -> int:
     """Draw until Ctrl-C; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.top", description="A running server in the terminal.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server; HBSERVE_API_KEY is its key")
     parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between pictures")
     parser.add_argument("--once", action="store_true", help="one picture, without clearing the screen")
     arguments = parser.parse_args()
     if not arguments.url.startswith(("http://", "https://")):
         parser.error("--url must begin with http:// or https://")
+    if not 0 < arguments.interval_s < float("inf"):
+        parser.error("--interval-s must be positive")
     base, key = arguments.url.rstrip("/"), os.environ.get("HBSERVE_API_KEY")
     try:
         while True:
@@ -113,8 +114,8 @@ def main() -> int:
             time.sleep(arguments.interval_s)
     except KeyboardInterrupt:
         return 0
-    except (urllib.error.URLError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, ValueError, LookupError) as error:  # nobody there, no JSON, or other JSON than ours
+        reason = getattr(error, "reason", None) or repr(error)
         print(f"error: {base} does not answer as a server of HBServe: {reason}", file=sys.stderr)
         return 1
 

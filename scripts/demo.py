@@ -6,6 +6,7 @@ on the CPU. Every answer below has passed its KV cache from one process to the o
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ class Timing:
 
 def main() -> int:
     """Run the demonstration; returns the exit code."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # takes no arguments
     config = "pd_disagg.yaml" if count_gpus() >= 2 else "pd_disagg_cpu.yaml"
     command = [sys.executable, "scripts/start_pd_disagg.py", "--config", f"configs/{config}", "--port", "0"]
     command += ["--log-level", "WARNING"]  # its line for each request would stand in the midst of the answers

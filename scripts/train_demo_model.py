@@ -5,7 +5,7 @@ The model is a small Qwen3 with a tokenizer of its own. It learns the chat langu
 ``examples/demo_language.py``, from which training and evaluation data are generated on the fly, so no data
 set has to be downloaded. The same seed gives the same tokenizer, batches and initial weights::
 
-    python scripts/train_demo_model.py                       # the full run, for a GPU
+    python scripts/train_demo_model.py --output examples/models/hbserve-demo       # the full run, for a GPU
     python scripts/train_demo_model.py --device cpu --steps 40 --batch-tokens 2048 --output /tmp/try
 """
 
@@ -15,36 +15,21 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from demo_model_evaluation import Score, evaluate, evaluation_sets, format_scores
+from demo_model_text import END_OF_TEXT, TURN_END, TURN_START, VOCABULARY_SIZE, language, render, train_tokenizer
+from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import demo_language as language  # noqa: E402
-
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VOCABULARY_SIZE = 1024
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-# Words, single digits and punctuation (each with the space before it) and white space form their own pieces.
-PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Up to which share of the run which row lengths are drawn: recall is learned in short contexts first.
 CURRICULUM: tuple[tuple[float, tuple[int, ...]], ...] = (
@@ -69,70 +54,6 @@ class Options:
     workers: int
     evaluate_every: int
     questions: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """The share of right answers to one kind of held-out question, of one range of prompt lengths."""
-
-    kind: str
-    shortest: int
-    longest: int
-    right: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.total
-
-
-# Tokenizer and text
-
-
-def render(messages: Iterable[language.Message]) -> str:
-    """Write messages in ChatML, exactly as the chat template does (rendering that would be far too slow)."""
-    return "".join(f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in messages)
-
-
-def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the language; all 256 bytes are in it, so it can encode any text."""
-
-    def texts() -> Iterator[str]:
-        rng = Random(seed)
-        for _ in range(4000):
-            for message in language.training_conversation(rng, 500):
-                yield f"{message['role']}\n"
-                yield message["content"]
-        for question in language.fact_questions() * 40:
-            yield question.answer
-        # Every key becomes a single token, which makes recall much easier to learn.
-        yield from [f" {word}" for word in language.WORDS] * 500
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts(),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY_SIZE,
-            special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_max_length=4096,
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 # Training data
@@ -194,78 +115,6 @@ class ConversationBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def use_one_thread(_: int) -> None:
     """Set up a data worker: the workers are the parallelism."""
     torch.set_num_threads(1)
-
-
-# Evaluation
-
-
-def evaluation_sets(seed: int, count: int) -> dict[str, list[language.Question]]:
-    """Return ``count`` held-out questions of every kind; recall comes in several prompt lengths."""
-    rng = Random(f"evaluation/{seed}")
-    sets: dict[str, list[language.Question]] = {}
-
-    for low, high in ((1, 6), (7, 20), (21, 45), (46, 80), (81, 120), (121, 170)):
-        sets[f"recall, {low}-{high} pairs"] = [
-            language.recall_question(rng, rng.randint(low, high)) for _ in range(count)
-        ]
-    sets["recall, first of 100 pairs"] = [language.recall_question(rng, 100, position=0) for _ in range(count)]
-    sets["recall, last of 100 pairs"] = [language.recall_question(rng, 100, position=99) for _ in range(count)]
-    sets["recall, 2-6 turns"] = [
-        language.recall_question(rng, rng.randint(12, 100), turns=rng.randint(2, 6)) for _ in range(count)
-    ]
-    sets["unknown value"] = [language.unknown_question(rng, rng.randint(1, 80)) for _ in range(count)]
-    sets["copy words"] = [language.copy_question(rng, rng.randint(1, 24)) for _ in range(count)]
-    sets["copy numbers"] = [language.copy_question(rng, rng.randint(1, 8), numbers=True) for _ in range(count)]
-    sets["count"] = [language.count_question(rng) for _ in range(count)]
-    sets["sum"] = [language.sum_question(rng) for _ in range(count)]
-    sets["facts (as trained)"] = language.fact_questions()
-    return sets
-
-
-@torch.no_grad()
-def evaluate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, sets: dict[str, list[language.Question]]
-) -> list[Score]:
-    """Count the answers that greedy decoding would get right to the last character.
-
-    One forward pass over prompt and right answer tells: greedy decoding gives exactly that answer if and
-    only if every one of its tokens is the likeliest after those before it.
-    """
-    device = next(model.parameters()).device
-    bpe: Tokenizer = tokenizer.backend_tokenizer
-    scores = []
-    for kind, questions in sets.items():
-        examples = []
-        for question in questions:
-            prompt = bpe.encode(f"{render(question.messages)}{TURN_START}assistant\n").ids
-            examples.append((prompt, bpe.encode(f"{question.answer}{TURN_END}").ids))
-        # Rows of similar length go together: less padding.
-        examples.sort(key=lambda example: len(example[0]) + len(example[1]))
-        right = 0
-        for begin in range(0, len(examples), 50):
-            batch = examples[begin : begin + 50]
-            width = max(len(prompt) + len(answer) for prompt, answer in batch)
-            ids = torch.zeros((len(batch), width), dtype=torch.long)
-            for row, (prompt, answer) in enumerate(batch):
-                ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            guesses = model(input_ids=ids.to(device), use_cache=False).logits.argmax(-1).cpu()
-            for row, (prompt, answer) in enumerate(batch):
-                guessed = guesses[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-                right += guessed.tolist() == answer
-        lengths = [len(prompt) for prompt, _ in examples]
-        scores.append(Score(kind, min(lengths), max(lengths), right, len(examples)))
-    return scores
-
-
-def format_scores(scores: Sequence[Score]) -> str:
-    """Return the scores as a Markdown table."""
-    lines = ["| Question | Prompt tokens | Right | Of | Accuracy |", "|---|---|---|---|---|"]
-    for score in scores:
-        lines.append(
-            f"| {score.kind} | {score.shortest}-{score.longest} | {score.right} | {score.total} "
-            f"| {score.accuracy:.1%} |"
-        )
-    return "\n".join(lines)
 
 
 # Model
@@ -432,7 +281,7 @@ growing from {CURRICULUM[0][1][0]} to {max(CURRICULUM[-1][1])} tokens. This took
 {hardware}.
 
 ```
-python scripts/train_demo_model.py --steps {options.steps} --seed {options.seed}
+python scripts/train_demo_model.py --steps {options.steps} --seed {options.seed} --output FOLDER
 ```
 
 License: MIT, like HBServe.
@@ -444,7 +293,7 @@ License: MIT, like HBServe.
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "examples/models/hbserve-demo")
+    parser.add_argument("--output", type=Path, required=True, help="folder; what is there is overwritten")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
@@ -454,6 +303,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps between evaluations")
     parser.add_argument("--questions", type=int, default=500, help="final evaluation: questions of each kind")
     values = parser.parse_args(arguments)
+    if values.steps < 1:
+        parser.error("--steps must be positive")
     if values.device == "auto":
         values.device = "cuda" if torch.cuda.is_available() else "cpu"
     if values.workers is None:

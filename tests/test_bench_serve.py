@@ -89,11 +89,20 @@ def test_azure_traces(tmp_path: Path) -> None:
     assert [(r.input_len, r.output_len) for r in cut.requests] == [(100, 44), (100, 50), (12, 3)]
 
 
+def test_azure_traces_with_zones_and_from_spreadsheets(tmp_path: Path) -> None:
+    text = AZURE.replace("6805900,", "680590+00:00,").replace("50.9951690", "50+00:00")
+    entries = load_trace(trace_file(tmp_path, "a.csv", "\ufeff" + text))
+    assert [entry.arrival_s for entry in entries] == [0.0, pytest.approx(3.31941), 6.0]
+
+
 def test_mooncake_traces_share_prefix_blocks(tmp_path: Path) -> None:
     trace = load_trace(trace_file(tmp_path, "m.jsonl", MOONCAKE))
     make = source(trace=trace, arrivals="trace", num_requests=None)
     rounded = load_trace(trace_file(tmp_path, "r.jsonl", MOONCAKE.replace("500", "0", 1)))
     assert [entry.arrival_s for entry in rounded] == [0, 0.75, 1.5]
+    lines = MOONCAKE.replace("500", "0", 1).splitlines()
+    unsorted = load_trace(trace_file(tmp_path, "u.jsonl", "\n".join(reversed(lines))))
+    assert [entry.arrival_s for entry in unsorted] == [0, 0.75, 1.5]
     workload = make.workload(None, 3)
     first, second, third = (workload.prompt(request) for request in workload.requests)
     assert [len(prompt) for prompt in (first, second, third)] == [1100, 1030, 512]
@@ -124,8 +133,8 @@ def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("a.csv", "TIMESTAMP,Context\n2023-11-16 18:15:46,3\n", "a.csv:2: not a line of an Azure trace"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,3,4\n", "a.csv:2"),
+        ("a.csv", "TIMESTAMP,Context\n2023-11-16 18:15:46,3\n", "a.csv: not an Azure trace: there is no column"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n\nnoon,3,4\n", "a.csv:3: not a line of an Azure trace"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-3,4\n", "negative"),
         ("m.jsonl", '{"timestamp": 0}\n', "m.jsonl:1: not a line of a Mooncake trace"),
         (
@@ -133,6 +142,7 @@ def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
             MOONCAKE + '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0]}',
             ":4: 1 bl",
         ),
+        ("m.jsonl", MOONCAKE.replace("[0", "[-1"), "m.jsonl:1: not a line of a Mooncake trace: .*hash_ids"),
         ("s.json", '[{"conversations": 3}]', "not ShareGPT's format"),
         ("t.txt", "", "name ends in"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "no usable request"),

@@ -34,6 +34,7 @@ class Books:
     """The scheduler's books of one instance, whose worker's part the test plays."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.context = context
         config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", num_blocks=200, max_num_seqs=8).freeze()
         [instance_config] = config.gpu_instances
         self.instance = InstanceHandle(instance_config, config.performance, context, "inproc://nobody")
@@ -231,6 +232,28 @@ async def test_a_worker_has_its_plan_before_the_step_of_another_is_done(
     assert [len(sequence.tokens) for sequence in books.instance.seats] == [20 + 3 + 4] * 2
 
 
+async def test_a_retiring_worker_stays_until_who_comes_in_its_place_is_there(
+    pair: tuple[Books, NotedWorker, NotedWorker],
+) -> None:
+    books, old, rung = pair
+    assert books.book.admit(books.add("prompt"))  # both phases are busy
+    old.percentage, rung.percentage = 40, 100
+    old.is_retiring = True
+    new = NotedWorker(books.context, "new")
+    books.instance.workers[new.id] = new
+
+    def decodes() -> WorkerHandle:
+        chosen = books.instance.choose_workers()
+        [worker] = [worker for worker, phases in chosen.items() if InstanceRole.DECODE in phases]
+        return worker
+
+    books.instance.shares[InstanceRole.DECODE] = 50
+    assert decodes() is old
+    books.come(new, 79)
+    assert decodes() is new
+    new.rpc.close()
+
+
 async def test_what_goes_on_from_a_lost_step_counts_for_nothing(pair: tuple[Books, NotedWorker, NotedWorker]) -> None:
     books, first, second = pair
     first.hello = None
@@ -267,7 +290,9 @@ def test_who_waits_on_the_board_goes_on_when_the_step_is_done_or_lost() -> None:
     following = [msgspec.structs.replace(rows[0], start=10, token_ids=None, sampled_elsewhere=True)]
     done = threading.Thread(target=reader.wait, args=[StepOf(cell=3, step_id=50)], daemon=True)
     done.start()
-    writer.note(plan, StepResult(epoch=1, step_id=50, token_ids=[123], logprobs=None, busy_s=0.0))
+    entry = writer.entry(plan)
+    assert entry is not None
+    writer.note(entry, [123])
     done.join(20)
     assert not done.is_alive()
     assert [row.token_ids for row in reader.with_tokens(following)] == [[123]]

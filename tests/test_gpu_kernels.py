@@ -116,6 +116,30 @@ def test_norms_and_gate(num_tokens: int) -> None:
     assert_close(fused.silu_and_mul(gate_up), silu_and_mul(gate_up))
 
 
+@pytest.mark.parametrize(("num_rows", "size", "num_ranks"), [(1, 1000, 2), (7, 5120, 4), (300, 2048, 2)])
+def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> None:
+    """All ranks on one GPU, one after the other: what a rank waits for is there already."""
+    from hbserve.layers.norm import rms_norm
+    from hbserve.layers.peer_norm import MAX_PROGRAMS, sum_add_rms_norm_
+
+    parts, residual, weight = random(num_ranks, num_rows, size), random(num_rows, size), random(size)
+    flags = torch.zeros(num_ranks, MAX_PROGRAMS, num_ranks, dtype=torch.int32, device="cuda")
+    summands, signals = (torch.tensor([part.data_ptr() for part in tensor], device="cuda") for tensor in (parts, flags))
+    used = min(num_rows, MAX_PROGRAMS)
+    total = residual + parts.float().sum(0).to(parts.dtype)
+    for rank in range(num_ranks):
+        flags.zero_()
+        flags[rank, :used] = 1  # the others have begun
+        flags[rank, :used, rank] = 0
+        own = residual.clone()
+        assert_close(sum_add_rms_norm_(summands, signals, rank, own, weight, 1e-6), rms_norm(total, weight, 1e-6))
+        assert torch.equal(own, total)
+        told = torch.zeros_like(flags)
+        told[:, :used, rank] = 1
+        told[rank] = 0
+        assert torch.equal(flags, told)
+
+
 @pytest.mark.parametrize("num_tokens", [3, 130])
 def test_norm_rotate_store(num_tokens: int) -> None:
     from hbserve.layers import fused

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbserve.errors import ConfigError, StartupError
+from hbserve.errors import ConfigError, KVTransferError, StartupError
 from hbserve.messages.transfer import (
     ALL_LAYERS,
     CloseLink,
@@ -100,11 +102,10 @@ class Side:
         assert opened.error is None
         return opened.peers[0]
 
-    async def close(self, source: Side, link_epoch: int = 0, senders_done: bool = True) -> None:
+    async def close(self, source: Peer, senders_done: bool = True) -> None:
         """Close that link."""
-        sources = [source.peer(link_epoch)]
         self.manager.handle(
-            CloseLink(source_id="source", link_epoch=link_epoch, sources=sources, senders_done=senders_done)
+            CloseLink(source_id="source", link_epoch=source.link_epoch, sources=[source], senders_done=senders_done)
         )
         assert isinstance(await self.result(), LinkClosed)
 
@@ -173,6 +174,18 @@ async def test_arrivals_in_another_order_than_asked_for_are_matched() -> None:
         assert torch.equal(target.arena[[31 - i for i in range(8)]], source.arena[list(range(8))])
 
 
+async def test_what_is_asked_for_in_the_moment_in_which_all_else_has_come_is_received() -> None:
+    async with sides(timeout_s=2.0) as (source, target):
+        await target.let_write(source)
+        for index in range(400):
+            send, receive = pair(f"t{index}", source, target, [1], [3])
+            for _ in range(index % 8):
+                await asyncio.sleep(0)
+            target.manager.handle(receive)
+            source.manager.send(send)
+            assert [(await side.result()).error for side in (source, target)] == [None, None]
+
+
 async def test_what_nobody_asks_for_any_more_takes_no_room_when_its_link_has_ended() -> None:
     async with sides(buffer_size=2 * BLOCK_BYTES) as (source, target):
         for epoch in range(1, 4):  # a leak of one of them would hold up the next
@@ -183,7 +196,7 @@ async def test_what_nobody_asks_for_any_more_takes_no_room_when_its_link_has_end
                 source.manager.send(send)
             target.manager.handle(receives[1])
             assert (await target.result()).error is None
-            await target.close(source, epoch)
+            await target.close(source.peer(epoch))
             for _ in sends:
                 assert (await source.result()).error is None
 
@@ -342,7 +355,7 @@ async def test_one_sided_writes_arrive_where_they_belong_and_nowhere_else(backen
 @pytest.mark.parametrize("backend", ONE_SIDED)
 async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend: str) -> None:
     async with sides(backend=backend, timeout_s=5.0) as (source, target):
-        closing = asyncio.create_task(target.close(source, 1))  # told before it is open
+        closing = asyncio.create_task(target.close(source.peer(1)))  # told before it is open
         old = await target.let_write(source, 1)
         await closing
         before = target.arena.clone()
@@ -371,33 +384,66 @@ def is_open(arena: RemoteArena) -> bool:
     return True
 
 
-async def test_a_shared_arena_stays_closed_to_reuse_until_its_sender_can_write_no_more() -> None:
-    async with sides(backend="shm") as (source, target):
-        sender = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220 - it takes no time
-        try:
-            for proof in ("dies", "begins anew"):
-                _, _, host = source.manager.endpoint.partition(" ")
-                peer = Peer(rank=0, epoch=1, endpoint=f"{sender.pid} {host}", link_epoch=1)
-                if proof == "begins anew":
-                    peer = source.peer(1)
-                target.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=[peer]))
-                assert isinstance(await target.result(), LinkOpened)
-                target.manager.handle(CloseLink(source_id="source", link_epoch=1, sources=[peer], senders_done=False))
-                await asyncio.sleep(0.1)
-                assert target.results.empty(), "the sender may still write"
-                if proof == "dies":
-                    sender.kill()
-                else:
-                    again = msgspec.structs.replace(peer, epoch=peer.epoch + 1)
-                    target.manager.handle(OpenLink(source_id="source", link_epoch=2, sources=[again]))
-                    assert isinstance(await target.result(), LinkOpened)
-                assert isinstance(await target.result(), LinkClosed)
-        finally:
-            sender.kill()
-            sender.wait()
-        peer = Peer(rank=9, epoch=1, endpoint=f"{sender.pid} elsewhere", link_epoch=1)
-        target.manager.handle(OpenLink(source_id="source", link_epoch=3, sources=[peer]))
-        assert "another host" in (await target.result()).error
+_HAS_THE_ARENA_MAPPED = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0" + sys.argv[1])
+listener.listen()
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "waiting", "end"),
+    [
+        *(("shm", waiting, end) for waiting in ("link", "epoch") for end in ("link", "epoch", "process")),
+        pytest.param("mooncake", "link", "epoch", marks=needs_mooncake),
+        pytest.param("mooncake", "epoch", "link", marks=needs_mooncake),
+    ],
+)
+async def test_a_mapped_arena_is_not_used_again_until_its_senders_part_has_ended(
+    monkeypatch: pytest.MonkeyPatch, backend: str, waiting: str, end: str
+) -> None:
+    monkeypatch.setenv("MC_INTRANODE_NVLINK", "1")  # else Mooncake maps nothing
+    target, sender = Side(0, 20.0, 1 << 20, backend), Side(1, 20.0, 1 << 20, backend)
+    for side in (target, sender):
+        await side.manager.start()
+    peer, here = sender.peer(1), sender.manager.endpoint.partition(" ")[2]
+    name = f"{os.getpid()}-{waiting}-{end}"
+    with subprocess.Popen([sys.executable, "-c", _HAS_THE_ARENA_MAPPED, name], stdout=subprocess.PIPE) as process:  # noqa: ASYNC220
+        assert process.stdout is not None
+        if end == "process":
+            await asyncio.to_thread(process.stdout.readline)
+            peer = msgspec.structs.replace(peer, endpoint=f"{name} {here}")
+        target.manager.handle(OpenLink(source_id="source", link_epoch=1, sources=[peer]))
+        addressed = (await target.result()).peers
+        ended = asyncio.create_task(target.manager.stop() if waiting == "epoch" else target.close(peer, False))
+        await asyncio.sleep(0.05)
+        assert not ended.done(), "the sender may still write"
+        if end == "link":
+            sender.manager.handle(LeaveLink(targets=addressed))
+        if end == "epoch":
+            await sender.manager.stop()
+        process.kill()
+        await asyncio.wait_for(ended, DEADLINE_S)
+    if waiting == "link":
+        await target.manager.stop()
+    if end != "epoch":
+        await sender.manager.stop()
+
+
+async def test_an_epoch_does_not_end_while_a_sender_may_write_and_one_elsewhere_is_refused() -> None:
+    target, sender = Side(0, 0.3, 1 << 20, "shm"), Side(1, 0.3, 1 << 20, "shm")
+    for side in (target, sender):
+        await side.manager.start()
+    elsewhere = msgspec.structs.replace(sender.peer(1), endpoint="socket elsewhere")
+    target.manager.handle(OpenLink(source_id="elsewhere", link_epoch=2, sources=[elsewhere]))
+    assert "another host" in (await target.result()).error
+    await target.let_write(sender, 1)
+    with pytest.raises(KVTransferError, match="has it been stopped"):
+        await target.manager.stop()
+    await sender.manager.stop()
 
 
 def test_mooncakes_settings_come_from_the_configuration_and_then_from_the_file(

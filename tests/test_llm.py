@@ -143,7 +143,7 @@ def test_logprobs_come_with_the_tokens(llm: LLM, references: list[tuple[list[int
 
 def test_one_token_needs_no_decode(llm: LLM, references: list[tuple[list[int], list[int]]]) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    outputs = llm.generate([prompt for prompt, _ in references], sampling, use_tqdm=False)
+    outputs = llm.generate((prompt for prompt, _ in references), sampling, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == [tokens[:1] for _, tokens in references]
 
 
@@ -164,6 +164,11 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_lost(
     with pytest.raises(InvalidRequestError) as caught:
         llm.generate([prompt], sampling, use_tqdm=False)
     assert caught.value.param == param
+    for wrong in (None, 5):
+        with pytest.raises(TypeError, match="a prompt is a string or a list of token ids"):
+            llm.generate(wrong, GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sampling_params must be"):
+        llm.generate([prompt], {"temperature": 0})  # type: ignore[arg-type]
     assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["finish_reason"] == "length"
 
 
@@ -189,7 +194,8 @@ def test_preemption_by_recompute_changes_no_token(
 def test_architectures_disaggregated(name: str, tmp_path: Path) -> None:
     reference = save_model(tmp_path, name, sharded=True)
     prompts = [random_prompt(length, seed=length) for length in (1, 50, 130)]
-    with LLM(str(tmp_path), mode="disaggregated", chunk_size=48, **SETTINGS) as llm:
+    # more prompts than may wait: some are held back, and none is refused
+    with LLM(str(tmp_path), mode="disaggregated", chunk_size=48, max_waiting_requests=2, **SETTINGS) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert_no_leaks(llm)
     assert [output["token_ids"] for output in outputs] == [

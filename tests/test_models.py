@@ -17,6 +17,7 @@ from hbserve.attention import AttentionBatch, select_attention_backend
 from hbserve.attention.base import AttentionBackend
 from hbserve.errors import ConfigError, ModelError
 from hbserve.kv_cache.layout import KVLayout
+from hbserve.layers.norm import rms_norm
 from hbserve.layers.parallel import TensorParallel
 from hbserve.models.decoder import Decoder
 from hbserve.models.loader import fill_dummy_weights, load_weights
@@ -170,7 +171,7 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
 def test_ranks_together_compute_the_whole_model(name: str, tp_size: int, in_place: bool, tmp_path: Path) -> None:
     """Every rank in a thread of its own; where there are more ranks than KV heads, ranks share them.
 
-    In place: products are summed, all of them, in one piece of memory.
+    In place: products are summed, all of them, in one piece of memory, by the norm that follows.
     """
     save_model(tmp_path, name)
     spec = ModelSpec.load(tmp_path)
@@ -195,12 +196,17 @@ def test_ranks_together_compute_the_whole_model(name: str, tp_size: int, in_plac
             barrier.wait()  # everybody has read the summands
             return x.copy_(total) if x.data_ptr() == place.data_ptr() else total
 
+        def sum_and_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            assert x.data_ptr() == place.data_ptr()
+            return rms_norm(residual.add_(all_reduce(x)), weight, eps)
+
         parallel = TensorParallel(
             rank,
             tp_size,
             all_reduce,
             all_gather=lambda x: torch.cat(collect(rank, x), dim=-1),
             summand_place=lambda shape, dtype: place if in_place and shape == place.shape else None,
+            sum_and_norm=sum_and_norm if in_place else None,
         )
         table = WeightTable.build(spec, torch.float32, rank, tp_size)
         arena = cpu().allocate_arena(table.num_bytes)

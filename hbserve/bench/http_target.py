@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def split_in(status: dict[str, Any]) -> tuple[float, float, bool] | None:
 async def connect(
     url: str, model: str | None, vocab_size: int, sampling: dict[str, Any], timeout_s: float
 ) -> AsyncIterator[HttpTarget]:
-    """A target at a URL.
+    """A target at a URL; its API key is in the environment, in ``HBSERVE_API_KEY``, if it asks for one.
 
     Args:
         url: with or without ``/v1``.
@@ -146,19 +147,23 @@ async def connect(
     base = url.rstrip("/").removesuffix("/v1")
     if not base.startswith(("http://", "https://")):
         raise ConfigError(f"--url must begin with http:// or https://, got {url!r}")
+    key = os.environ.get("HBSERVE_API_KEY")
     async with aiohttp.ClientSession(
         base,
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=timeout_s),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         read_bufsize=1 << 20,
     ) as session:
         try:
             async with session.get("/v1/models") as response:
-                models = {one["id"]: one for one in (await response.json())["data"]}
+                wants_key = response.status == 401
+                models = {} if wants_key else {one["id"]: one for one in (await response.json())["data"]}
         except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
             what = str(error) or type(error).__name__
             raise ConfigError(f"--url: no OpenAI-compatible server answers at {base}: {what}") from None
+        if wants_key:
+            raise ConfigError(f"--url: {base} asks for an API key: put it into the environment, HBSERVE_API_KEY")
         if model is None and len(models) == 1:
             [model] = models
         if model not in models:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import statistics
 import sys
@@ -41,7 +40,8 @@ def run(options: ServeOptions) -> None:
         pictures.check("--plots")
     document = asyncio.run(_run(options))
     if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        # msgspec, since JSON has no infinity, which is the rate of requests that come at once: it writes null
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
         print(f"\nwritten   {options.json}")
     if options.plots is not None:
         for path in serve_plots.draw(document, options.plots):
@@ -163,7 +163,10 @@ class ServeBenchmark:
         options = self._options
         assert self._targets is not None
         started = time.monotonic()
-        searched = options.rate or workload.rate, options.precision, options.sweep_factor, options.max_runs
+        first_rate = options.rate or workload.rate
+        if not math.isfinite(first_rate):
+            raise ConfigError("--sweep: the requests come at once, so a first rate is needed: --rate")
+        searched = first_rate, options.precision, options.sweep_factor, options.max_runs
         search = GivenRates(options.rates) if options.rates else RateSearch(*searched)
         give_up_below = options.attainment if options.give_up_below is None else options.give_up_below
         reached = []

@@ -190,7 +190,9 @@ def _source(arguments: argparse.Namespace, config: Config | None) -> WorkloadSou
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `ServeOptions.from_arguments`."""
     target = parser.add_argument_group("target", "one of --url, --config, --model")
-    target.add_argument("--url", help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
+    target.add_argument(
+        "--url", help="an OpenAI-compatible server, such as http://127.0.0.1:8000 (HBSERVE_API_KEY is its key)"
+    )
     target.add_argument("--config", type=Path, metavar="FILE", help="start this system here and drive it without HTTP")
     target.add_argument("--model", help="with --url: its name there; else a folder or shape to start an engine of")
     target.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="model folder, for the vocabulary and text")

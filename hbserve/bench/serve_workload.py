@@ -15,6 +15,7 @@ from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
 
 _FIRST_TOKEN = 10  # the lowest ids are often special tokens
+_MAX_REQUESTS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,8 @@ class WorkloadSource:
             count = min(count or sys.maxsize, max(2, round(rate * self.duration_s)))
         if count is None and self.trace is None:
             raise ConfigError("--num-requests or --duration is needed")
+        if self.trace is None and count is not None and count > _MAX_REQUESTS:
+            raise ConfigError(f"{count} requests are too many to draw; take a lower rate or a shorter --duration")
         entries = self._entries(count, seed)
         if has_times:
             times = _stretched([entry.arrival_s or 0.0 for entry in entries], rate)

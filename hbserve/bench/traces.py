@@ -61,7 +61,7 @@ def load_trace(path: Path, encode: Callable[[str], list[int]] | None = None) -> 
     try:
         if path.suffix == ".json":
             if encode is None:
-                raise ConfigError(f"{path}: ShareGPT's format needs the model's tokenizer; give --tokenizer")
+                raise ConfigError(f"{path}: ShareGPT's format needs a tokenizer (bench serve --tokenizer)")
             entries = _read_sharegpt(path, encode)
         elif path.suffix in readers:
             entries = readers[path.suffix](path)
@@ -79,14 +79,18 @@ def load_trace(path: Path, encode: Callable[[str], list[int]] | None = None) -> 
 def _read_azure(path: Path) -> list[TraceEntry]:
     entries: list[TraceEntry] = []
     start: datetime | None = None
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            number = rows.line_num  # empty lines are skipped, and count
             try:
-                # seven digits of a second are one more than datetime takes
-                time = datetime.fromisoformat(row["TIMESTAMP"][:26])
+                # the traces of 2024 name the zone, UTC, which those of 2023 leave out
+                time = datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=None)
                 input_len, output_len = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            except (KeyError, ValueError, TypeError) as error:
-                raise ConfigError(f"{path}:{number}: not a line of an Azure trace: {error!r}") from None
+            except KeyError as error:
+                raise ConfigError(f"{path}: not an Azure trace: there is no column {error}") from None
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path}:{number}: not a line of an Azure trace: {error}") from None
             start = start or time
             if input_len < 0 or output_len < 0:
                 raise ConfigError(f"{path}:{number}: not a line of an Azure trace: a negative number of tokens")
@@ -95,14 +99,14 @@ def _read_azure(path: Path) -> list[TraceEntry]:
     return entries
 
 
-_Length = Annotated[int, msgspec.Meta(ge=0)]
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _MooncakeLine(msgspec.Struct):
     timestamp: float
-    input_length: _Length
-    output_length: _Length
-    hash_ids: list[int]
+    input_length: _Natural
+    output_length: _Natural
+    hash_ids: list[_Natural]
 
 
 def _read_mooncake(path: Path) -> list[TraceEntry]:
@@ -123,7 +127,8 @@ def _read_mooncake(path: Path) -> list[TraceEntry]:
 
 
 def _spread(entries: list[TraceEntry]) -> list[TraceEntry]:
-    """Requests of equal times, spread until the next time there is."""
+    """Requests by time, those of equal times spread until the next time there is."""
+    entries.sort(key=lambda entry: entry.arrival_s or 0.0)
     steps = [list(step) for _, step in itertools.groupby(entries, key=lambda entry: entry.arrival_s or 0.0)]
     starts = [step[0].arrival_s or 0.0 for step in steps]
     gaps = [later - sooner for sooner, later in itertools.pairwise(starts)]

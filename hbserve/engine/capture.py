@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hbserve.platform.cuda_driver import upload_graph
+
 
 def run_to_capture(run: Callable[[], object]) -> None:
     """Run once what will be captured, so that all it compiles or loads at its first call is there.
@@ -26,17 +28,20 @@ def run_to_capture(run: Callable[[], object]) -> None:
 def capturing(graph: Any, pool: Any) -> Iterator[None]:
     """As `torch.cuda.graph`, which before each capture gives all memory that is cached back to the driver.
 
-    To give it back and get it again takes time, and others on the device feel it.
+    To give it back and get it again takes time, and others on the device feel it. The graph is on the device
+    afterwards: its first replay takes no longer than others.
 
     Args:
         pool: of the graph's memory; None: a new one.
     """
-    with torch.cuda.stream(capture_stream()):
+    stream = capture_stream()
+    with torch.cuda.stream(stream):
         graph.capture_begin(*(() if pool is None else (pool,)))
         try:
             yield
         finally:
             graph.capture_end()
+    upload_graph(graph, stream)
 
 
 def capture_stream() -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import to_device
+from hbserve.engine.step_board import StepBoard
 from hbserve.messages.worker import PlanRow
 from hbserve.models.decoder import Decoder
 
@@ -76,8 +78,8 @@ class _StepInputs:
         num_bytes = end + 4 * max_pages
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._host = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_HOST_BUFFERS)]
-        self._copied: list[Any] = [None] * _NUM_HOST_BUFFERS
-        self._turn = 0
+        self._copied: list[Any] = [torch.cuda.Event() for _ in range(_NUM_HOST_BUFFERS)]  # type: ignore[no-untyped-call]
+        self._turn = self._end = 0
         self.indices = self._device[self._indices_offset :].view(torch.int32)
 
     def tensor(self, name: str, size: int) -> torch.Tensor:
@@ -87,11 +89,10 @@ class _StepInputs:
         begin = self._offsets[name]
         return self._device[begin : begin + size * dtype.itemsize].view(dtype)
 
-    def copy(self, arrays: dict[str, npt.NDArray[Any]], indices: npt.NDArray[np.int32], size: int) -> None:
-        """Queue the copy of a step's arrays, padded to ``size`` rows."""
+    def fill(self, arrays: dict[str, npt.NDArray[Any]], indices: npt.NDArray[np.int32], size: int) -> None:
+        """Write a step's arrays, padded to ``size`` rows, into the next host copy."""
         self._turn = (self._turn + 1) % _NUM_HOST_BUFFERS
-        if self._copied[self._turn] is not None:
-            self._copied[self._turn].synchronize()
+        self._copied[self._turn].synchronize()
         host = self._host[self._turn].numpy()
         for field in _FIELDS:
             begin = self._offsets[field.name]
@@ -101,12 +102,18 @@ class _StepInputs:
             array = arrays[field.name]
             view[: len(array)] = array
             view[len(array) :] = field.padding
-        end = self._indices_offset + indices.nbytes
-        host[self._indices_offset : end].view(np.int32)[:] = indices
-        self._device[:end].copy_(self._host[self._turn][:end], non_blocking=True)
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._copied[self._turn] = event
+        self._end = self._indices_offset + indices.nbytes
+        host[self._indices_offset : self._end].view(np.int32)[:] = indices
+
+    def fill_in_tokens(self, token_ids: npt.NDArray[np.int64]) -> None:
+        """Write these over the tokens that were filled in."""
+        begin = self._offsets["token_ids"]
+        self._host[self._turn].numpy()[begin : begin + token_ids.nbytes].view(np.int64)[:] = token_ids
+
+    def copy(self) -> None:
+        """Queue the copy of what was filled in."""
+        self._device[: self._end].copy_(self._host[self._turn][: self._end], non_blocking=True)
+        self._copied[self._turn].record()
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,18 @@ class DecodeGraphs:
             *(len(self._sizes), self._sizes[-1], seconds, used / (1 << 30)),
         )
 
-    def _capture(self, size: int, pool: Any) -> _Graph:
+    @contextmanager
+    def of_layers(self, layers: list[int]) -> Iterator[None]:
+        """While the body runs, the smallest graph has only these layers: to rehearse a step in little time."""
+        size = self._sizes[0]
+        whole = self._graphs[size]
+        self._graphs[size] = self._capture(size, self.pool, layers)
+        try:
+            yield
+        finally:
+            self._graphs[size] = whole
+
+    def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> _Graph:
         self._copy_padding(size)
         tensor = self._inputs.tensor
         self._attention.begin(
@@ -170,7 +188,7 @@ class DecodeGraphs:
         run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
         graph: Any = torch.cuda.CUDAGraph()
         with capturing(graph, pool):
-            token_ids = self._step(size)
+            token_ids = self._step(size, layers)
         return _Graph(graph, token_ids)
 
     def _copy_padding(self, size: int) -> None:
@@ -179,7 +197,8 @@ class DecodeGraphs:
         arrays["indptr"] = np.arange(size + 1, dtype=np.int32)
         arrays["slots"] = np.full(size, self._table.padding_slot, np.int64)
         arrays["chunk_len"] = np.array([self._attention.chunk_len(size, np.ones(size, np.int32))], np.int32)
-        self._inputs.copy(arrays, np.zeros(size, np.int32), size)
+        self._inputs.fill(arrays, np.zeros(size, np.int32), size)
+        self._inputs.copy()
 
     def _step(self, size: int, layers: list[int] | None = None) -> torch.Tensor:
         inputs = self._inputs
@@ -203,13 +222,13 @@ class DecodeGraphs:
         )
 
     def launch(
-        self, rows: list[PlanRow], take_turn: Callable[[], list[PlanRow]], timer: StepTimer
+        self, rows: list[PlanRow], take_turn: Callable[[], StepBoard | None], timer: StepTimer
     ) -> tuple[Sampled, list[int]]:
         """Run a step that `fits`; its blocks have been appended.
 
         Args:
-            take_turn: called when all that can be prepared is; from it on, the device may begin. Returns the rows
-                with their tokens.
+            take_turn: called when all that can be prepared is; from it on, the device may begin. Returns the board
+                with the tokens of rows that others have sampled.
             timer: started when the device gets its work.
 
         Returns:
@@ -230,7 +249,10 @@ class DecodeGraphs:
         pages = PageTables.build(context_lens, block_tables, self._block_size)
         padded_slots = np.full(size, table.padding_slot, np.int64)
         padded_slots[:num_rows] = slots
+        elsewhere = np.array([index for index, row in enumerate(rows) if row.sampled_elsewhere], np.int64)
+        token_ids = np.array([_FED_BACK if row.token_ids is None else row.token_ids[0] for row in rows], np.int64)
         arrays = {
+            "token_ids": token_ids,
             "positions": starts,
             "slots": padded_slots,
             "slot_mapping": blocks * self._block_size + starts % self._block_size,
@@ -240,11 +262,15 @@ class DecodeGraphs:
             "chunk_len": np.array([self._attention.chunk_len(size, context_lens)], np.int32),
             "indptr": pages.indptr,
         }
-        rows = take_turn()
-        token_ids = np.array([_FED_BACK if row.token_ids is None else row.token_ids[0] for row in rows], np.int64)
+        self._inputs.fill(arrays, pages.indices, size)
+        board = take_turn()
+        if elsewhere.size:
+            assert board is not None, "who is alone has sampled all itself"
+            token_ids[elsewhere] = board.tokens(slots[elsewhere], starts[elsewhere])
+            self._inputs.fill_in_tokens(token_ids)
         self._check_tokens(slots, starts, token_ids)
         timer.start()
-        self._inputs.copy({"token_ids": token_ids, **arrays}, pages.indices, size)
+        self._inputs.copy()
         graph.graph.replay()
         table.next_positions[slots] = starts + 1
         num_logprobs = table.num_logprobs[slots].tolist()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["ModelRunner", "PendingStep"]
 
 logger = logging.getLogger(__name__)
+
+_PAUSE_S = 5e-3
 
 
 class ModelRunner:
@@ -159,43 +164,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
-        """Run steps of the sizes that will come, so that the first real one finds everything loaded.
+        """Rehearse steps, so that the first real one finds everything loaded.
 
-        What is loaded or allocated at its first use depends on the size: kernels, memory, captured graphs. Others'
-        steps run on the device meanwhile, so it is a few sizes, and of what is not captured a few layers. All KV
-        goes to one block that is nobody's.
+        What is loaded or allocated at its first use depends on the size: kernels, and memory. Others' steps run on
+        the device meanwhile: a whole step, even of one token, reads all weights as theirs do, and theirs would take
+        twice as long. So a rehearsal is a few layers, one at a time. All KV goes to one block that is nobody's.
         """
         longest = min(
             config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens, self.max_model_len - 1
         )
-        batches = [[1]]
-        if role.prefills:
-            batches.append([longest])
-        if role.decodes and self._graphs is not None:
-            batches += [[1] * (1 << power) for power in range(2, self._table.max_num_seqs.bit_length(), 2)]
         self._layers = self._decoder.typical_layers
-        for lengths in batches:
-            self.launch(self._rehearsal(lengths, spare_block)).result()
+        with contextlib.nullcontext() if self._graphs is None else self._graphs.of_layers(self._layers):
+            for length in [1, longest] if role.prefills else [1]:
+                self.launch(self._rehearsal(length, spare_block), self._give_way).result()
         self._layers = None
 
-    def _rehearsal(self, lengths: list[int], spare_block: int) -> StepPlan:
-        """A step of whole prompts of nobody's."""
-        states = [
-            SequenceState(
-                slot=slot,
-                block_ids=[spare_block] * -(-length // self.layout.block_size),
-                sampling=SamplingParams(temperature=1.0, seed=0, max_tokens=1),
-                end_token_ids=[],
-                min_end_position=0,
-                num_prompt_tokens=length,
-            )
-            for slot, length in enumerate(lengths)
-        ]
-        rows = [
-            PlanRow(slot=slot, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
-            for slot, length in enumerate(lengths)
-        ]
-        return StepPlan(epoch=0, step_id=0, rows=rows, new_sequences=states, sends=[])
+    def _give_way(self, layer: int) -> None:
+        """Between two layers of a rehearsal: let others' steps have the device."""
+        self.platform.synchronize()
+        time.sleep(_PAUSE_S)
+
+    def _rehearsal(self, length: int, spare_block: int) -> StepPlan:
+        """A step of a whole prompt of nobody's."""
+        state = SequenceState(
+            slot=0,
+            block_ids=[spare_block] * -(-length // self.layout.block_size),
+            sampling=SamplingParams(temperature=1.0, seed=0, max_tokens=1),
+            end_token_ids=[],
+            min_end_position=0,
+            num_prompt_tokens=length,
+        )
+        row = PlanRow(slot=0, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
+        return StepPlan(epoch=0, step_id=0, rows=[row], new_sequences=[state], sends=[])
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_stored: Callable[[int], None] = lambda layer: None) -> PendingStep:
@@ -217,12 +217,15 @@ class ModelRunner:
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
-            return PendingStep(plan, *self._graphs.launch(plan.rows, lambda: self._take_turn(plan), timer), timer)
-        batch = build_batch(self._take_turn(plan), self._table, self.layout.block_size, self.platform.device)
+            sampled, num_logprobs = self._graphs.launch(plan.rows, functools.partial(self._take_turn, plan), timer)
+            return PendingStep(plan, sampled, num_logprobs, timer)
+        board = self._take_turn(plan)
+        rows = plan.rows if board is None else board.with_tokens(plan.rows)
+        batch = build_batch(rows, self._table, self.layout.block_size, self.platform.device)
         timer.start()
         self._attention.begin(batch.attention)
         if self._prefill_graphs is not None and self._prefill_graphs.fits(len(batch.token_ids)):
-            hidden = self._prefill_graphs.forward(batch, on_stored)
+            hidden = self._prefill_graphs.forward(batch, on_stored, self._layers)
         else:
             decoder, attention = self._decoder, self._attention
             hidden = decoder.forward(batch.token_ids, batch.positions, attention, on_stored, self._layers)
@@ -232,10 +235,8 @@ class ModelRunner:
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
 
-    def _take_turn(self, plan: StepPlan) -> list[PlanRow]:
-        """Wait until nobody else's step comes before a plan's; its rows, with the tokens that others have sampled."""
-        if self.board is None:
-            return plan.rows
-        if plan.after is not None:
+    def _take_turn(self, plan: StepPlan) -> StepBoard | None:
+        """Wait until nobody else's step comes before a plan's; the board with the tokens that others have sampled."""
+        if self.board is not None and plan.after is not None:
             self.board.wait(plan.after)
-        return self.board.with_tokens(plan.rows)
+        return self.board

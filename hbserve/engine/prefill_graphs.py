@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,12 @@ class PrefillGraphs:
         """Whether a step of so many tokens is captured."""
         return bool(self._sizes) and num_tokens <= self._sizes[-1]
 
-    def forward(self, batch: StepBatch, on_stored: Callable[[int], None] = lambda layer: None) -> torch.Tensor:
+    def forward(
+        self,
+        batch: StepBatch,
+        on_stored: Callable[[int], None] = lambda layer: None,
+        layers: Iterable[int] | None = None,
+    ) -> torch.Tensor:
         """As `Decoder.forward`, of a step that `fits` and that attention has begun."""
         num_tokens = len(batch.token_ids)
         size = next(size for size in self._sizes if size >= num_tokens)
@@ -118,8 +123,8 @@ class PrefillGraphs:
         self._slot_mapping[:num_tokens].copy_(batch.attention.slot_mapping)
         self._slot_mapping[num_tokens:size].fill_(_NOWHERE)
         q, attended = self._q[:num_tokens], self._attended[:num_tokens]
-        for index, graph in enumerate(pieces.graphs[:-1]):
-            graph.replay()
+        for index in range(len(pieces.graphs) - 1) if layers is None else layers:
+            pieces.graphs[index].replay()
             on_stored(index)
             self._attention.attend(index, q, attended)
         pieces.graphs[-1].replay()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 
 from hbserve.errors import StartupError
+from hbserve.layers.ops import has_triton
 from hbserve.layers.parallel import TensorParallel
 from hbserve.platform import Platform
 from hbserve.platform.base import SmallSum
@@ -46,14 +47,19 @@ def join_group(
         small_sum = platform.make_small_sum(dist.PrefixStore("small_sum", store), rank, size)
     except RuntimeError as error:  # the store's and the libraries' errors are subclasses of it
         raise StartupError(f"rank {rank} of {size} cannot join its tensor-parallel group: {error}") from error
-    return _GroupOverTorch(group, small_sum, rank, size, platform.device).as_tensor_parallel()
+    return _GroupOverTorch(group, small_sum, rank, size, platform).as_tensor_parallel()
 
 
 class _GroupOverTorch:
-    """The two collectives, enqueued on the current stream where there are streams."""
+    """The collectives, enqueued on the current stream where there are streams."""
 
-    def __init__(self, group: Any, small_sum: SmallSum | None, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, group: Any, small_sum: SmallSum | None, rank: int, size: int, platform: Platform) -> None:
+        device = platform.device
         self._small_sum = small_sum
+        # It pays for two ranks: the more there are, the more each has to read. Its programs wait for the other rank's
+        # on all multiprocessors at once: were there another such worker on the same devices, each could wait on one
+        # device for what the other keeps from starting on the next.
+        self._sums_with_norm = small_sum is not None and size == 2 and not platform.is_shared and has_triton(device)
         self._group, self._rank, self._size, self._device = group, rank, size, device
         self._reduce_options = dist.AllreduceOptions()
         self._gather_options = torch._C._distributed_c10d.AllgatherOptions()
@@ -63,7 +69,8 @@ class _GroupOverTorch:
 
     def as_tensor_parallel(self) -> TensorParallel:
         place = None if self._small_sum is None else self._small_sum.place
-        return TensorParallel(self._rank, self._size, self._all_reduce, self._all_gather, place)
+        sum_and_norm = self._sum_and_norm if self._sums_with_norm else None
+        return TensorParallel(self._rank, self._size, self._all_reduce, self._all_gather, place, sum_and_norm)
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """In place: callers hand over what they have just computed."""
@@ -71,6 +78,13 @@ class _GroupOverTorch:
             return self._small_sum(x)
         _wait(self._group.allreduce([x], self._reduce_options))
         return x
+
+    def _sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        from hbserve.layers.peer_norm import sum_add_rms_norm_
+
+        assert self._small_sum is not None, "without a place there is nothing to sum"
+        summands, flags = self._small_sum.addresses(x), self._small_sum.flags
+        return sum_add_rms_norm_(summands, flags, self._rank, residual, weight, eps)
 
     def _all_gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

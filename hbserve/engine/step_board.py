@@ -9,20 +9,41 @@ cell reads them after it.
 
 from __future__ import annotations
 
+import ctypes
 import time
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from hbserve.messages.worker import NUM_BOARD_CELLS, PlanRow, StepOf, StepPlan, StepResult
+from hbserve.messages.worker import NUM_BOARD_CELLS, PlanRow, StepOf, StepPlan
 
 _POLL_S = 20e-6
+_SET_TIMER_SLACK = 29  # of prctl(2)
+_TIMER_SLACK_NS = 1000
+"""How late a thread may be woken; Linux takes 50 µs where nothing is said."""
 _ITEM_BYTES = 8
 
 
+@dataclass(frozen=True, slots=True)
+class BoardEntry:
+    """What will be noted of a step that is under way.
+
+    Attributes:
+        slots: int64, of the rows that are sampled; none where nobody goes on with them.
+        ends: int64, the positions that their tokens are for.
+    """
+
+    cell: int
+    step_id: int
+    slots: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+
 class StepBoard:
-    """One process' view of it. The thread that launches waits, the one that collects results notes them.
+    """One process' view of it. The thread that makes it launches and waits; another collects results and notes them.
 
     Args:
         memory: uint8 ``[num_bytes]``, zeros at first.
@@ -39,22 +60,28 @@ class StepBoard:
         self._lost: dict[int, int] = {}
         self._deadline = float("inf")
         self._may_be_wrong = False
+        ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, ctypes.c_ulong(_TIMER_SLACK_NS))
 
     @staticmethod
     def num_bytes(max_num_seqs: int) -> int:
         """The size of its memory."""
         return _ITEM_BYTES * (NUM_BOARD_CELLS + 2 * max_num_seqs)
 
-    def note(self, plan: StepPlan, result: StepResult) -> None:
-        """A step is done."""
+    def entry(self, plan: StepPlan) -> BoardEntry | None:
+        """What to `note` when a plan's step is done; None: nobody wants to know."""
         if plan.cell is None:
-            return
-        if self._samples:
-            sampled = [row for row in plan.rows if row.sample]
-            slots = [row.slot for row in sampled]
-            self._token_ids[slots] = result.token_ids
-            self._positions[slots] = [row.start + row.num_tokens for row in sampled]
-        self._done[plan.cell] = plan.step_id
+            return None
+        sampled = [row for row in plan.rows if row.sample] if self._samples else []
+        slots = np.array([row.slot for row in sampled], np.int64)
+        ends = np.array([row.start + row.num_tokens for row in sampled], np.int64)
+        return BoardEntry(plan.cell, plan.step_id, slots, ends)
+
+    def note(self, entry: BoardEntry, token_ids: list[int]) -> None:
+        """A step is done, and has sampled these tokens. Somebody may be waiting: all else comes later."""
+        if entry.slots.size:
+            self._token_ids[entry.slots] = token_ids
+            self._positions[entry.slots] = entry.ends
+        self._done[entry.cell] = entry.step_id
 
     def note_lost(self, step: StepOf) -> None:
         """The worker of that cell has ended; who waits for the step need not."""
@@ -80,18 +107,23 @@ class StepBoard:
             time.sleep(_POLL_S)
         self._may_be_wrong = False
 
-    def with_tokens(self, rows: list[PlanRow]) -> list[PlanRow]:
-        """The rows with tokens that others have sampled.
+    def tokens(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What others have sampled for these slots at these positions.
 
-        After a lost step that may be any that was sampled once: what is made of it counts for nothing.
+        After a lost step that may be any tokens that were sampled once: what is made of them counts for nothing.
         """
-        slots = [row.slot for row in rows if row.sampled_elsewhere]
-        if not slots:
-            return rows
-        starts = [row.start for row in rows if row.sampled_elsewhere]
-        are_there = self._may_be_wrong or (self._positions[slots] == starts).all()
+        are_there = self._may_be_wrong or (self._positions[slots] == positions).all()
         assert are_there, "the board has no token for the position that a row starts at"
-        tokens = iter(self._token_ids[slots].tolist())
+        token_ids: npt.NDArray[np.int64] = self._token_ids[slots]
+        return token_ids
+
+    def with_tokens(self, rows: list[PlanRow]) -> list[PlanRow]:
+        """The rows with `tokens` in those that need some."""
+        waiting = [row for row in rows if row.sampled_elsewhere]
+        if not waiting:
+            return rows
+        slots, starts = np.array([(row.slot, row.start) for row in waiting], np.int64).T
+        tokens = iter(self.tokens(slots, starts).tolist())
         return [
             msgspec.structs.replace(row, token_ids=[next(tokens)], sampled_elsewhere=False)
             if row.sampled_elsewhere

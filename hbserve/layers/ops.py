@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hbserve.attention.base import Attention
 from hbserve.layers.mlp import silu_and_mul
 from hbserve.layers.norm import rms_norm
-from hbserve.layers.parallel import TensorParallel
+from hbserve.layers.parallel import SumAndNorm, TensorParallel
 from hbserve.layers.rotary import RotaryEmbedding, rotate
 
 _GATED_ROWS = 2048
@@ -26,10 +26,12 @@ class ResidualStream:
         total: ``[tokens, hidden]``.
         pending: of the same shape, a layer's output that is not yet in ``total``: adding it is left
             to the next norm, which passes over both anyway.
+        sum_and_norm: set if ``pending`` is only this rank's part of the output: so the next norm is taken.
     """
 
     total: torch.Tensor
     pending: torch.Tensor | None = None
+    sum_and_norm: SumAndNorm | None = None
 
 
 class LayerOps:
@@ -48,9 +50,19 @@ class LayerOps:
 
     def norm(self, stream: ResidualStream, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """The RMS norm of the stream, with what is pending."""
-        if stream.pending is not None:
-            stream.total, stream.pending = stream.total + stream.pending, None
-        return rms_norm(stream.total, weight, eps)
+        pending, stream.pending = stream.pending, None
+        sum_and_norm, stream.sum_and_norm = stream.sum_and_norm, None
+        if pending is None:
+            return self.rms_norm(stream.total, weight, eps)
+        return (sum_and_norm or self.add_rms_norm_)(pending, stream.total, weight, eps)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `hbserve.layers.norm.rms_norm`."""
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm_(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Add ``x`` to ``residual`` in place and return the norm of the sum."""
+        return rms_norm(residual.add_(x), weight, eps)
 
     def norm_linear(
         self, stream: ResidualStream, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
@@ -90,8 +102,11 @@ class LayerOps:
         else:
             place = parallel.summand(x.shape[0], weight)
             mine = self.linear(x, weight, None) if place is None else self.linear_into(x, weight, place)
-            total = parallel.reduce(mine)
-            stream.pending = total if bias is None else total + bias
+            if place is not None and bias is None and parallel.sum_and_norm is not None:
+                stream.pending, stream.sum_and_norm = mine, parallel.sum_and_norm
+            else:
+                total = parallel.reduce(mine)
+                stream.pending = total if bias is None else total + bias
 
     def silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """As `hbserve.layers.mlp.silu_and_mul`."""
@@ -139,11 +154,11 @@ class FusedOps(LayerOps):
             return self._one_row_linear(x, weight, out=out)
         return super().linear_into(x, weight, out)
 
-    def norm(self, stream: ResidualStream, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if stream.pending is None:
-            return self._fused.rms_norm(stream.total, weight, eps)
-        pending, stream.pending = stream.pending, None
-        return self._fused.add_rms_norm_(pending, stream.total, weight, eps)
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._fused.rms_norm(x, weight, eps)
+
+    def add_rms_norm_(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._fused.add_rms_norm_(x, residual, weight, eps)
 
     def norm_linear(
         self, stream: ResidualStream, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
@@ -200,8 +215,11 @@ class FusedOps(LayerOps):
         )
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton can compile for ``device``."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def select_ops(weights: torch.Tensor) -> LayerOps:
     """Fused where Triton can compile for the device of ``weights``, plain elsewhere."""
-    if weights.is_cuda and importlib.util.find_spec("triton") is not None:
-        return FusedOps()
-    return LayerOps()
+    return FusedOps() if has_triton(weights.device) else LayerOps()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 Collective = Callable[[torch.Tensor], torch.Tensor]
 SummandPlace = Callable[[tuple[int, ...], torch.dtype], torch.Tensor | None]
+SumAndNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""Of summand, residual, weight, epsilon: adds the sum to the residual, in place, and returns the RMS norm of that."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class TensorParallel:
     Attributes:
         all_reduce: sums a tensor over the ranks; called where ``size`` is above 1.
         all_gather: joins the ranks' tensors along the last dimension, in rank order; likewise.
-        summand_place: memory where `all_reduce` sums the quickest, for a tensor of a shape and dtype; there is one, so
-            a sum lies there until the next is asked for. None if it has none for such a tensor.
+        summand_place: memory where `all_reduce` sums the quickest, for a tensor of a shape and dtype, one of two in
+            turn: a sum lies there until the second after it is asked for. None if it has none for such a tensor.
+        sum_and_norm: sums what lies in a `summand_place` over the ranks and goes on to the next norm, in one.
     """
 
     rank: int = 0
@@ -31,6 +34,7 @@ class TensorParallel:
     all_reduce: Collective | None = None
     all_gather: Collective | None = None
     summand_place: SummandPlace | None = None
+    sum_and_norm: SumAndNorm | None = None
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` over the ranks."""
@@ -40,10 +44,7 @@ class TensorParallel:
         return self.all_reduce(x)
 
     def summand(self, rows: int, weight: torch.Tensor) -> torch.Tensor | None:
-        """Memory to multiply ``rows`` rows with ``weight [out, in]`` into, for `reduce`; None: anywhere.
-
-        The sum lies there until the next product is written.
-        """
+        """Memory to multiply ``rows`` rows with ``weight [out, in]`` into, for `reduce`; None: anywhere."""
         if self.summand_place is None:
             return None
         return self.summand_place((rows, weight.shape[0]), weight.dtype)

@@ -65,7 +65,7 @@ class LeaveLink(Message, frozen=True):
     """To the sender of a link: nothing goes over it any more; let go of what is there for it. Not answered.
 
     Attributes:
-        targets: the other instance's ranks, as they were named in `SendBlocks`.
+        targets: the other instance's ranks, named as in `SendBlocks`.
     """
 
     targets: list[Peer]

@@ -16,7 +16,6 @@ import contextlib
 import logging
 import os
 import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hbserve import event_loop
 from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
@@ -169,8 +169,7 @@ class GpuInstance:
             )
             self._model = rank.model_fingerprint
             self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
-            io_thread = threading.Thread(target=self._run_io, name="io")
-            io_thread.start()
+            io_thread = event_loop.start_thread(self._loop, self._serve)
             self._is_serving = True
             pipeline = StepPipeline(self._runner, self._on_result, self._on_layers_stored, self._on_step_failed)
             stopwatch.lap("threads")
@@ -253,15 +252,6 @@ class GpuInstance:
         child.exit_now(exit_code)
 
     # --- event loop thread -----------------------------------------------------------------------
-
-    def _run_io(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._serve())
-        except BaseException:
-            logger.exception("the event loop failed; exiting")
-            os._exit(1)
-        self._loop.close()
 
     async def _serve(self) -> None:
         self._last_ping = time.monotonic()

@@ -268,10 +268,17 @@ class InstanceHandle:
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
         # Short prompts may be computed where they decode; admission seats no others there.
         role = InstanceRole.DECODE if self.role is InstanceRole.DECODE else phase
-        able = [w for w in self.workers.values() if w.ready and _does(w.role, role) and _does(self.role, role)]
+        there = [worker for worker in self.workers.values() if worker.ready and not worker.is_told_to_end]
+        able = [worker for worker in there if _does(worker.role, role) and _does(self.role, role)]
         # Who can do both does one only where nobody else is there.
         able = [worker for worker in able if worker.role is not InstanceRole.UNIFIED] or able
+        if self.awaits_worker(role):
+            return able  # another rung in between would be one change more, and a larger share than the phase's own
         return [worker for worker in able if not worker.is_retiring] or able
+
+    def awaits_worker(self, role: InstanceRole) -> bool:
+        """Whether one has been named that is not registered yet."""
+        return any(w.role is role and not w.ready and not w.is_retiring for w in self.workers.values())
 
     def is_current(self, worker: WorkerHandle) -> bool:
         """Whether it got a phase's plans last."""

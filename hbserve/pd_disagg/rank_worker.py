@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hbserve import event_loop
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand
@@ -93,8 +94,7 @@ class RankWorker:
             self._partition,
         ) as rank:
             self._transfers, self._board = rank.transfers, rank.runner.board
-            io_thread = threading.Thread(target=self._run_io, name="io")
-            io_thread.start()
+            io_thread = event_loop.start_thread(self._loop, self._serve)
             pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_layers_stored, self._on_step_failed)
             child.freeze_heap()
             child.report_status({"ready": True})
@@ -120,15 +120,6 @@ class RankWorker:
         self._loop.call_soon_threadsafe(self._line.send, failed_result(plan, repr(error)))
 
     # --- event loop thread -----------------------------------------------------------------------
-
-    def _run_io(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._serve())
-        except BaseException:
-            logger.exception("the event loop failed; exiting")
-            os._exit(1)
-        self._loop.close()
 
     async def _serve(self) -> None:
         await self._line.open()

@@ -18,6 +18,7 @@ from hbserve.messages.worker import StepPlan, StepResult
 
 if TYPE_CHECKING:
     from hbserve.engine.model_runner import ModelRunner, PendingStep
+    from hbserve.engine.step_board import BoardEntry
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class _Launched(NamedTuple):
     waited_s: float
     host_s: float
     progress: LayerProgress | None
+    entry: BoardEntry | None
 
 
 class StepPipeline:
@@ -72,7 +74,9 @@ class StepPipeline:
                 pending = runner.launch(plan, progress.stored)
             else:
                 pending = runner.launch(plan)
-            self._pending.put(_Launched(plan, pending, waited_s, time.perf_counter() - began, progress))
+            host_s = time.perf_counter() - began
+            entry = None if runner.board is None else runner.board.entry(plan)
+            self._pending.put(_Launched(plan, pending, waited_s, host_s, progress, entry))
         except Exception as error:
             self._fail(plan, error)
             return False
@@ -86,19 +90,20 @@ class StepPipeline:
     def _collect(self) -> None:
         last_end = math.inf
         while (item := self._pending.get()) is not None:
-            plan, pending, waited_s, host_s, progress = item
+            plan, pending, waited_s, host_s, progress, entry = item
             try:
                 if progress is not None:
                     progress.wait()
                 result = pending.result()
-                if any(token >= self._runner.spec.vocab_size for token in result.token_ids):
+                if max(result.token_ids, default=0) >= self._runner.spec.vocab_size:
                     # The sampler has found no greatest logit, and the next step must not be fed with that.
                     raise RuntimeError("the logits of a step are not numbers")
             except Exception as error:
                 self._fail(plan, error)
                 return
-            if self._runner.board is not None:
-                self._runner.board.note(plan, result)
+            if entry is not None:
+                assert self._runner.board is not None, "an entry is of a board"
+                self._runner.board.note(entry, result.token_ids)
             end = time.perf_counter()
             began = end - result.busy_s
             early_s = waited_s + (began - pending.ready_at) - max(0.0, began - last_end)

@@ -8,7 +8,7 @@ import itertools
 import secrets
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -192,6 +192,8 @@ class TextEngine:
     async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             token_ids = await self.text.encode(prompt)
+        elif not isinstance(prompt, Iterable):
+            raise InvalidRequestError(f"the prompt must be text or token ids, got {prompt!r}", "prompt")
         else:
             token_ids = list(prompt)
             self.check_token_ids(token_ids, "prompt")

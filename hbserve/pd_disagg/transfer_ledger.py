@@ -33,7 +33,8 @@ class Link:
 
     Attributes:
         epoch: tells it from those before and after it between the same two.
-        targets: where the target's ranks receive; empty until it is open.
+        addressed: the target's ranks, as they name the link while they open it.
+        targets: the same, and where they receive; empty until it is open.
         transfers: of these at least one side has not confirmed.
         broken: nothing new goes over it. Its target's blocks stay pinned until the target says that
             nothing of it is written any more.
@@ -44,6 +45,7 @@ class Link:
     target: InstanceHandle
     epoch: int
     sources: list[Peer]
+    addressed: list[Peer]
     targets: list[Peer] = field(default_factory=list)
     transfers: dict[str, Transfer] = field(default_factory=dict)
     broken: bool = False
@@ -158,11 +160,15 @@ class TransferLedger:
 
     def _open_link(self, source: InstanceHandle, target: InstanceHandle) -> None:
         assert source.hello is not None
+        assert target.hello is not None
         key = (source.id, target.id)
         self._num_links += 1
         epoch = self._num_links
-        sources = [msgspec.structs.replace(peer, link_epoch=epoch) for peer in source.hello.peers]
-        self._links[key] = Link(source, target, epoch, sources)
+        sources, addressed = (
+            [msgspec.structs.replace(peer, link_epoch=epoch) for peer in hello.peers]
+            for hello in (source.hello, target.hello)
+        )
+        self._links[key] = Link(source, target, epoch, sources, addressed)
         self.links.setdefault(key, LinkStats())
         target.send(OpenLink(source_id=source.id, link_epoch=epoch, sources=sources))
 
@@ -292,8 +298,8 @@ class TransferLedger:
         for transfer in list(link.transfers.values()):
             if transfer.sender_open and not link.sender_lost:
                 transfer.source.worker.send(CancelTransfer(transfer_id=transfer.transfer_id))
-        if link.targets and not link.sender_lost:
-            link.source.send(LeaveLink(targets=link.targets))
+        if not link.sender_lost:
+            link.source.send(LeaveLink(targets=link.targets or link.addressed))
         self._end_if_senders_are_done(link)
         return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
 

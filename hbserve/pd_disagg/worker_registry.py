@@ -404,6 +404,7 @@ class WorkerRegistry:
         for worker in instance.workers.values():
             if worker.ready and worker.is_retiring and not worker.is_told_to_end and not worker.inflight:
                 others = [other for other in instance.workers.values() if other.ready and not other.is_retiring]
-                if any(other.role in (worker.role, InstanceRole.UNIFIED) for other in others):
+                are_there = any(other.role in (worker.role, InstanceRole.UNIFIED) for other in others)
+                if are_there and not instance.awaits_worker(worker.role):
                     worker.is_told_to_end = True
                     worker.send(Shutdown())

@@ -27,23 +27,37 @@ class SharedArena:
 
 
 class SmallSum(Protocol):
-    """Sums of small tensors over the ranks of a group, in memory of its own, on the current stream."""
+    """Sums of small tensors over the ranks of a group, in memory of its own, on the current stream.
+
+    Attributes:
+        flags: int64 ``[ranks]``, addresses of zeros on each device, for kernels to signal with.
+    """
+
+    flags: torch.Tensor
 
     def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        """Where to write a summand of this shape, always the same memory; None if it cannot sum such."""
+        """Where to write a summand of this shape, one of two in turn; None if it cannot sum such."""
 
     def holds(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` lies in that memory."""
+        """Whether ``x`` is a `place`."""
+
+    def addresses(self, x: torch.Tensor) -> torch.Tensor:
+        """Where all ranks have the `place` ``x``: int64 ``[ranks]``, on the device."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of what the ranks have written there, in place; ``x`` is this rank's `place`."""
 
 
 class Platform(ABC):
-    """One device of one process."""
+    """One device of one process.
+
+    Attributes:
+        is_shared: whether workers of the same instance have the device as well.
+    """
 
     name: str
     device: torch.device
+    is_shared: bool = False
 
     @abstractmethod
     def activate(self) -> None:

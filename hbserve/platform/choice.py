@@ -44,13 +44,13 @@ def make_platform(
     Args:
         gpu_id: of the instance's first rank; the others' follow.
         num_threads: on CPU; None shares the cores evenly among ``num_instances`` of ``tp_size`` ranks.
-        partition: of the device; its priority takes effect if `set_priority` came first.
+        partition: of the device, if workers share it; its priority takes effect if `set_priority` came first.
 
     Raises:
         ConfigError: if the device is not there.
     """
-    partition = partition or Partition()
     if resolve_device(device) == "cpu":
+        partition = partition or Partition()
         threads = num_threads or max(1, len(os.sched_getaffinity(0)) // (num_instances * tp_size))
         share = max(1, round(threads * partition.percentage / 100))
         return CpuPlatform(share, _NICENESS_OF_LOW_PRIORITY * partition.priority)

@@ -11,9 +11,9 @@ import torch.distributed
 
 from hbserve.platform import cuda_ipc
 from hbserve.platform.base import Platform, SharedArena, SmallSum
-from hbserve.platform.cuda_share import CudaShare
+from hbserve.platform.cuda_share import CudaShare, is_whole
 from hbserve.platform.partition import Partition
-from hbserve.platform.peer_sum import PeerSum, can_reach_each_other
+from hbserve.platform.peer_sum import PeerSum, can_reach_each_other, holds_for_all
 from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 
 logger = logging.getLogger(__name__)
@@ -25,19 +25,21 @@ class CudaPlatform(Platform):
 
     Args:
         gpu_id: index among the visible devices.
-        partition: of it.
+        partition: of it; None: no other worker of the instance has it.
     """
 
     name = "cuda"
 
-    def __init__(self, gpu_id: int, partition: Partition) -> None:
+    def __init__(self, gpu_id: int, partition: Partition | None) -> None:
         self.device = torch.device("cuda", gpu_id)
-        self._partition = partition
+        self.is_shared = partition is not None
+        self._partition = partition or Partition()
         self._share: CudaShare | None = None
 
     def activate(self) -> None:
         torch.cuda.set_device(self.device)
-        if self._partition.percentage < 100:
+        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if not is_whole(total, self._partition.percentage, self._partition.end):
             torch.zeros(1, device=self.device)  # makes the device's usual context, which a share builds on
             self._share = CudaShare(self.device, self._partition.percentage, self._partition.end)
             torch.cuda.set_stream(self._share.stream)
@@ -92,4 +94,9 @@ class CudaPlatform(Platform):
         if not can_reach_each_other(store, rank, size, self.device):
             logger.warning("rank %d: the GPUs do not reach each other's memory; NCCL sums what is small, too", rank)
             return None
-        return PeerSum(store, rank, size, self.device)
+        peer_sum = None
+        try:
+            peer_sum = PeerSum(store, rank, size, self.device)
+        except RuntimeError as error:  # some containers keep processes from handing each other memory
+            logger.warning("rank %d: GPUs may not share memory; NCCL sums what is small, too: %s", rank, error)
+        return peer_sum if holds_for_all(store, "shares", rank, size, peer_sum is not None) else None

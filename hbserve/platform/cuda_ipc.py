@@ -8,8 +8,8 @@ The calling thread's context must be torch's (`CudaPlatform` sees to it).
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
+
+from hbserve.platform.cuda_driver import call
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -45,14 +45,14 @@ def allocate(num_bytes: int) -> DeviceMemory:
     """
     address = ctypes.c_uint64()
     whole = num_bytes + -num_bytes % _GRANULARITY_BYTES
-    _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(whole))
+    call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(whole))
     return DeviceMemory(address.value, num_bytes)
 
 
 def export_handle(memory: DeviceMemory) -> str:
     """What `open_handle` takes in another process; hexadecimal."""
     handle = _Handle()
-    _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(memory.address))
+    call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(memory.address))
     return bytes(handle).hex()
 
 
@@ -64,9 +64,9 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
     """
     address = ctypes.c_uint64()
     there = _Handle.from_buffer_copy(bytes.fromhex(handle))
-    _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), there, ctypes.c_uint(_LAZY_PEER_ACCESS))
+    call("cuIpcOpenMemHandle_v2", ctypes.byref(address), there, ctypes.c_uint(_LAZY_PEER_ACCESS))
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
-    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+    call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
     if base.value + size.value - address.value < num_bytes:
         raise RuntimeError(f"the shared memory has {size.value} bytes, fewer than {num_bytes}")
     return DeviceMemory(address.value, num_bytes)
@@ -74,7 +74,7 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
 
 def close_handle(memory: DeviceMemory) -> None:
     """Undo one `open_handle`; the driver counts them."""
-    _call("cuIpcCloseMemHandle", ctypes.c_uint64(memory.address))
+    call("cuIpcCloseMemHandle", ctypes.c_uint64(memory.address))
 
 
 def copy(target: int, source: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
@@ -83,18 +83,4 @@ def copy(target: int, source: int, num_bytes: int, stream: ctypes.c_void_p) -> N
     Raises:
         RuntimeError: if the device says so.
     """
-    _call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), stream)
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _call(name: str, *arguments: Any) -> None:
-    driver = _driver()
-    code = getattr(driver, name)(*arguments)
-    if code:
-        text = ctypes.c_char_p()
-        driver.cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+    call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), stream)

@@ -13,12 +13,12 @@ whole tiles of its products unwritten (docs/semi_pd.md has the measurement).
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from hbserve.errors import StartupError
+from hbserve.platform.cuda_driver import call
 
 _SM = 1  # CU_DEV_RESOURCE_TYPE_SM
 _DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM, the only flag there is, and it must be given
@@ -76,22 +76,20 @@ def size_of_first(total: int, percentage: int) -> int:
     return max(_GROUP, min(wanted, (total - 1) // _GROUP * _GROUP))
 
 
+def is_whole(total: int, percentage: int, end: Literal["first", "last"]) -> bool:
+    """Whether a percentage is nearer to all of a device's multiprocessors than to the largest part of them."""
+    largest = size_of_first(total, 100) if end == "first" else total - _GROUP
+    return 2 * total * percentage / 100 > total + largest
+
+
 def _count(resource: Any) -> int:
     return int.from_bytes(resource.raw[_COUNT_OFFSET : _COUNT_OFFSET + 4], "little")
 
 
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _call(name: str, *arguments: Any) -> None:
-    driver = _driver()
-    function = getattr(driver, name, None)
-    if function is None:
-        raise StartupError(f"no share of the GPU: the driver has no {name}, which came with CUDA 12.4")
-    code = function(*arguments)
-    if code:
-        text = ctypes.c_char_p()
-        driver.cuGetErrorString(code, ctypes.byref(text))
-        raise StartupError(f"no share of the GPU: {name}: {(text.value or b'unknown error').decode()} ({code})")
+    try:
+        call(name, *arguments)
+    except AttributeError:
+        raise StartupError(f"no share of the GPU: the driver has no {name}, which came with CUDA 12.4") from None
+    except RuntimeError as error:
+        raise StartupError(f"no share of the GPU: {error}") from None

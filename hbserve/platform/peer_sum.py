@@ -23,7 +23,8 @@ import torch
 from torch._C import _distributed_c10d
 
 _MAX_BYTES = 8 << 20
-"""Set aside on each GPU. What is larger was not measured, and is summed by NCCL."""
+"""Of a place; there are two on each GPU. What is larger was not measured, and is summed by NCCL."""
+_FLAGS_BYTES = 64 << 10
 _ALIGNMENT_BYTES = 16
 _DTYPES = (torch.bfloat16, torch.float32)
 _operators: Any = torch.ops.symm_mem
@@ -35,6 +36,9 @@ class PeerSum:
 
     Args:
         store: where the ranks meet, and nobody else.
+
+    Attributes:
+        flags: int64 ``[ranks]``, addresses of 64 KiB of zeros on each GPU, for kernels of others to signal with.
     """
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
@@ -44,20 +48,33 @@ class PeerSum:
         self._group = _distributed_c10d.ProcessGroup(store, rank, size)  # only a name, ranks and a store to meet at
         _distributed_c10d._register_process_group(name, self._group)
         _memory.set_group_info(name, rank, size, store)
-        self._memory: torch.Tensor = _memory.empty_strided_p2p((_MAX_BYTES,), (1,), torch.uint8, device)
-        _memory.rendezvous(self._memory, name)
+        self._memory: torch.Tensor = _memory.empty_strided_p2p(
+            (2 * _MAX_BYTES + _FLAGS_BYTES,), (1,), torch.uint8, device
+        )
+        self._memory[2 * _MAX_BYTES :].zero_()
+        torch.cuda.current_stream(device).synchronize()
+        addresses = torch.tensor(_memory.rendezvous(self._memory, name).buffer_ptrs, device=device)
+        self._places: list[torch.Tensor] = [self._memory[begin : begin + _MAX_BYTES] for begin in (0, _MAX_BYTES)]
+        self._addresses = {place.data_ptr(): addresses + turn * _MAX_BYTES for turn, place in enumerate(self._places)}
+        self.flags = addresses + 2 * _MAX_BYTES
+        self._turn = 0
         self._alignment_bytes = _ALIGNMENT_BYTES * size  # each rank adds up an aligned part
 
     def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        """The memory in which a tensor is summed, always the same; None if it is too large or the kernel lacks it."""
+        """Memory in which a tensor is summed, one of two in turn; None if it is too large or the kernel lacks it."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if not 0 < num_bytes <= _MAX_BYTES or num_bytes % self._alignment_bytes or dtype not in _DTYPES:
             return None
-        return self._memory[:num_bytes].view(dtype).view(shape)
+        self._turn = 1 - self._turn
+        return self._places[self._turn][:num_bytes].view(dtype).view(shape)
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether ``x`` is a `place`."""
-        return x.data_ptr() == self._memory.data_ptr()
+        return x.data_ptr() in self._addresses
+
+    def addresses(self, x: torch.Tensor) -> torch.Tensor:
+        """Where all ranks have the `place` ``x``: int64 ``[ranks]``, on the device."""
+        return self._addresses[x.data_ptr()]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x``, which is a `place`, over the ranks; in place, so it lasts until that is written again."""
@@ -72,5 +89,10 @@ def can_reach_each_other(store: Any, rank: int, size: int, device: torch.device)
     reaches = len(others) == size - 1 and all(
         torch.cuda.can_device_access_peer(device.index, other) for other in others
     )
-    store.set(f"reaches/{rank}", str(int(reaches)))
-    return all(int(store.get(f"reaches/{other}")) for other in range(size))
+    return holds_for_all(store, "reaches", rank, size, reaches)
+
+
+def holds_for_all(store: Any, what: str, rank: int, size: int, holds: bool) -> bool:
+    """Whether ``what`` holds for every rank; waits for their answers, and all get the same one."""
+    store.set(f"{what}/{rank}", str(int(holds)))
+    return all(int(store.get(f"{what}/{other}")) for other in range(size))

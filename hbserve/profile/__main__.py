@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from hbserve import PdDisaggConfig
+from hbserve.bench import pictures
 from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.config import Config
 from hbserve.errors import ConfigError, HBServeError
@@ -35,6 +36,8 @@ def main() -> int:
         for path in (arguments.out, arguments.plot):
             if path is not None and not path.absolute().parent.is_dir():
                 raise ConfigError(f"there is no folder {path.absolute().parent}")
+        if arguments.plot is not None:
+            pictures.check("--plot", arguments.plot)
         profile = _profile(arguments)
         profile.save(arguments.out)
         if arguments.plot is not None:

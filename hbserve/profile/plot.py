@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hbserve.errors import ConfigError
+from hbserve.bench import pictures
 from hbserve.semi_pd.step_profile import StepProfile
 
 
@@ -18,11 +18,7 @@ def plot(profile: StepProfile, path: Path) -> None:
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
+    pictures.check("--plot")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")

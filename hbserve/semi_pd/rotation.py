@@ -62,6 +62,11 @@ class Rotation:
         return False
 
     def _change_over(self, allocation: SMAllocation) -> None:
+        """One phase after the other, first the one that gives multiprocessors to the other.
+
+        So shares that have none in common before and after have none on the way: a step of prefill may go on for long
+        at the old worker, and would slow down all decode steps beside it that compute on some of the same.
+        """
         workforce = self._workforce
         with workforce.changed:
             if not workforce.is_serving():
@@ -70,22 +75,28 @@ class Rotation:
             changes = [
                 phase for phase in PHASES if workforce.rungs_of(phase, before) != workforce.rungs_of(phase, allocation)
             ]
-            if not changes:
-                workforce.publish("the shares change")
-        for phase in changes:
-            self._switch(phase, allocation)
+            if len(changes) < len(PHASES):
+                workforce.activate([phase for phase in PHASES if phase not in changes], "the shares change")
+        changes.sort(key=lambda phase: share_of(allocation, phase) - share_of(before, phase))
         timeout = self._asynchronous.drain_timeout
-        if all(self._asynchronous.wait_for_switch_completion(phase, 2 * timeout) for phase in changes):
+        are_done = []
+        for phase in changes:
+            if not self._switch(phase, allocation):
+                return
+            are_done.append(self._asynchronous.wait_for_switch_completion(phase, 2 * timeout))
+        if all(are_done):
             self.num_done += 1
         with workforce.changed:
             if workforce.is_serving():
                 workforce.replace_lost()
         workforce.discard()  # what was to replace a worker of the old split that was lost meanwhile
 
-    def _switch(self, phase: InstanceRole, allocation: SMAllocation) -> None:
-        """Name a phase's new workers to the scheduler and let the old ones drain."""
+    def _switch(self, phase: InstanceRole, allocation: SMAllocation) -> bool:
+        """Name a phase's new workers to the scheduler and let the old ones drain; False if a recovery must."""
         workforce = self._workforce
         with workforce.changed:
+            if not workforce.is_serving():
+                return False
             assert workforce.workers is not None
             made = workforce.workers.of_rung((phase, share_of(allocation, phase)))
             workforce.activate([phase])
@@ -109,3 +120,4 @@ class Rotation:
             return False
 
         self._asynchronous.start_asynchronous_switch(phase, None, made[-1].process if made else None, drained)
+        return True

@@ -21,8 +21,11 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
     """A system and its ``semi_pd`` instance on a GPU, from a configuration of whatever mode.
 
     Raises:
+        TypeError: if it is no configuration of ours.
         ConfigError: naming what cannot be honoured.
     """
+    if not isinstance(server_args, Config | PdDisaggConfig):
+        raise TypeError(f"server_args must be a PdDisaggConfig or a Config, got {type(server_args).__name__}")
     config = server_args.freeze() if isinstance(server_args, PdDisaggConfig) else server_args
     for instance in config.gpu_instances:
         if instance.instance_type is InstanceRole.SEMI_PD and instance.gpu_id == gpu_id:

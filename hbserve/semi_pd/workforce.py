@@ -21,7 +21,7 @@ from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.resident_group import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.utils import ROLES, share_of
+from hbserve.semi_pd.utils import PHASES, ROLES, share_of
 from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Workforce:
         self._config = config
         self.instance = instance
         self.allocation = allocation
+        self._shares = {phase: share_of(allocation, phase) for phase in PHASES}
         self.residents = ResidentGroup(config, instance, instance.gpu_id, self.note_memory_lost)
         self.changed = threading.Condition(threading.RLock())
         self.state = State.STOPPED
@@ -167,7 +168,11 @@ class Workforce:
                 raise StartupError(f"{late} not ready in time")
 
     def discard(self) -> None:
-        """End what was prepared in vain, of a split that is not in force."""
+        """End what was prepared in vain, of a split that is not in force.
+
+        Told to end, a worker does so when it has been prepared. On a GPU it has all the time of one that drains: killed
+        with work in flight, it could take every process on the device with it.
+        """
         with self.changed:
             assert self.workers is not None
             wanted = self.rungs(self.allocation)
@@ -175,18 +180,31 @@ class Workforce:
             unused = [w for w in self.workers.workers.values() if w.state in unserving and w.rung not in wanted]
             for worker in unused:
                 worker.state = WorkerState.RETIRING
-            is_lost = self.memory_lost is not None
         for worker in unused:
             worker.process.terminate()
-        for worker in () if is_lost else unused:  # a recovery ends all workers, and waits for none
-            worker.process.end(_GRACE_S)
+
+        def is_over() -> bool:  # a recovery, or the end, ends all workers and waits for none
+            have_ended = all(worker.state is WorkerState.ENDED for worker in unused)
+            return have_ended or self.memory_lost is not None or self.is_told_to_stop
+
+        with self.changed:
+            in_time = self.changed.wait_for(is_over, self._config.semi_pd.drain_timeout_s if self._on_gpu else _GRACE_S)
+            late = [] if in_time else [worker for worker in unused if worker.state is not WorkerState.ENDED]
+        for worker in late:
+            logger.error("%s, prepared in vain, did not end; killing it", worker.spec.worker_id)
+            worker.process.kill()
+            worker.process.join(_GRACE_S)
 
     # --- serving; with the lock held -------------------------------------------------------------
 
-    def activate(self, phases: Iterable[InstanceRole]) -> None:
-        """Put ready workers of these phases into service, retire those whose rung is no longer wanted."""
+    def activate(self, phases: Iterable[InstanceRole], reason: str = "a change of workers") -> None:
+        """Put ready workers of these phases into service, retire those whose rung is no longer wanted.
+
+        The split's share of a phase is told to the scheduler with its workers.
+        """
         assert self.workers is not None
         chosen, wanted = set(phases), self.rungs(self.allocation)
+        self._shares |= {phase: share_of(self.allocation, phase) for phase in PHASES if phase in chosen}
         for worker in self.workers.workers.values():
             if worker.spec.role not in chosen:
                 continue
@@ -194,7 +212,7 @@ class Workforce:
                 worker.state = WorkerState.ACTIVE
             elif worker.state is WorkerState.ACTIVE and worker.rung not in wanted:
                 worker.state = WorkerState.RETIRING
-        self.publish("a change of workers")
+        self.publish(reason)
         self.changed.notify_all()
 
     def publish(self, reason: str) -> None:
@@ -210,8 +228,8 @@ class Workforce:
                 arena_epoch=0 if is_lost else self.residents.attachments[0]["epoch"],
                 workers=[] if is_lost else active,
                 gone=gone,
-                prefill_percentage=self.allocation.prefill_percentage,
-                decode_percentage=self.allocation.decode_percentage,
+                prefill_percentage=self._shares[InstanceRole.PREFILL],
+                decode_percentage=self._shares[InstanceRole.DECODE],
                 mixed=self.allocation.mixed,
                 reason=reason,
             )

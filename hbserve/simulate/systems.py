@@ -27,7 +27,7 @@ FORMS = (
 )
 """Of systems, for people."""
 _PATTERN = re.compile(
-    r"(?:(?P<unified>unified)(?:@(?P<chunk>\d+))?"
+    r"(?:(?P<unified>unified)(?:@(?P<chunk>[1-9]\d*))?"
     r"|(?P<x>[1-9]\d*)p(?P<y>[1-9]\d*)d"
     r"|(?P<split>semi_pd|no_ladder|slo)@(?P<prefill>\d+)-(?P<decode>\d+)(?P<mixed>\+mixed)?)(?:\*(?P<n>[1-9]\d*))?"
 )
@@ -139,7 +139,17 @@ class Outcome:
 
 
 def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> Outcome:
-    """Serve fresh requests by a system."""
+    """Serve fresh requests by a system.
+
+    Raises:
+        ConfigError: if one of them can never be served.
+    """
+    longest = max(request.prompt_tokens + request.output_tokens for request in requests)
+    if longest > setting.sizes.kv_tokens:
+        raise ConfigError(
+            f"the longest request has {longest} tokens, prompt and output; a KV pool holds {setting.sizes.kv_tokens}. "
+            "Cut with --max-input-len, or raise --kv-tokens"
+        )
     clock = SimulatedClock()
     for request in requests:
         request.ttft_target_ms = setting.targets.ttft_ms

@@ -24,6 +24,7 @@ from hbserve.pd_disagg.text_engine import Prompt, TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses
 from hbserve.sampling_params import SamplingParams
 from hbserve.system.launcher import Launcher
+from hbserve.system.prompt_batch import as_batch, generate_all
 from hbserve.tokenizer import ChatMessage, Tokenizer
 
 _STATS_TIMEOUT_MS = 10_000
@@ -157,13 +158,8 @@ class DisaggregatedLLM:
         Raises:
             InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError
         """
-        batch = as_batch(prompts)
-        engine = self.engine
-        tasks = [
-            asyncio.create_task(engine.generate(prompt, sampling))
-            for prompt, sampling in zip(batch, one_each(sampling_params, len(batch)), strict=True)
-        ]
-        return await gather_or_cancel(tasks)
+        max_waiting = self.config.performance.max_waiting_requests
+        return await generate_all(self.engine, as_batch(prompts), sampling_params, max_waiting)
 
     async def chat(
         self, messages: Sequence[ChatMessage], sampling_params: SamplingParams | None = None
@@ -206,37 +202,3 @@ class DisaggregatedLLM:
     def _on_scheduler_exit(self, reason: str) -> None:
         if self._client is not None:
             self._client.declare_dead(reason)
-
-
-def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list: a string or a list of token ids is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def one_each(
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """Sampling parameters per prompt.
-
-    Raises:
-        ValueError: if a list of another length is given.
-    """
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * num_prompts
-    if len(sampling_params) != num_prompts:
-        raise ValueError(f"{len(sampling_params)} sampling params for {num_prompts} prompts; give one, or one each")
-    return list(sampling_params)
-
-
-async def gather_or_cancel(tasks: list[asyncio.Task[GenerationOutput]]) -> list[GenerationOutput]:
-    """All results; if one fails the others are cancelled, which aborts their requests."""
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

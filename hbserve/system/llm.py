@@ -17,7 +17,8 @@ from hbserve.pd_disagg.generation_output import GenerationOutput
 from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.pd_disagg.text_engine import Prompt
 from hbserve.sampling_params import SamplingParams
-from hbserve.system.disaggregated_llm import DisaggregatedLLM, as_batch, gather_or_cancel, one_each
+from hbserve.system.disaggregated_llm import DisaggregatedLLM
+from hbserve.system.prompt_batch import as_batch, generate_all
 from hbserve.tokenizer import ChatMessage
 
 T = TypeVar("T")
@@ -99,15 +100,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[GenerationOutput]:
-        engine = self._llm.engine
-        tasks = [
-            asyncio.create_task(engine.generate(prompt, sampling))
-            for prompt, sampling in zip(prompts, one_each(sampling_params, len(prompts)), strict=True)
-        ]
-        with tqdm(total=len(tasks), desc="Generating", unit="req", disable=not use_tqdm) as bar:
-            for task in tasks:
-                task.add_done_callback(lambda _: bar.update())
-            return await gather_or_cancel(tasks)
+        max_waiting = self._llm.config.performance.max_waiting_requests
+        with tqdm(total=len(prompts), desc="Generating", unit="req", disable=not use_tqdm) as bar:
+            return await generate_all(self._llm.engine, prompts, sampling_params, max_waiting, bar.update)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._closed:

@@ -163,6 +163,8 @@ class Tokenizer:
             )
         if not messages:
             raise InvalidRequestError("messages must not be empty", "messages")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequestError("messages must be a list of dictionaries with role and content", "messages")
         own = {"messages", *inspect.signature(self._hf.apply_chat_template).parameters}
         for name in template_options or ():
             if name in own or not re.search(rf"\b{re.escape(name)}\b", self._tools_template):

@@ -68,6 +68,8 @@ class DirectTransfers(KVTransferManager):
         outbox = self._outboxes.pop((target.rank, target.epoch, target.link_epoch), None)
         if outbox is not None:
             outbox.abandon()
+        else:
+            self._backend.leave(target)
 
     def _outbox(self, target: Peer, route: Route) -> Outbox:
         link = (target.rank, target.epoch, target.link_epoch)
@@ -118,7 +120,7 @@ class _Writer:
         parts = self._parts.of_layers(layers)
         size = parts.part_bytes(self._route.source_part)
         if self._staging is None:
-            self._staging = self._backend.make_staging(self._staged_bytes)
+            self._staging = self._backend.make_staging(self._target, self._staged_bytes)
         at_once = self._staged_bytes // size
         for first in range(0, len(blocks), at_once):
             some = blocks[first : first + at_once]

@@ -2,7 +2,8 @@
 
 Each inbox is an engine of its own that has the arena registered, so closing an inbox is ending its
 engine: connections are cut and memory is unregistered, whatever the sender does. Closing one costs
-about a second in which no Python runs here; it happens only when a link has failed.
+about a second in which no Python runs here; it happens only when a link has failed. Over NVLink
+that is not enough: the sender has the arena mapped by CUDA IPC, see `mapping_leases`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from hbserve.errors import ConfigError, KVTransferError, StartupError
 from hbserve.messages.transfer import Peer
 from hbserve.pd_disagg.kv_transfer.base import KVTransferContext
+from hbserve.pd_disagg.kv_transfer.mapping_leases import LinkKey, MappingLeases, link_key
 from hbserve.pd_disagg.kv_transfer.one_sided import OneSidedKVTransfer
 from hbserve.platform.remote_arena import ByteRun
 
@@ -109,15 +111,25 @@ class MooncakeSettings:
 class MooncakeKVTransfer(OneSidedKVTransfer):
     """The ``mooncake`` backend of the configuration."""
 
-    writes_end = False  # one to a peer that has stopped lasts until the library's time limits
-
     def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor) -> None:
         super().__init__(context, kv_blocks)
         self._settings = MooncakeSettings.load(context.mooncake_protocol, context.mooncake_device)
         self._host = context.host if context.host_is_given else self._settings.host or context.host
-        self._inboxes: dict[tuple[tuple[int, int, int], ...], Any] = {}
+        self._inboxes: dict[tuple[LinkKey, ...], Any] = {}
         self._outbound: Any = None
+        self._leases: MappingLeases | None = None
+        self._mapping: dict[LinkKey, Any] = {}  # engines that have one receiver's arena mapped
         self._thread = threading.local()
+
+    @property
+    def writes_end(self) -> bool:  # type: ignore[override]
+        """Copies over NVLink do; a write to a peer that has stopped lasts until the library's time limits."""
+        return self._leases is not None
+
+    @property
+    def endpoint(self) -> str:
+        """Of its leases, if there are any."""
+        return "" if self._leases is None else self._leases.endpoint
 
     async def start(self) -> None:
         """Make the engine that sends.
@@ -125,9 +137,15 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         Raises:
             StartupError: if the library or its transport is not there.
         """
+        if self._settings.protocol == "nvlink" and not self.kv_blocks.is_cuda:
+            raise StartupError("kv_transfer.mooncake_protocol nvlink: the KV cache is not on a GPU; use tcp")
         base_port = None if self.context.port is None else self.context.port - self.context.rank
         self._settings.prepare_environment(self.context.timeout_s, base_port)
-        self._outbound = await asyncio.to_thread(self._make_engine)
+        if "MC_INTRANODE_NVLINK" in os.environ and "MC_FORCE_TCP" not in os.environ:
+            self._leases = MappingLeases("mooncake", self.context)
+            await self._leases.start()
+        else:
+            self._outbound = await asyncio.to_thread(self._make_engine)
 
     def _make_engine(self) -> Any:
         """An engine that has the arena registered."""
@@ -168,6 +186,8 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
 
     async def open_inbox(self, sources: list[Peer]) -> str:
         """``session address``: where the engine is, and where the arena is in this process."""
+        if self._leases is not None:
+            await self._leases.give(sources)
         engine = await asyncio.to_thread(self._make_engine)
         self._inboxes[_link(sources)] = engine
         return f"{self._host}:{engine.get_rpc_port()} {self.kv_blocks.data_ptr()}"
@@ -175,10 +195,27 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
     async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
         engines = {0: self._inboxes.pop(_link(sources), None)}
         await asyncio.to_thread(self._end, engines)
+        if self._leases is not None:
+            await self._leases.until_over(sources, senders_done)
 
-    def make_staging(self, num_bytes: int) -> torch.Tensor:
+    def _engine_to(self, target: Peer) -> Any:
+        """One for all, but for arenas that are mapped: a mapping ends with its engine."""
+        if self._leases is None:
+            return self._outbound
+        if link_key(target) not in self._mapping:
+            self._mapping[link_key(target)] = self._make_engine()
+        return self._mapping[link_key(target)]
+
+    def leave(self, target: Peer) -> None:
+        """Memory of a receiver that has died is only free when nobody has it mapped."""
+        if self._leases is not None:
+            if link_key(target) in self._mapping:
+                self._end({0: self._mapping.pop(link_key(target))})
+            self._leases.end(target)
+
+    def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
         self._enter_device()
-        staging, engine = super().make_staging(num_bytes), self._outbound
+        staging, engine = super().make_staging(target, num_bytes), self._engine_to(target)
         try:
             self._register(engine, staging)
         except StartupError as error:
@@ -191,7 +228,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         self._enter_device()
         session, address = target.endpoint.split(" ")
         mine, theirs = source.data_ptr(), int(address)
-        engine = self._outbound
+        engine = self._engine_to(target)
         for first in range(0, len(runs), _MAX_RUNS):
             some = runs[first : first + _MAX_RUNS]
             code = engine.batch_transfer_sync_write(
@@ -206,6 +243,8 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
     async def stop(self) -> None:
         self._outbound = None  # lives on while a write is under way
         await asyncio.to_thread(self._end, self._inboxes)
+        if self._leases is not None:
+            await self._leases.stop()
 
     def _end(self, engines: dict[Any, Any]) -> None:
         """Let go of the last references."""
@@ -213,5 +252,5 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         engines.clear()
 
 
-def _link(sources: list[Peer]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((source.rank, source.epoch, source.link_epoch) for source in sources)
+def _link(sources: list[Peer]) -> tuple[LinkKey, ...]:
+    return tuple(map(link_key, sources))

@@ -90,8 +90,8 @@ class OneSidedKVTransfer(ABC):
             senders_done: they have confirmed the end of all their writes.
         """
 
-    def make_staging(self, num_bytes: int) -> torch.Tensor:
-        """Memory beside the arena, uint8, that `write` takes as a source. Called in a thread, one per target.
+    def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
+        """Memory beside the arena, uint8, that `write` to a target takes as a source. Called in its thread.
 
         Raises:
             KVTransferError
@@ -110,7 +110,12 @@ class OneSidedKVTransfer(ABC):
         """
 
     def leave(self, target: Peer) -> None:  # noqa: B027 - likewise
-        """Let go of what is there for writing to a rank on a link that has ended. Called in the thread of `write`."""
+        """Let go of what is there for writing to a rank on a link that has ended, after the last `write`. Called in the
+        thread of `write`; where that was never called, in the event loop's."""
 
     async def stop(self) -> None:  # noqa: B027 - likewise
-        """Close every inbox and let go of everything."""
+        """Close every inbox and let go of everything, when this side's writes have ended.
+
+        Raises:
+            HBServeError: if others may still write here, so that the arena must not be used again.
+        """

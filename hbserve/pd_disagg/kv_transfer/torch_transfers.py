@@ -156,8 +156,7 @@ class TorchTransfers(KVTransferManager):
         link.wanted[digest] = wanted
         try:
             if link not in self._pumps:
-                pump = self._pumps[link] = asyncio.create_task(self._receive_what_comes(link))
-                pump.add_done_callback(lambda _: self._pumps.pop(link))
+                self._pumps[link] = asyncio.create_task(self._receive_what_comes(link))
             await wanted.arrived
         finally:
             link.wanted.pop(digest, None)
@@ -171,6 +170,9 @@ class TorchTransfers(KVTransferManager):
                     await self._receive_early(link, header)
         except KVTransferError as error:
             link.fail(error)
+        finally:
+            # Here, and not in a callback, which would come after whoever asks for something in the meantime.
+            self._pumps.pop(link, None)
 
     async def _receive_early(self, link: ReceivingLink, header: Header) -> None:
         held = sum(size for digest, size in header.parcels if digest not in link.wanted)
@@ -212,7 +214,7 @@ class TorchTransfers(KVTransferManager):
     async def _end(self, link: ReceivingLink) -> None:
         """Return when nothing of a link is written any more."""
         await asyncio.to_thread(link.close)
-        if (pump := self._pumps.get(link)) is not None:
+        if (pump := self._pumps.pop(link, None)) is not None:
             pump.cancel()
             await asyncio.wait([pump])
         link.fail(KVTransferError(f"KV link {link.name} was closed"))

@@ -1,0 +1,80 @@
+"""Many prompts at once, for the Python API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hbserve.pd_disagg.generation_output import GenerationOutput
+from hbserve.pd_disagg.text_engine import Prompt, TextEngine
+from hbserve.sampling_params import SamplingParams
+
+
+async def generate_all(
+    engine: TextEngine,
+    prompts: Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    max_waiting: int,
+    on_done: Callable[[], object] = lambda: None,
+) -> list[GenerationOutput]:
+    """One output per prompt, in order.
+
+    Args:
+        sampling_params: one for all, or one per prompt.
+        max_waiting: samples that may wait at the scheduler; more prompts than that are held back here.
+        on_done: called whenever one is finished.
+
+    Raises:
+        TypeError, ValueError: if ``sampling_params`` are not that.
+        HBServeError: whatever ends one of them; the others are then aborted.
+    """
+    samplings = _one_each(sampling_params, len(prompts))
+    most_samples = max((sampling.n for sampling in samplings), default=1)
+    room = asyncio.Semaphore(max(1, max_waiting // most_samples))
+
+    async def generate(prompt: Prompt, sampling: SamplingParams) -> GenerationOutput:
+        async with room:
+            output = await engine.generate(prompt, sampling)
+        on_done()
+        return output
+
+    tasks = [asyncio.create_task(generate(*each)) for each in zip(prompts, samplings, strict=True)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """Prompts as a list: a string or a list of token ids is one prompt.
+
+    Raises:
+        TypeError: if they are nothing of that kind.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"a prompt is a string or a list of token ids, got {type(prompts).__name__}")
+    batch: list[Any] = list(prompts)
+    return [batch] if batch and all(isinstance(item, int) for item in batch) else batch
+
+
+def _one_each(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """Sampling parameters per prompt.
+
+    Raises:
+        TypeError: if they are no `SamplingParams`.
+        ValueError: if a list of another length is given.
+    """
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * num_prompts
+    if not all(isinstance(each, SamplingParams) for each in sampling_params):
+        raise TypeError(f"sampling_params must be SamplingParams, or one of them per prompt, got {sampling_params!r}")
+    if len(sampling_params) != num_prompts:
+        raise ValueError(f"{len(sampling_params)} sampling params for {num_prompts} prompts; give one, or one each")
+    return list(sampling_params)
