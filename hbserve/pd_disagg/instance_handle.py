@@ -125,7 +125,8 @@ class InstanceHandle:
         worker.is_introduced = False
         worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
         worker.has_waited_for = 0
-        worker.timing = PlanTiming()
+        peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
+        worker.timing = PlanTiming(max(peers, key=lambda timing: timing.num_needs, default=None))
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
         if hello.arena_epoch != self.arena_epoch:
