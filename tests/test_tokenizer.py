@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -253,3 +254,13 @@ def test_long_output_costs_no_more_per_token(word_pieces: Tokenizer) -> None:
     ids = word_pieces.encode(" ".join([WORDS] * 100))
     deltas(Counting(), ids)
     assert max(sizes) <= 2 * 32  # tokens looked at, whatever the length of the output
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_a_tokenizer_json_is_taken_as_it_is_whatever_the_model(tmp_path: Path, model_type: str) -> None:
+    folder = tiny_tokenizers.metaspace(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer(folder)
+    token_ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the cat").ids
+    assert tokenizer.encode("the cat") == token_ids
+    assert tokenizer.decode(token_ids) == "the cat"

@@ -78,10 +78,13 @@ class Tokenizer:
     def _load(self) -> set[int]:
         """Load the files; returns the tokenizer's own end tokens."""
         # Takes seconds to import, and workers, which import this package's siblings, do not need it.
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+            if self._is_as_in_its_file() and type(self._hf) is not PreTrainedTokenizerFast:
+                # For some models (Qwen2) that is their own class all the same, which cuts and joins words by its rules.
+                self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise ModelError(f"cannot load the tokenizer in {self.path}: {error}") from error
         backend = getattr(self._hf, "backend_tokenizer", None)
@@ -103,6 +106,14 @@ class Tokenizer:
         if backend.decoder is not None:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+
+    def _is_as_in_its_file(self) -> bool:
+        """Whether the folder names the class that takes tokenizer.json as it is."""
+        config = self.path / "tokenizer_config.json"
+        if not config.is_file() or not (self.path / "tokenizer.json").is_file():
+            return False
+        document = json.loads(config.read_text(encoding="utf-8"))
+        return document.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
     @property
     def vocab_size(self) -> int:
