@@ -18,6 +18,7 @@ from hbserve.errors import ConfigError
 
 BACKENDS = ("nccl", "mooncake", "shm")
 """Built-in ways to move KV."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def from_dict(document: Any, base_dir: Path | None) -> Config:
@@ -166,7 +167,10 @@ def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
     for candidate in candidates:
         if os.path.isdir(candidate):  # unlike Path's own, False for what cannot be a name
             return str(candidate.resolve())
-    raise _error(key, f"there is no folder {path!r} (looked at {', '.join(str(c) for c in candidates)})")
+    what = f"there is no folder {path!r} (looked at {', '.join(str(c.absolute()) for c in candidates)})"
+    if _HUB_NAME.fullmatch(path):
+        what += f"; models are not downloaded by themselves: hf download {path} --local-dir FOLDER"
+    raise _error(key, what)
 
 
 def _find_key_file(path: str, base_dir: Path | None) -> str:
