@@ -126,7 +126,6 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"server\.api_keys_file"):
         Keys.load(ServerConfig(api_keys_file=str(tmp_path / "missing")))
     (tmp_path / "empty").write_text("# nobody yet\n\n")
-    monkeypatch.delenv("HBSERVE_API_KEYS", raising=False)
     with pytest.raises(ConfigError, match="there is no key in"):
         Keys.load(ServerConfig(api_keys_file=str(tmp_path / "empty")))
     users.write_text("short\n")
