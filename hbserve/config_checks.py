@@ -18,6 +18,7 @@ from hbserve.errors import ConfigError
 
 BACKENDS = ("nccl", "mooncake", "shm")
 """Built-in ways to move KV."""
+_ZERO_IS_LEGAL_IN_SLO = ("cooldown_s", "rotation_cooldown_s", "hysteresis", "min_confidence_threshold")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -242,8 +243,11 @@ def _validate_semi_pd(config: Config) -> None:
     slo = config.semi_pd.slo
     for name in slo.__struct_fields__ if slo is not None else ():
         value = getattr(slo, name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
-            raise _error(f"semi_pd.slo.{name}", f"must not be negative, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in _ZERO_IS_LEGAL_IN_SLO):
+            must = "not be negative" if name in _ZERO_IS_LEGAL_IN_SLO else "be positive"
+            raise _error(f"semi_pd.slo.{name}", f"must {must}, got {value}")
     for index, instance in enumerate(config.gpu_instances):
         if instance.instance_type is not InstanceRole.SEMI_PD:
             continue

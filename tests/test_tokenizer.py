@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -264,3 +266,15 @@ def test_a_tokenizer_json_is_taken_as_it_is_whatever_the_model(tmp_path: Path, m
     token_ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the cat").ids
     assert tokenizer.encode("the cat") == token_ids
     assert tokenizer.decode(token_ids) == "the cat"
+
+
+def test_several_threads_may_load_the_first_tokenizers_of_a_process(tmp_path: Path) -> None:
+    program = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from hbserve.tokenizer import Tokenizer\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    print(*(each.encode('the cat') for each in pool.map(Tokenizer, sys.argv[1:] * 4)), sep='\\n')"
+    )
+    folder = tiny_tokenizers.metaspace(tmp_path)
+    command = [sys.executable, "-c", program, str(folder)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    assert lines == [str(Tokenizer(folder).encode("the cat"))] * 4

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, what chat temp
 SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>"})
 """Shown even if they are special tokens: without them nobody could tell a call of a tool from other text."""
 
+_IMPORTING = threading.Lock()
+"""transformers imports its parts when they are asked for, and fails where two threads ask at once."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -78,7 +81,8 @@ class Tokenizer:
     def _load(self) -> set[int]:
         """Load the files; returns the tokenizer's own end tokens."""
         # Takes seconds to import, and workers, which import this package's siblings, do not need it.
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        with _IMPORTING:
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
