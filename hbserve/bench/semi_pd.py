@@ -188,11 +188,12 @@ class _Benchmark:
         options = self._options
         one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         many = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
-        prompts = [random_prompt(options.prompt, seed) for seed in range(16)]
+        vocab_size = llm.engine.vocab_size
+        prompts = [random_prompt(options.prompt, seed, vocab_size) for seed in range(16)]
         best = {"prefill": 0.0, "decode": 0.0}
 
         async def stream(seed: int, times: list[float]) -> None:
-            async for delta in llm.stream(random_prompt(16, seed), many):
+            async for delta in llm.stream(random_prompt(16, seed, vocab_size), many):
                 times.extend([time.monotonic()] * len(delta.token_ids))
 
         for _ in range(2):

@@ -59,7 +59,8 @@ class StreamLoad:
     """The load of one system.
 
     Args:
-        context: tokens of a stream's prompt. max_tokens: after which its next request begins.
+        context: tokens of a stream's prompt.
+        max_tokens: after which its next request begins, or sooner if the model's context is full.
 
     Attributes:
         token_times: by stream, and in it by request, on the monotonic clock.
@@ -67,7 +68,8 @@ class StreamLoad:
     """
 
     def __init__(self, llm: DisaggregatedLLM, num_streams: int, context: int, max_tokens: int = 1024) -> None:
-        self._llm, self._context, self._max_tokens = llm, context, max_tokens
+        self._llm, self._context = llm, context
+        self._max_tokens = max(1, min(max_tokens, llm.engine.max_model_len - context))
         self._ended = asyncio.Event()
         self.token_times: dict[int, list[list[float]]] = {index: [] for index in range(num_streams)}
         self.failures: list[str] = []
@@ -106,7 +108,8 @@ class StreamLoad:
         seed = 10**6
         while not ended.is_set():
             seed += 1
-            task = asyncio.create_task(self._noting(self._llm.generate(random_prompt(prompt_tokens, seed), sampling)))
+            prompt = random_prompt(prompt_tokens, seed, self._llm.engine.vocab_size)
+            task = asyncio.create_task(self._noting(self._llm.generate(prompt, sampling)))
             running.add(task)
             task.add_done_callback(running.discard)
             with contextlib.suppress(TimeoutError):
@@ -122,7 +125,7 @@ class StreamLoad:
             length = self._max_tokens if turn else self._max_tokens // 4 + 37 * index % self._max_tokens
             sampling = SamplingParams(temperature=0.8, seed=index, max_tokens=length, ignore_eos=True)
             requests.append([])
-            prompt = random_prompt(self._context, 1000 * turn + index)
+            prompt = random_prompt(self._context, 1000 * turn + index, self._llm.engine.vocab_size)
             await self._noting(self._receive(prompt, sampling, requests[-1]))
             turn += 1
 
@@ -181,7 +184,7 @@ def _gaps(seconds: npt.NDArray[np.float64]) -> Gaps:
     return Gaps(np.sort(1000 * seconds))
 
 
-def random_prompt(length: int, seed: int) -> list[int]:
+def random_prompt(length: int, seed: int, vocab_size: int) -> list[int]:
     """Token ids of no meaning."""
     rng = random.Random(seed)
-    return [rng.randrange(1, 1000) for _ in range(length)]
+    return [rng.randrange(1, min(1000, vocab_size)) for _ in range(length)]
