@@ -263,18 +263,8 @@ def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pyte
 def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
     model = Path(__file__).resolve().parent.parent / "examples" / "models" / "hbserve-demo"
     command = [sys.executable, "-m", "hbserve.bench", "front", "--model", str(model), "--open-streams", "0"]
-    command += [
-        "--streams",
-        "8",
-        "--tokens",
-        "6",
-        "--step-ms",
-        "1",
-        "--requests",
-        "20",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    command += ["--streams", "8", "--tokens", "6", "--step-ms", "1", "--requests", "20"]
+    command += ["--json", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "out").read_text())

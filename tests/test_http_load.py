@@ -218,5 +218,8 @@ async def test_overload_is_refused_and_who_comes_again_is_served(model: tuple[Pa
         assert set(texts) == {expected}
         assert num_refusals > 0
         stats = await settled_stats(http)
+        never = await http.post("/v1/completions", json={"model": MODEL, "prompt": [1], "n": 5})
+        assert never.status_code == 400
+        assert never.json()["error"]["param"] == "n"
         assert stats["cpu_scheduler"]["refused_requests"] == num_refusals
         assert stats["cpu_scheduler"]["completed_requests"] == 16 + 2

@@ -1,4 +1,4 @@
-"""How MPS is found, started and ended, with a program in place of NVIDIA's."""
+"""How MPS is found, started and ended, with a program in place of NVIDIA's; and how percentages are rounded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from hbserve import PdDisaggConfig
 from hbserve.errors import StartupError
+from hbserve.platform.cuda_share import is_whole, size_of_first
 from hbserve.platform.mps import MpsDaemon
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
@@ -78,3 +79,9 @@ def test_where_it_cannot_run_it_says_why_and_what_to_use_instead(
     manager = ProcessRotationManager(PdDisaggConfig.from_arguments(str(DEMO), mode="semi_pd"))
     assert not manager.start()
     assert "there is no program nvidia-cuda-mps-control; use mode unified" in caplog.text
+
+
+def test_a_percentage_is_rounded_to_what_an_h200_can_set_apart() -> None:
+    assert [size_of_first(132, percentage) for percentage in (1, 50, 60, 98)] == [8, 64, 80, 128]
+    assert [is_whole(132, percentage, "first") for percentage in (98, 99, 100)] == [False, True, True]
+    assert [is_whole(132, percentage, "last") for percentage in (96, 97, 100)] == [False, True, True]

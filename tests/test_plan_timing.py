@@ -51,6 +51,9 @@ def test_long_steps_are_planned_shortly_before_they_are_needed() -> None:
     assert min(waits[1:16]) == pytest.approx(18e-3)  # nothing is known: planned when the one before begins
     assert max(waits[60:]) <= 2e-3
     assert sum(idle[60:]) == 0.0
+    waits, idle = drive(PlanTiming(predecessor=timing), [(decode(64), 15e-3)] * 20)
+    assert max(waits[8:]) <= 2e-3  # as soon as it is known how long its own steps take
+    assert sum(idle[1:]) == 0.0
 
 
 def test_short_steps_are_planned_at_once() -> None:

@@ -44,13 +44,15 @@ def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: floa
 
 def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> QueuePolicy:
     config = SchedulerConfig(policy=name, **settings)  # type: ignore[arg-type]
-    return make_policy(config, lambda count: count * prefill_s_per_token / DOUBT, lambda: 0.0)
+    return make_policy(config, lambda count, start: count * prefill_s_per_token / DOUBT, lambda: 0.0)
 
 
-def served(policy: QueuePolicy, sequences: list[Sequence], now: float, ahead: int = 0) -> list[int]:
-    """The order, as indices, with so many tokens before them."""
+def served(
+    policy: QueuePolicy, sequences: list[Sequence], now: float, seated: Items[tuple[Sequence, int]] = ()
+) -> list[int]:
+    """The order, as indices, with others that have a seat and so many tokens computed."""
     queue = sorted(sequences, key=lambda sequence: sequence.rank)
-    return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: ahead)]
+    return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: (seated, 1))]
 
 
 def test_fcfs_is_by_arrival_whatever_else() -> None:
@@ -78,7 +80,12 @@ def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     resumed.rank = slo.rank(resumed)
     requests = [relaxed, long, default, hopeless, resumed]
     assert served(slo, requests, 4.0) == [4, 2, 1, 0, 3]
-    assert served(slo, requests, 4.0, ahead=100) == [4, 2, 0, 3, 1]  # of those in time, the longest gives way
+    soon = waiting(slo, 3.0, 100, 3500.0)  # 1 s, due at 6.5
+    assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 3, 1]  # of those in time, the longest gives way
+    for computed, gives_way in ((0, True), (150, False)):  # with a seat as well, if most of it is still to come
+        assert served(slo, [default], 4.0, [(long, computed), (soon, 0), (resumed, 0)]) == [0]
+        assert slo.key(long, computed, 4.0)[0] is gives_way
+        assert not slo.key(soon, 0, 4.0)[0]
     keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.1))
     assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
     assert not slo.key(long, 100, 6.1)[0], "half is done: it can be there at 7.1"
@@ -99,7 +106,7 @@ def test_no_order_keeps_more_deadlines() -> None:
 
         subsets = (itertools.combinations(requests, count) for count in range(8))
         best = max(len(subset) for subset in itertools.chain(*subsets) if num_in_time(subset) == len(subset))
-        assert num_in_time(slo.order(requests, 0.0, lambda: 0)) >= best
+        assert num_in_time(slo.order(requests, 0.0, lambda: ((), 1))) >= best
 
 
 def test_the_pace_of_prefill_is_learnt() -> None:
@@ -118,6 +125,10 @@ def test_the_pace_of_prefill_is_learnt() -> None:
         for tokens in (64, 256, 512):
             pace.observe(tokens, 0.02 + tokens * 2e-4)
     assert pace.per_token_s == pytest.approx(2e-4, rel=0.05)
+    for _ in range(100):
+        for start in (0, 4000, 12_000):
+            pace.observe(512, 512 * (1e-4 + 1e-8 * start), 512 * start)
+    assert pace.prompt_s(1000, 8000) == pytest.approx(1000 * (1e-4 + 1e-8 * 8500), rel=0.05)
     pace.observe(0, 1.0)
     pace.observe(10_000, 1e-9)  # an outlier may not make a part negative
     assert pace.fixed_s >= 0 <= pace.per_token_s

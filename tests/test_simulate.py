@@ -60,7 +60,7 @@ def test_side_by_side_both_are_slowed_down_as_measured() -> None:
     unit = SemiPDUnit(clock, STEPS, SIZES, SMAllocation(80, 50))
     first, second = SimulatedRequest(0.0, 64, 5000), SimulatedRequest(1.0, 2048, 1)
     serve(clock, [unit], [first, second])
-    slowdown = STEPS.slowdown(SMAllocation(80, 50), 0, 2048)
+    slowdown = STEPS.slowdown(SMAllocation(80, 50), STEPS.decode_ms(1, 0, 50), 2048)
     assert second.ttft_ms == pytest.approx(STEPS.prefill_ms(2048, 0, 80) * slowdown.prefill, rel=0.01)
 
 

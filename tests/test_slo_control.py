@@ -15,7 +15,7 @@ from hbserve.errors import ConfigError
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns
-from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom
+from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom, spare_s
 from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
 from hbserve.semi_pd.builtin_profile import H200_8B
 from hbserve.semi_pd.latency_model import LatencyModel, Observed, Workload
@@ -82,9 +82,10 @@ def test_step_times_go_through_the_measured_points() -> None:
     for together in H200_8B.together:
         steps = StepTimes(priority=together.priority)
         split = SMAllocation(together.prefill_percentage, together.decode_percentage)
-        slowdown = steps.slowdown(split, round(math.log2(together.batch)), together.tokens)
+        decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage)
+        slowdown = steps.slowdown(split, decode_ms, together.tokens)
         prefill_ms = steps.prefill_ms(together.tokens, 0, split.prefill_percentage) * slowdown.prefill
-        decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage) * slowdown.decode
+        decode_ms *= slowdown.decode
         assert prefill_ms == pytest.approx(together.prefill_ms, rel=0.1)
         assert decode_ms == pytest.approx(together.decode_ms, rel=0.15)
     for mixed in H200_8B.mixed:
@@ -321,7 +322,8 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
         for _ in range(20):
             forecast.observe(work, seconds(work))
     for waiting, start in prompts:
-        limit_s = pace.limit_s(now, interval_s, waiting, 2048)
+        full_step_s = seconds(StepWork(0, 0.0, 2048, 2048**2 / 2))
+        limit_s = pace.limit_s(now, interval_s, math.inf, full_step_s, waiting >= 2048)
         rows = 0 if limit_s == math.inf else batch
         decode = StepWork(rows, 0.0, 0, 0.0)
         assert rows or waiting
@@ -335,6 +337,35 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
             decoded += 1
         now += seconds(StepWork(rows, 0.0, tokens, tokens * (start + tokens / 2)))
     assert now <= (decoded + 18) * interval_s
+
+
+def test_what_a_batch_is_ahead_no_newcomer_pays_for() -> None:
+    interval_s, full_step_s, pace = 0.04, 0.09, MixedSteps()
+    for _ in range(20):  # decode alone, faster than it needs to be
+        pace.limit_s(0.0, interval_s, math.inf, full_step_s, False)
+        pace.decoded(0.0, True)
+    ahead_s = pace.limit_s(0.0, interval_s, math.inf, full_step_s, False) - interval_s
+    assert ahead_s == pytest.approx(8 * interval_s)
+    assert pace.limit_s(0.0, interval_s, math.inf, full_step_s, True) == math.inf
+    assert pace.limit_s(0.0, interval_s, 0.05, full_step_s, True) == pytest.approx(interval_s + 0.05)
+    assert interval_s / 2 <= pace.limit_s(0.0, interval_s, -0.05, full_step_s, True) < interval_s
+    assert pace.limit_s(0.0, interval_s, -9.0, full_step_s, True) == interval_s / 2
+    # Of 16 tokens at a target of 45 ms, 15 come after the first: 75 ms to spare, and none after a step of 115.
+    assert spare_s(7.0, 7.0, 15, 15, 0.045, interval_s) == pytest.approx(0.075)
+    assert spare_s(7.115, 7.0, 15, 14, 0.045, interval_s) == pytest.approx(0.0)
+    assert spare_s(7.3, 7.0, 15, 14, 0.045, interval_s) == pytest.approx(-0.185)
+    assert spare_s(7.5, 7.0, 15, 14, 0.045, interval_s) == math.inf  # lost, and nobody waits for it
+
+
+def test_short_outputs_among_long_prompts_keep_their_pace() -> None:
+    slo = SLOConstraints(ttft_target_ms=600, tpot_target_ms=30, ttft_percentile=90, tpot_percentile=99)
+    requests = poisson(7.0, 40, (3000, 3000), (16, 16), seed=0)
+    clock = SimulatedClock()
+    split = SMAllocation(60, 100, mixed=True)
+    serve(
+        clock, [SemiPDUnit(clock, STEPS, SIZES_2048, split, decode_interval_s=slo.decode_interval_ms / 1000)], requests
+    )
+    assert attainment(requests, slo) > 0.97
 
 
 def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
@@ -445,7 +476,7 @@ def test_it_stays_within_its_bounds(least: int, most: int, rate: int) -> None:
 def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMAllocation, in_turns: bool) -> None:
     # each minute feasible at some split; half of the GPU for prefill is too little for the first kind
     parts = [
-        poisson(4.0, 60, (3000, 5000), (20, 80), seed=minute, start_s=60.0 * minute)
+        poisson(4.0, 60, (2800, 4800), (20, 80), seed=minute, start_s=60.0 * minute)
         if minute % 2 == 0
         else poisson(8.0, 60, (100, 400), (400, 800), seed=minute, start_s=60.0 * minute)
         for minute in range(4)

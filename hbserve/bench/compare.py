@@ -26,7 +26,7 @@ from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.bench import engine_target
 from hbserve.bench.engine_target import EngineTarget
 from hbserve.bench.model_folder import find_model
-from hbserve.bench.offline_options import add_engine_arguments, engine_arguments, positive
+from hbserve.bench.offline_options import add_engine_arguments, check_new_file, engine_arguments, positive
 from hbserve.bench.report import versions
 from hbserve.bench.request_record import Targets
 from hbserve.bench.serve import ServeBenchmark
@@ -95,8 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the argument that cannot be honoured.
     """
-    if not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}")
+    check_new_file("--json", arguments.json)
     systems = [System.parse(text) for text in arguments.system]
     if systems[0].form == "slo":
         raise ConfigError("--system: the first one is measured for the targets; it can have no controller")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from urllib.parse import urlsplit
 
 from hbserve import event_loop
 from hbserve.bench import front_load
+from hbserve.bench.offline_options import check_new_file, positive
+from hbserve.errors import ConfigError
 
 PROMPT = "Remember the words that were said, and say them again one after the other. "
 HOST = "127.0.0.1"
@@ -37,41 +39,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-command's options."""
     parser.add_argument("--model", default="examples/models/hbserve-demo", help="folder whose tokenizer is used")
     parser.add_argument("--num-tokenizers", type=int, default=0, help="server.num_tokenizers")
-    parser.add_argument("--streams", type=int, default=256, help="concurrent streams of the throughput run")
-    parser.add_argument("--tokens", type=int, default=400, help="tokens per stream of the throughput run")
+    parser.add_argument("--streams", type=positive, default=256, help="concurrent streams of the throughput run")
+    parser.add_argument("--tokens", type=positive, default=400, help="tokens per stream of the throughput run")
     parser.add_argument("--step-ms", type=float, default=10.0, help="from one step of the engine stub to the next")
-    parser.add_argument("--requests", type=int, default=3000, help="requests of the request-rate run")
-    parser.add_argument("--prompt-tokens", type=int, default=500, help="their prompts' length")
+    parser.add_argument("--requests", type=positive, default=3000, help="requests of the request-rate run")
+    parser.add_argument("--prompt-tokens", type=positive, default=500, help="their prompts' length")
     parser.add_argument("--open-streams", type=int, default=10_000, help="streams that are held open; 0: skip")
     parser.add_argument("--hold-s", type=float, default=60.0, help="for so long")
     parser.add_argument("--url", help="a running server to load, http://host:port, instead of one of our own")
     parser.add_argument("--served-model", default="bench", help="its model's name, with --url")
-    parser.add_argument("--output", type=Path, help="write the numbers there, as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print a table, and return the numbers."""
+    """Measure, print each number as soon as it is there, and return all.
+
+    Raises:
+        ConfigError: naming the argument that cannot be honoured.
+    """
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise ConfigError(f"--model: {arguments.model!r} is no model folder")
+    if arguments.num_tokenizers < 0 or arguments.step_ms < 0 or arguments.open_streams < 0 or arguments.hold_s <= 0:
+        raise ConfigError("--num-tokenizers, --step-ms and --open-streams must not be negative, --hold-s be positive")
+    if arguments.url is not None and urlsplit(arguments.url).scheme != "http":
+        raise ConfigError(f"--url must begin with http://, got {arguments.url!r}")
+    check_new_file("--json", arguments.json)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     numbers: dict[str, Any] = {"cpus": os.cpu_count(), "options": {k: str(v) for k, v in vars(arguments).items()}}
+
+    def note(found: dict[str, Any]) -> None:
+        numbers.update(found)
+        for name, value in found.items():
+            print(f"{name:32} {value}", flush=True)
+
+    print(f"{'cpus':32} {os.cpu_count()}", flush=True)
     if arguments.url is not None:
         address = urlsplit(arguments.url)
-        target = _Target(address.hostname or HOST, address.port or 80, arguments.served_model)
-        numbers |= _run_short(arguments, target)
+        _run_short(arguments, _Target(address.hostname or HOST, address.port or 80, arguments.served_model), note)
     else:
         with _front(arguments, arguments.step_ms / 1000) as (port, pids):
-            numbers |= _run_short(arguments, _Target(HOST, port, "bench"))
-            numbers["rss_mb"] = _rss_mb(pids)
+            _run_short(arguments, _Target(HOST, port, "bench"), note)
+            note({"rss_mb": _rss_mb(pids)})
         if arguments.open_streams:
             # Few tokens each: so many streams are many connections, not much text.
             with _front(arguments, arguments.hold_s / STEPS_OF_HOLD) as (port, pids):
-                numbers |= event_loop.run(_hold(arguments, _Target(HOST, port, "bench"), pids))
+                note(event_loop.run(_hold(arguments, _Target(HOST, port, "bench"), pids)))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    for name, value in numbers.items():
-        if name != "options":
-            print(f"{name:32} {value}")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(numbers, indent=1) + "\n")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
 
 
@@ -86,10 +102,10 @@ class _Target(NamedTuple):
         return front_load.completion(self.host, self.port, self.model, prompt, max_tokens)
 
 
-def _run_short(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
-    numbers = event_loop.run(_throughput(arguments, target))
-    numbers |= event_loop.run(_requests(arguments, target))
-    return numbers | event_loop.run(_latency(arguments, target))
+def _run_short(arguments: argparse.Namespace, target: _Target, note: Callable[[dict[str, Any]], None]) -> None:
+    note(event_loop.run(_throughput(arguments, target)))
+    note(event_loop.run(_requests(arguments, target)))
+    note(event_loop.run(_latency(arguments, target)))
 
 
 async def _throughput(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
@@ -121,7 +137,7 @@ async def _requests(arguments: argparse.Namespace, target: _Target) -> dict[str,
 async def _latency(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
     request = target.request(_prompt_of(arguments), 2)
     ttfts_ms = []
-    for _ in range(min(200, arguments.requests)):
+    for _ in range(max(2, min(200, arguments.requests))):
         answer = await front_load.send(target.host, target.port, request)
         ttfts_ms.append(answer.ttft_s * 1000)
         await asyncio.sleep(0.01)  # low load

@@ -63,8 +63,7 @@ class OfflineOptions:
         """
         model = find_model(arguments.model)
         preset = PRESETS[arguments.preset]
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}")
+        check_new_file("--json", arguments.json)
         return OfflineOptions(
             model=model,
             preset=arguments.preset,
@@ -172,6 +171,16 @@ def given_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"--engine-arg: {key} is given twice")
         given[key] = value
     return given
+
+
+def check_new_file(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is measured.
+
+    Raises:
+        ConfigError: naming the option and the folder that is not there.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {path.absolute().parent}")
 
 
 def positive(text: str) -> int:

@@ -11,6 +11,7 @@ from hbserve import Config, PdDisaggConfig, SamplingParams
 from hbserve.bench.model_folder import find_model
 from hbserve.bench.offline_options import (
     add_engine_arguments,
+    check_new_file,
     engine_arguments,
     given_arguments,
     lengths,
@@ -116,10 +117,8 @@ class ServeOptions:
             raise ConfigError("--sweep needs targets: --goodput or --slo-scale")
         if arguments.sweep and arguments.duration is None and arguments.num_requests is None:
             raise ConfigError("--sweep needs --duration or --num-requests for each of its runs")
-        for name in ("json", "plots"):
-            path: Path | None = getattr(arguments, name)
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ConfigError(f"--{name}: there is no folder {path.absolute().parent}")
+        check_new_file("--json", arguments.json)
+        check_new_file("--plots", arguments.plots)
         return ServeOptions(
             url=arguments.url,
             config=config,

@@ -20,8 +20,11 @@ from typing import Any
 import torch
 
 from hbserve.bench import handover
+from hbserve.bench.offline_options import check_new_file
 from hbserve.bench.two_ranks import TransferOptions, two_ranks
 from hbserve.errors import ConfigError
+
+_BACKENDS = ("nccl", "shm", "mooncake")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +63,9 @@ def options_from(arguments: argparse.Namespace) -> TransferOptions:
     sizes = arguments.transfer_blocks.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise ConfigError(f"--transfer-blocks: {arguments.transfer_blocks!r} is not a list of positive numbers")
+    if arguments.backend not in _BACKENDS:
+        raise ConfigError(f"--backend: {arguments.backend!r} is none of {', '.join(_BACKENDS)}")
+    check_new_file("--json", arguments.json)
     for name in ("block_bytes", "total_mib", "repeats"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be positive")

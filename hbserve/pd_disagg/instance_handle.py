@@ -11,6 +11,7 @@ each other on a board (`hbserve.engine.step_board`).
 from __future__ import annotations
 
 import heapq
+import math
 import time
 
 import zmq
@@ -21,7 +22,7 @@ from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.kv_cache.storage_manager import UnifiedStorageManager
 from hbserve.messages.worker import NUM_BOARD_CELLS, Hello, InstanceCommand
 from hbserve.pd_disagg.decode_turns import DecodeTurns
-from hbserve.pd_disagg.mixed_steps import MixedSteps
+from hbserve.pd_disagg.mixed_steps import MixedSteps, spare_s
 from hbserve.pd_disagg.plan_timing import PlanTiming
 from hbserve.pd_disagg.rungs import choose_percentage
 from hbserve.pd_disagg.sequence import Seat, Sequence
@@ -124,7 +125,8 @@ class InstanceHandle:
         worker.is_introduced = False
         worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
         worker.has_waited_for = 0
-        worker.timing = PlanTiming()
+        peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
+        worker.timing = PlanTiming(max(peers, key=lambda timing: timing.num_needs, default=None))
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
         if hello.arena_epoch != self.arena_epoch:
@@ -219,6 +221,15 @@ class InstanceHandle:
             return None
         target_ms = min((ms for ms in (self.tpot_target_ms, self._tightest_tpot_ms()) if ms is not None), default=None)
         return None if target_ms is None else MIXED_PACE * target_ms / 1000
+
+    def spare_s(self, sequence: Sequence, seat: Seat, interval_s: float, now: float) -> float:
+        """Time that a sequence that decodes here can lose, see `spare_s`; infinite where nothing is asked of it."""
+        target_ms = sequence.tpot_target_ms or self.tpot_target_ms
+        if target_ms is None:
+            return math.inf
+        num_tokens = sequence.max_total_tokens - sequence.num_prompt_tokens - 1
+        num_left = sequence.max_total_tokens - seat.num_planned - 1
+        return spare_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
 
     def _needed_interval_s(self) -> float | None:
         """Of decode's turns, by the tightest TPOT target that a request here came with."""

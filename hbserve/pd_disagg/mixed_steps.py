@@ -5,9 +5,14 @@ of a long prompt take several times as long as the first ones of a short one. A 
 is ahead of its target may be spent: on larger steps, and on steps without decode rows while more prompts wait than one
 step holds. That is when prompts are in danger; at other times they are hardly sooner done without decode rows, and what
 is spent then is missing when many come.
+
+What the batch is ahead a sequence that has just come is not, and one of few tokens has few gaps to make good in what it
+loses in one. So no more is spent than every sequence can spare.
 """
 
 from __future__ import annotations
+
+import math
 
 from hbserve.pd_disagg.plan_timing import StepForecast, StepWork
 
@@ -15,6 +20,25 @@ _MOST_AHEAD = 8.0
 """Intervals that decode can be ahead, or behind, by the account; what is beyond is forgotten."""
 _LEAST_TOKENS = 128
 """Of prompts in a step that has any, however long it takes: they must get on."""
+_STEPS_TO_CATCH_UP = 4.0
+"""In so many steps a sequence makes good what it is late."""
+_LEAST_LIMIT = 0.5
+"""Of the interval, for a step that makes good."""
+
+
+def spare_s(
+    now: float, first_token_time: float, num_tokens: int, num_left: int, target_s: float, interval_s: float
+) -> float:
+    """Time that a sequence can lose and still be within its target when it ends, if it gets its tokens at intervals.
+
+    Negative: it must be faster than that. Infinite: it is too late for that, too.
+
+    Args:
+        num_tokens: at most, after its first one; num_left: of them that are in no step yet.
+        target_s: of TPOT.
+    """
+    spare_s = first_token_time + num_tokens * target_s - now - num_left * interval_s
+    return spare_s if spare_s >= -num_left * interval_s * (1 - _LEAST_LIMIT) else math.inf
 
 
 class MixedSteps:
@@ -29,18 +53,25 @@ class MixedSteps:
         self._due = 0.0  # when decode's next step should end
         self._interval_s = 0.0
 
-    def limit_s(self, now: float, interval_s: float, waiting_tokens: int, step_tokens: int) -> float:
+    def limit_s(
+        self, now: float, interval_s: float, least_spare_s: float, full_step_s: float, waits_for_more: bool
+    ) -> float:
         """How long the next step may take with decode rows in it; infinite: leave them out of it.
 
         Args:
             interval_s: from one decode step to the next, mean, that TPOT's target allows.
-            waiting_tokens: of prompts that could be in the step.
-            step_tokens: most of them in a step.
+            least_spare_s: of the sequences that decode, see `spare_s`.
+            full_step_s: that a step of prompts only takes.
+            waits_for_more: there are prompts for such a step.
         """
         self._interval_s = interval_s
         self._due = min(max(self._due, now - _MOST_AHEAD * interval_s), now + self._most_ahead * interval_s)
+        if least_spare_s < 0:
+            return max(_LEAST_LIMIT * interval_s, interval_s + least_spare_s / _STEPS_TO_CATCH_UP)
         ahead_s = max(0.0, self._due - now)
-        return float("inf") if ahead_s and waiting_tokens >= step_tokens else interval_s + ahead_s
+        if ahead_s and waits_for_more and least_spare_s >= full_step_s:
+            return math.inf
+        return interval_s + min(ahead_s, least_spare_s)
 
     def decoded(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned. Where no prompts wait, no decode step is late."""

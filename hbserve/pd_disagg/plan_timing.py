@@ -100,17 +100,26 @@ class PlanTiming:
     would have been for all of the last steps but a few. That covers whatever makes plans late: scheduling, the way
     and the preparation on the worker, and predictions that are wrong.
 
+    Args:
+        predecessor: of a worker that did the same; how late plans may leave is taken from there, since that is more
+            the host's than the worker's. How long steps take is not: its share of the device may be another.
+
     Attributes:
         forecast: of the worker's steps, as far as they have been seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, predecessor: PlanTiming | None = None) -> None:
         self.forecast = StepForecast()
         self._steps: deque[_Step] = deque()
-        self._needs: deque[float] = deque(maxlen=_NUM_NEEDS)
+        self._needs: deque[float] = deque(() if predecessor is None else predecessor._needs, maxlen=_NUM_NEEDS)
         self._last_end = float("-inf")
         self._due: float | None = None
         self._overtaken: float | None = None
+
+    @property
+    def num_needs(self) -> int:
+        """Steps that the lead has been learnt from, of those that still count."""
+        return len(self._needs)
 
     def wait_s(self, now: float) -> float:
         """How much later the next plan is early enough; 0: make it now."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 _FORGET = 0.98
 """Weight of the past at each step: about the last fifty count."""
+_MANY_KEYS = 2**20
+_LEAST_INDEPENDENCE = 1e-3
+"""Of tokens and pairs over the steps: where all have them in one proportion, nobody can tell what takes the time."""
 
 
 class PrefillPace:
-    """Fits ``seconds = fixed + per_token * tokens`` to steps with prompts, the latest weighing most.
+    """Fits ``seconds = fixed + per_token * tokens`` to steps with prompts, the latest weighing most, and for a prompt's
+    own time ``per_token * tokens + per_pair * pairs`` of queries and keys: the end of a long one is slower.
 
     ``fixed`` is what a step takes without them, such as the decodes that are mixed in. Weighted least
     squares over running sums; with steps of one size only it is all ``per_token``.
@@ -19,13 +23,14 @@ class PrefillPace:
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._pp = self._xp = self._py = 0.0
         self.fixed_s = 0.0
         self.per_token_s = 0.0
         self.mean_per_token_s = 0.0
         self.step_s = 0.0
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step computed so many prompt tokens in that time."""
+    def observe(self, num_tokens: int, seconds: float, num_pairs: float = 0.0) -> None:
+        """A step computed so many prompt tokens in that time, with so many pairs of queries and keys."""
         if num_tokens <= 0 or seconds <= 0:
             return
         self._weight = self._weight * _FORGET + 1
@@ -33,6 +38,10 @@ class PrefillPace:
         self._y = self._y * _FORGET + seconds
         self._xx = self._xx * _FORGET + num_tokens * num_tokens
         self._xy = self._xy * _FORGET + num_tokens * seconds
+        pairs = num_pairs / _MANY_KEYS
+        self._pp = self._pp * _FORGET + pairs * pairs
+        self._xp = self._xp * _FORGET + num_tokens * pairs
+        self._py = self._py * _FORGET + pairs * seconds
         variance = self._xx - self._x * self._x / self._weight
         slope = 0.0
         if variance > 1e-6 * self._xx:
@@ -50,3 +59,13 @@ class PrefillPace:
             tokens_per_step: most prompt tokens in a step.
         """
         return -(-num_tokens // tokens_per_step) * self.fixed_s + num_tokens * self.per_token_s
+
+    def prompt_s(self, num_tokens: int, start: int) -> float:
+        """Predicted time for so many tokens of a prompt after so many others; 0 while nothing is known."""
+        determinant = self._xx * self._pp - self._xp * self._xp
+        if determinant > _LEAST_INDEPENDENCE * self._xx * self._pp:
+            per_token = (self._xy * self._pp - self._py * self._xp) / determinant
+            per_pair = (self._py * self._xx - self._xy * self._xp) / determinant
+            if per_token >= 0 and per_pair >= 0:
+                return num_tokens * (per_token + per_pair * (start + num_tokens / 2) / _MANY_KEYS)
+        return num_tokens * self.mean_per_token_s

@@ -47,6 +47,8 @@ class Prompt(Protocol):
 
 
 _Prompt = TypeVar("_Prompt", bound=Prompt)
+Seated = Callable[[], tuple[Items[tuple[Prompt, int]], int]]
+"""Prompts, with how many of their tokens are computed or will be next; and the number of workers that do it."""
 
 
 class QueuePolicy:
@@ -60,11 +62,11 @@ class QueuePolicy:
         """Smaller goes first. Of a sequence that begins to wait now."""
         return _NEW, 0.0, sequence.arrival
 
-    def order(self, waiting: list[_Prompt], now: float, num_tokens_ahead: Callable[[], int]) -> Items[_Prompt]:
+    def order(self, waiting: list[_Prompt], now: float, seated: Seated) -> Items[_Prompt]:
         """Whom to admit first, of a queue sorted by rank.
 
         Args:
-            num_tokens_ahead: prompt tokens that have a seat and are not computed, per worker.
+            seated: prompts that have a seat and are not computed.
         """
         return waiting
 
@@ -100,57 +102,62 @@ class SloAware(QueuePolicy):
     """As many as possible in time: earliest TTFT deadline first, without those that would make others late.
 
     Moore and Hodgson's rule (Moore, Management Science 15, 1968), which keeps the most deadlines on one
-    machine: go through the queue by deadline, and whenever one could not be kept, defer the longest
-    prompt so far. What is deferred, the hopeless among it, is served when the others leave time. Least
-    laxity alone serves, under overload, whoever is about to be late, until all are.
+    machine: go through the prompts by deadline, those with a seat as well, and whenever one could not be kept, defer
+    the one with the most left to compute so far. What is deferred, the hopeless among it, is served when the others
+    leave time. Least laxity alone serves, under overload, whoever is about to be late, until all are.
 
     Args:
-        prefill_s: predicted seconds to compute so many prompt tokens.
+        prefill_s: predicted seconds to compute so many prompt tokens after so many others.
         step_s: that a step with prompts takes of late.
         default_ttft_ms: target of requests that come without one.
     """
 
     def __init__(
-        self, prefill_s: Callable[[int], float], step_s: Callable[[], float], default_ttft_ms: float | None
+        self, prefill_s: Callable[[int, int], float], step_s: Callable[[], float], default_ttft_ms: float | None
     ) -> None:
         self._prefill_s, self._step_s = prefill_s, step_s
         self._default_ttft_ms = default_ttft_ms or _PATIENCE_MS
+        self._deferred: set[Prompt] = set()  # of those with a seat
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """See `QueuePolicy.rank`."""
         target_ms = sequence.ttft_target_ms or self._default_ttft_ms
         return _group(sequence), sequence.arrival_time + target_ms / 1000, sequence.arrival
 
-    def order(self, waiting: list[_Prompt], now: float, num_tokens_ahead: Callable[[], int]) -> Items[_Prompt]:
+    def order(self, waiting: list[_Prompt], now: float, seated: Seated) -> Items[_Prompt]:
         """See `QueuePolicy.order`."""
-        if not waiting:
+        seats, num_workers = seated()
+        prompts: list[tuple[Prompt, int]] = [*seats, *((sequence, 0) for sequence in waiting[:_HORIZON])]
+        self._deferred = deferred = self._defer(prompts, now, num_workers) if len(prompts) > 1 else set()
+        if deferred.isdisjoint(waiting):
             return waiting
-        now += _STEPS_WAITED * self._step_s()
-        end = now + DOUBT * self._prefill_s(num_tokens_ahead())
-        chosen: list[tuple[float, int]] = []  # a heap, longest first: (-seconds, index)
-        for index, sequence in enumerate(waiting[:_HORIZON]):
-            seconds = DOUBT * self._prefill_s(len(sequence.tokens))
-            end += seconds
-            group, deadline, _ = sequence.rank
+        return [*(s for s in waiting if s not in deferred), *(s for s in waiting if s in deferred)]
+
+    def _defer(self, prompts: list[tuple[Prompt, int]], now: float, num_workers: int) -> set[Prompt]:
+        end = now + _STEPS_WAITED * self._step_s()
+        chosen: list[tuple[float, float, Prompt]] = []  # a heap, most to compute first: (-seconds, arrival, prompt)
+        deferred = set()
+        for sequence, num_computed in sorted(prompts, key=lambda item: item[0].rank):
+            seconds = self._left_s(sequence, num_computed)
+            end += seconds / num_workers
+            group, deadline, arrival = sequence.rank
             if group == _NEW:
-                heapq.heappush(chosen, (-seconds, index))
+                heapq.heappush(chosen, (-seconds, -arrival, sequence))
                 if end > deadline:
-                    end += heapq.heappop(chosen)[0]
-        in_time = {index for _, index in chosen}
-        deferred = [
-            sequence
-            for index, sequence in enumerate(waiting[:_HORIZON])
-            if index not in in_time and sequence.rank[0] == _NEW
-        ]
-        if not deferred:
-            return waiting
-        left_out = set(map(id, deferred))
-        return [sequence for sequence in waiting if id(sequence) not in left_out] + deferred
+                    seconds, _, longest = heapq.heappop(chosen)
+                    deferred.add(longest)
+                    end += seconds / num_workers
+        return deferred
+
+    def _left_s(self, sequence: Prompt, num_computed: int) -> float:
+        return DOUBT * self._prefill_s(max(0, len(sequence.tokens) - num_computed), num_computed)
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
-        """See `QueuePolicy.key`. Those that can be in time go before those that cannot."""
+        """See `QueuePolicy.key`. Those that can be in time go before those that cannot, or that gave way to others."""
         group, deadline, _ = sequence.rank
-        seconds = DOUBT * self._prefill_s(max(0, len(sequence.tokens) - num_computed)) + _STEPS_WAITED * self._step_s()
+        if sequence in self._deferred:
+            return True, sequence.rank
+        seconds = self._left_s(sequence, num_computed) + _STEPS_WAITED * self._step_s()
         return group == _NEW and now + seconds > deadline, sequence.rank
 
     def leaves(self, sequence: Prompt, now: float) -> bool:
@@ -159,7 +166,9 @@ class SloAware(QueuePolicy):
         return group == _NEW and now > deadline
 
 
-def make_policy(config: SchedulerConfig, prefill_s: Callable[[int], float], step_s: Callable[[], float]) -> QueuePolicy:
+def make_policy(
+    config: SchedulerConfig, prefill_s: Callable[[int, int], float], step_s: Callable[[], float]
+) -> QueuePolicy:
     """The configured policy; for ``prefill_s`` and ``step_s`` see `SloAware`."""
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)

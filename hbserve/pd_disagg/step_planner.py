@@ -90,12 +90,14 @@ class StepPlanner:
         interval_s = instance.mixed_interval_s(worker, phases)
         if interval_s is None:
             return None
-        waiting_tokens = sum(
-            seat.num_tokens_at_entry - seat.num_planned
-            for seat in instance.seats.values()
-            if seat.num_planned < seat.num_tokens_at_entry and seat.can_go_to(worker)
-        )
-        return instance.mixed_steps.limit_s(time.monotonic(), interval_s, waiting_tokens, self._prompt_budget)
+        now, waiting_tokens, least_spare_s, budget = time.monotonic(), 0, math.inf, self._prompt_budget
+        for sequence, seat in instance.seats.items():
+            if seat.num_planned >= seat.num_tokens_at_entry:
+                least_spare_s = min(least_spare_s, instance.spare_s(sequence, seat, interval_s, now))
+            elif seat.can_go_to(worker):
+                waiting_tokens += seat.num_tokens_at_entry - seat.num_planned
+        full_step_s = worker.timing.forecast.estimate(StepWork(0, 0, budget, budget**2 / 2))
+        return instance.mixed_steps.limit_s(now, interval_s, least_spare_s, full_step_s, waiting_tokens >= budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """Tell a worker that has come to running sequences of them: a step without rows.
@@ -125,7 +127,7 @@ class StepPlanner:
             assert last[0].cell is not None, "who is on no board cannot be followed"
             after = StepOf(cell=last[0].cell, step_id=last[1].step_id)
             worker.has_waited_for = after.step_id
-        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens)
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
         inflight.after = 0 if after is None else after.step_id
         worker.inflight.append(inflight)
         worker.timing.planned(step.work, now, max(ends, default=-math.inf))

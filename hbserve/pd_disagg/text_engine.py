@@ -47,6 +47,7 @@ class TextEngine:
         vocab_size: of the model; token ids in prompts must be below it.
         text: does the encoding and decoding; default: this process.
         max_prompt_tokens: longer prompts are refused; default: what the context holds.
+        max_samples: more of one request are refused, since not all of them could wait; default: no limit.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TextEngine:
         vocab_size: int,
         text: TextService | None = None,
         max_prompt_tokens: int | None = None,
+        max_samples: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
@@ -66,6 +68,7 @@ class TextEngine:
         self._open: dict[str, _OpenRequest] = {}
         self._serial = itertools.count()
         self._max_prompt_tokens = max_prompt_tokens
+        self._max_samples = max_samples
         self._ended: HBServeError | None = None
 
     async def open(
@@ -88,6 +91,12 @@ class TextEngine:
             raise InvalidRequestError(f"request id {request_id!r} is in use", "request_id")
         # The number keeps late outputs of an ended request from a new one of the same name.
         num_samples = len(prompts) * sampling.n
+        if self._max_samples is not None and num_samples > self._max_samples:
+            raise InvalidRequestError(
+                f"{num_samples} samples at once are more than can wait here ({self._max_samples}: "
+                "performance.max_waiting_requests)",
+                "n" if sampling.n > 1 else "prompt",
+            )
         opened = _OpenRequest([f"{request_id}-{index}-{next(self._serial)}" for index in range(num_samples)])
         self._open[request_id] = opened
         samples: list[_Sample] = []

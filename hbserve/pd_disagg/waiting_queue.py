@@ -28,9 +28,7 @@ class WaitingQueue:
         self._tokens_per_step = prefill_budget(config)
         self._pace = PrefillPace()
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # of requests, and before them the queue's beginning
-        self.policy = make_policy(
-            config.scheduler, lambda count: count * self._pace.mean_per_token_s, lambda: self._pace.step_s
-        )
+        self.policy = make_policy(config.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
 
     def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
         """Put a sequence that begins to wait where it belongs."""
@@ -43,19 +41,24 @@ class WaitingQueue:
     def in_order(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
         """Who is to be admitted first."""
 
-        def num_tokens_ahead() -> int:
+        def seated() -> tuple[list[tuple[Sequence, int]], int]:
             workers = [instance for instance in instances if instance.ready and instance.role.prefills]
-            seats = [seat for worker in workers for seat in worker.seats.values()]
-            return sum(max(0, s.num_tokens_at_entry - s.num_computed) for s in seats) // max(1, len(workers))
+            prompts = [
+                (sequence, seat.num_planned)
+                for worker in workers
+                for sequence, seat in worker.seats.items()
+                if seat.num_planned < seat.num_tokens_at_entry
+            ]
+            return prompts, max(1, len(workers))
 
-        return self.policy.order(waiting, now, num_tokens_ahead)
+        return self.policy.order(waiting, now, seated)
 
     # --- predictions -----------------------------------------------------------------------------
 
     def step_done(self, step: InflightStep, busy_s: float) -> None:
         """Learn from a step."""
         if step.prefill_rows:
-            self._pace.observe(step.prefill_tokens, busy_s)
+            self._pace.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
 
     def ended(self, now: float) -> None:
         """A request has ended, and left its seats."""

@@ -37,6 +37,7 @@ class InflightStep:
     """A step that has been sent and not confirmed.
 
     Attributes:
+        prefill_pairs: of queries and keys, of its prompts.
         beside_decode: if it is prefill's: decode has a turn meanwhile.
         after: another worker's step that it waits for; 0: none.
     """
@@ -45,6 +46,7 @@ class InflightStep:
     rows: list[InflightRow]
     prefill_rows: int = 0
     prefill_tokens: int = 0
+    prefill_pairs: float = 0.0
     beside_decode: bool = True
     after: int = 0
 

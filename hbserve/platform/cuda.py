@@ -11,7 +11,7 @@ import torch.distributed
 
 from hbserve.platform import cuda_ipc
 from hbserve.platform.base import Platform, SharedArena, SmallSum
-from hbserve.platform.cuda_share import CudaShare
+from hbserve.platform.cuda_share import CudaShare, is_whole
 from hbserve.platform.partition import Partition
 from hbserve.platform.peer_sum import PeerSum, can_reach_each_other, holds_for_all
 from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
@@ -38,7 +38,8 @@ class CudaPlatform(Platform):
 
     def activate(self) -> None:
         torch.cuda.set_device(self.device)
-        if self._partition.percentage < 100:
+        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if not is_whole(total, self._partition.percentage, self._partition.end):
             torch.zeros(1, device=self.device)  # makes the device's usual context, which a share builds on
             self._share = CudaShare(self.device, self._partition.percentage, self._partition.end)
             torch.cuda.set_stream(self._share.stream)

@@ -76,6 +76,12 @@ def size_of_first(total: int, percentage: int) -> int:
     return max(_GROUP, min(wanted, (total - 1) // _GROUP * _GROUP))
 
 
+def is_whole(total: int, percentage: int, end: Literal["first", "last"]) -> bool:
+    """Whether a percentage is nearer to all of a device's multiprocessors than to the largest part of them."""
+    largest = size_of_first(total, 100) if end == "first" else total - _GROUP
+    return 2 * total * percentage / 100 > total + largest
+
+
 def _count(resource: Any) -> int:
     return int.from_bytes(resource.raw[_COUNT_OFFSET : _COUNT_OFFSET + 4], "little")
 

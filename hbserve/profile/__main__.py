@@ -13,6 +13,7 @@ import msgspec
 from hbserve import PdDisaggConfig
 from hbserve.bench import pictures
 from hbserve.bench.model_folder import default_load_format, find_model
+from hbserve.bench.offline_options import check_new_file
 from hbserve.config import Config
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.profile.bench import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
@@ -33,9 +34,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="few points, for a first look")
     arguments = parser.parse_args()
     try:
-        for path in (arguments.out, arguments.plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ConfigError(f"there is no folder {path.absolute().parent}")
+        check_new_file("--out", arguments.out)
+        check_new_file("--plot", arguments.plot)
         if arguments.plot is not None:
             pictures.check("--plot", arguments.plot)
         profile = _profile(arguments)

@@ -66,6 +66,11 @@ class Workload:
     running: float = 0.0
     tpot_spread: float = _TPOT_SPREAD
 
+    @property
+    def tokens_of_its_prompt(self) -> float:
+        """Mean over prompt tokens, not over prompts: what decode steps have beside them, most of it of long prompts."""
+        return self.prompt_tokens_squared / max(1.0, self.prompt_tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
@@ -227,10 +232,11 @@ class LatencyModel:
         batch = min(max(workload.running, 1.0), self._max_batch)
         tpot_fit = self._side_by_side.tpot.coefficients
         for _ in range(4):  # the batch decides the step, and the step how many are in the batch
-            step_tokens = max(1.0, min(workload.prompt_tokens, self._prefill_batch_tokens))
-            slowdown = self.steps.slowdown(allocation, round(math.log2(max(1.0, batch))), step_tokens)
+            step_tokens = max(1.0, min(workload.tokens_of_its_prompt, self._prefill_batch_tokens))
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
-            step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage) * slowdown.decode
+            step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage)
+            slowdown = self.steps.slowdown(allocation, step_ms, step_tokens)
+            step_ms *= slowdown.decode
             if step_ms < self._decode_interval_ms:
                 step_ms += _ROUND_TRIP_MS  # whether it is decode's turn is known only when the step before has ended
             shared_ms = max(step_ms, self._decode_interval_ms)

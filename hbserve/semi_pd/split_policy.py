@@ -274,6 +274,8 @@ class SplitPolicy:
             changes_kind: it is between that and side by side. Errors of two models do not cancel as those of two splits
                 do: such a move must gain twice as much, and what was seen of splits counts, too.
         """
+        if changes_kind and not to_mix and not self._rank(best, False)[0]:
+            return None  # under overload no split has been found that serves more
         value = self._value(predicted)
         gain = self._value(best) - (min(value, self._value_seen(violations)) if to_mix and changes_kind else value)
         if gain >= self.bounds.hysteresis * (1 + changes_kind):

@@ -5,8 +5,10 @@ for each measured percentage; between two of these it is interpolated in ``1 / p
 the form ``a/y + b`` of Semi-PD's section 5 (arXiv 2504.19867) piece by piece. One such curve over the
 whole range would be 13 % off at half of an H200, whose bandwidth needs only half of its SMs.
 
-Side by side each phase is slower by a factor that depends on both percentages, on the priority, on
-the batch and on the prompt tokens in a step; it is interpolated between the measured splits and sizes.
+Side by side a decode step takes ``c + d · its time alone``: each of its kernels waits for room on the
+device however small the batch is (c), and what moves memory shares the bandwidth (d). A prefill step
+loses likewise the more, the longer decode steps take alone. Both are fitted to the batches of each
+measured split and number of prompt tokens in a step, and interpolated between these.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ _MEASUREMENT_ERROR = 0.02  # of a point, relative
 # Where the points do not tell, a large step's time is believed to be so much fixed, per token, and per key.
 _PREFILL_SHARES = (0.1, 0.8, 0.1)
 _DECODE_SHARES = (0.5, 0.1, 0.4)
+_USUAL_DECODE = (64, 1024)  # batch and context
+_STEPS_PER_OCTAVE = 8  # of decode's time alone, for which slowdowns are kept
 _Sample = tuple[tuple[float, ...], float]  # features, milliseconds
 
 
@@ -52,7 +56,7 @@ class StepTimes:
         self._decode = _Curve(
             [(p.percentage, (_decode_features(p.batch, p.context), p.ms)) for p in profile.decode], _DECODE_SHARES
         )
-        self._slowdowns = self._measured_slowdowns(priority)
+        self._pairs = self._measured_pairs(priority)
         self._mixed = self._fit_mixed()
         self._cache: dict[tuple[SMAllocation, int, int], Slowdown] = {}
 
@@ -77,46 +81,65 @@ class StepTimes:
             return self.prefill_ms(chunk, prompt_context, 100)
         return self._mixed.predict(self._mixed_features(chunk, batch, context, prompt_context))
 
-    def _measured_slowdowns(self, priority: bool) -> dict[int, list[tuple[TogetherPoint, float, float]]]:
-        """By prompt tokens, points side by side, with the logarithms of prefill's and decode's slowdown."""
+    def _measured_pairs(self, priority: bool) -> dict[int, list[_Pair]]:
+        """Splits that were measured side by side, by prompt tokens."""
         together = self.profile.together or H200_8B.together
         alone = self if self.profile.together or self.profile is H200_8B else StepTimes(H200_8B)
-        slowdowns: dict[int, list[tuple[TogetherPoint, float, float]]] = {}
+        points: dict[tuple[int, SMAllocation], list[TogetherPoint]] = {}
         for point in [point for point in together if point.priority is priority] or together:
-            prefill_ms = alone.prefill_ms(point.tokens, 0, point.prefill_percentage)
-            decode_ms = alone.decode_ms(point.batch, point.context, point.decode_percentage)
-            prefill, decode = point.prefill_ms / prefill_ms, point.decode_ms / decode_ms
-            logs = math.log(max(1.0, prefill)), math.log(max(1.0, decode))
-            slowdowns.setdefault(point.tokens, []).append((point, *logs))
-        return slowdowns
+            split = SMAllocation(point.prefill_percentage, point.decode_percentage)
+            points.setdefault((point.tokens, split), []).append(point)
+        pairs: dict[int, list[_Pair]] = {}
+        for (tokens, split), group in points.items():
+            prefill_ms = alone.prefill_ms(tokens, 0, split.prefill_percentage)
+            alone_ms = [alone.decode_ms(point.batch, point.context, split.decode_percentage) for point in group]
+            pair = _Pair(
+                split=split,
+                decode_scale=alone.decode_ms(*_USUAL_DECODE, split.decode_percentage),
+                decode=_line(alone_ms, [point.decode_ms for point in group], 1.0),
+                prefill=_line(alone_ms, [point.prefill_ms / prefill_ms for point in group], 0.0),
+            )
+            pairs.setdefault(tokens, []).append(pair)
+        return pairs
 
-    def slowdown(self, allocation: SMAllocation, batch_octave: int, tokens: float) -> Slowdown:
-        """While both phases run, with ``2 ** batch_octave`` sequences decoding and so many prompt tokens in a step."""
-        sizes = sorted(self._slowdowns)
+    def slowdown(self, allocation: SMAllocation, decode_ms: float, tokens: float) -> Slowdown:
+        """While both phases run.
+
+        Args:
+            decode_ms: that a decode step takes alone at its percentage.
+            tokens: of prompts in a step.
+        """
+        sizes = sorted(self._pairs)
         below = max((size for size in sizes if size <= tokens), default=sizes[0])
         above = min((size for size in sizes if size >= tokens), default=sizes[-1])
-        low = self._at_size(allocation, batch_octave, below)
+        step = round(_STEPS_PER_OCTAVE * math.log2(max(0.01, decode_ms)))
+        low = self._at_size(allocation, step, below)
         if below == above:
             return low
-        high = self._at_size(allocation, batch_octave, above)
+        high = self._at_size(allocation, step, above)
         share = math.log(tokens / below) / math.log(above / below)
         return Slowdown(
             low.prefill * (high.prefill / low.prefill) ** share, low.decode * (high.decode / low.decode) ** share
         )
 
-    def _at_size(self, allocation: SMAllocation, batch_octave: int, size: int) -> Slowdown:
+    def _at_size(self, allocation: SMAllocation, step: int, size: int) -> Slowdown:
         """At a number of prompt tokens that was measured."""
-        found = self._cache.get((allocation, batch_octave, size))
+        found = self._cache.get((allocation, step, size))
         if found is None:
+            load = 2 ** (step / _STEPS_PER_OCTAVE) / self.decode_ms(*_USUAL_DECODE, allocation.decode_percentage)
             weights = prefill = decode = 0.0
-            for point, prefill_log, decode_log in self._slowdowns[size]:
-                distance = _distance(point, allocation, batch_octave)
+            for pair in self._pairs[size]:
+                distance = math.hypot(
+                    (pair.split.prefill_percentage - allocation.prefill_percentage) / 100,
+                    (pair.split.decode_percentage - allocation.decode_percentage) / 100,
+                )
                 weight = 1 / (distance**2 + 1e-6) ** 2
+                slowdown = pair.slowdown(load)
                 weights += weight
-                prefill += weight * prefill_log
-                decode += weight * decode_log
+                prefill += weight * math.log(slowdown.prefill)
+                decode += weight * math.log(slowdown.decode)
             found = Slowdown(math.exp(prefill / weights), math.exp(decode / weights))
-            self._cache[allocation, batch_octave, size] = found
+            self._cache[allocation, step, size] = found
         return found
 
     def _mixed_features(
@@ -141,12 +164,41 @@ def _decode_features(batch: float, context: float) -> tuple[float, ...]:
     return (1.0, batch, batch * context)
 
 
-def _distance(point: TogetherPoint, allocation: SMAllocation, batch_octave: int) -> float:
-    return math.hypot(
-        (point.prefill_percentage - allocation.prefill_percentage) / 100,
-        (point.decode_percentage - allocation.decode_percentage) / 100,
-        (math.log2(point.batch) - batch_octave) / 10,
-    )
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A split that was measured, with steps of so many prompt tokens.
+
+    Attributes:
+        decode_scale: milliseconds of a usual decode step alone at its percentage.
+        decode: of a decode step's time beside prefill, over its time alone; constant and slope.
+        prefill: likewise of prefill's slowdown.
+    """
+
+    split: SMAllocation
+    decode_scale: float
+    decode: tuple[float, float]
+    prefill: tuple[float, float]
+
+    def slowdown(self, decode_load: float) -> Slowdown:
+        """Beside decode steps that take so many times a usual one."""
+        alone_ms = decode_load * self.decode_scale
+        decode_ms = self.decode[0] + self.decode[1] * alone_ms
+        return Slowdown(max(1.0, self.prefill[0] + self.prefill[1] * alone_ms), max(1.0, decode_ms / alone_ms))
+
+
+def _line(x: list[float], y: list[float], slope_share: float) -> tuple[float, float]:
+    """Least squares, constant and slope, neither negative.
+
+    Args:
+        slope_share: of the value, that grows with x where there is one point only.
+    """
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    variance = sum((each - mean_x) ** 2 for each in x)
+    slope = slope_share * mean_y / mean_x
+    if variance:
+        covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+        slope = min(max(0.0, covariance / variance), mean_y / mean_x)
+    return mean_y - slope * mean_x, slope
 
 
 class _Curve:

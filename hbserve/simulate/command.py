@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hbserve.bench.offline_options import lengths, positive
+from hbserve.bench.offline_options import check_new_file, lengths, positive
 from hbserve.bench.request_record import Targets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
@@ -68,8 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the argument that cannot be honoured.
     """
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}")
+    check_new_file("--json", arguments.json)
     if not 0 < arguments.attainment < 1:
         raise ConfigError(f"--attainment: must be in (0, 1), got {arguments.attainment}")
     systems = [System.parse(text) for text in arguments.system or DEFAULT_SYSTEMS]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
-from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom
+from hbserve.config_semi_pd import MIXED_PACE
+from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom, spare_s
 from hbserve.pd_disagg.plan_timing import StepWork
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import Progress, SimulatedClock
@@ -64,7 +66,7 @@ class MixedPhase:
     def _take(self) -> Chunks:
         budget = min(self._sizes.max_num_batched_tokens - len(self.running), self._sizes.max_chunk_prefill_tokens)
         limit_s, room = self._limit_s(budget), None
-        batch, context = (0, 0) if limit_s == float("inf") else (len(self.running), self._context)
+        batch, context = (0, 0) if limit_s == math.inf else (len(self.running), self._context)
         if batch and limit_s is not None:
             room = StepRoom(self._ahead.forecast, StepWork(batch, context, 0, 0.0), limit_s)
         chunks = self._prompts.take(budget, None if room is None else room.take)
@@ -77,7 +79,14 @@ class MixedPhase:
     def _limit_s(self, budget: int) -> float | None:
         if not self._interval_s:
             return None
-        return self._pace.limit_s(self._clock.now, self._interval_s, self._prompts.num_unplanned_tokens, budget)
+        now, target_s = self._clock.now, self._interval_s / MIXED_PACE
+        spares = (
+            spare_s(now, each.first_token_time or now, each.output_tokens - 1, left, target_s, self._interval_s)
+            for each, left in self.running.items()
+        )
+        full_step_s = self._ahead.forecast.estimate(StepWork(0, 0, budget, budget**2 / 2))
+        waits_for_more = self._prompts.num_unplanned_tokens >= budget
+        return self._pace.limit_s(now, self._interval_s, min(spares, default=math.inf), full_step_s, waits_for_more)
 
     @property
     def _context(self) -> int:

@@ -71,9 +71,7 @@ class Prompts:
     def __init__(self, clock: SimulatedClock, sizes: Sizes) -> None:
         self._clock, self._sizes = clock, sizes
         self._pace = PrefillPace()
-        self.policy = make_policy(
-            sizes.scheduler, lambda count: count * self._pace.mean_per_token_s, lambda: self._pace.step_s
-        )
+        self.policy = make_policy(sizes.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
         self._is_fifo = type(self.policy) is QueuePolicy
         self.requests: list[SimulatedRequest] = []
 
@@ -129,7 +127,7 @@ class Prompts:
     def done(self, chunks: Chunks, seconds: float) -> list[SimulatedRequest]:
         """A step has computed these; returns those that are complete, which leave."""
         if chunks.tokens:
-            self._pace.observe(chunks.tokens, seconds)
+            self._pace.observe(chunks.tokens, seconds, chunks.keys)
         complete = []
         for request, tokens in chunks.parts:
             request.computed_tokens += tokens
@@ -266,6 +264,9 @@ class DecodePhase:
         stepped: called after a run of equal steps with their number, the sequences and the seconds.
         finished: called with each request that has all its tokens.
         idle: called after that, to start the next steps.
+
+    Attributes:
+        alone_ms: that a step of the last run takes if nothing runs beside.
     """
 
     def __init__(
@@ -282,7 +283,7 @@ class DecodePhase:
         self.burst: Progress | None = None
         self.busy_s = 0.0
         self._last_end = float("-inf")
-        self._step_s = 0.0
+        self._step_s = self.alone_ms = 0.0
         self._num_steps = 0
         self._by_end: list[tuple[int, int, SimulatedRequest]] = []
         self._count = 0
@@ -331,7 +332,8 @@ class DecodePhase:
         self._joining.clear()
         batch = len(self._by_end)
         steps = min(most_steps, self._by_end[0][0] - self._num_steps)
-        self._step_s = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage) / 1000
+        self.alone_ms = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage)
+        self._step_s = self.alone_ms / 1000
         if is_late:
             self._step_s += _ROUND_TRIP_S / steps
         self.burst = Progress(self._clock, steps * self._step_s, self._done)

@@ -11,7 +11,7 @@ from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.pd_disagg.decode_turns import DecodeTurns
-from hbserve.pd_disagg.queue_policy import QueuePolicy
+from hbserve.pd_disagg.queue_policy import Prompt, QueuePolicy
 from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import SimulatedClock
@@ -71,12 +71,10 @@ class Unit(ABC):
         return self.prompts[0].policy
 
     def _admit(self) -> None:
-        if not self.waiting:
-            return
         max_open = self._num_pools * self.sizes.max_num_seqs
         max_kv_tokens = self._num_pools * self.sizes.kv_tokens
         seated = []
-        for request in self._policy.order(self.waiting, self.clock.now, self._seated_tokens):
+        for request in self._policy.order(self.waiting, self.clock.now, self._seated):
             tokens = request.prompt_tokens + request.output_tokens
             if self._num_open >= max_open or (self._num_open and self._kv_tokens + tokens > max_kv_tokens):
                 break
@@ -92,8 +90,9 @@ class Unit(ABC):
         for request in seated:
             self.waiting.remove(request)
 
-    def _seated_tokens(self) -> int:
-        return sum(prompts.backlog_tokens for prompts in self.prompts) // len(self.prompts)
+    def _seated(self) -> tuple[list[tuple[Prompt, int]], int]:
+        seats = [(request, request.planned_tokens) for prompts in self.prompts for request in prompts.requests]
+        return [(r, n) for r, n in seats if n < r.prompt_tokens], len(self.prompts)
 
     def _first_token(self, request: SimulatedRequest) -> bool:
         """Its prompt is computed; returns whether it goes on to decode."""
@@ -304,10 +303,9 @@ class SemiPDUnit(_PhasedUnit):
     def _set_speeds(self) -> None:
         step, burst = self.prefill.step, self.decode.burst
         if step is not None and burst is not None:
-            octave = round(math.log2(max(1, self.decode.num_sequences)))
             assert self.prefill.chunks is not None
             split = SMAllocation(self.prefill.percentage, self.decode.percentage)
-            slowdown = self.steps.slowdown(split, octave, self.prefill.chunks.tokens)
+            slowdown = self.steps.slowdown(split, self.decode.alone_ms, self.prefill.chunks.tokens)
             step.set_speed(1 / slowdown.prefill)
             burst.set_speed(1 / slowdown.decode)
         elif step is not None:

@@ -84,6 +84,7 @@ class DisaggregatedLLM:
                 ready.vocab_size,
                 self._text,
                 self.config.server.max_prompt_tokens if self._text_in_processes else None,
+                self.config.performance.max_waiting_requests,
             )
         except BaseException:
             tokenizer.cancel()
