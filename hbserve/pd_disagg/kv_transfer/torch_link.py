@@ -165,13 +165,6 @@ class _Link:
         if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
             self._abort_groups()
             raise KVTransferError(f"KV link {self.name} was closed")
-        if self._use_nccl:  # whose communicator is made by the first message, and takes its time
-            with self._on_stream(0):
-                byte = [torch.zeros(1, dtype=torch.uint8, device=self._device)]
-                other = 1 - rank
-                work = data.send(byte, other, 0) if rank == _SENDER else data.recv(byte, other, 0)
-                work.wait()  # of the stream, not of this thread
-            self._wait(0, work)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
