@@ -18,6 +18,8 @@ from hbserve.errors import ConfigError
 
 BACKENDS = ("nccl", "mooncake", "shm")
 """Built-in ways to move KV."""
+_ZERO_IS_LEGAL_IN_SLO = ("cooldown_s", "rotation_cooldown_s", "hysteresis", "min_confidence_threshold")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def from_dict(document: Any, base_dir: Path | None) -> Config:
@@ -166,7 +168,10 @@ def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
     for candidate in candidates:
         if os.path.isdir(candidate):  # unlike Path's own, False for what cannot be a name
             return str(candidate.resolve())
-    raise _error(key, f"there is no folder {path!r} (looked at {', '.join(str(c) for c in candidates)})")
+    what = f"there is no folder {path!r} (looked at {', '.join(str(c.absolute()) for c in candidates)})"
+    if _HUB_NAME.fullmatch(path):
+        what += f"; models are not downloaded by themselves: hf download {path} --local-dir FOLDER"
+    raise _error(key, what)
 
 
 def _find_key_file(path: str, base_dir: Path | None) -> str:
@@ -238,8 +243,11 @@ def _validate_semi_pd(config: Config) -> None:
     slo = config.semi_pd.slo
     for name in slo.__struct_fields__ if slo is not None else ():
         value = getattr(slo, name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
-            raise _error(f"semi_pd.slo.{name}", f"must not be negative, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in _ZERO_IS_LEGAL_IN_SLO):
+            must = "not be negative" if name in _ZERO_IS_LEGAL_IN_SLO else "be positive"
+            raise _error(f"semi_pd.slo.{name}", f"must {must}, got {value}")
     for index, instance in enumerate(config.gpu_instances):
         if instance.instance_type is not InstanceRole.SEMI_PD:
             continue

@@ -125,6 +125,9 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not Keys.load(ServerConfig()).are_asked_for
     with pytest.raises(ConfigError, match=r"server\.api_keys_file"):
         Keys.load(ServerConfig(api_keys_file=str(tmp_path / "missing")))
+    (tmp_path / "empty").write_text("# nobody yet\n\n")
+    with pytest.raises(ConfigError, match="there is no key in"):
+        Keys.load(ServerConfig(api_keys_file=str(tmp_path / "empty")))
     users.write_text("short\n")
     with pytest.raises(ConfigError, match="8 or more") as caught:
         Keys.load(ServerConfig(api_keys_file=str(users)))

@@ -109,6 +109,10 @@ def test_decode_in_turns_gives_the_same_tokens(tmp_path: Path) -> None:
     [
         ({"ttft_target_ms": 100}, "tpot_target_ms"),
         ({"ttft_target_ms": 100, "tpot_target_ms": -1}, "semi_pd.slo.tpot_target_ms"),
+        (
+            {"ttft_target_ms": 100, "tpot_target_ms": 50, "monitoring_interval_s": 0},
+            "semi_pd.slo.monitoring_interval_s",
+        ),
         ({"ttft_target_ms": 100, "tpot_target_ms": 50, "colour": 1}, "colour"),
     ],
 )
@@ -118,8 +122,13 @@ def test_targets_that_cannot_be_are_refused_by_name(tmp_path: Path, slo: dict[st
         PdDisaggConfig(**settings(tmp_path, **slo)).freeze()
 
 
-def test_a_profile_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"), [("profile", "/no/ne.json", "ne.json"), ("window_s", 60, "1..30")]
+)
+def test_what_a_controller_cannot_do_is_refused_before_anything_starts(
+    tmp_path: Path, key: str, value: Any, complaint: str
+) -> None:
     save_model(tmp_path, "qwen3")
-    slo = {"ttft_target_ms": 100, "tpot_target_ms": 50, "profile": str(tmp_path / "none.json")}
-    with pytest.raises(ConfigError, match=r"none\.json"):
+    slo = {"ttft_target_ms": 100, "tpot_target_ms": 50, key: value}
+    with pytest.raises(ConfigError, match=complaint):
         ProcessRotationManager(PdDisaggConfig(**settings(tmp_path, **slo)))

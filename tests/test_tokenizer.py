@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -253,3 +256,25 @@ def test_long_output_costs_no_more_per_token(word_pieces: Tokenizer) -> None:
     ids = word_pieces.encode(" ".join([WORDS] * 100))
     deltas(Counting(), ids)
     assert max(sizes) <= 2 * 32  # tokens looked at, whatever the length of the output
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_a_tokenizer_json_is_taken_as_it_is_whatever_the_model(tmp_path: Path, model_type: str) -> None:
+    folder = tiny_tokenizers.metaspace(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer(folder)
+    token_ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the cat").ids
+    assert tokenizer.encode("the cat") == token_ids
+    assert tokenizer.decode(token_ids) == "the cat"
+
+
+def test_several_threads_may_load_the_first_tokenizers_of_a_process(tmp_path: Path) -> None:
+    program = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from hbserve.tokenizer import Tokenizer\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    print(*(each.encode('the cat') for each in pool.map(Tokenizer, sys.argv[1:] * 4)), sep='\\n')"
+    )
+    folder = tiny_tokenizers.metaspace(tmp_path)
+    command = [sys.executable, "-c", program, str(folder)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    assert lines == [str(Tokenizer(folder).encode("the cat"))] * 4

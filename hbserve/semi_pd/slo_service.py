@@ -21,6 +21,8 @@ from hbserve.semi_pd.step_times import StepTimes
 logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 2.0
+_MAX_WINDOW_S = 30.0
+"""So far back the scheduler's collector looks."""
 
 
 class WindowLink(Protocol):
@@ -104,6 +106,9 @@ def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]
         bounds = SplitBounds(**_fields(slo, SplitBounds))
     except ConfigError as error:
         raise ConfigError(f"semi_pd.slo.{error}", f"semi_pd.slo.{error.key}") from None
+    if not bounds.min_window_s <= slo.window_s <= _MAX_WINDOW_S:
+        what = f"must be in {bounds.min_window_s:g}..{_MAX_WINDOW_S:g}, got {slo.window_s:g}"
+        raise ConfigError(f"semi_pd.slo.window_s: {what}", "semi_pd.slo.window_s")
     return constraints, bounds, H200_8B if slo.profile is None else StepProfile.load(slo.profile)
 
 

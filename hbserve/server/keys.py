@@ -32,7 +32,7 @@ class Keys:
         """From the configured files and the environment.
 
         Raises:
-            ConfigError: naming the file that cannot be read, or the key that is not one.
+            ConfigError: naming the file that cannot be read or is without keys, or the key that is not one.
         """
         lines = os.environ.get(API_KEYS_VARIABLE, "").replace(",", "\n").splitlines()
         if config.api_keys_file is not None:
@@ -41,6 +41,10 @@ class Keys:
         for number, line in enumerate(line for line in lines if line.strip() and not line.lstrip().startswith("#")):
             name, _, key = line.strip().rpartition(" ")
             users[_checked(key, f"server.api_keys_file or {API_KEYS_VARIABLE}")] = name.strip() or f"key-{number + 1}"
+        if config.api_keys_file is not None and not users:  # who names a file does not want an open server
+            raise ConfigError(
+                f"server.api_keys_file: there is no key in {config.api_keys_file}", "server.api_keys_file"
+            )
         admin, source = os.environ.get(ADMIN_KEY_VARIABLE) or None, ADMIN_KEY_VARIABLE
         if config.admin_key_file is not None:
             source = "server.admin_key_file"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, what chat temp
 SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>"})
 """Shown even if they are special tokens: without them nobody could tell a call of a tool from other text."""
 
+_IMPORTING = threading.Lock()
+"""transformers imports its parts when they are asked for, and fails where two threads ask at once."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -78,10 +81,14 @@ class Tokenizer:
     def _load(self) -> set[int]:
         """Load the files; returns the tokenizer's own end tokens."""
         # Takes seconds to import, and workers, which import this package's siblings, do not need it.
-        from transformers import AutoTokenizer
+        with _IMPORTING:
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+            if self._is_as_in_its_file() and type(self._hf) is not PreTrainedTokenizerFast:
+                # For some models (Qwen2) that is their own class all the same, which cuts and joins words by its rules.
+                self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise ModelError(f"cannot load the tokenizer in {self.path}: {error}") from error
         backend = getattr(self._hf, "backend_tokenizer", None)
@@ -103,6 +110,14 @@ class Tokenizer:
         if backend.decoder is not None:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+
+    def _is_as_in_its_file(self) -> bool:
+        """Whether the folder names the class that takes tokenizer.json as it is."""
+        config = self.path / "tokenizer_config.json"
+        if not config.is_file() or not (self.path / "tokenizer.json").is_file():
+            return False
+        document = json.loads(config.read_text(encoding="utf-8"))
+        return document.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
     @property
     def vocab_size(self) -> int:
