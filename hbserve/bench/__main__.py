@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from hbserve.bench import compare, front, handover, offline, semi_pd, serve, serve_options, transfer
@@ -44,6 +45,7 @@ def main() -> int:
         commands.add_parser("semi_pd", help="prefill and decode that share a device: rotations, losses, gaps")
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     try:
         if arguments.command == "offline":
             offline.run(OfflineOptions.from_arguments(arguments))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _PATIENCE = 1.0
 """Decode steps that may be owed before a turn begins, and that are done ahead before it ends. A change of turn can
 mean a change of prefill's worker, which costs some milliseconds."""
@@ -24,12 +26,14 @@ class DecodeTurns:
         interval_s: from one decode step to the next, mean, while prefill is busy.
 
     Attributes:
+        interval_s: the one in effect.
         is_open: decode has its turn. False while not both phases are busy: then nobody needs to wait.
-        is_overdue: it has waited too long, for a prefill step that is very long or does not end.
+        is_overdue: it has waited too long, for a prefill step that is very long or does not end, or for one that a
+            sequence of few tokens cannot wait for.
     """
 
     def __init__(self, interval_s: float) -> None:
-        self._usual_s = self._interval_s = interval_s
+        self._usual_s = self.interval_s = interval_s
         self._due = 0.0  # when the next decode step should begin
         self._owed = 0.0
         self.is_open = self.is_overdue = False
@@ -38,19 +42,24 @@ class DecodeTurns:
         """Not both phases are busy."""
         self.is_open = self.is_overdue = False
         self._owed = 0.0
-        self._due = min(max(self._due, now), now + _PATIENCE * self._interval_s)
+        self._due = min(max(self._due, now), now + _PATIENCE * self.interval_s)
 
-    def update(self, now: float, needed_s: float | None = None) -> bool:
+    def update(
+        self, now: float, needed_s: float | None = None, least_spare_s: float = math.inf, step_s: float = 0.0
+    ) -> bool:
         """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now.
 
         Args:
             needed_s: an interval that sequences in the batch need, where it is shorter than the usual one.
+            least_spare_s: of these sequences, see `hbserve.pd_disagg.mixed_steps.spare_s`.
+            step_s: that a prefill step takes: who cannot spare it must have its turn before the next one ends.
         """
-        self._interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
-        self._owed = owed = min((now - self._due) / self._interval_s, _FORGIVEN)
-        self._due = now - owed * self._interval_s
-        self.is_overdue = owed == _FORGIVEN
+        self.interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
+        self._owed = owed = min((now - self._due) / self.interval_s, _FORGIVEN)
+        self._due = now - owed * self.interval_s
+        self.is_overdue = owed == _FORGIVEN or least_spare_s < 0
         self.is_open = owed > -_PATIENCE if self.is_open else owed >= _PATIENCE
+        self.is_open |= least_spare_s < step_s
         return self.is_open
 
     @property
@@ -60,5 +69,5 @@ class DecodeTurns:
 
     def stepped(self) -> None:
         """A decode step begins beside a prefill step."""
-        self._due += self._interval_s
+        self._due += self.interval_s
         self._owed -= 1

@@ -169,7 +169,7 @@ class InstanceHandle:
         alone = {phase: not busy[_other(phase)] for phase in _PHASES}
         if self.turns is not None:
             if all(busy.values()) and mixing is None:
-                alone[InstanceRole.PREFILL] = not self.turns.update(time.monotonic(), self._needed_interval_s())
+                alone[InstanceRole.PREFILL] = not self._update_turns(self.turns, time.monotonic())
             else:
                 self.turns.rest(time.monotonic())
         for phase in _PHASES:
@@ -231,10 +231,14 @@ class InstanceHandle:
         num_left = sequence.max_total_tokens - seat.num_planned - 1
         return spare_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
 
-    def _needed_interval_s(self) -> float | None:
-        """Of decode's turns, by the tightest TPOT target that a request here came with."""
+    def _update_turns(self, turns: DecodeTurns, now: float) -> bool:
+        """By the tightest TPOT target that a request here came with, and by what each can spare."""
         target_ms = self._tightest_tpot_ms()
-        return None if target_ms is None else DECODE_PACE * target_ms / 1000
+        needed_s = None if target_ms is None else DECODE_PACE * target_ms / 1000
+        decoding = [item for item in self.seats.items() if item[1].num_planned >= item[1].num_tokens_at_entry]
+        spares = (self.spare_s(sequence, seat, turns.interval_s, now) for sequence, seat in decoding)
+        prefill = self._current.get(InstanceRole.PREFILL)
+        return turns.update(now, needed_s, min(spares, default=math.inf), prefill.last_step_s if prefill else 0.0)
 
     def _tightest_tpot_ms(self) -> float | None:
         return min((ms for sequence in self.seats if (ms := sequence.tpot_target_ms) is not None), default=None)

@@ -22,6 +22,9 @@ _LEAST_TOKENS = 128
 """Of prompts in a step that has any, however long it takes: they must get on."""
 _STEPS_TO_CATCH_UP = 4.0
 """In so many steps a sequence makes good what it is late."""
+_KEPT = 0.95
+"""Of TPOT's target, for what a sequence can spare: steps take longer than foreseen, and tokens have a way to go. On an
+H200, without it, sequences of 16 tokens ended at 1.00 to 1.02 times the target."""
 _LEAST_LIMIT = 0.5
 """Of the interval, for a step that makes good."""
 
@@ -37,7 +40,7 @@ def spare_s(
         num_tokens: at most, after its first one; num_left: of them that are in no step yet.
         target_s: of TPOT.
     """
-    spare_s = first_token_time + num_tokens * target_s - now - num_left * interval_s
+    spare_s = first_token_time + num_tokens * _KEPT * target_s - now - num_left * interval_s
     return spare_s if spare_s >= -num_left * interval_s * (1 - _LEAST_LIMIT) else math.inf
 
 

@@ -8,11 +8,13 @@ an unchanged batch are one event.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
+from hbserve.pd_disagg.mixed_steps import spare_s
 from hbserve.pd_disagg.plan_timing import PlanTiming, StepForecast, StepWork
 from hbserve.pd_disagg.prefill_pace import PrefillPace
 from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
@@ -294,6 +296,15 @@ class DecodePhase:
     def num_sequences(self) -> int:
         """Running, and about to."""
         return len(self._by_end) + len(self._joining)
+
+    def least_spare_s(self, target_s: float, interval_s: float) -> float:
+        """Of its sequences; see `hbserve.pd_disagg.mixed_steps.spare_s`."""
+        now, ends = self._clock.now, [(request, end - self._num_steps) for end, _, request in self._by_end]
+        spares = (
+            spare_s(now, request.first_token_time or now, request.output_tokens - 1, left, target_s, interval_s)
+            for request, left in [*ends, *self._joining]
+        )
+        return min(spares, default=math.inf)
 
     def join(self, request: SimulatedRequest, left: int) -> None:
         """A sequence whose prompt is computed takes part from the next step, for so many."""

@@ -278,7 +278,9 @@ class SemiPDUnit(_PhasedUnit):
         alone = self.alone or self.allocation
         shares_next = decodes
         if self._turns is not None and (prefills and decodes):
-            shares_next = self._turns.update(self.clock.now)
+            interval_s = self.decode_interval_s
+            least_spare_s = self.decode.least_spare_s(interval_s / DECODE_PACE, interval_s)
+            shares_next = self._turns.update(self.clock.now, None, least_spare_s, self.prefill.last_busy_s)
         if self.prefill.step is None and prefills:
             if self._turns is not None:
                 self._beside = shares_next
@@ -291,8 +293,7 @@ class SemiPDUnit(_PhasedUnit):
                 self.decode.end_burst_at_step()
         elif decodes and not takes_turns:
             self.decode.start(share)
-        elif decodes and self._beside:
-            assert self._turns is not None
+        elif decodes and self._turns is not None and (self._beside or self._turns.is_overdue):
             waits = not self._turns.is_behind
             self._turns.stepped()
             self.decode.start(share, 1, waits)
