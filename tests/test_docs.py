@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,22 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"`((?:hbserve|scripts|configs|tests|examples)/[\w/.]+)[` ]", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_rates_in_the_readme_are_those_of_the_benchmarks() -> None:
+    rates = r"\| ([\d,]+)(?: in)?[^|]* \|(?: [\d.]+ s \|)? ([\d.]+) % \|"
+    measured = dict(re.findall(rates, (ROOT / "docs" / "benchmarks.md").read_text()))
+    told = re.findall(rates, (ROOT / "README.md").read_text())
+    assert len(told) == 5
+    assert [f"{float(measured[rate]):.0f}" for rate, _ in told] == [share for _, share in told]
+
+
+def test_offline_rates_are_the_medians_of_their_raw_runs() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for path in (ROOT / "docs" / "results").glob("offline_*.json"):
+        runs = json.loads(path.read_text())["runs"]
+        rate = statistics.median(run["num_output_tokens"] / run["seconds"] for run in runs)
+        assert f"| {rate:,.0f}" in page, path.name
 
 
 def test_every_key_is_documented_with_its_default_and_its_name_in_python() -> None:
