@@ -61,6 +61,16 @@ class CloseLink(Message, frozen=True):
     senders_done: bool
 
 
+class EnterLink(Message, frozen=True):
+    """To the sender of a link: it is open; get ready, so that the first request does not wait for that. Not answered.
+
+    Attributes:
+        targets: the other instance's ranks, as in `SendBlocks`.
+    """
+
+    targets: list[Peer]
+
+
 class LeaveLink(Message, frozen=True):
     """To the sender of a link: nothing goes over it any more; let go of what is there for it. Not answered.
 
@@ -178,5 +188,5 @@ class TransferResult(Message, frozen=True):
     checksums: list[list[int]] | None = None
 
 
-TransferCommand = OpenLink | CloseLink | LeaveLink | ReceiveBlocks | FinishBlocks | CancelTransfer
+TransferCommand = OpenLink | CloseLink | EnterLink | LeaveLink | ReceiveBlocks | FinishBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult

@@ -12,6 +12,7 @@ from hbserve.messages.transfer import (
     ALL_LAYERS,
     CancelTransfer,
     CloseLink,
+    EnterLink,
     FinishBlocks,
     LayerGroup,
     LeaveLink,
@@ -187,6 +188,7 @@ class TransferLedger:
         link = self._links.get((opened.source_id, target.id))
         if link is not None and link.epoch == opened.link_epoch:
             link.targets = opened.peers
+            link.source.send(EnterLink(targets=link.targets))
 
     def on_link_closed(self, target: InstanceHandle, closed: LinkClosed) -> None:
         """Nothing of a broken link is written any more: its blocks return."""

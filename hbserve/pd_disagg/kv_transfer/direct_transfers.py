@@ -58,11 +58,14 @@ class DirectTransfers(KVTransferManager):
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
         raise AssertionError("nothing is to be received from a sender that writes by itself")
 
-    async def _open_inbox(self, sources: list[Peer]) -> str:
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
         return await self._backend.open_inbox(sources)
 
     async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
         await self._backend.close_inbox(sources, senders_done)
+
+    def _enter(self, target: Peer, route: Route) -> None:
+        self._outbox(target, route)
 
     def _leave(self, target: Peer) -> None:
         outbox = self._outboxes.pop((target.rank, target.epoch, target.link_epoch), None)
@@ -78,8 +81,8 @@ class DirectTransfers(KVTransferManager):
                 self._outboxes.pop(other).abandon()
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             write = _Writer(self._backend, self._parts, self._beside_the_steps, target, route)
-            end = functools.partial(self._backend.leave, target)
-            self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end, end)
+            begin, end = (functools.partial(what, target) for what in (self._backend.enter, self._backend.leave))
+            self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end, begin, end)
         return self._outboxes[link]
 
 

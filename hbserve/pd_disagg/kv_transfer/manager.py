@@ -17,6 +17,7 @@ from hbserve.errors import HBServeError, KVTransferError, StaleBlockError
 from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
+    EnterLink,
     FinishBlocks,
     LeaveLink,
     LinkClosed,
@@ -101,6 +102,9 @@ class KVTransferManager(ABC):
             self._start(command, False, self._finish_blocks(command))
         elif isinstance(command, CancelTransfer):
             self.cancel(command.transfer_id)
+        elif isinstance(command, EnterLink):
+            for way in self._shard.outgoing(len(command.targets)):
+                self._enter(command.targets[way.target], way)
         elif isinstance(command, LeaveLink):
             for target in command.targets:
                 self._leave(target)
@@ -145,12 +149,15 @@ class KVTransferManager(ABC):
         """Have a part of each block moved here from one rank."""
 
     @abstractmethod
-    async def _open_inbox(self, sources: list[Peer]) -> str:
-        """Be ready for a link from these ranks; what they need to know."""
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+        """Be ready for a link from these ranks, and what each sends; what they need to know."""
 
     @abstractmethod
     async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
         """Return when nothing of the link is written any more."""
+
+    def _enter(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all have something to prepare
+        """Get ready to send to a rank on a link that is open now."""
 
     @abstractmethod
     def _leave(self, target: Peer) -> None:
@@ -303,7 +310,8 @@ class KVTransferManager(ABC):
         context, error, endpoint = self._context, None, ""
         try:
             async with asyncio.timeout(context.timeout_s):
-                endpoint = await self._open_inbox(self._sources_of(command))
+                routes = self._shard.incoming(len(command.sources))
+                endpoint = await self._open_inbox(self._sources_of(command), routes)
         except TimeoutError:
             error = f"kv_transfer: not ready for {command.source_id} within {context.timeout_s:g} s"
         except HBServeError as problem:

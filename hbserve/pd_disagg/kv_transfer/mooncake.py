@@ -206,6 +206,10 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             self._mapping[link_key(target)] = self._make_engine()
         return self._mapping[link_key(target)]
 
+    def enter(self, target: Peer) -> None:
+        """Make the engine that will map the arena."""
+        self._engine_to(target)
+
     def leave(self, target: Peer) -> None:
         """Memory of a receiver that has died is only free when nobody has it mapped."""
         if self._leases is not None:

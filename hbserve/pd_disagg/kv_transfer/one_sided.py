@@ -109,6 +109,13 @@ class OneSidedKVTransfer(ABC):
             KVTransferError
         """
 
+    def enter(self, target: Peer) -> None:  # noqa: B027 - likewise
+        """Get ready for the first `write`. Called in its thread; what fails here will fail there once more.
+
+        Raises:
+            HBServeError
+        """
+
     def leave(self, target: Peer) -> None:  # noqa: B027 - likewise
         """Let go of what is there for writing to a rank on a link that has ended, after the last `write`. Called in the
         thread of `write`; where that was never called, in the event loop's."""

@@ -39,6 +39,7 @@ class Outbox:
         write: sends letters, in a thread of this outbox; blocks.
         max_batch_blocks: most blocks in one write, if more than one transfer is in it.
         writes_end: see `OneSidedKVTransfer.writes_end`.
+        begin: called first, in the same thread; that it fails is not told, for the first write would, too.
         end: called when the last write has ended, in the same thread.
     """
 
@@ -47,6 +48,7 @@ class Outbox:
         write: Callable[[list[Letter]], None],
         max_batch_blocks: int,
         writes_end: bool,
+        begin: Callable[[], None],
         end: Callable[[], None] = lambda: None,
     ) -> None:
         self._write = write
@@ -55,6 +57,7 @@ class Outbox:
         self._end: Callable[[], None] | None = end
         self._waiting: deque[Letter] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-outbox")
+        self._thread.submit(begin)
         self._writer: asyncio.Task[None] | None = None
         self._broken: KVTransferError | None = None
 

@@ -54,6 +54,10 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         except (RuntimeError, OSError) as error:
             raise KVTransferError(f"cannot write to the receiver's arena, is it on this host? {error}") from None
 
+    def enter(self, target: Peer) -> None:
+        """Map the arena."""
+        self._arena_of(target)
+
     def _arena_of(self, target: Peer) -> RemoteArena:
         arena = self._opened.get(link_key(target))
         if arena is None:

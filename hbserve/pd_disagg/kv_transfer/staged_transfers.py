@@ -125,7 +125,7 @@ class StagedTransfers(KVTransferManager):
         finally:
             of_link.discard(command.transfer_id)
 
-    async def _open_inbox(self, sources: list[Peer]) -> str:
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
         return self._backend.endpoint
 
     async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:

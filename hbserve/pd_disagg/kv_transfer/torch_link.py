@@ -106,6 +106,7 @@ class _Link:
         parts, part: what of the arena's blocks goes over it.
     """
 
+    _rank: int
     _before_the_steps: bool
     """Whether its kernels get multiprocessors before those of the steps."""
 
@@ -126,6 +127,7 @@ class _Link:
         self._device = context.device if use_nccl else torch.device("cpu")
         self._headers: Any = None
         self._data: Any = None
+        self._has_met: bool | None = None
         self._is_closed = False
         self._slots: list[torch.Tensor | None] = [None] * _NUM_SLOTS
         self._streams: list[Any] = []
@@ -133,11 +135,22 @@ class _Link:
             priority = -1 if self._before_the_steps else 0
             self._streams = [torch.cuda.Stream(context.device, priority=priority) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
 
-    def _meet(self, rank: int) -> None:
-        """Make the groups when they are first needed. Blocks up to the time limit."""
-        if self._data is not None:
-            return
-        store = self._connect()
+    def meet(self) -> None:
+        """Make the groups, unless that has been done. In the link's thread; blocks up to the time limit.
+
+        Raises:
+            KVTransferError: now, or when it was tried before: a name is used once.
+        """
+        if self._has_met is None:
+            self._has_met = False
+            with self._explained():
+                self._make_groups()
+            self._has_met = True
+        if not self._has_met:
+            raise KVTransferError(f"KV link {self.name}: the two sides have not met")
+
+    def _make_groups(self) -> None:
+        rank, store = self._rank, self._connect()
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._context.host)]
         options._timeout = self._timeout
@@ -200,6 +213,7 @@ class _Link:
 class SendingLink(_Link):
     """The sender's end. `send` is called in one thread, `close` in any."""
 
+    _rank = _SENDER
     _before_the_steps = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
 
     def send(self, letters: list[Letter]) -> None:
@@ -208,8 +222,8 @@ class SendingLink(_Link):
         Raises:
             KVTransferError
         """
+        self.meet()
         with self._explained():
-            self._meet(_SENDER)
             limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
             piece_bytes = max(1, limit // self._part_bytes) * self._part_bytes
             parcels = [
@@ -260,6 +274,7 @@ class ReceivingLink(_Link):
         wanted: what has been asked for, by digest; changed in the event loop's thread.
     """
 
+    _rank = _RECEIVER
     _before_the_steps = False  # decode's are short, and somebody waits for each
 
     def __init__(self, *args: Any) -> None:
@@ -267,6 +282,10 @@ class ReceivingLink(_Link):
         self.wanted: dict[int, Wanted] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.name}")
         self._writing = threading.Lock()
+
+    def begin(self) -> None:
+        """Meet the sender beforehand; that this fails will be told when something is to be received."""
+        self._thread.submit(self.meet)
 
     async def run(self, what: Callable[[], T]) -> T:
         """Call ``what`` in the link's thread.
@@ -287,8 +306,8 @@ class ReceivingLink(_Link):
 
     def receive(self) -> Header | None:
         """Receive a batch into the arena; if something of it has not been asked for, only its header."""
+        self.meet()
         with self._explained():
-            self._meet(_RECEIVER)
             words = torch.empty(_HEADER_WORDS, dtype=torch.int64)
             self._headers.recv([words], _SENDER, 0).wait(self._timeout)
             header = Header.of_words(words.tolist())

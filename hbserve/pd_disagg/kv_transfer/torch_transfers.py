@@ -1,7 +1,7 @@
 """KV transfer by torch.distributed: NCCL between two GPUs, gloo where a side has none.
 
 There is no global process group. Each directed link between two ranks gets a group of two when it
-is first used, in a name space made of both incarnations and the link's epoch, so that a restarted
+is opened, in a name space made of both incarnations and the link's epoch, so that a restarted
 instance, or a link that broke, starts afresh and nothing old can arrive on it. The receiver's store
 is where the two meet; its address is what the rank announces.
 """
@@ -135,8 +135,11 @@ class TorchTransfers(KVTransferManager):
             link = SendingLink(name, self._context, self._uses_nccl(target), connect, self._parts, route.source_part)
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             # A send to a peer that has stopped lasts until the time limit; it only reads.
-            self._outgoing[key] = link, Outbox(link.send, batch_blocks, writes_end=False)
+            self._outgoing[key] = link, Outbox(link.send, batch_blocks, False, begin=link.meet)
         return self._outgoing[key]
+
+    def _enter(self, target: Peer, route: Route) -> None:
+        self._way_to(target, route)
 
     def _leave(self, target: Peer) -> None:
         if _key(target) in self._outgoing:
@@ -202,7 +205,9 @@ class TorchTransfers(KVTransferManager):
             self._incoming[key] = ReceivingLink(name, self._context, uses_nccl, connect, self._parts, route.target_part)
         return self._incoming[key]
 
-    async def _open_inbox(self, sources: list[Peer]) -> str:
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+        for source, route in zip(sources, routes, strict=True):
+            self._link_from(source, route).begin()
         return self.endpoint
 
     async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
