@@ -31,7 +31,7 @@ EXIT_DISMISSED = 69
 
 
 def environment(status_fd: int) -> dict[str, str]:
-    """The environment of a child that inherits the write end of its status pipe; for its parent."""
+    """The environment of a child that inherits its end of the status pipe; for its parent."""
     values = dict(os.environ)
     values[STATUS_FD_VARIABLE] = str(status_fd)
     # A user's own classes are imported from wherever the user's program imports.
@@ -142,5 +142,5 @@ def report_status(status: dict[str, Any], is_last: bool = True) -> None:
         os.environ.pop(STATUS_FD_VARIABLE, None)
     if descriptor is not None:
         # A launcher that has given up, because another part failed first, no longer reads.
-        with contextlib.suppress(BrokenPipeError), os.fdopen(int(descriptor), "w", closefd=is_last) as pipe:
-            pipe.write(json.dumps(status) + "\n")
+        with contextlib.suppress(ConnectionError), os.fdopen(int(descriptor), "w", closefd=is_last) as line:
+            line.write(json.dumps(status) + "\n")

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +41,9 @@ class ChildProcess:
 
     async def start(self) -> None:
         """Start the process; it becomes ready later."""
-        read_end, write_end = os.pipe()
+        # Not a pipe: uvloop closes the descriptor of what is no socket twice, and by the second time it may be that of
+        # a socket which a thread of ZeroMQ has just made.
+        ours, theirs = socket.socketpair()
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -49,13 +51,16 @@ class ChildProcess:
                 self._module,
                 *self._arguments,
                 stdin=asyncio.subprocess.PIPE,
-                env=child_environment(write_end),
-                pass_fds=[write_end],
+                env=child_environment(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the launcher, which then ends its children in order
             )
+        except BaseException:
+            ours.close()
+            raise
         finally:
-            os.close(write_end)
-        self._status_end = read_end
+            theirs.close()
+        self._status = ours
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(self._orders).encode() + b"\n")
         with contextlib.suppress(ConnectionError):
@@ -70,17 +75,13 @@ class ChildProcess:
         Raises:
             StartupError: with its own reason, its exit code, or at the deadline.
         """
-        reader = asyncio.StreamReader()
-        pipe = os.fdopen(self._status_end, "rb")
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), pipe
-        )
+        reader, writer = await asyncio.open_unix_connection(sock=self._status)
         try:
             line = await asyncio.wait_for(reader.readline(), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             raise StartupError(f"{self.name} was not ready in time (rpc.start_timeout_s)") from None
         finally:
-            transport.close()
+            writer.close()
         status = json.loads(line) if line else {}
         if "error" in status:
             raise StartupError(f"{self.name}: {status['error']}")
