@@ -170,6 +170,15 @@ class InstanceConfig(Section, frozen=True):
         assert self.tensor_parallel_size is not None
         return self.tensor_parallel_size
 
+    def shares_gpu_with(self, other: InstanceConfig) -> bool:
+        """Whether the two have a GPU in common."""
+        begin, end = max(self.gpu_id, other.gpu_id), min(self._gpu_end, other._gpu_end)
+        return self.host == other.host and begin < end
+
+    @property
+    def _gpu_end(self) -> int:
+        return self.gpu_id + self.num_ranks
+
 
 class PerformanceConfig(Section, frozen=True):
     """Sizes and limits of batches, KV cache and queues.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hbserve import Config, PdDisaggConfig
-from hbserve.config import InstanceRole
+from hbserve.config import InstanceConfig, InstanceRole
 from hbserve.errors import ConfigError, StartupError
 from hbserve.pd_disagg.rpc import scheduler_address
 from hbserve.system.gpu_fit import fit_to_gpus
@@ -34,6 +34,25 @@ def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> No
     assert [i.instance_type for i in config.gpu_instances] == [InstanceRole.PREFILL, InstanceRole.DECODE]
     assert [i.kv_rank for i in config.gpu_instances] == [0, 1]
     assert config.served_name == "model"
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "host", "shares"),
+    [
+        (0, 2, "a", True),
+        (1, 1, "a", True),
+        (2, 2, "a", False),
+        (0, 1, "b", False),
+        (3, 1, "a", False),
+        (0, 4, "a", True),
+    ],
+)
+def test_who_has_a_gpu_in_common(first: int, size: int, host: str, shares: bool) -> None:
+    instance, other = (
+        InstanceConfig(name, InstanceRole.DECODE, gpu_id=gpu_id, host=at, tensor_parallel_size=num_ranks)
+        for name, gpu_id, at, num_ranks in (("one", 0, "a", 2), ("other", first, host, size))
+    )
+    assert instance.shares_gpu_with(other) is other.shares_gpu_with(instance) is shares
 
 
 @pytest.mark.parametrize(("visible", "gpu_ids"), [("3", [0, 0]), ("0,1", [0, 1]), ("", [0, 1]), ("0,-1,2", [0, 0])])

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-Settings = dict[str, str]
+Settings = dict[str, Any]
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SHM, NCCL, TCP, NVLINK = (
@@ -35,6 +35,13 @@ BACKENDS = [
     pytest.param(NVLINK, marks=needs_mooncake, id="mooncake-nvlink"),
 ]
 MAPPED = [BACKENDS[0], BACKENDS[3]]
+IN_GROUPS: Settings = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "num_blocks": 256,
+    "chunk_size": 112,
+    "kv_layer_group_bytes": 1 << 12,  # a prompt's last chunk leaves in groups of layers
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_gpus_give_the_tokens_of_transformers(model: tuple[str, Any], backend: Settings, verify: bool) -> None:
     prompts = [random_prompt(length, seed=length) for length in (1, 17, 100, 180, 300)]
-    settings: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 512,
-        "num_blocks": 256,
-        "chunk_size": 112,
-        "kv_layer_group_bytes": 1 << 12,
-    }
-    settings |= backend | {"log_level": "ERROR", "kv_verify": verify}
+    settings = IN_GROUPS | backend | {"log_level": "ERROR", "kv_verify": verify}
     with LLM(model[0], mode="disaggregated", device="cuda", **settings) as llm:
         outputs = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
         outputs += llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -109,14 +109,7 @@ def test_heads_are_split_anew_between_gpus(model: tuple[str, Any], backend: Sett
         for role in ("prefill", "decode")
         for size in (1, 2)
     ]
-    settings: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 512,
-        "num_blocks": 256,
-        "chunk_size": 112,
-        "kv_layer_group_bytes": 1 << 12,
-    }
-    settings |= backend | {"log_level": "ERROR", "kv_verify": True, "gpu_instances": instances}
+    settings = IN_GROUPS | backend | {"log_level": "ERROR", "kv_verify": True, "gpu_instances": instances}
     settings["cuda_graph_enabled"] = False  # six ranks on two GPUs would take long to capture them
     with LLM(model[0], mode="disaggregated", device="cuda", **settings) as llm:
         for batch in range(6):  # placed so that each link has some, unless a step comes between

@@ -18,6 +18,23 @@ from hbserve.layers.overlap import overlaps
 
 
 @triton.jit
+def add_residual(values, residual, mask, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add float32 values to a row of the residual, in place; the sum as it was rounded, in float32."""
+    values += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    values = values.to(dtype).to(tl.float32)
+    tl.store(residual, values.to(dtype), mask=mask)
+    return values
+
+
+@triton.jit
+def store_rms_norm(values, weights, out, mask, eps, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store the norm of a row of float32 values."""
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+    normed = (values * scale).to(out.dtype.element_ty)
+    tl.store(out, normed * weights, mask=mask)
+
+
+@triton.jit
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     x,
     residual,
@@ -39,12 +56,8 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     values = tl.load(x + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
     if has_residual:
-        values += tl.load(residual + row * size + columns, mask=mask, other=0.0).to(tl.float32)
-        values = values.to(out.dtype.element_ty).to(tl.float32)
-        tl.store(residual + row * size + columns, values.to(out.dtype.element_ty), mask=mask)
-    scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
-    normed = (values * scale).to(out.dtype.element_ty)
-    tl.store(out + row * size + columns, normed * weights, mask=mask)
+        values = add_residual(values, residual + row * size + columns, mask, out.dtype.element_ty)
+    store_rms_norm(values, weights, out + row * size + columns, mask, eps, size)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

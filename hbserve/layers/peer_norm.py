@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hbserve.layers.fused import add_residual, store_rms_norm
 from hbserve.layers.overlap import overlaps
 
 MAX_PROGRAMS = 264
@@ -66,13 +67,9 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
             # Not by the first cache, which does not know what others write.
             part = tl.load(rows + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
             total += part.to(tl.float32)
-        values = total.to(out.dtype.element_ty).to(tl.float32)
-        values += tl.load(residual + row * size + columns, mask=mask, other=0.0).to(tl.float32)
-        values = values.to(out.dtype.element_ty).to(tl.float32)
-        tl.store(residual + row * size + columns, values.to(out.dtype.element_ty), mask=mask)
-        scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
-        normed = (values * scale).to(out.dtype.element_ty)
-        tl.store(out + row * size + columns, normed * weights, mask=mask)
+        rounded = total.to(out.dtype.element_ty).to(tl.float32)
+        values = add_residual(rounded, residual + row * size + columns, mask, out.dtype.element_ty)
+        store_rms_norm(values, weights, out + row * size + columns, mask, eps, size)
 
 
 def sum_add_rms_norm_(

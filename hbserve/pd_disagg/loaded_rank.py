@@ -68,11 +68,14 @@ def loaded_rank(
     from hbserve.engine.model_runner import ModelRunner
     from hbserve.engine.process_group import join_group
     from hbserve.models.fingerprint import model_fingerprint
-    from hbserve.platform import make_platform
+    from hbserve.platform import Partition, make_platform
 
     stopwatch = stopwatch or Stopwatch()
     stopwatch.lap("imports")
     size = instance.num_ranks
+    others = (other for other in config.gpu_instances if other.instance_id != instance.instance_id)
+    if partition is None and any(map(instance.shares_gpu_with, others)):
+        partition = Partition()  # all of the device, and so have the others
     platform = make_platform(
         config.model.device,
         instance.gpu_id,

@@ -52,7 +52,7 @@ class Platform(ABC):
     """One device of one process.
 
     Attributes:
-        is_shared: whether workers of the same instance have the device as well.
+        is_shared: whether other workers have the device as well.
     """
 
     name: str

@@ -25,7 +25,7 @@ class CudaPlatform(Platform):
 
     Args:
         gpu_id: index among the visible devices.
-        partition: of it; None: no other worker of the instance has it.
+        partition: of it; None: no other worker has it.
     """
 
     name = "cuda"
