@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -112,8 +113,9 @@ def test_heads_are_split_anew_between_gpus(model: tuple[str, Any], backend: Sett
     settings = IN_GROUPS | backend | {"log_level": "ERROR", "kv_verify": True, "gpu_instances": instances}
     settings["cuda_graph_enabled"] = False  # six ranks on two GPUs would take long to capture them
     with LLM(model[0], mode="disaggregated", device="cuda", **settings) as llm:
-        for batch in range(6):  # placed so that each link has some, unless a step comes between
-            prompts = [random_prompt(length, seed=10 * length + batch) for length in (100, 130, 80, 50)]
+        for batch in range(20):  # who prefills what follows from lengths, so links get some in turn
+            lengths = Random(batch).sample(range(40, 140), 4)
+            prompts = [random_prompt(length, seed=10 * length + batch) for length in lengths]
             outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
             assert [o["token_ids"] for o in outputs] == [greedy_reference(model[1], p, NUM_TOKENS) for p in prompts]
             links = llm.get_system_stats()["kv_transfer"]["links"]
