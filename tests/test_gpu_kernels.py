@@ -31,14 +31,19 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(16, 8, 128, 16), (8, 1, 64, 8), (6, 2, 96, 256)])
-@pytest.mark.parametrize("num_rows", [1, 7, 300])
-def test_paged_decode(heads: int, kv_heads: int, head_dim: int, page: int, num_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_padding", "longest"), [(1, 0, 2500), (3, 1, 2500), (7, 0, 2500), (33, 7, 9000), (300, 4, 2500)]
+)
+def test_paged_decode(
+    heads: int, kv_heads: int, head_dim: int, page: int, num_rows: int, num_padding: int, longest: int
+) -> None:
     from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
     from hbserve.kv_cache.layout import KVLayout
 
     rng = np.random.default_rng(1)
-    lens = rng.integers(1, 900, num_rows)
-    lens[0] = 2500  # many chunks
+    lens = np.ones(num_rows + num_padding, np.int32)
+    lens[:num_rows] = rng.integers(1, 900, num_rows)
+    lens[0] = longest  # many pieces
     pages = -(-lens // page)
     num_blocks = int(pages.sum()) + 1
     layout = KVLayout(num_layers=2, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
@@ -49,35 +54,34 @@ def test_paged_decode(heads: int, kv_heads: int, head_dim: int, page: int, num_r
     for row, length in enumerate(lens):  # what lies behind a sequence is not to be read
         if length % page:
             cache[int(order[starts[row + 1] - 1]), :, :, int(length % page) :] = torch.nan
-    decode = PagedDecode(layout, cache, heads, num_rows)
+    decode = PagedDecode(layout, cache, heads, len(lens))
 
     def on_gpu(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
         return torch.from_numpy(array).cuda()
 
-    chunk_len = decode.chunk_len(num_rows, lens.astype(np.int32))
-    for chunk in {chunk_len, chunk_len * 2}:
-        decode.begin(
-            DecodeInputs(
-                order=on_gpu(np.argsort(-lens).astype(np.int32)),
-                indptr=on_gpu(starts),
-                indices=on_gpu(order),
-                positions=on_gpu(lens.astype(np.int64) - 1),
-                slot_mapping=on_gpu(np.zeros(num_rows, np.int64)),
-                chunk_len=torch.tensor([chunk], dtype=torch.int32, device="cuda"),
-            )
+    cut = decode.cut(lens)
+    decode.begin(
+        DecodeInputs(
+            pieces=on_gpu(cut.pieces),
+            first_piece=on_gpu(cut.first_piece),
+            indptr=on_gpu(starts),
+            indices=on_gpu(order),
+            positions=on_gpu(lens.astype(np.int64) - 1),
+            slot_mapping=on_gpu(np.zeros(len(lens), np.int64)),
+            chunk_len=torch.tensor([cut.chunk_len], dtype=torch.int32, device="cuda"),
         )
-        q = random(num_rows, heads, head_dim)
-        out = torch.empty_like(q)
-        for _ in range(2):  # the counters must be left as they were
-            decode.attend(1, q, out)
-        for row, length in enumerate(lens):
-            blocks = on_gpu(order[starts[row] : starts[row + 1]]).long()
-            keys, values = (
-                cache[blocks, 1, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1).float()
-                for part in (0, 1)
-            )
-            grouped = q[row].view(kv_heads, heads // kv_heads, head_dim).float()
-            assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
+    )
+    q = random(len(lens), heads, head_dim)
+    out = torch.empty_like(q)
+    for _ in range(2):  # the counters must be left as they were
+        decode.attend(1, q, out)
+    for row, length in enumerate(lens):
+        blocks = on_gpu(order[starts[row] : starts[row + 1]]).long()
+        keys, values = (
+            cache[blocks, 1, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1).float() for part in (0, 1)
+        )
+        grouped = q[row].view(kv_heads, heads // kv_heads, head_dim).float()
+        assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288), (64, 5120)])

@@ -1,15 +1,14 @@
 """Attention of one query per sequence over the paged KV cache, as a Triton kernel.
 
 Decoding is bound by reading keys and values, so all that counts is to keep enough reads in flight.
-Sequences are split into chunks, one program for each chunk and KV head, and the program that ends
-last merges its sequence's chunks (Dao et al. 2023, "Flash-Decoding"; counted by an atomic as in
-stream-K). The chunk length is data, not a constant, so that a captured graph serves every mix of
-lengths, and there is no schedule to compute on the host.
+Sequences are cut into pieces, one program for each piece and KV head, and the program that ends
+last merges its sequence's pieces (Dao et al. 2023, "Flash-Decoding"; counted by an atomic as in
+stream-K). The list of pieces is data, not a constant, so that a captured graph serves every mix of
+lengths; `hbserve.attention.decode_pieces` makes it, on the host.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.attention.base import Attention
+from hbserve.attention.decode_pieces import FEW_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.overlap import overlaps
 from hbserve.models.spec import ModelSpec
@@ -28,19 +28,16 @@ from hbserve.models.spec import ModelSpec
 _MIN_QUERY_ROWS = 16
 """Rows of the smallest matrix product that tensor cores do."""
 
-_MIN_SPLITS, _MAX_SPLITS = 4, 64
-_WANTED_PROGRAMS = 512
-"""About four for each multiprocessor of an H200."""
-
-_EARLY_PROGRAMS = 16
-"""Up to so many rows and heads a chunk is a piece or two, and latency is all: the first is loaded ahead of the wait."""
+_MERGED_VALUES = 4096
+"""Of partial results, that a warp merges at a time: 128 registers of each thread."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q,
     cache,
-    order,
+    pieces,
+    first_piece,
     indptr,
     indices,
     positions,
@@ -53,6 +50,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     stride_kv,
     stride_token,
     scale,
+    capacity,
     group: tl.constexpr,
     query_rows: tl.constexpr,
     num_kv_heads: tl.constexpr,
@@ -60,23 +58,27 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     lanes: tl.constexpr,
     page: tl.constexpr,
     block: tl.constexpr,
-    num_splits: tl.constexpr,
+    max_splits: tl.constexpr,
+    group_lanes: tl.constexpr,
+    merged_parts: tl.constexpr,
     stages: tl.constexpr,
     early: tl.constexpr,
     overlap: tl.constexpr,
 ):
     head = tl.program_id(0)
-    split = tl.program_id(2)
     # What the host has copied for this step is there, and so are keys and values of earlier steps; what the kernel in
     # front writes may not be.
-    sequence = tl.load(order + tl.program_id(1)).to(tl.int64)
-    length = (tl.load(positions + sequence) + 1).to(tl.int32)
-    chunk = tl.load(chunk_len)
-    start = split * chunk
-    if start >= length:
+    piece = tl.load(pieces + tl.program_id(1))
+    if piece < 0:
         return
-    end = tl.minimum(start + chunk, length)
+    chunk = tl.load(chunk_len)
+    split = piece % max_splits
+    sequence = (piece // max_splits).to(tl.int64)
+    length = (tl.load(positions + sequence) + 1).to(tl.int32)
     first_page = tl.load(indptr + sequence)
+    first_part = tl.load(first_piece + sequence)
+    start = split * chunk
+    end = tl.minimum(start + chunk, length)
     member = tl.arange(0, query_rows)
     lane = tl.arange(0, lanes)
     in_group = member[:, None] < group
@@ -133,28 +135,42 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         target = out + heads[:, None] * head_dim + lane[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=in_group & in_head)
     else:
-        rows = heads * num_splits + split
-        tl.store(partial + rows[:, None] * head_dim + lane[None, :], result, mask=in_group & in_head)
-        tl.store(partial_lse + rows, highest + tl.log2(total), mask=member < group)
+        # [heads, capacity]: all pieces, those of a sequence one after the other
+        mine = (head * group + member) * capacity + first_part + split
+        tl.store(partial + mine[:, None] * head_dim + lane[None, :], result, mask=in_group & in_head)
+        tl.store(partial_lse + mine, highest + tl.log2(total), mask=member < group)
         tl.debug_barrier()  # all of the program's stores come before its count
         counter = counters + sequence * num_kv_heads + head
-        num_chunks = (length + chunk - 1) // chunk
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1:
+        num_parts = (length + chunk - 1) // chunk
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.store(counter, 0)  # for the next layer
-            parts = tl.arange(0, num_splits)
-            used = parts < num_chunks
-            for one in tl.static_range(group):
-                row = sequence * num_kv_heads * group + head * group + one
-                lse = tl.load(partial_lse + row * num_splits + parts, mask=used, other=-1e30, cache_modifier=".cg")
-                share = tl.exp2(lse - tl.max(lse, axis=0))
+            one = tl.arange(0, group_lanes)
+            all_highest = tl.full((group_lanes,), -1e30, tl.float32)
+            all_total = tl.zeros((group_lanes,), tl.float32)
+            merged = tl.zeros((group_lanes, lanes), tl.float32)
+            for begin_part in tl.range(0, num_parts, merged_parts, num_stages=1):
+                part = begin_part + tl.arange(0, merged_parts)
+                used = (one < group)[:, None] & (part < num_parts)[None, :]
+                theirs = (head * group + one)[:, None] * capacity + first_part + part[None, :]
+                lse = tl.load(partial_lse + theirs, mask=used, other=-1e30, cache_modifier=".cg")
                 values = tl.load(
-                    partial + (row * num_splits + parts[:, None]) * head_dim + lane[None, :],
-                    mask=used[:, None] & in_head,
+                    partial + theirs[:, :, None] * head_dim + lane[None, None, :],
+                    mask=used[:, :, None] & in_head[:, None, :],
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                merged = tl.sum(values * share[:, None], axis=0) / tl.sum(share, axis=0)
-                tl.store(out + row * head_dim + lane, merged.to(out.dtype.element_ty), mask=lane < head_dim)
+                new_all_highest = tl.maximum(all_highest, tl.max(lse, axis=1))
+                shrink = tl.exp2(all_highest - new_all_highest)
+                share = tl.where(used, tl.exp2(lse - new_all_highest[:, None]), 0.0)
+                all_total = all_total * shrink + tl.sum(share, axis=1)
+                merged = merged * shrink[:, None] + tl.sum(values * share[:, :, None], axis=1)
+                all_highest = new_all_highest
+            row = sequence * num_kv_heads * group + head * group + one
+            tl.store(
+                out + row[:, None] * head_dim + lane[None, :],
+                (merged / all_total[:, None]).to(out.dtype.element_ty),
+                mask=(one < group)[:, None] & in_head,
+            )
 
 
 @dataclass(frozen=True)
@@ -162,14 +178,16 @@ class DecodeInputs:
     """A batch of decoding sequences, on the device.
 
     Attributes:
-        order: int32 ``[rows]``, the rows by falling length: the longest begin first, so that all end together.
+        pieces: int32 ``[capacity]``, see `PagedDecode.cut`.
+        first_piece: int32 ``[rows]``, likewise.
         indptr: int32 ``[rows + 1]``, row i's blocks are ``indices[indptr[i]:indptr[i + 1]]``.
         positions: int64 ``[rows]``, of the queries; a row attends to one token more than that.
         slot_mapping: int64 ``[rows]``, see `hbserve.attention.base.AttentionBatch`.
-        chunk_len: int32 ``[1]``, from `PagedDecode.chunk_len`.
+        chunk_len: int32 ``[1]``, likewise.
     """
 
-    order: torch.Tensor
+    pieces: torch.Tensor
+    first_piece: torch.Tensor
     indptr: torch.Tensor
     indices: torch.Tensor
     positions: torch.Tensor
@@ -190,6 +208,8 @@ class PagedDecode(Attention):
         self._group = num_heads // layout.num_kv_heads
         self._counters = torch.zeros(max_rows * layout.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
         self._overlap = overlaps(kv_cache.device)
+        # of the process, where it has a share of the device (CUDA MPS)
+        self._num_multiprocessors = torch.cuda.get_device_properties(kv_cache.device).multi_processor_count
         self._inputs: DecodeInputs | None = None
 
     @staticmethod
@@ -205,36 +225,35 @@ class PagedDecode(Attention):
         """From here on `attend` is of that batch."""
         self._inputs, self.slot_mapping = inputs, inputs.slot_mapping
 
-    def num_splits(self, num_rows: int) -> int:
-        """Into how many chunks a sequence may be split; each costs a program of every row that does not need it."""
-        programs = num_rows * self.layout.num_kv_heads
-        return max(_MIN_SPLITS, min(_MAX_SPLITS, 1 << (-(-4096 // programs) - 1).bit_length()))
+    def capacity(self, num_rows: int) -> int:
+        """Pieces that a batch of so many rows may be cut into."""
+        return self._cutter(num_rows).capacity
 
-    def chunk_len(self, num_rows: int, context_lens: npt.NDArray[np.int32]) -> int:
-        """Tokens of a chunk, for a step with these context lengths that is padded to ``num_rows``.
+    def cut(self, context_lens: npt.NDArray[np.int32]) -> Pieces:
+        """The pieces of a batch whose rows attend to so many tokens each, its own one included."""
+        return self._cutter(len(context_lens)).cut(context_lens)
 
-        As long as there are programs enough to fill the card: splitting costs a merge.
-        """
-        even = int(context_lens.sum()) * self.layout.num_kv_heads / _WANTED_PROGRAMS
-        least = int(context_lens.max()) / self.num_splits(num_rows)
-        block = _shape(num_rows * self.layout.num_kv_heads, self.layout.head_dim)[0]
-        return max(1, math.ceil(max(even, least) / block)) * block
+    def _cutter(self, num_rows: int) -> PieceCutter:
+        num_kv_heads, lanes = self.layout.num_kv_heads, triton.next_power_of_2(self.layout.head_dim)
+        block, _, _, programs_each = _shape(num_rows * num_kv_heads, lanes)
+        return PieceCutter(num_rows, num_kv_heads, block, self._num_multiprocessors, programs_each)
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
         inputs, cache = self._inputs, self.kv_cache[:, layer]
         num_rows, num_heads, head_dim = q.shape
         num_kv_heads = self.layout.num_kv_heads
-        splits = self.num_splits(num_rows)
-        partial = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(num_rows, num_heads, splits, dtype=torch.float32, device=q.device)
-        lanes = triton.next_power_of_2(head_dim)
-        block, stages, num_warps = _shape(num_rows * num_kv_heads, lanes)
+        capacity = len(inputs.pieces)
+        partial = torch.empty(num_heads, capacity, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(num_heads, capacity, dtype=torch.float32, device=q.device)
+        lanes, group_lanes = triton.next_power_of_2(head_dim), triton.next_power_of_2(self._group)
+        block, stages, num_warps, _ = _shape(num_rows * num_kv_heads, lanes)
         kernel: Any = _decode_kernel
-        kernel[(num_kv_heads, num_rows, splits)](
+        kernel[(num_kv_heads, capacity)](
             q,
             cache,
-            inputs.order,
+            inputs.pieces,
+            inputs.first_piece,
             inputs.indptr,
             inputs.indices,
             inputs.positions,
@@ -247,28 +266,34 @@ class PagedDecode(Attention):
             cache.stride(1),
             cache.stride(2),
             head_dim**-0.5,
+            capacity,
             self._group,
-            max(_MIN_QUERY_ROWS, triton.next_power_of_2(self._group)),
+            max(_MIN_QUERY_ROWS, group_lanes),
             num_kv_heads,
             head_dim,
             lanes,
             self.layout.block_size,
             block,
-            splits,
+            MAX_SPLITS,
+            group_lanes,
+            max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)),
             stages,
-            num_rows * num_kv_heads <= _EARLY_PROGRAMS,
+            num_rows * num_kv_heads <= FEW_PROGRAMS,
             self._overlap,
             num_warps=num_warps,
             launch_pdl=self._overlap,
         )
 
 
-def _shape(programs: int, lanes: int) -> tuple[int, int, int]:
-    """Tokens of a piece, pieces in flight, and warps of a program; from a sweep, docs/benchmarks.md."""
+def _shape(programs: int, lanes: int) -> tuple[int, int, int, int]:
+    """Tokens that a program loads at a time, such loads in flight, its warps, and how many a multiprocessor holds.
+
+    The first three are from a sweep, docs/benchmarks.md; the last is what the kernel's registers leave room for.
+    """
     if lanes > 128:
-        return 32, 2, 4
-    if programs <= 16:
-        return 32, 1, 2
+        return 32, 2, 4, 2
+    if programs <= FEW_PROGRAMS:
+        return 32, 1, 2, 4
     if programs <= 128:
-        return 32, 3, 2
-    return (64, 3, 2) if programs < 1792 else (32, 4, 1)
+        return 32, 3, 2, 6
+    return (64, 3, 2, 4) if programs < 1792 else (32, 4, 1, 8)

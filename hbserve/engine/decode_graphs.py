@@ -41,11 +41,15 @@ _FED_BACK = -1
 
 @dataclass(frozen=True)
 class _Field:
-    """One input array of a step, at a fixed place in the buffer."""
+    """One input array of a step, at a fixed place in the buffer.
+
+    ``per_piece`` if it is not of rows but of pieces of attention, and comes padded.
+    """
 
     name: str
     dtype: type[np.generic]
     padding: int
+    per_piece: bool = False
 
 
 _FIELDS = (
@@ -55,7 +59,8 @@ _FIELDS = (
     _Field("slot_mapping", np.int64, -1),
     _Field("seeds", np.int64, 0),
     _Field("temperatures", np.float32, 0),
-    _Field("order", np.int32, 0),
+    _Field("pieces", np.int32, -1, per_piece=True),
+    _Field("first_piece", np.int32, 0),
     _Field("chunk_len", np.int32, 1),
     _Field("indptr", np.int32, 0),
 )
@@ -67,12 +72,12 @@ class _StepInputs:
     The page indices come last, so that one copy of a prefix takes along just as many as there are.
     """
 
-    def __init__(self, max_rows: int, max_pages: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, max_pieces: int, max_pages: int, device: torch.device) -> None:
         self._offsets: dict[str, int] = {}
         end = 0
         for field in _FIELDS:
             self._offsets[field.name] = end
-            end += (max_rows + 1) * np.dtype(field.dtype).itemsize
+            end += (max_pieces if field.per_piece else max_rows + 1) * np.dtype(field.dtype).itemsize
             end += -end % _ALIGNMENT_BYTES
         self._indices_offset = end
         num_bytes = end + 4 * max_pages
@@ -96,10 +101,10 @@ class _StepInputs:
         host = self._host[self._turn].numpy()
         for field in _FIELDS:
             begin = self._offsets[field.name]
-            extra = 1 if field.name == "indptr" else 0
-            itemsize = np.dtype(field.dtype).itemsize
-            view = host[begin : begin + (size + extra) * itemsize].view(field.dtype)
             array = arrays[field.name]
+            extra = 1 if field.name == "indptr" else 0
+            entries = len(array) if field.per_piece else size + extra
+            view = host[begin : begin + entries * np.dtype(field.dtype).itemsize].view(field.dtype)
             view[: len(array)] = array
             view[len(array) :] = field.padding
         self._end = self._indices_offset + indices.nbytes
@@ -136,7 +141,7 @@ class DecodeGraphs:
         self._sizes = ladder(table.max_num_seqs)
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
-        self._inputs = _StepInputs(table.max_num_seqs, max_pages, device)
+        self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
         # One for all graphs: it is read, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
         self._graphs: dict[int, _Graph] = {}
@@ -177,7 +182,8 @@ class DecodeGraphs:
         tensor = self._inputs.tensor
         self._attention.begin(
             DecodeInputs(
-                tensor("order", size),
+                tensor("pieces", self._attention.capacity(size)),
+                tensor("first_piece", size),
                 tensor("indptr", size + 1),
                 self._inputs.indices,
                 tensor("positions", size),
@@ -193,10 +199,9 @@ class DecodeGraphs:
 
     def _copy_padding(self, size: int) -> None:
         arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
-        arrays["order"] = np.arange(size, dtype=np.int32)
         arrays["indptr"] = np.arange(size + 1, dtype=np.int32)
         arrays["slots"] = np.full(size, self._table.padding_slot, np.int64)
-        arrays["chunk_len"] = np.array([self._attention.chunk_len(size, np.ones(size, np.int32))], np.int32)
+        arrays |= _pieces(self._attention, np.ones(size, np.int32))
         self._inputs.fill(arrays, np.zeros(size, np.int32), size)
         self._inputs.copy()
 
@@ -258,9 +263,8 @@ class DecodeGraphs:
             "slot_mapping": blocks * self._block_size + starts % self._block_size,
             "seeds": table.seeds[slots],
             "temperatures": table.temperature[slots],
-            "order": np.argsort(-context_lens, kind="stable").astype(np.int32),
-            "chunk_len": np.array([self._attention.chunk_len(size, context_lens)], np.int32),
             "indptr": pages.indptr,
+            **_pieces(self._attention, context_lens),
         }
         self._inputs.fill(arrays, pages.indices, size)
         board = take_turn()
@@ -317,3 +321,8 @@ def _pad(
         np.pad(context_lens.astype(np.int32), (0, extra), constant_values=1),
         np.pad(block_tables, ((0, extra), (0, 0))) if extra else block_tables,
     )
+
+
+def _pieces(attention: PagedDecode, context_lens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.int32]]:
+    cut = attention.cut(context_lens)
+    return {"pieces": cut.pieces, "first_piece": cut.first_piece, "chunk_len": np.array([cut.chunk_len], np.int32)}
