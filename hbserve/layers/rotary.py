@@ -58,14 +58,10 @@ class RopeSpec:
         return torch.where(wavelength < context / high, frequencies, stretched)
 
     def _stretch_slow(self, frequencies: torch.Tensor) -> torch.Tensor:
-        num_pairs = len(frequencies)
+        num_pairs, context = len(frequencies), self.original_max_position_embeddings
 
         def pair_that_turns(times: float) -> float:
-            return (
-                num_pairs
-                * math.log(self.original_max_position_embeddings / (times * 2 * math.pi))
-                / math.log(self.theta)
-            )
+            return num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(self.theta)
 
         first, last = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
         if self.truncate:

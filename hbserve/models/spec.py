@@ -137,6 +137,10 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         )
     # a key that an architecture's own code does not look at means nothing, whatever config.json says
     attention_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.attention_bias
+    rope = _rope(config)
+    max_positions = config.max_position_embeddings
+    if rope.kind == "yarn":  # checkpoints differ in whether they count the stretched context here
+        max_positions = max(max_positions, int(rope.factor * rope.original_max_position_embeddings))
     return ModelSpec(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -147,8 +151,8 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         rms_norm_eps=float(config.rms_norm_eps),
-        max_position_embeddings=config.max_position_embeddings,
-        rope=_rope(config),
+        max_position_embeddings=max_positions,
+        rope=rope,
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,
         mlp_bias=architecture == "LlamaForCausalLM" and config.mlp_bias,
