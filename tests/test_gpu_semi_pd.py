@@ -77,6 +77,10 @@ async def test_shares_rotation_and_ladder() -> None:
             assert await asyncio.to_thread(manager.wait_until_settled, 60), manager.get_status()
             await asked
         assert manager.get_status()["statistics"]["rotations"] == 2
+        cores = os.sched_getaffinity(0)
+        if len(cores) >= 8:  # one is set apart for processes that end
+            serving = [os.sched_getaffinity(worker["pid"]) for worker in _registered(llm)]
+            assert serving == [cores - {max(cores)}] * len(serving)
         asked = asyncio.create_task(ask(llm, 400))
         while not asked.done():  # mixed and parted again, by messages alone
             split = manager.current_sm_allocation

@@ -28,6 +28,7 @@ from hbserve.errors import ConfigError, HBServeError
 _STREAM_CONTEXT = 1024
 _SHORT_OUTPUT = 4
 _STREAMS_TIMEOUT_S = 60.0
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class HandoverOptions:
         prompt_lens: of requests that come alone; the second of them streams in beside decode.
         repeats: requests of each length; medians are shown.
         num_streams: that decode at once; 0: that part is left out.
-        seconds: that they are watched, alone and again beside prompts.
+        seconds: that they are watched alone, beside prompts, and beside known ones, each.
         engine: arguments of the engine beside the model.
         protocol: as ``kv_transfer.mooncake_protocol``.
         json: file for the results; None: none.
@@ -308,35 +309,38 @@ class _Probe:
         return next(iter(links.values()), {"bytes": 0.0, "seconds": 0.0, "exposed_s": 0.0})
 
     async def beside(self, num_streams: int, seconds: float, prompt_len: int) -> Beside | None:
-        """Streams alone, then with prompts, with known prompts, and alone again: their contexts grow meanwhile."""
+        """Streams alone, with prompts, with known prompts, and so on in turns: their contexts grow meanwhile."""
         tokens: list[list[float]] = [[] for _ in range(num_streams)]
         begun = [asyncio.Event() for _ in tokens]
         streams = [asyncio.create_task(self._stream(*each)) for each in zip(tokens, begun, strict=True)]
+        marks: list[float] = []
+        num_prompts = 0
         try:
             async with asyncio.timeout(_STREAMS_TIMEOUT_S):
                 await asyncio.gather(*(event.wait() for event in begun))
-            marks = [time.monotonic()]
-            await asyncio.sleep(seconds / 2)
-            marks.append(time.monotonic())
-            num_prompts = 0
-            while time.monotonic() < marks[1] + seconds:
-                prompt = self.prompt(prompt_len)
-                await self.request(prompt)
-                num_prompts += 1
-            marks.append(time.monotonic())
-            period_s = (marks[2] - marks[1]) / num_prompts
-            for number in range(num_prompts):
-                await self.request(prompt)
-                await asyncio.sleep(marks[2] + (number + 1) * period_s - time.monotonic())
-            marks.append(time.monotonic())
-            await asyncio.sleep(seconds / 2)
-            marks.append(time.monotonic())
+            for _ in range(_ROUNDS):
+                start = time.monotonic()
+                await asyncio.sleep(seconds / _ROUNDS)
+                middle = time.monotonic()
+                prompts = []
+                while time.monotonic() < middle + seconds / _ROUNDS:
+                    prompts.append(self.prompt(prompt_len))
+                    await self.request(prompts[-1])
+                end = time.monotonic()
+                period_s = (end - middle) / len(prompts)
+                for number, prompt in enumerate(prompts, 1):
+                    await self.request(prompt)
+                    await asyncio.sleep(end + number * period_s - time.monotonic())
+                marks += [start, middle, end, time.monotonic()]
+                num_prompts += len(prompts)
         finally:
             for stream in streams:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
-        alone = [*_gaps(tokens, marks[0], marks[1]), *_gaps(tokens, marks[3], marks[4])]
-        beside, joined = _gaps(tokens, marks[1], marks[2]), _gaps(tokens, marks[2], marks[3])
+        alone, beside, joined = (
+            [gap for turn in range(part, len(marks), 4) for gap in _gaps(tokens, marks[turn], marks[turn + 1])]
+            for part in range(3)
+        )
         if not (alone and beside and joined):
             print(f"no gap between two tokens of a stream is within {seconds:g} s: too short", flush=True)
             return None

@@ -24,7 +24,7 @@ from hbserve.bench.model_folder import default_load_format, find_model
 from hbserve.bench.semi_pd_steering import SETTLE_TIMEOUT_S, current_pid, end_sleepers, rotate, until, until_asleep
 from hbserve.bench.stream_load import StreamLoad, Window, random_prompt
 from hbserve.errors import RequestFailedError
-from hbserve.pd_disagg import child
+from hbserve.pd_disagg import child, ending_core
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
@@ -143,6 +143,7 @@ class _Benchmark:
     async def _semi_pd(self) -> None:
         async with self._system("semi_pd") as llm:
             child.freeze_heap()  # this is the streams' client: as an API server does
+            ending_core.keep_off()
             manager = llm.supervisors["semi-0"]
             assert isinstance(manager, ProcessRotationManager)
             await self._part("what workers hold", self._workers(manager))

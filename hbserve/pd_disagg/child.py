@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from hbserve.config import LoggingConfig
 from hbserve.errors import HBServeError
 from hbserve.log_format import JsonFormatter, TextFormatter
+from hbserve.pd_disagg import ending_core
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ EXIT_DISMISSED = 69
 
 def environment(status_fd: int) -> dict[str, str]:
     """The environment of a child that inherits its end of the status pipe; for its parent."""
-    values = dict(os.environ)
+    values = dict(os.environ) | ending_core.environment()
     values[STATUS_FD_VARIABLE] = str(status_fd)
     # A user's own classes are imported from wherever the user's program imports.
     values["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -63,6 +64,7 @@ def configure_logging(config: LoggingConfig, who: str) -> None:
 
 def read_orders() -> dict[str, Any]:
     """The launcher's JSON line; where it is gone already, the process ends."""
+    ending_core.keep_off()
     line = sys.stdin.buffer.readline()
     if not line:
         exit_now(0)
@@ -121,6 +123,7 @@ def exit_now(code: int) -> NoReturn:
     """End the process without waiting for threads: links to peers that are gone may still block one in C++."""
     sys.stdout.flush()
     sys.stderr.flush()
+    ending_core.move_to()
     os._exit(code)
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -203,9 +202,7 @@ def main() -> None:
         logger.error("%s", error)
     except BaseException:
         logger.exception("rank %d failed", tp_rank)
-    sys.stderr.flush()
-    # Links to peers that are gone may still block a thread in C++; nothing is left to be cleaned up.
-    os._exit(code)
+    child.exit_now(code)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class DisaggregatedLLM:
         )
         text: asyncio.Task[None] | None = None
         try:
+            await asyncio.to_thread(self._launcher.set_core_apart)
             if self._text_in_processes:
                 self._text = TextProcesses(self.config, self._launcher.make_run_dir())
                 text = asyncio.create_task(self._text.start(deadline))

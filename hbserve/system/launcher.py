@@ -17,10 +17,12 @@ import msgspec
 
 from hbserve.config import Config, InstanceRole
 from hbserve.errors import StartupError
+from hbserve.pd_disagg import ending_core
 from hbserve.pd_disagg.child import EXIT_DISMISSED
 from hbserve.pd_disagg.child_process import ChildProcess
 from hbserve.pd_disagg.rpc import instance_address, scheduler_address
 from hbserve.pd_disagg.supervision import InstanceSupervisor, Supervision
+from hbserve.platform import mps
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.system.gpu_fit import fit_to_gpus
 
@@ -63,6 +65,12 @@ class Launcher:
         except BaseException:
             await self.stop()
             raise
+
+    def set_core_apart(self) -> None:
+        """Before anything is started, where workers will end while others serve; takes as long as asking for GPUs."""
+        shares = any(instance.instance_type is InstanceRole.SEMI_PD for instance in self.config.gpu_instances)
+        if self._with_instances and shares and self.config.model.device != "cpu" and mps.gpus():
+            ending_core.set_apart()
 
     def make_run_dir(self) -> str:
         """The folder of the system's sockets; `stop` removes it, or the scheduler if the launcher is killed."""
