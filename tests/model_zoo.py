@@ -34,10 +34,23 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 16,
+    "original_max_position_embeddings": 64,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
-    "qwen3_head256": {"model_type": "qwen3", "head_dim": 256, "num_key_value_heads": 1, "attention_bias": True},
+    "qwen3_head256": {
+        "model_type": "qwen3",
+        "head_dim": 256,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "rope_parameters": _YARN_ROPE,
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen2_window": {
         "model_type": "qwen2",

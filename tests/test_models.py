@@ -291,8 +291,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("mistral", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type 'yarn' is not supported; supported are default, linear, llama3",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_type 'dynamic' is not supported; supported are default, linear, llama3, yarn",
         ),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}}, "low_freq_factor"),
         (

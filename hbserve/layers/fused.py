@@ -135,6 +135,7 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     positions,
     slots,
     inverse_frequencies,
+    magnitude,
     eps,
     stride_block,
     stride_kv,
@@ -163,7 +164,7 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     position = tl.load(positions + token).to(tl.float32)
     slot = tl.load(slots + token)  # negative for a padded row, which has no place in the cache
     angle = position * tl.load(inverse_frequencies + lane, mask=in_head, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos, sin = tl.cos(angle) * magnitude, tl.sin(angle) * magnitude
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
@@ -197,6 +198,7 @@ def norm_rotate_store(
     positions: torch.Tensor,
     slots: torch.Tensor,
     inverse_frequencies: torch.Tensor,
+    magnitude: float,
     eps: float,
     out: torch.Tensor,
 ) -> None:
@@ -223,6 +225,7 @@ def norm_rotate_store(
         positions,
         slots,
         inverse_frequencies,
+        magnitude,
         eps,
         cache.stride(0),
         cache.stride(1),

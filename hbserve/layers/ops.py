@@ -210,6 +210,7 @@ class FusedOps(LayerOps):
             positions,
             attention.slot_mapping,
             rotary.inverse_frequencies,
+            rotary.magnitude,
             eps,
             out,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ ARCHITECTURES = {
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Serving dtypes by their name in the configuration."""
+
+_ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary embedding, and what each needs to be told."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,10 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         )
     # a key that an architecture's own code does not look at means nothing, whatever config.json says
     attention_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.attention_bias
+    rope = _rope(config)
+    max_positions = config.max_position_embeddings
+    if rope.kind == "yarn":  # checkpoints differ in whether they count the stretched context here
+        max_positions = max(max_positions, int(rope.factor * rope.original_max_position_embeddings))
     return ModelSpec(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -138,8 +151,8 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         rms_norm_eps=float(config.rms_norm_eps),
-        max_position_embeddings=config.max_position_embeddings,
-        rope=_rope(config),
+        max_position_embeddings=max_positions,
+        rope=rope,
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,
         mlp_bias=architecture == "LlamaForCausalLM" and config.mlp_bias,
@@ -154,23 +167,36 @@ def _rope(config: Any) -> RopeSpec:
     # transformers 5 turns the older pair of rope_theta and rope_scaling into rope_parameters as it reads them
     parameters = config.rope_parameters
     kind = parameters["rope_type"]
-    if kind not in ("default", "linear", "llama3"):
-        raise ModelError(f"rope_type {kind!r} is not supported; supported are default, linear, llama3")
+    if kind not in _ROPE_PARAMETERS:
+        raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("partial_rotary_factor is not supported; supported is 1")
-    names = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }[kind]
+    names = _ROPE_PARAMETERS[kind]
     missing = [name for name in names if parameters.get(name) is None]
     if missing:
         raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
     given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
+    if kind == "yarn":
+        optional = ("beta_fast", "beta_slow", "truncate")
+        given |= {name: parameters[name] for name in optional if parameters.get(name) is not None}
+        given["magnitude"] = _yarn_magnitude(parameters)
     try:
         return msgspec.convert(given, RopeSpec)  # config.json may have whole numbers for what is a float here
     except msgspec.ValidationError as error:
         raise ModelError(f"rope parameters: {error}") from None
+
+
+def _yarn_magnitude(parameters: dict[str, Any]) -> float:
+    """YaRN, section 3.3, with the two coefficients that DeepSeek gives the logarithm."""
+
+    def magnitude(coefficient: float) -> float:
+        return 0.1 * coefficient * math.log(max(1.0, parameters["factor"])) + 1.0
+
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return magnitude(parameters["mscale"]) / magnitude(parameters["mscale_all_dim"])
+    return magnitude(1.0)
 
 
 def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
