@@ -29,6 +29,11 @@ POLL_S = 0.002
 class FileKVTransfer(KVTransferBase):
     """Buffers as files in the folder that ``EXAMPLE_KV_FOLDER`` names, which all instances must see."""
 
+    async def start(self) -> None:
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder is None or not Path(folder).is_dir():  # so the system does not start, and says why
+            raise KVTransferError(f"{FOLDER_VARIABLE} must name a folder that all instances see, not {folder!r}")
+
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
         path = self._path(request_id, self.context.rank, target_rank)
         await asyncio.to_thread(self._write, path, kv_buffer)
