@@ -18,7 +18,7 @@ import torch
 
 from hbserve.errors import KVTransferError
 from hbserve.pd_disagg import LLM
-from hbserve.pd_disagg.kv_transfer.base import KVTransferBase
+from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "hbserve-demo"
@@ -29,7 +29,8 @@ POLL_S = 0.002
 class FileKVTransfer(KVTransferBase):
     """Buffers as files in the folder that ``EXAMPLE_KV_FOLDER`` names, which all instances must see."""
 
-    async def start(self) -> None:
+    def __init__(self, context: KVTransferContext) -> None:
+        super().__init__(context)
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is None or not Path(folder).is_dir():  # so the system does not start, and says why
             raise KVTransferError(f"{FOLDER_VARIABLE} must name a folder that all instances see, not {folder!r}")
