@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from hbserve.config import Config
 from hbserve.errors import InvalidRequestError, RequestFailedError
 from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.pd_disagg.child_process import ChildProcess
 from hbserve.pd_disagg.engine_client import EngineClient
 from hbserve.pd_disagg.text_engine import TextEngine
 from hbserve.pd_disagg.text_processes import TextProcesses
@@ -52,6 +54,17 @@ async def processes(request: pytest.FixtureRequest, folder: Path, tmp_path: Path
 async def engine(client: EngineClient, tokenizer: Tokenizer, processes: TextProcesses) -> TextEngine:
     ready = await client.wait_ready(DEADLINE_S)
     return TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+
+
+async def test_one_that_nobody_listens_to_ends_when_it_is_told_to(folder: Path, tmp_path: Path) -> None:
+    config = msgspec.to_builtins(Config.from_dict({"model": {"path": str(folder)}}))
+    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/nobody"}
+    child = ChildProcess("the detokenizer", "hbserve.pd_disagg.text_worker", orders)
+    await child.start()
+    await child.wait_ready(time.monotonic() + DEADLINE_S)
+    await child.stop()
+    assert child.process is not None
+    assert child.process.returncode == 0  # not killed, with its greeting still on the way
 
 
 def title_of(pid: int) -> str:

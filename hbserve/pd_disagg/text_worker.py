@@ -51,6 +51,7 @@ class TextWorker:
         self._tokenizer = tokenizer
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
+        self._socket.socket.linger = 0  # at the end nothing waits for an API server that is gone
         self._socket.socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[TextRequest])

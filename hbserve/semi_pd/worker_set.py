@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any
 
@@ -130,9 +131,10 @@ class WorkerSet:
             "num_ranks": self._instance.num_ranks,
             "sleep": msgspec.to_builtins(how),
         }
-        process: ManagedProcess
+        made: Future[ManagedProcess] = Future()  # one that dies at once is heard of before it is here
 
         def on_status(status: dict[str, Any]) -> None:
+            process = made.result()
             worker = self._worker_of.get(process)
             if worker is not None and "error" in status:
                 worker.error = status["error"]
@@ -145,6 +147,7 @@ class WorkerSet:
                 self._asleep.add(process)
 
         def on_exit(code: int) -> None:
+            process = made.result()
             self._asleep.discard(process)
             worker = self._worker_of.pop(process, None)
             if worker is not None:
@@ -152,6 +155,7 @@ class WorkerSet:
 
         name = f"{self._instance.instance_id}-sleeper"
         process = ManagedProcess(name, _MODULE, orders, self._environment, on_status, on_exit)
+        made.set_result(process)
         return process
 
     def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
