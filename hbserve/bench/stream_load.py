@@ -47,7 +47,7 @@ class Window:
         tokens_per_s: of all streams together.
         running: gaps between the second token of a request and the third, and so on.
         starting: gaps between the first and the second token, where a request changes from prefill to decode.
-            For each request that runs at the end of the window, either has how long that is after its last token.
+            In both is also, for each request that runs at the end of the window, how long that is after its last token.
     """
 
     tokens_per_s: float
@@ -159,11 +159,11 @@ class StreamLoad:
                     running.append(np.diff(times[max(begin - 1, 1) : end]))
                 if end and (end < len(times) or times is requests[-1]):
                     # A stream that stands still has no later token.
-                    still_s = ended - max(times[end - 1], started)
-                    if end == 1:
-                        starting.append(still_s)
+                    waiting = ended - max(times[end - 1], started)
+                    if end > 1:
+                        running.append(np.array([waiting]))
                     else:
-                        running.append(np.array([still_s]))
+                        starting.append(waiting)
         return Window(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
 
     async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:
