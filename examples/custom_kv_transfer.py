@@ -18,7 +18,7 @@ import torch
 
 from hbserve.errors import KVTransferError
 from hbserve.pd_disagg import LLM
-from hbserve.pd_disagg.kv_transfer.base import KVTransferBase
+from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "hbserve-demo"
@@ -28,6 +28,12 @@ POLL_S = 0.002
 
 class FileKVTransfer(KVTransferBase):
     """Buffers as files in the folder that ``EXAMPLE_KV_FOLDER`` names, which all instances must see."""
+
+    def __init__(self, context: KVTransferContext) -> None:
+        super().__init__(context)
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder is None or not Path(folder).is_dir():  # so the system does not start, and says why
+            raise KVTransferError(f"{FOLDER_VARIABLE} must name a folder that all instances see, not {folder!r}")
 
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
         path = self._path(request_id, self.context.rank, target_rank)

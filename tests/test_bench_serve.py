@@ -137,6 +137,7 @@ def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n\nnoon,3,4\n", "a.csv:3: not a line of an Azure trace"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-3,4\n", "negative"),
         ("m.jsonl", '{"timestamp": 0}\n', "m.jsonl:1: not a line of a Mooncake trace"),
+        ("m.jsonl", '{"timestamp": 0, "input_length": 0, "output_length": 5, "hash_ids": []}', "no usable request"),
         (
             "m.jsonl",
             MOONCAKE + '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0]}',

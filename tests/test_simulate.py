@@ -20,7 +20,7 @@ from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate import __main__ as command
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.phases import PrefixCache, Sizes
-from hbserve.simulate.requests import SimulatedRequest, poisson
+from hbserve.simulate.requests import SimulatedRequest, poisson, requests_of
 from hbserve.simulate.systems import Setting, System, find_highest_rate, plan, simulate
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
 
@@ -139,8 +139,26 @@ def test_a_plan_keeps_the_targets_and_begins_with_the_cheapest() -> None:
     assert [system.num_gpus for system, _ in found] == sorted(system.num_gpus for system, _ in found)
     assert len(found) == 2
     assert all(outcome.attainment >= 0.9 for _, outcome in found)
-    impossible = Setting(STEPS, STEPS, SIZES, Targets(ttft_ms=0.1, tpot_ms=0.1))
-    assert plan(systems[:1], impossible, source(5), 1, 1.0) == []
+
+
+def test_a_plan_finds_the_ratio_of_prefill_to_decode() -> None:
+    even, best = (plan([System.parse(name)], SETTING, source(5), 1, 120.0)[0] for name in ("1p1d", "xpyd"))
+    assert best[1].attainment >= 0.9
+    assert best[0].num_gpus < even[0].num_gpus
+    for fewer in ((best[0].num_prefill - 1, best[0].num_decode), (best[0].num_prefill, best[0].num_decode - 1)):
+        if all(fewer):
+            smaller = simulate(
+                System.parse("{}p{}d".format(*fewer)), SETTING, requests_of(source(5).workload(120.0, 1))
+            )
+            assert smaller.attainment < 0.9
+
+
+def test_no_plan_keeps_what_a_lone_request_misses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["hbserve", "--goodput", "ttft:4,tpot:1", "--plan", "5", "--duration", "5"])
+    assert command.main() == 1  # it does not go on to look at lower and lower rates
+    assert "none of the systems" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["semi_pd", "unified@", "0p1d", "slo@80", "slo@80-50*0", "other"])
@@ -166,6 +184,7 @@ def test_the_command_line(
 def test_the_command_line_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["hbserve", "--goodput", "ttft:400", "--rate", "4"])
-    assert command.main() == 1
-    assert "needs ttft and tpot" in capsys.readouterr().err
+    for wrong, complaint in ((["ttft:400"], "needs ttft and tpot"), (["ttft:4,tpot:2", "--system", "xpyd"], "--plan")):
+        monkeypatch.setattr("sys.argv", ["hbserve", "--rate", "4", "--goodput", *wrong])
+        assert command.main() == 1
+        assert complaint in capsys.readouterr().err

@@ -132,7 +132,7 @@ def _spread(entries: list[TraceEntry]) -> list[TraceEntry]:
     steps = [list(step) for _, step in itertools.groupby(entries, key=lambda entry: entry.arrival_s or 0.0)]
     starts = [step[0].arrival_s or 0.0 for step in steps]
     gaps = [later - sooner for sooner, later in itertools.pairwise(starts)]
-    gaps.append(gaps[-1] if gaps else 0.0)
+    gaps = [*gaps, gaps[-1] if gaps else 0.0][: len(starts)]
     return [
         dataclasses.replace(entry, arrival_s=start + gap * place / len(step))
         for start, gap, step in zip(starts, gaps, steps, strict=True)

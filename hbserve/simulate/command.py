@@ -18,9 +18,9 @@ from hbserve.semi_pd.step_profile import StepProfile
 from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import requests_of
-from hbserve.simulate.systems import FORMS, Outcome, Setting, System, find_highest_rate, plan, simulate
+from hbserve.simulate.systems import ANY_RATIO, FORMS, Outcome, Setting, System, find_highest_rate, plan, simulate
 
-DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50", "1p1d")
+DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
 _HEADER = (
     f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'good/s':>7} {'per GPU':>7} "
     f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5}"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system",
         action="append",
         metavar="SYSTEM",
-        help=f"{FORMS}; may be repeated (default: {', '.join(DEFAULT_SYSTEMS)})",
+        help=f"{FORMS}; may be repeated (default: {', '.join(DEFAULT_SYSTEMS)}, and 1p1d or with --plan {ANY_RATIO})",
     )
     parser.add_argument("--goodput", required=True, metavar="TARGETS", help="ttft:500,tpot:50 (milliseconds)")
     parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
@@ -71,7 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_new_file("--json", arguments.json)
     if not 0 < arguments.attainment < 1:
         raise ConfigError(f"--attainment: must be in (0, 1), got {arguments.attainment}")
-    systems = [System.parse(text) for text in arguments.system or DEFAULT_SYSTEMS]
+    names = arguments.system or [*DEFAULT_SYSTEMS, "1p1d" if arguments.plan is None else ANY_RATIO]
+    if ANY_RATIO in names and arguments.plan is None:
+        raise ConfigError(f"--system: {ANY_RATIO} is for --plan; name a ratio, such as 2p1d")
+    systems = [System.parse(name) for name in names]
     setting, source = _setting(arguments), _source(arguments)
     print(
         f"targets {setting.targets} for {100 * setting.attainment:g} % of requests; {setting.steps.profile.model} on "

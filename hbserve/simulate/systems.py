@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hbserve.bench.request_record import Targets
@@ -23,9 +25,13 @@ from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, U
 
 FORMS = (
     "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "
-    "begin so, each with *N for N replicas"
+    "begin so, each with *N for N replicas; with --plan also xpyd, of any ratio"
 )
 """Of systems, for people."""
+ANY_RATIO = "xpyd"
+"""Prefill and decode GPUs, as many of each as a plan finds."""
+_LONE = 0.05
+"""Requests open at a time, on average, below which they do not disturb each other."""
 _PATTERN = re.compile(
     r"(?:(?P<unified>unified)(?:@(?P<chunk>[1-9]\d*))?"
     r"|(?P<x>[1-9]\d*)p(?P<y>[1-9]\d*)d"
@@ -52,6 +58,8 @@ class System:
         Raises:
             ConfigError: naming the forms there are.
         """
+        if text == ANY_RATIO:
+            return System(text, "disaggregated", 1)
         match = _PATTERN.fullmatch(text)
         if match is None:
             raise ConfigError(f"--system: {text!r} is none of {FORMS}")
@@ -210,12 +218,16 @@ def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
 def find_highest_rate(
     system: System, setting: Setting, source: WorkloadSource, seed: int, first: float = 4.0, precision: float = 0.03
 ) -> Outcome | None:
-    """The run at the highest rate at which enough requests keep both targets; None if there is none."""
+    """The run at the highest rate at which enough requests keep both targets; None if not even lone ones do."""
     search = RateSearch(first * system.num_gpus, precision)
     best: Outcome | None = None
     while (rate := search.next_rate()) is not None:
-        outcome = simulate(system, setting, requests_of(source.workload(rate, seed)))
+        requests = requests_of(source.workload(rate, seed))
+        outcome = simulate(system, setting, requests)
         good = outcome.attainment >= setting.attainment
+        open_s = sum(request.ttft_ms + request.tpot_ms * (request.output_tokens - 1) for request in requests) / 1000
+        if not good and rate * open_s < _LONE * len(requests):
+            return None
         search.add(rate, good)
         if good and (best is None or outcome.rate > best.rate):
             best = outcome
@@ -231,20 +243,61 @@ def plan(
     """
     found = []
     for system in systems:
-        single = find_highest_rate(system.replicated(1), setting, source, seed)
-        if single is None:
-            continue
-        replicas = max(1, math.ceil(0.9 * rate / single.rate))
-        while True:  # ends: more replicas have less to do each
-            candidate = system.replicated(replicas)
-            outcome = simulate(candidate, setting, requests_of(source.workload(rate, seed)))
-            if outcome.attainment >= setting.attainment:
-                found.append((candidate, outcome))
-                break
-            replicas += max(1, replicas // 10)
-            if replicas > 100 * rate:
-                break
+        trial = _Trial(setting, source, seed, rate)
+        best = _fewest_replicas(system, trial)
+        if best is not None and system.name == ANY_RATIO:
+            best = _best_ratio(best, trial)
+        if best is not None:
+            found.append((best, trial.outcomes[best.name]))
     return sorted(found, key=lambda pair: (pair[0].num_gpus, -pair[1].attainment))
+
+
+@dataclass
+class _Trial:
+    """Which systems keep the targets at the rate of a plan; each is simulated once."""
+
+    setting: Setting
+    source: WorkloadSource
+    seed: int
+    rate: float
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def keeps(self, system: System) -> bool:
+        if system.name not in self.outcomes:
+            requests = requests_of(self.source.workload(self.rate, self.seed))
+            self.outcomes[system.name] = simulate(system, self.setting, requests)
+        return self.outcomes[system.name].attainment >= self.setting.attainment
+
+
+def _fewest_replicas(system: System, trial: _Trial) -> System | None:
+    single = find_highest_rate(system.replicated(1), trial.setting, trial.source, trial.seed)
+    if single is None:
+        return None
+    replicas = max(1, math.ceil(0.9 * trial.rate / single.rate))
+    while replicas <= 100 * max(1.0, trial.rate):  # ends before that: more replicas have less to do each
+        candidate = _ratio(replicas, replicas) if system.name == ANY_RATIO else system.replicated(replicas)
+        if trial.keeps(candidate):
+            return candidate
+        replicas += max(1, replicas // 10)
+    return None
+
+
+def _ratio(num_prefill: int, num_decode: int) -> System:
+    return System.parse(f"{num_prefill}p{num_decode}d")
+
+
+def _best_ratio(even: System, trial: _Trial) -> System:
+    """The fewest GPUs of one phase, then of the other, that keep the targets; both orders are tried."""
+
+    def fewest(most: int, system: Callable[[int], System]) -> int:
+        return bisect_left(range(1, most), True, key=lambda number: trial.keeps(system(number))) + 1
+
+    size = even.num_prefill
+    decode = fewest(size, lambda number: _ratio(size, number))
+    first = _ratio(fewest(size, lambda number: _ratio(number, decode)), decode)
+    prefill = fewest(size, lambda number: _ratio(number, size))
+    second = _ratio(prefill, fewest(size, lambda number: _ratio(prefill, number)))
+    return min(first, second, key=lambda system: system.num_gpus)
 
 
 def _percentile(ordered: list[float], percent: float) -> float:

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import math
 from abc import ABC, abstractmethod
+from operator import attrgetter
 
 from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.metrics.collector import SemiPDMetricsCollector
@@ -28,12 +29,16 @@ class Unit(ABC):
 
     Args:
         window_s: of its metrics.
+
+    Attributes:
+        load_tokens: of prompts that are here and not computed: what placement looks at.
     """
 
     def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
         self.clock, self.steps, self.sizes = clock, steps, sizes
         self.metrics = SemiPDMetricsCollector(window_s, 4096, clock)
         self.waiting: list[SimulatedRequest] = []
+        self.load_tokens = 0
         self._prefixes = PrefixCache(sizes.kv_tokens)
         self._num_pools = 1
         self._num_open = 0
@@ -44,12 +49,6 @@ class Unit(ABC):
         """That it takes."""
         return 1
 
-    @property
-    def load_tokens(self) -> int:
-        """Prompt tokens that are here and not computed: what placement looks at."""
-        waiting = sum(request.prompt_tokens for request in self.waiting)
-        return waiting + sum(prompts.backlog_tokens for prompts in self.prompts)
-
     def arrive(self, request: SimulatedRequest) -> None:
         """A request is here."""
         self.metrics.record_request_arrival(request.request_id, request.prompt_tokens)
@@ -57,9 +56,14 @@ class Unit(ABC):
         bisect.insort(self.waiting, request, key=lambda other: other.rank)
         self._pump()
 
-    @abstractmethod
     def _pump(self) -> None:
-        """Start what can start."""
+        """Start what can start; called at the end of whatever changes something here."""
+        self._start()
+        waiting = sum(request.prompt_tokens for request in self.waiting)
+        self.load_tokens = waiting + sum(prompts.backlog_tokens for prompts in self.prompts)
+
+    @abstractmethod
+    def _start(self) -> None: ...
 
     @property
     @abstractmethod
@@ -234,7 +238,7 @@ class SemiPDUnit(_PhasedUnit):
     def num_decoding(self) -> int:
         return super().num_decoding + len(self._mixed.running)
 
-    def _pump(self) -> None:
+    def _start(self) -> None:
         self._admit()
         if self.allocation.mixed != self._is_mixing:
             self._drain()
@@ -332,7 +336,7 @@ class DisaggregatedUnit(_PhasedUnit):
         self._join_decode(request)
         self._pump()
 
-    def _pump(self) -> None:
+    def _start(self) -> None:
         self._admit()
         for prefill in self._prefills:
             if prefill.step is None and prefill.prompts:
@@ -360,7 +364,7 @@ class UnifiedUnit(Unit):
     def num_decoding(self) -> int:
         return len(self._worker.running)
 
-    def _pump(self) -> None:
+    def _start(self) -> None:
         self._admit()
         if self._worker.step is None and (self._prompts or self._worker.running):
             self._worker.start()
@@ -378,7 +382,7 @@ def serve(clock: SimulatedClock, units: list[Unit], requests: list[SimulatedRequ
 
     def arrive(request: SimulatedRequest) -> None:
         request.request_id = str(next(numbers))
-        min(units, key=lambda unit: unit.load_tokens).arrive(request)
+        min(units, key=attrgetter("load_tokens")).arrive(request)
 
     for request in requests:
         clock.at(request.arrival, lambda request=request: arrive(request))  # type: ignore[misc]
