@@ -32,7 +32,7 @@ _PIECE_COST_TOKENS = 48
 
 _LATENCY_SHARE, _LEAST_SHARE = 0.3, 0.5
 """How long a program takes for its tokens when others have ended, over what it takes among as many as there is room
-for: with half of the room in use 0.65, since part of it is latency, and not below a half. From times of 250 chunk
+for: with half of the room in use 0.65, since part of it is latency, and not below a half. From times of 157 chunk
 lengths over 12 mixes, which this tells within 3 % (root mean square); docs/benchmarks.md."""
 
 _MAX_ROUNDS = 8
