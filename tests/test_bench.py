@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hbserve.bench.floor import compute_floor
 from hbserve.bench.model_cost import ModelCost
 from hbserve.bench.model_folder import SHAPES, find_model
 from hbserve.bench.offline_options import OfflineOptions, add_arguments
+from hbserve.bench.stream_load import StreamLoad
 from hbserve.bench.workload import PRESETS, LengthRange, Workload
 from hbserve.errors import ConfigError, InvalidRequestError
 from hbserve.layers.rotary import RopeSpec
@@ -272,3 +274,12 @@ def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
     assert numbers["requests_per_s"] > 0
     assert 0 < numbers["ttft_p50_ms"] <= numbers["ttft_p95_ms"]
     assert "requests_per_s" in done.stdout
+
+
+def test_gaps_of_streams_in_a_window() -> None:
+    load = StreamLoad(SimpleNamespace(engine=SimpleNamespace(max_model_len=64)), 3, context=8)  # type: ignore[arg-type]
+    load.token_times = {0: [[1.0, 3.0, 4.0, 4.5], [5.0, 9.0]], 1: [[0.5, 1.0, 2.0]], 2: [[]]}
+    window = load.window(2.0, 7.0)
+    assert window.tokens_per_s == 1.0
+    assert window.starting.sorted_ms.tolist() == [2000.0, 2000.0]  # to 3.0, and from 5.0 to the end at least
+    assert window.running.sorted_ms.tolist() == [500.0, 1000.0, 1000.0, 5000.0]

@@ -165,17 +165,21 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "in_place"),
-    [("qwen3", 2, True), ("llama", 2, False), ("qwen2", 4, True), ("llama_linear_rope", 2, False)],
+    ("name", "tp_size", "in_place", "vocab_size"),
+    [("qwen3", 2, True, 320), ("llama", 2, False, 321), ("qwen2", 4, True, 322), ("llama_linear_rope", 2, False, 320)],
 )
-def test_ranks_together_compute_the_whole_model(name: str, tp_size: int, in_place: bool, tmp_path: Path) -> None:
-    """Every rank in a thread of its own; where there are more ranks than KV heads, ranks share them.
+def test_ranks_together_compute_the_whole_model(
+    name: str, tp_size: int, in_place: bool, vocab_size: int, tmp_path: Path
+) -> None:
+    """Every rank in a thread of its own; ranks share KV heads and tokens where there are not enough, or an odd number.
 
     In place: products are summed, all of them, in one piece of memory, by the norm that follows.
     """
-    save_model(tmp_path, name)
+    save_model(tmp_path, name, vocab_size=vocab_size)
     spec = ModelSpec.load(tmp_path)
     token_ids = some_tokens(30)
+    token_ids[:4] = torch.arange(vocab_size - 160, vocab_size, 53)
+    token_ids[-1] = vocab_size - 1
     exchange: list[torch.Tensor] = [torch.empty(0)] * tp_size
     barrier = threading.Barrier(tp_size, timeout=30)
     results: list[torch.Tensor] = [torch.empty(0)] * tp_size
@@ -238,7 +242,7 @@ def test_every_tensor_goes_to_exactly_one_rank_or_to_all(tmp_path: Path) -> None
 
 def test_uneven_tensor_parallelism_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3")
-    with pytest.raises(ModelError, match="vocab_size 320 cannot be shared evenly by 3"):
+    with pytest.raises(ModelError, match="num_attention_heads 4 cannot be shared evenly by 3"):
         WeightTable.build(ModelSpec.load(tmp_path), torch.float32, 0, 3)
 
 

@@ -10,6 +10,7 @@ step: arrays, no loops over sequences.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -26,17 +27,21 @@ _EXTRA_PROGRAMS_OF_FEW = 512
 _EXTRA_PROGRAMS = 2048
 """Programs beyond one for each row and KV head; one without a piece costs about half a nanosecond."""
 
-_PIECE_COST_TOKENS = 32
+_PIECE_COST_TOKENS = 48
 """What it takes to begin and to merge a piece."""
 
-_ALONE = 1.6
-"""How many times its share of the memory's bandwidth a program reaches when others have ended."""
+_LATENCY_SHARE, _LEAST_SHARE = 0.3, 0.5
+"""How long a program takes for its tokens when others have ended, over what it takes among as many as there is room
+for: with half of the room in use 0.65, since part of it is latency, and not below a half. From times of 157 chunk
+lengths over 12 mixes, which this tells within 3 % (root mean square); docs/benchmarks.md."""
 
-_MERGE_COST_TOKENS = 60
-"""What the step ends later by if any row is cut: partial results are merged at its end."""
+_MAX_ROUNDS = 8
+"""So many pieces in a program's place, one after the other, are followed; a small share of a GPU has more."""
 
-_PARTS_OF_LONGEST = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64])
-"""Chunk lengths that are tried, as parts of the longest sequence."""
+_PARTS_OF_LONGEST = 1 / np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
+_PARTS_OF_EVEN_SHARE = np.array([0.515, 0.75, 1.03, 1.3])
+"""Chunk lengths that are tried: parts of the longest sequence, and of what each program has if all have as much and
+there are as many as there is room for, or twice as many."""
 
 _MULTIPROCESSORS_OF_H200 = 132
 
@@ -84,6 +89,11 @@ class PieceCutter:
         return (_EXTRA_PROGRAMS_OF_FEW if self._few else _EXTRA_PROGRAMS) // self.num_kv_heads
 
     @property
+    def _room(self) -> int:
+        """Pieces that the GPU computes at a time."""
+        return max(1, self.num_multiprocessors * self.programs_each // self.num_kv_heads)
+
+    @property
     def capacity(self) -> int:
         """Pieces there may be, at most."""
         return self.num_rows + min(self._extra, (MAX_SPLITS - 1) * self.num_rows)
@@ -119,16 +129,17 @@ class PieceCutter:
         if self._few:
             share = min(1.0, self.num_multiprocessors / _MULTIPROCESSORS_OF_H200)
             return self._whole_blocks(max(least, total / (self._extra * share)))
-        blocks = -(-longest // (_PARTS_OF_LONGEST * self.block))
-        candidates = np.unique(np.maximum(blocks * self.block, self._whole_blocks(least)))
+        tokens = np.concatenate((longest * _PARTS_OF_LONGEST, total / self._room * _PARTS_OF_EVEN_SHARE))
+        blocks = np.ceil(np.clip(tokens, min(least, longest), longest) / self.block).astype(np.int32)
+        candidates = np.unique(blocks) * self.block
         return int(candidates[np.argmin(self._ends(context_lens, candidates))])
 
     def _whole_blocks(self, tokens: float) -> int:
         return max(1, math.ceil(tokens / self.block)) * self.block
 
-    def _ends(self, context_lens: npt.NDArray[np.int32], chunk_lens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def _ends(self, context_lens: npt.NDArray[np.int32], chunk_lens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """When the last program ends, for each chunk length; in tokens read by one of as many as the GPU holds."""
-        room = max(1, self.num_multiprocessors * self.programs_each // self.num_kv_heads)  # pieces
+        room = self._room
         num_whole_of_row = (context_lens - 1) // chunk_lens[:, None]
         num_whole = num_whole_of_row.sum(axis=1)
         rounds = -(-(int(num_whole.max()) + self.num_rows) // room)
@@ -138,12 +149,19 @@ class PieceCutter:
         np.copyto(lens, (chunk_lens + _PIECE_COST_TOKENS)[:, None], where=index < self.num_rows + num_whole[:, None])
         lens[:, : self.num_rows] = tails
         lens.sort(axis=1)
-        ends = lens[:, -room:]
-        for at in range(room * (rounds - 1), 0, -room):
+        # Each takes one at a time, whoever is first the longest. Of many, the longest even out.
+        last = min(rounds, _MAX_ROUNDS) * room
+        ends = lens[:, last - room : last] + lens[:, last:].sum(axis=1, keepdims=True, dtype=np.int32) // room
+        for at in range(last - room, 0, -room):
             ends = ends[:, ::-1] + lens[:, at - room : at]
             ends.sort(axis=1)
-        # As long as all run each gets its share; the last ones get more.
-        running = np.arange(room, 0, -1) / room
-        gaps = np.diff(ends, axis=1, prepend=0)
-        end: npt.NDArray[np.float64] = gaps @ np.maximum(running, 1 / _ALONE) + _MERGE_COST_TOKENS * (num_whole > 0)
+        end: npt.NDArray[np.float64] = ends @ _weights_of_ends(room)
         return end
+
+
+@functools.cache
+def _weights_of_ends(room: int) -> npt.NDArray[np.float64]:
+    """Turns when programs would end if all ran at one pace, in rising order, into when the last one really does."""
+    running = np.arange(room, 0, -1) / room
+    pace = np.maximum(_LATENCY_SHARE + (1 - _LATENCY_SHARE) * running, _LEAST_SHARE)
+    return -np.diff(pace, append=0)  # of sum(pace * diff(ends)), by parts

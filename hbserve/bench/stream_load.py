@@ -45,9 +45,9 @@ class Window:
 
     Attributes:
         tokens_per_s: of all streams together.
-        running: gaps between the second token of a request and the third, and so on; and for each request
-            that runs at the end of the window, how long that is after its last token.
+        running: gaps between the second token of a request and the third, and so on.
         starting: gaps between the first and the second token, where a request changes from prefill to decode.
+            In both is also, for each request that runs at the end of the window, how long that is after its last token.
     """
 
     tokens_per_s: float
@@ -159,7 +159,11 @@ class StreamLoad:
                     running.append(np.diff(times[max(begin - 1, 1) : end]))
                 if end and (end < len(times) or times is requests[-1]):
                     # A stream that stands still has no later token.
-                    running.append(np.array([ended - max(times[end - 1], started)]))
+                    waiting = ended - max(times[end - 1], started)
+                    if end > 1:
+                        running.append(np.array([waiting]))
+                    else:
+                        starting.append(waiting)
         return Window(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
 
     async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:

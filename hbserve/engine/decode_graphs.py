@@ -214,7 +214,8 @@ class DecodeGraphs:
         hidden = self._decoder.forward(token_ids, positions, self._attention, layers=layers)
         logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
-        sampled = fast_sample(logits, temperatures, seeds, positions, self._decoder.parallel)
+        parallel, vocab_size = self._decoder.parallel, self._decoder.spec.vocab_size
+        sampled = fast_sample(logits, temperatures, seeds, positions, vocab_size, parallel)
         last[slots] = sampled
         return sampled
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hbserve.layers.parallel import TensorParallel
+from hbserve.layers.parallel import TensorParallel, vocab_shard
 
 _BLOCK = 4096
 
@@ -96,26 +96,28 @@ def fast_sample(
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    vocab_size: int,
     parallel: TensorParallel,
 ) -> torch.Tensor:
     """A token per row: the most likely at temperature 0, else drawn by the Gumbel-max trick.
 
     Args:
-        logits: contiguous ``[rows, vocab / ranks]``, of this rank's part of the vocabulary.
+        logits: contiguous ``[rows, part]``, of this rank's part of the vocabulary.
         temperatures: float32 ``[rows]``.
         seeds, positions: int64 ``[rows]``; the position of the row's input, one before the sampled token's.
+        vocab_size: of all ranks together.
         parallel: the ranks, among which only each one's best goes round.
 
     Returns:
         int64 ``[rows]``.
     """
-    rows, vocab_size = logits.shape
-    num_blocks = triton.cdiv(vocab_size, _BLOCK)
+    rows, part = logits.shape
+    num_blocks = triton.cdiv(part, _BLOCK)
     best = torch.empty(rows, num_blocks, dtype=torch.float32, device=logits.device)
     best_ids = torch.empty(rows, num_blocks, dtype=torch.int32, device=logits.device)
-    first_id = parallel.rank * vocab_size
+    first_id, _ = vocab_shard(vocab_size, parallel.rank, parallel.size)
     _best_of_block_kernel[(rows, num_blocks)](
-        logits, temperatures, seeds, positions, best, best_ids, first_id, vocab_size, num_blocks, _BLOCK, num_warps=8
+        logits, temperatures, seeds, positions, best, best_ids, first_id, part, num_blocks, _BLOCK, num_warps=8
     )
     if parallel.size > 1:
         best, best_ids = _best_of_row(best, best_ids, torch.int32)

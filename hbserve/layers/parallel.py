@@ -61,11 +61,33 @@ class TensorParallel:
         return self.gather(x).view(self.size, -1).amin(0)
 
 
-def vocab_parallel_embedding(token_ids: torch.Tensor, weight: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """Rows ``[tokens, hidden]`` of an embedding whose rows are shared out evenly among the ranks."""
+def vocab_shard(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
+    """The rows ``start .. stop`` of the embedding and the LM head that a rank holds, as many as every other rank.
+
+    Where the ranks cannot share evenly, the last ones begin earlier: some of their rows are another's, too. The number
+    of each one's rows is then a multiple of 8, as matrix products want it.
+    """
+    each = vocab_size // size if vocab_size % size == 0 else min(-(-vocab_size // (8 * size)) * 8, vocab_size)
+    start = min(rank * each, vocab_size - each)
+    return start, start + each
+
+
+def vocab_parallel_embedding(
+    token_ids: torch.Tensor, weight: torch.Tensor, vocab_size: int, parallel: TensorParallel
+) -> torch.Tensor:
+    """Rows ``[tokens, hidden]`` of an embedding of which this rank has the `vocab_shard` ``weight``."""
     if parallel.size == 1:
         return F.embedding(token_ids, weight)
-    local = token_ids - parallel.rank * weight.shape[0]
-    mine = (local >= 0) & (local < weight.shape[0])
-    rows = F.embedding(local.where(mine, 0), weight)
+    start, _ = vocab_shard(vocab_size, parallel.rank, parallel.size)
+    mine = token_ids // weight.shape[0] == parallel.rank
+    rows = F.embedding((token_ids - start).where(mine, 0), weight)
     return parallel.reduce(rows.masked_fill(~mine[:, None], 0))
+
+
+def join_vocab_shards(shards: torch.Tensor, vocab_size: int, size: int) -> torch.Tensor:
+    """``[rows, vocab]`` of what all ranks have for their `vocab_shard`, side by side in the last dimension."""
+    each = shards.shape[-1] // size
+    num_whole = vocab_size // each
+    rest = vocab_size - num_whole * each
+    parts = [shards[:, : num_whole * each], shards[:, (num_whole + 1) * each - rest : (num_whole + 1) * each]]
+    return torch.cat(parts, dim=-1) if each * size != vocab_size else shards

@@ -9,7 +9,7 @@ import torch
 
 from hbserve.attention.base import Attention
 from hbserve.layers.ops import ResidualStream, select_ops
-from hbserve.layers.parallel import TensorParallel, vocab_parallel_embedding
+from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.models.spec import ModelSpec
 
@@ -89,7 +89,8 @@ class Decoder:
 
     def embed(self, token_ids: torch.Tensor) -> ResidualStream:
         """Where the layers begin."""
-        return ResidualStream(vocab_parallel_embedding(token_ids, self.embedding, self.parallel))
+        rows = vocab_parallel_embedding(token_ids, self.embedding, self.spec.vocab_size, self.parallel)
+        return ResidualStream(rows)
 
     def heads_buffer(self, num_tokens: int) -> torch.Tensor:
         """Memory for the query heads of tokens, or for what they attend to: ``[tokens, heads, head_dim]``."""
@@ -119,11 +120,11 @@ class Decoder:
         return self.all_logits(self.shard_logits(hidden))
 
     def shard_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[rows, vocab / ranks]`` of this rank's part of the vocabulary, in ``out`` if given."""
+        """Logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
         if out is None:
             return self._ops.linear(hidden, self.lm_head, None)
         return self._ops.linear_into(hidden, self.lm_head, out)
 
     def all_logits(self, shard: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab]`` of all ranks' `shard_logits`."""
-        return self.parallel.gather(shard)
+        return join_vocab_shards(self.parallel.gather(shard), self.spec.vocab_size, self.parallel.size)

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from hbserve.errors import ModelError
+from hbserve.layers.parallel import vocab_shard
 from hbserve.models.spec import DTYPES, ModelSpec
 
 ALIGNMENT_BYTES = 256
@@ -113,7 +114,7 @@ class _Sharding:
 
     def parameters(self) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
         spec = self.spec
-        vocab = self._share(spec.vocab_size, "vocab_size")
+        vocab = vocab_shard(spec.vocab_size, self.rank, self.size)
         yield "embedding", (_part("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
         for layer in range(spec.num_layers):
             for name, parts in self._layer(f"model.layers.{layer}."):
