@@ -424,6 +424,8 @@ async def test_status_and_split_over_http(running: LLM) -> None:
             answer = await client.post("/v1/semi_pd/allocation", json=split | wrong)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == param
+        answer = await client.post("/v1/semi_pd/allocation", json=split | {"mix": True})
+        assert "unknown parameter 'mix'; did you mean 'mixed'" in answer.json()["error"]["message"]
     manager = running.supervisors["semi-0"]
     assert isinstance(manager, ProcessRotationManager)
     assert await asyncio.to_thread(manager.wait_until_settled, DEADLINE_S)

@@ -25,12 +25,20 @@ from hbserve.errors import (
     UnknownInstanceError,
 )
 from hbserve.server.chat_protocol import ChatCompletionRequest
-from hbserve.server.protocol import Body, CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
+from hbserve.server.protocol import (
+    AllocationRequest,
+    Body,
+    CompletionRequest,
+    DetokenizeRequest,
+    RoleRequest,
+    TokenizeRequest,
+)
 
 _BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/v1/semi_pd/allocation": AllocationRequest,
 }
 
 logger = logging.getLogger(__name__)

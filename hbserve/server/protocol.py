@@ -224,6 +224,20 @@ class RoleRequest(Body):
     timeout_s: float = Field(default=120.0, gt=0)
 
 
+class AllocationRequest(Body):
+    """Body of POST /v1/semi_pd/allocation: another split.
+
+    Attributes:
+        mixed: one worker does both phases in the same steps; the percentages are for later.
+        instance: which instance; None: all of type ``semi_pd``.
+    """
+
+    prefill_percentage: int = Field(ge=1, le=100)
+    decode_percentage: int = Field(ge=1, le=100)
+    mixed: bool = False
+    instance: str | None = None
+
+
 def _biases(values: dict[str, float]) -> dict[int, float]:
     if not all(_TOKEN_ID.fullmatch(key) for key in values):
         raise InvalidRequestError("logit_bias: keys must be token ids", "logit_bias")

@@ -5,28 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
 
 from hbserve.errors import ConfigError, InvalidRequestError, OverloadedError
 from hbserve.pd_disagg.supervision import InstanceSupervisor
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.sm_allocation import SMAllocation
-
-
-class AllocationRequest(BaseModel):
-    """Another split.
-
-    Attributes:
-        mixed: one worker does both phases in the same steps; the percentages are for later.
-        instance: which instance; None: all of type ``semi_pd``.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prefill_percentage: int = Field(ge=1, le=100)
-    decode_percentage: int = Field(ge=1, le=100)
-    mixed: bool = False
-    instance: str | None = None
+from hbserve.server.protocol import AllocationRequest
 
 
 def rotation_counts(supervisors: dict[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:
