@@ -120,7 +120,7 @@ def test_mooncake_traces_share_prefix_blocks(tmp_path: Path) -> None:
 def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "abc"}, {"from": "gpt", "value": "de"}, {"from": "human", "value": "f"}]
     one_sided = {"conversations": turns[:1]}
-    turns.insert(0, {"from": "system", "value": "be brief"})
+    turns[:0] = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hello?"}]
     path = trace_file(tmp_path, "s.json", json.dumps([{"id": "x", "conversations": turns}, one_sided]))
     entries = load_trace(path, lambda text: [ord(character) for character in text])
     workload = source(trace=entries).workload(2.0, 0)

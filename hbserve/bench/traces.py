@@ -149,6 +149,9 @@ class _Conversation(msgspec.Struct):
     conversations: list[_Turn]
 
 
+_ASKING = ("human", "user")
+
+
 def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[TraceEntry]:
     try:
         conversations = msgspec.json.decode(path.read_bytes(), type=list[_Conversation])
@@ -157,10 +160,11 @@ def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[Trace
     entries = []
     for conversation in conversations:
         turns = conversation.conversations
-        # The first question and its answer: some begin with a system's turn, or in the middle.
-        while turns and turns[0].speaker.lower() not in ("human", "user", ""):
-            turns = turns[1:]
-        if len(turns) >= 2 and turns[0].value and turns[1].value:
-            prompt = tuple(encode(turns[0].value))
-            entries.append(TraceEntry(None, len(prompt), max(1, len(encode(turns[1].value))), token_ids=prompt))
+        # The first question that is answered: some begin with a system's turn, in the middle, or ask twice.
+        speakers = [turn.speaker.lower() for turn in turns]
+        pairs = enumerate(itertools.pairwise(speakers))
+        first = next((at for at, (asks, answers) in pairs if asks in ("", *_ASKING) and answers not in _ASKING), None)
+        if first is not None and turns[first].value and turns[first + 1].value:
+            prompt = tuple(encode(turns[first].value))
+            entries.append(TraceEntry(None, len(prompt), max(1, len(encode(turns[first + 1].value))), token_ids=prompt))
     return entries
