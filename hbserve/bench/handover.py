@@ -322,8 +322,8 @@ class _Probe:
                 start = time.monotonic()
                 await asyncio.sleep(seconds / _ROUNDS)
                 middle = time.monotonic()
-                prompts = []
-                while time.monotonic() < middle + seconds / _ROUNDS:
+                prompts: list[list[int]] = []
+                while not prompts or time.monotonic() < middle + seconds / _ROUNDS:
                     prompts.append(self.prompt(prompt_len))
                     await self.request(prompts[-1])
                 end = time.monotonic()

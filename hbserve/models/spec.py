@@ -176,14 +176,18 @@ def _rope(config: Any) -> RopeSpec:
     if missing:
         raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
     given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
-    if kind == "yarn":
-        optional = ("beta_fast", "beta_slow", "truncate")
-        given |= {name: parameters[name] for name in optional if parameters.get(name) is not None}
-        given["magnitude"] = _yarn_magnitude(parameters)
     try:
-        return msgspec.convert(given, RopeSpec)  # config.json may have whole numbers for what is a float here
-    except msgspec.ValidationError as error:
+        if kind == "yarn":
+            optional = ("beta_fast", "beta_slow")  # 0 is none, as transformers has it
+            given |= {name: parameters[name] for name in optional if parameters.get(name)}
+            given["truncate"] = parameters.get("truncate", True)
+            given["magnitude"] = _yarn_magnitude(parameters)
+        rope = msgspec.convert(given, RopeSpec)  # config.json may have whole numbers for what is a float here
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise ModelError(f"rope parameters: {error}") from None
+    if min(rope.theta, rope.factor, rope.original_max_position_embeddings) <= 0:
+        raise ModelError("rope parameters: theta, factor and original_max_position_embeddings must be positive")
+    return rope
 
 
 def _yarn_magnitude(parameters: dict[str, Any]) -> float:
