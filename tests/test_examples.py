@@ -65,11 +65,12 @@ def test_system_stats(tmp_path: Path) -> None:
         assert expected in lines
     assert lines.count("status: ready") == 2
     assert lines.count("active requests: 0") == 2
-    # A sender may report a transfer after the request has ended; test_serving_metrics.py waits until all are counted.
+    # A sender may report transfers, which leave as one batch, after the requests have ended; test_serving_metrics.py
+    # waits until all are counted.
     [moved] = [
         found for line in lines if (found := re.fullmatch(r"prefill-0->decode-0: \d+ bytes in (\d+) transfers", line))
     ]
-    assert 1 <= int(moved[1]) <= 10
+    assert int(moved[1]) <= 10
 
 
 def test_custom_kv_transfer(tmp_path: Path) -> None:
