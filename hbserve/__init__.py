@@ -8,7 +8,7 @@ from hbserve.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from hbserve.config import Config
-    from hbserve.pd_disagg.config import KVTransferBackend, PdDisaggConfig
+    from hbserve.config.flat import KVTransferBackend, PdDisaggConfig
     from hbserve.sampling_params import SamplingParams
     from hbserve.system.disaggregated_llm import DisaggregatedLLM
     from hbserve.system.llm import LLM
@@ -21,8 +21,8 @@ __getattr__: Any = lazy_attributes(
         "LLM": "hbserve.system.llm",
         "Config": "hbserve.config",
         "DisaggregatedLLM": "hbserve.system.disaggregated_llm",
-        "KVTransferBackend": "hbserve.pd_disagg.config",
-        "PdDisaggConfig": "hbserve.pd_disagg.config",
+        "KVTransferBackend": "hbserve.config.flat",
+        "PdDisaggConfig": "hbserve.config.flat",
         "SamplingParams": "hbserve.sampling_params",
     },
     __name__,

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import msgspec
 
-from hbserve.cluster_key import ClusterKey
 from hbserve.config import InstanceConfig, InstanceRole
 from hbserve.errors import HBServeError
 from hbserve.messages.membership import Join
-from hbserve.pd_disagg.child import exit_now, report_status
-from hbserve.pd_disagg.joining import Membership, ask_to_join, config_of, free_port, host_seen_by
+from hbserve.process.child import exit_now, report_status
+from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.worker.join_client import Membership, ask_to_join, config_of, free_port, host_seen_by
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def _join(arguments: argparse.Namespace) -> int:
     mine = config.instance(instance.instance_id)
     membership = Membership(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
 
-    from hbserve.pd_disagg.instance_process import run_instance  # imports torch, which an answer need not wait for
+    from hbserve.worker.process import run_instance  # imports torch, which an answer need not wait for
 
     return run_instance(config, mine, address, membership)
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from hbserve.errors import HBServeError, RequestFailedError
-from hbserve.pd_disagg.generation_output import SampleDelta
+from hbserve.frontend.outputs import SampleDelta
 from hbserve.sampling_params import SamplingParams
 
 Message = dict[str, str]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hbserve.config import Config
+from hbserve.config import from_dict
 from hbserve.engine.model_runner import ModelRunner
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.platform import make_platform
@@ -53,7 +53,7 @@ def kind_of(name: str) -> str:
 
 def make_runner(model: str, batch_size: int, context: int) -> ModelRunner:
     """A worker of that model with random weights, large enough for the batch."""
-    config = Config.from_dict(
+    config = from_dict(
         {
             "mode": "unified",
             "model": {

@@ -26,7 +26,7 @@ done
 config=$(realpath "$config")
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-plan=$("$python" -m hbserve.pd_disagg.host_plan "$config")
+plan=$("$python" -m hbserve.system.host_plan "$config")
 command_for() {
     printf 'cd %q && PYTHONPATH=%q exec %q scripts/start_pd_disagg.py --config %q --instance-id %q' \
         "$root" "$PYTHONPATH" "$python" "$config" "$1"

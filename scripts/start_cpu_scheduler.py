@@ -12,7 +12,7 @@ import sys
 
 import msgspec
 
-from hbserve.config import Config
+from hbserve.config import load
 from hbserve.errors import HBServeError
 
 
@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="instead of logging.level")
     arguments = parser.parse_args()
     try:
-        config = Config.load(arguments.config)
+        config = load(arguments.config)
         if arguments.log_level is not None:
             logging = msgspec.structs.replace(config.logging, level=arguments.log_level)
             config = msgspec.structs.replace(config, logging=logging)

@@ -11,7 +11,7 @@ import sys
 
 import msgspec
 
-from hbserve.config import Config
+from hbserve.config import load
 from hbserve.errors import HBServeError
 
 
@@ -26,14 +26,14 @@ def main() -> int:
     if arguments.instance_id is not None and arguments.port is not None:
         parser.error("--port is for the HTTP server, which --instance-id does not start")
     try:
-        config = Config.load(arguments.config)
+        config = load(arguments.config)
         if arguments.log_level is not None:
             logging = msgspec.structs.replace(config.logging, level=arguments.log_level)
             config = msgspec.structs.replace(config, logging=logging)
         if arguments.instance_id is not None:
-            from hbserve.pd_disagg.child import exit_now
-            from hbserve.pd_disagg.instance_process import run_instance
-            from hbserve.pd_disagg.rpc import instance_address
+            from hbserve.process.child import exit_now
+            from hbserve.rpc.instance_line import instance_address
+            from hbserve.worker.process import run_instance
 
             instance = config.instance(arguments.instance_id)
             exit_now(run_instance(config, instance, instance_address(instance, None)))

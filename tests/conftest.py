@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in our child processes; before anything imports torch
 
-from tests.http_server import api, client, http, max_model_len, scheduler, tokenizer, url  # noqa: F401
+from tests.support.http_server import api, client, http, max_model_len, scheduler, tokenizer, url  # noqa: F401
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.attention.flash_attn import FlashAttnBackend
 from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.attention.sdpa import SdpaBackend
-from hbserve.config_section import nearest
+from hbserve.config.semi_pd import nearest
 from hbserve.errors import ConfigError
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 __all__ = ["AttentionBackend", "AttentionBatch", "select_attention_backend"]

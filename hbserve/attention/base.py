@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 

@@ -8,7 +8,7 @@ import torch
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch, why_not_library
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 _PAGE_MULTIPLE = 256

@@ -9,7 +9,7 @@ import torch
 from hbserve.attention.base import AttentionBackend, AttentionBatch, why_not_library
 from hbserve.attention.page_tables import PageTables
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 _WORKSPACE_BYTES = 256 << 20

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 _QUERY_TILE_TOKENS = 1024

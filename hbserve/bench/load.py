@@ -10,9 +10,9 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from hbserve.bench.http_target import ServeTarget, TargetError
 from hbserve.bench.request_record import RequestRecord, Targets, percentile
 from hbserve.bench.serve_workload import ServeRequest, ServeWorkload
-from hbserve.bench.target import ServeTarget, TargetError
 
 _PROBE_INTERVAL_S = 0.02
 _SPLIT_INTERVAL_S = 1.0

@@ -20,7 +20,7 @@ from hbserve.bench.offline_options import OfflineOptions
 from hbserve.bench.run_record import RunRecord, run_workload
 from hbserve.bench.workload import LengthRange, Workload, WorkloadShape
 from hbserve.errors import ConfigError
-from hbserve.models.spec import DTYPES, ModelSpec
+from hbserve.model_spec import DTYPES, ModelSpec
 
 _SHORT = WorkloadShape(1, LengthRange(16, 16), LengthRange(16, 16))
 """The request that is sent before the first measured run."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hbserve import Config, PdDisaggConfig, SamplingParams
-from hbserve.bench.model_folder import default_load_format, find_model
+from hbserve.bench.model_cost import default_load_format, find_model
 from hbserve.bench.workload import PRESETS, LengthRange, WorkloadShape
 from hbserve.errors import ConfigError
 

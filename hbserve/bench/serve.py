@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from hbserve.bench import engine_target, http_target, pictures, serve_plots, serve_report
+from hbserve.bench import http_target, report, serve_plots
+from hbserve.bench.http_target import ServeTarget, TargetError
 from hbserve.bench.load import LoadResult, LoadRun
 from hbserve.bench.report import versions
 from hbserve.bench.request_record import Targets, summarize
 from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import ServeWorkload
 from hbserve.bench.sweep import GivenRates, RateSearch, interpolated_rate
-from hbserve.bench.target import ServeTarget, TargetError
 from hbserve.errors import ConfigError, RequestFailedError
 
 _LONE_REQUESTS = 5
@@ -37,7 +37,7 @@ def run(options: ServeOptions) -> None:
         HBServeError: whatever the target raises, and `ConfigError` for what cannot be run.
     """
     if options.plots is not None:
-        pictures.check("--plots")
+        serve_plots.check("--plots")
     document = asyncio.run(_run(options))
     if options.json is not None:
         # msgspec, since JSON has no infinity, which is the rate of requests that come at once: it writes null
@@ -55,7 +55,7 @@ async def _run(options: ServeOptions) -> dict[str, Any]:
 
 def _target(options: ServeOptions) -> AbstractAsyncContextManager[ServeTarget]:
     if options.config is not None:
-        return engine_target.start(options.config, options.sampling)
+        return http_target.start(options.config, options.sampling)
     assert options.url is not None
     sampling = {"temperature": options.sampling.temperature, "seed": options.seed, "ignore_eos": True}
     return http_target.connect(options.url, options.model, options.source.vocab_size, sampling, options.timeout_s)
@@ -95,7 +95,7 @@ class ServeBenchmark:
         if options.slo_scale is not None:
             lone = await self._measure_alone(workload)
             self._targets = _scaled(lone, options.slo_scale)
-        serve_report.show_setting(workload, lone, self._targets)
+        report.show_setting(workload, lone, self._targets)
         best = await self._sweep(workload) if options.sweep else None
         if not options.sweep:
             await self._measure(options.rate, None)
@@ -178,7 +178,7 @@ class ServeBenchmark:
             is_far = summary["cut_short"] if options.give_up_below is not None else False
             search.add(rate, attainment >= options.attainment, is_far)
             reached.append((rate, give_up_below if summary["cut_short"] else attainment))
-        serve_report.show_best(search.best, search.worst)
+        report.show_best(search.best, search.worst)
         return {
             "rate": search.best,
             "too_high": search.worst if math.isfinite(search.worst) else 0.0,
@@ -222,7 +222,7 @@ class ServeBenchmark:
             "cut_short": result.cut_short,
         }
         self._runs.append(self._as_dict(result, summary))
-        serve_report.show_run(summary, self._runs[-1]["client"], is_first=len(self._runs) == 1)
+        report.show_run(summary, self._runs[-1]["client"], is_first=len(self._runs) == 1)
         await asyncio.wait_for(self._alone(workload.draw_tokens(1 << 28, 16), 1), _SETTLE_S)  # what was cut off is gone
         return summary
 

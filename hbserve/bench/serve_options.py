@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hbserve import Config, PdDisaggConfig, SamplingParams
-from hbserve.bench.model_folder import find_model
+from hbserve.bench.model_cost import find_model
 from hbserve.bench.offline_options import (
     add_engine_arguments,
     check_new_file,
@@ -22,8 +22,9 @@ from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.bench.traces import load_trace
 from hbserve.bench.workload import LengthRange
+from hbserve.config import load
 from hbserve.errors import ConfigError
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.tokenizer import Tokenizer
 
 
@@ -146,7 +147,7 @@ def _engine_config(arguments: argparse.Namespace) -> Config:
     if arguments.config is not None:
         if arguments.model is not None or given_arguments(arguments):
             raise ConfigError("--config: the file says it all; leave --model and engine options out")
-        return Config.load(arguments.config)
+        return load(arguments.config)
     if arguments.model is None:
         raise ConfigError("--url, --config or --model is needed: what is to be measured")
     model = find_model(arguments.model)

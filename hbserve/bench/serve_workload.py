@@ -1,4 +1,7 @@
-"""The requests of a serving benchmark: when each comes, what it asks, how much it gets."""
+"""The requests of a serving benchmark: when each comes, what it asks, how much it gets.
+
+When requests come.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,27 @@ from functools import lru_cache
 
 import numpy as np
 
-from hbserve.bench.arrivals import draw_arrivals
 from hbserve.bench.traces import BLOCK_TOKENS, TraceEntry
 from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
+
+
+def draw_arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
+    """Times of a renewal process, seconds from its start, ascending.
+
+    The gaps are gamma distributed with mean ``1 / rate`` and a coefficient of variation of
+    ``sqrt(burstiness)``: 1 is a Poisson process, 0 is even spacing, more is burstier.
+
+    Args:
+        rate: requests per second.
+        burstiness: the gaps' variance over their squared mean.
+    """
+    if burstiness == 0:
+        return [index / rate for index in range(count)]
+    gaps = np.random.default_rng([seed, 1]).gamma(1 / burstiness, burstiness / rate, size=count)
+    times: list[float] = np.cumsum(gaps).tolist()
+    return times
+
 
 _FIRST_TOKEN = 10  # the lowest ids are often special tokens
 _MAX_REQUESTS = 10_000_000

@@ -21,8 +21,8 @@ from hbserve.engine.step_board import StepBoard
 from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
+from hbserve.model_spec import DTYPES, ModelSpec
 from hbserve.models.loader import fill_dummy_weights, load_weights
-from hbserve.models.spec import DTYPES, ModelSpec
 from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
 

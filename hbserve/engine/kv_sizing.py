@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hbserve.config import Config
 from hbserve.errors import ConfigError
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 CPU_DEFAULT_BYTES = 4 << 30

@@ -23,11 +23,11 @@ from hbserve.engine.staging import reserve_pinned_memory
 from hbserve.engine.step_board import StepBoard
 from hbserve.layers.parallel import TensorParallel
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
+from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
-from hbserve.models.spec import ModelSpec
 from hbserve.platform import Platform
+from hbserve.process.stopwatch import Stopwatch
 from hbserve.sampling_params import SamplingParams
-from hbserve.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.overlap import overlaps
+from hbserve.attention.overlap import overlaps
 
 
 @triton.jit

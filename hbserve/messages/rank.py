@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from hbserve.messages.base import Message
 from hbserve.messages.transfer import Peer, TransferCommand, TransferReply
 from hbserve.messages.worker import InstanceFailed, StepLost, StepResult
+
+
+class Sleep(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process falls asleep.
+
+    Attributes:
+        model: the folder of the model that it will run; None: it will be told what the model is.
+        on_gpu: whether to import what only a GPU needs.
+        yields: its imports are in no hurry, and leave the cores to what serves meanwhile.
+    """
+
+    model: str | None
+    on_gpu: bool
+    yields: bool
 
 
 class BeginEpoch(Message, frozen=True):

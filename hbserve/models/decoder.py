@@ -11,7 +11,7 @@ from hbserve.attention.base import Attention
 from hbserve.layers.ops import ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hbserve.errors import ModelError
+from hbserve.model_spec import ModelSpec
 from hbserve.models.loader import checkpoint_files
-from hbserve.models.spec import ModelSpec
 
 _SAMPLE_BYTES = 256
 _NUM_CHARACTERS = 16

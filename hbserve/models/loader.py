@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hbserve.errors import ModelError
-from hbserve.models.spec import ModelSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.models.weights import CheckpointPart, WeightTable, checkpoint_parts
 
 _INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ import torch
 
 from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
-from hbserve.models.spec import DTYPES, ModelSpec
+from hbserve.model_spec import DTYPES, ModelSpec
 
 ALIGNMENT_BYTES = 256
 """Of every parameter in the arena: what vectorised loads and the tensor memory accelerator like."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hbserve.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from hbserve.pd_disagg.config import KVTransferBackend, PdDisaggConfig
+    from hbserve.config.flat import KVTransferBackend, PdDisaggConfig
     from hbserve.system.disaggregated_llm import DisaggregatedLLM
     from hbserve.system.llm import LLM
 
@@ -21,8 +21,8 @@ __getattr__: Any = lazy_attributes(
     {
         "LLM": "hbserve.system.llm",
         "DisaggregatedLLM": "hbserve.system.disaggregated_llm",
-        "KVTransferBackend": "hbserve.pd_disagg.config",
-        "PdDisaggConfig": "hbserve.pd_disagg.config",
+        "KVTransferBackend": "hbserve.config.flat",
+        "PdDisaggConfig": "hbserve.config.flat",
     },
     __name__,
 )

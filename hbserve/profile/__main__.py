@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 
 from hbserve import PdDisaggConfig
-from hbserve.bench import pictures
-from hbserve.bench.model_folder import default_load_format, find_model
+from hbserve.bench import serve_plots
+from hbserve.bench.model_cost import default_load_format, find_model
 from hbserve.bench.offline_options import check_new_file
 from hbserve.config import Config
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.profile.bench import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
 from hbserve.profile.plot import plot
-from hbserve.semi_pd.step_profile import StepProfile
+from hbserve.slo.step_profile import StepProfile
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         check_new_file("--out", arguments.out)
         check_new_file("--plot", arguments.plot)
         if arguments.plot is not None:
-            pictures.check("--plot", arguments.plot)
+            serve_plots.check("--plot", arguments.plot)
         profile = _profile(arguments)
         profile.save(arguments.out)
         if arguments.plot is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hbserve.config import Config
 from hbserve.profile.processes import ProfiledDevice, StepperProcess
 from hbserve.profile.stepper import Measured, Work
-from hbserve.semi_pd.step_profile import DecodePoint, MixedPoint, PrefillPoint, StepProfile, TogetherPoint
+from hbserve.slo.step_profile import DecodePoint, MixedPoint, PrefillPoint, StepProfile, TogetherPoint
 
 
 @dataclass(frozen=True, kw_only=True)

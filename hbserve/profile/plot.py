@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hbserve.bench import pictures
-from hbserve.semi_pd.step_profile import StepProfile
+from hbserve.bench import serve_plots
+from hbserve.slo.step_profile import StepProfile
 
 
 def plot(profile: StepProfile, path: Path) -> None:
@@ -18,7 +18,7 @@ def plot(profile: StepProfile, path: Path) -> None:
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    pictures.check("--plot")
+    serve_plots.check("--plot")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")

@@ -11,8 +11,8 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.platform import mps
+from hbserve.process.threaded_parent import ManagedProcess
 from hbserve.profile.stepper import Measured, Stepper, Work
-from hbserve.semi_pd.managed_process import ManagedProcess
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.utils import semi_pd_system
 

@@ -18,7 +18,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, ModelConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
-from hbserve.pd_disagg import child
+from hbserve.process import child
 from hbserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

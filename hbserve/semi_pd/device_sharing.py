@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.pd_disagg import ending_core
 from hbserve.platform import mps
+from hbserve.process import exit_core
 
 
 class DeviceSharing:
@@ -32,7 +32,7 @@ class DeviceSharing:
             # Idle OpenMP threads spin otherwise, on cores that the other phase's workers need: steps took
             # ten times as long.
             return {"OMP_WAIT_POLICY": "passive"}
-        ending_core.set_apart()
+        exit_core.set_apart()
         self._daemon = mps.MpsDaemon()
         self._daemon.start()
         environment = self._daemon.environment | {

@@ -1,6 +1,6 @@
 """Metrics for schedulers other than ours, and of several processes together.
 
-`hbserve.pd_disagg.cpu_scheduler.CpuScheduler` reports by itself, to its ``metrics.collector``.
+`hbserve.scheduler.scheduler.CpuScheduler` reports by itself, to its ``metrics.collector``.
 """
 
 from __future__ import annotations

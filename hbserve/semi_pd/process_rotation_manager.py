@@ -7,6 +7,8 @@ end (`rotation`). Crash recovery is the same thing without a plan for it (`recov
 
 Threads: one supervisor does rotations and recoveries, one after the other; each child has a watcher,
 which only changes the books and wakes the supervisor.
+
+What `ProcessRotationManager.get_status` says of processes and rotations, as plain data.
 """
 
 from __future__ import annotations
@@ -17,29 +19,68 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError, StartupError
-from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.supervision import InstanceSupervisor
+from hbserve.process.supervision import InstanceSupervisor
+from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.semi_pd.device_sharing import DeviceSharing
 from hbserve.semi_pd.recovery import Recovery
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.rotation import Rotation
-from hbserve.semi_pd.rotation_status import rotation_status
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.semi_pd.slo_service import check_slo, make_controller
-from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
-from hbserve.semi_pd.utils import ROLES, semi_pd_system
+from hbserve.semi_pd.utils import PHASES, ROLES, semi_pd_system, share_of
+from hbserve.semi_pd.worker_set import WorkerState
 from hbserve.semi_pd.workforce import State, Workforce
+from hbserve.slo.sm_allocation import SMAllocation
+
+logger = logging.getLogger(__name__)
+
+
+def rotation_status(
+    workforce: Workforce, rotation: Rotation, recovery: Recovery, requested: SMAllocation | None
+) -> dict[str, Any]:
+    """State, split, processes and counts; with the books' lock held."""
+    workers = list(workforce.workers.workers.values()) if workforce.workers is not None else []
+    active = [worker for worker in workers if worker.state is WorkerState.ACTIVE]
+    shares = {
+        str(phase): worker.as_dict()
+        for phase in PHASES
+        for worker in active
+        if worker.rung == (phase, share_of(workforce.allocation, phase))
+    }
+    return {
+        "instance_id": workforce.instance.instance_id,
+        "state": str(workforce.state),
+        "current_sm_allocation": asdict(workforce.allocation),
+        "requested_sm_allocation": None if requested is None else asdict(requested),
+        "switch_requested": requested is not None,
+        "active_processes": shares,
+        "workers": [worker.as_dict() for worker in workers],
+        "sleepers": workforce.workers.sleepers() if workforce.workers is not None else [],
+        "warm_percentages": {
+            str(role): sorted({p for other, p in (w.rung for w in active) if other is role}) for role in ROLES
+        },
+        "resident_manager": workforce.residents.get_status(),
+        "statistics": {
+            "rotations": rotation.num_done,
+            "failed_rotations": rotation.num_failed,
+            "last_rotation_s": rotation.last_s,
+            "replaced_workers": workforce.num_replaced,
+            "recoveries": recovery.num_done,
+        },
+        "last_error": workforce.last_error,
+    }
+
 
 __all__ = ["ProcessRotationManager", "SMAllocation"]
 
-logger = logging.getLogger(__name__)
 
 _END_TIMEOUT_S = 20.0
 _POLL_S = 0.2

@@ -19,7 +19,7 @@ import msgspec
 
 from hbserve.config import Config
 from hbserve.errors import HBServeError
-from hbserve.pd_disagg import child
+from hbserve.process import child
 
 EXIT_DEVICE_FAILED = 73
 
@@ -35,7 +35,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
     from hbserve.engine.arenas import share_arenas
     from hbserve.engine.kv_sizing import KVSize
     from hbserve.layers.parallel import TensorParallel
-    from hbserve.models.spec import ModelSpec
+    from hbserve.model_spec import ModelSpec
     from hbserve.platform import make_platform
 
     def agree(size: KVSize) -> KVSize:

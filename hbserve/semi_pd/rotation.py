@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 from hbserve.config import InstanceRole
-from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import PHASES, share_of
 from hbserve.semi_pd.worker_set import WorkerState
 from hbserve.semi_pd.workforce import Workforce
+from hbserve.slo.sm_allocation import SMAllocation
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from hbserve.cluster_key import ClusterKey
 from hbserve.messages.admin import GetWindow, Window
 from hbserve.messages.client import SchedulerReply
 from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
 from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.rpc.cluster_key import ClusterKey
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from collections import deque
 from typing import Any, Protocol
 
 from hbserve.metrics.window_metrics import AggregatedMetrics
-from hbserve.semi_pd.latency_model import LatencyModel
-from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
-from hbserve.semi_pd.slo_window import window_of
-from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.split_policy import Decision, SplitPolicy, Warm
-from hbserve.semi_pd.step_times import StepTimes
+from hbserve.slo.constraints import SLOConstraints, SplitBounds
+from hbserve.slo.latency_model import LatencyModel
+from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.split_policy import Decision, SplitPolicy, Warm
+from hbserve.slo.step_times import StepTimes
+from hbserve.slo.workload import window_of
 
 __all__ = ["SLOAwareResourceController", "SLOConstraints", "SplitBounds"]
 

@@ -7,16 +7,16 @@ import time
 from typing import Any, Protocol
 
 from hbserve.config import Config
-from hbserve.config_semi_pd import SLOConfig
+from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
-from hbserve.semi_pd.builtin_profile import H200_8B
-from hbserve.semi_pd.latency_model import LatencyModel
 from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
-from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
-from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.step_profile import StepProfile
-from hbserve.semi_pd.step_times import StepTimes
+from hbserve.slo.builtin_profile import H200_8B
+from hbserve.slo.constraints import SLOConstraints, SplitBounds
+from hbserve.slo.latency_model import LatencyModel
+from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.step_profile import StepProfile
+from hbserve.slo.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.config import Config, InstanceConfig, InstanceRole, from_dict
+from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError
-from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.platform import Partition
-from hbserve.semi_pd.sm_allocation import SMAllocation
+from hbserve.slo.sm_allocation import SMAllocation
 
 __all__ = ["PHASES", "ROLES", "InstanceRole", "partition_of", "semi_pd_system", "share_of"]
 
@@ -34,7 +34,7 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
         raise ConfigError(f"gpu_instances: there is no semi_pd instance on GPU {gpu_id}", "gpu_instances")
     instance = InstanceConfig(instance_id="semi-0", instance_type=InstanceRole.SEMI_PD, gpu_id=gpu_id, kv_rank=0)
     document = msgspec.to_builtins(config) | {"mode": "semi_pd", "gpu_instances": [msgspec.to_builtins(instance)]}
-    complete = Config.from_dict(document)
+    complete = from_dict(document)
     return complete, complete.instance(instance.instance_id)
 
 

@@ -1,4 +1,4 @@
-"""A worker of one phase, and before that a sleeper (`hbserve.pd_disagg.sleep`), with the other ranks of its group."""
+"""A worker of one phase, and before that a sleeper (`hbserve.worker.standby`), with the other ranks of its group."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
-from hbserve.pd_disagg import child
-from hbserve.pd_disagg.rank_group import RankGroup
-from hbserve.pd_disagg.sleep import Sleep, sleep
+from hbserve.messages.rank import Sleep
 from hbserve.platform import Partition
-from hbserve.stopwatch import Stopwatch
+from hbserve.process import child
+from hbserve.process.stopwatch import Stopwatch
+from hbserve.worker.rank_group import RankGroup
+from hbserve.worker.standby import sleep
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
 
 def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch) -> int:
     from hbserve.engine.arenas import ArenaAttachment
-    from hbserve.pd_disagg.gpu_instance import SharedDevice
-    from hbserve.pd_disagg.instance_process import run_worker
+    from hbserve.worker.gpu_instance import SharedDevice
+    from hbserve.worker.process import run_worker
 
     attachments = msgspec.convert(order.attachments, list[ArenaAttachment])
     config = msgspec.structs.replace(

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.messages.rank import Sleep
 from hbserve.messages.supervisor import WorkerSpec
-from hbserve.pd_disagg.sleep import Sleep
-from hbserve.semi_pd.managed_process import ManagedProcess
+from hbserve.process.threaded_parent import ManagedProcess
 from hbserve.semi_pd.utils import partition_of
 from hbserve.semi_pd.worker_process import WakeUp
 

@@ -17,12 +17,12 @@ from enum import StrEnum
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.messages.supervisor import SetWorkers
-from hbserve.semi_pd.managed_process import ManagedProcess
-from hbserve.semi_pd.resident_group import ResidentGroup
+from hbserve.process.threaded_parent import ManagedProcess
+from hbserve.semi_pd.resident_process_manager import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
-from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.semi_pd.utils import PHASES, ROLES, share_of
 from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
+from hbserve.slo.sm_allocation import SMAllocation
 
 logger = logging.getLogger(__name__)
 

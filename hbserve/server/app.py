@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 
 from hbserve.config import InstanceRole, ServerConfig
 from hbserve.errors import EngineDeadError, InvalidRequestError
-from hbserve.pd_disagg.engine_client import EngineClient
-from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.text_engine import TextEngine
 from hbserve.server import errors
 from hbserve.server.chat import create_chat_completion
 from hbserve.server.chat_protocol import ChatCompletionRequest
@@ -121,7 +121,7 @@ def create_app(
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        """The operator's view: counts, instances and links; see `hbserve.pd_disagg.system_stats.SystemStats`."""
+        """The operator's view: counts, instances and links; see `hbserve.scheduler.stats.SystemStats`."""
         return await client.stats(STATS_TIMEOUT_S)
 
     @app.post("/v1/instances/{instance_id}/role")

@@ -13,8 +13,8 @@ from fastapi import Response
 from starlette.types import Receive
 
 from hbserve.errors import InvalidRequestError
-from hbserve.pd_disagg.generation_output import Sample, SampleDelta
-from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.frontend.outputs import Sample, SampleDelta
+from hbserve.frontend.text_engine import TextEngine
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.connection import EventStream, while_connected
 from hbserve.server.generation import Deadline, Generation

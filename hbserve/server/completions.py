@@ -11,8 +11,8 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive
 
-from hbserve.pd_disagg.generation_output import Sample, SampleDelta
-from hbserve.pd_disagg.text_engine import TextEngine
+from hbserve.frontend.outputs import Sample, SampleDelta
+from hbserve.frontend.text_engine import TextEngine
 from hbserve.server.connection import EventStream, while_connected
 from hbserve.server.generation import Deadline, Generation
 from hbserve.server.logprobs import CompletionLogprobs

@@ -8,9 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from hbserve.errors import RequestTimeoutError
-from hbserve.pd_disagg.generation_output import Sample, SampleDelta
-from hbserve.pd_disagg.text_engine import Prompt, TextEngine
-from hbserve.pd_disagg.text_stream import TextStream
+from hbserve.frontend.outputs import Sample, SampleDelta, TextStream
+from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.sampling_params import SamplingParams
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hbserve import log_format
 from hbserve.config import ServerConfig
 from hbserve.errors import HBServeError, ShuttingDownError
+from hbserve.process import log_format
 from hbserve.server.errors import ClientGone, ForbiddenError, UnauthorizedError, api_error
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.generation import Deadline

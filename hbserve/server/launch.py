@@ -9,10 +9,9 @@ import ssl
 
 import msgspec
 
-from hbserve import event_loop
 from hbserve.config import Config, ServerConfig
 from hbserve.errors import ConfigError, ShuttingDownError
-from hbserve.pd_disagg import child, ending_core
+from hbserve.process import child, event_loop, exit_core
 from hbserve.server import live_page, semi_pd_routes
 from hbserve.server.app import create_app
 from hbserve.server.fair_gate import FairGate
@@ -82,7 +81,7 @@ async def _serve(config: Config, with_instances: bool) -> int:
 
         def on_listening(actual_port: int) -> None:
             child.freeze_heap()
-            ending_core.keep_off()
+            exit_core.keep_off()
             # For people and for programs that start us: the one line on standard output.
             scheme = "http" if tls is None else "https"
             print(f"HBServe is ready: {scheme}://{server.host}:{actual_port} (model {config.served_name})", flush=True)

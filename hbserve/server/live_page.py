@@ -12,9 +12,9 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
 from hbserve.errors import EngineDeadError
-from hbserve.pd_disagg.engine_client import EngineClient
-from hbserve.pd_disagg.text_engine import TextEngine
-from hbserve.pd_disagg.text_processes import TextProcesses
+from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.text_engine import TextEngine
+from hbserve.frontend.text_pool import TextProcesses
 from hbserve.server.fair_gate import FairGate
 
 FOLDER = Path(__file__).parent / "page"

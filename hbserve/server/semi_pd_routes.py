@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from hbserve.errors import ConfigError, InvalidRequestError, OverloadedError
-from hbserve.pd_disagg.supervision import InstanceSupervisor
+from hbserve.process.supervision import InstanceSupervisor
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
-from hbserve.semi_pd.sm_allocation import SMAllocation
 from hbserve.server.protocol import AllocationRequest
+from hbserve.slo.sm_allocation import SMAllocation
 
 
 def rotation_counts(supervisors: dict[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:

@@ -13,12 +13,12 @@ from hbserve.bench.traces import load_trace
 from hbserve.bench.workload import LengthRange
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
-from hbserve.semi_pd.builtin_profile import H200_8B
-from hbserve.semi_pd.step_profile import StepProfile
-from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import ANY_RATIO, FORMS, Outcome, Setting, System, find_highest_rate, plan, simulate
+from hbserve.slo.builtin_profile import H200_8B
+from hbserve.slo.step_profile import StepProfile
+from hbserve.slo.step_times import StepTimes
 
 DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
 _HEADER = (

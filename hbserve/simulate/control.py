@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hbserve.metrics.window_metrics import AggregatedMetrics
-from hbserve.semi_pd.latency_model import LatencyModel
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
-from hbserve.semi_pd.slo_constraints import SLOConstraints, SplitBounds
-from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.split_policy import Warm
-from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.units import SemiPDUnit
+from hbserve.slo.constraints import SLOConstraints, SplitBounds
+from hbserve.slo.latency_model import LatencyModel
+from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.split_policy import Warm
+from hbserve.slo.step_times import StepTimes
 
 _ALL = tuple(range(5, 101, 5))
 

@@ -6,13 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from hbserve.config_semi_pd import MIXED_PACE
-from hbserve.pd_disagg.mixed_steps import MixedSteps, StepRoom, spare_s
-from hbserve.pd_disagg.plan_timing import StepWork
-from hbserve.semi_pd.step_times import StepTimes
+from hbserve.config.semi_pd import MIXED_PACE
+from hbserve.policy.mixed_step_budget import MixedSteps, StepRoom, spare_s
+from hbserve.policy.step_forecast import StepWork
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.phases import Chunks, PlanAhead, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
+from hbserve.slo.step_times import StepTimes
 
 
 class MixedPhase:

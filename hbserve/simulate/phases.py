@@ -1,6 +1,6 @@
 """A prefill worker and a decode worker, step by step, on the simulated clock.
 
-The rules are the scheduler's (`hbserve.pd_disagg.step_planner`): prompts in its policy's order, each with
+The rules are the scheduler's (`hbserve.scheduler.step_planner`): prompts in its policy's order, each with
 one chunk per step up to the step's budget; all decoding sequences in every decode step. Decode steps of
 an unchanged batch are one event.
 """
@@ -14,13 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
-from hbserve.pd_disagg.mixed_steps import spare_s
-from hbserve.pd_disagg.plan_timing import PlanTiming, StepForecast, StepWork
-from hbserve.pd_disagg.prefill_pace import PrefillPace
-from hbserve.pd_disagg.queue_policy import QueuePolicy, make_policy
-from hbserve.semi_pd.step_times import StepTimes
+from hbserve.policy.dispatch_timer import PlanTiming
+from hbserve.policy.mixed_step_budget import spare_s
+from hbserve.policy.prefill_rate import PrefillPace
+from hbserve.policy.queue_policy import QueuePolicy, make_policy
+from hbserve.policy.step_forecast import StepForecast, StepWork
 from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.requests import SimulatedRequest
+from hbserve.slo.step_times import StepTimes
 
 _FCFS = SchedulerConfig()
 _LONGEST_BURST = 64  # decode steps in one event: the context grows meanwhile
@@ -298,7 +299,7 @@ class DecodePhase:
         return len(self._by_end) + len(self._joining)
 
     def least_spare_s(self, target_s: float, interval_s: float) -> float:
-        """Of its sequences; see `hbserve.pd_disagg.mixed_steps.spare_s`."""
+        """Of its sequences; see `hbserve.policy.mixed_step_budget.spare_s`."""
         now, ends = self._clock.now, [(request, end - self._num_steps) for end, _, request in self._by_end]
         spares = (
             spare_s(now, request.first_token_time or now, request.output_tokens - 1, left, target_s, interval_s)

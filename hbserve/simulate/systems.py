@@ -14,14 +14,14 @@ from hbserve.bench.request_record import Targets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.errors import ConfigError
-from hbserve.semi_pd.slo_constraints import SLOConstraints
-from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.step_times import StepTimes
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
+from hbserve.slo.constraints import SLOConstraints
+from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.step_times import StepTimes
 
 FORMS = (
     "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "

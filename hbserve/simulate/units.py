@@ -8,17 +8,17 @@ import math
 from abc import ABC, abstractmethod
 from operator import attrgetter
 
-from hbserve.config_semi_pd import DECODE_PACE, MIXED_PACE
+from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
-from hbserve.pd_disagg.decode_turns import DecodeTurns
-from hbserve.pd_disagg.queue_policy import Prompt, QueuePolicy
-from hbserve.semi_pd.sm_allocation import SMAllocation
-from hbserve.semi_pd.step_times import StepTimes
+from hbserve.policy.decode_throttle import DecodeTurns
+from hbserve.policy.queue_policy import Prompt, QueuePolicy
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.mixing import MixedPhase
 from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
+from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.step_times import StepTimes
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
 _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time

@@ -11,17 +11,17 @@ from typing import Any, Self
 import msgspec
 import zmq
 
-from hbserve.cluster_key import ClusterKey
 from hbserve.config import Config
+from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import EngineDeadError, StartupError
+from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.outputs import GenerationOutput, SampleDelta
+from hbserve.frontend.text_engine import Prompt, TextEngine
+from hbserve.frontend.text_pool import TextProcesses
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
-from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.engine_client import EngineClient
-from hbserve.pd_disagg.generation_output import GenerationOutput, SampleDelta
-from hbserve.pd_disagg.supervision import InstanceSupervisor
-from hbserve.pd_disagg.text_engine import Prompt, TextEngine
-from hbserve.pd_disagg.text_processes import TextProcesses
+from hbserve.process.supervision import InstanceSupervisor
+from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.system.launcher import Launcher
 from hbserve.system.prompt_batch import as_batch, generate_all
@@ -180,7 +180,7 @@ class DisaggregatedLLM:
         self.engine.abort(request_id)
 
     def get_system_stats(self) -> dict[str, Any]:
-        """The scheduler's books: see `hbserve.pd_disagg.system_stats.SystemStats` for the keys.
+        """The scheduler's books: see `hbserve.scheduler.stats.SystemStats` for the keys.
 
         A short synchronous exchange of its own (about a millisecond), so that it can be called anywhere.
 

@@ -1,6 +1,8 @@
 """Starts the processes of a system, watches over them, and ends them.
 
 The only place that knows every kind of instance: rooms below this one do not know of each other.
+
+Where instances go that nobody has placed.
 """
 
 from __future__ import annotations
@@ -16,17 +18,43 @@ from collections.abc import Callable
 import msgspec
 
 from hbserve.config import Config, InstanceRole
+from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
-from hbserve.pd_disagg import ending_core
-from hbserve.pd_disagg.child import EXIT_DISMISSED
-from hbserve.pd_disagg.child_process import ChildProcess
-from hbserve.pd_disagg.rpc import instance_address, scheduler_address
-from hbserve.pd_disagg.supervision import InstanceSupervisor, Supervision
 from hbserve.platform import mps
+from hbserve.platform.mps import num_visible_gpus
+from hbserve.process import exit_core
+from hbserve.process.child import EXIT_DISMISSED
+from hbserve.process.parent import ChildProcess
+from hbserve.process.supervision import InstanceSupervisor, Supervision
+from hbserve.rpc.instance_line import instance_address, scheduler_address
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
-from hbserve.system.gpu_fit import fit_to_gpus
 
 logger = logging.getLogger(__name__)
+
+
+def fit_to_gpus(config: Config) -> Config:
+    """The configuration for this machine: default instances share GPUs where there are too few for all of them.
+
+    Instances that somebody has placed stay where they are, and say so themselves if there is no such GPU.
+    """
+    instances = config.gpu_instances
+    if len(instances) == 1 or config.model.device == "cpu" or config.launcher == "ray":
+        return config
+    if instances != default_instances(config.mode, config.model.tensor_parallel_size):
+        return config
+    count = num_visible_gpus()
+    largest = max(instance.num_ranks for instance in instances)
+    if count < largest or all(instance.gpu_id + instance.num_ranks <= count for instance in instances):
+        return config  # none at all is a CPU, and too few for one instance is what it will say
+    names = " and ".join(instance.instance_id for instance in instances)
+    logger.warning("%s share GPU 0: this machine has %d; mode semi_pd is made for that", names, count)
+    shared = tuple(msgspec.structs.replace(instance, gpu_id=0) for instance in instances)
+    # Each takes its part of what is free, and none knows whether the others have taken theirs.
+    performance = msgspec.structs.replace(
+        config.performance, memory_fraction=config.performance.memory_fraction / len(instances)
+    )
+    return msgspec.structs.replace(config, gpu_instances=shared, performance=performance)
+
 
 _RESTART_WINDOW_S = 600.0
 _SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
@@ -70,7 +98,7 @@ class Launcher:
         """Before anything is started, where workers will end while others serve; takes as long as asking for GPUs."""
         shares = any(instance.instance_type is InstanceRole.SEMI_PD for instance in self.config.gpu_instances)
         if self._with_instances and shares and self.config.model.device != "cpu" and mps.gpus():
-            ending_core.set_apart()
+            exit_core.set_apart()
 
     def make_run_dir(self) -> str:
         """The folder of the system's sockets; `stop` removes it, or the scheduler if the launcher is killed."""
@@ -88,7 +116,7 @@ class Launcher:
         config = msgspec.to_builtins(self.config)
         scheduler = ChildProcess(
             "the scheduler",
-            "hbserve.pd_disagg.scheduler_process",
+            "hbserve.scheduler.process",
             {
                 "config": config,
                 "client_address": client_address,
@@ -100,7 +128,7 @@ class Launcher:
         if self._with_instances:
             for name, address in addresses.items():
                 orders = {"config": config, "instance_id": name, "address": address}
-                self._children.append(ChildProcess(name, "hbserve.pd_disagg.instance_process", orders))
+                self._children.append(ChildProcess(name, "hbserve.worker.process", orders))
             if by_ray:
                 orders = {"config": config, "scheduler": client_address}
                 self._children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))

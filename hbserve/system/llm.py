@@ -11,11 +11,11 @@ from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
+from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import EngineDeadError
-from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.generation_output import GenerationOutput
-from hbserve.pd_disagg.supervision import InstanceSupervisor
-from hbserve.pd_disagg.text_engine import Prompt
+from hbserve.frontend.outputs import GenerationOutput
+from hbserve.frontend.text_engine import Prompt
+from hbserve.process.supervision import InstanceSupervisor
 from hbserve.sampling_params import SamplingParams
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 from hbserve.system.prompt_batch import as_batch, generate_all
@@ -86,7 +86,7 @@ class LLM:
         return self._run(self._generate(list(prompts), sampling_params, use_tqdm))
 
     def get_system_stats(self) -> dict[str, Any]:
-        """The scheduler's books: see `hbserve.pd_disagg.system_stats.SystemStats` for the keys."""
+        """The scheduler's books: see `hbserve.scheduler.stats.SystemStats` for the keys."""
         return self._llm.get_system_stats()
 
     @property

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hbserve.pd_disagg.generation_output import GenerationOutput
-from hbserve.pd_disagg.text_engine import Prompt, TextEngine
+from hbserve.frontend.outputs import GenerationOutput
+from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.sampling_params import SamplingParams
 
 

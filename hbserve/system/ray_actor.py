@@ -11,8 +11,8 @@ import os
 import time
 
 from hbserve.errors import StartupError
-from hbserve.pd_disagg.child import EXIT_DISMISSED
-from hbserve.pd_disagg.child_process import ChildProcess
+from hbserve.process.child import EXIT_DISMISSED
+from hbserve.process.parent import ChildProcess
 
 _RESTART_DELAY_S = 1.0
 _EXIT_FALLEN = 70

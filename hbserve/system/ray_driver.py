@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.config_checks import is_loopback
+from hbserve.config.validation import is_loopback
 from hbserve.errors import StartupError
-from hbserve.pd_disagg import child
+from hbserve.process import child
 from hbserve.system.ray_actor import InstanceActor
 
 logger = logging.getLogger(__name__)

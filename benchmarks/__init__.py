@@ -1,0 +1,1 @@
+"""Experiments behind docs/results. They use the public API and are not installed."""

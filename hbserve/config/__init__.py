@@ -1,0 +1,48 @@
+"""The one configuration of a system: frozen, validated when made, the same in every process.
+
+`load` reads a YAML file and `from_dict` takes plain data; both return a `Config`. Errors name the key,
+the file, the line and the nearest valid name. The flat, mutable builder that Python users know is
+`hbserve.pd_disagg.PdDisaggConfig`; it ends in a `Config` too.
+"""
+
+from hbserve.config.sections import (
+    ChunkedPrefillConfig,
+    Config,
+    CudaGraphConfig,
+    InstanceConfig,
+    InstanceRole,
+    KVTransferConfig,
+    LoggingConfig,
+    Mode,
+    ModelConfig,
+    PerformanceConfig,
+    RpcConfig,
+    SchedulerConfig,
+    ServerConfig,
+    TelemetryConfig,
+)
+from hbserve.config.semi_pd import LadderConfig, SemiPDConfig, SLOConfig
+from hbserve.config.validation import from_dict
+from hbserve.config.yaml_file import load
+
+__all__ = [
+    "ChunkedPrefillConfig",
+    "Config",
+    "CudaGraphConfig",
+    "InstanceConfig",
+    "InstanceRole",
+    "KVTransferConfig",
+    "LadderConfig",
+    "LoggingConfig",
+    "Mode",
+    "ModelConfig",
+    "PerformanceConfig",
+    "RpcConfig",
+    "SLOConfig",
+    "SchedulerConfig",
+    "SemiPDConfig",
+    "ServerConfig",
+    "TelemetryConfig",
+    "from_dict",
+    "load",
+]

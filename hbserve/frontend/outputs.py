@@ -1,0 +1,196 @@
+"""What one request's samples have grown by, from where it is found out to where it is read.
+
+What a text request yields: deltas while it runs, and its result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import TypedDict
+
+import msgspec
+
+from hbserve.errors import HBServeError
+from hbserve.messages.base import TokenLogprobs
+
+
+class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What one sample has grown by.
+
+    Attributes:
+        index: which of the n samples.
+        text: new text; empty while it may be the beginning of a stop string or half a character.
+        token_ids: new tokens, the end token or the stop string's included.
+        logprobs: one per token, if asked for.
+        finish_reason: ``stop``, ``length``, ``abort``, or None while it goes on.
+        stop_reason: the stop string or the request's stop token that ended it; None if the model's
+            own end token did.
+        num_cached_tokens: prompt tokens whose KV was in the prefix cache (first delta only).
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class SampleOutput(TypedDict):
+    """One sample of a finished request, for Python users.
+
+    ``logprobs`` has one dict per token: log-probabilities by token id, of the chosen token and of as
+    many most likely ones as were asked for; None if none were.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: str | int | None
+    logprobs: list[dict[int, float]] | None
+
+
+class GenerationOutput(TypedDict):
+    """A finished request, for Python users: the first sample's values, and all ``samples``."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: str | int | None
+    logprobs: list[dict[int, float]] | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    samples: list[SampleOutput]
+
+
+class Sample(msgspec.Struct, kw_only=True):
+    """All deltas of one sample together; the same fields."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str = ""
+    stop_reason: str | int | None = None
+
+    def add(self, delta: SampleDelta) -> None:
+        """Append what is new."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason or ""
+        self.stop_reason = delta.stop_reason
+
+    def to_output(self) -> SampleOutput:
+        """The plain form for Python users."""
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs = [
+                {**dict(zip(entry.top_ids, entry.top, strict=True)), token_id: entry.token}
+                for token_id, entry in zip(self.token_ids, self.logprobs, strict=True)
+            ]
+        return {
+            "index": self.index,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+            "logprobs": logprobs,
+        }
+
+
+class TextStream:
+    """The deltas of all samples of one request, as they come.
+
+    A reader that is slow, or a burst of tokens, finds several deltas of a sample merged into one: what
+    waits to be read is bounded by the output itself.
+
+    Args:
+        num_samples: the stream is over when so many have a finish reason.
+        on_close: called once, when it is closed.
+
+    Attributes:
+        prompt_token_ids: one list per prompt.
+    """
+
+    def __init__(self, num_samples: int, on_close: Callable[[], None]) -> None:
+        self.prompt_token_ids: list[list[int]] = []
+        self._num_open = num_samples
+        self._on_close = on_close
+        self._waiting: dict[int, SampleDelta] = {}
+        self._error: HBServeError | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._closed = False
+
+    def push(self, delta: SampleDelta) -> None:
+        """Add what a sample has grown by."""
+        before = self._waiting.get(delta.index)
+        self._waiting[delta.index] = delta if before is None else _merge(before, delta)
+        if delta.finish_reason is not None:
+            self._num_open -= 1
+        self._wake()
+
+    def fail(self, error: HBServeError) -> None:
+        """End the stream with an error, once what has come before has been read."""
+        self._error = self._error or error
+        self._wake()
+
+    async def read(self) -> list[SampleDelta]:
+        """Everything new, at most one delta per sample; empty when all samples are finished.
+
+        Raises:
+            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: when it happened.
+        """
+        while True:
+            if self._waiting:
+                deltas = list(self._waiting.values())
+                self._waiting.clear()
+                return deltas
+            if self._error is not None:
+                raise self._error
+            if self._num_open <= 0:
+                return []
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+
+    async def deltas(self) -> AsyncGenerator[SampleDelta]:
+        """All deltas to the end; closing the iteration closes the stream. Errors as in `read`."""
+        try:
+            while deltas := await self.read():
+                for delta in deltas:
+                    yield delta
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Nobody reads any more: what is still open is aborted. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._on_close()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+def _merge(first: SampleDelta, second: SampleDelta) -> SampleDelta:
+    logprobs = first.logprobs
+    if second.logprobs is not None:
+        logprobs = [*(first.logprobs or []), *second.logprobs]
+    return msgspec.structs.replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=logprobs,
+        num_cached_tokens=first.num_cached_tokens + second.num_cached_tokens,
+    )

@@ -1,0 +1,389 @@
+"""Text in, text out, over an `EngineClient`: the one place where prompts are checked, n samples are
+made of one request, and tokens become text."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError, RequestFailedError
+from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.outputs import GenerationOutput, Sample, SampleDelta, TextStream
+from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.messages.text import OutputText, TextStreamOptions
+from hbserve.sampling_params import SamplingParams
+from hbserve.tokenizer import ChatMessage, Tokenizer
+from hbserve.tokenizer.text_service import LocalText, TextService
+
+Prompt = str | list[int]
+
+SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: spreads the seeds of n samples
+
+
+class _OpenRequest:
+    """The ids under which the scheduler knows a request's samples."""
+
+    def __init__(self, sample_ids: list[str]) -> None:
+        self.sample_ids = sample_ids
+        self.aborted = False
+        self.stream: TextStream | None = None
+
+
+class TextEngine:
+    """Serves prompts as text or token ids; every user of a scheduler's client goes through it.
+
+    Args:
+        client: connected; the engine lives in its event loop.
+        max_model_len: most tokens of prompt and output together.
+        vocab_size: of the model; token ids in prompts must be below it.
+        text: does the encoding and decoding; default: this process.
+        max_prompt_tokens: longer prompts are refused; default: what the context holds.
+        max_samples: more of one request are refused, since not all of them could wait; default: no limit.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        vocab_size: int,
+        text: TextService | None = None,
+        max_prompt_tokens: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.text = text or LocalText(tokenizer)
+        self._client = client
+        self._open: dict[str, _OpenRequest] = {}
+        self._serial = itertools.count()
+        self._max_prompt_tokens = max_prompt_tokens
+        self._max_samples = max_samples
+        self._ended: HBServeError | None = None
+
+    async def open(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, request_id: str | None = None
+    ) -> TextStream:
+        """Start generating for prompts that belong together.
+
+        Args:
+            request_id: a name for `abort`, unique among the open ones; default: a random one.
+
+        Returns:
+            A stream that must be closed; its sample ``p * n + i`` is sample i of prompt p.
+
+        Raises:
+            InvalidRequestError: naming the parameter that cannot be honoured.
+            EngineDeadError: if the scheduler is gone.
+        """
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
+        if request_id in self._open:
+            raise InvalidRequestError(f"request id {request_id!r} is in use", "request_id")
+        # The number keeps late outputs of an ended request from a new one of the same name.
+        num_samples = len(prompts) * sampling.n
+        if self._max_samples is not None and num_samples > self._max_samples:
+            raise InvalidRequestError(
+                f"{num_samples} samples at once are more than can wait here ({self._max_samples}: "
+                "performance.max_waiting_requests)",
+                "n" if sampling.n > 1 else "prompt",
+            )
+        opened = _OpenRequest([f"{request_id}-{index}-{next(self._serial)}" for index in range(num_samples)])
+        self._open[request_id] = opened
+        samples: list[_Sample] = []
+
+        def close() -> None:
+            self._open.pop(request_id, None)
+            for sample in samples:
+                sample.close()
+
+        stream = opened.stream = TextStream(num_samples, close)
+        try:
+            await self._check_sampling(sampling)
+            for prompt in prompts:
+                token_ids = await self._prompt_token_ids(prompt)
+                first = len(stream.prompt_token_ids) * sampling.n
+                stream.prompt_token_ids.append(token_ids)
+                requests = self._requests(token_ids, sampling, opened.sample_ids[first : first + sampling.n])
+                for index, request in enumerate(requests, start=first):
+                    samples.append(_Sample(self, index, request, sampling, stream))
+            if self._ended is not None:
+                raise self._ended
+            for sample in samples:
+                if opened.aborted:  # before the scheduler has heard of it
+                    sample.abort_at_once()
+                else:
+                    sample.start(self._client)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def stream(
+        self, prompt: Prompt, sampling: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[SampleDelta]:
+        """Generate; deltas of all samples as they come. Closing the iteration aborts what is open.
+
+        Raises:
+            InvalidRequestError: before the first delta, naming the parameter that cannot be honoured.
+            OverloadedError, RequestFailedError, EngineDeadError: when it happens.
+        """
+        stream = await self.open([prompt], sampling, request_id)
+        async with aclosing(stream.deltas()) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, request_id: str | None = None
+    ) -> GenerationOutput:
+        """Generate, and return when all samples are finished. Errors as in `stream`."""
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
+        samples = [Sample(index=index) for index in range(sampling.n)]
+        num_prompt_tokens = num_cached_tokens = 0
+        async with aclosing(self.stream(prompt, sampling, request_id)) as deltas:
+            async for delta in deltas:
+                samples[delta.index].add(delta)
+                num_prompt_tokens = delta.num_prompt_tokens
+                num_cached_tokens += delta.num_cached_tokens if delta.index == 0 else 0
+        outputs = [sample.to_output() for sample in samples]
+        first = outputs[0]
+        return {
+            "request_id": request_id,
+            "text": first["text"],
+            "token_ids": first["token_ids"],
+            "finish_reason": first["finish_reason"],
+            "stop_reason": first["stop_reason"],
+            "logprobs": first["logprobs"],
+            "num_prompt_tokens": num_prompt_tokens,
+            "num_cached_tokens": num_cached_tokens,
+            "samples": outputs,
+        }
+
+    async def generate_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        sampling: SamplingParams,
+        request_id: str | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> GenerationOutput:
+        """`generate` the answer to a conversation, by the model's chat template."""
+        return await self.generate(await self.text.encode_chat(messages, tools), sampling, request_id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its samples finish with ``abort``. Unknown ids are ignored: it may just have ended."""
+        opened = self._open.get(request_id)
+        if opened is not None:
+            opened.aborted = True
+            for sample_id in opened.sample_ids:
+                self._client.abort(sample_id)
+
+    def end_all(self, error: HBServeError) -> None:
+        """End every request with this error, and later ones too."""
+        self._ended = error
+        for opened in list(self._open.values()):
+            if opened.stream is not None:
+                opened.stream.fail(error)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            token_ids = await self.text.encode(prompt)
+        elif not isinstance(prompt, Iterable):
+            raise InvalidRequestError(f"the prompt must be text or token ids, got {prompt!r}", "prompt")
+        else:
+            token_ids = list(prompt)
+            self.check_token_ids(token_ids, "prompt")
+        if not token_ids:
+            raise InvalidRequestError("the prompt must not be empty", "prompt")
+        if self._max_prompt_tokens is not None and len(token_ids) > self._max_prompt_tokens:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens; this server takes at most {self._max_prompt_tokens}", "prompt"
+            )
+        if len(token_ids) >= self.max_model_len:
+            raise ContextLengthError(
+                f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {len(token_ids)}, "
+                "and at least one is for the output",
+                "prompt",
+            )
+        return token_ids
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Refuse what is no token of the model.
+
+        Raises:
+            InvalidRequestError: naming ``param``.
+        """
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequestError(f"{param}: token ids must be integers, got {token_id!r}", param)
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequestError(
+                    f"{param}: token id {token_id} is not in the vocabulary of {self.vocab_size} tokens", param
+                )
+
+    async def _check_sampling(self, sampling: SamplingParams) -> None:
+        self.check_token_ids(sampling.stop_token_ids or (), "stop_token_ids")
+        self.check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
+        if sampling.stop_strings and not self.tokenizer.has_text:
+            raise InvalidRequestError("stop strings need a tokenizer, and this model has none", "stop")
+        if sampling.grammar is not None:
+            if not self.tokenizer.end_token_ids:
+                raise InvalidRequestError("the model names no end token, which a grammar needs", "grammar")
+            await self.text.check_grammar(sampling.grammar, self.vocab_size)
+
+    def _requests(self, token_ids: list[int], sampling: SamplingParams, sample_ids: list[str]) -> list[AddRequest]:
+        """One request per sample, with everything resolved that the scheduler should not have to guess."""
+        room = self.max_model_len - len(token_ids)
+        max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
+        if max_tokens > room:
+            raise ContextLengthError(
+                f"this model's maximum context length is {self.max_model_len} tokens; the prompt's {len(token_ids)} "
+                f"and max_tokens={max_tokens} make {len(token_ids) + max_tokens}. "
+                f"Shorten the prompt or ask for at most {room} tokens",
+                "max_tokens",
+            )
+        end_token_ids = set(sampling.stop_token_ids or ())
+        if not sampling.ignore_eos:
+            end_token_ids |= {token_id for token_id in self.tokenizer.end_token_ids if token_id < self.vocab_size}
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        return [
+            AddRequest(
+                request_id=sample_id,
+                prompt_token_ids=token_ids,
+                end_token_ids=sorted(end_token_ids),
+                sampling=msgspec.structs.replace(
+                    sampling,
+                    n=1,
+                    seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
+                    max_tokens=max_tokens,
+                    stop=None,  # text is this side's affair
+                ),
+            )
+            for index, sample_id in enumerate(sample_ids)
+        ]
+
+
+class _Sample:
+    """One sample between the scheduler, which gives tokens, and the text service, which gives text."""
+
+    def __init__(
+        self, engine: TextEngine, index: int, request: AddRequest, sampling: SamplingParams, stream: TextStream
+    ) -> None:
+        self._engine, self._index, self._request = engine, index, request
+        self._sampling, self._stream = sampling, stream
+        self._client: EngineClient | None = None
+        self._outputs: deque[RequestOutput] = deque()  # whose text is being made
+        self._all_token_ids: list[int] = []  # of a sample with a grammar
+        self._ended = False
+        self._check: asyncio.Task[None] | None = None
+
+    def start(self, client: EngineClient) -> None:
+        """Send it to the scheduler."""
+        sampling = self._sampling
+        options = TextStreamOptions(
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop_strings,
+            min_tokens=sampling.min_tokens,
+        )
+        self._text = self._engine.text.open(options, self._on_text)
+        self._client = client
+        client.open(self._request, self._on_output)
+
+    def abort_at_once(self) -> None:
+        """It has been aborted before it was started."""
+        self._ended = True
+        self._push([], OutputText(text="", num_tokens=0), "abort", None)
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        self._end()
+        if self._check is not None:
+            self._check.cancel()
+
+    def _end(self, finish_reason: str = "abort") -> None:
+        if not self._ended:
+            self._ended = True
+            if self._client is not None:
+                self._client.close_request(self._request.request_id, finish_reason)
+                self._text.close()
+
+    def _on_output(self, output: RequestOutput | HBServeError) -> None:
+        if isinstance(output, HBServeError):
+            self._end()
+            self._stream.fail(output)
+        else:
+            self._outputs.append(output)
+            # An end token is counted, but not shown.
+            shown = len(output.token_ids) - (output.finish_reason == "stop")
+            self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
+
+    def _on_text(self, text: OutputText | HBServeError) -> None:
+        if isinstance(text, HBServeError):
+            self._end()
+            self._stream.fail(text)
+            return
+        output = self._outputs.popleft()
+        if self._ended:
+            return
+        token_ids, finish_reason = output.token_ids[: text.num_tokens], output.finish_reason
+        stop_reason: str | int | None = None
+        if text.stop_string is not None:
+            finish_reason, stop_reason = "stop", text.stop_string
+        elif finish_reason == "stop" and token_ids and token_ids[-1] in (self._sampling.stop_token_ids or ()):
+            stop_reason = token_ids[-1]
+        if finish_reason is not None:
+            self._end("stop")
+        if self._sampling.grammar is not None:
+            self._all_token_ids += token_ids
+            if finish_reason == "stop" and stop_reason is None:
+                self._check = asyncio.create_task(self._finish_checked(output, text))
+                return
+        self._push(token_ids, text, finish_reason, stop_reason, output)
+
+    async def _finish_checked(self, output: RequestOutput, text: OutputText) -> None:
+        """An end is the grammar's end, or an error: a grammar may have become too complex on the way."""
+        grammar = self._sampling.grammar
+        assert grammar is not None
+        try:
+            token_ids = self._all_token_ids[:-1]
+            problem = await self._engine.text.check_output(grammar, self._engine.vocab_size, token_ids)
+        except HBServeError as error:
+            problem = str(error)
+        if problem is None:
+            self._push(output.token_ids, text, "stop", None, output)
+        else:
+            self._stream.fail(RequestFailedError(problem))
+
+    def _push(
+        self,
+        token_ids: list[int],
+        text: OutputText,
+        finish_reason: str | None,
+        stop_reason: str | int | None,
+        output: RequestOutput | None = None,
+    ) -> None:
+        logprobs = None if output is None else output.logprobs
+        self._stream.push(
+            SampleDelta(
+                index=self._index,
+                text=text.text,
+                token_ids=token_ids,
+                logprobs=None if logprobs is None else logprobs[: len(token_ids)],
+                finish_reason=finish_reason,
+                stop_reason=stop_reason,
+                num_prompt_tokens=len(self._request.prompt_token_ids),
+                num_cached_tokens=0 if output is None else output.num_cached_tokens,
+            )
+        )

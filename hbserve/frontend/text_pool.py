@@ -1,0 +1,113 @@
+"""The tokenizer and detokenizer processes of an API server as one service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import zmq
+
+from hbserve.config import Config
+from hbserve.errors import EngineDeadError
+from hbserve.frontend.text_process import TextProcess
+from hbserve.messages.text import Checked, CheckGrammar, EncodeChat, Encoded, EncodeText, TextStreamOptions
+from hbserve.tokenizer import ChatMessage
+from hbserve.tokenizer.text_service import OnText, OutputStream
+
+
+class TextProcesses:
+    """The `TextService` by other processes.
+
+    Args:
+        config: ``server.num_tokenizers`` processes encode; with 0 the detokenizer does it too.
+        run_dir: folder for the sockets.
+    """
+
+    def __init__(self, config: Config, run_dir: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._detokenizer = TextProcess("detokenizer", config, run_dir, self._context)
+        self._tokenizers = [
+            TextProcess(f"tokenizer-{number}", config, run_dir, self._context)
+            for number in range(config.server.num_tokenizers)
+        ]
+
+    @property
+    def _processes(self) -> list[TextProcess]:
+        return [self._detokenizer, *self._tokenizers]
+
+    @property
+    def dead(self) -> EngineDeadError | None:
+        for process in self._processes:
+            if process.dead is not None:
+                return process.dead
+        return None
+
+    async def start(self, deadline: float) -> None:
+        """Start all and return when they are ready.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: naming the one that failed and why.
+        """
+        await asyncio.gather(*(process.start(deadline) for process in self._processes))
+
+    async def stop(self) -> None:
+        """End all. May be called twice."""
+        await asyncio.gather(*(process.stop() for process in self._processes))
+        self._context.term()
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Per process its pid, how often it was replaced, and what it has to do."""
+        return {process.name: process.report() for process in self._processes}
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        reply = await self._tokenizer().ask(
+            lambda number: EncodeText(query_id=number, text=text, add_special_tokens=add_special_tokens), "prompt"
+        )
+        assert isinstance(reply, Encoded)
+        return reply.token_ids
+
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        plain: list[dict[str, Any]] = [dict(message) for message in messages]
+        reply = await self._tokenizer().ask(
+            lambda number: EncodeChat(
+                query_id=number,
+                messages=plain,
+                tools=list(tools) if tools else None,
+                template_options=dict(template_options or {}),
+            ),
+            "messages",
+        )
+        assert isinstance(reply, Encoded)
+        return reply.token_ids
+
+    async def check_grammar(self, grammar: str, vocab_size: int) -> None:
+        await self._check(grammar, vocab_size, None)
+
+    async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
+        return await self._check(grammar, vocab_size, token_ids)
+
+    def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
+        return self._detokenizer.open(options, on_text)
+
+    async def _check(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> str | None:
+        # Always the same process: the vocabulary that it makes for grammars is large.
+        reply = await self._processes[-1].ask(
+            lambda number: CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids),
+            "grammar",
+        )
+        assert isinstance(reply, Checked)
+        return reply.problem
+
+    def _tokenizer(self) -> TextProcess:
+        if not self._tokenizers:
+            return self._detokenizer
+        return min(self._tokenizers, key=lambda process: process.num_open)

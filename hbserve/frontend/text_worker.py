@@ -1,0 +1,181 @@
+"""The process around a tokenizer: encodes prompts and decodes outputs for an API server.
+
+It keeps nothing that the API server could not tell it again; see `hbserve.frontend.text_process`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from typing import Any
+
+import msgspec
+import zmq
+
+from hbserve.config import Config
+from hbserve.errors import HBServeError, InvalidRequestError
+from hbserve.grammar import Vocabulary
+from hbserve.messages.text import (
+    Checked,
+    CheckGrammar,
+    CloseText,
+    EncodeChat,
+    Encoded,
+    EncodeText,
+    FeedText,
+    OpenText,
+    StreamText,
+    TextFailed,
+    TextReply,
+    TextRequest,
+)
+from hbserve.process import child, event_loop
+from hbserve.rpc.async_socket import AsyncSocket
+from hbserve.tokenizer import Tokenizer, leave_out_torch
+from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding
+
+logger = logging.getLogger(__name__)
+
+
+class TextWorker:
+    """Answers requests, in batches, on one socket.
+
+    Args:
+        address: of the API server's end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, address: str) -> None:
+        self._tokenizer = tokenizer
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
+        self._socket.socket.linger = 0  # at the end nothing waits for an API server that is gone
+        self._socket.socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(list[TextRequest])
+        self._streams: dict[int, TextDecoding] = {}
+        self._vocabularies: dict[int, Vocabulary] = {}
+        self._replies: list[TextReply] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        self._socket.send([self._encoder.encode(self._replies)])  # a greeting: the line is there
+        while True:
+            (payload,) = await self._socket.receive()
+            for request in self._decoder.decode(payload):
+                self._handle(request)
+            self._flush()
+            await asyncio.sleep(0)
+
+    def _handle(self, request: TextRequest) -> None:
+        if isinstance(request, FeedText):
+            self._feed(request)
+        elif isinstance(request, OpenText):
+            decoding = self._streams[request.stream] = TextDecoding(self._tokenizer, request.options)
+            decoding.feed(request.token_ids, len(request.token_ids), False)
+        elif isinstance(request, CloseText):
+            self._streams.pop(request.stream, None)
+        elif _size(request) < LONG_TEXT and not isinstance(request, CheckGrammar):
+            self._answer(request)
+        else:  # outputs of others should not have to wait for it
+            task = asyncio.create_task(self._answer_later(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _feed(self, request: FeedText) -> None:
+        decoding = self._streams.get(request.stream)
+        if decoding is None:
+            return  # it has ended
+        output = decoding.feed(request.token_ids, request.shown, request.last)
+        if request.last or output.stop_string is not None:
+            del self._streams[request.stream]
+        self._replies.append(StreamText(stream=request.stream, output=output))
+
+    def _answer(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
+        self._replies.append(self._reply_to(request))
+
+    async def _answer_later(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
+        self._replies.append(await asyncio.to_thread(self._reply_to, request))
+        self._flush()
+
+    def _reply_to(self, request: EncodeText | EncodeChat | CheckGrammar) -> TextReply:
+        number = request.query_id
+        try:
+            if isinstance(request, EncodeText):
+                ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
+                return Encoded(query_id=number, token_ids=ids)
+            if isinstance(request, EncodeChat):
+                ids = self._tokenizer.encode_chat(request.messages, request.tools, request.template_options)
+                return Encoded(query_id=number, token_ids=ids)
+            vocabulary = self._vocabulary(request.vocab_size)
+            if request.token_ids is None:
+                vocabulary.check(request.grammar)
+                return Checked(query_id=number)
+            return Checked(query_id=number, problem=vocabulary.problem_of(request.grammar, request.token_ids))
+        except InvalidRequestError as error:
+            return TextFailed(query_id=number, error=str(error), param=error.param)
+        except Exception:  # one request's, and others are served here
+            logger.exception("bug while encoding or checking")
+            error_text = f"the {type(request).__name__} failed; see the server's log"
+            return TextFailed(query_id=number, error=error_text, param=None, is_bug=True)
+
+    def _vocabulary(self, vocab_size: int) -> Vocabulary:
+        vocabulary = self._vocabularies.get(vocab_size)
+        if vocabulary is None:
+            vocabulary = self._vocabularies[vocab_size] = Vocabulary(self._tokenizer.path, vocab_size)
+        return vocabulary
+
+    def _flush(self) -> None:
+        if self._replies:
+            self._socket.send([self._encoder.encode(self._replies)])
+            self._replies.clear()
+
+
+def _size(request: EncodeText | EncodeChat | CheckGrammar) -> int:
+    """Characters, about."""
+    if isinstance(request, EncodeText):
+        return len(request.text)
+    if isinstance(request, EncodeChat):
+        return sum(len(str(message.get("content", ""))) for message in request.messages)
+    return len(request.grammar)
+
+
+def main() -> None:
+    """Entry of the process that the API server starts."""
+    orders: dict[str, Any] = child.read_orders()
+    config = msgspec.convert(orders["config"], Config)
+    child.set_process_title(f"hbserve-{orders['name']}")
+    child.configure_logging(config.logging, orders["name"])
+    leave_out_torch()
+    try:
+        event_loop.run(_serve(config, orders["address"]))
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        logger.error("%s", error)
+        child.exit_now(1)
+    except BaseException:
+        logger.exception("the process failed")
+        child.exit_now(1)
+    child.exit_now(0)
+
+
+async def _serve(config: Config, address: str) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is for the API server
+    child.watch_parent(lambda: os._exit(1))
+    worker = TextWorker(Tokenizer(config.tokenizer_path, config.model.path), address)
+    serving = asyncio.create_task(worker.run())
+    stopped = asyncio.create_task(stop.wait())
+    child.freeze_heap()
+    child.report_status({"ready": True})
+    done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if serving in done:
+        serving.result()
+
+
+if __name__ == "__main__":
+    main()

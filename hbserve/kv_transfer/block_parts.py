@@ -1,0 +1,153 @@
+"""Copies between the blocks of an arena and buffers that travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+
+from hbserve.kv_transfer.head_split import WHOLE, Part
+from hbserve.messages.transfer import LayerGroup
+
+_WORD_BYTES = 8
+
+
+class BlockParts:
+    """An arena as blocks of rows, of which parts can be taken out and put in.
+
+    Args:
+        kv_blocks: ``[block, byte]``, uint8; a block's bytes are contiguous.
+        num_rows: equal rows of a block, see `head_split`.
+    """
+
+    def __init__(self, kv_blocks: torch.Tensor, num_rows: int = 1) -> None:
+        self.kv_blocks = kv_blocks
+        self._num_rows = num_rows
+
+    def of_layers(self, layers: LayerGroup) -> BlockParts:
+        """The same of a group of layers: their rows are neighbours in every block."""
+        if layers.count == 1:
+            return self
+        size = self.kv_blocks.shape[1] // layers.count
+        first = layers.index * size
+        return BlockParts(self.kv_blocks[:, first : first + size], self._num_rows // layers.count)
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes of a part of one block."""
+        return self.kv_blocks.shape[1] // part.count
+
+    def lies_in_one_piece(self, block_ids: Sequence[int], part: Part) -> bool:
+        """Whether `piece` has these parts without a copy."""
+        whole = part.count == 1 and self.kv_blocks.is_contiguous()
+        return whole and block_ids[-1] - block_ids[0] + 1 == len(block_ids) and _ascends(block_ids)
+
+    def piece(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """Neighbouring whole blocks where they lie: ``[block, byte]``."""
+        return self.kv_blocks[block_ids[0] : block_ids[0] + len(block_ids)]
+
+    @torch.inference_mode()
+    def take(self, block_ids: Sequence[int], part: Part, out: torch.Tensor) -> None:
+        """Copy parts of blocks into a buffer: uint8 ``[block, byte]``, contiguous, on any device.
+
+        On a GPU on the current stream.
+        """
+        rows, arena = self._view(part)
+        words = out.view(arena.dtype).view(len(block_ids), *rows)
+        runs = list(_runs(block_ids))
+        if self._copies_runs(runs):
+            for first, start, count in runs:
+                words[first : first + count].copy_(arena[start : start + count])
+            return
+        index = torch.tensor(block_ids, device=arena.device)
+        if out.device == arena.device:
+            torch.index_select(arena, 0, index, out=words)
+        else:
+            words.copy_(arena.index_select(0, index))
+
+    @torch.inference_mode()
+    def put(self, block_ids: Sequence[int], part: Part, buffer: torch.Tensor) -> None:
+        """Copy a buffer into parts of blocks, the other way round."""
+        rows, arena = self._view(part)
+        words = buffer.view(arena.dtype).view(len(block_ids), *rows)
+        runs = list(_runs(block_ids))
+        if self._copies_runs(runs):
+            for first, start, count in runs:
+                arena[start : start + count].copy_(words[first : first + count])
+            return
+        index = torch.tensor(block_ids, device=arena.device)
+        arena.index_copy_(0, index, words.to(arena.device))
+
+    @torch.inference_mode()
+    def merge(self, block_ids: Sequence[int], num_parts: int) -> None:
+        """Turn blocks that hold their parts one after the other, each as rows of its own, into rows of all parts."""
+        width = self.kv_blocks.shape[1] // self._num_rows // num_parts
+        for start in range(0, len(block_ids), _BLOCKS_AT_ONCE):
+            some = block_ids[start : start + _BLOCKS_AT_ONCE]
+            blocks = torch.empty(len(some), self.kv_blocks.shape[1], dtype=torch.uint8, device=self.kv_blocks.device)
+            self.take(some, WHOLE, blocks)
+            parts = self._words(blocks.view(len(some), num_parts, self._num_rows, width))
+            self.put(some, WHOLE, parts.transpose(1, 2).contiguous().view(torch.uint8).view(len(some), -1))
+
+    @torch.inference_mode()
+    def checksums(self, block_ids: Sequence[int], part: Part = WHOLE) -> list[int]:
+        """One 64-bit number for each block's part.
+
+        The sum of its words times random odd numbers, modulo 2^64 (multiply-add hashing, Carter and
+        Wegman 1979): any change of one word changes it, other changes and swapped words all but surely. It
+        guards against faults, not against an adversary.
+        """
+        size = self.part_bytes(part)
+        weights = _weights(size // _WORD_BYTES, self.kv_blocks.device)
+        sums: list[int] = []
+        for start in range(0, len(block_ids), _BLOCKS_AT_ONCE):
+            some = block_ids[start : start + _BLOCKS_AT_ONCE]
+            buffer = torch.empty(len(some), size, dtype=torch.uint8, device=self.kv_blocks.device)
+            self.take(some, part, buffer)
+            sums += (buffer.view(torch.int64) * weights).sum(1).tolist()
+        return sums
+
+    def _copies_runs(self, runs: list[tuple[int, int, int]]) -> bool:
+        """On the CPU one copy for each run of neighbours is the fastest; a GPU needs an index, but not for few."""
+        return not self.kv_blocks.is_cuda or len(runs) <= _FEW_RUNS
+
+    def _view(self, part: Part) -> tuple[tuple[int, ...], torch.Tensor]:
+        """The shape of one block's part, and the arena as parts: ``[block, (row,) word]``."""
+        if part.count == 1:
+            arena = self._words(self.kv_blocks)
+            return (arena.shape[1],), arena
+        width = self.kv_blocks.shape[1] // self._num_rows // part.count
+        rows = self.kv_blocks.view(len(self.kv_blocks), self._num_rows, part.count, width)
+        arena = self._words(rows)[:, :, part.index]
+        return (self._num_rows, arena.shape[2]), arena
+
+    @staticmethod
+    def _words(of_bytes: torch.Tensor) -> torch.Tensor:
+        """Eight bytes at a time, where they come so: kernels move elements."""
+        return of_bytes.view(torch.int64) if of_bytes.shape[-1] % _WORD_BYTES == 0 else of_bytes
+
+
+_FEW_RUNS = 4
+"""An index must be on the GPU before the kernel that uses it is launched; a launch is cheaper."""
+
+_BLOCKS_AT_ONCE = 32
+"""Bounds the memory that merging and checksums take."""
+
+
+def _ascends(block_ids: Sequence[int]) -> bool:
+    return all(block == block_ids[0] + index for index, block in enumerate(block_ids))
+
+
+def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Neighbours: where they are in the list, the first of them, how many."""
+    first = 0
+    for index in range(1, len(block_ids) + 1):
+        if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:
+            yield first, block_ids[first], index - first
+            first = index
+
+
+@lru_cache(maxsize=8)
+def _weights(count: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(20261121)
+    return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device)

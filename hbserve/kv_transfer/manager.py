@@ -1,0 +1,380 @@
+"""Transfers between a rank's KV arena and the wire, whatever the backend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from hbserve.errors import HBServeError, KVTransferError, StaleBlockError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.block_parts import BlockParts
+from hbserve.kv_transfer.head_split import Part, Route, Shard
+from hbserve.messages.transfer import (
+    CancelTransfer,
+    CloseLink,
+    EnterLink,
+    FinishBlocks,
+    LeaveLink,
+    LinkClosed,
+    LinkOpened,
+    OpenLink,
+    Peer,
+    ReceiveBlocks,
+    SendBlocks,
+    TransferCommand,
+    TransferReply,
+    TransferResult,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_Order = SendBlocks | ReceiveBlocks | FinishBlocks
+
+
+class KVTransferManager(ABC):
+    """Runs the transfers that the scheduler asks for; each side of one ends in exactly one `TransferResult`.
+
+    Args:
+        context: of the rank.
+        kv_blocks: the arena as ``[block, byte]``, uint8.
+        report: called with each reply, in the event loop.
+        shard: which of the KV heads are in this arena.
+    """
+
+    one_sided: bool
+    """Whether the sender's result alone tells that the blocks are there."""
+
+    def __init__(
+        self,
+        context: KVTransferContext,
+        kv_blocks: torch.Tensor,
+        report: Callable[[TransferReply], None],
+        shard: Shard = Shard(),  # noqa: B008 - it is frozen
+    ) -> None:
+        self._context = context
+        self._shard = shard
+        self._kv_blocks = kv_blocks
+        self._parts = BlockParts(kv_blocks, shard.num_rows)
+        self._report = report
+        self._tasks: dict[tuple[str, bool], asyncio.Task[_Done]] = {}
+        self._link_tasks: set[asyncio.Task[None]] = set()
+        self._opening: dict[tuple[str, int], asyncio.Task[None]] = {}  # by source and epoch of the link
+        self._merging: set[asyncio.Task[None]] = set()
+        # Of transfers whose command has not come yet, or whose result had left: bounded, so no need to tell which.
+        self._cancelled_early: deque[str] = deque(maxlen=1024)
+        self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
+        self._stream = torch.cuda.Stream(kv_blocks.device) if kv_blocks.is_cuda else None  # type: ignore[no-untyped-call]
+
+    # --- for the event loop ----------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def endpoint(self) -> str:
+        """What peers are told of this rank at once; the rest they are told when a link opens."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Get ready; before anything else.
+
+        Raises:
+            HBServeError: if the backend cannot start.
+        """
+
+    def send(self, command: SendBlocks) -> None:
+        """Start sending; the blocks' contents must be final."""
+        self._start(command, True, self._send_all(command))
+
+    def handle(self, command: TransferCommand) -> None:
+        """Start what the scheduler asks for."""
+        if isinstance(command, ReceiveBlocks):
+            self._start(command, False, self._receive_all(command))
+        elif isinstance(command, FinishBlocks):
+            self._start(command, False, self._finish_blocks(command))
+        elif isinstance(command, CancelTransfer):
+            self.cancel(command.transfer_id)
+        elif isinstance(command, EnterLink):
+            for way in self._shard.outgoing(len(command.targets)):
+                self._enter(command.targets[way.target], way)
+        elif isinstance(command, LeaveLink):
+            for target in command.targets:
+                self._leave(target)
+        else:
+            link = command.source_id, command.link_epoch
+            if isinstance(command, OpenLink):
+                task = self._opening[link] = asyncio.create_task(self._open_link(command))
+                task.add_done_callback(lambda _: self._opening.pop(link))
+            else:
+                task = asyncio.create_task(self._close_link(command, self._opening.get(link)))
+            self._link_tasks.add(task)
+            task.add_done_callback(self._link_tasks.discard)
+
+    def cancel(self, transfer_id: str) -> None:
+        """Give up on both sides of a transfer that are here, or will be; their results say so."""
+        tasks = [task for sent in (True, False) if (task := self._tasks.get((transfer_id, sent))) is not None]
+        for task in tasks:
+            task.cancel()
+        if not tasks:
+            self._cancelled_early.append(transfer_id)
+
+    async def cancel_all(self) -> None:
+        """Give up on everything and wait until this side writes nothing more."""
+        tasks = [*self._tasks.values(), *self._link_tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._seen_generation.fill_(-1)
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """After `cancel_all`: let go of everything; the other side writes nothing more either."""
+
+    # --- for the two kinds of backend --------------------------------------------------------------
+
+    @abstractmethod
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        """Move a part of each block to one rank; returns the seconds that went to others."""
+
+    @abstractmethod
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
+        """Have a part of each block moved here from one rank."""
+
+    @abstractmethod
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+        """Be ready for a link from these ranks, and what each sends; what they need to know."""
+
+    @abstractmethod
+    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        """Return when nothing of the link is written any more."""
+
+    def _enter(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all have something to prepare
+        """Get ready to send to a rank on a link that is open now."""
+
+    @abstractmethod
+    def _leave(self, target: Peer) -> None:
+        """Let go of what is there for sending to a rank on a link that has ended. Its transfers have been cancelled."""
+
+    @contextmanager
+    def _beside_the_steps(self) -> Iterator[None]:
+        """On a GPU: on a stream of its own, done when it returns.
+
+        No order with the steps is needed: blocks that leave are final, as their step's result is
+        here, and blocks that arrive are in no plan before this transfer's result.
+        """
+        if not self._kv_blocks.is_cuda:
+            yield
+            return
+        stream: Any = self._stream
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()
+
+    # --- transfers -------------------------------------------------------------------------------
+
+    def _start(self, command: _Order, sent: bool, transfer: Coroutine[None, None, _Done]) -> None:
+        key = (command.transfer_id, sent)
+        assert key not in self._tasks, f"transfer {command.transfer_id} is started twice"
+        started = time.monotonic()
+        task = self._tasks[key] = asyncio.create_task(self._within_limits(command, transfer))
+        # A callback, not code at the coroutine's end: a task that is cancelled before it runs has no end.
+        task.add_done_callback(lambda done: self._finish(command, sent, started, done))
+        task.add_done_callback(lambda _: transfer.close())
+        if command.transfer_id in self._cancelled_early:
+            self._cancelled_early.remove(command.transfer_id)
+            task.cancel()
+
+    async def _within_limits(self, command: _Order, transfer: Coroutine[None, None, _Done]) -> _Done:
+        self._refuse_stale(command)
+        timeout_s = self._context.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await transfer
+        except TimeoutError:
+            raise KVTransferError(f"not complete within {timeout_s:g} s", "timeout") from None
+
+    def _finish(self, command: _Order, sent: bool, started: float, task: asyncio.Task[_Done]) -> None:
+        del self._tasks[command.transfer_id, sent]
+        error, error_kind, done = None, None, _Done()
+        if task.cancelled():
+            error = error_kind = "cancelled"
+        elif (failure := task.exception()) is not None:
+            error, error_kind = str(failure), "backend"
+            if isinstance(failure, KVTransferError):
+                error_kind = failure.kind
+            elif isinstance(failure, StaleBlockError):
+                error_kind = "stale"
+            else:
+                # A user's backend may raise anything; the request must go on.
+                logger.error("transfer %s failed in the backend", command.transfer_id, exc_info=failure)
+                error = f"{type(failure).__name__}: {failure}"
+        else:
+            done = task.result()
+        self._report(
+            TransferResult(
+                epoch=self._context.epoch,
+                transfer_id=command.transfer_id,
+                sent=sent,
+                num_bytes=len(command.block_ids) * self._bytes_of(command) if error is None else 0,
+                seconds=time.monotonic() - started - done.queued_s,
+                queued_s=done.queued_s,
+                error=error,
+                error_kind=error_kind,
+                checksums=None if done.checksums is None else [done.checksums],
+            )
+        )
+
+    def _bytes_of(self, command: _Order) -> int:
+        """What is moved of each block."""
+        if isinstance(command, FinishBlocks):
+            return 0
+        if isinstance(command, ReceiveBlocks):
+            return self._kv_blocks.shape[1] // command.layers.count
+        parts = self._parts.of_layers(command.layers)
+        return sum(parts.part_bytes(way.source_part) for way in self._shard.outgoing(len(command.targets)))
+
+    async def _send_all(self, command: SendBlocks) -> _Done:
+        if not command.targets:
+            raise KVTransferError("the receiver has not opened the link")
+        routes = self._shard.outgoing(len(command.targets))
+        checksums = None
+        if command.checksum:
+            parts = sorted({route.source_part for route in routes})
+            checksums = await asyncio.to_thread(self._checksums, command, parts)
+        queued_s = await _gather([self._send(command, command.targets[way.target], way) for way in routes])
+        return _Done(max(queued_s, default=0.0), checksums)
+
+    async def _receive_all(self, command: ReceiveBlocks) -> _Done:
+        routes = self._shard.incoming(len(command.sources))
+        await _gather([self._receive(command, command.sources[way.source], way) for way in routes])
+        return _Done()
+
+    async def _finish_blocks(self, command: FinishBlocks) -> _Done:
+        routes = self._shard.incoming(command.num_sources)
+        num_parts = routes[0].target_part.count
+        if self.one_sided and num_parts > 1:
+            merging = asyncio.create_task(asyncio.to_thread(self._merge, command, num_parts))
+            self._merging.add(merging)
+            merging.add_done_callback(self._merging.discard)
+            await to_its_end(merging)
+        if command.checksums is not None:
+            found = await asyncio.to_thread(self._checksums, command, [way.target_part for way in routes])
+            self._compare(command, routes, found, command.checksums)
+        return _Done()
+
+    def _compare(self, command: FinishBlocks, routes: list[Route], found: list[int], expected: list[list[int]]) -> None:
+        num_blocks = len(command.block_ids)
+        wrong: set[int] = set()
+        for index, route in enumerate(routes):
+            mine = found[index * num_blocks : (index + 1) * num_blocks]
+            first = route.source_part.index * num_blocks
+            theirs = expected[route.source][first : first + num_blocks]
+            wrong |= {block for block, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b}
+        if wrong:
+            raise KVTransferError(f"{len(wrong)} of {num_blocks} blocks are not what was sent", "checksum")
+
+    @torch.inference_mode()
+    def _checksums(self, command: SendBlocks | FinishBlocks, parts: list[Part]) -> list[int]:
+        blocks = self._parts.of_layers(command.layers)
+        with self._beside_the_steps():
+            return [number for part in parts for number in blocks.checksums(command.block_ids, part)]
+
+    @torch.inference_mode()
+    def _merge(self, command: FinishBlocks, num_parts: int) -> None:
+        with self._beside_the_steps():
+            self._parts.of_layers(command.layers).merge(command.block_ids, num_parts)
+
+    def _refuse_stale(self, command: _Order) -> None:
+        index = torch.tensor(command.block_ids, dtype=torch.int64)
+        generations = torch.tensor(command.generations, dtype=torch.int64)
+        stale = (generations < self._seen_generation[index]).nonzero()
+        if len(stale):
+            block = int(index[stale[0]])
+            raise StaleBlockError(
+                f"transfer {command.transfer_id}: block {block} has been reused since generation "
+                f"{int(generations[stale[0]])}"
+            )
+        self._seen_generation[index] = generations
+
+    # --- links -----------------------------------------------------------------------------------
+
+    async def _open_link(self, command: OpenLink) -> None:
+        context, error, endpoint = self._context, None, ""
+        try:
+            async with asyncio.timeout(context.timeout_s):
+                routes = self._shard.incoming(len(command.sources))
+                endpoint = await self._open_inbox(self._sources_of(command), routes)
+        except TimeoutError:
+            error = f"kv_transfer: not ready for {command.source_id} within {context.timeout_s:g} s"
+        except HBServeError as problem:
+            error = str(problem)
+        mine = Peer(rank=context.rank, epoch=context.epoch, endpoint=endpoint, link_epoch=command.link_epoch)
+        self._report(
+            LinkOpened(
+                epoch=context.epoch,
+                source_id=command.source_id,
+                link_epoch=command.link_epoch,
+                peers=[mine],
+                error=error,
+            )
+        )
+
+    async def _close_link(self, command: CloseLink, opening: asyncio.Task[None] | None) -> None:
+        if opening is not None:  # or it would be open when it has been closed
+            await asyncio.wait([opening])
+        await self._close_inbox(self._sources_of(command), command.senders_done)
+        if self._merging:
+            await asyncio.wait(self._merging)
+        self._report(LinkClosed(epoch=self._context.epoch, source_id=command.source_id, link_epoch=command.link_epoch))
+
+    def _sources_of(self, command: OpenLink | CloseLink) -> list[Peer]:
+        """The ranks that write here."""
+        return [command.sources[way.source] for way in self._shard.incoming(len(command.sources))]
+
+    async def _cancel_and_wait(self, transfer_ids: set[str]) -> None:
+        tasks = [self._tasks[name, False] for name in transfer_ids if (name, False) in self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gather(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; at the first failure, or if it is cancelled, the others are, and waited for."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def to_its_end(task: asyncio.Task[None]) -> None:
+    """Wait for work that cannot be broken off; a cancellation meanwhile takes effect after it."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        raise
+
+
+class _Done:
+    """What is known of a side of a transfer that went well."""
+
+    def __init__(self, queued_s: float = 0.0, checksums: list[int] | None = None) -> None:
+        self.queued_s, self.checksums = queued_s, checksums

@@ -1,0 +1,223 @@
+"""Who has this rank's arena mapped, and when they can write no more.
+
+A mapping (shared memory, CUDA IPC) cannot be taken away from a process. So the receiver has a *lease* with each sender
+of a link: a connection to a socket of the sender's, who says a last word on it when its writes on the link have ended
+and none will begin. A sender that has died says nothing, so its process' end is waited for, too. One that has stopped
+(SIGSTOP) says nothing either, and may write when it goes on: what it may write to stays out of use until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from hbserve.errors import KVTransferError, StartupError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.messages.transfer import Peer
+
+LinkKey = tuple[int, int, int]
+
+_LAST_WORD = b"."
+_LONGEST_KEY = 100
+
+
+def link_key(peer: Peer) -> LinkKey:
+    """A link, as one of its ends knows it by the rank at the other."""
+    return peer.rank, peer.epoch, peer.link_epoch
+
+
+class MappingLeases:
+    """One rank's leases in an epoch: those that it has taken as a sender, and those that it has given as a receiver.
+
+    Args:
+        backend: its name in the configuration, for errors.
+    """
+
+    def __init__(self, backend: str, context: KVTransferContext) -> None:
+        self._backend, self._context = backend, context
+        self._name = secrets.token_hex(16)
+        self._given: dict[LinkKey, _Lease] = {}
+        self._taken: dict[LinkKey, socket.socket] = {}
+        self._asking: dict[socket.socket, asyncio.Task[None]] = {}  # connections whose link is not known yet
+        self._ended: set[LinkKey] = set()  # before anybody has asked
+
+    @property
+    def endpoint(self) -> str:
+        """``socket host``: what a receiver asks a sender by, and where that name means it."""
+        return f"{self._name} {_host()}"
+
+    async def start(self) -> None:
+        """Before anybody is told the endpoint."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
+        self._listener.bind(f"\0{self._name}")  # abstract: nothing of it outlives the process
+        self._listener.listen(64)
+        self._loop.add_reader(self._listener, self._accept)
+
+    # --- of the sender -----------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # there are no more
+            while True:
+                connection, _ = self._listener.accept()
+                if _peer_of(connection)[1] != os.geteuid():
+                    connection.close()
+                    continue
+                connection.setblocking(False)
+                self._asking[connection] = self._loop.create_task(self._take(connection))
+
+    async def _take(self, connection: socket.socket) -> None:
+        try:
+            rank, epoch, link_epoch = map(int, (await self._loop.sock_recv(connection, _LONGEST_KEY)).split())
+        except (ValueError, OSError):
+            connection.close()
+            return
+        finally:
+            del self._asking[connection]
+        key = rank, epoch, link_epoch
+        self._taken[key] = connection
+        if key in self._ended:
+            self._ended.remove(key)
+            self._end(key)
+
+    def end(self, target: Peer) -> None:
+        """This side writes no more on a link. Callable from any thread."""
+        self._loop.call_soon_threadsafe(self._end, link_key(target))
+
+    def _end(self, key: LinkKey) -> None:
+        connection = self._taken.pop(key, None)
+        if connection is None:
+            self._ended.add(key)
+        else:
+            _say_last_word(connection)
+
+    # --- of the receiver ---------------------------------------------------------------------------
+
+    async def give(self, sources: list[Peer]) -> None:
+        """Before a link's senders learn how to map the arena.
+
+        Raises:
+            StartupError: if one is where its end could not be seen.
+        """
+        for source in sources:
+            name, _, host = source.endpoint.partition(" ")
+            if host != _host():
+                raise StartupError(self._explain("an instance is on another host, or has a network of its own"))
+            connection = socket.socket(socket.AF_UNIX)
+            connection.setblocking(False)
+            try:
+                await self._loop.sock_connect(connection, f"\0{name}")
+                pid, _ = _peer_of(connection)
+                if pid == 0:
+                    raise StartupError(self._explain("an instance is in another container (PID namespace)"))
+                process = os.pidfd_open(pid)
+            except (ConnectionError, ProcessLookupError):  # it is dead, or has begun another epoch, and will not write
+                connection.close()
+                continue
+            except BaseException:
+                connection.close()
+                raise
+            self._given[link_key(source)] = _Lease(connection, process)
+            with contextlib.suppress(ConnectionError):  # it has just died
+                connection.send(f"{self._context.rank} {self._context.epoch} {source.link_epoch}".encode())
+
+    def _explain(self, why: str) -> str:
+        return f"kv_transfer.backend {self._backend}: {why}; use nccl, or mooncake over tcp or rdma"
+
+    async def until_over(self, sources: list[Peer], senders_done: bool) -> None:
+        """Return when none of a link's senders can write any more.
+
+        Args:
+            senders_done: they have said so already.
+        """
+        for key in map(link_key, sources):
+            if key in self._given:
+                if not senders_done:
+                    await self._given[key].until_over()
+                self._given.pop(key).close()
+
+    # --- of both -----------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """This side's writes have ended; return when no other's can come any more.
+
+        Raises:
+            KVTransferError: if one may still come. The arena must then not be used again.
+        """
+        self._loop.remove_reader(self._listener)
+        self._listener.shutdown(socket.SHUT_RD)  # from here on whoever asks is refused
+        self._accept()
+        self._listener.close()
+        for connection, task in list(self._asking.items()):
+            task.cancel()
+            await asyncio.wait([task])
+            _say_last_word(connection)
+        for key in list(self._taken):
+            self._end(key)
+        try:
+            async with asyncio.timeout(self._context.timeout_s):
+                for key in list(self._given):
+                    await self._given[key].until_over()
+                    self._given.pop(key).close()
+        except TimeoutError:
+            raise KVTransferError(
+                f"kv_transfer.backend {self._backend}: a sender has not ended what it may write here "
+                f"within {self._context.timeout_s:g} s; has it been stopped?"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Lease:
+    """The receiver's end of one; ``process``: a descriptor of the sender's."""
+
+    connection: socket.socket
+    process: int
+
+    async def until_over(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):
+            if await loop.sock_recv(self.connection, 1):
+                return
+        died: asyncio.Future[None] = loop.create_future()
+        # Readable when its threads are gone and all it had open is closed, of which the connection may be the first.
+        loop.add_reader(self.process, _settle, died)
+        try:
+            await died
+        finally:
+            loop.remove_reader(self.process)
+
+    def close(self) -> None:
+        self.connection.close()
+        os.close(self.process)
+
+
+def _peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end; process 0: one that has no number here."""
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
+def _say_last_word(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the receiver has gone
+        connection.send(_LAST_WORD)
+    connection.close()
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+@cache
+def _host() -> str:
+    """Differs wherever the name of a socket means another one."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"

@@ -1,0 +1,260 @@
+"""KV transfer by the Mooncake Transfer Engine: one-sided writes over TCP, RDMA, or NVLink inside a host.
+
+Each inbox is an engine of its own that has the arena registered, so closing an inbox is ending its
+engine: connections are cut and memory is unregistered, whatever the sender does. Closing one costs
+about a second in which no Python runs here; it happens only when a link has failed. Over NVLink
+that is not enough: the sender has the arena mapped by CUDA IPC, see `mapping_leases`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import math
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbserve.errors import ConfigError, KVTransferError, StartupError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer
+from hbserve.kv_transfer.one_sided.leases import LinkKey, MappingLeases, link_key
+from hbserve.messages.transfer import Peer
+from hbserve.platform.remote_arena import ByteRun
+
+NUM_PORTS = 1000
+CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
+_HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: the two engines tell each other
+_PROTOCOLS = ("tcp", "rdma", "nvlink")
+_MAX_RUNS = 128  # in one call; thousands fail
+_NEVER_SET = {
+    "MC_TRANSFER_TIMEOUT": "bytes of a transfer that it has given up on still arrive later",
+    "MC_LOG_DIR": "it makes the engine end the process",
+}
+
+
+@dataclass(frozen=True)
+class MooncakeSettings:
+    """How engines are made.
+
+    Attributes:
+        protocol: one of ``tcp``, ``rdma``, ``nvlink``; None leaves it to the environment (``MC_*``).
+        device_name: RDMA adapters, comma-separated; empty: all.
+        host: address of the engines; None: the instance's.
+    """
+
+    protocol: str | None = None
+    device_name: str = ""
+    host: str | None = None
+
+    @staticmethod
+    def load(protocol: str | None, device_name: str | None) -> MooncakeSettings:
+        """From the configuration, and for what it does not say from the file that ``MOONCAKE_CONFIG_PATH`` names.
+
+        Raises:
+            ConfigError: naming the file and the key that cannot be honoured.
+        """
+        document: dict[str, Any] = {}
+        path = os.environ.get(CONFIG_PATH_VARIABLE)
+        if path:
+            try:
+                document = json.loads(Path(path).expanduser().read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{CONFIG_PATH_VARIABLE}: cannot read {path}: {error}") from None
+            if not isinstance(document, dict):
+                raise ConfigError(f"{CONFIG_PATH_VARIABLE}: {path} does not hold a JSON object")
+            valid = {"local_hostname", "metadata_server", "protocol", "device_name"}
+            for key in document:
+                if key not in valid:
+                    raise ConfigError(f"{path}: unknown key {key!r}; valid are: {', '.join(sorted(valid))}")
+            if document.get("metadata_server", _HANDSHAKE) != _HANDSHAKE:
+                raise ConfigError(f"{path}: metadata_server must be {_HANDSHAKE!r}: instances find each other by it")
+        protocol = protocol or document.get("protocol")
+        if protocol is not None and protocol not in _PROTOCOLS:
+            raise ConfigError(f"{path}: protocol must be one of {', '.join(_PROTOCOLS)}, got {protocol!r}")
+        return MooncakeSettings(
+            protocol, device_name or document.get("device_name", ""), document.get("local_hostname") or None
+        )
+
+    def prepare_environment(self, timeout_s: float, first_port: int | None) -> None:
+        """Set what the library reads when it is imported and when an engine is made.
+
+        Args:
+            first_port: of those that engines choose from, ``NUM_PORTS`` of them.
+
+        Raises:
+            StartupError: if a variable is set that makes transfers unsafe.
+        """
+        for name, why in _NEVER_SET.items():
+            if name in os.environ:
+                raise StartupError(f"kv_transfer.backend mooncake: unset {name}: {why}")
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        for name in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+            os.environ.setdefault(name, str(math.ceil(timeout_s)))
+        if first_port is not None:
+            os.environ.setdefault("MC_MIN_RPC_PORT", str(first_port))
+            os.environ.setdefault("MC_MAX_RPC_PORT", str(min(first_port + NUM_PORTS - 1, 65535)))
+        if self.protocol is not None:  # builds for GPUs go by these, and not by their protocol argument
+            for name, wanted in (("MC_FORCE_TCP", "tcp"), ("MC_INTRANODE_NVLINK", "nvlink")):
+                if self.protocol == wanted:
+                    os.environ[name] = "1"
+                else:
+                    os.environ.pop(name, None)
+
+
+class MooncakeKVTransfer(OneSidedKVTransfer):
+    """The ``mooncake`` backend of the configuration."""
+
+    def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor) -> None:
+        super().__init__(context, kv_blocks)
+        self._settings = MooncakeSettings.load(context.mooncake_protocol, context.mooncake_device)
+        self._host = context.host if context.host_is_given else self._settings.host or context.host
+        self._inboxes: dict[tuple[LinkKey, ...], Any] = {}
+        self._outbound: Any = None
+        self._leases: MappingLeases | None = None
+        self._mapping: dict[LinkKey, Any] = {}  # engines that have one receiver's arena mapped
+        self._thread = threading.local()
+
+    @property
+    def writes_end(self) -> bool:  # type: ignore[override]
+        """Copies over NVLink do; a write to a peer that has stopped lasts until the library's time limits."""
+        return self._leases is not None
+
+    @property
+    def endpoint(self) -> str:
+        """Of its leases, if there are any."""
+        return "" if self._leases is None else self._leases.endpoint
+
+    async def start(self) -> None:
+        """Make the engine that sends.
+
+        Raises:
+            StartupError: if the library or its transport is not there.
+        """
+        if self._settings.protocol == "nvlink" and not self.kv_blocks.is_cuda:
+            raise StartupError("kv_transfer.mooncake_protocol nvlink: the KV cache is not on a GPU; use tcp")
+        base_port = None if self.context.port is None else self.context.port - self.context.rank
+        self._settings.prepare_environment(self.context.timeout_s, base_port)
+        if "MC_INTRANODE_NVLINK" in os.environ and "MC_FORCE_TCP" not in os.environ:
+            self._leases = MappingLeases("mooncake", self.context)
+            await self._leases.start()
+        else:
+            self._outbound = await asyncio.to_thread(self._make_engine)
+
+    def _make_engine(self) -> Any:
+        """An engine that has the arena registered."""
+        try:
+            library = importlib.import_module("mooncake.engine")
+        except ImportError as error:
+            raise StartupError(
+                f"kv_transfer.backend mooncake: {error}; install mooncake-transfer-engine-cuda13 (with a GPU) or "
+                "mooncake-transfer-engine-non-cuda, and Debian's libibverbs1"
+            ) from None
+        self._enter_device()
+        engine = library.TransferEngine()
+        protocol = "rdma" if self._settings.protocol == "rdma" else "tcp"
+        code = engine.initialize(self._host, _HANDSHAKE, protocol, self._settings.device_name)
+        if code != 0:
+            raise StartupError(f"kv_transfer.backend mooncake: no engine at {self._host} over {protocol} (code {code})")
+        self._register(engine, self.kv_blocks)
+        return engine
+
+    def _register(self, engine: Any, memory: torch.Tensor) -> None:
+        code = engine.register_memory(memory.data_ptr(), memory.nbytes)
+        if code != 0:
+            variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MC_")]
+            raise StartupError(
+                f"kv_transfer.backend mooncake: cannot register {memory.nbytes} bytes of {memory.device} memory at "
+                f"{memory.data_ptr():#x} (code {code}; {' '.join(variables)}); MC_LOG_LEVEL=INFO tells why"
+            )
+
+    def _enter_device(self) -> None:
+        """The library works on the calling thread's CUDA context, through the driver, which does not make one current.
+
+        Naming the device is not enough: that does nothing in a thread whose device is the right one already.
+        """
+        if self.kv_blocks.is_cuda and not hasattr(self._thread, "has_context"):
+            torch.cuda.set_device(self.kv_blocks.device)
+            torch.zeros(1, device=self.kv_blocks.device)  # a launch makes it current
+            self._thread.has_context = True
+
+    async def open_inbox(self, sources: list[Peer]) -> str:
+        """``session address``: where the engine is, and where the arena is in this process."""
+        if self._leases is not None:
+            await self._leases.give(sources)
+        engine = await asyncio.to_thread(self._make_engine)
+        self._inboxes[_link(sources)] = engine
+        return f"{self._host}:{engine.get_rpc_port()} {self.kv_blocks.data_ptr()}"
+
+    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        engines = {0: self._inboxes.pop(_link(sources), None)}
+        await asyncio.to_thread(self._end, engines)
+        if self._leases is not None:
+            await self._leases.until_over(sources, senders_done)
+
+    def _engine_to(self, target: Peer) -> Any:
+        """One for all, but for arenas that are mapped: a mapping ends with its engine."""
+        if self._leases is None:
+            return self._outbound
+        if link_key(target) not in self._mapping:
+            self._mapping[link_key(target)] = self._make_engine()
+        return self._mapping[link_key(target)]
+
+    def enter(self, target: Peer) -> None:
+        """Make the engine that will map the arena."""
+        self._engine_to(target)
+
+    def leave(self, target: Peer) -> None:
+        """Memory of a receiver that has died is only free when nobody has it mapped."""
+        if self._leases is not None:
+            if link_key(target) in self._mapping:
+                self._end({0: self._mapping.pop(link_key(target))})
+            self._leases.end(target)
+
+    def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
+        self._enter_device()
+        staging, engine = super().make_staging(target, num_bytes), self._engine_to(target)
+        try:
+            self._register(engine, staging)
+        except StartupError as error:
+            raise KVTransferError(str(error)) from None
+        # Before its memory is free for others: the engine refuses to register a byte twice.
+        weakref.finalize(staging, engine.unregister_memory, staging.data_ptr()).atexit = False
+        return staging
+
+    def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
+        self._enter_device()
+        session, address = target.endpoint.split(" ")
+        mine, theirs = source.data_ptr(), int(address)
+        engine = self._engine_to(target)
+        for first in range(0, len(runs), _MAX_RUNS):
+            some = runs[first : first + _MAX_RUNS]
+            code = engine.batch_transfer_sync_write(
+                session,
+                [mine + here for here, _, _ in some],
+                [theirs + there for _, there, _ in some],
+                [num_bytes for _, _, num_bytes in some],
+            )
+            if code != 0:
+                raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
+
+    async def stop(self) -> None:
+        self._outbound = None  # lives on while a write is under way
+        await asyncio.to_thread(self._end, self._inboxes)
+        if self._leases is not None:
+            await self._leases.stop()
+
+    def _end(self, engines: dict[Any, Any]) -> None:
+        """Let go of the last references."""
+        self._enter_device()
+        engines.clear()
+
+
+def _link(sources: list[Peer]) -> tuple[LinkKey, ...]:
+    return tuple(map(link_key, sources))

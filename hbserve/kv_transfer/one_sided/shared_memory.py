@@ -1,0 +1,76 @@
+"""KV transfer inside one host: the sender maps the receiver's arena and copies into it.
+
+On CPU the arena is shared memory, on GPUs it is opened by CUDA IPC and written by peer copies. For when an inbox
+is closed, see `mapping_leases`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hbserve.errors import KVTransferError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.one_sided.base import ArenaSharing, OneSidedKVTransfer
+from hbserve.kv_transfer.one_sided.leases import LinkKey, MappingLeases, link_key
+from hbserve.messages.transfer import Peer
+from hbserve.platform.remote_arena import ByteRun, RemoteArena
+
+
+class SharedMemoryKVTransfer(OneSidedKVTransfer):
+    """The ``shm`` backend of the configuration."""
+
+    writes_end = True
+
+    def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, sharing: ArenaSharing) -> None:
+        super().__init__(context, kv_blocks)
+        assert sharing.handle is not None, "the arena of an instance with this backend is made to be shared"
+        self._handle, self._open_arena = sharing.handle, sharing.open_arena
+        self._opened: dict[LinkKey, RemoteArena] = {}  # each is used in a thread of its own
+        self._leases = MappingLeases("shm", context)
+
+    @property
+    def endpoint(self) -> str:
+        """Of its leases."""
+        return self._leases.endpoint
+
+    async def start(self) -> None:
+        await self._leases.start()
+
+    async def open_inbox(self, sources: list[Peer]) -> str:
+        """``bytes handle``: of the arena.
+
+        Raises:
+            StartupError: if a sender is where its end could not be seen.
+        """
+        await self._leases.give(sources)
+        return f"{self.kv_blocks.nbytes} {self._handle}"
+
+    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        await self._leases.until_over(sources, senders_done)
+
+    def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
+        try:
+            self._arena_of(target).write(source, runs)
+        except (RuntimeError, OSError) as error:
+            raise KVTransferError(f"cannot write to the receiver's arena, is it on this host? {error}") from None
+
+    def enter(self, target: Peer) -> None:
+        """Map the arena."""
+        self._arena_of(target)
+
+    def _arena_of(self, target: Peer) -> RemoteArena:
+        arena = self._opened.get(link_key(target))
+        if arena is None:
+            num_bytes, _, handle = target.endpoint.partition(" ")
+            arena = self._opened[link_key(target)] = self._open_arena(handle, int(num_bytes))
+        return arena
+
+    def leave(self, target: Peer) -> None:
+        """Memory of a receiver that has died is only free when nobody has it open."""
+        arena = self._opened.pop(link_key(target), None)
+        if arena is not None:
+            arena.close()
+        self._leases.end(target)
+
+    async def stop(self) -> None:
+        await self._leases.stop()

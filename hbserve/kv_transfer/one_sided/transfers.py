@@ -1,0 +1,143 @@
+"""Transfers by a one-sided backend: the sender writes into the receiver's arena, the receiver only lets it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from hbserve.kv_transfer.block_parts import BlockParts
+from hbserve.kv_transfer.head_split import WHOLE, Route, Shard
+from hbserve.kv_transfer.manager import KVTransferManager
+from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer, coalesce
+from hbserve.kv_transfer.send_queue import Letter, Outbox
+from hbserve.messages.transfer import LayerGroup, Peer, ReceiveBlocks, SendBlocks, TransferReply
+
+_STAGING_BYTES = 64 << 20
+"""Of parts that are put together before they leave, for each rank that they go to."""
+
+
+class DirectTransfers(KVTransferManager):
+    """Runs transfers through a `OneSidedKVTransfer`. There is nothing to stage and nothing to match."""
+
+    one_sided = True
+
+    def __init__(
+        self,
+        backend: OneSidedKVTransfer,
+        report: Callable[[TransferReply], None],
+        shard: Shard = Shard(),  # noqa: B008 - it is frozen
+    ) -> None:
+        super().__init__(backend.context, backend.kv_blocks, report, shard)
+        self._backend = backend
+        self._outboxes: dict[tuple[int, int, int], Outbox] = {}
+
+    @property
+    def endpoint(self) -> str:
+        return self._backend.endpoint
+
+    async def start(self) -> None:
+        await self._backend.start()
+
+    async def cancel_all(self) -> None:
+        await super().cancel_all()
+        await asyncio.gather(*(outbox.close() for outbox in self._outboxes.values()))
+        self._outboxes.clear()
+
+    async def stop(self) -> None:
+        await self._backend.stop()
+
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        letter = Letter(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
+        return await self._outbox(target, route).put(letter)
+
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
+        raise AssertionError("nothing is to be received from a sender that writes by itself")
+
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+        return await self._backend.open_inbox(sources)
+
+    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        await self._backend.close_inbox(sources, senders_done)
+
+    def _enter(self, target: Peer, route: Route) -> None:
+        self._outbox(target, route)
+
+    def _leave(self, target: Peer) -> None:
+        outbox = self._outboxes.pop((target.rank, target.epoch, target.link_epoch), None)
+        if outbox is not None:
+            outbox.abandon()
+        else:
+            self._backend.leave(target)
+
+    def _outbox(self, target: Peer, route: Route) -> Outbox:
+        link = (target.rank, target.epoch, target.link_epoch)
+        if link not in self._outboxes:
+            for other in [key for key in self._outboxes if key[0] == target.rank and key < link]:
+                self._outboxes.pop(other).abandon()
+            batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
+            write = _Writer(self._backend, self._parts, self._beside_the_steps, target, route)
+            begin, end = (functools.partial(what, target) for what in (self._backend.enter, self._backend.leave))
+            self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end, begin, end)
+        return self._outboxes[link]
+
+
+class _Writer:
+    """Writes letters to one rank. Used in one thread.
+
+    A part of a row would be a thousand small pieces for every block, so it never travels as such. Where
+    the receiver holds less of each row, the sender puts the part together before (``staging``); where
+    it holds more, the sender's whole block becomes one stretch of the receiver's, which sorts its
+    rows when all of them are there (`FinishBlocks`).
+    """
+
+    def __init__(
+        self,
+        backend: OneSidedKVTransfer,
+        parts: BlockParts,
+        beside_the_steps: Callable[[], AbstractContextManager[None]],
+        target: Peer,
+        route: Route,
+    ) -> None:
+        self._backend, self._parts, self._beside_the_steps = backend, parts, beside_the_steps
+        self._target, self._route = target, route
+        self._staged_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
+        self._staging: torch.Tensor | None = None
+
+    def __call__(self, letters: list[Letter]) -> None:
+        for layers, some in itertools.groupby(letters, lambda letter: letter.layers):
+            blocks = [pair for letter in some for pair in zip(letter.source_ids, letter.target_ids, strict=True)]
+            if self._route.source_part == WHOLE:
+                block_bytes = self._parts.kv_blocks.shape[1]
+                first = layers.index * (block_bytes // layers.count)
+                pieces = [(here * block_bytes + first, there) for here, there in blocks]
+                self._write(self._parts.kv_blocks, pieces, layers)
+            else:
+                self._put_together_and_write(blocks, layers)
+
+    def _put_together_and_write(self, blocks: list[tuple[int, int]], layers: LayerGroup) -> None:
+        parts = self._parts.of_layers(layers)
+        size = parts.part_bytes(self._route.source_part)
+        if self._staging is None:
+            self._staging = self._backend.make_staging(self._target, self._staged_bytes)
+        at_once = self._staged_bytes // size
+        for first in range(0, len(blocks), at_once):
+            some = blocks[first : first + at_once]
+            out = self._staging[: len(some) * size].view(len(some), size)
+            with self._beside_the_steps():
+                parts.take([source for source, _ in some], self._route.source_part, out)
+            self._write(self._staging, [(place * size, there) for place, (_, there) in enumerate(some)], layers)
+
+    def _write(self, source: torch.Tensor, pieces: list[tuple[int, int]], layers: LayerGroup) -> None:
+        """Write pieces, each an offset in ``source`` and the block there that it is a stretch of."""
+        part = self._route.target_part
+        size = self._parts.of_layers(layers).part_bytes(self._route.source_part)
+        block_bytes = size * part.count * layers.count
+        first = size * (part.count * layers.index + part.index)
+        self._backend.write(
+            self._target, source, coalesce(((here, there * block_bytes + first) for here, there in pieces), size)
+        )

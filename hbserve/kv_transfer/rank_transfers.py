@@ -1,0 +1,131 @@
+"""One rank's end of the KV transfers through the life of its instance.
+
+Which manager and which backend a name in the configuration means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.errors import ConfigError, StartupError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.head_split import Shard
+from hbserve.kv_transfer.manager import KVTransferManager
+from hbserve.kv_transfer.one_sided.base import ArenaSharing
+from hbserve.kv_transfer.one_sided.mooncake import MooncakeKVTransfer
+from hbserve.kv_transfer.one_sided.shared_memory import SharedMemoryKVTransfer
+from hbserve.kv_transfer.one_sided.transfers import DirectTransfers
+from hbserve.kv_transfer.two_sided.staged_transfers import StagedTransfers, make_backend
+from hbserve.kv_transfer.two_sided.torch_transfers import TorchTransfers
+from hbserve.messages.transfer import Peer, SendBlocks, TransferReply
+
+
+def make_manager(
+    name: str,
+    context: KVTransferContext,
+    kv_blocks: torch.Tensor,
+    report: Callable[[TransferReply], None],
+    shard: Shard = Shard(),  # noqa: B008 - it is frozen
+    sharing: ArenaSharing | None = None,
+) -> KVTransferManager:
+    """A manager with the backend that ``kv_transfer.backend`` names, not yet started.
+
+    Args:
+        sharing: for ``shm``.
+
+    Raises:
+        ConfigError: if it cannot be imported.
+    """
+    if name == "mooncake":
+        return DirectTransfers(MooncakeKVTransfer(context, kv_blocks), report, shard)
+    if name == "shm":
+        if sharing is None or sharing.handle is None:
+            raise ConfigError("kv_transfer.backend: shm: this instance's KV arena cannot be shared")
+        return DirectTransfers(SharedMemoryKVTransfer(context, kv_blocks, sharing), report, shard)
+    if name == "nccl":
+        return TorchTransfers(context, kv_blocks, report, shard)
+    return StagedTransfers(make_backend(name, context), kv_blocks, report, shard)
+
+
+class RankTransfers:
+    """The transfer manager of the current epoch; it is made anew with every one.
+
+    Args:
+        shard: which rank of the instance, and what it holds.
+        kv_blocks: its arena as ``[block, byte]``, uint8.
+        report: called with each reply, in the event loop.
+        sharing: how the arena is opened to others of this host.
+    """
+
+    manager: KVTransferManager
+    """Of the epoch that began last."""
+
+    def __init__(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        shard: Shard,
+        kv_blocks: torch.Tensor,
+        report: Callable[[TransferReply], None],
+        sharing: ArenaSharing,
+    ) -> None:
+        self._sharing = sharing
+        assert instance.kv_rank is not None
+        self._config, self._instance, self._shard = config.kv_transfer, instance, shard
+        self._rank = instance.kv_rank * config.most_ranks + shard.rank
+        self._kv_blocks = kv_blocks
+        self._report = report
+        self._has_begun = False
+
+    async def begin_epoch(self, epoch: int) -> Peer:
+        """Give up on everything of the epoch before; the rank's new address.
+
+        Raises:
+            HBServeError: if the backend cannot be made or cannot start.
+        """
+        await self.end_epoch()
+        config = self._config
+        context = KVTransferContext(
+            rank=self._rank,
+            epoch=epoch,
+            host=self._instance.kv_ip or config.ip or self._instance.host,
+            port=None if config.port is None else config.port + self._rank,
+            device=self._kv_blocks.device,
+            timeout_s=config.timeout_s,
+            buffer_size=config.buffer_size // self._shard.size,
+            host_is_given=(self._instance.kv_ip or config.ip) is not None,
+            mooncake_protocol=config.mooncake_protocol,
+            mooncake_device=config.mooncake_device,
+        )
+        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._shard, self._sharing)
+        try:
+            async with asyncio.timeout(config.timeout_s):
+                await manager.start()
+        except TimeoutError:
+            raise StartupError(
+                f"kv_transfer.backend {config.backend} did not start within {config.timeout_s:g} s"
+            ) from None
+        self.manager, self._has_begun = manager, True
+        return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)
+
+    def send(self, commands: list[SendBlocks], group: int | None) -> None:
+        """Start what can leave: of a group of layers, or (None) what leaves only when all of its step is done."""
+        for command in commands:
+            if group == (command.layers.index if command.layers.count > 1 else None):
+                self.manager.send(command)
+
+    async def end_epoch(self) -> None:
+        """Give up on everything; nothing is written to the arena after this."""
+        if self._has_begun:
+            self._has_begun = False
+            await self.manager.cancel_all()
+            await self.manager.stop()
+
+    async def leave(self) -> None:
+        """Give up on everything before the process ends, which closes what is still open."""
+        if self._has_begun:
+            await self.manager.cancel_all()

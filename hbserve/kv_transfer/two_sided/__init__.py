@@ -1,0 +1,1 @@
+"""Backends in which both ends take part in a transfer."""

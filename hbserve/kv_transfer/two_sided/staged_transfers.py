@@ -1,0 +1,165 @@
+"""Transfers by a user's backend: gathered into a buffer, sent, received, written to the arena."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+from hbserve.errors import HBServeError, KVTransferError, StartupError
+from hbserve.import_path import load_class
+from hbserve.kv_transfer.base import KVTransferBase, KVTransferContext
+from hbserve.kv_transfer.block_parts import BlockParts
+from hbserve.kv_transfer.head_split import Part, Route, Shard
+from hbserve.kv_transfer.manager import KVTransferManager, to_its_end
+from hbserve.kv_transfer.two_sided.buffers import ByteBudget
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_GRACE_S = 1.0
+"""For a user's method to end when it is cancelled."""
+
+
+def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
+    """The user's backend that ``kv_transfer.backend`` names.
+
+    Raises:
+        ConfigError: if it cannot be imported.
+        StartupError: if it cannot be made.
+    """
+    kind = load_class(name, KVTransferBase, "kv_transfer.backend")  # type: ignore[type-abstract]
+    with _startup_errors(name):
+        return kind(context)
+
+
+@contextlib.contextmanager
+def _startup_errors(name: str) -> Iterator[None]:
+    """A user's backend may raise anything."""
+    try:
+        yield
+    except HBServeError:
+        raise
+    except Exception as error:
+        logger.exception("kv_transfer.backend %s", name)
+        raise StartupError(f"kv_transfer.backend {name}: {type(error).__name__}: {error}") from error
+
+
+class StagedTransfers(KVTransferManager):
+    """Runs transfers through a `KVTransferBase`.
+
+    A received buffer is written to the arena in one go after all its bytes are there, and a transfer
+    that is given up meanwhile ends only after that: after its `TransferResult` nothing is written. The
+    user's methods have to do with buffers alone, never with the arena, so one that goes on in spite of
+    being cancelled holds up nothing: it is left to itself, and what it returns is not looked at.
+    """
+
+    one_sided = False
+
+    def __init__(
+        self,
+        backend: KVTransferBase,
+        kv_blocks: torch.Tensor,
+        report: Callable[[TransferReply], None],
+        shard: Shard = Shard(),  # noqa: B008 - it is frozen
+    ) -> None:
+        super().__init__(backend.context, kv_blocks, report, shard)
+        self._backend = backend
+        self._staging = ByteBudget(backend.context.buffer_size)
+        self._receiving: dict[tuple[int, int, int], set[str]] = {}  # transfers by link
+
+    @property
+    def endpoint(self) -> str:
+        return self._backend.endpoint
+
+    async def start(self) -> None:
+        with _startup_errors(type(self._backend).__name__):
+            await self._backend.start()
+
+    async def stop(self) -> None:
+        await self._backend.stop()
+
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        loop = asyncio.get_running_loop()
+        parts = self._parts.of_layers(command.layers)
+        shape = len(command.block_ids), parts.part_bytes(route.source_part)
+        num_bytes = shape[0] * shape[1]
+        self._backend.add_peer(target)
+        asked_at = loop.time()
+        await self._staging.take(num_bytes)
+        queued_s = loop.time() - asked_at
+        sending = asyncio.create_task(self._take_and_send(command, target, parts, route, shape))
+        # Not here: one that is left to itself still has its buffer.
+        sending.add_done_callback(lambda _: self._staging.give_back(num_bytes))
+        await _its_result(sending, "send_kv_cache")
+        return queued_s
+
+    async def _take_and_send(
+        self, command: SendBlocks, target: Peer, parts: BlockParts, route: Route, shape: tuple[int, int]
+    ) -> None:
+        buffer = await asyncio.to_thread(self._take, parts, command.block_ids, route.source_part, shape)
+        await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
+
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
+        of_link = self._receiving.setdefault(_link(source), set())
+        of_link.add(command.transfer_id)
+        try:
+            self._backend.add_peer(source)
+            work = self._backend.receive_kv_cache(command.transfer_id, source.rank)
+            buffer = await _its_result(asyncio.ensure_future(work), "receive_kv_cache")
+            parts = self._parts.of_layers(command.layers)
+            expected = len(command.block_ids) * parts.part_bytes(route.target_part)
+            if not isinstance(buffer, torch.Tensor):
+                raise KVTransferError(f"receive_kv_cache returned {type(buffer).__name__}, not a tensor")
+            if buffer.nbytes != expected:
+                raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
+            rows = buffer.contiguous().view(torch.uint8).view(len(command.block_ids), -1)
+            put = asyncio.to_thread(self._put, parts, command.block_ids, route.target_part, rows)
+            await to_its_end(asyncio.create_task(put))
+        finally:
+            of_link.discard(command.transfer_id)
+
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+        return self._backend.endpoint
+
+    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        for source in sources:
+            await self._cancel_and_wait(self._receiving.pop(_link(source), set()))
+
+    def _leave(self, target: Peer) -> None:
+        pass  # what a user's backend has for its peers is its own affair
+
+    @torch.inference_mode()
+    def _take(self, parts: BlockParts, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
+        with self._beside_the_steps():
+            buffer = torch.empty(shape, dtype=torch.uint8, device=self._kv_blocks.device)
+            parts.take(block_ids, part, buffer)
+            return buffer
+
+    @torch.inference_mode()
+    def _put(self, parts: BlockParts, block_ids: list[int], part: Part, rows: torch.Tensor) -> None:
+        with self._beside_the_steps():
+            parts.put(block_ids, part, rows)
+
+
+async def _its_result(work: asyncio.Future[T], name: str) -> T:
+    """What a user's method returns; cancelled, it has a moment to end."""
+    try:
+        await asyncio.wait([work])
+    except asyncio.CancelledError:
+        work.cancel()
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+        if not (await asyncio.wait([work], timeout=_GRACE_S))[0]:
+            logger.error("kv_transfer.backend: %s goes on although it was cancelled", name)
+        raise
+    return work.result()
+
+
+def _link(source: Peer) -> tuple[int, int, int]:
+    return source.rank, source.epoch, source.link_epoch

@@ -1,0 +1,404 @@
+"""One direction between two ranks over torch.distributed, as a thread on each side sees it.
+
+What gathers leaves as one *batch*: a header over gloo, which says what comes, then every transfer's
+blocks in pieces. The receiver starts no kernel that waits for a sender: NCCL is entered when the
+header has told that the other side is there. Pieces go through a few buffers in turn, so that one is
+copied from or to the arena while others are on their way; neighbouring blocks are sent from where
+they lie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from hashlib import blake2b
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed
+
+from hbserve.errors import KVTransferError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.block_parts import BlockParts
+from hbserve.kv_transfer.head_split import Part
+from hbserve.kv_transfer.send_queue import MAX_LETTERS, Letter
+from hbserve.messages.transfer import LayerGroup
+
+T = TypeVar("T")
+
+dist: Any = torch.distributed
+_SENDER, _RECEIVER = 0, 1
+_NUM_SLOTS = 3
+_PIECE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
+"""Large enough for the link's full rate, small enough that the copies at both ends hide behind it."""
+_HEADER_WORDS = 2 + 2 * MAX_LETTERS
+
+
+class Header(NamedTuple):
+    """What a batch holds.
+
+    Attributes:
+        piece_bytes: most bytes of a piece.
+        parcels: of each transfer its name's digest and its bytes.
+    """
+
+    piece_bytes: int
+    parcels: list[tuple[int, int]]
+
+    def words(self) -> list[int]:
+        """As it travels."""
+        words = [len(self.parcels), self.piece_bytes, *(word for parcel in self.parcels for word in parcel)]
+        return words + [0] * (_HEADER_WORDS - len(words))
+
+    @staticmethod
+    def of_words(words: list[int]) -> Header:
+        """As it arrives.
+
+        Raises:
+            KVTransferError: if it is none.
+        """
+        count, piece_bytes, *rest = words
+        parcels = list(zip(rest[0 : 2 * count : 2], rest[1 : 2 * count : 2], strict=True))
+        if not 0 < count <= MAX_LETTERS or piece_bytes <= 0 or any(size <= 0 for _, size in parcels):
+            raise KVTransferError("what came is no header of transfers")
+        return Header(piece_bytes, parcels)
+
+
+class Wanted:
+    """Blocks that have been asked for, and the event of their arrival."""
+
+    def __init__(self, block_ids: Sequence[int], layers: LayerGroup) -> None:
+        self.block_ids, self.layers = block_ids, layers
+        self._loop = asyncio.get_running_loop()
+        self.arrived: asyncio.Future[None] = self._loop.create_future()
+
+    def settle(self, error: KVTransferError | None) -> None:
+        """In the event loop's thread: they are there, or will not come."""
+        if self.arrived.done():
+            return
+        if error is None:
+            self.arrived.set_result(None)
+        else:
+            self.arrived.set_exception(error)
+
+    def settle_soon(self) -> None:
+        """From another thread: they are there."""
+        self._loop.call_soon_threadsafe(self.settle, None)
+
+
+def digest_of(transfer_id: str) -> int:
+    """A transfer's name in a header."""
+    return int.from_bytes(blake2b(transfer_id.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class _Link:
+    """What both ends have in common.
+
+    Args:
+        name: the same on both sides, and never used twice.
+        connect: makes the connection to the store where the two meet.
+        parts, part: what of the arena's blocks goes over it.
+    """
+
+    _rank: int
+    _before_the_steps: bool
+    """Whether its kernels get multiprocessors before those of the steps."""
+
+    def __init__(
+        self,
+        name: str,
+        context: KVTransferContext,
+        use_nccl: bool,
+        connect: Callable[[], Any],
+        parts: BlockParts,
+        part: Part,
+    ) -> None:
+        self.name = name
+        self._context, self._use_nccl, self._connect = context, use_nccl, connect
+        self._all_layers, self._part = parts, part
+        self._part_bytes = parts.part_bytes(part)
+        self._timeout = timedelta(seconds=context.timeout_s)
+        self._device = context.device if use_nccl else torch.device("cpu")
+        self._headers: Any = None
+        self._data: Any = None
+        self._has_met: bool | None = None
+        self._is_closed = False
+        self._slots: list[torch.Tensor | None] = [None] * _NUM_SLOTS
+        self._streams: list[Any] = []
+        if context.device.type == "cuda":
+            priority = -1 if self._before_the_steps else 0
+            self._streams = [torch.cuda.Stream(context.device, priority=priority) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
+
+    def meet(self) -> None:
+        """Make the groups, unless that has been done. In the link's thread; blocks up to the time limit.
+
+        Raises:
+            KVTransferError: now, or when it was tried before: a name is used once.
+        """
+        if self._has_met is None:
+            self._has_met = False
+            with self._explained():
+                self._make_groups()
+            self._has_met = True
+        if not self._has_met:
+            raise KVTransferError(f"KV link {self.name}: the two sides have not met")
+
+    def _make_groups(self) -> None:
+        rank, store = self._rank, self._connect()
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._context.host)]
+        options._timeout = self._timeout
+        self._headers = data = dist.ProcessGroupGloo(dist.PrefixStore(self.name, store), rank, 2, options)
+        if self._use_nccl:
+            torch.cuda.set_device(self._context.device)
+            nccl_options = dist.ProcessGroupNCCL.Options()
+            nccl_options._timeout = self._timeout
+            nccl_options.is_high_priority_stream = self._before_the_steps
+            data = dist.ProcessGroupNCCL(dist.PrefixStore(f"{self.name}/nccl", store), rank, 2, nccl_options)
+        self._data = data
+        if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
+            self._abort_groups()
+            raise KVTransferError(f"KV link {self.name} was closed")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """gloo, NCCL and the store all raise RuntimeError or a subclass."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise KVTransferError(f"KV link {self.name}: {error}") from error
+
+    def _on_stream(self, index: int) -> AbstractContextManager[Any]:
+        """A slot's copies and messages are in order, and beside those of the other slots and the steps."""
+        return torch.cuda.stream(self._streams[index]) if self._streams else contextlib.nullcontext()
+
+    def _slot(self, index: int, num_blocks: int, block_bytes: int, piece_bytes: int) -> torch.Tensor:
+        """Room for so many blocks, of which a piece has at most ``piece_bytes``: ``[block, byte]``."""
+        slot = self._slots[index]
+        if slot is None or slot.numel() < piece_bytes:
+            slot = self._slots[index] = torch.empty(piece_bytes, dtype=torch.uint8, device=self._device)
+        return slot[: num_blocks * block_bytes].view(num_blocks, block_bytes)
+
+    def _wait(self, index: int, work: Any) -> None:
+        """Until a message is through; on a GPU with what was queued behind it on the slot's stream."""
+        if not self._use_nccl:
+            work.wait(self._timeout)
+            return
+        # Not in Python: asking again and again would cost more time than the copy of a piece. It has an end: whoever
+        # gives up on the transfer has the link closed, and that aborts what is waited for.
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._streams[index])
+        event.synchronize()
+        if self._is_closed:
+            raise KVTransferError(f"KV link {self.name} was closed")
+
+    def _abort(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._abort_groups()
+
+    def _abort_groups(self) -> None:
+        for group in {id(each): each for each in (self._data, self._headers)}.values():
+            if group is not None and hasattr(group, "abort"):
+                with contextlib.suppress(RuntimeError):
+                    group.abort()
+
+
+class SendingLink(_Link):
+    """The sender's end. `send` is called in one thread, `close` in any."""
+
+    _rank = _SENDER
+    _before_the_steps = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
+
+    def send(self, letters: list[Letter]) -> None:
+        """Send a batch; return when all of it is out.
+
+        Raises:
+            KVTransferError
+        """
+        self.meet()
+        with self._explained():
+            limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
+            piece_bytes = max(1, limit // self._part_bytes) * self._part_bytes
+            parcels = [
+                (digest_of(each.name), len(each.source_ids) * (self._part_bytes // each.layers.count))
+                for each in letters
+            ]
+            header = Header(piece_bytes, parcels)
+            announced = self._headers.send([torch.tensor(header.words())], _RECEIVER, 0)
+            under_way: deque[tuple[int, Any]] = deque()
+            pieces = (
+                (letter.layers, piece)
+                for letter in letters
+                for piece in _cut(letter.source_ids, piece_bytes // self._part_bytes * letter.layers.count)
+            )
+            for number, (layers, block_ids) in enumerate(pieces):
+                slot = number % _NUM_SLOTS
+                if len(under_way) == _NUM_SLOTS:
+                    index, work = under_way.popleft()
+                    if not self._use_nccl:  # else the streams keep the order
+                        work.wait(self._timeout)
+                under_way.append((slot, self._send_piece(slot, layers, block_ids, piece_bytes)))
+            announced.wait(self._timeout)
+            for index, work in under_way:
+                self._wait(index, work)
+
+    def _send_piece(self, slot: int, layers: LayerGroup, block_ids: Sequence[int], piece_bytes: int) -> Any:
+        parts = self._all_layers.of_layers(layers)
+        with self._on_stream(slot):
+            if parts.lies_in_one_piece(block_ids, self._part) and parts.kv_blocks.device == self._device:
+                buffer = parts.piece(block_ids)
+            else:
+                buffer = self._slot(slot, len(block_ids), parts.part_bytes(self._part), piece_bytes)
+                parts.take(block_ids, self._part, buffer)
+            work = self._data.send([buffer], _RECEIVER, 0)
+            if self._use_nccl:
+                work.wait()  # of the stream, not of this thread
+            return work
+
+    def close(self) -> None:
+        """Fail what is under way; does not wait for it."""
+        self._abort()
+
+
+class ReceivingLink(_Link):
+    """The receiver's end, with a thread for what blocks.
+
+    Attributes:
+        wanted: what has been asked for, by digest; changed in the event loop's thread.
+    """
+
+    _rank = _RECEIVER
+    _before_the_steps = False  # decode's are short, and somebody waits for each
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.wanted: dict[int, Wanted] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.name}")
+        self._writing = threading.Lock()
+
+    def begin(self) -> None:
+        """Meet the sender beforehand; that this fails will be told when something is to be received."""
+        self._thread.submit(self.meet)
+
+    async def run(self, what: Callable[[], T]) -> T:
+        """Call ``what`` in the link's thread.
+
+        Raises:
+            KVTransferError
+        """
+        task = asyncio.current_task()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, what)
+        except asyncio.CancelledError:
+            if task is not None and task.cancelling():
+                raise
+        except RuntimeError as error:
+            if not self._is_closed:
+                raise KVTransferError(f"KV link {self.name}: {error}") from error
+        raise KVTransferError(f"KV link {self.name} was closed")
+
+    def receive(self) -> Header | None:
+        """Receive a batch into the arena; if something of it has not been asked for, only its header."""
+        self.meet()
+        with self._explained():
+            words = torch.empty(_HEADER_WORDS, dtype=torch.int64)
+            self._headers.recv([words], _SENDER, 0).wait(self._timeout)
+            header = Header.of_words(words.tolist())
+        if any(digest not in self.wanted for digest, _ in header.parcels):
+            return header
+        self.receive_parcels(header)
+        return None
+
+    def receive_parcels(self, header: Header) -> dict[int, torch.Tensor]:
+        """Receive what a header has announced; what nobody has asked for is returned, by digest."""
+        early: dict[int, torch.Tensor] = {}
+        with self._explained():
+            for digest, size in header.parcels:
+                wanted = self.wanted.get(digest)
+                if wanted is None:
+                    early[digest] = self._receive_aside(size, header.piece_bytes)
+                    continue
+                self._check_size(wanted, size)
+                self._receive_blocks(wanted, header.piece_bytes)
+                wanted.settle_soon()
+        return early
+
+    def _check_size(self, wanted: Wanted, num_bytes: int) -> None:
+        expected = len(wanted.block_ids) * (self._part_bytes // wanted.layers.count)
+        if num_bytes != expected:
+            raise KVTransferError(f"received {num_bytes} bytes where {expected} were expected")
+
+    def _receive_blocks(self, wanted: Wanted, piece_bytes: int) -> None:
+        parts = self._all_layers.of_layers(wanted.layers)
+        block_bytes = parts.part_bytes(self._part)
+        under_way: deque[tuple[int, Any, BlockParts, Sequence[int], torch.Tensor]] = deque()
+        for number, piece in enumerate(_cut(wanted.block_ids, piece_bytes // block_bytes)):
+            slot = number % _NUM_SLOTS
+            if len(under_way) == _NUM_SLOTS:
+                self._store_piece(*under_way.popleft())
+            with self._on_stream(slot):
+                buffer = self._slot(slot, len(piece), block_bytes, piece_bytes)
+                under_way.append((slot, self._receive_piece(buffer), parts, piece, buffer))
+        for arrival in under_way:
+            self._store_piece(*arrival)
+        for stream in self._streams:
+            stream.synchronize()  # copies in the arena, which nothing can hold up
+
+    def _receive_piece(self, buffer: torch.Tensor) -> Any:
+        work = self._data.recv([buffer], _SENDER, 0)
+        if self._use_nccl:
+            work.wait()  # of the stream, not of this thread
+        return work
+
+    def _store_piece(
+        self, slot: int, work: Any, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor
+    ) -> None:
+        self._wait(slot, work)
+        self._put(slot, parts, block_ids, buffer)
+
+    def _put(self, slot: int, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
+        with self._writing:
+            if self._is_closed:
+                raise KVTransferError(f"KV link {self.name} was closed")
+            with self._on_stream(slot):
+                parts.put(block_ids, self._part, buffer)
+
+    def _receive_aside(self, size: int, piece_bytes: int) -> torch.Tensor:
+        with self._on_stream(0):
+            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            works = [self._receive_piece(piece) for piece in torch.split(buffer, piece_bytes)]
+        for work in works[:: -1 if self._use_nccl else 1]:
+            self._wait(0, work)
+        return buffer
+
+    def put(self, wanted: Wanted, buffer: torch.Tensor) -> None:
+        """Write what was received before it was asked for."""
+        self._check_size(wanted, buffer.nbytes)
+        self._put(0, self._all_layers.of_layers(wanted.layers), wanted.block_ids, buffer)
+        for stream in self._streams:
+            stream.synchronize()
+
+    def fail(self, error: KVTransferError) -> None:
+        """Nothing more comes: whoever waits is told."""
+        for wanted in self.wanted.values():
+            wanted.settle(error)
+
+    def close(self) -> None:
+        """Return when nothing is written any more; a thread that waits for the sender is left to its time limit."""
+        self._abort()
+        with self._writing:
+            for stream in self._streams:
+                stream.synchronize()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _cut(block_ids: Sequence[int], blocks_per_piece: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(block_ids), blocks_per_piece):
+        yield block_ids[first : first + blocks_per_piece]

@@ -1,0 +1,243 @@
+"""KV transfer by torch.distributed: NCCL between two GPUs, gloo where a side has none.
+
+There is no global process group. Each directed link between two ranks gets a group of two when it
+is opened, in a name space made of both incarnations and the link's epoch, so that a restarted
+instance, or a link that broke, starts afresh and nothing old can arrive on it. The receiver's store
+is where the two meet; its address is what the rank announces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from hbserve.errors import KVTransferError, StartupError
+from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.head_split import Route, Shard
+from hbserve.kv_transfer.manager import KVTransferManager
+from hbserve.kv_transfer.send_queue import Letter, Outbox
+from hbserve.kv_transfer.two_sided.buffers import KVLookupBuffer
+from hbserve.kv_transfer.two_sided.torch_link import Header, ReceivingLink, SendingLink, Wanted, digest_of
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
+
+dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
+
+
+class TorchTransfers(KVTransferManager):
+    """The ``nccl`` backend of the configuration: both ends take part, each in a thread for every link.
+
+    The thread does all of a transfer's work, from the arena to the wire or back, so that the event loop
+    is asked only at its beginning and its end.
+    """
+
+    one_sided = False
+
+    def __init__(
+        self,
+        context: KVTransferContext,
+        kv_blocks: torch.Tensor,
+        report: Callable[[TransferReply], None],
+        shard: Shard = Shard(),  # noqa: B008 - it is frozen
+    ) -> None:
+        super().__init__(context, kv_blocks, report, shard)
+        self._outgoing: dict[tuple[int, int, int], tuple[SendingLink, Outbox]] = {}
+        self._incoming: dict[tuple[int, int, int], ReceivingLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._pumps: dict[ReceivingLink, asyncio.Task[None]] = {}
+        self._arrivals = KVLookupBuffer(context.buffer_size)
+        self._store: Any = None
+        self._device_uuid = ""
+        if context.device.type == "cuda":
+            self._device_uuid = str(torch.cuda.get_device_properties(context.device).uuid)
+
+    @property
+    def endpoint(self) -> str:
+        """``host port device``: where the store listens, and the GPU's UUID if there is one."""
+        assert self._store is not None
+        return f"{self._context.host} {self._store.port} {self._device_uuid}"
+
+    async def start(self) -> None:
+        """Open the store at which senders meet this rank.
+
+        Raises:
+            StartupError: if the address cannot be had.
+        """
+        context = self._context
+        # TCPStore itself listens on every interface; a listener of ours keeps it on the one we mean.
+        listener = socket.socket()
+        # A port of the configuration's may have connections of the epoch before in their last minute.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((context.host, context.port or 0))
+        except OSError as error:
+            raise StartupError(
+                f"kv_transfer: cannot listen on {context.host}:{context.port or 'any port'}: {error.strerror}"
+            ) from None
+        listener.listen(64)
+        self._store = dist.TCPStore(
+            context.host,
+            listener.getsockname()[1],
+            None,
+            True,
+            timedelta(seconds=context.timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    async def cancel_all(self) -> None:
+        await super().cancel_all()
+        links = list(self._incoming.values())
+        self._incoming.clear()
+        await asyncio.gather(*(self._end(link) for link in links))
+        for sending, outbox in self._outgoing.values():
+            self._give_up(sending, outbox)
+        self._outgoing.clear()
+        await asyncio.gather(*self._closing)
+
+    async def stop(self) -> None:
+        self._store = None
+
+    # --- sending ---------------------------------------------------------------------------------
+
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        link, outbox = self._way_to(target, route)
+        try:
+            return await outbox.put(
+                Letter(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
+            )
+        except BaseException:
+            # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
+            # the GPU for it would wait for the other side for good.
+            self._give_up(link, outbox)
+            raise
+
+    def _give_up(self, link: SendingLink, outbox: Outbox) -> None:
+        outbox.abandon()
+        closing = asyncio.create_task(asyncio.to_thread(link.close))  # aborting takes NCCL a while
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _way_to(self, target: Peer, route: Route) -> tuple[SendingLink, Outbox]:
+        key = _key(target)
+        if key not in self._outgoing:
+            for other in [each for each in self._outgoing if each[0] == target.rank and each < key]:
+                self._give_up(*self._outgoing.pop(other))
+            mine = f"{self._context.rank}.{self._context.epoch}"
+            name = f"{mine}-{target.rank}.{target.epoch}.{target.link_epoch}"
+            connect = functools.partial(self._connection_to, target.endpoint)
+            link = SendingLink(name, self._context, self._uses_nccl(target), connect, self._parts, route.source_part)
+            batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
+            # A send to a peer that has stopped lasts until the time limit; it only reads.
+            self._outgoing[key] = link, Outbox(link.send, batch_blocks, False, begin=link.meet)
+        return self._outgoing[key]
+
+    def _enter(self, target: Peer, route: Route) -> None:
+        self._way_to(target, route)
+
+    def _leave(self, target: Peer) -> None:
+        if _key(target) in self._outgoing:
+            self._give_up(*self._outgoing.pop(_key(target)))
+
+    # --- receiving -------------------------------------------------------------------------------
+
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
+        link = self._link_from(source, route)
+        digest = digest_of(command.transfer_id)
+        name = f"{link.name} {digest}"
+        wanted = Wanted(command.block_ids, command.layers)
+        if name in self._arrivals:
+            buffer = self._arrivals.take(name)
+            await link.run(lambda: link.put(wanted, buffer))
+            return
+        link.wanted[digest] = wanted
+        try:
+            if link not in self._pumps:
+                self._pumps[link] = asyncio.create_task(self._receive_what_comes(link))
+            await wanted.arrived
+        finally:
+            link.wanted.pop(digest, None)
+
+    async def _receive_what_comes(self, link: ReceivingLink) -> None:
+        """As long as somebody waits for something on a link; what nobody has asked for yet is kept."""
+        try:
+            while link.wanted:
+                header = await link.run(link.receive)
+                if header is not None:
+                    await self._receive_early(link, header)
+        except KVTransferError as error:
+            link.fail(error)
+        finally:
+            # Here, and not in a callback, which would come after whoever asks for something in the meantime.
+            self._pumps.pop(link, None)
+
+    async def _receive_early(self, link: ReceivingLink, header: Header) -> None:
+        held = sum(size for digest, size in header.parcels if digest not in link.wanted)
+        await self._arrivals.wait_for_space(held)
+        try:
+            early = await link.run(lambda: link.receive_parcels(header))
+            for digest, buffer in early.items():
+                wanted = link.wanted.get(digest)
+                if wanted is None:
+                    self._arrivals.put(f"{link.name} {digest}", buffer)
+                    held -= buffer.nbytes
+                    continue
+                # It was asked for while it came.
+                await link.run(functools.partial(link.put, wanted, buffer))
+                wanted.settle(None)
+        finally:
+            self._arrivals.give_back(held)
+
+    def _link_from(self, source: Peer, route: Route) -> ReceivingLink:
+        key = _key(source)
+        if key not in self._incoming:
+            mine = f"{self._context.rank}.{self._context.epoch}"
+            name = f"{source.rank}.{source.epoch}-{mine}.{source.link_epoch}"
+            # Not over `_store` itself: a link whose sender does not come would hold up all others there.
+            connect = functools.partial(self._connection_to, self.endpoint)
+            uses_nccl = self._uses_nccl(source)
+            self._incoming[key] = ReceivingLink(name, self._context, uses_nccl, connect, self._parts, route.target_part)
+        return self._incoming[key]
+
+    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+        for source, route in zip(sources, routes, strict=True):
+            self._link_from(source, route).begin()
+        return self.endpoint
+
+    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+        for source in sources:
+            link = self._incoming.pop(_key(source), None)
+            if link is not None:
+                await self._end(link)
+
+    async def _end(self, link: ReceivingLink) -> None:
+        """Return when nothing of a link is written any more."""
+        await asyncio.to_thread(link.close)
+        if (pump := self._pumps.pop(link, None)) is not None:
+            pump.cancel()
+            await asyncio.wait([pump])
+        link.fail(KVTransferError(f"KV link {link.name} was closed"))
+        self._arrivals.drop(f"{link.name} ")
+
+    # --- both ------------------------------------------------------------------------------------
+
+    def _uses_nccl(self, peer: Peer) -> bool:
+        """NCCL cannot join two processes on one card; gloo then goes through host memory."""
+        their_uuid = peer.endpoint.split(" ")[2]
+        return bool(self._device_uuid and their_uuid and self._device_uuid != their_uuid)
+
+    def _connection_to(self, endpoint: str) -> Any:
+        """A connection of one link's own to the store at an endpoint."""
+        host, port, _ = endpoint.split(" ")
+        timeout = timedelta(seconds=self._context.timeout_s)
+        return dist.TCPStore(host, int(port), None, False, timeout, wait_for_workers=False)
+
+
+def _key(peer: Peer) -> tuple[int, int, int]:
+    return peer.rank, peer.epoch, peer.link_epoch

@@ -1,0 +1,294 @@
+"""What a model is, in the numbers that the forward pass needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from hbserve.errors import ModelError
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Frequencies of a rotary embedding.
+
+    Attributes:
+        kind: ``default``; ``linear``, all frequencies divided by ``factor``; ``llama3``, only the
+            low ones divided, with a smooth passage between (Llama 3.1); ``yarn``, likewise, with a
+            passage that is linear in the pair of dimensions (Peng et al. 2023, YaRN, section 3.2).
+        theta: base of the frequencies.
+        factor: by how much the context is stretched.
+        low_freq_factor, high_freq_factor, original_max_position_embeddings: of ``llama3``: waves
+            longer than ``original / low`` positions are stretched, shorter than ``original / high`` not.
+        beta_fast, beta_slow: of ``yarn``: pairs that turn more often than ``beta_fast`` within the original context
+            are not stretched, those that turn less often than ``beta_slow`` are.
+        truncate: of ``yarn``: the passage begins and ends at whole pairs.
+        magnitude: cosines and sines are multiplied by it (YaRN, section 3.3).
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    magnitude: float = 1.0
+
+    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
+        """Radians per position, float32 ``[head_dim / 2]`` on the CPU, rounded as transformers rounds them."""
+        frequencies = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+        if self.kind == "linear":
+            return frequencies / self.factor
+        if self.kind == "llama3":
+            return self._stretch_low(frequencies)
+        if self.kind == "yarn":
+            return self._stretch_slow(frequencies)
+        return frequencies
+
+    def _stretch_low(self, frequencies: torch.Tensor) -> torch.Tensor:
+        context, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
+        wavelength = 2 * math.pi / frequencies
+        smooth = (context / wavelength - low) / (high - low)
+        between = (1 - smooth) * frequencies / self.factor + smooth * frequencies
+        stretched = torch.where(wavelength > context / low, frequencies / self.factor, between)
+        return torch.where(wavelength < context / high, frequencies, stretched)
+
+    def _stretch_slow(self, frequencies: torch.Tensor) -> torch.Tensor:
+        num_pairs, context = len(frequencies), self.original_max_position_embeddings
+
+        def pair_that_turns(times: float) -> float:
+            return num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(self.theta)
+
+        first, last = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * num_pairs - 1)
+        pairs = torch.arange(num_pairs, dtype=torch.float)
+        kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+        return frequencies / self.factor * (1 - kept) + frequencies * kept
+
+
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+"""Supported architectures by transformers' ``model_type``."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Serving dtypes by their name in the configuration."""
+
+_ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary embedding, and what each needs to be told."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense decoder-only transformer with grouped-query attention and a gated feed-forward layer.
+
+    Attributes:
+        architecture: transformers' class name.
+        qkv_bias, o_bias, mlp_bias: which projections have a bias.
+        qk_norm: queries and keys are normalised per head before the rotary embedding.
+        tied_embeddings: the LM head is the embedding matrix.
+        sliding_windows: per layer, how many tokens back a token sees, itself included; None: all.
+        dtype: of the checkpoint.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeSpec
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def load(folder: str | Path) -> ModelSpec:
+        """Read ``config.json`` of a model folder.
+
+        Raises:
+            ModelError: if it cannot be read, or asks for something that is not supported.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            document = json.loads(path.read_text())
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from None
+        from transformers import AutoConfig  # takes seconds, and most processes are told what the model is
+
+        try:
+            # Refusals come first: AutoConfig's own message for an unknown model would not say what is supported.
+            architecture = _architecture(document)
+            _refuse_quantised(document)
+            try:
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # transformers raises many kinds, some of them bare Exception
+                raise ModelError(f"transformers cannot read it: {error}") from error
+            return _from_config(architecture, config)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error.__cause__
+
+    def as_plain(self) -> dict[str, Any]:
+        """What `from_plain` makes the same of, in another process."""
+        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=lambda dtype: str(dtype).removeprefix("torch."))
+        return plain
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any]) -> ModelSpec:
+        """The inverse of `as_plain`."""
+        return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
+
+
+def _architecture(document: dict[str, Any]) -> str:
+    supported = ", ".join(ARCHITECTURES.values())
+    names = document.get("architectures") or [ARCHITECTURES.get(document.get("model_type", ""))]
+    if names[0] is None:
+        raise ModelError(f"model_type {document.get('model_type')!r} is not supported; supported are {supported}")
+    if names[0] not in ARCHITECTURES.values():
+        raise ModelError(f"architecture {names[0]!r} is not supported; supported are {supported}")
+    return str(names[0])
+
+
+def _refuse_quantised(document: dict[str, Any]) -> None:
+    quantization = document.get("quantization_config") or document.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise ModelError(
+            f"the checkpoint is quantised ({method}); supported are unquantised ones in {', '.join(DTYPES)}"
+        )
+
+
+def _from_config(architecture: str, config: Any) -> ModelSpec:
+    if config.hidden_act != "silu":
+        raise ModelError(f"hidden_act {config.hidden_act!r} is not supported; supported is silu")
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if head_dim % 2:
+        raise ModelError(f"head_dim {head_dim} is odd; the rotary embedding needs an even one")
+    if num_heads % config.num_key_value_heads:
+        raise ModelError(
+            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
+        )
+    # a key that an architecture's own code does not look at means nothing, whatever config.json says
+    attention_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.attention_bias
+    rope = _rope(config)
+    max_positions = config.max_position_embeddings
+    if rope.kind == "yarn":  # checkpoints differ in whether they count the stretched context here
+        max_positions = max(max_positions, int(rope.factor * rope.original_max_position_embeddings))
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(config.rms_norm_eps),
+        max_position_embeddings=max_positions,
+        rope=rope,
+        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        o_bias=attention_bias,
+        mlp_bias=architecture == "LlamaForCausalLM" and config.mlp_bias,
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        tied_embeddings=config.tie_word_embeddings,
+        sliding_windows=_sliding_windows(architecture, config),
+        dtype=_dtype(config),
+    )
+
+
+def _rope(config: Any) -> RopeSpec:
+    # transformers 5 turns the older pair of rope_theta and rope_scaling into rope_parameters as it reads them
+    parameters = config.rope_parameters
+    kind = parameters["rope_type"]
+    if kind not in _ROPE_PARAMETERS:
+        raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("partial_rotary_factor is not supported; supported is 1")
+    names = _ROPE_PARAMETERS[kind]
+    missing = [name for name in names if parameters.get(name) is None]
+    if missing:
+        raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
+    given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
+    try:
+        if kind == "yarn":
+            optional = ("beta_fast", "beta_slow")  # 0 is none, as transformers has it
+            given |= {name: parameters[name] for name in optional if parameters.get(name)}
+            given["truncate"] = parameters.get("truncate", True)
+            given["magnitude"] = _yarn_magnitude(parameters)
+        rope = msgspec.convert(given, RopeSpec)  # config.json may have whole numbers for what is a float here
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise ModelError(f"rope parameters: {error}") from None
+    if min(rope.theta, rope.factor, rope.original_max_position_embeddings) <= 0:
+        raise ModelError("rope parameters: theta, factor and original_max_position_embeddings must be positive")
+    return rope
+
+
+def _yarn_magnitude(parameters: dict[str, Any]) -> float:
+    """YaRN, section 3.3, with the two coefficients that DeepSeek gives the logarithm."""
+
+    def magnitude(coefficient: float) -> float:
+        return 0.1 * coefficient * math.log(max(1.0, parameters["factor"])) + 1.0
+
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return magnitude(parameters["mscale"]) / magnitude(parameters["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    full, sliding = "full_attention", "sliding_attention"
+    layer_types = getattr(config, "layer_types", None)
+    if architecture == "MistralForCausalLM":
+        # transformers itself runs all layers alike here, whatever layer_types says
+        same = sliding if window is not None else full
+        if layer_types is not None and set(layer_types) != {same}:
+            raise ModelError("layer_types of MistralForCausalLM is not supported; sliding_window holds for all layers")
+        layer_types = [same] * config.num_hidden_layers
+    elif layer_types is None:
+        layer_types = [full] * config.num_hidden_layers
+    unknown = sorted(set(layer_types) - {full, sliding})
+    if unknown:
+        raise ModelError(f"layer_types {', '.join(unknown)} not supported; supported are {full}, {sliding}")
+    if sliding in layer_types and window is None:
+        raise ModelError("layer_types has sliding_attention, but sliding_window is not set")
+    return tuple(window if layer_type == sliding else None for layer_type in layer_types)
+
+
+def _dtype(config: Any) -> torch.dtype:
+    dtype = config.dtype if config.dtype is not None else torch.float32
+    if dtype not in DTYPES.values():
+        raise ModelError(f"dtype {dtype} is not supported; supported are {', '.join(DTYPES)}")
+    assert isinstance(dtype, torch.dtype)
+    return dtype

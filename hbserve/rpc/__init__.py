@@ -1,0 +1,1 @@
+"""Typed messages between processes, over ZeroMQ and pipes."""

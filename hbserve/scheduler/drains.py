@@ -1,0 +1,177 @@
+"""Instances that are emptied while the system serves, to change from prefill to decode or back, or to leave."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hbserve.config import InstanceRole
+from hbserve.messages.admin import InstanceChanged, RemoveInstance, SetRole
+from hbserve.messages.worker import Shutdown
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.metrics import EventLog
+from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.transfer_tracker import TransferLedger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Drain:
+    """One that has been asked for: its instance gets nothing new until it has nothing left.
+
+    Attributes:
+        asked_by: client and query to answer; None: the instance itself asks.
+        role: what it does afterwards; None: it leaves.
+        deadline: then it goes on as it was; None: the instance itself sees to that.
+        is_prepared: it has been told what comes then.
+    """
+
+    asked_by: tuple[bytes, int] | None
+    role: InstanceRole | None
+    deadline: float | None
+    is_prepared: bool = False
+
+
+class Drains:
+    """Empties instances, and gives them their new roles or lets them go. Nothing is restarted, loaded or forgotten.
+
+    Args:
+        instances: all there are, by id.
+        transfers: whose links follow the roles.
+        planner: tells workers of their new roles.
+        events: where changes of roles are noted.
+        reply: to a client.
+    """
+
+    def __init__(
+        self,
+        instances: Mapping[str, InstanceHandle],
+        transfers: TransferLedger,
+        planner: StepPlanner,
+        events: EventLog,
+        reply: Callable[[bytes, InstanceChanged], None],
+    ) -> None:
+        self._instances = instances
+        self._transfers = transfers
+        self._planner = planner
+        self._events = events
+        self._reply = reply
+        self._drains: dict[str, _Drain] = {}
+
+    def set_role(self, client: bytes, message: SetRole) -> None:
+        """Begin a change of role, or say why not."""
+        instance = self._known(client, message)
+        if instance is None:
+            return
+        problem = self._problem(instance)
+        plain = (InstanceRole.PREFILL, InstanceRole.DECODE)
+        if instance.role not in plain or message.role not in plain:
+            problem = f"{instance.id} is {instance.role}: only prefill and decode instances change, into each other"
+        elif instance.role is message.role:
+            self._reply(client, InstanceChanged(query_id=message.query_id))
+            return
+        self._begin(instance, problem, _Drain((client, message.query_id), message.role, _after(message.deadline_s)))
+
+    def remove(self, client: bytes, message: RemoveInstance) -> None:
+        """Begin a departure, or say why not."""
+        instance = self._known(client, message)
+        if instance is None:
+            return
+        problem = self._problem(instance)
+        if problem is None and instance.role is InstanceRole.SEMI_PD:
+            problem = f"{instance.id} is {instance.role}: it ends with the system"
+        self._begin(instance, problem, _Drain((client, message.query_id), None, _after(message.deadline_s)))
+
+    def wants_to_leave(self, instance: InstanceHandle) -> None:
+        """An instance has been told to end, and does when it has nothing left. It may ask again."""
+        drain = self._drains.get(instance.id)
+        if drain is None or drain.role is not None:
+            if drain is not None:
+                self._end(instance.id, f"{instance.id} is leaving")
+            self._begin(instance, None, _Drain(None, None, None))
+
+    def gone(self, instance: InstanceHandle) -> bool:
+        """An instance has left, or was lost; returns whether an operator wants it to stay away."""
+        drain = self._drains.get(instance.id)
+        if drain is None or drain.role is not None:
+            return False
+        self._end(instance.id, None)
+        return drain.asked_by is not None
+
+    def has_let_go(self, instance: InstanceHandle) -> bool:
+        """Whether it has nothing left and has been told to end."""
+        drain = self._drains.get(instance.id)
+        return drain is not None and drain.role is None and drain.is_prepared
+
+    def _known(self, client: bytes, message: SetRole | RemoveInstance) -> InstanceHandle | None:
+        """The instance that is meant; None: there is none, and the client has been told."""
+        instance = self._instances.get(message.instance_id)
+        if instance is None:
+            error = f"there is no instance {message.instance_id!r}; there are {', '.join(self._instances)}"
+            self._reply(client, InstanceChanged(query_id=message.query_id, error=error, is_unknown=True))
+        return instance
+
+    def _problem(self, instance: InstanceHandle) -> str | None:
+        if instance.id in self._drains:
+            leaves = self._drains[instance.id].role is None
+            return f"{instance.id} is {'leaving' if leaves else 'changing its role'} already"
+        others = [each for each in self._instances.values() if each is not instance and each.ready]
+        if instance.ready and not any(each.role is instance.role and not each.is_draining for each in others):
+            return f"{instance.id} is the only {instance.role} instance that is ready"
+        return None
+
+    def _begin(self, instance: InstanceHandle, problem: str | None, drain: _Drain) -> None:
+        if problem is not None:
+            assert drain.asked_by is not None
+            client, query_id = drain.asked_by
+            self._reply(client, InstanceChanged(query_id=query_id, error=problem))
+            return
+        instance.is_draining = True
+        self._drains[instance.id] = drain
+
+    def proceed(self) -> None:
+        """Take instances that have nothing left a step further, and give up on those that take too long."""
+        for name, drain in list(self._drains.items()):
+            instance = self._instances.get(name)
+            if instance is None:
+                self._end(name, f"{name} was lost")
+                continue
+            is_empty = not (instance.seats or instance.reserved or instance.num_steps_in_flight)
+            if is_empty and not self._transfers.touches(instance):
+                self._go_on(instance, drain)
+            elif drain.deadline is not None and time.monotonic() > drain.deadline and not drain.is_prepared:
+                left = len(instance.seats) + len(instance.reserved)
+                self._end(name, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
+
+    def _go_on(self, instance: InstanceHandle, drain: _Drain) -> None:
+        if drain.role is None:
+            if not drain.is_prepared:
+                drain.is_prepared = True
+                self._transfers.disconnect(instance)
+                instance.send(Shutdown())
+            return  # until it is gone
+        if not drain.is_prepared and instance.ready:
+            drain.is_prepared = True
+            self._planner.plan_preparation(instance, drain.role)
+            return  # until that is done
+        self._events.note("role", instance.id, f"{instance.role} to {drain.role}")
+        self._transfers.disconnect(instance)
+        instance.change_role(drain.role)
+        self._transfers.connect(self._instances.values())
+        logger.info("%s is %s now", instance.id, drain.role)
+        self._end(instance.id, None)
+
+    def _end(self, name: str, error: str | None) -> None:
+        drain = self._drains.pop(name)
+        if name in self._instances:
+            self._instances[name].is_draining = False
+        if drain.asked_by is not None:
+            client, query_id = drain.asked_by
+            self._reply(client, InstanceChanged(query_id=query_id, error=error))
+
+
+def _after(seconds: float) -> float:
+    return time.monotonic() + seconds

@@ -1,0 +1,148 @@
+"""Instances that join a running system though its configuration does not have them, or not their addresses.
+
+A name is *joining* from the moment an instance asks for it until it introduces itself, and *joined* until
+it is lost or has left: then nothing is left of it here, and it may join again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import msgspec
+import zmq
+
+from hbserve.config import Config, InstanceConfig, InstanceRole
+from hbserve.config.validation import with_instance
+from hbserve.errors import ConfigError
+from hbserve.messages.membership import Join, Joined
+from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.worker import WorkerHandle
+
+
+class Membership:
+    """Says who may be an instance of the system.
+
+    Args:
+        config: of the system.
+        context: ZeroMQ's, for connections to instances.
+        instances: all that count, by id.
+    """
+
+    def __init__(
+        self, config: Config, context: zmq.Context[zmq.Socket[bytes]], instances: dict[str, InstanceHandle]
+    ) -> None:
+        self._config = config
+        self._key = ClusterKey.of(config)
+        self._context = context
+        self._instances = instances
+        self._configured = {instance.instance_id: instance for instance in config.gpu_instances}
+        self._joining: dict[str, tuple[InstanceHandle, float]] = {}
+        self._joined: set[str] = set()
+
+    @property
+    def joining(self) -> Iterable[InstanceHandle]:
+        """Those that have asked, and are waited for; they get no work, and nobody misses them."""
+        return [instance for instance, _ in self._joining.values()]
+
+    def is_member(self, instance: InstanceHandle) -> bool:
+        """Whether it has joined, or is joining."""
+        return instance.id in self._joined or instance.id in self._joining
+
+    def take(self, join: Join) -> tuple[Joined, InstanceHandle | None]:
+        """The answer to an instance that wants to join, and its handle if it is to be waited for.
+
+        One of that name that was waited for before is not any more.
+        """
+        there = self._instances.get(join.instance_id)
+        worker = None if there is None else there.workers.get(there.id)
+        if there is not None and worker is not None and worker.ready:
+            if worker.rpc.address == join.address and there.id in self._joined:
+                return self._answer(there), None  # it has not heard of us for a while, nor missed anything
+            return _refuse(f"there is {join.instance_id} already, at {worker.rpc.address}", is_taken=True), None
+        if worker is not None and join.instance_id not in self._joined:
+            return _refuse(f"the configuration has {join.instance_id}, at {worker.rpc.address}"), None
+        try:
+            config = self._checked(join)
+        except ConfigError as error:
+            return _refuse(str(error).removeprefix(f"{error.key}: ")), None
+        address, performance = join.address, self._config.performance
+        if there is not None:
+            there.workers[there.id] = WorkerHandle(there.id, join.role, 100, self._context, address, self._key)
+            there.workers[there.id].role = there.role  # which may have been changed
+            self._joined.add(there.id)
+            return self._answer(there), there
+        new = InstanceHandle(config, performance, self._context, address, self._key)
+        self._joining[new.id] = new, time.monotonic() + self._config.rpc.start_timeout_s
+        return self._answer(new), new
+
+    def _checked(self, join: Join) -> InstanceConfig:
+        """The configuration of an instance that wants to join.
+
+        Raises:
+            ConfigError: if it cannot be one of the system's.
+        """
+        configured = self._configured.get(join.instance_id)
+        if configured is not None:
+            if configured.instance_type is not join.role:
+                raise ConfigError(f"{join.instance_id} is {configured.instance_type} in the configuration")
+            return configured
+        if join.role is InstanceRole.SEMI_PD:
+            raise ConfigError("a semi_pd instance is started with its scheduler")
+        others = [each.config for each in (*self._instances.values(), *self.joining) if each.id != join.instance_id]
+        config = msgspec.structs.replace(self._config, gpu_instances=tuple(others))
+        host, _, port = join.address.removeprefix("tcp://").rpartition(":")
+        if not join.address.startswith("tcp://") or not port.isdecimal():
+            raise ConfigError(f"{join.address} is no TCP address")
+        taken = {each.kv_rank for each in (*self._configured.values(), *others)}
+        if join.kv_rank is not None and join.kv_rank in taken:
+            raise ConfigError(f"KV rank {join.kv_rank} is taken meanwhile; start the instance again")
+        kv_rank = join.kv_rank
+        if kv_rank is None:
+            kv_rank = next(rank for rank in range(len(taken) + 1) if rank not in taken)
+        new = InstanceConfig(
+            instance_id=join.instance_id,
+            instance_type=join.role,
+            host=host,
+            port=int(port),
+            kv_rank=kv_rank,
+            tensor_parallel_size=join.num_ranks or self._config.model.tensor_parallel_size,
+        )
+        if new.num_ranks > self._config.most_ranks:  # the others count KV ranks by it
+            raise ConfigError(f"{new.num_ranks} ranks are more than any instance of the configuration has")
+        with_instance(config, new)
+        return new
+
+    def _answer(self, instance: InstanceHandle) -> Joined:
+        assert instance.config.kv_rank is not None
+        return Joined(config=msgspec.to_builtins(self._config), kv_rank=instance.config.kv_rank)
+
+    def arrived(self, instance: InstanceHandle) -> None:
+        """It has introduced itself, and fits."""
+        if self._joining.pop(instance.id, None) is not None:
+            self._instances[instance.id] = instance
+            self._joined.add(instance.id)
+
+    def overdue(self, now: float) -> list[InstanceHandle]:
+        """Those that have been waited for too long."""
+        return [instance for instance, deadline in self._joining.values() if now > deadline]
+
+    def gone(self, instance: InstanceHandle, for_good: bool = False) -> bool:
+        """Forget one that is lost, has left or has not come; whether the system itself is to forget it, too.
+
+        Args:
+            for_good: that an operator has removed it, so that the configuration's counts no more.
+        """
+        self._joining.pop(instance.id, None)
+        self._joined.discard(instance.id)
+        if for_good:
+            self._configured.pop(instance.id, None)
+        if instance.id in self._configured:
+            return False
+        self._instances.pop(instance.id, None)
+        return True
+
+
+def _refuse(error: str, is_taken: bool = False) -> Joined:
+    return Joined(error=error, is_taken=is_taken)

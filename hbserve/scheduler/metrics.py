@@ -1,0 +1,249 @@
+"""What the scheduler reports of requests and steps, on its own clock."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from hbserve.config import SchedulerConfig
+from hbserve.metrics.collector import SemiPDMetricsCollector, numbers_of
+from hbserve.metrics.histogram import BATCHES, E2E_S, LENGTHS, TOKEN_S, TTFT_S, Histogram
+from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.metrics.tracing import RequestTracer
+from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.policy.queue_policy import QueuePolicy
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.sequence import Phase, Sequence
+
+if TYPE_CHECKING:
+    from hbserve.scheduler.instance import InstanceHandle
+    from hbserve.scheduler.sequence import InflightStep
+
+
+MAX_EVENTS = 200
+
+
+class EventLog:
+    """The last events of a system: instances that come and go, roles, rotations, faults."""
+
+    def __init__(self) -> None:
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._numbers = itertools.count(1)
+
+    def note(self, kind: str, subject: str, text: str) -> None:
+        """Add one.
+
+        Args:
+            kind: ``ready``, ``lost``, ``retired``, ``left``, ``role``, ``rotation`` or ``fault``.
+            subject: whom it is about.
+        """
+        self._events.append(
+            {"number": next(self._numbers), "time": time.time(), "kind": kind, "subject": subject, "text": text}
+        )
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Plain data, oldest first; ``time`` in seconds since 1970."""
+        return list(self._events)
+
+
+class SchedulerMetrics:
+    """Called at the points of a request's life and after each step.
+
+    What is done per token is a store and a load, in the scheduler; the rest is per step or per request.
+
+    Args:
+        collector: of the sliding window; its clock times everything.
+        targets: has those of requests that come without.
+        tracer: gets every request that has ended; it is closed by `close`.
+
+    Attributes:
+        histograms: since the start, by name.
+        num_with_targets: completed requests that had targets, and kept all of them or not.
+    """
+
+    def __init__(
+        self,
+        collector: SemiPDMetricsCollector,
+        targets: SchedulerConfig | None = None,
+        tracer: RequestTracer | None = None,
+    ) -> None:
+        self.collector = collector
+        self._tracer = tracer
+        self._targets = targets or SchedulerConfig()
+        self.num_with_targets = {"kept": 0, "missed": 0}
+        self.histograms = {
+            "time_to_first_token_seconds": Histogram(TTFT_S),
+            "time_per_output_token_seconds": Histogram(TOKEN_S),
+            "inter_token_latency_seconds": Histogram(TOKEN_S),
+            "e2e_request_latency_seconds": Histogram(E2E_S),
+            "prefill_queue_seconds": Histogram(TTFT_S),
+            "decode_queue_seconds": Histogram(TTFT_S),
+            "prompt_length_tokens": Histogram(LENGTHS),
+            "output_length_tokens": Histogram(LENGTHS),
+            "prefill_batch_size": Histogram(BATCHES),
+            "decode_batch_size": Histogram(BATCHES),
+        }
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def arrived(self, sequence: Sequence) -> None:
+        """A request has been taken."""
+        sampling = sequence.request.sampling
+        sequence.metrics = self.collector.record_request_arrival(
+            _name(sequence),
+            sequence.num_prompt_tokens,
+            sampling.ttft_ms or self._targets.ttft_ms,
+            sampling.tpot_ms or self._targets.tpot_ms,
+        )
+        self.histograms["prompt_length_tokens"].observe(sequence.num_prompt_tokens)
+
+    def seated(self, sequence: Sequence) -> None:
+        """It has its seats, and may be computed."""
+        self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
+
+    def first_token(self, sequence: Sequence) -> None:
+        """Its first token is here, and so is its prompt's KV."""
+        name, now = _name(sequence), self.collector.clock()
+        self.collector.record_first_token(name, now)
+        self.collector.record_prefill_end(name, now)
+        if sequence.prefill_seat is sequence.decode_seat:
+            self.collector.record_decode_start(name, now)
+
+    def decode_may_start(self, sequence: Sequence) -> None:
+        """Its KV has arrived where it decodes."""
+        self.collector.record_decode_start(_name(sequence))
+
+    def preempted(self, sequence: Sequence) -> None:
+        """It gives its place to an older one."""
+        self.collector.record_preemption(_name(sequence))
+
+    def retried(self, sequence: Sequence) -> None:
+        """An attempt failed, and another begins."""
+        sequence.metrics.num_retries += 1
+
+    def ended(self, sequence: Sequence, outcome: str) -> None:
+        """It is off the books: ``completed``, ``aborted`` or ``failed``."""
+        num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
+        self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
+        self._observe(sequence.metrics)
+        if sequence.metrics.meets_targets is not None:
+            self.num_with_targets["kept" if sequence.metrics.meets_targets else "missed"] += 1
+        if self._tracer is not None:
+            self._tracer.record(sequence.request.request_id, sequence.metrics, outcome)
+
+    def close(self) -> None:
+        """Send what is left to send."""
+        if self._tracer is not None:
+            self._tracer.close()
+
+    def _observe(self, request: RequestMetrics) -> None:
+        latencies = (
+            ("time_to_first_token_seconds", request.ttft_ms),
+            ("prefill_queue_seconds", request.prefill_queue_ms),
+            ("decode_queue_seconds", request.decode_queue_ms),
+            ("time_per_output_token_seconds", request.tpot_ms if request.success else None),
+            ("e2e_request_latency_seconds", request.e2e_ms if request.success else None),
+        )
+        for name, value_ms in latencies:
+            if value_ms is not None:
+                self.histograms[name].observe(value_ms / 1000)
+        if request.success:
+            self.histograms["output_length_tokens"].observe(request.output_length)
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def step_done(
+        self,
+        worker_id: str,
+        step: InflightStep,
+        busy_s: float,
+        now: float,
+        last_token_times: Iterable[float | None],
+    ) -> None:
+        """A step has been confirmed.
+
+        Args:
+            busy_s: how long the device worked on it.
+            now: when, the time of its tokens.
+            last_token_times: of each sequence that got a token, when it got the one before, None if
+                this is its first.
+        """
+        num_tokens = 0
+        gaps = self.histograms["inter_token_latency_seconds"]
+        for last, count in Counter(last_token_times).items():
+            num_tokens += count
+            if last is not None:
+                gaps.observe(now - last, count)
+                self.collector.record_token_gap(now - last, count)
+        decode_rows = len(step.rows) - step.prefill_rows
+        if step.prefill_rows:
+            for row in step.rows:
+                if row.end <= row.seat.num_tokens_at_entry:
+                    row.sequence.metrics.chunk_end_times.append(now)
+            self.histograms["prefill_batch_size"].observe(step.prefill_rows)
+        if decode_rows:
+            self.histograms["decode_batch_size"].observe(decode_rows)
+        self.collector.record_step(worker_id, step.prefill_rows, step.prefill_tokens, decode_rows, num_tokens, busy_s)
+
+    # --- the whole -------------------------------------------------------------------------------
+
+    def observe_system(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], policy: QueuePolicy) -> None:
+        """The state of queues and pools now.
+
+        Args:
+            policy: of the waiting ones' order.
+        """
+        now = self.collector.clock()
+        phases: Counter[Phase] = Counter()
+        kv_usage = 0.0
+        for instance in instances:
+            phases.update(sequence.phase for sequence in instance.seats)
+            phases[Phase.TRANSFERRING] += sum(s.phase is Phase.TRANSFERRING for s in instance.reserved)
+            if instance.ready:
+                kv_usage = max(kv_usage, 1 - instance.pool.num_free_blocks / instance.pool.total_blocks)
+        late = [sequence for sequence in waiting if policy.leaves(sequence, now)]
+        self.collector.record_system_metrics(
+            SystemMetrics(
+                timestamp=now,
+                late_requests=len(late),
+                late_tokens=sum(len(sequence.tokens) for sequence in late),
+                prefill_queue_length=len(waiting),
+                prefill_queue_tokens=sum(len(sequence.tokens) for sequence in waiting),
+                oldest_wait_s=max((now - sequence.arrival_time for sequence in waiting), default=0.0),
+                decode_queue_length=phases[Phase.TRANSFERRING],
+                running_prefill=phases[Phase.PREFILLING],
+                running_decode=phases[Phase.DECODING],
+                kv_usage=kv_usage,
+            )
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers: ``queues`` now, the ``window``, and ``histograms`` since the start."""
+        state = self.collector.system_metrics
+        window = self.collector.get_current_window_metrics()
+        return {
+            "queues": {
+                "requests": {
+                    "waiting": state.prefill_queue_length,
+                    "prefilling": state.running_prefill,
+                    "transferring": state.decode_queue_length,
+                    "decoding": state.running_decode,
+                },
+                "waiting_tokens": state.prefill_queue_tokens,
+                "oldest_wait_s": state.oldest_wait_s,
+                "kv_usage": state.kv_usage,
+            },
+            "requests_with_targets": dict(self.num_with_targets),
+            "window_s": self.collector.window_size_seconds,
+            "window": numbers_of(window),
+            "busy_share": window.worker_busy,
+            "histograms": {name: histogram.as_dict() for name, histogram in self.histograms.items()},
+        }
+
+
+def _name(sequence: Sequence) -> str:
+    """Unique among all requests of all clients."""
+    return str(sequence.arrival)

@@ -1,0 +1,59 @@
+"""The process around the CPU scheduler. Imports neither torch nor transformers: it starts at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+
+import msgspec
+
+from hbserve.config import Config
+from hbserve.errors import HBServeError
+from hbserve.process import child
+from hbserve.scheduler.scheduler import serve
+
+logger = logging.getLogger(__name__)
+
+
+async def run_scheduler(config: Config, client_address: str, instance_addresses: dict[str, str]) -> None:
+    """Serve until SIGTERM, SIGINT or the launcher's end."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    child.watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
+    running = asyncio.create_task(serve(config, client_address, instance_addresses, stop))
+    await asyncio.sleep(0)  # lets it bind, or fail, before it is called ready
+    if not running.done():
+        child.freeze_heap()
+        child.report_status({"ready": True})
+    await running
+
+
+def main() -> None:
+    """Entry of the process that a launcher starts."""
+    orders = child.read_orders()
+    config = msgspec.convert(orders["config"], Config)
+    child.set_process_title("hbserve-scheduler")
+    child.configure_logging(config.logging, "scheduler")
+    try:
+        asyncio.run(run_scheduler(config, orders["client_address"], orders["instance_addresses"]))
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        logger.error("%s", error)
+        sys.exit(1)
+    except BaseException:
+        logger.exception("the scheduler failed")
+        os._exit(1)
+    # The launcher does this too; a launcher that was killed cannot.
+    shutil.rmtree(orders["run_dir"], ignore_errors=True)
+    sys.stderr.flush()
+    os._exit(0)  # the life line's thread may be blocked in a read
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""From the scheduler's books to the next plan of a worker."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hbserve.config import Config, InstanceRole
+from hbserve.messages.transfer import LayerGroup, SendBlocks
+from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
+from hbserve.policy.mixed_step_budget import StepRoom
+from hbserve.policy.queue_policy import QueuePolicy
+from hbserve.policy.step_forecast import StepWork
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.sequence import InflightRow, InflightStep, Seat, Sequence
+from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.waiting_queue import prefill_budget
+from hbserve.scheduler.worker import WorkerHandle
+
+_MOST_LAYER_GROUPS = 4
+"""Of all last chunks of a step."""
+
+
+class StepPlanner:
+    """Fills a worker's pipeline: decodes first, then prompt chunks up to the budgets.
+
+    Args:
+        config: for chunk sizes and budgets.
+        transfers: where the transfers of finished chunks are opened.
+        preempt: called with a sequence whose blocks are needed; it goes back to waiting.
+        policy: whose prompt goes first.
+    """
+
+    def __init__(
+        self, config: Config, transfers: TransferLedger, preempt: Callable[[Sequence], None], policy: QueuePolicy
+    ) -> None:
+        self._policy = policy
+        self._chunked = config.chunked_prefill
+        self._max_num_batched_tokens = config.performance.max_num_batched_tokens
+        self._prompt_budget = prefill_budget(config)
+        self._transfers = transfers
+        self._preempt = preempt
+        self._layer_group_bytes = config.kv_transfer.layer_group_bytes
+        # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
+        self._last_step_id = time.time_ns()
+
+    def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
+        """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
+        step = _StepBuilder(worker)
+        # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
+        seats = sorted(instance.seats.items(), key=lambda item: item[0].arrival)
+        limit_s = self._mixed_limit_s(instance, worker, phases)
+        for sequence, seat in seats if InstanceRole.DECODE in phases and limit_s != math.inf else ():
+            if step.num_tokens >= self._max_num_batched_tokens:
+                break
+            if seat.num_planned >= seat.num_tokens_at_entry and seat.can_go_to(worker):
+                self._plan_decode(step, instance, sequence, seat)
+        budget = self._max_num_batched_tokens - step.num_tokens
+        if self._chunked.enabled:
+            budget = min(budget, self._chunked.max_chunk_prefill_tokens)
+        room = None if limit_s is None or not step.rows else StepRoom(worker.timing.forecast, step.decode_work, limit_s)
+        for sequence, seat in self._prefills(seats) if InstanceRole.PREFILL in phases else ():
+            remaining = seat.num_tokens_at_entry - seat.num_planned
+            if remaining <= 0 or sequence not in instance.seats or not seat.can_go_to(worker):
+                continue
+            if not self._can_leave(sequence, seat):
+                continue
+            if self._chunked.enabled:
+                chunk = min(remaining, self._chunked.chunk_size, budget)
+            else:  # whole prompts: the first goes even where it is longer than the budget
+                chunk = remaining if remaining <= budget or not step.rows else 0
+            if room is not None and self._chunked.enabled and chunk > 0:
+                chunk = 0 if room.is_full else room.take(chunk, seat.num_planned)
+            if chunk <= 0:
+                break
+            budget -= chunk
+            self._plan_prefill(step, sequence, seat, chunk)
+        if not step.rows:
+            return False
+        self._open_transfers(step)
+        if room is not None:
+            instance.mixed_steps.decoded(time.monotonic(), bool(step.prefill_rows))
+        self._send(instance, worker, step, worker.role)
+        return True
+
+    def _mixed_limit_s(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
+        """How long a step may take that has decode rows; infinite: it shall have none; None: as long as it takes."""
+        interval_s = instance.mixed_interval_s(worker, phases)
+        if interval_s is None:
+            return None
+        now, waiting_tokens, least_spare_s, budget = time.monotonic(), 0, math.inf, self._prompt_budget
+        for sequence, seat in instance.seats.items():
+            if seat.num_planned >= seat.num_tokens_at_entry:
+                least_spare_s = min(least_spare_s, instance.spare_s(sequence, seat, interval_s, now))
+            elif seat.can_go_to(worker):
+                waiting_tokens += seat.num_tokens_at_entry - seat.num_planned
+        full_step_s = worker.timing.forecast.estimate(StepWork(0, 0, budget, budget**2 / 2))
+        return instance.mixed_steps.limit_s(now, interval_s, least_spare_s, full_step_s, waiting_tokens >= budget)
+
+    def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """Tell a worker that has come to running sequences of them: a step without rows.
+
+        Its first step, which all of them wait for, is then as small as any other. What it is told may be out of
+        date by then; the rows tell the rest, as they do to a worker that was away for a while.
+        """
+        step = _StepBuilder(worker)
+        for sequence, seat in instance.seats.items() if worker.role.decodes else ():
+            if seat.num_planned >= seat.num_tokens_at_entry and not sequence.keeps_state:
+                step.tell(sequence, seat)
+        if step.new_sequences:
+            self._send(instance, worker, step, worker.role)
+
+    def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
+        """Have an instance's one worker get ready for another role: a step without rows."""
+        for worker in instance.workers.values():
+            self._send(instance, worker, _StepBuilder(worker), role)
+
+    def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
+        self._last_step_id += 1
+        step_id, now, after = self._last_step_id, time.monotonic(), None
+        ahead = instance.steps_ahead(worker) if step.rows else []
+        ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
+        last = max(ahead, key=lambda item: item[1].step_id, default=None)
+        if last is not None and last[1].step_id > worker.has_waited_for:
+            assert last[0].cell is not None, "who is on no board cannot be followed"
+            after = StepOf(cell=last[0].cell, step_id=last[1].step_id)
+            worker.has_waited_for = after.step_id
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
+        inflight.after = 0 if after is None else after.step_id
+        worker.inflight.append(inflight)
+        worker.timing.planned(step.work, now, max(ends, default=-math.inf))
+        worker.send(
+            StepPlan(
+                epoch=worker.epoch,
+                step_id=step_id,
+                rows=step.rows,
+                new_sequences=step.new_sequences,
+                sends=step.sends,
+                role=role if role is not worker.prepared_for else None,
+                cell=worker.cell,
+                after=after,
+            )
+        )
+        worker.prepared_for = role
+
+    def _prefills(self, seats: list[tuple[Sequence, Seat]]) -> Iterable[tuple[Sequence, Seat]]:
+        """Those with prompt left to compute, in the policy's order."""
+        prefills = [item for item in seats if item[1].num_planned < item[1].num_tokens_at_entry]
+        if len(prefills) < 2:
+            return prefills
+        now = time.monotonic()
+        return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
+
+    def _plan_decode(self, step: _StepBuilder, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
+        position = seat.num_planned
+        if position + 1 >= sequence.max_total_tokens or sequence not in instance.seats:
+            return
+        known = position < len(sequence.tokens)
+        if sequence.has_grammar and not known:
+            return  # which tokens may come depends on it
+        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(instance, sequence, seat):
+            return
+        step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
+        step.decode_keys += position
+
+    def _can_leave(self, sequence: Sequence, seat: Seat) -> bool:
+        """Whether there is a way for a prompt's blocks; a link that another's failure has broken opens anew first."""
+        target = sequence.decode_seat
+        return target is None or target is seat or self._transfers.is_open(seat.worker.id, target.worker.id)
+
+    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
+        end = seat.num_planned + chunk
+        last = end == seat.num_tokens_at_entry
+        step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
+        step.prefill_rows += 1
+        step.prefill_tokens += chunk
+        step.prefill_keys += chunk * (end - chunk / 2)
+        target = sequence.decode_seat
+        if target is None or target is seat:
+            return
+        # All blocks that are final after this step leave with it; the last one may be part full.
+        block_size = seat.pool.block_size
+        end_block = -(-end // block_size) if last else end // block_size
+        if end_block > sequence.num_blocks_dispatched:
+            step.leaving.append(_Leaving(sequence, seat, target, sequence.num_blocks_dispatched, end_block, last))
+            sequence.num_blocks_dispatched = end_block
+
+    def _open_transfers(self, step: _StepBuilder) -> None:
+        num_last = sum(each.is_last for each in step.leaving)
+        for each in step.leaving:
+            # Of one prompt's last chunk somebody waits for every millisecond; of many at once, for all of them.
+            groups = self._layer_groups(each, _MOST_LAYER_GROUPS // num_last) if each.is_last else 1
+            for index in range(groups):
+                layers = LayerGroup(index=index, count=groups)
+                blocks = each.first_block, each.end_block
+                step.sends.append(self._transfers.open(each.sequence, each.seat, each.target, *blocks, layers))
+
+    def _layer_groups(self, leaving: _Leaving, most: int) -> int:
+        """In how many equal ones blocks leave: each is a transfer, which has its price."""
+        hello = leaving.seat.worker.hello
+        assert hello is not None
+        if not self._layer_group_bytes:
+            return 1
+        num_bytes = (leaving.end_block - leaving.first_block) * hello.block_bytes
+        most = min(most, num_bytes // self._layer_group_bytes)
+        return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
+
+    def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
+        """One more block for a decode; puts back younger sequences where the pool has none."""
+        while seat.pool.allocate_blocks(seat.owner, 1) is None:
+            if seat.pool.num_pending_blocks:
+                return False  # blocks are on their way back: sit this step out
+            victim = max(instance.seats, key=lambda seated: seated.arrival)
+            if victim is sequence and instance.reserved:
+                return False  # the blocks are with sequences about to arrive here; they can be put back then
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """Blocks of a prompt that are final after a step, and where they go.
+
+    Attributes:
+        is_last: the prompt is done then.
+    """
+
+    sequence: Sequence
+    seat: Seat
+    target: Seat
+    first_block: int
+    end_block: int
+    is_last: bool
+
+
+class _StepBuilder:
+    """A step in the making: what is sent, and what is remembered until it is confirmed."""
+
+    def __init__(self, worker: WorkerHandle) -> None:
+        self._worker = worker
+        self.rows: list[PlanRow] = []
+        self.new_sequences: list[SequenceState] = []
+        self.leaving: list[_Leaving] = []
+        self.sends: list[SendBlocks] = []
+        self.inflight: list[InflightRow] = []
+        self.num_tokens = 0
+        self.prefill_rows = 0
+        self.prefill_tokens = 0
+        self.prefill_keys = 0.0
+        self.decode_keys = 0
+
+    @property
+    def work(self) -> StepWork | None:
+        """None without rows: getting ready for a role takes as long as it takes."""
+        if not self.rows:
+            return None
+        decode_rows = len(self.rows) - self.prefill_rows
+        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_keys)
+
+    @property
+    def decode_work(self) -> StepWork:
+        """That of its decode rows, before there are others."""
+        return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
+
+    def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
+        sampled_elsewhere = token_ids is None and seat.last_worker is not self._worker
+        seat.go_to(self._worker, sequence.keeps_state)
+        new_block_ids = self.tell(sequence, seat)
+        self.rows.append(
+            PlanRow(
+                slot=seat.slot,
+                start=seat.num_planned,
+                num_tokens=num_tokens,
+                token_ids=token_ids,
+                new_block_ids=new_block_ids,
+                sample=samples,
+                sampled_elsewhere=sampled_elsewhere,
+            )
+        )
+        start = seat.num_planned
+        seat.num_planned += num_tokens
+        seat.pool.pin(seat.owner)
+        self.num_tokens += num_tokens
+        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, start, seat.num_planned, samples))
+
+    def tell(self, sequence: Sequence, seat: Seat) -> list[int]:
+        """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""
+        block_ids = seat.block_ids
+        num_sent = seat.blocks_sent.get(self._worker)
+        seat.blocks_sent[self._worker] = len(block_ids)
+        if num_sent is None:
+            self.new_sequences.append(sequence.state_for(seat))
+            return []
+        return block_ids[num_sent:]

@@ -1,0 +1,386 @@
+"""The scheduler's books of the KV transfers in flight, and of the links they go over."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from hbserve.messages.transfer import (
+    ALL_LAYERS,
+    CancelTransfer,
+    CloseLink,
+    EnterLink,
+    FinishBlocks,
+    LayerGroup,
+    LeaveLink,
+    LinkClosed,
+    LinkOpened,
+    OpenLink,
+    Peer,
+    ReceiveBlocks,
+    SendBlocks,
+    TransferResult,
+)
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.sequence import Seat, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """The way from one instance to another, from its opening to its end. It fails as a whole and is never mended.
+
+    Attributes:
+        epoch: tells it from those before and after it between the same two.
+        addressed: the target's ranks, as they name the link while they open it.
+        targets: the same, and where they receive; empty until it is open.
+        transfers: of these at least one side has not confirmed.
+        broken: nothing new goes over it. Its target's blocks stay pinned until the target says that
+            nothing of it is written any more.
+        sender_lost: some sender never confirmed.
+    """
+
+    source: InstanceHandle
+    target: InstanceHandle
+    epoch: int
+    sources: list[Peer]
+    addressed: list[Peer]
+    targets: list[Peer] = field(default_factory=list)
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+    broken: bool = False
+    sender_lost: bool = False
+    close_sent: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Blocks of one chunk on their way, with all their layers or a group of them.
+
+    Each side's blocks stay pinned until that side can touch them no more.
+    """
+
+    transfer_id: str
+    sequence: Sequence
+    attempt: int
+    source: Seat
+    target: Seat
+    target_blocks: list[int]
+    layers: LayerGroup
+    link: Link
+    sender_open: bool = True
+    receiver_open: bool = True
+    delivered: bool = False
+    finishing: bool = False
+    checksums: list[list[int]] | None = None
+
+
+@dataclass(slots=True)
+class LinkStats:
+    """What has gone from one instance to another.
+
+    Attributes:
+        seconds: spent moving bytes; waiting for the prefill or for other transfers is not in it.
+        queued_s: spent waiting for other transfers.
+        exposed_s: from a prompt's first token to the arrival of its last block: what was not hidden.
+        failures: of the link, by kind, see `TransferResult.error_kind`; ``lost`` where an instance was.
+    """
+
+    num_transfers: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    queued_s: float = 0.0
+    exposed_s: float = 0.0
+    failures: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a result has decided: a transfer whose blocks are all there, or all that its link took with it."""
+
+    arrived: Transfer | None = None
+    failed: list[Transfer] = field(default_factory=list)
+
+
+class TransferLedger:
+    """Opens links and transfers, matches both sides' results, and keeps what may still be touched pinned.
+
+    Args:
+        verify: have checksums compared before a transfer counts as arrived.
+    """
+
+    def __init__(self, verify: bool = False) -> None:
+        self._verify = verify
+        self._open: dict[str, Transfer] = {}
+        self._links: dict[tuple[str, str], Link] = {}  # those that are not broken
+        self._ending: list[Link] = []  # those that are, until their last transfer is off the books
+        self._num_links = 0
+        self._count = 0
+        self.links: dict[tuple[str, str], LinkStats] = defaultdict(LinkStats)
+        """Statistics by source and target."""
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def num_open(self, source_id: str, target_id: str) -> int:
+        """Transfers between two instances that have not ended."""
+        return sum(
+            len(link.transfers)
+            for link in (*self._links.values(), *self._ending)
+            if (link.source.id, link.target.id) == (source_id, target_id)
+        )
+
+    # --- links -----------------------------------------------------------------------------------
+
+    def connect(self, instances: Iterable[InstanceHandle]) -> None:
+        """Open every link that the instances' roles call for and that is not there."""
+        ready = [instance for instance in instances if instance.ready]
+        for source in ready:
+            for target in ready:
+                needed = source.role.prefills and not source.role.decodes and not target.role.prefills
+                if needed and (source.id, target.id) not in self._links:
+                    self._open_link(source, target)
+
+    def disconnect(self, instance: InstanceHandle) -> None:
+        """Close an instance's links, over which nothing is under way."""
+        for link in list(self._links.values()):
+            if instance in (link.source, link.target):
+                assert not link.transfers, f"transfers from {link.source.id} to {link.target.id} are under way"
+                self._break(link)
+
+    def forget(self, instance: InstanceHandle) -> None:
+        """An instance that is lost will not come back: let go of its links, and of what is known of them."""
+        self.lose(instance)
+        for key in [key for key in self.links if instance.id in key]:
+            del self.links[key]
+
+    def touches(self, instance: InstanceHandle) -> bool:
+        """Whether a transfer from or to an instance has not ended on both sides."""
+        return any(instance in (each.link.source, each.link.target) for each in self._open.values())
+
+    def _open_link(self, source: InstanceHandle, target: InstanceHandle) -> None:
+        assert source.hello is not None
+        assert target.hello is not None
+        key = (source.id, target.id)
+        self._num_links += 1
+        epoch = self._num_links
+        sources, addressed = (
+            [msgspec.structs.replace(peer, link_epoch=epoch) for peer in hello.peers]
+            for hello in (source.hello, target.hello)
+        )
+        self._links[key] = Link(source, target, epoch, sources, addressed)
+        self.links.setdefault(key, LinkStats())
+        target.send(OpenLink(source_id=source.id, link_epoch=epoch, sources=sources))
+
+    def is_open(self, source_id: str, target_id: str) -> bool:
+        """Whether blocks can go from one instance to the other."""
+        link = self._links.get((source_id, target_id))
+        return link is not None and bool(link.targets)
+
+    @property
+    def connecting(self) -> list[tuple[str, str]]:
+        """Links that have been asked for and are not open yet, by source and target."""
+        return [key for key, link in self._links.items() if not link.targets]
+
+    def on_link_opened(self, target: InstanceHandle, opened: LinkOpened) -> None:
+        """The receiving side is ready."""
+        link = self._links.get((opened.source_id, target.id))
+        if link is not None and link.epoch == opened.link_epoch:
+            link.targets = opened.peers
+            link.source.send(EnterLink(targets=link.targets))
+
+    def on_link_closed(self, target: InstanceHandle, closed: LinkClosed) -> None:
+        """Nothing of a broken link is written any more: its blocks return."""
+        for link in list(self._ending):
+            if (link.source.id, link.target, link.epoch) == (closed.source_id, target, closed.link_epoch):
+                self._close_all_receivers(link)
+
+    # --- transfers -------------------------------------------------------------------------------
+
+    def open(
+        self,
+        sequence: Sequence,
+        source: Seat,
+        target: Seat,
+        first_block: int,
+        end_block: int,
+        layers: LayerGroup = ALL_LAYERS,
+    ) -> SendBlocks:
+        """Plan the transfer of these layers of the blocks at ``first_block .. end_block - 1`` of both tables.
+
+        A receiver that takes part is told at once; the returned command belongs into the sender's plan.
+        """
+        self._count += 1
+        transfer_id = f"{sequence.request.request_id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
+        link = self._links[source.worker.id, target.worker.id]
+        source_blocks = source.block_ids[first_block:end_block]
+        target_blocks = target.block_ids[first_block:end_block]
+        transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, layers, link)
+        self._open[transfer_id] = link.transfers[transfer_id] = transfer
+        sequence.open_transfers.add(transfer_id)
+        for seat in (source, target):
+            seat.pool.pin(seat.owner)
+        if not _is_one_sided(link):
+            target.worker.send(
+                ReceiveBlocks(
+                    transfer_id=transfer_id,
+                    request_id=sequence.request.request_id,
+                    sources=link.sources,
+                    block_ids=target_blocks,
+                    generations=target.pool.generations_of(target_blocks),
+                    layers=layers,
+                )
+            )
+        return SendBlocks(
+            transfer_id=transfer_id,
+            request_id=sequence.request.request_id,
+            targets=link.targets,
+            block_ids=source_blocks,
+            generations=source.pool.generations_of(source_blocks),
+            target_block_ids=target_blocks,
+            layers=layers,
+            checksum=self._verify,
+        )
+
+    def on_result(self, result: TransferResult) -> Outcome:
+        """Take one side's result."""
+        transfer = self._open.get(result.transfer_id)
+        if transfer is None or not (transfer.sender_open if result.sent else transfer.receiver_open):
+            return Outcome()
+        link = transfer.link
+        if result.sent:
+            self._close_sender(transfer)
+        if link.broken:
+            self._end_if_senders_are_done(link)
+            return Outcome()
+        if result.error is not None:
+            self._stats(link).failures[result.error_kind or "backend"] += 1
+            return Outcome(failed=self._break(link))
+        if result.sent:
+            self._count_sent(link, result)
+            transfer.checksums = result.checksums
+        if not result.sent or _is_one_sided(link):
+            if transfer.finishing or not (self._verify or _needs_merging(link)):
+                self._close_receiver(transfer)
+                return Outcome(arrived=transfer)
+            transfer.delivered = True
+        if transfer.delivered and (transfer.checksums is not None or not self._verify):
+            self._ask_to_finish(transfer)
+        return Outcome()
+
+    def lose(self, instance: InstanceHandle) -> list[Transfer]:
+        """An instance is gone, and with it its links: the transfers that have not arrived."""
+        failed: list[Transfer] = []
+        for link in (*self._links.values(), *self._ending):
+            if instance not in (link.source, link.target):
+                continue
+            if link.transfers and not link.broken:
+                self._stats(link).failures["lost"] += 1
+            if instance is link.target:
+                link.close_sent = True  # nobody is left to be told
+                failed += self._break(link)
+                self._close_all_receivers(link)
+            else:
+                link.sender_lost = True
+                failed += self._break(link)
+                for transfer in list(link.transfers.values()):
+                    if transfer.sender_open:
+                        self._close_sender(transfer)
+                self._end_if_senders_are_done(link)
+        return failed
+
+    def _break(self, link: Link) -> list[Transfer]:
+        """Nothing more goes over a link; what has not arrived has failed."""
+        if link.broken:
+            return []
+        link.broken = True
+        del self._links[link.source.id, link.target.id]
+        self._ending.append(link)
+        for transfer in list(link.transfers.values()):
+            if transfer.sender_open and not link.sender_lost:
+                transfer.source.worker.send(CancelTransfer(transfer_id=transfer.transfer_id))
+        if not link.sender_lost:
+            link.source.send(LeaveLink(targets=link.targets or link.addressed))
+        self._end_if_senders_are_done(link)
+        return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
+
+    def _end_if_senders_are_done(self, link: Link) -> None:
+        """When no sender is at it any more, have the target see to it that nothing comes later."""
+        if link.close_sent or any(transfer.sender_open for transfer in link.transfers.values()):
+            return
+        link.close_sent = True
+        link.target.send(
+            CloseLink(
+                source_id=link.source.id,
+                link_epoch=link.epoch,
+                sources=link.sources,
+                senders_done=not link.sender_lost,
+            )
+        )
+
+    def _ask_to_finish(self, transfer: Transfer) -> None:
+        transfer.finishing = True
+        pool = transfer.target.pool
+        transfer.target.worker.send(
+            FinishBlocks(
+                transfer_id=transfer.transfer_id,
+                num_sources=len(transfer.link.sources),
+                block_ids=transfer.target_blocks,
+                generations=pool.generations_of(transfer.target_blocks),
+                checksums=transfer.checksums,
+                layers=transfer.layers,
+            )
+        )
+
+    # --- pins ------------------------------------------------------------------------------------
+
+    def _close_sender(self, transfer: Transfer) -> None:
+        transfer.sender_open = False
+        transfer.source.pool.unpin(transfer.source.owner)
+        self._forget_if_over(transfer)
+
+    def _close_receiver(self, transfer: Transfer) -> None:
+        transfer.receiver_open = False
+        transfer.target.pool.unpin(transfer.target.owner)
+        self._forget_if_over(transfer)
+
+    def _close_all_receivers(self, link: Link) -> None:
+        for transfer in list(link.transfers.values()):
+            if transfer.receiver_open:
+                self._close_receiver(transfer)
+        if not link.transfers and link in self._ending:
+            self._ending.remove(link)
+
+    def _forget_if_over(self, transfer: Transfer) -> None:
+        link = transfer.link
+        if not (transfer.sender_open or transfer.receiver_open):
+            del self._open[transfer.transfer_id], link.transfers[transfer.transfer_id]
+            if link.broken and link.close_sent and not link.transfers and link in self._ending:
+                self._ending.remove(link)
+
+    # --- statistics ------------------------------------------------------------------------------
+
+    def _stats(self, link: Link) -> LinkStats:
+        return self.links[link.source.id, link.target.id]
+
+    def _count_sent(self, link: Link, result: TransferResult) -> None:
+        stats = self._stats(link)
+        stats.num_transfers += 1
+        stats.num_bytes += result.num_bytes
+        stats.seconds += result.seconds
+        stats.queued_s += result.queued_s
+
+    def count_exposed(self, transfer: Transfer, seconds: float) -> None:
+        """A prompt was done, and waited so long for its last blocks to arrive."""
+        self._stats(transfer.link).exposed_s += seconds
+
+
+def _is_one_sided(link: Link) -> bool:
+    assert link.target.hello is not None
+    return link.target.hello.one_sided
+
+
+def _needs_merging(link: Link) -> bool:
+    """Whether the heads of several senders have been written into a block one after the other."""
+    return _is_one_sided(link) and len(link.sources) > len(link.targets)

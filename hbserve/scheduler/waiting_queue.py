@@ -1,0 +1,104 @@
+"""The order of the waiting requests, and how long a new one would wait."""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+from hbserve.config import Config
+from hbserve.policy.prefill_rate import PrefillPace
+from hbserve.policy.queue_policy import make_policy
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.sequence import InflightStep, Sequence
+
+_NUM_ENDS = 64
+
+
+class WaitingQueue:
+    """What `scheduler.policy` means for a list of waiting sequences, which its owner keeps.
+
+    Args:
+        config: for the policy and the steps' budgets.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._tokens_per_step = prefill_budget(config)
+        self._pace = PrefillPace()
+        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # of requests, and before them the queue's beginning
+        self.policy = make_policy(config.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
+
+    def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
+        """Put a sequence that begins to wait where it belongs."""
+        sequence.rank = self.policy.rank(sequence)
+        if waiting and sequence.rank < waiting[-1].rank:
+            bisect.insort(waiting, sequence, key=lambda other: other.rank)
+        else:
+            waiting.append(sequence)
+
+    def in_order(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
+        """Who is to be admitted first."""
+
+        def seated() -> tuple[list[tuple[Sequence, int]], int]:
+            workers = [instance for instance in instances if instance.ready and instance.role.prefills]
+            prompts = [
+                (sequence, seat.num_planned)
+                for worker in workers
+                for sequence, seat in worker.seats.items()
+                if seat.num_planned < seat.num_tokens_at_entry
+            ]
+            return prompts, max(1, len(workers))
+
+        return self.policy.order(waiting, now, seated)
+
+    # --- predictions -----------------------------------------------------------------------------
+
+    def step_done(self, step: InflightStep, busy_s: float) -> None:
+        """Learn from a step."""
+        if step.prefill_rows:
+            self._pace.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
+
+    def ended(self, now: float) -> None:
+        """A request has ended, and left its seats."""
+        self._ends.append(now)
+
+    def begins(self, now: float) -> None:
+        """Somebody comes to wait where nobody was: how fast seats came free counts from here on."""
+        self._ends.clear()
+        self._ends.append(now)
+
+    def predicted_ttft_s(
+        self,
+        sequence: Sequence,
+        waiting: list[Sequence],
+        instances: Iterable[InstanceHandle],
+        seats_are_full: bool,
+        now: float,
+    ) -> float:
+        """How long a new request would wait for its first token; 0 while nothing is known, or nobody is before it.
+
+        (Its own prompt alone is nobody's overload, and what computing it takes may be known from other sizes only.)
+
+        The longer of two waits: until the prompts before it and its own are computed, at the pace of
+        late; and, where requests wait for seats, until as many have left as would be before it.
+        """
+        rank = self.policy.rank(sequence)
+        before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
+        workers = [instance for instance in instances if instance.ready and instance.role.prefills]
+        num_tokens = sum(len(other.tokens) for other in before) + sum(w.num_tokens_to_prefill for w in workers)
+        if not workers or not num_tokens:
+            return 0.0
+        # shared by the workers, but for its own prompt
+        prefill_s = self._pace.seconds(num_tokens // len(workers) + len(sequence.tokens), self._tokens_per_step)
+        if not seats_are_full or not before or len(self._ends) < 2:
+            return prefill_s
+        return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
+
+
+def prefill_budget(config: Config) -> int:
+    """Most prompt tokens in a step."""
+    budget = config.performance.max_num_batched_tokens
+    if config.chunked_prefill.enabled:
+        budget = min(budget, config.chunked_prefill.max_chunk_prefill_tokens)
+    return budget

@@ -1,0 +1,1 @@
+"""Prediction of latencies and the choice of a split. Pure functions and plain data."""

@@ -1,0 +1,107 @@
+"""What the controller is to hold, and within which bounds it may act."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from hbserve.config.semi_pd import DECODE_PACE, SLOConfig
+from hbserve.errors import ConfigError
+from hbserve.slo.latency_model import Targets
+
+_DEFAULTS = SLOConfig(ttft_target_ms=1.0, tpot_target_ms=1.0)  # of all that is not a target
+
+
+@dataclass(frozen=True)
+class SLOConstraints:
+    """Latency targets.
+
+    Attributes:
+        ttft_target_ms, tpot_target_ms: what a request should meet.
+        ttft_percentile, tpot_percentile: of requests at which that is judged.
+        ttft_violation_threshold, tpot_violation_threshold: how many times the target counts as violated.
+
+    Raises:
+        ConfigError: naming the value that makes no sense.
+    """
+
+    ttft_target_ms: float
+    tpot_target_ms: float
+    ttft_percentile: float = _DEFAULTS.ttft_percentile
+    tpot_percentile: float = _DEFAULTS.tpot_percentile
+    ttft_violation_threshold: float = _DEFAULTS.ttft_violation_threshold
+    tpot_violation_threshold: float = _DEFAULTS.tpot_violation_threshold
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            low, high = (0.0, 100.0) if field.name.endswith("percentile") else (0.0, float("inf"))
+            if field.name.endswith("threshold"):
+                low = 1.0 - 1e-9
+            if not low < value < high:
+                raise ConfigError(f"{field.name}: must be above {low:g} and below {high:g}, got {value}", field.name)
+
+    @property
+    def decode_interval_ms(self) -> float:
+        """While prefill is busy, decode steps need not begin sooner after each other than this, on average:
+        TPOT's target with some room. What decode does not take speeds prefill up."""
+        return DECODE_PACE * self.tpot_target_ms
+
+    @property
+    def targets(self) -> Targets:
+        """For the latency model."""
+        return Targets(
+            ttft_ms=self.ttft_target_ms,
+            tpot_ms=self.tpot_target_ms,
+            ttft_percentile=self.ttft_percentile,
+            tpot_percentile=self.tpot_percentile,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitBounds:
+    """Which splits may be chosen.
+
+    Attributes:
+        min_percentage: of either phase.
+        max_total_percentage: of both; 200 allows (100, 100), 100 forbids that they compete.
+        adjustment_step: distance of neighbouring splits, percentage points.
+        cooldown_s: from one move to the next.
+        rotation_cooldown_s: from one move to the next that needs a process started: workers of that
+            percentage are not warm.
+        hysteresis: share of goodput that a move must gain, where no target is violated.
+        min_confidence_threshold: below it the model is not followed; only a step to a neighbour is
+            taken, and only while a target is violated.
+        min_window_s: a shorter window says nothing.
+    """
+
+    min_percentage: int = _DEFAULTS.min_percentage
+    max_total_percentage: int = _DEFAULTS.max_total_percentage
+    adjustment_step: int = _DEFAULTS.adjustment_step
+    cooldown_s: float = _DEFAULTS.cooldown_s
+    rotation_cooldown_s: float = _DEFAULTS.rotation_cooldown_s
+    hysteresis: float = _DEFAULTS.hysteresis
+    min_confidence_threshold: float = _DEFAULTS.min_confidence_threshold
+    min_window_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_percentage <= 100:
+            raise ConfigError(f"min_percentage: must be in 1..100, got {self.min_percentage}", "min_percentage")
+        if not 2 * self.min_percentage <= self.max_total_percentage <= 200:
+            raise ConfigError(
+                f"max_total_percentage: must be in {2 * self.min_percentage}..200, got {self.max_total_percentage}",
+                "max_total_percentage",
+            )
+        if not 1 <= self.adjustment_step <= 50:
+            raise ConfigError(f"adjustment_step: must be in 1..50, got {self.adjustment_step}", "adjustment_step")
+        for name in ("hysteresis", "min_confidence_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: must be in 0..1, got {getattr(self, name)}", name)
+
+    def allows(self, prefill_percentage: int, decode_percentage: int) -> bool:
+        """Whether a split is within the bounds."""
+        return (
+            self.min_percentage <= prefill_percentage <= 100
+            and self.min_percentage <= decode_percentage <= 100
+            and prefill_percentage + decode_percentage <= self.max_total_percentage
+        )

@@ -1,0 +1,387 @@
+"""What TTFT and TPOT a split would give, and how far such predictions have been off.
+
+The forms are those of Semi-PD (arXiv 2504.19867, section 5), with the terms that make a shared GPU
+differ from two GPUs written out:
+
+- Prompts are served by a queue whose rate grows with prefill's share x. Its mean wait is that of
+  M/G/1 (Pollaczek-Khinchine), ``λ·E[S²] / (2·(1 - λ·E[S]))``, which with ``E[S] = s/x`` has the form
+  ``a₁/(x - λ·s)``: ``TTFT(x) = a₁/(x - λ·s) + b₁``, plus what the backlog of this moment adds.
+- One worker that mixes both phases is a queue of its own: its steps have the batch in them and what prompts
+  have come during the one before, so their mean is where both agree; a prompt waits for the rest of the step
+  under way, and where prompts fill steps, as in any queue.
+- A decode step takes ``a₂/y + b₂`` alone (`StepTimes`), and longer by a factor for the share of
+  time in which prefill runs beside it. How many sequences are in the batch follows from how long
+  they stay (Little's law): the two are solved together.
+
+How much each term really weighs is learnt while serving: ``TTFT = c₁·wait + c₂·service`` and
+``TPOT = d₁·alone + d₂·beside``, all believed to be 1 at first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from hbserve.config.semi_pd import MIXED_PACE
+from hbserve.slo.least_squares import PriorLeastSquares
+from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.step_times import StepTimes
+
+_MEMORY = 0.9  # of an observation at the next one
+_HORIZON_S = 10.0  # a backlog counts by what it adds to the requests of the next seconds
+_TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any is seen
+_ERROR_CAP = 1.0  # of a log ratio: beyond that, wrong is wrong
+_ROUND_TRIP_MS = 1.0  # of a result and the next plan
+_CHANGE_MS = 2.0  # of prefill's worker, when the one before has ended: the way of a plan
+_LEAST_CHUNK = 128.0  # prompt tokens in a mixed step that has any
+_NUM_ERRORS = 8  # predictions that confidence looks back on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What has to be served, and its state now.
+
+    Attributes:
+        arrival_rate: requests per second.
+        prompt_tokens: to be computed per request, mean; what the prefix cache has is not.
+        prompt_tokens_squared: mean of their squares.
+        context_tokens: before the computed ones: found in the prefix cache, mean.
+        output_tokens: per request, mean.
+        backlog_tokens: prompt tokens that are here and not yet computed.
+        running: sequences that decode now.
+        tpot_spread: deviation of log TPOT over requests.
+    """
+
+    arrival_rate: float
+    prompt_tokens: float
+    prompt_tokens_squared: float
+    context_tokens: float = 0.0
+    output_tokens: float
+    backlog_tokens: float = 0.0
+    running: float = 0.0
+    tpot_spread: float = _TPOT_SPREAD
+
+    @property
+    def tokens_of_its_prompt(self) -> float:
+        """Mean over prompt tokens, not over prompts: what decode steps have beside them, most of it of long prompts."""
+        return self.prompt_tokens_squared / max(1.0, self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What a request should meet, and at which percentile of requests that is judged."""
+
+    ttft_ms: float
+    tpot_ms: float
+    ttft_percentile: float = 95.0
+    tpot_percentile: float = 95.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a split would give.
+
+    Attributes:
+        ttft_ms, tpot_ms: at the targets' percentiles.
+        attainment: share of requests within both targets.
+        goodput: requests per second within both.
+        prefill_load: share of time in which prefill is busy; above 1 its queue grows without end.
+        decode_batch: sequences decoding, mean.
+        ttft_terms, tpot_terms: features of the fit: (wait, service) and (alone, beside).
+    """
+
+    ttft_ms: float
+    tpot_ms: float
+    attainment: float
+    goodput: float
+    prefill_load: float
+    decode_batch: float
+    ttft_terms: tuple[float, float]
+    tpot_terms: tuple[float, float]
+
+
+class _Fits:
+    """How much the terms of a way to share the device weigh."""
+
+    def __init__(self) -> None:
+        self.ttft = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
+        self.tpot = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """Where prompts wait.
+
+    Attributes:
+        load: share of time in which it is busy.
+        service_s: that a prompt keeps it busy, mean.
+        own_s: from a prompt's first step to its token.
+        residual_s: for what is under way besides prompts.
+    """
+
+    load: float
+    service_s: float
+    own_s: float
+    residual_s: float = 0.0
+
+
+class LatencyModel:
+    """Predicts windows, learns from them, and knows how good it is.
+
+    Args:
+        steps: step times of the model on the device.
+        targets: for which percentiles and limits to predict.
+        alone: each phase's percentage while the other has nothing to do, or None to keep its share:
+            100 where the ladder has such workers.
+        max_batch: most sequences that decode together.
+        prefill_batch_tokens: most prompt tokens in one step.
+        decode_interval_ms: from one decode step to the next, mean, while prefill is busy; 0: as fast as they can.
+    """
+
+    def __init__(
+        self,
+        steps: StepTimes,
+        targets: Targets,
+        alone: SMAllocation | None = None,
+        max_batch: int = 256,
+        prefill_batch_tokens: int = 4096,
+        decode_interval_ms: float = 0.0,
+    ) -> None:
+        self.steps = steps
+        self.targets = targets
+        self.alone = alone
+        self._max_batch = max_batch
+        self._prefill_batch_tokens = prefill_batch_tokens
+        self._decode_interval_ms = decode_interval_ms
+        self._side_by_side, self._mixed = _Fits(), _Fits()
+        self._errors: deque[float] = deque([0.2], maxlen=_NUM_ERRORS)
+
+    @property
+    def confidence(self) -> float:
+        """1 less the mean error of the last predictions, in [0, 1]; 0.8 before the first."""
+        return max(0.0, 1.0 - sum(self._errors) / len(self._errors))
+
+    def coefficients(self) -> dict[str, float]:
+        """How much each term weighs now."""
+        terms = {}
+        for prefix, fits in (("", self._side_by_side), ("mixed_", self._mixed)):
+            for name, fit in (("ttft_wait", fits.ttft), ("tpot_alone", fits.tpot)):
+                terms[prefix + name] = float(fit.coefficients[0])
+            for name, fit in (("ttft_service", fits.ttft), ("tpot_beside", fits.tpot)):
+                terms[prefix + name] = float(fit.coefficients[1])
+        return terms
+
+    # --- prediction ------------------------------------------------------------------------------
+
+    def predict(self, workload: Workload, allocation: SMAllocation) -> Prediction:
+        """What the workload would see under a split."""
+        return self._predict_mixed(workload) if allocation.mixed else self._predict_side_by_side(workload, allocation)
+
+    def _predict_mixed(self, workload: Workload) -> Prediction:
+        """One worker, whose every step has the whole batch in it and the prompts that have come."""
+        batch = min(max(workload.running, 1.0), self._max_batch)
+        fit = self._mixed.tpot.coefficients
+        tokens, rate_per_ms = max(1.0, workload.prompt_tokens), workload.arrival_rate / 1000
+        decode_context = workload.context_tokens + tokens + workload.output_tokens / 2
+        for _ in range(6):  # the batch decides the step, and the step how many are in the batch
+
+            def step_ms(chunk: float, batch: float = batch) -> float:
+                context = workload.context_tokens + max(0.0, tokens - chunk) / 2
+                return self.steps.mixed_ms(chunk, batch, decode_context, context)
+
+            most = self._tokens_within(step_ms)
+            full_ms, alone_ms = step_ms(most), step_ms(0.0)
+            load = rate_per_ms * tokens * full_ms / most
+            mean_ms = alone_ms
+            for _ in range(4):  # what comes during a step is in the next one
+                arrived = rate_per_ms * tokens * mean_ms
+                share = min(1.0, max(1 - math.exp(-rate_per_ms * mean_ms), arrived / most))
+                mean_ms = (1 - share) * alone_ms + share * step_ms(min(most, arrived / max(share, 1e-9)))
+            tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
+            tpot_ms = max(1e-6, float(fit[0] * tpot_terms[0] + fit[1] * tpot_terms[1]))
+            decoding_rate = workload.arrival_rate / max(1.0, load)
+            steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
+            batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
+        decode_overload = max(1.0, steady / self._max_batch)
+        # A prompt waits for the step that is under way even if there are only decode rows in it.
+        somebody_decodes = 1 - math.exp(-batch) if workload.output_tokens > 1 else 0.0
+        residual_ms = max(0.0, 1 - load) * somebody_decodes * mean_ms / 2
+        own_ms = step_ms(tokens) if tokens <= most else tokens / most * full_ms
+        queue = _Queue(load, tokens / most * full_ms / 1000, own_ms / 1000, residual_ms / 1000)
+        return self._predict_percentiles(workload, self._mixed, queue, decode_overload, batch, tpot_ms, tpot_terms)
+
+    def _tokens_within(self, step_ms: Callable[[float], float]) -> float:
+        """Prompt tokens of a full step: as many as TPOT's target has time for."""
+        most = float(self._prefill_batch_tokens)
+        limit_ms = MIXED_PACE * self.targets.tpot_ms
+        if step_ms(most) <= limit_ms:
+            return most
+        low, high = 1.0, most
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if step_ms(middle) <= limit_ms else (low, middle)
+        return max(low, min(most, _LEAST_CHUNK))
+
+    def _predict_side_by_side(self, workload: Workload, allocation: SMAllocation) -> Prediction:
+        decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
+        batch = min(max(workload.running, 1.0), self._max_batch)
+        tpot_fit = self._side_by_side.tpot.coefficients
+        for _ in range(4):  # the batch decides the step, and the step how many are in the batch
+            step_tokens = max(1.0, min(workload.tokens_of_its_prompt, self._prefill_batch_tokens))
+            context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
+            step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage)
+            slowdown = self.steps.slowdown(allocation, step_ms, step_tokens)
+            step_ms *= slowdown.decode
+            if step_ms < self._decode_interval_ms:
+                step_ms += _ROUND_TRIP_MS  # whether it is decode's turn is known only when the step before has ended
+            shared_ms = max(step_ms, self._decode_interval_ms)
+            beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step
+            load, service_s = self._service(workload, allocation, batch, slowdown.prefill, beside)
+            busy = min(1.0, load)
+            alone_ms = self.steps.decode_ms(batch, context, decode_alone)
+            # Steps per second add up over the two kinds of time, not milliseconds per step.
+            mean_ms = 1 / ((1 - busy) / alone_ms + busy / shared_ms)
+            tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
+            tpot_ms = max(1e-6, float(tpot_fit[0] * tpot_terms[0] + tpot_fit[1] * tpot_terms[1]))
+            decoding_rate = workload.arrival_rate / max(1.0, load)
+            steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
+            batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
+        decode_overload = max(1.0, steady / self._max_batch)  # who finds no place waits for one
+        queue = _Queue(load, service_s, service_s)
+        fits = self._side_by_side
+        return self._predict_percentiles(workload, fits, queue, decode_overload, batch, tpot_ms, tpot_terms)
+
+    def _service(
+        self, workload: Workload, allocation: SMAllocation, batch: float, slowdown: float, beside: float
+    ) -> tuple[float, float]:
+        """Load of the prefill queue, and seconds per prompt.
+
+        Args:
+            beside: share of the time in which decode steps run too; between them prefill is as if alone.
+        """
+        prefill_alone = self.alone.prefill_percentage if self.alone else allocation.prefill_percentage
+        tokens, context = max(1.0, workload.prompt_tokens), workload.context_tokens
+        beside_ms = self._prompt_ms(tokens, context, allocation.prefill_percentage) * slowdown
+        alone_ms = self._prompt_ms(tokens, context, prefill_alone)
+        nobody_decodes = math.exp(-batch) if workload.output_tokens > 1 else 1.0
+        shared_ms = 1 / (beside / beside_ms + (1 - beside) / alone_ms)
+        if self._decode_interval_ms and prefill_alone != allocation.prefill_percentage:
+            shared_ms += _CHANGE_MS  # about once for each prompt the turn is another one, and so is the worker
+        service_s = (nobody_decodes * alone_ms + (1 - nobody_decodes) * shared_ms) / 1000
+        return workload.arrival_rate * service_s, service_s
+
+    def _prompt_ms(self, tokens: float, context: float, percentage: int) -> float:
+        """Several short prompts share a step, a long one takes several."""
+        step_tokens = self._prefill_batch_tokens
+        if tokens <= step_tokens:
+            return self.steps.prefill_ms(tokens, context, percentage)
+        num_steps = tokens / step_tokens
+        return num_steps * self.steps.prefill_ms(step_tokens, context + (tokens - step_tokens) / 2, percentage)
+
+    def _predict_percentiles(
+        self,
+        workload: Workload,
+        fits: _Fits,
+        queue: _Queue,
+        decode_overload: float,
+        batch: float,
+        tpot_ms: float,
+        tpot_terms: tuple[float, float],
+    ) -> Prediction:
+        load, service_s = queue.load, queue.service_s
+        steady_load = min(load, 0.98)
+        tokens = max(1.0, workload.prompt_tokens)
+        variation = max(0.0, workload.prompt_tokens_squared / tokens**2 - 1)
+        wait_s = steady_load * service_s * (1 + variation) / (2 * (1 - steady_load)) + queue.residual_s
+        backlog_s = max(0.0, workload.backlog_tokens / tokens - workload.arrival_rate * service_s) * service_s
+        wait_s = min(wait_s, _HORIZON_S) + _mean_backlog(backlog_s, load) + (decode_overload - 1) * _HORIZON_S / 2
+        ttft_terms = (1000 * wait_s, 1000 * queue.own_s)
+        fit = fits.ttft.coefficients
+        if fits is self._side_by_side:
+            # Waits that are longer than this queue's where phases are mixed come of how requests come.
+            fit = np.array([max(fit[0], self._mixed.ttft.coefficients[0]), fit[1]])
+        mean_ms = max(1e-6, float(fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1]))
+        # A wait is about exponential among those who wait; service varies as the prompts do.
+        idle = max(0.0, 1 - load) if not backlog_s else 0.0
+        wait_ms = fit[0] * ttft_terms[0]
+        variance = wait_ms**2 * (2 / max(0.02, 1 - idle) - 1) + (fit[1] * ttft_terms[1]) ** 2 * variation
+        log_variance = math.log1p(variance / mean_ms**2)
+        ttft = NormalDist(math.log(mean_ms) - log_variance / 2, math.sqrt(log_variance) + 1e-3)
+        tpot = NormalDist(math.log(tpot_ms), max(0.02, workload.tpot_spread))
+        attainment = ttft.cdf(math.log(self.targets.ttft_ms)) * tpot.cdf(math.log(self.targets.tpot_ms))
+        return Prediction(
+            ttft_ms=math.exp(ttft.inv_cdf(self.targets.ttft_percentile / 100)),
+            tpot_ms=math.exp(tpot.inv_cdf(self.targets.tpot_percentile / 100)),
+            attainment=attainment,
+            goodput=attainment * workload.arrival_rate / max(1.0, load),
+            prefill_load=load,
+            decode_batch=batch,
+            ttft_terms=ttft_terms,
+            tpot_terms=tpot_terms,
+        )
+
+    # --- learning --------------------------------------------------------------------------------
+
+    def observe(
+        self, workload: Workload, allocation: SMAllocation, ttft: Observed | None, tpot: Observed | None
+    ) -> float:
+        """Learn from a window in which this split served this workload.
+
+        Args:
+            ttft, tpot: what requests saw; None where there were none.
+
+        Returns:
+            How far the prediction was off, as a log ratio, the larger of both.
+        """
+        predicted = self.predict(workload, allocation)
+        fits = self._mixed if allocation.mixed else self._side_by_side
+        error = 0.0
+        if ttft is not None:
+            error = max(error, self._error(ttft, predicted.ttft_ms, self.targets.ttft_ms))
+            spread = max(0.1, 1 / math.sqrt(ttft.count)) * ttft.mean_ms + 0.5
+            fits.ttft.observe(predicted.ttft_terms, ttft.mean_ms, spread)
+        if tpot is not None:
+            error = max(error, self._error(tpot, predicted.tpot_ms, self.targets.tpot_ms))
+            spread = max(0.05, 0.3 / math.sqrt(tpot.count)) * tpot.mean_ms
+            fits.tpot.observe(predicted.tpot_terms, tpot.mean_ms, spread)
+        if ttft is not None or tpot is not None:
+            self._errors.append(error)
+        return error
+
+    @staticmethod
+    def _error(seen: Observed, predicted_ms: float, target_ms: float) -> float:
+        """Beyond what chance explains. Twice the target or three times is the same to whoever decides."""
+        ratio = math.log(min(seen.percentile_ms, 2 * target_ms) / min(predicted_ms, 2 * target_ms))
+        return min(_ERROR_CAP, max(0.0, abs(ratio) - 1 / math.sqrt(seen.count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A latency in a window.
+
+    Attributes:
+        percentile_ms: at the target's percentile.
+    """
+
+    count: int
+    mean_ms: float
+    percentile_ms: float
+
+
+def _mean_backlog(backlog_s: float, load: float) -> float:
+    """What a backlog adds to the wait of the requests within the horizon, seconds, mean.
+
+    It grows or shrinks by ``load - 1`` seconds a second.
+    """
+    rate = load - 1
+    if rate >= 0:
+        return backlog_s + rate * _HORIZON_S / 2
+    empty_after_s = backlog_s / -rate
+    if empty_after_s >= _HORIZON_S:
+        return backlog_s + rate * _HORIZON_S / 2
+    return backlog_s * empty_after_s / (2 * _HORIZON_S)

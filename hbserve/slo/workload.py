@@ -1,0 +1,200 @@
+"""From the collector's window to what the policy judges.
+
+From windows to a steady picture of the load that still notices when it turns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+from hbserve.metrics.distribution import Distribution
+from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.slo.constraints import SLOConstraints
+from hbserve.slo.latency_model import Observed, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What was seen under one split, all of it since the last move and outside rotations.
+
+    Attributes:
+        start, end: seconds.
+        workload: that came, and its state at the end.
+        ttft, tpot: what requests saw; None where there were too few.
+    """
+
+    start: float
+    end: float
+    workload: Workload
+    ttft: Observed | None
+    tpot: Observed | None
+
+
+_MEMORY_S = 20.0  # a window counts 1/e of its weight after so long
+_TURN_DEVIATIONS = 3.0  # of a count that a steady load would explain
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Weighted sums over windows."""
+
+    seconds: float = 0.0
+    requests: float = 0.0
+    prompt: float = 0.0
+    prompt_squared: float = 0.0
+    context: float = 0.0
+    output: float = 0.0
+    output_weight: float = 0.0
+
+
+class WorkloadEstimator:
+    """Means over the last seconds; forgets them at once where the load has turned.
+
+    A window is a turn where its number of requests, or of prompt tokens, is further from the mean
+    than chance explains. The state of the moment (backlog, running, spread) is passed on as it is.
+    """
+
+    def __init__(self) -> None:
+        self._totals = _Totals()
+        self._last_end: float | None = None
+        self.num_turns = 0
+        """How often the load has turned."""
+
+    def update(self, now: Workload, start: float, end: float) -> Workload:
+        """The picture after a window from ``start`` to ``end``; overlapping windows count their new part."""
+        seconds = end - start if self._last_end is None else min(end - start, end - self._last_end)
+        if seconds <= 0:
+            return self._estimate(now)
+        self._last_end = end
+        if self._turned(now, end - start):
+            self.num_turns += 1
+            self._totals = _Totals()
+            seconds = end - start
+        totals, keep = self._totals, math.exp(-seconds / _MEMORY_S)
+        requests = now.arrival_rate * seconds
+        for name, amount in (
+            ("seconds", seconds),
+            ("requests", requests),
+            ("prompt", requests * now.prompt_tokens),
+            ("prompt_squared", requests * now.prompt_tokens_squared),
+            ("context", requests * now.context_tokens),
+            ("output", requests * now.output_tokens if now.output_tokens else 0.0),
+            ("output_weight", requests if now.output_tokens else 0.0),
+        ):
+            setattr(totals, name, keep * getattr(totals, name) + amount)
+        return self._estimate(now)
+
+    def _turned(self, now: Workload, seconds: float) -> bool:
+        totals = self._totals
+        if totals.seconds < 2 * seconds or totals.requests < 1:
+            return False
+        seen = now.arrival_rate * seconds
+        expected = totals.requests / totals.seconds * seconds
+        if abs(seen - expected) > _TURN_DEVIATIONS * math.sqrt(expected) + 1:
+            return True
+        if seen < 3:
+            return False
+        mean = totals.prompt / totals.requests
+        deviation = math.sqrt(max(0.0, totals.prompt_squared / totals.requests - mean**2) / seen)
+        return abs(now.prompt_tokens - mean) > _TURN_DEVIATIONS * deviation + 0.1 * mean
+
+    def _estimate(self, now: Workload) -> Workload:
+        totals = self._totals
+        if totals.requests <= 0 or totals.seconds <= 0:
+            return now
+        return replace(
+            now,
+            arrival_rate=totals.requests / totals.seconds,
+            prompt_tokens=totals.prompt / totals.requests,
+            prompt_tokens_squared=totals.prompt_squared / totals.requests,
+            context_tokens=totals.context / totals.requests,
+            output_tokens=totals.output / totals.output_weight if totals.output_weight else now.output_tokens,
+        )
+
+
+_MIN_SAMPLES = 3
+_DEFAULT_SPREAD = 0.15  # deviation of log TPOT over requests
+
+
+def window_of(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Window:
+    """The load of a window, and what requests saw in it.
+
+    A queue counts before its requests have their first token: the oldest wait is a TTFT to come. And
+    the gaps between tokens count before their requests end: after a turn of the load TPOT would be
+    that of the few that end soon.
+    """
+    spread = _log_spread(metrics.tpot)
+    system = metrics.system
+    hit_rate = metrics.prefix_hit_rate
+    prompt = metrics.input_length
+    return Window(
+        start=metrics.window_start_time,
+        end=metrics.window_end_time,
+        workload=Workload(
+            arrival_rate=metrics.arrival_rate,
+            prompt_tokens=prompt.mean * (1 - hit_rate),
+            prompt_tokens_squared=_mean_square(prompt) * (1 - hit_rate) ** 2,
+            context_tokens=prompt.mean * hit_rate,
+            output_tokens=_output_tokens(metrics),
+            backlog_tokens=float(max(0, system.prefill_queue_tokens - system.late_tokens)) if system else 0.0,
+            running=float(system.running_decode) if system else metrics.decode.batch_size,
+            tpot_spread=spread,
+        ),
+        ttft=_ttft(metrics, constraints),
+        tpot=_tpot(metrics, constraints, spread),
+    )
+
+
+def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Observed | None:
+    ttft, target_ms = metrics.ttft, constraints.ttft_target_ms
+    oldest_ms = 1000 * metrics.system.oldest_wait_s if metrics.system else 0.0
+    if ttft.count < _MIN_SAMPLES:
+        return Observed(1, oldest_ms, oldest_ms) if oldest_ms > target_ms else None
+    # Where those that are late are left to wait, how long does not matter, only how many; of one window's time.
+    window_ms = 1000 * (metrics.window_end_time - metrics.window_start_time)
+    late = metrics.system.late_requests if metrics.system else 0
+    if late:
+        newly_late = math.ceil(late * min(1.0, window_ms / max(oldest_ms, 1.0)))
+        percentile = Distribution.merged([ttft, Distribution((oldest_ms,), (newly_late,))]).percentile(
+            constraints.ttft_percentile
+        )
+    else:
+        percentile = max(ttft.percentile(constraints.ttft_percentile), oldest_ms)
+    mean = sum(min(value, 2 * target_ms) * weight for value, weight in zip(ttft.values, ttft.weights, strict=True))
+    return Observed(ttft.count, mean / ttft.count, percentile)
+
+
+def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float) -> Observed | None:
+    gaps = metrics.itl
+    if metrics.tpot.count >= 10 * _MIN_SAMPLES:
+        percentile = metrics.tpot.percentile(constraints.tpot_percentile)
+    elif gaps.count < _MIN_SAMPLES:
+        return None
+    else:
+        percentile = gaps.mean * math.exp(spread * NormalDist().inv_cdf(constraints.tpot_percentile / 100))
+    count = max(metrics.tpot.count, round(metrics.decode.batch_size), 1)
+    return Observed(count, gaps.mean if gaps.count else metrics.tpot.mean, percentile)
+
+
+def _output_tokens(metrics: AggregatedMetrics) -> float:
+    if metrics.output_length.count >= _MIN_SAMPLES:
+        return metrics.output_length.mean
+    return metrics.output_tokens / metrics.num_arrivals if metrics.num_arrivals else 0.0
+
+
+def _mean_square(samples: Distribution) -> float:
+    total = sum(value**2 * weight for value, weight in zip(samples.values, samples.weights, strict=True))
+    return total / samples.count if samples.count else 0.0
+
+
+def _log_spread(samples: Distribution) -> float:
+    logs = [
+        (math.log(value), weight) for value, weight in zip(samples.values, samples.weights, strict=True) if value > 0
+    ]
+    count = sum(weight for _, weight in logs)
+    if count < 10 * _MIN_SAMPLES:
+        return _DEFAULT_SPREAD
+    mean = sum(log * weight for log, weight in logs) / count
+    return math.sqrt(sum((log - mean) ** 2 * weight for log, weight in logs) / count)

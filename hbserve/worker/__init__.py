@@ -1,0 +1,1 @@
+"""The process that runs one instance of the model: plans in, tokens out."""

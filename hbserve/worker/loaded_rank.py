@@ -1,0 +1,103 @@
+"""What every rank of an instance sets up before it can serve: its device, its part of the model, its KV transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.kv_transfer.head_split import Shard
+from hbserve.kv_transfer.one_sided.base import ArenaSharing
+from hbserve.kv_transfer.rank_transfers import RankTransfers
+from hbserve.messages.transfer import TransferReply
+from hbserve.process.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.engine.model_runner import ModelRunner
+    from hbserve.platform import Partition, Platform
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """A rank with everything loaded.
+
+    Attributes:
+        model_fingerprint: see `hbserve.models.fingerprint`.
+    """
+
+    model_fingerprint: str
+    platform: Platform
+    runner: ModelRunner
+    transfers: RankTransfers
+
+
+@contextmanager
+def loaded_rank(
+    config: Config,
+    instance: InstanceConfig,
+    tp_rank: int,
+    port: int,
+    listener: int | None,
+    report: Callable[[TransferReply], None],
+    attachment: ArenaAttachment | None = None,
+    partition: Partition | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> Iterator[LoadedRank]:
+    """Load one rank's part of the model. What the block does, it does without gradients, in its own thread only.
+
+    Args:
+        config: of the system.
+        instance: whose rank this is.
+        tp_rank: which one, from 0.
+        port: where the ranks of the instance meet.
+        listener: descriptor of the socket that listens there, for rank 0.
+        report: called with what becomes of transfers, in the event loop's thread.
+        attachment: to arenas that another process holds; None: it has its own.
+        partition: its share of the device.
+        stopwatch: told of the parts of the start: ``imports``, ``driver``, ``device``, ``ranks`` (meeting them),
+            what `ModelRunner` has, and ``transfers``.
+
+    Raises:
+        HBServeError: if the model cannot be served as configured.
+    """
+    import torch  # takes seconds, in which other processes start
+
+    from hbserve.engine.model_runner import ModelRunner
+    from hbserve.engine.process_group import join_group
+    from hbserve.models.fingerprint import model_fingerprint
+    from hbserve.platform import Partition, make_platform
+
+    stopwatch = stopwatch or Stopwatch()
+    stopwatch.lap("imports")
+    size = instance.num_ranks
+    others = (other for other in config.gpu_instances if other.instance_id != instance.instance_id)
+    if partition is None and any(map(instance.shares_gpu_with, others)):
+        partition = Partition()  # all of the device, and so have the others
+    platform = make_platform(
+        config.model.device,
+        instance.gpu_id,
+        instance.num_threads,
+        len(config.gpu_instances),
+        tp_rank,
+        size,
+        partition,
+    )
+    stopwatch.lap("driver")
+    platform.activate()
+    platform.probe()
+    stopwatch.lap("device")
+    with torch.inference_mode():
+        timeout_s = max(config.rpc.start_timeout_s, config.rpc.step_timeout_s)
+        parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
+        stopwatch.lap("ranks")
+        runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch)
+        sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
+        shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
+        transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
+        dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
+        fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
+        stopwatch.lap("transfers")
+        yield LoadedRank(fingerprint, platform, runner, transfers)

@@ -1,0 +1,57 @@
+"""The process of an instance's rank 0, from its orders to its end."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.process import child
+from hbserve.worker.gpu_instance import GpuInstance, SharedDevice
+from hbserve.worker.join_client import Membership
+
+
+def run_instance(config: Config, instance: InstanceConfig, address: str, membership: Membership | None = None) -> int:
+    """Run an instance that has this process for itself until it is to end; returns the exit code.
+
+    One that a launcher has started stops with it, and at SIGTERM and SIGINT. One that was started alone
+    then leaves its system: its requests are finished, unless there is a second signal. Arguments as `GpuInstance`.
+
+    Raises:
+        HBServeError: if it cannot start.
+    """
+    is_launched = child.STATUS_FD_VARIABLE in os.environ
+    _name_process(config, instance)
+    worker = GpuInstance(config, instance, address, membership=membership)
+    if is_launched:
+        child.watch_parent(worker.stop)
+    child.watch_signals(worker.stop if is_launched else worker.leave)
+    code = worker.run()
+    return child.EXIT_DISMISSED if worker.was_dismissed and is_launched else code
+
+
+def run_worker(config: Config, instance: InstanceConfig, address: str, shared: SharedDevice) -> int:
+    """As `run_instance`, of a worker of an instance that has several; arguments as `GpuInstance`."""
+    _name_process(config, instance)
+    worker = GpuInstance(config, instance, address, shared)
+    child.watch_parent(worker.stop)
+    child.watch_signals(worker.stop)
+    return worker.run()
+
+
+def _name_process(config: Config, instance: InstanceConfig) -> None:
+    child.set_process_title(f"hbserve-{instance.instance_id}-TP0")
+    child.configure_logging(config.logging, instance.instance_id)
+
+
+def main() -> None:
+    """Entry of the process that a launcher starts."""
+    orders = child.read_orders()
+    config = msgspec.convert(orders["config"], Config)
+    instance = config.instance(orders["instance_id"])
+    child.exit_after(lambda: run_instance(config, instance, orders["address"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Rank 0's side of its instance's other ranks: starting, commanding, watching and ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.errors import StartupError
+from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply, Sleep
+from hbserve.messages.transfer import Peer
+from hbserve.messages.worker import StepPlan
+from hbserve.process import child
+from hbserve.rpc.rank_channel import RankLine
+
+if TYPE_CHECKING:
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.platform import Partition
+
+_EXIT_TIMEOUT_S = 10.0
+END_OF_PLANS = b""
+"""On the line of plans: finish what has come before, and exit."""
+
+
+class _Rank:
+    """One other rank: its process, asleep at first, and rank 0's ends of the lines to it."""
+
+    def __init__(self, number: int, orders: dict[str, Any]) -> None:
+        self.number = number
+        self.ready = threading.Event()
+        plans, their_plans = socket.socketpair()
+        control, their_control = socket.socketpair()
+        self.status_end, write_end = os.pipe()
+        theirs = [their_plans.fileno(), their_control.fileno()]
+        # Whoever watches rank 0 by its status pipe sees the pipe's end only when all ranks have ended.
+        inherited = [int(os.environ[name]) for name in (child.STATUS_FD_VARIABLE,) if name in os.environ]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "hbserve.worker.rank_process"],
+                stdin=subprocess.PIPE,
+                env=child.environment(write_end),
+                pass_fds=[write_end, *theirs, *inherited],
+            )
+        finally:
+            os.close(write_end)
+            their_plans.close()
+            their_control.close()
+        self.plans = Connection(plans.detach())
+        self.control: RankLine[RankReply] = RankLine(control, RankReply)
+        self.tell(orders | {"tp_rank": number, "plans_fd": theirs[0], "control_fd": theirs[1]})
+
+    def tell(self, orders: dict[str, Any]) -> None:
+        """Write one line to its standard input."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone already: its watcher says so
+            self.process.stdin.write(json.dumps(orders).encode() + b"\n")
+            self.process.stdin.flush()
+
+
+class RankGroup:
+    """The ranks 1, 2, ... of an instance; none where it has only one. They are asleep until `wake`.
+
+    They are in the process group of rank 0, so that whoever ends that by force can end all at once.
+
+    Args:
+        size: how many ranks there are, with rank 0.
+        name: of the instance, as far as it is known.
+        how: the ranks fall asleep.
+        on_lost: called from a watcher's thread with the reason when a rank ends on its own, or
+            cannot start. The instance is then of no use any more.
+    """
+
+    def __init__(self, size: int, name: str, how: Sleep, on_lost: Callable[[str], None]) -> None:
+        self.size = size
+        self.on_lost = on_lost
+        self._encoder = msgspec.msgpack.Encoder()
+        self._num_plans = 0
+        self._is_ending = False
+        self._beginnings: dict[int, asyncio.Future[Peer]] = {}
+        self._ranks: list[_Rank] = []
+        self.port = 0
+        orders = {"name": name, "sleep": msgspec.to_builtins(how)}
+        self._ranks = [_Rank(number, orders) for number in range(1, self.size)]
+        self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._ranks]
+        for watcher in self._watchers:
+            watcher.start()
+
+    def wake(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        attachments: list[ArenaAttachment] | None,
+        partition: Partition | None,
+    ) -> None:
+        """Tell the ranks what they are.
+
+        Args:
+            config: of the system.
+            instance: whose ranks these are.
+            attachments: to arenas that other processes hold, one per rank; None: they have their own.
+            partition: the share that each has of its device.
+        """
+        if not self._ranks:
+            return
+        # Bound before anybody looks for it, and to the loopback interface alone.
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        orders = {
+            "config": msgspec.to_builtins(config),
+            "instance": msgspec.to_builtins(instance),
+            "port": self.port,
+            "partition": None if partition is None else dataclasses.asdict(partition),
+        }
+        for rank in self._ranks:
+            attachment = None if attachments is None else msgspec.to_builtins(attachments[rank.number])
+            rank.tell(orders | {"attachment": attachment})
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks from 1 on."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def take_listener(self) -> int | None:
+        """The descriptor of the socket that listens on `port`, where the ranks meet, to be owned by the caller."""
+        return self._listener.detach() if self._ranks else None
+
+    # --- main thread -----------------------------------------------------------------------------
+
+    def wait_ready(self, deadline: float) -> None:
+        """Wait until every rank has loaded its part of the model.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: at the deadline.
+        """
+        for rank in self._ranks:
+            if not rank.ready.wait(max(0.0, deadline - time.monotonic())):
+                raise StartupError(f"rank {rank.number} was not ready in time (rpc.start_timeout_s)")
+
+    def forward(self, plan: StepPlan) -> None:
+        """Have the other ranks launch a plan; before rank 0 launches it itself, which waits for them.
+
+        Raises:
+            OSError: if one of them is gone.
+        """
+        if self._ranks:
+            payload = self._encoder.encode(plan)
+            for rank in self._ranks:
+                rank.plans.send_bytes(payload)
+        self._num_plans += 1
+
+    def end_plans(self) -> None:
+        """Have the other ranks finish and exit."""
+        self._is_ending = True
+        for rank in self._ranks:
+            with contextlib.suppress(OSError):
+                rank.plans.send_bytes(END_OF_PLANS)
+
+    def close(self) -> None:
+        """Wait for the other ranks to exit, and kill those that do not."""
+        deadline = time.monotonic() + _EXIT_TIMEOUT_S
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+        for watcher in self._watchers:
+            watcher.join()
+
+    # --- any thread ------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """Kill the other ranks, so that nothing of them is left when this returns."""
+        self._is_ending = True
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(_EXIT_TIMEOUT_S)
+
+    # --- watchers' threads -----------------------------------------------------------------------
+
+    def _watch(self, rank: _Rank) -> None:
+        status: dict[str, Any] = {}
+        with os.fdopen(rank.status_end, "rb") as pipe:
+            for line in pipe:
+                status = json.loads(line)
+                if "ready" in status:
+                    rank.ready.set()
+        code = rank.process.wait()
+        if not self._is_ending:
+            self.on_lost(status.get("error") or f"rank {rank.number} ended with exit code {code}")
+
+    # --- event loop thread -----------------------------------------------------------------------
+
+    async def serve(self, on_reply: Callable[[int, RankReply], None]) -> None:
+        """Hand over what the ranks say, with their numbers, until cancelled."""
+
+        async def listen(rank: _Rank) -> None:
+            while True:
+                try:
+                    reply = await rank.control.receive()
+                except ConnectionError:
+                    return  # its watcher says why
+                if isinstance(reply, EpochBegun):
+                    self._beginnings[rank.number].set_result(reply.peer)
+                else:
+                    on_reply(rank.number, reply)
+
+        await asyncio.gather(*(listen(rank) for rank in self._ranks))
+        await asyncio.get_running_loop().create_future()
+
+    async def open(self) -> None:
+        """Attach to the running event loop; before any command."""
+        for rank in self._ranks:
+            await rank.control.open()
+
+    def send(self, command: RankCommand) -> None:
+        """Send a command to every other rank."""
+        for rank in self._ranks:
+            rank.control.send(command)
+
+    async def begin_epoch(self, epoch: int, timeout_s: float) -> list[Peer]:
+        """Have the other ranks forget everything; where each of them receives KV then.
+
+        Raises:
+            StartupError: if one does not answer in time.
+        """
+        loop = asyncio.get_running_loop()
+        self._beginnings = {rank.number: loop.create_future() for rank in self._ranks}
+        self.send(BeginEpoch(epoch=epoch, num_plans=self._num_plans))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return [await self._beginnings[rank.number] for rank in self._ranks]
+        except TimeoutError:
+            silent = [str(number) for number, future in self._beginnings.items() if not future.done()]
+            raise StartupError(f"rank {', '.join(silent)} did not begin anew within {timeout_s:g} s") from None

@@ -1,0 +1,208 @@
+"""The process of a rank other than the first: its part of every plan and of every KV transfer.
+
+Rank 0 is all it knows: plans and commands come from there, results of transfers go there, and when
+rank 0 is gone it exits at once, for nothing it could still do would reach anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hbserve.config import Config, InstanceConfig
+from hbserve.errors import HBServeError
+from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Sleep
+from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan, StepResult
+from hbserve.process import child, event_loop
+from hbserve.rpc.rank_channel import RankLine
+from hbserve.worker.loaded_rank import loaded_rank
+from hbserve.worker.rank_group import END_OF_PLANS
+from hbserve.worker.standby import sleep
+from hbserve.worker.step_pipeline import StepPipeline, failed_result
+
+if TYPE_CHECKING:
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.platform import Partition
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 70
+_FAREWELL_S = 30.0
+
+
+class RankWorker:
+    """One rank of an instance, commanded by rank 0.
+
+    Args:
+        config: of the system.
+        instance: whose rank this is.
+        tp_rank: which one, from 1.
+        attachment: to arenas that another process holds; None: it has its own.
+        partition: its share of the device.
+        plans: where encoded plans come from.
+        control: this rank's end of the line to rank 0's event loop.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        instance: InstanceConfig,
+        tp_rank: int,
+        attachment: ArenaAttachment | None,
+        partition: Partition | None,
+        plans: Connection,
+        control: socket.socket,
+    ) -> None:
+        self.config, self.instance, self.tp_rank = config, instance, tp_rank
+        self._attachment, self._partition = attachment, partition
+        self._plans = plans
+        self._line: RankLine[RankCommand] = RankLine(control, RankCommand)
+        self._loop = asyncio.new_event_loop()
+        self._epoch = 0
+        self._num_done = 0
+        self._step_done = asyncio.Event()
+        self._stop_io = asyncio.Event()
+
+    def run(self, port: int) -> int:
+        """Load this rank's part of the model and serve to the end; returns the exit code.
+
+        Args:
+            port: where the ranks of the instance meet.
+
+        Raises:
+            HBServeError: if the model cannot be served as configured.
+        """
+        with loaded_rank(
+            self.config,
+            self.instance,
+            self.tp_rank,
+            port,
+            None,
+            self._line.send,
+            self._attachment,
+            self._partition,
+        ) as rank:
+            self._transfers, self._board = rank.transfers, rank.runner.board
+            io_thread = event_loop.start_thread(self._loop, self._serve)
+            pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_layers_stored, self._on_step_failed)
+            child.freeze_heap()
+            child.report_status({"ready": True})
+            decoder = msgspec.msgpack.Decoder(StepPlan)
+            while (payload := self._plans.recv_bytes()) != END_OF_PLANS:
+                if not pipeline.launch(decoder.decode(payload)):
+                    threading.Event().wait(_FAREWELL_S)  # rank 0 has been told, and ends this process
+                    return EXIT_FAILED
+        pipeline.close()
+        self._loop.call_soon_threadsafe(self._stop_io.set)
+        io_thread.join()
+        return 0
+
+    # --- collector thread (the second of them: main thread, too) ---------------------------------
+
+    def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
+        self._loop.call_soon_threadsafe(self._after_step, plan)
+
+    def _on_layers_stored(self, plan: StepPlan, group: int) -> None:
+        self._loop.call_soon_threadsafe(self._send_blocks, plan, group)
+
+    def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._line.send, failed_result(plan, repr(error)))
+
+    # --- event loop thread -----------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        await self._line.open()
+        commands = asyncio.create_task(self._serve_commands())
+        await self._stop_io.wait()
+        commands.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await commands
+        await self._transfers.leave()
+        await self._line.close()
+
+    async def _serve_commands(self) -> None:
+        while True:
+            try:
+                command = await self._line.receive()
+            except ConnectionError:
+                return  # the life line is cut as well
+            if isinstance(command, BeginEpoch):
+                await self._begin_epoch(command)
+            elif isinstance(command, StepLost):
+                assert self._board is not None, "a worker that is alone waits for nobody"
+                self._board.note_lost(command.step)
+            else:
+                self._transfers.manager.handle(command)
+
+    async def _begin_epoch(self, command: BeginEpoch) -> None:
+        while self._num_done < command.num_plans:
+            self._step_done.clear()
+            await self._step_done.wait()
+        self._epoch = command.epoch
+        try:
+            peer = await self._transfers.begin_epoch(command.epoch)
+        except HBServeError as error:
+            logger.error("%s", error)
+            self._line.send(InstanceFailed(instance_id=self.instance.instance_id, error=str(error)))
+            return
+        self._line.send(EpochBegun(peer=peer))
+
+    def _after_step(self, plan: StepPlan) -> None:
+        self._num_done += 1
+        self._step_done.set()
+        self._send_blocks(plan)
+
+    def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
+        if plan.epoch == self._epoch:
+            self._transfers.send(plan.sends, group)
+
+
+def main() -> None:
+    """Entry of the process that rank 0 starts."""
+    orders = child.read_orders()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Whoever ends a whole group of processes must not take away what rank 0 needs to finish.
+        signal.signal(number, signal.SIG_IGN)
+    tp_rank = orders["tp_rank"]
+    child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
+    wake_up = sleep(msgspec.convert(orders["sleep"], Sleep))
+    child.watch_parent(lambda: os._exit(EXIT_FAILED))
+    from hbserve.engine.arenas import ArenaAttachment
+    from hbserve.platform import Partition
+
+    config = msgspec.convert(wake_up["config"], Config)
+    instance = msgspec.convert(wake_up["instance"], InstanceConfig)
+    attachment, partition = wake_up["attachment"], wake_up["partition"]
+    child.set_process_title(f"hbserve-{instance.instance_id}-TP{tp_rank}")
+    child.configure_logging(config.logging, f"{instance.instance_id} TP{tp_rank}")
+    worker = RankWorker(
+        config,
+        instance,
+        tp_rank,
+        None if attachment is None else msgspec.convert(attachment, ArenaAttachment),
+        None if partition is None else Partition(**partition),
+        Connection(orders["plans_fd"]),
+        socket.socket(fileno=orders["control_fd"]),
+    )
+    code = 1
+    try:
+        code = worker.run(wake_up["port"])
+    except HBServeError as error:
+        child.report_status({"error": str(error)})
+        logger.error("%s", error)
+    except BaseException:
+        logger.exception("rank %d failed", tp_rank)
+    child.exit_now(code)
+
+
+if __name__ == "__main__":
+    main()

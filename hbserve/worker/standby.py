@@ -1,0 +1,81 @@
+"""Processes that import everything first and are told later what they are to be.
+
+Orders come as one line on the standard input; then the process imports, says that it is asleep, and
+waits for a second line, which wakes it. Until then it has not touched the device, so its share of it
+and its priority are still open. The end of the input ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from hbserve.errors import HBServeError
+from hbserve.messages.rank import Sleep
+from hbserve.platform import Partition, mps, set_priority
+from hbserve.process import child
+
+logger = logging.getLogger(__name__)
+
+_NICENESS = 5
+
+
+def sleep(how: Sleep) -> dict[str, Any]:
+    """Import everything and wait for the second line; returns it.
+
+    Returns:
+        With ``partition``: None, or the fields of a `hbserve.platform.Partition`, whose priority has
+        taken effect.
+    """
+    started = time.monotonic()
+    with ThreadPoolExecutor(1, "imports") as importer:
+        importer.submit(_import_everything, how).result()
+    child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        child.exit_now(0)
+    wake_up: dict[str, Any] = json.loads(line)
+    if wake_up["partition"] is not None:
+        priority = Partition(**wake_up["partition"]).priority
+        if priority and mps.is_driver_initialised():
+            logger.warning("something has initialised the CUDA driver already, so this worker has normal priority")
+        set_priority(priority)
+    return wake_up
+
+
+def _import_everything(how: Sleep) -> None:
+    """Seconds of work that do not depend on what the process will be.
+
+    In a thread of its own: on Linux niceness is a thread's, and it cannot be taken back.
+    """
+    if how.yields:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    import numpy.ma  # noqa: F401 - `numpy.unique` does, at its first call
+
+    import hbserve.engine.model_runner
+    import hbserve.engine.process_group
+    import hbserve.kv_transfer.two_sided.torch_transfers
+    import hbserve.models.fingerprint
+    import hbserve.worker.process
+    from hbserve.model_spec import ModelSpec
+
+    if how.model is not None:
+        with contextlib.suppress(HBServeError):  # who wakes it will hear that
+            ModelSpec.load(how.model)  # transformers imports what is the model's own
+    if how.on_gpu:
+        import flashinfer
+        import triton
+
+        import hbserve.attention.paged_decode
+        import hbserve.engine.decode_graphs
+        import hbserve.engine.prefill_graphs
+        import hbserve.layers.fused  # noqa: F401
+
+        logger.debug("asleep with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)

@@ -1,0 +1,113 @@
+"""What the pages say can be checked against the code is checked against the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from hbserve.config import Config, InstanceConfig, from_dict, load
+from hbserve.config.flat import _KEYS
+from hbserve.config.semi_pd import Section
+from hbserve.sampling_params import SamplingParams
+from hbserve.server.chat_protocol import ChatCompletionRequest
+from hbserve.server.protocol import NEUTRAL, CompletionRequest
+from tests.support.paths import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Where links into a page may point."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def shown(default: Any) -> str:
+    """A default as the table of keys has it."""
+    return yaml.safe_dump(msgspec.to_builtins(default), default_flow_style=True).split("\n")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:hbserve|scripts|configs|tests|examples)/[\w/.]+)[` ]", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_rates_in_the_readme_are_those_of_the_benchmarks() -> None:
+    rates = r"\| ([\d,]+)(?: in)?[^|]* \|(?: [\d.]+ s \|)? ([\d.]+) % \|"
+    measured = dict(re.findall(rates, (ROOT / "docs" / "benchmarks.md").read_text()))
+    told = re.findall(rates, (ROOT / "README.md").read_text())
+    assert len(told) == 5
+    assert [f"{float(measured[rate]):.0f}" for rate, _ in told] == [share for _, share in told]
+
+
+def test_offline_rates_are_the_medians_of_their_raw_runs() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for path in (ROOT / "docs" / "results").glob("offline_*.json"):
+        runs = json.loads(path.read_text())["runs"]
+        rate = statistics.median(run["num_output_tokens"] / run["seconds"] for run in runs)
+        assert f"| {rate:,.0f}" in page, path.name
+
+
+def test_every_key_is_documented_with_its_default_and_its_name_in_python() -> None:
+    section, documented = "", {}
+    for line in (ROOT / "docs" / "configuration.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        row = re.match(r"\| `(\w+)` \| ([^|]*) \|(?: (?:`(\w+)`)? ?\|)? ", line)
+        if row:
+            documented[section, row[1]] = row[2], row[3]
+
+    in_python = {key: name for name, key in _KEYS.items()}
+    expected: dict[tuple[str, str], tuple[str, str | None]] = {
+        ("", "mode"): (Config(model=None).mode, "mode"),  # type: ignore[arg-type]
+        ("", "launcher"): (Config(model=None).launcher, "launcher"),  # type: ignore[arg-type]
+        ("", "gpu_instances"): ("by mode", "gpu_instances"),
+    }
+    sections: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    sections["gpu_instances"] = InstanceConfig
+    for name, kind in sections.items():
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            continue
+        for field in msgspec.structs.fields(kind):
+            default = "required" if field.required else shown(field.default)
+            expected[name, field.name] = (
+                {"null": "none"}.get(default, default),
+                in_python.get(f"{name}.{field.name}"),
+            )
+    assert documented == expected
+
+
+def test_every_parameter_of_the_http_api_is_documented() -> None:
+    text = (ROOT / "docs" / "http_api.md").read_text()
+    own = set(SamplingParams.__struct_fields__) & set(CompletionRequest.model_fields)
+    for name in {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *own, *NEUTRAL}:
+        assert re.search(rf"`{name}\b", text), name
+
+
+def test_yaml_in_the_readme_is_a_system() -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert from_dict(yaml.safe_load(text), ROOT).mode == "disaggregated"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    load(path)

@@ -1,0 +1,190 @@
+"""The Triton kernels against plain torch, at shapes that no model here has. Also fit for compute-sanitizer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 2**-7
+"""Two roundings of bfloat16, relative: sums are taken in float32 on both sides, in another order."""
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    spread = expected.float().abs().max().item()
+    torch.testing.assert_close(actual.float(), expected.float(), atol=TOLERANCE * spread, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(16, 8, 128, 16), (8, 1, 64, 8), (6, 2, 96, 256)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_padding", "longest"), [(1, 0, 2500), (3, 1, 2500), (7, 0, 2500), (33, 7, 9000), (300, 4, 2500)]
+)
+def test_paged_decode(
+    heads: int, kv_heads: int, head_dim: int, page: int, num_rows: int, num_padding: int, longest: int
+) -> None:
+    from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
+    from hbserve.kv_cache.layout import KVLayout
+
+    rng = np.random.default_rng(1)
+    lens = np.ones(num_rows + num_padding, np.int32)
+    lens[:num_rows] = rng.integers(1, 900, num_rows)
+    lens[0] = longest  # many pieces
+    pages = -(-lens // page)
+    num_blocks = int(pages.sum()) + 1
+    layout = KVLayout(num_layers=2, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
+    cache = random(num_blocks, 2, 2, page, kv_heads, head_dim)
+    cache[-1] = torch.nan  # nobody's
+    order = rng.permutation(num_blocks - 1).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
+    for row, length in enumerate(lens):  # what lies behind a sequence is not to be read
+        if length % page:
+            cache[int(order[starts[row + 1] - 1]), :, :, int(length % page) :] = torch.nan
+    decode = PagedDecode(layout, cache, heads, len(lens))
+
+    def on_gpu(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
+        return torch.from_numpy(array).cuda()
+
+    cut = decode.cut(lens)
+    decode.begin(
+        DecodeInputs(
+            pieces=on_gpu(cut.pieces),
+            first_piece=on_gpu(cut.first_piece),
+            indptr=on_gpu(starts),
+            indices=on_gpu(order),
+            positions=on_gpu(lens.astype(np.int64) - 1),
+            slot_mapping=on_gpu(np.zeros(len(lens), np.int64)),
+            chunk_len=torch.tensor([cut.chunk_len], dtype=torch.int32, device="cuda"),
+        )
+    )
+    q = random(len(lens), heads, head_dim)
+    out = torch.empty_like(q)
+    for _ in range(2):  # the counters must be left as they were
+        decode.attend(1, q, out)
+    for row, length in enumerate(lens):
+        blocks = on_gpu(order[starts[row] : starts[row + 1]]).long()
+        keys, values = (
+            cache[blocks, 1, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1).float() for part in (0, 1)
+        )
+        grouped = q[row].view(kv_heads, heads // kv_heads, head_dim).float()
+        assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288), (64, 5120)])
+def test_one_row_linear(rows: int, size: int) -> None:
+    from hbserve.layers.norm import rms_norm
+    from hbserve.layers.one_row import one_row_linear
+
+    x, weight, bias, norm = random(1, size), random(rows, size, scale=0.02), random(rows), random(size)
+    residual = random(1, rows)
+    product = F.linear(x.float(), weight.float())
+    out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
+    assert one_row_linear(x, weight, out=out) is out
+    assert_close(out, product)
+    assert_close(one_row_linear(x, weight, bias), product + bias)
+    expected = residual + product
+    assert one_row_linear(x, weight, residual=residual) is residual
+    assert_close(residual, expected)
+    normed = F.linear(rms_norm(x, norm, 1e-6).float(), weight.float())
+    assert_close(one_row_linear(x, weight, bias, norm=norm, eps=1e-6), normed + bias)
+    gate, up = normed.chunk(2, dim=1)
+    assert_close(one_row_linear(x, weight, norm=norm, eps=1e-6, gated=True), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+def test_norms_and_gate(num_tokens: int) -> None:
+    from hbserve.layers import fused
+    from hbserve.layers.mlp import silu_and_mul
+    from hbserve.layers.norm import rms_norm
+
+    x, residual, weight = random(num_tokens, 1000), random(num_tokens, 1000), random(1000)
+    assert_close(fused.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+    total = residual + x
+    assert_close(fused.add_rms_norm_(x, residual, weight, 1e-6), rms_norm(total, weight, 1e-6))
+    assert torch.equal(residual, total)
+    gate_up = random(num_tokens, 2 * 1500)
+    assert_close(fused.silu_and_mul(gate_up), silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize(("num_rows", "size", "num_ranks"), [(1, 1000, 2), (7, 5120, 4), (300, 2048, 2)])
+def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> None:
+    """All ranks on one GPU, one after the other: what a rank waits for is there already."""
+    from hbserve.layers.norm import rms_norm
+    from hbserve.layers.peer_norm import MAX_PROGRAMS, sum_add_rms_norm_
+
+    parts, residual, weight = random(num_ranks, num_rows, size), random(num_rows, size), random(size)
+    flags = torch.zeros(num_ranks, MAX_PROGRAMS, num_ranks, dtype=torch.int32, device="cuda")
+    summands, signals = (torch.tensor([part.data_ptr() for part in tensor], device="cuda") for tensor in (parts, flags))
+    used = min(num_rows, MAX_PROGRAMS)
+    total = residual + parts.float().sum(0).to(parts.dtype)
+    for rank in range(num_ranks):
+        flags.zero_()
+        flags[rank, :used] = 1  # the others have begun
+        flags[rank, :used, rank] = 0
+        own = residual.clone()
+        assert_close(sum_add_rms_norm_(summands, signals, rank, own, weight, 1e-6), rms_norm(total, weight, 1e-6))
+        assert torch.equal(own, total)
+        told = torch.zeros_like(flags)
+        told[:, :used, rank] = 1
+        told[rank] = 0
+        assert torch.equal(flags, told)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 130])
+def test_norm_rotate_store(num_tokens: int) -> None:
+    from hbserve.layers import fused
+    from hbserve.layers.norm import rms_norm
+    from hbserve.layers.rotary import RotaryEmbedding, rotate
+    from hbserve.model_spec import RopeSpec
+
+    heads, kv_heads, head_dim, page = 6, 2, 96, 16
+    rotary = RotaryEmbedding(RopeSpec(theta=10000.0, magnitude=1.25), head_dim, torch.device("cuda"))
+    qkv = random(num_tokens, (heads + 2 * kv_heads) * head_dim)
+    cache = torch.zeros(20, 2, page, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    q_norm, k_norm = random(head_dim), random(head_dim)
+    positions = torch.randint(5000, (num_tokens,), device="cuda")
+    slots = torch.randperm(20 * page, device="cuda")[:num_tokens]
+    slots[0] = -1  # a padded token
+    q = torch.empty(num_tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    fused.norm_rotate_store(qkv, cache, q_norm, k_norm, positions, slots, rotary.inverse_frequencies, 1.25, 1e-6, q)
+    theirs, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    angles = rotary.angles(positions)
+    assert_close(q, rotate(rms_norm(theirs, q_norm, 1e-6), *angles))
+    stored = slots[1:]
+    assert_close(cache[stored // page, 0, stored % page], rotate(rms_norm(keys, k_norm, 1e-6), *angles)[1:])
+    assert torch.equal(cache[stored // page, 1, stored % page], values[1:])
+    assert cache.count_nonzero(dim=(1, 3, 4)).count_nonzero() <= num_tokens - 1
+
+
+@pytest.mark.parametrize(("percentage", "end"), [(60, "first"), (40, "last"), (80, "first"), (20, "last")])
+def test_products_in_a_share_of_the_multiprocessors(percentage: int, end: Literal["first", "last"]) -> None:
+    """In a process that MPS limits to a share, cuBLAS leaves tiles out: these are the shapes where it showed."""
+    from hbserve.platform.cuda_share import CudaShare
+
+    share = CudaShare(torch.device("cuda", 0), percentage, end)
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    assert abs(share.num_multiprocessors - total * percentage / 100) <= 4
+    with torch.cuda.stream(share.stream):
+        for size, inner in [(512, 256), (1408, 256), (6144, 4096), (4096, 4096), (4096, 12288)]:
+            for rows in (1, 16, 48, 64, 128, 200, 640, 1024, 4096):
+                x, weight, probe = random(rows, inner), random(size, inner), torch.randn(size, device="cuda")
+                product = torch.full((rows, size), float("nan"), device="cuda", dtype=torch.bfloat16)
+                torch.mm(x, weight.t(), out=product)
+                # Both sides as sums of products of vectors, which no kernel for matrices computes.
+                seen = (product.float() * probe).sum(1)
+                expected = (x.float() * (weight.float() * probe[:, None]).sum(0)).sum(1)
+                assert ((seen - expected).abs() < 0.1 * expected.abs().mean()).all(), (size, inner, rows)

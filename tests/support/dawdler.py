@@ -1,0 +1,41 @@
+"""A scheduler that makes its plans at any time while the step before is under way, or when that has ended."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from hbserve.policy.dispatch_timer import PlanTiming
+from hbserve.policy.step_forecast import StepWork
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.scheduler import CpuScheduler
+
+LONGEST_WAIT_S = 4e-3  # steps of the tests' models take about as long
+
+
+class _AnyTiming(PlanTiming):
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = random.Random(7)
+        self._plan_at: float | None = None
+
+    def wait_s(self, now: float) -> float:
+        if not self._steps:
+            return 0.0
+        if self._plan_at is None:
+            self._plan_at = now + self._random.uniform(0.0, LONGEST_WAIT_S)
+        return max(0.0, self._plan_at - now)
+
+    def planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
+        super().planned(work, now, not_before)
+        self._plan_at = None
+
+
+class Dawdler(CpuScheduler):
+    """Whenever plans are made, the answers are the same."""
+
+    def _fill_pipelines(self, instance: InstanceHandle) -> float:
+        for worker in instance.workers.values():
+            if type(worker.timing) is PlanTiming and not worker.inflight:
+                worker.timing = _AnyTiming()
+        return super()._fill_pipelines(instance)

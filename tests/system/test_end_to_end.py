@@ -1,0 +1,89 @@
+"""The demo model through every mode: answers that prove that the KV cache arrived intact."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.errors import EngineDeadError
+from tests.support.engines import assert_no_leaks
+from tests.support.paths import ROOT
+from tests.support.stream_transfer import StreamKVTransfer
+
+DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import demo_language as language  # noqa: E402
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+NUM_PAIRS = 60
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "num_blocks": 2048,
+    "chunk_size": 64,
+    "max_model_len": 1024,
+    "log_level": "WARNING",
+}
+
+
+def recall_questions(count: int, position: int | None = None) -> list[language.Question]:
+    rng = random.Random(5)
+    return [language.recall_question(rng, NUM_PAIRS, position=position) for _ in range(count)]
+
+
+def share_right(llm: LLM, questions: list[language.Question]) -> float:
+    outputs = llm.chat([question.messages for question in questions], GREEDY, use_tqdm=False)
+    return sum(o["text"] == q.answer for o, q in zip(outputs, questions, strict=True)) / len(questions)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["unified", "disaggregated"])
+def test_recall_of_held_out_pairs_in_every_mode(mode: str, dtype: str) -> None:
+    with LLM(DEMO, mode=mode, dtype=dtype, **SETTINGS) as llm:
+        assert share_right(llm, recall_questions(20)) >= 0.95
+        assert share_right(llm, recall_questions(20, position=10)) >= 0.95
+        assert_no_leaks(llm)
+
+
+class WipesThirdBlock(StreamKVTransfer):
+    """Loses one block of each prompt: the third one of the first chunk."""
+
+    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
+        buffer = await super().receive_kv_cache(request_id, source_rank)
+        if buffer.shape[0] == 4 * BLOCK_BYTES:  # a whole chunk of 64 tokens
+            buffer[2 * BLOCK_BYTES : 3 * BLOCK_BYTES] = 0
+        return buffer
+
+
+BLOCK_BYTES = 4 * 2 * 16 * 2 * 64 * 4  # layers, k and v, tokens, KV heads, head size, float32
+
+
+def test_a_corrupted_block_shows_in_the_answers() -> None:
+    # About the tenth pair stands in the third block of 16 tokens.
+    questions = recall_questions(20, position=10)  # which an intact system answers, see above
+    backend = f"{__name__}:WipesThirdBlock"
+    with LLM(DEMO, mode="disaggregated", dtype="float32", kv_transfer_backend=backend, **SETTINGS) as llm:
+        corrupted = share_right(llm, questions)
+    assert corrupted <= 0.5
+
+
+async def test_a_scheduler_that_hangs_is_noticed() -> None:
+    config = PdDisaggConfig.from_arguments(DEMO, mode="unified", **SETTINGS)
+    async with DisaggregatedLLM(config) as llm:
+        llm.client._answer_timeout_s = 1.0
+        scheduler = llm._launcher._children[0].process
+        assert scheduler is not None
+        os.kill(scheduler.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineDeadError, match="did not answer"):
+                await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), 60)
+        finally:
+            os.kill(scheduler.pid, signal.SIGCONT)

@@ -1,0 +1,293 @@
+"""Keys, limits, turns and the end of a server, over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hbserve.config import ServerConfig
+from hbserve.errors import ConfigError, RateLimitedError, ShuttingDownError
+from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.text_engine import TextEngine
+from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.process import log_format
+from hbserve.server import create_app, serve
+from hbserve.server.fair_gate import FairGate
+from hbserve.server.guard import Guard
+from hbserve.server.keys import Keys
+from hbserve.tokenizer import Tokenizer
+from tests.support.http_server import MODEL, until
+from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output
+
+ANN, BOB, ADMIN = "sk-ann-12345", "sk-bob-12345", "sk-admin-12345"
+BODY = {"model": MODEL, "prompt": "x"}
+
+
+class Server:
+    """A guarded server; ``http`` is a client of it, ``stop`` ends it, ``ended`` is done then."""
+
+    http: httpx.AsyncClient
+    stop: asyncio.Event
+    ended: asyncio.Task[None]
+    gate: FairGate
+
+
+@asynccontextmanager
+async def guarded(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    keys: Keys | None = None,
+    gate: FairGate | None = None,
+    tls: tuple[str, str] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Server]:
+    config = ServerConfig(port=0, **settings)
+    engine = TextEngine(client, tokenizer, 96, 400, max_prompt_tokens=config.max_prompt_tokens)
+    server = Server()
+    server.stop, server.gate = asyncio.Event(), gate or FairGate()
+    listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    app = create_app(engine, client, MODEL, config)
+    guard = Guard(app, config, keys or Keys({}, None), server.gate, server.stop)
+
+    def hand_back() -> None:
+        engine.end_all(ShuttingDownError("the server is shutting down"))
+
+    drain_s = config.drain_timeout_s
+    server.ended = asyncio.create_task(serve(guard, config, server.stop, listening.set_result, drain_s, hand_back, tls))
+    port = await asyncio.wait_for(listening, DEADLINE_S)
+    scheme = "http" if tls is None else "https"
+    verify: Any = True if tls is None else ssl.create_default_context(cafile=tls[0])
+    async with httpx.AsyncClient(base_url=f"{scheme}://localhost:{port}", timeout=DEADLINE_S, verify=verify) as http:
+        server.http = http
+        yield server
+    server.stop.set()
+    await asyncio.wait_for(server.ended, DEADLINE_S)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def held(scheduler: ScriptedScheduler) -> asyncio.Event:
+    """Requests give one token and then wait for this."""
+    go_on = asyncio.Event()
+
+    async def script(request: AddRequest) -> AsyncIterator[RequestOutput]:
+        yield output(request, 70)
+        await go_on.wait()
+        yield output(request, 71, finish_reason="length")
+
+    scheduler.script = script
+    return go_on
+
+
+async def test_keys(
+    client: EngineClient, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "hbserve.access")
+    async with guarded(client, tokenizer, Keys({ANN: "ann", BOB: "bob"}, ADMIN)) as server:
+        http = server.http
+        for headers in ({}, bearer("sk-wrong-12345"), {"Authorization": f"Basic {ANN}"}):
+            answer = await http.post("/v1/completions", json=BODY, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        for headers in (bearer(ANN), bearer(BOB), {"X-API-Key": ANN}, bearer(ADMIN)):
+            assert (await http.post("/v1/completions", json=BODY, headers=headers)).status_code == 200
+        assert (await http.get("/stats")).status_code == 401
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.get("/admin/anything", headers=bearer(ANN))).status_code == 401
+        assert (await http.get("/admin/anything", headers=bearer(ADMIN))).status_code == 404
+    assert " ann" in caplog.text
+    assert not any(key in caplog.text for key in (ANN, BOB, ADMIN, "sk-wrong"))
+    async with guarded(client, tokenizer) as server:
+        assert (await server.http.post("/v1/completions", json=BODY)).status_code == 200
+        assert (await server.http.get("/admin/anything", headers=bearer(ADMIN))).status_code == 403
+
+
+def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users, admin = tmp_path / "keys", tmp_path / "admin"
+    users.write_text(f"# who may\nann {ANN}\n\n{BOB}\n")
+    admin.write_text(ADMIN + "\n")
+    monkeypatch.setenv("HBSERVE_API_KEYS", "sk-carl-12345,sk-dora-12345")
+    keys = Keys.load(ServerConfig(api_keys_file=str(users), admin_key_file=str(admin)))
+    assert [keys.name_of(key) for key in (ANN, "sk-carl-12345", ADMIN, "sk-nobody")] == ["ann", "key-1", "admin", None]
+    assert keys.name_of(BOB) == "key-4"
+    monkeypatch.delenv("HBSERVE_API_KEYS")
+    assert not Keys.load(ServerConfig()).are_asked_for
+    with pytest.raises(ConfigError, match=r"server\.api_keys_file"):
+        Keys.load(ServerConfig(api_keys_file=str(tmp_path / "missing")))
+    (tmp_path / "empty").write_text("# nobody yet\n\n")
+    with pytest.raises(ConfigError, match="there is no key in"):
+        Keys.load(ServerConfig(api_keys_file=str(tmp_path / "empty")))
+    users.write_text("short\n")
+    with pytest.raises(ConfigError, match="8 or more") as caught:
+        Keys.load(ServerConfig(api_keys_file=str(users)))
+    assert "short" not in str(caught.value)
+
+
+async def test_limits_of_a_request(client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler) -> None:
+    gate, limits = FairGate(max_open=1), {"max_body_bytes": 1000, "max_prompt_tokens": 5, "request_timeout_s": 0.3}
+    async with guarded(client, tokenizer, gate=gate, **limits) as server:
+        http = server.http
+        answer = await http.post("/v1/completions", json=BODY | {"user": "x" * 1000})
+        assert (answer.status_code, "max_body_bytes" in answer.text) == (413, True)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(20):
+                yield b" " * 100
+
+        answer = await http.post("/v1/completions", content=pieces(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        answer = await http.post("/v1/completions", json=BODY | {"prompt": [50] * 6})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+        assert (await http.post("/v1/completions", json=BODY | {"prompt": [50] * 5})).status_code == 200
+        held(scheduler)
+        answer = await http.post("/v1/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+        answer = await http.post("/v1/completions", json=BODY | {"stream": True})
+        assert answer.status_code == 200
+        assert '"code":"request_timeout"' in answer.text
+        await scheduler.wait_for_aborts(2)
+        await gate.enter("another")  # whose request takes long: the time in the queue counts
+        answer = await http.post("/v1/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+        gate.leave("another")
+        assert gate.num_waiting == 0
+
+
+async def test_request_ids(client: EngineClient, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hbserve.access")
+    caplog.handler.setFormatter(log_format.JsonFormatter("api"))
+    async with guarded(client, tokenizer) as server:
+        answer = await server.http.post("/v1/completions", json=BODY, headers={"X-Request-Id": "mine-7"})
+        assert answer.headers["X-Request-Id"] == "mine-7"
+        given = [
+            (await server.http.post(path, json=BODY, headers={"X-Request-Id": "no good " + "x" * 200})).headers[
+                "X-Request-Id"
+            ]
+            for path in ("/v1/completions", "/v1/nothing")
+        ]
+        assert len({*given, "mine-7"}) == 3
+    lines = [json.loads(line) for line in caplog.text.splitlines()]
+    assert [line["request_id"] for line in lines] == ["mine-7", *given]
+    assert [line["status"] for line in lines] == [200, 200, 404]
+    assert all(line["process"] == "api" and line["ms"] > 0 for line in lines)
+
+
+async def test_limits_of_a_key(client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler) -> None:
+    keys, gate = Keys({ANN: "ann", BOB: "bob"}, None), FairGate(max_per_key=2, rate_per_minute=4)
+    async with guarded(client, tokenizer, keys, gate) as server:
+        go_on = held(scheduler)
+        open_requests = [
+            asyncio.create_task(server.http.post("/v1/completions", json=BODY, headers=bearer(ANN))) for _ in range(2)
+        ]
+        await scheduler.wait_for(lambda: len(scheduler.requests) == 2)
+        refused = await server.http.post("/v1/completions", json=BODY, headers=bearer(ANN))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limited")
+        assert int(refused.headers["Retry-After"]) >= 1
+        go_on.set()
+        assert (await server.http.post("/v1/completions", json=BODY, headers=bearer(BOB))).status_code == 200
+        assert [answer.status_code for answer in await asyncio.gather(*open_requests)] == [200, 200]
+        statuses = [
+            (await server.http.post("/v1/completions", json=BODY, headers=bearer(ANN))).status_code for _ in range(3)
+        ]
+        assert statuses == [200, 200, 429]
+
+
+async def test_keys_take_turns() -> None:
+    gate = FairGate(max_open=2, max_waiting=30)
+    entered: list[str] = []
+
+    async def request(key: str) -> None:
+        await gate.enter(key)
+        entered.append(key)
+        await asyncio.sleep(0)
+        gate.leave(key)
+
+    await gate.enter("early")
+    await gate.enter("early")
+    greedy = [asyncio.create_task(request("greedy")) for _ in range(20)]
+    await asyncio.sleep(0)
+    modest = [asyncio.create_task(request(key)) for key in ("modest", "shy", "modest")]
+    await asyncio.sleep(0)
+    assert gate.num_waiting == 23
+    leaver = asyncio.create_task(request("leaver"))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    gate.leave("early")
+    gate.leave("early")
+    await asyncio.wait_for(asyncio.gather(*greedy, *modest), DEADLINE_S)
+    assert set(entered[:4]) == {"greedy", "modest", "shy"}
+    assert entered.index("shy") < 4
+    assert "leaver" not in entered
+    assert gate.num_waiting == 0
+    limited = FairGate(max_per_key=1)
+    await limited.enter("a")
+    with pytest.raises(RateLimitedError):
+        await limited.enter("a")
+
+
+async def test_who_leaves_the_queue_is_forgotten(
+    client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler
+) -> None:
+    async with guarded(client, tokenizer, gate=FairGate(max_open=1)) as server:
+        go_on = held(scheduler)
+        first = asyncio.create_task(server.http.post("/v1/completions", json=BODY))
+        await scheduler.wait_for(lambda: len(scheduler.requests) == 1)
+        others = [asyncio.create_task(server.http.post("/v1/completions", json=BODY)) for _ in range(3)]
+        await until(lambda: server.gate.num_waiting == 3)
+        others[0].cancel()
+        await until(lambda: server.gate.num_waiting == 2)
+        go_on.set()
+        answers = await asyncio.gather(first, *others[1:])
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert len(scheduler.requests) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_at_the_end_requests_finish_or_are_handed_back(
+    client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler, stream: bool
+) -> None:
+    async with guarded(client, tokenizer, drain_timeout_s=0.5) as server:
+        go_on = held(scheduler)
+        body = BODY | {"stream": stream}
+        finishing = asyncio.create_task(server.http.post("/v1/completions", json=body))
+        await scheduler.wait_for(lambda: len(scheduler.requests) == 1)
+        server.stop.set()
+        go_on.set()
+        answer = await finishing
+        assert answer.status_code == 200
+        assert not stream or answer.text.endswith("[DONE]\n\n")
+        await asyncio.wait_for(server.ended, DEADLINE_S)
+    async with guarded(client, tokenizer, drain_timeout_s=0.5) as server:
+        held(scheduler)
+        handed_back = asyncio.create_task(server.http.post("/v1/completions", json=body))
+        await scheduler.wait_for(lambda: len(scheduler.requests) == 2)
+        server.stop.set()
+        answer = await handed_back
+        assert answer.status_code == (200 if stream else 503)
+        assert '"code":"shutting_down"' in answer.text
+        assert "[DONE]" not in answer.text
+        await scheduler.wait_for_aborts(1)
+
+
+async def test_tls(client: EngineClient, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)]
+    try:
+        await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    async with guarded(client, tokenizer, tls=(str(cert), str(key))) as server:
+        answer = await server.http.post("/v1/completions", json=BODY)
+        assert (answer.status_code, answer.url.scheme) == (200, "https")

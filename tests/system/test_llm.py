@@ -1,0 +1,262 @@
+"""The whole system through `LLM`: token-for-token what transformers gives, in every mode and condition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbserve import LLM, SamplingParams
+from hbserve.errors import ConfigError, EngineDeadError, InvalidRequestError, StartupError
+from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
+from tests.support.model_zoo import VOCAB_SIZE, save_model
+
+MODES = ["unified", "disaggregated"]
+NUM_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 64, 100, 257, 600]
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "max_model_len": 640,
+    "num_blocks": 512,
+    "log_level": "WARNING",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A random Qwen3 and its folder."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    return str(folder), save_model(folder, "qwen3")
+
+
+@pytest.fixture(scope="module")
+def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Prompts of many lengths with their greedy continuations."""
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    return [(prompt, greedy_reference(model[1], prompt, NUM_TOKENS)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module", params=[(mode, chunk) for mode in MODES for chunk in (16, 512)], ids=str)
+def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]:
+    """A running system of each mode and chunk size; nothing may be left behind in it."""
+    mode, chunk_size = request.param
+    with LLM(model[0], mode=mode, chunk_size=chunk_size, **SETTINGS) as running:
+        yield running
+        assert_no_leaks(running)
+
+
+def test_greedy_equals_transformers_batched_then_cached_then_alone(
+    llm: LLM, references: list[tuple[list[int], list[int]]]
+) -> None:
+    prompts = [prompt for prompt, _ in references]
+    expected = [tokens for _, tokens in references]
+    first = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output["token_ids"] for output in first] == expected
+    assert all(output["finish_reason"] == "length" for output in first)
+    again = llm.generate(prompts, GREEDY, use_tqdm=False)  # now every prompt is in the prefix cache
+    assert [output["token_ids"] for output in again] == expected
+    assert [output["num_cached_tokens"] for output in again] == [(length - 1) // 16 * 16 for length in LENGTHS]
+    for prompt, tokens in references[::4]:
+        assert llm.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] == tokens
+
+
+def test_a_shared_prefix_is_reused_and_changes_nothing(llm: LLM, model: tuple[str, Any]) -> None:
+    prefix = random_prompt(90, seed=7)
+    prompts = [prefix + random_prompt(20 + index, seed=index) for index in range(4)]
+    llm.generate(prefix, GREEDY, use_tqdm=False)
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output["num_cached_tokens"] == 80
+        assert output["token_ids"] == greedy_reference(model[1], prompt, NUM_TOKENS)
+
+
+def test_seeded_sampling_is_the_same_in_every_mode_chunking_and_batch(llm: LLM, seeded: dict[str, Any]) -> None:
+    prompts = [random_prompt(length, seed=length) for length in (3, 40, 200)]
+    sampling = [
+        SamplingParams(temperature=0.9, seed=11, max_tokens=16, ignore_eos=True),
+        SamplingParams(temperature=1.3, top_k=40, top_p=0.9, seed=12, max_tokens=16, ignore_eos=True),
+        SamplingParams(
+            temperature=0.7,
+            min_p=0.02,
+            repetition_penalty=1.2,
+            presence_penalty=0.5,
+            frequency_penalty=0.3,
+            seed=13,
+            max_tokens=16,
+            ignore_eos=True,
+        ),
+    ]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    alone = [llm.generate(p, s, use_tqdm=False)[0] for p, s in zip(prompts, sampling, strict=True)]
+    tokens = [output["token_ids"] for output in outputs]
+    assert [output["token_ids"] for output in alone] == tokens
+    assert seeded.setdefault("tokens", tokens) == tokens, "another mode gave other tokens for the same seeds"
+
+
+@pytest.fixture(scope="module")
+def seeded() -> dict[str, Any]:
+    """What the first mode sampled, for the others to be compared with."""
+    return {}
+
+
+def test_n_samples_differ_and_are_reproducible(llm: LLM) -> None:
+    sampling = SamplingParams(temperature=1.5, n=3, seed=5, max_tokens=12, ignore_eos=True)
+    first, second = (llm.generate([4, 5, 6], sampling, use_tqdm=False)[0] for _ in range(2))
+    tokens = [sample["token_ids"] for sample in first["samples"]]
+    assert len({tuple(sample) for sample in tokens}) == 3
+    assert [sample["token_ids"] for sample in second["samples"]] == tokens
+    assert first["token_ids"] == tokens[0]
+
+
+def test_stop_tokens_end_the_output_and_min_tokens_holds_them_off(
+    llm: LLM, references: list[tuple[list[int], list[int]]]
+) -> None:
+    prompt, expected = references[4]
+    stop = expected[5]
+    first = expected.index(stop)
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=[stop])
+    output = llm.generate(prompt, sampling, use_tqdm=False)[0]
+    assert output["finish_reason"] == "stop"
+    assert output["token_ids"] == expected[: first + 1]
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=[stop], min_tokens=first + 2)
+    output = llm.generate(prompt, sampling, use_tqdm=False)[0]
+    assert len(output["token_ids"]) >= first + 2
+    assert stop not in output["token_ids"][: first + 1]
+
+
+def test_logprobs_come_with_the_tokens(llm: LLM, references: list[tuple[list[int], list[int]]]) -> None:
+    prompt, expected = references[3]
+    output = llm.generate(
+        prompt, SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True), use_tqdm=False
+    )[0]
+    assert output["logprobs"] is not None
+    assert len(output["logprobs"]) == 6
+    for token, logprobs in zip(expected, output["logprobs"], strict=False):
+        assert max(logprobs, key=lambda t: logprobs[t]) == token
+        assert len(logprobs) == 3
+        assert all(value <= 0 for value in logprobs.values())
+
+
+def test_one_token_needs_no_decode(llm: LLM, references: list[tuple[list[int], list[int]]]) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    outputs = llm.generate((prompt for prompt, _ in references), sampling, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [tokens[:1] for _, tokens in references]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "param"),
+    [
+        ([], GREEDY, "prompt"),
+        ([VOCAB_SIZE], GREEDY, "prompt"),
+        ([-1], GREEDY, "prompt"),
+        ([1] * 640, GREEDY, "prompt"),
+        ([1] * 630, GREEDY, "max_tokens"),
+        ([1], SamplingParams(max_tokens=4, stop_token_ids=[VOCAB_SIZE]), "stop_token_ids"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_nothing_is_lost(
+    llm: LLM, prompt: list[int], sampling: SamplingParams, param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate([prompt], sampling, use_tqdm=False)
+    assert caught.value.param == param
+    for wrong in (None, 5):
+        with pytest.raises(TypeError, match="a prompt is a string or a list of token ids"):
+            llm.generate(wrong, GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sampling_params must be"):
+        llm.generate([prompt], {"temperature": 0})  # type: ignore[arg-type]
+    assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_preemption_by_recompute_changes_no_token(
+    model: tuple[str, Any], references: list[tuple[list[int], list[int]]], mode: str
+) -> None:
+    prompts = [random_prompt(40 + index, seed=100 + index) for index in range(10)]
+    num_tokens = 60
+    expected = [greedy_reference(model[1], prompt, num_tokens) for prompt in prompts]
+    settings = SETTINGS | {"num_blocks": 24, "max_model_len": 128, "decode_headroom_tokens": 0}
+    settings |= {"scheduler": "tests.support.dawdler:Dawdler"}  # plans that wait change nothing either
+    with LLM(model[0], mode=mode, **settings) as llm:
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        assert llm.get_system_stats()["cpu_scheduler"]["preemptions"] > 0
+        assert_no_leaks(llm)
+    assert [output["token_ids"] for output in outputs] == expected
+
+
+# Those that differ in what lies in a block and in who sees it; the forward pass of all is tested in unit/models.
+@pytest.mark.parametrize("name", ["qwen3_head256", "qwen2_window", "llama", "mistral"])
+def test_architectures_disaggregated(name: str, tmp_path: Path) -> None:
+    reference = save_model(tmp_path, name, sharded=True)
+    prompts = [random_prompt(length, seed=length) for length in (1, 50, 130)]
+    # more prompts than may wait: some are held back, and none is refused
+    with LLM(str(tmp_path), mode="disaggregated", chunk_size=48, max_waiting_requests=2, **SETTINGS) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert_no_leaks(llm)
+    assert [output["token_ids"] for output in outputs] == [
+        greedy_reference(reference, prompt, NUM_TOKENS) for prompt in prompts
+    ]
+
+
+def test_several_prefill_and_several_decode_instances(
+    model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
+) -> None:
+    roles = ["prefill", "prefill", "decode", "decode"]
+    instances = [{"instance_id": f"i{n}", "instance_type": role, "num_threads": 1} for n, role in enumerate(roles)]
+    settings = SETTINGS | {"scheduler": "tests.support.dawdler:Dawdler"}
+    with LLM(model[0], gpu_instances=instances, chunk_size=64, **settings) as llm:
+        outputs = llm.generate([prompt for prompt, _ in references] * 2, GREEDY, use_tqdm=False)
+        stats = llm.get_system_stats()
+        assert_no_leaks(llm)
+    assert [output["token_ids"] for output in outputs] == [tokens for _, tokens in references] * 2
+    assert all(instance["steps"] > 0 for instance in stats["gpu_instances"].values()), "an instance did nothing"
+
+
+def test_two_engines_live_on_one_host(model: tuple[str, Any], references: list[tuple[list[int], list[int]]]) -> None:
+    prompt, expected = references[5]
+    with LLM(model[0], mode="disaggregated", **SETTINGS) as one, LLM(model[0], mode="unified", **SETTINGS) as two:
+        assert one.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+        assert two.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+
+
+def test_whole_prompts_without_chunking(model: tuple[str, Any], references: list[tuple[list[int], list[int]]]) -> None:
+    settings = SETTINGS | {"chunked_prefill_enabled": False, "max_num_batched_tokens": 64}
+    with LLM(model[0], mode="unified", **settings) as llm:
+        outputs = llm.generate([prompt for prompt, _ in references], GREEDY, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [tokens for _, tokens in references]
+
+
+def test_no_step_has_more_tokens_than_configured(model: tuple[str, Any]) -> None:
+    num_seqs, num_tokens = 4, 12
+    with LLM(model[0], mode="unified", **(SETTINGS | {"max_num_batched_tokens": 2})) as llm:
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        outputs = llm.generate([[token] for token in range(1, num_seqs + 1)], sampling, use_tqdm=False)
+        steps = llm.get_system_stats()["gpu_instances"]["unified-0"]["steps"]
+    assert [len(output["token_ids"]) for output in outputs] == [num_tokens] * num_seqs
+    assert steps >= num_seqs * num_tokens / 2
+
+
+def test_dummy_weights_need_only_a_config_and_a_closed_llm_says_so(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    with LLM(str(tmp_path), mode="unified", load_format="dummy", **SETTINGS) as llm:
+        assert len(llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["token_ids"]) == NUM_TOKENS
+    llm.close()  # once more is no harm
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate([1], GREEDY)
+
+
+def test_what_cannot_start_says_why(model: tuple[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no folder"):
+        LLM(str(tmp_path / "missing"))
+    with pytest.raises(TypeError, match="did you mean 'num_blocks'"):
+        LLM(model[0], num_block=3)
+    save_model(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(StartupError, match="safetensors"):
+        LLM(str(tmp_path), mode="unified", **SETTINGS)

@@ -1,0 +1,302 @@
+"""The start scripts as an operator uses them: real processes, YAML files, signals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import yaml
+
+from hbserve.tokenizer import Tokenizer
+from tests.support import tiny_tokenizers
+from tests.support.engines import greedy_reference
+from tests.support.model_zoo import save_model
+from tests.support.paths import ROOT
+from tests.support.ports import free_ports
+
+openai = pytest.importorskip("openai")
+
+SCRIPTS = ROOT / "scripts"
+DEADLINE_S = 90.0
+NUM_TOKENS = 16
+USER: list[Any] = [{"role": "user", "content": "hi"}]
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random model with a tokenizer, and its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizers.byte_level(folder)
+    return folder, save_model(folder, "qwen3", vocab_size=352)
+
+
+def poll(what: Callable[[], T | None], why_not: Callable[[], str]) -> T:
+    """The first true value of ``what()``."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := what()):
+        assert time.monotonic() < deadline, why_not()
+        time.sleep(0.05)
+    return found
+
+
+class Program:
+    """A running script; its output goes to files, so that nobody must read along."""
+
+    def __init__(self, folder: Path, script: str, *arguments: str) -> None:
+        name = f"{len(list(folder.iterdir()))}-{script}"
+        self._output, self._errors = folder / f"{name}.out", folder / f"{name}.err"
+        with self._output.open("wb") as output, self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPTS / script), *arguments],
+                stdout=output,
+                stderr=errors,
+                env=os.environ | {"TMPDIR": str(folder.parent)},
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def url(self) -> str:
+        """Where it serves HTTP, once it says that it is ready."""
+
+        def announced() -> str | None:
+            assert self.process.poll() is None, self.errors
+            _, found, rest = self.output.partition("HBServe is ready: ")
+            return rest.split()[0] if found and rest.endswith("\n") else None
+
+        return poll(announced, lambda: f"not ready: {self.errors}")
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return self.process.wait(DEADLINE_S)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal; it must end cleanly, and every process under it."""
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        os.kill(self.process.pid, number)
+        assert self.wait() == 0, self.errors
+        assert "Traceback" not in self.errors
+        assert not [pid for pid in pids if is_running(pid)]
+
+
+def descendants(pid: int) -> list[int]:
+    """Ids of all processes under one, by /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has just ended
+            continue
+        children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Site:
+    """A temporary directory for what the scripts make, and a folder in it for what they are given."""
+
+    def __init__(self, folder: Path) -> None:
+        self._temporary = folder
+        self.files = folder / "files"
+        self.files.mkdir()
+        self._programs: list[Program] = []
+
+    def write(self, document: Any) -> str:
+        """Path of a configuration with that content."""
+        path = self.files / "system.yaml"
+        path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+        return str(path)
+
+    def start(self, script: str, *arguments: str) -> Program:
+        program = Program(self.files, script, *arguments)
+        self._programs.append(program)
+        return program
+
+    def fail(self, script: str, *arguments: str) -> str:
+        """Start what cannot work; what it says on standard error, which is no traceback."""
+        program = self.start(script, *arguments)
+        assert program.wait() == 1
+        assert "Traceback" not in program.errors
+        assert program.output == ""
+        return program.errors
+
+    def leftovers(self) -> list[Path]:
+        """What the scripts have left in their temporary directory."""
+        return [path for path in self._temporary.iterdir() if path != self.files]
+
+    def clean_up(self) -> None:
+        for program in self._programs:
+            if program.process.poll() is None:
+                for pid in [program.process.pid, *descendants(program.process.pid)]:
+                    os.kill(pid, signal.SIGKILL)
+                program.process.wait()
+
+
+@pytest.fixture
+def site(short_path: Path) -> Iterator[Site]:
+    place = Site(short_path)
+    yield place
+    place.clean_up()
+
+
+def configuration(folder: Path, mode: str, ports: list[int | None] | None = None) -> dict[str, Any]:
+    """A small system on the CPU; with ports its parts can be started separately."""
+    names = ["unified-0"] if mode == "unified" else ["prefill-0", "decode-0"]
+    instances: list[dict[str, Any]] = [
+        {"instance_id": name, "instance_type": name.split("-")[0], "num_threads": 1} for name in names
+    ]
+    for instance, port in zip(instances, ports or (), strict=False):
+        instance["port"] = port
+    return {
+        "mode": mode,
+        "model": {"path": str(folder), "served_name": "tiny", "device": "cpu", "dtype": "float32"},
+        "gpu_instances": instances,
+        "performance": {"num_blocks": 64},
+        "logging": {"level": "WARNING"},
+    }
+
+
+def ask_and_check(url: str, model: tuple[Path, Any]) -> None:
+    """A completion and a streamed chat are what transformers makes of the same prompts."""
+    folder, reference = model
+    tokenizer = Tokenizer(folder)
+
+    def expected(prompt: list[int]) -> str:
+        return tokenizer.decode(greedy_reference(reference, prompt, NUM_TOKENS))
+
+    own: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": NUM_TOKENS}
+    own["extra_body"] = {"ignore_eos": True}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=DEADLINE_S, max_retries=0) as api:
+        answer = api.completions.create(prompt="the cat sat on", **own)
+        assert answer.choices[0].text == expected(tokenizer.encode("the cat sat on"))
+        chunks = api.chat.completions.create(messages=USER, stream=True, **own)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == expected(tokenizer.encode_chat(USER))
+
+
+@contextmanager
+def unanswered_request(url: str) -> Iterator[None]:
+    """Send a completion request and go away without an answer."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "tiny", "prompt": "the dog sat on"}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"), [("disaggregated", signal.SIGTERM), ("unified", signal.SIGINT)], ids=["disagg", "unified"]
+)
+def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
+    system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], mode)), "--port", "0")
+    ask_and_check(system.url(), model)
+    assert len(descendants(system.process.pid)) == (4 if mode == "disaggregated" else 3)
+    assert site.leftovers(), "the private sockets are not where this test looks for them"
+    system.end(number)
+    assert site.leftovers() == []
+
+
+def test_told_to_end_while_it_starts(site: Site, model: tuple[Path, Any]) -> None:
+    config = site.write(configuration(model[0], "disaggregated"))
+    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
+    poll(lambda: len(descendants(system.process.pid)) >= 2, lambda: system.errors)
+    system.end()
+    assert system.output == ""
+    assert site.leftovers() == []
+
+
+def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
+    document = configuration(model[0], "disaggregated", free_ports(2))
+    document["kv_transfer"] = {"timeout_s": 10 * DEADLINE_S}
+    config = site.write(document)
+    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    poll(lambda: descendants(scheduler.process.pid), lambda: scheduler.errors)
+    decode, prefill = (
+        site.start("start_pd_disagg.py", "--config", config, "--instance-id", name)
+        for name in ("decode-0", "prefill-0")
+    )
+    ask_and_check(scheduler.url(), model)
+    scheduler.end(signal.SIGINT)
+    # Now the instances are there first.
+    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    url = scheduler.url()
+    ask_and_check(url, model)
+    # It need not wait for the KV of a prefill instance that does not send it.
+    os.kill(prefill.process.pid, signal.SIGSTOP)
+    with unanswered_request(url):
+        poll(lambda: httpx.get(f"{url}/stats").json()["kv_transfer"]["open_transfers"], lambda: scheduler.errors)
+        decode.end()
+    os.kill(prefill.process.pid, signal.SIGCONT)
+    prefill.end()
+    scheduler.end()
+    assert site.leftovers() == []
+
+
+def test_a_scheduler_alone_says_whom_it_misses(site: Site, model: tuple[Path, Any]) -> None:
+    ports = free_ports(2)
+    document = configuration(model[0], "disaggregated", ports)
+    document["rpc"] = {"start_timeout_s": 2.0}
+    errors = site.fail("start_cpu_scheduler.py", "--config", site.write(document))
+    for name, port in zip(("prefill-0", "decode-0"), ports, strict=True):
+        assert f"{name} at tcp://127.0.0.1:{port}" in errors
+    assert site.leftovers() == []
+
+
+def test_what_is_wrong_with_a_configuration_is_said_with_its_line(site: Site, model: tuple[Path, Any]) -> None:
+    text = f"model:\n  path: {model[0]}\nperformance:\n  num_block: 64\n"
+    path = site.write(text)
+    errors = site.fail("start_pd_disagg.py", "--config", path)
+    assert errors == f"error: {path}:4: performance.num_block: unknown key; did you mean 'num_blocks'?\n"
+    assert site.fail("start_cpu_scheduler.py", "--config", path) == errors
+    path = site.write(configuration(model[0], "disaggregated", free_ports(2)))
+    errors = site.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefil-0")
+    assert "no instance 'prefil-0'; did you mean 'prefill-0'?" in errors
+    errors = site.fail("start_pd_disagg.py", "--config", str(site.files / "missing.yaml"))
+    assert "missing.yaml" in errors
+    path = site.write(configuration(model[0], "disaggregated"))
+    errors = site.fail("start_pd_disagg.py", "--config", path, "--instance-id", "prefill-0")
+    assert "gpu_instances: prefill-0: port" in errors
+    errors = site.fail("start_pd_disagg.py", "--config", path, "--port", "70000")
+    assert errors == "error: --port must be in 0..65535, got 70000\n"
+
+
+def test_a_port_in_use_is_named(site: Site, model: tuple[Path, Any]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = site.write(configuration(model[0], "disaggregated", [port, *free_ports(1)]))
+        errors = site.fail("start_pd_disagg.py", "--config", config, "--instance-id", "prefill-0")
+        assert f"127.0.0.1:{port}: Address already in use" in errors
+        errors = site.fail("start_cpu_scheduler.py", "--config", config, "--port", str(port))
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in errors
+    assert site.leftovers() == []

@@ -1,0 +1,280 @@
+"""A served system measures itself, and is measured: every request and token counts, once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from hbserve.messages.client import AddRequest
+from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.sampling_params import SamplingParams
+from hbserve.scheduler.metrics import SchedulerMetrics
+from hbserve.scheduler.sequence import InflightRow, InflightStep, Sequence
+from tests.support.paths import ROOT
+from tests.system.test_scripts import Program
+
+DEADLINE_S = 60.0
+MOONCAKE = """{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]}
+{"timestamp": 500, "input_length": 1030, "output_length": 6, "hash_ids": [0, 1, 9]}
+{"timestamp": 1500, "input_length": 512, "output_length": 7, "hash_ids": [7]}
+"""
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A prefill and a decode instance of the demo model behind the HTTP API."""
+    folder = tmp_path_factory.mktemp("served")
+    program = Program(
+        folder, "start_pd_disagg.py", "--config", str(ROOT / "configs" / "pd_disagg_cpu.yaml"), "--port", "0"
+    )
+    yield program.url()
+    program.process.terminate()
+    assert program.process.wait(DEADLINE_S) == 0
+
+
+def scrape(url: str) -> dict[str, Any]:
+    """Samples by name and labels, as Prometheus reads them; the sum over labels under the bare name."""
+    response = httpx.get(f"{url}/metrics", timeout=DEADLINE_S).raise_for_status()
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    samples: dict[str, Any] = {}
+    for family in text_string_to_metric_families(response.text):
+        assert family.documentation
+        for sample in family.samples:
+            if "le" not in sample.labels:
+                samples[sample.name] = samples.get(sample.name, 0) + sample.value
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            assert f"{sample.name}/{labels}" not in samples, "the same sample twice"
+            samples[f"{sample.name}/{labels}"] = sample.value
+    return samples
+
+
+async def complete(url: str, prompts: list[list[int]], num_tokens: int, **more: Any) -> list[httpx.Response]:
+    """The answers to one completion request per prompt, all at once."""
+    body = {"model": "hbserve-demo", "max_tokens": num_tokens, "ignore_eos": True, **more}
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
+        return await asyncio.gather(
+            *(http.post("/v1/completions", json=body | {"prompt": prompt}) for prompt in prompts)
+        )
+
+
+async def test_every_request_and_token_is_counted_once(url: str) -> None:
+    before = scrape(url)
+    prompts = [[5 + number] * 40 for number in range(6)]
+    for response in await complete(url, prompts, 9):
+        response.raise_for_status()
+    deadline = time.monotonic() + DEADLINE_S
+    while (after := scrape(url))["hbserve_kv_transfers_open"]:  # the sender's side may report after the last token
+        assert time.monotonic() < deadline
+
+    def grown(name: str) -> float:
+        return float(after[name] - before.get(name, 0))
+
+    for name, count in (
+        ("requests_total/outcome=completed", 6),
+        ("requests_total/outcome=failed", 0),
+        ("requests_with_targets_total", 0),
+        ("time_to_first_token_seconds_count", 6),
+        ("time_per_output_token_seconds_count", 6),
+        ("e2e_request_latency_seconds_count", 6),
+        ("prefill_queue_seconds_count", 6),
+        ("decode_queue_seconds_count", 6),
+        ("inter_token_latency_seconds_count", 6 * 8),
+        ("generated_tokens_total", 6 * 9),
+        ("prompt_tokens_total", 6 * 40),
+        ("prompt_length_tokens_sum", 6 * 40),
+        ("output_length_tokens_sum", 6 * 9),
+        ("instance_generated_tokens_total/instance=prefill-0,role=prefill", 6),
+        ("instance_generated_tokens_total/instance=decode-0,role=decode", 6 * 8),
+        ("kv_transfers_total/source=prefill-0,target=decode-0", 6),
+    ):
+        assert grown(f"hbserve_{name}") == count, name
+    # The gaps of a request add up to what lies between its first token and its end.
+    gaps, tpots = grown("hbserve_inter_token_latency_seconds_sum"), grown("hbserve_time_per_output_token_seconds_sum")
+    assert gaps == pytest.approx(8 * tpots, rel=0.05, abs=0.01)
+    assert after["hbserve_open_requests"] == 0
+    assert after["hbserve_instance_up"] == 2
+    assert grown("hbserve_instance_busy_seconds_total") > 0 < grown("hbserve_instance_host_seconds_total")
+    bounds = [name for name in after if name.startswith("hbserve_time_to_first_token_seconds_bucket/")]
+    cumulated = [after[name] for name in bounds]
+    assert cumulated == sorted(cumulated)
+    assert cumulated[-1] == after["hbserve_time_to_first_token_seconds_count"]
+
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
+        stats = (await http.get("/stats")).json()
+    link = stats["kv_transfer"]["links"]["prefill-0->decode-0"]
+    assert (
+        grown("hbserve_kv_transfer_bytes_total")
+        == 6 * 3 * stats["gpu_instances"]["decode-0"]["kv_blocks"]["block_bytes"]
+    )
+    assert link["bytes"] == after["hbserve_kv_transfer_bytes_total"]
+    assert link["gb_per_s"] == pytest.approx(link["bytes"] / link["seconds"] / 1e9)
+    for what in ("seconds", "queued_seconds", "exposed_seconds"):
+        assert 0 < grown(f"hbserve_kv_transfer_{what}_total") < DEADLINE_S, what
+    assert after["hbserve_kv_transfers_open"] == link["queued"] == 0
+    assert link["failures"] == {}
+    window = stats["metrics"]
+    assert window["queues"]["requests"] == {"waiting": 0, "prefilling": 0, "transferring": 0, "decoding": 0}
+    assert 0 < window["window"]["ttft_p50_ms"] <= window["window"]["ttft_p99_ms"]
+    assert set(window["busy_share"]) == {"prefill-0", "decode-0"}
+
+
+def test_documents_and_dashboard_name_what_there_is(url: str) -> None:
+    scraped = {name.split("/")[0] for name in scrape(url)}
+    dashboard = (ROOT / "configs" / "grafana" / "hbserve.json").read_text()
+    documented = set(re.findall(r"hbserve_\w+", (ROOT / "docs" / "metrics.md").read_text()))
+    for name in set(re.findall(r"hbserve_\w+", json.dumps(json.loads(dashboard)["panels"]))):
+        assert name in scraped or name.startswith(("hbserve_kv_transfer_failures", "hbserve_semi_pd_")), name
+        assert re.sub("_(bucket|count|sum)$", "", name) in documented, name
+    for name in scraped:
+        assert re.sub("_(bucket|count|sum)$", "", name) in documented, name
+
+
+@pytest.mark.parametrize("name", ["ttft_ms", "tpot_ms"])
+async def test_targets_over_http(url: str, name: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
+        body = {"model": "hbserve-demo", "max_tokens": 2}
+        chat = {"messages": [{"role": "user", "content": "hi"}]}
+        for path, what in (("/v1/completions", {"prompt": [5, 6]}), ("/v1/chat/completions", chat)):
+            good = await http.post(path, json=body | what | {name: 500})
+            assert good.status_code == 200
+            bad = await http.post(path, json=body | what | {name: -1})
+            assert (bad.status_code, bad.json()["error"]["param"]) == (400, name)
+
+
+def test_the_serving_benchmark(url: str, tmp_path: Path) -> None:
+    trace = tmp_path / "m.jsonl"
+    trace.write_text(MOONCAKE)
+    results, plots = tmp_path / "results.json", tmp_path / "plots"
+    pytest.importorskip("matplotlib")
+    command = (
+        *(
+            sys.executable,
+            "-m",
+            "hbserve.bench",
+            "serve",
+            "--no-progress",
+            "--url",
+            url,
+            "--vocab-size",
+            "100",
+            "--trace",
+            str(trace),
+            "--rate",
+            "6",
+            "--max-input-len",
+            "60",
+        ),
+        *("--goodput", "ttft:60000,tpot:60000"),
+        *("--json", str(results), "--plots", str(plots), "--seed", "3"),
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(results.read_text())
+    first = document["runs"][0]
+    assert [request["num_tokens"] for request in first["requests"]] == [5, 6, 7]
+    assert [request["error"] for request in first["requests"]] == [None] * 3
+    assert first["summary"]["attainment"] == 1
+    assert first["summary"]["output_tokens"] == 18
+    assert len(first["itl_quantiles_ms"]) <= 4 + 5 + 6
+    assert document["target"]["model"] == "hbserve-demo"
+    assert (plots / "latencies.png").stat().st_size > 0
+    assert "TTFT" in done.stdout
+
+
+class Clock:
+    """Seconds, when told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def sequence(arrival: int, num_prompt_tokens: int) -> Sequence:
+    """A request as the scheduler has it."""
+    request = AddRequest(
+        request_id="r", prompt_token_ids=[1] * num_prompt_tokens, end_token_ids=[], sampling=SamplingParams()
+    )
+    return Sequence(
+        client=b"",
+        request=request,
+        arrival=arrival,
+        tokens=[1] * num_prompt_tokens,
+        end_token_ids=frozenset(),
+        max_total_tokens=99,
+    )
+
+
+def test_a_schedule_counted_by_hand() -> None:
+    """Two requests on one worker: a is alone for two steps, then b's prompt joins its third one."""
+    clock = Clock()
+    metrics = SchedulerMetrics(SemiPDMetricsCollector(window_size_seconds=60.0, clock=clock))
+    a, b = sequence(1, 10), sequence(2, 30)
+
+    def step(now: float, prefill: list[Sequence], decode: list[Sequence], busy_s: float) -> None:
+        clock.now = now
+        seats = [SimpleNamespace(num_tokens_at_entry=4)] * len(prefill) + [
+            SimpleNamespace(num_tokens_at_entry=3)
+        ] * len(decode)
+        sequences = zip(prefill + decode, seats, strict=True)
+        rows = [InflightRow(each, 0, seat, 3, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
+        prefill_tokens = sum(each.num_prompt_tokens for each in prefill)
+        last_token_times = []
+        for each in prefill + decode:
+            last_token_times.append(each.last_token_time)
+            if each.last_token_time is None:
+                metrics.first_token(each)
+            each.last_token_time = now
+            each.tokens.append(7)
+        done = InflightStep(1, rows, len(prefill), prefill_tokens)
+        metrics.step_done("unified-0", done, busy_s, now, last_token_times)
+
+    metrics.arrived(a)
+    clock.now = 1.0
+    metrics.seated(a)
+    step(3.0, [a], [], 1.5)
+    step(3.5, [], [a], 0.25)
+    clock.now = 3.75
+    metrics.arrived(b)
+    metrics.seated(b)
+    step(5.5, [b], [a], 1.75)
+    metrics.ended(a, "completed")
+    step(6.0, [], [b], 0.5)
+    metrics.preempted(b)
+    step(8.0, [], [b], 0.5)
+    metrics.ended(b, "completed")
+    clock.now = 10.0
+
+    window = metrics.collector.get_current_window_metrics()
+    assert window.duration_s == 10
+    assert window.ttft.values == (1750, 3000)
+    assert window.tpot.values == (1250, 1250)  # a: 2.5 s for two tokens; b: 2.5 s for two
+    assert window.e2e.values == (4250, 5500)
+    assert window.prefill_queue.values == (0, 1000)
+    assert window.decode_queue.values == (0, 0)
+    assert window.itl.values == (500, 500, 2000, 2000)
+    assert (window.num_arrivals, window.num_completed, window.num_preemptions) == (2, 2, 1)
+    assert (window.prefill.num_steps, window.prefill.num_tokens) == (2, 40)
+    assert (window.decode.num_steps, window.decode.num_tokens, window.output_tokens) == (4, 4, 6)
+    assert window.prefill.utilization == pytest.approx(0.325)
+    assert window.decode.utilization == pytest.approx(0.3)
+    assert window.worker_busy == {"unified-0": pytest.approx(0.45)}
+    assert window.decode_throughput == 0.6
+    gaps = metrics.histograms["inter_token_latency_seconds"]
+    assert (sum(gaps.counts), gaps.sum, gaps.counts[gaps.bounds.index(0.5)], gaps.counts[-1]) == (4, 5.0, 2, 2)
+    assert metrics.histograms["prefill_batch_size"].counts[:2] == [2, 0]
+    assert metrics.histograms["output_length_tokens"].sum == 6

@@ -1,0 +1,168 @@
+"""Configurations: what is shipped loads; what cannot be honoured is refused with key, file, line and hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hbserve import PdDisaggConfig
+from hbserve.config import InstanceConfig, InstanceRole, load
+from hbserve.errors import ConfigError, StartupError
+from hbserve.rpc.instance_line import scheduler_address
+from hbserve.system.launcher import fit_to_gpus
+from tests.support.paths import ROOT
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "model").mkdir(exist_ok=True)
+    path = folder / "system.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_file_is_valid(path: Path) -> None:
+    config = load(path)
+    assert Path(config.model.path).is_dir()
+    assert config.gpu_instances
+
+
+def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "mode: disaggregated\nmodel: {path: model}\n"))
+    assert [i.instance_type for i in config.gpu_instances] == [InstanceRole.PREFILL, InstanceRole.DECODE]
+    assert [i.kv_rank for i in config.gpu_instances] == [0, 1]
+    assert config.served_name == "model"
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "host", "shares"),
+    [
+        (0, 2, "a", True),
+        (1, 1, "a", True),
+        (2, 2, "a", False),
+        (0, 1, "b", False),
+        (3, 1, "a", False),
+        (0, 4, "a", True),
+    ],
+)
+def test_who_has_a_gpu_in_common(first: int, size: int, host: str, shares: bool) -> None:
+    instance, other = (
+        InstanceConfig(name, InstanceRole.DECODE, gpu_id=gpu_id, host=at, tensor_parallel_size=num_ranks)
+        for name, gpu_id, at, num_ranks in (("one", 0, "a", 2), ("other", first, host, size))
+    )
+    assert instance.shares_gpu_with(other) is other.shares_gpu_with(instance) is shares
+
+
+@pytest.mark.parametrize(("visible", "gpu_ids"), [("3", [0, 0]), ("0,1", [0, 1]), ("", [0, 1]), ("0,-1,2", [0, 0])])
+def test_default_instances_share_a_lone_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, gpu_ids: list[int]
+) -> None:
+    smi = tmp_path / "nvidia-smi"  # as on a machine with four
+    smi.write_text("#!/bin/sh\nfor i in 1 2 3 4; do echo NVIDIA H200; done\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    text = "mode: disaggregated\nmodel: {path: model}\n"
+    given = load(write(tmp_path, text))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert fit_to_gpus(given) is given
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    fitted = fit_to_gpus(given)
+    assert [instance.gpu_id for instance in fitted.gpu_instances] == gpu_ids
+    share = given.performance.memory_fraction / (1 + (gpu_ids == [0, 0]))
+    assert fitted.performance.memory_fraction == share
+    placed = "gpu_instances: [{instance_id: p, instance_type: prefill}, {instance_id: d, instance_type: decode}]"
+    config = load(write(tmp_path, text + placed))
+    assert fit_to_gpus(config) is config
+
+
+def test_a_folder_too_deep_for_sockets_is_named(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "mode: unified\nmodel: {path: model}\n"))
+    with pytest.raises(StartupError, match="TMPDIR: the path of a socket has at most 107 bytes"):
+        scheduler_address(config, "/" + 100 * "x")
+
+
+MODEL = "model:\n  path: model\n"
+TWO = (
+    "mode: disaggregated\n"
+    + MODEL
+    + "gpu_instances:\n"
+    + "  - {instance_id: a, instance_type: prefill, port: 6000}\n"
+    + "  - {instance_id: b, instance_type: decode, port: 6000}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (MODEL + "chunked_prefil: {}\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
+        (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
+        (MODEL + "semi_pd:\n  ladder: {prefil: [1]}\n", 4, "ladder.prefil: unknown key; did you mean 'prefill'"),
+        (MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n", 4, "rpc.heartbeat_timeout_s: must be finite"),
+        (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
+        (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive"),
+        (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be at most 65535"),
+        (MODEL + "mode: fast\n", 3, "mode: unknown value 'fast'; valid are: disaggregated, semi_pd, unified"),
+        (
+            MODEL + "performance:\n  placement: fcsf\n",
+            4,
+            "performance.placement: unknown value 'fcsf'; did you mean 'fcfs'",
+        ),
+        (MODEL + "kv_transfer:\n  backend: ncc\n", 4, "did you mean 'nccl'"),
+        (MODEL + "kv_transfer:\n  backend: moonc\n", 4, "did you mean 'mooncake'"),
+        ("model:\n  path: nowhere\n", 2, "model.path: there is no folder 'nowhere'"),
+        ("model:\n  path: Qwen/Qwen3-0.6B\n", 2, "hf download Qwen/Qwen3-0.6B --local-dir FOLDER"),
+        ("model:\n  path: model\n  path: model\n", 3, "path is given twice"),
+        ("mode: unified\n", 1, "missing required field model"),
+        (TWO, 6, "gpu_instances[1].port: address 127.0.0.1:6000 is already taken by gpu_instances[0].port"),
+        (TWO.replace("port: 6000", "port: 0"), 5, "gpu_instances[0].port: must be in 1..65535"),
+        (
+            TWO.replace("decode", "decod"),
+            6,
+            "gpu_instances[1].instance_type: unknown value 'decod'; did you mean 'decode'",
+        ),
+        (TWO.replace("instance_id: b", "instance_id: a"), 6, "gpu_instances[1].instance_id: id 'a' is already taken"),
+        (TWO.replace("disaggregated", "unified"), 5, "mode unified has no prefill instances"),
+        (TWO.replace("decode", "prefill"), 4, "needs at least one decode instance"),
+    ],
+)
+def test_an_error_names_key_file_line_and_hint(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(write(tmp_path, "model: [\n"))
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load(write(tmp_path, "- 1\n"))
+    with pytest.raises(ConfigError, match="holds itself"):
+        load(write(tmp_path, "model: &model [*model]\n"))
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        load(write(tmp_path, 'mode: "\\ud83d"\n'))
+    with pytest.raises(ConfigError, match=r"model\.path: there is no folder"):
+        load(write(tmp_path, f"model: {{path: {'a' * 5000}}}\n"))
+
+
+def test_the_flat_configuration_can_change_until_it_is_frozen(tmp_path: Path) -> None:
+    flat = PdDisaggConfig(model_path=str(tmp_path), kv_transfer_backend="nccl")
+    flat.chunk_size = 256
+    flat.kv_buffer_size = 512 * 1024 * 1024
+    config = flat.freeze()
+    assert config.mode == "disaggregated"
+    assert config.chunked_prefill.chunk_size == 256
+    assert config.kv_transfer.buffer_size == 512 * 1024 * 1024
+    with pytest.raises(AttributeError):
+        config.chunked_prefill.chunk_size = 1  # type: ignore[misc]
+
+
+def test_the_flat_configuration_names_its_own_fields_in_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_transfer_backend: "):
+        PdDisaggConfig(str(tmp_path), kv_transfer_backend="moonc").freeze()
+    with pytest.raises(TypeError, match=r"unknown argument 'chunk_sise'; did you mean 'chunk_size'"):
+        PdDisaggConfig.from_arguments(str(tmp_path), chunk_sise=1)

@@ -1,0 +1,186 @@
+"""Tokenizer and detokenizer as processes of their own: the same text, and nothing lost when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from hbserve.config import from_dict
+from hbserve.errors import InvalidRequestError, RequestFailedError
+from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.text_engine import TextEngine
+from hbserve.frontend.text_pool import TextProcesses
+from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.process.parent import ChildProcess
+from hbserve.sampling_params import SamplingParams
+from hbserve.tokenizer import Tokenizer
+from tests.support import tiny_tokenizers
+from tests.support.http_server import MODEL, USER, letters, served, until
+from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output, tokens
+
+TEXT = "hé 你好 🙂 and on it goes, to its STOP and beyond"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer"))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer(folder)
+
+
+@pytest.fixture(params=[0, 2], ids=["shared", "two tokenizers"])
+async def processes(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> AsyncIterator[TextProcesses]:
+    config = from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": request.param}})
+    processes = TextProcesses(config, str(tmp_path))
+    await processes.start(time.monotonic() + DEADLINE_S)
+    yield processes
+    await processes.stop()
+
+
+@pytest.fixture
+async def engine(client: EngineClient, tokenizer: Tokenizer, processes: TextProcesses) -> TextEngine:
+    ready = await client.wait_ready(DEADLINE_S)
+    return TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+
+
+async def test_one_that_nobody_listens_to_ends_when_it_is_told_to(folder: Path, tmp_path: Path) -> None:
+    config = msgspec.to_builtins(from_dict({"model": {"path": str(folder)}}))
+    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/nobody"}
+    child = ChildProcess("the detokenizer", "hbserve.frontend.text_worker", orders)
+    await child.start()
+    await child.wait_ready(time.monotonic() + DEADLINE_S)
+    await child.stop()
+    assert child.process is not None
+    assert child.process.returncode == 0  # not killed, with its greeting still on the way
+
+
+def title_of(pid: int) -> str:
+    """As process lists show it."""
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0")
+
+
+async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
+    engine: TextEngine, scheduler: ScriptedScheduler, tokenizer: Tokenizer, processes: TextProcesses
+) -> None:
+    names = processes.report().keys()
+    assert {title_of(one["pid"]) for one in processes.report().values()} == {f"hbserve-{name}" for name in names}
+    ids = letters(tokenizer, TEXT)
+    go_on = asyncio.Event()
+
+    async def in_two_halves(request: AddRequest) -> AsyncIterator[RequestOutput]:
+        half = len(ids) // 2 + int(request.request_id.split("-")[1]) % 5  # also in the middle of a character
+        for token_id in ids[:half]:
+            yield output(request, token_id)
+        await go_on.wait()
+        for number, token_id in enumerate(ids[half:], start=half + 1):
+            yield output(request, token_id, finish_reason="length" if number == len(ids) else None)
+
+    scheduler.script = in_two_halves
+    stops = [None, ["STOP"], ["no such text"]]
+    samplings = [SamplingParams(max_tokens=60, stop=stops[number % 3]) for number in range(30)]
+    tasks = [asyncio.create_task(engine.generate("the cat", one, f"r-{i}")) for i, one in enumerate(samplings)]
+    await scheduler.wait_for(lambda: len(scheduler.requests) == 30)
+    pids = {name: report["pid"] for name, report in processes.report().items()}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    go_on.set()
+    async with asyncio.timeout(DEADLINE_S):
+        for _ in range(3):  # its successors too, as they start
+            while processes.report()["detokenizer"]["pid"] in (None, pids["detokenizer"]):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            pids["detokenizer"] = processes.report()["detokenizer"]["pid"]
+            os.kill(pids["detokenizer"], signal.SIGKILL)
+    asked = [asyncio.create_task(engine.text.encode(f"the cat {number}")) for number in range(10)]
+    async with asyncio.timeout(DEADLINE_S):
+        outputs = await asyncio.gather(*tasks)
+        assert await asyncio.gather(*asked) == [tokenizer.encode(f"the cat {number}") for number in range(10)]
+    for number, result in enumerate(outputs):
+        stopped = number % 3 == 1
+        assert result["text"] == (TEXT.split("STOP")[0] if stopped else TEXT)
+        assert result["stop_reason"] == ("STOP" if stopped else None)
+        assert result["num_prompt_tokens"] == len(tokenizer.encode("the cat"))
+    assert [one["restarts"] for one in processes.report().values()] == [4] + [1] * (len(names) - 1)
+    assert sum(one["open_streams"] + one["open_questions"] for one in processes.report().values()) == 0
+
+
+async def test_text_is_the_same_as_in_one_process(
+    engine: TextEngine, scheduler: ScriptedScheduler, tokenizer: Tokenizer
+) -> None:
+    assert await engine.text.encode_chat(USER) == tokenizer.encode_chat(USER)
+    long = "one two three " * 2000
+    assert await engine.text.encode(long) == tokenizer.encode(long)
+    for prompt, param in (("\ud83d", "prompt"), ("long " * 100, "prompt")):
+        with pytest.raises(InvalidRequestError) as caught:
+            await engine.generate(prompt, SamplingParams())
+        assert caught.value.param == param
+    with pytest.raises(InvalidRequestError) as caught:
+        await engine.text.encode_chat([{"role": "user", "content": "\ud83d"}])
+    assert caught.value.param == "messages"
+    with pytest.raises(InvalidRequestError, match="begins with a user"):
+        await engine.text.encode_chat([{"role": "assistant", "content": "x"}])
+    with pytest.raises(InvalidRequestError, match="grammar"):
+        await engine.generate("x", SamplingParams(grammar="start: ("))
+    scheduler.script = tokens(*letters(tokenizer, "ab"), 2)
+    result = await engine.generate("x", SamplingParams(grammar="start: /[ab]+/"))
+    assert (result["text"], result["finish_reason"]) == ("ab", "stop")
+    # Left half way: nothing stays open.
+    scheduler.script = tokens(*letters(tokenizer, "abc"), end=None)
+    stream = engine.stream("x", SamplingParams())
+    assert (await anext(stream)).text
+    await stream.aclose()
+    await scheduler.wait_for_aborts(1)
+
+
+async def test_a_request_that_ends_processes_ends_alone_and_a_process_that_cannot_be_replaced_is_said(
+    client: EngineClient, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    rpc = {"max_restarts": 0}
+    config = from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
+    processes = TextProcesses(config, str(tmp_path))
+    await processes.start(time.monotonic() + DEADLINE_S)
+    with pytest.raises(RequestFailedError, match="see the server's log"):  # what only a bug could ask
+        await processes.check_grammar("start: /a/", -1)
+
+    # As if a long question ended each process that is at it, while others wait beside it.
+    one = processes._detokenizer
+    asked = [asyncio.create_task(processes.encode(f"the cat {number}")) for number in range(8)]
+    fatal = asyncio.create_task(processes.encode("one two three " * 100_000))
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.sleep(0)
+        assert one.num_open == 9
+        for num_open in (9, 1, 1):
+            await until(lambda most=num_open: one._socket is not None and one.num_open <= most)  # type: ignore[misc]
+            pid = processes.report()["detokenizer"]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            # None: it has ended, and whoever is to replace it may not know yet
+            await until(lambda pid=pid: processes.report()["detokenizer"]["pid"] not in (None, pid))  # type: ignore[misc]
+        with pytest.raises(RequestFailedError, match="died of the request"):
+            await fatal
+        assert await asyncio.gather(*asked) == [tokenizer.encode(f"the cat {number}") for number in range(8)]
+        await until(lambda: one._socket is not None)
+
+    ready = await client.wait_ready(DEADLINE_S)
+    engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+    async with served(engine, client) as address, httpx.AsyncClient(base_url=address, timeout=DEADLINE_S) as http:
+        assert (await http.get("/health")).status_code == 200
+        os.kill(processes.report()["detokenizer"]["pid"], signal.SIGKILL)
+        await until(lambda: processes.dead is not None)
+        health = await http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        assert "detokenizer" in health.json()["reason"]
+        answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    await processes.stop()

@@ -1,0 +1,112 @@
+"""When a step is planned: late in long steps, at once in short ones, and never so that the device waits for long."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from hbserve.policy.dispatch_timer import PlanTiming
+from hbserve.policy.step_forecast import StepForecast, StepWork
+
+WAY_S = 2e-3  # of a plan, until the device could begin
+Step = tuple[StepWork, float]
+
+
+def decode(rows: int, context: int = 800) -> StepWork:
+    return StepWork(rows, rows * context, 0, 0)
+
+
+def seconds(work: StepWork) -> float:
+    """What an 8B model on a fast GPU takes, roughly."""
+    read_s = 4e-3 + 3e-5 * work.decode_rows + 2.8e-8 * work.decode_keys
+    return read_s + 2.4e-5 * work.prompt_tokens + 4e-10 * work.prompt_keys
+
+
+def drive(timing: PlanTiming, steps: list[Step]) -> tuple[list[float], list[float]]:
+    """Run steps on a made-up device; returns how long each waited for it, and how long it waited for each."""
+    waits, idle = [0.0], [0.0]
+    timing.planned(steps[0][0], 0.0)
+    begin = WAY_S
+    for (_, took), (following, _) in itertools.pairwise(steps):
+        now, end = begin, begin + took
+        planned_at = now + timing.wait_s(now)
+        if planned_at < end:
+            timing.planned(following, planned_at)
+        timing.confirmed(end, took, waits[-1] - idle[-1])
+        if planned_at >= end:  # the end itself brings the next plan about
+            assert not timing.wait_s(end)
+            planned_at = end
+            timing.planned(following, end)
+        begin = max(end, planned_at + WAY_S)
+        waits.append(begin - planned_at - WAY_S)
+        idle.append(begin - end)
+    timing.confirmed(begin + steps[-1][1], steps[-1][1], waits[-1] - idle[-1])
+    return waits, idle
+
+
+def test_long_steps_are_planned_shortly_before_they_are_needed() -> None:
+    timing = PlanTiming()
+    waits, idle = drive(timing, [(decode(64), 20e-3)] * 200)
+    assert min(waits[1:16]) == pytest.approx(18e-3)  # nothing is known: planned when the one before begins
+    assert max(waits[60:]) <= 2e-3
+    assert sum(idle[60:]) == 0.0
+    waits, idle = drive(PlanTiming(predecessor=timing), [(decode(64), 15e-3)] * 20)
+    assert max(waits[8:]) <= 2e-3  # as soon as it is known how long its own steps take
+    assert sum(idle[1:]) == 0.0
+
+
+def test_short_steps_are_planned_at_once() -> None:
+    timing = PlanTiming()
+    waits, _ = drive(timing, [(decode(64), 3.9e-3)] * 200)
+    assert min(waits[1:]) == pytest.approx(1.9e-3)
+
+
+def test_steps_of_any_size_in_any_order_seldom_come_late() -> None:
+    draw = random.Random(3)
+    steps: list[Step] = []
+    for _ in range(3000):
+        tokens = draw.choice((0, 0, draw.randrange(1, 2048), 2048))
+        work = StepWork(draw.randrange(16, 192), draw.randrange(16, 192) * 1000, tokens, tokens * draw.randrange(4000))
+        steps.append((work, seconds(work) * draw.gauss(1.0, 0.02)))
+    waits, idle = drive(PlanTiming(), steps)
+    busy_s = sum(took for _, took in steps)
+    assert sum(idle[100:]) < 0.01 * busy_s
+    assert sum(waits[100:]) < 0.4 * busy_s  # planned when the one before begins they wait for nearly all of it
+
+
+def test_steps_that_end_sooner_than_ever_widen_the_lead() -> None:
+    """As where the other phase has the device for itself, or not: prompts are computed in two thirds of the time."""
+    steps = [(StepWork(0, 0, 2048, 2048 * 1024), 60e-3 if index // 5 % 2 else 40e-3) for index in range(1000)]
+    _, idle = drive(PlanTiming(), steps)
+    late = sum(each > 0 for each in idle[100:])
+    assert late < 0.06 * len(steps)
+    assert max(idle) == pytest.approx(WAY_S)  # the end of a step brings the next plan about
+
+
+def test_nothing_is_held_back_that_cannot_be_predicted() -> None:
+    timing = PlanTiming()
+    drive(timing, [(decode(64), 20e-3)] * 100)
+    now = 100.0
+    timing.planned(None, now)
+    assert not timing.wait_s(now)
+    timing.confirmed(now + 1.0, 1.0, 0.0)
+    timing.planned(decode(64), now + 1.0)
+    assert timing.wait_s(now + 1.0) > 10e-3
+    assert not PlanTiming().wait_s(now)
+
+
+def test_what_has_not_been_seen_is_taken_to_be_short() -> None:
+    forecast = StepForecast()
+    assert forecast.seconds(decode(64)) == 0.0
+    for _ in range(50):
+        forecast.observe(decode(64), 10e-3)
+    assert forecast.seconds(decode(64)) == pytest.approx(10e-3)
+    assert forecast.seconds(StepWork(64, 64 * 800, 2048, 2048 * 1024)) <= 10e-3
+    assert forecast.seconds(decode(640)) <= 10e-3
+    for index in range(400):
+        work = decode(1 + index % 100) if index % 2 else StepWork(8, 800, 512 + index, 512 * 256)
+        forecast.observe(work, seconds(work))
+    for work in (decode(30), decode(90), StepWork(8, 800, 700, 512 * 256)):
+        assert forecast.seconds(work) == pytest.approx(seconds(work), rel=0.15)

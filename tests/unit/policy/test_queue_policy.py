@@ -1,0 +1,192 @@
+"""Who goes first, who goes last, and who is sent away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Sequence as Items
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.config import InstanceRole, SchedulerConfig, from_dict
+from hbserve.errors import OverloadedError
+from hbserve.messages.client import AddRequest
+from hbserve.policy.prefill_rate import PrefillPace
+from hbserve.policy.queue_policy import DOUBT, QueuePolicy, make_policy
+from hbserve.scheduler.sequence import Sequence
+from hbserve.scheduler.waiting_queue import WaitingQueue
+from tests.support.engines import assert_no_leaks
+from tests.support.paths import ROOT
+
+DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
+DEADLINE_S = 60.0
+arrivals = itertools.count(1)
+
+
+def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: float | None = None) -> Sequence:
+    """A request that has just come, and is due so long after."""
+    request = AddRequest(
+        request_id="r",
+        prompt_token_ids=[1] * length,
+        end_token_ids=[],
+        sampling=SamplingParams(ttft_ms=ttft_ms),
+    )
+    sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
+    sequence.rank = policy.rank(sequence)
+    return sequence
+
+
+def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> QueuePolicy:
+    config = SchedulerConfig(policy=name, **settings)  # type: ignore[arg-type]
+    return make_policy(config, lambda count, start: count * prefill_s_per_token / DOUBT, lambda: 0.0)
+
+
+def served(
+    policy: QueuePolicy, sequences: list[Sequence], now: float, seated: Items[tuple[Sequence, int]] = ()
+) -> list[int]:
+    """The order, as indices, with others that have a seat and so many tokens computed."""
+    queue = sorted(sequences, key=lambda sequence: sequence.rank)
+    return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: (seated, 1))]
+
+
+def test_fcfs_is_by_arrival_whatever_else() -> None:
+    fcfs = policy("fcfs")
+    requests = [waiting(fcfs, 0.0, 500, 1.0), waiting(fcfs, 1.0, 5), waiting(fcfs, 2.0, 50, 1e6)]
+    assert served(fcfs, requests, 100.0) == [0, 1, 2]
+
+
+def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
+    shortest = policy("shortest_prompt_first", ageing_tokens_per_s=100.0)
+    long = waiting(shortest, 0.0, 900)
+    short = [waiting(shortest, float(second), 50) for second in range(12)]
+    order = served(shortest, [long, *short], 12.0)
+    assert order.index(0) == 9  # passed by those that came in the first 8.5 seconds
+
+
+def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
+    slo = policy("slo_aware", ttft_ms=5000.0)
+    relaxed = waiting(slo, 0.0, 10, 9000.0)  # 0.1 s, due at 9
+    long = waiting(slo, 1.0, 200, 7000.0)  # 2 s, due at 8
+    default = waiting(slo, 2.0, 50)  # 0.5 s, due at 7
+    hopeless = waiting(slo, 2.5, 100, 500.0)  # 1 s, due at 3
+    resumed = waiting(slo, 3.0, 100, 500.0)
+    resumed.first_token_time = 3.5
+    resumed.rank = slo.rank(resumed)
+    requests = [relaxed, long, default, hopeless, resumed]
+    assert served(slo, requests, 4.0) == [4, 2, 1, 0, 3]
+    soon = waiting(slo, 3.0, 100, 3500.0)  # 1 s, due at 6.5
+    assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 3, 1]  # of those in time, the longest gives way
+    for computed, gives_way in ((0, True), (150, False)):  # with a seat as well, if most of it is still to come
+        assert served(slo, [default], 4.0, [(long, computed), (soon, 0), (resumed, 0)]) == [0]
+        assert slo.key(long, computed, 4.0)[0] is gives_way
+        assert not slo.key(soon, 0, 4.0)[0]
+    keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.1))
+    assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
+    assert not slo.key(long, 100, 6.1)[0], "half is done: it can be there at 7.1"
+    assert [slo.leaves(sequence, 4.0) for sequence in requests] == [False, False, False, True, False]
+
+
+def test_no_order_keeps_more_deadlines() -> None:
+    """Against every subset of small queues."""
+    rng = random.Random(3)
+    slo = policy("slo_aware")
+    for _ in range(60):
+        requests = [waiting(slo, 0.0, rng.randint(1, 300), rng.uniform(100, 8000)) for _ in range(7)]
+        requests.sort(key=lambda sequence: sequence.rank)
+
+        def num_in_time(order: Items[Sequence]) -> int:
+            ends = itertools.accumulate(0.01 * len(sequence.tokens) for sequence in order)
+            return sum(end <= sequence.rank[1] for end, sequence in zip(ends, order, strict=True))
+
+        subsets = (itertools.combinations(requests, count) for count in range(8))
+        best = max(len(subset) for subset in itertools.chain(*subsets) if num_in_time(subset) == len(subset))
+        assert num_in_time(slo.order(requests, 0.0, lambda: ((), 1))) >= best
+
+
+def test_the_pace_of_prefill_is_learnt() -> None:
+    pace = PrefillPace()
+    assert pace.seconds(1000, 512) == 0
+    for _ in range(5):
+        pace.observe(100, 0.05)
+    assert pace.seconds(300, 100) == pytest.approx(0.15)  # of one size only: all by the token
+    for _ in range(200):
+        for tokens in (64, 256, 512):
+            pace.observe(tokens, 0.01 + tokens * 1e-4)
+    assert pace.fixed_s == pytest.approx(0.01, rel=0.05)
+    assert pace.per_token_s == pytest.approx(1e-4, rel=0.05)
+    assert pace.seconds(1024, 512) == pytest.approx(2 * 0.01 + 0.1024, rel=0.05)
+    for _ in range(300):
+        for tokens in (64, 256, 512):
+            pace.observe(tokens, 0.02 + tokens * 2e-4)
+    assert pace.per_token_s == pytest.approx(2e-4, rel=0.05)
+    for _ in range(100):
+        for start in (0, 4000, 12_000):
+            pace.observe(512, 512 * (1e-4 + 1e-8 * start), 512 * start)
+    assert pace.prompt_s(1000, 8000) == pytest.approx(1000 * (1e-4 + 1e-8 * 8500), rel=0.05)
+    pace.observe(0, 1.0)
+    pace.observe(10_000, 1e-9)  # an outlier may not make a part negative
+    assert pace.fixed_s >= 0 <= pace.per_token_s
+
+
+async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
+    config = PdDisaggConfig(
+        DEMO, mode="unified", max_num_seqs=1, scheduling_policy="slo_aware", device="cpu", log_level="WARNING"
+    )
+    ended: list[str] = []
+    async with asyncio.timeout(DEADLINE_S), DisaggregatedLLM(config) as llm:
+
+        async def ask(name: str, length: int, ttft_ms: float) -> None:
+            await llm.generate([5] * length, SamplingParams(max_tokens=4, ignore_eos=True, ttft_ms=ttft_ms))
+            ended.append(name)
+
+        async with aclosing(llm.stream([7], SamplingParams(max_tokens=None, ignore_eos=True))) as endless:
+            await anext(endless)  # it has the only seat
+            asks = []
+            for number, (name, length, target_s) in enumerate(
+                [("300 s", 9, 300), ("hopeless", 9, 0.001), ("200 s", 9, 200), ("100 s", 90, 100)], start=1
+            ):
+                asks.append(asyncio.create_task(ask(name, length, 1000 * target_s)))
+                while (await llm.client.stats())["cpu_scheduler"]["waiting_requests"] < number:
+                    pass
+        await asyncio.gather(*asks)
+        assert ended == ["100 s", "200 s", "300 s", "hopeless"]
+        window = (await llm.client.stats())["metrics"]["window"]
+        assert (window["num_met"], window["num_missed"]) == (3, 1)
+        await asyncio.to_thread(assert_no_leaks, llm)
+
+
+def test_how_fast_seats_come_free_counts_from_when_somebody_waits() -> None:
+    queue = WaitingQueue(from_dict({"model": {"path": DEMO}}))
+    worker: Any = SimpleNamespace(ready=True, role=InstanceRole.UNIFIED, num_tokens_to_prefill=0)
+
+    def predicted(now: float) -> float:
+        one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
+        return queue.predicted_ttft_s(another, [one], [worker], seats_are_full=True, now=now)
+
+    for begin in (0.0, 1000.0):  # the time between is nobody's wait
+        queue.begins(begin)
+        assert predicted(begin + 0.5) == 0
+        queue.ended(begin + 1)
+        queue.ended(begin + 2)
+        assert predicted(begin + 3) == 2 * 3 / 2
+
+
+async def test_overload_is_said_early() -> None:
+    config = PdDisaggConfig(DEMO, mode="unified", max_queue_s=1e-9, device="cpu", log_level="WARNING")
+    async with asyncio.timeout(DEADLINE_S), DisaggregatedLLM(config) as llm:
+        for _ in range(2):  # nothing is known yet, and nobody is before the second: neither is refused
+            await llm.generate([5] * 40, SamplingParams(max_tokens=2))
+        asks = (llm.generate([token] * 4000, SamplingParams(max_tokens=2)) for token in (6, 7))
+        first, second = await asyncio.gather(*asks, return_exceptions=True)
+        assert not isinstance(first, BaseException)
+        assert isinstance(second, OverloadedError)
+        assert "max_queue_s" in str(second)
+        assert 0 < second.retry_after_s < 60
+        stats = await llm.client.stats()
+        assert stats["cpu_scheduler"]["refused_requests"] == 1
+        await asyncio.to_thread(assert_no_leaks, llm)
