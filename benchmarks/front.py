@@ -166,16 +166,16 @@ async def _hold(arguments: argparse.Namespace, target: _Target, pids: dict[str, 
 
     began = time.monotonic()
     tasks = [asyncio.create_task(one()) for _ in range(arguments.open_streams)]
-    most_open = 0
+    max_open = 0
     while not all(task.done() for task in tasks):
         await asyncio.sleep(1)
-        most_open = max(most_open, num_open)
+        max_open = max(max_open, num_open)
         if num_open == arguments.open_streams:
             rss.append(_rss_mb(pids))
     answers = [task.result() for task in tasks]
     lost = sum(not answer.complete or answer.num_tokens != num_tokens for answer in answers)
     return {
-        "held_streams": most_open,
+        "held_streams": max_open,
         "held_lost": lost,
         "held_s": round(time.monotonic() - began, 1),
         "held_all_s": len(rss),

@@ -30,7 +30,7 @@ _EXTRA_PROGRAMS = 2048
 _PIECE_COST_TOKENS = 48
 """What it takes to begin and to merge a piece."""
 
-_LATENCY_SHARE, _LEAST_SHARE = 0.3, 0.5
+_LATENCY_SHARE, _MIN_SHARE = 0.3, 0.5
 """How long a program takes for its tokens when others have ended, over what it takes among as many as there is room
 for: with half of the room in use 0.65, since part of it is latency, and not below a half. From times of 157 chunk
 lengths over 12 mixes, which this tells within 3 % (root mean square); docs/benchmarks.md."""
@@ -163,5 +163,5 @@ class PieceCutter:
 def _weights_of_ends(room: int) -> npt.NDArray[np.float64]:
     """Turns when programs would end if all ran at one pace, in rising order, into when the last one really does."""
     running = np.arange(room, 0, -1) / room
-    pace = np.maximum(_LATENCY_SHARE + (1 - _LATENCY_SHARE) * running, _LEAST_SHARE)
+    pace = np.maximum(_LATENCY_SHARE + (1 - _LATENCY_SHARE) * running, _MIN_SHARE)
     return -np.diff(pace, append=0)  # of sum(pace * diff(ends)), by parts

@@ -345,7 +345,7 @@ class Config(Section, frozen=True):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
-    def most_ranks(self) -> int:
+    def max_ranks(self) -> int:
         """Of any instance."""
         return max(instance.num_ranks for instance in self.gpu_instances)
 

@@ -350,7 +350,7 @@ def _validate_instances(config: Config) -> None:
             _claim(seen, "address", (instance.host, instance.port), f"{key}.port")
         if config.kv_transfer.port is not None and config.mode == "disaggregated":
             assert instance.kv_rank is not None
-            kv_port = config.kv_transfer.port + instance.kv_rank * config.most_ranks
+            kv_port = config.kv_transfer.port + instance.kv_rank * config.max_ranks
             for rank in range(instance.num_ranks):
                 address = (instance.kv_ip or config.kv_transfer.ip or instance.host, kv_port + rank)
                 _claim(seen, "address", address, "kv_transfer.port")

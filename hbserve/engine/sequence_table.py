@@ -10,7 +10,7 @@ from hbserve.engine.penalties import Penalties, TokenCounts
 from hbserve.messages.worker import PlanRow, SequenceState
 
 UNKNOWN_POSITION = -1
-_LEAST_TOP_P = 1e-30  # what is less could be 0 in float32, and keep not even the most likely token
+_MIN_TOP_P = 1e-30  # what is less could be 0 in float32, and keep not even the most likely token
 
 
 class SequenceTable:
@@ -80,7 +80,7 @@ class SequenceTable:
         self.next_positions[slot] = UNKNOWN_POSITION
         self.temperature[slot] = sampling.temperature
         self.top_k[slot] = min(sampling.top_k, self.vocab_size) if sampling.top_k > 0 else self.vocab_size
-        self.top_p[slot] = max(sampling.top_p, _LEAST_TOP_P)
+        self.top_p[slot] = max(sampling.top_p, _MIN_TOP_P)
         self.min_p[slot] = sampling.min_p
         self.seeds[slot] = sampling.seed or 0
         self.repetition[slot] = sampling.repetition_penalty

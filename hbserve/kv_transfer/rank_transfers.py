@@ -76,7 +76,7 @@ class RankTransfers:
         self._sharing = sharing
         assert instance.kv_rank is not None
         self._config, self._instance, self._shard = config.kv_transfer, instance, shard
-        self._rank = instance.kv_rank * config.most_ranks + shard.rank
+        self._rank = instance.kv_rank * config.max_ranks + shard.rank
         self._kv_blocks = kv_blocks
         self._report = report
         self._has_begun = False

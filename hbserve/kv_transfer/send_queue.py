@@ -15,7 +15,7 @@ MAX_LETTERS = 64
 """In one write."""
 
 
-class Letter:
+class SendItem:
     """One transfer's blocks, and the event of their arrival.
 
     Args:
@@ -32,7 +32,7 @@ class Letter:
         self.put_at = time.monotonic()
 
 
-class Outbox:
+class SendQueue:
     """One link's writes: what has gathered while one write was under way leaves with the next, as one.
 
     Args:
@@ -45,7 +45,7 @@ class Outbox:
 
     def __init__(
         self,
-        write: Callable[[list[Letter]], None],
+        write: Callable[[list[SendItem]], None],
         max_batch_blocks: int,
         writes_end: bool,
         begin: Callable[[], None],
@@ -55,13 +55,13 @@ class Outbox:
         self._max_batch_blocks = max_batch_blocks
         self._writes_end = writes_end
         self._end: Callable[[], None] | None = end
-        self._waiting: deque[Letter] = deque()
+        self._waiting: deque[SendItem] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-outbox")
         self._thread.submit(begin)
         self._writer: asyncio.Task[None] | None = None
         self._broken: KVTransferError | None = None
 
-    async def put(self, letter: Letter) -> float:
+    async def put(self, letter: SendItem) -> float:
         """Send a letter; returns the seconds that went to others.
 
         Raises:
@@ -110,7 +110,7 @@ class Outbox:
                 share_s = (ended - started) * len(letter.source_ids) / num_blocks
                 letter.written.set_result(ended - letter.put_at - share_s)
 
-    def _break(self, error: KVTransferError, batch: list[Letter]) -> None:
+    def _break(self, error: KVTransferError, batch: list[SendItem]) -> None:
         self._broken = error
         for letter in (*batch, *self._waiting):
             letter.written.set_exception(error)

@@ -9,7 +9,7 @@ from hbserve.messages.transfer import Peer, TransferCommand, TransferReply
 from hbserve.messages.worker import InstanceFailed, StepLost, StepResult
 
 
-class Sleep(msgspec.Struct, frozen=True, kw_only=True):
+class Standby(msgspec.Struct, frozen=True, kw_only=True):
     """How a process falls asleep.
 
     Attributes:

@@ -78,7 +78,7 @@ class SemiPDMetricsCollector:
         return request
 
     def record_prefill_start(self, request_id: str, cached_tokens: int = 0) -> None:
-        """It has got its seats. Of a request that is put back only the first time counts.
+        """It has got its allocations. Of a request that is put back only the first time counts.
 
         Args:
             cached_tokens: prompt tokens that the prefix cache had.

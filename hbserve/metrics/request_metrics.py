@@ -13,7 +13,7 @@ class RequestMetrics:
         input_length: prompt tokens.
         output_length: tokens generated; final once it is complete.
         cached_tokens: prompt tokens whose KV was found.
-        prefill_start_time: it got its seats; what lies before is queueing.
+        prefill_start_time: it got its allocations; what lies before is queueing.
         first_token_time: TTFT's end.
         prefill_end_time: its prompt is computed; what lies between this and ``decode_start_time``
             is hand-over: the transfer, where there is one.
@@ -61,12 +61,12 @@ class RequestMetrics:
 
     @property
     def prefill_queue_ms(self) -> float | None:
-        """From arrival to the first seat."""
+        """From arrival to the first allocation."""
         return _between_ms(self.arrival_time, self.prefill_start_time)
 
     @property
     def prefill_ms(self) -> float | None:
-        """From the seat to the end of the prompt."""
+        """From the allocation to the end of the prompt."""
         return _between_ms(self.prefill_start_time, self.prefill_end_time)
 
     @property

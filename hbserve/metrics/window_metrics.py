@@ -14,7 +14,7 @@ class SystemMetrics:
 
     Attributes:
         timestamp: on the collector's clock, seconds.
-        prefill_queue_length: requests that wait for a seat.
+        prefill_queue_length: requests that wait for an allocation.
         prefill_queue_tokens: tokens of theirs that must be computed.
         oldest_wait_s: how long the oldest of them has waited.
         late_requests, late_tokens: of these, what has missed its TTFT target and is left to wait for the others'

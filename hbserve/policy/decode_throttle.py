@@ -32,7 +32,7 @@ _FORGIVEN = 8.0
 """Decode steps: what is owed beyond them is given up, and whoever owes so many does not wait for its turn."""
 
 
-class DecodeTurns:
+class DecodeThrottle:
     """Two phases that share a device, of which one has time to spare.
 
     A decode step reads all weights, however small its batch, and slows prefill down. So while prompts are computed,
@@ -66,21 +66,21 @@ class DecodeTurns:
         self._due = min(max(self._due, now), now + _PATIENCE * self.interval_s)
 
     def update(
-        self, now: float, needed_s: float | None = None, least_spare_s: float = math.inf, step_s: float = 0.0
+        self, now: float, needed_s: float | None = None, min_spare_s: float = math.inf, step_s: float = 0.0
     ) -> bool:
         """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now.
 
         Args:
             needed_s: an interval that sequences in the batch need, where it is shorter than the usual one.
-            least_spare_s: of these sequences, see `hbserve.policy.mixed_step_budget.spare_s`.
+            min_spare_s: of these sequences, see `hbserve.policy.mixed_step_budget.spare_s`.
             step_s: that a prefill step takes: who cannot spare it must have its turn before the next one ends.
         """
         self.interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
         self._owed = owed = min((now - self._due) / self.interval_s, _FORGIVEN)
         self._due = now - owed * self.interval_s
-        self.is_overdue = owed == _FORGIVEN or least_spare_s < 0
+        self.is_overdue = owed == _FORGIVEN or min_spare_s < 0
         self.is_open = owed > -_PATIENCE if self.is_open else owed >= _PATIENCE
-        self.is_open |= least_spare_s < step_s
+        self.is_open |= min_spare_s < step_s
         return self.is_open
 
     @property

@@ -13,13 +13,13 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from hbserve.policy.step_forecast import StepForecast, StepWork
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
 _NUM_NEEDS = 64
 _NUM_LATE = 3
 """Of so many steps, this many may be a little late: the device waits for them."""
 _FEW_NEEDS = 16
-_LEAST_LEAD_S = 3e-3
+_MIN_LEAD_S = 3e-3
 _SHORTEST_WAIT_S = 1e-3
 """Timers are no finer; with the least lead, steps below 4 ms are all planned at once."""
 
@@ -34,7 +34,7 @@ class _Step:
     begin: float | None
 
 
-class PlanTiming:
+class DispatchTimer:
     """One worker's steps in flight, and how long the next plan may wait.
 
     Time is passed in, in seconds of any clock. The *lead* is how long before a step's expected end the next plan is
@@ -50,8 +50,8 @@ class PlanTiming:
         forecast: of the worker's steps, as far as they have been seen.
     """
 
-    def __init__(self, predecessor: PlanTiming | None = None) -> None:
-        self.forecast = StepForecast()
+    def __init__(self, predecessor: DispatchTimer | None = None) -> None:
+        self.forecast = StepTimePredictor()
         self._steps: deque[_Step] = deque()
         self._needs: deque[float] = deque(() if predecessor is None else predecessor._needs, maxlen=_NUM_NEEDS)
         self._last_end = float("-inf")
@@ -66,9 +66,9 @@ class PlanTiming:
     def wait_s(self, now: float) -> float:
         """How much later the next plan is early enough; 0: make it now."""
         end = self.expected_end()
-        if end is None or len(self._needs) < _FEW_NEEDS or end - now < _LEAST_LEAD_S + _SHORTEST_WAIT_S:
+        if end is None or len(self._needs) < _FEW_NEEDS or end - now < _MIN_LEAD_S + _SHORTEST_WAIT_S:
             return 0.0
-        lead_s = max(_LEAST_LEAD_S, sorted(self._needs)[-_NUM_LATE] + _SHORTEST_WAIT_S)
+        lead_s = max(_MIN_LEAD_S, sorted(self._needs)[-_NUM_LATE] + _SHORTEST_WAIT_S)
         wait_s = end - lead_s - now
         if wait_s < _SHORTEST_WAIT_S:
             return 0.0
@@ -86,7 +86,7 @@ class PlanTiming:
         # A plan that had waited, and then was made late, is late by the fault of whoever makes plans.
         planned_at = now if self._due is None else min(now, self._due)
         begin = self.expected_end()
-        if begin is None and now - self._last_end < _LEAST_LEAD_S:
+        if begin is None and now - self._last_end < _MIN_LEAD_S:
             begin = self._overtaken
         if not_before > now:
             planned_at, begin = not_before, None  # how early it comes, this worker's device cannot tell

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import math
 
-from hbserve.policy.step_forecast import StepForecast, StepWork
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
-_MOST_AHEAD = 8.0
+_MAX_AHEAD = 8.0
 """Intervals that decode can be ahead, or behind, by the account; what is beyond is forgotten."""
-_LEAST_TOKENS = 128
+_MIN_TOKENS = 128
 """Of prompts in a step that has any, however long it takes: they must get on."""
 _STEPS_TO_CATCH_UP = 4.0
 """In so many steps a sequence makes good what it is late."""
 _KEPT = 0.95
 """Of TPOT's target, for what a sequence can spare: steps take longer than foreseen, and tokens have a way to go. On an
 H200, without it, sequences of 16 tokens ended at 1.00 to 1.02 times the target."""
-_LEAST_LIMIT = 0.5
+_MIN_LIMIT = 0.5
 """Of the interval, for a step that makes good."""
 
 
@@ -41,10 +41,10 @@ def spare_s(
         target_s: of TPOT.
     """
     spare_s = first_token_time + num_tokens * _KEPT * target_s - now - num_left * interval_s
-    return spare_s if spare_s >= -num_left * interval_s * (1 - _LEAST_LIMIT) else math.inf
+    return spare_s if spare_s >= -num_left * interval_s * (1 - _MIN_LIMIT) else math.inf
 
 
-class MixedSteps:
+class MixedStepBudget:
     """Keeps account of how far decode is ahead of one step in each interval, in seconds of any clock.
 
     Args:
@@ -52,36 +52,36 @@ class MixedSteps:
     """
 
     def __init__(self, holds_back_decode: bool = True) -> None:
-        self._most_ahead = _MOST_AHEAD if holds_back_decode else 0.0
+        self._max_ahead = _MAX_AHEAD if holds_back_decode else 0.0
         self._due = 0.0  # when decode's next step should end
         self._interval_s = 0.0
 
     def limit_s(
-        self, now: float, interval_s: float, least_spare_s: float, full_step_s: float, waits_for_more: bool
+        self, now: float, interval_s: float, min_spare_s: float, full_step_s: float, waits_for_more: bool
     ) -> float:
         """How long the next step may take with decode rows in it; infinite: leave them out of it.
 
         Args:
             interval_s: from one decode step to the next, mean, that TPOT's target allows.
-            least_spare_s: of the sequences that decode, see `spare_s`.
+            min_spare_s: of the sequences that decode, see `spare_s`.
             full_step_s: that a step of prompts only takes.
             waits_for_more: there are prompts for such a step.
         """
         self._interval_s = interval_s
-        self._due = min(max(self._due, now - _MOST_AHEAD * interval_s), now + self._most_ahead * interval_s)
-        if least_spare_s < 0:
-            return max(_LEAST_LIMIT * interval_s, interval_s + least_spare_s / _STEPS_TO_CATCH_UP)
+        self._due = min(max(self._due, now - _MAX_AHEAD * interval_s), now + self._max_ahead * interval_s)
+        if min_spare_s < 0:
+            return max(_MIN_LIMIT * interval_s, interval_s + min_spare_s / _STEPS_TO_CATCH_UP)
         ahead_s = max(0.0, self._due - now)
-        if ahead_s and waits_for_more and least_spare_s >= full_step_s:
+        if ahead_s and waits_for_more and min_spare_s >= full_step_s:
             return math.inf
-        return interval_s + min(ahead_s, least_spare_s)
+        return interval_s + min(ahead_s, min_spare_s)
 
     def decoded(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned. Where no prompts wait, no decode step is late."""
         self._due = (self._due if beside_prompts else max(self._due, now)) + self._interval_s
 
 
-class StepRoom:
+class StepTimeBudget:
     """The time in one step, as prompts are put into it.
 
     Args:
@@ -90,7 +90,7 @@ class StepRoom:
         limit_s: how long it may take.
     """
 
-    def __init__(self, forecast: StepForecast, decode: StepWork, limit_s: float) -> None:
+    def __init__(self, forecast: StepTimePredictor, decode: StepWork, limit_s: float) -> None:
         self._forecast, self._work, self._limit_s = forecast, decode, limit_s
         self.is_full = False
 
@@ -100,7 +100,7 @@ class StepRoom:
         Args:
             start: tokens of the prompt before them.
         """
-        low, high = 0 if self._work.prompt_tokens else min(tokens, _LEAST_TOKENS), tokens
+        low, high = 0 if self._work.prompt_tokens else min(tokens, _MIN_TOKENS), tokens
         while low < high:
             middle = (low + high + 1) // 2
             if self._forecast.estimate(self._with(middle, start)) <= self._limit_s:

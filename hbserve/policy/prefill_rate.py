@@ -5,11 +5,11 @@ from __future__ import annotations
 _FORGET = 0.98
 """Weight of the past at each step: about the last fifty count."""
 _MANY_KEYS = 2**20
-_LEAST_INDEPENDENCE = 1e-3
+_MIN_INDEPENDENCE = 1e-3
 """Of tokens and pairs over the steps: where all have them in one proportion, nobody can tell what takes the time."""
 
 
-class PrefillPace:
+class PrefillRate:
     """Fits ``seconds = fixed + per_token * tokens`` to steps with prompts, the latest weighing most, and for a prompt's
     own time ``per_token * tokens + per_pair * pairs`` of queries and keys: the end of a long one is slower.
 
@@ -63,7 +63,7 @@ class PrefillPace:
     def prompt_s(self, num_tokens: int, start: int) -> float:
         """Predicted time for so many tokens of a prompt after so many others; 0 while nothing is known."""
         determinant = self._xx * self._pp - self._xp * self._xp
-        if determinant > _LEAST_INDEPENDENCE * self._xx * self._pp:
+        if determinant > _MIN_INDEPENDENCE * self._xx * self._pp:
             per_token = (self._xy * self._pp - self._py * self._xp) / determinant
             per_pair = (self._py * self._xx - self._xy * self._xp) / determinant
             if per_token >= 0 and per_pair >= 0:

@@ -1,4 +1,4 @@
-"""Which prompt is computed next: the order of the waiting queue and of the prompts that have a seat."""
+"""Which prompt is computed next: the order of the waiting queue and of the prompts that have an allocation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Prompt(Protocol):
 
 
 _Prompt = TypeVar("_Prompt", bound=Prompt)
-Seated = Callable[[], tuple[Items[tuple[Prompt, int]], int]]
+Admitted = Callable[[], tuple[Items[tuple[Prompt, int]], int]]
 """Prompts, with how many of their tokens are computed or will be next; and the number of workers that do it."""
 
 
@@ -62,11 +62,11 @@ class QueuePolicy:
         """Smaller goes first. Of a sequence that begins to wait now."""
         return _NEW, 0.0, sequence.arrival
 
-    def order(self, waiting: list[_Prompt], now: float, seated: Seated) -> Items[_Prompt]:
+    def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         """Whom to admit first, of a queue sorted by rank.
 
         Args:
-            seated: prompts that have a seat and are not computed.
+            admitted: prompts that have an allocation and are not computed.
         """
         return waiting
 
@@ -102,7 +102,7 @@ class SloAware(QueuePolicy):
     """As many as possible in time: earliest TTFT deadline first, without those that would make others late.
 
     Moore and Hodgson's rule (Moore, Management Science 15, 1968), which keeps the most deadlines on one
-    machine: go through the prompts by deadline, those with a seat as well, and whenever one could not be kept, defer
+    machine: go through the prompts by deadline, admitted ones as well, and whenever one could not be kept, defer
     the one with the most left to compute so far. What is deferred, the hopeless among it, is served when the others
     leave time. Least laxity alone serves, under overload, whoever is about to be late, until all are.
 
@@ -117,17 +117,17 @@ class SloAware(QueuePolicy):
     ) -> None:
         self._prefill_s, self._step_s = prefill_s, step_s
         self._default_ttft_ms = default_ttft_ms or _PATIENCE_MS
-        self._deferred: set[Prompt] = set()  # of those with a seat
+        self._deferred: set[Prompt] = set()  # of those with an allocation
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """See `QueuePolicy.rank`."""
         target_ms = sequence.ttft_target_ms or self._default_ttft_ms
         return _group(sequence), sequence.arrival_time + target_ms / 1000, sequence.arrival
 
-    def order(self, waiting: list[_Prompt], now: float, seated: Seated) -> Items[_Prompt]:
+    def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         """See `QueuePolicy.order`."""
-        seats, num_workers = seated()
-        prompts: list[tuple[Prompt, int]] = [*seats, *((sequence, 0) for sequence in waiting[:_HORIZON])]
+        allocations, num_workers = admitted()
+        prompts: list[tuple[Prompt, int]] = [*allocations, *((sequence, 0) for sequence in waiting[:_HORIZON])]
         self._deferred = deferred = self._defer(prompts, now, num_workers) if len(prompts) > 1 else set()
         if deferred.isdisjoint(waiting):
             return waiting

@@ -32,7 +32,7 @@ from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import bind
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.readiness import Readiness
-from hbserve.scheduler.request_lifecycle import RequestBook
+from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.stats import SystemStats
 from hbserve.scheduler.worker_registry import WorkerRegistry
@@ -49,7 +49,7 @@ class Intake:
         readiness: what the model takes, once that is known.
     """
 
-    def __init__(self, config: Config, requests: RequestBook, readiness: Readiness) -> None:
+    def __init__(self, config: Config, requests: RequestLifecycle, readiness: Readiness) -> None:
         self._max_waiting_requests = config.performance.max_waiting_requests
         self._max_queue_s = config.scheduler.max_queue_s
         self._requests = requests
@@ -213,7 +213,7 @@ class ClientDesk:
         self,
         port: ClientPort,
         intake: Intake,
-        requests: RequestBook,
+        requests: RequestLifecycle,
         readiness: Readiness,
         stats: SystemStats,
         drains: Drains,

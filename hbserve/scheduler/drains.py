@@ -13,7 +13,7 @@ from hbserve.messages.worker import Shutdown
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.step_planner import StepPlanner
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.transfer_tracker import TransferTracker
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Drains:
     def __init__(
         self,
         instances: Mapping[str, InstanceHandle],
-        transfers: TransferLedger,
+        transfers: TransferTracker,
         planner: StepPlanner,
         events: EventLog,
         reply: Callable[[bytes, InstanceChanged], None],
@@ -139,11 +139,11 @@ class Drains:
             if instance is None:
                 self._end(name, f"{name} was lost")
                 continue
-            is_empty = not (instance.seats or instance.reserved or instance.num_steps_in_flight)
+            is_empty = not (instance.allocations or instance.reserved or instance.num_steps_in_flight)
             if is_empty and not self._transfers.touches(instance):
                 self._go_on(instance, drain)
             elif drain.deadline is not None and time.monotonic() > drain.deadline and not drain.is_prepared:
-                left = len(instance.seats) + len(instance.reserved)
+                left = len(instance.allocations) + len(instance.reserved)
                 self._end(name, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
 
     def _go_on(self, instance: InstanceHandle, drain: _Drain) -> None:

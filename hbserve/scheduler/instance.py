@@ -1,4 +1,4 @@
-"""The scheduler's view of one instance: its pool, its seats, and the workers that compute on it.
+"""The scheduler's view of one instance: its pool, its allocations, and the workers that compute on it.
 
 An instance is a KV pool with slots. Most have one worker, which owns the pool's memory: when it is
 lost, the pool is. Where a resident process owns the memory, any number of workers may come and go,
@@ -18,13 +18,13 @@ import zmq
 
 from hbserve.config import InstanceConfig, InstanceRole, PerformanceConfig
 from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
-from hbserve.kv_cache.storage_manager import UnifiedStorageManager
+from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.worker import NUM_BOARD_CELLS, Hello, InstanceCommand
-from hbserve.policy.decode_throttle import DecodeTurns, choose_percentage
-from hbserve.policy.dispatch_timer import PlanTiming
-from hbserve.policy.mixed_step_budget import MixedSteps, spare_s
+from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
+from hbserve.policy.dispatch_timer import DispatchTimer
+from hbserve.policy.mixed_step_budget import MixedStepBudget, spare_s
 from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.scheduler.sequence import InflightStep, Seat, Sequence
+from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import Work, WorkerHandle
 
 _PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
@@ -38,7 +38,7 @@ class InstanceHandle:
 
     Attributes:
         workers: by name, in the order in which they came.
-        arena_epoch: of the pool's memory; a seat of another epoch is void. 0: there is none.
+        arena_epoch: of the pool's memory; an allocation of another epoch is void. 0: there is none.
         shares: each phase's percentage while both are busy.
         is_mixed: both phases are done by one worker, in the same steps.
         is_draining: it is given no more requests.
@@ -65,8 +65,8 @@ class InstanceHandle:
         self.arena_epoch = 0
         self.shares = dict.fromkeys(_PHASES, 100)
         self.is_mixed = False
-        self.turns: DecodeTurns | None = None
-        self.mixed_steps = MixedSteps()
+        self.turns: DecodeThrottle | None = None
+        self.mixed_steps = MixedStepBudget()
         self.tpot_target_ms: float | None = None
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
@@ -77,7 +77,7 @@ class InstanceHandle:
 
     def change_role(self, role: InstanceRole) -> None:
         """From now on it does something else; it must have nothing to do."""
-        at_work = self.seats or self.reserved or self.num_steps_in_flight
+        at_work = self.allocations or self.reserved or self.num_steps_in_flight
         assert not at_work, f"{self.id} is at work"
         self.role = role
         for worker in self.workers.values():
@@ -85,10 +85,10 @@ class InstanceHandle:
         self._current.clear()
 
     def reset(self) -> None:
-        """The pool's memory is gone, and all seats with it."""
+        """The pool's memory is gone, and all allocations with it."""
         self.arena_epoch = 0
-        self.seats: dict[Sequence, Seat] = {}
-        self.reserved: dict[Sequence, Seat] = {}
+        self.allocations: dict[Sequence, KVAllocation] = {}
+        self.reserved: dict[Sequence, KVAllocation] = {}
         self._free_slots = list(range(self._performance.max_num_seqs))
         self._current: dict[InstanceRole, WorkerHandle] = {}
 
@@ -125,14 +125,14 @@ class InstanceHandle:
         worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
         worker.has_waited_for = 0
         peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
-        worker.timing = PlanTiming(max(peers, key=lambda timing: timing.num_needs, default=None))
+        worker.timing = DispatchTimer(max(peers, key=lambda timing: timing.num_needs, default=None))
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
         if hello.arena_epoch != self.arena_epoch:
             self.reset()
             self.arena_epoch = hello.arena_epoch
             self.num_restarts += 1
-            self.pool = UnifiedStorageManager(
+            self.pool = BlockPool(
                 hello.num_blocks, hello.block_size, enable_prefix_caching=self._performance.enable_prefix_caching
             )
         if self.ready:
@@ -221,26 +221,26 @@ class InstanceHandle:
         target_ms = min((ms for ms in (self.tpot_target_ms, self._tightest_tpot_ms()) if ms is not None), default=None)
         return None if target_ms is None else MIXED_PACE * target_ms / 1000
 
-    def spare_s(self, sequence: Sequence, seat: Seat, interval_s: float, now: float) -> float:
+    def spare_s(self, sequence: Sequence, allocation: KVAllocation, interval_s: float, now: float) -> float:
         """Time that a sequence that decodes here can lose, see `spare_s`; infinite where nothing is asked of it."""
         target_ms = sequence.tpot_target_ms or self.tpot_target_ms
         if target_ms is None:
             return math.inf
         num_tokens = sequence.max_total_tokens - sequence.num_prompt_tokens - 1
-        num_left = sequence.max_total_tokens - seat.num_planned - 1
+        num_left = sequence.max_total_tokens - allocation.num_planned - 1
         return spare_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
 
-    def _update_turns(self, turns: DecodeTurns, now: float) -> bool:
+    def _update_turns(self, turns: DecodeThrottle, now: float) -> bool:
         """By the tightest TPOT target that a request here came with, and by what each can spare."""
         target_ms = self._tightest_tpot_ms()
         needed_s = None if target_ms is None else DECODE_PACE * target_ms / 1000
-        decoding = [item for item in self.seats.items() if item[1].num_planned >= item[1].num_tokens_at_entry]
-        spares = (self.spare_s(sequence, seat, turns.interval_s, now) for sequence, seat in decoding)
+        decoding = [item for item in self.allocations.items() if item[1].num_planned >= item[1].num_tokens_at_entry]
+        spares = (self.spare_s(sequence, allocation, turns.interval_s, now) for sequence, allocation in decoding)
         prefill = self._current.get(InstanceRole.PREFILL)
         return turns.update(now, needed_s, min(spares, default=math.inf), prefill.last_step_s if prefill else 0.0)
 
     def _tightest_tpot_ms(self) -> float | None:
-        return min((ms for sequence in self.seats if (ms := sequence.tpot_target_ms) is not None), default=None)
+        return min((ms for sequence in self.allocations if (ms := sequence.tpot_target_ms) is not None), default=None)
 
     def takes_turns(self, phases: set[InstanceRole]) -> bool:
         """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""
@@ -256,7 +256,7 @@ class InstanceHandle:
             return self.turns.is_open
         return steps[0].beside_decode or self.turns.is_overdue
 
-    def most_in_flight(self, phases: set[InstanceRole], depth: int) -> int:
+    def max_in_flight(self, phases: set[InstanceRole], depth: int) -> int:
         """Steps of a worker; one in decode's turns, since what is in flight cannot wait, unless decode is behind."""
         return 1 if self.takes_turns(phases) and self.turns is not None and not self.turns.is_behind else depth
 
@@ -270,7 +270,7 @@ class InstanceHandle:
             self.turns.stepped()
 
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
-        # Short prompts may be computed where they decode; admission seats no others there.
+        # Short prompts may be computed where they decode; admission allocations no others there.
         role = InstanceRole.DECODE if self.role is InstanceRole.DECODE else phase
         there = [worker for worker in self.workers.values() if worker.ready and not worker.is_told_to_end]
         able = [worker for worker in there if _does(worker.role, role) and _does(self.role, role)]
@@ -293,10 +293,13 @@ class InstanceHandle:
         if current is not None and (current.inflight or self.steps_ahead(current)):
             return True
         if phase is InstanceRole.PREFILL:
-            return any(seat.num_planned < seat.num_tokens_at_entry for seat in self.seats.values())
+            return any(
+                allocation.num_planned < allocation.num_tokens_at_entry for allocation in self.allocations.values()
+            )
         return any(
-            seat.num_planned >= seat.num_tokens_at_entry and seat.num_planned + 1 < sequence.max_total_tokens
-            for sequence, seat in self.seats.items()
+            allocation.num_planned >= allocation.num_tokens_at_entry
+            and allocation.num_planned + 1 < sequence.max_total_tokens
+            for sequence, allocation in self.allocations.items()
         )
 
     def forget_worker(self, worker: WorkerHandle) -> list[InflightStep]:
@@ -307,44 +310,46 @@ class InstanceHandle:
         for phase in _PHASES:
             if self._current.get(phase) is worker:
                 del self._current[phase]
-        for seat in self.seats.values():
-            seat.blocks_sent.pop(worker, None)
+        for allocation in self.allocations.values():
+            allocation.blocks_sent.pop(worker, None)
         unconfirmed = list(worker.inflight)
         worker.inflight.clear()
         return unconfirmed
 
-    # --- seats -----------------------------------------------------------------------------------
+    # --- allocations -----------------------------------------------------------------------------------
 
     @property
     def has_free_slot(self) -> bool:
-        """Whether one more sequence can be seated."""
+        """Whether one more sequence can be admitted."""
         return bool(self._free_slots)
 
     def take_slot(self) -> int:
         """The lowest free slot: low slots keep the workers' tables dense."""
         return heapq.heappop(self._free_slots)
 
-    def reserve(self, sequence: Sequence, seat: Seat) -> None:
-        """Keep a seat for a sequence that is still prefilled elsewhere."""
-        self.reserved[sequence] = seat
+    def reserve(self, sequence: Sequence, allocation: KVAllocation) -> None:
+        """Keep an allocation for a sequence that is still prefilled elsewhere."""
+        self.reserved[sequence] = allocation
 
-    def activate(self, sequence: Sequence, seat: Seat) -> None:
+    def activate(self, sequence: Sequence, allocation: KVAllocation) -> None:
         """From the next plan on, the sequence takes part."""
         self.reserved.pop(sequence, None)
-        self.seats[sequence] = seat
+        self.allocations[sequence] = allocation
 
-    def release(self, sequence: Sequence, seat: Seat) -> None:
-        """Free a seat. Steps in flight may still name its slot; a worker works in order, so no harm."""
-        if seat.epoch != self.arena_epoch:
-            return  # the memory is gone and all its seats with it
-        self.seats.pop(sequence, None)
+    def free_slot(self, sequence: Sequence, allocation: KVAllocation) -> None:
+        """Free an allocation. Steps in flight may still name its slot; a worker works in order, so no harm."""
+        if allocation.epoch != self.arena_epoch:
+            return  # the memory is gone and all its allocations with it
+        self.allocations.pop(sequence, None)
         self.reserved.pop(sequence, None)
-        heapq.heappush(self._free_slots, seat.slot)
+        heapq.heappush(self._free_slots, allocation.slot)
 
     @property
     def num_tokens_to_prefill(self) -> int:
-        """Prompt tokens that are seated here and not planned: the load that placement looks at."""
-        return sum(max(0, seat.num_tokens_at_entry - seat.num_planned) for seat in self.seats.values())
+        """Prompt tokens that are admitted here and not planned: the load that placement looks at."""
+        return sum(
+            max(0, allocation.num_tokens_at_entry - allocation.num_planned) for allocation in self.allocations.values()
+        )
 
 
 def _can_change(current: WorkerHandle, target: WorkerHandle) -> bool:

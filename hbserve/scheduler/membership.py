@@ -109,7 +109,7 @@ class Membership:
             kv_rank=kv_rank,
             tensor_parallel_size=join.num_ranks or self._config.model.tensor_parallel_size,
         )
-        if new.num_ranks > self._config.most_ranks:  # the others count KV ranks by it
+        if new.num_ranks > self._config.max_ranks:  # the others count KV ranks by it
             raise ConfigError(f"{new.num_ranks} ranks are more than any instance of the configuration has")
         with_instance(config, new)
         return new

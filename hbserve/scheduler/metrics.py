@@ -100,8 +100,8 @@ class SchedulerMetrics:
         )
         self.histograms["prompt_length_tokens"].observe(sequence.num_prompt_tokens)
 
-    def seated(self, sequence: Sequence) -> None:
-        """It has its seats, and may be computed."""
+    def admitted(self, sequence: Sequence) -> None:
+        """It has its allocations, and may be computed."""
         self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
 
     def first_token(self, sequence: Sequence) -> None:
@@ -109,7 +109,7 @@ class SchedulerMetrics:
         name, now = _name(sequence), self.collector.clock()
         self.collector.record_first_token(name, now)
         self.collector.record_prefill_end(name, now)
-        if sequence.prefill_seat is sequence.decode_seat:
+        if sequence.prefill_allocation is sequence.decode_allocation:
             self.collector.record_decode_start(name, now)
 
     def decode_may_start(self, sequence: Sequence) -> None:
@@ -181,7 +181,7 @@ class SchedulerMetrics:
         decode_rows = len(step.rows) - step.prefill_rows
         if step.prefill_rows:
             for row in step.rows:
-                if row.end <= row.seat.num_tokens_at_entry:
+                if row.end <= row.allocation.num_tokens_at_entry:
                     row.sequence.metrics.chunk_end_times.append(now)
             self.histograms["prefill_batch_size"].observe(step.prefill_rows)
         if decode_rows:
@@ -200,7 +200,7 @@ class SchedulerMetrics:
         phases: Counter[Phase] = Counter()
         kv_usage = 0.0
         for instance in instances:
-            phases.update(sequence.phase for sequence in instance.seats)
+            phases.update(sequence.phase for sequence in instance.allocations)
             phases[Phase.TRANSFERRING] += sum(s.phase is Phase.TRANSFERRING for s in instance.reserved)
             if instance.ready:
                 kv_usage = max(kv_usage, 1 - instance.pool.num_free_blocks / instance.pool.total_blocks)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from hbserve.messages.client import NotReady, Ready
 from hbserve.messages.worker import Hello
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.transfer_tracker import TransferTracker
 
 
 class Readiness:
@@ -27,7 +27,7 @@ class Readiness:
     def __init__(
         self,
         instances: Mapping[str, InstanceHandle],
-        transfers: TransferLedger,
+        transfers: TransferTracker,
         reply: Callable[[bytes, Ready | NotReady], None],
     ) -> None:
         self.max_model_len: int | None = None

@@ -1,10 +1,10 @@
-"""The life of every request: from the waiting queue through its seats to its end, and back.
+"""The life of every request: from the waiting queue through its allocations to its end, and back.
 
     waiting ──► prefilling ──► transferring ──► decoding ──► finished
        ▲            │               │              │
        └────────────┴───────────────┴──────────────┘  preempted, or an attempt failed
 
-Nobody else changes a request's phase, gives it a seat or takes one away, or tells its client of it.
+Nobody else changes a request's phase, gives it an allocation or takes one away, or tells its client of it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepResult
 from hbserve.policy.queue_policy import QueuePolicy
-from hbserve.scheduler.admission import Admission, release_seat
+from hbserve.scheduler.admission import Admission, free_allocation
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
-from hbserve.scheduler.sequence import InflightStep, Phase, Seat, Sequence
-from hbserve.scheduler.transfer_tracker import Transfer, TransferLedger
+from hbserve.scheduler.sequence import InflightStep, KVAllocation, Phase, Sequence
+from hbserve.scheduler.transfer_tracker import Transfer, TransferTracker
 from hbserve.scheduler.waiting_queue import WaitingQueue
 from hbserve.scheduler.worker import WorkerHandle
 
@@ -39,13 +39,13 @@ _FORGIVEN_AFTER_TOKENS = 16
 """Since a failed attempt: a request at which its workers die gets one token from its prefill, and no more."""
 
 
-class RequestBook:
+class RequestLifecycle:
     """All open requests, and every turn that one of them can take.
 
     Args:
         config: of the system.
-        instances: where seats are, by id.
-        transfers: what brings KV from one seat to the other.
+        instances: where allocations are, by id.
+        transfers: what brings KV from one allocation to the other.
         metrics: told of every turn.
         events: told of transfers that failed.
         push: a request's output to its client.
@@ -60,7 +60,7 @@ class RequestBook:
         self,
         config: Config,
         instances: Mapping[str, InstanceHandle],
-        transfers: TransferLedger,
+        transfers: TransferTracker,
         metrics: SchedulerMetrics,
         events: EventLog,
         push: Callable[[bytes, RequestOutput], None],
@@ -114,17 +114,17 @@ class RequestBook:
         return self._queue.in_order(self.waiting, self._instances.values(), now)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Seat a waiting request for prefill and decode, both or neither; False if nothing fits now."""
-        if not self._admission.seat(sequence):
+        """KVAllocation a waiting request for prefill and decode, both or neither; False if nothing fits now."""
+        if not self._admission.allocate(sequence):
             return False
         self.waiting.remove(sequence)
         sequence.phase = Phase.PREFILLING
         if sequence.num_cached_tokens is None:
-            assert sequence.prefill_seat is not None
-            sequence.num_cached_tokens = min(sequence.prefill_seat.num_planned, sequence.num_prompt_tokens)
+            assert sequence.prefill_allocation is not None
+            sequence.num_cached_tokens = min(sequence.prefill_allocation.num_planned, sequence.num_prompt_tokens)
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
-            self._metrics.seated(sequence)
+            self._metrics.admitted(sequence)
         return True
 
     # --- steps -----------------------------------------------------------------------------------
@@ -144,37 +144,39 @@ class RequestBook:
         last_token_times: list[float | None] = []
         for row in step.rows:
             sample = next(samples) if row.samples else None
-            sequence, seat = row.sequence, row.seat
+            sequence, allocation = row.sequence, row.allocation
             if row.is_void:
-                seat.pool.unpin(seat.owner)
+                allocation.pool.unpin(allocation.owner)
                 continue
             if row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
-                self._advance(sequence, seat, row.end)
+                self._advance(sequence, allocation, row.end)
                 if sample is not None:
                     worker.work.num_tokens += 1
                     last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
-                    self._on_token(sequence, seat, *sample)
-            seat.num_inflight -= 1
-            seat.pool.unpin(seat.owner)
+                    self._on_token(sequence, allocation, *sample)
+            allocation.num_inflight -= 1
+            allocation.pool.unpin(allocation.owner)
         assert next(samples, None) is None, "more samples than rows that sample"
         self._queue.step_done(step, result.busy_s)
         self._metrics.step_done(worker.id, step, result.busy_s, now, last_token_times)
 
-    def _advance(self, sequence: Sequence, seat: Seat, num_computed: int) -> None:
+    def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
         """KV up to ``num_computed`` is there; full blocks become sharable."""
-        seat.num_computed = num_computed
+        allocation.num_computed = num_computed
         if not self._shares_prefixes:
             return
-        full = num_computed // seat.pool.block_size
-        if full > seat.num_sealed:
-            hashes = sequence.hashes(seat.pool.block_size)
-            for index in range(seat.num_sealed, full):
-                seat.pool.seal_block(seat.owner, index, hashes[index])
-            seat.num_sealed = full
+        full = num_computed // allocation.pool.block_size
+        if full > allocation.num_sealed:
+            hashes = sequence.hashes(allocation.pool.block_size)
+            for index in range(allocation.num_sealed, full):
+                allocation.pool.seal_block(allocation.owner, index, hashes[index])
+            allocation.num_sealed = full
 
-    def _on_token(self, sequence: Sequence, seat: Seat, token: int, logprobs: TokenLogprobs | None) -> None:
-        assert seat.num_computed == len(sequence.tokens), "a token for another position than the next"
+    def _on_token(
+        self, sequence: Sequence, allocation: KVAllocation, token: int, logprobs: TokenLogprobs | None
+    ) -> None:
+        assert allocation.num_computed == len(sequence.tokens), "a token for another position than the next"
         sequence.tokens.append(token)
         sequence.num_setbacks = 0
         if sequence.num_failures and len(sequence.tokens) - sequence.num_tokens_at_failure >= _FORGIVEN_AFTER_TOKENS:
@@ -201,8 +203,8 @@ class RequestBook:
         )
         if finish_reason is not None:
             self._close(sequence, "completed")
-        elif seat is sequence.prefill_seat and seat is not sequence.decode_seat:
-            self._leave_prefill(sequence, seat)
+        elif allocation is sequence.prefill_allocation and allocation is not sequence.decode_allocation:
+            self._leave_prefill(sequence, allocation)
         else:
             sequence.phase = Phase.DECODING
 
@@ -211,25 +213,27 @@ class RequestBook:
 
         The sequences wait for the end of the worker's process (`steps_lost`): until then it may write.
         """
-        starts = {row.seat: row.start for step in reversed(worker.inflight) for row in step.rows if not row.is_void}
+        starts = {
+            row.allocation: row.start for step in reversed(worker.inflight) for row in step.rows if not row.is_void
+        }
         for other in instance.workers.values():
             for step in other.inflight if other is not worker else ():
                 for row in step.rows:
-                    if row.start > starts.get(row.seat, math.inf) and not row.is_void:
+                    if row.start > starts.get(row.allocation, math.inf) and not row.is_void:
                         row.is_void = True
-                        row.seat.roll_back(row.start)
-                        row.seat.last_worker = worker
+                        row.allocation.roll_back(row.start)
+                        row.allocation.last_worker = worker
 
     def steps_lost(self, steps: Iterable[InflightStep]) -> None:
         """Steps that nobody will confirm, of a process that cannot write any more: others do them again."""
         set_back: set[Sequence] = set()
         for step in steps:
             for row in step.rows:
-                sequence, seat = row.sequence, row.seat
-                seat.pool.unpin(seat.owner)
+                sequence, allocation = row.sequence, row.allocation
+                allocation.pool.unpin(allocation.owner)
                 if row.attempt != sequence.attempt or sequence.phase is Phase.FINISHED or row.is_void:
                     continue
-                seat.roll_back(row.start)
+                allocation.roll_back(row.start)
                 if sequence in set_back:
                     continue
                 set_back.add(sequence)
@@ -239,10 +243,10 @@ class RequestBook:
 
     # --- prefilling -> transferring -> decoding --------------------------------------------------
 
-    def _leave_prefill(self, sequence: Sequence, seat: Seat) -> None:
+    def _leave_prefill(self, sequence: Sequence, allocation: KVAllocation) -> None:
         """The prompt is done; its blocks stay pinned here until they have arrived where decode happens."""
-        release_seat(sequence, seat)
-        sequence.prefill_seat = None
+        free_allocation(sequence, allocation)
+        sequence.prefill_allocation = None
         sequence.phase = Phase.TRANSFERRING
         sequence.prefilled_at = time.monotonic()
         self._start_decoding_if_arrived(sequence)
@@ -269,24 +273,29 @@ class RequestBook:
     def _start_decoding_if_arrived(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.TRANSFERRING or sequence.open_transfers:
             return
-        seat = sequence.decode_seat
-        assert seat is not None
-        self._advance(sequence, seat, seat.num_tokens_at_entry)
+        allocation = sequence.decode_allocation
+        assert allocation is not None
+        self._advance(sequence, allocation, allocation.num_tokens_at_entry)
         sequence.phase = Phase.DECODING
-        seat.worker.activate(sequence, seat)
+        allocation.instance.activate(sequence, allocation)
         self._metrics.decode_may_start(sequence)
 
     # --- back to waiting -------------------------------------------------------------------------
 
     def memory_lost(self, instance: InstanceHandle, why: str) -> None:
-        """An instance's KV is gone: who was seated there is computed again, from tokens that are all here."""
-        seats = {s: [seat for seat in s.seats if seat.worker is instance] for s in self._sequences.values()}
-        # It may have been one of these that the memory was lost by; those that only had a seat are innocent.
-        at_work = {sequence for sequence, own in seats.items() if any(seat.num_inflight for seat in own)}
+        """An instance's KV is gone: who was admitted there is computed again, from tokens that are all here."""
+        allocations = {
+            s: [allocation for allocation in s.allocations if allocation.instance is instance]
+            for s in self._sequences.values()
+        }
+        # It may have been one of these that the memory was lost by; those that only had an allocation are innocent.
+        at_work = {
+            sequence for sequence, own in allocations.items() if any(allocation.num_inflight for allocation in own)
+        }
         failed = self._transfers.lose(instance)
         instance.reset()
         instance.note_lost(why)
-        for sequence, own in seats.items():
+        for sequence, own in allocations.items():
             if sequence in at_work:
                 self._retry(sequence, why)
             elif own:
@@ -325,7 +334,7 @@ class RequestBook:
 
     def _put_back(self, sequence: Sequence) -> None:
         """Back to waiting, with all its tokens; whatever is in flight for it is void."""
-        self._release_all_seats(sequence)
+        self._free_all_allocations(sequence)
         sequence.attempt += 1
         sequence.phase = Phase.WAITING
         sequence.num_blocks_dispatched = 0
@@ -365,14 +374,14 @@ class RequestBook:
         """
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
-        self._release_all_seats(sequence)
+        self._free_all_allocations(sequence)
         sequence.phase = Phase.FINISHED
         del self._sequences[sequence.client, sequence.request.request_id]
         self.counts[outcome] += 1
         self._queue.ended(time.monotonic())
         self._metrics.ended(sequence, outcome)
 
-    def _release_all_seats(self, sequence: Sequence) -> None:
-        for seat in sequence.seats:
-            release_seat(sequence, seat)
-        sequence.prefill_seat = sequence.decode_seat = None
+    def _free_all_allocations(self, sequence: Sequence) -> None:
+        for allocation in sequence.allocations:
+            free_allocation(sequence, allocation)
+        sequence.prefill_allocation = sequence.decode_allocation = None

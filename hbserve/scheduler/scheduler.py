@@ -5,12 +5,12 @@ admits waiting requests, fills every worker's pipeline with plans and sends clie
 
     clients ──► ClientDesk ──► Intake ──┐                      ┌──► StepPlanner ──► workers
                     │                   ▼                      │
-                    └───────────►  RequestBook  ◄──────  CpuScheduler (when something has changed)
+                    └───────────►  RequestLifecycle  ◄──────  CpuScheduler (when something has changed)
                     │                   ▲
                     └──► WorkerRegistry ┘  ◄── workers
 
 A mode is nothing but the roles of the instances and the pools behind them: the code asks "is the
-decode seat the prefill seat?", never "which mode is this?".
+decode allocation the prefill allocation?", never "which mode is this?".
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from hbserve.config import Config
 from hbserve.import_path import load_class
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
-from hbserve.policy.decode_throttle import DecodeTurns
-from hbserve.policy.mixed_step_budget import MixedSteps
+from hbserve.policy.decode_throttle import DecodeThrottle
+from hbserve.policy.mixed_step_budget import MixedStepBudget
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.scheduler.clients import ClientDesk, ClientPort, Intake
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.readiness import Readiness
-from hbserve.scheduler.request_lifecycle import RequestBook
+from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.stats import SystemStats
 from hbserve.scheduler.step_planner import StepPlanner
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker_registry import WorkerRegistry
 
 
@@ -77,15 +77,15 @@ class CpuScheduler:
         for handle in instances.values():
             handle.tpot_target_ms = config.scheduler.tpot_ms if slo is None else slo.tpot_target_ms
             if slo is not None and slo.holds_back_decode:
-                handle.turns = DecodeTurns(slo.decode_interval_ms / 1000)
+                handle.turns = DecodeThrottle(slo.decode_interval_ms / 1000)
             elif slo is not None:
-                handle.mixed_steps = MixedSteps(holds_back_decode=False)
+                handle.mixed_steps = MixedStepBudget(holds_back_decode=False)
         endpoint = config.telemetry.otlp_endpoint
         tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, tracer)
         events = EventLog()
-        transfers = TransferLedger(config.kv_transfer.verify)
-        self._requests = requests = RequestBook(config, instances, transfers, metrics, events, port.push, wake)
+        transfers = TransferTracker(config.kv_transfer.verify)
+        self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, port.push, wake)
         self._planner = StepPlanner(config, transfers, requests.preempt, requests.policy)
         self._readiness = readiness = Readiness(instances, transfers, port.reply)
         self._drains = drains = Drains(instances, transfers, self._planner, events, port.reply)
@@ -177,7 +177,7 @@ class CpuScheduler:
         """Admit waiting requests in the order of ``scheduler.policy``: the hook for other policies.
 
         An override may reorder ``self.waiting`` and calls ``self._admit(sequence)``, which gives a
-        request its seats and removes it from ``self.waiting``, or returns False if nothing fits now.
+        request its allocations and removes it from ``self.waiting``, or returns False if nothing fits now.
         """
         now = time.monotonic()
         for sequence in list(self._requests.in_order(now)):
@@ -204,7 +204,7 @@ class CpuScheduler:
                 continue
             ahead = instance.steps_ahead(worker)
             timings = {worker.timing, *(other.timing for other, _ in ahead)}
-            while len(worker.inflight) + len(ahead) < instance.most_in_flight(phases, depth):
+            while len(worker.inflight) + len(ahead) < instance.max_in_flight(phases, depth):
                 if (wait_s := max(timing.wait_s(time.monotonic()) for timing in timings)) > 0:
                     soonest_s = min(soonest_s, wait_s)
                     break

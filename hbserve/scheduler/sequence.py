@@ -12,7 +12,7 @@ from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
 
 if TYPE_CHECKING:
-    from hbserve.kv_cache.storage_manager import UnifiedStorageManager
+    from hbserve.kv_cache.block_pool import BlockPool
     from hbserve.metrics.request_metrics import RequestMetrics
     from hbserve.scheduler.instance import InstanceHandle
     from hbserve.scheduler.worker import WorkerHandle
@@ -24,7 +24,7 @@ class InflightRow:
 
     sequence: Sequence
     attempt: int
-    seat: Seat
+    allocation: KVAllocation
     start: int
     end: int  # positions below this have KV once the step is confirmed
     samples: bool
@@ -61,12 +61,12 @@ class Phase(StrEnum):
 
 
 @dataclass(eq=False, slots=True)
-class Seat:
+class KVAllocation:
     """A sequence's place on one instance: its slot there, its blocks in that instance's pool.
 
     Attributes:
-        worker: the instance.
-        epoch: of the pool's memory; once it is over the seat is void.
+        instance: whose pool has the blocks.
+        epoch: of the pool's memory; once it is over the allocation is void.
         owner: the name under which the pool knows the blocks.
         num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
         num_planned: positions whose KV exists or is in a plan that has been sent.
@@ -79,9 +79,9 @@ class Seat:
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
     """
 
-    worker: InstanceHandle
+    instance: InstanceHandle
     epoch: int
-    pool: UnifiedStorageManager
+    pool: BlockPool
     owner: str
     slot: int
     num_tokens_at_entry: int
@@ -130,8 +130,8 @@ class Sequence:
         arrival_time: on the monotonic clock; for policies that weigh how long it has waited.
         tokens: prompt and output so far.
         attempt: how often it has been put back; results of earlier attempts are void.
-        prefill_seat, decode_seat: the same object where one worker does both; the decode seat is
-            reserved together with the prefill seat.
+        prefill_allocation, decode_allocation: the same object where one worker does both; the decode allocation is
+            reserved together with the prefill allocation.
         num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
         open_transfers: transfers of this attempt that the decode side has not confirmed.
         prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
@@ -152,8 +152,8 @@ class Sequence:
     arrival_time: float = field(default_factory=time.monotonic)
     phase: Phase = Phase.WAITING
     attempt: int = 0
-    prefill_seat: Seat | None = None
-    decode_seat: Seat | None = None
+    prefill_allocation: KVAllocation | None = None
+    decode_allocation: KVAllocation | None = None
     num_blocks_dispatched: int = 0
     open_transfers: set[str] = field(default_factory=set)
     prefilled_at: float = 0.0
@@ -188,12 +188,12 @@ class Sequence:
         return self.request.sampling.grammar is not None
 
     @property
-    def seats(self) -> list[Seat]:
-        """The seats it has, each once."""
-        seats = [self.prefill_seat] if self.prefill_seat is not None else []
-        if self.decode_seat is not None and self.decode_seat is not self.prefill_seat:
-            seats.append(self.decode_seat)
-        return seats
+    def allocations(self) -> list[KVAllocation]:
+        """The allocations it has, each once."""
+        allocations = [self.prefill_allocation] if self.prefill_allocation is not None else []
+        if self.decode_allocation is not None and self.decode_allocation is not self.prefill_allocation:
+            allocations.append(self.decode_allocation)
+        return allocations
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of its tokens."""
@@ -209,12 +209,12 @@ class Sequence:
         )
         return penalised or self.has_grammar
 
-    def state_for(self, seat: Seat) -> SequenceState:
+    def state_for(self, allocation: KVAllocation) -> SequenceState:
         """All that a worker needs to take the sequence on."""
         sampling = self.request.sampling
         return SequenceState(
-            slot=seat.slot,
-            block_ids=list(seat.block_ids),
+            slot=allocation.slot,
+            block_ids=list(allocation.block_ids),
             sampling=sampling,
             end_token_ids=self.request.end_token_ids,
             min_end_position=self.num_prompt_tokens + sampling.min_tokens,

@@ -17,8 +17,8 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
-from hbserve.scheduler.request_lifecycle import RequestBook
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 
 MAX_REQUESTS = 40
@@ -43,7 +43,7 @@ def _request(request: RequestMetrics, now: float) -> dict[str, Any]:
         "cached_tokens": request.cached_tokens,
         "output_tokens": request.output_length,
         "arrived": ago_ms(request.arrival_time),
-        "seated": ago_ms(request.prefill_start_time),
+        "admitted": ago_ms(request.prefill_start_time),
         "chunks": [ago_ms(moment) for moment in request.chunk_end_times],
         "prefilled": ago_ms(request.prefill_end_time),
         "decode_began": ago_ms(request.decode_start_time),
@@ -73,8 +73,8 @@ class SystemStats:
     def __init__(
         self,
         instances: Mapping[str, InstanceHandle],
-        requests: RequestBook,
-        transfers: TransferLedger,
+        requests: RequestLifecycle,
+        transfers: TransferTracker,
         metrics: SchedulerMetrics,
         events: EventLog,
     ) -> None:
@@ -176,7 +176,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         "status": "ready" if instance.ready else "lost",
         "role": str(instance.role),
         "ranks": instance.config.num_ranks,
-        "active_requests": len(instance.seats) + len(instance.reserved),
+        "active_requests": len(instance.allocations) + len(instance.reserved),
         "steps_in_flight": instance.num_steps_in_flight,
         "steps": work.num_steps,
         "generated_tokens": work.num_tokens,

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
-from hbserve.policy.mixed_step_budget import StepRoom
+from hbserve.policy.mixed_step_budget import StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
-from hbserve.policy.step_forecast import StepWork
+from hbserve.policy.step_time_predictor import StepWork
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.sequence import InflightRow, InflightStep, Seat, Sequence
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
+from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.waiting_queue import prefill_budget
 from hbserve.scheduler.worker import WorkerHandle
 
-_MOST_LAYER_GROUPS = 4
+_MAX_LAYER_GROUPS = 4
 """Of all last chunks of a step."""
 
 
@@ -34,7 +34,7 @@ class StepPlanner:
     """
 
     def __init__(
-        self, config: Config, transfers: TransferLedger, preempt: Callable[[Sequence], None], policy: QueuePolicy
+        self, config: Config, transfers: TransferTracker, preempt: Callable[[Sequence], None], policy: QueuePolicy
     ) -> None:
         self._policy = policy
         self._chunked = config.chunked_prefill
@@ -50,33 +50,37 @@ class StepPlanner:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
         step = _StepBuilder(worker)
         # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
-        seats = sorted(instance.seats.items(), key=lambda item: item[0].arrival)
+        allocations = sorted(instance.allocations.items(), key=lambda item: item[0].arrival)
         limit_s = self._mixed_limit_s(instance, worker, phases)
-        for sequence, seat in seats if InstanceRole.DECODE in phases and limit_s != math.inf else ():
+        for sequence, allocation in allocations if InstanceRole.DECODE in phases and limit_s != math.inf else ():
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
-            if seat.num_planned >= seat.num_tokens_at_entry and seat.can_go_to(worker):
-                self._plan_decode(step, instance, sequence, seat)
+            if allocation.num_planned >= allocation.num_tokens_at_entry and allocation.can_go_to(worker):
+                self._plan_decode(step, instance, sequence, allocation)
         budget = self._max_num_batched_tokens - step.num_tokens
         if self._chunked.enabled:
             budget = min(budget, self._chunked.max_chunk_prefill_tokens)
-        room = None if limit_s is None or not step.rows else StepRoom(worker.timing.forecast, step.decode_work, limit_s)
-        for sequence, seat in self._prefills(seats) if InstanceRole.PREFILL in phases else ():
-            remaining = seat.num_tokens_at_entry - seat.num_planned
-            if remaining <= 0 or sequence not in instance.seats or not seat.can_go_to(worker):
+        room = (
+            None
+            if limit_s is None or not step.rows
+            else StepTimeBudget(worker.timing.forecast, step.decode_work, limit_s)
+        )
+        for sequence, allocation in self._prefills(allocations) if InstanceRole.PREFILL in phases else ():
+            remaining = allocation.num_tokens_at_entry - allocation.num_planned
+            if remaining <= 0 or sequence not in instance.allocations or not allocation.can_go_to(worker):
                 continue
-            if not self._can_leave(sequence, seat):
+            if not self._can_leave(sequence, allocation):
                 continue
             if self._chunked.enabled:
                 chunk = min(remaining, self._chunked.chunk_size, budget)
             else:  # whole prompts: the first goes even where it is longer than the budget
                 chunk = remaining if remaining <= budget or not step.rows else 0
             if room is not None and self._chunked.enabled and chunk > 0:
-                chunk = 0 if room.is_full else room.take(chunk, seat.num_planned)
+                chunk = 0 if room.is_full else room.take(chunk, allocation.num_planned)
             if chunk <= 0:
                 break
             budget -= chunk
-            self._plan_prefill(step, sequence, seat, chunk)
+            self._plan_prefill(step, sequence, allocation, chunk)
         if not step.rows:
             return False
         self._open_transfers(step)
@@ -90,14 +94,14 @@ class StepPlanner:
         interval_s = instance.mixed_interval_s(worker, phases)
         if interval_s is None:
             return None
-        now, waiting_tokens, least_spare_s, budget = time.monotonic(), 0, math.inf, self._prompt_budget
-        for sequence, seat in instance.seats.items():
-            if seat.num_planned >= seat.num_tokens_at_entry:
-                least_spare_s = min(least_spare_s, instance.spare_s(sequence, seat, interval_s, now))
-            elif seat.can_go_to(worker):
-                waiting_tokens += seat.num_tokens_at_entry - seat.num_planned
+        now, waiting_tokens, min_spare_s, budget = time.monotonic(), 0, math.inf, self._prompt_budget
+        for sequence, allocation in instance.allocations.items():
+            if allocation.num_planned >= allocation.num_tokens_at_entry:
+                min_spare_s = min(min_spare_s, instance.spare_s(sequence, allocation, interval_s, now))
+            elif allocation.can_go_to(worker):
+                waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
         full_step_s = worker.timing.forecast.estimate(StepWork(0, 0, budget, budget**2 / 2))
-        return instance.mixed_steps.limit_s(now, interval_s, least_spare_s, full_step_s, waiting_tokens >= budget)
+        return instance.mixed_steps.limit_s(now, interval_s, min_spare_s, full_step_s, waiting_tokens >= budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """Tell a worker that has come to running sequences of them: a step without rows.
@@ -106,9 +110,9 @@ class StepPlanner:
         date by then; the rows tell the rest, as they do to a worker that was away for a while.
         """
         step = _StepBuilder(worker)
-        for sequence, seat in instance.seats.items() if worker.role.decodes else ():
-            if seat.num_planned >= seat.num_tokens_at_entry and not sequence.keeps_state:
-                step.tell(sequence, seat)
+        for sequence, allocation in instance.allocations.items() if worker.role.decodes else ():
+            if allocation.num_planned >= allocation.num_tokens_at_entry and not sequence.keeps_state:
+                step.tell(sequence, allocation)
         if step.new_sequences:
             self._send(instance, worker, step, worker.role)
 
@@ -145,61 +149,69 @@ class StepPlanner:
         )
         worker.prepared_for = role
 
-    def _prefills(self, seats: list[tuple[Sequence, Seat]]) -> Iterable[tuple[Sequence, Seat]]:
+    def _prefills(self, allocations: list[tuple[Sequence, KVAllocation]]) -> Iterable[tuple[Sequence, KVAllocation]]:
         """Those with prompt left to compute, in the policy's order."""
-        prefills = [item for item in seats if item[1].num_planned < item[1].num_tokens_at_entry]
+        prefills = [item for item in allocations if item[1].num_planned < item[1].num_tokens_at_entry]
         if len(prefills) < 2:
             return prefills
         now = time.monotonic()
         return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
 
-    def _plan_decode(self, step: _StepBuilder, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> None:
-        position = seat.num_planned
-        if position + 1 >= sequence.max_total_tokens or sequence not in instance.seats:
+    def _plan_decode(
+        self, step: _StepBuilder, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation
+    ) -> None:
+        position = allocation.num_planned
+        if position + 1 >= sequence.max_total_tokens or sequence not in instance.allocations:
             return
         known = position < len(sequence.tokens)
         if sequence.has_grammar and not known:
             return  # which tokens may come depends on it
-        if position // seat.pool.block_size >= len(seat.block_ids) and not self._grow(instance, sequence, seat):
+        if position // allocation.pool.block_size >= len(allocation.block_ids) and not self._grow(
+            instance, sequence, allocation
+        ):
             return
-        step.add(sequence, seat, [sequence.tokens[position]] if known else None, 1, True)
+        step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, True)
         step.decode_keys += position
 
-    def _can_leave(self, sequence: Sequence, seat: Seat) -> bool:
+    def _can_leave(self, sequence: Sequence, allocation: KVAllocation) -> bool:
         """Whether there is a way for a prompt's blocks; a link that another's failure has broken opens anew first."""
-        target = sequence.decode_seat
-        return target is None or target is seat or self._transfers.is_open(seat.worker.id, target.worker.id)
+        target = sequence.decode_allocation
+        return (
+            target is None
+            or target is allocation
+            or self._transfers.is_open(allocation.instance.id, target.instance.id)
+        )
 
-    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, seat: Seat, chunk: int) -> None:
-        end = seat.num_planned + chunk
-        last = end == seat.num_tokens_at_entry
-        step.add(sequence, seat, sequence.tokens[seat.num_planned : end], chunk, last)
+    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, chunk: int) -> None:
+        end = allocation.num_planned + chunk
+        last = end == allocation.num_tokens_at_entry
+        step.add(sequence, allocation, sequence.tokens[allocation.num_planned : end], chunk, last)
         step.prefill_rows += 1
         step.prefill_tokens += chunk
         step.prefill_keys += chunk * (end - chunk / 2)
-        target = sequence.decode_seat
-        if target is None or target is seat:
+        target = sequence.decode_allocation
+        if target is None or target is allocation:
             return
         # All blocks that are final after this step leave with it; the last one may be part full.
-        block_size = seat.pool.block_size
+        block_size = allocation.pool.block_size
         end_block = -(-end // block_size) if last else end // block_size
         if end_block > sequence.num_blocks_dispatched:
-            step.leaving.append(_Leaving(sequence, seat, target, sequence.num_blocks_dispatched, end_block, last))
+            step.leaving.append(_Leaving(sequence, allocation, target, sequence.num_blocks_dispatched, end_block, last))
             sequence.num_blocks_dispatched = end_block
 
     def _open_transfers(self, step: _StepBuilder) -> None:
         num_last = sum(each.is_last for each in step.leaving)
         for each in step.leaving:
             # Of one prompt's last chunk somebody waits for every millisecond; of many at once, for all of them.
-            groups = self._layer_groups(each, _MOST_LAYER_GROUPS // num_last) if each.is_last else 1
+            groups = self._layer_groups(each, _MAX_LAYER_GROUPS // num_last) if each.is_last else 1
             for index in range(groups):
                 layers = LayerGroup(index=index, count=groups)
                 blocks = each.first_block, each.end_block
-                step.sends.append(self._transfers.open(each.sequence, each.seat, each.target, *blocks, layers))
+                step.sends.append(self._transfers.open(each.sequence, each.allocation, each.target, *blocks, layers))
 
     def _layer_groups(self, leaving: _Leaving, most: int) -> int:
         """In how many equal ones blocks leave: each is a transfer, which has its price."""
-        hello = leaving.seat.worker.hello
+        hello = leaving.allocation.instance.hello
         assert hello is not None
         if not self._layer_group_bytes:
             return 1
@@ -207,12 +219,12 @@ class StepPlanner:
         most = min(most, num_bytes // self._layer_group_bytes)
         return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
 
-    def _grow(self, instance: InstanceHandle, sequence: Sequence, seat: Seat) -> bool:
+    def _grow(self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
         """One more block for a decode; puts back younger sequences where the pool has none."""
-        while seat.pool.allocate_blocks(seat.owner, 1) is None:
-            if seat.pool.num_pending_blocks:
+        while allocation.pool.allocate_blocks(allocation.owner, 1) is None:
+            if allocation.pool.num_pending_blocks:
                 return False  # blocks are on their way back: sit this step out
-            victim = max(instance.seats, key=lambda seated: seated.arrival)
+            victim = max(instance.allocations, key=lambda admitted: admitted.arrival)
             if victim is sequence and instance.reserved:
                 return False  # the blocks are with sequences about to arrive here; they can be put back then
             self._preempt(victim)
@@ -230,8 +242,8 @@ class _Leaving:
     """
 
     sequence: Sequence
-    seat: Seat
-    target: Seat
+    allocation: KVAllocation
+    target: KVAllocation
     first_block: int
     end_block: int
     is_last: bool
@@ -266,14 +278,16 @@ class _StepBuilder:
         """That of its decode rows, before there are others."""
         return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
 
-    def add(self, sequence: Sequence, seat: Seat, token_ids: list[int] | None, num_tokens: int, samples: bool) -> None:
-        sampled_elsewhere = token_ids is None and seat.last_worker is not self._worker
-        seat.go_to(self._worker, sequence.keeps_state)
-        new_block_ids = self.tell(sequence, seat)
+    def add(
+        self, sequence: Sequence, allocation: KVAllocation, token_ids: list[int] | None, num_tokens: int, samples: bool
+    ) -> None:
+        sampled_elsewhere = token_ids is None and allocation.last_worker is not self._worker
+        allocation.go_to(self._worker, sequence.keeps_state)
+        new_block_ids = self.tell(sequence, allocation)
         self.rows.append(
             PlanRow(
-                slot=seat.slot,
-                start=seat.num_planned,
+                slot=allocation.slot,
+                start=allocation.num_planned,
                 num_tokens=num_tokens,
                 token_ids=token_ids,
                 new_block_ids=new_block_ids,
@@ -281,18 +295,20 @@ class _StepBuilder:
                 sampled_elsewhere=sampled_elsewhere,
             )
         )
-        start = seat.num_planned
-        seat.num_planned += num_tokens
-        seat.pool.pin(seat.owner)
+        start = allocation.num_planned
+        allocation.num_planned += num_tokens
+        allocation.pool.pin(allocation.owner)
         self.num_tokens += num_tokens
-        self.inflight.append(InflightRow(sequence, sequence.attempt, seat, start, seat.num_planned, samples))
+        self.inflight.append(
+            InflightRow(sequence, sequence.attempt, allocation, start, allocation.num_planned, samples)
+        )
 
-    def tell(self, sequence: Sequence, seat: Seat) -> list[int]:
+    def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
         """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""
-        block_ids = seat.block_ids
-        num_sent = seat.blocks_sent.get(self._worker)
-        seat.blocks_sent[self._worker] = len(block_ids)
+        block_ids = allocation.block_ids
+        num_sent = allocation.blocks_sent.get(self._worker)
+        allocation.blocks_sent[self._worker] = len(block_ids)
         if num_sent is None:
-            self.new_sequences.append(sequence.state_for(seat))
+            self.new_sequences.append(sequence.state_for(allocation))
             return []
         return block_ids[num_sent:]

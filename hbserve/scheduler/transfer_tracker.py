@@ -25,7 +25,7 @@ from hbserve.messages.transfer import (
     TransferResult,
 )
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.sequence import Seat, Sequence
+from hbserve.scheduler.sequence import KVAllocation, Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -64,8 +64,8 @@ class Transfer:
     transfer_id: str
     sequence: Sequence
     attempt: int
-    source: Seat
-    target: Seat
+    source: KVAllocation
+    target: KVAllocation
     target_blocks: list[int]
     layers: LayerGroup
     link: Link
@@ -103,7 +103,7 @@ class Outcome:
     failed: list[Transfer] = field(default_factory=list)
 
 
-class TransferLedger:
+class TransferTracker:
     """Opens links and transfers, matches both sides' results, and keeps what may still be touched pinned.
 
     Args:
@@ -201,8 +201,8 @@ class TransferLedger:
     def open(
         self,
         sequence: Sequence,
-        source: Seat,
-        target: Seat,
+        source: KVAllocation,
+        target: KVAllocation,
         first_block: int,
         end_block: int,
         layers: LayerGroup = ALL_LAYERS,
@@ -213,16 +213,16 @@ class TransferLedger:
         """
         self._count += 1
         transfer_id = f"{sequence.request.request_id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
-        link = self._links[source.worker.id, target.worker.id]
+        link = self._links[source.instance.id, target.instance.id]
         source_blocks = source.block_ids[first_block:end_block]
         target_blocks = target.block_ids[first_block:end_block]
         transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, layers, link)
         self._open[transfer_id] = link.transfers[transfer_id] = transfer
         sequence.open_transfers.add(transfer_id)
-        for seat in (source, target):
-            seat.pool.pin(seat.owner)
+        for allocation in (source, target):
+            allocation.pool.pin(allocation.owner)
         if not _is_one_sided(link):
-            target.worker.send(
+            target.instance.send(
                 ReceiveBlocks(
                     transfer_id=transfer_id,
                     request_id=sequence.request.request_id,
@@ -299,7 +299,7 @@ class TransferLedger:
         self._ending.append(link)
         for transfer in list(link.transfers.values()):
             if transfer.sender_open and not link.sender_lost:
-                transfer.source.worker.send(CancelTransfer(transfer_id=transfer.transfer_id))
+                transfer.source.instance.send(CancelTransfer(transfer_id=transfer.transfer_id))
         if not link.sender_lost:
             link.source.send(LeaveLink(targets=link.targets or link.addressed))
         self._end_if_senders_are_done(link)
@@ -322,7 +322,7 @@ class TransferLedger:
     def _ask_to_finish(self, transfer: Transfer) -> None:
         transfer.finishing = True
         pool = transfer.target.pool
-        transfer.target.worker.send(
+        transfer.target.instance.send(
             FinishBlocks(
                 transfer_id=transfer.transfer_id,
                 num_sources=len(transfer.link.sources),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config
-from hbserve.policy.prefill_rate import PrefillPace
+from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import make_policy
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightStep, Sequence
@@ -25,7 +25,7 @@ class WaitingQueue:
 
     def __init__(self, config: Config) -> None:
         self._tokens_per_step = prefill_budget(config)
-        self._pace = PrefillPace()
+        self._pace = PrefillRate()
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # of requests, and before them the queue's beginning
         self.policy = make_policy(config.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
 
@@ -40,17 +40,17 @@ class WaitingQueue:
     def in_order(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
         """Who is to be admitted first."""
 
-        def seated() -> tuple[list[tuple[Sequence, int]], int]:
+        def admitted() -> tuple[list[tuple[Sequence, int]], int]:
             workers = [instance for instance in instances if instance.ready and instance.role.prefills]
             prompts = [
-                (sequence, seat.num_planned)
+                (sequence, allocation.num_planned)
                 for worker in workers
-                for sequence, seat in worker.seats.items()
-                if seat.num_planned < seat.num_tokens_at_entry
+                for sequence, allocation in worker.allocations.items()
+                if allocation.num_planned < allocation.num_tokens_at_entry
             ]
             return prompts, max(1, len(workers))
 
-        return self.policy.order(waiting, now, seated)
+        return self.policy.order(waiting, now, admitted)
 
     # --- predictions -----------------------------------------------------------------------------
 
@@ -60,11 +60,11 @@ class WaitingQueue:
             self._pace.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
 
     def ended(self, now: float) -> None:
-        """A request has ended, and left its seats."""
+        """A request has ended, and left its allocations."""
         self._ends.append(now)
 
     def begins(self, now: float) -> None:
-        """Somebody comes to wait where nobody was: how fast seats came free counts from here on."""
+        """Somebody comes to wait where nobody was: how fast allocations came free counts from here on."""
         self._ends.clear()
         self._ends.append(now)
 
@@ -73,7 +73,7 @@ class WaitingQueue:
         sequence: Sequence,
         waiting: list[Sequence],
         instances: Iterable[InstanceHandle],
-        seats_are_full: bool,
+        slots_are_full: bool,
         now: float,
     ) -> float:
         """How long a new request would wait for its first token; 0 while nothing is known, or nobody is before it.
@@ -81,7 +81,7 @@ class WaitingQueue:
         (Its own prompt alone is nobody's overload, and what computing it takes may be known from other sizes only.)
 
         The longer of two waits: until the prompts before it and its own are computed, at the pace of
-        late; and, where requests wait for seats, until as many have left as would be before it.
+        late; and, where requests wait for allocations, until as many have left as would be before it.
         """
         rank = self.policy.rank(sequence)
         before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
@@ -91,7 +91,7 @@ class WaitingQueue:
             return 0.0
         # shared by the workers, but for its own prompt
         prefill_s = self._pace.seconds(num_tokens // len(workers) + len(sequence.tokens), self._tokens_per_step)
-        if not seats_are_full or not before or len(self._ends) < 2:
+        if not slots_are_full or not before or len(self._ends) < 2:
             return prefill_s
         return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
 

@@ -10,7 +10,7 @@ import zmq
 
 from hbserve.config import InstanceRole
 from hbserve.messages.worker import Hello, InstanceCommand, StepResult
-from hbserve.policy.dispatch_timer import PlanTiming
+from hbserve.policy.dispatch_timer import DispatchTimer
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcClient
 from hbserve.scheduler.sequence import InflightStep
@@ -70,7 +70,7 @@ class WorkerHandle:
         self.hello: Hello | None = None
         self.last_seen = time.monotonic()
         self.inflight: deque[InflightStep] = deque()
-        self.timing = PlanTiming()
+        self.timing = DispatchTimer()
         self.is_retiring = False
         self.is_told_to_end = False
         self.is_introduced = False

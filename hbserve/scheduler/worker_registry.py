@@ -34,8 +34,8 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.membership import Membership
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.readiness import Readiness
-from hbserve.scheduler.request_lifecycle import RequestBook
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ class WorkerRegistry:
         config: Config,
         context: zmq.Context[zmq.Socket[bytes]],
         instances: dict[str, InstanceHandle],
-        transfers: TransferLedger,
-        requests: RequestBook,
+        transfers: TransferTracker,
+        requests: RequestLifecycle,
         readiness: Readiness,
         drains: Drains,
         events: EventLog,

@@ -28,6 +28,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.process.supervision import InstanceSupervisor
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.semi_pd.device_sharing import DeviceSharing
+from hbserve.semi_pd.instance_state import InstanceState, State
 from hbserve.semi_pd.recovery import Recovery
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.rotation import Rotation
@@ -36,15 +37,14 @@ from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.semi_pd.slo_service import check_slo, make_controller
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import PHASES, ROLES, semi_pd_system, share_of
-from hbserve.semi_pd.worker_set import WorkerState
-from hbserve.semi_pd.workforce import State, Workforce
+from hbserve.semi_pd.worker_pool import WorkerState
 from hbserve.slo.sm_allocation import SMAllocation
 
 logger = logging.getLogger(__name__)
 
 
 def rotation_status(
-    workforce: Workforce, rotation: Rotation, recovery: Recovery, requested: SMAllocation | None
+    workforce: InstanceState, rotation: Rotation, recovery: Recovery, requested: SMAllocation | None
 ) -> dict[str, Any]:
     """State, split, processes and counts; with the books' lock held."""
     workers = list(workforce.workers.workers.values()) if workforce.workers is not None else []
@@ -132,7 +132,7 @@ class ProcessRotationManager(InstanceSupervisor):
         assert settings.decode_percentage is not None
         shares = settings.prefill_percentage, settings.decode_percentage
         allocation = allocation or SMAllocation(*shares, mixed=bool(settings.mixed))
-        self._workforce = Workforce(config, instance, allocation)
+        self._workforce = InstanceState(config, instance, allocation)
         self._check_possible(allocation)
         if settings.slo is not None:
             check_slo(settings.slo)

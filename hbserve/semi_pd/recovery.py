@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 
 from hbserve.errors import StartupError
+from hbserve.semi_pd.instance_state import InstanceState, State
 from hbserve.semi_pd.utils import ROLES
-from hbserve.semi_pd.worker_set import WorkerState
-from hbserve.semi_pd.workforce import State, Workforce
+from hbserve.semi_pd.worker_pool import WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Recovery:
     """
 
     def __init__(
-        self, workforce: Workforce, restart_device: Callable[[], None], start_timeout_s: float, num_sleepers: int
+        self, workforce: InstanceState, restart_device: Callable[[], None], start_timeout_s: float, num_sleepers: int
     ) -> None:
         self._workforce, self._restart_device = workforce, restart_device
         self._start_timeout_s, self._num_sleepers = start_timeout_s, num_sleepers

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from hbserve.config import InstanceRole
+from hbserve.semi_pd.instance_state import InstanceState
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import PHASES, share_of
-from hbserve.semi_pd.worker_set import WorkerState
-from hbserve.semi_pd.workforce import Workforce
+from hbserve.semi_pd.worker_pool import WorkerState
 from hbserve.slo.sm_allocation import SMAllocation
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Rotation:
 
     def __init__(
         self,
-        workforce: Workforce,
+        workforce: InstanceState,
         delayed: DelayedSwitchingController,
         asynchronous: AsynchronousSwitchingController,
         mark: Callable[[bool], None],

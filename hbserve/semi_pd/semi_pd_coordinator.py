@@ -12,12 +12,13 @@ from typing import Any
 from hbserve.config import Config, InstanceRole
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError, EngineDeadError, OverloadedError
-from hbserve.kv_cache.storage_manager import BlockHandle, UnifiedStorageManager
+from hbserve.kv_cache.block_pool import BlockHandle
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints
 from hbserve.semi_pd.slo_service import check_slo
+from hbserve.semi_pd.unified_storage_manager import UnifiedStorageManager
 from hbserve.semi_pd.utils import semi_pd_system
 from hbserve.slo.sm_allocation import SMAllocation
 

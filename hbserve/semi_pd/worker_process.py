@@ -11,7 +11,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
-from hbserve.messages.rank import Sleep
+from hbserve.messages.rank import Standby
 from hbserve.platform import Partition
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch
@@ -63,7 +63,7 @@ def main() -> None:
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
     # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
-    how = msgspec.convert(orders["sleep"], Sleep)
+    how = msgspec.convert(orders["sleep"], Standby)
     ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(_EXIT_RANK_LOST))
     order = sleep(how)
     stopwatch = Stopwatch()

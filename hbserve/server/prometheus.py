@@ -28,7 +28,7 @@ _HELP = {
     "time_per_output_token_seconds": "Mean over a request's tokens after the first.",
     "inter_token_latency_seconds": "Between two tokens of a request.",
     "e2e_request_latency_seconds": "From a request's arrival to its end.",
-    "prefill_queue_seconds": "From a request's arrival to its seat.",
+    "prefill_queue_seconds": "From a request's arrival to its allocation.",
     "decode_queue_seconds": "From the end of a prompt until it may decode.",
     "prompt_length_tokens": "Prompt tokens of a request.",
     "output_length_tokens": "Output tokens of a completed request.",
@@ -131,7 +131,9 @@ class _Translation(Collector):
             return family
 
         up = GaugeMetricFamily("hbserve_instance_up", "Whether it can be given work.", labels=labels)
-        active = GaugeMetricFamily("hbserve_instance_active_requests", "Requests with a seat there.", labels=labels)
+        active = GaugeMetricFamily(
+            "hbserve_instance_active_requests", "Requests with an allocation there.", labels=labels
+        )
         blocks = GaugeMetricFamily("hbserve_kv_blocks", "KV blocks, by state.", labels=[*labels, "state"])
         usage = GaugeMetricFamily("hbserve_kv_usage_ratio", "Share of the KV blocks in use.", labels=labels)
         for values, instance in instances:

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 from hbserve.config.semi_pd import MIXED_PACE
-from hbserve.policy.mixed_step_budget import MixedSteps, StepRoom, spare_s
-from hbserve.policy.step_forecast import StepWork
+from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, spare_s
+from hbserve.policy.step_time_predictor import StepWork
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.phases import Chunks, PlanAhead, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
@@ -46,7 +46,7 @@ class MixedPhase:
     ) -> None:
         self._clock, self._steps, self._sizes, self._prompts = clock, steps, sizes, prompts
         self._stepped, self._computed, self._finished, self._pump = stepped, computed, finished, pump
-        self._interval_s, self._pace = interval_s, MixedSteps()
+        self._interval_s, self._pace = interval_s, MixedStepBudget()
         self._ahead = PlanAhead(clock, pump)
         self._decodes: deque[bool] = deque()  # whether there are decode rows in the steps planned or under way
         self._chunks: Chunks | None = None
@@ -68,7 +68,7 @@ class MixedPhase:
         limit_s, room = self._limit_s(budget), None
         batch, context = (0, 0) if limit_s == math.inf else (len(self.running), self._context)
         if batch and limit_s is not None:
-            room = StepRoom(self._ahead.forecast, StepWork(batch, context, 0, 0.0), limit_s)
+            room = StepTimeBudget(self._ahead.forecast, StepWork(batch, context, 0, 0.0), limit_s)
         chunks = self._prompts.take(budget, None if room is None else room.take)
         if room is not None:
             self._pace.decoded(self._clock.now, bool(chunks.tokens))

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
-from hbserve.policy.dispatch_timer import PlanTiming
+from hbserve.policy.dispatch_timer import DispatchTimer
 from hbserve.policy.mixed_step_budget import spare_s
-from hbserve.policy.prefill_rate import PrefillPace
+from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import QueuePolicy, make_policy
-from hbserve.policy.step_forecast import StepForecast, StepWork
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.slo.step_times import StepTimes
@@ -65,7 +65,7 @@ class Chunks:
 
 
 class Prompts:
-    """Those that have a seat and are not computed, in the order of the scheduler's policy.
+    """Those that have an allocation and are not computed, in the order of the scheduler's policy.
 
     Args:
         sizes: how much of one, and of all, goes into a step.
@@ -73,7 +73,7 @@ class Prompts:
 
     def __init__(self, clock: SimulatedClock, sizes: Sizes) -> None:
         self._clock, self._sizes = clock, sizes
-        self._pace = PrefillPace()
+        self._pace = PrefillRate()
         self.policy = make_policy(sizes.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
         self._is_fifo = type(self.policy) is QueuePolicy
         self.requests: list[SimulatedRequest] = []
@@ -155,13 +155,13 @@ class PlanAhead:
 
     def __init__(self, clock: SimulatedClock, pump: Callable[[], None]) -> None:
         self._clock, self._pump = clock, pump
-        self._timing = PlanTiming()
+        self._timing = DispatchTimer()
         self._planned_at: deque[float] = deque()
         self._alarm: Event | None = None
         self.chunks: Chunks | None = None
 
     @property
-    def forecast(self) -> StepForecast:
+    def forecast(self) -> StepTimePredictor:
         """Of steps, from those that have been seen."""
         return self._timing.forecast
 
@@ -298,7 +298,7 @@ class DecodePhase:
         """Running, and about to."""
         return len(self._by_end) + len(self._joining)
 
-    def least_spare_s(self, target_s: float, interval_s: float) -> float:
+    def min_spare_s(self, target_s: float, interval_s: float) -> float:
         """Of its sequences; see `hbserve.policy.mixed_step_budget.spare_s`."""
         now, ends = self._clock.now, [(request, end - self._num_steps) for end, _, request in self._by_end]
         spares = (
@@ -327,7 +327,7 @@ class DecodePhase:
             done = int(self.burst.done_s / self._step_s + 1e-9)
             self.burst.shorten(min(self.burst.total_s, (done + 1) * self._step_s))
 
-    def start(self, percentage: int, most_steps: int = _LONGEST_BURST, waits: bool = False) -> None:
+    def start(self, percentage: int, max_steps: int = _LONGEST_BURST, waits: bool = False) -> None:
         """Begin a run of steps, at most so many, on so much of the device.
 
         Args:
@@ -343,7 +343,7 @@ class DecodePhase:
             self._context += request.prompt_tokens + request.output_tokens - left
         self._joining.clear()
         batch = len(self._by_end)
-        steps = min(most_steps, self._by_end[0][0] - self._num_steps)
+        steps = min(max_steps, self._by_end[0][0] - self._num_steps)
         self.alone_ms = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage)
         self._step_s = self.alone_ms / 1000
         if is_late:

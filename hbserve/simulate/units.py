@@ -11,7 +11,7 @@ from operator import attrgetter
 from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
-from hbserve.policy.decode_throttle import DecodeTurns
+from hbserve.policy.decode_throttle import DecodeThrottle
 from hbserve.policy.queue_policy import Prompt, QueuePolicy
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.mixing import MixedPhase
@@ -77,26 +77,26 @@ class Unit(ABC):
     def _admit(self) -> None:
         max_open = self._num_pools * self.sizes.max_num_seqs
         max_kv_tokens = self._num_pools * self.sizes.kv_tokens
-        seated = []
-        for request in self._policy.order(self.waiting, self.clock.now, self._seated):
+        admitted = []
+        for request in self._policy.order(self.waiting, self.clock.now, self._admitted):
             tokens = request.prompt_tokens + request.output_tokens
             if self._num_open >= max_open or (self._num_open and self._kv_tokens + tokens > max_kv_tokens):
                 break
             if all(prompts.has_enough(request) for prompts in self.prompts):
                 break
-            seated.append(request)
+            admitted.append(request)
             self._num_open += 1
             self._kv_tokens += tokens
             request.cached_tokens = self._prefixes.match(request)
             request.computed_tokens = request.planned_tokens = request.cached_tokens
             self.metrics.record_prefill_start(request.request_id, request.cached_tokens)
             min(self.prompts, key=lambda prompts: prompts.backlog_tokens).requests.append(request)
-        for request in seated:
+        for request in admitted:
             self.waiting.remove(request)
 
-    def _seated(self) -> tuple[list[tuple[Prompt, int]], int]:
-        seats = [(request, request.planned_tokens) for prompts in self.prompts for request in prompts.requests]
-        return [(r, n) for r, n in seats if n < r.prompt_tokens], len(self.prompts)
+    def _admitted(self) -> tuple[list[tuple[Prompt, int]], int]:
+        allocations = [(request, request.planned_tokens) for prompts in self.prompts for request in prompts.requests]
+        return [(r, n) for r, n in allocations if n < r.prompt_tokens], len(self.prompts)
 
     def _first_token(self, request: SimulatedRequest) -> bool:
         """Its prompt is computed; returns whether it goes on to decode."""
@@ -207,8 +207,8 @@ class SemiPDUnit(_PhasedUnit):
     Args:
         allocation: shares while both are busy.
         alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
-        decode_interval_s: from one decode step to the next, mean, while prefill is busy; see `DecodeTurns`. 0: as fast
-            as they can.
+        decode_interval_s: from one decode step to the next, mean, while prefill is busy; see `DecodeThrottle`.
+            0: as fast as they can.
 
     Attributes:
         allocation: may be changed at any time; between mixing and side by side, all that is under way ends first.
@@ -229,7 +229,7 @@ class SemiPDUnit(_PhasedUnit):
         self.allocation = allocation
         self.alone = alone
         self.decode_interval_s = decode_interval_s
-        self._turns = DecodeTurns(decode_interval_s) if decode_interval_s else None
+        self._turns = DecodeThrottle(decode_interval_s) if decode_interval_s else None
         self._beside = True  # decode has a turn beside the prefill step under way
         self._mixed = self._mixing(self.prefill.prompts, decode_interval_s * MIXED_PACE / DECODE_PACE)
         self._is_mixing = allocation.mixed
@@ -283,8 +283,8 @@ class SemiPDUnit(_PhasedUnit):
         shares_next = decodes
         if self._turns is not None and (prefills and decodes):
             interval_s = self.decode_interval_s
-            least_spare_s = self.decode.least_spare_s(interval_s / DECODE_PACE, interval_s)
-            shares_next = self._turns.update(self.clock.now, None, least_spare_s, self.prefill.last_busy_s)
+            min_spare_s = self.decode.min_spare_s(interval_s / DECODE_PACE, interval_s)
+            shares_next = self._turns.update(self.clock.now, None, min_spare_s, self.prefill.last_busy_s)
         if self.prefill.step is None and prefills:
             if self._turns is not None:
                 self._beside = shares_next

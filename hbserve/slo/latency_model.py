@@ -38,7 +38,7 @@ _TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any is seen
 _ERROR_CAP = 1.0  # of a log ratio: beyond that, wrong is wrong
 _ROUND_TRIP_MS = 1.0  # of a result and the next plan
 _CHANGE_MS = 2.0  # of prefill's worker, when the one before has ended: the way of a plan
-_LEAST_CHUNK = 128.0  # prompt tokens in a mixed step that has any
+_MIN_CHUNK = 128.0  # prompt tokens in a mixed step that has any
 _NUM_ERRORS = 8  # predictions that confidence looks back on
 
 
@@ -225,7 +225,7 @@ class LatencyModel:
         for _ in range(12):
             middle = (low + high) / 2
             low, high = (middle, high) if step_ms(middle) <= limit_ms else (low, middle)
-        return max(low, min(most, _LEAST_CHUNK))
+        return max(low, min(most, _MIN_CHUNK))
 
     def _predict_side_by_side(self, workload: Workload, allocation: SMAllocation) -> Prediction:
         decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage

@@ -30,8 +30,8 @@ async def generate_all(
         HBServeError: whatever ends one of them; the others are then aborted.
     """
     samplings = _one_each(sampling_params, len(prompts))
-    most_samples = max((sampling.n for sampling in samplings), default=1)
-    room = asyncio.Semaphore(max(1, max_waiting // most_samples))
+    max_samples = max((sampling.n for sampling in samplings), default=1)
+    room = asyncio.Semaphore(max(1, max_waiting // max_samples))
 
     async def generate(prompt: Prompt, sampling: SamplingParams) -> GenerationOutput:
         async with room:

@@ -26,7 +26,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.kv_transfer.joint_results import JointResults
-from hbserve.messages.rank import EpochBegun, RankReply, Sleep
+from hbserve.messages.rank import EpochBegun, RankReply, Standby
 from hbserve.messages.transfer import CancelTransfer, LinkClosed, LinkOpened, Peer, TransferReply, TransferResult
 from hbserve.messages.worker import (
     Hello,
@@ -83,7 +83,7 @@ class SharedDevice:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
-class GpuInstance:
+class WorkerProcess:
     """One instance of the model, listening for its scheduler.
 
     Args:
@@ -134,7 +134,7 @@ class GpuInstance:
         stopwatch = Stopwatch() if shared is None else shared.stopwatch
         if shared is None:
             attachments = partition = None
-            how = Sleep(model=self.config.model.path, on_gpu=False, yields=False)
+            how = Standby(model=self.config.model.path, on_gpu=False, yields=False)
             ranks = RankGroup(self.instance.num_ranks, self.instance.instance_id, how, self._on_rank_lost)
         else:
             attachments, partition, ranks = shared.attachments, shared.partition, shared.ranks

@@ -8,7 +8,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.process import child
-from hbserve.worker.gpu_instance import GpuInstance, SharedDevice
+from hbserve.worker.gpu_instance import SharedDevice, WorkerProcess
 from hbserve.worker.join_client import Membership
 
 
@@ -16,14 +16,14 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, members
     """Run an instance that has this process for itself until it is to end; returns the exit code.
 
     One that a launcher has started stops with it, and at SIGTERM and SIGINT. One that was started alone
-    then leaves its system: its requests are finished, unless there is a second signal. Arguments as `GpuInstance`.
+    then leaves its system: its requests are finished, unless there is a second signal. Arguments as `WorkerProcess`.
 
     Raises:
         HBServeError: if it cannot start.
     """
     is_launched = child.STATUS_FD_VARIABLE in os.environ
     _name_process(config, instance)
-    worker = GpuInstance(config, instance, address, membership=membership)
+    worker = WorkerProcess(config, instance, address, membership=membership)
     if is_launched:
         child.watch_parent(worker.stop)
     child.watch_signals(worker.stop if is_launched else worker.leave)
@@ -32,9 +32,9 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, members
 
 
 def run_worker(config: Config, instance: InstanceConfig, address: str, shared: SharedDevice) -> int:
-    """As `run_instance`, of a worker of an instance that has several; arguments as `GpuInstance`."""
+    """As `run_instance`, of a worker of an instance that has several; arguments as `WorkerProcess`."""
     _name_process(config, instance)
-    worker = GpuInstance(config, instance, address, shared)
+    worker = WorkerProcess(config, instance, address, shared)
     child.watch_parent(worker.stop)
     child.watch_signals(worker.stop)
     return worker.run()

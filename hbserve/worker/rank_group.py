@@ -20,7 +20,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
-from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply, Sleep
+from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply, Standby
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import StepPlan
 from hbserve.process import child
@@ -83,7 +83,7 @@ class RankGroup:
             cannot start. The instance is then of no use any more.
     """
 
-    def __init__(self, size: int, name: str, how: Sleep, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, size: int, name: str, how: Standby, on_lost: Callable[[str], None]) -> None:
         self.size = size
         self.on_lost = on_lost
         self._encoder = msgspec.msgpack.Encoder()

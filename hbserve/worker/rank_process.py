@@ -20,7 +20,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
-from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Sleep
+from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Standby
 from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan, StepResult
 from hbserve.process import child, event_loop
 from hbserve.rpc.rank_channel import RankLine
@@ -174,7 +174,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
-    wake_up = sleep(msgspec.convert(orders["sleep"], Sleep))
+    wake_up = sleep(msgspec.convert(orders["sleep"], Standby))
     child.watch_parent(lambda: os._exit(EXIT_FAILED))
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.platform import Partition

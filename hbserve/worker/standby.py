@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hbserve.errors import HBServeError
-from hbserve.messages.rank import Sleep
+from hbserve.messages.rank import Standby
 from hbserve.platform import Partition, mps, set_priority
 from hbserve.process import child
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _NICENESS = 5
 
 
-def sleep(how: Sleep) -> dict[str, Any]:
+def sleep(how: Standby) -> dict[str, Any]:
     """Import everything and wait for the second line; returns it.
 
     Returns:
@@ -50,7 +50,7 @@ def sleep(how: Sleep) -> dict[str, Any]:
     return wake_up
 
 
-def _import_everything(how: Sleep) -> None:
+def _import_everything(how: Standby) -> None:
     """Seconds of work that do not depend on what the process will be.
 
     In a thread of its own: on Linux niceness is a thread's, and it cannot be taken back.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import random
 
-from hbserve.policy.dispatch_timer import PlanTiming
-from hbserve.policy.step_forecast import StepWork
+from hbserve.policy.dispatch_timer import DispatchTimer
+from hbserve.policy.step_time_predictor import StepWork
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.scheduler import CpuScheduler
 
 LONGEST_WAIT_S = 4e-3  # steps of the tests' models take about as long
 
 
-class _AnyTiming(PlanTiming):
+class _AnyTiming(DispatchTimer):
     def __init__(self) -> None:
         super().__init__()
         self._random = random.Random(7)
@@ -36,6 +36,6 @@ class Dawdler(CpuScheduler):
 
     def _fill_pipelines(self, instance: InstanceHandle) -> float:
         for worker in instance.workers.values():
-            if type(worker.timing) is PlanTiming and not worker.inflight:
+            if type(worker.timing) is DispatchTimer and not worker.inflight:
                 worker.timing = _AnyTiming()
         return super()._fill_pipelines(instance)

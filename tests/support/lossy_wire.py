@@ -13,7 +13,7 @@ import time
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
-_MOST_BYTES = 1 << 16
+_MAX_BYTES = 1 << 16
 
 
 class LossyWire:
@@ -46,7 +46,7 @@ class LossyWire:
             if self._wake in readable:
                 return
             for end in readable:
-                frame = os.read(end, _MOST_BYTES)
+                frame = os.read(end, _MAX_BYTES)
                 if self._random.random() < self._loss:
                     self.num_dropped += 1
                     continue

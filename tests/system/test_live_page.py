@@ -99,7 +99,7 @@ async def files_and_data(system: System) -> None:
         data = (await http.get("/live", headers={"Authorization": f"Bearer {KEY}"})).json()
         [request] = data["stats"]["recent"]["requests"]
         assert request["success"] is True
-        times = [request[name] for name in ("arrived", "seated", "prefilled", "decode_began", "ended")]
+        times = [request[name] for name in ("arrived", "admitted", "prefilled", "decode_began", "ended")]
         assert times == sorted(times, reverse=True)
         assert len(request["chunks"]) >= 1
         assert [event["kind"] for event in data["stats"]["recent"]["events"]] == ["ready"] * 3

@@ -245,12 +245,12 @@ def test_a_schedule_counted_by_hand() -> None:
 
     metrics.arrived(a)
     clock.now = 1.0
-    metrics.seated(a)
+    metrics.admitted(a)
     step(3.0, [a], [], 1.5)
     step(3.5, [], [a], 0.25)
     clock.now = 3.75
     metrics.arrived(b)
-    metrics.seated(b)
+    metrics.admitted(b)
     step(5.5, [b], [a], 1.75)
     metrics.ended(a, "completed")
     step(6.0, [], [b], 0.5)

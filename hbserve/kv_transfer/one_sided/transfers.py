@@ -14,7 +14,7 @@ from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import WHOLE, Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager
 from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer, coalesce
-from hbserve.kv_transfer.send_queue import Letter, Outbox
+from hbserve.kv_transfer.send_queue import SendItem, SendQueue
 from hbserve.messages.transfer import LayerGroup, Peer, ReceiveBlocks, SendBlocks, TransferReply
 
 _STAGING_BYTES = 64 << 20
@@ -34,7 +34,7 @@ class DirectTransfers(KVTransferManager):
     ) -> None:
         super().__init__(backend.context, backend.kv_blocks, report, shard)
         self._backend = backend
-        self._outboxes: dict[tuple[int, int, int], Outbox] = {}
+        self._outboxes: dict[tuple[int, int, int], SendQueue] = {}
 
     @property
     def endpoint(self) -> str:
@@ -52,7 +52,7 @@ class DirectTransfers(KVTransferManager):
         await self._backend.stop()
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        letter = Letter(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
+        letter = SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
         return await self._outbox(target, route).put(letter)
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
@@ -74,7 +74,7 @@ class DirectTransfers(KVTransferManager):
         else:
             self._backend.leave(target)
 
-    def _outbox(self, target: Peer, route: Route) -> Outbox:
+    def _outbox(self, target: Peer, route: Route) -> SendQueue:
         link = (target.rank, target.epoch, target.link_epoch)
         if link not in self._outboxes:
             for other in [key for key in self._outboxes if key[0] == target.rank and key < link]:
@@ -82,7 +82,7 @@ class DirectTransfers(KVTransferManager):
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             write = _Writer(self._backend, self._parts, self._beside_the_steps, target, route)
             begin, end = (functools.partial(what, target) for what in (self._backend.enter, self._backend.leave))
-            self._outboxes[link] = Outbox(write, batch_blocks, self._backend.writes_end, begin, end)
+            self._outboxes[link] = SendQueue(write, batch_blocks, self._backend.writes_end, begin, end)
         return self._outboxes[link]
 
 
@@ -108,7 +108,7 @@ class _Writer:
         self._staged_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
         self._staging: torch.Tensor | None = None
 
-    def __call__(self, letters: list[Letter]) -> None:
+    def __call__(self, letters: list[SendItem]) -> None:
         for layers, some in itertools.groupby(letters, lambda letter: letter.layers):
             blocks = [pair for letter in some for pair in zip(letter.source_ids, letter.target_ids, strict=True)]
             if self._route.source_part == WHOLE:

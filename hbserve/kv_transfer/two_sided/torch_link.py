@@ -27,7 +27,7 @@ from hbserve.errors import KVTransferError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import Part
-from hbserve.kv_transfer.send_queue import MAX_LETTERS, Letter
+from hbserve.kv_transfer.send_queue import MAX_LETTERS, SendItem
 from hbserve.messages.transfer import LayerGroup
 
 T = TypeVar("T")
@@ -216,7 +216,7 @@ class SendingLink(_Link):
     _rank = _SENDER
     _before_the_steps = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
 
-    def send(self, letters: list[Letter]) -> None:
+    def send(self, letters: list[SendItem]) -> None:
         """Send a batch; return when all of it is out.
 
         Raises:

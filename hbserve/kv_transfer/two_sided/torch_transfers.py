@@ -22,7 +22,7 @@ from hbserve.errors import KVTransferError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.head_split import Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager
-from hbserve.kv_transfer.send_queue import Letter, Outbox
+from hbserve.kv_transfer.send_queue import SendItem, SendQueue
 from hbserve.kv_transfer.two_sided.buffers import KVLookupBuffer
 from hbserve.kv_transfer.two_sided.torch_link import Header, ReceivingLink, SendingLink, Wanted, digest_of
 from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
@@ -47,7 +47,7 @@ class TorchTransfers(KVTransferManager):
         shard: Shard = Shard(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__(context, kv_blocks, report, shard)
-        self._outgoing: dict[tuple[int, int, int], tuple[SendingLink, Outbox]] = {}
+        self._outgoing: dict[tuple[int, int, int], tuple[SendingLink, SendQueue]] = {}
         self._incoming: dict[tuple[int, int, int], ReceivingLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._pumps: dict[ReceivingLink, asyncio.Task[None]] = {}
@@ -110,7 +110,7 @@ class TorchTransfers(KVTransferManager):
         link, outbox = self._way_to(target, route)
         try:
             return await outbox.put(
-                Letter(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
+                SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
             )
         except BaseException:
             # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
@@ -118,13 +118,13 @@ class TorchTransfers(KVTransferManager):
             self._give_up(link, outbox)
             raise
 
-    def _give_up(self, link: SendingLink, outbox: Outbox) -> None:
+    def _give_up(self, link: SendingLink, outbox: SendQueue) -> None:
         outbox.abandon()
         closing = asyncio.create_task(asyncio.to_thread(link.close))  # aborting takes NCCL a while
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    def _way_to(self, target: Peer, route: Route) -> tuple[SendingLink, Outbox]:
+    def _way_to(self, target: Peer, route: Route) -> tuple[SendingLink, SendQueue]:
         key = _key(target)
         if key not in self._outgoing:
             for other in [each for each in self._outgoing if each[0] == target.rank and each < key]:
@@ -135,7 +135,7 @@ class TorchTransfers(KVTransferManager):
             link = SendingLink(name, self._context, self._uses_nccl(target), connect, self._parts, route.source_part)
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             # A send to a peer that has stopped lasts until the time limit; it only reads.
-            self._outgoing[key] = link, Outbox(link.send, batch_blocks, False, begin=link.meet)
+            self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, begin=link.meet)
         return self._outgoing[key]
 
     def _enter(self, target: Peer, route: Route) -> None:

@@ -285,8 +285,8 @@ let opened = null;
 function phasesOf(request) {
   const end = request.ended ?? 0;
   const points = [
-    ["queued", request.arrived, request.seated ?? end],
-    ["prefill", request.seated, request.prefilled ?? end],
+    ["queued", request.arrived, request.admitted ?? end],
+    ["prefill", request.admitted, request.prefilled ?? end],
     ["transfer", request.prefilled, request.decode_began ?? end],
     ["decode", request.decode_began, end],
   ];

@@ -260,7 +260,7 @@ class PacedTarget:
     def __init__(self, pace_s: float, refuses: bool = False, capacity: int | None = None) -> None:
         self.pace_s, self.refuses, self.capacity = pace_s, refuses, capacity
         self.came: list[tuple[float, int, int, dict[str, float]]] = []
-        self.num_open = self.most_open = 0
+        self.num_open = self.max_open = 0
         self.splits = iter([(70.0, 30.0, False), (60.0, 40.0, True)])
 
     async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
@@ -268,7 +268,7 @@ class PacedTarget:
         if self.refuses and len(self.came) % 5 == 0:
             raise TargetError("HTTP 503")
         self.num_open += 1
-        self.most_open = max(self.most_open, self.num_open)
+        self.max_open = max(self.max_open, self.num_open)
         try:
             for _ in range(output_len):
                 overloaded = self.capacity is not None and self.num_open > self.capacity
@@ -300,7 +300,7 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
     workload = source(num_requests=40).workload(200.0, 5)
     targets = Targets(ttft_ms=1000.0, tpot_ms=500.0)
     result = await run_load(target, workload, targets, True)
-    assert target.most_open > 20  # a closed loop would have waited for answers
+    assert target.max_open > 20  # a closed loop would have waited for answers
     assert target.num_open == 0
     assert not result.cut_short
     asked = [

@@ -9,8 +9,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from hbserve.config import InstanceRole
 from hbserve.errors import StaleBlockError
+from hbserve.kv_cache.block_pool import BlockHandle, BlockPool
 from hbserve.kv_cache.prefix_hash import extend_block_hashes
-from hbserve.kv_cache.storage_manager import BlockHandle, UnifiedStorageManager
 
 BLOCK_SIZE = 4
 TOTAL = 12
@@ -29,7 +29,7 @@ class StorageMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = UnifiedStorageManager(TOTAL, BLOCK_SIZE)
+        self.manager = BlockPool(TOTAL, BLOCK_SIZE)
         self.tables: dict[str, list[int]] = {}
         self.contents: dict[str, list[bytes]] = {}
         self.pins: dict[str, int] = {}
@@ -114,8 +114,8 @@ class StorageMachine(RuleBasedStateMachine):
 
     @rule(name=consumes(requests))
     def abort(self, name: str) -> None:
-        self.manager.deallocate_blocks(name)
-        self.manager.deallocate_blocks(name)  # ending twice is harmless
+        self.manager.free(name)
+        self.manager.free(name)  # ending twice is harmless
         if name in self.tables:
             self.released.add(name)
             self.forget_if_over(name)
@@ -163,10 +163,10 @@ TestStorageMachine = StorageMachine.TestCase
 
 
 def test_pinned_blocks_are_not_reused() -> None:
-    manager = UnifiedStorageManager(2, BLOCK_SIZE)
+    manager = BlockPool(2, BLOCK_SIZE)
     manager.allocate_blocks("a", 2)
     manager.pin("a")
-    manager.deallocate_blocks("a")
+    manager.free("a")
     assert manager.num_free_blocks == 0
     assert manager.num_pending_blocks == 2
     assert manager.allocate_blocks("b", 1) is None
@@ -175,7 +175,7 @@ def test_pinned_blocks_are_not_reused() -> None:
 
 
 def test_prefill_leaves_the_decode_headroom() -> None:
-    manager = UnifiedStorageManager(4, BLOCK_SIZE)
+    manager = BlockPool(4, BLOCK_SIZE)
     manager.decode_headroom_blocks = 2
     assert manager.allocate_blocks("prompt", 3, InstanceRole.PREFILL) is None
     assert manager.allocate_blocks("prompt", 2, InstanceRole.PREFILL) is not None
@@ -183,13 +183,13 @@ def test_prefill_leaves_the_decode_headroom() -> None:
 
 
 def test_least_recently_used_prefix_is_evicted_first_and_tail_before_root() -> None:
-    manager = UnifiedStorageManager(4, BLOCK_SIZE)
+    manager = BlockPool(4, BLOCK_SIZE)
     old, new = hashes_of([1] * 8), hashes_of([2] * 8)
     for name, hashes in (("old", old), ("new", new)):
         manager.allocate_blocks(name, 2)
         for index, block_hash in enumerate(hashes):
             manager.seal_block(name, index, block_hash)
-        manager.deallocate_blocks(name)
+        manager.free(name)
     manager.allocate_blocks("x", 1)
     assert manager.count_cached_prefix(old) == 1
     assert manager.count_cached_prefix(new) == 2
@@ -201,8 +201,8 @@ def test_a_block_hash_covers_the_whole_prefix() -> None:
 
 
 def test_prefix_caching_can_be_off() -> None:
-    manager = UnifiedStorageManager(4, BLOCK_SIZE, enable_prefix_caching=False)
+    manager = BlockPool(4, BLOCK_SIZE, enable_prefix_caching=False)
     manager.allocate_blocks("a", 1)
     manager.seal_block("a", 0, hashes_of([1] * 4)[0])
-    manager.deallocate_blocks("a")
+    manager.free("a")
     assert manager.count_cached_prefix(hashes_of([1] * 4)) == 0

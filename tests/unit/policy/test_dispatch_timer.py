@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from hbserve.policy.dispatch_timer import PlanTiming
-from hbserve.policy.step_forecast import StepForecast, StepWork
+from hbserve.policy.dispatch_timer import DispatchTimer
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
 WAY_S = 2e-3  # of a plan, until the device could begin
 Step = tuple[StepWork, float]
@@ -24,7 +24,7 @@ def seconds(work: StepWork) -> float:
     return read_s + 2.4e-5 * work.prompt_tokens + 4e-10 * work.prompt_keys
 
 
-def drive(timing: PlanTiming, steps: list[Step]) -> tuple[list[float], list[float]]:
+def drive(timing: DispatchTimer, steps: list[Step]) -> tuple[list[float], list[float]]:
     """Run steps on a made-up device; returns how long each waited for it, and how long it waited for each."""
     waits, idle = [0.0], [0.0]
     timing.planned(steps[0][0], 0.0)
@@ -47,18 +47,18 @@ def drive(timing: PlanTiming, steps: list[Step]) -> tuple[list[float], list[floa
 
 
 def test_long_steps_are_planned_shortly_before_they_are_needed() -> None:
-    timing = PlanTiming()
+    timing = DispatchTimer()
     waits, idle = drive(timing, [(decode(64), 20e-3)] * 200)
     assert min(waits[1:16]) == pytest.approx(18e-3)  # nothing is known: planned when the one before begins
     assert max(waits[60:]) <= 2e-3
     assert sum(idle[60:]) == 0.0
-    waits, idle = drive(PlanTiming(predecessor=timing), [(decode(64), 15e-3)] * 20)
+    waits, idle = drive(DispatchTimer(predecessor=timing), [(decode(64), 15e-3)] * 20)
     assert max(waits[8:]) <= 2e-3  # as soon as it is known how long its own steps take
     assert sum(idle[1:]) == 0.0
 
 
 def test_short_steps_are_planned_at_once() -> None:
-    timing = PlanTiming()
+    timing = DispatchTimer()
     waits, _ = drive(timing, [(decode(64), 3.9e-3)] * 200)
     assert min(waits[1:]) == pytest.approx(1.9e-3)
 
@@ -70,7 +70,7 @@ def test_steps_of_any_size_in_any_order_seldom_come_late() -> None:
         tokens = draw.choice((0, 0, draw.randrange(1, 2048), 2048))
         work = StepWork(draw.randrange(16, 192), draw.randrange(16, 192) * 1000, tokens, tokens * draw.randrange(4000))
         steps.append((work, seconds(work) * draw.gauss(1.0, 0.02)))
-    waits, idle = drive(PlanTiming(), steps)
+    waits, idle = drive(DispatchTimer(), steps)
     busy_s = sum(took for _, took in steps)
     assert sum(idle[100:]) < 0.01 * busy_s
     assert sum(waits[100:]) < 0.4 * busy_s  # planned when the one before begins they wait for nearly all of it
@@ -79,14 +79,14 @@ def test_steps_of_any_size_in_any_order_seldom_come_late() -> None:
 def test_steps_that_end_sooner_than_ever_widen_the_lead() -> None:
     """As where the other phase has the device for itself, or not: prompts are computed in two thirds of the time."""
     steps = [(StepWork(0, 0, 2048, 2048 * 1024), 60e-3 if index // 5 % 2 else 40e-3) for index in range(1000)]
-    _, idle = drive(PlanTiming(), steps)
+    _, idle = drive(DispatchTimer(), steps)
     late = sum(each > 0 for each in idle[100:])
     assert late < 0.06 * len(steps)
     assert max(idle) == pytest.approx(WAY_S)  # the end of a step brings the next plan about
 
 
 def test_nothing_is_held_back_that_cannot_be_predicted() -> None:
-    timing = PlanTiming()
+    timing = DispatchTimer()
     drive(timing, [(decode(64), 20e-3)] * 100)
     now = 100.0
     timing.planned(None, now)
@@ -94,11 +94,11 @@ def test_nothing_is_held_back_that_cannot_be_predicted() -> None:
     timing.confirmed(now + 1.0, 1.0, 0.0)
     timing.planned(decode(64), now + 1.0)
     assert timing.wait_s(now + 1.0) > 10e-3
-    assert not PlanTiming().wait_s(now)
+    assert not DispatchTimer().wait_s(now)
 
 
 def test_what_has_not_been_seen_is_taken_to_be_short() -> None:
-    forecast = StepForecast()
+    forecast = StepTimePredictor()
     assert forecast.seconds(decode(64)) == 0.0
     for _ in range(50):
         forecast.observe(decode(64), 10e-3)

@@ -16,7 +16,7 @@ from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole, SchedulerConfig, from_dict
 from hbserve.errors import OverloadedError
 from hbserve.messages.client import AddRequest
-from hbserve.policy.prefill_rate import PrefillPace
+from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import DOUBT, QueuePolicy, make_policy
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.waiting_queue import WaitingQueue
@@ -47,11 +47,11 @@ def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> Q
 
 
 def served(
-    policy: QueuePolicy, sequences: list[Sequence], now: float, seated: Items[tuple[Sequence, int]] = ()
+    policy: QueuePolicy, sequences: list[Sequence], now: float, admitted: Items[tuple[Sequence, int]] = ()
 ) -> list[int]:
-    """The order, as indices, with others that have a seat and so many tokens computed."""
+    """The order, as indices, with others that have an allocation and so many tokens computed."""
     queue = sorted(sequences, key=lambda sequence: sequence.rank)
-    return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: (seated, 1))]
+    return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: (admitted, 1))]
 
 
 def test_fcfs_is_by_arrival_whatever_else() -> None:
@@ -81,7 +81,7 @@ def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     assert served(slo, requests, 4.0) == [4, 2, 1, 0, 3]
     soon = waiting(slo, 3.0, 100, 3500.0)  # 1 s, due at 6.5
     assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 3, 1]  # of those in time, the longest gives way
-    for computed, gives_way in ((0, True), (150, False)):  # with a seat as well, if most of it is still to come
+    for computed, gives_way in ((0, True), (150, False)):  # with an allocation as well, if most of it is still to come
         assert served(slo, [default], 4.0, [(long, computed), (soon, 0), (resumed, 0)]) == [0]
         assert slo.key(long, computed, 4.0)[0] is gives_way
         assert not slo.key(soon, 0, 4.0)[0]
@@ -109,7 +109,7 @@ def test_no_order_keeps_more_deadlines() -> None:
 
 
 def test_the_pace_of_prefill_is_learnt() -> None:
-    pace = PrefillPace()
+    pace = PrefillRate()
     assert pace.seconds(1000, 512) == 0
     for _ in range(5):
         pace.observe(100, 0.05)
@@ -145,7 +145,7 @@ async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
             ended.append(name)
 
         async with aclosing(llm.stream([7], SamplingParams(max_tokens=None, ignore_eos=True))) as endless:
-            await anext(endless)  # it has the only seat
+            await anext(endless)  # it has the only allocation
             asks = []
             for number, (name, length, target_s) in enumerate(
                 [("300 s", 9, 300), ("hopeless", 9, 0.001), ("200 s", 9, 200), ("100 s", 90, 100)], start=1
@@ -166,7 +166,7 @@ def test_how_fast_seats_come_free_counts_from_when_somebody_waits() -> None:
 
     def predicted(now: float) -> float:
         one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
-        return queue.predicted_ttft_s(another, [one], [worker], seats_are_full=True, now=now)
+        return queue.predicted_ttft_s(another, [one], [worker], slots_are_full=True, now=now)
 
     for begin in (0.0, 1000.0):  # the time between is nobody's wait
         queue.begins(begin)

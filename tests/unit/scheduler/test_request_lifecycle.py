@@ -19,10 +19,10 @@ from hbserve.messages.worker import Hello, InstanceCommand, PlanRow, StepOf, Ste
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
-from hbserve.scheduler.request_lifecycle import RequestBook
+from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Phase, Sequence
 from hbserve.scheduler.step_planner import StepPlanner
-from hbserve.scheduler.transfer_tracker import TransferLedger
+from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from tests.support.paths import ROOT
 
@@ -38,10 +38,10 @@ class Books:
         [instance_config] = config.gpu_instances
         self.instance = InstanceHandle(instance_config, config.performance, context, "inproc://nobody")
         [self.worker] = self.instance.workers.values()
-        transfers = TransferLedger(False)
+        transfers = TransferTracker(False)
         metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, None)
         self.said: list[RequestOutput] = []
-        self.book = RequestBook(
+        self.book = RequestLifecycle(
             config,
             {self.instance.id: self.instance},
             transfers,
@@ -141,7 +141,7 @@ async def test_a_request_at_which_the_memory_is_lost_again_and_again_fails(books
         assert books.book.admit(poisonous)
         books.steps(1)  # its prefill goes well, and decoding does not
         assert books.plan()
-        assert books.book.admit(waiting)  # it has a seat, and nothing in flight
+        assert books.book.admit(waiting)  # it has an allocation, and nothing in flight
         books.lose_memory()
     assert poisonous.phase is Phase.FINISHED
     assert waiting.phase is Phase.WAITING
@@ -179,7 +179,7 @@ async def test_a_worker_that_comes_is_told_of_running_sequences_before_its_first
         late.rpc.close()
     introduction, first = late.plans
     blocks = {state.slot: list(state.block_ids) for state in introduction.new_sequences}
-    slots = {sequence: seat.slot for sequence, seat in books.instance.seats.items()}
+    slots = {sequence: allocation.slot for sequence, allocation in books.instance.allocations.items()}
     assert introduction.rows == []
     assert set(blocks) == {slots[sequence] for sequence in running}
     assert [state.slot for state in first.new_sequences] == [slots[waiting]]
@@ -187,7 +187,7 @@ async def test_a_worker_that_comes_is_told_of_running_sequences_before_its_first
         assert row.token_ids == [7]
         blocks[row.slot] = blocks.get(row.slot, []) + row.new_block_ids
     for sequence in running:
-        assert blocks[slots[sequence]] == list(books.instance.seats[sequence].block_ids)
+        assert blocks[slots[sequence]] == list(books.instance.allocations[sequence].block_ids)
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ async def test_a_worker_has_its_plan_before_the_step_of_another_is_done(
         order.append(worker.id)
         books.book.step_done(worker, worker.results.popleft())
     assert order == ["first", "second", "second", "first"]
-    assert [len(sequence.tokens) for sequence in books.instance.seats] == [20 + 3 + 4] * 2
+    assert [len(sequence.tokens) for sequence in books.instance.allocations] == [20 + 3 + 4] * 2
 
 
 async def test_a_retiring_worker_stays_until_who_comes_in_its_place_is_there(
@@ -264,9 +264,13 @@ async def test_what_goes_on_from_a_lost_step_counts_for_nothing(pair: tuple[Book
     assert [(row.start, row.token_ids) for row in again.rows] == [(row.start, [7]) for row in first.plans[0].rows]
     for _ in range(2):
         books.confirm(second)
-    assert [len(sequence.tokens) for sequence in books.instance.seats] == [20 + 3 + 1] * 2
-    for sequence, seat in books.instance.seats.items():
-        assert (seat.num_inflight, seat.num_planned, sequence.num_setbacks) == (0, len(sequence.tokens) - 1, 0)
+    assert [len(sequence.tokens) for sequence in books.instance.allocations] == [20 + 3 + 1] * 2
+    for sequence, allocation in books.instance.allocations.items():
+        assert (allocation.num_inflight, allocation.num_planned, sequence.num_setbacks) == (
+            0,
+            len(sequence.tokens) - 1,
+            0,
+        )
 
 
 async def test_a_lost_step_leaves_what_comes_before_it(pair: tuple[Books, NotedWorker, NotedWorker]) -> None:
@@ -278,7 +282,7 @@ async def test_a_lost_step_leaves_what_comes_before_it(pair: tuple[Books, NotedW
     assert books.decode(first)
     assert [row.start for row in first.plans[1].rows] == [row.start + 1 for row in first.plans[0].rows]
     books.confirm(first)
-    assert [len(sequence.tokens) for sequence in books.instance.seats] == [20 + 3 + 2] * 2
+    assert [len(sequence.tokens) for sequence in books.instance.allocations] == [20 + 3 + 2] * 2
 
 
 def test_who_waits_on_the_board_goes_on_when_the_step_is_done_or_lost() -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hbserve.errors import ConfigError
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
-from hbserve.policy.decode_throttle import DecodeTurns
-from hbserve.policy.mixed_step_budget import MixedSteps, StepRoom, spare_s
-from hbserve.policy.step_forecast import StepForecast, StepWork
+from hbserve.policy.decode_throttle import DecodeThrottle
+from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, spare_s
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController, SimulatedRotation
@@ -312,7 +312,7 @@ def test_the_prediction_of_mixing_is_near_the_simulators(
 @given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 30000)), min_size=50, max_size=120), st.integers(1, 60))
 def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], batch: int) -> None:
     """Whatever comes, decode steps begin on average within the interval, but for what the account forgives."""
-    interval_s, now, decoded, forecast, pace = 0.04, 0.0, 0, StepForecast(), MixedSteps()
+    interval_s, now, decoded, forecast, pace = 0.04, 0.0, 0, StepTimePredictor(), MixedStepBudget()
 
     def seconds(work: StepWork) -> float:
         return 0.002 + 5e-5 * work.decode_rows + 2e-5 * work.prompt_tokens + 1e-9 * work.prompt_keys
@@ -329,7 +329,7 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
         assert rows or waiting
         tokens = min(waiting, 2048)
         if rows:
-            room = StepRoom(forecast, decode, limit_s)
+            room = StepTimeBudget(forecast, decode, limit_s)
             tokens = room.take(tokens, start) if tokens else 0
             assert min(waiting, 128) <= tokens <= min(waiting, 2048)
             assert room.is_full is (tokens < min(waiting, 2048))
@@ -340,7 +340,7 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
 
 
 def test_what_a_batch_is_ahead_no_newcomer_pays_for() -> None:
-    interval_s, full_step_s, pace = 0.04, 0.09, MixedSteps()
+    interval_s, full_step_s, pace = 0.04, 0.09, MixedStepBudget()
     for _ in range(20):  # decode alone, faster than it needs to be
         pace.limit_s(0.0, interval_s, math.inf, full_step_s, False)
         pace.decoded(0.0, True)
@@ -403,7 +403,7 @@ def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
 
 
 def test_decode_gets_its_steps_in_runs_and_no_more() -> None:
-    turns = DecodeTurns(0.03)
+    turns = DecodeThrottle(0.03)
     turns.rest(10.0)
     now, opened, steps = 10.0, [], 0
     for _ in range(400):  # prefill steps of 50 ms; decode steps of 10 ms in those that are beside it

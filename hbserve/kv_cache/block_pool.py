@@ -48,7 +48,7 @@ class _Holding:
     released: bool = False
 
 
-class UnifiedStorageManager:
+class BlockPool:
     """Allocates, shares and frees the blocks of one KV pool; moves no bytes.
 
     Args:
@@ -142,7 +142,7 @@ class UnifiedStorageManager:
         self._references[block] = 1
         return block
 
-    def deallocate_blocks(self, request_id: str) -> None:
+    def free(self, request_id: str) -> None:
         """Release all that a request holds; blocks return when its last pin is gone.
 
         Unknown requests are ignored, so that every way to end a request may call this.
@@ -154,9 +154,9 @@ class UnifiedStorageManager:
         if holding.pins:
             self.num_pending_blocks += len(holding.block_ids)
         else:
-            self._return_blocks(request_id, holding)
+            self._free_now(request_id, holding)
 
-    def _return_blocks(self, request_id: str, holding: _Holding) -> None:
+    def _free_now(self, request_id: str, holding: _Holding) -> None:
         del self._holdings[request_id]
         # The tail first: eviction takes the oldest, and a prefix is of more use than what follows it.
         for block in reversed(holding.block_ids):
@@ -182,7 +182,7 @@ class UnifiedStorageManager:
         holding.pins -= 1
         if holding.released and not holding.pins:
             self.num_pending_blocks -= len(holding.block_ids)
-            self._return_blocks(request_id, holding)
+            self._free_now(request_id, holding)
 
     # --- prefix cache ----------------------------------------------------------------------------
 

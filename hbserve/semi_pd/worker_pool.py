@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
-from hbserve.messages.rank import Sleep
+from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import WorkerSpec
 from hbserve.process.threaded_parent import ManagedProcess
 from hbserve.semi_pd.utils import partition_of
@@ -81,7 +81,7 @@ class Worker:
         }
 
 
-class WorkerSet:
+class WorkerPool:
     """Makes workers of sleepers and keeps the list of them. Not thread-safe: its owner has the lock.
 
     Args:
@@ -124,7 +124,7 @@ class WorkerSet:
             self._sleepers.append(self._new_process(are_awaited))
 
     def _new_process(self, is_awaited: bool) -> ManagedProcess:
-        how = Sleep(model=None, on_gpu=self._on_gpu, yields=not is_awaited)
+        how = Standby(model=None, on_gpu=self._on_gpu, yields=not is_awaited)
         orders = {
             "config": msgspec.to_builtins(self._config),
             "name": f"{self._instance.instance_id}-sleeper",

@@ -39,7 +39,7 @@ class StepWork:
         )
 
 
-class StepForecast:
+class StepTimePredictor:
     """Predicts a step's time from its work: normalised least mean squares, coefficients that are never negative.
 
     (B. Widrow and M. E. Hoff, Adaptive switching circuits, 1960.) Work of a kind that has not been seen is taken to

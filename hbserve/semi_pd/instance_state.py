@@ -21,7 +21,7 @@ from hbserve.process.threaded_parent import ManagedProcess
 from hbserve.semi_pd.resident_process_manager import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.utils import PHASES, ROLES, share_of
-from hbserve.semi_pd.worker_set import Worker, WorkerSet, WorkerState
+from hbserve.semi_pd.worker_pool import Worker, WorkerPool, WorkerState
 from hbserve.slo.sm_allocation import SMAllocation
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class State(StrEnum):
     STOPPING = "stopping"
 
 
-class Workforce:
+class InstanceState:
     """The books; methods take the lock themselves unless they say otherwise.
 
     Args:
@@ -68,7 +68,7 @@ class Workforce:
         self.changed = threading.Condition(threading.RLock())
         self.state = State.STOPPED
         self.is_told_to_stop = False
-        self.workers: WorkerSet | None = None
+        self.workers: WorkerPool | None = None
         self.link: SchedulerLink | None = None
         self.memory_lost: str | None = None
         self.last_error: str | None = None
@@ -79,7 +79,7 @@ class Workforce:
 
     def hire(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
         """Begin to have workers: start the sleepers that the first of them are made of."""
-        workers = WorkerSet(
+        workers = WorkerPool(
             self._config, self.instance, run_dir, environment, on_gpu, self._note_ready, self._note_exit
         )
         with self.changed:
