@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["hbserve", "hbserve.*"]),
-    package_data={"hbserve": ["py.typed", "server/page/*", "server/page/vendor/*"]},
+    package_data={"hbserve": ["py.typed", "server/page/*", "server/page/vendor/*", "slo/*.json"]},
     install_requires=[
         "fastapi",
         "httptools",

@@ -40,8 +40,7 @@ from hbserve.model_spec import ModelSpec
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import Outcome, Setting, System, find_highest_rate, simulate
-from hbserve.slo.builtin_profile import H200_8B
-from hbserve.slo.step_profile import StepProfile
+from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
 _FACTOR = 1.15  # between the rates of a search that begins near its end
@@ -129,7 +128,7 @@ class Comparison:
         self._options = arguments
         self._folder = find_model(arguments.model)
         self._engine = engine_arguments(arguments, self._folder)
-        self._profile = H200_8B if arguments.profile is None else StepProfile.load(arguments.profile)
+        self._profile = StepProfile.load(arguments.profile or BUILTIN_PROFILE)
         vocab_size = ModelSpec.load(self._folder).vocab_size
         self._loads = [
             _Load(

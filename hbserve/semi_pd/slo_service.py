@@ -11,11 +11,10 @@ from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
-from hbserve.slo.builtin_profile import H200_8B
 from hbserve.slo.constraints import SLOConstraints, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.sm_allocation import SMAllocation
-from hbserve.slo.step_profile import StepProfile
+from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]
     if not bounds.min_window_s <= slo.window_s <= _MAX_WINDOW_S:
         what = f"must be in {bounds.min_window_s:g}..{_MAX_WINDOW_S:g}, got {slo.window_s:g}"
         raise ConfigError(f"semi_pd.slo.window_s: {what}", "semi_pd.slo.window_s")
-    return constraints, bounds, H200_8B if slo.profile is None else StepProfile.load(slo.profile)
+    return constraints, bounds, StepProfile.load(slo.profile or BUILTIN_PROFILE)
 
 
 def _fields(slo: SLOConfig, kind: Any) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from hbserve.errors import ConfigError
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import ANY_RATIO, FORMS, Outcome, Setting, System, find_highest_rate, plan, simulate
-from hbserve.slo.builtin_profile import H200_8B
-from hbserve.slo.step_profile import StepProfile
+from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
 DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
-    profile = H200_8B if arguments.profile is None else StepProfile.load(arguments.profile)
+    profile = StepProfile.load(arguments.profile or BUILTIN_PROFILE)
     steps = StepTimes(profile, priority=not arguments.no_priority)
     sizes = Sizes(
         chunk_size=arguments.chunk_size,

@@ -1,6 +1,6 @@
-"""How long steps take: measured points of one model on one device, as a file.
+"""Measured step times of one model on one device, and the only reader and writer of their JSON file.
 
-`python -m hbserve.profile` writes such a file; `StepTimes` interpolates between its points.
+`python -m hbserve.profile` makes such a file; `hbserve.slo.step_times.StepTimes` interpolates between its points.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import msgspec
 from hbserve.errors import ConfigError
 
 FORMAT = 1
+BUILTIN_PROFILE = Path(__file__).with_name("builtin_profile.json")
+"""Profile of an 8B shape on an H200. It stands in until there is one of the model and device at hand."""
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

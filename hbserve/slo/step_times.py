@@ -17,10 +17,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hbserve.slo.builtin_profile import H200_8B
 from hbserve.slo.least_squares import PriorLeastSquares
 from hbserve.slo.sm_allocation import SMAllocation
-from hbserve.slo.step_profile import StepProfile, TogetherPoint
+from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile, TogetherPoint
 
 _MEASUREMENT_ERROR = 0.02  # of a point, relative
 # Where the points do not tell, a large step's time is believed to be so much fixed, per token, and per key.
@@ -43,13 +42,13 @@ class StepTimes:
     """Milliseconds per step.
 
     Args:
-        profile: of a model on a device. Where it has no points side by side, the slowdowns of the
-            built-in one stand in.
+        profile: of a model on a device; default: the built-in one. Where it has no points side by side, the
+            slowdowns of the built-in one stand in.
         priority: prefill runs below decode's priority.
     """
 
-    def __init__(self, profile: StepProfile = H200_8B, priority: bool = True) -> None:
-        self.profile = profile
+    def __init__(self, profile: StepProfile | None = None, priority: bool = True) -> None:
+        self.profile = profile = profile or StepProfile.load(BUILTIN_PROFILE)
         self._prefill = _Curve(
             [(p.percentage, (_prefill_features(p.tokens, p.context), p.ms)) for p in profile.prefill], _PREFILL_SHARES
         )
@@ -83,8 +82,8 @@ class StepTimes:
 
     def _measured_pairs(self, priority: bool) -> dict[int, list[_Pair]]:
         """Splits that were measured side by side, by prompt tokens."""
-        together = self.profile.together or H200_8B.together
-        alone = self if self.profile.together or self.profile is H200_8B else StepTimes(H200_8B)
+        alone = self if self.profile.together else StepTimes()
+        together = alone.profile.together
         points: dict[tuple[int, SMAllocation], list[TogetherPoint]] = {}
         for point in [point for point in together if point.priority is priority] or together:
             split = SMAllocation(point.prefill_percentage, point.decode_percentage)

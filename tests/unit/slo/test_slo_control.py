@@ -23,16 +23,16 @@ from hbserve.simulate.control import SimulatedController, SimulatedRotation
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import SimulatedRequest, concatenated, poisson
 from hbserve.simulate.units import SemiPDUnit, serve
-from hbserve.slo.builtin_profile import H200_8B
 from hbserve.slo.latency_model import LatencyModel, Observed, Workload
 from hbserve.slo.least_squares import PriorLeastSquares
 from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.split_policy import SplitPolicy, Warm
-from hbserve.slo.step_profile import PrefillPoint, StepProfile
+from hbserve.slo.step_profile import BUILTIN_PROFILE, PrefillPoint, StepProfile
 from hbserve.slo.step_times import StepTimes
 from hbserve.slo.workload import Window, window_of
 
 STEPS = StepTimes()
+BUILTIN = StepProfile.load(BUILTIN_PROFILE)
 SLO = SLOConstraints(ttft_target_ms=800, tpot_target_ms=12, ttft_percentile=90, tpot_percentile=90)
 ALONE = SMAllocation(100, 100)
 
@@ -75,11 +75,11 @@ def test_least_squares_begins_with_its_prior_and_ends_with_what_was_seen() -> No
 
 
 def test_step_times_go_through_the_measured_points() -> None:
-    for point in H200_8B.prefill:
+    for point in BUILTIN.prefill:
         assert STEPS.prefill_ms(point.tokens, point.context, point.percentage) == pytest.approx(point.ms, rel=0.1)
-    for decode in H200_8B.decode:
+    for decode in BUILTIN.decode:
         assert STEPS.decode_ms(decode.batch, decode.context, decode.percentage) == pytest.approx(decode.ms, rel=0.05)
-    for together in H200_8B.together:
+    for together in BUILTIN.together:
         steps = StepTimes(priority=together.priority)
         split = SMAllocation(together.prefill_percentage, together.decode_percentage)
         decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage)
@@ -88,7 +88,7 @@ def test_step_times_go_through_the_measured_points() -> None:
         decode_ms *= slowdown.decode
         assert prefill_ms == pytest.approx(together.prefill_ms, rel=0.1)
         assert decode_ms == pytest.approx(together.decode_ms, rel=0.15)
-    for mixed in H200_8B.mixed:
+    for mixed in BUILTIN.mixed:
         assert STEPS.mixed_ms(mixed.chunk, mixed.batch, mixed.context) == pytest.approx(mixed.ms, rel=0.25)
 
 
@@ -100,8 +100,8 @@ def test_a_larger_share_is_hardly_ever_slower(percentage: int, batch: int, token
 
 
 def test_a_profile_is_the_same_after_a_file(tmp_path: Path) -> None:
-    H200_8B.save(tmp_path / "profile.json")
-    assert StepProfile.load(tmp_path / "profile.json") == H200_8B
+    BUILTIN.save(tmp_path / "profile.json")
+    assert StepProfile.load(tmp_path / "profile.json") == BUILTIN
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_bad_profile_is_refused(tmp_path: Path, text: str | None, what: str) -
 def test_a_profile_with_an_impossible_time_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     prefill = (PrefillPoint(percentage=100, tokens=1, ms=-1.0),)
-    StepProfile(model="m", device="d", source="s", prefill=prefill, decode=H200_8B.decode).save(path)
+    StepProfile(model="m", device="d", source="s", prefill=prefill, decode=BUILTIN.decode).save(path)
     with pytest.raises(ConfigError, match="positive"):
         StepProfile.load(path)
 
