@@ -2,39 +2,59 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable
+# Tests wait as much as they compute: two files at a time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-gpu bench lint clean
+.PHONY: help demo test test-fast test-gpu bench format lint types docs clean debian-packages
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
 
-$(VENV)/.installed: setup.py constraints.txt scripts/install_debian_packages.sh
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/install_debian_packages.sh
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	$(INSTALL) '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(INSTALL) '.[test,docs]'
 	touch $@
 
 # What tests of Mooncake need from Debian.
-.PHONY: debian-packages
 debian-packages:
 	scripts/install_debian_packages.sh
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed ## Start a system on this machine and ask it a few questions over HTTP
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.installed debian-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile # two files at a time: tests wait as much as they compute
+test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (about 7 minutes)
+	$(PYTEST)
 
-# Needs an NVIDIA GPU; takes the interpreter that has its libraries.
-test-gpu:
+test-fast: $(VENV)/.installed ## Run the quick tests only (at most 90 seconds)
+	$(PYTEST) -m 'not gpu and not slow' tests/docs tests/unit
+
+test-gpu: ## Run the tests that need an NVIDIA GPU, with the interpreter in PYTHON
 	$(PYTHON) -m pytest -m gpu
 
-# Options in ARGS, see docs/benchmarks.md; takes the interpreter that has the GPU's libraries.
-bench:
+bench: ## Measure offline throughput with the interpreter in PYTHON; options in ARGS
 	$(PYTHON) -m hbserve.bench offline $(ARGS)
 
-lint: $(VENV)/.installed
+format: $(VENV)/.installed ## Lay the code out, and mend what can be mended by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.installed ## Check style and layout of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed ## Check types (mypy, strict)
 	$(BIN)/mypy
 
-clean:
+docs: $(VENV)/.docs ## Build the documentation into build/site; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
