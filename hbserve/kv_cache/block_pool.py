@@ -1,28 +1,39 @@
-"""The one allocator of a KV pool.
+"""The allocator of a KV pool. It runs in the scheduler's process, in the thread of the event loop.
 
-Who may hold a block, and what it may become next::
+A block is in one of five states. `TRANSITIONS` lists all legal changes, which this diagram shows::
 
-      allocate            release, no pin left
-    free ─────────► owned ──────────────────► free       contents of no use
-      ▲               │ release, sealed block
-      │ evicted (LRU) ▼
-      └─────────── cached ──► owned again, by prefix match
+         allocate           seal
+    free ───────► owned ────────────► sealed ◄───────────────┐
+     ▲             │ │                  │ │                  │
+     │ free        │ │ free, pinned     │ │ free             │ allocate or share:
+     ├─────────────┘ └────► pending ◄───┘ └──────► cached ───┤ same contents
+     │ unpin, unsealed       │ │ │ unpin, sealed    ▲  │     │
+     └───────────────────────┘ │ └──────────────────┘  │     │
+                               └───────────────────────┼─────┘
+                                                       └─────► owned   allocate: evicted if no block is free
 
-"Owned" is a reference count: equal prefixes share sealed (full, immutable) blocks. A *pin* is a step
-or transfer in flight that may still touch a request's blocks; blocks of a released request stay
-owned until its last pin is gone. Every return to free or cached ends the block's *generation*, so
-that a reference kept beyond it is found out.
+- *owned*: at least one owner has the block in its block table. An owner is one attempt of a request.
+- *sealed*: owned, full, computed and immutable. Owners with equal prefixes share the block; it counts its owners.
+- *pending*: every owner has been freed, but a *pin* of one of them is left. A pin is a step or transfer in flight
+  that may still touch the owner's blocks.
+- *cached*: without an owner, and its sealed contents can be used again.
 
-Single-threaded on purpose: the CPU scheduler is the only owner, so no operation needs a lock and
-each is atomic.
+Memory is freed in `BlockPool.free`, or, if the owner has pins, in the `BlockPool.unpin` that drops the last one. Both
+call `BlockPool._free_now`. Each block that becomes free or cached there begins a new *generation*, so that an older
+`BlockHandle` is recognized as stale.
+
+Only the scheduler uses the pool and from one thread, so no operation needs a lock and each one is atomic.
 """
 
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 from hbserve.config import InstanceRole
@@ -32,8 +43,37 @@ if TYPE_CHECKING:
     import torch
 
 
+class BlockState(Enum):
+    """State of a block; the pool stores none, it follows from its lists (`BlockPool.block_states`)."""
+
+    FREE = "free"
+    OWNED = "owned"
+    SEALED = "sealed"
+    PENDING = "pending"
+    CACHED = "cached"
+
+
+TRANSITIONS = frozenset(
+    {
+        (BlockState.FREE, "allocate", BlockState.OWNED),
+        (BlockState.CACHED, "allocate", BlockState.OWNED),  # evicted, because no block is free
+        (BlockState.CACHED, "allocate", BlockState.SEALED),  # a prefix match
+        (BlockState.PENDING, "allocate", BlockState.SEALED),  # a prefix match with a sealed block
+        (BlockState.PENDING, "share", BlockState.SEALED),  # likewise
+        (BlockState.OWNED, "seal", BlockState.SEALED),
+        (BlockState.OWNED, "free", BlockState.FREE),
+        (BlockState.OWNED, "free", BlockState.PENDING),  # its owner has pins
+        (BlockState.SEALED, "free", BlockState.CACHED),  # by its last owner
+        (BlockState.SEALED, "free", BlockState.PENDING),  # the last owner, or one freed before, has pins
+        (BlockState.PENDING, "unpin", BlockState.FREE),  # the last pin; not sealed
+        (BlockState.PENDING, "unpin", BlockState.CACHED),  # the last pin; sealed
+    }
+)
+"""Every legal change of a block's state: before, operation of the pool, after."""
+
+
 class BlockHandle(NamedTuple):
-    """A reference to a block that can be told from one to its earlier or later contents."""
+    """Reference to a block's contents: its generation tells them from earlier and later ones."""
 
     block_id: int
     generation: int
@@ -41,11 +81,11 @@ class BlockHandle(NamedTuple):
 
 @dataclass(slots=True)
 class _Holding:
-    """What one request holds: its block table, and what keeps it alive."""
+    """The block table of one owner, and what keeps its blocks from being freed."""
 
     block_ids: list[int] = field(default_factory=list)
     pins: int = 0
-    released: bool = False
+    is_freed: bool = False
 
 
 class BlockPool:
@@ -55,7 +95,7 @@ class BlockPool:
         total_blocks: blocks in the pool.
         block_size: tokens per block.
         device: where the arena lies; kept for information.
-        enable_prefix_caching: keep sealed blocks for reuse after they are released.
+        enable_prefix_caching: keep sealed blocks for reuse after they are freed.
     """
 
     def __init__(
@@ -70,202 +110,240 @@ class BlockPool:
         self.device = device
         self.enable_prefix_caching = enable_prefix_caching
         self.decode_headroom_blocks = 0
-        """Blocks that only running decodes may take; kept by the scheduler."""
-        # A heap: lowest first, so that a request's blocks lie together and transfers move them in few pieces.
-        self._free = list(range(total_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # unowned but sealed, oldest first
-        self._by_hash: dict[bytes, int] = {}
-        self._hash: list[bytes | None] = [None] * total_blocks
-        self._references = [0] * total_blocks
+        """Blocks that only running decodes may take; written by the scheduler's admission."""
+        # A heap gives out the lowest blocks first: a request's blocks are neighbours, and transfers move fewer pieces.
+        self._free_blocks = list(range(total_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently freed block first
+        self._block_of_hash: dict[bytes, int] = {}
+        self._hash: list[bytes | None] = [None] * total_blocks  # of sealed contents
+        self._owners = [0] * total_blocks  # how many
         self._generation = [0] * total_blocks
         self._holdings: dict[str, _Holding] = {}
         self.num_pending_blocks = 0
-        """Blocks of released requests that pins still hold back."""
+        """Blocks in the tables of freed owners that have pins."""
 
     # --- allocation ------------------------------------------------------------------------------
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that an allocation can take, cached ones included."""
-        return len(self._free) + len(self._cached)
+        """Blocks that an allocation can take: free and cached ones."""
+        return len(self._free_blocks) + len(self._cached)
 
     @property
     def num_cached_blocks(self) -> int:
-        """Unowned blocks whose contents can be reused."""
+        """Blocks without an owner whose contents can be used again."""
         return len(self._cached)
 
     def allocate_blocks(
         self,
-        request_id: str,
+        owner: str,
         num_blocks: int,
         requester_role: InstanceRole = InstanceRole.DECODE,
         prefix_hashes: Sequence[bytes] = (),
     ) -> list[int] | None:
-        """Append ``num_blocks`` blocks to a request's table, all or none.
+        """Append ``num_blocks`` blocks to an owner's table, all or none.
 
         Args:
+            owner: new, or one that has not been freed.
             requester_role: prefill leaves ``decode_headroom_blocks`` untouched.
-            prefix_hashes: of the blocks' wished contents, for a new request; the leading ones that
-                the pool has are shared instead of taken fresh (`count_cached_prefix` says how many).
+            prefix_hashes: hashes of the wanted contents, for a new owner. The leading blocks that the pool has are
+                shared, the others are fresh (`count_cached_prefix` says how many are shared).
 
         Returns:
             The appended block ids, shared ones first, or None if the pool has too few.
         """
-        hits = [self._by_hash[h] for h in prefix_hashes[: self.count_cached_prefix(prefix_hashes[:num_blocks])]]
-        revived = sum(self._references[block] == 0 for block in hits)
+        hits = [self._block_of_hash[h] for h in prefix_hashes[: self.count_cached_prefix(prefix_hashes[:num_blocks])]]
+        revived = sum(self._owners[block] == 0 for block in hits)
         available = self.num_free_blocks - revived
         if requester_role is InstanceRole.PREFILL:
             available -= self.decode_headroom_blocks
         if num_blocks - len(hits) > available:
             return None
+        holding = self._holdings.setdefault(owner, _Holding())
+        assert not holding.is_freed, f"{owner} allocates after it was freed"
+        assert not (hits and holding.block_ids), f"{owner} has blocks already; a prefix match is for a new owner"
         for block in hits:
-            if self._references[block] == 0:
+            if self._owners[block] == 0:
                 del self._cached[block]
-            self._references[block] += 1
+            self._owners[block] += 1
         fresh = [self._take_free() for _ in range(num_blocks - len(hits))]
-        holding = self._holdings.setdefault(request_id, _Holding())
-        assert not holding.released, f"{request_id} allocates after its release"
-        assert not (hits and holding.block_ids), "a prefix match is for a new request"
         holding.block_ids += hits
         holding.block_ids += fresh
         return hits + fresh
 
     def _take_free(self) -> int:
-        if self._free:
-            block = heapq.heappop(self._free)
+        if self._free_blocks:
+            block = heapq.heappop(self._free_blocks)
         else:
             block, _ = self._cached.popitem(last=False)
-            stale = self._hash[block]
-            assert stale is not None
-            del self._by_hash[stale]
+            evicted = self._hash[block]
+            assert evicted is not None
+            del self._block_of_hash[evicted]
             self._hash[block] = None
-        self._references[block] = 1
+        self._owners[block] = 1
         return block
 
-    def free(self, request_id: str) -> None:
-        """Release all that a request holds; blocks return when its last pin is gone.
+    # --- freeing and pins ------------------------------------------------------------------------
 
-        Unknown requests are ignored, so that every way to end a request may call this.
+    def free(self, owner: str) -> None:
+        """Free all blocks of an owner: now if it has no pins, else when `unpin` drops its last pin.
+
+        An unknown or already freed owner is ignored, so every path that ends a request may call this.
         """
-        holding = self._holdings.get(request_id)
-        if holding is None or holding.released:
+        holding = self._holdings.get(owner)
+        if holding is None or holding.is_freed:
             return
-        holding.released = True
+        holding.is_freed = True
         if holding.pins:
             self.num_pending_blocks += len(holding.block_ids)
         else:
-            self._free_now(request_id, holding)
+            self._free_now(owner, holding)
 
-    def _free_now(self, request_id: str, holding: _Holding) -> None:
-        del self._holdings[request_id]
-        # The tail first: eviction takes the oldest, and a prefix is of more use than what follows it.
+    def pin(self, owner: str) -> None:
+        """Keep an owner's blocks from being freed, because a step or transfer that may touch them starts."""
+        self._holdings[owner].pins += 1
+
+    def unpin(self, owner: str) -> None:
+        """Drop one pin, because its step or transfer is confirmed over; the last one frees if `free` was called."""
+        holding = self._holdings[owner]
+        assert holding.pins > 0, f"{owner} is unpinned more often than pinned"
+        holding.pins -= 1
+        if holding.is_freed and not holding.pins:
+            self.num_pending_blocks -= len(holding.block_ids)
+            self._free_now(owner, holding)
+
+    def _free_now(self, owner: str, holding: _Holding) -> None:
+        """Take an owner's blocks from it; a block without another owner becomes free, or cached if it is sealed."""
+        del self._holdings[owner]
+        # The tail first: eviction takes the oldest, and the beginning of a prompt is of more use than its end.
         for block in reversed(holding.block_ids):
-            self._references[block] -= 1
-            if self._references[block]:
+            self._owners[block] -= 1
+            if self._owners[block]:
                 continue
             self._generation[block] += 1
             if self._hash[block] is None:
-                heapq.heappush(self._free, block)
+                heapq.heappush(self._free_blocks, block)
             else:
                 self._cached[block] = None
-
-    # --- pins ------------------------------------------------------------------------------------
-
-    def pin(self, request_id: str) -> None:
-        """A step or transfer that may touch the request's blocks is in flight."""
-        self._holdings[request_id].pins += 1
-
-    def unpin(self, request_id: str) -> None:
-        """That step or transfer is confirmed over."""
-        holding = self._holdings[request_id]
-        assert holding.pins > 0, f"{request_id} is unpinned more often than pinned"
-        holding.pins -= 1
-        if holding.released and not holding.pins:
-            self.num_pending_blocks -= len(holding.block_ids)
-            self._free_now(request_id, holding)
 
     # --- prefix cache ----------------------------------------------------------------------------
 
     def count_cached_prefix(self, prefix_hashes: Sequence[bytes]) -> int:
-        """How many leading blocks of these contents the pool has."""
+        """Count the leading blocks of these contents that the pool has."""
         if not self.enable_prefix_caching:
             return 0
         for count, block_hash in enumerate(prefix_hashes):
-            if block_hash not in self._by_hash:
+            if block_hash not in self._block_of_hash:
                 return count
         return len(prefix_hashes)
 
-    def seal_block(self, request_id: str, index: int, block_hash: bytes) -> None:
-        """The request's block at ``index`` is full and computed: from now on immutable and sharable."""
+    def seal_block(self, owner: str, index: int, block_hash: bytes) -> None:
+        """Seal an owner's block at ``index``: it is full and computed, and from now on immutable and sharable.
+
+        Does nothing if the owner has been freed and has pins, the block is sealed, or another block has these contents.
+
+        Raises:
+            KeyError: if the owner has no blocks, because it is unknown or its blocks have been freed.
+        """
         if not self.enable_prefix_caching:
             return
-        holding = self._holdings[request_id]
+        holding = self._holdings[owner]
         block = holding.block_ids[index]
-        if self._hash[block] is None and block_hash not in self._by_hash and not holding.released:
+        if self._hash[block] is None and block_hash not in self._block_of_hash and not holding.is_freed:
             self._hash[block] = block_hash
-            self._by_hash[block_hash] = block
+            self._block_of_hash[block_hash] = block
 
-    def share_blocks(self, source_request_id: str, target_request_id: str) -> list[int]:
-        """Give a new request the leading sealed blocks of another.
+    def share_blocks(self, source: str, target: str) -> list[int]:
+        """Give a new owner the leading sealed blocks of another.
 
         Returns:
             The shared block ids, in order; empty if the source has sealed none.
 
         Raises:
-            KeyError: if the source holds nothing.
+            KeyError: if the source has no blocks.
         """
         shared: list[int] = []
-        for block in self._holdings[source_request_id].block_ids:
+        for block in self._holdings[source].block_ids:
             if self._hash[block] is None:
                 break
             shared.append(block)
-        holding = self._holdings.setdefault(target_request_id, _Holding())
-        assert not holding.block_ids, f"{target_request_id} already holds blocks"
+        assert target not in self._holdings or not self._holdings[target].block_ids, f"{target} has blocks already"
         for block in shared:
-            self._references[block] += 1
-        holding.block_ids += shared
+            self._owners[block] += 1
+        self._holdings.setdefault(target, _Holding()).block_ids += shared
         return shared
 
-    # --- references ------------------------------------------------------------------------------
+    # --- block tables and handles ----------------------------------------------------------------
 
-    def get_block_ids(self, request_id: str) -> list[int]:
-        """The request's block table; the list itself, not to be changed by the caller."""
-        return self._holdings[request_id].block_ids
+    def get_block_ids(self, owner: str) -> list[int]:
+        """Return the owner's block table: the list itself, which the caller must not change."""
+        return self._holdings[owner].block_ids
 
-    def get_block_handles(self, request_id: str) -> list[BlockHandle]:
-        """References to the request's blocks that can be checked later."""
-        return [BlockHandle(block, self._generation[block]) for block in self.get_block_ids(request_id)]
+    def get_block_handles(self, owner: str) -> list[BlockHandle]:
+        """Return references to the owner's blocks that `check_handles` can check later."""
+        return [BlockHandle(block, self._generation[block]) for block in self.get_block_ids(owner)]
 
     def generations_of(self, block_ids: Sequence[int]) -> list[int]:
-        """Current generations of blocks."""
+        """Return the current generations of blocks."""
         return [self._generation[block] for block in block_ids]
 
     def check_handles(self, handles: Sequence[BlockHandle]) -> None:
-        """Refuse references to contents that are gone.
+        """Check that the contents of every handle still exist.
 
         Raises:
             StaleBlockError: naming the first stale block.
         """
         for block, generation in handles:
-            if self._generation[block] != generation or self._references[block] == 0:
+            if self._generation[block] != generation or self._owners[block] == 0:
                 raise StaleBlockError(
                     f"block {block} generation {generation} is over (it is at {self._generation[block]}, "
-                    f"{self._references[block]} owners)"
+                    f"{self._owners[block]} owners)"
                 )
 
+    # --- for tests and debugging -----------------------------------------------------------------
+
+    def block_states(self) -> list[BlockState]:
+        """Return the state of every block, by block id; takes time in proportion to the pool."""
+        live = {block for holding in self._holdings.values() if not holding.is_freed for block in holding.block_ids}
+        states = []
+        for block, (owners, contents) in enumerate(zip(self._owners, self._hash, strict=True)):
+            if owners == 0:
+                states.append(BlockState.FREE if contents is None else BlockState.CACHED)
+            elif block not in live:
+                states.append(BlockState.PENDING)
+            else:
+                states.append(BlockState.OWNED if contents is None else BlockState.SEALED)
+        return states
+
     def check_consistency(self) -> None:
-        """Assert that every block is in exactly one place and counted right. For tests and debugging."""
+        """Assert that all lists agree on the state of every block, and that the counts are right."""
         owners = [0] * self.total_blocks
         for holding in self._holdings.values():
             assert len(set(holding.block_ids)) == len(holding.block_ids), "a block stands twice in one table"
+            assert holding.pins >= 0, "an owner has a negative number of pins"
             for block in holding.block_ids:
                 owners[block] += 1
-        assert owners == self._references, "reference counts do not match the tables"
-        unowned = sorted([*self._free, *self._cached])
-        assert unowned == [block for block in range(self.total_blocks) if not owners[block]], "leaked or doubly free"
-        for block_hash, block in self._by_hash.items():
-            assert self._hash[block] == block_hash, "hash index and block disagree"
-        assert all(self._hash[block] is not None for block in self._cached), "a cached block has no hash"
-        pending = [len(h.block_ids) for h in self._holdings.values() if h.released]
-        assert sum(pending) == self.num_pending_blocks, "pending blocks are miscounted"
-        assert all(h.pins for h in self._holdings.values() if h.released), "a released holding without pins stays"
+        assert owners == self._owners, "numbers of owners do not match the tables"
+        states = list(enumerate(self.block_states()))
+        free = [block for block, state in states if state is BlockState.FREE]
+        assert sorted(self._free_blocks) == free, "a block is leaked, or free twice"
+        cached = [block for block, state in states if state is BlockState.CACHED]
+        assert sorted(self._cached) == cached, "the cached blocks are not those with a hash and no owner"
+        hashes = {contents: block for block, contents in enumerate(self._hash) if contents is not None}
+        assert hashes == self._block_of_hash, "hash index and blocks disagree"
+        freed = [holding for holding in self._holdings.values() if holding.is_freed]
+        assert sum(len(holding.block_ids) for holding in freed) == self.num_pending_blocks, "pending is miscounted"
+        assert all(holding.pins for holding in freed), "a freed owner without pins still has blocks"
+
+
+def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+    """Append to ``hashes`` the hashes of the full blocks of ``token_ids`` that it lacks.
+
+    A block's hash covers its tokens and, through the hash of the block before it, all tokens before them, because KV
+    depends on the whole prefix. A collision would serve the KV of another prompt. With 128 bits of BLAKE2b it does not
+    happen, and cannot be made to happen on purpose.
+    """
+    for index in range(len(hashes), len(token_ids) // block_size):
+        block = array("i", token_ids[index * block_size : (index + 1) * block_size])
+        parent = hashes[index - 1] if index else b""
+        hashes.append(blake2b(parent + block.tobytes(), digest_size=16).digest())

@@ -1,4 +1,4 @@
-"""Where the bytes of the KV cache lie."""
+"""Layout of the bytes of the KV cache, used in the workers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 class KVLayout:
     """Shape of a block-major KV arena: ``[block, layer, k/v, token, kv head, head dim]``.
 
-    One block holds ``block_size`` tokens of all layers in one contiguous piece, which is what a
-    transfer moves; attention kernels take the strided view of one layer.
+    One block holds ``block_size`` tokens of all layers in one contiguous piece. A transfer moves such pieces;
+    attention kernels take the strided view of one layer.
 
     Attributes:
         num_kv_heads: KV heads of this rank.
@@ -36,14 +36,14 @@ class KVLayout:
         return math.prod(self.block_shape) * self.dtype.itemsize
 
     def num_blocks_in(self, num_bytes: int) -> int:
-        """How many whole blocks ``num_bytes`` hold."""
+        """Count the whole blocks that ``num_bytes`` hold."""
         return num_bytes // self.block_bytes
 
     def view(self, arena: torch.Tensor, num_blocks: int) -> torch.Tensor:
-        """The arena (uint8, contiguous) as ``[block, layer, k/v, token, kv head, head dim]``."""
+        """Return the arena (uint8, contiguous) as ``[block, layer, k/v, token, kv head, head dim]``."""
         flat = arena[: num_blocks * self.block_bytes].view(self.dtype)
         return flat.view(num_blocks, *self.block_shape)
 
     def block_bytes_view(self, arena: torch.Tensor, num_blocks: int) -> torch.Tensor:
-        """The arena as ``[block, byte]``, the unit of transfers."""
+        """Return the arena as ``[block, byte]``, the unit of transfers."""
         return arena[: num_blocks * self.block_bytes].view(num_blocks, self.block_bytes)

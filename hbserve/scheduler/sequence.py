@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from hbserve.kv_cache.prefix_hash import extend_block_hashes
+from hbserve.kv_cache.block_pool import extend_block_hashes
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
 
