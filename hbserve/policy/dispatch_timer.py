@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
-_NUM_NEEDS = 64
+_NUM_SAMPLES = 64
 _NUM_LATE = 3
 """Of so many steps, this many may be a little late: the device waits for them."""
-_FEW_NEEDS = 16
+_MIN_SAMPLES = 16
 _MIN_LEAD_S = 3e-3
 _SHORTEST_WAIT_S = 1e-3
 """Timers are no finer; with the least lead, steps below 4 ms are all planned at once."""
@@ -51,38 +51,40 @@ class DispatchTimer:
     """
 
     def __init__(self, predecessor: DispatchTimer | None = None) -> None:
-        self.forecast = StepTimePredictor()
+        self.predictor = StepTimePredictor()
         self._steps: deque[_Step] = deque()
-        self._needs: deque[float] = deque(() if predecessor is None else predecessor._needs, maxlen=_NUM_NEEDS)
+        self._needed_leads_s: deque[float] = deque(
+            () if predecessor is None else predecessor._needed_leads_s, maxlen=_NUM_SAMPLES
+        )
         self._last_end = float("-inf")
         self._due: float | None = None
         self._overtaken: float | None = None
 
     @property
-    def num_needs(self) -> int:
+    def num_samples(self) -> int:
         """Steps that the lead has been learnt from, of those that still count."""
-        return len(self._needs)
+        return len(self._needed_leads_s)
 
     def wait_s(self, now: float) -> float:
         """How much later the next plan is early enough; 0: make it now."""
         end = self.expected_end()
-        if end is None or len(self._needs) < _FEW_NEEDS or end - now < _MIN_LEAD_S + _SHORTEST_WAIT_S:
+        if end is None or len(self._needed_leads_s) < _MIN_SAMPLES or end - now < _MIN_LEAD_S + _SHORTEST_WAIT_S:
             return 0.0
-        lead_s = max(_MIN_LEAD_S, sorted(self._needs)[-_NUM_LATE] + _SHORTEST_WAIT_S)
+        lead_s = max(_MIN_LEAD_S, sorted(self._needed_leads_s)[-_NUM_LATE] + _SHORTEST_WAIT_S)
         wait_s = end - lead_s - now
         if wait_s < _SHORTEST_WAIT_S:
             return 0.0
         self._due = end - lead_s
         return wait_s
 
-    def planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
+    def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
         """A plan is on its way.
 
         Args:
             work: None where nobody can tell how long it takes.
             not_before: when another worker's step is expected to end that this one waits for.
         """
-        seconds = 0.0 if work is None else self.forecast.seconds(work)
+        seconds = 0.0 if work is None else self.predictor.seconds(work)
         # A plan that had waited, and then was made late, is late by the fault of whoever makes plans.
         planned_at = now if self._due is None else min(now, self._due)
         begin = self.expected_end()
@@ -93,16 +95,16 @@ class DispatchTimer:
         self._steps.append(_Step(work, seconds, planned_at, begin))
         self._due = self._overtaken = None
 
-    def confirmed(self, now: float, busy_s: float, early_s: float) -> None:
+    def on_confirmed(self, now: float, busy_s: float, early_s: float) -> None:
         """The oldest step in flight has ended; what it reported, as in `StepResult`."""
         # What a plan still waits for may be over already: the expected end tells by how much that was wrong.
         self._overtaken = None if self._due is None else self.expected_end()
         step = self._steps.popleft()
         self._last_end, self._due = now, None
         if step.begin is not None:
-            self._needs.append(step.begin - step.planned_at - early_s)
+            self._needed_leads_s.append(step.begin - step.planned_at - early_s)
         if step.work is not None and busy_s > 0:
-            self.forecast.observe(step.work, busy_s)
+            self.predictor.observe(step.work, busy_s)
 
     def expected_end(self) -> float | None:
         """Of all that is in flight; None if nothing is, or nobody can tell."""

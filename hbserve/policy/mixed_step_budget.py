@@ -29,7 +29,7 @@ _MIN_LIMIT = 0.5
 """Of the interval, for a step that makes good."""
 
 
-def spare_s(
+def slack_s(
     now: float, first_token_time: float, num_tokens: int, num_left: int, target_s: float, interval_s: float
 ) -> float:
     """Time that a sequence can lose and still be within its target when it ends, if it gets its tokens at intervals.
@@ -40,8 +40,8 @@ def spare_s(
         num_tokens: at most, after its first one; num_left: of them that are in no step yet.
         target_s: of TPOT.
     """
-    spare_s = first_token_time + num_tokens * _KEPT * target_s - now - num_left * interval_s
-    return spare_s if spare_s >= -num_left * interval_s * (1 - _MIN_LIMIT) else math.inf
+    slack = first_token_time + num_tokens * _KEPT * target_s - now - num_left * interval_s
+    return slack if slack >= -num_left * interval_s * (1 - _MIN_LIMIT) else math.inf
 
 
 class MixedStepBudget:
@@ -57,26 +57,26 @@ class MixedStepBudget:
         self._interval_s = 0.0
 
     def limit_s(
-        self, now: float, interval_s: float, min_spare_s: float, full_step_s: float, waits_for_more: bool
+        self, now: float, interval_s: float, min_slack_s: float, full_step_s: float, waits_for_more: bool
     ) -> float:
         """How long the next step may take with decode rows in it; infinite: leave them out of it.
 
         Args:
             interval_s: from one decode step to the next, mean, that TPOT's target allows.
-            min_spare_s: of the sequences that decode, see `spare_s`.
+            min_slack_s: of the sequences that decode, see `slack_s`.
             full_step_s: that a step of prompts only takes.
             waits_for_more: there are prompts for such a step.
         """
         self._interval_s = interval_s
         self._due = min(max(self._due, now - _MAX_AHEAD * interval_s), now + self._max_ahead * interval_s)
-        if min_spare_s < 0:
-            return max(_MIN_LIMIT * interval_s, interval_s + min_spare_s / _STEPS_TO_CATCH_UP)
+        if min_slack_s < 0:
+            return max(_MIN_LIMIT * interval_s, interval_s + min_slack_s / _STEPS_TO_CATCH_UP)
         ahead_s = max(0.0, self._due - now)
-        if ahead_s and waits_for_more and min_spare_s >= full_step_s:
+        if ahead_s and waits_for_more and min_slack_s >= full_step_s:
             return math.inf
-        return interval_s + min(ahead_s, min_spare_s)
+        return interval_s + min(ahead_s, min_slack_s)
 
-    def decoded(self, now: float, beside_prompts: bool) -> None:
+    def on_decode_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned. Where no prompts wait, no decode step is late."""
         self._due = (self._due if beside_prompts else max(self._due, now)) + self._interval_s
 
@@ -90,8 +90,8 @@ class StepTimeBudget:
         limit_s: how long it may take.
     """
 
-    def __init__(self, forecast: StepTimePredictor, decode: StepWork, limit_s: float) -> None:
-        self._forecast, self._work, self._limit_s = forecast, decode, limit_s
+    def __init__(self, predictor: StepTimePredictor, decode: StepWork, limit_s: float) -> None:
+        self._predictor, self._work, self._limit_s = predictor, decode, limit_s
         self.is_full = False
 
     def take(self, tokens: int, start: int) -> int:
@@ -103,7 +103,7 @@ class StepTimeBudget:
         low, high = 0 if self._work.prompt_tokens else min(tokens, _MIN_TOKENS), tokens
         while low < high:
             middle = (low + high + 1) // 2
-            if self._forecast.estimate(self._with(middle, start)) <= self._limit_s:
+            if self._predictor.estimate_s(self._with(middle, start)) <= self._limit_s:
                 low = middle
             else:
                 high = middle - 1

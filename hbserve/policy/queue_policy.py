@@ -10,13 +10,13 @@ from typing import Protocol, TypeVar
 from hbserve.config import SchedulerConfig
 
 _RESUMED, _NEW = 0, 1
-DOUBT = 1.05
+SAFETY_FACTOR = 1.05
 """Times that what is predicted may take: under overload whoever is served is served at the last moment."""
 _STEPS_WAITED = 0.5
 """Of the step under way, that a prompt waits for, mean."""
 _HORIZON = 256
 """So many of a long queue are looked at; what comes after them is far from being served."""
-_PATIENCE_MS = 10_000.0
+_DEFAULT_TTFT_MS = 10_000.0
 """TTFT target, for the order only, of a request that has none."""
 
 
@@ -78,7 +78,7 @@ class QueuePolicy:
         """
         return False, sequence.rank
 
-    def leaves(self, sequence: Prompt, now: float) -> bool:
+    def has_missed_target(self, sequence: Prompt, now: float) -> bool:
         """Whether a sequence has missed its target, and others do not wait for it."""
         return False
 
@@ -116,7 +116,7 @@ class SloAware(QueuePolicy):
         self, prefill_s: Callable[[int, int], float], step_s: Callable[[], float], default_ttft_ms: float | None
     ) -> None:
         self._prefill_s, self._step_s = prefill_s, step_s
-        self._default_ttft_ms = default_ttft_ms or _PATIENCE_MS
+        self._default_ttft_ms = default_ttft_ms or _DEFAULT_TTFT_MS
         self._deferred: set[Prompt] = set()  # of those with an allocation
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
@@ -150,7 +150,7 @@ class SloAware(QueuePolicy):
         return deferred
 
     def _left_s(self, sequence: Prompt, num_computed: int) -> float:
-        return DOUBT * self._prefill_s(max(0, len(sequence.tokens) - num_computed), num_computed)
+        return SAFETY_FACTOR * self._prefill_s(max(0, len(sequence.tokens) - num_computed), num_computed)
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
         """See `QueuePolicy.key`. Those that can be in time go before those that cannot, or that gave way to others."""
@@ -160,8 +160,8 @@ class SloAware(QueuePolicy):
         seconds = self._left_s(sequence, num_computed) + _STEPS_WAITED * self._step_s()
         return group == _NEW and now + seconds > deadline, sequence.rank
 
-    def leaves(self, sequence: Prompt, now: float) -> bool:
-        """See `QueuePolicy.leaves`."""
+    def has_missed_target(self, sequence: Prompt, now: float) -> bool:
+        """See `QueuePolicy.has_missed_target`."""
         group, deadline, _ = sequence.rank
         return group == _NEW and now > deadline
 

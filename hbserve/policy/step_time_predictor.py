@@ -52,16 +52,16 @@ class StepTimePredictor:
 
     def seconds(self, work: StepWork) -> float:
         """How long it will take; 0 while nothing is known."""
-        return min(self._longest_s, self.estimate(work))
+        return min(self._longest_s, self.estimate_s(work))
 
-    def estimate(self, work: StepWork) -> float:
+    def estimate_s(self, work: StepWork) -> float:
         """The same without that bound, for those who would rather be told too long a time."""
         return sum(c * x for c, x in zip(self._coefficients, work.features, strict=True))
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """It has taken so long."""
         features = work.features
-        surprise = seconds - self.estimate(work)
+        surprise = seconds - self.estimate_s(work)
         correction = _RATE * surprise / sum(x * x for x in features)
         self._coefficients = [max(0.0, c + correction * x) for c, x in zip(self._coefficients, features, strict=True)]
         self._longest_s = max(seconds, _FADING * self._longest_s)

@@ -22,7 +22,7 @@ from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.worker import NUM_BOARD_CELLS, Hello, InstanceCommand
 from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
 from hbserve.policy.dispatch_timer import DispatchTimer
-from hbserve.policy.mixed_step_budget import MixedStepBudget, spare_s
+from hbserve.policy.mixed_step_budget import MixedStepBudget, slack_s
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import Work, WorkerHandle
@@ -125,7 +125,7 @@ class InstanceHandle:
         worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
         worker.has_waited_for = 0
         peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
-        worker.timing = DispatchTimer(max(peers, key=lambda timing: timing.num_needs, default=None))
+        worker.timing = DispatchTimer(max(peers, key=lambda timing: timing.num_samples, default=None))
         worker.prepared_for = worker.started_as
         worker.last_seen = time.monotonic()
         if hello.arena_epoch != self.arena_epoch:
@@ -170,7 +170,7 @@ class InstanceHandle:
             if all(busy.values()) and mixing is None:
                 alone[InstanceRole.PREFILL] = not self._update_turns(self.turns, time.monotonic())
             else:
-                self.turns.rest(time.monotonic())
+                self.turns.on_idle(time.monotonic())
         for phase in _PHASES:
             target = mixing or self._worker_at_share(phase, alone[phase])
             if target is None:
@@ -228,7 +228,7 @@ class InstanceHandle:
             return math.inf
         num_tokens = sequence.max_total_tokens - sequence.num_prompt_tokens - 1
         num_left = sequence.max_total_tokens - allocation.num_planned - 1
-        return spare_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
+        return slack_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
 
     def _update_turns(self, turns: DecodeThrottle, now: float) -> bool:
         """By the tightest TPOT target that a request here came with, and by what each can spare."""
@@ -267,7 +267,7 @@ class InstanceHandle:
         if phases == {InstanceRole.PREFILL}:
             worker.inflight[-1].beside_decode = self.turns.is_open
         elif self.takes_turns(phases):
-            self.turns.stepped()
+            self.turns.on_decode_step()
 
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
         # Short prompts may be computed where they decode; admission allocations no others there.

@@ -204,7 +204,7 @@ class SchedulerMetrics:
             phases[Phase.TRANSFERRING] += sum(s.phase is Phase.TRANSFERRING for s in instance.reserved)
             if instance.ready:
                 kv_usage = max(kv_usage, 1 - instance.pool.num_free_blocks / instance.pool.total_blocks)
-        late = [sequence for sequence in waiting if policy.leaves(sequence, now)]
+        late = [sequence for sequence in waiting if policy.has_missed_target(sequence, now)]
         self.collector.record_system_metrics(
             SystemMetrics(
                 timestamp=now,

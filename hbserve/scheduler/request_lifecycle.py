@@ -138,7 +138,7 @@ class RequestLifecycle:
         worker.work.host_s += result.host_s
         if step.rows:
             worker.last_step_s = result.busy_s
-        worker.timing.confirmed(time.monotonic(), result.busy_s, result.early_s)
+        worker.timing.on_confirmed(time.monotonic(), result.busy_s, result.early_s)
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         now = time.monotonic()
         last_token_times: list[float | None] = []

@@ -63,7 +63,7 @@ class StepPlanner:
         room = (
             None
             if limit_s is None or not step.rows
-            else StepTimeBudget(worker.timing.forecast, step.decode_work, limit_s)
+            else StepTimeBudget(worker.timing.predictor, step.decode_work, limit_s)
         )
         for sequence, allocation in self._prefills(allocations) if InstanceRole.PREFILL in phases else ():
             remaining = allocation.num_tokens_at_entry - allocation.num_planned
@@ -85,7 +85,7 @@ class StepPlanner:
             return False
         self._open_transfers(step)
         if room is not None:
-            instance.mixed_steps.decoded(time.monotonic(), bool(step.prefill_rows))
+            instance.mixed_steps.on_decode_step(time.monotonic(), bool(step.prefill_rows))
         self._send(instance, worker, step, worker.role)
         return True
 
@@ -100,7 +100,7 @@ class StepPlanner:
                 min_spare_s = min(min_spare_s, instance.spare_s(sequence, allocation, interval_s, now))
             elif allocation.can_go_to(worker):
                 waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
-        full_step_s = worker.timing.forecast.estimate(StepWork(0, 0, budget, budget**2 / 2))
+        full_step_s = worker.timing.predictor.estimate_s(StepWork(0, 0, budget, budget**2 / 2))
         return instance.mixed_steps.limit_s(now, interval_s, min_spare_s, full_step_s, waiting_tokens >= budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
@@ -134,7 +134,7 @@ class StepPlanner:
         inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
         inflight.after = 0 if after is None else after.step_id
         worker.inflight.append(inflight)
-        worker.timing.planned(step.work, now, max(ends, default=-math.inf))
+        worker.timing.on_planned(step.work, now, max(ends, default=-math.inf))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,

@@ -11,9 +11,9 @@ from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.slo.constraints import SLOConstraints, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.sm_allocation import SMAllocation
-from hbserve.slo.split_policy import Decision, SplitPolicy, Warm
+from hbserve.slo.split_policy import Decision, SplitPolicy, WarmPercentages
 from hbserve.slo.step_times import StepTimes
-from hbserve.slo.workload import window_of
+from hbserve.slo.workload import observed_window
 
 __all__ = ["SLOAwareResourceController", "SLOConstraints", "SplitBounds"]
 
@@ -129,8 +129,8 @@ class SLOAwareResourceController:
         if self._pending is not None and not self._has_arrived(current, under_way, metrics.window_end_time):
             return None
         percentages = status.get("warm_percentages")
-        warm = None if percentages is None else Warm(**percentages)
-        decision = self.policy.decide(window_of(metrics, self.slo_constraints), current, warm)
+        warm = None if percentages is None else WarmPercentages(**percentages)
+        decision = self.policy.decide(observed_window(metrics, self.slo_constraints), current, warm)
         self.decisions.append(decision)
         log = logger.info if decision.moves else logger.debug
         log("split %s -> %s: %s", current, decision.chosen, describe(decision))
@@ -138,7 +138,7 @@ class SLOAwareResourceController:
             self._move(decision, warm)
         return decision
 
-    def _move(self, decision: Decision, warm: Warm | None) -> None:
+    def _move(self, decision: Decision, warm: WarmPercentages | None) -> None:
         self._num_requested += 1
         chosen = decision.chosen
         if not self.process_rotation_manager.request_sm_reallocation(chosen):

@@ -10,7 +10,7 @@ from hbserve.simulate.units import SemiPDUnit
 from hbserve.slo.constraints import SLOConstraints, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.sm_allocation import SMAllocation
-from hbserve.slo.split_policy import Warm
+from hbserve.slo.split_policy import WarmPercentages
 from hbserve.slo.step_times import StepTimes
 
 _ALL = tuple(range(5, 101, 5))
@@ -37,7 +37,7 @@ class SimulatedRotation:
         """See `hbserve.semi_pd.slo_algorithm.RotationManager`."""
         if self.rotating:
             return False
-        if Warm(**self.get_status()["warm_percentages"]).has(new_allocation):
+        if WarmPercentages(**self.get_status()["warm_percentages"]).has(new_allocation):
             self._change(new_allocation)
         else:
             self.rotating = True

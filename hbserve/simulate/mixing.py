@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from hbserve.config.semi_pd import MIXED_PACE
-from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, spare_s
+from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, slack_s
 from hbserve.policy.step_time_predictor import StepWork
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.phases import Chunks, PlanAhead, Prompts, Sizes
@@ -68,10 +68,10 @@ class MixedPhase:
         limit_s, room = self._limit_s(budget), None
         batch, context = (0, 0) if limit_s == math.inf else (len(self.running), self._context)
         if batch and limit_s is not None:
-            room = StepTimeBudget(self._ahead.forecast, StepWork(batch, context, 0, 0.0), limit_s)
+            room = StepTimeBudget(self._ahead.predictor, StepWork(batch, context, 0, 0.0), limit_s)
         chunks = self._prompts.take(budget, None if room is None else room.take)
         if room is not None:
-            self._pace.decoded(self._clock.now, bool(chunks.tokens))
+            self._pace.on_decode_step(self._clock.now, bool(chunks.tokens))
         self._ahead.planned(StepWork(batch, context, chunks.tokens, chunks.keys))
         self._decodes.append(bool(batch))
         return chunks
@@ -81,10 +81,10 @@ class MixedPhase:
             return None
         now, target_s = self._clock.now, self._interval_s / MIXED_PACE
         spares = (
-            spare_s(now, each.first_token_time or now, each.output_tokens - 1, left, target_s, self._interval_s)
+            slack_s(now, each.first_token_time or now, each.output_tokens - 1, left, target_s, self._interval_s)
             for each, left in self.running.items()
         )
-        full_step_s = self._ahead.forecast.estimate(StepWork(0, 0, budget, budget**2 / 2))
+        full_step_s = self._ahead.predictor.estimate_s(StepWork(0, 0, budget, budget**2 / 2))
         waits_for_more = self._prompts.num_unplanned_tokens >= budget
         return self._pace.limit_s(now, self._interval_s, min(spares, default=math.inf), full_step_s, waits_for_more)
 

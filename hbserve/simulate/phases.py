@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
 from hbserve.policy.dispatch_timer import DispatchTimer
-from hbserve.policy.mixed_step_budget import spare_s
+from hbserve.policy.mixed_step_budget import slack_s
 from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
@@ -161,9 +161,9 @@ class PlanAhead:
         self.chunks: Chunks | None = None
 
     @property
-    def forecast(self) -> StepTimePredictor:
+    def predictor(self) -> StepTimePredictor:
         """Of steps, from those that have been seen."""
-        return self._timing.forecast
+        return self._timing.predictor
 
     def is_due(self) -> bool:
         """Whether to decide now; if not, `pump` is called later."""
@@ -178,12 +178,12 @@ class PlanAhead:
 
     def planned(self, work: StepWork) -> None:
         """A step has been decided, for now or for later."""
-        self._timing.planned(work, self._clock.now)
+        self._timing.on_planned(work, self._clock.now)
         self._planned_at.append(self._clock.now)
 
     def ended(self, began: float, seconds: float) -> None:
         """The oldest step has ended; seconds: 0 if there was nothing to do in it."""
-        self._timing.confirmed(self._clock.now, seconds, began - self._planned_at.popleft() - PLANS_WAY_S)
+        self._timing.on_confirmed(self._clock.now, seconds, began - self._planned_at.popleft() - PLANS_WAY_S)
 
 
 class PrefillPhase:
@@ -299,10 +299,10 @@ class DecodePhase:
         return len(self._by_end) + len(self._joining)
 
     def min_spare_s(self, target_s: float, interval_s: float) -> float:
-        """Of its sequences; see `hbserve.policy.mixed_step_budget.spare_s`."""
+        """Of its sequences; see `hbserve.policy.mixed_step_budget.slack_s`."""
         now, ends = self._clock.now, [(request, end - self._num_steps) for end, _, request in self._by_end]
         spares = (
-            spare_s(now, request.first_token_time or now, request.output_tokens - 1, left, target_s, interval_s)
+            slack_s(now, request.first_token_time or now, request.output_tokens - 1, left, target_s, interval_s)
             for request, left in [*ends, *self._joining]
         )
         return min(spares, default=math.inf)

@@ -131,7 +131,7 @@ class Unit(ABC):
         """Report queues and memory to the metrics; done before they are read."""
         without_token = self._without_token()
         oldest = min((request.arrival for request in without_token), default=self.clock.now)
-        late = [request for request in without_token if self._policy.leaves(request, self.clock.now)]
+        late = [request for request in without_token if self._policy.has_missed_target(request, self.clock.now)]
         self.metrics.record_system_metrics(
             SystemMetrics(
                 timestamp=self.clock.now,
@@ -278,7 +278,7 @@ class SemiPDUnit(_PhasedUnit):
         prefills = self.prefill.step is not None or bool(self.prefill.prompts)
         decodes = self.decode.burst is not None or self.decode.num_sequences > 0
         if self._turns is not None and not (prefills and decodes):
-            self._turns.rest(self.clock.now)
+            self._turns.on_idle(self.clock.now)
         alone = self.alone or self.allocation
         shares_next = decodes
         if self._turns is not None and (prefills and decodes):
@@ -299,7 +299,7 @@ class SemiPDUnit(_PhasedUnit):
             self.decode.start(share)
         elif decodes and self._turns is not None and (self._beside or self._turns.is_overdue):
             waits = not self._turns.is_behind
-            self._turns.stepped()
+            self._turns.on_decode_step()
             self.decode.start(share, 1, waits)
         self._admit()
         self.prefill.plan_ahead((self.allocation if shares_next else alone).prefill_percentage)

@@ -43,7 +43,7 @@ _NUM_ERRORS = 8  # predictions that confidence looks back on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
+class WorkloadEstimate:
     """What has to be served, and its state now.
 
     Attributes:
@@ -178,11 +178,11 @@ class LatencyModel:
 
     # --- prediction ------------------------------------------------------------------------------
 
-    def predict(self, workload: Workload, allocation: SMAllocation) -> Prediction:
+    def predict(self, workload: WorkloadEstimate, allocation: SMAllocation) -> Prediction:
         """What the workload would see under a split."""
         return self._predict_mixed(workload) if allocation.mixed else self._predict_side_by_side(workload, allocation)
 
-    def _predict_mixed(self, workload: Workload) -> Prediction:
+    def _predict_mixed(self, workload: WorkloadEstimate) -> Prediction:
         """One worker, whose every step has the whole batch in it and the prompts that have come."""
         batch = min(max(workload.running, 1.0), self._max_batch)
         fit = self._mixed.tpot.coefficients
@@ -227,7 +227,7 @@ class LatencyModel:
             low, high = (middle, high) if step_ms(middle) <= limit_ms else (low, middle)
         return max(low, min(most, _MIN_CHUNK))
 
-    def _predict_side_by_side(self, workload: Workload, allocation: SMAllocation) -> Prediction:
+    def _predict_side_by_side(self, workload: WorkloadEstimate, allocation: SMAllocation) -> Prediction:
         decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
         batch = min(max(workload.running, 1.0), self._max_batch)
         tpot_fit = self._side_by_side.tpot.coefficients
@@ -257,7 +257,7 @@ class LatencyModel:
         return self._predict_percentiles(workload, fits, queue, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _service(
-        self, workload: Workload, allocation: SMAllocation, batch: float, slowdown: float, beside: float
+        self, workload: WorkloadEstimate, allocation: SMAllocation, batch: float, slowdown: float, beside: float
     ) -> tuple[float, float]:
         """Load of the prefill queue, and seconds per prompt.
 
@@ -285,7 +285,7 @@ class LatencyModel:
 
     def _predict_percentiles(
         self,
-        workload: Workload,
+        workload: WorkloadEstimate,
         fits: _Fits,
         queue: _Queue,
         decode_overload: float,
@@ -328,7 +328,11 @@ class LatencyModel:
     # --- learning --------------------------------------------------------------------------------
 
     def observe(
-        self, workload: Workload, allocation: SMAllocation, ttft: Observed | None, tpot: Observed | None
+        self,
+        workload: WorkloadEstimate,
+        allocation: SMAllocation,
+        ttft: ObservedLatency | None,
+        tpot: ObservedLatency | None,
     ) -> float:
         """Learn from a window in which this split served this workload.
 
@@ -354,14 +358,14 @@ class LatencyModel:
         return error
 
     @staticmethod
-    def _error(seen: Observed, predicted_ms: float, target_ms: float) -> float:
+    def _error(seen: ObservedLatency, predicted_ms: float, target_ms: float) -> float:
         """Beyond what chance explains. Twice the target or three times is the same to whoever decides."""
         ratio = math.log(min(seen.percentile_ms, 2 * target_ms) / min(predicted_ms, 2 * target_ms))
         return min(_ERROR_CAP, max(0.0, abs(ratio) - 1 / math.sqrt(seen.count)))
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
+class ObservedLatency:
     """A latency in a window.
 
     Attributes:

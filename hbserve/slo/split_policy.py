@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hbserve.slo.constraints import SLOConstraints, SplitBounds
-from hbserve.slo.latency_model import LatencyModel, Prediction, Workload
+from hbserve.slo.latency_model import LatencyModel, Prediction, WorkloadEstimate
 from hbserve.slo.sm_allocation import SMAllocation
-from hbserve.slo.workload import Window, WorkloadEstimator
+from hbserve.slo.workload import ObservedWindow, WorkloadEstimator
 
 _MARGIN = 0.9  # of a target: what a split must be predicted to meet to be moved to
 _HARM_WEIGHT = 0.1  # of a log ratio over a target, against a share of attainment
@@ -19,7 +19,7 @@ _REVERSAL_GUARD_S = 60.0
 _SIMILAR = 1.25  # two loads whose token rates differ by less are one load
 
 
-class Warm(NamedTuple):
+class WarmPercentages(NamedTuple):
     """Percentages that have workers: what is made of them needs no process."""
 
     prefill: Collection[int]
@@ -50,7 +50,7 @@ class Decision:
     current: SMAllocation
     chosen: SMAllocation
     reason: str
-    workload: Workload
+    workload: WorkloadEstimate
     violations: dict[str, float]
     confidence: float
     predicted: Prediction | None = None
@@ -65,12 +65,12 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class _Left:
+class _LeftSplit:
     """A split that was left, and what was seen there."""
 
     time: float
     allocation: SMAllocation
-    workload: Workload
+    workload: WorkloadEstimate
     badness: float
 
 
@@ -96,14 +96,14 @@ class SplitPolicy:
         self._learnt_until = -math.inf
         self._moved_at = -math.inf
         self._rotated_at = -math.inf
-        self._left: _Left | None = None
+        self._left: _LeftSplit | None = None
         self._wanted: SMAllocation | None = None
 
     def decide(
         self,
-        window: Window,
+        window: ObservedWindow,
         current: SMAllocation,
-        warm: Warm | None = None,
+        warm: WarmPercentages | None = None,
     ) -> Decision:
         """Judge a window; the caller makes the move, and says so with `moved`.
 
@@ -173,11 +173,11 @@ class SplitPolicy:
             self._rotated_at = decision.time
         self._wanted = None
         badness = max(decision.violations.values(), default=1.0)
-        self._left = _Left(decision.time, decision.current, decision.workload, badness)
+        self._left = _LeftSplit(decision.time, decision.current, decision.workload, badness)
 
     # --- parts -----------------------------------------------------------------------------------
 
-    def _learn(self, window: Window, workload: Workload, current: SMAllocation) -> None:
+    def _learn(self, window: ObservedWindow, workload: WorkloadEstimate, current: SMAllocation) -> None:
         """From windows that share no more than half of their time."""
         duration = window.end - window.start
         if duration < self.bounds.min_window_s or window.end - self._learnt_until < duration / 2:
@@ -198,7 +198,7 @@ class SplitPolicy:
         self,
         current: SMAllocation,
         violations: dict[str, float],
-        warm: Warm | None,
+        warm: WarmPercentages | None,
         now: float,
     ) -> list[SMAllocation]:
         step = self.bounds.adjustment_step
@@ -272,7 +272,7 @@ class SplitPolicy:
         return None
 
     def _is_reversal(
-        self, best: SMAllocation, workload: Workload, window: Window, violations: dict[str, float]
+        self, best: SMAllocation, workload: WorkloadEstimate, window: ObservedWindow, violations: dict[str, float]
     ) -> bool:
         left = self._left
         if left is None or best != left.allocation or window.end - left.time > _REVERSAL_GUARD_S:
@@ -287,6 +287,6 @@ def _key(split: SMAllocation) -> tuple[bool, int, int]:
     return split.mixed, split.prefill_percentage + split.decode_percentage, split.decode_percentage
 
 
-def _is_similar(a: Workload, b: Workload) -> bool:
+def _is_similar(a: WorkloadEstimate, b: WorkloadEstimate) -> bool:
     rates = [(w.arrival_rate * w.prompt_tokens + 1.0, w.arrival_rate * w.output_tokens + 1.0) for w in (a, b)]
     return all(max(x / y, y / x) < _SIMILAR for x, y in zip(*rates, strict=True))

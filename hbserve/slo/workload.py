@@ -12,11 +12,11 @@ from statistics import NormalDist
 from hbserve.metrics.distribution import Distribution
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.slo.constraints import SLOConstraints
-from hbserve.slo.latency_model import Observed, Workload
+from hbserve.slo.latency_model import ObservedLatency, WorkloadEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class ObservedWindow:
     """What was seen under one split, all of it since the last move and outside rotations.
 
     Attributes:
@@ -27,9 +27,9 @@ class Window:
 
     start: float
     end: float
-    workload: Workload
-    ttft: Observed | None
-    tpot: Observed | None
+    workload: WorkloadEstimate
+    ttft: ObservedLatency | None
+    tpot: ObservedLatency | None
 
 
 _MEMORY_S = 20.0  # a window counts 1/e of its weight after so long
@@ -62,7 +62,7 @@ class WorkloadEstimator:
         self.num_turns = 0
         """How often the load has turned."""
 
-    def update(self, now: Workload, start: float, end: float) -> Workload:
+    def update(self, now: WorkloadEstimate, start: float, end: float) -> WorkloadEstimate:
         """The picture after a window from ``start`` to ``end``; overlapping windows count their new part."""
         seconds = end - start if self._last_end is None else min(end - start, end - self._last_end)
         if seconds <= 0:
@@ -86,7 +86,7 @@ class WorkloadEstimator:
             setattr(totals, name, keep * getattr(totals, name) + amount)
         return self._estimate(now)
 
-    def _turned(self, now: Workload, seconds: float) -> bool:
+    def _turned(self, now: WorkloadEstimate, seconds: float) -> bool:
         totals = self._totals
         if totals.seconds < 2 * seconds or totals.requests < 1:
             return False
@@ -100,7 +100,7 @@ class WorkloadEstimator:
         deviation = math.sqrt(max(0.0, totals.prompt_squared / totals.requests - mean**2) / seen)
         return abs(now.prompt_tokens - mean) > _TURN_DEVIATIONS * deviation + 0.1 * mean
 
-    def _estimate(self, now: Workload) -> Workload:
+    def _estimate(self, now: WorkloadEstimate) -> WorkloadEstimate:
         totals = self._totals
         if totals.requests <= 0 or totals.seconds <= 0:
             return now
@@ -118,7 +118,7 @@ _MIN_SAMPLES = 3
 _DEFAULT_SPREAD = 0.15  # deviation of log TPOT over requests
 
 
-def window_of(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Window:
+def observed_window(metrics: AggregatedMetrics, constraints: SLOConstraints) -> ObservedWindow:
     """The load of a window, and what requests saw in it.
 
     A queue counts before its requests have their first token: the oldest wait is a TTFT to come. And
@@ -129,10 +129,10 @@ def window_of(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Window
     system = metrics.system
     hit_rate = metrics.prefix_hit_rate
     prompt = metrics.input_length
-    return Window(
+    return ObservedWindow(
         start=metrics.window_start_time,
         end=metrics.window_end_time,
-        workload=Workload(
+        workload=WorkloadEstimate(
             arrival_rate=metrics.arrival_rate,
             prompt_tokens=prompt.mean * (1 - hit_rate),
             prompt_tokens_squared=_mean_square(prompt) * (1 - hit_rate) ** 2,
@@ -147,11 +147,11 @@ def window_of(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Window
     )
 
 
-def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Observed | None:
+def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> ObservedLatency | None:
     ttft, target_ms = metrics.ttft, constraints.ttft_target_ms
     oldest_ms = 1000 * metrics.system.oldest_wait_s if metrics.system else 0.0
     if ttft.count < _MIN_SAMPLES:
-        return Observed(1, oldest_ms, oldest_ms) if oldest_ms > target_ms else None
+        return ObservedLatency(1, oldest_ms, oldest_ms) if oldest_ms > target_ms else None
     # Where those that are late are left to wait, how long does not matter, only how many; of one window's time.
     window_ms = 1000 * (metrics.window_end_time - metrics.window_start_time)
     late = metrics.system.late_requests if metrics.system else 0
@@ -163,10 +163,10 @@ def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> Observed |
     else:
         percentile = max(ttft.percentile(constraints.ttft_percentile), oldest_ms)
     mean = sum(min(value, 2 * target_ms) * weight for value, weight in zip(ttft.values, ttft.weights, strict=True))
-    return Observed(ttft.count, mean / ttft.count, percentile)
+    return ObservedLatency(ttft.count, mean / ttft.count, percentile)
 
 
-def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float) -> Observed | None:
+def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float) -> ObservedLatency | None:
     gaps = metrics.itl
     if metrics.tpot.count >= 10 * _MIN_SAMPLES:
         percentile = metrics.tpot.percentile(constraints.tpot_percentile)
@@ -175,7 +175,7 @@ def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float
     else:
         percentile = gaps.mean * math.exp(spread * NormalDist().inv_cdf(constraints.tpot_percentile / 100))
     count = max(metrics.tpot.count, round(metrics.decode.batch_size), 1)
-    return Observed(count, gaps.mean if gaps.count else metrics.tpot.mean, percentile)
+    return ObservedLatency(count, gaps.mean if gaps.count else metrics.tpot.mean, percentile)
 
 
 def _output_tokens(metrics: AggregatedMetrics) -> float:

@@ -27,22 +27,22 @@ def seconds(work: StepWork) -> float:
 def drive(timing: DispatchTimer, steps: list[Step]) -> tuple[list[float], list[float]]:
     """Run steps on a made-up device; returns how long each waited for it, and how long it waited for each."""
     waits, idle = [0.0], [0.0]
-    timing.planned(steps[0][0], 0.0)
+    timing.on_planned(steps[0][0], 0.0)
     begin = WAY_S
     for (_, took), (following, _) in itertools.pairwise(steps):
         now, end = begin, begin + took
         planned_at = now + timing.wait_s(now)
         if planned_at < end:
-            timing.planned(following, planned_at)
-        timing.confirmed(end, took, waits[-1] - idle[-1])
+            timing.on_planned(following, planned_at)
+        timing.on_confirmed(end, took, waits[-1] - idle[-1])
         if planned_at >= end:  # the end itself brings the next plan about
             assert not timing.wait_s(end)
             planned_at = end
-            timing.planned(following, end)
+            timing.on_planned(following, end)
         begin = max(end, planned_at + WAY_S)
         waits.append(begin - planned_at - WAY_S)
         idle.append(begin - end)
-    timing.confirmed(begin + steps[-1][1], steps[-1][1], waits[-1] - idle[-1])
+    timing.on_confirmed(begin + steps[-1][1], steps[-1][1], waits[-1] - idle[-1])
     return waits, idle
 
 
@@ -89,24 +89,24 @@ def test_nothing_is_held_back_that_cannot_be_predicted() -> None:
     timing = DispatchTimer()
     drive(timing, [(decode(64), 20e-3)] * 100)
     now = 100.0
-    timing.planned(None, now)
+    timing.on_planned(None, now)
     assert not timing.wait_s(now)
-    timing.confirmed(now + 1.0, 1.0, 0.0)
-    timing.planned(decode(64), now + 1.0)
+    timing.on_confirmed(now + 1.0, 1.0, 0.0)
+    timing.on_planned(decode(64), now + 1.0)
     assert timing.wait_s(now + 1.0) > 10e-3
     assert not DispatchTimer().wait_s(now)
 
 
 def test_what_has_not_been_seen_is_taken_to_be_short() -> None:
-    forecast = StepTimePredictor()
-    assert forecast.seconds(decode(64)) == 0.0
+    predictor = StepTimePredictor()
+    assert predictor.seconds(decode(64)) == 0.0
     for _ in range(50):
-        forecast.observe(decode(64), 10e-3)
-    assert forecast.seconds(decode(64)) == pytest.approx(10e-3)
-    assert forecast.seconds(StepWork(64, 64 * 800, 2048, 2048 * 1024)) <= 10e-3
-    assert forecast.seconds(decode(640)) <= 10e-3
+        predictor.observe(decode(64), 10e-3)
+    assert predictor.seconds(decode(64)) == pytest.approx(10e-3)
+    assert predictor.seconds(StepWork(64, 64 * 800, 2048, 2048 * 1024)) <= 10e-3
+    assert predictor.seconds(decode(640)) <= 10e-3
     for index in range(400):
         work = decode(1 + index % 100) if index % 2 else StepWork(8, 800, 512 + index, 512 * 256)
-        forecast.observe(work, seconds(work))
+        predictor.observe(work, seconds(work))
     for work in (decode(30), decode(90), StepWork(8, 800, 700, 512 * 256)):
-        assert forecast.seconds(work) == pytest.approx(seconds(work), rel=0.15)
+        assert predictor.seconds(work) == pytest.approx(seconds(work), rel=0.15)

@@ -17,7 +17,7 @@ from hbserve.config import InstanceRole, SchedulerConfig, from_dict
 from hbserve.errors import OverloadedError
 from hbserve.messages.client import AddRequest
 from hbserve.policy.prefill_rate import PrefillRate
-from hbserve.policy.queue_policy import DOUBT, QueuePolicy, make_policy
+from hbserve.policy.queue_policy import SAFETY_FACTOR, QueuePolicy, make_policy
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.waiting_queue import WaitingQueue
 from tests.support.engines import assert_no_leaks
@@ -43,7 +43,7 @@ def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: floa
 
 def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> QueuePolicy:
     config = SchedulerConfig(policy=name, **settings)  # type: ignore[arg-type]
-    return make_policy(config, lambda count, start: count * prefill_s_per_token / DOUBT, lambda: 0.0)
+    return make_policy(config, lambda count, start: count * prefill_s_per_token / SAFETY_FACTOR, lambda: 0.0)
 
 
 def served(
@@ -88,7 +88,7 @@ def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.1))
     assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
     assert not slo.key(long, 100, 6.1)[0], "half is done: it can be there at 7.1"
-    assert [slo.leaves(sequence, 4.0) for sequence in requests] == [False, False, False, True, False]
+    assert [slo.has_missed_target(sequence, 4.0) for sequence in requests] == [False, False, False, True, False]
 
 
 def test_no_order_keeps_more_deadlines() -> None:

@@ -15,7 +15,7 @@ from hbserve.errors import ConfigError
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.policy.decode_throttle import DecodeThrottle
-from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, spare_s
+from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, slack_s
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.simulate.clock import SimulatedClock
@@ -23,13 +23,13 @@ from hbserve.simulate.control import SimulatedController, SimulatedRotation
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import SimulatedRequest, concatenated, poisson
 from hbserve.simulate.units import SemiPDUnit, serve
-from hbserve.slo.latency_model import LatencyModel, Observed, Workload
+from hbserve.slo.latency_model import LatencyModel, ObservedLatency, WorkloadEstimate
 from hbserve.slo.least_squares import PriorLeastSquares
 from hbserve.slo.sm_allocation import SMAllocation
-from hbserve.slo.split_policy import SplitPolicy, Warm
+from hbserve.slo.split_policy import SplitPolicy, WarmPercentages
 from hbserve.slo.step_profile import BUILTIN_PROFILE, PrefillPoint, StepProfile
 from hbserve.slo.step_times import StepTimes
-from hbserve.slo.workload import Window, window_of
+from hbserve.slo.workload import ObservedWindow, observed_window
 
 STEPS = StepTimes()
 BUILTIN = StepProfile.load(BUILTIN_PROFILE)
@@ -129,8 +129,8 @@ def test_a_profile_with_an_impossible_time_is_refused(tmp_path: Path) -> None:
         StepProfile.load(path)
 
 
-def load(rate: float = 8.0, prompt: float = 1000.0, output: float = 200.0, **more: float) -> Workload:
-    return Workload(
+def load(rate: float = 8.0, prompt: float = 1000.0, output: float = 200.0, **more: float) -> WorkloadEstimate:
+    return WorkloadEstimate(
         arrival_rate=rate, prompt_tokens=prompt, prompt_tokens_squared=1.5 * prompt**2, output_tokens=output, **more
     )
 
@@ -143,8 +143,8 @@ def test_the_model_learns_what_it_got_wrong_and_says_how_sure_it_is() -> None:
     real_ttft, real_tpot = 1.6 * before.ttft_ms, 1.5 * before.tpot_ms
     errors = []
     for _ in range(20):
-        ttft = Observed(100, 1.6 * sum(before.ttft_terms), real_ttft)
-        tpot = Observed(100, 1.5 * sum(before.tpot_terms), real_tpot)
+        ttft = ObservedLatency(100, 1.6 * sum(before.ttft_terms), real_ttft)
+        tpot = ObservedLatency(100, 1.5 * sum(before.tpot_terms), real_tpot)
         errors.append(model.observe(load(), split, ttft, tpot))
     assert errors[0] > 0.3
     assert errors[-1] < 0.1
@@ -166,13 +166,15 @@ def test_predictions_are_numbers_and_make_sense(rate: float, prompt: float, outp
 # --- the decision ------------------------------------------------------------------------------
 
 
-def window(workload: Workload, end: float = 5.0, ttft_ms: float | None = None, tpot_ms: float | None = None) -> Window:
-    return Window(
+def window(
+    workload: WorkloadEstimate, end: float = 5.0, ttft_ms: float | None = None, tpot_ms: float | None = None
+) -> ObservedWindow:
+    return ObservedWindow(
         start=end - 5.0,
         end=end,
         workload=workload,
-        ttft=None if ttft_ms is None else Observed(40, ttft_ms / 2, ttft_ms),
-        tpot=None if tpot_ms is None else Observed(40, tpot_ms, tpot_ms),
+        ttft=None if ttft_ms is None else ObservedLatency(40, ttft_ms / 2, ttft_ms),
+        tpot=None if tpot_ms is None else ObservedLatency(40, tpot_ms, tpot_ms),
     )
 
 
@@ -207,7 +209,7 @@ def test_a_quiet_system_stays() -> None:
     policy = SplitPolicy(LatencyModel(STEPS, SLO.targets, ALONE), SLO)
     for end in range(5, 50, 5):
         assert not policy.decide(window(load(1.0), end, ttft_ms=80.0, tpot_ms=6.0), SMAllocation(80, 50)).moves
-    nothing = Workload(arrival_rate=0, prompt_tokens=0, prompt_tokens_squared=0, output_tokens=0)
+    nothing = WorkloadEstimate(arrival_rate=0, prompt_tokens=0, prompt_tokens_squared=0, output_tokens=0)
     fresh = SplitPolicy(LatencyModel(STEPS, SLO.targets, ALONE), SLO)
     assert fresh.decide(window(nothing), SMAllocation(80, 50)).reason == "nothing to do"
 
@@ -229,11 +231,14 @@ def test_within_the_cool_down_nothing_moves_and_within_a_rotations_only_warm_wor
     )
     busy = load(12.0, 1200.0, 60.0)
     start = SMAllocation(30, 70)
-    first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, Warm([30, 60], [70]))
+    first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, WarmPercentages([30, 60], [70]))
     assert first.moves
     policy.moved(first, rotated=True)
-    assert policy.decide(window(busy, 8.0, ttft_ms=5000.0), start, Warm([30, 60], [70])).reason == "cooling down"
-    later = policy.decide(window(busy, 20.0, ttft_ms=9000.0), start, Warm([30, 60], [70]))
+    assert (
+        policy.decide(window(busy, 8.0, ttft_ms=5000.0), start, WarmPercentages([30, 60], [70])).reason
+        == "cooling down"
+    )
+    later = policy.decide(window(busy, 20.0, ttft_ms=9000.0), start, WarmPercentages([30, 60], [70]))
     assert later.chosen == SMAllocation(60, 70)
 
 
@@ -252,22 +257,22 @@ def test_targets_that_make_no_sense_are_refused(arguments: dict[str, float]) -> 
 
 
 SIZES_2048 = Sizes(chunk_size=2048, max_chunk_prefill_tokens=2048)
-WARM = Warm([80, 100], [50, 100], [100])
+WARM = WarmPercentages([80, 100], [50, 100], [100])
 
 
 def test_each_way_to_share_is_left_where_it_is_slower_than_predicted_and_the_other_can_be_had() -> None:
     slo = SLOConstraints(ttft_target_ms=300, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
 
-    def ends_at(current: SMAllocation, warm: Warm, mixing_is_slow: bool) -> SMAllocation:
+    def ends_at(current: SMAllocation, warm: WarmPercentages, mixing_is_slow: bool) -> SMAllocation:
         model, believed = (LatencyModel(STEPS, slo.targets, ALONE, 256, 2048, slo.decode_interval_ms) for _ in range(2))
         policy, busy = SplitPolicy(model, slo), load(18.0, 800.0, 100.0)
         for end in range(5, 120, 5):
             # Prompts side by side, or tokens where phases are mixed: long waits there are taken for those of anybody.
             terms, late = believed.predict(busy, current), 6.0 if current.mixed is mixing_is_slow else 1.0
             ttft_late, tpot_late = (1.0, late) if current.mixed else (late, 1.0)
-            ttft = Observed(60, ttft_late * sum(terms.ttft_terms), ttft_late * terms.ttft_ms)
-            tpot = Observed(60, tpot_late * sum(terms.tpot_terms), tpot_late * terms.tpot_ms)
-            seen = Window(start=end - 5, end=end, workload=busy, ttft=ttft, tpot=tpot)
+            ttft = ObservedLatency(60, ttft_late * sum(terms.ttft_terms), ttft_late * terms.ttft_ms)
+            tpot = ObservedLatency(60, tpot_late * sum(terms.tpot_terms), tpot_late * terms.tpot_ms)
+            seen = ObservedWindow(start=end - 5, end=end, workload=busy, ttft=ttft, tpot=tpot)
             decision = policy.decide(seen, current, warm)
             if decision.moves:
                 policy.moved(decision, rotated=not warm.has(decision.chosen))
@@ -280,7 +285,7 @@ def test_each_way_to_share_is_left_where_it_is_slower_than_predicted_and_the_oth
     assert ends_at(mixed, WARM, mixing_is_slow=False) == mixed
     assert not ends_at(mixed, WARM, mixing_is_slow=True).mixed
     assert not ends_at(side_by_side, WARM, mixing_is_slow=True).mixed
-    assert not ends_at(side_by_side, Warm([80, 100], [50, 100]), mixing_is_slow=False).mixed
+    assert not ends_at(side_by_side, WarmPercentages([80, 100], [50, 100]), mixing_is_slow=False).mixed
 
 
 @pytest.mark.parametrize(("prompt", "output", "rate"), [((100, 900), (50, 200), 22), ((6000, 16000), (50, 200), 1.5)])
@@ -293,7 +298,7 @@ def test_the_prediction_of_mixing_is_near_the_simulators(
     unit = SemiPDUnit(clock, STEPS, SIZES_2048, split, decode_interval_s=slo.decode_interval_ms / 1000)
     serve(clock, [unit], requests)
     count = len(requests)
-    workload = Workload(
+    workload = WorkloadEstimate(
         arrival_rate=rate,
         prompt_tokens=sum(r.prompt_tokens for r in requests) / count,
         prompt_tokens_squared=sum(r.prompt_tokens**2 for r in requests) / count,
@@ -312,7 +317,7 @@ def test_the_prediction_of_mixing_is_near_the_simulators(
 @given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 30000)), min_size=50, max_size=120), st.integers(1, 60))
 def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], batch: int) -> None:
     """Whatever comes, decode steps begin on average within the interval, but for what the account forgives."""
-    interval_s, now, decoded, forecast, pace = 0.04, 0.0, 0, StepTimePredictor(), MixedStepBudget()
+    interval_s, now, decoded, predictor, pace = 0.04, 0.0, 0, StepTimePredictor(), MixedStepBudget()
 
     def seconds(work: StepWork) -> float:
         return 0.002 + 5e-5 * work.decode_rows + 2e-5 * work.prompt_tokens + 1e-9 * work.prompt_keys
@@ -320,7 +325,7 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
     for size in range(1, 200):  # it has seen steps of all kinds
         work = StepWork(size % 64, 0.0, 37 * size % 2048, 1e6 * (size % 7))
         for _ in range(20):
-            forecast.observe(work, seconds(work))
+            predictor.observe(work, seconds(work))
     for waiting, start in prompts:
         full_step_s = seconds(StepWork(0, 0.0, 2048, 2048**2 / 2))
         limit_s = pace.limit_s(now, interval_s, math.inf, full_step_s, waiting >= 2048)
@@ -329,11 +334,11 @@ def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], ba
         assert rows or waiting
         tokens = min(waiting, 2048)
         if rows:
-            room = StepTimeBudget(forecast, decode, limit_s)
+            room = StepTimeBudget(predictor, decode, limit_s)
             tokens = room.take(tokens, start) if tokens else 0
             assert min(waiting, 128) <= tokens <= min(waiting, 2048)
             assert room.is_full is (tokens < min(waiting, 2048))
-            pace.decoded(now, bool(tokens))
+            pace.on_decode_step(now, bool(tokens))
             decoded += 1
         now += seconds(StepWork(rows, 0.0, tokens, tokens * (start + tokens / 2)))
     assert now <= (decoded + 18) * interval_s
@@ -343,7 +348,7 @@ def test_what_a_batch_is_ahead_no_newcomer_pays_for() -> None:
     interval_s, full_step_s, pace = 0.04, 0.09, MixedStepBudget()
     for _ in range(20):  # decode alone, faster than it needs to be
         pace.limit_s(0.0, interval_s, math.inf, full_step_s, False)
-        pace.decoded(0.0, True)
+        pace.on_decode_step(0.0, True)
     ahead_s = pace.limit_s(0.0, interval_s, math.inf, full_step_s, False) - interval_s
     assert ahead_s == pytest.approx(8 * interval_s)
     assert pace.limit_s(0.0, interval_s, math.inf, full_step_s, True) == math.inf
@@ -351,10 +356,10 @@ def test_what_a_batch_is_ahead_no_newcomer_pays_for() -> None:
     assert interval_s / 2 <= pace.limit_s(0.0, interval_s, -0.05, full_step_s, True) < interval_s
     assert pace.limit_s(0.0, interval_s, -9.0, full_step_s, True) == interval_s / 2
     # Of 16 tokens 15 come after the first: at a target of 48 ms 84 ms to spare, less 5 % of the target.
-    assert spare_s(7.0, 7.0, 15, 15, 0.048, interval_s) == pytest.approx(0.084)
-    assert spare_s(7.124, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(0.0)
-    assert spare_s(7.3, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(-0.176)
-    assert spare_s(7.5, 7.0, 15, 14, 0.048, interval_s) == math.inf  # lost, and nobody waits for it
+    assert slack_s(7.0, 7.0, 15, 15, 0.048, interval_s) == pytest.approx(0.084)
+    assert slack_s(7.124, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(0.0)
+    assert slack_s(7.3, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(-0.176)
+    assert slack_s(7.5, 7.0, 15, 14, 0.048, interval_s) == math.inf  # lost, and nobody waits for it
 
 
 @pytest.mark.parametrize("split", [SMAllocation(60, 100, mixed=True), SMAllocation(80, 100)], ids=str)
@@ -391,7 +396,7 @@ def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
                 late_tokens=250 * late,
             )
         )
-        window = window_of(collector.get_current_window_metrics(), slo)
+        window = observed_window(collector.get_current_window_metrics(), slo)
         assert window.ttft is not None
         seen[late] = window.ttft.percentile_ms, window.workload.backlog_tokens
     assert seen[0] == (pytest.approx(9000), 700)  # in order, everybody waits for the oldest
@@ -399,38 +404,38 @@ def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
     assert seen[2] == (pytest.approx(9000), 200)
 
 
-# --- turns ---------------------------------------------------------------------------------------
+# --- throttle ---------------------------------------------------------------------------------------
 
 
 def test_decode_gets_its_steps_in_runs_and_no_more() -> None:
-    turns = DecodeThrottle(0.03)
-    turns.rest(10.0)
+    throttle = DecodeThrottle(0.03)
+    throttle.on_idle(10.0)
     now, opened, steps = 10.0, [], 0
     for _ in range(400):  # prefill steps of 50 ms; decode steps of 10 ms in those that are beside it
-        opened.append(turns.update(now))
+        opened.append(throttle.update(now))
         for _ in range(5 * opened[-1]):
-            turns.stepped()
+            throttle.on_decode_step()
             steps += 1
         now += 0.05
     assert not opened[0]  # prompts that come first have the device
     assert steps == pytest.approx(400 * 0.05 / 0.03, abs=6)
     assert sum(earlier != later for earlier, later in itertools.pairwise(opened)) < 300
-    turns.rest(now)
-    assert not turns.update(now)
-    assert turns.update(now + 0.02, 0.01)  # a request needs a token sooner
-    assert not turns.is_overdue
-    assert turns.is_behind
-    turns.stepped()
-    turns.stepped()
-    assert not turns.is_behind  # what comes next is planned when these have ended
-    assert turns.update(now + 1.0)
-    assert turns.is_overdue
-    turns.rest(now + 2.0)
-    assert not turns.update(now + 2.0, None, 0.06, 0.05)
-    assert turns.update(now + 2.0, None, 0.04, 0.05)  # one of few tokens cannot wait for a prefill step
-    assert not turns.is_overdue
-    turns.update(now + 2.0, None, -0.01, 0.05)
-    assert turns.is_overdue  # nor for the one under way
+    throttle.on_idle(now)
+    assert not throttle.update(now)
+    assert throttle.update(now + 0.02, 0.01)  # a request needs a token sooner
+    assert not throttle.is_overdue
+    assert throttle.is_behind
+    throttle.on_decode_step()
+    throttle.on_decode_step()
+    assert not throttle.is_behind  # what comes next is planned when these have ended
+    assert throttle.update(now + 1.0)
+    assert throttle.is_overdue
+    throttle.on_idle(now + 2.0)
+    assert not throttle.update(now + 2.0, None, 0.06, 0.05)
+    assert throttle.update(now + 2.0, None, 0.04, 0.05)  # one of few tokens cannot wait for a prefill step
+    assert not throttle.is_overdue
+    throttle.update(now + 2.0, None, -0.01, 0.05)
+    assert throttle.is_overdue  # nor for the one under way
 
 
 def test_turns_leave_prefill_more_of_the_device_and_keep_tpot_within_its_target() -> None:
