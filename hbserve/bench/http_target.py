@@ -18,7 +18,7 @@ import msgspec
 from hbserve import Config, DisaggregatedLLM, SamplingParams
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 if TYPE_CHECKING:
     import aiohttp

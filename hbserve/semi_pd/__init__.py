@@ -9,7 +9,7 @@ from hbserve.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
     from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
-    from hbserve.slo.sm_allocation import SMAllocation
+    from hbserve.slo.constraints import SMAllocation
 
 __all__ = ["ProcessRotationManager", "ResidentProcessManager", "SMAllocation"]
 
@@ -17,7 +17,7 @@ __getattr__: Any = lazy_attributes(
     {
         "ProcessRotationManager": "hbserve.semi_pd.process_rotation_manager",
         "ResidentProcessManager": "hbserve.semi_pd.resident_process_manager",
-        "SMAllocation": "hbserve.slo.sm_allocation",
+        "SMAllocation": "hbserve.slo.constraints",
     },
     __name__,
 )

@@ -20,9 +20,9 @@ from hbserve.messages.supervisor import SetWorkers
 from hbserve.process.threaded_parent import ManagedProcess
 from hbserve.semi_pd.resident_process_manager import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
-from hbserve.semi_pd.utils import PHASES, ROLES, share_of
+from hbserve.semi_pd.utils import PHASES, ROLES
 from hbserve.semi_pd.worker_pool import Worker, WorkerPool, WorkerState
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class InstanceState:
         self._config = config
         self.instance = instance
         self.allocation = allocation
-        self._shares = {phase: share_of(allocation, phase) for phase in PHASES}
+        self._shares = {phase: allocation.share_of(phase) for phase in PHASES}
         self.residents = ResidentGroup(config, instance, instance.gpu_id, self.note_memory_lost)
         self.changed = threading.Condition(threading.RLock())
         self.state = State.STOPPED
@@ -120,7 +120,7 @@ class InstanceState:
         if phase is InstanceRole.UNIFIED:
             return set(ladder.unified or ())
         fixed = ladder.prefill if phase is InstanceRole.PREFILL else ladder.decode
-        return {share_of(allocation, phase), *fixed}
+        return {allocation.share_of(phase), *fixed}
 
     def all_serve(self) -> bool:
         """Whether exactly the workers that the split wants are there, and serve. With the lock held."""
@@ -204,7 +204,7 @@ class InstanceState:
         """
         assert self.workers is not None
         chosen, wanted = set(phases), self.rungs(self.allocation)
-        self._shares |= {phase: share_of(self.allocation, phase) for phase in PHASES if phase in chosen}
+        self._shares |= {phase: self.allocation.share_of(phase) for phase in PHASES if phase in chosen}
         for worker in self.workers.workers.values():
             if worker.spec.role not in chosen:
                 continue

@@ -36,9 +36,9 @@ from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.semi_pd.slo_service import check_slo, make_controller
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
-from hbserve.semi_pd.utils import PHASES, ROLES, semi_pd_system, share_of
+from hbserve.semi_pd.utils import PHASES, ROLES, semi_pd_system
 from hbserve.semi_pd.worker_pool import WorkerState
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def rotation_status(
         str(phase): worker.as_dict()
         for phase in PHASES
         for worker in active
-        if worker.rung == (phase, share_of(workforce.allocation, phase))
+        if worker.rung == (phase, workforce.allocation.share_of(phase))
     }
     return {
         "instance_id": workforce.instance.instance_id,

@@ -19,7 +19,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.process.threaded_parent import ManagedProcess
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import semi_pd_system
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from hbserve.config import InstanceRole
 from hbserve.semi_pd.instance_state import InstanceState
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
-from hbserve.semi_pd.utils import PHASES, share_of
+from hbserve.semi_pd.utils import PHASES
 from hbserve.semi_pd.worker_pool import WorkerState
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Rotation:
             ]
             if len(changes) < len(PHASES):
                 workforce.activate([phase for phase in PHASES if phase not in changes], "the shares change")
-        changes.sort(key=lambda phase: share_of(allocation, phase) - share_of(before, phase))
+        changes.sort(key=lambda phase: allocation.share_of(phase) - before.share_of(phase))
         timeout = self._asynchronous.drain_timeout
         are_done = []
         for phase in changes:
@@ -98,7 +98,7 @@ class Rotation:
             if not workforce.is_serving():
                 return False
             assert workforce.workers is not None
-            made = workforce.workers.of_rung((phase, share_of(allocation, phase)))
+            made = workforce.workers.of_rung((phase, allocation.share_of(phase)))
             workforce.activate([phase])
             old = [
                 worker

@@ -20,7 +20,7 @@ from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstra
 from hbserve.semi_pd.slo_service import check_slo
 from hbserve.semi_pd.unified_storage_manager import UnifiedStorageManager
 from hbserve.semi_pd.utils import semi_pd_system
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 __all__ = ["SemiPDCoordinator", "create_semi_pd_coordinator"]
 

@@ -11,9 +11,8 @@ from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
-from hbserve.slo.constraints import SLOConstraints, SplitBounds
+from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
-from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
@@ -80,7 +79,7 @@ def make_controller(
     alone = SMAllocation(max(ladder.prefill), max(ladder.decode)) if ladder.prefill and ladder.decode else None
     model = LatencyModel(
         StepTimes(profile, priority=bool(config.semi_pd.prefill_priority)),
-        constraints.targets,
+        constraints,
         alone,
         config.performance.max_num_seqs,
         config.chunked_prefill.max_chunk_prefill_tokens,

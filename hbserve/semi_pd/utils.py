@@ -8,9 +8,14 @@ from hbserve.config import Config, InstanceConfig, InstanceRole, from_dict
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError
 from hbserve.platform import Partition
-from hbserve.slo.sm_allocation import SMAllocation
 
-__all__ = ["PHASES", "ROLES", "InstanceRole", "partition_of", "semi_pd_system", "share_of"]
+__all__ = [
+    "PHASES",
+    "ROLES",
+    "InstanceRole",
+    "partition_of",
+    "semi_pd_system",
+]
 
 PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
 ROLES = (*PHASES, InstanceRole.UNIFIED)
@@ -41,8 +46,3 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
 def partition_of(phase: InstanceRole, percentage: int, priority: int) -> Partition:
     """Of a worker: prefill has the device's first multiprocessors, decode its last."""
     return Partition(percentage, "last" if phase is InstanceRole.DECODE else "first", priority)
-
-
-def share_of(allocation: SMAllocation, phase: InstanceRole) -> int:
-    """The percentage of ``prefill`` or ``decode``."""
-    return allocation.prefill_percentage if phase is InstanceRole.PREFILL else allocation.decode_percentage

@@ -10,7 +10,7 @@ from hbserve.errors import ConfigError, InvalidRequestError, OverloadedError
 from hbserve.process.supervision import InstanceSupervisor
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.server.protocol import AllocationRequest
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 
 
 def rotation_counts(supervisors: dict[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:

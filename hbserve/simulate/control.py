@@ -7,9 +7,8 @@ from typing import Any
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.simulate.units import SemiPDUnit
-from hbserve.slo.constraints import SLOConstraints, SplitBounds
+from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
-from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.split_policy import WarmPercentages
 from hbserve.slo.step_times import StepTimes
 
@@ -89,7 +88,7 @@ class SimulatedController:
         self.rotation = rotation or SimulatedRotation(unit)
         model = LatencyModel(
             steps,
-            constraints.targets,
+            constraints,
             unit.alone,
             unit.sizes.max_num_seqs,
             unit.sizes.max_chunk_prefill_tokens,

@@ -19,8 +19,7 @@ from hbserve.simulate.control import SimulatedController
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
-from hbserve.slo.constraints import SLOConstraints
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SLOConstraints, SMAllocation
 from hbserve.slo.step_times import StepTimes
 
 FORMS = (

@@ -17,7 +17,7 @@ from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.mixing import MixedPhase
 from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.step_times import StepTimes
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes

@@ -5,11 +5,43 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from hbserve.config import InstanceRole
 from hbserve.config.semi_pd import DECODE_PACE, SLOConfig
 from hbserve.errors import ConfigError
-from hbserve.slo.latency_model import Targets
 
 _DEFAULTS = SLOConfig(ttft_target_ms=1.0, tpot_target_ms=1.0)  # of all that is not a target
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SMAllocation:
+    """Percentages of the streaming multiprocessors (of the threads, on a CPU) while both phases run.
+
+    The sum may pass 100: the phases then compete, and prefill, which has the lower priority, yields.
+
+    Attributes:
+        mixed: both phases are done by one worker, in the same steps. The percentages are then those
+            that workers of one phase are kept ready at.
+
+    Raises:
+        ConfigError: if a percentage is no whole number from 1 to 100.
+    """
+
+    prefill_percentage: int
+    decode_percentage: int
+    mixed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_percentage", "decode_percentage"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100:
+                raise ConfigError(f"{name}: must be a whole number from 1 to 100, got {value!r}", name)
+
+    def __str__(self) -> str:
+        return f"({self.prefill_percentage}, {self.decode_percentage})" + " mixed" * self.mixed
+
+    def share_of(self, phase: InstanceRole) -> int:
+        """The percentage of ``prefill`` or ``decode``."""
+        return self.prefill_percentage if phase is InstanceRole.PREFILL else self.decode_percentage
 
 
 @dataclass(frozen=True)
@@ -46,16 +78,6 @@ class SLOConstraints:
         """While prefill is busy, decode steps need not begin sooner after each other than this, on average:
         TPOT's target with some room. What decode does not take speeds prefill up."""
         return DECODE_PACE * self.tpot_target_ms
-
-    @property
-    def targets(self) -> Targets:
-        """For the latency model."""
-        return Targets(
-            ttft_ms=self.ttft_target_ms,
-            tpot_ms=self.tpot_target_ms,
-            ttft_percentile=self.ttft_percentile,
-            tpot_percentile=self.tpot_percentile,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

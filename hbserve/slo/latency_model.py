@@ -28,8 +28,8 @@ from statistics import NormalDist
 import numpy as np
 
 from hbserve.config.semi_pd import MIXED_PACE
+from hbserve.slo.constraints import SLOConstraints, SMAllocation
 from hbserve.slo.least_squares import PriorLeastSquares
-from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.step_times import StepTimes
 
 _MEMORY = 0.9  # of an observation at the next one
@@ -70,16 +70,6 @@ class WorkloadEstimate:
     def tokens_of_its_prompt(self) -> float:
         """Mean over prompt tokens, not over prompts: what decode steps have beside them, most of it of long prompts."""
         return self.prompt_tokens_squared / max(1.0, self.prompt_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """What a request should meet, and at which percentile of requests that is judged."""
-
-    ttft_ms: float
-    tpot_ms: float
-    ttft_percentile: float = 95.0
-    tpot_percentile: float = 95.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +136,7 @@ class LatencyModel:
     def __init__(
         self,
         steps: StepTimes,
-        targets: Targets,
+        targets: SLOConstraints,
         alone: SMAllocation | None = None,
         max_batch: int = 256,
         prefill_batch_tokens: int = 4096,
@@ -218,7 +208,7 @@ class LatencyModel:
     def _tokens_within(self, step_ms: Callable[[float], float]) -> float:
         """Prompt tokens of a full step: as many as TPOT's target has time for."""
         most = float(self._prefill_batch_tokens)
-        limit_ms = MIXED_PACE * self.targets.tpot_ms
+        limit_ms = MIXED_PACE * self.targets.tpot_target_ms
         if step_ms(most) <= limit_ms:
             return most
         low, high = 1.0, most
@@ -313,7 +303,7 @@ class LatencyModel:
         log_variance = math.log1p(variance / mean_ms**2)
         ttft = NormalDist(math.log(mean_ms) - log_variance / 2, math.sqrt(log_variance) + 1e-3)
         tpot = NormalDist(math.log(tpot_ms), max(0.02, workload.tpot_spread))
-        attainment = ttft.cdf(math.log(self.targets.ttft_ms)) * tpot.cdf(math.log(self.targets.tpot_ms))
+        attainment = ttft.cdf(math.log(self.targets.ttft_target_ms)) * tpot.cdf(math.log(self.targets.tpot_target_ms))
         return Prediction(
             ttft_ms=math.exp(ttft.inv_cdf(self.targets.ttft_percentile / 100)),
             tpot_ms=math.exp(tpot.inv_cdf(self.targets.tpot_percentile / 100)),
@@ -346,11 +336,11 @@ class LatencyModel:
         fits = self._mixed if allocation.mixed else self._side_by_side
         error = 0.0
         if ttft is not None:
-            error = max(error, self._error(ttft, predicted.ttft_ms, self.targets.ttft_ms))
+            error = max(error, self._error(ttft, predicted.ttft_ms, self.targets.ttft_target_ms))
             spread = max(0.1, 1 / math.sqrt(ttft.count)) * ttft.mean_ms + 0.5
             fits.ttft.observe(predicted.ttft_terms, ttft.mean_ms, spread)
         if tpot is not None:
-            error = max(error, self._error(tpot, predicted.tpot_ms, self.targets.tpot_ms))
+            error = max(error, self._error(tpot, predicted.tpot_ms, self.targets.tpot_target_ms))
             spread = max(0.05, 0.3 / math.sqrt(tpot.count)) * tpot.mean_ms
             fits.tpot.observe(predicted.tpot_terms, tpot.mean_ms, spread)
         if ttft is not None or tpot is not None:

@@ -8,9 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hbserve.slo.constraints import SLOConstraints, SplitBounds
+from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel, Prediction, WorkloadEstimate
-from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.workload import ObservedWindow, WorkloadEstimator
 
 _MARGIN = 0.9  # of a target: what a split must be predicted to meet to be moved to
@@ -185,7 +184,7 @@ class SplitPolicy:
         self._learnt_until = window.end
         self.model.observe(workload, current, window.ttft, window.tpot)
 
-    def _violations(self, window: Window) -> dict[str, float]:
+    def _violations(self, window: ObservedWindow) -> dict[str, float]:
         slo = self.constraints
         seen = (
             ("ttft", window.ttft, slo.ttft_target_ms, slo.ttft_violation_threshold),
@@ -224,26 +223,23 @@ class SplitPolicy:
 
     def _rank(self, prediction: Prediction, is_current: bool) -> tuple[bool, float, float]:
         """Feasible first, then what counts, then the room that is left, coarsely: small gains are none."""
-        targets = self.model.targets
         margin = 1.0 if is_current else _MARGIN
-        ttft, tpot = prediction.ttft_ms / targets.ttft_ms, prediction.tpot_ms / targets.tpot_ms
-        feasible = ttft <= margin and tpot <= margin
-        slack = round(-4 * math.log(max(ttft, tpot)))
-        return feasible, round(self._value(prediction), 2), slack
+        largest_ratio = max(self._ratios(prediction))
+        return largest_ratio <= margin, round(self._value(prediction), 2), round(-4 * math.log(largest_ratio))
+
+    def _ratios(self, prediction: Prediction) -> tuple[float, float]:
+        """TTFT and TPOT over their targets."""
+        slo = self.constraints
+        return prediction.ttft_ms / slo.ttft_target_ms, prediction.tpot_ms / slo.tpot_target_ms
 
     def _value(self, prediction: Prediction) -> float:
         """Attainment of what is served, less the harm to what is late."""
-        targets = self.model.targets
-        harm = sum(
-            max(0.0, math.log(seen / target))
-            for seen, target in ((prediction.ttft_ms, targets.ttft_ms), (prediction.tpot_ms, targets.tpot_ms))
-        )
+        harm = sum(max(0.0, math.log(ratio)) for ratio in self._ratios(prediction))
         return prediction.attainment / max(1.0, prediction.prefill_load) - _HARM_WEIGHT * harm
 
     def _value_seen(self, violations: dict[str, float]) -> float:
         """At most, of a window with violated targets: at their percentiles requests were late by so much."""
-        targets = self.model.targets
-        percentiles = {"ttft": targets.ttft_percentile, "tpot": targets.tpot_percentile}
+        percentiles = {"ttft": self.constraints.ttft_percentile, "tpot": self.constraints.tpot_percentile}
         attainment = min((percentiles[name] / 100 for name in violations), default=1.0)
         return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
 

@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.least_squares import PriorLeastSquares
-from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile, TogetherPoint
 
 _MEASUREMENT_ERROR = 0.02  # of a point, relative

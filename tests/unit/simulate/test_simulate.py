@@ -20,7 +20,7 @@ from hbserve.simulate.phases import PrefixCache, Sizes
 from hbserve.simulate.requests import SimulatedRequest, poisson, requests_of
 from hbserve.simulate.systems import Setting, System, find_highest_rate, plan, simulate
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
-from hbserve.slo.sm_allocation import SMAllocation
+from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.step_times import StepTimes
 
 STEPS = StepTimes()

@@ -23,9 +23,9 @@ from hbserve.simulate.control import SimulatedController, SimulatedRotation
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import SimulatedRequest, concatenated, poisson
 from hbserve.simulate.units import SemiPDUnit, serve
+from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.latency_model import LatencyModel, ObservedLatency, WorkloadEstimate
 from hbserve.slo.least_squares import PriorLeastSquares
-from hbserve.slo.sm_allocation import SMAllocation
 from hbserve.slo.split_policy import SplitPolicy, WarmPercentages
 from hbserve.slo.step_profile import BUILTIN_PROFILE, PrefillPoint, StepProfile
 from hbserve.slo.step_times import StepTimes
@@ -136,7 +136,7 @@ def load(rate: float = 8.0, prompt: float = 1000.0, output: float = 200.0, **mor
 
 
 def test_the_model_learns_what_it_got_wrong_and_says_how_sure_it_is() -> None:
-    model = LatencyModel(STEPS, SLO.targets, ALONE)
+    model = LatencyModel(STEPS, SLO, ALONE)
     split = SMAllocation(80, 50)
     before = model.predict(load(), split)
     first = model.confidence
@@ -155,7 +155,7 @@ def test_the_model_learns_what_it_got_wrong_and_says_how_sure_it_is() -> None:
 
 @given(st.floats(0.1, 200), st.floats(1, 30000), st.floats(1, 3000), st.integers(10, 100), st.integers(10, 100))
 def test_predictions_are_numbers_and_make_sense(rate: float, prompt: float, output: float, x: int, y: int) -> None:
-    model = LatencyModel(STEPS, SLO.targets, ALONE)
+    model = LatencyModel(STEPS, SLO, ALONE)
     prediction = model.predict(load(rate, prompt, output), SMAllocation(x, y))
     assert 0 <= prediction.attainment <= 1
     assert 0 <= prediction.goodput <= rate * (1 + 1e-9)
@@ -179,7 +179,7 @@ def window(
 
 
 def test_where_neither_target_can_be_held_the_least_harm_is_chosen() -> None:
-    model = LatencyModel(STEPS, SLO.targets, ALONE)
+    model = LatencyModel(STEPS, SLO, ALONE)
     policy = SplitPolicy(model, SLO)
     overload = load(60.0, 3000.0, 800.0, backlog_tokens=60_000, running=200)
     decision = policy.decide(window(overload), SMAllocation(30, 30))
@@ -199,24 +199,24 @@ def test_where_neither_target_can_be_held_the_least_harm_is_chosen() -> None:
 
 def test_a_violated_target_moves_the_split_towards_its_phase() -> None:
     # 12 prompts of 1200 tokens a second need more than 30 %; decode has more than it needs
-    policy = SplitPolicy(LatencyModel(STEPS, SLO.targets, ALONE), SLO)
+    policy = SplitPolicy(LatencyModel(STEPS, SLO, ALONE), SLO)
     decision = policy.decide(window(load(12.0, 1200.0, 60.0), ttft_ms=5000.0, tpot_ms=6.0), SMAllocation(30, 70))
     assert decision.violations == {"ttft": pytest.approx(5000 / 800)}
     assert decision.chosen.prefill_percentage > 30
 
 
 def test_a_quiet_system_stays() -> None:
-    policy = SplitPolicy(LatencyModel(STEPS, SLO.targets, ALONE), SLO)
+    policy = SplitPolicy(LatencyModel(STEPS, SLO, ALONE), SLO)
     for end in range(5, 50, 5):
         assert not policy.decide(window(load(1.0), end, ttft_ms=80.0, tpot_ms=6.0), SMAllocation(80, 50)).moves
     nothing = WorkloadEstimate(arrival_rate=0, prompt_tokens=0, prompt_tokens_squared=0, output_tokens=0)
-    fresh = SplitPolicy(LatencyModel(STEPS, SLO.targets, ALONE), SLO)
+    fresh = SplitPolicy(LatencyModel(STEPS, SLO, ALONE), SLO)
     assert fresh.decide(window(nothing), SMAllocation(80, 50)).reason == "nothing to do"
 
 
 def test_without_confidence_only_neighbours_and_only_under_violation() -> None:
     bounds = SplitBounds(min_confidence_threshold=1.0)
-    policy = SplitPolicy(LatencyModel(STEPS, SLO.targets, ALONE), SLO, bounds)
+    policy = SplitPolicy(LatencyModel(STEPS, SLO, ALONE), SLO, bounds)
     busy = load(12.0, 1200.0, 60.0)
     assert not policy.decide(window(busy, 5.0), SMAllocation(30, 70)).moves
     decision = policy.decide(window(busy, 10.0, ttft_ms=5000.0), SMAllocation(30, 70))
@@ -226,9 +226,7 @@ def test_without_confidence_only_neighbours_and_only_under_violation() -> None:
 
 
 def test_within_the_cool_down_nothing_moves_and_within_a_rotations_only_warm_workers() -> None:
-    policy = SplitPolicy(
-        LatencyModel(STEPS, SLO.targets, ALONE), SLO, SplitBounds(cooldown_s=4, rotation_cooldown_s=60)
-    )
+    policy = SplitPolicy(LatencyModel(STEPS, SLO, ALONE), SLO, SplitBounds(cooldown_s=4, rotation_cooldown_s=60))
     busy = load(12.0, 1200.0, 60.0)
     start = SMAllocation(30, 70)
     first = policy.decide(window(busy, 5.0, ttft_ms=5000.0), start, WarmPercentages([30, 60], [70]))
@@ -264,7 +262,7 @@ def test_each_way_to_share_is_left_where_it_is_slower_than_predicted_and_the_oth
     slo = SLOConstraints(ttft_target_ms=300, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
 
     def ends_at(current: SMAllocation, warm: WarmPercentages, mixing_is_slow: bool) -> SMAllocation:
-        model, believed = (LatencyModel(STEPS, slo.targets, ALONE, 256, 2048, slo.decode_interval_ms) for _ in range(2))
+        model, believed = (LatencyModel(STEPS, slo, ALONE, 256, 2048, slo.decode_interval_ms) for _ in range(2))
         policy, busy = SplitPolicy(model, slo), load(18.0, 800.0, 100.0)
         for end in range(5, 120, 5):
             # Prompts side by side, or tokens where phases are mixed: long waits there are taken for those of anybody.
@@ -304,7 +302,7 @@ def test_the_prediction_of_mixing_is_near_the_simulators(
         prompt_tokens_squared=sum(r.prompt_tokens**2 for r in requests) / count,
         output_tokens=sum(r.output_tokens for r in requests) / count,
     )
-    model = LatencyModel(STEPS, slo.targets, ALONE, 256, 2048, slo.decode_interval_ms)
+    model = LatencyModel(STEPS, slo, ALONE, 256, 2048, slo.decode_interval_ms)
     prediction = model.predict(workload, split)
     assert sum(prediction.ttft_terms) == pytest.approx(sum(r.ttft_ms for r in requests) / count, rel=0.5)
     assert sum(prediction.tpot_terms) == pytest.approx(sum(r.tpot_ms for r in requests) / count, rel=0.5)
