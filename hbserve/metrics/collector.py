@@ -1,31 +1,58 @@
-"""From events to windows: the collector that schedulers report to and controllers read."""
+"""The registry of all measurements: events go in, windows and histograms come out."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from hbserve.metrics.distribution import CountWindow, SlidingWindow
+from hbserve.metrics.distribution import CountWindow, Histogram, SlidingWindow
 from hbserve.metrics.request_metrics import RequestMetrics
-from hbserve.metrics.window_metrics import AggregatedMetrics, RoleMetrics, SystemMetrics
+from hbserve.metrics.window_metrics import LATENCIES, AggregatedMetrics, RoleMetrics, SystemMetrics
 
-_GAPS_PER_REQUEST = 16  # ITL has samples for every step, the others for every request
-_PER_REQUEST = ("ttft", "tpot", "e2e", "prefill_queue", "decode_queue", "input_length", "output_length")
+_GAPS_PER_REQUEST = 16  # ITL has a sample per step, every other latency one per request
+_LENGTHS = ("input_length", "output_length")
+_COUNTS = ("arrivals", "completed", "failed", "preemptions", "met", "missed")
+_TOKENS = ("input_tokens", "admitted_tokens", "cached_tokens", "output_tokens")
 _MAX_OPEN_REQUESTS = 1 << 17  # far beyond any queue; a caller that never completes requests must not fill memory
+
+_TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TOKEN_S = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+_E2E_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
+_POWERS_OF_TWO = tuple(float(1 << exponent) for exponent in range(18))
+_BUCKETS = {
+    "time_to_first_token_seconds": _TTFT_S,
+    "time_per_output_token_seconds": _TOKEN_S,
+    "inter_token_latency_seconds": _TOKEN_S,
+    "e2e_request_latency_seconds": _E2E_S,
+    "prefill_queue_seconds": _TTFT_S,
+    "decode_queue_seconds": _TTFT_S,
+    "prompt_length_tokens": _POWERS_OF_TWO,
+    "output_length_tokens": _POWERS_OF_TWO,
+    "prefill_batch_size": _POWERS_OF_TWO[:11],
+    "decode_batch_size": _POWERS_OF_TWO[:11],
+}
 
 
 class SemiPDMetricsCollector:
-    """The life cycle of requests and the work of workers, over a sliding window.
+    """The life of requests and the work of workers: over a sliding window, and since the start.
 
-    Everything is told to it and timed by its one clock; it asks nobody. Not thread-safe: one event
-    loop or one thread owns it.
+    The owner reports every event, and the collector times it by its one clock. It is not thread-safe: one event loop
+    or one thread owns it.
 
     Args:
-        window_size_seconds: how far back `get_current_window_metrics` looks.
-        max_history_size: ended requests, and samples of each latency, that are kept at most. Where
-            more come within a window, its percentiles are those of the latest; counts stay right.
-        clock: seconds, never running back.
+        window_size_seconds: length of the window that `get_current_window_metrics` returns.
+        max_history_size: how many ended requests, and how many samples of each latency, are kept. If a window has
+            more, its percentiles are those of the latest samples; its counts stay exact.
+        clock: seconds, monotonic.
+
+    Attributes:
+        open_requests: by id.
+        history: requests that have ended, oldest first.
+        system_metrics: the last state that was recorded.
+        histograms: since the start, by Prometheus' name without ``hbserve_``.
+        num_with_targets: completed requests since the start that kept all their targets, or missed one.
     """
 
     def __init__(
@@ -38,16 +65,16 @@ class SemiPDMetricsCollector:
         self.clock = clock
         self.open_requests: dict[str, RequestMetrics] = {}
         self.history: deque[RequestMetrics] = deque(maxlen=max_history_size)
-        """Requests that have ended, oldest first."""
-        self._since = clock()
-        self.system_metrics = SystemMetrics(timestamp=self._since)
-        """The last state that was recorded."""
+        self._start = clock()
+        self.system_metrics = SystemMetrics(timestamp=self._start)
         self._excluded: deque[tuple[float, float]] = deque(maxlen=64)
         self._exclusion_start: float | None = None
 
-        self._latencies = {name: SlidingWindow(max_history_size, clock) for name in _PER_REQUEST}
-        self._latencies["itl"] = SlidingWindow(_GAPS_PER_REQUEST * max_history_size, clock)
+        self._samples = {name: SlidingWindow(max_history_size, clock) for name in LATENCIES + _LENGTHS}
+        self._samples["itl"] = SlidingWindow(_GAPS_PER_REQUEST * max_history_size, clock)
         self._counts = CountWindow(window_size_seconds)
+        self.histograms = {name: Histogram(bounds) for name, bounds in _BUCKETS.items()}
+        self.num_with_targets = {"kept": 0, "missed": 0}
 
     # --- the life of a request -------------------------------------------------------------------
 
@@ -58,11 +85,13 @@ class SemiPDMetricsCollector:
         ttft_target_ms: float | None = None,
         tpot_target_ms: float | None = None,
     ) -> RequestMetrics:
-        """A request is here; returns its record, which grows with what is recorded later.
+        """Record that a request has arrived.
 
         Args:
             input_length: prompt tokens.
-            ttft_target_ms, tpot_target_ms: its targets, if it has any.
+
+        Returns:
+            The request's record, which later events complete.
         """
         now = self.clock()
         request = RequestMetrics(
@@ -71,17 +100,18 @@ class SemiPDMetricsCollector:
         if len(self.open_requests) >= _MAX_OPEN_REQUESTS:
             del self.open_requests[next(iter(self.open_requests))]
         self.open_requests[request_id] = request
-        self._latencies["input_length"].add(input_length)
+        self._samples["input_length"].add(input_length)
+        self.histograms["prompt_length_tokens"].observe(input_length)
         counts = self._counts.at(now)
         counts["arrivals"] += 1
         counts["input_tokens"] += input_length
         return request
 
     def record_prefill_start(self, request_id: str, cached_tokens: int = 0) -> None:
-        """It has got its allocations. Of a request that is put back only the first time counts.
+        """Record that a request got its allocations. If it is put back and starts again, the first time counts.
 
         Args:
-            cached_tokens: prompt tokens that the prefix cache had.
+            cached_tokens: prompt tokens found in the prefix cache.
         """
         request = self.open_requests.get(request_id)
         if request is None or request.prefill_start_time is not None:
@@ -94,10 +124,10 @@ class SemiPDMetricsCollector:
         self._add_latency("prefill_queue", request.prefill_queue_ms, request.arrival_time, now)
 
     def record_first_token(self, request_id: str, at: float | None = None) -> None:
-        """Its first token is here: TTFT.
+        """Record a request's first token, which ends its TTFT.
 
         Args:
-            at: when; default: now.
+            at: time of the event; default: now.
         """
         request = self.open_requests.get(request_id)
         if request is None or request.first_token_time is not None:
@@ -106,13 +136,13 @@ class SemiPDMetricsCollector:
         self._add_latency("ttft", request.ttft_ms, request.arrival_time, now)
 
     def record_prefill_end(self, request_id: str, at: float | None = None) -> None:
-        """Its prompt has been computed; ``at`` as in `record_first_token`."""
+        """Record that a request's prompt is computed; ``at`` as in `record_first_token`."""
         request = self.open_requests.get(request_id)
         if request is not None and request.prefill_end_time is None:
             request.prefill_end_time = self.clock() if at is None else at
 
     def record_decode_start(self, request_id: str, at: float | None = None) -> None:
-        """Its KV is where it decodes; ``at`` as in `record_first_token`."""
+        """Record that a request's KV is on its decode worker; ``at`` as in `record_first_token`."""
         request = self.open_requests.get(request_id)
         if request is None or request.decode_start_time is not None:
             return
@@ -122,17 +152,17 @@ class SemiPDMetricsCollector:
             self._add_latency("decode_queue", request.decode_queue_ms, start, now)
 
     def record_preemption(self, request_id: str) -> None:
-        """It gave its place to an older one."""
+        """Record that a request gave its place to an older one."""
         request = self.open_requests.get(request_id)
         if request is not None:
             request.num_preemptions += 1
             self._counts.at(self.clock())["preemptions"] += 1
 
     def record_request_completion(self, request_id: str, output_length: int, success: bool = True) -> None:
-        """It has ended; of one that did not succeed no latency but TTFT is counted.
+        """Record a request's end. If it failed, only its TTFT and queue times count.
 
         Args:
-            output_length: tokens generated.
+            output_length: generated tokens.
         """
         request = self.open_requests.pop(request_id, None)
         if request is None:
@@ -140,6 +170,9 @@ class SemiPDMetricsCollector:
         now = request.completion_time = self.clock()
         request.output_length, request.success = output_length, success
         self.history.append(request)
+        self._observe("time_to_first_token_seconds", request.ttft_ms)
+        self._observe("prefill_queue_seconds", request.prefill_queue_ms)
+        self._observe("decode_queue_seconds", request.decode_queue_ms)
         counts = self._counts.at(now)
         if not success:
             counts["failed"] += 1
@@ -147,37 +180,48 @@ class SemiPDMetricsCollector:
         counts["completed"] += 1
         if request.meets_targets is not None:
             counts["met" if request.meets_targets else "missed"] += 1
-        self._latencies["output_length"].add(output_length)
+            self.num_with_targets["kept" if request.meets_targets else "missed"] += 1
+        self._observe("time_per_output_token_seconds", request.tpot_ms)
+        self._observe("e2e_request_latency_seconds", request.e2e_ms)
+        self.histograms["output_length_tokens"].observe(output_length)
+        self._samples["output_length"].add(output_length)
         self._add_latency("e2e", request.e2e_ms, request.arrival_time, now)
         if request.first_token_time is not None:
             self._add_latency("tpot", request.tpot_ms, request.first_token_time, now)
 
-    # --- workers and the whole -------------------------------------------------------------------
+    def _observe(self, name: str, value_ms: float | None) -> None:
+        if value_ms is not None:
+            self.histograms[name].observe(value_ms / 1000)
+
+    # --- workers and the system ------------------------------------------------------------------
 
     def record_token_gap(self, gap_s: float, count: int = 1) -> None:
-        """So many requests got a token now, each ``gap_s`` after its one before: ITL."""
+        """Record that ``count`` requests got a token now, each ``gap_s`` after its last one (ITL)."""
+        self.histograms["inter_token_latency_seconds"].observe(gap_s, count)
         now = self.clock()
         if not self._is_excluded(now - gap_s, now):
-            self._latencies["itl"].add(gap_s * 1000, count)
+            self._samples["itl"].add(gap_s * 1000, count)
 
     def record_step(
         self, worker: str, prefill_rows: int, prefill_tokens: int, decode_rows: int, num_samples: int, busy_s: float
     ) -> None:
-        """A worker's step is done.
+        """Record a finished step of a worker.
 
         Args:
-            prefill_rows, prefill_tokens: prompts in it, and tokens of them.
-            decode_rows: sequences that were to decode a token.
-            num_samples: output tokens that came of it, first ones included, discarded ones not.
-            busy_s: how long the device worked on it.
+            prefill_rows, prefill_tokens: prompts in the step, and their tokens in it.
+            decode_rows: sequences that decoded a token.
+            num_samples: output tokens, with first tokens, without discarded ones.
+            busy_s: how long the device worked on the step.
         """
         counts = self._counts.at(self.clock())
         if prefill_rows:
+            self.histograms["prefill_batch_size"].observe(prefill_rows)
             counts["prefill_steps"] += 1
             counts["prefill_rows"] += prefill_rows
             counts["prefill_tokens"] += prefill_tokens
             counts["prefill_busy/" + worker] += busy_s
         if decode_rows:
+            self.histograms["decode_batch_size"].observe(decode_rows)
             counts["decode_steps"] += 1
             counts["decode_rows"] += decode_rows
             counts["decode_busy/" + worker] += busy_s
@@ -185,120 +229,110 @@ class SemiPDMetricsCollector:
         counts["busy/" + worker] += busy_s
 
     def record_system_metrics(self, system: SystemMetrics) -> None:
-        """The state of queues and memory.
+        """Record the present state of queues and memory.
 
         Raises:
-            TypeError: if it is something else.
+            TypeError: if ``system`` is not a `SystemMetrics`.
         """
         if not isinstance(system, SystemMetrics):
             raise TypeError(f"system metrics must be a SystemMetrics, got {type(system).__name__}")
         self.system_metrics = system
 
-    # --- what is left out ------------------------------------------------------------------------
+    # --- exclusion and reset ---------------------------------------------------------------------
 
     def begin_exclusion(self) -> None:
-        """From now on the system is not itself (a rotation): latencies that overlap this time are left out."""
+        """Leave out latencies that overlap the time from now on, because the system is disturbed (by a rotation)."""
         if self._exclusion_start is None:
             self._exclusion_start = self.clock()
 
     def end_exclusion(self) -> None:
-        """The system is itself again."""
+        """End the time whose latencies are left out."""
         if self._exclusion_start is not None:
             self._excluded.append((self._exclusion_start, self.clock()))
             self._exclusion_start = None
 
     def reset_window(self) -> None:
-        """Begin a new window now: what was measured before a change says nothing about after it.
+        """Begin a new window now, because measurements from before a change say nothing about the time after it.
 
-        Open requests stay, and count where they end.
+        Open requests stay, and count in the window in which they end.
         """
-        for latencies in self._latencies.values():
-            latencies.clear()
+        for samples in self._samples.values():
+            samples.clear()
         self._counts = CountWindow(self.window_size_seconds)
-        self._since = self.clock()
+        self._start = self.clock()
 
     def _is_excluded(self, start: float, end: float) -> bool:
         if self._exclusion_start is not None and end >= self._exclusion_start:
             return True
-        return any(start < until and end > since for since, until in self._excluded)
+        return any(start < excluded_end and end > excluded_start for excluded_start, excluded_end in self._excluded)
 
     def _add_latency(self, name: str, value_ms: float | None, start: float, end: float) -> None:
         if value_ms is not None and not self._is_excluded(start, end):
-            self._latencies[name].add(value_ms)
+            self._samples[name].add(value_ms)
 
     # --- reading ---------------------------------------------------------------------------------
 
     def get_current_window_metrics(self, seconds: float | None = None) -> AggregatedMetrics:
-        """The last ``window_size_seconds``, or less where the window has begun later.
+        """Return the last ``window_size_seconds``, or less if the window has begun later.
 
         Args:
-            seconds: only so many; rounded to a sixtieth of ``window_size_seconds``.
+            seconds: length of a shorter window; rounded to a sixtieth of ``window_size_seconds``.
         """
         now = self.clock()
-        start = max(self._since, self._counts.start_of(now, seconds))
+        start = max(self._start, self._counts.start_of(now, seconds))
         counts = self._counts.totals(now, seconds)
+        numbers: dict[str, Any] = {f"num_{name}": int(counts[name]) for name in _COUNTS}
+        numbers |= {name: int(counts[name]) for name in _TOKENS}
+        samples: dict[str, Any] = {name: window.since(start) for name, window in self._samples.items()}
         worker_busy = {
             name.removeprefix("busy/"): min(1.0, busy_s / (now - start))
             for name, busy_s in counts.items()
             if name.startswith("busy/") and now > start
         }
-        latencies = {name: window.since(start) for name, window in self._latencies.items()}
         return AggregatedMetrics(
             window_start_time=start,
             window_end_time=now,
-            num_arrivals=int(counts["arrivals"]),
-            num_completed=int(counts["completed"]),
-            num_failed=int(counts["failed"]),
-            num_preemptions=int(counts["preemptions"]),
-            num_met=int(counts["met"]),
-            num_missed=int(counts["missed"]),
-            input_tokens=int(counts["input_tokens"]),
-            admitted_tokens=int(counts["admitted_tokens"]),
-            cached_tokens=int(counts["cached_tokens"]),
-            output_tokens=int(counts["output_tokens"]),
             prefill=_role_metrics("prefill", counts, now - start),
             decode=_role_metrics("decode", counts, now - start),
             system=self.system_metrics,
             worker_busy=worker_busy,
-            **latencies,
+            **numbers,
+            **samples,
         )
 
     def get_real_time_metrics(self) -> dict[str, float]:
-        """The window in plain numbers: see `numbers_of`."""
-        return numbers_of(self.get_current_window_metrics())
+        """Return the window in plain numbers: see `AggregatedMetrics.as_numbers`."""
+        return self.get_current_window_metrics().as_numbers()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers: ``queues`` now, the ``window``, and ``histograms`` since the start."""
+        state, window = self.system_metrics, self.get_current_window_metrics()
+        return {
+            "queues": {
+                "requests": {
+                    "waiting": state.prefill_queue_length,
+                    "prefilling": state.running_prefill,
+                    "transferring": state.decode_queue_length,
+                    "decoding": state.running_decode,
+                },
+                "waiting_tokens": state.prefill_queue_tokens,
+                "oldest_wait_s": state.oldest_wait_s,
+                "kv_usage": state.kv_usage,
+            },
+            "requests_with_targets": dict(self.num_with_targets),
+            "window_s": self.window_size_seconds,
+            "window": window.as_numbers(),
+            "busy_share": window.worker_busy,
+            "histograms": {name: histogram.as_dict() for name, histogram in self.histograms.items()},
+        }
 
 
 def _role_metrics(phase: str, counts: Mapping[str, float], duration_s: float) -> RoleMetrics:
-    steps = counts[f"{phase}_steps"]
     rows = counts[f"{phase}_rows"]
     busy_s = max((value for name, value in counts.items() if name.startswith(f"{phase}_busy/")), default=0.0)
     return RoleMetrics(
-        num_steps=int(steps),
+        num_steps=int(counts[f"{phase}_steps"]),
         num_rows=int(rows),
         num_tokens=int(counts["prefill_tokens"] if phase == "prefill" else rows),
         utilization=min(1.0, busy_s / duration_s) if duration_s > 0 else 0.0,
     )
-
-
-def numbers_of(metrics: AggregatedMetrics) -> dict[str, float]:
-    """A window in plain numbers, for people and logs; ``_ms`` are milliseconds, throughputs per second."""
-    numbers: dict[str, float] = {
-        "arrival_rate": metrics.arrival_rate,
-        "request_throughput": metrics.request_throughput,
-        "prefill_throughput": metrics.prefill_throughput,
-        "decode_throughput": metrics.decode_throughput,
-        "prefill_utilization": metrics.prefill.utilization,
-        "decode_utilization": metrics.decode.utilization,
-        "prefill_batch_size": metrics.prefill.batch_size,
-        "decode_batch_size": metrics.decode.batch_size,
-        "prefix_hit_rate": metrics.prefix_hit_rate,
-        "num_requests": metrics.num_completed,
-        "num_met": metrics.num_met,
-        "num_missed": metrics.num_missed,
-    }
-    for name in ("ttft", "tpot", "itl", "e2e", "prefill_queue", "decode_queue"):
-        latencies = getattr(metrics, name)
-        numbers[f"{name}_mean_ms"] = latencies.mean
-        for percent in (50, 95, 99):
-            numbers[f"{name}_p{percent}_ms"] = latencies.percentile(percent)
-    return numbers

@@ -1,4 +1,4 @@
-"""Samples of one quantity: a snapshot of them, and the sliding window that it is taken from."""
+"""Containers of samples: a snapshot, a sliding window, sums over a window, and a histogram since the start."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import bisect
 import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +25,21 @@ class Distribution:
 
     @staticmethod
     def of(samples: Iterable[tuple[float, int]]) -> Distribution:
-        """Of (value, weight) pairs in any order."""
+        """Make one of (value, weight) pairs in any order."""
         ordered = sorted(samples)
         return Distribution(tuple(value for value, _ in ordered), tuple(weight for _, weight in ordered))
 
     @staticmethod
     def merged(parts: Iterable[Distribution]) -> Distribution:
-        """All samples of several."""
-        return Distribution.of(
-            itertools.chain.from_iterable(zip(part.values, part.weights, strict=True) for part in parts)
-        )
+        """Put the samples of several together."""
+        pairs = (zip(part.values, part.weights, strict=True) for part in parts)
+        return Distribution.of(itertools.chain.from_iterable(pairs))
 
-    def thinned(self, most: int) -> Distribution:
-        """Of no more than so many values: neighbours become their mean, with their weights added up."""
-        if len(self.values) <= most:
+    def thinned(self, max_values: int) -> Distribution:
+        """Reduce to at most ``max_values`` values: neighbours become their mean, with their weights added up."""
+        if len(self.values) <= max_values:
             return self
-        bounds = [len(self.values) * index // most for index in range(most + 1)]
+        bounds = [len(self.values) * index // max_values for index in range(max_values + 1)]
         values, weights = [], []
         for begin, end in itertools.pairwise(bounds):
             weight = sum(self.weights[begin:end])
@@ -51,21 +51,17 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """Samples in all, by weight."""
+        """Number of samples: the sum of the weights."""
         return sum(self.weights)
 
     @property
     def mean(self) -> float:
-        """0 where there are none."""
+        """Mean of the samples; 0 if there are none."""
         total = sum(value * weight for value, weight in zip(self.values, self.weights, strict=True))
         return total / self.count if self.weights else 0.0
 
     def percentile(self, percent: float) -> float:
-        """The smallest sample that at least ``percent`` of them do not exceed (nearest rank); 0 where there are none.
-
-        Args:
-            percent: in [0, 100].
-        """
+        """Nearest rank: the smallest sample that at least ``percent`` (0 to 100) of all do not exceed; 0 if none."""
         if not self.values:
             return 0.0
         cumulated = list(itertools.accumulate(self.weights))
@@ -74,24 +70,19 @@ class Distribution:
 
 
 class SlidingWindow:
-    """The latest samples, with their times.
-
-    Args:
-        max_samples: how many stay at most.
-        clock: seconds, never running back.
-    """
+    """The latest ``max_samples`` samples, with their times on ``clock`` (seconds, monotonic)."""
 
     def __init__(self, max_samples: int, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._samples: deque[tuple[float, float, int]] = deque(maxlen=max_samples)
 
     def add(self, value: float, weight: int = 1) -> None:
-        """A sample of now, seen ``weight`` times."""
+        """Add a sample with the present time, seen ``weight`` times."""
         self._samples.append((self._clock(), value, weight))
 
     def since(self, start: float) -> Distribution:
-        """The samples from ``start`` on."""
-        # A copy, in one go: another thread may add samples meanwhile.
+        """Return the samples from the time ``start`` on."""
+        # list() copies in one step: another thread may add samples meanwhile.
         latest = itertools.takewhile(lambda sample: sample[0] >= start, reversed(list(self._samples)))
         return Distribution.of((value, weight) for _, value, weight in latest)
 
@@ -101,10 +92,9 @@ class SlidingWindow:
 
 
 class CountWindow:
-    """Sums of named quantities over a sliding window, in slices of it: memory does not grow with their number.
+    """Sums of named quantities over a sliding window of ``seconds``.
 
-    Args:
-        seconds: what `start_of` and `totals` look back, at most.
+    The window is kept in slices, so that memory does not grow with the number of events.
     """
 
     NUM_SLICES = 60
@@ -114,22 +104,22 @@ class CountWindow:
         self._slices: deque[tuple[int, defaultdict[str, float]]] = deque(maxlen=self.NUM_SLICES + 2)
 
     def start_of(self, now: float, seconds: float | None = None) -> float:
-        """Where the window that ends now begins: at a slice's border, so that sums over it are exact.
+        """Return the start of the window that ends now: a border of a slice, so that its sums are exact.
 
         Args:
-            seconds: a shorter window; to the whole slice.
+            seconds: length of a shorter window; rounded to whole slices.
         """
         return self._oldest(now, seconds) * self._slice_s
 
     def at(self, now: float) -> defaultdict[str, float]:
-        """The sums of the slice that ``now`` is in, to add to."""
+        """Return the sums of the present slice, to add to."""
         index = math.floor(now / self._slice_s)
         if not self._slices or self._slices[-1][0] != index:
             self._slices.append((index, defaultdict(float)))
         return self._slices[-1][1]
 
     def totals(self, now: float, seconds: float | None = None) -> defaultdict[str, float]:
-        """The sums of the window that ends now; ``seconds`` as in `start_of`."""
+        """Return the sums of the window that ends now; ``seconds`` as in `start_of`."""
         oldest = self._oldest(now, seconds)
         totals: defaultdict[str, float] = defaultdict(float)
         for index, sums in list(self._slices):
@@ -143,3 +133,25 @@ class CountWindow:
         if seconds is not None:
             num_slices = min(num_slices, max(1, round(seconds / self._slice_s)))
         return math.floor(now / self._slice_s + 1e-9) - num_slices
+
+
+class Histogram:
+    """Numbers of samples by size, since the start: one bucket per bound of Prometheus.
+
+    Args:
+        bounds: upper bounds, ascending; one more bucket holds the samples above the last.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Add a sample, seen ``count`` times."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return ``bounds``, ``counts`` (per bucket, not cumulated; one more than bounds) and ``sum``."""
+        return {"bounds": list(self.bounds), "counts": list(self.counts), "sum": self.sum}

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """One request's life; times are seconds on the collector's clock, None until they are there.
+    """One request's life. Times are seconds on the collector's clock, None until the event has happened.
 
     Attributes:
         input_length: prompt tokens.
-        output_length: tokens generated; final once it is complete.
-        cached_tokens: prompt tokens whose KV was found.
-        prefill_start_time: it got its allocations; what lies before is queueing.
-        first_token_time: TTFT's end.
-        prefill_end_time: its prompt is computed; what lies between this and ``decode_start_time``
-            is hand-over: the transfer, where there is one.
-        chunk_end_times: of the pieces in which the prompt was computed.
-        success: None while it is open.
-        num_preemptions: how often it gave its place to an older one.
-        num_retries: how often an attempt of it failed.
-        ttft_target_ms, tpot_target_ms: what it should meet, None for no target.
+        output_length: generated tokens; final once the request is complete.
+        cached_tokens: prompt tokens whose KV was in the prefix cache.
+        prefill_start_time: the request got its allocations. Before this it was queued.
+        first_token_time: the end of TTFT.
+        prefill_end_time: the prompt is computed. From here to ``decode_start_time`` the KV is handed over to the
+            decode worker, by a transfer if that is another worker.
+        chunk_end_times: ends of the chunks in which the prompt was computed.
+        success: None while the request is open.
+        num_preemptions: how often the request gave its place to an older one.
+        num_retries: how often an attempt failed.
+        ttft_target_ms, tpot_target_ms: latency targets; None for no target.
     """
 
     request_id: str
@@ -50,9 +50,7 @@ class RequestMetrics:
     def tpot_ms(self) -> float | None:
         """Time per output token after the first, over the whole output; None for outputs of one token."""
         decode_ms = _between_ms(self.first_token_time, self.completion_time)
-        if decode_ms is None or self.output_length < 2:
-            return None
-        return decode_ms / (self.output_length - 1)
+        return None if decode_ms is None or self.output_length < 2 else decode_ms / (self.output_length - 1)
 
     @property
     def e2e_ms(self) -> float | None:
@@ -76,9 +74,9 @@ class RequestMetrics:
 
     @property
     def meets_targets(self) -> bool | None:
-        """Whether it kept each target that it has; None if it has none or has not succeeded."""
+        """Whether the request kept all of its targets; None if it has none or did not succeed."""
         targets = ((self.ttft_ms, self.ttft_target_ms), (self.tpot_ms, self.tpot_target_ms))
-        kept = [seen is None or seen <= target for seen, target in targets if target is not None]
+        kept = [measured is None or measured <= target for measured, target in targets if target is not None]
         return all(kept) if kept and self.success else None
 
 

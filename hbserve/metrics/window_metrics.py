@@ -1,11 +1,13 @@
-"""What a window of time looks like: the collector's answer."""
+"""Snapshots of a time window: what the collector returns, and the sum of several collectors' windows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hbserve.metrics.distribution import Distribution
+
+LATENCIES = ("ttft", "tpot", "itl", "e2e", "prefill_queue", "decode_queue")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,13 +17,13 @@ class SystemMetrics:
     Attributes:
         timestamp: on the collector's clock, seconds.
         prefill_queue_length: requests that wait for an allocation.
-        prefill_queue_tokens: tokens of theirs that must be computed.
-        oldest_wait_s: how long the oldest of them has waited.
-        late_requests, late_tokens: of these, what has missed its TTFT target and is left to wait for the others'
-            sake: with policy ``slo_aware``.
-        decode_queue_length: requests whose KV is on its way to where they decode.
+        prefill_queue_tokens: tokens of those requests that must be computed.
+        oldest_wait_s: wait of the oldest such request.
+        late_requests, late_tokens: the part of that queue that has missed its TTFT target. The policy ``slo_aware``
+            lets these requests wait, so that the others can keep their targets.
+        decode_queue_length: requests whose KV is being moved to the decode worker.
         running_prefill, running_decode: requests in these phases.
-        kv_usage: share of the KV blocks that are held, in [0, 1], of the fullest pool.
+        kv_usage: share of the KV blocks in use, in [0, 1], of the fullest pool.
     """
 
     timestamp: float
@@ -38,13 +40,13 @@ class SystemMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleMetrics:
-    """What the workers that did one phase did in the window.
+    """The work of all workers in one phase during the window.
 
     Attributes:
         num_steps: steps with work of that phase.
-        num_rows: sequences of that phase in them, summed over the steps.
+        num_rows: sequences of that phase in those steps, summed over the steps.
         num_tokens: prompt tokens computed, or tokens decoded.
-        utilization: share of the window in which the busiest such worker's device worked, in [0, 1].
+        utilization: share of the window in which the busiest worker's device worked, in [0, 1].
     """
 
     num_steps: int = 0
@@ -54,29 +56,41 @@ class RoleMetrics:
 
     @property
     def batch_size(self) -> float:
-        """Sequences of that phase per step with any, mean."""
+        """Mean number of sequences of that phase in a step that has any."""
         return self.num_rows / self.num_steps if self.num_steps else 0.0
+
+
+class _Percentile:
+    """A percentile of one of the window's latencies, as an attribute."""
+
+    def __init__(self, name: str, percent: float) -> None:
+        self._name, self._percent = name, percent
+
+    def __get__(self, window: AggregatedMetrics, owner: type) -> float:
+        latencies: Distribution = getattr(window, self._name)
+        return latencies.percentile(self._percent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregatedMetrics:
-    """One window; latencies in milliseconds, means and percentiles 0 where nothing was seen.
+    """One window. Latencies are in milliseconds; means and percentiles of no samples are 0.
 
-    A TTFT belongs to the window in which the first token came, the other latencies to the one in
-    which their request ended, and an ITL to that of its later token.
+    A TTFT belongs to the window of the first token, an ITL to that of its later token, and every other latency to
+    the window in which the request ended.
 
     Attributes:
         window_start_time, window_end_time: on the collector's clock, seconds.
         num_arrivals, num_completed, num_failed: requests in the window.
+        num_met, num_missed: completed requests that had targets and kept all of them, or missed one.
         input_tokens: prompt tokens of the requests that arrived.
-        cached_tokens: prompt tokens of the admitted requests that were found in the prefix cache,
-            of ``admitted_tokens``.
-        output_tokens: tokens that came out, first ones included.
+        admitted_tokens: prompt tokens of the requests that were admitted.
+        cached_tokens: the part of ``admitted_tokens`` that was found in the prefix cache.
+        output_tokens: generated tokens, first tokens included.
         itl: gaps between a request's tokens, one per token after the first.
         e2e, prefill_queue, decode_queue: see `RequestMetrics`.
-        num_met, num_missed: completed requests that had targets and kept all of them, or did not.
         worker_busy: share of the window in which each worker's device worked, in [0, 1].
-        system: the last state reported.
+        system: the last reported state.
+        ttft_p50 … tpot_p99: milliseconds.
     """
 
     window_start_time: float
@@ -104,10 +118,29 @@ class AggregatedMetrics:
     worker_busy: dict[str, float] = field(default_factory=dict)
     system: SystemMetrics | None = None
 
-    def thinned(self, most: int) -> AggregatedMetrics:
-        """With no more than so many values in each distribution: small enough to send."""
+    ttft_p50 = _Percentile("ttft", 50)
+    ttft_p95 = _Percentile("ttft", 95)
+    ttft_p99 = _Percentile("ttft", 99)
+    tpot_p50 = _Percentile("tpot", 50)
+    tpot_p95 = _Percentile("tpot", 95)
+    tpot_p99 = _Percentile("tpot", 99)
+
+    @property
+    def ttft_mean(self) -> float:
+        """Milliseconds."""
+        return self.ttft.mean
+
+    @property
+    def tpot_mean(self) -> float:
+        """Milliseconds."""
+        return self.tpot.mean
+
+    def thinned(self, max_values: int) -> AggregatedMetrics:
+        """Limit each distribution to ``max_values`` values, so that the window is small enough to send."""
         parts = {name: getattr(self, name) for name in self.__slots__}
-        thin: dict[str, Any] = {n: part.thinned(most) for n, part in parts.items() if isinstance(part, Distribution)}
+        thin: dict[str, Any] = {
+            name: part.thinned(max_values) for name, part in parts.items() if isinstance(part, Distribution)
+        }
         return replace(self, **thin)
 
     @property
@@ -120,12 +153,12 @@ class AggregatedMetrics:
 
     @property
     def arrival_rate(self) -> float:
-        """Requests that came, per second."""
+        """Arrived requests per second."""
         return self._rate(self.num_arrivals)
 
     @property
     def request_throughput(self) -> float:
-        """Requests completed per second."""
+        """Completed requests per second."""
         return self._rate(self.num_completed)
 
     @property
@@ -135,7 +168,7 @@ class AggregatedMetrics:
 
     @property
     def decode_throughput(self) -> float:
-        """Output tokens per second, first ones included."""
+        """Output tokens per second, first tokens included."""
         return self._rate(self.output_tokens)
 
     @property
@@ -143,42 +176,76 @@ class AggregatedMetrics:
         """Share of the admitted prompt tokens that were in the prefix cache."""
         return self.cached_tokens / self.admitted_tokens if self.admitted_tokens else 0.0
 
-    @property
-    def ttft_mean(self) -> float:
-        """Milliseconds."""
-        return self.ttft.mean
+    def as_numbers(self) -> dict[str, float]:
+        """The window in plain numbers, for people and logs; ``_ms`` are milliseconds, throughputs per second."""
+        numbers: dict[str, float] = {
+            "arrival_rate": self.arrival_rate,
+            "request_throughput": self.request_throughput,
+            "prefill_throughput": self.prefill_throughput,
+            "decode_throughput": self.decode_throughput,
+            "prefill_utilization": self.prefill.utilization,
+            "decode_utilization": self.decode.utilization,
+            "prefill_batch_size": self.prefill.batch_size,
+            "decode_batch_size": self.decode.batch_size,
+            "prefix_hit_rate": self.prefix_hit_rate,
+            "num_requests": self.num_completed,
+            "num_met": self.num_met,
+            "num_missed": self.num_missed,
+        }
+        for name in LATENCIES:
+            latencies: Distribution = getattr(self, name)
+            numbers[f"{name}_mean_ms"] = latencies.mean
+            for percent in (50, 95, 99):
+                numbers[f"{name}_p{percent}_ms"] = latencies.percentile(percent)
+        return numbers
 
-    @property
-    def ttft_p50(self) -> float:
-        """Milliseconds."""
-        return self.ttft.percentile(50)
 
-    @property
-    def ttft_p95(self) -> float:
-        """Milliseconds."""
-        return self.ttft.percentile(95)
+class MetricsAggregator:
+    """The sum of the latest windows of several collectors: of several processes, or of several instances.
 
-    @property
-    def ttft_p99(self) -> float:
-        """Milliseconds."""
-        return self.ttft.percentile(99)
+    A request must be reported by one source only; where prefill and decode are measured apart, each of its events by
+    one. Percentiles of the whole are those of all samples together. All windows must use the same clock.
+    """
 
-    @property
-    def tpot_mean(self) -> float:
-        """Milliseconds."""
-        return self.tpot.mean
+    def __init__(self) -> None:
+        self._latest: dict[tuple[str, str], AggregatedMetrics] = {}
 
-    @property
-    def tpot_p50(self) -> float:
-        """Milliseconds."""
-        return self.tpot.percentile(50)
+    def update_prefill_metrics(self, metrics: AggregatedMetrics, instance_id: str = "prefill") -> None:
+        """Replace the window of a source that prefills."""
+        self._latest["prefill", instance_id] = metrics
 
-    @property
-    def tpot_p95(self) -> float:
-        """Milliseconds."""
-        return self.tpot.percentile(95)
+    def update_decode_metrics(self, metrics: AggregatedMetrics, instance_id: str = "decode") -> None:
+        """Replace the window of a source that decodes."""
+        self._latest["decode", instance_id] = metrics
 
-    @property
-    def tpot_p99(self) -> float:
-        """Milliseconds."""
-        return self.tpot.percentile(99)
+    def remove(self, instance_id: str) -> None:
+        """Forget a source."""
+        for key in [key for key in self._latest if key[1] == instance_id]:
+            del self._latest[key]
+
+    def get_aggregated_metrics(self) -> AggregatedMetrics:
+        """Add up all sources; an empty window if there are none."""
+        empty = AggregatedMetrics(window_start_time=0.0, window_end_time=0.0)
+        merged: AggregatedMetrics = _merged("", list(self._latest.values()) or [empty])
+        return merged
+
+
+_MAXIMA = frozenset({"window_end_time", "timestamp", "oldest_wait_s", "kv_usage", "utilization"})
+
+
+def _merged(name: str, parts: list[Any]) -> Any:
+    """Merge windows, or one field ``name`` of them: samples together, counts added up, states at their maximum."""
+    parts = [part for part in parts if part is not None]
+    match parts[:1]:
+        case []:
+            return None
+        case [Distribution()]:
+            return Distribution.merged(parts)
+        case [dict()]:
+            return {key: value for part in parts for key, value in part.items()}
+        case [int() | float()]:
+            if name == "window_start_time":
+                return min(parts)
+            return max(parts) if name in _MAXIMA else sum(parts)
+    names = [field.name for field in fields(parts[0])]
+    return type(parts[0])(**{name: _merged(name, [getattr(part, name) for part in parts]) for name in names})

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hbserve.config import SchedulerConfig
-from hbserve.metrics.collector import SemiPDMetricsCollector, numbers_of
-from hbserve.metrics.histogram import BATCHES, E2E_S, LENGTHS, TOKEN_S, TTFT_S, Histogram
-from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.policy.queue_policy import QueuePolicy
@@ -58,10 +56,6 @@ class SchedulerMetrics:
         collector: of the sliding window; its clock times everything.
         targets: has those of requests that come without.
         tracer: gets every request that has ended; it is closed by `close`.
-
-    Attributes:
-        histograms: since the start, by name.
-        num_with_targets: completed requests that had targets, and kept all of them or not.
     """
 
     def __init__(
@@ -73,19 +67,6 @@ class SchedulerMetrics:
         self.collector = collector
         self._tracer = tracer
         self._targets = targets or SchedulerConfig()
-        self.num_with_targets = {"kept": 0, "missed": 0}
-        self.histograms = {
-            "time_to_first_token_seconds": Histogram(TTFT_S),
-            "time_per_output_token_seconds": Histogram(TOKEN_S),
-            "inter_token_latency_seconds": Histogram(TOKEN_S),
-            "e2e_request_latency_seconds": Histogram(E2E_S),
-            "prefill_queue_seconds": Histogram(TTFT_S),
-            "decode_queue_seconds": Histogram(TTFT_S),
-            "prompt_length_tokens": Histogram(LENGTHS),
-            "output_length_tokens": Histogram(LENGTHS),
-            "prefill_batch_size": Histogram(BATCHES),
-            "decode_batch_size": Histogram(BATCHES),
-        }
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -98,7 +79,6 @@ class SchedulerMetrics:
             sampling.ttft_ms or self._targets.ttft_ms,
             sampling.tpot_ms or self._targets.tpot_ms,
         )
-        self.histograms["prompt_length_tokens"].observe(sequence.num_prompt_tokens)
 
     def admitted(self, sequence: Sequence) -> None:
         """It has its allocations, and may be computed."""
@@ -128,9 +108,6 @@ class SchedulerMetrics:
         """It is off the books: ``completed``, ``aborted`` or ``failed``."""
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
         self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
-        self._observe(sequence.metrics)
-        if sequence.metrics.meets_targets is not None:
-            self.num_with_targets["kept" if sequence.metrics.meets_targets else "missed"] += 1
         if self._tracer is not None:
             self._tracer.record(sequence.request.request_id, sequence.metrics, outcome)
 
@@ -138,20 +115,6 @@ class SchedulerMetrics:
         """Send what is left to send."""
         if self._tracer is not None:
             self._tracer.close()
-
-    def _observe(self, request: RequestMetrics) -> None:
-        latencies = (
-            ("time_to_first_token_seconds", request.ttft_ms),
-            ("prefill_queue_seconds", request.prefill_queue_ms),
-            ("decode_queue_seconds", request.decode_queue_ms),
-            ("time_per_output_token_seconds", request.tpot_ms if request.success else None),
-            ("e2e_request_latency_seconds", request.e2e_ms if request.success else None),
-        )
-        for name, value_ms in latencies:
-            if value_ms is not None:
-                self.histograms[name].observe(value_ms / 1000)
-        if request.success:
-            self.histograms["output_length_tokens"].observe(request.output_length)
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -172,20 +135,15 @@ class SchedulerMetrics:
                 this is its first.
         """
         num_tokens = 0
-        gaps = self.histograms["inter_token_latency_seconds"]
         for last, count in Counter(last_token_times).items():
             num_tokens += count
             if last is not None:
-                gaps.observe(now - last, count)
                 self.collector.record_token_gap(now - last, count)
         decode_rows = len(step.rows) - step.prefill_rows
         if step.prefill_rows:
             for row in step.rows:
                 if row.end <= row.allocation.num_tokens_at_entry:
                     row.sequence.metrics.chunk_end_times.append(now)
-            self.histograms["prefill_batch_size"].observe(step.prefill_rows)
-        if decode_rows:
-            self.histograms["decode_batch_size"].observe(decode_rows)
         self.collector.record_step(worker_id, step.prefill_rows, step.prefill_tokens, decode_rows, num_tokens, busy_s)
 
     # --- the whole -------------------------------------------------------------------------------
@@ -219,29 +177,6 @@ class SchedulerMetrics:
                 kv_usage=kv_usage,
             )
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers: ``queues`` now, the ``window``, and ``histograms`` since the start."""
-        state = self.collector.system_metrics
-        window = self.collector.get_current_window_metrics()
-        return {
-            "queues": {
-                "requests": {
-                    "waiting": state.prefill_queue_length,
-                    "prefilling": state.running_prefill,
-                    "transferring": state.decode_queue_length,
-                    "decoding": state.running_decode,
-                },
-                "waiting_tokens": state.prefill_queue_tokens,
-                "oldest_wait_s": state.oldest_wait_s,
-                "kv_usage": state.kv_usage,
-            },
-            "requests_with_targets": dict(self.num_with_targets),
-            "window_s": self.collector.window_size_seconds,
-            "window": numbers_of(window),
-            "busy_share": window.worker_busy,
-            "histograms": {name: histogram.as_dict() for name, histogram in self.histograms.items()},
-        }
 
 
 def _name(sequence: Sequence) -> str:

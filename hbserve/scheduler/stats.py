@@ -102,7 +102,7 @@ class SystemStats:
             ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures.
         """
         self.observe()
-        metrics = self._metrics.as_dict()
+        metrics = self._metrics.collector.as_dict()
         stats = {
             "cpu_scheduler": self._scheduler(),
             "gpu_instances": {

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from hbserve.config import InstanceRole
-from hbserve.metrics.aggregator import MetricsAggregator
 from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.metrics.window_metrics import MetricsAggregator
 
 __all__ = ["MetricsAggregator", "SemiPDMetricsHooks", "integrate_semi_pd_metrics_with_scheduler"]
 

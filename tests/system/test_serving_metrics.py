@@ -274,7 +274,7 @@ def test_a_schedule_counted_by_hand() -> None:
     assert window.decode.utilization == pytest.approx(0.3)
     assert window.worker_busy == {"unified-0": pytest.approx(0.45)}
     assert window.decode_throughput == 0.6
-    gaps = metrics.histograms["inter_token_latency_seconds"]
+    gaps = metrics.collector.histograms["inter_token_latency_seconds"]
     assert (sum(gaps.counts), gaps.sum, gaps.counts[gaps.bounds.index(0.5)], gaps.counts[-1]) == (4, 5.0, 2, 2)
-    assert metrics.histograms["prefill_batch_size"].counts[:2] == [2, 0]
-    assert metrics.histograms["output_length_tokens"].sum == 6
+    assert metrics.collector.histograms["prefill_batch_size"].counts[:2] == [2, 0]
+    assert metrics.collector.histograms["output_length_tokens"].sum == 6
