@@ -1,92 +1,33 @@
-"""The flat configuration that Python users write."""
+"""Flat configuration that Python users write."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hbserve.config.fields import Section, nearest
 from hbserve.config.sections import Config
-from hbserve.config.semi_pd import nearest
 from hbserve.config.validation import from_dict
 from hbserve.errors import ConfigError
 
 
 class KVTransferBackend(StrEnum):
-    """The built-in ways to move KV between instances."""
+    """Built-in ways to move KV between instances."""
 
     NCCL = "nccl"
     MOONCAKE = "mooncake"
-
-
-_KEYS = {
-    # field -> key of the Config it becomes
-    "mode": "mode",
-    "launcher": "launcher",
-    "model_path": "model.path",
-    "served_name": "model.served_name",
-    "tokenizer_path": "model.tokenizer_path",
-    "device": "model.device",
-    "dtype": "model.dtype",
-    "load_format": "model.load_format",
-    "tensor_parallel_size": "model.tensor_parallel_size",
-    "max_model_len": "model.max_model_len",
-    "attention_backend": "model.attention_backend",
-    "seed": "model.seed",
-    "max_num_seqs": "performance.max_num_seqs",
-    "max_num_batched_tokens": "performance.max_num_batched_tokens",
-    "block_size": "performance.block_size",
-    "num_blocks": "performance.num_blocks",
-    "memory_fraction": "performance.memory_fraction",
-    "enable_prefix_caching": "performance.enable_prefix_caching",
-    "decode_headroom_tokens": "performance.decode_headroom_tokens",
-    "placement": "performance.placement",
-    "pipeline_depth": "performance.pipeline_depth",
-    "max_waiting_requests": "performance.max_waiting_requests",
-    "scheduler": "performance.scheduler",
-    "scheduling_policy": "scheduler.policy",
-    "ttft_target_ms": "scheduler.ttft_ms",
-    "tpot_target_ms": "scheduler.tpot_ms",
-    "max_queue_s": "scheduler.max_queue_s",
-    "kv_transfer_backend": "kv_transfer.backend",
-    "kv_buffer_size": "kv_transfer.buffer_size",
-    "kv_ip": "kv_transfer.ip",
-    "kv_port": "kv_transfer.port",
-    "kv_timeout_s": "kv_transfer.timeout_s",
-    "local_prefill_tokens": "kv_transfer.local_prefill_tokens",
-    "kv_layer_group_bytes": "kv_transfer.layer_group_bytes",
-    "kv_verify": "kv_transfer.verify",
-    "kv_mooncake_protocol": "kv_transfer.mooncake_protocol",
-    "chunked_prefill_enabled": "chunked_prefill.enabled",
-    "chunk_size": "chunked_prefill.chunk_size",
-    "max_chunk_prefill_tokens": "chunked_prefill.max_chunk_prefill_tokens",
-    "cuda_graph_enabled": "cuda_graph.enabled",
-    "cuda_graph_max_seq_len": "cuda_graph.max_seq_len",
-    "prefill_percentage": "semi_pd.prefill_percentage",
-    "decode_percentage": "semi_pd.decode_percentage",
-    "mixed": "semi_pd.mixed",
-    "ladder": "semi_pd.ladder",
-    "num_sleepers": "semi_pd.num_sleepers",
-    "slo": "semi_pd.slo",
-    "gpu_instances": "gpu_instances",
-    "log_level": "logging.level",
-    "otlp_endpoint": "telemetry.otlp_endpoint",
-    "start_timeout_s": "rpc.start_timeout_s",
-    "heartbeat_timeout_s": "rpc.heartbeat_timeout_s",
-    "recovery_timeout_s": "rpc.recovery_timeout_s",
-    "max_restarts": "rpc.max_restarts",
-}
 
 
 @dataclass
 class PdDisaggConfig:
     """Settings of a system as flat, changeable fields; `freeze` validates them into a `Config`.
 
-    Each field is a key of the YAML file under a flat name; see the sections in `hbserve.config`
-    for what they mean. A field left at None takes that section's default.
+    Each field is a key of the YAML file under a flat name; the sections in `hbserve.config` explain the keys.
+    A field that is None takes its section's default. The fields are listed here, because only a written list gives
+    type checkers and editors their names and types; `KEYS` follows from the sections by a rule.
     """
 
     model_path: str
@@ -144,40 +85,73 @@ class PdDisaggConfig:
     recovery_timeout_s: float | None = None
     max_restarts: int | None = None
 
+    if not TYPE_CHECKING:  # type checkers would take a class with __setattr__ to have every attribute
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in KEYS:
+                raise AttributeError(f"PdDisaggConfig has no field {name!r}{nearest(name, list(KEYS))}")
+            super().__setattr__(name, value)
+
     @classmethod
     def from_arguments(cls, model_path: str, **arguments: Any) -> PdDisaggConfig:
-        """A configuration from keyword arguments.
+        """Make a configuration from keyword arguments.
 
         Raises:
             TypeError: naming an unknown argument and the nearest valid one.
         """
-        valid = [field.name for field in dataclasses.fields(cls)]
         for name in arguments:
-            if name not in valid:
-                raise TypeError(f"unknown argument {name!r}{nearest(name, valid)}")
+            if name not in KEYS:
+                raise TypeError(f"unknown argument {name!r}{nearest(name, list(KEYS))}")
         return cls(model_path, **arguments)
 
     def freeze(self) -> Config:
-        """The one configuration that every process gets.
+        """Return the configuration that every process gets.
 
         Raises:
             ConfigError: naming the field at fault.
         """
         document: dict[str, Any] = {}
-        for field, key in _KEYS.items():
+        for field, key in KEYS.items():
             value = getattr(self, field)
-            if value is None:
-                continue
-            section, _, name = key.partition(".")
-            if name:
-                document.setdefault(section, {})[name] = msgspec.to_builtins(value)
-            else:
-                document[section] = msgspec.to_builtins(value)
+            if value is not None:
+                section, _, name = key.rpartition(".")
+                values = document.setdefault(section, {}) if section else document
+                values[name] = msgspec.to_builtins(value)
         try:
             return from_dict(document)
         except ConfigError as error:
-            flat = {key: field for field, key in _KEYS.items()}
+            flat = {key: field for field, key in KEYS.items()}
             if error.key not in flat:
                 raise
             name = flat[error.key]
             raise ConfigError(f"{name}: {str(error).removeprefix(error.key + ': ')}", name) from None
+
+
+_IRREGULAR_KEYS = {
+    "log_level": "logging.level",
+    "scheduling_policy": "scheduler.policy",
+    "ttft_target_ms": "scheduler.ttft_ms",
+    "tpot_target_ms": "scheduler.tpot_ms",
+}
+
+
+def _keys() -> dict[str, str]:
+    """Find the key of every flat field: a key's own name, or with its section in front (``kv_`` for kv_transfer)."""
+    keys: dict[str, list[str]] = {field.name: [] for field in fields(PdDisaggConfig)}
+    for section in msgspec.structs.fields(Config):
+        if not (isinstance(section.type, type) and issubclass(section.type, Section)):
+            keys[section.name].append(section.name)
+            continue
+        for name in section.type.__struct_fields__:
+            prefix = "kv" if section.name == "kv_transfer" else section.name
+            for flat in {name, f"{section.name}_{name}", f"{prefix}_{name}"} & keys.keys() - _IRREGULAR_KEYS.keys():
+                keys[flat].append(f"{section.name}.{name}")
+    regular = {}
+    for flat, found in keys.items():
+        if flat not in _IRREGULAR_KEYS:
+            [regular[flat]] = found  # exactly one, or the rule needs an exception
+    return {flat: (regular | _IRREGULAR_KEYS)[flat] for flat in keys}
+
+
+KEYS = _keys()
+"""Key of the `Config` by flat field, in the order of the fields."""

@@ -1,9 +1,4 @@
-"""The one configuration of a system: frozen, validated when made, the same in every process.
-
-Each section is a struct whose fields are the keys of the YAML file. `hbserve.config.load` reads a file;
-errors name the key, the file, the line and the nearest valid name. The flat, mutable builder that
-Python users know is `hbserve.pd_disagg.PdDisaggConfig`; it ends in a `Config` too.
-"""
+"""Sections of the configuration: one struct each, whose fields are the keys of the YAML file and carry their limits."""
 
 from __future__ import annotations
 
@@ -11,14 +6,27 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from hbserve.config.semi_pd import Section, SemiPDConfig, nearest
+from hbserve.config.fields import (
+    Fraction,
+    ImportPath,
+    InstanceName,
+    NonNegativeInt,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    ServerPort,
+    TraceUrl,
+    nearest,
+)
+from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
 
 
 class InstanceRole(StrEnum):
-    """What an instance's workers do. A mode is nothing but which roles exist on which KV pools.
+    """Role of an instance: which phases its workers do. A mode is a set of roles and of KV pools.
 
-    ``unified`` is one worker for both phases; ``semi_pd`` are workers for each phase that share one
+    ``unified`` is one worker for both phases; ``semi_pd`` is a set of workers for each phase that share one
     device and one KV pool.
     """
 
@@ -29,12 +37,12 @@ class InstanceRole(StrEnum):
 
     @property
     def prefills(self) -> bool:
-        """Whether prompts are processed there."""
+        """Whether the instance computes prompts."""
         return self is not InstanceRole.DECODE
 
     @property
     def decodes(self) -> bool:
-        """Whether output tokens are produced there after the first one."""
+        """Whether the instance computes output tokens after the first one."""
         return self is not InstanceRole.PREFILL
 
 
@@ -42,20 +50,20 @@ Mode = Literal["unified", "disaggregated", "semi_pd"]
 
 
 class ModelConfig(Section, frozen=True):
-    """Which model, and how it is held.
+    """Model, and how it is loaded.
 
     Attributes:
         path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
-        served_name: the name in the HTTP API; default: the folder's name.
-        tokenizer_path: folder of the tokenizer, if it is not the model's.
+        served_name: name in the HTTP API; default: the folder's name.
+        tokenizer_path: folder of the tokenizer; default: the model's folder.
         device: ``auto`` takes CUDA where there is a GPU, else the CPU.
         dtype: ``auto`` takes the checkpoint's dtype on a GPU and on CPU.
         load_format: ``safetensors``, or ``dummy`` for random weights from config.json alone.
-        tensor_parallel_size: ranks that share an instance's model: 1, 2, 4 or 8; an instance may say otherwise.
-        max_model_len: longest prompt plus output, tokens; default: the model's own limit, or less
+        tensor_parallel_size: ranks that share an instance's model: 1, 2, 4 or 8; an instance may override it.
+        max_model_len: longest prompt plus output, in tokens; default: the model's own limit, or less
             if the KV pool holds less.
-        attention_backend: ``auto`` takes the fastest one that supports model and device.
-        seed: of the dummy weights.
+        attention_backend: ``auto`` takes the fastest backend that supports model and device.
+        seed: seed of the dummy weights.
     """
 
     path: str
@@ -65,66 +73,66 @@ class ModelConfig(Section, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     tensor_parallel_size: int = 1
-    max_model_len: int | None = None
+    max_model_len: PositiveInt | None = None
     attention_backend: Literal["auto", "sdpa", "flashinfer", "flash_attn"] = "auto"
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class KVTransferConfig(Section, frozen=True):
-    """How KV blocks move between instances.
+    """Transfer of KV blocks between instances.
 
     Attributes:
-        backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where a side has none;
-            ``mooncake`` is the Mooncake Transfer Engine, which writes straight into the receiver's
-            arena; ``shm`` maps it (shared memory, CUDA IPC), on one host; or ``package.module:Class``, a subclass
+        backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where one end has no GPU;
+            ``mooncake`` is the Mooncake Transfer Engine, which writes into the receiver's arena; ``shm`` maps that
+            arena (shared memory, CUDA IPC), on one host; ``package.module:Class`` is a subclass
             of `hbserve.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
             when it is full.
         ip: address that instances announce for transfers; default: the instance's own host.
-        port: base port; of the instance with KV rank r, tensor-parallel rank t listens on
+        port: base port; tensor-parallel rank t of the instance with KV rank r listens on
             port + r * s + t, where s is the largest number of ranks of an instance. Mooncake's engines choose from
             port to port + 999. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
-        max_attempts: how often a request is tried without getting on before it fails.
-        local_prefill_tokens: prompts of which at most so many tokens are to be computed on the decode
-            side, being short or mostly in its prefix cache, are computed there and not transferred.
+        max_attempts: a request fails after so many attempts without progress.
+        local_prefill_tokens: the decode instance computes a prompt itself, without a transfer, if at most so many
+            of the prompt's tokens are missing in its prefix cache.
         layer_group_bytes: the last chunk of a prompt leaves in up to four groups of layers, each as soon as it is
             computed and of at least so many bytes; 0: as a whole.
-        verify: compare checksums of every block before it is used; what differs is computed again.
-        mooncake_protocol: how Mooncake moves bytes; default: what the file that
-            ``MOONCAKE_CONFIG_PATH`` names says, or the engine's own choice.
-        mooncake_device: RDMA adapters that Mooncake uses, comma-separated; default: that file's, or all.
+        verify: compare checksums of every block before it is used; blocks that differ are computed again.
+        mooncake_protocol: transport of Mooncake; default: from the file that ``MOONCAKE_CONFIG_PATH`` names, or the
+            engine's own choice.
+        mooncake_device: RDMA adapters that Mooncake uses, comma-separated; default: from that file, or all.
     """
 
     backend: str = "nccl"
-    buffer_size: int = 1 << 30
+    buffer_size: PositiveInt = 1 << 30
     ip: str | None = None
-    port: int | None = None
-    timeout_s: float = 30.0
-    max_attempts: int = 3
-    local_prefill_tokens: int = 0
-    layer_group_bytes: int = 4 << 20
+    port: Port | None = None
+    timeout_s: PositiveFloat = 30.0
+    max_attempts: PositiveInt = 3
+    local_prefill_tokens: NonNegativeInt = 0
+    layer_group_bytes: NonNegativeInt = 4 << 20
     verify: bool = False
     mooncake_protocol: Literal["tcp", "rdma", "nvlink"] | None = None
     mooncake_device: str | None = None
 
 
 class ChunkedPrefillConfig(Section, frozen=True):
-    """How prompts are cut.
+    """Chunks into which prompts are cut.
 
     Attributes:
-        enabled: False processes each prompt in one step, however long.
-        chunk_size: most tokens of one prompt in one step.
-        max_chunk_prefill_tokens: most prompt tokens of all requests in one step.
+        enabled: False computes each prompt in one step, at any length.
+        chunk_size: maximum of one prompt's tokens in one step.
+        max_chunk_prefill_tokens: maximum of all requests' prompt tokens in one step.
     """
 
     enabled: bool = True
-    chunk_size: int = 512
-    max_chunk_prefill_tokens: int = 4096
+    chunk_size: PositiveInt = 512
+    max_chunk_prefill_tokens: PositiveInt = 4096
 
 
 class CudaGraphConfig(Section, frozen=True):
-    """CUDA graphs for decode; the CPU platform has none and says so at start.
+    """CUDA graphs for decode; the CPU platform has none and logs that at start.
 
     Attributes:
         enabled: capture decode steps.
@@ -132,179 +140,174 @@ class CudaGraphConfig(Section, frozen=True):
     """
 
     enabled: bool = True
-    max_seq_len: int = 131072
+    max_seq_len: PositiveInt = 131072
 
 
 class InstanceConfig(Section, frozen=True):
-    """One instance: the processes (one per rank) that run one copy of the model.
+    """Instance: the processes (one per rank) that run one copy of the model.
 
     Attributes:
-        instance_id: its name.
-        instance_type: its role.
-        gpu_id: first GPU of the instance, which has one per rank, in order; has no meaning on CPU.
-        host: where the instance runs, and listens for the scheduler.
-        bind: address or network interface to listen on, where that is not ``host`` itself.
-        port: of that listener; default: a private local socket, which needs a common launcher.
-        kv_ip: address that it announces for transfers; default: ``kv_transfer.ip``, or the host.
-        kv_rank: its number among the KV transfer peers; default: its place in the list.
+        instance_id: name of the instance.
+        instance_type: role of the instance.
+        gpu_id: first GPU of the instance, which has one GPU per rank, in order; ignored on CPU.
+        host: host where the instance runs, and listens for the scheduler.
+        bind: address or network interface to listen on; default: ``host``.
+        port: port of that listener; default: a private local socket, which needs a common launcher.
+        kv_ip: address that the instance announces for transfers; default: ``kv_transfer.ip``, or the host.
+        kv_rank: number among the KV transfer peers; default: place in the list.
         num_threads: CPU threads of each rank, on CPU; default: the machine's cores shared evenly.
-        tensor_parallel_size: its ranks: 1, 2, 4 or 8; default: ``model.tensor_parallel_size``. Prefill
+        tensor_parallel_size: number of ranks: 1, 2, 4 or 8; default: ``model.tensor_parallel_size``. Prefill
             and decode instances may differ.
     """
 
-    instance_id: str
+    instance_id: InstanceName
     instance_type: InstanceRole
-    gpu_id: int = 0
+    gpu_id: NonNegativeInt = 0
     host: str = "127.0.0.1"
     bind: str | None = None
-    port: int | None = None
+    port: Port | None = None
     kv_ip: str | None = None
-    kv_rank: int | None = None
-    num_threads: int | None = None
+    kv_rank: NonNegativeInt | None = None
+    num_threads: PositiveInt | None = None
     tensor_parallel_size: int | None = None
 
     @property
     def num_ranks(self) -> int:
-        """Its ``tensor_parallel_size``, which a complete configuration has."""
+        """The ``tensor_parallel_size``, which a complete configuration has."""
         assert self.tensor_parallel_size is not None
         return self.tensor_parallel_size
 
     def shares_gpu_with(self, other: InstanceConfig) -> bool:
         """Whether the two have a GPU in common."""
-        begin, end = max(self.gpu_id, other.gpu_id), min(self._gpu_end, other._gpu_end)
-        return self.host == other.host and begin < end
-
-    @property
-    def _gpu_end(self) -> int:
-        return self.gpu_id + self.num_ranks
+        end = min(self.gpu_id + self.num_ranks, other.gpu_id + other.num_ranks)
+        return self.host == other.host and max(self.gpu_id, other.gpu_id) < end
 
 
 class PerformanceConfig(Section, frozen=True):
     """Sizes and limits of batches, KV cache and queues.
 
     Attributes:
-        max_num_seqs: most sequences that one instance holds at a time.
-        max_num_batched_tokens: most tokens in one step, prompt and decode tokens together.
-        block_size: tokens per KV block; default: what the attention backend likes best.
+        max_num_seqs: maximum of sequences that one instance holds at a time.
+        max_num_batched_tokens: maximum of tokens in one step, prompt and decode tokens together.
+        block_size: tokens per KV block, a power of two; default: the attention backend's preference.
         num_blocks: KV blocks per instance; default: from ``memory_fraction``.
         memory_fraction: share of the free memory, after the weights are loaded, that the KV arena
             takes when ``num_blocks`` is not given.
         enable_prefix_caching: reuse the KV of equal prompt prefixes.
         decode_headroom_tokens: tokens per running sequence for which blocks are kept free when a
             new request is admitted.
-        placement: which of several instances a request goes to: ``least_loaded``; ``fcfs``, the first in
-            the list that has room; ``prefix_aware``, where most of its prompt is cached, unless too much
-            else waits there.
-        pipeline_depth: most plans in flight per worker; one more in steps below 2 ms; in long ones one, until shortly
-            before their end.
+        placement: choice of the instance for a request: ``least_loaded``; ``fcfs``, the first in the list that has
+            room; ``prefix_aware``, the one that has most of the prompt cached, unless its queue is too long.
+        pipeline_depth: maximum of plans in flight per worker. Steps below 2 ms have one more; long steps have one,
+            until shortly before their end.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of
             `hbserve.scheduler.scheduler.CpuScheduler` with another policy.
     """
 
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    block_size: int | None = None
-    num_blocks: int | None = None
-    memory_fraction: float = 0.9
+    max_num_seqs: PositiveInt = 256
+    max_num_batched_tokens: PositiveInt = 8192
+    block_size: PositiveInt | None = None
+    num_blocks: PositiveInt | None = None
+    memory_fraction: Fraction = 0.9
     enable_prefix_caching: bool = True
-    decode_headroom_tokens: int = 64
+    decode_headroom_tokens: NonNegativeInt = 64
     placement: Literal["least_loaded", "fcfs", "prefix_aware"] = "least_loaded"
-    pipeline_depth: int = 2
-    max_waiting_requests: int = 4096
-    scheduler: str | None = None
+    pipeline_depth: PositiveInt = 2
+    max_waiting_requests: PositiveInt = 4096
+    scheduler: ImportPath | None = None
 
 
 class SchedulerConfig(Section, frozen=True):
-    """Whose prompt is computed next, and who is sent away.
+    """Order of waiting prompts, and refusal of late ones.
 
     Attributes:
-        policy: ``fcfs``: first come, first served; ``shortest_prompt_first``; ``slo_aware``: who must
+        policy: ``fcfs``: first come, first served; ``shortest_prompt_first``; ``slo_aware``: the prompt that must
             start soonest to keep its TTFT target.
-        ageing_tokens_per_s: by so much a prompt seems shorter for every second it waits, under
-            ``shortest_prompt_first``.
-        ttft_ms, tpot_ms: targets of requests that come without.
-        max_queue_s: a request whose first token is predicted to take longer is refused at once, and
-            told when to come again; default: none is, for that reason.
+        ageing_tokens_per_s: under ``shortest_prompt_first`` a prompt counts as so many tokens shorter for every
+            second that it has waited.
+        ttft_ms, tpot_ms: targets of requests that have none of their own.
+        max_queue_s: a request whose first token is predicted to take longer is refused at once, with the time after
+            which to try again; default: no request is refused for that reason.
     """
 
     policy: Literal["fcfs", "shortest_prompt_first", "slo_aware"] = "fcfs"
-    ageing_tokens_per_s: float = 1000.0
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    max_queue_s: float | None = None
+    ageing_tokens_per_s: PositiveFloat = 1000.0
+    ttft_ms: PositiveFloat | None = None
+    tpot_ms: PositiveFloat | None = None
+    max_queue_s: PositiveFloat | None = None
 
 
 class RpcConfig(Section, frozen=True):
     """Control plane: addresses and deadlines.
 
     Attributes:
-        host: where the scheduler listens for clients (API servers).
-        port: of that listener; default: a private local socket.
+        host: address where the scheduler listens for clients (API servers).
+        port: port of that listener; default: a private local socket.
         key_file: cluster key, made by ``python -m hbserve.rpc.cluster_key``: control sockets over TCP then
-            hear only who has it. Nothing listens beyond this host without one.
-        heartbeat_interval_s: how often the scheduler asks an instance for a sign of life.
+            accept only holders of the key. Without a key, processes listen on this host alone.
+        heartbeat_interval_s: time between two pings from the scheduler to an instance.
         heartbeat_timeout_s: an instance that has not answered for so long is lost.
         step_timeout_s: a worker that has not finished a step for so long is lost.
-        start_timeout_s: the system must be ready within this time, else the error says who is missing.
+        start_timeout_s: the system must be ready within this time, else the error names the missing parts.
         recovery_timeout_s: requests wait so long for a lost instance to come back, then fail.
         drain_timeout_s: an instance that is told to end on its own has so long to finish its requests;
-            what is left is computed again elsewhere.
-        max_restarts: how often the launcher restarts an instance that exits, within ten minutes.
+            the others are then computed again elsewhere.
+        max_restarts: restarts of one instance within ten minutes; after one more exit it stays down.
     """
 
     host: str = "127.0.0.1"
-    port: int | None = None
+    port: Port | None = None
     key_file: str | None = None
-    heartbeat_interval_s: float = 0.5
-    heartbeat_timeout_s: float = 10.0
-    step_timeout_s: float = 120.0
-    start_timeout_s: float = 300.0
-    recovery_timeout_s: float = 120.0
-    drain_timeout_s: float = 60.0
-    max_restarts: int = 5
+    heartbeat_interval_s: PositiveFloat = 0.5
+    heartbeat_timeout_s: PositiveFloat = 10.0
+    step_timeout_s: PositiveFloat = 120.0
+    start_timeout_s: PositiveFloat = 300.0
+    recovery_timeout_s: PositiveFloat = 120.0
+    drain_timeout_s: PositiveFloat = 60.0
+    max_restarts: NonNegativeInt = 5
 
 
 class ServerConfig(Section, frozen=True):
-    """The HTTP server.
+    """HTTP server.
 
     Attributes:
         host: address to listen on.
         port: port to listen on; 0: any free one, printed at start.
-        num_tokenizers: processes that encode prompts; 0: the detokenizer does it too.
-        api_keys_file: one key per line, a name before it if it has one; without keys none is asked for.
-        admin_key_file: holds the key for administration; without it there is none.
+        num_tokenizers: processes that encode prompts; 0: the detokenizer encodes them too.
+        api_keys_file: one key per line, with an optional name before it; without keys the API is open.
+        admin_key_file: file with the key for administration; without it administration is off.
         tls_cert_file, tls_key_file: PEM files; with both the server speaks HTTPS.
-        max_body_bytes: of a request.
-        max_prompt_tokens: a longer prompt is refused; default: what the context holds.
+        max_body_bytes: maximum size of a request's body.
+        max_prompt_tokens: a longer prompt is refused; default: the context length.
         max_open_requests: requests that are with the scheduler at once; others wait, and keys take turns.
         max_requests_per_key: requests that one key may have open at once.
         requests_per_minute_per_key: requests that one key may begin per minute.
         request_timeout_s: a request that takes longer ends with an error.
-        drain_timeout_s: at the end open requests have so long to finish, then they are handed back.
+        drain_timeout_s: at the end open requests have so long to finish, then they end with an error.
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    num_tokenizers: int = 0
+    port: ServerPort = 8000
+    num_tokenizers: NonNegativeInt = 0
     api_keys_file: str | None = None
     admin_key_file: str | None = None
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
-    max_body_bytes: int = 33554432
-    max_prompt_tokens: int | None = None
-    max_open_requests: int | None = None
-    max_requests_per_key: int | None = None
-    requests_per_minute_per_key: int | None = None
-    request_timeout_s: float | None = None
-    drain_timeout_s: float = 10.0
+    max_body_bytes: PositiveInt = 33554432
+    max_prompt_tokens: PositiveInt | None = None
+    max_open_requests: PositiveInt | None = None
+    max_requests_per_key: PositiveInt | None = None
+    requests_per_minute_per_key: PositiveInt | None = None
+    request_timeout_s: PositiveFloat | None = None
+    drain_timeout_s: PositiveFloat = 10.0
 
 
 class LoggingConfig(Section, frozen=True):
-    """What goes to standard error.
+    """Log on standard error.
 
     Attributes:
-        level: the least important message that is shown.
+        level: least important level that is shown.
         format: ``text`` for people, ``json`` for programs: one object per line.
     """
 
@@ -313,20 +316,20 @@ class LoggingConfig(Section, frozen=True):
 
 
 class TelemetryConfig(Section, frozen=True):
-    """What is sent to others about requests.
+    """Telemetry that is sent to other systems.
 
     Attributes:
         otlp_endpoint: URL of an OTLP/HTTP receiver of traces; default: no traces.
     """
 
-    otlp_endpoint: str | None = None
+    otlp_endpoint: TraceUrl | None = None
 
 
 class Config(Section, frozen=True):
-    """Everything that defines a system; see the sections for the keys.
+    """Configuration of a system: frozen, validated, and the same in every process. The sections explain the keys.
 
     Attributes:
-        launcher: who starts the instances: the server itself, or a Ray cluster, on hosts of its choice.
+        launcher: starter of the instances: the server itself, or a Ray cluster, on hosts of its choice.
     """
 
     model: ModelConfig
@@ -346,7 +349,7 @@ class Config(Section, frozen=True):
 
     @property
     def max_ranks(self) -> int:
-        """Of any instance."""
+        """Largest number of ranks of an instance."""
         return max(instance.num_ranks for instance in self.gpu_instances)
 
     @property
@@ -360,14 +363,13 @@ class Config(Section, frozen=True):
         return self.model.tokenizer_path or self.model.path
 
     def instance(self, instance_id: str) -> InstanceConfig:
-        """The instance of that name.
+        """Return the instance of that name.
 
         Raises:
             ConfigError: if there is none.
         """
         names = [instance.instance_id for instance in self.gpu_instances]
         if instance_id not in names:
-            raise ConfigError(
-                f"gpu_instances: no instance {instance_id!r}{nearest(instance_id, names)}", "gpu_instances"
-            )
+            hint = nearest(instance_id, names)
+            raise ConfigError(f"gpu_instances: no instance {instance_id!r}{hint}", "gpu_instances")
         return self.gpu_instances[names.index(instance_id)]

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from hbserve.config.semi_pd import nearest
+from hbserve.config.fields import nearest
 from hbserve.errors import (
     ContextLengthError,
     EngineDeadError,

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from hbserve.config import Config, InstanceConfig, from_dict, load
-from hbserve.config.flat import _KEYS
-from hbserve.config.semi_pd import Section
+from hbserve.config.fields import Section
+from hbserve.config.flat import KEYS
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import NEUTRAL, CompletionRequest
@@ -76,7 +76,7 @@ def test_every_key_is_documented_with_its_default_and_its_name_in_python() -> No
         if row:
             documented[section, row[1]] = row[2], row[3]
 
-    in_python = {key: name for name, key in _KEYS.items()}
+    in_python = {key: name for name, key in KEYS.items()}
     expected: dict[tuple[str, str], tuple[str, str | None]] = {
         ("", "mode"): (Config(model=None).mode, "mode"),  # type: ignore[arg-type]
         ("", "launcher"): (Config(model=None).launcher, "launcher"),  # type: ignore[arg-type]

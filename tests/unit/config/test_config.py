@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+import msgspec
 import pytest
 
 from hbserve import PdDisaggConfig
-from hbserve.config import InstanceConfig, InstanceRole, load
+from hbserve.config import Config, InstanceConfig, InstanceRole, load
+from hbserve.config.fields import Section
+from hbserve.config.validation import with_instance
 from hbserve.errors import ConfigError, StartupError
 from hbserve.rpc.instance_line import scheduler_address
 from hbserve.system.launcher import fit_to_gpus
@@ -98,10 +103,20 @@ TWO = (
         (MODEL + "chunked_prefil: {}\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
         (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
         (MODEL + "semi_pd:\n  ladder: {prefil: [1]}\n", 4, "ladder.prefil: unknown key; did you mean 'prefill'"),
-        (MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n", 4, "rpc.heartbeat_timeout_s: must be finite"),
+        (
+            MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n",
+            4,
+            "heartbeat_timeout_s: must be positive and finite, got inf",
+        ),
         (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
-        (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive"),
-        (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be at most 65535"),
+        (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive, got -1"),
+        (MODEL + "performance:\n  block_size: 12\n", 4, "performance.block_size: must be a power of two, got 12"),
+        (MODEL + "performance:\n  memory_fraction: 1.5\n", 4, "memory_fraction: must be in (0, 1], got 1.5"),
+        (MODEL + "performance:\n  scheduler: mine\n", 4, "scheduler: must be 'package.module:Class', got 'mine'"),
+        (MODEL + "server:\n  port: 70000\n", 4, "server.port: must be in 0..65535, got 70000"),
+        (MODEL + "semi_pd:\n  ladder:\n    decode:\n      - 100\n      - 101\n", 7, "[1]: must be in 1..100, got 101"),
+        (MODEL + "semi_pd: {ladder: {unified: [50, 100]}}\n", 3, "unified: must be one percentage"),
+        (MODEL + "semi_pd: {slo: {ttft_target_ms: .nan, tpot_target_ms: 1}}\n", 3, "ttft_target_ms: must be positive"),
         (MODEL + "mode: fast\n", 3, "mode: unknown value 'fast'; valid are: disaggregated, semi_pd, unified"),
         (
             MODEL + "performance:\n  placement: fcsf\n",
@@ -115,7 +130,8 @@ TWO = (
         ("model:\n  path: model\n  path: model\n", 3, "path is given twice"),
         ("mode: unified\n", 1, "missing required field model"),
         (TWO, 6, "gpu_instances[1].port: address 127.0.0.1:6000 is already taken by gpu_instances[0].port"),
-        (TWO.replace("port: 6000", "port: 0"), 5, "gpu_instances[0].port: must be in 1..65535"),
+        (TWO.replace("port: 6000", "port: 0"), 5, "gpu_instances[0].port: must be in 1..65535, got 0"),
+        (TWO.replace("instance_id: b", "instance_id: b/c"), 6, "must be 1 to 64 letters, digits, '_', '.' or '-', got"),
         (
             TWO.replace("decode", "decod"),
             6,
@@ -161,8 +177,38 @@ def test_the_flat_configuration_can_change_until_it_is_frozen(tmp_path: Path) ->
         config.chunked_prefill.chunk_size = 1  # type: ignore[misc]
 
 
+def test_an_instance_that_joins_is_checked_like_one_of_the_file(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "mode: disaggregated\nmodel: {path: model}\n"))
+    joined = InstanceConfig("more", InstanceRole.DECODE, kv_rank=2, tensor_parallel_size=1)
+    assert with_instance(config, joined).gpu_instances == (*config.gpu_instances, joined)
+    for changes, key in (({"instance_id": "a b"}, "instance_id"), ({"kv_rank": -1}, "kv_rank"), ({"port": 0}, "port")):
+        with pytest.raises(ConfigError, match=rf"gpu_instances\[2\]\.{key}: must be "):
+            with_instance(config, msgspec.structs.replace(joined, **changes))
+
+
+def test_every_limit_says_what_is_allowed() -> None:
+    def limits(kind: object) -> Iterator[msgspec.Meta]:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            for field in msgspec.structs.fields(kind):
+                yield from limits(field.type)
+        elif isinstance(kind, msgspec.Meta):
+            yield kind
+        else:
+            for part in get_args(kind):
+                yield from limits(part)
+
+    found = list(limits(Config))
+    assert len(found) > 60
+    assert all(limit.description for limit in found)
+
+
 def test_the_flat_configuration_names_its_own_fields_in_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kv_transfer_backend: "):
         PdDisaggConfig(str(tmp_path), kv_transfer_backend="moonc").freeze()
     with pytest.raises(TypeError, match=r"unknown argument 'chunk_sise'; did you mean 'chunk_size'"):
         PdDisaggConfig.from_arguments(str(tmp_path), chunk_sise=1)
+    flat = PdDisaggConfig(str(tmp_path), chunk_size=0)
+    with pytest.raises(AttributeError, match=r"no field 'chunk_sise'; did you mean 'chunk_size'"):
+        flat.chunk_sise = 1  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"^chunk_size: must be positive, got 0"):
+        flat.freeze()

@@ -1,0 +1,44 @@
+"""Parts of the sections: their base class, the limits of their values, and hints for misspelt names.
+
+A limit stands on the field that it limits, and its ``description`` completes the sentence "must be ...". Limits that
+concern several keys, and powers of two, which `msgspec.Meta` cannot express, are in `hbserve.config.validation`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z"
+_MAX_FLOAT = sys.float_info.max  # refuses inf; NaN passes no comparison
+
+PositiveInt = Annotated[int, Meta(ge=1, description="positive")]
+NonNegativeInt = Annotated[int, Meta(ge=0, description="at least 0")]
+PositiveFloat = Annotated[float, Meta(gt=0, le=_MAX_FLOAT, description="positive and finite")]
+NonNegativeFloat = Annotated[float, Meta(ge=0, le=_MAX_FLOAT, description="at least 0 and finite")]
+Fraction = Annotated[float, Meta(gt=0, le=1, description="in (0, 1]")]
+Percentage = Annotated[int, Meta(ge=1, le=100, description="in 1..100")]
+Port = Annotated[int, Meta(ge=1, le=65535, description="in 1..65535")]
+ServerPort = Annotated[int, Meta(ge=0, le=65535, description="in 0..65535")]
+InstanceName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z", description="1 to 64 letters, digits, '_', '.' or '-'")
+]
+ImportPath = Annotated[str, Meta(pattern=IMPORT_PATH, description="'package.module:Class'")]
+TraceUrl = Annotated[
+    str,
+    Meta(pattern=r"^https?://[^/\s]+/\S+\Z", description="a URL with a path, like http://127.0.0.1:4318/v1/traces"),
+]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections: immutable, keyword-only, and strict about unknown keys."""
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """Return a hint such as ``; did you mean 'port'?``, or the list of valid names."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid are: {', '.join(sorted(valid))}"
