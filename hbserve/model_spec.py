@@ -43,39 +43,6 @@ class RopeSpec:
     truncate: bool = True
     magnitude: float = 1.0
 
-    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians per position, float32 ``[head_dim / 2]`` on the CPU, rounded as transformers rounds them."""
-        frequencies = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
-        if self.kind == "linear":
-            return frequencies / self.factor
-        if self.kind == "llama3":
-            return self._stretch_low(frequencies)
-        if self.kind == "yarn":
-            return self._stretch_slow(frequencies)
-        return frequencies
-
-    def _stretch_low(self, frequencies: torch.Tensor) -> torch.Tensor:
-        context, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
-        wavelength = 2 * math.pi / frequencies
-        smooth = (context / wavelength - low) / (high - low)
-        between = (1 - smooth) * frequencies / self.factor + smooth * frequencies
-        stretched = torch.where(wavelength > context / low, frequencies / self.factor, between)
-        return torch.where(wavelength < context / high, frequencies, stretched)
-
-    def _stretch_slow(self, frequencies: torch.Tensor) -> torch.Tensor:
-        num_pairs, context = len(frequencies), self.original_max_position_embeddings
-
-        def pair_that_turns(times: float) -> float:
-            return num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(self.theta)
-
-        first, last = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
-        if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * num_pairs - 1)
-        pairs = torch.arange(num_pairs, dtype=torch.float)
-        kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
-        return frequencies / self.factor * (1 - kept) + frequencies * kept
-
 
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch, why_not_library
-from hbserve.attention.page_tables import PageTables
+from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, why_not_library
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform

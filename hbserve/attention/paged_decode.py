@@ -21,9 +21,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.attention.base import Attention
 from hbserve.attention.decode_pieces import FEW_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
-from hbserve.attention.overlap import overlaps
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
+from hbserve.platform.cuda_driver import overlaps
 
 _MIN_QUERY_ROWS = 16
 """Rows of the smallest matrix product that tensor cores do."""

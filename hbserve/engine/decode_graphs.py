@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hbserve.attention.page_tables import PageTables
+from hbserve.attention.base import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.overlap import overlaps
+from hbserve.platform.cuda_driver import overlaps
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `hbserve.layers.norm.rms_norm`, of ``x [rows, size]`` with contiguous rows."""
+    """As `hbserve.layers.ops.rms_norm`, of ``x [rows, size]`` with contiguous rows."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_norm(x, None, weight, out, eps)
     return out
@@ -113,7 +113,7 @@ def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """As `hbserve.layers.mlp.silu_and_mul`, of a contiguous ``[tokens, gate | up]``, and so is ``out``."""
+    """As `hbserve.layers.ops.silu_and_mul`, of a contiguous ``[tokens, gate | up]``, and so is ``out``."""
     num_tokens, double = gate_up.shape
     if out is None:
         out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)

@@ -3,7 +3,7 @@
 With one row, reading the weights is all the work, and the gaps between kernels cost as much as the
 kernels. So the norm before a linear layer, and the gate or the residual sum after it, are done in
 the same kernel; and its first weights are on their way before the kernel in front of it has ended
-(`hbserve.attention.overlap`).
+(`hbserve.platform.cuda_driver.overlaps`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.overlap import overlaps
+from hbserve.platform.cuda_driver import overlaps
 
 
 @triton.jit

@@ -9,13 +9,26 @@ import torch
 import torch.nn.functional as F
 
 from hbserve.attention.base import Attention
-from hbserve.layers.mlp import silu_and_mul
-from hbserve.layers.norm import rms_norm
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
 from hbserve.layers.rotary import RotaryEmbedding, rotate
 
 _GATED_ROWS = 2048
 """Enough for products at full speed."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich 2019).
+
+    The mean is taken in float32 and the quotient rounded to ``x``'s dtype before the weight, which
+    is where transformers rounds: in bf16 the order shows.
+    """
+    return weight * F.rms_norm(x, weight.shape, None, eps)
+
+
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``silu(gate) * up`` of ``[tokens, gate | up]`` (Shazeer 2020); half as wide, in ``out`` if that is given."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 @dataclass
@@ -57,7 +70,7 @@ class LayerOps:
         return (sum_and_norm or self.add_rms_norm_)(pending, stream.total, weight, eps)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """As `hbserve.layers.norm.rms_norm`."""
+        """As the function `rms_norm`."""
         return rms_norm(x, weight, eps)
 
     def add_rms_norm_(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -109,7 +122,7 @@ class LayerOps:
                 stream.pending = total if bias is None else total + bias
 
     def silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """As `hbserve.layers.mlp.silu_and_mul`."""
+        """As the function `silu_and_mul`."""
         return silu_and_mul(gate_up, out)
 
     def rotate_and_store(

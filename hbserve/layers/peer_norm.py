@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.overlap import overlaps
 from hbserve.layers.fused import add_residual, store_rms_norm
+from hbserve.platform.cuda_driver import overlaps
 
 MAX_PROGRAMS = 264
 """Two for each multiprocessor of an H200; each has a flag per rank."""

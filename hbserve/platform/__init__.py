@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from hbserve.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from hbserve.platform.base import Platform, SharedArena
     from hbserve.platform.choice import make_platform, resolve_device, set_priority
-    from hbserve.platform.partition import Partition
 
-__all__ = [
-    "Partition",
-    "Platform",
-    "SharedArena",
-    "make_platform",
-    "resolve_device",
-    "set_priority",
-]
+__all__ = ["Partition", "Platform", "SharedArena", "make_platform", "resolve_device", "set_priority"]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The share of a device that one process gets.
+
+    Attributes:
+        percentage: of the device's multiprocessors, or of the instance's threads on CPU.
+        end: which multiprocessors: processes at different ends have some in common only if their
+            percentages add up to more than 100.
+        priority: 0 is normal, 1 below it: work of the latter yields to work of the former.
+    """
+
+    percentage: int = 100
+    end: Literal["first", "last"] = "first"
+    priority: int = 0
+
 
 # Launchers look after MPS without importing torch.
 __getattr__: Any = lazy_attributes(
     {
-        "Partition": "hbserve.platform.partition",
         "Platform": "hbserve.platform.base",
         "SharedArena": "hbserve.platform.base",
         "make_platform": "hbserve.platform.choice",

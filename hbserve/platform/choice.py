@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 
 from hbserve.errors import ConfigError
+from hbserve.platform import Partition
 from hbserve.platform.base import Platform
 from hbserve.platform.cpu import CpuPlatform
 from hbserve.platform.cuda import CudaPlatform
-from hbserve.platform.partition import Partition
 
 _NICENESS_OF_LOW_PRIORITY = 5
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from hbserve.platform import cuda_ipc
+from hbserve.platform import Partition, cuda_ipc
 from hbserve.platform.base import Platform, SharedArena, SmallSum
 from hbserve.platform.cuda_share import CudaShare, is_whole
-from hbserve.platform.partition import Partition
 from hbserve.platform.peer_sum import PeerSum, can_reach_each_other, holds_for_all
 from hbserve.platform.remote_arena import RemoteArena, RemoteDeviceArena
 

@@ -6,6 +6,10 @@ import ctypes
 from functools import cache
 from typing import Any
 
+import torch
+
+_HOPPER = (9, 0)
+
 
 @cache
 def _driver() -> ctypes.CDLL:
@@ -37,3 +41,15 @@ def upload_graph(graph: Any, stream: Any) -> None:
         RuntimeError: if the device says so.
     """
     call("cuGraphUpload", ctypes.c_void_p(graph.raw_cuda_graph_exec()), ctypes.c_void_p(stream.cuda_stream))
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device can be launched with ``launch_pdl``.
+
+    Programmatic dependent launch (CUDA programming guide): a kernel starts while its predecessor ends.
+    A kernel that takes part reads what nobody writes (weights) first, then waits for the kernels before
+    it, and lets the next one start as soon as its own last blocks run. All kernels of a stream stay right
+    as long as each one waits before it touches what another kernel writes, or reads.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER

@@ -17,7 +17,7 @@ from hbserve.attention import AttentionBatch, select_attention_backend
 from hbserve.attention.base import AttentionBackend
 from hbserve.errors import ConfigError, ModelError
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.layers.norm import rms_norm
+from hbserve.layers.ops import rms_norm
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
