@@ -48,8 +48,8 @@ class FlashAttnBackend(AttentionBackend):
         self._context_lens = torch.from_numpy(batch.context_lens).to(device, non_blocking=True)
         if split < len(batch.context_lens):
             query_starts = batch.query_starts[split:] - batch.query_starts[split]
-            self._longest_query = int((query_starts[1:] - query_starts[:-1]).max())
-            self._longest_context = int(batch.context_lens[split:].max())
+            self._max_query_len = int((query_starts[1:] - query_starts[:-1]).max())
+            self._max_context_len = int(batch.context_lens[split:].max())
             self._query_starts = torch.from_numpy(query_starts).to(device, non_blocking=True)
             self._key_starts = torch.nn.functional.pad(self._context_lens[split:].cumsum(0, dtype=torch.int32), (1, 0))
 
@@ -58,23 +58,12 @@ class FlashAttnBackend(AttentionBackend):
         keys, values = self.kv_cache[:, layer, 0], self.kv_cache[:, layer, 1]
         split = self._batch.num_decode_rows
         if split:
+            lens, tables = self._context_lens[:split], self._tables[:split]
             out[:split] = self._decode(
-                q[:split, None],
-                keys,
-                values,
-                cache_seqlens=self._context_lens[:split],
-                block_table=self._tables[:split],
-                causal=True,
+                q[:split, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True
             )[:, 0]
         if split < len(q):
             out[split:] = self._prefill(
-                q[split:],
-                keys,
-                values,
-                self._query_starts,
-                self._key_starts,
-                self._longest_query,
-                self._longest_context,
-                causal=True,
-                block_table=self._tables[split:],
-            )
+                q[split:], keys, values, self._query_starts, self._key_starts,
+                self._max_query_len, self._max_context_len, causal=True, block_table=self._tables[split:],
+            )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,8 +37,8 @@ class FlashInferBackend(AttentionBackend):
         self._host_schedules = [
             torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_SCHEDULE_BUFFERS)
         ]
-        self._host_schedule_free: list[torch.cuda.Event | None] = [None] * _NUM_SCHEDULE_BUFFERS
-        self._next_schedule = 0
+        self._host_schedule_copied: list[torch.cuda.Event | None] = [None] * _NUM_SCHEDULE_BUFFERS
+        self._schedule = 0
         self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="auto")
         self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
         self._num_decode_rows = 0
@@ -55,34 +57,18 @@ class FlashInferBackend(AttentionBackend):
         self._num_tokens = int(batch.query_starts[-1])
         tables = PageTables.build(batch.context_lens, batch.block_tables, self.layout.block_size)
         split, pages = batch.num_decode_rows, int(tables.indptr[batch.num_decode_rows])
+        indptr, indices, last_page_len = map(torch.from_numpy, (tables.indptr, tables.indices, tables.last_page_len))
+        layout = self.layout
+        shape = self.num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size
         if split:
-            self._use_next_schedule(self._decode)
-            self._decode.plan(
-                torch.from_numpy(tables.indptr[: split + 1]),
-                torch.from_numpy(tables.indices[:pages]),
-                torch.from_numpy(tables.last_page_len[:split]),
-                self.num_heads,
-                self.layout.num_kv_heads,
-                self.layout.head_dim,
-                self.layout.block_size,
-                q_data_type=self.layout.dtype,
-            )
-            self._schedule_is_queued()
+            decode_pages = indptr[: split + 1], indices[:pages], last_page_len[:split]
+            with self._next_schedule(self._decode):
+                self._decode.plan(*decode_pages, *shape, q_data_type=layout.dtype)
         if split < len(batch.context_lens):
-            self._use_next_schedule(self._prefill)
-            self._prefill.plan(
-                torch.from_numpy(batch.query_starts[split:] - batch.query_starts[split]),
-                torch.from_numpy(tables.indptr[split:] - tables.indptr[split]),
-                torch.from_numpy(tables.indices[pages:]),
-                torch.from_numpy(tables.last_page_len[split:]),
-                self.num_heads,
-                self.layout.num_kv_heads,
-                self.layout.head_dim,
-                self.layout.block_size,
-                causal=True,
-                q_data_type=self.layout.dtype,
-            )
-            self._schedule_is_queued()
+            query_starts = torch.from_numpy(batch.query_starts[split:] - batch.query_starts[split])
+            prompt_pages = indptr[split:] - indptr[split], indices[pages:], last_page_len[split:]
+            with self._next_schedule(self._prefill):
+                self._prefill.plan(query_starts, *prompt_pages, *shape, causal=True, q_data_type=layout.dtype)
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         cache = self.kv_cache[:, layer]
@@ -92,14 +78,15 @@ class FlashInferBackend(AttentionBackend):
         if split < self._num_tokens:
             self._prefill.run(q[split:], cache, out=out[split:])
 
-    def _use_next_schedule(self, wrapper: Any) -> None:
-        self._next_schedule = (self._next_schedule + 1) % _NUM_SCHEDULE_BUFFERS
-        queued = self._host_schedule_free[self._next_schedule]
-        if queued is not None:
-            queued.synchronize()
-        wrapper._pin_memory_int_workspace_buffer = self._host_schedules[self._next_schedule]
-
-    def _schedule_is_queued(self) -> None:
+    @contextlib.contextmanager
+    def _next_schedule(self, wrapper: Any) -> Iterator[None]:
+        """Give a wrapper a host buffer to plan in; wait first if the device still copies from that buffer."""
+        self._schedule = (self._schedule + 1) % _NUM_SCHEDULE_BUFFERS
+        copied = self._host_schedule_copied[self._schedule]
+        if copied is not None:
+            copied.synchronize()
+        wrapper._pin_memory_int_workspace_buffer = self._host_schedules[self._schedule]
+        yield
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        self._host_schedule_free[self._next_schedule] = event
+        self._host_schedule_copied[self._schedule] = event

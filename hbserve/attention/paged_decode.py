@@ -34,37 +34,15 @@ _MERGED_VALUES = 4096
 
 @triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q,
-    cache,
-    pieces,
-    first_piece,
-    indptr,
-    indices,
-    positions,
-    chunk_len,
-    out,
-    partial,
-    partial_lse,
-    counters,
-    stride_block,
-    stride_kv,
-    stride_token,
-    scale,
-    capacity,
-    group: tl.constexpr,
-    query_rows: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    lanes: tl.constexpr,
-    page: tl.constexpr,
-    block: tl.constexpr,
-    max_splits: tl.constexpr,
-    group_lanes: tl.constexpr,
-    merged_parts: tl.constexpr,
-    stages: tl.constexpr,
-    early: tl.constexpr,
-    overlap: tl.constexpr,
-):
+    q, cache, pieces, first_piece, indptr, indices, positions, chunk_len,  # read; see `DecodeInputs`
+    out, partial, partial_lse, counters,  # written
+    stride_block, stride_kv, stride_token,  # of the cache
+    scale, capacity,
+    group: tl.constexpr, query_rows: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    lanes: tl.constexpr, page: tl.constexpr, block: tl.constexpr, max_splits: tl.constexpr,
+    group_lanes: tl.constexpr, merged_parts: tl.constexpr, stages: tl.constexpr,
+    early: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0)
     # What the host has copied for this step is there, and so are keys and values of earlier steps; what the kernel in
     # front writes may not be.
@@ -250,39 +228,14 @@ class PagedDecode(Attention):
         block, stages, num_warps, _ = _shape(num_rows * num_kv_heads, lanes)
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
-            q,
-            cache,
-            inputs.pieces,
-            inputs.first_piece,
-            inputs.indptr,
-            inputs.indices,
-            inputs.positions,
-            inputs.chunk_len,
-            out,
-            partial,
-            partial_lse,
-            self._counters,
-            cache.stride(0),
-            cache.stride(1),
-            cache.stride(2),
-            head_dim**-0.5,
-            capacity,
-            self._group,
-            max(_MIN_QUERY_ROWS, group_lanes),
-            num_kv_heads,
-            head_dim,
-            lanes,
-            self.layout.block_size,
-            block,
-            MAX_SPLITS,
-            group_lanes,
-            max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)),
-            stages,
-            num_rows * num_kv_heads <= FEW_PROGRAMS,
-            self._overlap,
-            num_warps=num_warps,
-            launch_pdl=self._overlap,
-        )
+            q, cache, inputs.pieces, inputs.first_piece, inputs.indptr, inputs.indices, inputs.positions,
+            inputs.chunk_len, out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5, capacity,
+            self._group, max(_MIN_QUERY_ROWS, group_lanes), num_kv_heads, head_dim,
+            lanes, self.layout.block_size, block, MAX_SPLITS,
+            group_lanes, max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)), stages,
+            num_rows * num_kv_heads <= FEW_PROGRAMS, self._overlap,
+            num_warps=num_warps, launch_pdl=self._overlap,
+        )  # fmt: skip
 
 
 def _shape(programs: int, lanes: int) -> tuple[int, int, int, int]:

@@ -36,17 +36,9 @@ def store_rms_norm(values, weights, out, mask, eps, size: tl.constexpr):  # type
 
 @triton.jit
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x,
-    residual,
-    weight,
-    out,
-    stride,
-    eps,
-    size: tl.constexpr,
-    block: tl.constexpr,
-    has_residual: tl.constexpr,
-    overlap: tl.constexpr,
-):
+    x, residual, weight, out, stride, eps,
+    size: tl.constexpr, block: tl.constexpr, has_residual: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.arange(0, block)
     mask = columns < size
@@ -81,19 +73,10 @@ def _launch_norm(
     block = triton.next_power_of_2(size)
     overlap = overlaps(x.device)
     _add_rms_norm_kernel[(x.shape[0],)](
-        x,
-        x if residual is None else residual,
-        weight,
-        out,
-        x.stride(0),
-        eps,
-        size,
-        block,
-        residual is not None,
-        overlap,
-        num_warps=max(1, min(16, block // 256)),
-        launch_pdl=overlap,
-    )
+        x, x if residual is None else residual, weight, out, x.stride(0), eps,
+        size, block, residual is not None, overlap,
+        num_warps=max(1, min(16, block // 256)), launch_pdl=overlap,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -127,28 +110,11 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torc
 
 @triton.jit
 def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    q_out,
-    cache,
-    q_weight,
-    k_weight,
-    positions,
-    slots,
-    inverse_frequencies,
-    magnitude,
-    eps,
-    stride_block,
-    stride_kv,
-    stride_token,
-    num_heads: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    half: tl.constexpr,
-    block_size: tl.constexpr,
-    has_norm: tl.constexpr,
-    heads_per_program: tl.constexpr,
-    overlap: tl.constexpr,
-):
+    qkv, q_out, cache, q_weight, k_weight, positions, slots, inverse_frequencies, magnitude, eps,
+    stride_block, stride_kv, stride_token,  # of the cache
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr,
+    block_size: tl.constexpr, has_norm: tl.constexpr, heads_per_program: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_per_program + tl.arange(0, heads_per_program)[:, None]
     lane = tl.arange(0, half)[None, :]
@@ -191,17 +157,10 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_store(
-    qkv: torch.Tensor,
-    cache: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    inverse_frequencies: torch.Tensor,
-    magnitude: float,
-    eps: float,
-    out: torch.Tensor,
-) -> None:
+    qkv: torch.Tensor, cache: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    positions: torch.Tensor, slots: torch.Tensor, inverse_frequencies: torch.Tensor, magnitude: float,
+    eps: float, out: torch.Tensor,
+) -> None:  # fmt: skip
     """Per-head norm (where there are weights) and rotary embedding of q and k; k and v go to the cache.
 
     Args:
@@ -218,26 +177,8 @@ def norm_rotate_store(
     heads_per_program = 1 if num_tokens < 64 else 8
     overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
-        qkv,
-        out,
-        cache,
-        *weights,
-        positions,
-        slots,
-        inverse_frequencies,
-        magnitude,
-        eps,
-        cache.stride(0),
-        cache.stride(1),
-        cache.stride(2),
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        triton.next_power_of_2(head_dim // 2),
-        block_size,
-        q_weight is not None,
-        heads_per_program,
-        overlap,
-        num_warps=1 if heads_per_program == 1 else 2,
-        launch_pdl=overlap,
-    )
+        qkv, out, cache, *weights, positions, slots, inverse_frequencies, magnitude, eps, *cache.stride()[:3],
+        num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
+        block_size, q_weight is not None, heads_per_program, overlap,
+        num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
+    )  # fmt: skip

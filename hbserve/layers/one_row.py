@@ -18,24 +18,10 @@ from hbserve.platform.cuda_driver import overlaps
 
 @triton.jit
 def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
-    norm,
-    residual,
-    out,
-    num_rows,
-    eps,
-    size: tl.constexpr,
-    block: tl.constexpr,
-    tail: tl.constexpr,
-    block_rows: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_norm: tl.constexpr,
-    has_residual: tl.constexpr,
-    gated: tl.constexpr,
-    overlap: tl.constexpr,
-):
+    x, weight, bias, norm, residual, out, num_rows, eps,
+    size: tl.constexpr, block: tl.constexpr, tail: tl.constexpr, block_rows: tl.constexpr, has_bias: tl.constexpr,
+    has_norm: tl.constexpr, has_residual: tl.constexpr, gated: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     in_rows = rows < num_rows
     begins = weight + rows[:, None].to(tl.int64) * size
@@ -130,26 +116,10 @@ def one_row_linear(
     block_rows, num_warps = _shape(block + tail, gated)
     overlap = overlaps(x.device)
     _one_row_linear_kernel[(triton.cdiv(num_rows, block_rows),)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        weight if norm is None else norm,
-        out,
-        out,
-        num_rows,
-        eps,
-        size,
-        block,
-        tail,
-        block_rows,
-        bias is not None,
-        norm is not None,
-        residual is not None,
-        gated,
-        overlap,
-        num_warps=num_warps,
-        launch_pdl=overlap,
-    )
+        x, weight, weight if bias is None else bias, weight if norm is None else norm, out, out, num_rows, eps,
+        size, block, tail, block_rows, bias is not None, norm is not None, residual is not None, gated, overlap,
+        num_warps=num_warps, launch_pdl=overlap,
+    )  # fmt: skip
     return out
 
 

@@ -29,19 +29,9 @@ MAX_PROGRAMS = 264
 
 @triton.jit
 def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
-    summands,
-    flags,
-    residual,
-    weight,
-    out,
-    num_rows,
-    eps,
-    size: tl.constexpr,
-    block: tl.constexpr,
-    rank: tl.constexpr,
-    num_ranks: tl.constexpr,
-    overlap: tl.constexpr,
-):
+    summands, flags, residual, weight, out, num_rows, eps,
+    size: tl.constexpr, block: tl.constexpr, rank: tl.constexpr, num_ranks: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, block)
     mask = columns < size
@@ -92,19 +82,7 @@ def sum_add_rms_norm_(
     out = torch.empty_like(residual)
     kernel: Any = _sum_add_rms_norm_kernel
     kernel[(min(num_rows, MAX_PROGRAMS),)](
-        summands,
-        flags,
-        residual,
-        weight,
-        out,
-        num_rows,
-        eps,
-        size,
-        block,
-        rank,
-        len(summands),
-        overlap,
-        num_warps=max(1, min(16, block // 256)),
-        launch_pdl=overlap,
-    )
+        summands, flags, residual, weight, out, num_rows, eps, size, block, rank, len(summands), overlap,
+        num_warps=max(1, min(16, block // 256)), launch_pdl=overlap,
+    )  # fmt: skip
     return out
