@@ -44,11 +44,33 @@ class RopeSpec:
     magnitude: float = 1.0
 
 
-ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
+@dataclass(frozen=True)
+class _Family:
+    """Properties of an architecture that its ``config.json`` does not state.
+
+    Attributes:
+        name: transformers' class name.
+        qkv_bias: the q, k and v projections always have a bias.
+        reads_attention_bias: the key ``attention_bias`` adds a bias to the q, k, v and o projections. The code of
+            other architectures ignores this key.
+        reads_mlp_bias: the key ``mlp_bias`` adds a bias to the feed-forward layer; other architectures ignore it.
+        qk_norm: as in `ModelSpec`.
+        is_uniform: all layers have the same attention; transformers ignores ``layer_types``.
+    """
+
+    name: str
+    qkv_bias: bool = False
+    reads_attention_bias: bool = False
+    reads_mlp_bias: bool = False
+    qk_norm: bool = False
+    is_uniform: bool = False
+
+
+_FAMILIES = {
+    "qwen3": _Family("Qwen3ForCausalLM", reads_attention_bias=True, qk_norm=True),
+    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True),
+    "llama": _Family("LlamaForCausalLM", reads_attention_bias=True, reads_mlp_bias=True),
+    "mistral": _Family("MistralForCausalLM", is_uniform=True),
 }
 """Supported architectures by transformers' ``model_type``."""
 
@@ -114,13 +136,13 @@ class ModelSpec:
 
         try:
             # Refusals come first: AutoConfig's own message for an unknown model would not say what is supported.
-            architecture = _architecture(document)
+            family = _family(document)
             _refuse_quantised(document)
             try:
                 config = AutoConfig.from_pretrained(folder, local_files_only=True)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception
                 raise ModelError(f"transformers cannot read it: {error}") from error
-            return _from_config(architecture, config)
+            return _from_config(family, config)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error.__cause__
 
@@ -135,14 +157,17 @@ class ModelSpec:
         return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
 
 
-def _architecture(document: dict[str, Any]) -> str:
-    supported = ", ".join(ARCHITECTURES.values())
-    names = document.get("architectures") or [ARCHITECTURES.get(document.get("model_type", ""))]
-    if names[0] is None:
-        raise ModelError(f"model_type {document.get('model_type')!r} is not supported; supported are {supported}")
-    if names[0] not in ARCHITECTURES.values():
-        raise ModelError(f"architecture {names[0]!r} is not supported; supported are {supported}")
-    return str(names[0])
+def _family(document: dict[str, Any]) -> _Family:
+    supported = ", ".join(family.name for family in _FAMILIES.values())
+    model_type, architectures = document.get("model_type"), document.get("architectures")
+    if not architectures:
+        if model_type not in _FAMILIES:
+            raise ModelError(f"model_type {model_type!r} is not supported; supported are {supported}")
+        return _FAMILIES[model_type]
+    family = next((family for family in _FAMILIES.values() if family.name == architectures[0]), None)
+    if family is None:
+        raise ModelError(f"architecture {architectures[0]!r} is not supported; supported are {supported}")
+    return family
 
 
 def _refuse_quantised(document: dict[str, Any]) -> None:
@@ -154,7 +179,7 @@ def _refuse_quantised(document: dict[str, Any]) -> None:
         )
 
 
-def _from_config(architecture: str, config: Any) -> ModelSpec:
+def _from_config(family: _Family, config: Any) -> ModelSpec:
     if config.hidden_act != "silu":
         raise ModelError(f"hidden_act {config.hidden_act!r} is not supported; supported is silu")
     num_heads = config.num_attention_heads
@@ -165,14 +190,13 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         raise ModelError(
             f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
         )
-    # a key that an architecture's own code does not look at means nothing, whatever config.json says
-    attention_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.attention_bias
+    attention_bias = family.reads_attention_bias and config.attention_bias
     rope = _rope(config)
     max_positions = config.max_position_embeddings
     if rope.kind == "yarn":  # checkpoints differ in whether they count the stretched context here
         max_positions = max(max_positions, int(rope.factor * rope.original_max_position_embeddings))
     return ModelSpec(
-        architecture=architecture,
+        architecture=family.name,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -183,12 +207,12 @@ def _from_config(architecture: str, config: Any) -> ModelSpec:
         rms_norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=max_positions,
         rope=rope,
-        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        qkv_bias=attention_bias or family.qkv_bias,
         o_bias=attention_bias,
-        mlp_bias=architecture == "LlamaForCausalLM" and config.mlp_bias,
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        mlp_bias=family.reads_mlp_bias and config.mlp_bias,
+        qk_norm=family.qk_norm,
         tied_embeddings=config.tie_word_embeddings,
-        sliding_windows=_sliding_windows(architecture, config),
+        sliding_windows=_sliding_windows(family, config),
         dtype=_dtype(config),
     )
 
@@ -233,15 +257,15 @@ def _yarn_magnitude(parameters: dict[str, Any]) -> float:
     return magnitude(1.0)
 
 
-def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
+def _sliding_windows(family: _Family, config: Any) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     full, sliding = "full_attention", "sliding_attention"
     layer_types = getattr(config, "layer_types", None)
-    if architecture == "MistralForCausalLM":
+    if family.is_uniform:
         # transformers itself runs all layers alike here, whatever layer_types says
         same = sliding if window is not None else full
         if layer_types is not None and set(layer_types) != {same}:
-            raise ModelError("layer_types of MistralForCausalLM is not supported; sliding_window holds for all layers")
+            raise ModelError(f"layer_types of {family.name} is not supported; sliding_window holds for all layers")
         layer_types = [same] * config.num_hidden_layers
     elif layer_types is None:
         layer_types = [full] * config.num_hidden_layers
