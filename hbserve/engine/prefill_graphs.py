@@ -134,7 +134,7 @@ class PrefillGraphs:
 def token_ladder(decoder: Decoder, max_tokens: int) -> list[int]:
     """Token counts to capture, as far as a layer takes less time than its launches."""
     layer = decoder.layers[0]
-    flops_per_token = 2 * sum(weight.numel() for weight in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    flops_per_token = 2 * sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
     most = min(max_tokens, _MAX_TOKENS, int(_LARGEST_LAYER_FLOPS / flops_per_token))
     rungs = [64, 96, 128, 192, 256, 384, *range(512, 2048, 256), *range(2048, _MAX_TOKENS, 512)]
     sizes = [rung for rung in rungs if rung < most]

@@ -7,13 +7,12 @@ to the model's dtype where the plain functions round them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.platform.cuda_driver import overlaps
 
 
@@ -157,10 +156,15 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_store(
-    qkv: torch.Tensor, cache: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
-    positions: torch.Tensor, slots: torch.Tensor, inverse_frequencies: torch.Tensor, magnitude: float,
-    eps: float, out: torch.Tensor,
-) -> None:  # fmt: skip
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    rotary: RotaryEmbedding,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
     """Per-head norm (where there are weights) and rotary embedding of q and k; k and v go to the cache.
 
     Args:
@@ -172,13 +176,14 @@ def norm_rotate_store(
     num_tokens = qkv.shape[0]
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    weights: Any = (q_weight, k_weight) if q_weight is not None and k_weight is not None else (qkv, qkv)
+    q_weight, k_weight = head_norms or (qkv, qkv)
     # Few heads a program where there are few tokens, to spread them; many where there is enough to do anyway.
     heads_per_program = 1 if num_tokens < 64 else 8
     overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
-        qkv, out, cache, *weights, positions, slots, inverse_frequencies, magnitude, eps, *cache.stride()[:3],
+        qkv, out, cache, q_weight, k_weight, positions, slots, rotary.inverse_frequencies, rotary.magnitude, eps,
+        *cache.stride()[:3],
         num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
-        block_size, q_weight is not None, heads_per_program, overlap,
+        block_size, head_norms is not None, heads_per_program, overlap,
         num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
     )  # fmt: skip

@@ -1,4 +1,13 @@
-"""The one forward pass of all supported models."""
+"""The forward pass of all supported models, on the thread that launches steps.
+
+One layer, and the method that computes each part::
+
+    stream ─► norm ─► qkv ─► head norms, rotation ─► q        before_attention
+                                          k, v ─► KV cache
+    q ─► attention over the KV cache ─► attended              Attention.attend
+    attended ─► o ─► + stream                                 after_attention
+    stream ─► norm ─► gate, up ─► silu(gate) * up ─► down ─► + stream
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from hbserve.attention.base import Attention
-from hbserve.layers.ops import ResidualStream, select_ops
+from hbserve.layers.ops import Linear, ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
@@ -16,28 +25,31 @@ from hbserve.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of one layer; see `hbserve.models.weights.WeightTable` for what they are."""
+    """Parameters of one layer; `hbserve.models.weights.WeightTable` says what they are."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    o: torch.Tensor
+    qkv: Linear
+    o: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    qkv_bias: torch.Tensor | None = None
+    gate_up: Linear
+    down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
-    o_bias: torch.Tensor | None = None
-    gate_up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
+
+    @staticmethod
+    def build(tensors: dict[str, torch.Tensor]) -> _Layer:
+        """Take the layer's tensors, by their names in the `WeightTable`; an unknown name is a TypeError."""
+        names = ("qkv", "o", "gate_up", "down")
+        qkv, o, gate_up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in names)
+        return _Layer(qkv=qkv, o=o, gate_up=gate_up, down=down, **tensors)
 
 
 class Decoder:
     """A decoder-only transformer over flat batches: the tokens of all sequences one after the other.
 
     Args:
-        weights: `WeightTable.views` of this rank; they are used in place.
-        parallel: the group that computes the model together.
+        weights: `WeightTable.views` of this rank; the decoder uses them in place.
+        parallel: the group of ranks that computes the model; None: this process alone.
     """
 
     def __init__(
@@ -48,17 +60,18 @@ class Decoder:
         self.embedding, self.final_norm, self.lm_head = (
             weights[name] for name in ("embedding", "final_norm", "lm_head")
         )
-        self.rotary = RotaryEmbedding(spec.rope, spec.head_dim, self.embedding.device)
-        self._ops = select_ops(self.embedding)
+        device = self.embedding.device
+        rotary = RotaryEmbedding(spec.rope, spec.head_dim, device)
+        self._ops = select_ops(device, spec.rms_norm_eps, rotary, self.parallel)
         self.layers = []
         for layer in range(spec.num_layers):
             prefix = f"layers.{layer}."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            self.layers.append(_Layer(**own))
+            tensors = {name.removeprefix(prefix): view for name, view in weights.items() if name.startswith(prefix)}
+            self.layers.append(_Layer.build(tensors))
 
     @property
     def typical_layers(self) -> list[int]:
-        """The first two layers and one of each kind of attention: they do all that any layer does."""
+        """Layers that together load every kernel: the first two, and one for each size of sliding window."""
         windows = self.spec.sliding_windows
         return sorted({0, min(1, len(self.layers) - 1), *(windows.index(window) for window in set(windows))})
 
@@ -70,61 +83,62 @@ class Decoder:
         on_stored: Callable[[int], None] = lambda layer: None,
         layers: Iterable[int] | None = None,
     ) -> torch.Tensor:
-        """Hidden states ``[tokens, hidden]`` after the final norm; the tokens' KV is in the cache then.
+        """Compute hidden states ``[tokens, hidden]`` after the final norm, and write the tokens' KV to the cache.
 
         Args:
-            token_ids, positions: integers ``[tokens]``, in the order of the batch that ``attention``
-                was told about.
-            on_stored: called when a layer's keys and values are in the cache; on a GPU, when they have been asked for.
-            layers: only these, so that what is loaded at its first use is loaded; what comes out means nothing.
+            token_ids, positions: integers ``[tokens]``, in the order of the batch that ``attention`` has begun.
+            on_stored: called with a layer's index when its keys and values are in the cache; on a GPU, when the
+                kernel that writes them has been launched.
+            layers: compute these layers only, to load their kernels; the result then has no meaning.
         """
         stream = self.embed(token_ids)
-        q, out = (self.heads_buffer(len(token_ids)) for _ in range(2))
+        q, attended = (self.heads_buffer(len(token_ids)) for _ in range(2))
         for index in range(len(self.layers)) if layers is None else layers:
             self.before_attention(index, stream, positions, attention, q)
             on_stored(index)
-            attention.attend(index, q, out)
-            self.after_attention(index, stream, out)
+            attention.attend(index, q, attended)
+            self.after_attention(index, stream, attended)
         return self.finish(stream)
 
     def embed(self, token_ids: torch.Tensor) -> ResidualStream:
-        """Where the layers begin."""
+        """Start the residual stream with the tokens' embeddings."""
         rows = vocab_parallel_embedding(token_ids, self.embedding, self.spec.vocab_size, self.parallel)
         return ResidualStream(rows)
 
     def heads_buffer(self, num_tokens: int) -> torch.Tensor:
-        """Memory for the query heads of tokens, or for what they attend to: ``[tokens, heads, head_dim]``."""
+        """Allocate memory for query heads or for their attention outputs: ``[tokens, heads, head_dim]``."""
         return self.embedding.new_empty(num_tokens, self.spec.num_heads // self.parallel.size, self.spec.head_dim)
 
     def before_attention(
         self, index: int, stream: ResidualStream, positions: torch.Tensor, attention: Attention, q: torch.Tensor
     ) -> None:
-        """A layer up to its attention: queries go to ``q``, keys and values to the cache."""
-        layer, ops, eps = self.layers[index], self._ops, self.spec.rms_norm_eps
-        qkv = ops.norm_linear(stream, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
-        ops.rotate_and_store(qkv, layer.q_norm, layer.k_norm, eps, positions, self.rotary, attention, index, q)
+        """Compute a layer up to its attention: write queries to ``q``, keys and values to the cache."""
+        layer, ops = self.layers[index], self._ops
+        qkv = ops.norm_linear(stream, layer.input_norm, layer.qkv)
+        head_norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        ops.rotate_and_store(qkv, head_norms, positions, attention, index, q)
 
     def after_attention(self, index: int, stream: ResidualStream, attended: torch.Tensor) -> None:
-        """The rest of the layer."""
-        layer, ops, eps = self.layers[index], self._ops, self.spec.rms_norm_eps
-        ops.add_linear(stream, attended.flatten(1), layer.o, layer.o_bias, self.parallel)
-        inner = ops.norm_gated_linear(stream, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias)
-        ops.add_linear(stream, inner, layer.down, layer.down_bias, self.parallel)
+        """Compute the rest of a layer: output projection and feed-forward layer, both added to the stream."""
+        layer, ops = self.layers[index], self._ops
+        ops.add_linear(stream, attended.flatten(1), layer.o)
+        inner = ops.norm_gated_linear(stream, layer.mlp_norm, layer.gate_up)
+        ops.add_linear(stream, inner, layer.down)
 
     def finish(self, stream: ResidualStream) -> torch.Tensor:
-        """What the layers have made of the tokens, ``[tokens, hidden]``."""
-        return self._ops.norm(stream, self.final_norm, self.spec.rms_norm_eps)
+        """Return the final norm of the stream, ``[tokens, hidden]``."""
+        return self._ops.norm(stream, self.final_norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[rows, vocab]``, in the model's dtype, of rows of `forward`'s result."""
+        """Compute logits ``[rows, vocab]`` of rows of `forward`'s result, in the model's dtype."""
         return self.all_logits(self.shard_logits(hidden))
 
     def shard_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
+        """Compute logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
         if out is None:
-            return self._ops.linear(hidden, self.lm_head, None)
+            return self._ops.linear(hidden, Linear(self.lm_head))
         return self._ops.linear_into(hidden, self.lm_head, out)
 
     def all_logits(self, shard: torch.Tensor) -> torch.Tensor:
-        """Logits ``[rows, vocab]`` of all ranks' `shard_logits`."""
+        """Gather logits ``[rows, vocab]`` from all ranks' `shard_logits`."""
         return join_vocab_shards(self.parallel.gather(shard), self.spec.vocab_size, self.parallel.size)

@@ -159,7 +159,7 @@ def test_norm_rotate_store(num_tokens: int) -> None:
     slots = torch.randperm(20 * page, device="cuda")[:num_tokens]
     slots[0] = -1  # a padded token
     q = torch.empty(num_tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    fused.norm_rotate_store(qkv, cache, q_norm, k_norm, positions, slots, rotary.inverse_frequencies, 1.25, 1e-6, q)
+    fused.norm_rotate_store(qkv, cache, (q_norm, k_norm), positions, slots, rotary, 1e-6, q)
     theirs, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     angles = rotary.angles(positions)
     assert_close(q, rotate(rms_norm(theirs, q_norm, 1e-6), *angles))
