@@ -133,7 +133,7 @@ class AttentionBackend(Attention):
         """Prepare for a step, once for all layers; keeps ``slot_mapping``."""
 
 
-def why_not_library(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
+def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
     """Why a library of CUDA kernels cannot be used for a model, whatever its head size; None if it can.
 
     Args:

@@ -20,10 +20,10 @@ import numpy.typing as npt
 MAX_SPLITS = 64
 """Pieces of one sequence, at most; a piece is packed as ``row * MAX_SPLITS + split``."""
 
-FEW_PROGRAMS = 16
+MAX_SMALL_BATCH_PROGRAMS = 16
 """Up to so many rows and KV heads a piece is a few tokens, and latency is all."""
 
-_EXTRA_PROGRAMS_OF_FEW = 512
+_EXTRA_PROGRAMS_OF_SMALL_BATCH = 512
 _EXTRA_PROGRAMS = 2048
 """Programs beyond one for each row and KV head; one without a piece costs about half a nanosecond."""
 
@@ -38,12 +38,12 @@ lengths over 12 mixes, which this tells within 3 % (root mean square); docs/benc
 _MAX_ROUNDS = 8
 """So many pieces in a program's place, one after the other, are followed; a small share of a GPU has more."""
 
-_PARTS_OF_LONGEST = 1 / np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
-_PARTS_OF_EVEN_SHARE = np.array([0.515, 0.75, 1.03, 1.3])
+_FRACTIONS_OF_LONGEST = 1 / np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
+_FRACTIONS_OF_EVEN_SHARE = np.array([0.515, 0.75, 1.03, 1.3])
 """Chunk lengths that are tried: parts of the longest sequence, and of what each program has if all have as much and
 there are as many as there is room for, or twice as many."""
 
-_MULTIPROCESSORS_OF_H200 = 132
+_SMS_OF_H200 = 132
 
 
 @dataclass(frozen=True)
@@ -69,34 +69,34 @@ class PieceCutter:
     Attributes:
         num_rows: rows of a batch, at least 1.
         num_kv_heads: programs of a piece.
-        block: tokens that a program loads at a time; chunks are whole blocks.
+        block_tokens: tokens that a program loads at a time; chunks are whole blocks.
         num_multiprocessors: of the GPU, or of the process's share of it.
-        programs_each: programs that a multiprocessor holds at a time.
+        programs_per_sm: programs that a multiprocessor holds at a time.
     """
 
     num_rows: int
     num_kv_heads: int
-    block: int
+    block_tokens: int
     num_multiprocessors: int
-    programs_each: int
+    programs_per_sm: int
 
     @property
-    def _few(self) -> bool:
-        return self.num_rows * self.num_kv_heads <= FEW_PROGRAMS
+    def _is_small(self) -> bool:
+        return self.num_rows * self.num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS
 
     @property
-    def _extra(self) -> int:
-        return (_EXTRA_PROGRAMS_OF_FEW if self._few else _EXTRA_PROGRAMS) // self.num_kv_heads
+    def _extra_programs(self) -> int:
+        return (_EXTRA_PROGRAMS_OF_SMALL_BATCH if self._is_small else _EXTRA_PROGRAMS) // self.num_kv_heads
 
     @property
-    def _room(self) -> int:
+    def _num_concurrent(self) -> int:
         """Pieces that the GPU computes at a time."""
-        return max(1, self.num_multiprocessors * self.programs_each // self.num_kv_heads)
+        return max(1, self.num_multiprocessors * self.programs_per_sm // self.num_kv_heads)
 
     @property
     def capacity(self) -> int:
         """Pieces there may be, at most."""
-        return self.num_rows + min(self._extra, (MAX_SPLITS - 1) * self.num_rows)
+        return self.num_rows + min(self._extra_programs, (MAX_SPLITS - 1) * self.num_rows)
 
     def cut(self, context_lens: npt.NDArray[np.int32]) -> Pieces:
         """Cut a batch.
@@ -125,43 +125,46 @@ class PieceCutter:
         """The chunk length with which a batch's pieces end early, and fit."""
         longest, total = int(context_lens.max()), int(context_lens.sum())
         # A row has at most one piece that is shorter, so there are fewer than rows + total / chunk.
-        least = max(longest / MAX_SPLITS, total / self._extra)
-        if self._few:
-            share = min(1.0, self.num_multiprocessors / _MULTIPROCESSORS_OF_H200)
-            return self._whole_blocks(max(least, total / (self._extra * share)))
-        tokens = np.concatenate((longest * _PARTS_OF_LONGEST, total / self._room * _PARTS_OF_EVEN_SHARE))
-        blocks = np.ceil(np.clip(tokens, min(least, longest), longest) / self.block).astype(np.int32)
-        candidates = np.unique(blocks) * self.block
-        return int(candidates[np.argmin(self._ends(context_lens, candidates))])
+        min_tokens = max(longest / MAX_SPLITS, total / self._extra_programs)
+        if self._is_small:
+            share = min(1.0, self.num_multiprocessors / _SMS_OF_H200)
+            return self._whole_blocks(max(min_tokens, total / (self._extra_programs * share)))
+        even_share = total / self._num_concurrent
+        tokens = np.concatenate((longest * _FRACTIONS_OF_LONGEST, even_share * _FRACTIONS_OF_EVEN_SHARE))
+        num_blocks = np.ceil(np.clip(tokens, min(min_tokens, longest), longest) / self.block_tokens).astype(np.int32)
+        candidates = np.unique(num_blocks) * self.block_tokens
+        return int(candidates[np.argmin(self._end_times(context_lens, candidates))])
 
     def _whole_blocks(self, tokens: float) -> int:
-        return max(1, math.ceil(tokens / self.block)) * self.block
+        return max(1, math.ceil(tokens / self.block_tokens)) * self.block_tokens
 
-    def _ends(self, context_lens: npt.NDArray[np.int32], chunk_lens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    def _end_times(
+        self, context_lens: npt.NDArray[np.int32], chunk_lens: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float64]:
         """When the last program ends, for each chunk length; in tokens read by one of as many as the GPU holds."""
-        room = self._room
+        width = self._num_concurrent
         num_whole_of_row = (context_lens - 1) // chunk_lens[:, None]
         num_whole = num_whole_of_row.sum(axis=1)
-        rounds = -(-(int(num_whole.max()) + self.num_rows) // room)
-        lens = np.zeros((len(chunk_lens), rounds * room), np.int32)
+        rounds = -(-(int(num_whole.max()) + self.num_rows) // width)
+        lens = np.zeros((len(chunk_lens), rounds * width), np.int32)
         tails = context_lens - num_whole_of_row * chunk_lens[:, None] + _PIECE_COST_TOKENS
-        index = np.arange(rounds * room)
+        index = np.arange(rounds * width)
         np.copyto(lens, (chunk_lens + _PIECE_COST_TOKENS)[:, None], where=index < self.num_rows + num_whole[:, None])
         lens[:, : self.num_rows] = tails
         lens.sort(axis=1)
         # Each takes one at a time, whoever is first the longest. Of many, the longest even out.
-        last = min(rounds, _MAX_ROUNDS) * room
-        ends = lens[:, last - room : last] + lens[:, last:].sum(axis=1, keepdims=True, dtype=np.int32) // room
-        for at in range(last - room, 0, -room):
-            ends = ends[:, ::-1] + lens[:, at - room : at]
+        end = min(rounds, _MAX_ROUNDS) * width
+        ends = lens[:, end - width : end] + lens[:, end:].sum(axis=1, keepdims=True, dtype=np.int32) // width
+        for begin in range(end - width, 0, -width):
+            ends = ends[:, ::-1] + lens[:, begin - width : begin]
             ends.sort(axis=1)
-        end: npt.NDArray[np.float64] = ends @ _weights_of_ends(room)
-        return end
+        last: npt.NDArray[np.float64] = ends @ _end_weights(width)
+        return last
 
 
 @functools.cache
-def _weights_of_ends(room: int) -> npt.NDArray[np.float64]:
+def _end_weights(width: int) -> npt.NDArray[np.float64]:
     """Turns when programs would end if all ran at one pace, in rising order, into when the last one really does."""
-    running = np.arange(room, 0, -1) / room
+    running = np.arange(width, 0, -1) / width
     pace = np.maximum(_LATENCY_SHARE + (1 - _LATENCY_SHARE) * running, _MIN_SHARE)
     return -np.diff(pace, append=0)  # of sum(pace * diff(ends)), by parts

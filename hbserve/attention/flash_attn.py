@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch, why_not_library
+from hbserve.attention.base import AttentionBackend, AttentionBatch, library_problem
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
@@ -34,7 +34,7 @@ class FlashAttnBackend(AttentionBackend):
 
     @classmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-        problem = why_not_library("flash_attn", "flash-attn", spec, dtype, platform)
+        problem = library_problem("flash_attn", "flash-attn", spec, dtype, platform)
         if problem is None and (spec.head_dim > _MAX_HEAD_DIM or spec.head_dim % 8):
             problem = f"has no kernels for head size {spec.head_dim}, only for multiples of 8 up to {_MAX_HEAD_DIM}"
         return problem

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, why_not_library
+from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, library_problem
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
@@ -46,7 +46,7 @@ class FlashInferBackend(AttentionBackend):
 
     @classmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-        problem = why_not_library("flashinfer", "flashinfer-python", spec, dtype, platform)
+        problem = library_problem("flashinfer", "flashinfer-python", spec, dtype, platform)
         if problem is None and spec.head_dim not in _HEAD_DIMS:
             problem = f"has no kernels for head size {spec.head_dim}, only for {', '.join(map(str, _HEAD_DIMS))}"
         return problem

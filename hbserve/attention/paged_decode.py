@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.attention.base import Attention
-from hbserve.attention.decode_pieces import FEW_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
+from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform.cuda_driver import overlaps
@@ -81,12 +81,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     weighted = tl.zeros((query_rows, lanes), tl.float32)
     begin = start
     if early:
-        own = token == length - 1
-        mask = own[:, None] & in_head
+        is_newest = token == length - 1
+        mask = is_newest[:, None] & in_head
         key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-        key = tl.where(own[:, None], key, early_key)
-        value = tl.where(own[:, None], value, early_value)
+        key = tl.where(is_newest[:, None], key, early_key)
+        value = tl.where(is_newest[:, None], value, early_value)
         score = tl.where((token < end)[None, :], tl.dot(query, tl.trans(key)), -1e30)
         highest = tl.max(score, axis=1)
         weight = tl.exp2(score - highest[:, None])
@@ -95,13 +95,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         begin += block
     for at in tl.range(begin, end, block, num_stages=stages):
         token = at + tl.arange(0, block)
-        there = token < end
-        page_id = tl.load(indices + first_page + token // page, mask=there, other=0).to(tl.int64)
+        in_piece = token < end
+        page_id = tl.load(indices + first_page + token // page, mask=in_piece, other=0).to(tl.int64)
         offset = page_id * stride_block + (token % page) * stride_token
-        mask = there[:, None] & in_head
+        mask = in_piece[:, None] & in_head
         key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-        score = tl.where(there[None, :], tl.dot(query, tl.trans(key)), -1e30)
+        score = tl.where(in_piece[None, :], tl.dot(query, tl.trans(key)), -1e30)
         new_highest = tl.maximum(highest, tl.max(score, axis=1))
         shrink = tl.exp2(highest - new_highest)
         weight = tl.exp2(score - new_highest[:, None])
@@ -114,25 +114,25 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, result.to(out.dtype.element_ty), mask=in_group & in_head)
     else:
         # [heads, capacity]: all pieces, those of a sequence one after the other
-        mine = (head * group + member) * capacity + first_part + split
-        tl.store(partial + mine[:, None] * head_dim + lane[None, :], result, mask=in_group & in_head)
-        tl.store(partial_lse + mine, highest + tl.log2(total), mask=member < group)
+        piece_row = (head * group + member) * capacity + first_part + split
+        tl.store(partial + piece_row[:, None] * head_dim + lane[None, :], result, mask=in_group & in_head)
+        tl.store(partial_lse + piece_row, highest + tl.log2(total), mask=member < group)
         tl.debug_barrier()  # all of the program's stores come before its count
         counter = counters + sequence * num_kv_heads + head
         num_parts = (length + chunk - 1) // chunk
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.store(counter, 0)  # for the next layer
-            one = tl.arange(0, group_lanes)
+            merge_member = tl.arange(0, group_lanes)
             all_highest = tl.full((group_lanes,), -1e30, tl.float32)
             all_total = tl.zeros((group_lanes,), tl.float32)
             merged = tl.zeros((group_lanes, lanes), tl.float32)
             for begin_part in tl.range(0, num_parts, merged_parts, num_stages=1):
                 part = begin_part + tl.arange(0, merged_parts)
-                used = (one < group)[:, None] & (part < num_parts)[None, :]
-                theirs = (head * group + one)[:, None] * capacity + first_part + part[None, :]
-                lse = tl.load(partial_lse + theirs, mask=used, other=-1e30, cache_modifier=".cg")
+                used = (merge_member < group)[:, None] & (part < num_parts)[None, :]
+                piece_rows = (head * group + merge_member)[:, None] * capacity + first_part + part[None, :]
+                lse = tl.load(partial_lse + piece_rows, mask=used, other=-1e30, cache_modifier=".cg")
                 values = tl.load(
-                    partial + theirs[:, :, None] * head_dim + lane[None, None, :],
+                    partial + piece_rows[:, :, None] * head_dim + lane[None, None, :],
                     mask=used[:, :, None] & in_head[:, None, :],
                     other=0.0,
                     cache_modifier=".cg",
@@ -143,11 +143,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                 all_total = all_total * shrink + tl.sum(share, axis=1)
                 merged = merged * shrink[:, None] + tl.sum(values * share[:, :, None], axis=1)
                 all_highest = new_all_highest
-            row = sequence * num_kv_heads * group + head * group + one
+            row = sequence * num_kv_heads * group + head * group + merge_member
             tl.store(
                 out + row[:, None] * head_dim + lane[None, :],
                 (merged / all_total[:, None]).to(out.dtype.element_ty),
-                mask=(one < group)[:, None] & in_head,
+                mask=(merge_member < group)[:, None] & in_head,
             )
 
 
@@ -213,8 +213,8 @@ class PagedDecode(Attention):
 
     def _cutter(self, num_rows: int) -> PieceCutter:
         num_kv_heads, lanes = self.layout.num_kv_heads, triton.next_power_of_2(self.layout.head_dim)
-        block, _, _, programs_each = _shape(num_rows * num_kv_heads, lanes)
-        return PieceCutter(num_rows, num_kv_heads, block, self._num_multiprocessors, programs_each)
+        block, _, _, programs_per_sm = _launch_shape(num_rows * num_kv_heads, lanes)
+        return PieceCutter(num_rows, num_kv_heads, block, self._num_multiprocessors, programs_per_sm)
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
@@ -225,7 +225,7 @@ class PagedDecode(Attention):
         partial = torch.empty(num_heads, capacity, head_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(num_heads, capacity, dtype=torch.float32, device=q.device)
         lanes, group_lanes = triton.next_power_of_2(head_dim), triton.next_power_of_2(self._group)
-        block, stages, num_warps, _ = _shape(num_rows * num_kv_heads, lanes)
+        block, stages, num_warps, _ = _launch_shape(num_rows * num_kv_heads, lanes)
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
             q, cache, inputs.pieces, inputs.first_piece, inputs.indptr, inputs.indices, inputs.positions,
@@ -233,19 +233,19 @@ class PagedDecode(Attention):
             self._group, max(_MIN_QUERY_ROWS, group_lanes), num_kv_heads, head_dim,
             lanes, self.layout.block_size, block, MAX_SPLITS,
             group_lanes, max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)), stages,
-            num_rows * num_kv_heads <= FEW_PROGRAMS, self._overlap,
+            num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS, self._overlap,
             num_warps=num_warps, launch_pdl=self._overlap,
         )  # fmt: skip
 
 
-def _shape(programs: int, lanes: int) -> tuple[int, int, int, int]:
+def _launch_shape(programs: int, lanes: int) -> tuple[int, int, int, int]:
     """Tokens that a program loads at a time, such loads in flight, its warps, and how many a multiprocessor holds.
 
     The first three are from a sweep, docs/benchmarks.md; the last is what the kernel's registers leave room for.
     """
     if lanes > 128:
         return 32, 2, 4, 2
-    if programs <= FEW_PROGRAMS:
+    if programs <= MAX_SMALL_BATCH_PROGRAMS:
         return 32, 1, 2, 4
     if programs <= 128:
         return 32, 3, 2, 6

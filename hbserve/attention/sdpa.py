@@ -82,10 +82,10 @@ class SdpaBackend(AttentionBackend):
         value_row = key_row + self.layout.block_size
         plan = self._plans[self.spec.sliding_windows[layer]]
         for gather in plan.decodes:
-            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, second=True)
+            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
             out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask)
         for gather in plan.chunks:
-            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, second=True)
+            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
             out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask)
 
     def _row_of(self, slots: torch.Tensor) -> torch.Tensor:
@@ -94,17 +94,17 @@ class SdpaBackend(AttentionBackend):
         rows_per_block = self.layout.num_layers * 2 * block_size
         return slots // block_size * rows_per_block + slots % block_size
 
-    def _gather(self, rows: torch.Tensor, first_row: int, second: bool = False) -> torch.Tensor:
+    def _gather(self, rows: torch.Tensor, first_row: int, behind_keys: bool = False) -> torch.Tensor:
         """Keys or values ``[len(rows), kv heads, head_dim]`` in scratch memory.
 
         Fresh memory for each layer costs five times as much on CPU, in page faults. The values go
-        behind the keys (``second``).
+        behind the keys (``behind_keys``).
         """
         width = self._cache_rows.shape[1]
-        num = rows.numel() * width
-        if self._scratch.numel() < 2 * num:
-            self._scratch = self.kv_cache.new_empty(2 * num)
-        target = self._scratch[num : 2 * num] if second else self._scratch[:num]
+        num_elements = rows.numel() * width
+        if self._scratch.numel() < 2 * num_elements:
+            self._scratch = self.kv_cache.new_empty(2 * num_elements)
+        target = self._scratch[num_elements : 2 * num_elements] if behind_keys else self._scratch[:num_elements]
         torch.index_select(self._cache_rows, 0, rows + first_row, out=target.view(-1, width))
         return target.view(-1, self.layout.num_kv_heads, self.layout.head_dim)
 
@@ -121,9 +121,9 @@ class SdpaBackend(AttentionBackend):
             start = int(contexts[row]) - (end - first)
             # without a mask a kernel call of any size is cheap
             tile = end - first if start == 0 and window is None else _QUERY_TILE_TOKENS
-            for at in range(first, end, tile):
-                queries = slice(at, min(at + tile, end))
-                chunks.append(self._plan_chunk(tables[row], queries, start + at - first, window))
+            for begin in range(first, end, tile):
+                queries = slice(begin, min(begin + tile, end))
+                chunks.append(self._plan_chunk(tables[row], queries, start + begin - first, window))
         return _WindowPlan(decodes, chunks)
 
     def _plan_decodes(
@@ -150,10 +150,10 @@ class SdpaBackend(AttentionBackend):
         cache_rows = self._cache_rows_of(table, None, keys)
         if start == 0 and (window is None or end <= window):
             return _Gather(queries, cache_rows, None)
-        at = torch.arange(start, end, device=self.platform.device)[:, None]
-        mask = keys <= at
+        query_positions = torch.arange(start, end, device=self.platform.device)[:, None]
+        mask = keys <= query_positions
         if window is not None:
-            mask &= keys > at - window
+            mask &= keys > query_positions - window
         return _Gather(queries, cache_rows, mask)
 
     def _cache_rows_of(self, tables: torch.Tensor, rows: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:

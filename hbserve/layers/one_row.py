@@ -28,18 +28,18 @@ def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
     up_begins = begins + num_rows.to(tl.int64) * size
     # What nobody writes is loaded before the wait, in two parts where ``size`` is no power of two.
     columns = tl.arange(0, block)
-    there = in_rows[:, None] & (columns < size)[None, :]
-    weights = tl.load(begins + columns[None, :], mask=there, other=0.0)
+    mask = in_rows[:, None] & (columns < size)[None, :]
+    weights = tl.load(begins + columns[None, :], mask=mask, other=0.0)
     if gated:
-        up_weights = tl.load(up_begins + columns[None, :], mask=there, other=0.0)
+        up_weights = tl.load(up_begins + columns[None, :], mask=mask, other=0.0)
     if has_norm:
         norm_weights = tl.load(norm + columns, mask=columns < size, other=0.0)
     if tail > 0:
         tail_columns = block + tl.arange(0, tail)
-        tail_there = in_rows[:, None] & (tail_columns < size)[None, :]
-        tail_weights = tl.load(begins + tail_columns[None, :], mask=tail_there, other=0.0)
+        tail_mask = in_rows[:, None] & (tail_columns < size)[None, :]
+        tail_weights = tl.load(begins + tail_columns[None, :], mask=tail_mask, other=0.0)
         if gated:
-            tail_up_weights = tl.load(up_begins + tail_columns[None, :], mask=tail_there, other=0.0)
+            tail_up_weights = tl.load(up_begins + tail_columns[None, :], mask=tail_mask, other=0.0)
         if has_norm:
             tail_norm_weights = tl.load(norm + tail_columns, mask=tail_columns < size, other=0.0)
     if has_bias:
@@ -113,7 +113,7 @@ def one_row_linear(
     if out is None:
         out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
     block, tail = _parts(size)
-    block_rows, num_warps = _shape(block + tail, gated)
+    block_rows, num_warps = _launch_shape(block + tail, gated)
     overlap = overlaps(x.device)
     _one_row_linear_kernel[(triton.cdiv(num_rows, block_rows),)](
         x, weight, weight if bias is None else bias, weight if norm is None else norm, out, out, num_rows, eps,
@@ -129,7 +129,7 @@ def _parts(size: int) -> tuple[int, int]:
     return block, triton.next_power_of_2(size - block) if size > block else 0
 
 
-def _shape(lanes: int, gated: bool) -> tuple[int, int]:
+def _launch_shape(lanes: int, gated: bool) -> tuple[int, int]:
     """Rows and warps of a program; from a sweep over the matrices of 0.6B and 8B models on an H200."""
     block_rows = 8 if lanes <= 2048 else 4 if lanes <= 4096 else 2
     block_rows = block_rows // 2 if gated else block_rows

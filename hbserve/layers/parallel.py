@@ -67,9 +67,9 @@ def vocab_shard(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
     Where the ranks cannot share evenly, the last ones begin earlier: some of their rows are another's, too. The number
     of each one's rows is then a multiple of 8, as matrix products want it.
     """
-    each = vocab_size // size if vocab_size % size == 0 else min(-(-vocab_size // (8 * size)) * 8, vocab_size)
-    start = min(rank * each, vocab_size - each)
-    return start, start + each
+    num_rows = vocab_size // size if vocab_size % size == 0 else min(-(-vocab_size // (8 * size)) * 8, vocab_size)
+    start = min(rank * num_rows, vocab_size - num_rows)
+    return start, start + num_rows
 
 
 def vocab_parallel_embedding(
@@ -79,15 +79,16 @@ def vocab_parallel_embedding(
     if parallel.size == 1:
         return F.embedding(token_ids, weight)
     start, _ = vocab_shard(vocab_size, parallel.rank, parallel.size)
-    mine = token_ids // weight.shape[0] == parallel.rank
-    rows = F.embedding((token_ids - start).where(mine, 0), weight)
-    return parallel.reduce(rows.masked_fill(~mine[:, None], 0))
+    is_local = token_ids // weight.shape[0] == parallel.rank
+    rows = F.embedding((token_ids - start).where(is_local, 0), weight)
+    return parallel.reduce(rows.masked_fill(~is_local[:, None], 0))
 
 
 def join_vocab_shards(shards: torch.Tensor, vocab_size: int, size: int) -> torch.Tensor:
     """``[rows, vocab]`` of what all ranks have for their `vocab_shard`, side by side in the last dimension."""
-    each = shards.shape[-1] // size
-    num_whole = vocab_size // each
-    rest = vocab_size - num_whole * each
-    parts = [shards[:, : num_whole * each], shards[:, (num_whole + 1) * each - rest : (num_whole + 1) * each]]
-    return torch.cat(parts, dim=-1) if each * size != vocab_size else shards
+    width = shards.shape[-1] // size
+    if width * size == vocab_size:
+        return shards
+    num_whole = vocab_size // width
+    end, rest = (num_whole + 1) * width, vocab_size - num_whole * width
+    return torch.cat([shards[:, : num_whole * width], shards[:, end - rest : end]], dim=-1)

@@ -40,20 +40,20 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     # The summands of this rank are there, as the kernels in front have ended; say so, and wait for the others to.
-    for other in tl.static_range(num_ranks):
-        if other != rank:
-            their_flag = tl.load(flags + other).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
-            while tl.atomic_cas(their_flag, 0, 1, sem="release", scope="sys") != 0:
+    for peer in tl.static_range(num_ranks):
+        if peer != rank:
+            peer_flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
+            while tl.atomic_cas(peer_flag, 0, 1, sem="release", scope="sys") != 0:
                 pass
-    for other in tl.static_range(num_ranks):
-        if other != rank:
-            own_flag = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + program * num_ranks + other
-            while tl.atomic_cas(own_flag, 1, 0, sem="acquire", scope="sys") != 1:
+    for peer in tl.static_range(num_ranks):
+        if peer != rank:
+            local_flag = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + program * num_ranks + peer
+            while tl.atomic_cas(local_flag, 1, 0, sem="acquire", scope="sys") != 1:
                 pass
     for row in range(program, num_rows, tl.num_programs(0)):
         total = tl.zeros((block,), tl.float32)
-        for other in tl.static_range(num_ranks):  # in the same order on all ranks, so that all get the same
-            rows = tl.multiple_of(tl.load(summands + other).to(tl.pointer_type(out.dtype.element_ty)), 16)
+        for peer in tl.static_range(num_ranks):  # in the same order on all ranks, so that all get the same
+            rows = tl.multiple_of(tl.load(summands + peer).to(tl.pointer_type(out.dtype.element_ty)), 16)
             # Not by the first cache, which does not know what others write.
             part = tl.load(rows + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
             total += part.to(tl.float32)

@@ -14,11 +14,11 @@ from hbserve.errors import ModelError
 from hbserve.model_spec import ModelSpec
 from hbserve.models.weights import CheckpointPart, WeightTable, checkpoint_parts
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
 _FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 _DUMMY_STD = 0.02
-_DUMMY_PERIOD = 1_048_583
+_DUMMY_PERIOD_ELEMENTS = 1_048_583
 """A prime, so that no two rows of a matrix are equal though the noise repeats."""
 
 
@@ -43,7 +43,7 @@ def load_weights(
         for name, source in _tensors(path):
             if name in places:
                 part, target = places[name]
-                _check(path, name, source, part)
+                _check_tensor(path, name, source, part)
                 index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
                 target.copy_(source[index])
                 filled.add(name)
@@ -51,10 +51,10 @@ def load_weights(
                 raise ModelError(f"{path}: tensor {name} has no place in {spec.architecture} as config.json has it")
     missing = [name for name in places if name not in filled]
     if missing:
-        where = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} files)"
+        place = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} files)"
         expected = list(places[missing[0]][0].shape)
-        more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{where}: there is no tensor {missing[0]} of shape {expected}{more}")
+        others = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{place}: there is no tensor {missing[0]} of shape {expected}{others}")
 
 
 def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> None:
@@ -65,11 +65,11 @@ def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> No
     """
     views = table.views(arena)
     generator = torch.Generator(arena.device).manual_seed(seed)
-    noise = torch.empty(_DUMMY_PERIOD, device=arena.device).normal_(0, _DUMMY_STD, generator=generator)
+    noise = torch.empty(_DUMMY_PERIOD_ELEMENTS, device=arena.device).normal_(0, _DUMMY_STD, generator=generator)
     dtype = views["embedding"].dtype
     noise = noise.to(dtype)
     flat = arena[: table.num_bytes].view(dtype)
-    whole = flat[: flat.numel() // _DUMMY_PERIOD * _DUMMY_PERIOD].view(-1, _DUMMY_PERIOD)
+    whole = flat[: flat.numel() // _DUMMY_PERIOD_ELEMENTS * _DUMMY_PERIOD_ELEMENTS].view(-1, _DUMMY_PERIOD_ELEMENTS)
     whole.copy_(noise.expand_as(whole))
     flat[whole.numel() :].copy_(noise[: flat.numel() - whole.numel()])
     for name, view in views.items():
@@ -97,10 +97,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: if there are none.
     """
-    index, single = folder / _INDEX, folder / _SINGLE
+    index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
     if not index.is_file():
         if not single.is_file():
-            raise ModelError(f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read")
+            raise ModelError(f"{folder} has neither {_SINGLE_FILE} nor {_INDEX_FILE}; only safetensors files are read")
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -122,7 +122,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
         raise ModelError(f"{path} cannot be read: {error}") from None
 
 
-def _check(path: Path, name: str, source: Any, part: CheckpointPart) -> None:
+def _check_tensor(path: Path, name: str, source: Any, part: CheckpointPart) -> None:
     shape = tuple(source.get_shape())
     if shape != part.shape:
         raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, config.json asks for {list(part.shape)}")

@@ -166,11 +166,11 @@ class _Sharding:
         )
         yield from row_parallel("down", spec.mlp_bias, f"{mlp}down_proj", spec.intermediate_size, inner)
 
-    def _share(self, total: int, what: str) -> tuple[int, int]:
+    def _share(self, total: int, key: str) -> tuple[int, int]:
         if total % self.size:
-            raise ModelError(f"{what} {total} cannot be shared evenly by {self.size} tensor-parallel ranks")
-        each = total // self.size
-        return self.rank * each, (self.rank + 1) * each
+            raise ModelError(f"{key} {total} cannot be shared evenly by {self.size} tensor-parallel ranks")
+        share = total // self.size
+        return self.rank * share, (self.rank + 1) * share
 
     def _kv_heads(self) -> tuple[int, int]:
         """A rank's KV heads; where there are more ranks than heads, neighbours hold the same one."""

@@ -146,11 +146,11 @@ class Platform(ABC):
         """
         # torch would make a missing file and lengthen a short one.
         try:
-            there = os.stat(handle).st_size
+            size_bytes = os.stat(handle).st_size
         except OSError as error:
             raise RuntimeError(f"the shared memory {handle} is gone: {error.strerror}") from None
-        if there != num_bytes:
-            raise RuntimeError(f"the shared memory {handle} has {there} bytes, not {num_bytes}")
+        if size_bytes != num_bytes:
+            raise RuntimeError(f"the shared memory {handle} has {size_bytes} bytes, not {num_bytes}")
         return torch.from_file(handle, shared=True, size=num_bytes, dtype=torch.uint8)
 
     @abstractmethod

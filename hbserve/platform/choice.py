@@ -13,7 +13,7 @@ from hbserve.platform.base import Platform
 from hbserve.platform.cpu import CpuPlatform
 from hbserve.platform.cuda import CudaPlatform
 
-_NICENESS_OF_LOW_PRIORITY = 5
+_LOW_PRIORITY_NICENESS = 5
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
@@ -53,7 +53,7 @@ def make_platform(
         partition = partition or Partition()
         threads = num_threads or max(1, len(os.sched_getaffinity(0)) // (num_instances * tp_size))
         share = max(1, round(threads * partition.percentage / 100))
-        return CpuPlatform(share, _NICENESS_OF_LOW_PRIORITY * partition.priority)
+        return CpuPlatform(share, _LOW_PRIORITY_NICENESS * partition.priority)
     count = torch.cuda.device_count()
     if gpu_id + tp_size > count:
         gpus = f"gpu_id {gpu_id}" if tp_size == 1 else f"gpu_id {gpu_id} with tensor_parallel_size {tp_size}"

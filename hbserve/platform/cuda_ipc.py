@@ -44,8 +44,8 @@ def allocate(num_bytes: int) -> DeviceMemory:
         RuntimeError: if the device has not that much memory.
     """
     address = ctypes.c_uint64()
-    whole = num_bytes + -num_bytes % _GRANULARITY_BYTES
-    call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(whole))
+    allocated_bytes = num_bytes + -num_bytes % _GRANULARITY_BYTES
+    call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(allocated_bytes))
     return DeviceMemory(address.value, num_bytes)
 
 
@@ -63,8 +63,8 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
         RuntimeError: if it is gone, or smaller than ``num_bytes``.
     """
     address = ctypes.c_uint64()
-    there = _Handle.from_buffer_copy(bytes.fromhex(handle))
-    call("cuIpcOpenMemHandle_v2", ctypes.byref(address), there, ctypes.c_uint(_LAZY_PEER_ACCESS))
+    exported = _Handle.from_buffer_copy(bytes.fromhex(handle))
+    call("cuIpcOpenMemHandle_v2", ctypes.byref(address), exported, ctypes.c_uint(_LAZY_PEER_ACCESS))
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
     call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
     if base.value + size.value - address.value < num_bytes:

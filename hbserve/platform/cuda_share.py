@@ -20,12 +20,12 @@ import torch
 from hbserve.errors import StartupError
 from hbserve.platform.cuda_driver import call
 
-_SM = 1  # CU_DEV_RESOURCE_TYPE_SM
+_RESOURCE_TYPE_SM = 1  # CU_DEV_RESOURCE_TYPE_SM
 _DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM, the only flag there is, and it must be given
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, likewise
 _RESOURCE_BYTES = 1024  # a CUdevResource is smaller: 144 bytes in CUDA 13.0
 _COUNT_OFFSET = 96  # in it, behind its type and padding: unsigned int smCount
-_GROUP = 8
+_GROUP_MULTIPROCESSORS = 8
 """Multiprocessors that Hopper hands out together, so that a cluster of blocks finds its place."""
 
 
@@ -50,7 +50,7 @@ class CudaShare:
         ordinal = ctypes.c_int()
         _call("cuDeviceGet", ctypes.byref(ordinal), ctypes.c_int(device.index))
         whole, group, rest = (ctypes.create_string_buffer(_RESOURCE_BYTES) for _ in range(3))
-        _call("cuDeviceGetDevResource", ordinal, whole, ctypes.c_int(_SM))
+        _call("cuDeviceGetDevResource", ordinal, whole, ctypes.c_int(_RESOURCE_TYPE_SM))
         total = _count(whole)
         first = size_of_first(total, percentage if end == "first" else 100 - percentage)
         num_groups = ctypes.c_uint(1)
@@ -72,13 +72,13 @@ def size_of_first(total: int, percentage: int) -> int:
 
     Whole groups, at least one, and something is left for the other part.
     """
-    wanted = round(total * percentage / 100 / _GROUP) * _GROUP
-    return max(_GROUP, min(wanted, (total - 1) // _GROUP * _GROUP))
+    wanted = round(total * percentage / 100 / _GROUP_MULTIPROCESSORS) * _GROUP_MULTIPROCESSORS
+    return max(_GROUP_MULTIPROCESSORS, min(wanted, (total - 1) // _GROUP_MULTIPROCESSORS * _GROUP_MULTIPROCESSORS))
 
 
 def is_whole(total: int, percentage: int, end: Literal["first", "last"]) -> bool:
     """Whether a percentage is nearer to all of a device's multiprocessors than to the largest part of them."""
-    largest = size_of_first(total, 100) if end == "first" else total - _GROUP
+    largest = size_of_first(total, 100) if end == "first" else total - _GROUP_MULTIPROCESSORS
     return 2 * total * percentage / 100 > total + largest
 
 

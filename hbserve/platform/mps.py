@@ -22,7 +22,7 @@ _PIPE_VARIABLE, _LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTO
 _VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"
 _NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
-_ASK_TIMEOUT_S = 10.0
+_QUERY_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 40.0
 # Its standard input is the life line. $1: the folder of pipes and logs.
@@ -32,31 +32,31 @@ cat > /dev/null
 echo quit | timeout 20 nvidia-cuda-mps-control || kill "$(cat "$1/pipe/nvidia-cuda-mps-control.pid")"
 rm -rf "$1"
 """
-_INSTEAD = "use mode unified, which needs none"
+_ALTERNATIVE = "use mode unified, which needs none"
 
 
 def gpus() -> list[str]:
     """The names of the GPUs that the driver has, without making a context; empty where there is no driver."""
     if shutil.which("nvidia-smi") is None:
         return []
-    found = _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
-    return found.stdout.split("\n")[:-1] if found is not None and found.returncode == 0 else []
+    result = _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return result.stdout.split("\n")[:-1] if result is not None and result.returncode == 0 else []
 
 
 def num_visible_gpus() -> int:
     """How many GPUs a process started now would find, by `CUDA_VISIBLE_DEVICES` where that is set."""
     count = len(gpus())
-    named = os.environ.get(_VISIBLE_VARIABLE)
-    if named is None or not count:
+    visible = os.environ.get(_VISIBLE_VARIABLE)
+    if visible is None or not count:
         return count
-    names = [name.strip() for name in named.split(",")]
+    names = [name.strip() for name in visible.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))
 
 
 def compute_capability(gpu_id: int) -> str | None:
     """Of a GPU, such as ``9.0``, without making a context; None if it cannot be found out."""
-    found = _run(["nvidia-smi", f"--id={gpu_id}", "--query-gpu=compute_cap", "--format=csv,noheader"])
-    return found.stdout.strip() if found is not None and found.returncode == 0 else None
+    result = _run(["nvidia-smi", f"--id={gpu_id}", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return result.stdout.strip() if result is not None and result.returncode == 0 else None
 
 
 def is_driver_initialised() -> bool:
@@ -92,9 +92,9 @@ class MpsDaemon:
             StartupError: saying why MPS cannot run here.
         """
         if shutil.which(_CONTROL) is None:
-            raise StartupError(f"semi_pd on a GPU needs CUDA MPS, but there is no program {_CONTROL}; {_INSTEAD}")
+            raise StartupError(f"semi_pd on a GPU needs CUDA MPS, but there is no program {_CONTROL}; {_ALTERNATIVE}")
         directory = os.environ.get(_PIPE_VARIABLE, _DEFAULT_PIPE_DIRECTORY)
-        if _answers(directory):
+        if _is_running(directory):
             self.environment = {_PIPE_VARIABLE: directory}
             return
         self._folder = tempfile.mkdtemp(prefix="hbserve-mps-")
@@ -135,13 +135,13 @@ class MpsDaemon:
         )
         self._guard = guard
         assert guard.stdout is not None
-        said = guard.stdout.readline()
-        if said.strip() != "ready" or not _answers(self.environment[_PIPE_VARIABLE], _START_TIMEOUT_S):
+        output = guard.stdout.readline()
+        if output.strip() != "ready" or not _is_running(self.environment[_PIPE_VARIABLE], _START_TIMEOUT_S):
             log = Path(self._folder, "log", "control.log")
             with contextlib.suppress(OSError):
-                said += log.read_text()[-500:]
+                output += log.read_text()[-500:]
             self._end_guard()
-            raise StartupError(f"semi_pd on a GPU needs CUDA MPS, and its daemon does not run: {said!r}; {_INSTEAD}")
+            raise StartupError(f"semi_pd on a GPU needs CUDA MPS; its daemon does not run: {output!r}; {_ALTERNATIVE}")
 
     def _end_guard(self) -> None:
         guard, self._guard = self._guard, None
@@ -158,20 +158,20 @@ class MpsDaemon:
         guard.stdout.close()
 
 
-def _answers(directory: str, timeout_s: float = _ASK_TIMEOUT_S) -> bool:
+def _is_running(directory: str, timeout_s: float = _QUERY_TIMEOUT_S) -> bool:
     if not Path(directory).is_dir():
         return False
-    asked = _run(
+    result = _run(
         [_CONTROL],
         stdin="get_default_active_thread_percentage\n",
         env=os.environ | {_PIPE_VARIABLE: directory},
         timeout_s=timeout_s,
     )
-    return asked is not None and asked.returncode == 0
+    return result is not None and result.returncode == 0
 
 
 def _run(
-    command: list[str], stdin: str = "", env: dict[str, str] | None = None, timeout_s: float = _ASK_TIMEOUT_S
+    command: list[str], stdin: str = "", env: dict[str, str] | None = None, timeout_s: float = _QUERY_TIMEOUT_S
 ) -> subprocess.CompletedProcess[str] | None:
     try:
         return subprocess.run(command, input=stdin, env=env, capture_output=True, text=True, timeout=timeout_s)

@@ -92,7 +92,7 @@ def can_reach_each_other(store: Any, rank: int, size: int, device: torch.device)
     return holds_for_all(store, "reaches", rank, size, reaches)
 
 
-def holds_for_all(store: Any, what: str, rank: int, size: int, holds: bool) -> bool:
-    """Whether ``what`` holds for every rank; waits for their answers, and all get the same one."""
-    store.set(f"{what}/{rank}", str(int(holds)))
-    return all(int(store.get(f"{what}/{other}")) for other in range(size))
+def holds_for_all(store: Any, question: str, rank: int, size: int, answer: bool) -> bool:
+    """Whether ``question`` holds for every rank; waits for their answers, and all get the same one."""
+    store.set(f"{question}/{rank}", str(int(answer)))
+    return all(int(store.get(f"{question}/{other}")) for other in range(size))

@@ -46,8 +46,8 @@ class RemoteHostArena(RemoteArena):
     def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
         flat = source.view(-1)
         with torch.inference_mode():
-            for here, there, length in runs:
-                self._arena[there : there + length].copy_(flat[here : here + length])
+            for source_offset, target_offset, length in runs:
+                self._arena[target_offset : target_offset + length].copy_(flat[source_offset : source_offset + length])
 
     def close(self) -> None:
         self._arena = torch.empty(0)
@@ -70,9 +70,10 @@ class RemoteDeviceArena(RemoteArena):
 
     def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
         torch.cuda.set_device(self._device)  # the thread's context is whose the stream is
-        mine, theirs, stream = source.data_ptr(), self._memory.address, ctypes.c_void_p(self._stream.cuda_stream)
-        for here, there, length in runs:
-            cuda_ipc.copy(theirs + there, mine + here, length, stream)
+        source_address, target_address = source.data_ptr(), self._memory.address
+        stream = ctypes.c_void_p(self._stream.cuda_stream)
+        for source_offset, target_offset, length in runs:
+            cuda_ipc.copy(target_address + target_offset, source_address + source_offset, length, stream)
         self._stream.synchronize()
 
     def close(self) -> None:

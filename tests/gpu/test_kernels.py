@@ -134,13 +134,13 @@ def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> N
         flags.zero_()
         flags[rank, :used] = 1  # the others have begun
         flags[rank, :used, rank] = 0
-        own = residual.clone()
-        assert_close(sum_add_rms_norm_(summands, signals, rank, own, weight, 1e-6), rms_norm(total, weight, 1e-6))
-        assert torch.equal(own, total)
-        told = torch.zeros_like(flags)
-        told[:, :used, rank] = 1
-        told[rank] = 0
-        assert torch.equal(flags, told)
+        added = residual.clone()
+        assert_close(sum_add_rms_norm_(summands, signals, rank, added, weight, 1e-6), rms_norm(total, weight, 1e-6))
+        assert torch.equal(added, total)
+        expected_flags = torch.zeros_like(flags)
+        expected_flags[:, :used, rank] = 1
+        expected_flags[rank] = 0
+        assert torch.equal(flags, expected_flags)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 130])
@@ -160,9 +160,9 @@ def test_norm_rotate_store(num_tokens: int) -> None:
     slots[0] = -1  # a padded token
     q = torch.empty(num_tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda")
     fused.norm_rotate_store(qkv, cache, (q_norm, k_norm), positions, slots, rotary, 1e-6, q)
-    theirs, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    queries, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     angles = rotary.angles(positions)
-    assert_close(q, rotate(rms_norm(theirs, q_norm, 1e-6), *angles))
+    assert_close(q, rotate(rms_norm(queries, q_norm, 1e-6), *angles))
     stored = slots[1:]
     assert_close(cache[stored // page, 0, stored % page], rotate(rms_norm(keys, k_norm, 1e-6), *angles)[1:])
     assert torch.equal(cache[stored // page, 1, stored % page], values[1:])

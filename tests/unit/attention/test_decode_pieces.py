@@ -17,13 +17,13 @@ LENGTHS = st.integers(1, 200) | st.integers(1, 40_000) | st.sampled_from([1, 64,
     num_kv_heads=st.sampled_from([1, 2, 3, 8, 32]),
     block=st.sampled_from([32, 64]),
     num_multiprocessors=st.sampled_from([1, 14, 132, 160]),
-    programs_each=st.sampled_from([2, 4, 8]),
+    programs_per_sm=st.sampled_from([2, 4, 8]),
 )
 @settings(deadline=None)
 def test_pieces_cover_each_token_once_and_fit(
-    lens: list[int], num_kv_heads: int, block: int, num_multiprocessors: int, programs_each: int
+    lens: list[int], num_kv_heads: int, block: int, num_multiprocessors: int, programs_per_sm: int
 ) -> None:
-    cutter = PieceCutter(len(lens), num_kv_heads, block, num_multiprocessors, programs_each)
+    cutter = PieceCutter(len(lens), num_kv_heads, block, num_multiprocessors, programs_per_sm)
     cut = cutter.cut(np.array(lens, np.int32))
     assert len(cut.pieces) == cutter.capacity
     assert cut.chunk_len % block == 0

@@ -69,14 +69,14 @@ def our_logits(folder: Path, token_ids: torch.Tensor, dtype: torch.dtype, platfo
     return decoder.logits(hidden)
 
 
-def some_tokens(count: int) -> torch.Tensor:
+def random_tokens(count: int) -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers_in_fp32(name: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, name)
-    token_ids = some_tokens(150)
+    token_ids = random_tokens(150)
     with torch.inference_mode():
         expected = model(token_ids[None]).logits[0]
     logits = our_logits(tmp_path, token_ids, torch.float32, cpu())
@@ -86,7 +86,7 @@ def test_logits_equal_transformers_in_fp32(name: str, tmp_path: Path) -> None:
 
 def test_a_long_step_is_computed_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path, "qwen3")
-    token_ids = some_tokens(150)
+    token_ids = random_tokens(150)
     whole = our_logits(tmp_path, token_ids, torch.float32, cpu())
     monkeypatch.setattr("hbserve.layers.ops._GATED_ROWS", 64)
     torch.testing.assert_close(our_logits(tmp_path, token_ids, torch.float32, cpu()), whole, atol=1e-4, rtol=0)
@@ -105,21 +105,21 @@ def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: 
     platform = make_platform("cuda", gpu_id=0, num_threads=None, num_instances=1)
     platform.activate()
     save_model(tmp_path, name, dtype=dtype)
-    token_ids = some_tokens(150)
+    token_ids = random_tokens(150)
     with torch.inference_mode():
         reference = make_model(name, dtype=dtype).to(platform.device)
-        theirs = reference(token_ids[None].to(platform.device)).logits[0].float()
+        reference_logits = reference(token_ids[None].to(platform.device)).logits[0].float()
         exact = reference.float()(token_ids[None].to(platform.device)).logits[0]
     ours = our_logits(tmp_path, token_ids, dtype, platform).float()
-    our_error, their_error = ((x - exact).square().mean().sqrt().item() for x in (ours, theirs))
-    assert our_error < 1.25 * their_error
-    assert their_error < 0.1 * exact.std().item(), "the yardstick itself is off"
+    our_error, reference_error = ((x - exact).square().mean().sqrt().item() for x in (ours, reference_logits))
+    assert our_error < 1.25 * reference_error
+    assert reference_error < 0.1 * exact.std().item(), "the yardstick itself is off"
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     save_model(tmp_path / "single", "qwen3")
     save_model(tmp_path / "sharded", "qwen3", sharded=True)
-    token_ids = some_tokens(20)
+    token_ids = random_tokens(20)
     single, sharded = (our_logits(tmp_path / kind, token_ids, torch.float32, cpu()) for kind in ("single", "sharded"))
     assert torch.equal(single, sharded)
 
@@ -177,7 +177,7 @@ def test_ranks_together_compute_the_whole_model(
     """
     save_model(tmp_path, name, vocab_size=vocab_size)
     spec = ModelSpec.load(tmp_path)
-    token_ids = some_tokens(30)
+    token_ids = random_tokens(30)
     token_ids[:4] = torch.arange(vocab_size - 160, vocab_size, 53)
     token_ids[-1] = vocab_size - 1
     exchange: list[torch.Tensor] = [torch.empty(0)] * tp_size
@@ -187,9 +187,9 @@ def test_ranks_together_compute_the_whole_model(
     def collect(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
         exchange[rank] = x
         barrier.wait()
-        everyone = list(exchange)
+        tensors = list(exchange)
         barrier.wait()
-        return everyone
+        return tensors
 
     @torch.inference_mode()
     def run(rank: int) -> None:
