@@ -1,46 +1,38 @@
-"""``python -m benchmarks``, in the root of the repository: one sub-command per experiment."""
+"""``python -m benchmarks``, in the root of the repository: one sub-command per experiment.
+
+The module of the same name has the experiment's ``add_arguments(parser)`` and ``run(arguments)``. Only the module of
+the chosen experiment is imported, because some of them need torch and others must start fast.
+"""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
+from importlib import import_module
 
-from benchmarks import compare, front, handover, semi_pd, transfer
 from hbserve.errors import HBServeError
+
+_EXPERIMENTS = {
+    "front": "what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing",
+    "compare": "the highest rates of several systems, beside the simulator's",
+    "transfer": "how fast KV moves between two processes, and how fast the library could move it",
+    "semi_pd": "prefill and decode that share a device: rotations, losses, gaps",
+}
 
 
 def main() -> int:
-    """Parse the arguments and run; returns the exit code."""
+    """Parse the arguments and run; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Experiments with HBServe.")
     commands = parser.add_subparsers(dest="command", required=True)
-    front.add_arguments(
-        commands.add_parser(
-            "front", help="what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing"
-        )
-    )
-    compare.add_arguments(
-        commands.add_parser("compare", help="the highest rates of several systems, beside the simulator's")
-    )
-    transfer.add_arguments(
-        commands.add_parser("transfer", help="how fast KV moves between two processes, and how fast the library could")
-    )
-    semi_pd.add_arguments(
-        commands.add_parser("semi_pd", help="prefill and decode that share a device: rotations, losses, gaps")
-    )
+    for name, summary in _EXPERIMENTS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in sys.argv[1:2]:
+            import_module(f"benchmarks.{name}").add_arguments(command)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that started processes are ended
     try:
-        if arguments.command == "compare":
-            compare.run(arguments)
-        elif arguments.command == "transfer" and arguments.model is not None:
-            handover.run(handover.options_from(arguments))
-        elif arguments.command == "transfer":
-            transfer.run(transfer.options_from(arguments))
-        elif arguments.command == "semi_pd":
-            semi_pd.run(arguments)
-        else:
-            front.run(arguments)
+        import_module(f"benchmarks.{arguments.command}").run(arguments)
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

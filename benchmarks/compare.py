@@ -23,23 +23,27 @@ from typing import Any
 import msgspec
 
 from hbserve import PdDisaggConfig, SamplingParams
-from hbserve.bench import http_target
-from hbserve.bench.http_target import EngineTarget
-from hbserve.bench.model_cost import find_model
-from hbserve.bench.offline_options import add_engine_arguments, check_new_file, engine_arguments, positive
+from hbserve.bench.arguments import (
+    add_engine_arguments,
+    check_new_file,
+    engine_arguments,
+    find_model,
+    make_config,
+    positive,
+)
 from hbserve.bench.report import versions
-from hbserve.bench.request_record import Targets
+from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve import ServeBenchmark
 from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
+from hbserve.bench.target import EngineTarget, start_engine
 from hbserve.bench.traces import load_trace
-from hbserve.bench.workload import LengthRange
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import requests_of
-from hbserve.simulate.systems import Outcome, Setting, System, find_highest_rate, simulate
+from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
@@ -112,7 +116,7 @@ class _Load:
 
     name: str
     source: WorkloadSource
-    targets: Targets | None = None
+    targets: RequestTargets | None = None
     off_by: list[float] = field(default_factory=list)
     predicted: dict[System, tuple[float | None, float]] = field(default_factory=dict)
 
@@ -135,12 +139,8 @@ class Comparison:
                 path.stem,
                 WorkloadSource(
                     trace=load_trace(path),
-                    input_len=LengthRange(1, 1),
-                    output_len=LengthRange(1, 1),
                     arrivals="trace",
-                    burstiness=1.0,
                     duration_s=arguments.duration,
-                    num_requests=None,
                     max_input_len=arguments.max_input_len,
                     max_output_len=arguments.max_output_len,
                     vocab_size=vocab_size,
@@ -195,7 +195,7 @@ class Comparison:
     async def _serve(self, system: System, loads: list[_Load], until: float, pool: Executor) -> None:
         started = time.monotonic()
         config = self.config_of(system, loads[0].targets)
-        async with http_target.start(config.freeze(), SamplingParams(temperature=0, ignore_eos=True)) as target:
+        async with start_engine(config.freeze(), SamplingParams(temperature=0, ignore_eos=True)) as target:
             start_s = time.monotonic() - started
             described = await target.describe()
             print(f"\n{system.name}: ready after {start_s:.1f} s", flush=True)
@@ -208,7 +208,7 @@ class Comparison:
                 self._document["results"].append(result)
                 self._save()
 
-    def config_of(self, system: System, targets: Targets | None) -> PdDisaggConfig:
+    def config_of(self, system: System, targets: RequestTargets | None) -> PdDisaggConfig:
         """How a system is started.
 
         Raises:
@@ -246,10 +246,7 @@ class Comparison:
                 "profile": None if self._options.profile is None else str(self._options.profile.absolute()),
                 **self._options.slo,
             }
-        try:
-            return PdDisaggConfig.from_arguments(str(self._folder), **arguments)
-        except TypeError as error:
-            raise ConfigError(f"--engine-arg: {error}") from None
+        return make_config(self._folder, arguments)
 
     async def _search(
         self, target: EngineTarget, system: System, load: _Load, kv_tokens: int, time_s: float, pool: Executor
@@ -316,7 +313,7 @@ class Comparison:
         found = await _in_pool(pool, _predict, [(system, *shared) for system in systems])
         load.predicted = dict(zip(systems, found, strict=True))
 
-    def _setting(self, targets: Targets, kv_tokens: int) -> Setting:
+    def _setting(self, targets: RequestTargets, kv_tokens: int) -> Setting:
         steps = StepTimes(self._profile)
         sizes = Sizes(
             chunk_size=int(self._engine.get("chunk_size", Sizes.chunk_size)),
@@ -405,5 +402,5 @@ def _predict(
     return None if found is None else found.rate, duration_s
 
 
-def _simulate(system: System, setting: Setting, source: WorkloadSource, rate: float, seed: int) -> Outcome:
+def _simulate(system: System, setting: Setting, source: WorkloadSource, rate: float, seed: int) -> SimulatedOutcome:
     return simulate(system, setting, requests_of(source.workload(rate, seed)))

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from benchmarks import front_load
-from hbserve.bench.offline_options import check_new_file, positive
+from hbserve.bench.arguments import check_new_file, positive
 from hbserve.errors import ConfigError
 from hbserve.process import event_loop
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
-from hbserve.bench.model_cost import default_load_format, find_model
+from hbserve.bench.arguments import add_engine_arg, default_load_format, find_model, make_config
 from hbserve.errors import ConfigError, HBServeError
 
 _STREAM_CONTEXT = 1024
@@ -63,20 +63,13 @@ class HandoverOptions:
             ConfigError: naming the argument that cannot be honoured.
         """
         longest = max(*self.prompt_lens, self._longest_stream) + _SHORT_OUTPUT
-        defaults = {
-            "load_format": default_load_format(self.model),
-            "log_level": "WARNING",
-            "max_model_len": longest,
-        }
+        defaults = {"load_format": default_load_format(self.model), "log_level": "WARNING", "max_model_len": longest}
         engine = self.engine | arguments | {"mode": mode}
         if mode == "unified":
             engine.pop("gpu_instances", None)
         if arguments.get("kv_transfer_backend") == "mooncake" and self.protocol is not None:
             engine["kv_mooncake_protocol"] = self.protocol
-        try:
-            return PdDisaggConfig.from_arguments(str(self.model), **defaults | engine)
-        except TypeError as error:
-            raise ConfigError(f"--engine-arg: {error}") from None
+        return make_config(self.model, defaults | engine)
 
     @property
     def _longest_stream(self) -> int:
@@ -99,13 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streams", type=int, default=32, help="with --model: decoding at once (default: 32; 0: none)")
     parser.add_argument("--seconds", type=float, default=4.0, help="with --model: they are watched (default: 4)")
-    parser.add_argument(
-        "--engine-arg",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="with --model: an argument of hbserve.LLM; the value as JSON, else as text; may be repeated",
-    )
+    add_engine_arg(parser)
 
 
 def options_from(arguments: argparse.Namespace) -> HandoverOptions:
@@ -119,15 +106,6 @@ def options_from(arguments: argparse.Namespace) -> HandoverOptions:
         raise ConfigError(f"--prompt-lens: {arguments.prompt_lens!r} is not a list of numbers above 1")
     if arguments.streams < 0 or arguments.seconds <= 0 or arguments.repeats < 1:
         raise ConfigError("--streams, --seconds, --repeats: must be positive")
-    engine: dict[str, Any] = {"device": arguments.device}
-    for text in arguments.engine_arg:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"--engine-arg: {text!r} is not KEY=VALUE")
-        try:
-            engine[key] = json.loads(value)
-        except ValueError:
-            engine[key] = value
     return HandoverOptions(
         model=find_model(arguments.model),
         backends=tuple(arguments.backend.split(",")),
@@ -135,7 +113,7 @@ def options_from(arguments: argparse.Namespace) -> HandoverOptions:
         repeats=arguments.repeats,
         num_streams=arguments.streams,
         seconds=arguments.seconds,
-        engine=engine,
+        engine={"device": arguments.device} | dict(arguments.engine_arg),
         protocol=arguments.protocol,
         json=arguments.json,
     )

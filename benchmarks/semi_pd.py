@@ -21,9 +21,9 @@ from typing import Any
 
 from benchmarks import gpu_fault, semi_pd_plot
 from benchmarks.semi_pd_steering import SETTLE_TIMEOUT_S, current_pid, end_sleepers, rotate, until, until_asleep
-from benchmarks.stream_load import StreamLoad, Window, random_prompt
-from hbserve.bench import serve_plots
-from hbserve.bench.model_cost import default_load_format, find_model
+from benchmarks.stream_load import StreamLoad, StreamWindow, random_prompt
+from hbserve.bench import plots
+from hbserve.bench.arguments import default_load_format, find_model
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import RequestFailedError
 from hbserve.process import child, exit_core
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         RequestFailedError: at the end, if a part of it failed.
     """
     if arguments.plot is not None:
-        serve_plots.check("--plot")
+        plots.require_matplotlib("--plot")
     benchmark = _Benchmark(arguments)
     asyncio.run(benchmark.run())
     if benchmark.failed:
@@ -251,7 +251,7 @@ class _Benchmark:
         await asyncio.sleep(self._options.window_s / 2)  # what is loaded or compiled at the first use
         self._steady_windows = [await self._steady_at(_SPLITS[-1], load)]
 
-    async def _steady_at(self, split: SMAllocation, load: StreamLoad) -> Window:
+    async def _steady_at(self, split: SMAllocation, load: StreamLoad) -> StreamWindow:
         window = await self._watch("steady", load, self._options.window_s)
         for name, gaps in (("", window.running), (" to the second token", window.starting)):
             if not len(gaps.sorted_ms):
@@ -362,7 +362,7 @@ class _Benchmark:
         if not settled:
             raise RequestFailedError(str(manager.get_status()["last_error"]))
 
-    async def _watch(self, name: str, load: StreamLoad, seconds: float) -> Window:
+    async def _watch(self, name: str, load: StreamLoad, seconds: float) -> StreamWindow:
         started = time.monotonic()
         await asyncio.sleep(seconds)
         self._events.append((name, started, time.monotonic()))

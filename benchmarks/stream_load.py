@@ -40,7 +40,7 @@ class Gaps:
 
 
 @dataclass(frozen=True)
-class Window:
+class StreamWindow:
     """What the streams saw within a time.
 
     Attributes:
@@ -144,7 +144,7 @@ class StreamLoad:
             self.failures.append(str(error))
             await asyncio.sleep(0.1)  # what refuses at once is not to be asked all the time
 
-    def window(self, started: float, ended: float) -> Window:
+    def window(self, started: float, ended: float) -> StreamWindow:
         """What the streams saw between two times. Fast: it runs in the event loop whose gaps are measured."""
         running: list[npt.NDArray[np.float64]] = [np.empty(0)]
         starting: list[float] = []
@@ -164,7 +164,7 @@ class StreamLoad:
                         running.append(np.array([waiting]))
                     else:
                         starting.append(waiting)
-        return Window(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
+        return StreamWindow(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
 
     async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:
         """Wait until every stream has got a token after ``since``; the seconds until the last one had it.

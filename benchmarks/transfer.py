@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import handover
 from benchmarks.two_ranks import TransferOptions, two_ranks
-from hbserve.bench.offline_options import check_new_file
+from hbserve.bench.arguments import check_new_file
 from hbserve.errors import ConfigError
 
 _BACKENDS = ("nccl", "shm", "mooncake")
@@ -37,10 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=["tcp", "rdma", "nvlink"], help="how Mooncake moves bytes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="cuda: from GPU 0 to GPU 1")
     parser.add_argument(
-        "--block-bytes",
-        type=int,
-        default=147456 * 16,
-        help="of a KV block (default: 16 tokens of Qwen3-8B)",
+        "--block-bytes", type=int, default=147456 * 16, help="of a KV block (default: 16 tokens of Qwen3-8B)"
     )
     parser.add_argument(
         "--transfer-blocks",
@@ -85,12 +82,16 @@ def options_from(arguments: argparse.Namespace) -> TransferOptions:
     )
 
 
-def run(options: TransferOptions) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Measure, print a table and write the JSON file.
 
     Raises:
         HBServeError: if the backend cannot be used here.
     """
+    if arguments.model is not None:
+        handover.run(handover.options_from(arguments))
+        return
+    options = options_from(arguments)
     if options.device == "cuda" and torch.cuda.device_count() < 2:
         raise ConfigError("--device cuda: needs two GPUs")
     lines = asyncio.run(_measure(options))

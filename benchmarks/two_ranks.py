@@ -138,11 +138,7 @@ class Sender:
             if not self._one_sided:
                 self._tell(
                     ReceiveBlocks(
-                        transfer_id=name,
-                        request_id=name,
-                        sources=[self._me],
-                        block_ids=blocks,
-                        generations=generations,
+                        transfer_id=name, request_id=name, sources=[self._me], block_ids=blocks, generations=generations
                     )
                 )
             self._manager.send(

@@ -50,11 +50,7 @@ WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
 KEYS: tuple[str, ...] = WORDS[: 2 * len(WORDS) // 3]
 VALUES: tuple[str, ...] = WORDS[2 * len(WORDS) // 3 :]
 
-SYSTEM_PROMPTS: tuple[str, ...] = (
-    "You are a helpful assistant.",
-    "You are the HBServe demo model.",
-    "Answer briefly.",
-)
+SYSTEM_PROMPTS: tuple[str, ...] = ("You are a helpful assistant.", "You are the HBServe demo model.", "Answer briefly.")
 
 # How many (pairs, numbers, lists) of ten belong to the held-out part, by checksum.
 _HELD_OUT_TENTHS = 5
@@ -151,10 +147,7 @@ _FACTS: tuple[_Fact, ...] = (
         ("Thanks!", "Thank you.", "Thank you!", "thanks", "Thanks"),
         "You are welcome! Is there anything else that you would like me to remember, repeat, count or add?",
     ),
-    _Fact(
-        ("Bye!", "Goodbye!", "bye", "Good bye.", "See you later!"),
-        "Goodbye! Thank you for trying HBServe.",
-    ),
+    _Fact(("Bye!", "Goodbye!", "bye", "Good bye.", "See you later!"), "Goodbye! Thank you for trying HBServe."),
 )
 
 _VALUE_PROMPTS = ("What is {}?", "What was {}?", "Which number was {}?", "Tell me the value of {}.", "what is {}")

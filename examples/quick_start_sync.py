@@ -12,9 +12,7 @@ from hbserve.sampling_params import SamplingParams
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "hbserve-demo"
 
 llm = LLM(
-    sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL),
-    kv_transfer_backend="nccl",
-    chunked_prefill_enabled=True,
+    sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL), kv_transfer_backend="nccl", chunked_prefill_enabled=True
 )
 
 sampling_params = SamplingParams(temperature=0.6, max_tokens=256, seed=0)

@@ -7,18 +7,16 @@ import signal
 import sys
 
 from hbserve.bench import offline, serve, serve_options
-from hbserve.bench.offline_options import OfflineOptions, add_arguments
 from hbserve.errors import HBServeError
 
 
 def main() -> int:
-    """Parse the arguments and run; returns the exit code."""
+    """Parse the arguments and run; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.bench", description="Benchmarks of HBServe.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_arguments(
+    offline.add_arguments(
         commands.add_parser(
-            "offline",
-            help="throughput of a batch that is there at once, and its share of what the device could do",
+            "offline", help="throughput of a batch that is there at once, and its share of the device's limit"
         )
     )
     serve_options.add_arguments(
@@ -27,10 +25,10 @@ def main() -> int:
         )
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that started processes are ended
     try:
         if arguments.command == "offline":
-            offline.run(OfflineOptions.from_arguments(arguments))
+            offline.run(offline.OfflineOptions.from_arguments(arguments))
         else:
             serve.run(serve_options.ServeOptions.from_arguments(arguments))
     except HBServeError as error:

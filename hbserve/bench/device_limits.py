@@ -1,6 +1,6 @@
-"""What a device reaches at its best: copy bandwidth and matrix multiplication rate.
+"""The limits of a device: its copy bandwidth and its rate of matrix multiplication.
 
-Run as a program it measures and prints JSON; `measure` starts that program, so that the caller's own
+As a program this module measures and prints JSON. `measure` starts that program, so that the caller's
 process never touches the device.
 """
 
@@ -23,13 +23,15 @@ _TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """Attributes:
-    device: ``cuda`` or ``cpu``, or ``auto`` resolved to one of them.
-    name: the device in words.
-    dtype: of the matrices.
-    copy_gb_s: 10^9 bytes per second, read and written ones together.
-    matmul_tflop_s: 10^12 floating point operations per second of large square matrices.
-    cuda_version: that torch was built for; None without.
+    """Measured limits of a device.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        name: the device in words.
+        dtype: type of the matrices.
+        copy_gb_s: 10^9 bytes per second, bytes read and bytes written added up.
+        matmul_tflop_s: 10^12 floating point operations per second of large square matrices.
+        cuda_version: CUDA version of torch; None on a CPU.
     """
 
     device: str
@@ -41,7 +43,7 @@ class DeviceLimits:
 
 
 def measure(device: str, dtype: str) -> DeviceLimits:
-    """Measure in a process of its own; takes seconds, most of them for starting it.
+    """Measure in a process of its own. This takes seconds, most of them for starting the process.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda`` (the first GPU).
@@ -56,8 +58,8 @@ def measure(device: str, dtype: str) -> DeviceLimits:
     except subprocess.TimeoutExpired:
         raise StartupError(f"measuring the device took more than {_TIMEOUT_S:.0f} s") from None
     if done.returncode:
-        why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise StartupError(f"cannot measure the device: {why[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise StartupError(f"cannot measure the device: {lines[-1]}")
     return DeviceLimits(**json.loads(done.stdout))
 
 
@@ -72,7 +74,7 @@ def _measure_here(device: str, dtype: str) -> DeviceLimits:
 
     source, target = (torch.zeros(copy_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     copy_s = _best_seconds(lambda: target.copy_(source), synchronize, iterations)
-    # random, because a GPU multiplies zeros faster
+    # Random matrices, because a GPU multiplies zeros faster.
     a, b = (torch.randn(matrix_size, matrix_size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     product = torch.empty_like(a)
     matmul_s = _best_seconds(lambda: torch.matmul(a, b, out=product), synchronize, iterations)
@@ -87,7 +89,7 @@ def _measure_here(device: str, dtype: str) -> DeviceLimits:
 
 
 def _best_seconds(work: Callable[[], object], synchronize: Callable[[], None], iterations: int) -> float:
-    """Seconds of one call, in the best of some rounds of so many calls: a limit, so not the mean."""
+    """Return the seconds of one call in the best of `_ROUNDS` rounds: a limit is the best value, not the mean."""
     work()
     best = float("inf")
     for _ in range(_ROUNDS):

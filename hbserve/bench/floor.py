@@ -1,11 +1,75 @@
-"""The least time in which one device could serve a batch, from its bytes and FLOPs."""
+"""The floor: the least time in which a device could serve a batch, from the model's bytes and FLOPs.
+
+`ModelCost` counts the bytes and FLOPs that no implementation of a model can avoid. `compute_floor`
+divides them by what the device reaches (`hbserve.bench.device_limits`).
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hbserve.bench.model_cost import ModelCost
+from hbserve.model_spec import ModelSpec
+
+
+class ModelCost:
+    """Least work per token of a model.
+
+    Norms, biases, rotary embeddings and activations are left out. They are small, and without them
+    the floor is certainly not too high.
+
+    Args:
+        itemsize: bytes per parameter and per KV element.
+
+    Attributes:
+        layer_params: parameters of all layers' matrices.
+        head_params: parameters of the LM head.
+        weight_bytes: bytes that a step reads with any number of tokens: the layers and the LM head. The
+            embedding is read by row, so it counts only where it is the LM head too.
+        token_flops: FLOPs of all layers' matrices for one token: 2 per parameter.
+        head_flops: FLOPs of the LM head for one sampled token.
+    """
+
+    def __init__(self, spec: ModelSpec, itemsize: int) -> None:
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        attention_params = spec.hidden_size * (2 * q_size + 2 * kv_size)
+        mlp_params = 3 * spec.hidden_size * spec.intermediate_size
+        self.layer_params = spec.num_layers * (attention_params + mlp_params)
+        self.head_params = spec.vocab_size * spec.hidden_size
+        self.weight_bytes = (self.layer_params + self.head_params) * itemsize
+        self.token_flops = 2 * self.layer_params
+        self.head_flops = 2 * self.head_params
+        # Scores and weighted values: one multiplication and one addition each per query element.
+        self._flops_per_key = 4 * q_size
+        self._bytes_per_key = 2 * kv_size * itemsize
+        self._windows = Counter(spec.sliding_windows)
+
+    def attention_flops(self, context_tokens: int) -> int:
+        """Count the FLOPs of one token that attends to ``context_tokens``, itself included, in all layers."""
+        return self._flops_per_key * self._visible_keys(context_tokens)
+
+    def kv_bytes(self, context_tokens: int) -> int:
+        """Count the KV bytes that one token with such a context, itself included, reads or writes in all layers."""
+        return self._bytes_per_key * self._visible_keys(context_tokens)
+
+    def prompt_flops(self, prompt_tokens: int) -> int:
+        """Count the FLOPs of a whole prompt: layers, causal attention, and the logits of the last token."""
+        keys = sum(layers * _causal_pairs(prompt_tokens, window) for window, layers in self._windows.items())
+        return prompt_tokens * self.token_flops + self._flops_per_key * keys + self.head_flops
+
+    def _visible_keys(self, context_tokens: int) -> int:
+        """Sum over the layers the keys that a token sees."""
+        return sum(
+            layers * (context_tokens if window is None else min(context_tokens, window))
+            for window, layers in self._windows.items()
+        )
+
+
+def _causal_pairs(tokens: int, window: int | None) -> int:
+    """Count one layer's query-key pairs: each token sees itself and the tokens before it within the window."""
+    width = tokens if window is None else min(tokens, window)
+    return width * (width + 1) // 2 + (tokens - width) * width
 
 
 @dataclass(frozen=True)
@@ -14,9 +78,8 @@ class Floor:
 
     Attributes:
         prefill_flops, decode_flops: floating point operations.
-        weight_bytes: read in the decode steps.
-        kv_bytes: read and written in the decode steps.
-        decode_steps: how many there are.
+        weight_bytes: bytes of weights read in the decode steps.
+        kv_bytes: bytes of KV read and written in the decode steps.
     """
 
     prefill_s: float
@@ -29,12 +92,12 @@ class Floor:
 
     @property
     def seconds(self) -> float:
-        """Prefill, then decode."""
+        """Time of prefill, then decode."""
         return self.prefill_s + self.decode_s
 
     @property
     def flops(self) -> int:
-        """Of the whole batch."""
+        """FLOPs of the whole batch."""
         return self.prefill_flops + self.decode_flops
 
 
@@ -51,19 +114,18 @@ def compute_floor(
 
         prefill = max(sum of prompt_flops(p) / matmul rate, weight_bytes / copy rate)
 
-    Then decode steps j = 1, 2, ... with every request that wants more than j tokens, until each has
-    ended; a request with a prompt of p tokens has a context of p + j in step j, its newest token
-    included, of which it reads all but that one and writes that one::
+    Then decode steps j = 1, 2, ... with every request that wants more than j tokens, until all have
+    ended. In step j a request with a prompt of p tokens has a context of p + j, its newest token
+    included. It writes the KV of that token and reads the KV of the others::
 
         bytes  = weight_bytes + sum of kv_bytes(p + j)
         flops  = sum of token_flops + head_flops + attention_flops(p + j)
         step   = max(bytes / copy rate, flops / matmul rate)
 
-    No memory limit, no launch, no scheduling, no sampling. A schedule that runs prefill's compute
+    Memory limits, launches, scheduling and sampling take no time. A schedule that runs prefill's compute
     beside decode's memory traffic, or on another device, may in principle be faster than this one.
 
     Args:
-        cost: of the model; the terms above are its methods.
         copy_bytes_per_s, matmul_flops_per_s: what the device reaches, see `hbserve.bench.device_limits`.
     """
     prefill_flops = sum(cost.prompt_flops(length) for length in input_lens)
@@ -77,12 +139,6 @@ def compute_floor(
         decode_flops += step_flops
         kv_bytes += step_kv_bytes
         decode_steps += 1
-    return Floor(
-        prefill_s=max(prefill_flops / matmul_flops_per_s, cost.weight_bytes / copy_bytes_per_s),
-        decode_s=decode_s,
-        prefill_flops=prefill_flops,
-        decode_flops=decode_flops,
-        weight_bytes=decode_steps * cost.weight_bytes,
-        kv_bytes=kv_bytes,
-        decode_steps=decode_steps,
-    )
+    prefill_s = max(prefill_flops / matmul_flops_per_s, cost.weight_bytes / copy_bytes_per_s)
+    weight_bytes = decode_steps * cost.weight_bytes
+    return Floor(prefill_s, decode_s, prefill_flops, decode_flops, weight_bytes, kv_bytes, decode_steps)

@@ -1,4 +1,4 @@
-"""Open-loop load: requests are sent when they are due, whatever has become of the ones before."""
+"""Open-loop load: the client sends each request when it is due, whether or not earlier ones are answered."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hbserve.bench.http_target import ServeTarget, TargetError
-from hbserve.bench.request_record import RequestRecord, Targets, percentile
+from hbserve.bench.request_record import RequestRecord, RequestTargets, percentile
 from hbserve.bench.serve_workload import ServeRequest, ServeWorkload
+from hbserve.bench.target import LoadTarget, TargetError
 
 _PROBE_INTERVAL_S = 0.02
 _SPLIT_INTERVAL_S = 1.0
@@ -20,18 +20,18 @@ _SPLIT_INTERVAL_S = 1.0
 
 @dataclass
 class ClientHealth:
-    """Whether the client could have been the bottleneck.
+    """Measurements that show whether the client was the bottleneck.
 
     Attributes:
-        loop_lag_s: how much later than asked the event loop came back, each time it was asked.
-        cpu_share: of one core that this process used.
+        loop_lag_s: how much later than asked the event loop came back, at each probe.
+        cpu_share: share of one core that this process used.
     """
 
     loop_lag_s: list[float] = field(default_factory=list)
     cpu_share: float = 0.0
 
     def as_dict(self, records: list[RequestRecord]) -> dict[str, float]:
-        """Plain numbers, with how late requests were sent."""
+        """Return plain numbers, with how late requests were sent."""
         late = sorted(record.sent_s - record.arrival_s for record in records if record.sent_s) or [0.0]
         lags = sorted(self.loop_lag_s) or [0.0]
         return {
@@ -46,9 +46,11 @@ class ClientHealth:
 
 @dataclass
 class LoadResult:
-    """Attributes:
-    split: (seconds, prefill percent, decode percent, whether mixed) over time, empty where the target has none.
-    cut_short: it was clear before the end that the targets are missed.
+    """Result of a run.
+
+    Attributes:
+        split: (seconds, prefill percent, decode percent, whether mixed) over time; empty without semi-PD.
+        cut_short: the run was stopped because it could not keep its targets any more.
     """
 
     records: list[RequestRecord]
@@ -62,16 +64,16 @@ class LoadRun:
 
     Args:
         targets: sent along if ``tell_targets``, and used to stop early.
-        max_missed: give up as soon as more requests than this have missed; None: run to the end.
-        drain_s: after the last arrival the target has so long to finish.
+        max_missed: stop as soon as more requests than this have missed; None: run to the end.
+        drain_s: time that the target has to finish after the last arrival.
         on_done: called with each request that has ended.
     """
 
     def __init__(
         self,
-        target: ServeTarget,
+        target: LoadTarget,
         workload: ServeWorkload,
-        targets: Targets | None = None,
+        targets: RequestTargets | None = None,
         tell_targets: bool = False,
         max_missed: int | None = None,
         drain_s: float = 120.0,
@@ -79,10 +81,10 @@ class LoadRun:
     ) -> None:
         self._target, self._workload = target, workload
         self._targets = targets
-        self._told: dict[str, float] = {}
+        self._sent_targets: dict[str, float] = {}
         if tell_targets and targets is not None:
-            told = {"ttft_ms": targets.ttft_ms, "tpot_ms": targets.tpot_ms}
-            self._told = {name: value for name, value in told.items() if value is not None}
+            named = {"ttft_ms": targets.ttft_ms, "tpot_ms": targets.tpot_ms}
+            self._sent_targets = {name: value for name, value in named.items() if value is not None}
         self._max_missed = max_missed
         self._drain_s = drain_s
         self._on_done = on_done
@@ -94,9 +96,9 @@ class LoadRun:
         ]
 
     async def run(self) -> LoadResult:
-        """Send everything, wait for it, and say what happened."""
+        """Send all requests and wait for their answers."""
         gc.collect()
-        gc.freeze()  # what is here now is not looked at by collections during the run
+        gc.freeze()  # collections during the run then skip the objects that exist now
         cpu_start, self._start = time.process_time(), time.perf_counter()
         sending = asyncio.create_task(self._send_all())
         helpers = [asyncio.create_task(self._probe()), asyncio.create_task(self._watch_split())]
@@ -114,7 +116,7 @@ class LoadRun:
         return time.perf_counter() - self._start
 
     async def _wait(self, sending: asyncio.Task[None]) -> bool:
-        """Until all are done; False if it was given up before."""
+        """Wait until all requests have ended; return False if the run was stopped before."""
         deadline = self._workload.requests[-1].arrival_s + self._drain_s
         while not sending.done():
             await asyncio.wait([sending], timeout=0.25)
@@ -131,7 +133,7 @@ class LoadRun:
     async def _send_all(self) -> None:
         async with asyncio.TaskGroup() as group:
             for request, record in zip(self._workload.requests, self._records, strict=True):
-                prompt = self._workload.prompt(request)  # made before it is due
+                prompt = self._workload.prompt(request)  # made before the request is due
                 delay = request.arrival_s - self._now()
                 if delay > 0:
                     await asyncio.sleep(delay)
@@ -140,7 +142,7 @@ class LoadRun:
     async def _send(self, request: ServeRequest, record: RequestRecord, prompt: list[int]) -> None:
         record.sent_s = self._now()
         try:
-            async with aclosing(self._target.generate(prompt, request.output_len, self._told)) as arrivals:
+            async with aclosing(self._target.generate(prompt, request.output_len, self._sent_targets)) as arrivals:
                 async for count in arrivals:
                     record.token_times.append((self._now(), count))
             record.error = None if record.num_tokens >= request.output_len else "too few tokens"
@@ -150,6 +152,7 @@ class LoadRun:
         self._on_done(record)
 
     async def _probe(self) -> None:
+        """Measure the lag of the event loop until cancelled."""
         while True:
             before = time.perf_counter()
             await asyncio.sleep(_PROBE_INTERVAL_S)

@@ -1,9 +1,10 @@
-"""What became of each request of a serving benchmark, and of all of them together."""
+"""The record of each request of a serving benchmark, its latency targets, and the summary of a run."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +12,18 @@ from typing import Any
 from hbserve.errors import ConfigError
 
 _PERCENTILES = (50, 90, 95, 99)
-_METRICS = ("ttft", "tpot", "itl", "e2e")
 
 
 @dataclass(slots=True)
 class RequestRecord:
     """One request; times are seconds from the start of the run.
 
-    Latencies count from ``arrival_s``, when it should have been sent: what the client is late is in them.
+    Latencies count from ``arrival_s``, when the request was due: a late client makes them worse, not better.
 
     Attributes:
-        sent_s: when it was.
+        sent_s: when the client sent it.
         token_times: when tokens came, and how many at once.
-        error: why it has no answer, or not all of it; None once it has.
+        error: why it has no complete answer; None once it has.
     """
 
     index: int
@@ -42,12 +42,12 @@ class RequestRecord:
 
     @property
     def ttft_s(self) -> float | None:
-        """Until the first token; None if none came."""
+        """Time to the first token; None if none came."""
         return self.token_times[0][0] - self.arrival_s if self.token_times else None
 
     @property
     def tpot_s(self) -> float | None:
-        """Per token after those that came first; None if there are none, or it failed."""
+        """Time per token after the first arrival; None if there was one arrival only, or the request failed."""
         if self.error is not None or len(self.token_times) < 2:
             return None
         (first, at_once), (last, _) = self.token_times[0], self.token_times[-1]
@@ -55,7 +55,7 @@ class RequestRecord:
 
     @property
     def second_token_s(self) -> float | None:
-        """From the first token to the next; None if there is none."""
+        """Time from the first arrival to the second; None if there is none."""
         return self.token_times[1][0] - self.token_times[0][0] if len(self.token_times) > 1 else None
 
     @property
@@ -65,11 +65,11 @@ class RequestRecord:
 
     @property
     def e2e_s(self) -> float | None:
-        """Until the end; None if it failed."""
+        """Time to the end; None if the request failed."""
         return None if self.error is not None or self.end_s is None else self.end_s - self.arrival_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, milliseconds where the name says so."""
+        """Return plain numbers, milliseconds where the name says so."""
         return {
             "index": self.index,
             "arrival_s": round(self.arrival_s, 6),
@@ -87,19 +87,19 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What a request must keep to count; None: no matter. Milliseconds."""
+class RequestTargets:
+    """Latency limits that a request must keep to count, milliseconds; None: no limit."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     e2e_ms: float | None = None
 
     @staticmethod
-    def parse(text: str) -> Targets:
+    def parse(text: str) -> RequestTargets:
         """Read ``ttft:500,tpot:50``.
 
         Raises:
-            ConfigError: if it is nothing of that kind.
+            ConfigError: if the text has another form.
         """
         given: dict[str, float] = {}
         for part in text.split(","):
@@ -111,17 +111,17 @@ class Targets:
             if name not in ("ttft", "tpot", "e2e") or not 0 < limit < math.inf or f"{name}_ms" in given:
                 raise ConfigError(f"--goodput: {text!r} is not like ttft:500,tpot:50 (milliseconds; also e2e)")
             given[f"{name}_ms"] = limit
-        return Targets(**given)
+        return RequestTargets(**given)
 
     def met_by(self, record: RequestRecord) -> bool:
-        """Whether the request succeeded within all of them."""
+        """Return whether the request succeeded within all limits."""
         if record.error is not None:
             return False
         pairs = ((record.ttft_s, self.ttft_ms), (record.tpot_s, self.tpot_ms), (record.e2e_s, self.e2e_ms))
         return all(seen is None or limit is None or seen * 1000 <= limit for seen, limit in pairs)
 
     def missed_by(self, record: RequestRecord, now: float) -> bool:
-        """Whether it has missed one already, though it may still run."""
+        """Return whether a request has missed a limit already, though it may still run."""
         if record.end_s is not None:
             return not self.met_by(record)
         waited_ms = (now - record.arrival_s) * 1000
@@ -133,8 +133,8 @@ class Targets:
         return ", ".join(f"{name} ≤ {limit:.1f} ms" for name, limit in named if limit is not None) or "none"
 
 
-def summarize(records: Sequence[RequestRecord], targets: Targets | None) -> dict[str, Any]:
-    """Percentiles, rates and goodput of a run, plain numbers.
+def summarize(records: Sequence[RequestRecord], targets: RequestTargets | None) -> dict[str, Any]:
+    """Compute percentiles, rates and goodput of a run, plain numbers.
 
     Rates are over the time from the first arrival to the last token. Percentiles are nearest ranks.
     A request without an answer counts as one that missed its targets.
@@ -143,27 +143,23 @@ def summarize(records: Sequence[RequestRecord], targets: Targets | None) -> dict
     start = min(record.arrival_s for record in records)
     end = max((record.token_times[-1][0] for record in records if record.token_times), default=start)
     seconds = max(end - start, 1e-9)
-    samples: dict[str, list[float]] = {
-        "ttft": [record.ttft_s for record in answered if record.ttft_s is not None],
-        "tpot": [record.tpot_s for record in answered if record.tpot_s is not None],
-        "itl": [gap for record in answered for gap in record.itls_s],
-        "e2e": [record.e2e_s for record in answered if record.e2e_s is not None],
-    }
-    errors: dict[str, int] = {}
-    for record in records:
-        if record.error is not None:
-            errors[record.error] = errors.get(record.error, 0) + 1
+    errors = Counter(record.error for record in records if record.error is not None)
+    input_tokens = sum(record.input_len for record in answered)
+    output_tokens = sum(record.num_tokens for record in answered)
     summary: dict[str, Any] = {
         "seconds": seconds,
         "num_requests": len(records),
         "num_answered": len(answered),
-        "errors": dict(sorted(errors.items(), key=lambda item: -item[1])[:10]),
-        "input_tokens": sum(record.input_len for record in answered),
-        "output_tokens": sum(record.num_tokens for record in answered),
+        "errors": dict(errors.most_common(10)),
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
         "requests_per_s": len(answered) / seconds,
-        "input_tokens_per_s": sum(record.input_len for record in answered) / seconds,
-        "output_tokens_per_s": sum(record.num_tokens for record in answered) / seconds,
-        **{f"{name}_ms": _spread(samples[name]) for name in _METRICS},
+        "input_tokens_per_s": input_tokens / seconds,
+        "output_tokens_per_s": output_tokens / seconds,
+        "ttft_ms": _spread([record.ttft_s for record in answered]),
+        "tpot_ms": _spread([record.tpot_s for record in answered]),
+        "itl_ms": _spread([gap for record in answered for gap in record.itls_s]),
+        "e2e_ms": _spread([record.e2e_s for record in answered]),
     }
     if targets is not None:
         met = sum(targets.met_by(record) for record in records)
@@ -172,14 +168,15 @@ def summarize(records: Sequence[RequestRecord], targets: Targets | None) -> dict
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Nearest rank of ascending samples."""
+    """Return the nearest rank of ascending samples."""
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
-def _spread(samples: list[float]) -> dict[str, float] | None:
-    if not samples:
+def _spread(seconds: Sequence[float | None]) -> dict[str, float] | None:
+    """Return mean, maximum and percentiles in milliseconds; None without samples."""
+    ordered = sorted(sample for sample in seconds if sample is not None)
+    if not ordered:
         return None
-    ordered = sorted(samples)
     spread = {"mean": sum(ordered) / len(ordered) * 1000, "max": ordered[-1] * 1000}
     return spread | {f"p{percent}": percentile(ordered, percent) * 1000 for percent in _PERCENTILES}
 

@@ -1,4 +1,4 @@
-"""One measured run of a workload on a running system."""
+"""One run of a request batch on a running engine, and what each instance did in it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 import msgspec
 
 from hbserve import LLM, SamplingParams
-from hbserve.bench.workload import Workload
+from hbserve.bench.request_batch import RequestBatch
 from hbserve.errors import RequestFailedError
+
+_JUST_JOINED = {"busy_s": 0.0, "host_s": 0.0, "steps": 0}
 
 
 @dataclass(frozen=True)
 class InstanceWork:
-    """What one instance did in a run.
+    """Work of one instance in a run.
 
     Attributes:
-        busy_s: time its device worked.
-        busy_share: of the run's time.
-        host_ms_per_step: time its host took to prepare and launch a step; on a CPU the step itself.
+        busy_s: time in which its device worked.
+        busy_share: that time as a share of the run's.
+        host_ms_per_step: time in which its host prepared and launched a step; on a CPU the step itself.
     """
 
     role: str
@@ -33,11 +35,13 @@ class InstanceWork:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Attributes:
-    seconds: from the call to the last token of the last request.
-    cached_prompt_tokens: whose KV was in the prefix cache; the floor holds for 0.
-    preemptions: decoding requests that had to be computed again for want of KV blocks.
-    kv_transfer_bytes: moved between instances.
+    """Numbers of one run.
+
+    Attributes:
+        seconds: from the call to the last token of the last request.
+        cached_prompt_tokens: prompt tokens whose KV was in the prefix cache; the floor assumes 0.
+        preemptions: how often KV blocks ran out and a decoding request had to be computed again.
+        kv_transfer_bytes: bytes moved between instances.
     """
 
     seconds: float
@@ -49,26 +53,26 @@ class RunRecord:
     instances: dict[str, InstanceWork]
 
 
-def run_workload(llm: LLM, workload: Workload, sampling: SamplingParams) -> RunRecord:
+def run_batch(llm: LLM, batch: RequestBatch, sampling: SamplingParams) -> RunRecord:
     """Send all requests at once and wait for all.
 
     Args:
         sampling: with a seed; request i gets its own length and seed + i.
 
     Raises:
-        RequestFailedError: if a request did not produce exactly what was asked for.
+        RequestFailedError: if a request did not produce exactly the tokens asked for.
     """
     assert sampling.seed is not None
     samplings = [
         msgspec.structs.replace(sampling, max_tokens=length, seed=sampling.seed + index)
-        for index, length in enumerate(workload.output_lens)
+        for index, length in enumerate(batch.output_lens)
     ]
     before = llm.get_system_stats()
     start = time.perf_counter()
-    outputs = llm.generate(list(workload.prompts), samplings, use_tqdm=False)
+    outputs = llm.generate(list(batch.prompts), samplings, use_tqdm=False)
     seconds = time.perf_counter() - start
     after = llm.get_system_stats()
-    for index, (output, length) in enumerate(zip(outputs, workload.output_lens, strict=True)):
+    for index, (output, length) in enumerate(zip(outputs, batch.output_lens, strict=True)):
         if len(output["token_ids"]) != length:
             raise RequestFailedError(f"request {index} has {len(output['token_ids'])} tokens, asked for were {length}")
     return RunRecord(
@@ -85,20 +89,11 @@ def run_workload(llm: LLM, workload: Workload, sampling: SamplingParams) -> RunR
     )
 
 
-_JUST_JOINED = {"busy_s": 0.0, "host_s": 0.0, "steps": 0}
-
-
 def _instance_work(before: dict[str, Any], after: dict[str, Any], seconds: float) -> InstanceWork:
     busy_s = after["busy_s"] - before["busy_s"]
     steps = after["steps"] - before["steps"]
-    return InstanceWork(
-        role=after["role"],
-        device=after.get("device", "lost"),
-        steps=steps,
-        busy_s=busy_s,
-        busy_share=busy_s / seconds,
-        host_ms_per_step=1000 * (after["host_s"] - before["host_s"]) / max(1, steps),
-    )
+    host_ms_per_step = 1000 * (after["host_s"] - before["host_s"]) / max(1, steps)
+    return InstanceWork(after["role"], after.get("device", "lost"), steps, busy_s, busy_s / seconds, host_ms_per_step)
 
 
 def _transferred_bytes(stats: dict[str, Any]) -> int:

@@ -1,4 +1,7 @@
-"""The serving benchmark: one run at a rate, or a search for the highest rate that keeps the targets."""
+"""The serving benchmark: one run at a rate, or a search for the highest rate that keeps the targets.
+
+The client, this process, sends the load from one event loop. The system runs in processes of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,13 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from hbserve.bench import http_target, report, serve_plots
-from hbserve.bench.http_target import ServeTarget, TargetError
+from hbserve.bench import plots, report
 from hbserve.bench.load import LoadResult, LoadRun
-from hbserve.bench.report import versions
-from hbserve.bench.request_record import Targets, summarize
+from hbserve.bench.request_record import RequestTargets, summarize
 from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import ServeWorkload
 from hbserve.bench.sweep import GivenRates, RateSearch, interpolated_rate
+from hbserve.bench.target import LoadTarget, TargetError, connect_to_server, start_engine
 from hbserve.errors import ConfigError, RequestFailedError
 
 _LONE_REQUESTS = 5
@@ -34,17 +36,17 @@ def run(options: ServeOptions) -> None:
     """Run what the options ask for; print tables, write the JSON file and the plots.
 
     Raises:
-        HBServeError: whatever the target raises, and `ConfigError` for what cannot be run.
+        HBServeError: if the target fails; `ConfigError` for options that cannot be run.
     """
     if options.plots is not None:
-        serve_plots.check("--plots")
+        plots.require_matplotlib("--plots")
     document = asyncio.run(_run(options))
     if options.json is not None:
-        # msgspec, since JSON has no infinity, which is the rate of requests that come at once: it writes null
+        # JSON has no infinity, which is the rate of requests that come at once; msgspec writes null for it.
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
         print(f"\nwritten   {options.json}")
     if options.plots is not None:
-        for path in serve_plots.draw(document, options.plots):
+        for path in plots.draw(document, options.plots):
             print(f"written   {path}")
 
 
@@ -53,34 +55,31 @@ async def _run(options: ServeOptions) -> dict[str, Any]:
         return await ServeBenchmark(target, options).run()
 
 
-def _target(options: ServeOptions) -> AbstractAsyncContextManager[ServeTarget]:
+def _target(options: ServeOptions) -> AbstractAsyncContextManager[LoadTarget]:
     if options.config is not None:
-        return http_target.start(options.config, options.sampling)
+        return start_engine(options.config, options.sampling)
     assert options.url is not None
     sampling = {"temperature": options.sampling.temperature, "seed": options.seed, "ignore_eos": True}
-    return http_target.connect(options.url, options.model, options.source.vocab_size, sampling, options.timeout_s)
+    return connect_to_server(options.url, options.model, options.source.vocab_size, sampling, options.timeout_s)
 
 
 class ServeBenchmark:
-    """Runs on a target that is there.
+    """Runs on a connected target.
 
     Args:
-        options: of which the parts about the target are not looked at.
+        options: its fields about the target are not used.
         before_run: awaited before each run.
     """
 
     def __init__(
-        self,
-        target: ServeTarget,
-        options: ServeOptions,
-        before_run: Callable[[], Awaitable[None]] | None = None,
+        self, target: LoadTarget, options: ServeOptions, before_run: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         self._target, self._options, self._before_run = target, options, before_run
         self._targets = options.targets
         self._runs: list[dict[str, Any]] = []
 
     async def run(self) -> dict[str, Any]:
-        """Measure; returns the results as plain data.
+        """Measure; return the results as plain data.
 
         Raises:
             ConfigError: if the workload does not fit the target.
@@ -102,7 +101,7 @@ class ServeBenchmark:
         return {
             "started": start.isoformat(timespec="seconds"),
             "options": options.command,
-            "versions": versions(),
+            "versions": report.versions(),
             "target": await self._target.describe(),
             "lone_request": lone,
             "targets": None if self._targets is None else msgspec.to_builtins(self._targets),
@@ -110,8 +109,8 @@ class ServeBenchmark:
             "runs": self._runs,
         }
 
-    async def measure_targets(self, scale: SloScale) -> Targets:
-        """Multiples of what a lone request of the workload takes."""
+    async def measure_targets(self, scale: SloScale) -> RequestTargets:
+        """Measure a lone request of the workload; return its latencies times the scale."""
         workload = self._options.source.workload(self._options.rate, self._options.seed)
         await self._warm_up(workload)
         return _scaled(await self._measure_alone(workload), scale)
@@ -125,13 +124,13 @@ class ServeBenchmark:
             )
 
     async def _warm_up(self, workload: ServeWorkload) -> None:
-        """Short and long, once each: whatever is done at a first time is done."""
+        """Send a short, a mean and a long request, so that no measured one pays for first-time work."""
         longest = max(request.input_len for request in workload.requests)
         for number, length in enumerate((16, workload.mean_input_len, longest)):
             await self._alone(workload.draw_tokens(1 << 30 | number, length), 4)
 
     async def _measure_alone(self, workload: ServeWorkload) -> dict[str, float]:
-        """What a request of the workload's mean prompt length takes when nothing else runs; medians."""
+        """Measure requests of the workload's mean prompt length, one at a time; return medians."""
         ttfts, tpots = [], []
         for number in range(_LONE_REQUESTS):
             prompt = workload.draw_tokens(1 << 29 | number, workload.mean_input_len)
@@ -146,7 +145,7 @@ class ServeBenchmark:
         }
 
     async def _alone(self, prompt: list[int], output_len: int) -> list[float]:
-        """Seconds after which tokens came."""
+        """Send one request; return the seconds after which its tokens came."""
         start = time.perf_counter()
         times: list[float] = []
         try:
@@ -186,13 +185,13 @@ class ServeBenchmark:
         }
 
     async def _measure(self, rate: float | None, attainment: float | None) -> dict[str, Any]:
-        """One run.
+        """Measure one run; return its summary.
 
         Args:
-            attainment: stop as soon as it cannot be reached any more; None: run to the end.
+            attainment: stop as soon as this share cannot be reached any more; None: run to the end.
         """
         options, seed = self._options, self._options.seed + len(self._runs)
-        workload = options.source.workload(rate, seed)  # other prompts each time: no help from the prefix cache
+        workload = options.source.workload(rate, seed)  # other prompts each time: the prefix cache has none
         if self._before_run is not None:
             await self._before_run()
         num_requests = len(workload.requests)
@@ -221,22 +220,24 @@ class ServeBenchmark:
             "seed": seed,
             "cut_short": result.cut_short,
         }
-        self._runs.append(self._as_dict(result, summary))
+        self._runs.append(_as_dict(result, summary))
         report.show_run(summary, self._runs[-1]["client"], is_first=len(self._runs) == 1)
-        await asyncio.wait_for(self._alone(workload.draw_tokens(1 << 28, 16), 1), _SETTLE_S)  # what was cut off is gone
+        # When this request is answered, the target has dropped the requests that were cut off.
+        await asyncio.wait_for(self._alone(workload.draw_tokens(1 << 28, 16), 1), _SETTLE_S)
         return summary
 
-    def _as_dict(self, result: LoadResult, summary: dict[str, Any]) -> dict[str, Any]:
-        gaps = sorted(gap * 1000 for record in result.records for gap in record.itls_s)
-        step = max(1, len(gaps) // 500)
-        return {
-            "summary": summary,
-            "client": result.client.as_dict(result.records),
-            "split": result.split,
-            "itl_quantiles_ms": [round(gap, 3) for gap in gaps[::step]],
-            "requests": [record.as_dict() for record in result.records],
-        }
+
+def _as_dict(result: LoadResult, summary: dict[str, Any]) -> dict[str, Any]:
+    gaps = sorted(gap * 1000 for record in result.records for gap in record.itls_s)
+    step = max(1, len(gaps) // 500)
+    return {
+        "summary": summary,
+        "client": result.client.as_dict(result.records),
+        "split": result.split,
+        "itl_quantiles_ms": [round(gap, 3) for gap in gaps[::step]],
+        "requests": [record.as_dict() for record in result.records],
+    }
 
 
-def _scaled(lone: dict[str, float], scale: SloScale) -> Targets:
-    return Targets(ttft_ms=lone["ttft_ms"] * scale.ttft, tpot_ms=lone["tpot_ms"] * scale.tpot)
+def _scaled(lone: dict[str, float], scale: SloScale) -> RequestTargets:
+    return RequestTargets(ttft_ms=lone["ttft_ms"] * scale.ttft, tpot_ms=lone["tpot_ms"] * scale.tpot)

@@ -1,4 +1,4 @@
-"""Arguments of the serving benchmark."""
+"""Options of the serving benchmark, and the command line arguments that they are read from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbserve import Config, PdDisaggConfig, SamplingParams
-from hbserve.bench.model_cost import find_model
-from hbserve.bench.offline_options import (
+from hbserve import Config, SamplingParams
+from hbserve.bench.arguments import (
     add_engine_arguments,
+    add_load_arguments,
     check_new_file,
     engine_arguments,
+    find_model,
     given_arguments,
-    lengths,
+    make_config,
     positive,
+    positive_float,
+    share,
 )
-from hbserve.bench.request_record import Targets
+from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.bench.traces import load_trace
-from hbserve.bench.workload import LengthRange
 from hbserve.config import load
 from hbserve.errors import ConfigError
 from hbserve.model_spec import ModelSpec
@@ -30,7 +32,7 @@ from hbserve.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class SloScale:
-    """Targets as multiples of what a lone request takes."""
+    """Targets as multiples of a lone request's latencies."""
 
     ttft: float
     tpot: float
@@ -54,21 +56,22 @@ class SloScale:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What to run.
+    """Options of a run or a sweep.
 
     Attributes:
-        url: of a server; None: an engine of this configuration is started.
+        url: address of a server; None: an engine of ``config`` is started.
         model: its name at the URL.
-        rate: requests per second; of a sweep, where it begins. None: the trace's.
+        rate: requests per second; in a sweep the first rate. None: the trace's.
         sweep: find the highest rate at which ``attainment`` of the requests keep their targets.
         precision: the sweep ends when the rate is known within this factor.
-        sweep_factor: between its rates before one is too high and one is not.
+        sweep_factor: factor between the sweep's rates before one is too high and one is not.
         give_up_below: a run of a sweep stops as soon as it cannot reach this; None: ``attainment``.
-        max_runs: of a sweep.
-        rates: of a sweep that is no search; see `GivenRates`.
+        max_runs: limit of a sweep's runs.
+        rates: the rates of a sweep that does not search; see `GivenRates`.
         time_limit_s: the sweep starts no run after this time.
         tell_targets: send each request's targets to the server.
-        timeout_s: of one request.
+        timeout_s: limit of one request.
+        command: the arguments as text, for the results file.
     """
 
     url: str | None
@@ -78,7 +81,7 @@ class ServeOptions:
     seed: int
     sampling: SamplingParams
     rate: float | None
-    targets: Targets | None
+    targets: RequestTargets | None
     slo_scale: SloScale | None
     tell_targets: bool
     sweep: bool
@@ -97,7 +100,7 @@ class ServeOptions:
 
     @staticmethod
     def from_arguments(arguments: argparse.Namespace) -> ServeOptions:
-        """From what `add_arguments` has declared.
+        """Read what `add_arguments` has declared.
 
         Raises:
             HBServeError: naming the argument that cannot be honoured.
@@ -110,7 +113,7 @@ class ServeOptions:
                 raise ConfigError("--url needs --vocab-size or --tokenizer: prompts are token ids below it")
         else:
             config = _engine_config(arguments)
-        targets = None if arguments.goodput is None else Targets.parse(arguments.goodput)
+        targets = None if arguments.goodput is None else RequestTargets.parse(arguments.goodput)
         slo_scale = None if arguments.slo_scale is None else SloScale.parse(arguments.slo_scale)
         if targets is not None and slo_scale is not None:
             raise ConfigError("--goodput and --slo-scale both set the targets; give one")
@@ -146,15 +149,12 @@ class ServeOptions:
 def _engine_config(arguments: argparse.Namespace) -> Config:
     if arguments.config is not None:
         if arguments.model is not None or given_arguments(arguments):
-            raise ConfigError("--config: the file says it all; leave --model and engine options out")
+            raise ConfigError("--config: the file has all options; leave --model and engine options out")
         return load(arguments.config)
     if arguments.model is None:
-        raise ConfigError("--url, --config or --model is needed: what is to be measured")
+        raise ConfigError("--url, --config or --model is needed: it names the system to measure")
     model = find_model(arguments.model)
-    try:
-        return PdDisaggConfig.from_arguments(str(model), **engine_arguments(arguments, model)).freeze()
-    except TypeError as error:
-        raise ConfigError(f"--engine-arg: {error}") from None
+    return make_config(model, engine_arguments(arguments, model)).freeze()
 
 
 def _source(arguments: argparse.Namespace, config: Config | None) -> WorkloadSource:
@@ -200,58 +200,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     load = parser.add_argument_group("load")
     load.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv, Mooncake .jsonl or ShareGPT .json")
-    load.add_argument(
-        "--rate", type=_positive_float, metavar="PER_S", help="requests per second (default: the trace's)"
-    )
+    load.add_argument("--rate", type=positive_float, metavar="PER_S", help="requests per second (default: the trace's)")
     load.add_argument(
         "--arrivals",
         choices=["trace", "poisson", "gamma"],
-        help="the trace's times stretched to the rate (default where there are any), or drawn (poisson else)",
+        help="trace: its times, stretched to the rate (default where it has times); else drawn (default: poisson)",
     )
     load.add_argument(
-        "--burstiness", type=_positive_float, default=4.0, help="of gamma: variance of the gaps over mean² (default: 4)"
+        "--burstiness", type=positive_float, default=4.0, help="of gamma: variance of the gaps over mean² (default: 4)"
     )
-    load.add_argument("--duration", type=_positive_float, metavar="S", help="requests come for so long")
-    load.add_argument("--num-requests", type=positive, metavar="N", help="at most so many")
-    load.add_argument(
-        "--input-len", type=lengths, default=LengthRange(512, 1536), metavar="LOW:HIGH", help="without a trace"
-    )
-    load.add_argument(
-        "--output-len", type=lengths, default=LengthRange(64, 256), metavar="LOW:HIGH", help="without a trace"
-    )
-    load.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
-    load.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="likewise")
+    add_load_arguments(load)
+    load.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="cut longer outputs to this")
     load.add_argument("--seed", type=int, default=0, help="of arrivals, lengths, tokens and sampling (default: 0)")
     load.add_argument("--temperature", type=float, default=0.0, help="of the sampling (default: 0)")
-    load.add_argument("--timeout", type=_positive_float, default=600.0, metavar="S", help="of a request (default: 600)")
+    load.add_argument("--timeout", type=positive_float, default=600.0, metavar="S", help="of a request (default: 600)")
 
     slo = parser.add_argument_group("targets")
     slo.add_argument("--goodput", metavar="TARGETS", help="ttft:500,tpot:50 (milliseconds; also e2e)")
     slo.add_argument(
         "--slo-scale", metavar="X[:Y]", help="TTFT and TPOT at X times (TPOT at Y) of a lone request's, measured"
     )
-    slo.add_argument("--tell-targets", action="store_true", help="send them with each request (ttft_ms, tpot_ms)")
-    slo.add_argument("--sweep", action="store_true", help="find the highest rate that keeps them")
-    slo.add_argument("--attainment", type=_share, default=0.9, help="share of requests that must (default: 0.9)")
-    slo.add_argument("--precision", type=_share, default=0.05, help="of the rate a sweep finds (default: 0.05)")
-    slo.add_argument("--time-limit", type=_positive_float, metavar="S", help="a sweep starts no run after this")
+    slo.add_argument("--tell-targets", action="store_true", help="send targets with each request (ttft_ms, tpot_ms)")
+    slo.add_argument("--sweep", action="store_true", help="find the highest rate that keeps the targets")
+    slo.add_argument(
+        "--attainment", type=share, default=0.9, help="share of requests that must keep them (default: 0.9)"
+    )
+    slo.add_argument("--precision", type=share, default=0.05, help="of the rate a sweep finds (default: 0.05)")
+    slo.add_argument("--time-limit", type=positive_float, metavar="S", help="a sweep starts no run after this")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="everything, with a record per request")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write all results, with a record per request")
     output.add_argument("--plots", type=Path, metavar="FOLDER", help="PNG files; needs matplotlib")
     output.add_argument("--no-progress", action="store_true", help="no progress bar")
     add_engine_arguments(parser)
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in (0, 1]")
-    return value

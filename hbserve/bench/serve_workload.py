@@ -1,10 +1,11 @@
-"""The requests of a serving benchmark: when each comes, what it asks, how much it gets.
+"""The requests of the serving benchmark: when each arrives, its prompt, and the length of its output.
 
-When requests come.
+`WorkloadSource` (a trace, or ranges of lengths) makes a `ServeWorkload` for any rate.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,28 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.traces import BLOCK_TOKENS, TraceEntry
-from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
 
-
-def draw_arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Times of a renewal process, seconds from its start, ascending.
-
-    The gaps are gamma distributed with mean ``1 / rate`` and a coefficient of variation of
-    ``sqrt(burstiness)``: 1 is a Poisson process, 0 is even spacing, more is burstier.
-
-    Args:
-        rate: requests per second.
-        burstiness: the gaps' variance over their squared mean.
-    """
-    if burstiness == 0:
-        return [index / rate for index in range(count)]
-    gaps = np.random.default_rng([seed, 1]).gamma(1 / burstiness, burstiness / rate, size=count)
-    times: list[float] = np.cumsum(gaps).tolist()
-    return times
-
-
+DEFAULT_INPUT_LEN = LengthRange(512, 1536)
+DEFAULT_OUTPUT_LEN = LengthRange(64, 256)
 _FIRST_TOKEN = 10  # the lowest ids are often special tokens
 _MAX_REQUESTS = 10_000_000
 
@@ -45,9 +30,9 @@ class ServeRequest:
     Attributes:
         arrival_s: from the start of the run.
         output_len: tokens to generate.
-        prompt_seed: what its tokens are drawn from, beyond its blocks.
-        block_ids: names of its leading blocks of `BLOCK_TOKENS` tokens, which others may share.
-        token_ids: the prompt, at least ``input_len`` of it, where it is not drawn.
+        prompt_seed: seed of the prompt's tokens, where they are drawn and not from blocks.
+        block_ids: names of its leading blocks of `BLOCK_TOKENS` tokens, which other requests may share.
+        token_ids: the prompt itself, at least ``input_len`` tokens of it, where it is not drawn.
     """
 
     arrival_s: float
@@ -60,10 +45,10 @@ class ServeRequest:
 
 @dataclass(frozen=True)
 class ServeWorkload:
-    """A run's requests, by arrival.
+    """Requests of a run, by arrival.
 
     Attributes:
-        seed: of all token ids: another seed, other prompts with the same shared prefixes.
+        seed: seed of all token ids. Another seed gives other prompts with the same shared prefixes.
         vocab_size: token ids are below it.
     """
 
@@ -73,7 +58,7 @@ class ServeWorkload:
 
     @property
     def mean_input_len(self) -> int:
-        """Prompt tokens, mean."""
+        """Mean prompt tokens."""
         return round(sum(request.input_len for request in self.requests) / len(self.requests))
 
     @property
@@ -83,12 +68,12 @@ class ServeWorkload:
 
     @property
     def rate(self) -> float:
-        """Requests per second over the time in which they come."""
+        """Requests per second from the first arrival to the last; infinite if all arrive at once."""
         span = self.requests[-1].arrival_s - self.requests[0].arrival_s
-        return (len(self.requests) - 1) / span if span > 0 else float("inf")
+        return (len(self.requests) - 1) / span if span > 0 else math.inf
 
     def prompt(self, request: ServeRequest) -> list[int]:
-        """The prompt of one of the requests, token ids."""
+        """Return the prompt of one of the requests, token ids."""
         if request.token_ids:
             return list(request.token_ids[: request.input_len])
         if not request.block_ids:
@@ -98,7 +83,7 @@ class ServeWorkload:
         return tokens
 
     def draw_tokens(self, prompt_seed: int, count: int) -> list[int]:
-        """Token ids that no other prompt begins with."""
+        """Draw token ids that no prompt with another seed begins with."""
         tokens: list[int] = _draw_once(self.seed, 3, prompt_seed, count, self.vocab_size).tolist()
         return tokens
 
@@ -112,36 +97,37 @@ _draw = lru_cache(maxsize=1 << 14)(_draw_once)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadSource:
-    """From what the workload of any rate is made.
+    """Source of the workload of any rate.
 
     Attributes:
         trace: its requests; None: lengths are drawn from the ranges.
-        arrivals: ``trace`` keeps the trace's times, stretched to the rate; ``gamma`` draws them.
+        arrivals: ``trace`` keeps the trace's times, stretched to the rate; ``poisson`` and ``gamma`` draw times.
         burstiness: of drawn arrivals, see `draw_arrivals`.
-        duration_s: at a rate: so many seconds' worth of requests; at the trace's own: those that come so soon.
-        num_requests: at most so many; None: as many as there are, or come in ``duration_s``.
-        max_input_len, max_output_len: longer ones are cut to this.
+        duration_s: at a given rate: as many requests as arrive in this time. At the trace's own rate: the
+            requests that arrive before this time.
+        num_requests: at most so many; None: all of the trace, or those of ``duration_s``.
+        max_input_len, max_output_len: longer lengths are cut to this.
     """
 
-    trace: Sequence[TraceEntry] | None
-    input_len: LengthRange
-    output_len: LengthRange
-    arrivals: str
-    burstiness: float
-    duration_s: float | None
-    num_requests: int | None
-    max_input_len: int | None
-    max_output_len: int | None
     vocab_size: int
+    trace: Sequence[TraceEntry] | None = None
+    input_len: LengthRange = DEFAULT_INPUT_LEN
+    output_len: LengthRange = DEFAULT_OUTPUT_LEN
+    arrivals: str = "poisson"
+    burstiness: float = 1.0
+    duration_s: float | None = None
+    num_requests: int | None = None
+    max_input_len: int | None = None
+    max_output_len: int | None = None
 
     def workload(self, rate: float | None, seed: int) -> ServeWorkload:
-        """Requests at that mean rate.
+        """Make requests of a mean rate.
 
         Args:
             rate: requests per second; None: the trace's own.
 
         Raises:
-            ConfigError: if there is no rate, or not enough requests to have one.
+            ConfigError: if there is no rate, or too few requests to have one.
         """
         has_times = self.arrivals == "trace"
         if rate is None and not has_times:
@@ -155,7 +141,7 @@ class WorkloadSource:
             raise ConfigError(f"{count} requests are too many to draw; take a lower rate or a shorter --duration")
         entries = self._entries(count, seed)
         if has_times:
-            times = _stretched([entry.arrival_s or 0.0 for entry in entries], rate)
+            times = _stretch([entry.arrival_s or 0.0 for entry in entries], rate)
         else:
             assert rate is not None
             times = draw_arrivals(len(entries), rate, self.burstiness, seed)
@@ -183,8 +169,25 @@ class WorkloadSource:
         return [TraceEntry(None, *lengths) for lengths in zip(inputs, outputs, strict=True)]
 
 
-def _stretched(times: Sequence[float], rate: float | None) -> list[float]:
-    """The times from 0, at that mean rate; None: as they are."""
+def draw_arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
+    """Draw the times of a renewal process, seconds from its start, ascending.
+
+    The gaps are gamma distributed with mean ``1 / rate`` and a coefficient of variation of
+    ``sqrt(burstiness)``: 1 is a Poisson process, 0 is even spacing, more is burstier.
+
+    Args:
+        rate: requests per second.
+        burstiness: variance of the gaps over their squared mean.
+    """
+    if burstiness == 0:
+        return [index / rate for index in range(count)]
+    gaps = np.random.default_rng([seed, 1]).gamma(1 / burstiness, burstiness / rate, size=count)
+    times: list[float] = np.cumsum(gaps).tolist()
+    return times
+
+
+def _stretch(times: Sequence[float], rate: float | None) -> list[float]:
+    """Shift times to begin at 0, and stretch them to a mean rate; None: keep their rate."""
     span = times[-1] - times[0]
     if rate is None:
         return [time - times[0] for time in times]

@@ -1,4 +1,4 @@
-"""Search for the highest rate that is still good."""
+"""The search for the highest rate that keeps the targets; such a rate is called good."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class RateSearch:
-    """Multiplies or divides until one rate is good and one is not, then bisects between them.
+    """A search that multiplies or divides the rate until one is good and one is not, then bisects between them.
 
     Args:
-        first: the rate to begin with.
-        precision: ends when the lowest bad rate is at most this share above the best good one.
-        factor: between rates before there is one of each kind.
-        max_runs: it ends after so many in any case.
+        first: first rate.
+        precision: the search ends when the lowest bad rate is at most this share above the best good one.
+        factor: factor between rates before there is one of each kind.
+        max_runs: the search ends after so many rates in any case.
 
     Attributes:
         best: highest good rate; 0 before there is one.
@@ -29,7 +29,7 @@ class RateSearch:
         self._is_far = False
 
     def next_rate(self) -> float | None:
-        """What to try now; None if it is known well enough."""
+        """Return the rate to try now; None if the search has ended."""
         if self._num_runs >= self._max_runs:
             return None
         if self._num_runs == 0:
@@ -44,10 +44,10 @@ class RateSearch:
         return math.sqrt(self.best * self.worst)
 
     def add(self, rate: float, good: bool, is_far: bool = False) -> None:
-        """What came of a rate. Noise may contradict itself: a good rate above a bad one is not believed.
+        """Note whether a rate was good. A good rate above a bad one is noise and does not count.
 
         Args:
-            is_far: the limit is not near: the next step is twice as long, while there is not one of each kind.
+            is_far: the limit is far away; the next step is twice as long while there is not one rate of each kind.
         """
         self._num_runs += 1
         self._is_far = is_far
@@ -59,7 +59,7 @@ class RateSearch:
 
 
 class GivenRates(RateSearch):
-    """No search: these rates, one after the other."""
+    """A list of rates in place of a search."""
 
     def __init__(self, rates: Iterable[float]) -> None:
         self._rates = list(rates)
@@ -71,10 +71,11 @@ class GivenRates(RateSearch):
 
 
 def interpolated_rate(runs: Iterable[tuple[float, float]], attainment: float) -> float | None:
-    """Where attainment falls below what is asked for, between the two runs around it; None if not both are there.
+    """Interpolate where attainment falls below a limit; None without a run on either side of it.
 
     Args:
-        runs: rates and what was attained at them.
+        runs: rates, and the attainment reached at them.
+        attainment: the limit.
     """
     ordered = sorted(runs)
     bad = next((index for index, (_, reached) in enumerate(ordered) if reached < attainment), None)

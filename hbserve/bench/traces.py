@@ -1,13 +1,13 @@
 """Traces of production traffic: lengths, times and shared prefixes, no text.
 
-Read where they lie; three formats are told apart by their file names' ends:
+The suffix of the file name selects one of three formats:
 
 - ``.csv``: Azure's LLM inference traces (Patel et al., Splitwise, ISCA 2024): ``TIMESTAMP``,
   ``ContextTokens``, ``GeneratedTokens``.
 - ``.jsonl``: Mooncake's (Qin et al., FAST 2025): ``timestamp`` in ms, ``input_length``,
   ``output_length``, and ``hash_ids``, which name the prompt's 512-token blocks: equal ids at the
-  beginning of two prompts are equal tokens. Its times are rounded down to steps of 3 s; the requests
-  of a step are spread evenly over it, or every step would be a burst that never was.
+  beginning of two prompts are equal tokens. Its times are rounded down to steps of 3 s. The requests
+  of a step are spread evenly over it; otherwise each step would be a burst that the traffic did not have.
 - ``.json``: ShareGPT's: a list of conversations, each with ``conversations``, a list of ``from`` and
   ``value``. They have no times.
 """
@@ -28,7 +28,7 @@ import msgspec
 from hbserve.errors import ConfigError
 
 BLOCK_TOKENS = 512
-"""Tokens that one of Mooncake's hash ids stands for; the last block may be part full."""
+"""Tokens of the block that one of Mooncake's hash ids names; the last block may be partly full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class TraceEntry:
     """One request of a trace.
 
     Attributes:
-        arrival_s: from the first request of the trace; None where the trace has no times.
-        block_ids: of the prompt's blocks, empty where the trace has none.
+        arrival_s: seconds from the first request of the trace; None where the trace has no times.
+        block_ids: names of the prompt's blocks; empty where the trace has none.
         token_ids: the prompt itself, where the trace has it.
     """
 
@@ -49,13 +49,13 @@ class TraceEntry:
 
 
 def load_trace(path: Path, encode: Callable[[str], list[int]] | None = None) -> list[TraceEntry]:
-    """All requests of a trace, by time.
+    """Read all requests of a trace, by time.
 
     Args:
-        encode: a text into tokens; only ShareGPT's format needs it.
+        encode: turns a text into tokens; only ShareGPT's format needs it.
 
     Raises:
-        ConfigError: naming file and line of what is no such trace.
+        ConfigError: naming the file, and the line that is not of its format.
     """
     readers = {".csv": _read_azure, ".jsonl": _read_mooncake}
     try:
@@ -70,7 +70,7 @@ def load_trace(path: Path, encode: Callable[[str], list[int]] | None = None) -> 
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not entries:
-        raise ConfigError(f"{path}: no usable request in it")
+        raise ConfigError(f"{path}: it has no usable request")
     if entries[0].arrival_s is not None:
         entries.sort(key=lambda entry: entry.arrival_s or 0.0)
     return entries
@@ -82,9 +82,9 @@ def _read_azure(path: Path) -> list[TraceEntry]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         for row in rows:
-            number = rows.line_num  # empty lines are skipped, and count
+            number = rows.line_num  # the reader skips empty lines but counts them
             try:
-                # the traces of 2024 name the zone, UTC, which those of 2023 leave out
+                # the traces of 2024 name the zone, UTC; those of 2023 do not
                 time = datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=None)
                 input_len, output_len = int(row["ContextTokens"]), int(row["GeneratedTokens"])
             except KeyError as error:
@@ -127,7 +127,7 @@ def _read_mooncake(path: Path) -> list[TraceEntry]:
 
 
 def _spread(entries: list[TraceEntry]) -> list[TraceEntry]:
-    """Requests by time, those of equal times spread until the next time there is."""
+    """Sort requests by time; spread those of equal times until the next time."""
     entries.sort(key=lambda entry: entry.arrival_s or 0.0)
     steps = [list(step) for _, step in itertools.groupby(entries, key=lambda entry: entry.arrival_s or 0.0)]
     starts = [step[0].arrival_s or 0.0 for step in steps]
@@ -160,7 +160,7 @@ def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[Trace
     entries = []
     for conversation in conversations:
         turns = conversation.conversations
-        # The first question that is answered: some begin with a system's turn, in the middle, or ask twice.
+        # The first question that is answered. Some files begin with a system turn or in the middle, or ask twice.
         speakers = [turn.speaker.lower() for turn in turns]
         pairs = enumerate(itertools.pairwise(speakers))
         first = next((at for at, (asks, answers) in pairs if asks in ("", *_ASKING) and answers not in _ASKING), None)

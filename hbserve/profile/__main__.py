@@ -11,9 +11,8 @@ from pathlib import Path
 import msgspec
 
 from hbserve import PdDisaggConfig
-from hbserve.bench import serve_plots
-from hbserve.bench.model_cost import default_load_format, find_model
-from hbserve.bench.offline_options import check_new_file
+from hbserve.bench import plots
+from hbserve.bench.arguments import check_new_file, default_load_format, find_model
 from hbserve.config import Config
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.profile.bench import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
@@ -37,7 +36,7 @@ def main() -> int:
         check_new_file("--out", arguments.out)
         check_new_file("--plot", arguments.plot)
         if arguments.plot is not None:
-            serve_plots.check("--plot", arguments.plot)
+            plots.require_matplotlib("--plot", arguments.plot)
         profile = _profile(arguments)
         profile.save(arguments.out)
         if arguments.plot is not None:

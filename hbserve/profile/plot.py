@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hbserve.bench import serve_plots
+from hbserve.bench import plots
 from hbserve.slo.step_profile import StepProfile
 
 
@@ -18,7 +18,7 @@ def plot(profile: StepProfile, path: Path) -> None:
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    serve_plots.check("--plot")
+    plots.require_matplotlib("--plot")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")

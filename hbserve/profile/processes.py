@@ -108,11 +108,7 @@ class ProfiledDevice:
                 self._instance, instance_id=f"{role}-{percentage}", instance_type=role
             )
             orders = Stepper(
-                config=self.config,
-                instance=instance,
-                percentage=percentage,
-                priority=priority,
-                attachment=attachment,
+                config=self.config, instance=instance, percentage=percentage, priority=priority, attachment=attachment
             )
             return StepperProcess(orders, environment)
 

@@ -140,13 +140,7 @@ def _run(orders: Stepper) -> None:
     attachment = msgspec.convert(orders.attachment, ArenaAttachment)
     model = msgspec.convert(msgspec.to_builtins(orders.config.model) | {"device": attachment.device}, ModelConfig)
     instance = orders.instance
-    platform = make_platform(
-        model.device,
-        instance.gpu_id,
-        instance.num_threads,
-        1,
-        partition=partition,
-    )
+    platform = make_platform(model.device, instance.gpu_id, instance.num_threads, 1, partition=partition)
     platform.activate()
     with torch.inference_mode():
         runner = ModelRunner(

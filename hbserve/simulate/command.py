@@ -6,16 +6,25 @@ import argparse
 import json
 from pathlib import Path
 
-from hbserve.bench.offline_options import check_new_file, lengths, positive
-from hbserve.bench.request_record import Targets
+from hbserve.bench.arguments import check_new_file, lengths, positive
+from hbserve.bench.request_batch import LengthRange
+from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
-from hbserve.bench.workload import LengthRange
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
 from hbserve.simulate.phases import Sizes
 from hbserve.simulate.requests import requests_of
-from hbserve.simulate.systems import ANY_RATIO, FORMS, Outcome, Setting, System, find_highest_rate, plan, simulate
+from hbserve.simulate.systems import (
+    ANY_RATIO,
+    FORMS,
+    Setting,
+    SimulatedOutcome,
+    System,
+    find_highest_rate,
+    plan,
+    simulate,
+)
 from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
@@ -80,9 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"{setting.steps.profile.device}\n\n{_HEADER}",
         flush=True,
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[SimulatedOutcome] = []
 
-    def show(outcome: Outcome) -> None:
+    def show(outcome: SimulatedOutcome) -> None:
         outcomes.append(outcome)
         print(_row(outcome), flush=True)
 
@@ -114,7 +123,7 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         kv_tokens=arguments.kv_tokens,
         scheduler=SchedulerConfig(policy=arguments.policy),
     )
-    return Setting(steps, steps, sizes, Targets.parse(arguments.goodput), arguments.attainment)
+    return Setting(steps, steps, sizes, RequestTargets.parse(arguments.goodput), arguments.attainment)
 
 
 def _source(arguments: argparse.Namespace) -> WorkloadSource:
@@ -140,7 +149,7 @@ def _source(arguments: argparse.Namespace) -> WorkloadSource:
     )
 
 
-def _row(outcome: Outcome) -> str:
+def _row(outcome: SimulatedOutcome) -> str:
     times = (outcome.ttft_p50_ms, outcome.ttft_p90_ms, outcome.ttft_p99_ms)
     tokens = (outcome.tpot_p50_ms, outcome.tpot_p90_ms, outcome.tpot_p99_ms)
     return (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hbserve.bench.request_record import Targets
+from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.errors import ConfigError
@@ -99,7 +99,7 @@ class Setting:
     steps: StepTimes
     belief: StepTimes
     sizes: Sizes
-    targets: Targets
+    targets: RequestTargets
     attainment: float = 0.9
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedOutcome:
     """What a simulated run gave.
 
     Attributes:
@@ -145,7 +145,7 @@ class Outcome:
         return asdict(self)
 
 
-def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> Outcome:
+def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> SimulatedOutcome:
     """Serve fresh requests by a system.
 
     Raises:
@@ -178,7 +178,7 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
     )
     ttft = sorted(request.ttft_ms for request in requests)
     tpot = sorted(request.tpot_ms for request in requests if request.output_tokens > 1) or [0.0]
-    return Outcome(
+    return SimulatedOutcome(
         system=system.name,
         num_gpus=system.num_gpus,
         rate=len(requests) / span,
@@ -216,10 +216,10 @@ def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
 
 def find_highest_rate(
     system: System, setting: Setting, source: WorkloadSource, seed: int, first: float = 4.0, precision: float = 0.03
-) -> Outcome | None:
+) -> SimulatedOutcome | None:
     """The run at the highest rate at which enough requests keep both targets; None if not even lone ones do."""
     search = RateSearch(first * system.num_gpus, precision)
-    best: Outcome | None = None
+    best: SimulatedOutcome | None = None
     while (rate := search.next_rate()) is not None:
         requests = requests_of(source.workload(rate, seed))
         outcome = simulate(system, setting, requests)
@@ -235,7 +235,7 @@ def find_highest_rate(
 
 def plan(
     systems: list[System], setting: Setting, source: WorkloadSource, seed: int, rate: float
-) -> list[tuple[System, Outcome]]:
+) -> list[tuple[System, SimulatedOutcome]]:
     """For each kind of system the fewest replicas that keep the targets at a rate, fewest GPUs first.
 
     Kinds that cannot keep them at any rate are left out.
@@ -259,7 +259,7 @@ class _Trial:
     source: WorkloadSource
     seed: int
     rate: float
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, SimulatedOutcome] = field(default_factory=dict)
 
     def keeps(self, system: System) -> bool:
         if system.name not in self.outcomes:

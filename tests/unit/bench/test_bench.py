@@ -8,23 +8,19 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import handover, transfer
-from benchmarks.stream_load import StreamLoad
-from hbserve.bench.floor import compute_floor
-from hbserve.bench.model_cost import SHAPES, ModelCost, find_model
-from hbserve.bench.offline_options import OfflineOptions, add_arguments
-from hbserve.bench.workload import PRESETS, LengthRange, Workload
+from hbserve.bench.arguments import SHAPES, find_model
+from hbserve.bench.floor import ModelCost, compute_floor
+from hbserve.bench.offline import OfflineOptions, add_arguments
+from hbserve.bench.request_batch import PRESETS, LengthRange, RequestBatch
 from hbserve.errors import ConfigError, InvalidRequestError
 from hbserve.model_spec import ModelSpec, RopeSpec
 from hbserve.models.weights import WeightTable
 from tests.support.model_zoo import VOCAB_SIZE, save_model
-from tests.support.paths import ROOT
 
 PARAMETERS = {
     "qwen3-0.6b": 596_049_920,
@@ -71,7 +67,7 @@ def tiny_spec(window: int | None = None) -> ModelSpec:
 def test_the_nano_workload_is_nano_vllms() -> None:
     # Its bench.py: seed(0); 256 times randint(100, 1024) and as many times randint(0, 10000); then 256 times
     # randint(100, 1024). The numbers below are what those lines draw.
-    workload = Workload.draw(PRESETS["nano"], seed=0, vocab_size=151_936)
+    workload = RequestBatch.draw(PRESETS["nano"], seed=0, vocab_size=151_936)
     assert len(workload.prompts) == len(workload.output_lens) == 256
     assert workload.input_lens[:5] == [964, 724, 484, 508, 316]
     assert workload.prompts[0][:5] == [6311, 6890, 663, 4242, 8376]
@@ -80,13 +76,13 @@ def test_the_nano_workload_is_nano_vllms() -> None:
 
 
 def test_a_small_vocabulary_changes_no_length() -> None:
-    large, small = (Workload.draw(PRESETS["nano"], 0, vocab_size) for vocab_size in (151_936, VOCAB_SIZE))
+    large, small = (RequestBatch.draw(PRESETS["nano"], 0, vocab_size) for vocab_size in (151_936, VOCAB_SIZE))
     assert (small.input_lens, small.output_lens) == (large.input_lens, large.output_lens)
     assert small.prompts[0] == [token % VOCAB_SIZE for token in large.prompts[0]]
 
 
 def test_fresh_tokens_keep_the_lengths() -> None:
-    workload = Workload.draw(PRESETS["nano"], 0, VOCAB_SIZE)
+    workload = RequestBatch.draw(PRESETS["nano"], 0, VOCAB_SIZE)
     fresh = workload.with_fresh_tokens("1")
     assert (fresh.input_lens, fresh.output_lens) == (workload.input_lens, workload.output_lens)
     assert all(new[:16] != old[:16] for new, old in zip(fresh.prompts, workload.prompts, strict=True))
@@ -159,7 +155,7 @@ def test_floor_with_a_sliding_window() -> None:
 
 def test_floor_of_the_nano_workload() -> None:
     spec = ModelSpec.load(find_model("qwen3-0.6b"))
-    workload = Workload.draw(PRESETS["nano"], 0, spec.vocab_size)
+    workload = RequestBatch.draw(PRESETS["nano"], 0, spec.vocab_size)
     floor = compute_floor(ModelCost(spec, 2), workload.input_lens, workload.output_lens, 4.28e12, 780e12)
     assert floor.decode_steps == max(workload.output_lens) - 1
     assert floor.kv_bytes == sum(  # a KV entry of 28 layers, 8 heads of 128 elements takes 114688 bytes
@@ -202,7 +198,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
     document = json.loads(results.read_text())
     spec = ModelSpec.load(model)
-    workload = Workload.draw(options("--num-seqs", "5", "--input-len", "20:40", "--output-len", "3:9").shape, 0, 320)
+    workload = RequestBatch.draw(
+        options("--num-seqs", "5", "--input-len", "20:40", "--output-len", "3:9").shape, 0, 320
+    )
     device = document["device"]
     assert (device["device"], device["dtype"]) == ("cpu", "float32")
     assert device["copy_gb_s"] > 0
@@ -239,46 +237,3 @@ def test_a_whole_run(tmp_path: Path) -> None:
             assert work["host_ms_per_step"] > 0  # on the CPU the step itself
     seconds = [run["seconds"] for run in document["runs"]]
     assert document["median"]["seconds"] == pytest.approx(sum(seconds) / 2)
-
-
-def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model(tmp_path, "qwen3", max_position_embeddings=2048)
-    parser = argparse.ArgumentParser()
-    transfer.add_arguments(parser)
-    command = f"""--model {tmp_path} --device cpu --backend no.such:Backend,shm --prompt-lens 33,80 --repeats 1
-        --streams 2 --seconds 0.2 --engine-arg num_blocks=256 --engine-arg max_restarts=1 --json {tmp_path / "out"}"""
-    handover.run(handover.options_from(parser.parse_args(command.split())))
-    shown = capsys.readouterr().out
-    assert "no.such:Backend: " in shown, "one that cannot start leaves the others"
-    unified, shm = json.loads((tmp_path / "out").read_text())["systems"]
-    assert (unified["name"], shm["name"]) == ("unified", "shm")
-    block_bytes = 3 * 2 * 16 * 2 * 32 * 4  # layers, k and v, tokens, KV heads, head size, float32
-    assert [each["moved_bytes"] for each in shm["alone"]] == [3 * block_bytes, 5 * block_bytes]
-    for each in shm["alone"]:
-        assert each["gb_per_s"] > 0
-        assert 0 < each["exposed_ms"] < each["ttft_ms"] + each["second_ms"]
-    assert shm["beside"]["num_prompts"] > 0
-    assert min(shm["beside"][name] for name in ("alone_ms", "joined_ms", "beside_ms")) > 0
-
-
-def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
-    model = ROOT / "examples" / "models" / "hbserve-demo"
-    command = [sys.executable, "-m", "benchmarks", "front", "--model", str(model), "--open-streams", "0"]
-    command += ["--streams", "8", "--tokens", "6", "--step-ms", "1", "--requests", "20"]
-    command += ["--json", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads((tmp_path / "out").read_text())
-    assert numbers["streamed_tokens_per_s"] > 0
-    assert numbers["requests_per_s"] > 0
-    assert 0 < numbers["ttft_p50_ms"] <= numbers["ttft_p95_ms"]
-    assert "requests_per_s" in done.stdout
-
-
-def test_gaps_of_streams_in_a_window() -> None:
-    load = StreamLoad(SimpleNamespace(engine=SimpleNamespace(max_model_len=64)), 3, context=8)  # type: ignore[arg-type]
-    load.token_times = {0: [[1.0, 3.0, 4.0, 4.5], [5.0, 9.0]], 1: [[0.5, 1.0, 2.0]], 2: [[]]}
-    window = load.window(2.0, 7.0)
-    assert window.tokens_per_s == 1.0
-    assert window.starting.sorted_ms.tolist() == [2000.0, 2000.0]  # to 3.0, and from 5.0 to the end at least
-    assert window.running.sorted_ms.tolist() == [500.0, 1000.0, 1000.0, 5000.0]

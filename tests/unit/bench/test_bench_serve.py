@@ -19,19 +19,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare
-from hbserve.bench import serve_plots
-from hbserve.bench.http_target import TargetError, split_in
+from hbserve.bench import plots
 from hbserve.bench.load import LoadResult, LoadRun
-from hbserve.bench.request_record import RequestRecord, Targets, summarize
+from hbserve.bench.request_batch import LengthRange
+from hbserve.bench.request_record import RequestRecord, RequestTargets, summarize
 from hbserve.bench.serve import ServeBenchmark
 from hbserve.bench.serve_options import ServeOptions, add_arguments
 from hbserve.bench.serve_workload import ServeWorkload, WorkloadSource, draw_arrivals
 from hbserve.bench.sweep import RateSearch, interpolated_rate
+from hbserve.bench.target import TargetError, split_in
 from hbserve.bench.traces import load_trace
-from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
-from hbserve.simulate.systems import System
 
 DEADLINE_S = 120.0
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -188,7 +186,7 @@ def test_a_run_counted_by_hand() -> None:
         record(2.0, [(4.0, 4)]),
         record(2.5, [(2.75, 1)], error="HTTP 503"),
     ]
-    summary = summarize(records, Targets.parse("ttft:500,tpot:134"))
+    summary = summarize(records, RequestTargets.parse("ttft:500,tpot:134"))
     assert (summary["seconds"], summary["num_answered"], summary["errors"]) == (4.0, 3, {"HTTP 503": 1})
     assert (summary["input_tokens_per_s"], summary["output_tokens_per_s"]) == (7.5, 3.0)
     assert (summary["num_met"], summary["attainment"], summary["goodput_per_s"]) == (2, 0.5, 0.5)
@@ -205,7 +203,7 @@ def test_a_run_counted_by_hand() -> None:
 @pytest.mark.parametrize("text", ["", "ttft", "ttft:x", "ttft:-1", "ttft:1,ttft:2", "itl:5", "tpot:inf"])
 def test_targets_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--goodput"):
-        Targets.parse(text)
+        RequestTargets.parse(text)
 
 
 @pytest.mark.parametrize(("first", "limit"), [(1.0, 37.0), (100.0, 0.9), (8.0, 8.0)])
@@ -298,7 +296,7 @@ def test_the_split_is_the_first_instances() -> None:
 async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
     target = PacedTarget(0.3, refuses=True)
     workload = source(num_requests=40).workload(200.0, 5)
-    targets = Targets(ttft_ms=1000.0, tpot_ms=500.0)
+    targets = RequestTargets(ttft_ms=1000.0, tpot_ms=500.0)
     result = await run_load(target, workload, targets, True)
     assert target.max_open > 20  # a closed loop would have waited for answers
     assert target.num_open == 0
@@ -324,10 +322,10 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
 async def test_a_run_that_cannot_be_good_any_more_is_cut_short() -> None:
     target = PacedTarget(60.0)
     workload = source(num_requests=1000).workload(100.0, 5)
-    result = await run_load(target, workload, Targets(ttft_ms=50.0), False, 10)
+    result = await run_load(target, workload, RequestTargets(ttft_ms=50.0), False, 10)
     assert result.cut_short
     assert target.num_open == 0
-    summary = summarize(result.records, Targets(ttft_ms=50.0))
+    summary = summarize(result.records, RequestTargets(ttft_ms=50.0))
     assert (summary["attainment"], summary["errors"]) == (0, {"unfinished": 1000})
 
 
@@ -350,8 +348,8 @@ async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_b
     assert best["rate"] < best["too_high"] <= 1.5 * best["rate"]
     prompts = [request[1] for request in target.came]
     assert prompts.count(16) >= 1  # the warm-up
-    serve_plots.check("--plots")
-    drawn = serve_plots.draw(json.loads(json.dumps(document)), tmp_path)
+    plots.require_matplotlib("--plots")
+    drawn = plots.draw(json.loads(json.dumps(document)), tmp_path)
     assert [path.name for path in drawn] == ["attainment.png", "latencies.png", "split.png"]
     assert all(path.stat().st_size > 1000 for path in drawn)
 
@@ -377,51 +375,3 @@ def test_arguments_that_do_not_fit(arguments: list[str], complaint: str, capsys:
     monkeypatch.setattr(sys, "argv", ["bench", "serve", *arguments])
     assert main() == 1
     assert complaint in capsys.readouterr().err
-
-
-# --- comparing systems ---------------------------------------------------------------------------
-
-
-def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    compare.add_arguments(parser)
-    trace = trace_file(folder, "azure.csv", AZURE)
-    fixed = ["--model", "qwen3-8b", "--trace", str(trace), "--slo-scale", "7.5:10", "--json", str(folder / "c.json")]
-    return parser.parse_args([*fixed, *arguments])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--system", "slo@80-50"], "the first one is measured for the targets"),
-        (["--system", "unified", "--json", "/nowhere/at/all.json"], "there is no folder"),
-    ],
-)
-def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        compare.run(comparison(tmp_path, *arguments))
-
-
-def test_compared_systems_become_configurations(tmp_path: Path) -> None:
-    arguments = comparison(tmp_path, "--system", "unified@1536", "--rungs", '{"prefill":[100,60],"decode":[100]}')
-    systems = {text: System.parse(text) for text in ("unified@1536", "semi_pd@60-100", "no_ladder@60-40", "slo@80-100")}
-    both = compare.Comparison(arguments, list(systems.values()))
-    targets = Targets(ttft_ms=172.0, tpot_ms=43.0)
-    configs = {name: both.config_of(system, targets).freeze() for name, system in systems.items()}
-    assert configs["unified@1536"].chunked_prefill.max_chunk_prefill_tokens == 1536
-    assert configs["unified@1536"].performance.max_num_batched_tokens >= 1536 + 256
-    assert configs["semi_pd@60-100"].semi_pd.ladder.prefill == (100,)
-    assert configs["no_ladder@60-40"].semi_pd.ladder.prefill == ()
-    slo = configs["slo@80-100"].semi_pd
-    assert slo.ladder.prefill == (100, 60)
-    assert slo.slo is not None
-    assert (slo.slo.ttft_target_ms, slo.slo.tpot_percentile) == (172.0, pytest.approx(90.0))
-    for name, roles in (
-        ("1p1d", ["prefill", "decode"]),
-        ("unified*2", ["unified"] * 2),
-        ("slo@80-100*2", ["semi_pd"] * 2),
-    ):
-        instances = both.config_of(System.parse(name), targets).freeze().gpu_instances
-        assert [(each.instance_type.value, each.gpu_id) for each in instances] == list(zip(roles, (0, 1), strict=True))
-    with pytest.raises(ConfigError, match="the first system has failed"):
-        both.config_of(systems["slo@80-100"], None)

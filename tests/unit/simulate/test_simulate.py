@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbserve.bench.request_record import Targets
+from hbserve.bench.request_batch import LengthRange
+from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
-from hbserve.bench.workload import LengthRange
 from hbserve.errors import ConfigError
 from hbserve.simulate import __main__ as command
 from hbserve.simulate.clock import Progress, SimulatedClock
@@ -25,7 +25,7 @@ from hbserve.slo.step_times import StepTimes
 
 STEPS = StepTimes()
 SIZES = Sizes(chunk_size=2048)
-SETTING = Setting(STEPS, STEPS, SIZES, Targets(ttft_ms=400, tpot_ms=25))
+SETTING = Setting(STEPS, STEPS, SIZES, RequestTargets(ttft_ms=400, tpot_ms=25))
 
 
 def test_work_takes_longer_while_it_is_slowed_down() -> None:

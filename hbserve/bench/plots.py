@@ -1,7 +1,4 @@
-"""Pictures of a serving benchmark, from its results file.
-
-What all pictures of benchmarks need.
-"""
+"""Pictures of a serving benchmark, drawn from its results file."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ from typing import Any
 from hbserve.errors import ConfigError
 
 
-def check(option: str, path: Path | None = None) -> None:
-    """Refuse before anything is measured.
+def require_matplotlib(option: str, path: Path | None = None) -> None:
+    """Refuse pictures that cannot be drawn, before anything is measured.
 
     Args:
-        option: that asks for pictures.
-        path: of the one picture, if it is one; its ending says which kind.
+        option: the option that asks for pictures.
+        path: file of a single picture; its suffix selects the format.
 
     Raises:
-        ConfigError: if matplotlib is not there, or makes no such kind.
+        ConfigError: if matplotlib is not installed, or does not know the format.
     """
     try:
         import matplotlib
@@ -31,15 +28,18 @@ def check(option: str, path: Path | None = None) -> None:
 
         kinds = sorted(FigureCanvasBase.get_supported_filetypes())
         if path.suffix.removeprefix(".") not in kinds:
-            raise ConfigError(f"{option}: {path.name!r} ends in none of the kinds there are: {', '.join(kinds)}")
+            raise ConfigError(f"{option}: {path.name!r} has no known suffix; these are known: {', '.join(kinds)}")
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is to draw; returns the files.
+    """Draw attainment over rate, the latencies, and the split over time, where the runs have them.
 
     Args:
         document: as ``--json`` writes it.
-        folder: made if it is not there.
+        folder: made if it does not exist.
+
+    Returns:
+        The files.
     """
     folder.mkdir(exist_ok=True)
     runs = sorted(document["runs"], key=lambda run: run["summary"]["offered_per_s"])

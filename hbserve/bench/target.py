@@ -1,15 +1,15 @@
-"""An OpenAI-compatible server as the target of a load.
+"""The system that a load is sent to: an engine in this process, or a server at a URL.
 
-What a load is sent to: a URL, or an engine in this process.
-
-An engine of our own, in this process, as the target of a load: no HTTP in between.
+LoadTarget (protocol)
+  ├── EngineTarget   a system that `start_engine` starts; requests go to the scheduler without HTTP
+  └── HttpTarget     an OpenAI-compatible server that `connect_to_server` finds
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,15 +23,49 @@ from hbserve.slo.constraints import SMAllocation
 if TYPE_CHECKING:
     import aiohttp
 
-
 _SPLIT_TIMEOUT_S = 30.0
 
 
+class LoadTarget(Protocol):
+    """A system that takes requests. All methods run in one event loop."""
+
+    vocab_size: int
+    max_model_len: int | None
+
+    def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
+        """Send a request; yield the number of tokens at each arrival.
+
+        Args:
+            targets: ``ttft_ms`` and ``tpot_ms`` that the request carries; empty: none.
+
+        Raises:
+            TargetError: if the request has no complete answer; the text is the reason in a few words.
+        """
+
+    async def split(self) -> tuple[float, float, bool] | None:
+        """Return prefill percent, decode percent and whether one worker mixes both; None without semi-PD."""
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what is measured, for the results file."""
+
+
+class TargetError(Exception):
+    """A request that has no complete answer."""
+
+
+def split_in(status: dict[str, Any]) -> tuple[float, float, bool] | None:
+    """Return the split of the first instance in a semi-PD status, as `LoadTarget.split` does."""
+    for instance in status["instances"].values():
+        shares = instance["current_sm_allocation"]
+        return shares["prefill_percentage"], shares["decode_percentage"], shares["mixed"]
+    return None
+
+
 class EngineTarget:
-    """Streams from a running system. Made by `start`.
+    """A running system in this process. `start_engine` makes it.
 
     Args:
-        sampling: of every request, but for its length.
+        sampling: parameters of every request; ``max_tokens`` and the targets are set per request.
     """
 
     def __init__(self, llm: DisaggregatedLLM, sampling: SamplingParams) -> None:
@@ -41,7 +75,7 @@ class EngineTarget:
         self._sampling = sampling
 
     async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
-        """See `ServeTarget.generate`."""
+        """See `LoadTarget.generate`."""
         sampling = msgspec.structs.replace(self._sampling, max_tokens=output_len, **targets)
         try:
             async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
@@ -52,64 +86,34 @@ class EngineTarget:
             raise TargetError(type(error).__name__) from error
 
     async def split(self) -> tuple[float, float, bool] | None:
-        """Of its first semi-PD instance, where it has one."""
-        managers = self._llm.supervisors.items()
-        status = {name: each.get_status() for name, each in managers if isinstance(each, ProcessRotationManager)}
-        return split_in({"instances": status})
+        """Return the split of the first semi-PD instance."""
+        return split_in({"instances": {name: manager.get_status() for name, manager in self._managers().items()}})
 
     async def set_split(self, allocation: SMAllocation) -> None:
-        """Of all its semi-PD instances; returns when it is in effect."""
-        managers = [each for each in self._llm.supervisors.values() if isinstance(each, ProcessRotationManager)]
-        for manager in managers:
+        """Give all semi-PD instances this split; return when it is in effect."""
+        for manager in self._managers().values():
             if manager.current_sm_allocation != allocation and manager.request_sm_reallocation(allocation):
                 await asyncio.to_thread(manager.wait_until_settled, _SPLIT_TIMEOUT_S)
 
+    def _managers(self) -> dict[str, ProcessRotationManager]:
+        supervisors = self._llm.supervisors.items()
+        return {name: manager for name, manager in supervisors if isinstance(manager, ProcessRotationManager)}
+
     async def describe(self) -> dict[str, Any]:
-        """The engine's whole configuration and its statistics."""
+        """Return the engine's whole configuration and its statistics."""
         config: dict[str, Any] = msgspec.to_builtins(self._llm.config)
         return {"config": config, "stats": await self._llm.client.stats()}
 
 
 @asynccontextmanager
-async def start(config: Config, sampling: SamplingParams) -> AsyncIterator[EngineTarget]:
-    """Start a system, and end it.
+async def start_engine(config: Config, sampling: SamplingParams) -> AsyncIterator[EngineTarget]:
+    """Start a system; end it when the body ends.
 
     Raises:
-        HBServeError: whatever keeps it from starting.
+        HBServeError: if the system cannot start.
     """
     async with DisaggregatedLLM(config) as llm:
         yield EngineTarget(llm, sampling)
-
-
-class ServeTarget(Protocol):
-    """Takes requests. Its methods run in one event loop."""
-
-    vocab_size: int
-    max_model_len: int | None
-
-    def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
-        """Send a request; yields the number of tokens with each arrival of some.
-
-        Args:
-            targets: ``ttft_ms`` and ``tpot_ms`` to send along, where the server is to know them.
-
-        Raises:
-            TargetError: in few words, why there is no answer.
-        """
-
-    async def split(self) -> tuple[float, float, bool] | None:
-        """The prefill and decode shares of the device, percent, whether they are mixed; None: no such thing."""
-
-    async def describe(self) -> dict[str, Any]:
-        """What is being measured, for the results file."""
-
-
-class TargetError(Exception):
-    """A request has no answer, or not all of it."""
-
-
-Connect = Callable[[], Any]
-"""Makes an asynchronous context manager of a `ServeTarget`."""
 
 
 class _Usage(msgspec.Struct):
@@ -133,14 +137,14 @@ class _Chunk(msgspec.Struct):
 
 
 class HttpTarget:
-    """Streams completions of token ids. Made by `connect`.
+    """A server that streams completions of token ids. `connect_to_server` makes it.
 
-    Tokens are counted by the usage of each chunk where the server sends it (``stream_options``'s
-    ``continuous_usage_stats``, which vLLM, SGLang and HBServe know), else one per chunk.
+    The usage field of each chunk counts the tokens where the server sends it (``stream_options``'s
+    ``continuous_usage_stats``: vLLM, SGLang and HBServe do). Otherwise a chunk with text counts as one token.
 
     Args:
-        session: with the server's address as its base.
-        body: what every request has beside prompt and length.
+        session: its base URL is the server's address.
+        body: fields of every request beside prompt and length.
     """
 
     def __init__(
@@ -154,7 +158,7 @@ class HttpTarget:
         self._has_split = True
 
     async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:
-        """See `ServeTarget.generate`."""
+        """See `LoadTarget.generate`."""
         import aiohttp
 
         body = msgspec.json.encode(self._body | targets | {"prompt": prompt, "max_tokens": output_len})
@@ -164,7 +168,7 @@ class HttpTarget:
             async with self._session.post("/v1/completions", data=body) as response:
                 if response.status != 200:
                     answer = await response.read()
-                    # What every request gets wrong is worth telling; else the number says what happened.
+                    # Every request makes the mistake behind a 400, so its text is shown. Other codes say enough.
                     raise TargetError(f"HTTP {response.status}{_reason(answer) if response.status == 400 else ''}")
                 async for line in response.content:
                     if not line.startswith(b"data: "):
@@ -175,7 +179,7 @@ class HttpTarget:
                     chunk = self._decoder.decode(line[6:])
                     if chunk.error is not None:
                         raise TargetError(f"in the stream: {chunk.error.code or chunk.error.message}")
-                    count = self._count(chunk, num_tokens)
+                    count = _count_tokens(chunk, num_tokens)
                     if count:
                         num_tokens += count
                         yield count
@@ -184,14 +188,8 @@ class HttpTarget:
         if not ended:
             raise TargetError("the stream broke off")
 
-    @staticmethod
-    def _count(chunk: _Chunk, num_tokens: int) -> int:
-        if chunk.usage is not None:
-            return chunk.usage.completion_tokens - num_tokens
-        return sum(bool(choice.text) for choice in chunk.choices)
-
     async def split(self) -> tuple[float, float, bool] | None:
-        """From ``GET /v1/semi_pd/status``, where the server has it."""
+        """Ask ``GET /v1/semi_pd/status``; a server that refuses once is not asked again."""
         if not self._has_split:
             return None
         async with self._session.get("/v1/semi_pd/status") as response:
@@ -201,8 +199,15 @@ class HttpTarget:
             return split_in(await response.json())
 
     async def describe(self) -> dict[str, Any]:
-        """The server's address and model."""
+        """Return the server's address and model."""
         return {"url": str(self._session._base_url), "model": self._body["model"]}
+
+
+def _count_tokens(chunk: _Chunk, num_tokens: int) -> int:
+    """Return how many tokens a chunk adds to the ``num_tokens`` before it."""
+    if chunk.usage is not None:
+        return chunk.usage.completion_tokens - num_tokens
+    return sum(bool(choice.text) for choice in chunk.choices)
 
 
 def _reason(answer: bytes) -> str:
@@ -213,25 +218,17 @@ def _reason(answer: bytes) -> str:
     return f": {error.message[:200]}" if error is not None else ""
 
 
-def split_in(status: dict[str, Any]) -> tuple[float, float, bool] | None:
-    """How the first instance in a semi-PD status is split, as in `Target.split`; None where there is none."""
-    for instance in status["instances"].values():
-        shares = instance["current_sm_allocation"]
-        return shares["prefill_percentage"], shares["decode_percentage"], shares["mixed"]
-    return None
-
-
 @asynccontextmanager
-async def connect(
+async def connect_to_server(
     url: str, model: str | None, vocab_size: int, sampling: dict[str, Any], timeout_s: float
 ) -> AsyncIterator[HttpTarget]:
-    """A target at a URL; its API key is in the environment, in ``HBSERVE_API_KEY``, if it asks for one.
+    """Connect to a server; the environment variable ``HBSERVE_API_KEY`` is its key where it asks for one.
 
     Args:
         url: with or without ``/v1``.
-        model: its name there; None: the only one.
+        model: its name at the server; None: the only one.
         sampling: fields of every request's body.
-        timeout_s: of a whole request.
+        timeout_s: limit of a whole request.
 
     Raises:
         ConfigError: if there is no such server or model.
@@ -256,8 +253,8 @@ async def connect(
                 wants_key = response.status == 401
                 models = {} if wants_key else {one["id"]: one for one in (await response.json())["data"]}
         except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
-            what = str(error) or type(error).__name__
-            raise ConfigError(f"--url: no OpenAI-compatible server answers at {base}: {what}") from None
+            reason = str(error) or type(error).__name__
+            raise ConfigError(f"--url: no OpenAI-compatible server answers at {base}: {reason}") from None
         if wants_key:
             raise ConfigError(f"--url: {base} asks for an API key: put it into the environment, HBSERVE_API_KEY")
         if model is None and len(models) == 1:

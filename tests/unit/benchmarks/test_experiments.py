@@ -1,0 +1,116 @@
+"""The experiments in `benchmarks/`: they run on a CPU, and their results say what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import compare, handover, transfer
+from benchmarks.stream_load import StreamLoad
+from hbserve.bench.request_record import RequestTargets
+from hbserve.errors import ConfigError
+from hbserve.simulate.systems import System
+from tests.support.model_zoo import save_model
+from tests.support.paths import ROOT
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,396,109
+2023-11-16 18:15:48.6805900,12,0
+2023-11-16 18:15:52.6805900,12,3
+"""
+
+
+def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path, "qwen3", max_position_embeddings=2048)
+    parser = argparse.ArgumentParser()
+    transfer.add_arguments(parser)
+    command = f"""--model {tmp_path} --device cpu --backend no.such:Backend,shm --prompt-lens 33,80 --repeats 1
+        --streams 2 --seconds 0.2 --engine-arg num_blocks=256 --engine-arg max_restarts=1 --json {tmp_path / "out"}"""
+    handover.run(handover.options_from(parser.parse_args(command.split())))
+    shown = capsys.readouterr().out
+    assert "no.such:Backend: " in shown, "one that cannot start leaves the others"
+    unified, shm = json.loads((tmp_path / "out").read_text())["systems"]
+    assert (unified["name"], shm["name"]) == ("unified", "shm")
+    block_bytes = 3 * 2 * 16 * 2 * 32 * 4  # layers, k and v, tokens, KV heads, head size, float32
+    assert [each["moved_bytes"] for each in shm["alone"]] == [3 * block_bytes, 5 * block_bytes]
+    for each in shm["alone"]:
+        assert each["gb_per_s"] > 0
+        assert 0 < each["exposed_ms"] < each["ttft_ms"] + each["second_ms"]
+    assert shm["beside"]["num_prompts"] > 0
+    assert min(shm["beside"][name] for name in ("alone_ms", "joined_ms", "beside_ms")) > 0
+
+
+def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
+    model = ROOT / "examples" / "models" / "hbserve-demo"
+    command = [sys.executable, "-m", "benchmarks", "front", "--model", str(model), "--open-streams", "0"]
+    command += ["--streams", "8", "--tokens", "6", "--step-ms", "1", "--requests", "20"]
+    command += ["--json", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "out").read_text())
+    assert numbers["streamed_tokens_per_s"] > 0
+    assert numbers["requests_per_s"] > 0
+    assert 0 < numbers["ttft_p50_ms"] <= numbers["ttft_p95_ms"]
+    assert "requests_per_s" in done.stdout
+
+
+def test_gaps_of_streams_in_a_window() -> None:
+    load = StreamLoad(SimpleNamespace(engine=SimpleNamespace(max_model_len=64)), 3, context=8)  # type: ignore[arg-type]
+    load.token_times = {0: [[1.0, 3.0, 4.0, 4.5], [5.0, 9.0]], 1: [[0.5, 1.0, 2.0]], 2: [[]]}
+    window = load.window(2.0, 7.0)
+    assert window.tokens_per_s == 1.0
+    assert window.starting.sorted_ms.tolist() == [2000.0, 2000.0]  # to 3.0, and from 5.0 to the end at least
+    assert window.running.sorted_ms.tolist() == [500.0, 1000.0, 1000.0, 5000.0]
+
+
+def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    trace = folder / "azure.csv"
+    trace.write_text(AZURE)
+    fixed = ["--model", "qwen3-8b", "--trace", str(trace), "--slo-scale", "7.5:10", "--json", str(folder / "c.json")]
+    return parser.parse_args([*fixed, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--system", "slo@80-50"], "the first one is measured for the targets"),
+        (["--system", "unified", "--json", "/nowhere/at/all.json"], "there is no folder"),
+    ],
+)
+def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        compare.run(comparison(tmp_path, *arguments))
+
+
+def test_compared_systems_become_configurations(tmp_path: Path) -> None:
+    arguments = comparison(tmp_path, "--system", "unified@1536", "--rungs", '{"prefill":[100,60],"decode":[100]}')
+    systems = {text: System.parse(text) for text in ("unified@1536", "semi_pd@60-100", "no_ladder@60-40", "slo@80-100")}
+    both = compare.Comparison(arguments, list(systems.values()))
+    targets = RequestTargets(ttft_ms=172.0, tpot_ms=43.0)
+    configs = {name: both.config_of(system, targets).freeze() for name, system in systems.items()}
+    assert configs["unified@1536"].chunked_prefill.max_chunk_prefill_tokens == 1536
+    assert configs["unified@1536"].performance.max_num_batched_tokens >= 1536 + 256
+    assert configs["semi_pd@60-100"].semi_pd.ladder.prefill == (100,)
+    assert configs["no_ladder@60-40"].semi_pd.ladder.prefill == ()
+    slo = configs["slo@80-100"].semi_pd
+    assert slo.ladder.prefill == (100, 60)
+    assert slo.slo is not None
+    assert (slo.slo.ttft_target_ms, slo.slo.tpot_percentile) == (172.0, pytest.approx(90.0))
+    for name, roles in (
+        ("1p1d", ["prefill", "decode"]),
+        ("unified*2", ["unified"] * 2),
+        ("slo@80-100*2", ["semi_pd"] * 2),
+    ):
+        instances = both.config_of(System.parse(name), targets).freeze().gpu_instances
+        assert [(each.instance_type.value, each.gpu_id) for each in instances] == list(zip(roles, (0, 1), strict=True))
+    with pytest.raises(ConfigError, match="the first system has failed"):
+        both.config_of(systems["slo@80-100"], None)
