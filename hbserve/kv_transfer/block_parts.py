@@ -82,12 +82,12 @@ class BlockParts:
     def merge(self, block_ids: Sequence[int], num_parts: int) -> None:
         """Turn blocks that hold their parts one after the other, each as rows of its own, into rows of all parts."""
         width = self.kv_blocks.shape[1] // self._num_rows // num_parts
-        for start in range(0, len(block_ids), _BLOCKS_AT_ONCE):
-            some = block_ids[start : start + _BLOCKS_AT_ONCE]
-            blocks = torch.empty(len(some), self.kv_blocks.shape[1], dtype=torch.uint8, device=self.kv_blocks.device)
-            self.take(some, WHOLE, blocks)
-            parts = self._words(blocks.view(len(some), num_parts, self._num_rows, width))
-            self.put(some, WHOLE, parts.transpose(1, 2).contiguous().view(torch.uint8).view(len(some), -1))
+        for start in range(0, len(block_ids), _MAX_BLOCKS):
+            batch = block_ids[start : start + _MAX_BLOCKS]
+            blocks = torch.empty(len(batch), self.kv_blocks.shape[1], dtype=torch.uint8, device=self.kv_blocks.device)
+            self.take(batch, WHOLE, blocks)
+            parts = self._words(blocks.view(len(batch), num_parts, self._num_rows, width))
+            self.put(batch, WHOLE, parts.transpose(1, 2).contiguous().view(torch.uint8).view(len(batch), -1))
 
     @torch.inference_mode()
     def checksums(self, block_ids: Sequence[int], part: Part = WHOLE) -> list[int]:
@@ -100,16 +100,16 @@ class BlockParts:
         size = self.part_bytes(part)
         weights = _weights(size // _WORD_BYTES, self.kv_blocks.device)
         sums: list[int] = []
-        for start in range(0, len(block_ids), _BLOCKS_AT_ONCE):
-            some = block_ids[start : start + _BLOCKS_AT_ONCE]
-            buffer = torch.empty(len(some), size, dtype=torch.uint8, device=self.kv_blocks.device)
-            self.take(some, part, buffer)
+        for start in range(0, len(block_ids), _MAX_BLOCKS):
+            batch = block_ids[start : start + _MAX_BLOCKS]
+            buffer = torch.empty(len(batch), size, dtype=torch.uint8, device=self.kv_blocks.device)
+            self.take(batch, part, buffer)
             sums += (buffer.view(torch.int64) * weights).sum(1).tolist()
         return sums
 
     def _copies_runs(self, runs: list[tuple[int, int, int]]) -> bool:
         """On the CPU one copy for each run of neighbours is the fastest; a GPU needs an index, but not for few."""
-        return not self.kv_blocks.is_cuda or len(runs) <= _FEW_RUNS
+        return not self.kv_blocks.is_cuda or len(runs) <= _MAX_COPIED_RUNS
 
     def _view(self, part: Part) -> tuple[tuple[int, ...], torch.Tensor]:
         """The shape of one block's part, and the arena as parts: ``[block, (row,) word]``."""
@@ -122,15 +122,15 @@ class BlockParts:
         return (self._num_rows, arena.shape[2]), arena
 
     @staticmethod
-    def _words(of_bytes: torch.Tensor) -> torch.Tensor:
+    def _words(rows: torch.Tensor) -> torch.Tensor:
         """Eight bytes at a time, where they come so: kernels move elements."""
-        return of_bytes.view(torch.int64) if of_bytes.shape[-1] % _WORD_BYTES == 0 else of_bytes
+        return rows.view(torch.int64) if rows.shape[-1] % _WORD_BYTES == 0 else rows
 
 
-_FEW_RUNS = 4
+_MAX_COPIED_RUNS = 4
 """An index must be on the GPU before the kernel that uses it is launched; a launch is cheaper."""
 
-_BLOCKS_AT_ONCE = 32
+_MAX_BLOCKS = 32
 """Bounds the memory that merging and checksums take."""
 
 

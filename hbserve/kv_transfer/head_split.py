@@ -38,11 +38,11 @@ class Shard:
 
     def outgoing(self, num_targets: int) -> list[Route]:
         """What this rank sends to an instance of ``num_targets`` ranks; nothing if another has the same heads."""
-        return [way for way in routes(self.num_kv_heads, self.size, num_targets) if way.source == self.rank]
+        return [route for route in routes(self.num_kv_heads, self.size, num_targets) if route.source == self.rank]
 
     def incoming(self, num_sources: int) -> list[Route]:
         """What this rank receives from an instance of ``num_sources`` ranks: together all of each block."""
-        return [way for way in routes(self.num_kv_heads, num_sources, self.size) if way.target == self.rank]
+        return [route for route in routes(self.num_kv_heads, num_sources, self.size) if route.target == self.rank]
 
 
 @dataclass(frozen=True, order=True)

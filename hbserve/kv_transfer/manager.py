@@ -20,9 +20,9 @@ from hbserve.kv_transfer.head_split import Part, Route, Shard
 from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
-    EnterLink,
+    ConnectLink,
+    DisconnectLink,
     FinishBlocks,
-    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_Order = SendBlocks | ReceiveBlocks | FinishBlocks
+_BlockCommand = SendBlocks | ReceiveBlocks | FinishBlocks
 
 
 class KVTransferManager(ABC):
@@ -66,7 +66,7 @@ class KVTransferManager(ABC):
         self._kv_blocks = kv_blocks
         self._parts = BlockParts(kv_blocks, shard.num_rows)
         self._report = report
-        self._tasks: dict[tuple[str, bool], asyncio.Task[_Done]] = {}
+        self._tasks: dict[tuple[str, bool], asyncio.Task[_Success]] = {}
         self._link_tasks: set[asyncio.Task[None]] = set()
         self._opening: dict[tuple[str, int], asyncio.Task[None]] = {}  # by source and epoch of the link
         self._merging: set[asyncio.Task[None]] = set()
@@ -102,12 +102,12 @@ class KVTransferManager(ABC):
             self._start(command, False, self._finish_blocks(command))
         elif isinstance(command, CancelTransfer):
             self.cancel(command.transfer_id)
-        elif isinstance(command, EnterLink):
-            for way in self._shard.outgoing(len(command.targets)):
-                self._enter(command.targets[way.target], way)
-        elif isinstance(command, LeaveLink):
+        elif isinstance(command, ConnectLink):
+            for route in self._shard.outgoing(len(command.targets)):
+                self._connect(command.targets[route.target], route)
+        elif isinstance(command, DisconnectLink):
             for target in command.targets:
-                self._leave(target)
+                self._disconnect(target)
         else:
             link = command.source_id, command.link_epoch
             if isinstance(command, OpenLink):
@@ -149,22 +149,22 @@ class KVTransferManager(ABC):
         """Have a part of each block moved here from one rank."""
 
     @abstractmethod
-    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+    async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
         """Be ready for a link from these ranks, and what each sends; what they need to know."""
 
     @abstractmethod
-    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+    async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         """Return when nothing of the link is written any more."""
 
-    def _enter(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all have something to prepare
+    def _connect(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all have something to prepare
         """Get ready to send to a rank on a link that is open now."""
 
     @abstractmethod
-    def _leave(self, target: Peer) -> None:
+    def _disconnect(self, target: Peer) -> None:
         """Let go of what is there for sending to a rank on a link that has ended. Its transfers have been cancelled."""
 
     @contextmanager
-    def _beside_the_steps(self) -> Iterator[None]:
+    def _transfer_stream(self) -> Iterator[None]:
         """On a GPU: on a stream of its own, done when it returns.
 
         No order with the steps is needed: blocks that leave are final, as their step's result is
@@ -180,7 +180,7 @@ class KVTransferManager(ABC):
 
     # --- transfers -------------------------------------------------------------------------------
 
-    def _start(self, command: _Order, sent: bool, transfer: Coroutine[None, None, _Done]) -> None:
+    def _start(self, command: _BlockCommand, sent: bool, transfer: Coroutine[None, None, _Success]) -> None:
         key = (command.transfer_id, sent)
         assert key not in self._tasks, f"transfer {command.transfer_id} is started twice"
         started = time.monotonic()
@@ -192,8 +192,8 @@ class KVTransferManager(ABC):
             self._cancelled_early.remove(command.transfer_id)
             task.cancel()
 
-    async def _within_limits(self, command: _Order, transfer: Coroutine[None, None, _Done]) -> _Done:
-        self._refuse_stale(command)
+    async def _within_limits(self, command: _BlockCommand, transfer: Coroutine[None, None, _Success]) -> _Success:
+        self._check_generations(command)
         timeout_s = self._context.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -201,9 +201,9 @@ class KVTransferManager(ABC):
         except TimeoutError:
             raise KVTransferError(f"not complete within {timeout_s:g} s", "timeout") from None
 
-    def _finish(self, command: _Order, sent: bool, started: float, task: asyncio.Task[_Done]) -> None:
+    def _finish(self, command: _BlockCommand, sent: bool, started: float, task: asyncio.Task[_Success]) -> None:
         del self._tasks[command.transfer_id, sent]
-        error, error_kind, done = None, None, _Done()
+        error, error_kind, done = None, None, _Success()
         if task.cancelled():
             error = error_kind = "cancelled"
         elif (failure := task.exception()) is not None:
@@ -232,16 +232,16 @@ class KVTransferManager(ABC):
             )
         )
 
-    def _bytes_of(self, command: _Order) -> int:
+    def _bytes_of(self, command: _BlockCommand) -> int:
         """What is moved of each block."""
         if isinstance(command, FinishBlocks):
             return 0
         if isinstance(command, ReceiveBlocks):
             return self._kv_blocks.shape[1] // command.layers.count
         parts = self._parts.of_layers(command.layers)
-        return sum(parts.part_bytes(way.source_part) for way in self._shard.outgoing(len(command.targets)))
+        return sum(parts.part_bytes(route.source_part) for route in self._shard.outgoing(len(command.targets)))
 
-    async def _send_all(self, command: SendBlocks) -> _Done:
+    async def _send_all(self, command: SendBlocks) -> _Success:
         if not command.targets:
             raise KVTransferError("the receiver has not opened the link")
         routes = self._shard.outgoing(len(command.targets))
@@ -249,50 +249,52 @@ class KVTransferManager(ABC):
         if command.checksum:
             parts = sorted({route.source_part for route in routes})
             checksums = await asyncio.to_thread(self._checksums, command, parts)
-        queued_s = await _gather([self._send(command, command.targets[way.target], way) for way in routes])
-        return _Done(max(queued_s, default=0.0), checksums)
+        queued_s = await _gather_or_cancel(
+            [self._send(command, command.targets[route.target], route) for route in routes]
+        )
+        return _Success(max(queued_s, default=0.0), checksums)
 
-    async def _receive_all(self, command: ReceiveBlocks) -> _Done:
+    async def _receive_all(self, command: ReceiveBlocks) -> _Success:
         routes = self._shard.incoming(len(command.sources))
-        await _gather([self._receive(command, command.sources[way.source], way) for way in routes])
-        return _Done()
+        await _gather_or_cancel([self._receive(command, command.sources[route.source], route) for route in routes])
+        return _Success()
 
-    async def _finish_blocks(self, command: FinishBlocks) -> _Done:
+    async def _finish_blocks(self, command: FinishBlocks) -> _Success:
         routes = self._shard.incoming(command.num_sources)
         num_parts = routes[0].target_part.count
         if self.one_sided and num_parts > 1:
             merging = asyncio.create_task(asyncio.to_thread(self._merge, command, num_parts))
             self._merging.add(merging)
             merging.add_done_callback(self._merging.discard)
-            await to_its_end(merging)
+            await wait_despite_cancel(merging)
         if command.checksums is not None:
-            found = await asyncio.to_thread(self._checksums, command, [way.target_part for way in routes])
+            found = await asyncio.to_thread(self._checksums, command, [route.target_part for route in routes])
             self._compare(command, routes, found, command.checksums)
-        return _Done()
+        return _Success()
 
     def _compare(self, command: FinishBlocks, routes: list[Route], found: list[int], expected: list[list[int]]) -> None:
         num_blocks = len(command.block_ids)
         wrong: set[int] = set()
         for index, route in enumerate(routes):
-            mine = found[index * num_blocks : (index + 1) * num_blocks]
+            received = found[index * num_blocks : (index + 1) * num_blocks]
             first = route.source_part.index * num_blocks
-            theirs = expected[route.source][first : first + num_blocks]
-            wrong |= {block for block, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b}
+            sent = expected[route.source][first : first + num_blocks]
+            wrong |= {block for block, (a, b) in enumerate(zip(received, sent, strict=True)) if a != b}
         if wrong:
             raise KVTransferError(f"{len(wrong)} of {num_blocks} blocks are not what was sent", "checksum")
 
     @torch.inference_mode()
     def _checksums(self, command: SendBlocks | FinishBlocks, parts: list[Part]) -> list[int]:
         blocks = self._parts.of_layers(command.layers)
-        with self._beside_the_steps():
+        with self._transfer_stream():
             return [number for part in parts for number in blocks.checksums(command.block_ids, part)]
 
     @torch.inference_mode()
     def _merge(self, command: FinishBlocks, num_parts: int) -> None:
-        with self._beside_the_steps():
+        with self._transfer_stream():
             self._parts.of_layers(command.layers).merge(command.block_ids, num_parts)
 
-    def _refuse_stale(self, command: _Order) -> None:
+    def _check_generations(self, command: _BlockCommand) -> None:
         index = torch.tensor(command.block_ids, dtype=torch.int64)
         generations = torch.tensor(command.generations, dtype=torch.int64)
         stale = (generations < self._seen_generation[index]).nonzero()
@@ -311,18 +313,18 @@ class KVTransferManager(ABC):
         try:
             async with asyncio.timeout(context.timeout_s):
                 routes = self._shard.incoming(len(command.sources))
-                endpoint = await self._open_inbox(self._sources_of(command), routes)
+                endpoint = await self._open_receive_window(self._sources_of(command), routes)
         except TimeoutError:
             error = f"kv_transfer: not ready for {command.source_id} within {context.timeout_s:g} s"
         except HBServeError as problem:
             error = str(problem)
-        mine = Peer(rank=context.rank, epoch=context.epoch, endpoint=endpoint, link_epoch=command.link_epoch)
+        receiver = Peer(rank=context.rank, epoch=context.epoch, endpoint=endpoint, link_epoch=command.link_epoch)
         self._report(
             LinkOpened(
                 epoch=context.epoch,
                 source_id=command.source_id,
                 link_epoch=command.link_epoch,
-                peers=[mine],
+                peers=[receiver],
                 error=error,
             )
         )
@@ -330,27 +332,27 @@ class KVTransferManager(ABC):
     async def _close_link(self, command: CloseLink, opening: asyncio.Task[None] | None) -> None:
         if opening is not None:  # or it would be open when it has been closed
             await asyncio.wait([opening])
-        await self._close_inbox(self._sources_of(command), command.senders_done)
+        await self._close_receive_window(self._sources_of(command), command.senders_done)
         if self._merging:
             await asyncio.wait(self._merging)
         self._report(LinkClosed(epoch=self._context.epoch, source_id=command.source_id, link_epoch=command.link_epoch))
 
     def _sources_of(self, command: OpenLink | CloseLink) -> list[Peer]:
         """The ranks that write here."""
-        return [command.sources[way.source] for way in self._shard.incoming(len(command.sources))]
+        return [command.sources[route.source] for route in self._shard.incoming(len(command.sources))]
 
     async def _cancel_and_wait(self, transfer_ids: set[str]) -> None:
-        tasks = [self._tasks[name, False] for name in transfer_ids if (name, False) in self._tasks]
+        tasks = [self._tasks[transfer_id, False] for transfer_id in transfer_ids if (transfer_id, False) in self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _gather(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+async def _gather_or_cancel(work: list[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all; at the first failure, or if it is cancelled, the others are, and waited for."""
     if len(work) == 1:
         return [await work[0]]
-    tasks = [asyncio.create_task(each) for each in work]
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
@@ -360,7 +362,7 @@ async def _gather(work: list[Coroutine[Any, Any, T]]) -> list[T]:
         raise
 
 
-async def to_its_end(task: asyncio.Task[None]) -> None:
+async def wait_despite_cancel(task: asyncio.Task[None]) -> None:
     """Wait for work that cannot be broken off; a cancellation meanwhile takes effect after it."""
     try:
         await asyncio.shield(task)
@@ -373,7 +375,7 @@ async def to_its_end(task: asyncio.Task[None]) -> None:
         raise
 
 
-class _Done:
+class _Success:
     """What is known of a side of a transfer that went well."""
 
     def __init__(self, queued_s: float = 0.0, checksums: list[int] | None = None) -> None:

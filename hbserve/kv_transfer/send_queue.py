@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hbserve.errors import KVTransferError
 from hbserve.messages.transfer import ALL_LAYERS, LayerGroup
 
-MAX_LETTERS = 64
+MAX_BATCH_ITEMS = 64
 """In one write."""
 
 
@@ -19,26 +19,35 @@ class SendItem:
     """One transfer's blocks, and the event of their arrival.
 
     Args:
-        name: the transfer's.
-        source_ids, target_ids: blocks here, and there.
+        transfer_id: the transfer's.
+        source_blocks, target_blocks: blocks here, and there.
         layers: what is sent of each.
     """
 
     def __init__(
-        self, name: str, source_ids: Sequence[int], target_ids: Sequence[int], layers: LayerGroup = ALL_LAYERS
+        self,
+        transfer_id: str,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        layers: LayerGroup = ALL_LAYERS,
     ) -> None:
-        self.name, self.source_ids, self.target_ids, self.layers = name, source_ids, target_ids, layers
+        self.transfer_id, self.source_blocks, self.target_blocks, self.layers = (
+            transfer_id,
+            source_blocks,
+            target_blocks,
+            layers,
+        )
         self.written: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self.put_at = time.monotonic()
+        self.queued_at_s = time.monotonic()
 
 
 class SendQueue:
     """One link's writes: what has gathered while one write was under way leaves with the next, as one.
 
     Args:
-        write: sends letters, in a thread of this outbox; blocks.
+        write: sends items, in a thread of this outbox; blocks.
         max_batch_blocks: most blocks in one write, if more than one transfer is in it.
-        writes_end: see `OneSidedKVTransfer.writes_end`.
+        writes_end_soon: see `OneSidedKVTransfer.writes_end_soon`.
         begin: called first, in the same thread; that it fails is not told, for the first write would, too.
         end: called when the last write has ended, in the same thread.
     """
@@ -47,38 +56,38 @@ class SendQueue:
         self,
         write: Callable[[list[SendItem]], None],
         max_batch_blocks: int,
-        writes_end: bool,
-        begin: Callable[[], None],
-        end: Callable[[], None] = lambda: None,
+        writes_end_soon: bool,
+        on_start: Callable[[], None],
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._write = write
         self._max_batch_blocks = max_batch_blocks
-        self._writes_end = writes_end
-        self._end: Callable[[], None] | None = end
+        self._writes_end = writes_end_soon
+        self._on_end: Callable[[], None] | None = on_end
         self._waiting: deque[SendItem] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-outbox")
-        self._thread.submit(begin)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
+        self._thread.submit(on_start)
         self._writer: asyncio.Task[None] | None = None
         self._broken: KVTransferError | None = None
 
-    async def put(self, letter: SendItem) -> float:
-        """Send a letter; returns the seconds that went to others.
+    async def put(self, item: SendItem) -> float:
+        """Send an item; returns the seconds that went to others.
 
         Raises:
             KVTransferError: if this or an earlier write on the link has failed.
         """
         if self._broken is not None:
             raise self._broken
-        self._waiting.append(letter)
+        self._waiting.append(item)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._drain())
         try:
-            return await asyncio.shield(letter.written)
+            return await asyncio.shield(item.written)
         except asyncio.CancelledError:
-            if letter in self._waiting:
-                self._waiting.remove(letter)
+            if item in self._waiting:
+                self._waiting.remove(item)
             elif self._writes_end:
-                await self._until(letter.written)
+                await self._until(item.written)
             raise
 
     async def _until(self, written: asyncio.Future[float]) -> None:
@@ -91,14 +100,14 @@ class SendQueue:
     async def _drain(self) -> None:
         while self._waiting:
             batch = [self._waiting.popleft()]
-            num_blocks = len(batch[0].source_ids)
+            num_blocks = len(batch[0].source_blocks)
             while (
                 self._waiting
-                and len(batch) < MAX_LETTERS
-                and num_blocks + len(self._waiting[0].source_ids) <= self._max_batch_blocks
+                and len(batch) < MAX_BATCH_ITEMS
+                and num_blocks + len(self._waiting[0].source_blocks) <= self._max_batch_blocks
             ):
                 batch.append(self._waiting.popleft())
-                num_blocks += len(batch[-1].source_ids)
+                num_blocks += len(batch[-1].source_blocks)
             started = time.monotonic()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
@@ -106,15 +115,15 @@ class SendQueue:
                 self._break(error if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
                 return
             ended = time.monotonic()
-            for letter in batch:
-                share_s = (ended - started) * len(letter.source_ids) / num_blocks
-                letter.written.set_result(ended - letter.put_at - share_s)
+            for item in batch:
+                share_s = (ended - started) * len(item.source_blocks) / num_blocks
+                item.written.set_result(ended - item.queued_at_s - share_s)
 
     def _break(self, error: KVTransferError, batch: list[SendItem]) -> None:
         self._broken = error
-        for letter in (*batch, *self._waiting):
-            letter.written.set_exception(error)
-            letter.written.exception()  # one whose transfer was cancelled has nobody to look at it
+        for item in (*batch, *self._waiting):
+            item.written.set_exception(error)
+            item.written.exception()  # one whose transfer was cancelled has nobody to look at it
         self._waiting.clear()
 
     async def close(self) -> None:
@@ -127,7 +136,7 @@ class SendQueue:
     def abandon(self) -> None:
         """Begin no more writes, and do not wait for the one that is under way."""
         self._break(self._broken or KVTransferError("the link was closed"), [])
-        if self._end is not None:
-            self._thread.submit(self._end)
-            self._end = None
+        if self._on_end is not None:
+            self._thread.submit(self._on_end)
+            self._on_end = None
         self._thread.shutdown(wait=False)

@@ -61,7 +61,7 @@ class CloseLink(Message, frozen=True):
     senders_done: bool
 
 
-class EnterLink(Message, frozen=True):
+class ConnectLink(Message, frozen=True):
     """To the sender of a link: it is open; get ready, so that the first request does not wait for that. Not answered.
 
     Attributes:
@@ -71,7 +71,7 @@ class EnterLink(Message, frozen=True):
     targets: list[Peer]
 
 
-class LeaveLink(Message, frozen=True):
+class DisconnectLink(Message, frozen=True):
     """To the sender of a link: nothing goes over it any more; let go of what is there for it. Not answered.
 
     Attributes:
@@ -188,5 +188,5 @@ class TransferResult(Message, frozen=True):
     checksums: list[list[int]] | None = None
 
 
-TransferCommand = OpenLink | CloseLink | EnterLink | LeaveLink | ReceiveBlocks | FinishBlocks | CancelTransfer
+TransferCommand = OpenLink | CloseLink | ConnectLink | DisconnectLink | ReceiveBlocks | FinishBlocks | CancelTransfer
 TransferReply = LinkOpened | LinkClosed | TransferResult

@@ -12,10 +12,10 @@ from hbserve.messages.transfer import (
     ALL_LAYERS,
     CancelTransfer,
     CloseLink,
-    EnterLink,
+    ConnectLink,
+    DisconnectLink,
     FinishBlocks,
     LayerGroup,
-    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -188,7 +188,7 @@ class TransferTracker:
         link = self._links.get((opened.source_id, target.id))
         if link is not None and link.epoch == opened.link_epoch:
             link.targets = opened.peers
-            link.source.send(EnterLink(targets=link.targets))
+            link.source.send(ConnectLink(targets=link.targets))
 
     def on_link_closed(self, target: InstanceHandle, closed: LinkClosed) -> None:
         """Nothing of a broken link is written any more: its blocks return."""
@@ -301,7 +301,7 @@ class TransferTracker:
             if transfer.sender_open and not link.sender_lost:
                 transfer.source.instance.send(CancelTransfer(transfer_id=transfer.transfer_id))
         if not link.sender_lost:
-            link.source.send(LeaveLink(targets=link.targets or link.addressed))
+            link.source.send(DisconnectLink(targets=link.targets or link.addressed))
         self._end_if_senders_are_done(link)
         return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
 

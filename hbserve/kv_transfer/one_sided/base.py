@@ -47,7 +47,7 @@ class OneSidedKVTransfer(ABC):
     """Writes KV blocks into another instance's arena. One object per rank and epoch of an instance.
 
     The receiver opens an *inbox* for each link and each link epoch, which gives the senders the right
-    to write. What makes it safe is the way an inbox ends: `close_inbox` returns when no write of those
+    to write. What makes it safe is the way an inbox ends: `close_receive_window` returns when no write of those
     senders can arrive any more, whatever state they are in.
 
     Args:
@@ -55,7 +55,7 @@ class OneSidedKVTransfer(ABC):
         kv_blocks: this rank's arena as ``[block, byte]``, uint8.
     """
 
-    writes_end: bool
+    writes_end_soon: bool
     """Whether `write` always ends soon by itself. A sender then confirms a cancelled transfer only after
     its write has ended; else it does at once, and it is the receiver alone that stops the write."""
 
@@ -72,7 +72,7 @@ class OneSidedKVTransfer(ABC):
         """Get ready; called before anything else."""
 
     @abstractmethod
-    async def open_inbox(self, sources: list[Peer]) -> str:
+    async def open_receive_window(self, sources: list[Peer]) -> str:
         """Let a link's senders write; what they need to know, which comes back as ``endpoint`` in their `write`.
 
         Args:
@@ -83,7 +83,7 @@ class OneSidedKVTransfer(ABC):
         """
 
     @abstractmethod
-    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+    async def close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         """Return when no write of these senders on this link epoch can arrive any more.
 
         Args:
@@ -109,14 +109,14 @@ class OneSidedKVTransfer(ABC):
             KVTransferError
         """
 
-    def enter(self, target: Peer) -> None:  # noqa: B027 - likewise
+    def connect(self, target: Peer) -> None:  # noqa: B027 - likewise
         """Get ready for the first `write`. Called in its thread; what fails here will fail there once more.
 
         Raises:
             HBServeError
         """
 
-    def leave(self, target: Peer) -> None:  # noqa: B027 - likewise
+    def disconnect(self, target: Peer) -> None:  # noqa: B027 - likewise
         """Let go of what is there for writing to a rank on a link that has ended, after the last `write`. Called in the
         thread of `write`; where that was never called, in the event loop's."""
 

@@ -24,8 +24,8 @@ from hbserve.messages.transfer import Peer
 
 LinkKey = tuple[int, int, int]
 
-_LAST_WORD = b"."
-_LONGEST_KEY = 100
+_END_BYTE = b"."
+_MAX_KEY_BYTES = 100
 
 
 def link_key(peer: Peer) -> LinkKey:
@@ -45,7 +45,7 @@ class MappingLeases:
         self._name = secrets.token_hex(16)
         self._given: dict[LinkKey, _Lease] = {}
         self._taken: dict[LinkKey, socket.socket] = {}
-        self._asking: dict[socket.socket, asyncio.Task[None]] = {}  # connections whose link is not known yet
+        self._unidentified: dict[socket.socket, asyncio.Task[None]] = {}  # connections whose link is not known yet
         self._ended: set[LinkKey] = set()  # before anybody has asked
 
     @property
@@ -72,23 +72,23 @@ class MappingLeases:
                     connection.close()
                     continue
                 connection.setblocking(False)
-                self._asking[connection] = self._loop.create_task(self._take(connection))
+                self._unidentified[connection] = self._loop.create_task(self._identify(connection))
 
-    async def _take(self, connection: socket.socket) -> None:
+    async def _identify(self, connection: socket.socket) -> None:
         try:
-            rank, epoch, link_epoch = map(int, (await self._loop.sock_recv(connection, _LONGEST_KEY)).split())
+            rank, epoch, link_epoch = map(int, (await self._loop.sock_recv(connection, _MAX_KEY_BYTES)).split())
         except (ValueError, OSError):
             connection.close()
             return
         finally:
-            del self._asking[connection]
+            del self._unidentified[connection]
         key = rank, epoch, link_epoch
         self._taken[key] = connection
         if key in self._ended:
             self._ended.remove(key)
             self._end(key)
 
-    def end(self, target: Peer) -> None:
+    def end_lease(self, target: Peer) -> None:
         """This side writes no more on a link. Callable from any thread."""
         self._loop.call_soon_threadsafe(self._end, link_key(target))
 
@@ -97,11 +97,11 @@ class MappingLeases:
         if connection is None:
             self._ended.add(key)
         else:
-            _say_last_word(connection)
+            _send_end(connection)
 
     # --- of the receiver ---------------------------------------------------------------------------
 
-    async def give(self, sources: list[Peer]) -> None:
+    async def open_leases(self, sources: list[Peer]) -> None:
         """Before a link's senders learn how to map the arena.
 
         Raises:
@@ -129,10 +129,10 @@ class MappingLeases:
             with contextlib.suppress(ConnectionError):  # it has just died
                 connection.send(f"{self._context.rank} {self._context.epoch} {source.link_epoch}".encode())
 
-    def _explain(self, why: str) -> str:
-        return f"kv_transfer.backend {self._backend}: {why}; use nccl, or mooncake over tcp or rdma"
+    def _explain(self, reason: str) -> str:
+        return f"kv_transfer.backend {self._backend}: {reason}; use nccl, or mooncake over tcp or rdma"
 
-    async def until_over(self, sources: list[Peer], senders_done: bool) -> None:
+    async def wait_until_over(self, sources: list[Peer], senders_done: bool) -> None:
         """Return when none of a link's senders can write any more.
 
         Args:
@@ -141,7 +141,7 @@ class MappingLeases:
         for key in map(link_key, sources):
             if key in self._given:
                 if not senders_done:
-                    await self._given[key].until_over()
+                    await self._given[key].wait_until_over()
                 self._given.pop(key).close()
 
     # --- of both -----------------------------------------------------------------------------------
@@ -156,16 +156,16 @@ class MappingLeases:
         self._listener.shutdown(socket.SHUT_RD)  # from here on whoever asks is refused
         self._accept()
         self._listener.close()
-        for connection, task in list(self._asking.items()):
+        for connection, task in list(self._unidentified.items()):
             task.cancel()
             await asyncio.wait([task])
-            _say_last_word(connection)
+            _send_end(connection)
         for key in list(self._taken):
             self._end(key)
         try:
             async with asyncio.timeout(self._context.timeout_s):
                 for key in list(self._given):
-                    await self._given[key].until_over()
+                    await self._given[key].wait_until_over()
                     self._given.pop(key).close()
         except TimeoutError:
             raise KVTransferError(
@@ -181,7 +181,7 @@ class _Lease:
     connection: socket.socket
     process: int
 
-    async def until_over(self) -> None:
+    async def wait_until_over(self) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionError):
             if await loop.sock_recv(self.connection, 1):
@@ -205,9 +205,9 @@ def _peer_of(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def _say_last_word(connection: socket.socket) -> None:
+def _send_end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the receiver has gone
-        connection.send(_LAST_WORD)
+        connection.send(_END_BYTE)
     connection.close()
 
 

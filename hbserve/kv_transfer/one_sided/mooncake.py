@@ -115,14 +115,14 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         super().__init__(context, kv_blocks)
         self._settings = MooncakeSettings.load(context.mooncake_protocol, context.mooncake_device)
         self._host = context.host if context.host_is_given else self._settings.host or context.host
-        self._inboxes: dict[tuple[LinkKey, ...], Any] = {}
+        self._windows: dict[tuple[LinkKey, ...], Any] = {}
         self._outbound: Any = None
         self._leases: MappingLeases | None = None
         self._mapping: dict[LinkKey, Any] = {}  # engines that have one receiver's arena mapped
         self._thread = threading.local()
 
     @property
-    def writes_end(self) -> bool:  # type: ignore[override]
+    def writes_end_soon(self) -> bool:  # type: ignore[override]
         """Copies over NVLink do; a write to a peer that has stopped lasts until the library's time limits."""
         return self._leases is not None
 
@@ -184,19 +184,19 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             torch.zeros(1, device=self.kv_blocks.device)  # a launch makes it current
             self._thread.has_context = True
 
-    async def open_inbox(self, sources: list[Peer]) -> str:
+    async def open_receive_window(self, sources: list[Peer]) -> str:
         """``session address``: where the engine is, and where the arena is in this process."""
         if self._leases is not None:
-            await self._leases.give(sources)
+            await self._leases.open_leases(sources)
         engine = await asyncio.to_thread(self._make_engine)
-        self._inboxes[_link(sources)] = engine
+        self._windows[_link(sources)] = engine
         return f"{self._host}:{engine.get_rpc_port()} {self.kv_blocks.data_ptr()}"
 
-    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
-        engines = {0: self._inboxes.pop(_link(sources), None)}
+    async def close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
+        engines = {0: self._windows.pop(_link(sources), None)}
         await asyncio.to_thread(self._end, engines)
         if self._leases is not None:
-            await self._leases.until_over(sources, senders_done)
+            await self._leases.wait_until_over(sources, senders_done)
 
     def _engine_to(self, target: Peer) -> Any:
         """One for all, but for arenas that are mapped: a mapping ends with its engine."""
@@ -206,16 +206,16 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             self._mapping[link_key(target)] = self._make_engine()
         return self._mapping[link_key(target)]
 
-    def enter(self, target: Peer) -> None:
+    def connect(self, target: Peer) -> None:
         """Make the engine that will map the arena."""
         self._engine_to(target)
 
-    def leave(self, target: Peer) -> None:
+    def disconnect(self, target: Peer) -> None:
         """Memory of a receiver that has died is only free when nobody has it mapped."""
         if self._leases is not None:
             if link_key(target) in self._mapping:
                 self._end({0: self._mapping.pop(link_key(target))})
-            self._leases.end(target)
+            self._leases.end_lease(target)
 
     def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
         self._enter_device()
@@ -231,22 +231,22 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
     def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
         self._enter_device()
         session, address = target.endpoint.split(" ")
-        mine, theirs = source.data_ptr(), int(address)
+        source_address, target_address = source.data_ptr(), int(address)
         engine = self._engine_to(target)
         for first in range(0, len(runs), _MAX_RUNS):
-            some = runs[first : first + _MAX_RUNS]
+            batch = runs[first : first + _MAX_RUNS]
             code = engine.batch_transfer_sync_write(
                 session,
-                [mine + here for here, _, _ in some],
-                [theirs + there for _, there, _ in some],
-                [num_bytes for _, _, num_bytes in some],
+                [source_address + here for here, _, _ in batch],
+                [target_address + there for _, there, _ in batch],
+                [num_bytes for _, _, num_bytes in batch],
             )
             if code != 0:
                 raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
 
     async def stop(self) -> None:
         self._outbound = None  # lives on while a write is under way
-        await asyncio.to_thread(self._end, self._inboxes)
+        await asyncio.to_thread(self._end, self._windows)
         if self._leases is not None:
             await self._leases.stop()
 

@@ -19,7 +19,7 @@ from hbserve.platform.remote_arena import ByteRun, RemoteArena
 class SharedMemoryKVTransfer(OneSidedKVTransfer):
     """The ``shm`` backend of the configuration."""
 
-    writes_end = True
+    writes_end_soon = True
 
     def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, sharing: ArenaSharing) -> None:
         super().__init__(context, kv_blocks)
@@ -36,17 +36,17 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
     async def start(self) -> None:
         await self._leases.start()
 
-    async def open_inbox(self, sources: list[Peer]) -> str:
+    async def open_receive_window(self, sources: list[Peer]) -> str:
         """``bytes handle``: of the arena.
 
         Raises:
             StartupError: if a sender is where its end could not be seen.
         """
-        await self._leases.give(sources)
+        await self._leases.open_leases(sources)
         return f"{self.kv_blocks.nbytes} {self._handle}"
 
-    async def close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
-        await self._leases.until_over(sources, senders_done)
+    async def close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
+        await self._leases.wait_until_over(sources, senders_done)
 
     def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
         try:
@@ -54,7 +54,7 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         except (RuntimeError, OSError) as error:
             raise KVTransferError(f"cannot write to the receiver's arena, is it on this host? {error}") from None
 
-    def enter(self, target: Peer) -> None:
+    def connect(self, target: Peer) -> None:
         """Map the arena."""
         self._arena_of(target)
 
@@ -65,12 +65,12 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
             arena = self._opened[link_key(target)] = self._open_arena(handle, int(num_bytes))
         return arena
 
-    def leave(self, target: Peer) -> None:
+    def disconnect(self, target: Peer) -> None:
         """Memory of a receiver that has died is only free when nobody has it open."""
         arena = self._opened.pop(link_key(target), None)
         if arena is not None:
             arena.close()
-        self._leases.end(target)
+        self._leases.end_lease(target)
 
     async def stop(self) -> None:
         await self._leases.stop()

@@ -34,7 +34,7 @@ class DirectTransfers(KVTransferManager):
     ) -> None:
         super().__init__(backend.context, backend.kv_blocks, report, shard)
         self._backend = backend
-        self._outboxes: dict[tuple[int, int, int], SendQueue] = {}
+        self._queues: dict[tuple[int, int, int], SendQueue] = {}
 
     @property
     def endpoint(self) -> str:
@@ -45,49 +45,51 @@ class DirectTransfers(KVTransferManager):
 
     async def cancel_all(self) -> None:
         await super().cancel_all()
-        await asyncio.gather(*(outbox.close() for outbox in self._outboxes.values()))
-        self._outboxes.clear()
+        await asyncio.gather(*(queue.close() for queue in self._queues.values()))
+        self._queues.clear()
 
     async def stop(self) -> None:
         await self._backend.stop()
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        letter = SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
-        return await self._outbox(target, route).put(letter)
+        item = SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
+        return await self._queue_to(target, route).put(item)
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
         raise AssertionError("nothing is to be received from a sender that writes by itself")
 
-    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
-        return await self._backend.open_inbox(sources)
+    async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
+        return await self._backend.open_receive_window(sources)
 
-    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
-        await self._backend.close_inbox(sources, senders_done)
+    async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
+        await self._backend.close_receive_window(sources, senders_done)
 
-    def _enter(self, target: Peer, route: Route) -> None:
-        self._outbox(target, route)
+    def _connect(self, target: Peer, route: Route) -> None:
+        self._queue_to(target, route)
 
-    def _leave(self, target: Peer) -> None:
-        outbox = self._outboxes.pop((target.rank, target.epoch, target.link_epoch), None)
-        if outbox is not None:
-            outbox.abandon()
+    def _disconnect(self, target: Peer) -> None:
+        queue = self._queues.pop((target.rank, target.epoch, target.link_epoch), None)
+        if queue is not None:
+            queue.abandon()
         else:
-            self._backend.leave(target)
+            self._backend.disconnect(target)
 
-    def _outbox(self, target: Peer, route: Route) -> SendQueue:
+    def _queue_to(self, target: Peer, route: Route) -> SendQueue:
         link = (target.rank, target.epoch, target.link_epoch)
-        if link not in self._outboxes:
-            for other in [key for key in self._outboxes if key[0] == target.rank and key < link]:
-                self._outboxes.pop(other).abandon()
+        if link not in self._queues:
+            for other in [key for key in self._queues if key[0] == target.rank and key < link]:
+                self._queues.pop(other).abandon()
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
-            write = _Writer(self._backend, self._parts, self._beside_the_steps, target, route)
-            begin, end = (functools.partial(what, target) for what in (self._backend.enter, self._backend.leave))
-            self._outboxes[link] = SendQueue(write, batch_blocks, self._backend.writes_end, begin, end)
-        return self._outboxes[link]
+            write = _Writer(self._backend, self._parts, self._transfer_stream, target, route)
+            on_start, on_end = (
+                functools.partial(method, target) for method in (self._backend.connect, self._backend.disconnect)
+            )
+            self._queues[link] = SendQueue(write, batch_blocks, self._backend.writes_end_soon, on_start, on_end)
+        return self._queues[link]
 
 
 class _Writer:
-    """Writes letters to one rank. Used in one thread.
+    """Writes items to one rank. Used in one thread.
 
     A part of a row would be a thousand small pieces for every block, so it never travels as such. Where
     the receiver holds less of each row, the sender puts the part together before (``staging``); where
@@ -99,38 +101,38 @@ class _Writer:
         self,
         backend: OneSidedKVTransfer,
         parts: BlockParts,
-        beside_the_steps: Callable[[], AbstractContextManager[None]],
+        transfer_stream: Callable[[], AbstractContextManager[None]],
         target: Peer,
         route: Route,
     ) -> None:
-        self._backend, self._parts, self._beside_the_steps = backend, parts, beside_the_steps
+        self._backend, self._parts, self._transfer_stream = backend, parts, transfer_stream
         self._target, self._route = target, route
         self._staged_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
         self._staging: torch.Tensor | None = None
 
-    def __call__(self, letters: list[SendItem]) -> None:
-        for layers, some in itertools.groupby(letters, lambda letter: letter.layers):
-            blocks = [pair for letter in some for pair in zip(letter.source_ids, letter.target_ids, strict=True)]
+    def __call__(self, items: list[SendItem]) -> None:
+        for layers, group in itertools.groupby(items, lambda item: item.layers):
+            blocks = [pair for item in group for pair in zip(item.source_blocks, item.target_blocks, strict=True)]
             if self._route.source_part == WHOLE:
                 block_bytes = self._parts.kv_blocks.shape[1]
                 first = layers.index * (block_bytes // layers.count)
                 pieces = [(here * block_bytes + first, there) for here, there in blocks]
                 self._write(self._parts.kv_blocks, pieces, layers)
             else:
-                self._put_together_and_write(blocks, layers)
+                self._gather_and_write(blocks, layers)
 
-    def _put_together_and_write(self, blocks: list[tuple[int, int]], layers: LayerGroup) -> None:
+    def _gather_and_write(self, blocks: list[tuple[int, int]], layers: LayerGroup) -> None:
         parts = self._parts.of_layers(layers)
         size = parts.part_bytes(self._route.source_part)
         if self._staging is None:
             self._staging = self._backend.make_staging(self._target, self._staged_bytes)
-        at_once = self._staged_bytes // size
-        for first in range(0, len(blocks), at_once):
-            some = blocks[first : first + at_once]
-            out = self._staging[: len(some) * size].view(len(some), size)
-            with self._beside_the_steps():
-                parts.take([source for source, _ in some], self._route.source_part, out)
-            self._write(self._staging, [(place * size, there) for place, (_, there) in enumerate(some)], layers)
+        max_blocks = self._staged_bytes // size
+        for first in range(0, len(blocks), max_blocks):
+            group = blocks[first : first + max_blocks]
+            out = self._staging[: len(group) * size].view(len(group), size)
+            with self._transfer_stream():
+                parts.take([source for source, _ in group], self._route.source_part, out)
+            self._write(self._staging, [(place * size, there) for place, (_, there) in enumerate(group)], layers)
 
     def _write(self, source: torch.Tensor, pieces: list[tuple[int, int]], layers: LayerGroup) -> None:
         """Write pieces, each an offset in ``source`` and the block there that it is a stretch of."""

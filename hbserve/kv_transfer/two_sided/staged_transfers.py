@@ -15,7 +15,7 @@ from hbserve.import_path import load_class
 from hbserve.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import Part, Route, Shard
-from hbserve.kv_transfer.manager import KVTransferManager, to_its_end
+from hbserve.kv_transfer.manager import KVTransferManager, wait_despite_cancel
 from hbserve.kv_transfer.two_sided.buffers import ByteBudget
 from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 
@@ -92,12 +92,12 @@ class StagedTransfers(KVTransferManager):
         num_bytes = shape[0] * shape[1]
         self._backend.add_peer(target)
         asked_at = loop.time()
-        await self._staging.take(num_bytes)
+        await self._staging.reserve(num_bytes)
         queued_s = loop.time() - asked_at
         sending = asyncio.create_task(self._take_and_send(command, target, parts, route, shape))
         # Not here: one that is left to itself still has its buffer.
-        sending.add_done_callback(lambda _: self._staging.give_back(num_bytes))
-        await _its_result(sending, "send_kv_cache")
+        sending.add_done_callback(lambda _: self._staging.free(num_bytes))
+        await _result_of(sending, "send_kv_cache")
         return queued_s
 
     async def _take_and_send(
@@ -112,7 +112,7 @@ class StagedTransfers(KVTransferManager):
         try:
             self._backend.add_peer(source)
             work = self._backend.receive_kv_cache(command.transfer_id, source.rank)
-            buffer = await _its_result(asyncio.ensure_future(work), "receive_kv_cache")
+            buffer = await _result_of(asyncio.ensure_future(work), "receive_kv_cache")
             parts = self._parts.of_layers(command.layers)
             expected = len(command.block_ids) * parts.part_bytes(route.target_part)
             if not isinstance(buffer, torch.Tensor):
@@ -121,34 +121,34 @@ class StagedTransfers(KVTransferManager):
                 raise KVTransferError(f"received {buffer.nbytes} bytes where {expected} were expected")
             rows = buffer.contiguous().view(torch.uint8).view(len(command.block_ids), -1)
             put = asyncio.to_thread(self._put, parts, command.block_ids, route.target_part, rows)
-            await to_its_end(asyncio.create_task(put))
+            await wait_despite_cancel(asyncio.create_task(put))
         finally:
             of_link.discard(command.transfer_id)
 
-    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+    async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
         return self._backend.endpoint
 
-    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+    async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         for source in sources:
             await self._cancel_and_wait(self._receiving.pop(_link(source), set()))
 
-    def _leave(self, target: Peer) -> None:
+    def _disconnect(self, target: Peer) -> None:
         pass  # what a user's backend has for its peers is its own affair
 
     @torch.inference_mode()
     def _take(self, parts: BlockParts, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
-        with self._beside_the_steps():
+        with self._transfer_stream():
             buffer = torch.empty(shape, dtype=torch.uint8, device=self._kv_blocks.device)
             parts.take(block_ids, part, buffer)
             return buffer
 
     @torch.inference_mode()
     def _put(self, parts: BlockParts, block_ids: list[int], part: Part, rows: torch.Tensor) -> None:
-        with self._beside_the_steps():
+        with self._transfer_stream():
             parts.put(block_ids, part, rows)
 
 
-async def _its_result(work: asyncio.Future[T], name: str) -> T:
+async def _result_of(work: asyncio.Future[T], name: str) -> T:
     """What a user's method returns; cancelled, it has a moment to end."""
     try:
         await asyncio.wait([work])

@@ -27,7 +27,7 @@ from hbserve.errors import KVTransferError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import Part
-from hbserve.kv_transfer.send_queue import MAX_LETTERS, SendItem
+from hbserve.kv_transfer.send_queue import MAX_BATCH_ITEMS, SendItem
 from hbserve.messages.transfer import LayerGroup
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ _SENDER, _RECEIVER = 0, 1
 _NUM_SLOTS = 3
 _PIECE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 """Large enough for the link's full rate, small enough that the copies at both ends hide behind it."""
-_HEADER_WORDS = 2 + 2 * MAX_LETTERS
+_HEADER_WORDS = 2 + 2 * MAX_BATCH_ITEMS
 
 
 class Header(NamedTuple):
@@ -45,15 +45,15 @@ class Header(NamedTuple):
 
     Attributes:
         piece_bytes: most bytes of a piece.
-        parcels: of each transfer its name's digest and its bytes.
+        chunks: of each transfer its name's digest and its bytes.
     """
 
     piece_bytes: int
-    parcels: list[tuple[int, int]]
+    chunks: list[tuple[int, int]]
 
     def words(self) -> list[int]:
         """As it travels."""
-        words = [len(self.parcels), self.piece_bytes, *(word for parcel in self.parcels for word in parcel)]
+        words = [len(self.chunks), self.piece_bytes, *(word for chunk in self.chunks for word in chunk)]
         return words + [0] * (_HEADER_WORDS - len(words))
 
     @staticmethod
@@ -64,13 +64,13 @@ class Header(NamedTuple):
             KVTransferError: if it is none.
         """
         count, piece_bytes, *rest = words
-        parcels = list(zip(rest[0 : 2 * count : 2], rest[1 : 2 * count : 2], strict=True))
-        if not 0 < count <= MAX_LETTERS or piece_bytes <= 0 or any(size <= 0 for _, size in parcels):
+        chunks = list(zip(rest[0 : 2 * count : 2], rest[1 : 2 * count : 2], strict=True))
+        if not 0 < count <= MAX_BATCH_ITEMS or piece_bytes <= 0 or any(size <= 0 for _, size in chunks):
             raise KVTransferError("what came is no header of transfers")
-        return Header(piece_bytes, parcels)
+        return Header(piece_bytes, chunks)
 
 
-class Wanted:
+class PendingReceive:
     """Blocks that have been asked for, and the event of their arrival."""
 
     def __init__(self, block_ids: Sequence[int], layers: LayerGroup) -> None:
@@ -87,7 +87,7 @@ class Wanted:
         else:
             self.arrived.set_exception(error)
 
-    def settle_soon(self) -> None:
+    def settle_threadsafe(self) -> None:
         """From another thread: they are there."""
         self._loop.call_soon_threadsafe(self.settle, None)
 
@@ -107,7 +107,7 @@ class _Link:
     """
 
     _rank: int
-    _before_the_steps: bool
+    _high_priority: bool
     """Whether its kernels get multiprocessors before those of the steps."""
 
     def __init__(
@@ -127,26 +127,26 @@ class _Link:
         self._device = context.device if use_nccl else torch.device("cpu")
         self._headers: Any = None
         self._data: Any = None
-        self._has_met: bool | None = None
+        self._has_joined: bool | None = None
         self._is_closed = False
         self._slots: list[torch.Tensor | None] = [None] * _NUM_SLOTS
         self._streams: list[Any] = []
         if context.device.type == "cuda":
-            priority = -1 if self._before_the_steps else 0
+            priority = -1 if self._high_priority else 0
             self._streams = [torch.cuda.Stream(context.device, priority=priority) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
 
-    def meet(self) -> None:
+    def rendezvous(self) -> None:
         """Make the groups, unless that has been done. In the link's thread; blocks up to the time limit.
 
         Raises:
             KVTransferError: now, or when it was tried before: a name is used once.
         """
-        if self._has_met is None:
-            self._has_met = False
+        if self._has_joined is None:
+            self._has_joined = False
             with self._explained():
                 self._make_groups()
-            self._has_met = True
-        if not self._has_met:
+            self._has_joined = True
+        if not self._has_joined:
             raise KVTransferError(f"KV link {self.name}: the two sides have not met")
 
     def _make_groups(self) -> None:
@@ -159,7 +159,7 @@ class _Link:
             torch.cuda.set_device(self._context.device)
             nccl_options = dist.ProcessGroupNCCL.Options()
             nccl_options._timeout = self._timeout
-            nccl_options.is_high_priority_stream = self._before_the_steps
+            nccl_options.is_high_priority_stream = self._high_priority
             data = dist.ProcessGroupNCCL(dist.PrefixStore(f"{self.name}/nccl", store), rank, 2, nccl_options)
         self._data = data
         if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
@@ -204,7 +204,7 @@ class _Link:
             self._abort_groups()
 
     def _abort_groups(self) -> None:
-        for group in {id(each): each for each in (self._data, self._headers)}.values():
+        for group in {id(group): group for group in (self._data, self._headers)}.values():
             if group is not None and hasattr(group, "abort"):
                 with contextlib.suppress(RuntimeError):
                     group.abort()
@@ -214,39 +214,39 @@ class SendingLink(_Link):
     """The sender's end. `send` is called in one thread, `close` in any."""
 
     _rank = _SENDER
-    _before_the_steps = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
+    _high_priority = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
 
-    def send(self, letters: list[SendItem]) -> None:
+    def send(self, items: list[SendItem]) -> None:
         """Send a batch; return when all of it is out.
 
         Raises:
             KVTransferError
         """
-        self.meet()
+        self.rendezvous()
         with self._explained():
             limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
             piece_bytes = max(1, limit // self._part_bytes) * self._part_bytes
-            parcels = [
-                (digest_of(each.name), len(each.source_ids) * (self._part_bytes // each.layers.count))
-                for each in letters
+            chunks = [
+                (digest_of(item.transfer_id), len(item.source_blocks) * (self._part_bytes // item.layers.count))
+                for item in items
             ]
-            header = Header(piece_bytes, parcels)
+            header = Header(piece_bytes, chunks)
             announced = self._headers.send([torch.tensor(header.words())], _RECEIVER, 0)
-            under_way: deque[tuple[int, Any]] = deque()
+            in_flight: deque[tuple[int, Any]] = deque()
             pieces = (
-                (letter.layers, piece)
-                for letter in letters
-                for piece in _cut(letter.source_ids, piece_bytes // self._part_bytes * letter.layers.count)
+                (item.layers, piece)
+                for item in items
+                for piece in _cut(item.source_blocks, piece_bytes // self._part_bytes * item.layers.count)
             )
             for number, (layers, block_ids) in enumerate(pieces):
                 slot = number % _NUM_SLOTS
-                if len(under_way) == _NUM_SLOTS:
-                    index, work = under_way.popleft()
+                if len(in_flight) == _NUM_SLOTS:
+                    index, work = in_flight.popleft()
                     if not self._use_nccl:  # else the streams keep the order
                         work.wait(self._timeout)
-                under_way.append((slot, self._send_piece(slot, layers, block_ids, piece_bytes)))
+                in_flight.append((slot, self._send_piece(slot, layers, block_ids, piece_bytes)))
             announced.wait(self._timeout)
-            for index, work in under_way:
+            for index, work in in_flight:
                 self._wait(index, work)
 
     def _send_piece(self, slot: int, layers: LayerGroup, block_ids: Sequence[int], piece_bytes: int) -> Any:
@@ -271,31 +271,31 @@ class ReceivingLink(_Link):
     """The receiver's end, with a thread for what blocks.
 
     Attributes:
-        wanted: what has been asked for, by digest; changed in the event loop's thread.
+        pending: what has been asked for, by digest; changed in the event loop's thread.
     """
 
     _rank = _RECEIVER
-    _before_the_steps = False  # decode's are short, and somebody waits for each
+    _high_priority = False  # decode's are short, and somebody waits for each
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.wanted: dict[int, Wanted] = {}
+        self.pending: dict[int, PendingReceive] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.name}")
         self._writing = threading.Lock()
 
-    def begin(self) -> None:
+    def start_rendezvous(self) -> None:
         """Meet the sender beforehand; that this fails will be told when something is to be received."""
-        self._thread.submit(self.meet)
+        self._thread.submit(self.rendezvous)
 
-    async def run(self, what: Callable[[], T]) -> T:
-        """Call ``what`` in the link's thread.
+    async def run(self, call: Callable[[], T]) -> T:
+        """Call ``call`` in the link's thread.
 
         Raises:
             KVTransferError
         """
         task = asyncio.current_task()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, what)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except asyncio.CancelledError:
             if task is not None and task.cancelling():
                 raise
@@ -306,47 +306,47 @@ class ReceivingLink(_Link):
 
     def receive(self) -> Header | None:
         """Receive a batch into the arena; if something of it has not been asked for, only its header."""
-        self.meet()
+        self.rendezvous()
         with self._explained():
             words = torch.empty(_HEADER_WORDS, dtype=torch.int64)
             self._headers.recv([words], _SENDER, 0).wait(self._timeout)
             header = Header.of_words(words.tolist())
-        if any(digest not in self.wanted for digest, _ in header.parcels):
+        if any(digest not in self.pending for digest, _ in header.chunks):
             return header
-        self.receive_parcels(header)
+        self.receive_chunks(header)
         return None
 
-    def receive_parcels(self, header: Header) -> dict[int, torch.Tensor]:
+    def receive_chunks(self, header: Header) -> dict[int, torch.Tensor]:
         """Receive what a header has announced; what nobody has asked for is returned, by digest."""
-        early: dict[int, torch.Tensor] = {}
+        unrequested: dict[int, torch.Tensor] = {}
         with self._explained():
-            for digest, size in header.parcels:
-                wanted = self.wanted.get(digest)
-                if wanted is None:
-                    early[digest] = self._receive_aside(size, header.piece_bytes)
+            for digest, size in header.chunks:
+                pending = self.pending.get(digest)
+                if pending is None:
+                    unrequested[digest] = self._receive_unrequested_chunk(size, header.piece_bytes)
                     continue
-                self._check_size(wanted, size)
-                self._receive_blocks(wanted, header.piece_bytes)
-                wanted.settle_soon()
-        return early
+                self._check_size(pending, size)
+                self._receive_blocks(pending, header.piece_bytes)
+                pending.settle_threadsafe()
+        return unrequested
 
-    def _check_size(self, wanted: Wanted, num_bytes: int) -> None:
-        expected = len(wanted.block_ids) * (self._part_bytes // wanted.layers.count)
+    def _check_size(self, pending: PendingReceive, num_bytes: int) -> None:
+        expected = len(pending.block_ids) * (self._part_bytes // pending.layers.count)
         if num_bytes != expected:
             raise KVTransferError(f"received {num_bytes} bytes where {expected} were expected")
 
-    def _receive_blocks(self, wanted: Wanted, piece_bytes: int) -> None:
-        parts = self._all_layers.of_layers(wanted.layers)
+    def _receive_blocks(self, pending: PendingReceive, piece_bytes: int) -> None:
+        parts = self._all_layers.of_layers(pending.layers)
         block_bytes = parts.part_bytes(self._part)
-        under_way: deque[tuple[int, Any, BlockParts, Sequence[int], torch.Tensor]] = deque()
-        for number, piece in enumerate(_cut(wanted.block_ids, piece_bytes // block_bytes)):
+        in_flight: deque[tuple[int, Any, BlockParts, Sequence[int], torch.Tensor]] = deque()
+        for number, piece in enumerate(_cut(pending.block_ids, piece_bytes // block_bytes)):
             slot = number % _NUM_SLOTS
-            if len(under_way) == _NUM_SLOTS:
-                self._store_piece(*under_way.popleft())
+            if len(in_flight) == _NUM_SLOTS:
+                self._store_piece(*in_flight.popleft())
             with self._on_stream(slot):
                 buffer = self._slot(slot, len(piece), block_bytes, piece_bytes)
-                under_way.append((slot, self._receive_piece(buffer), parts, piece, buffer))
-        for arrival in under_way:
+                in_flight.append((slot, self._receive_piece(buffer), parts, piece, buffer))
+        for arrival in in_flight:
             self._store_piece(*arrival)
         for stream in self._streams:
             stream.synchronize()  # copies in the arena, which nothing can hold up
@@ -370,7 +370,7 @@ class ReceivingLink(_Link):
             with self._on_stream(slot):
                 parts.put(block_ids, self._part, buffer)
 
-    def _receive_aside(self, size: int, piece_bytes: int) -> torch.Tensor:
+    def _receive_unrequested_chunk(self, size: int, piece_bytes: int) -> torch.Tensor:
         with self._on_stream(0):
             buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
             works = [self._receive_piece(piece) for piece in torch.split(buffer, piece_bytes)]
@@ -378,17 +378,17 @@ class ReceivingLink(_Link):
             self._wait(0, work)
         return buffer
 
-    def put(self, wanted: Wanted, buffer: torch.Tensor) -> None:
+    def put(self, pending: PendingReceive, buffer: torch.Tensor) -> None:
         """Write what was received before it was asked for."""
-        self._check_size(wanted, buffer.nbytes)
-        self._put(0, self._all_layers.of_layers(wanted.layers), wanted.block_ids, buffer)
+        self._check_size(pending, buffer.nbytes)
+        self._put(0, self._all_layers.of_layers(pending.layers), pending.block_ids, buffer)
         for stream in self._streams:
             stream.synchronize()
 
     def fail(self, error: KVTransferError) -> None:
         """Nothing more comes: whoever waits is told."""
-        for wanted in self.wanted.values():
-            wanted.settle(error)
+        for pending in self.pending.values():
+            pending.settle(error)
 
     def close(self) -> None:
         """Return when nothing is written any more; a thread that waits for the sender is left to its time limit."""

@@ -24,7 +24,7 @@ from hbserve.kv_transfer.head_split import Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager
 from hbserve.kv_transfer.send_queue import SendItem, SendQueue
 from hbserve.kv_transfer.two_sided.buffers import KVLookupBuffer
-from hbserve.kv_transfer.two_sided.torch_link import Header, ReceivingLink, SendingLink, Wanted, digest_of
+from hbserve.kv_transfer.two_sided.torch_link import Header, PendingReceive, ReceivingLink, SendingLink, digest_of
 from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
 
 dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
@@ -50,7 +50,7 @@ class TorchTransfers(KVTransferManager):
         self._outgoing: dict[tuple[int, int, int], tuple[SendingLink, SendQueue]] = {}
         self._incoming: dict[tuple[int, int, int], ReceivingLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        self._pumps: dict[ReceivingLink, asyncio.Task[None]] = {}
+        self._receive_tasks: dict[ReceivingLink, asyncio.Task[None]] = {}
         self._arrivals = KVLookupBuffer(context.buffer_size)
         self._store: Any = None
         self._device_uuid = ""
@@ -96,8 +96,8 @@ class TorchTransfers(KVTransferManager):
         links = list(self._incoming.values())
         self._incoming.clear()
         await asyncio.gather(*(self._end(link) for link in links))
-        for sending, outbox in self._outgoing.values():
-            self._give_up(sending, outbox)
+        for sending, queue in self._outgoing.values():
+            self._abandon(sending, queue)
         self._outgoing.clear()
         await asyncio.gather(*self._closing)
 
@@ -107,43 +107,43 @@ class TorchTransfers(KVTransferManager):
     # --- sending ---------------------------------------------------------------------------------
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        link, outbox = self._way_to(target, route)
+        link, queue = self._link_to(target, route)
         try:
-            return await outbox.put(
+            return await queue.put(
                 SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
             )
         except BaseException:
             # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
             # the GPU for it would wait for the other side for good.
-            self._give_up(link, outbox)
+            self._abandon(link, queue)
             raise
 
-    def _give_up(self, link: SendingLink, outbox: SendQueue) -> None:
-        outbox.abandon()
+    def _abandon(self, link: SendingLink, queue: SendQueue) -> None:
+        queue.abandon()
         closing = asyncio.create_task(asyncio.to_thread(link.close))  # aborting takes NCCL a while
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    def _way_to(self, target: Peer, route: Route) -> tuple[SendingLink, SendQueue]:
+    def _link_to(self, target: Peer, route: Route) -> tuple[SendingLink, SendQueue]:
         key = _key(target)
         if key not in self._outgoing:
-            for other in [each for each in self._outgoing if each[0] == target.rank and each < key]:
-                self._give_up(*self._outgoing.pop(other))
-            mine = f"{self._context.rank}.{self._context.epoch}"
-            name = f"{mine}-{target.rank}.{target.epoch}.{target.link_epoch}"
+            for older in [link for link in self._outgoing if link[0] == target.rank and link < key]:
+                self._abandon(*self._outgoing.pop(older))
+            sender = f"{self._context.rank}.{self._context.epoch}"
+            name = f"{sender}-{target.rank}.{target.epoch}.{target.link_epoch}"
             connect = functools.partial(self._connection_to, target.endpoint)
             link = SendingLink(name, self._context, self._uses_nccl(target), connect, self._parts, route.source_part)
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             # A send to a peer that has stopped lasts until the time limit; it only reads.
-            self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, begin=link.meet)
+            self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, on_start=link.rendezvous)
         return self._outgoing[key]
 
-    def _enter(self, target: Peer, route: Route) -> None:
-        self._way_to(target, route)
+    def _connect(self, target: Peer, route: Route) -> None:
+        self._link_to(target, route)
 
-    def _leave(self, target: Peer) -> None:
+    def _disconnect(self, target: Peer) -> None:
         if _key(target) in self._outgoing:
-            self._give_up(*self._outgoing.pop(_key(target)))
+            self._abandon(*self._outgoing.pop(_key(target)))
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -151,66 +151,66 @@ class TorchTransfers(KVTransferManager):
         link = self._link_from(source, route)
         digest = digest_of(command.transfer_id)
         name = f"{link.name} {digest}"
-        wanted = Wanted(command.block_ids, command.layers)
+        pending = PendingReceive(command.block_ids, command.layers)
         if name in self._arrivals:
-            buffer = self._arrivals.take(name)
-            await link.run(lambda: link.put(wanted, buffer))
+            buffer = self._arrivals.pop(name)
+            await link.run(lambda: link.put(pending, buffer))
             return
-        link.wanted[digest] = wanted
+        link.pending[digest] = pending
         try:
-            if link not in self._pumps:
-                self._pumps[link] = asyncio.create_task(self._receive_what_comes(link))
-            await wanted.arrived
+            if link not in self._receive_tasks:
+                self._receive_tasks[link] = asyncio.create_task(self._receive_batches(link))
+            await pending.arrived
         finally:
-            link.wanted.pop(digest, None)
+            link.pending.pop(digest, None)
 
-    async def _receive_what_comes(self, link: ReceivingLink) -> None:
+    async def _receive_batches(self, link: ReceivingLink) -> None:
         """As long as somebody waits for something on a link; what nobody has asked for yet is kept."""
         try:
-            while link.wanted:
+            while link.pending:
                 header = await link.run(link.receive)
                 if header is not None:
-                    await self._receive_early(link, header)
+                    await self._receive_unrequested(link, header)
         except KVTransferError as error:
             link.fail(error)
         finally:
             # Here, and not in a callback, which would come after whoever asks for something in the meantime.
-            self._pumps.pop(link, None)
+            self._receive_tasks.pop(link, None)
 
-    async def _receive_early(self, link: ReceivingLink, header: Header) -> None:
-        held = sum(size for digest, size in header.parcels if digest not in link.wanted)
-        await self._arrivals.wait_for_space(held)
+    async def _receive_unrequested(self, link: ReceivingLink, header: Header) -> None:
+        reserved_bytes = sum(size for digest, size in header.chunks if digest not in link.pending)
+        await self._arrivals.reserve(reserved_bytes)
         try:
-            early = await link.run(lambda: link.receive_parcels(header))
-            for digest, buffer in early.items():
-                wanted = link.wanted.get(digest)
-                if wanted is None:
+            unrequested = await link.run(lambda: link.receive_chunks(header))
+            for digest, buffer in unrequested.items():
+                pending = link.pending.get(digest)
+                if pending is None:
                     self._arrivals.put(f"{link.name} {digest}", buffer)
-                    held -= buffer.nbytes
+                    reserved_bytes -= buffer.nbytes
                     continue
                 # It was asked for while it came.
-                await link.run(functools.partial(link.put, wanted, buffer))
-                wanted.settle(None)
+                await link.run(functools.partial(link.put, pending, buffer))
+                pending.settle(None)
         finally:
-            self._arrivals.give_back(held)
+            self._arrivals.free(reserved_bytes)
 
     def _link_from(self, source: Peer, route: Route) -> ReceivingLink:
         key = _key(source)
         if key not in self._incoming:
-            mine = f"{self._context.rank}.{self._context.epoch}"
-            name = f"{source.rank}.{source.epoch}-{mine}.{source.link_epoch}"
+            receiver = f"{self._context.rank}.{self._context.epoch}"
+            name = f"{source.rank}.{source.epoch}-{receiver}.{source.link_epoch}"
             # Not over `_store` itself: a link whose sender does not come would hold up all others there.
             connect = functools.partial(self._connection_to, self.endpoint)
             uses_nccl = self._uses_nccl(source)
             self._incoming[key] = ReceivingLink(name, self._context, uses_nccl, connect, self._parts, route.target_part)
         return self._incoming[key]
 
-    async def _open_inbox(self, sources: list[Peer], routes: list[Route]) -> str:
+    async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
         for source, route in zip(sources, routes, strict=True):
-            self._link_from(source, route).begin()
+            self._link_from(source, route).start_rendezvous()
         return self.endpoint
 
-    async def _close_inbox(self, sources: list[Peer], senders_done: bool) -> None:
+    async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         for source in sources:
             link = self._incoming.pop(_key(source), None)
             if link is not None:
@@ -219,9 +219,9 @@ class TorchTransfers(KVTransferManager):
     async def _end(self, link: ReceivingLink) -> None:
         """Return when nothing of a link is written any more."""
         await asyncio.to_thread(link.close)
-        if (pump := self._pumps.pop(link, None)) is not None:
-            pump.cancel()
-            await asyncio.wait([pump])
+        if (task := self._receive_tasks.pop(link, None)) is not None:
+            task.cancel()
+            await asyncio.wait([task])
         link.fail(KVTransferError(f"KV link {link.name} was closed"))
         self._arrivals.drop(f"{link.name} ")
 
@@ -229,8 +229,8 @@ class TorchTransfers(KVTransferManager):
 
     def _uses_nccl(self, peer: Peer) -> bool:
         """NCCL cannot join two processes on one card; gloo then goes through host memory."""
-        their_uuid = peer.endpoint.split(" ")[2]
-        return bool(self._device_uuid and their_uuid and self._device_uuid != their_uuid)
+        peer_uuid = peer.endpoint.split(" ")[2]
+        return bool(self._device_uuid and peer_uuid and self._device_uuid != peer_uuid)
 
     def _connection_to(self, endpoint: str) -> Any:
         """A connection of one link's own to the store at an endpoint."""

@@ -32,9 +32,9 @@ from hbserve.kv_transfer.two_sided.staged_transfers import make_backend
 from hbserve.messages.transfer import (
     ALL_LAYERS,
     CloseLink,
+    DisconnectLink,
     FinishBlocks,
     LayerGroup,
-    LeaveLink,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -369,7 +369,7 @@ async def test_a_closed_link_takes_no_more_writes_and_the_next_one_does(backend:
         source.manager.send(msgspec.structs.replace(send, targets=[new]))
         assert (await source.result()).error is None
         assert torch.equal(target.arena[2], source.arena[1])
-        source.manager.handle(LeaveLink(targets=[new]))
+        source.manager.handle(DisconnectLink(targets=[new]))
         async with asyncio.timeout(DEADLINE_S):
             while any(map(is_open, source.opened)):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -422,7 +422,7 @@ async def test_a_mapped_arena_is_not_used_again_until_its_senders_part_has_ended
         await asyncio.sleep(0.05)
         assert not ended.done(), "the sender may still write"
         if end == "link":
-            sender.manager.handle(LeaveLink(targets=addressed))
+            sender.manager.handle(DisconnectLink(targets=addressed))
         if end == "epoch":
             await sender.manager.stop()
         process.kill()
@@ -478,13 +478,13 @@ def test_every_rank_gets_each_of_its_heads_once_from_a_rank_that_has_it(num_head
     for num_sources, num_targets in itertools.product(sizes, sizes):
         got: dict[int, list[int]] = {target: [] for target in range(num_targets)}
         for route in routes(num_heads, num_sources, num_targets):
-            mine, theirs = (
+            sent, expected = (
                 heads_of(num_heads, num_sources, route.source),
                 heads_of(num_heads, num_targets, route.target),
             )
-            width, part = len(mine) // route.source_part.count, route.source_part.index
-            got[route.target] += mine[part * width : (part + 1) * width]
-            assert theirs[route.target_part.index * width :][:width] == mine[part * width :][:width]
+            width, part = len(sent) // route.source_part.count, route.source_part.index
+            got[route.target] += sent[part * width : (part + 1) * width]
+            assert expected[route.target_part.index * width :][:width] == sent[part * width :][:width]
         assert got == {target: heads_of(num_heads, num_targets, target) for target in range(num_targets)}
         if num_sources == num_targets:
             assert all(route.source == route.target for route in routes(num_heads, num_sources, num_targets))
@@ -562,8 +562,8 @@ async def test_heads_are_split_anew_on_the_way_and_checksums_prove_it(
                 side.manager.handle(finish)
                 assert (await side.result()).error is None
             for number, side in enumerate(targets if layers != first else ()):
-                mine = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
-                assert torch.equal(side.arena[to], mine[blocks])
+                expected = everything[:, :, heads_of(num_heads, num_targets, number)].reshape(NUM_BLOCKS, -1)
+                assert torch.equal(side.arena[to], expected[blocks])
                 assert torch.equal(side.arena[untouched], before[number][untouched])
         for side in targets:
             side.arena[30, -5] ^= 1
@@ -651,12 +651,12 @@ async def test_a_backend_that_is_none_is_refused_by_name() -> None:
 
 async def test_the_lookup_buffer_holds_arrivals_back_until_there_is_space() -> None:
     buffer = KVLookupBuffer(10)
-    await buffer.wait_for_space(8)
+    await buffer.reserve(8)
     buffer.put("a", torch.zeros(8, dtype=torch.uint8))
-    waiting = asyncio.create_task(buffer.wait_for_space(8))
+    waiting = asyncio.create_task(buffer.reserve(8))
     await asyncio.sleep(0)
     assert not waiting.done()
     assert "a" in buffer
-    buffer.take("a")
+    buffer.pop("a")
     await asyncio.wait_for(waiting, DEADLINE_S)
     assert buffer.used_bytes == 8
