@@ -7,9 +7,9 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from hbserve.errors import HBServeError, KVTransferError, StaleBlockError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import Part, Route, Shard
+from hbserve.kv_transfer.send_queue import wait_until_done
 from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
@@ -38,7 +39,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Report = Callable[[TransferReply], None]
+
 _BlockCommand = SendBlocks | ReceiveBlocks | FinishBlocks
+
+
+class _Success(NamedTuple):
+    """What is known of a side of a transfer that went well."""
+
+    queued_s: float = 0.0
+    checksums: list[int] | None = None
 
 
 class KVTransferManager(ABC):
@@ -54,13 +64,7 @@ class KVTransferManager(ABC):
     one_sided: bool
     """Whether the sender's result alone tells that the blocks are there."""
 
-    def __init__(
-        self,
-        context: KVTransferContext,
-        kv_blocks: torch.Tensor,
-        report: Callable[[TransferReply], None],
-        shard: Shard = Shard(),  # noqa: B008 - it is frozen
-    ) -> None:
+    def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, report: Report, shard: Shard) -> None:
         self._context = context
         self._shard = shard
         self._kv_blocks = kv_blocks
@@ -96,31 +100,36 @@ class KVTransferManager(ABC):
 
     def handle(self, command: TransferCommand) -> None:
         """Start what the scheduler asks for."""
-        if isinstance(command, ReceiveBlocks):
-            self._start(command, False, self._receive_all(command))
-        elif isinstance(command, FinishBlocks):
-            self._start(command, False, self._finish_blocks(command))
-        elif isinstance(command, CancelTransfer):
-            self.cancel(command.transfer_id)
-        elif isinstance(command, ConnectLink):
-            for route in self._shard.outgoing(len(command.targets)):
-                self._connect(command.targets[route.target], route)
-        elif isinstance(command, DisconnectLink):
-            for target in command.targets:
-                self._disconnect(target)
-        else:
-            link = command.source_id, command.link_epoch
-            if isinstance(command, OpenLink):
-                task = self._opening[link] = asyncio.create_task(self._open_link(command))
+        match command:
+            case ReceiveBlocks():
+                self._start(command, False, self._receive_all(command))
+            case FinishBlocks():
+                self._start(command, False, self._finish_blocks(command))
+            case CancelTransfer():
+                self.cancel(command.transfer_id)
+            case ConnectLink():
+                for route in self._shard.outgoing(len(command.targets)):
+                    self._connect(command.targets[route.target], route)
+            case DisconnectLink():
+                for target in command.targets:
+                    self._disconnect(target)
+            case OpenLink():
+                link = command.source_id, command.link_epoch
+                self._opening[link] = task = self._start_link_task(self._open_link(command))
                 task.add_done_callback(lambda _: self._opening.pop(link))
-            else:
-                task = asyncio.create_task(self._close_link(command, self._opening.get(link)))
-            self._link_tasks.add(task)
-            task.add_done_callback(self._link_tasks.discard)
+            case CloseLink():
+                opening = self._opening.get((command.source_id, command.link_epoch))
+                self._start_link_task(self._close_link(command, opening))
+
+    def _start_link_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._link_tasks.add(task)
+        task.add_done_callback(self._link_tasks.discard)
+        return task
 
     def cancel(self, transfer_id: str) -> None:
         """Give up on both sides of a transfer that are here, or will be; their results say so."""
-        tasks = [task for sent in (True, False) if (task := self._tasks.get((transfer_id, sent))) is not None]
+        tasks = [self._tasks[key] for key in ((transfer_id, True), (transfer_id, False)) if key in self._tasks]
         for task in tasks:
             task.cancel()
         if not tasks:
@@ -128,10 +137,7 @@ class KVTransferManager(ABC):
 
     async def cancel_all(self) -> None:
         """Give up on everything and wait until this side writes nothing more."""
-        tasks = [*self._tasks.values(), *self._link_tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait([*self._tasks.values(), *self._link_tasks])
         self._seen_generation.fill_(-1)
 
     @abstractmethod
@@ -159,8 +165,7 @@ class KVTransferManager(ABC):
     def _connect(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all have something to prepare
         """Get ready to send to a rank on a link that is open now."""
 
-    @abstractmethod
-    def _disconnect(self, target: Peer) -> None:
+    def _disconnect(self, target: Peer) -> None:  # noqa: B027 - likewise
         """Let go of what is there for sending to a rank on a link that has ended. Its transfers have been cancelled."""
 
     @contextmanager
@@ -283,13 +288,11 @@ class KVTransferManager(ABC):
         if wrong:
             raise KVTransferError(f"{len(wrong)} of {num_blocks} blocks are not what was sent", "checksum")
 
-    @torch.inference_mode()
     def _checksums(self, command: SendBlocks | FinishBlocks, parts: list[Part]) -> list[int]:
         blocks = self._parts.of_layers(command.layers)
         with self._transfer_stream():
             return [number for part in parts for number in blocks.checksums(command.block_ids, part)]
 
-    @torch.inference_mode()
     def _merge(self, command: FinishBlocks, num_parts: int) -> None:
         with self._transfer_stream():
             self._parts.of_layers(command.layers).merge(command.block_ids, num_parts)
@@ -319,14 +322,9 @@ class KVTransferManager(ABC):
         except HBServeError as problem:
             error = str(problem)
         receiver = Peer(rank=context.rank, epoch=context.epoch, endpoint=endpoint, link_epoch=command.link_epoch)
+        source_id, link_epoch = command.source_id, command.link_epoch
         self._report(
-            LinkOpened(
-                epoch=context.epoch,
-                source_id=command.source_id,
-                link_epoch=command.link_epoch,
-                peers=[receiver],
-                error=error,
-            )
+            LinkOpened(epoch=context.epoch, source_id=source_id, link_epoch=link_epoch, peers=[receiver], error=error)
         )
 
     async def _close_link(self, command: CloseLink, opening: asyncio.Task[None] | None) -> None:
@@ -341,12 +339,6 @@ class KVTransferManager(ABC):
         """The ranks that write here."""
         return [command.sources[route.source] for route in self._shard.incoming(len(command.sources))]
 
-    async def _cancel_and_wait(self, transfer_ids: set[str]) -> None:
-        tasks = [self._tasks[transfer_id, False] for transfer_id in transfer_ids if (transfer_id, False) in self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
 
 async def _gather_or_cancel(work: list[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all; at the first failure, or if it is cancelled, the others are, and waited for."""
@@ -356,10 +348,15 @@ async def _gather_or_cancel(work: list[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(tasks)
         raise
+
+
+async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks, and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def wait_despite_cancel(task: asyncio.Task[None]) -> None:
@@ -367,16 +364,5 @@ async def wait_despite_cancel(task: asyncio.Task[None]) -> None:
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError:
-                continue
+        await wait_until_done(task)
         raise
-
-
-class _Success:
-    """What is known of a side of a transfer that went well."""
-
-    def __init__(self, queued_s: float = 0.0, checksums: list[int] | None = None) -> None:
-        self.queued_s, self.checksums = queued_s, checksums

@@ -6,7 +6,6 @@ Which manager and which backend a name in the configuration means.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import torch
 
@@ -14,21 +13,21 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.head_split import Shard
-from hbserve.kv_transfer.manager import KVTransferManager
+from hbserve.kv_transfer.manager import KVTransferManager, Report
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
 from hbserve.kv_transfer.one_sided.mooncake import MooncakeKVTransfer
 from hbserve.kv_transfer.one_sided.shared_memory import SharedMemoryKVTransfer
 from hbserve.kv_transfer.one_sided.transfers import DirectTransfers
 from hbserve.kv_transfer.two_sided.staged_transfers import StagedTransfers, make_backend
 from hbserve.kv_transfer.two_sided.torch_transfers import TorchTransfers
-from hbserve.messages.transfer import Peer, SendBlocks, TransferReply
+from hbserve.messages.transfer import Peer, SendBlocks
 
 
 def make_manager(
     name: str,
     context: KVTransferContext,
     kv_blocks: torch.Tensor,
-    report: Callable[[TransferReply], None],
+    report: Report,
     shard: Shard = Shard(),  # noqa: B008 - it is frozen
     sharing: ArenaSharing | None = None,
 ) -> KVTransferManager:
@@ -70,7 +69,7 @@ class RankTransfers:
         instance: InstanceConfig,
         shard: Shard,
         kv_blocks: torch.Tensor,
-        report: Callable[[TransferReply], None],
+        report: Report,
         sharing: ArenaSharing,
     ) -> None:
         self._sharing = sharing

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from hbserve.errors import KVTransferError
-from hbserve.messages.transfer import ALL_LAYERS, LayerGroup
+from hbserve.messages.transfer import SendBlocks
 
 MAX_BATCH_ITEMS = 64
 """In one write."""
 
 
 class SendItem:
-    """One transfer's blocks, and the event of their arrival.
+    """One transfer's blocks, and the event of their arrival."""
 
-    Args:
-        transfer_id: the transfer's.
-        source_blocks, target_blocks: blocks here, and there.
-        layers: what is sent of each.
-    """
-
-    def __init__(
-        self,
-        transfer_id: str,
-        source_blocks: Sequence[int],
-        target_blocks: Sequence[int],
-        layers: LayerGroup = ALL_LAYERS,
-    ) -> None:
-        self.transfer_id, self.source_blocks, self.target_blocks, self.layers = (
-            transfer_id,
-            source_blocks,
-            target_blocks,
-            layers,
-        )
+    def __init__(self, command: SendBlocks) -> None:
+        self.transfer_id, self.layers = command.transfer_id, command.layers
+        self.source_blocks, self.target_blocks = command.block_ids, command.target_block_ids
         self.written: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.queued_at_s = time.monotonic()
 
@@ -87,15 +73,8 @@ class SendQueue:
             if item in self._waiting:
                 self._waiting.remove(item)
             elif self._writes_end:
-                await self._until(item.written)
+                await wait_until_done(item.written)
             raise
-
-    async def _until(self, written: asyncio.Future[float]) -> None:
-        while not written.done():
-            try:
-                await asyncio.wait([written])
-            except asyncio.CancelledError:
-                continue  # being cancelled again changes nothing: the arena is still in use
 
     async def _drain(self) -> None:
         while self._waiting:
@@ -140,3 +119,10 @@ class SendQueue:
             self._thread.submit(self._on_end)
             self._on_end = None
         self._thread.shutdown(wait=False)
+
+
+async def wait_until_done(future: asyncio.Future[Any]) -> None:
+    """Wait for a future, even if this task is cancelled meanwhile: the arena is still in use."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hbserve.messages.base import Message, Value
 
+LinkKey = tuple[int, int, int]
+"""A link, as one of its two ranks identifies it: rank and epoch of the other, and the link's epoch."""
+
 
 class Peer(Value, frozen=True):
     """Where one rank of an instance receives KV.
@@ -20,6 +23,11 @@ class Peer(Value, frozen=True):
     epoch: int
     endpoint: str
     link_epoch: int = 0
+
+    @property
+    def link_key(self) -> LinkKey:
+        """The link between this rank and the one that has been told of it."""
+        return self.rank, self.epoch, self.link_epoch
 
 
 class LayerGroup(Value, frozen=True):

@@ -20,17 +20,10 @@ from pathlib import Path
 
 from hbserve.errors import KVTransferError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
-from hbserve.messages.transfer import Peer
-
-LinkKey = tuple[int, int, int]
+from hbserve.messages.transfer import LinkKey, Peer
 
 _END_BYTE = b"."
 _MAX_KEY_BYTES = 100
-
-
-def link_key(peer: Peer) -> LinkKey:
-    """A link, as one of its ends knows it by the rank at the other."""
-    return peer.rank, peer.epoch, peer.link_epoch
 
 
 class MappingLeases:
@@ -90,7 +83,7 @@ class MappingLeases:
 
     def end_lease(self, target: Peer) -> None:
         """This side writes no more on a link. Callable from any thread."""
-        self._loop.call_soon_threadsafe(self._end, link_key(target))
+        self._loop.call_soon_threadsafe(self._end, target.link_key)
 
     def _end(self, key: LinkKey) -> None:
         connection = self._taken.pop(key, None)
@@ -125,7 +118,7 @@ class MappingLeases:
             except BaseException:
                 connection.close()
                 raise
-            self._given[link_key(source)] = _Lease(connection, process)
+            self._given[source.link_key] = _Lease(connection, process)
             with contextlib.suppress(ConnectionError):  # it has just died
                 connection.send(f"{self._context.rank} {self._context.epoch} {source.link_epoch}".encode())
 
@@ -138,7 +131,7 @@ class MappingLeases:
         Args:
             senders_done: they have said so already.
         """
-        for key in map(link_key, sources):
+        for key in (source.link_key for source in sources):
             if key in self._given:
                 if not senders_done:
                     await self._given[key].wait_until_over()

@@ -24,8 +24,8 @@ import torch
 from hbserve.errors import ConfigError, KVTransferError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer
-from hbserve.kv_transfer.one_sided.leases import LinkKey, MappingLeases, link_key
-from hbserve.messages.transfer import Peer
+from hbserve.kv_transfer.one_sided.leases import MappingLeases
+from hbserve.messages.transfer import LinkKey, Peer
 from hbserve.platform.remote_arena import ByteRun
 
 NUM_PORTS = 1000
@@ -202,9 +202,9 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         """One for all, but for arenas that are mapped: a mapping ends with its engine."""
         if self._leases is None:
             return self._outbound
-        if link_key(target) not in self._mapping:
-            self._mapping[link_key(target)] = self._make_engine()
-        return self._mapping[link_key(target)]
+        if target.link_key not in self._mapping:
+            self._mapping[target.link_key] = self._make_engine()
+        return self._mapping[target.link_key]
 
     def connect(self, target: Peer) -> None:
         """Make the engine that will map the arena."""
@@ -213,8 +213,8 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
     def disconnect(self, target: Peer) -> None:
         """Memory of a receiver that has died is only free when nobody has it mapped."""
         if self._leases is not None:
-            if link_key(target) in self._mapping:
-                self._end({0: self._mapping.pop(link_key(target))})
+            if target.link_key in self._mapping:
+                self._end({0: self._mapping.pop(target.link_key)})
             self._leases.end_lease(target)
 
     def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
@@ -257,4 +257,4 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
 
 
 def _link(sources: list[Peer]) -> tuple[LinkKey, ...]:
-    return tuple(map(link_key, sources))
+    return tuple(source.link_key for source in sources)

@@ -11,8 +11,8 @@ import torch
 from hbserve.errors import KVTransferError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.one_sided.base import ArenaSharing, OneSidedKVTransfer
-from hbserve.kv_transfer.one_sided.leases import LinkKey, MappingLeases, link_key
-from hbserve.messages.transfer import Peer
+from hbserve.kv_transfer.one_sided.leases import MappingLeases
+from hbserve.messages.transfer import LinkKey, Peer
 from hbserve.platform.remote_arena import ByteRun, RemoteArena
 
 
@@ -59,15 +59,15 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         self._arena_of(target)
 
     def _arena_of(self, target: Peer) -> RemoteArena:
-        arena = self._opened.get(link_key(target))
+        arena = self._opened.get(target.link_key)
         if arena is None:
             num_bytes, _, handle = target.endpoint.partition(" ")
-            arena = self._opened[link_key(target)] = self._open_arena(handle, int(num_bytes))
+            arena = self._opened[target.link_key] = self._open_arena(handle, int(num_bytes))
         return arena
 
     def disconnect(self, target: Peer) -> None:
         """Memory of a receiver that has died is only free when nobody has it open."""
-        arena = self._opened.pop(link_key(target), None)
+        arena = self._opened.pop(target.link_key, None)
         if arena is not None:
             arena.close()
         self._leases.end_lease(target)

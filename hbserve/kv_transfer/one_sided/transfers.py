@@ -12,10 +12,10 @@ import torch
 
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import WHOLE, Route, Shard
-from hbserve.kv_transfer.manager import KVTransferManager
+from hbserve.kv_transfer.manager import KVTransferManager, Report
 from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer, coalesce
 from hbserve.kv_transfer.send_queue import SendItem, SendQueue
-from hbserve.messages.transfer import LayerGroup, Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import LayerGroup, LinkKey, Peer, ReceiveBlocks, SendBlocks
 
 _STAGING_BYTES = 64 << 20
 """Of parts that are put together before they leave, for each rank that they go to."""
@@ -26,15 +26,10 @@ class DirectTransfers(KVTransferManager):
 
     one_sided = True
 
-    def __init__(
-        self,
-        backend: OneSidedKVTransfer,
-        report: Callable[[TransferReply], None],
-        shard: Shard = Shard(),  # noqa: B008 - it is frozen
-    ) -> None:
+    def __init__(self, backend: OneSidedKVTransfer, report: Report, shard: Shard) -> None:
         super().__init__(backend.context, backend.kv_blocks, report, shard)
         self._backend = backend
-        self._queues: dict[tuple[int, int, int], SendQueue] = {}
+        self._queues: dict[LinkKey, SendQueue] = {}
 
     @property
     def endpoint(self) -> str:
@@ -52,8 +47,7 @@ class DirectTransfers(KVTransferManager):
         await self._backend.stop()
 
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        item = SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
-        return await self._queue_to(target, route).put(item)
+        return await self._queue_to(target, route).put(SendItem(command))
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
         raise AssertionError("nothing is to be received from a sender that writes by itself")
@@ -68,23 +62,22 @@ class DirectTransfers(KVTransferManager):
         self._queue_to(target, route)
 
     def _disconnect(self, target: Peer) -> None:
-        queue = self._queues.pop((target.rank, target.epoch, target.link_epoch), None)
+        queue = self._queues.pop(target.link_key, None)
         if queue is not None:
             queue.abandon()
         else:
             self._backend.disconnect(target)
 
     def _queue_to(self, target: Peer, route: Route) -> SendQueue:
-        link = (target.rank, target.epoch, target.link_epoch)
+        link = target.link_key
         if link not in self._queues:
-            for other in [key for key in self._queues if key[0] == target.rank and key < link]:
-                self._queues.pop(other).abandon()
+            for older in [key for key in self._queues if key[0] == target.rank and key < link]:
+                self._queues.pop(older).abandon()
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             write = _Writer(self._backend, self._parts, self._transfer_stream, target, route)
-            on_start, on_end = (
-                functools.partial(method, target) for method in (self._backend.connect, self._backend.disconnect)
-            )
-            self._queues[link] = SendQueue(write, batch_blocks, self._backend.writes_end_soon, on_start, on_end)
+            connect = functools.partial(self._backend.connect, target)
+            disconnect = functools.partial(self._backend.disconnect, target)
+            self._queues[link] = SendQueue(write, batch_blocks, self._backend.writes_end_soon, connect, disconnect)
         return self._queues[link]
 
 

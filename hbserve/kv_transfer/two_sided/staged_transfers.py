@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -15,9 +15,9 @@ from hbserve.import_path import load_class
 from hbserve.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import Part, Route, Shard
-from hbserve.kv_transfer.manager import KVTransferManager, wait_despite_cancel
+from hbserve.kv_transfer.manager import KVTransferManager, Report, cancel_and_wait, wait_despite_cancel
 from hbserve.kv_transfer.two_sided.buffers import ByteBudget
-from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import LinkKey, Peer, ReceiveBlocks, SendBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +62,11 @@ class StagedTransfers(KVTransferManager):
 
     one_sided = False
 
-    def __init__(
-        self,
-        backend: KVTransferBase,
-        kv_blocks: torch.Tensor,
-        report: Callable[[TransferReply], None],
-        shard: Shard = Shard(),  # noqa: B008 - it is frozen
-    ) -> None:
+    def __init__(self, backend: KVTransferBase, kv_blocks: torch.Tensor, report: Report, shard: Shard) -> None:
         super().__init__(backend.context, kv_blocks, report, shard)
         self._backend = backend
         self._staging = ByteBudget(backend.context.buffer_size)
-        self._receiving: dict[tuple[int, int, int], set[str]] = {}  # transfers by link
+        self._receiving: dict[LinkKey, set[str]] = {}  # transfers by link
 
     @property
     def endpoint(self) -> str:
@@ -107,7 +101,7 @@ class StagedTransfers(KVTransferManager):
         await self._backend.send_kv_cache(command.transfer_id, buffer, target.rank)
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
-        of_link = self._receiving.setdefault(_link(source), set())
+        of_link = self._receiving.setdefault(source.link_key, set())
         of_link.add(command.transfer_id)
         try:
             self._backend.add_peer(source)
@@ -130,19 +124,15 @@ class StagedTransfers(KVTransferManager):
 
     async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         for source in sources:
-            await self._cancel_and_wait(self._receiving.pop(_link(source), set()))
+            receiving = [(transfer_id, False) for transfer_id in self._receiving.pop(source.link_key, ())]
+            await cancel_and_wait([self._tasks[key] for key in receiving if key in self._tasks])
 
-    def _disconnect(self, target: Peer) -> None:
-        pass  # what a user's backend has for its peers is its own affair
-
-    @torch.inference_mode()
     def _take(self, parts: BlockParts, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
         with self._transfer_stream():
             buffer = torch.empty(shape, dtype=torch.uint8, device=self._kv_blocks.device)
             parts.take(block_ids, part, buffer)
             return buffer
 
-    @torch.inference_mode()
     def _put(self, parts: BlockParts, block_ids: list[int], part: Part, rows: torch.Tensor) -> None:
         with self._transfer_stream():
             parts.put(block_ids, part, rows)
@@ -159,7 +149,3 @@ async def _result_of(work: asyncio.Future[T], name: str) -> T:
             logger.error("kv_transfer.backend: %s goes on although it was cancelled", name)
         raise
     return work.result()
-
-
-def _link(source: Peer) -> tuple[int, int, int]:
-    return source.rank, source.epoch, source.link_epoch

@@ -198,7 +198,7 @@ class _Link:
         if self._is_closed:
             raise KVTransferError(f"KV link {self.name} was closed")
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         if not self._is_closed:
             self._is_closed = True
             self._abort_groups()
@@ -261,10 +261,6 @@ class SendingLink(_Link):
             if self._use_nccl:
                 work.wait()  # of the stream, not of this thread
             return work
-
-    def close(self) -> None:
-        """Fail what is under way; does not wait for it."""
-        self._abort()
 
 
 class ReceivingLink(_Link):
@@ -392,7 +388,7 @@ class ReceivingLink(_Link):
 
     def close(self) -> None:
         """Return when nothing is written any more; a thread that waits for the sender is left to its time limit."""
-        self._abort()
+        self.abort()
         with self._writing:
             for stream in self._streams:
                 stream.synchronize()

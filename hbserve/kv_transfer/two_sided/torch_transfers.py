@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +20,11 @@ import torch.distributed
 from hbserve.errors import KVTransferError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.kv_transfer.head_split import Route, Shard
-from hbserve.kv_transfer.manager import KVTransferManager
+from hbserve.kv_transfer.manager import KVTransferManager, Report
 from hbserve.kv_transfer.send_queue import SendItem, SendQueue
 from hbserve.kv_transfer.two_sided.buffers import KVLookupBuffer
 from hbserve.kv_transfer.two_sided.torch_link import Header, PendingReceive, ReceivingLink, SendingLink, digest_of
-from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks, TransferReply
+from hbserve.messages.transfer import LinkKey, Peer, ReceiveBlocks, SendBlocks
 
 dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
 
@@ -39,16 +38,10 @@ class TorchTransfers(KVTransferManager):
 
     one_sided = False
 
-    def __init__(
-        self,
-        context: KVTransferContext,
-        kv_blocks: torch.Tensor,
-        report: Callable[[TransferReply], None],
-        shard: Shard = Shard(),  # noqa: B008 - it is frozen
-    ) -> None:
+    def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, report: Report, shard: Shard) -> None:
         super().__init__(context, kv_blocks, report, shard)
-        self._outgoing: dict[tuple[int, int, int], tuple[SendingLink, SendQueue]] = {}
-        self._incoming: dict[tuple[int, int, int], ReceivingLink] = {}
+        self._outgoing: dict[LinkKey, tuple[SendingLink, SendQueue]] = {}
+        self._incoming: dict[LinkKey, ReceivingLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._receive_tasks: dict[ReceivingLink, asyncio.Task[None]] = {}
         self._arrivals = KVLookupBuffer(context.buffer_size)
@@ -81,14 +74,9 @@ class TorchTransfers(KVTransferManager):
                 f"kv_transfer: cannot listen on {context.host}:{context.port or 'any port'}: {error.strerror}"
             ) from None
         listener.listen(64)
+        port, timeout = listener.getsockname()[1], timedelta(seconds=context.timeout_s)
         self._store = dist.TCPStore(
-            context.host,
-            listener.getsockname()[1],
-            None,
-            True,
-            timedelta(seconds=context.timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
+            context.host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
     async def cancel_all(self) -> None:
@@ -109,9 +97,7 @@ class TorchTransfers(KVTransferManager):
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
         link, queue = self._link_to(target, route)
         try:
-            return await queue.put(
-                SendItem(command.transfer_id, command.block_ids, command.target_block_ids, command.layers)
-            )
+            return await queue.put(SendItem(command))
         except BaseException:
             # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
             # the GPU for it would wait for the other side for good.
@@ -120,12 +106,12 @@ class TorchTransfers(KVTransferManager):
 
     def _abandon(self, link: SendingLink, queue: SendQueue) -> None:
         queue.abandon()
-        closing = asyncio.create_task(asyncio.to_thread(link.close))  # aborting takes NCCL a while
+        closing = asyncio.create_task(asyncio.to_thread(link.abort))  # aborting takes NCCL a while
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
     def _link_to(self, target: Peer, route: Route) -> tuple[SendingLink, SendQueue]:
-        key = _key(target)
+        key = target.link_key
         if key not in self._outgoing:
             for older in [link for link in self._outgoing if link[0] == target.rank and link < key]:
                 self._abandon(*self._outgoing.pop(older))
@@ -142,8 +128,8 @@ class TorchTransfers(KVTransferManager):
         self._link_to(target, route)
 
     def _disconnect(self, target: Peer) -> None:
-        if _key(target) in self._outgoing:
-            self._abandon(*self._outgoing.pop(_key(target)))
+        if target.link_key in self._outgoing:
+            self._abandon(*self._outgoing.pop(target.link_key))
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -195,7 +181,7 @@ class TorchTransfers(KVTransferManager):
             self._arrivals.free(reserved_bytes)
 
     def _link_from(self, source: Peer, route: Route) -> ReceivingLink:
-        key = _key(source)
+        key = source.link_key
         if key not in self._incoming:
             receiver = f"{self._context.rank}.{self._context.epoch}"
             name = f"{source.rank}.{source.epoch}-{receiver}.{source.link_epoch}"
@@ -212,7 +198,7 @@ class TorchTransfers(KVTransferManager):
 
     async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         for source in sources:
-            link = self._incoming.pop(_key(source), None)
+            link = self._incoming.pop(source.link_key, None)
             if link is not None:
                 await self._end(link)
 
@@ -237,7 +223,3 @@ class TorchTransfers(KVTransferManager):
         host, port, _ = endpoint.split(" ")
         timeout = timedelta(seconds=self._context.timeout_s)
         return dist.TCPStore(host, int(port), None, False, timeout, wait_for_workers=False)
-
-
-def _key(peer: Peer) -> tuple[int, int, int]:
-    return peer.rank, peer.epoch, peer.link_epoch
