@@ -1,4 +1,7 @@
-"""The extension point for moving KV between instances."""
+"""Base class of transfer backends: the extension point for moving KV between instances.
+
+A backend lives in a rank process of an instance. All its methods are called in the event loop of that process.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from hbserve.messages.transfer import Peer
 
 @dataclass(frozen=True)
 class KVTransferContext:
-    """What a backend knows about the rank it works for.
+    """Facts about the rank that a backend works for.
 
     Attributes:
-        rank: its number among all ranks of all instances.
+        rank: number of the rank among all ranks of all instances.
         epoch: number of this incarnation of the instance.
         host: address to listen on and to announce.
         port: port to listen on, or None for any free one.
-        device: where the buffers to send are and the received ones shall be.
-        timeout_s: a transfer that takes longer has failed.
-        buffer_size: bytes that arrivals nobody has asked for yet may take.
-        host_is_given: ``host`` was named for transfers (``kv_transfer.ip``).
+        device: where the buffers to send are, and where received buffers are wanted.
+        timeout_s: time after which a transfer has failed.
+        buffer_size: bytes that arrivals may take before they are asked for.
+        host_is_given: whether ``host`` was configured for transfers (``kv_transfer.ip``).
         mooncake_protocol, mooncake_device: as in the configuration.
     """
 
@@ -39,15 +42,15 @@ class KVTransferContext:
 
 
 class KVTransferBase(ABC):
-    """Moves KV blocks between instances. One object per rank of an instance, used from one event loop.
+    """Backend that moves KV blocks between instances. One object per rank and epoch of an instance.
 
-    A backend need not know of tensor parallelism: ``rank`` below is one number for instance and rank,
-    and which part of which blocks goes from which rank to which has been decided before.
+    A backend need not know of tensor parallelism. ``rank`` below is one number for instance and rank, and HBServe has
+    decided which part of which blocks goes from which rank to which.
 
-    A backend of your own needs the two abstract methods; name it in the configuration as
-    ``kv_transfer.backend: package.module:Class``. Transfers run concurrently, so arrivals may come
-    in another order than they are asked for. A method that raises `KVTransferError`, or is
-    cancelled at its timeout, has failed: the scheduler then has the prefill done again.
+    To write your own, implement the two abstract methods, and name the class in the configuration as
+    ``kv_transfer.backend: package.module:Class``. Transfers run concurrently, so buffers may arrive in another order
+    than they are asked for. A transfer fails if its method raises `KVTransferError` or is cancelled at its timeout; the
+    scheduler then repeats the prefill.
     """
 
     def __init__(self, context: KVTransferContext) -> None:
@@ -56,14 +59,14 @@ class KVTransferBase(ABC):
 
     @property
     def endpoint(self) -> str:
-        """What peers need to know to reach this instance; passed on to them by the scheduler."""
+        """Address of this rank for its peers; the scheduler passes it on to them."""
         return ""
 
     async def start(self) -> None:  # noqa: B027 - a backend without set-up need not override it
-        """Get ready; called before anything else."""
+        """Get ready; called before all other methods."""
 
     def add_peer(self, peer: Peer) -> None:
-        """Called before each transfer with the other side's current address and incarnation."""
+        """Learn the current address and incarnation of the other side; called before each transfer."""
         self.peers[peer.rank] = peer
 
     @abstractmethod
@@ -71,8 +74,8 @@ class KVTransferBase(ABC):
         """Send a buffer; return when it may be overwritten.
 
         Args:
-            request_id: names the transfer: the request, its attempt, and its chunk or a group of its layers.
-                Never used twice between the same two ranks.
+            request_id: name of the transfer: the request, its attempt, and its chunk or a group of its layers. Never
+                used twice between the same two ranks.
             kv_buffer: uint8 ``[block, byte]``, contiguous, on ``context.device``.
             target_rank: the receiver's `Peer.rank`.
 
@@ -92,4 +95,4 @@ class KVTransferBase(ABC):
         """
 
     async def stop(self) -> None:  # noqa: B027 - likewise
-        """Let go of everything; transfers in flight fail."""
+        """Free everything; transfers in flight fail."""

@@ -1,4 +1,7 @@
-"""Copies between the blocks of an arena and buffers that travel."""
+"""Copies between the blocks of an arena and buffers to send or received ones.
+
+Called in the threads of links and in worker threads, on a GPU on the current stream.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _WORD_BYTES = 8
 
 
 class BlockParts:
-    """An arena as blocks of rows, of which parts can be taken out and put in.
+    """View of an arena as blocks of rows; copies parts of all rows out and in.
 
     Args:
         kv_blocks: ``[block, byte]``, uint8; a block's bytes are contiguous.
@@ -26,7 +29,7 @@ class BlockParts:
         self._num_rows = num_rows
 
     def of_layers(self, layers: LayerGroup) -> BlockParts:
-        """The same of a group of layers: their rows are neighbours in every block."""
+        """Return the view of a group of layers, whose rows are neighbours in every block."""
         if layers.count == 1:
             return self
         size = self.kv_blocks.shape[1] // layers.count
@@ -34,24 +37,21 @@ class BlockParts:
         return BlockParts(self.kv_blocks[:, first : first + size], self._num_rows // layers.count)
 
     def part_bytes(self, part: Part) -> int:
-        """Bytes of a part of one block."""
+        """Return the bytes of a part of one block."""
         return self.kv_blocks.shape[1] // part.count
 
     def lies_in_one_piece(self, block_ids: Sequence[int], part: Part) -> bool:
-        """Whether `piece` has these parts without a copy."""
+        """Whether `piece` returns these parts without a copy."""
         whole = part.count == 1 and self.kv_blocks.is_contiguous()
         return whole and block_ids[-1] - block_ids[0] + 1 == len(block_ids) and _ascends(block_ids)
 
     def piece(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """Neighbouring whole blocks where they lie: ``[block, byte]``."""
+        """Return neighbouring whole blocks where they lie: ``[block, byte]``."""
         return self.kv_blocks[block_ids[0] : block_ids[0] + len(block_ids)]
 
     @torch.inference_mode()
     def take(self, block_ids: Sequence[int], part: Part, out: torch.Tensor) -> None:
-        """Copy parts of blocks into a buffer: uint8 ``[block, byte]``, contiguous, on any device.
-
-        On a GPU on the current stream.
-        """
+        """Copy parts of blocks out, into a buffer: uint8 ``[block, byte]``, contiguous, on any device."""
         rows, arena = self._view(part)
         words = out.view(arena.dtype).view(len(block_ids), *rows)
         runs = list(_runs(block_ids))
@@ -67,7 +67,7 @@ class BlockParts:
 
     @torch.inference_mode()
     def put(self, block_ids: Sequence[int], part: Part, buffer: torch.Tensor) -> None:
-        """Copy a buffer into parts of blocks, the other way round."""
+        """Copy such a buffer into parts of blocks."""
         rows, arena = self._view(part)
         words = buffer.view(arena.dtype).view(len(block_ids), *rows)
         runs = list(_runs(block_ids))
@@ -80,7 +80,7 @@ class BlockParts:
 
     @torch.inference_mode()
     def merge(self, block_ids: Sequence[int], num_parts: int) -> None:
-        """Turn blocks that hold their parts one after the other, each as rows of its own, into rows of all parts."""
+        """Reorder blocks in which the parts lie one after the other, so that each row holds its share of all parts."""
         width = self.kv_blocks.shape[1] // self._num_rows // num_parts
         for start in range(0, len(block_ids), _MAX_BLOCKS):
             batch = block_ids[start : start + _MAX_BLOCKS]
@@ -91,11 +91,11 @@ class BlockParts:
 
     @torch.inference_mode()
     def checksums(self, block_ids: Sequence[int], part: Part = WHOLE) -> list[int]:
-        """One 64-bit number for each block's part.
+        """Compute one 64-bit number for each block's part.
 
-        The sum of its words times random odd numbers, modulo 2^64 (multiply-add hashing, Carter and
-        Wegman 1979): any change of one word changes it, other changes and swapped words all but surely. It
-        guards against faults, not against an adversary.
+        It is the sum of the part's words times random odd numbers, modulo 2^64 (multiply-add hashing, Carter and Wegman
+        1979). Any change of one word changes it; other changes and swapped words do almost certainly. It guards against
+        faults, not against an adversary.
         """
         size = self.part_bytes(part)
         weights = _weights(size // _WORD_BYTES, self.kv_blocks.device)
@@ -108,11 +108,11 @@ class BlockParts:
         return sums
 
     def _copies_runs(self, runs: list[tuple[int, int, int]]) -> bool:
-        """On the CPU one copy for each run of neighbours is the fastest; a GPU needs an index, but not for few."""
+        """On the CPU, one copy for each run of neighbours is fastest; a GPU uses an index unless there are few runs."""
         return not self.kv_blocks.is_cuda or len(runs) <= _MAX_COPIED_RUNS
 
     def _view(self, part: Part) -> tuple[tuple[int, ...], torch.Tensor]:
-        """The shape of one block's part, and the arena as parts: ``[block, (row,) word]``."""
+        """Return the shape of one block's part, and the arena as parts: ``[block, (row,) word]``."""
         if part.count == 1:
             arena = self._words(self.kv_blocks)
             return (arena.shape[1],), arena
@@ -123,15 +123,15 @@ class BlockParts:
 
     @staticmethod
     def _words(rows: torch.Tensor) -> torch.Tensor:
-        """Eight bytes at a time, where they come so: kernels move elements."""
+        """View bytes as 8-byte words if they divide evenly, because kernels move elements."""
         return rows.view(torch.int64) if rows.shape[-1] % _WORD_BYTES == 0 else rows
 
 
 _MAX_COPIED_RUNS = 4
-"""An index must be on the GPU before the kernel that uses it is launched; a launch is cheaper."""
+"""On a GPU: an index must be there before the kernel that uses it is launched, and a few launches are cheaper."""
 
 _MAX_BLOCKS = 32
-"""Bounds the memory that merging and checksums take."""
+"""Blocks that `BlockParts.merge` and `BlockParts.checksums` copy at once, to bound their memory."""
 
 
 def _ascends(block_ids: Sequence[int]) -> bool:
@@ -139,7 +139,7 @@ def _ascends(block_ids: Sequence[int]) -> bool:
 
 
 def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Neighbours: where they are in the list, the first of them, how many."""
+    """Yield each run of neighbours: its index in the list, its first block, and its length."""
     first = 0
     for index in range(1, len(block_ids) + 1):
         if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:

@@ -1,10 +1,9 @@
-"""Which KV heads go from which rank to which, and where in a block they lie.
+"""The parts of blocks that go from each rank of the sender to each rank of the receiver. Pure functions.
 
-Two instances may share a model by different numbers of ranks. A block of a rank holds a row of its
-heads for every layer, key or value, and token, ``[layer, k/v, token, kv head, head dim]``, so the
-heads that two ranks have in common are a *part* of each row: the same one of ``parts`` equal parts
-in all of them. What one rank sends another is one such part of each block, and on at least one of
-the two sides it is the whole block.
+Two instances may split a model over different numbers of ranks. A block of a rank holds one row of KV heads for every
+layer, key or value, and token: ``[layer, k/v, token, kv head, head dim]``. The heads that two ranks have in common are
+therefore one *part* of each row: the same one of some equal parts in all rows. Each rank sends each other rank one such
+part of every block. On at least one of the two sides the part is the whole block.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from hbserve.kv_cache.layout import KVLayout
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's share of the KV heads.
+    """Share of the KV heads that one rank holds.
 
     Attributes:
-        rank, size: which of how many ranks of its instance.
-        num_kv_heads: of the model; with fewer of them than ranks, neighbours hold the same head.
-        num_rows: of heads in a block: layers, times keys and values, times tokens.
+        rank, size: number of the rank, and of the ranks of its instance.
+        num_kv_heads: KV heads of the model; with fewer heads than ranks, neighbouring ranks hold the same head.
+        num_rows: rows of heads in a block: layers, times keys and values, times tokens.
     """
 
     rank: int = 0
@@ -33,21 +32,22 @@ class Shard:
 
     @staticmethod
     def of_rank(rank: int, size: int, num_kv_heads: int, layout: KVLayout) -> Shard:
-        """Of a rank with that layout of its KV cache."""
+        """Make the shard of a rank whose KV cache has this layout."""
         return Shard(rank, size, num_kv_heads, layout.num_layers * 2 * layout.block_size)
 
     def outgoing(self, num_targets: int) -> list[Route]:
-        """What this rank sends to an instance of ``num_targets`` ranks; nothing if another has the same heads."""
+        """List what this rank sends to an instance of ``num_targets`` ranks; nothing if another rank sends the same
+        heads."""
         return [route for route in routes(self.num_kv_heads, self.size, num_targets) if route.source == self.rank]
 
     def incoming(self, num_sources: int) -> list[Route]:
-        """What this rank receives from an instance of ``num_sources`` ranks: together all of each block."""
+        """List what this rank receives from an instance of ``num_sources`` ranks: together all of each block."""
         return [route for route in routes(self.num_kv_heads, num_sources, self.size) if route.target == self.rank]
 
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """One of equal parts of every row of a block."""
+    """One of ``count`` equal parts of every row of a block."""
 
     index: int
     count: int
@@ -67,10 +67,10 @@ class Route(NamedTuple):
 
 @lru_cache(maxsize=64)
 def routes(num_kv_heads: int, num_sources: int, num_targets: int) -> tuple[Route, ...]:
-    """All that goes from an instance of ``num_sources`` ranks to one of ``num_targets``.
+    """List all routes from an instance of ``num_sources`` ranks to one of ``num_targets``.
 
-    Every rank of the target gets each of its heads once. Of several ranks that hold a head, the target's
-    holders of it take turns, so that equal numbers of ranks exchange rank by rank.
+    Every rank of the target gets each of its heads once. If several source ranks hold a head, the target ranks that
+    need it take turns among them. So instances of equal size exchange rank by rank.
     """
     source_heads, target_heads = (max(1, num_kv_heads // size) for size in (num_sources, num_targets))
     width = min(source_heads, target_heads)

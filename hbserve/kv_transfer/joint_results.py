@@ -1,4 +1,4 @@
-"""One answer of an instance out of the answers of all its ranks."""
+"""Joins the replies of all ranks into one reply of the instance. Runs in rank 0, in its event loop."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from hbserve.messages.transfer import LinkOpened, TransferReply, TransferResult
 
 
 class JointResults:
-    """Reports what all ranks have answered: only then nothing more is written anywhere.
+    """Replies to each command, kept until all ranks have replied: only then is nothing more written on any rank.
 
     Args:
-        num_ranks: answers that make one.
-        report: called with the joint answer: bytes added up, ranks' parts in their order, the first
-            error if there is one.
-        cancel: called with a transfer's id at its first error, so that the other ranks need not
-            wait for their timeout.
+        num_ranks: replies that make one.
+        report: called with the joint reply: bytes added up, the ranks' parts in their order, and the first error if
+            there is one.
+        cancel: called with a transfer's id at its first error, so that the other ranks need not wait for their timeout.
     """
 
     def __init__(self, num_ranks: int, report: Callable[[TransferReply], None], cancel: Callable[[str], None]) -> None:
@@ -27,7 +26,7 @@ class JointResults:
         self._open: dict[Hashable, dict[int, TransferReply]] = {}
 
     def add(self, rank: int, reply: TransferReply) -> None:
-        """Take one rank's answer."""
+        """Add the reply of one rank."""
         key: Hashable
         if isinstance(reply, TransferResult):
             key = (reply.transfer_id, reply.sent)
@@ -43,7 +42,7 @@ class JointResults:
             self._cancel(reply.transfer_id)
 
     def clear(self) -> None:
-        """Forget what is incomplete: its epoch is over."""
+        """Forget incomplete replies, because their epoch has ended."""
         self._open.clear()
 
 

@@ -1,4 +1,8 @@
-"""Transfers between a rank's KV arena and the wire, whatever the backend."""
+"""Transfers between a rank's KV arena and its peers, independent of the backend.
+
+A manager runs in the event loop of its rank process, and all its methods are called there. Checksums and merges run in
+worker threads, on a GPU on a stream of their own. The package's docstring numbers the steps of a transfer.
+"""
 
 from __future__ import annotations
 
@@ -45,24 +49,24 @@ _BlockCommand = SendBlocks | ReceiveBlocks | FinishBlocks
 
 
 class _Success(NamedTuple):
-    """What is known of a side of a transfer that went well."""
+    """Facts about one side of a transfer that succeeded."""
 
     queued_s: float = 0.0
     checksums: list[int] | None = None
 
 
 class KVTransferManager(ABC):
-    """Runs the transfers that the scheduler asks for; each side of one ends in exactly one `TransferResult`.
+    """Runs the transfers that the scheduler asks for; each side of a transfer ends in exactly one `TransferResult`.
 
     Args:
-        context: of the rank.
+        context: facts about the rank.
         kv_blocks: the arena as ``[block, byte]``, uint8.
         report: called with each reply, in the event loop.
-        shard: which of the KV heads are in this arena.
+        shard: the KV heads that this arena holds.
     """
 
     one_sided: bool
-    """Whether the sender's result alone tells that the blocks are there."""
+    """Whether the sender's result alone says that the blocks have arrived."""
 
     def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor, report: Report, shard: Shard) -> None:
         self._context = context
@@ -74,32 +78,32 @@ class KVTransferManager(ABC):
         self._link_tasks: set[asyncio.Task[None]] = set()
         self._opening: dict[tuple[str, int], asyncio.Task[None]] = {}  # by source and epoch of the link
         self._merging: set[asyncio.Task[None]] = set()
-        # Of transfers whose command has not come yet, or whose result had left: bounded, so no need to tell which.
+        # Transfers that have not started yet or had already ended: these look the same, hence the bound.
         self._cancelled_early: deque[str] = deque(maxlen=1024)
         self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
         self._stream = torch.cuda.Stream(kv_blocks.device) if kv_blocks.is_cuda else None  # type: ignore[no-untyped-call]
 
-    # --- for the event loop ----------------------------------------------------------------------
+    # --- called by the rank process ----------------------------------------------------------------
 
     @property
     @abstractmethod
     def endpoint(self) -> str:
-        """What peers are told of this rank at once; the rest they are told when a link opens."""
+        """Address of this rank that peers learn when the epoch begins; they learn more when a link opens."""
 
     @abstractmethod
     async def start(self) -> None:
-        """Get ready; before anything else.
+        """Get ready; called before all other methods.
 
         Raises:
             HBServeError: if the backend cannot start.
         """
 
     def send(self, command: SendBlocks) -> None:
-        """Start sending; the blocks' contents must be final."""
+        """Start sending blocks, whose contents must be final."""
         self._start(command, True, self._send_all(command))
 
     def handle(self, command: TransferCommand) -> None:
-        """Start what the scheduler asks for."""
+        """Start to execute a command of the scheduler."""
         match command:
             case ReceiveBlocks():
                 self._start(command, False, self._receive_all(command))
@@ -128,7 +132,7 @@ class KVTransferManager(ABC):
         return task
 
     def cancel(self, transfer_id: str) -> None:
-        """Give up on both sides of a transfer that are here, or will be; their results say so."""
+        """Cancel the sides of a transfer that run here or will be started here; each one reports it as its result."""
         tasks = [self._tasks[key] for key in ((transfer_id, True), (transfer_id, False)) if key in self._tasks]
         for task in tasks:
             task.cancel()
@@ -136,44 +140,44 @@ class KVTransferManager(ABC):
             self._cancelled_early.append(transfer_id)
 
     async def cancel_all(self) -> None:
-        """Give up on everything and wait until this side writes nothing more."""
+        """Cancel all transfers and link changes, and wait until this side writes nothing more."""
         await cancel_and_wait([*self._tasks.values(), *self._link_tasks])
         self._seen_generation.fill_(-1)
 
     @abstractmethod
     async def stop(self) -> None:
-        """After `cancel_all`: let go of everything; the other side writes nothing more either."""
+        """Free everything, after `cancel_all`; after this the other side writes nothing more either."""
 
     # --- for the two kinds of backend --------------------------------------------------------------
 
     @abstractmethod
     async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
-        """Move a part of each block to one rank; returns the seconds that went to others."""
+        """Move a part of each block to one rank; return the seconds spent waiting for other transfers."""
 
     @abstractmethod
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
-        """Have a part of each block moved here from one rank."""
+        """Move a part of each block here from one rank."""
 
     @abstractmethod
     async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
-        """Be ready for a link from these ranks, and what each sends; what they need to know."""
+        """Get ready to receive on a link from these ranks over these routes; return the endpoint for the senders."""
 
     @abstractmethod
     async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
-        """Return when nothing of the link is written any more."""
+        """Return when nothing that was sent on the link is written any more."""
 
-    def _connect(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all have something to prepare
-        """Get ready to send to a rank on a link that is open now."""
+    def _connect(self, target: Peer, route: Route) -> None:  # noqa: B027 - not all backends need it
+        """Get ready to send to a rank, on a link that has just opened."""
 
     def _disconnect(self, target: Peer) -> None:  # noqa: B027 - likewise
-        """Let go of what is there for sending to a rank on a link that has ended. Its transfers have been cancelled."""
+        """Free what is kept for sending to a rank, on a link that has ended; its transfers have been cancelled."""
 
     @contextmanager
     def _transfer_stream(self) -> Iterator[None]:
-        """On a GPU: on a stream of its own, done when it returns.
+        """Run the block, on a GPU on the manager's own stream, and wait for it.
 
-        No order with the steps is needed: blocks that leave are final, as their step's result is
-        here, and blocks that arrive are in no plan before this transfer's result.
+        The stream needs no order with the steps: blocks to send are final before their transfer starts, and received
+        blocks are in no plan before this transfer's result.
         """
         if not self._kv_blocks.is_cuda:
             yield
@@ -190,8 +194,8 @@ class KVTransferManager(ABC):
         assert key not in self._tasks, f"transfer {command.transfer_id} is started twice"
         started = time.monotonic()
         task = self._tasks[key] = asyncio.create_task(self._within_limits(command, transfer))
-        # A callback, not code at the coroutine's end: a task that is cancelled before it runs has no end.
-        task.add_done_callback(lambda done: self._finish(command, sent, started, done))
+        # A callback, not code at the end of the coroutine: a task that is cancelled before it runs never gets there.
+        task.add_done_callback(lambda done: self._on_end(command, sent, started, done))
         task.add_done_callback(lambda _: transfer.close())
         if command.transfer_id in self._cancelled_early:
             self._cancelled_early.remove(command.transfer_id)
@@ -206,7 +210,7 @@ class KVTransferManager(ABC):
         except TimeoutError:
             raise KVTransferError(f"not complete within {timeout_s:g} s", "timeout") from None
 
-    def _finish(self, command: _BlockCommand, sent: bool, started: float, task: asyncio.Task[_Success]) -> None:
+    def _on_end(self, command: _BlockCommand, sent: bool, started: float, task: asyncio.Task[_Success]) -> None:
         del self._tasks[command.transfer_id, sent]
         error, error_kind, done = None, None, _Success()
         if task.cancelled():
@@ -218,7 +222,7 @@ class KVTransferManager(ABC):
             elif isinstance(failure, StaleBlockError):
                 error_kind = "stale"
             else:
-                # A user's backend may raise anything; the request must go on.
+                # A user's backend may raise anything; the scheduler needs a result to try the request again.
                 logger.error("transfer %s failed in the backend", command.transfer_id, exc_info=failure)
                 error = f"{type(failure).__name__}: {failure}"
         else:
@@ -238,7 +242,7 @@ class KVTransferManager(ABC):
         )
 
     def _bytes_of(self, command: _BlockCommand) -> int:
-        """What is moved of each block."""
+        """Return the bytes of each block that a command moves."""
         if isinstance(command, FinishBlocks):
             return 0
         if isinstance(command, ReceiveBlocks):
@@ -328,7 +332,7 @@ class KVTransferManager(ABC):
         )
 
     async def _close_link(self, command: CloseLink, opening: asyncio.Task[None] | None) -> None:
-        if opening is not None:  # or it would be open when it has been closed
+        if opening is not None:  # else the link might open after it was closed
             await asyncio.wait([opening])
         await self._close_receive_window(self._sources_of(command), command.senders_done)
         if self._merging:
@@ -336,12 +340,12 @@ class KVTransferManager(ABC):
         self._report(LinkClosed(epoch=self._context.epoch, source_id=command.source_id, link_epoch=command.link_epoch))
 
     def _sources_of(self, command: OpenLink | CloseLink) -> list[Peer]:
-        """The ranks that write here."""
+        """Return the ranks that send to this rank on a link."""
         return [command.sources[route.source] for route in self._shard.incoming(len(command.sources))]
 
 
 async def _gather_or_cancel(work: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; at the first failure, or if it is cancelled, the others are, and waited for."""
+    """Return the results of all; if one fails or the caller is cancelled, cancel the others and wait for them."""
     if len(work) == 1:
         return [await work[0]]
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
@@ -360,7 +364,7 @@ async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 async def wait_despite_cancel(task: asyncio.Task[None]) -> None:
-    """Wait for work that cannot be broken off; a cancellation meanwhile takes effect after it."""
+    """Wait for work that cannot be interrupted; a cancellation meanwhile takes effect after it."""
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:

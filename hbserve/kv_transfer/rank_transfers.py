@@ -1,6 +1,6 @@
-"""One rank's end of the KV transfers through the life of its instance.
+"""The KV transfers of one rank over the epochs of its instance. Runs in the rank process, in its event loop.
 
-Which manager and which backend a name in the configuration means.
+This module also chooses manager and backend by the name in the configuration.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def make_manager(
     shard: Shard = Shard(),  # noqa: B008 - it is frozen
     sharing: ArenaSharing | None = None,
 ) -> KVTransferManager:
-    """A manager with the backend that ``kv_transfer.backend`` names, not yet started.
+    """Make a manager with the backend that ``kv_transfer.backend`` names; it is not started yet.
 
     Args:
-        sharing: for ``shm``.
+        sharing: needed for ``shm``.
 
     Raises:
-        ConfigError: if it cannot be imported.
+        ConfigError: if the backend cannot be imported, or the arena cannot be shared.
     """
     if name == "mooncake":
         return DirectTransfers(MooncakeKVTransfer(context, kv_blocks), report, shard)
@@ -51,17 +51,17 @@ def make_manager(
 
 
 class RankTransfers:
-    """The transfer manager of the current epoch; it is made anew with every one.
+    """Owner of the current epoch's transfer manager; each epoch gets a new one.
 
     Args:
-        shard: which rank of the instance, and what it holds.
-        kv_blocks: its arena as ``[block, byte]``, uint8.
+        shard: number of the rank in its instance, and the KV heads that it holds.
+        kv_blocks: the rank's arena as ``[block, byte]``, uint8.
         report: called with each reply, in the event loop.
-        sharing: how the arena is opened to others of this host.
+        sharing: how the arena is opened to other processes of this host.
     """
 
     manager: KVTransferManager
-    """Of the epoch that began last."""
+    """Manager of the epoch that began last."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class RankTransfers:
         self._has_begun = False
 
     async def begin_epoch(self, epoch: int) -> Peer:
-        """Give up on everything of the epoch before; the rank's new address.
+        """End the epoch before, begin a new one, and return the rank's new address.
 
         Raises:
-            HBServeError: if the backend cannot be made or cannot start.
+            HBServeError: if the backend cannot be made or started.
         """
         await self.end_epoch()
         config = self._config
@@ -112,19 +112,19 @@ class RankTransfers:
         return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)
 
     def send(self, commands: list[SendBlocks], group: int | None) -> None:
-        """Start what can leave: of a group of layers, or (None) what leaves only when all of its step is done."""
+        """Start the transfers of a group of layers, or (None) those that leave only when the whole step is done."""
         for command in commands:
             if group == (command.layers.index if command.layers.count > 1 else None):
                 self.manager.send(command)
 
     async def end_epoch(self) -> None:
-        """Give up on everything; nothing is written to the arena after this."""
+        """Cancel all transfers and stop the manager; nothing is written to the arena after this."""
         if self._has_begun:
             self._has_begun = False
             await self.manager.cancel_all()
             await self.manager.stop()
 
     async def leave(self) -> None:
-        """Give up on everything before the process ends, which closes what is still open."""
+        """Cancel all transfers before the process exits; the exit closes what is still open."""
         if self._has_begun:
             await self.manager.cancel_all()

@@ -1,4 +1,4 @@
-"""What waits to be written on one link, in order."""
+"""Queue of the transfers to be written on one link. Owned by the event loop; one thread of its own does the writes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hbserve.errors import KVTransferError
 from hbserve.messages.transfer import SendBlocks
 
 MAX_BATCH_ITEMS = 64
-"""In one write."""
+"""Items in one write."""
 
 
 class SendItem:
-    """One transfer's blocks, and the event of their arrival."""
+    """Blocks of one transfer, and the future ``written``, which is done when they have been written."""
 
     def __init__(self, command: SendBlocks) -> None:
         self.transfer_id, self.layers = command.transfer_id, command.layers
@@ -28,14 +28,15 @@ class SendItem:
 
 
 class SendQueue:
-    """One link's writes: what has gathered while one write was under way leaves with the next, as one.
+    """Writes of one link: items that gather during one write leave together with the next.
 
     Args:
-        write: sends items, in a thread of this outbox; blocks.
-        max_batch_blocks: most blocks in one write, if more than one transfer is in it.
+        write: sends items; blocks; called in the queue's thread.
+        max_batch_blocks: limit of the blocks in one write, unless a single item exceeds it.
         writes_end_soon: see `OneSidedKVTransfer.writes_end_soon`.
-        begin: called first, in the same thread; that it fails is not told, for the first write would, too.
-        end: called when the last write has ended, in the same thread.
+        on_start: called first, in the queue's thread. Its failure is not reported, because the first write would fail,
+            too.
+        on_end: called after the last write, in the queue's thread.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class SendQueue:
         self._broken: KVTransferError | None = None
 
     async def put(self, item: SendItem) -> float:
-        """Send an item; returns the seconds that went to others.
+        """Send an item; return the seconds that it spent waiting for other items.
 
         Raises:
             KVTransferError: if this or an earlier write on the link has failed.
@@ -66,7 +67,7 @@ class SendQueue:
             raise self._broken
         self._waiting.append(item)
         if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._drain())
+            self._writer = asyncio.create_task(self._write_batches())
         try:
             return await asyncio.shield(item.written)
         except asyncio.CancelledError:
@@ -76,7 +77,7 @@ class SendQueue:
                 await wait_until_done(item.written)
             raise
 
-    async def _drain(self) -> None:
+    async def _write_batches(self) -> None:
         while self._waiting:
             batch = [self._waiting.popleft()]
             num_blocks = len(batch[0].source_blocks)
@@ -102,18 +103,18 @@ class SendQueue:
         self._broken = error
         for item in (*batch, *self._waiting):
             item.written.set_exception(error)
-            item.written.exception()  # one whose transfer was cancelled has nobody to look at it
+            item.written.exception()  # mark it as seen: a cancelled transfer does not look at it
         self._waiting.clear()
 
     async def close(self) -> None:
-        """Begin no more writes; if writes end by themselves, wait for the one that is under way."""
+        """Start no more writes; if writes end soon by themselves, wait for the one in flight."""
         if self._writes_end and self._writer is not None:
             self._waiting.clear()
             await asyncio.wait([self._writer])
         self.abandon()
 
     def abandon(self) -> None:
-        """Begin no more writes, and do not wait for the one that is under way."""
+        """Start no more writes, and do not wait for the one in flight."""
         self._break(self._broken or KVTransferError("the link was closed"), [])
         if self._on_end is not None:
             self._thread.submit(self._on_end)
@@ -122,7 +123,7 @@ class SendQueue:
 
 
 async def wait_until_done(future: asyncio.Future[Any]) -> None:
-    """Wait for a future, even if this task is cancelled meanwhile: the arena is still in use."""
+    """Wait for a future, and go on waiting if this task is cancelled: until then the arena is in use."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([future])

@@ -1,1 +1,1 @@
-"""Backends in which the sender writes alone into the memory of the receiver."""
+"""Backends in which the sender alone writes into the memory of the receiver."""

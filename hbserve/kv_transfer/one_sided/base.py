@@ -1,4 +1,8 @@
-"""The built-in backends' shorter way: the sender writes straight into the receiver's arena."""
+"""Base class of one-sided backends: the sender writes straight into the receiver's arena.
+
+A backend lives in a rank process. Its coroutines run in the event loop. `OneSidedKVTransfer.write`, and what else its
+docstring says so, runs in a thread for each link.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from hbserve.platform.remote_arena import ByteRun, RemoteArena
 
 
 def coalesce(pieces: Iterable[tuple[int, int]], num_bytes: int) -> list[ByteRun]:
-    """The fewest runs that move ``num_bytes`` from each offset here to that there: links are fast with large pieces.
+    """Join pieces of ``num_bytes`` into the fewest runs, because links are fast with large pieces.
 
     Args:
-        pieces: offsets here and there.
+        pieces: offsets of each piece in the source and in the target.
     """
     runs: list[ByteRun] = []
     for here, there in sorted(pieces):
@@ -32,11 +36,11 @@ def coalesce(pieces: Iterable[tuple[int, int]], num_bytes: int) -> list[ByteRun]
 
 @dataclass(frozen=True)
 class ArenaSharing:
-    """How arenas are opened to other processes of this host; see `hbserve.platform.Platform`.
+    """Access to arenas of other processes of this host; see `hbserve.platform.Platform`.
 
     Attributes:
-        handle: of this rank's KV arena; None: it cannot be opened.
-        open_arena: from another's handle and its bytes to the right to write there.
+        handle: handle of this rank's KV arena; None: other processes cannot open it.
+        open_arena: from the handle of another arena and its bytes to an object that writes there.
     """
 
     handle: str | None
@@ -44,11 +48,11 @@ class ArenaSharing:
 
 
 class OneSidedKVTransfer(ABC):
-    """Writes KV blocks into another instance's arena. One object per rank and epoch of an instance.
+    """Backend that writes KV blocks into another instance's arena. One object per rank and epoch of an instance.
 
-    The receiver opens an *inbox* for each link and each link epoch, which gives the senders the right
-    to write. What makes it safe is the way an inbox ends: `close_receive_window` returns when no write of those
-    senders can arrive any more, whatever state they are in.
+    The receiver opens a *receive window* for each link and link epoch, which gives the senders of the link the right to
+    write. What makes this safe is the end of a window: `close_receive_window` returns when no write of those senders
+    can arrive any more, whatever state they are in.
 
     Args:
         context: as for `KVTransferBase`.
@@ -56,8 +60,8 @@ class OneSidedKVTransfer(ABC):
     """
 
     writes_end_soon: bool
-    """Whether `write` always ends soon by itself. A sender then confirms a cancelled transfer only after
-    its write has ended; else it does at once, and it is the receiver alone that stops the write."""
+    """Whether `write` always ends soon by itself. If so, the sender of a cancelled transfer confirms after its write
+    has ended. Else the sender confirms at once, and the receiver alone stops the write."""
 
     def __init__(self, context: KVTransferContext, kv_blocks: torch.Tensor) -> None:
         self.context = context
@@ -65,15 +69,15 @@ class OneSidedKVTransfer(ABC):
 
     @property
     def endpoint(self) -> str:
-        """What receivers need to know of this rank as a sender."""
+        """Address of this rank as a sender, for receivers."""
         return ""
 
     async def start(self) -> None:  # noqa: B027 - a backend without set-up need not override it
-        """Get ready; called before anything else."""
+        """Get ready; called before all other methods."""
 
     @abstractmethod
     async def open_receive_window(self, sources: list[Peer]) -> str:
-        """Let a link's senders write; what they need to know, which comes back as ``endpoint`` in their `write`.
+        """Let a link's senders write here; return the endpoint that they find in the ``target`` of their `write`.
 
         Args:
             sources: the ranks that write here, with the link's epoch.
@@ -87,11 +91,11 @@ class OneSidedKVTransfer(ABC):
         """Return when no write of these senders on this link epoch can arrive any more.
 
         Args:
-            senders_done: they have confirmed the end of all their writes.
+            senders_done: whether the senders have confirmed that all their writes have ended.
         """
 
     def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
-        """Memory beside the arena, uint8, that `write` to a target takes as a source. Called in its thread.
+        """Make memory beside the arena, uint8, as a source for `write` to a target. Called in the link's thread.
 
         Raises:
             KVTransferError
@@ -100,28 +104,29 @@ class OneSidedKVTransfer(ABC):
 
     @abstractmethod
     def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
-        """Write runs of bytes; return when the receiver has them all. Called in a thread, one per target.
+        """Write runs of bytes; return when the receiver has them all. Called in the link's thread.
 
         Args:
-            source: the arena, or from `make_staging`; the runs' offsets there are in the receiver's arena.
+            source: the arena, or memory from `make_staging`; the target offsets of the runs lie in the receiver's
+                arena.
 
         Raises:
             KVTransferError
         """
 
     def connect(self, target: Peer) -> None:  # noqa: B027 - likewise
-        """Get ready for the first `write`. Called in its thread; what fails here will fail there once more.
+        """Get ready for the first `write`. Called in the link's thread. What fails here will fail in `write`, too.
 
         Raises:
             HBServeError
         """
 
     def disconnect(self, target: Peer) -> None:  # noqa: B027 - likewise
-        """Let go of what is there for writing to a rank on a link that has ended, after the last `write`. Called in the
-        thread of `write`; where that was never called, in the event loop's."""
+        """Free what is kept for writing to a rank, on a link that has ended, after the last `write`. Called in the
+        thread of `write`, or in the event loop if the link never had a queue."""
 
     async def stop(self) -> None:  # noqa: B027 - likewise
-        """Close every inbox and let go of everything, when this side's writes have ended.
+        """Close every window and free everything, after this side's writes have ended.
 
         Raises:
             HBServeError: if others may still write here, so that the arena must not be used again.

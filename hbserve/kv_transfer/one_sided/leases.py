@@ -1,9 +1,12 @@
-"""Who has this rank's arena mapped, and when they can write no more.
+"""Leases: which senders have this rank's arena mapped, and when they can write no more.
 
-A mapping (shared memory, CUDA IPC) cannot be taken away from a process. So the receiver has a *lease* with each sender
-of a link: a connection to a socket of the sender's, who says a last word on it when its writes on the link have ended
-and none will begin. A sender that has died says nothing, so its process' end is waited for, too. One that has stopped
-(SIGSTOP) says nothing either, and may write when it goes on: what it may write to stays out of use until then.
+A mapping (shared memory, CUDA IPC) cannot be taken away from a process. So the receiver holds a *lease* with each
+sender of a link: a connection to a socket of the sender. The sender sends one byte on it when its writes on the link
+have ended and none will start. A sender that has died sends nothing, so the receiver also waits for the end of its
+process. A sender that is stopped (SIGSTOP) sends nothing either, and may write when it continues: until then, what it
+may write to stays out of use.
+
+Everything here runs in the event loop of a rank process, except `MappingLeases.end_lease`.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ _MAX_KEY_BYTES = 100
 
 
 class MappingLeases:
-    """One rank's leases in an epoch: those that it has taken as a sender, and those that it has given as a receiver.
+    """Leases of one rank in an epoch: those that it has taken as a sender, and those that it has given as a receiver.
 
     Args:
-        backend: its name in the configuration, for errors.
+        backend: name of the backend in the configuration, for errors.
     """
 
     def __init__(self, backend: str, context: KVTransferContext) -> None:
@@ -39,26 +42,26 @@ class MappingLeases:
         self._given: dict[LinkKey, _Lease] = {}
         self._taken: dict[LinkKey, socket.socket] = {}
         self._unidentified: dict[socket.socket, asyncio.Task[None]] = {}  # connections whose link is not known yet
-        self._ended: set[LinkKey] = set()  # before anybody has asked
+        self._ended: set[LinkKey] = set()  # before their receiver has connected
 
     @property
     def endpoint(self) -> str:
-        """``socket host``: what a receiver asks a sender by, and where that name means it."""
+        """``socket host``: name of this sender's socket, and the host and network where that name is valid."""
         return f"{self._name} {_host()}"
 
     async def start(self) -> None:
-        """Before anybody is told the endpoint."""
+        """Listen for receivers; called before the endpoint is announced."""
         self._loop = asyncio.get_running_loop()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.setblocking(False)
-        self._listener.bind(f"\0{self._name}")  # abstract: nothing of it outlives the process
+        self._listener.bind(f"\0{self._name}")  # abstract: it ends with the process
         self._listener.listen(64)
         self._loop.add_reader(self._listener, self._accept)
 
-    # --- of the sender -----------------------------------------------------------------------------
+    # --- sender ------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # there are no more
+        with contextlib.suppress(OSError):  # no more connections
             while True:
                 connection, _ = self._listener.accept()
                 if _peer_of(connection)[1] != os.geteuid():
@@ -82,7 +85,7 @@ class MappingLeases:
             self._end(key)
 
     def end_lease(self, target: Peer) -> None:
-        """This side writes no more on a link. Callable from any thread."""
+        """Tell the receiver that this side writes no more on a link. Callable from any thread."""
         self._loop.call_soon_threadsafe(self._end, target.link_key)
 
     def _end(self, key: LinkKey) -> None:
@@ -92,13 +95,13 @@ class MappingLeases:
         else:
             _send_end(connection)
 
-    # --- of the receiver ---------------------------------------------------------------------------
+    # --- receiver ----------------------------------------------------------------------------------
 
     async def open_leases(self, sources: list[Peer]) -> None:
-        """Before a link's senders learn how to map the arena.
+        """Connect to a link's senders; called before they learn how to map the arena.
 
         Raises:
-            StartupError: if one is where its end could not be seen.
+            StartupError: if the end of a sender could not be seen from here.
         """
         for source in sources:
             name, _, host = source.endpoint.partition(" ")
@@ -112,14 +115,14 @@ class MappingLeases:
                 if pid == 0:
                     raise StartupError(self._explain("an instance is in another container (PID namespace)"))
                 process = os.pidfd_open(pid)
-            except (ConnectionError, ProcessLookupError):  # it is dead, or has begun another epoch, and will not write
+            except (ConnectionError, ProcessLookupError):  # the sender is dead or in another epoch: it will not write
                 connection.close()
                 continue
             except BaseException:
                 connection.close()
                 raise
             self._given[source.link_key] = _Lease(connection, process)
-            with contextlib.suppress(ConnectionError):  # it has just died
+            with contextlib.suppress(ConnectionError):  # the sender has just died
                 connection.send(f"{self._context.rank} {self._context.epoch} {source.link_epoch}".encode())
 
     def _explain(self, reason: str) -> str:
@@ -129,7 +132,7 @@ class MappingLeases:
         """Return when none of a link's senders can write any more.
 
         Args:
-            senders_done: they have said so already.
+            senders_done: whether the senders have confirmed that already.
         """
         for key in (source.link_key for source in sources):
             if key in self._given:
@@ -137,16 +140,16 @@ class MappingLeases:
                     await self._given[key].wait_until_over()
                 self._given.pop(key).close()
 
-    # --- of both -----------------------------------------------------------------------------------
+    # --- both --------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """This side's writes have ended; return when no other's can come any more.
+        """Return when no write of another rank can come any more; called when this side's writes have ended.
 
         Raises:
-            KVTransferError: if one may still come. The arena must then not be used again.
+            KVTransferError: if a write may still come. The arena must then not be used again.
         """
         self._loop.remove_reader(self._listener)
-        self._listener.shutdown(socket.SHUT_RD)  # from here on whoever asks is refused
+        self._listener.shutdown(socket.SHUT_RD)  # from here on, connections are refused
         self._accept()
         self._listener.close()
         for connection, task in list(self._unidentified.items()):
@@ -169,7 +172,7 @@ class MappingLeases:
 
 @dataclass(frozen=True)
 class _Lease:
-    """The receiver's end of one; ``process``: a descriptor of the sender's."""
+    """The receiver's end of a lease; ``process`` is a file descriptor of the sender's process."""
 
     connection: socket.socket
     process: int
@@ -179,11 +182,11 @@ class _Lease:
         with contextlib.suppress(ConnectionError):
             if await loop.sock_recv(self.connection, 1):
                 return
-        died: asyncio.Future[None] = loop.create_future()
-        # Readable when its threads are gone and all it had open is closed, of which the connection may be the first.
-        loop.add_reader(self.process, _settle, died)
+        exited: asyncio.Future[None] = loop.create_future()
+        # Readable when the process has no threads and no open files any more; the connection may be closed long before.
+        loop.add_reader(self.process, _settle, exited)
         try:
-            await died
+            await exited
         finally:
             loop.remove_reader(self.process)
 
@@ -193,7 +196,7 @@ class _Lease:
 
 
 def _peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end; process 0: one that has no number here."""
+    """Return process and user at the other end; process 0 is one without a number in this PID namespace."""
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
 
@@ -211,6 +214,6 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 @cache
 def _host() -> str:
-    """Differs wherever the name of a socket means another one."""
+    """Name the host and network namespace, in which the names of abstract sockets are valid."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"

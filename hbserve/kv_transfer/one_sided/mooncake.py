@@ -1,9 +1,9 @@
 """KV transfer by the Mooncake Transfer Engine: one-sided writes over TCP, RDMA, or NVLink inside a host.
 
-Each inbox is an engine of its own that has the arena registered, so closing an inbox is ending its
-engine: connections are cut and memory is unregistered, whatever the sender does. Closing one costs
-about a second in which no Python runs here; it happens only when a link has failed. Over NVLink
-that is not enough: the sender has the arena mapped by CUDA IPC, see `mapping_leases`.
+Each receive window is an engine of its own that has the arena registered. To close the window, the receiver ends the
+engine: this cuts its connections and unregisters the memory, whatever the sender does. It takes about a second in which
+no Python runs in the process, and happens only when a link has failed. Over NVLink it is not enough, because the sender
+has the arena mapped by CUDA IPC: see `leases`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from hbserve.platform.remote_arena import ByteRun
 
 NUM_PORTS = 1000
 CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
-_HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: the two engines tell each other
+_HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: two engines exchange their metadata
 _PROTOCOLS = ("tcp", "rdma", "nvlink")
 _MAX_RUNS = 128  # in one call; thousands fail
 _NEVER_SET = {
-    "MC_TRANSFER_TIMEOUT": "bytes of a transfer that it has given up on still arrive later",
-    "MC_LOG_DIR": "it makes the engine end the process",
+    "MC_TRANSFER_TIMEOUT": "the engine gives up on a transfer, but its bytes may arrive later",
+    "MC_LOG_DIR": "with it the engine ends the process",
 }
 
 
 @dataclass(frozen=True)
 class MooncakeSettings:
-    """How engines are made.
+    """Settings of the engines.
 
     Attributes:
         protocol: one of ``tcp``, ``rdma``, ``nvlink``; None leaves it to the environment (``MC_*``).
@@ -55,7 +55,7 @@ class MooncakeSettings:
 
     @staticmethod
     def load(protocol: str | None, device_name: str | None) -> MooncakeSettings:
-        """From the configuration, and for what it does not say from the file that ``MOONCAKE_CONFIG_PATH`` names.
+        """Load the configuration's settings, and missing ones from the file that ``MOONCAKE_CONFIG_PATH`` names.
 
         Raises:
             ConfigError: naming the file and the key that cannot be honoured.
@@ -83,10 +83,10 @@ class MooncakeSettings:
         )
 
     def prepare_environment(self, timeout_s: float, first_port: int | None) -> None:
-        """Set what the library reads when it is imported and when an engine is made.
+        """Set the variables that the library reads when it is imported and when an engine is made.
 
         Args:
-            first_port: of those that engines choose from, ``NUM_PORTS`` of them.
+            first_port: first of the ``NUM_PORTS`` ports from which engines choose.
 
         Raises:
             StartupError: if a variable is set that makes transfers unsafe.
@@ -100,7 +100,7 @@ class MooncakeSettings:
         if first_port is not None:
             os.environ.setdefault("MC_MIN_RPC_PORT", str(first_port))
             os.environ.setdefault("MC_MAX_RPC_PORT", str(min(first_port + NUM_PORTS - 1, 65535)))
-        if self.protocol is not None:  # builds for GPUs go by these, and not by their protocol argument
+        if self.protocol is not None:  # builds for GPUs obey these, not their protocol argument
             for name, wanted in (("MC_FORCE_TCP", "tcp"), ("MC_INTRANODE_NVLINK", "nvlink")):
                 if self.protocol == wanted:
                     os.environ[name] = "1"
@@ -123,19 +123,19 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
 
     @property
     def writes_end_soon(self) -> bool:  # type: ignore[override]
-        """Copies over NVLink do; a write to a peer that has stopped lasts until the library's time limits."""
+        """Whether writes are copies over NVLink; others to a stopped peer last until the library's time limits."""
         return self._leases is not None
 
     @property
     def endpoint(self) -> str:
-        """Of its leases, if there are any."""
+        """Endpoint of the leases, over NVLink; else empty."""
         return "" if self._leases is None else self._leases.endpoint
 
     async def start(self) -> None:
-        """Make the engine that sends.
+        """Make the engine that sends, or over NVLink the leases.
 
         Raises:
-            StartupError: if the library or its transport is not there.
+            StartupError: if the library or its transport is missing.
         """
         if self._settings.protocol == "nvlink" and not self.kv_blocks.is_cuda:
             raise StartupError("kv_transfer.mooncake_protocol nvlink: the KV cache is not on a GPU; use tcp")
@@ -148,7 +148,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             self._outbound = await asyncio.to_thread(self._make_engine)
 
     def _make_engine(self) -> Any:
-        """An engine that has the arena registered."""
+        """Make an engine that has the arena registered."""
         try:
             library = importlib.import_module("mooncake.engine")
         except ImportError as error:
@@ -175,9 +175,9 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             )
 
     def _enter_device(self) -> None:
-        """The library works on the calling thread's CUDA context, through the driver, which does not make one current.
+        """Make the device's CUDA context current in this thread: the library uses it by the driver and never sets it.
 
-        Naming the device is not enough: that does nothing in a thread whose device is the right one already.
+        To set the device is not enough: this does nothing in a thread that has the right device already.
         """
         if self.kv_blocks.is_cuda and not hasattr(self._thread, "has_context"):
             torch.cuda.set_device(self.kv_blocks.device)
@@ -185,7 +185,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             self._thread.has_context = True
 
     async def open_receive_window(self, sources: list[Peer]) -> str:
-        """``session address``: where the engine is, and where the arena is in this process."""
+        """Return ``session address``: address of the window's engine, and of the arena in this process."""
         if self._leases is not None:
             await self._leases.open_leases(sources)
         engine = await asyncio.to_thread(self._make_engine)
@@ -199,7 +199,8 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             await self._leases.wait_until_over(sources, senders_done)
 
     def _engine_to(self, target: Peer) -> Any:
-        """One for all, but for arenas that are mapped: a mapping ends with its engine."""
+        """Return the engine for a target: one for all, but over NVLink one for each, because a mapping ends with its
+        engine."""
         if self._leases is None:
             return self._outbound
         if target.link_key not in self._mapping:
@@ -211,7 +212,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         self._engine_to(target)
 
     def disconnect(self, target: Peer) -> None:
-        """Memory of a receiver that has died is only free when nobody has it mapped."""
+        """End the mapping: the memory of a dead receiver is free only when no process has it mapped."""
         if self._leases is not None:
             if target.link_key in self._mapping:
                 self._end({0: self._mapping.pop(target.link_key)})
@@ -224,7 +225,7 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
             self._register(engine, staging)
         except StartupError as error:
             raise KVTransferError(str(error)) from None
-        # Before its memory is free for others: the engine refuses to register a byte twice.
+        # Unregister before the memory is free for others: the engine refuses to register a byte twice.
         weakref.finalize(staging, engine.unregister_memory, staging.data_ptr()).atexit = False
         return staging
 
@@ -245,13 +246,13 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
                 raise KVTransferError(f"Mooncake could not write to {session} (code {code})")
 
     async def stop(self) -> None:
-        self._outbound = None  # lives on while a write is under way
+        self._outbound = None  # a write in flight keeps it alive
         await asyncio.to_thread(self._end, self._windows)
         if self._leases is not None:
             await self._leases.stop()
 
     def _end(self, engines: dict[Any, Any]) -> None:
-        """Let go of the last references."""
+        """Drop the last references to engines, which ends them."""
         self._enter_device()
         engines.clear()
 

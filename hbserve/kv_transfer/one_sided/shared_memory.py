@@ -1,7 +1,7 @@
 """KV transfer inside one host: the sender maps the receiver's arena and copies into it.
 
-On CPU the arena is shared memory, on GPUs it is opened by CUDA IPC and written by peer copies. For when an inbox
-is closed, see `mapping_leases`.
+On the CPU the arena is shared memory. On GPUs it is opened by CUDA IPC and written by peer copies. See `leases` for the
+end of a receive window.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
 
     @property
     def endpoint(self) -> str:
-        """Of its leases."""
+        """Endpoint of the leases."""
         return self._leases.endpoint
 
     async def start(self) -> None:
         await self._leases.start()
 
     async def open_receive_window(self, sources: list[Peer]) -> str:
-        """``bytes handle``: of the arena.
+        """Return ``bytes handle`` of the arena.
 
         Raises:
-            StartupError: if a sender is where its end could not be seen.
+            StartupError: if the end of a sender could not be seen from here.
         """
         await self._leases.open_leases(sources)
         return f"{self.kv_blocks.nbytes} {self._handle}"
@@ -66,7 +66,7 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
         return arena
 
     def disconnect(self, target: Peer) -> None:
-        """Memory of a receiver that has died is only free when nobody has it open."""
+        """Close the arena: the memory of a dead receiver is free only when no process has it open."""
         arena = self._opened.pop(target.link_key, None)
         if arena is not None:
             arena.close()

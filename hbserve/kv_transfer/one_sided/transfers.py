@@ -1,4 +1,7 @@
-"""Transfers by a one-sided backend: the sender writes into the receiver's arena, the receiver only lets it."""
+"""Transfers by a one-sided backend: the sender writes into the receiver's arena, and the receiver only permits it.
+
+`DirectTransfers` runs in the event loop of a rank process; each link's `_Writer` runs in the thread of its `SendQueue`.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from hbserve.kv_transfer.send_queue import SendItem, SendQueue
 from hbserve.messages.transfer import LayerGroup, LinkKey, Peer, ReceiveBlocks, SendBlocks
 
 _STAGING_BYTES = 64 << 20
-"""Of parts that are put together before they leave, for each rank that they go to."""
+"""Size of the memory in which parts of blocks are gathered before they leave, for each target rank."""
 
 
 class DirectTransfers(KVTransferManager):
-    """Runs transfers through a `OneSidedKVTransfer`. There is nothing to stage and nothing to match."""
+    """Transfers through a `OneSidedKVTransfer`. There is nothing to stage and nothing to match."""
 
     one_sided = True
 
@@ -50,7 +53,7 @@ class DirectTransfers(KVTransferManager):
         return await self._queue_to(target, route).put(SendItem(command))
 
     async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
-        raise AssertionError("nothing is to be received from a sender that writes by itself")
+        raise AssertionError("a one-sided sender writes by itself; nothing is received from it")
 
     async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
         return await self._backend.open_receive_window(sources)
@@ -82,12 +85,12 @@ class DirectTransfers(KVTransferManager):
 
 
 class _Writer:
-    """Writes items to one rank. Used in one thread.
+    """Writer of items to one rank, used in one thread.
 
-    A part of a row would be a thousand small pieces for every block, so it never travels as such. Where
-    the receiver holds less of each row, the sender puts the part together before (``staging``); where
-    it holds more, the sender's whole block becomes one stretch of the receiver's, which sorts its
-    rows when all of them are there (`FinishBlocks`).
+    A part of each row would be a thousand small pieces in every block, so it is never sent row by row. If the receiver
+    holds less of each row, the sender gathers the part before (``staging``). If the receiver holds more, the sender's
+    whole block becomes one stretch of the receiver's block, and the receiver sorts the rows when all stretches have
+    arrived (`FinishBlocks`).
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class _Writer:
             self._write(self._staging, [(place * size, there) for place, (_, there) in enumerate(group)], layers)
 
     def _write(self, source: torch.Tensor, pieces: list[tuple[int, int]], layers: LayerGroup) -> None:
-        """Write pieces, each an offset in ``source`` and the block there that it is a stretch of."""
+        """Write pieces: each is an offset in ``source``, and the target block of which it is a stretch."""
         part = self._route.target_part
         size = self._parts.of_layers(layers).part_bytes(self._route.source_part)
         block_bytes = size * part.count * layers.count

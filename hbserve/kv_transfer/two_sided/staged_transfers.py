@@ -1,4 +1,7 @@
-"""Transfers by a user's backend: gathered into a buffer, sent, received, written to the arena."""
+"""Transfers by a user's backend: blocks are gathered into a buffer, sent, received, and written to the arena.
+
+Runs in the event loop of a rank process; copies between arena and buffers run in worker threads.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _GRACE_S = 1.0
-"""For a user's method to end when it is cancelled."""
+"""Time for a user's method to end after it was cancelled."""
 
 
 def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
-    """The user's backend that ``kv_transfer.backend`` names.
+    """Make the user's backend that ``kv_transfer.backend`` names.
 
     Raises:
         ConfigError: if it cannot be imported.
@@ -41,7 +44,7 @@ def make_backend(name: str, context: KVTransferContext) -> KVTransferBase:
 
 @contextlib.contextmanager
 def _startup_errors(name: str) -> Iterator[None]:
-    """A user's backend may raise anything."""
+    """Turn what a user's backend raises, which may be anything, into a `StartupError`."""
     try:
         yield
     except HBServeError:
@@ -52,12 +55,12 @@ def _startup_errors(name: str) -> Iterator[None]:
 
 
 class StagedTransfers(KVTransferManager):
-    """Runs transfers through a `KVTransferBase`.
+    """Transfers through a `KVTransferBase`.
 
-    A received buffer is written to the arena in one go after all its bytes are there, and a transfer
-    that is given up meanwhile ends only after that: after its `TransferResult` nothing is written. The
-    user's methods have to do with buffers alone, never with the arena, so one that goes on in spite of
-    being cancelled holds up nothing: it is left to itself, and what it returns is not looked at.
+    A received buffer is written to the arena in one go after all its bytes have arrived. A transfer that is cancelled
+    meanwhile ends only after that, so nothing is written after its `TransferResult`. The user's methods see buffers
+    alone, never the arena. One that goes on although it was cancelled therefore delays nothing: it is left alone, and
+    its result is dropped.
     """
 
     one_sided = False
@@ -89,7 +92,7 @@ class StagedTransfers(KVTransferManager):
         await self._staging.reserve(num_bytes)
         queued_s = loop.time() - asked_at
         sending = asyncio.create_task(self._take_and_send(command, target, parts, route, shape))
-        # Not here: one that is left to itself still has its buffer.
+        # In a callback: a user's method that goes on after its cancellation still has the buffer.
         sending.add_done_callback(lambda _: self._staging.free(num_bytes))
         await _result_of(sending, "send_kv_cache")
         return queued_s
@@ -139,12 +142,12 @@ class StagedTransfers(KVTransferManager):
 
 
 async def _result_of(work: asyncio.Future[T], name: str) -> T:
-    """What a user's method returns; cancelled, it has a moment to end."""
+    """Return the result of a user's method; if this task is cancelled, give the method a moment to end."""
     try:
         await asyncio.wait([work])
     except asyncio.CancelledError:
         work.cancel()
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # mark it as seen
         if not (await asyncio.wait([work], timeout=_GRACE_S))[0]:
             logger.error("kv_transfer.backend: %s goes on although it was cancelled", name)
         raise

@@ -1,10 +1,9 @@
-"""One direction between two ranks over torch.distributed, as a thread on each side sees it.
+"""One direction between two ranks over torch.distributed. Each side of a link calls it in one thread of its own.
 
-What gathers leaves as one *batch*: a header over gloo, which says what comes, then every transfer's
-blocks in pieces. The receiver starts no kernel that waits for a sender: NCCL is entered when the
-header has told that the other side is there. Pieces go through a few buffers in turn, so that one is
-copied from or to the arena while others are on their way; neighbouring blocks are sent from where
-they lie.
+Transfers that gather leave as one *batch*: a header over gloo, which names each transfer's *chunk* of bytes, then the
+chunks' blocks in pieces. The receiver launches no kernel that waits for a sender: both sides enter NCCL only after the
+header has said that the sender is there. Pieces use a few buffers (*slots*) in turn, so that one piece is copied from
+or to the arena while others are on the wire. Neighbouring blocks are sent from where they lie.
 """
 
 from __future__ import annotations
@@ -41,37 +40,37 @@ _HEADER_WORDS = 2 + 2 * MAX_BATCH_ITEMS
 
 
 class Header(NamedTuple):
-    """What a batch holds.
+    """Contents of a batch.
 
     Attributes:
-        piece_bytes: most bytes of a piece.
-        chunks: of each transfer its name's digest and its bytes.
+        piece_bytes: bytes of a piece, at most.
+        chunks: digest of the transfer's id and number of bytes, for each transfer.
     """
 
     piece_bytes: int
     chunks: list[tuple[int, int]]
 
     def words(self) -> list[int]:
-        """As it travels."""
+        """Encode as the words that are sent."""
         words = [len(self.chunks), self.piece_bytes, *(word for chunk in self.chunks for word in chunk)]
         return words + [0] * (_HEADER_WORDS - len(words))
 
     @staticmethod
     def of_words(words: list[int]) -> Header:
-        """As it arrives.
+        """Decode received words.
 
         Raises:
-            KVTransferError: if it is none.
+            KVTransferError: if they are no header.
         """
         count, piece_bytes, *rest = words
         chunks = list(zip(rest[0 : 2 * count : 2], rest[1 : 2 * count : 2], strict=True))
         if not 0 < count <= MAX_BATCH_ITEMS or piece_bytes <= 0 or any(size <= 0 for _, size in chunks):
-            raise KVTransferError("what came is no header of transfers")
+            raise KVTransferError("received words are not a header of transfers")
         return Header(piece_bytes, chunks)
 
 
 class PendingReceive:
-    """Blocks that have been asked for, and the event of their arrival."""
+    """Blocks that have been asked for, and the future ``arrived``."""
 
     def __init__(self, block_ids: Sequence[int], layers: LayerGroup) -> None:
         self.block_ids, self.layers = block_ids, layers
@@ -79,7 +78,7 @@ class PendingReceive:
         self.arrived: asyncio.Future[None] = self._loop.create_future()
 
     def settle(self, error: KVTransferError | None) -> None:
-        """In the event loop's thread: they are there, or will not come."""
+        """Report that the blocks have arrived or will not come. Called in the event loop."""
         if self.arrived.done():
             return
         if error is None:
@@ -88,22 +87,22 @@ class PendingReceive:
             self.arrived.set_exception(error)
 
     def settle_threadsafe(self) -> None:
-        """From another thread: they are there."""
+        """Report from another thread that the blocks have arrived."""
         self._loop.call_soon_threadsafe(self.settle, None)
 
 
 def digest_of(transfer_id: str) -> int:
-    """A transfer's name in a header."""
+    """Return the digest by which a header names a transfer."""
     return int.from_bytes(blake2b(transfer_id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 class _Link:
-    """What both ends have in common.
+    """State that both ends have.
 
     Args:
         name: the same on both sides, and never used twice.
-        connect: makes the connection to the store where the two meet.
-        parts, part: what of the arena's blocks goes over it.
+        connect: makes the connection to the store where the two sides meet.
+        parts, part: the part of the arena's blocks that is sent over the link.
     """
 
     _rank: int
@@ -136,10 +135,10 @@ class _Link:
             self._streams = [torch.cuda.Stream(context.device, priority=priority) for _ in range(_NUM_SLOTS)]  # type: ignore[no-untyped-call]
 
     def rendezvous(self) -> None:
-        """Make the groups, unless that has been done. In the link's thread; blocks up to the time limit.
+        """Make the process groups with the other side, once. Called in the link's thread; blocks up to the time limit.
 
         Raises:
-            KVTransferError: now, or when it was tried before: a name is used once.
+            KVTransferError: if this fails, or has failed before: a name is used only once.
         """
         if self._has_joined is None:
             self._has_joined = False
@@ -162,36 +161,36 @@ class _Link:
             nccl_options.is_high_priority_stream = self._high_priority
             data = dist.ProcessGroupNCCL(dist.PrefixStore(f"{self.name}/nccl", store), rank, 2, nccl_options)
         self._data = data
-        if self._is_closed:  # meanwhile: either that side sees the groups, or this one the end
+        if self._is_closed:  # in the meantime: either `abort` sees the groups, or this thread sees the end
             self._abort_groups()
             raise KVTransferError(f"KV link {self.name} was closed")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """gloo, NCCL and the store all raise RuntimeError or a subclass."""
+        """Turn errors of gloo, NCCL and the store, which are RuntimeErrors, into a `KVTransferError`."""
         try:
             yield
         except RuntimeError as error:
             raise KVTransferError(f"KV link {self.name}: {error}") from error
 
     def _on_stream(self, index: int) -> AbstractContextManager[Any]:
-        """A slot's copies and messages are in order, and beside those of the other slots and the steps."""
+        """Keep a slot's copies and messages in order, and beside those of other slots and of the steps."""
         return torch.cuda.stream(self._streams[index]) if self._streams else contextlib.nullcontext()
 
     def _slot(self, index: int, num_blocks: int, block_bytes: int, piece_bytes: int) -> torch.Tensor:
-        """Room for so many blocks, of which a piece has at most ``piece_bytes``: ``[block, byte]``."""
+        """Return a slot's buffer, allocated for ``piece_bytes``, as ``[block, byte]`` for so many blocks."""
         slot = self._slots[index]
         if slot is None or slot.numel() < piece_bytes:
             slot = self._slots[index] = torch.empty(piece_bytes, dtype=torch.uint8, device=self._device)
         return slot[: num_blocks * block_bytes].view(num_blocks, block_bytes)
 
     def _wait(self, index: int, work: Any) -> None:
-        """Until a message is through; on a GPU with what was queued behind it on the slot's stream."""
+        """Wait for a message; on a GPU also for what was queued after it on the slot's stream."""
         if not self._use_nccl:
             work.wait(self._timeout)
             return
-        # Not in Python: asking again and again would cost more time than the copy of a piece. It has an end: whoever
-        # gives up on the transfer has the link closed, and that aborts what is waited for.
+        # No polling in Python: it would take longer than the copy of a piece. The wait has an end: a failed transfer
+        # closes the link, and that aborts the message.
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._streams[index])
         event.synchronize()
@@ -211,13 +210,13 @@ class _Link:
 
 
 class SendingLink(_Link):
-    """The sender's end. `send` is called in one thread, `close` in any."""
+    """The sender's end. `send` is called in one thread, `abort` in any."""
 
     _rank = _SENDER
-    _high_priority = True  # prefill fills the device for long, and the other side's kernels spin meanwhile
+    _high_priority = True  # prefill fills the device for long; the other side's kernels spin then
 
     def send(self, items: list[SendItem]) -> None:
-        """Send a batch; return when all of it is out.
+        """Send a batch; return when all of it is sent.
 
         Raises:
             KVTransferError
@@ -242,7 +241,7 @@ class SendingLink(_Link):
                 slot = number % _NUM_SLOTS
                 if len(in_flight) == _NUM_SLOTS:
                     index, work = in_flight.popleft()
-                    if not self._use_nccl:  # else the streams keep the order
+                    if not self._use_nccl:  # with NCCL the streams keep the order
                         work.wait(self._timeout)
                 in_flight.append((slot, self._send_piece(slot, layers, block_ids, piece_bytes)))
             announced.wait(self._timeout)
@@ -264,14 +263,14 @@ class SendingLink(_Link):
 
 
 class ReceivingLink(_Link):
-    """The receiver's end, with a thread for what blocks.
+    """The receiver's end, with a thread for the calls that block.
 
     Attributes:
-        pending: what has been asked for, by digest; changed in the event loop's thread.
+        pending: what has been asked for, by digest; changed in the event loop only.
     """
 
     _rank = _RECEIVER
-    _high_priority = False  # decode's are short, and somebody waits for each
+    _high_priority = False  # decode's steps are short, and users wait for each
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -280,11 +279,11 @@ class ReceivingLink(_Link):
         self._writing = threading.Lock()
 
     def start_rendezvous(self) -> None:
-        """Meet the sender beforehand; that this fails will be told when something is to be received."""
+        """Meet the sender beforehand; if this fails, the first receive reports it."""
         self._thread.submit(self.rendezvous)
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Call ``call`` in the link's thread.
+        """Run ``call`` in the link's thread.
 
         Raises:
             KVTransferError
@@ -301,7 +300,7 @@ class ReceivingLink(_Link):
         raise KVTransferError(f"KV link {self.name} was closed")
 
     def receive(self) -> Header | None:
-        """Receive a batch into the arena; if something of it has not been asked for, only its header."""
+        """Receive a batch into the arena; or only its header, and return it, if a chunk has not been asked for."""
         self.rendezvous()
         with self._explained():
             words = torch.empty(_HEADER_WORDS, dtype=torch.int64)
@@ -313,7 +312,7 @@ class ReceivingLink(_Link):
         return None
 
     def receive_chunks(self, header: Header) -> dict[int, torch.Tensor]:
-        """Receive what a header has announced; what nobody has asked for is returned, by digest."""
+        """Receive the chunks of a header; return those that have not been asked for, by digest."""
         unrequested: dict[int, torch.Tensor] = {}
         with self._explained():
             for digest, size in header.chunks:
@@ -345,7 +344,7 @@ class ReceivingLink(_Link):
         for arrival in in_flight:
             self._store_piece(*arrival)
         for stream in self._streams:
-            stream.synchronize()  # copies in the arena, which nothing can hold up
+            stream.synchronize()  # copies inside the GPU, which end soon
 
     def _receive_piece(self, buffer: torch.Tensor) -> Any:
         work = self._data.recv([buffer], _SENDER, 0)
@@ -375,19 +374,19 @@ class ReceivingLink(_Link):
         return buffer
 
     def put(self, pending: PendingReceive, buffer: torch.Tensor) -> None:
-        """Write what was received before it was asked for."""
+        """Write a buffer to the arena that arrived before it was asked for."""
         self._check_size(pending, buffer.nbytes)
         self._put(0, self._all_layers.of_layers(pending.layers), pending.block_ids, buffer)
         for stream in self._streams:
             stream.synchronize()
 
     def fail(self, error: KVTransferError) -> None:
-        """Nothing more comes: whoever waits is told."""
+        """Report to all pending receives that nothing more comes."""
         for pending in self.pending.values():
             pending.settle(error)
 
     def close(self) -> None:
-        """Return when nothing is written any more; a thread that waits for the sender is left to its time limit."""
+        """Return when nothing is written any more; a thread that waits for the sender goes on until its time limit."""
         self.abort()
         with self._writing:
             for stream in self._streams:

@@ -1,9 +1,10 @@
-"""KV transfer by torch.distributed: NCCL between two GPUs, gloo where a side has none.
+"""KV transfer by torch.distributed: NCCL between two GPUs, gloo if a side has none or both share one.
 
-There is no global process group. Each directed link between two ranks gets a group of two when it
-is opened, in a name space made of both incarnations and the link's epoch, so that a restarted
-instance, or a link that broke, starts afresh and nothing old can arrive on it. The receiver's store
-is where the two meet; its address is what the rank announces.
+There is no global process group. Each directed link between two ranks gets a group of two when it opens. The name of
+the group holds both incarnations and the link's epoch. So a restarted instance or a broken link starts anew, and
+nothing old can arrive on it. The two sides meet at the receiver's store, whose address the rank announces.
+
+`TorchTransfers` runs in the event loop of a rank process; the two ends of a link (`torch_link`) run in threads.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ dist: Any = torch.distributed  # its stubs lack the process groups, which are ma
 
 
 class TorchTransfers(KVTransferManager):
-    """The ``nccl`` backend of the configuration: both ends take part, each in a thread for every link.
+    """The ``nccl`` backend of the configuration: both ends take part, each in one thread for every link.
 
-    The thread does all of a transfer's work, from the arena to the wire or back, so that the event loop
-    is asked only at its beginning and its end.
+    The thread does all the work of a transfer, from the arena to the wire or back. The event loop only starts and ends
+    it.
     """
 
     one_sided = False
@@ -52,7 +53,7 @@ class TorchTransfers(KVTransferManager):
 
     @property
     def endpoint(self) -> str:
-        """``host port device``: where the store listens, and the GPU's UUID if there is one."""
+        """``host port device``: address of the store, and UUID of the GPU if there is one."""
         assert self._store is not None
         return f"{self._context.host} {self._store.port} {self._device_uuid}"
 
@@ -60,12 +61,12 @@ class TorchTransfers(KVTransferManager):
         """Open the store at which senders meet this rank.
 
         Raises:
-            StartupError: if the address cannot be had.
+            StartupError: if the address cannot be used.
         """
         context = self._context
-        # TCPStore itself listens on every interface; a listener of ours keeps it on the one we mean.
+        # TCPStore itself listens on every interface; with our listener it listens on the given one.
         listener = socket.socket()
-        # A port of the configuration's may have connections of the epoch before in their last minute.
+        # A configured port may still have connections of the epoch before in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((context.host, context.port or 0))
@@ -83,7 +84,7 @@ class TorchTransfers(KVTransferManager):
         await super().cancel_all()
         links = list(self._incoming.values())
         self._incoming.clear()
-        await asyncio.gather(*(self._end(link) for link in links))
+        await asyncio.gather(*(self._close_incoming(link) for link in links))
         for sending, queue in self._outgoing.values():
             self._abandon(sending, queue)
         self._outgoing.clear()
@@ -99,14 +100,14 @@ class TorchTransfers(KVTransferManager):
         try:
             return await queue.put(SendItem(command))
         except BaseException:
-            # It has failed, or is given up on since another one has: a link fails as a whole, and what is on
-            # the GPU for it would wait for the other side for good.
+            # This transfer failed, or was cancelled because another one failed: a link fails as a whole. Without the
+            # abort, the link's kernels on the GPU would wait for the other side forever.
             self._abandon(link, queue)
             raise
 
     def _abandon(self, link: SendingLink, queue: SendQueue) -> None:
         queue.abandon()
-        closing = asyncio.create_task(asyncio.to_thread(link.abort))  # aborting takes NCCL a while
+        closing = asyncio.create_task(asyncio.to_thread(link.abort))  # an abort of NCCL takes a while
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
@@ -120,7 +121,7 @@ class TorchTransfers(KVTransferManager):
             connect = functools.partial(self._connection_to, target.endpoint)
             link = SendingLink(name, self._context, self._uses_nccl(target), connect, self._parts, route.source_part)
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
-            # A send to a peer that has stopped lasts until the time limit; it only reads.
+            # A send to a stopped peer lasts until the time limit; it only reads the arena.
             self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, on_start=link.rendezvous)
         return self._outgoing[key]
 
@@ -151,7 +152,7 @@ class TorchTransfers(KVTransferManager):
             link.pending.pop(digest, None)
 
     async def _receive_batches(self, link: ReceivingLink) -> None:
-        """As long as somebody waits for something on a link; what nobody has asked for yet is kept."""
+        """Receive batches while receives are pending on a link; keep what has not been asked for yet."""
         try:
             while link.pending:
                 header = await link.run(link.receive)
@@ -160,7 +161,7 @@ class TorchTransfers(KVTransferManager):
         except KVTransferError as error:
             link.fail(error)
         finally:
-            # Here, and not in a callback, which would come after whoever asks for something in the meantime.
+            # Not in a callback: a receive that starts before the callback runs would find the old task.
             self._receive_tasks.pop(link, None)
 
     async def _receive_unrequested(self, link: ReceivingLink, header: Header) -> None:
@@ -174,7 +175,7 @@ class TorchTransfers(KVTransferManager):
                     self._arrivals.put(f"{link.name} {digest}", buffer)
                     reserved_bytes -= buffer.nbytes
                     continue
-                # It was asked for while it came.
+                # It was asked for while it arrived.
                 await link.run(functools.partial(link.put, pending, buffer))
                 pending.settle(None)
         finally:
@@ -185,7 +186,7 @@ class TorchTransfers(KVTransferManager):
         if key not in self._incoming:
             receiver = f"{self._context.rank}.{self._context.epoch}"
             name = f"{source.rank}.{source.epoch}-{receiver}.{source.link_epoch}"
-            # Not over `_store` itself: a link whose sender does not come would hold up all others there.
+            # Not over `_store` itself: a link whose sender does not come would block all others there.
             connect = functools.partial(self._connection_to, self.endpoint)
             uses_nccl = self._uses_nccl(source)
             self._incoming[key] = ReceivingLink(name, self._context, uses_nccl, connect, self._parts, route.target_part)
@@ -200,9 +201,9 @@ class TorchTransfers(KVTransferManager):
         for source in sources:
             link = self._incoming.pop(source.link_key, None)
             if link is not None:
-                await self._end(link)
+                await self._close_incoming(link)
 
-    async def _end(self, link: ReceivingLink) -> None:
+    async def _close_incoming(self, link: ReceivingLink) -> None:
         """Return when nothing of a link is written any more."""
         await asyncio.to_thread(link.close)
         if (task := self._receive_tasks.pop(link, None)) is not None:
@@ -214,12 +215,12 @@ class TorchTransfers(KVTransferManager):
     # --- both ------------------------------------------------------------------------------------
 
     def _uses_nccl(self, peer: Peer) -> bool:
-        """NCCL cannot join two processes on one card; gloo then goes through host memory."""
+        """Whether both sides have GPUs of their own: NCCL cannot join two processes on one; gloo uses host memory."""
         peer_uuid = peer.endpoint.split(" ")[2]
         return bool(self._device_uuid and peer_uuid and self._device_uuid != peer_uuid)
 
     def _connection_to(self, endpoint: str) -> Any:
-        """A connection of one link's own to the store at an endpoint."""
+        """Make a connection to the store at an endpoint, for one link alone."""
         host, port, _ = endpoint.split(" ")
         timeout = timedelta(seconds=self._context.timeout_s)
         return dist.TCPStore(host, int(port), None, False, timeout, wait_for_workers=False)
