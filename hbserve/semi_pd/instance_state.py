@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 _RESTART_WINDOW_S = 600.0
 _GRACE_S = 5.0
-Rung = tuple[InstanceRole, int]
+ShareLevel = tuple[InstanceRole, int]
 
 
-class State(StrEnum):
+class Lifecycle(StrEnum):
     """Where an instance is in its life."""
 
     STOPPED = "stopped"
@@ -52,7 +52,7 @@ class InstanceState:
         allocation: the split in force.
         state: of the instance.
         is_told_to_stop: nothing new is to be begun.
-        workers: None while there are none to be had.
+        pool: None while there are none to be had.
         link: to the scheduler that gets to know the workers; None: nobody does.
         memory_lost: why, until a recovery has begun; None if it is there.
         last_error: what went wrong last.
@@ -64,11 +64,11 @@ class InstanceState:
         self.instance = instance
         self.allocation = allocation
         self._shares = {phase: allocation.share_of(phase) for phase in PHASES}
-        self.residents = ResidentGroup(config, instance, instance.gpu_id, self.note_memory_lost)
+        self.residents = ResidentGroup(config, instance, instance.gpu_id, self.on_memory_lost)
         self.changed = threading.Condition(threading.RLock())
-        self.state = State.STOPPED
+        self.lifecycle = Lifecycle.STOPPED
         self.is_told_to_stop = False
-        self.workers: WorkerPool | None = None
+        self.pool: WorkerPool | None = None
         self.link: SchedulerLink | None = None
         self.memory_lost: str | None = None
         self.last_error: str | None = None
@@ -77,15 +77,15 @@ class InstanceState:
         self._gone: list[str] = []
         self._losses: deque[float] = deque()
 
-    def hire(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
+    def start_workers(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
         """Begin to have workers: start the sleepers that the first of them are made of."""
-        workers = WorkerPool(
-            self._config, self.instance, run_dir, environment, on_gpu, self._note_ready, self._note_exit
+        pool = WorkerPool(
+            self._config, self.instance, run_dir, environment, on_gpu, self._on_worker_ready, self._on_worker_exit
         )
         with self.changed:
             self.check_going()
-            self.workers, self._on_gpu = workers, on_gpu
-            workers.keep_sleepers(len(self.rungs(self.allocation)), True)  # they import while the memory is loaded
+            self.pool, self._on_gpu = pool, on_gpu
+            pool.keep_standbys(len(self.levels(self.allocation)), True)  # they import while the memory is loaded
 
     def check_going(self) -> None:
         """Raises:
@@ -106,15 +106,15 @@ class InstanceState:
     def processes(self) -> list[ManagedProcess]:
         """All of the workers' and sleepers' that run."""
         with self.changed:
-            return self.workers.processes() if self.workers is not None else []
+            return self.pool.processes() if self.pool is not None else []
 
     # --- what is wanted --------------------------------------------------------------------------
 
-    def rungs(self, allocation: SMAllocation) -> set[Rung]:
+    def levels(self, allocation: SMAllocation) -> set[ShareLevel]:
         """Roles and percentages that a split has workers of."""
-        return {(role, percentage) for role in ROLES for percentage in self.rungs_of(role, allocation)}
+        return {(role, percentage) for role in ROLES for percentage in self.levels_of(role, allocation)}
 
-    def rungs_of(self, phase: InstanceRole, allocation: SMAllocation) -> set[int]:
+    def levels_of(self, phase: InstanceRole, allocation: SMAllocation) -> set[int]:
         """The percentages of one phase; those of workers of both are the same for all splits."""
         ladder = self._config.semi_pd.ladder
         if phase is InstanceRole.UNIFIED:
@@ -124,9 +124,9 @@ class InstanceState:
 
     def all_serve(self) -> bool:
         """Whether exactly the workers that the split wants are there, and serve. With the lock held."""
-        workers = list(self.workers.workers.values()) if self.workers is not None else []
-        active = {worker.rung for worker in workers if worker.state is WorkerState.ACTIVE}
-        return active == self.rungs(self.allocation) and all(w.state is WorkerState.ACTIVE for w in workers)
+        workers = list(self.pool.workers.values()) if self.pool is not None else []
+        active = {worker.level for worker in workers if worker.state is WorkerState.ACTIVE}
+        return active == self.levels(self.allocation) and all(w.state is WorkerState.ACTIVE for w in workers)
 
     # --- getting ready ---------------------------------------------------------------------------
 
@@ -140,12 +140,12 @@ class InstanceState:
             StartupError: naming the one that failed, or was not ready in time.
         """
         with self.changed:
-            assert self.workers is not None
+            assert self.pool is not None
             attachments = self.residents.attachments
-            for phase, percentage in sorted(self.rungs(allocation)):
-                if not self.workers.of_rung((phase, percentage)):
-                    self.workers.wake(phase, percentage, attachments)
-            preparing = [w for w in self.workers.workers.values() if w.state is WorkerState.PREPARING]
+            for phase, percentage in sorted(self.levels(allocation)):
+                if not self.pool.at_level((phase, percentage)):
+                    self.pool.wake(phase, percentage, attachments)
+            preparing = [w for w in self.pool.workers.values() if w.state is WorkerState.PREPARING]
 
             def is_over() -> bool:
                 return (
@@ -174,12 +174,12 @@ class InstanceState:
         with work in flight, it could take every process on the device with it.
         """
         with self.changed:
-            assert self.workers is not None
-            wanted = self.rungs(self.allocation)
+            assert self.pool is not None
+            wanted = self.levels(self.allocation)
             unserving = (WorkerState.PREPARING, WorkerState.READY)
-            unused = [w for w in self.workers.workers.values() if w.state in unserving and w.rung not in wanted]
+            unused = [w for w in self.pool.workers.values() if w.state in unserving and w.level not in wanted]
             for worker in unused:
-                worker.state = WorkerState.RETIRING
+                worker.state = WorkerState.DRAINING
         for worker in unused:
             worker.process.terminate()
 
@@ -198,28 +198,28 @@ class InstanceState:
     # --- serving; with the lock held -------------------------------------------------------------
 
     def activate(self, phases: Iterable[InstanceRole], reason: str = "a change of workers") -> None:
-        """Put ready workers of these phases into service, retire those whose rung is no longer wanted.
+        """Put ready workers of these phases into service, retire those whose level is no longer wanted.
 
         The split's share of a phase is told to the scheduler with its workers.
         """
-        assert self.workers is not None
-        chosen, wanted = set(phases), self.rungs(self.allocation)
+        assert self.pool is not None
+        chosen, wanted = set(phases), self.levels(self.allocation)
         self._shares |= {phase: self.allocation.share_of(phase) for phase in PHASES if phase in chosen}
-        for worker in self.workers.workers.values():
+        for worker in self.pool.workers.values():
             if worker.spec.role not in chosen:
                 continue
-            if worker.state is WorkerState.READY and worker.rung in wanted:
+            if worker.state is WorkerState.READY and worker.level in wanted:
                 worker.state = WorkerState.ACTIVE
-            elif worker.state is WorkerState.ACTIVE and worker.rung not in wanted:
-                worker.state = WorkerState.RETIRING
+            elif worker.state is WorkerState.ACTIVE and worker.level not in wanted:
+                worker.state = WorkerState.DRAINING
         self.publish(reason)
         self.changed.notify_all()
 
     def publish(self, reason: str) -> None:
         """Tell the scheduler which workers there are."""
-        if self.link is None or self.workers is None:
+        if self.link is None or self.pool is None:
             return
-        active = [w.spec for w in self.workers.workers.values() if w.state is WorkerState.ACTIVE]
+        active = [w.spec for w in self.pool.workers.values() if w.state is WorkerState.ACTIVE]
         is_lost = self.memory_lost is not None
         gone, self._gone = self._gone, []
         self.link.send(
@@ -236,19 +236,19 @@ class InstanceState:
         )
 
     def replace_lost(self) -> None:
-        """Make a worker of every rung of the split in force that has none."""
-        assert self.workers is not None
-        for rung in sorted(self.rungs(self.allocation)):
-            if self.workers.of_rung(rung):
+        """Make a worker of every level of the split in force that has none."""
+        assert self.pool is not None
+        for level in sorted(self.levels(self.allocation)):
+            if self.pool.at_level(level):
                 continue
             if not self.may_try_again():
-                phase, percentage = rung
+                phase, percentage = level
                 self.last_error = f"the {phase} worker at {percentage} % was lost, too often to make it again"
                 logger.error("%s: %s (rpc.max_restarts)", self.instance.instance_id, self.last_error)
                 continue
             self.num_replaced += 1
-            self.workers.wake(*rung, self.residents.attachments)
-        self.workers.keep_sleepers(self._config.semi_pd.num_sleepers)
+            self.pool.wake(*level, self.residents.attachments)
+        self.pool.keep_standbys(self._config.semi_pd.num_sleepers)
 
     def may_try_again(self) -> bool:
         """Whether one more loss in the last minutes is still bearable."""
@@ -260,31 +260,31 @@ class InstanceState:
 
     # --- what becomes of processes; from watchers' threads ---------------------------------------
 
-    def _note_ready(self, worker: Worker) -> None:
+    def _on_worker_ready(self, worker: Worker) -> None:
         with self.changed:
             if worker.state is not WorkerState.PREPARING:
                 return
             worker.state = WorkerState.READY
             # One that was made in place of a lost one is put to work at once; others wait for their split.
-            if self.is_serving() and worker.rung in self.rungs(self.allocation):
+            if self.is_serving() and worker.level in self.levels(self.allocation):
                 self.activate([worker.spec.role])
             self.changed.notify_all()
 
-    def _note_exit(self, worker: Worker, code: int) -> None:
+    def _on_worker_exit(self, worker: Worker, code: int) -> None:
         with self.changed:
             before, worker.state = worker.state, WorkerState.ENDED
-            if self.workers is not None:
-                self.workers.workers.pop(worker.spec.worker_id, None)
+            if self.pool is not None:
+                self.pool.workers.pop(worker.spec.worker_id, None)
             self._gone.append(worker.spec.worker_id)
             self.changed.notify_all()
-            if self.state is not State.RUNNING or before is WorkerState.RETIRING:
+            if self.lifecycle is not Lifecycle.RUNNING or before is WorkerState.DRAINING:
                 if self.is_serving():
                     self.publish("a retired worker has ended")
                 return
             logger.error("%s ended with exit code %d (%s)", worker.spec.worker_id, code, worker.error or before)
         # On a GPU its end may be that of everybody.
         if self._on_gpu and not self.residents.is_healthy():
-            self.note_memory_lost(f"{worker.spec.worker_id} ended with exit code {code} and took the memory with it")
+            self.on_memory_lost(f"{worker.spec.worker_id} ended with exit code {code} and took the memory with it")
             return
         with self.changed:
             if self.is_serving():
@@ -293,19 +293,19 @@ class InstanceState:
 
     def is_serving(self) -> bool:
         """Whether it runs and has its memory. With the lock held."""
-        return self.state is State.RUNNING and self.memory_lost is None
+        return self.lifecycle is Lifecycle.RUNNING and self.memory_lost is None
 
-    def note_memory_lost(self, why: str) -> None:
+    def on_memory_lost(self, why: str) -> None:
         """A resident process has ended, or the device has failed."""
         with self.changed:
             if self.is_serving():
                 self.memory_lost = self.last_error = why
             self.changed.notify_all()
 
-    def note_worker_lost(self, worker_id: str, why: str) -> None:
+    def on_worker_lost(self, worker_id: str, why: str) -> None:
         """The scheduler says that a worker has failed or is silent: it must end before others may go on."""
         with self.changed:
-            worker = self.workers.workers.get(worker_id) if self.workers is not None else None
+            worker = self.pool.workers.get(worker_id) if self.pool is not None else None
         if worker is None:
             return
         logger.warning("%s: %s; ending it", worker_id, why)

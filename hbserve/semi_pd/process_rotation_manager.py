@@ -3,7 +3,7 @@
 A worker's share of a GPU is fixed when its process begins to use it, so a new split means new processes.
 They are made of sleepers in the background, attach to what the resident processes hold, warm up, and
 only then are named to the scheduler, which gives them the next plans of their phase and has the old ones
-end (`rotation`). Crash recovery is the same thing without a plan for it (`recovery`, `workforce`).
+end (`rotation`). Crash recovery is the same thing without a plan for it (`recovery`, `instance_state`).
 
 Threads: one supervisor does rotations and recoveries, one after the other; each child has a watcher,
 which only changes the books and wakes the supervisor.
@@ -28,7 +28,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.process.supervision import InstanceSupervisor
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.semi_pd.device_sharing import DeviceSharing
-from hbserve.semi_pd.instance_state import InstanceState, State
+from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
 from hbserve.semi_pd.recovery import Recovery
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.rotation import Rotation
@@ -44,38 +44,38 @@ logger = logging.getLogger(__name__)
 
 
 def rotation_status(
-    workforce: InstanceState, rotation: Rotation, recovery: Recovery, requested: SMAllocation | None
+    state: InstanceState, rotation: Rotation, recovery: Recovery, requested: SMAllocation | None
 ) -> dict[str, Any]:
     """State, split, processes and counts; with the books' lock held."""
-    workers = list(workforce.workers.workers.values()) if workforce.workers is not None else []
+    workers = list(state.pool.workers.values()) if state.pool is not None else []
     active = [worker for worker in workers if worker.state is WorkerState.ACTIVE]
     shares = {
         str(phase): worker.as_dict()
         for phase in PHASES
         for worker in active
-        if worker.rung == (phase, workforce.allocation.share_of(phase))
+        if worker.level == (phase, state.allocation.share_of(phase))
     }
     return {
-        "instance_id": workforce.instance.instance_id,
-        "state": str(workforce.state),
-        "current_sm_allocation": asdict(workforce.allocation),
+        "instance_id": state.instance.instance_id,
+        "state": str(state.lifecycle),
+        "current_sm_allocation": asdict(state.allocation),
         "requested_sm_allocation": None if requested is None else asdict(requested),
         "switch_requested": requested is not None,
         "active_processes": shares,
         "workers": [worker.as_dict() for worker in workers],
-        "sleepers": workforce.workers.sleepers() if workforce.workers is not None else [],
+        "sleepers": state.pool.standbys() if state.pool is not None else [],
         "warm_percentages": {
-            str(role): sorted({p for other, p in (w.rung for w in active) if other is role}) for role in ROLES
+            str(role): sorted({p for other, p in (w.level for w in active) if other is role}) for role in ROLES
         },
-        "resident_manager": workforce.residents.get_status(),
+        "resident_manager": state.residents.get_status(),
         "statistics": {
             "rotations": rotation.num_done,
             "failed_rotations": rotation.num_failed,
             "last_rotation_s": rotation.last_s,
-            "replaced_workers": workforce.num_replaced,
+            "replaced_workers": state.num_replaced,
             "recoveries": recovery.num_done,
         },
-        "last_error": workforce.last_error,
+        "last_error": state.last_error,
     }
 
 
@@ -132,20 +132,18 @@ class ProcessRotationManager(InstanceSupervisor):
         assert settings.decode_percentage is not None
         shares = settings.prefill_percentage, settings.decode_percentage
         allocation = allocation or SMAllocation(*shares, mixed=bool(settings.mixed))
-        self._workforce = InstanceState(config, instance, allocation)
+        self._state = InstanceState(config, instance, allocation)
         self._check_possible(allocation)
         if settings.slo is not None:
             check_slo(settings.slo)
         self._device = DeviceSharing(config, instance)
         self.delayed_switching = DelayedSwitchingController(settings.preparation_timeout_s)
         self.async_switching = AsynchronousSwitchingController(settings.drain_timeout_s)
-        self.mark_rotation: Callable[[bool], None] = self._tell_scheduler
+        self.mark_rotation: Callable[[bool], None] = self._mark_rotation
         self._rotation = Rotation(
-            self._workforce, self.delayed_switching, self.async_switching, lambda begins: self.mark_rotation(begins)
+            self._state, self.delayed_switching, self.async_switching, lambda begins: self.mark_rotation(begins)
         )
-        self._recovery = Recovery(
-            self._workforce, self._device.restart, config.rpc.start_timeout_s, settings.num_sleepers
-        )
+        self._recovery = Recovery(self._state, self._device.restart, config.rpc.start_timeout_s, settings.num_sleepers)
         self._controller: SLOAwareResourceController | None = None
         self._run_dir: str | None = None
         self._owns_run_dir = True
@@ -166,9 +164,9 @@ class ProcessRotationManager(InstanceSupervisor):
     @property
     def resident_manager(self) -> ResidentProcessManager:
         """Of rank 0's resident process."""
-        return self._workforce.residents.ranks[0]
+        return self._state.residents.ranks[0]
 
-    def control_by(self, controller: SLOAwareResourceController) -> None:
+    def attach_controller(self, controller: SLOAwareResourceController) -> None:
         """Have the split moved by a controller that somebody else starts and stops.
 
         Raises:
@@ -193,12 +191,12 @@ class ProcessRotationManager(InstanceSupervisor):
         return True
 
     def start_or_raise(self, deadline: float) -> None:
-        workforce = self._workforce
-        with workforce.changed:
-            if workforce.state is not State.STOPPED:
-                raise StartupError(f"{self.instance.instance_id} is {workforce.state} already")
-            workforce.check_going()
-            workforce.state = State.STARTING
+        state = self._state
+        with state.changed:
+            if state.lifecycle is not Lifecycle.STOPPED:
+                raise StartupError(f"{self.instance.instance_id} is {state.lifecycle} already")
+            state.check_going()
+            state.lifecycle = Lifecycle.STARTING
         try:
             self._start(deadline)
         except BaseException:
@@ -206,64 +204,64 @@ class ProcessRotationManager(InstanceSupervisor):
             raise
 
     def _start(self, deadline: float) -> None:
-        workforce, settings = self._workforce, self.config.semi_pd
+        state, settings = self._state, self.config.semi_pd
         if settings.slo is not None and self._scheduler_address is None and self._controller is None:
             raise StartupError("semi_pd.slo: without a scheduler nobody sees latencies; use SemiPDCoordinator")
         if self._run_dir is None:
             self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
         environment = self._device.start()
-        workforce.residents.configure(environment, self._run_dir if self._owns_run_dir else None)
-        workforce.hire(self._run_dir, environment, self._device.on_gpu)
+        state.residents.configure(environment, self._run_dir if self._owns_run_dir else None)
+        state.start_workers(self._run_dir, environment, self._device.on_gpu)
         if self._scheduler_address is not None:
             key = ClusterKey.of(self.config)
-            workforce.link = SchedulerLink(self._scheduler_address, workforce.note_worker_lost, key)
-        workforce.start_memory(deadline)
-        workforce.prepare(workforce.allocation, deadline)
-        with workforce.changed:
-            workforce.check_going()
-            workforce.activate(ROLES)
-            workforce.state = State.RUNNING
-            assert workforce.workers is not None
-            workforce.workers.keep_sleepers(settings.num_sleepers)
+            state.link = SchedulerLink(self._scheduler_address, state.on_worker_lost, key)
+        state.start_memory(deadline)
+        state.prepare(state.allocation, deadline)
+        with state.changed:
+            state.check_going()
+            state.activate(ROLES)
+            state.lifecycle = Lifecycle.RUNNING
+            assert state.pool is not None
+            state.pool.keep_standbys(settings.num_sleepers)
             self._supervisor = threading.Thread(target=self._supervise, name="semi-pd-supervisor", daemon=True)
             self._supervisor.start()
-        if workforce.link is not None and settings.slo is not None:
-            self._controller = make_controller(self.config, settings.slo, self, workforce.link)
+        if state.link is not None and settings.slo is not None:
+            self._controller = make_controller(self.config, settings.slo, self, state.link)
             self._controller.start_monitoring()
 
     def tell_to_stop(self) -> None:
-        with self._workforce.changed:
-            self._workforce.is_told_to_stop = True
-            self._workforce.changed.notify_all()
-        self._workforce.residents.give_up_start()
+        with self._state.changed:
+            self._state.is_told_to_stop = True
+            self._state.changed.notify_all()
+        self._state.residents.notify_cancelled()
 
     def stop(self) -> None:
-        workforce = self._workforce
-        with workforce.changed:
-            workforce.is_told_to_stop = True
-            workforce.changed.notify_all()
-            while workforce.state in (State.STARTING, State.STOPPING):
-                workforce.residents.give_up_start()
-                workforce.changed.wait(_POLL_S)  # whoever is at it cleans up
-            if workforce.state is State.STOPPED:
+        state = self._state
+        with state.changed:
+            state.is_told_to_stop = True
+            state.changed.notify_all()
+            while state.lifecycle in (Lifecycle.STARTING, Lifecycle.STOPPING):
+                state.residents.notify_cancelled()
+                state.changed.wait(_POLL_S)  # whoever is at it cleans up
+            if state.lifecycle is Lifecycle.STOPPED:
                 return
-            workforce.state = State.STOPPING
-        for process in workforce.processes():
+            state.lifecycle = Lifecycle.STOPPING
+        for process in state.processes():
             process.terminate()
         while self._supervisor is not None and self._supervisor.is_alive():
-            workforce.residents.give_up_start()
+            state.residents.notify_cancelled()
             self._supervisor.join(_POLL_S)
         self._end_everything()
 
     def _end_everything(self) -> None:
-        workforce = self._workforce
-        if workforce.link is not None and self._controller is not None:
+        state = self._state
+        if state.link is not None and self._controller is not None:
             self._controller.stop_monitoring()
             self._controller = None
-        with workforce.changed:
-            workforce.is_told_to_stop = True
-            workforce.state = State.STOPPING
-        processes = workforce.processes()
+        with state.changed:
+            state.is_told_to_stop = True
+            state.lifecycle = Lifecycle.STOPPING
+        processes = state.processes()
         for process in processes:
             process.terminate()
         deadline = time.monotonic() + _END_TIMEOUT_S
@@ -272,18 +270,18 @@ class ProcessRotationManager(InstanceSupervisor):
                 logger.error("%s did not end within %g s; killing it", process.name, _END_TIMEOUT_S)
                 process.kill()
                 process.join(_END_TIMEOUT_S)
-        workforce.residents.stop()  # after those that are attached to their memory
-        if workforce.link is not None:
-            workforce.link.close()
-            workforce.link = None
+        state.residents.stop()  # after those that are attached to their memory
+        if state.link is not None:
+            state.link.close()
+            state.link = None
         self._device.stop()
         if self._owns_run_dir and self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
-        with workforce.changed:
-            workforce.workers = self._supervisor = self._requested = workforce.memory_lost = None
-            workforce.state, workforce.is_told_to_stop = State.STOPPED, False
-            workforce.changed.notify_all()
+        with state.changed:
+            state.pool = self._supervisor = self._requested = state.memory_lost = None
+            state.lifecycle, state.is_told_to_stop = Lifecycle.STOPPED, False
+            state.changed.notify_all()
 
     # --- what users ask for ----------------------------------------------------------------------
 
@@ -300,38 +298,38 @@ class ProcessRotationManager(InstanceSupervisor):
             ConfigError: if it says ``mixed``, and there is no worker for that.
         """
         self._check_possible(new_allocation)
-        with self._workforce.changed:
-            if self._workforce.state is not State.RUNNING:
+        with self._state.changed:
+            if self._state.lifecycle is not Lifecycle.RUNNING:
                 return False
             self._requested = new_allocation
-            self._workforce.changed.notify_all()
+            self._state.changed.notify_all()
         return True
 
     def _check_possible(self, allocation: SMAllocation) -> None:
-        if allocation.mixed and not self._workforce.rungs_of(InstanceRole.UNIFIED, allocation):
+        if allocation.mixed and not self._state.levels_of(InstanceRole.UNIFIED, allocation):
             raise ConfigError("mixed: there is no worker of both phases; give semi_pd.ladder.unified: [100]", "mixed")
 
     @property
     def current_sm_allocation(self) -> SMAllocation:
         """The split in force."""
-        return self._workforce.allocation
+        return self._state.allocation
 
     def wait_until_settled(self, timeout: float) -> bool:
         """Wait until no request and no recovery is pending; False if that takes longer."""
-        workforce = self._workforce
-        with workforce.changed:
-            return workforce.changed.wait_for(
-                lambda: workforce.state is not State.RUNNING or (self._is_idle and workforce.all_serve()), timeout
+        state = self._state
+        with state.changed:
+            return state.changed.wait_for(
+                lambda: state.lifecycle is not Lifecycle.RUNNING or (self._is_idle and state.all_serve()), timeout
             )
 
     @property
     def _is_idle(self) -> bool:
-        return self._requested is None and self._workforce.memory_lost is None
+        return self._requested is None and self._state.memory_lost is None
 
     def get_status(self) -> dict[str, Any]:
         """Everything as plain data: state, split, processes, parts, counts."""
-        with self._workforce.changed:
-            return rotation_status(self._workforce, self._rotation, self._recovery, self._requested) | {
+        with self._state.changed:
+            return rotation_status(self._state, self._rotation, self._recovery, self._requested) | {
                 "delayed_switching": self.delayed_switching.get_status(),
                 "async_switching": self.async_switching.get_status(),
                 "mps": self._device.get_status(),
@@ -341,13 +339,13 @@ class ProcessRotationManager(InstanceSupervisor):
     # --- supervisor's thread ---------------------------------------------------------------------
 
     def _supervise(self) -> None:
-        workforce = self._workforce
+        state = self._state
         while True:
-            with workforce.changed:
-                workforce.changed.wait_for(lambda: workforce.is_told_to_stop or not self._is_idle)
-                if workforce.is_told_to_stop:
+            with state.changed:
+                state.changed.wait_for(lambda: state.is_told_to_stop or not self._is_idle)
+                if state.is_told_to_stop:
                     return
-                lost, requested = workforce.memory_lost, self._requested
+                lost, requested = state.memory_lost, self._requested
             try:
                 if lost is not None:
                     self._recovery.recover(lost)
@@ -355,18 +353,18 @@ class ProcessRotationManager(InstanceSupervisor):
                     assert requested is not None
                     self._rotation.rotate(requested)
             except StartupError as error:
-                workforce.last_error = str(error)
+                state.last_error = str(error)
                 logger.error("%s: %s", self.instance.instance_id, error)
             except Exception as error:
-                workforce.last_error = repr(error)
+                state.last_error = repr(error)
                 logger.exception("%s: the supervisor failed", self.instance.instance_id)
-            with workforce.changed:
+            with state.changed:
                 # A recovery makes the workers of the split in force; what was asked for is done after it.
                 if lost is None and self._requested is requested:
                     self._requested = None
-                workforce.changed.notify_all()
+                state.changed.notify_all()
 
-    def _tell_scheduler(self, begins: bool) -> None:
-        link = self._workforce.link
+    def _mark_rotation(self, begins: bool) -> None:
+        link = self._state.link
         if link is not None:
             link.mark_rotation(begins)

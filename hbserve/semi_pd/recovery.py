@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from hbserve.errors import StartupError
-from hbserve.semi_pd.instance_state import InstanceState, State
+from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
 from hbserve.semi_pd.utils import ROLES
 from hbserve.semi_pd.worker_pool import WorkerState
 
@@ -26,9 +26,9 @@ class Recovery:
     """
 
     def __init__(
-        self, workforce: InstanceState, restart_device: Callable[[], None], start_timeout_s: float, num_sleepers: int
+        self, state: InstanceState, restart_device: Callable[[], None], start_timeout_s: float, num_sleepers: int
     ) -> None:
-        self._workforce, self._restart_device = workforce, restart_device
+        self._state, self._restart_device = state, restart_device
         self._start_timeout_s, self._num_sleepers = start_timeout_s, num_sleepers
         self.num_done = 0
 
@@ -38,40 +38,40 @@ class Recovery:
         Raises:
             StartupError: if that fails; it is tried again as long as ``rpc.max_restarts`` allows.
         """
-        workforce = self._workforce
-        logger.warning("%s: %s; starting again", workforce.instance.instance_id, why)
+        state = self._state
+        logger.warning("%s: %s; starting again", state.instance.instance_id, why)
         self._end_workers(why)
-        workforce.residents.stop()
+        state.residents.stop()
         self._restart_device()
         deadline = time.monotonic() + self._start_timeout_s
-        with workforce.changed:
-            workforce.memory_lost = None
-            workforce.check_going()
-            assert workforce.workers is not None
+        with state.changed:
+            state.memory_lost = None
+            state.check_going()
+            assert state.pool is not None
             # Sleepers have not touched the device and are still there; more of them import while the memory is loaded.
-            workforce.workers.keep_sleepers(len(workforce.rungs(workforce.allocation)), True)
+            state.pool.keep_standbys(len(state.levels(state.allocation)), True)
         try:
-            workforce.start_memory(deadline)
-            workforce.prepare(workforce.allocation, deadline)
+            state.start_memory(deadline)
+            state.prepare(state.allocation, deadline)
         except StartupError as error:
-            workforce.discard()
-            with workforce.changed:
-                if workforce.state is State.RUNNING and workforce.may_try_again():
-                    workforce.memory_lost = str(error)
+            state.discard()
+            with state.changed:
+                if state.lifecycle is Lifecycle.RUNNING and state.may_try_again():
+                    state.memory_lost = str(error)
             raise
-        with workforce.changed:
-            workforce.activate(ROLES)
+        with state.changed:
+            state.activate(ROLES)
             self.num_done += 1
-            workforce.workers.keep_sleepers(self._num_sleepers)
+            state.pool.keep_standbys(self._num_sleepers)
 
     def _end_workers(self, why: str) -> None:
-        workforce = self._workforce
-        with workforce.changed:
-            assert workforce.workers is not None
-            workers = list(workforce.workers.workers.values())
+        state = self._state
+        with state.changed:
+            assert state.pool is not None
+            workers = list(state.pool.workers.values())
             for worker in workers:
-                worker.state = WorkerState.RETIRING
-            workforce.publish(why)
+                worker.state = WorkerState.DRAINING
+            state.publish(why)
         for worker in workers:
             worker.process.kill()  # nothing of what it could still compute is of use
         for worker in workers:

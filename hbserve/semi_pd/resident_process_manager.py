@@ -69,10 +69,10 @@ class ResidentGroup:
             self.stop()
             raise
 
-    def give_up_start(self) -> None:
+    def notify_cancelled(self) -> None:
         """Make a `start` that another thread is in look whether it is cancelled."""
         for rank in self.ranks:
-            rank.give_up_start()
+            rank.notify_cancelled()
 
     def stop(self) -> None:
         """End all of them."""
@@ -161,7 +161,7 @@ class ResidentProcessManager:
 
         Args:
             timeout: seconds; default: ``rpc.start_timeout_s``.
-            is_cancelled: looked at when `give_up_start` is called.
+            is_cancelled: looked at when `notify_cancelled` is called.
 
         Raises:
             StartupError: with its own reason, or at the deadline.
@@ -185,9 +185,7 @@ class ResidentProcessManager:
         with self._condition:
             self._status, self._wanted = {}, True
             module = "hbserve.semi_pd.resident_process"
-            self._process = ManagedProcess(
-                self._name, module, orders, self.environment, self._note_status, self._note_exit
-            )
+            self._process = ManagedProcess(self._name, module, orders, self.environment, self._on_status, self._on_exit)
 
     def wait_sized(self, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, int]:
         """Wait until the weights are loaded; how much KV fits then, as ``num_blocks`` and ``max_model_len``.
@@ -240,7 +238,7 @@ class ResidentProcessManager:
         rank = f"-TP{self.tp_rank}" if self.instance.num_ranks > 1 else ""
         return f"{self.instance.instance_id}-resident{rank}"
 
-    def give_up_start(self) -> None:
+    def notify_cancelled(self) -> None:
         """Make a `start` that another thread is in look whether it is cancelled."""
         with self._condition:
             self._condition.notify_all()
@@ -323,7 +321,7 @@ class ResidentProcessManager:
 
     # --- threads ---------------------------------------------------------------------------------
 
-    def _note_status(self, status: dict[str, Any]) -> None:
+    def _on_status(self, status: dict[str, Any]) -> None:
         with self._condition:
             if "alive" in status:
                 self._num_answers += 1
@@ -333,7 +331,7 @@ class ResidentProcessManager:
                 self._status = status
             self._condition.notify_all()
 
-    def _note_exit(self, code: int) -> None:
+    def _on_exit(self, code: int) -> None:
         with self._condition:
             was_ready = "attachment" in self._status or "error" in self._status
             why = self._status.get("error") or f"the resident process ended with exit code {code}"

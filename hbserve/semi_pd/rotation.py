@@ -30,12 +30,12 @@ class Rotation:
 
     def __init__(
         self,
-        workforce: InstanceState,
+        state: InstanceState,
         delayed: DelayedSwitchingController,
         asynchronous: AsynchronousSwitchingController,
         mark: Callable[[bool], None],
     ) -> None:
-        self._workforce, self._delayed, self._asynchronous, self._mark = workforce, delayed, asynchronous, mark
+        self._state, self._delayed, self._asynchronous, self._mark = state, delayed, asynchronous, mark
         self.num_done = self.num_failed = 0
         self.last_s: float | None = None
 
@@ -51,14 +51,14 @@ class Rotation:
             self._mark(False)
 
     def _prepare(self, allocation: SMAllocation, deadline: float) -> bool:
-        workforce = self._workforce
-        self._delayed.request_delayed_switch(lambda: workforce.prepare(allocation, deadline))
+        state = self._state
+        self._delayed.request_delayed_switch(lambda: state.prepare(allocation, deadline))
         if self._delayed.wait_for_switch_ready():
             return True
         self.num_failed += 1
-        workforce.last_error = f"no rotation to {allocation}: {self._delayed.error}"
-        logger.error("%s: %s", workforce.instance.instance_id, workforce.last_error)
-        workforce.discard()
+        state.last_error = f"no rotation to {allocation}: {self._delayed.error}"
+        logger.error("%s: %s", state.instance.instance_id, state.last_error)
+        state.discard()
         return False
 
     def _change_over(self, allocation: SMAllocation) -> None:
@@ -67,16 +67,16 @@ class Rotation:
         So shares that have none in common before and after have none on the way: a step of prefill may go on for long
         at the old worker, and would slow down all decode steps beside it that compute on some of the same.
         """
-        workforce = self._workforce
-        with workforce.changed:
-            if not workforce.is_serving():
+        state = self._state
+        with state.changed:
+            if not state.is_serving():
                 return  # a recovery makes workers for whatever split is in force then
-            before, workforce.allocation = workforce.allocation, allocation
+            before, state.allocation = state.allocation, allocation
             changes = [
-                phase for phase in PHASES if workforce.rungs_of(phase, before) != workforce.rungs_of(phase, allocation)
+                phase for phase in PHASES if state.levels_of(phase, before) != state.levels_of(phase, allocation)
             ]
             if len(changes) < len(PHASES):
-                workforce.activate([phase for phase in PHASES if phase not in changes], "the shares change")
+                state.activate([phase for phase in PHASES if phase not in changes], "the shares change")
         changes.sort(key=lambda phase: allocation.share_of(phase) - before.share_of(phase))
         timeout = self._asynchronous.drain_timeout
         are_done = []
@@ -86,28 +86,28 @@ class Rotation:
             are_done.append(self._asynchronous.wait_for_switch_completion(phase, 2 * timeout))
         if all(are_done):
             self.num_done += 1
-        with workforce.changed:
-            if workforce.is_serving():
-                workforce.replace_lost()
-        workforce.discard()  # what was to replace a worker of the old split that was lost meanwhile
+        with state.changed:
+            if state.is_serving():
+                state.replace_lost()
+        state.discard()  # what was to replace a worker of the old split that was lost meanwhile
 
     def _switch(self, phase: InstanceRole, allocation: SMAllocation) -> bool:
         """Name a phase's new workers to the scheduler and let the old ones drain; False if a recovery must."""
-        workforce = self._workforce
-        with workforce.changed:
-            if not workforce.is_serving():
+        state = self._state
+        with state.changed:
+            if not state.is_serving():
                 return False
-            assert workforce.workers is not None
-            made = workforce.workers.of_rung((phase, allocation.share_of(phase)))
-            workforce.activate([phase])
+            assert state.pool is not None
+            made = state.pool.at_level((phase, allocation.share_of(phase)))
+            state.activate([phase])
             old = [
                 worker
-                for worker in workforce.workers.workers.values()
-                if worker.state is WorkerState.RETIRING and worker.spec.role is phase
+                for worker in state.pool.workers.values()
+                if worker.state is WorkerState.DRAINING and worker.spec.role is phase
             ]
 
         def drained() -> bool:
-            if workforce.link is None:
+            if state.link is None:
                 for worker in old:
                     worker.process.terminate()
             deadline = time.monotonic() + self._asynchronous.drain_timeout

@@ -66,7 +66,7 @@ class SemiPDCoordinator:
                 metrics_collector=self.metrics_collector,
                 process_rotation_manager=rotation_manager,
             )
-            rotation_manager.control_by(self.slo_controller)
+            rotation_manager.attach_controller(self.slo_controller)
         self.storage_manager: UnifiedStorageManager | None = None
 
     def start(self) -> bool:

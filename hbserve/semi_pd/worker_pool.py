@@ -1,4 +1,4 @@
-"""The worker processes of one instance, from sleeper to end, and the sleepers that become them."""
+"""The worker processes of one instance, from standby to end, and the sleepers that become them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WorkerState(StrEnum):
     PREPARING = "preparing"
     READY = "ready"
     ACTIVE = "active"
-    RETIRING = "retiring"
+    DRAINING = "retiring"
     ENDED = "ended"
 
 
@@ -58,7 +58,7 @@ class Worker:
         self.rank_pids = [process.pid]
 
     @property
-    def rung(self) -> tuple[InstanceRole, int]:
+    def level(self) -> tuple[InstanceRole, int]:
         """Phase and percentage."""
         return self.spec.role, self.spec.percentage
 
@@ -108,26 +108,26 @@ class WorkerPool:
         self._on_ready, self._on_exit = on_ready, on_exit
         self._serial = itertools.count(1)
         self._worker_of: dict[ManagedProcess, Worker] = {}
-        self._sleepers: deque[ManagedProcess] = deque()
+        self._standbys: deque[ManagedProcess] = deque()
         self._asleep: set[ManagedProcess] = set()
         self.workers: dict[str, Worker] = {}
         """By name, those that have not ended."""
 
-    def keep_sleepers(self, number: int, are_awaited: bool = False) -> None:
+    def keep_standbys(self, number: int, are_awaited: bool = False) -> None:
         """Start sleepers until there are so many that live.
 
         Args:
             are_awaited: they are in a hurry; else they yield to what serves.
         """
-        self._sleepers = deque(sleeper for sleeper in self._sleepers if sleeper.is_alive())
-        while len(self._sleepers) < number:
-            self._sleepers.append(self._new_process(are_awaited))
+        self._standbys = deque(standby for standby in self._standbys if standby.is_alive())
+        while len(self._standbys) < number:
+            self._standbys.append(self._new_process(are_awaited))
 
     def _new_process(self, is_awaited: bool) -> ManagedProcess:
         how = Standby(model=None, on_gpu=self._on_gpu, yields=not is_awaited)
         orders = {
             "config": msgspec.to_builtins(self._config),
-            "name": f"{self._instance.instance_id}-sleeper",
+            "name": f"{self._instance.instance_id}-standby",
             "num_ranks": self._instance.num_ranks,
             "sleep": msgspec.to_builtins(how),
         }
@@ -153,20 +153,20 @@ class WorkerPool:
             if worker is not None:
                 self._on_exit(worker, code)
 
-        name = f"{self._instance.instance_id}-sleeper"
+        name = f"{self._instance.instance_id}-standby"
         process = ManagedProcess(name, _MODULE, orders, self._environment, on_status, on_exit)
         made.set_result(process)
         return process
 
     def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
-        """Have a sleeper, or a new process if there is none, become a worker; it says later when it is ready.
+        """Have a standby, or a new process if there is none, become a worker; it says later when it is ready.
 
         Args:
             attachments: to each rank's arenas.
         """
         priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
         while True:
-            process = self._sleepers.popleft() if self._sleepers else self._new_process(True)
+            process = self._standbys.popleft() if self._standbys else self._new_process(True)
             serial = next(self._serial)
             worker_id = f"{self._instance.instance_id}.{phase}-{percentage}.{serial}"
             address = f"ipc://{self._run_dir}/{self._instance.kv_rank}.{serial}.sock"
@@ -181,25 +181,25 @@ class WorkerPool:
             process.name = worker_id
             self._worker_of[process] = worker
             self.workers[worker_id] = worker
-            # A sleeper that died in its sleep is passed over.
+            # A standby that died in its sleep is passed over.
             if process.send(msgspec.to_builtins(order)) and process.is_alive():
                 return worker
             self._worker_of.pop(process, None)
             del self.workers[worker_id]
 
-    def of_rung(self, rung: tuple[InstanceRole, int]) -> list[Worker]:
+    def at_level(self, level: tuple[InstanceRole, int]) -> list[Worker]:
         """Workers of that phase and percentage that are there or on their way, oldest first."""
         wanted = (WorkerState.PREPARING, WorkerState.READY, WorkerState.ACTIVE)
-        return [worker for worker in self.workers.values() if worker.rung == rung and worker.state in wanted]
+        return [worker for worker in self.workers.values() if worker.level == level and worker.state in wanted]
 
-    def sleepers(self) -> list[dict[str, Any]]:
+    def standbys(self) -> list[dict[str, Any]]:
         """Processes that wait to become workers, for status reports; one that is not asleep still imports."""
         return [
-            {"pid": sleeper.pid, "is_asleep": sleeper in self._asleep}
-            for sleeper in self._sleepers
-            if sleeper.is_alive()
+            {"pid": standby.pid, "is_asleep": standby in self._asleep}
+            for standby in self._standbys
+            if standby.is_alive()
         ]
 
     def processes(self) -> list[ManagedProcess]:
         """All that run, sleepers included."""
-        return [*(worker.process for worker in self.workers.values()), *self._sleepers]
+        return [*(worker.process for worker in self.workers.values()), *self._standbys]

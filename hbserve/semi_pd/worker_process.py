@@ -1,4 +1,4 @@
-"""A worker of one phase, and before that a sleeper (`hbserve.worker.standby`), with the other ranks of its group."""
+"""A worker of one phase, and before that a standby (`hbserve.worker.standby`), with the other ranks of its group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EXIT_RANK_LOST = 72
 
 
 class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sleeper becomes.
+    """What a standby becomes.
 
     Attributes:
         instance: with the worker's own name and its phase as type.
@@ -62,7 +62,7 @@ def main() -> None:
     name = orders["name"]
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
-    # The other ranks fall asleep at the same time. A sleeper that has lost one is of no use.
+    # The other ranks fall asleep at the same time. A standby that has lost one is of no use.
     how = msgspec.convert(orders["sleep"], Standby)
     ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(_EXIT_RANK_LOST))
     order = sleep(how)
