@@ -7,8 +7,6 @@ end (`rotation`). Crash recovery is the same thing without a plan for it (`recov
 
 Threads: one supervisor does rotations and recoveries, one after the other; each child has a watcher,
 which only changes the books and wakes the supervisor.
-
-What `ProcessRotationManager.get_status` says of processes and rotations, as plain data.
 """
 
 from __future__ import annotations
@@ -40,47 +38,9 @@ from hbserve.semi_pd.utils import PHASES, ROLES, semi_pd_system
 from hbserve.semi_pd.worker_pool import WorkerState
 from hbserve.slo.constraints import SMAllocation
 
-logger = logging.getLogger(__name__)
-
-
-def rotation_status(
-    state: InstanceState, rotation: Rotation, recovery: Recovery, requested: SMAllocation | None
-) -> dict[str, Any]:
-    """State, split, processes and counts; with the books' lock held."""
-    workers = list(state.pool.workers.values()) if state.pool is not None else []
-    active = [worker for worker in workers if worker.state is WorkerState.ACTIVE]
-    shares = {
-        str(phase): worker.as_dict()
-        for phase in PHASES
-        for worker in active
-        if worker.level == (phase, state.allocation.share_of(phase))
-    }
-    return {
-        "instance_id": state.instance.instance_id,
-        "state": str(state.lifecycle),
-        "current_sm_allocation": asdict(state.allocation),
-        "requested_sm_allocation": None if requested is None else asdict(requested),
-        "switch_requested": requested is not None,
-        "active_processes": shares,
-        "workers": [worker.as_dict() for worker in workers],
-        "sleepers": state.pool.standbys() if state.pool is not None else [],
-        "warm_percentages": {
-            str(role): sorted({p for other, p in (w.level for w in active) if other is role}) for role in ROLES
-        },
-        "resident_manager": state.residents.get_status(),
-        "statistics": {
-            "rotations": rotation.num_done,
-            "failed_rotations": rotation.num_failed,
-            "last_rotation_s": rotation.last_s,
-            "replaced_workers": state.num_replaced,
-            "recoveries": recovery.num_done,
-        },
-        "last_error": state.last_error,
-    }
-
-
 __all__ = ["ProcessRotationManager", "SMAllocation"]
 
+logger = logging.getLogger(__name__)
 
 _END_TIMEOUT_S = 20.0
 _POLL_S = 0.2
@@ -328,8 +288,37 @@ class ProcessRotationManager(InstanceSupervisor):
 
     def get_status(self) -> dict[str, Any]:
         """Everything as plain data: state, split, processes, parts, counts."""
-        with self._state.changed:
-            return rotation_status(self._state, self._rotation, self._recovery, self._requested) | {
+        state = self._state
+        with state.changed:
+            workers = [] if state.pool is None else list(state.pool.workers.values())
+            active = [worker for worker in workers if worker.state is WorkerState.ACTIVE]
+            requested = self._requested
+            return {
+                "instance_id": self.instance.instance_id,
+                "state": str(state.lifecycle),
+                "current_sm_allocation": asdict(state.allocation),
+                "requested_sm_allocation": None if requested is None else asdict(requested),
+                "switch_requested": requested is not None,
+                "active_processes": {
+                    str(worker.spec.role): worker.as_dict()
+                    for worker in active
+                    if worker.level in {(phase, state.allocation.share_of(phase)) for phase in PHASES}
+                },
+                "workers": [worker.as_dict() for worker in workers],
+                "sleepers": [] if state.pool is None else state.pool.standbys(),
+                "warm_percentages": {
+                    str(role): sorted({worker.spec.percentage for worker in active if worker.spec.role is role})
+                    for role in ROLES
+                },
+                "resident_manager": state.residents.get_status(),
+                "statistics": {
+                    "rotations": self._rotation.num_done,
+                    "failed_rotations": self._rotation.num_failed,
+                    "last_rotation_s": self._rotation.last_s,
+                    "replaced_workers": state.num_replaced,
+                    "recoveries": self._recovery.num_done,
+                },
+                "last_error": state.last_error,
                 "delayed_switching": self.delayed_switching.get_status(),
                 "async_switching": self.async_switching.get_status(),
                 "mps": self._device.get_status(),

@@ -21,7 +21,12 @@ from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSw
 from hbserve.semi_pd.utils import semi_pd_system
 from hbserve.slo.constraints import SMAllocation
 
+__all__ = ["AsynchronousSwitchingController", "DelayedSwitchingController", "ResidentProcessManager", "SMAllocation"]
+
 logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 10.0
 
 
 class ResidentGroup:
@@ -96,13 +101,6 @@ class ResidentGroup:
         """The first rank's, and in ``ranks`` everybody's."""
         statuses = [rank.get_status() for rank in self.ranks]
         return statuses[0] | {"ranks": statuses}
-
-
-__all__ = ["AsynchronousSwitchingController", "DelayedSwitchingController", "ResidentProcessManager", "SMAllocation"]
-
-
-_ANSWER_TIMEOUT_S = 10.0
-_END_TIMEOUT_S = 10.0
 
 
 class ResidentProcessManager:
