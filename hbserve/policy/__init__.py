@@ -1,1 +1,1 @@
-"""Pure rules of the scheduler: which prompt comes first, when a plan is made, how large a step may be."""
+"""Pure rules of the scheduler: the order of prompts, the time of a plan, the size of a step."""

@@ -1,6 +1,7 @@
-"""When decode computes beside prefill: in turns, often enough for the TPOT target and no more.
+"""The rate of decode steps beside prefill: enough for the TPOT target, and no more.
 
-Which share of the device a phase's next step gets: a pure function of what there is to do.
+Runs in the scheduler's process, and on the simulator's clock. `choose_percentage` says which share of the device a
+phase's next step gets.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from collections.abc import Sequence
 
 
 def choose_percentage(levels: Sequence[int], share: int, alone: bool) -> int:
-    """The level to use.
+    """Choose the share level of a phase's next step.
 
     Args:
         levels: percentages of the phase's warm workers.
-        share: the phase's percentage while the other phase is busy too.
-        alone: the other phase has nothing to do: the largest level, so that no part of the device idles.
+        share: percentage of the phase while the other phase is busy too.
+        alone: the other phase is idle. The largest level then leaves no part of the device idle.
 
     Returns:
-        The share itself where there is a worker of it, else the level nearest to it.
+        The share itself if a worker has it, else the level nearest to it.
     """
     if alone:
         return max(levels)
@@ -26,31 +27,36 @@ def choose_percentage(levels: Sequence[int], share: int, alone: bool) -> int:
 
 
 _HYSTERESIS_STEPS = 1.0
-"""Decode steps that may be owed before a turn begins, and that are done ahead before it ends. A change of turn can
-mean a change of prefill's worker, which costs some milliseconds."""
+"""Deficit of decode steps that opens the throttle, and lead of steps that closes it. A change can mean a change of
+prefill's worker, which costs some milliseconds."""
 _MAX_DEFICIT_STEPS = 8.0
-"""Decode steps: what is owed beyond them is given up, and whoever owes so many does not wait for its turn."""
+"""Decode steps. A larger deficit is cut to this one, and decode at this deficit is overdue."""
 
 
 class DecodeThrottle:
-    """Two phases that share a device, of which one has time to spare.
+    """Throttle of decode while two phases share a device and decode has time to spare.
 
-    A decode step reads all weights, however small its batch, and slows prefill down. So while prompts are computed,
-    decode does as many steps as one in each ``interval_s``, and does them in runs: during a *turn* it goes as fast as
-    it can at its share, beside a prefill that keeps to its own; between turns prefill has the whole device. That is
-    less work for the device than to spread the steps evenly, because what two workers gain by sharing is largest at
-    shares where both are quick.
+    A decode step reads all weights, however small its batch is, and slows prefill down. So while prompts are computed,
+    decode does one step in each ``interval_s`` on average, in bursts:
+
+        throttle  open       closed            open       closed
+        decode    ▪▪▪▪▪                        ▪▪▪▪▪
+        prefill   own share  the whole device  own share  the whole device
+
+    While the throttle is open, decode goes as fast as it can at its share, beside a prefill that keeps to its own.
+    Bursts cost the device less than evenly spread steps, because two workers gain most from sharing at shares where
+    both are fast.
 
     Time is passed in, in seconds of any clock.
 
     Args:
-        interval_s: from one decode step to the next, mean, while prefill is busy.
+        interval_s: mean time from one decode step to the next while prefill is busy.
 
     Attributes:
-        interval_s: the one in effect.
-        is_open: decode has its turn. False while not both phases are busy: then nobody needs to wait.
-        is_overdue: it has waited too long, for a prefill step that is very long or does not end, or for one that a
-            sequence of few tokens cannot wait for.
+        interval_s: the interval in effect.
+        is_open: decode steps may run beside prefill. False while only one phase is busy: decode need not wait then.
+        is_overdue: decode has waited too long: for a prefill step that is very long or does not end, or for one that a
+            sequence with few tokens left has no slack for.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -60,7 +66,7 @@ class DecodeThrottle:
         self.is_open = self.is_overdue = False
 
     def on_idle(self, now: float) -> None:
-        """Not both phases are busy."""
+        """Note that at least one phase has nothing to do."""
         self.is_open = self.is_overdue = False
         self._deficit = 0.0
         self._due = min(max(self._due, now), now + _HYSTERESIS_STEPS * self.interval_s)
@@ -68,12 +74,15 @@ class DecodeThrottle:
     def update(
         self, now: float, needed_s: float | None = None, min_slack_s: float = math.inf, step_s: float = 0.0
     ) -> bool:
-        """Both are busy; returns `is_open`, which decides about the prefill steps that are planned now.
+        """Open or close the throttle while both phases are busy.
 
         Args:
-            needed_s: an interval that sequences in the batch need, where it is shorter than the usual one.
-            min_slack_s: of these sequences, see `hbserve.policy.mixed_step_budget.slack_s`.
-            step_s: that a prefill step takes: who cannot spare it must have its turn before the next one ends.
+            needed_s: interval that the sequences in the batch need, if it is shorter than the usual one.
+            min_slack_s: smallest slack of these sequences, see `hbserve.policy.mixed_step_budget.slack_s`.
+            step_s: duration of a prefill step. A sequence with less slack opens the throttle before the next one ends.
+
+        Returns:
+            `is_open`, which decides about the prefill steps that are planned now.
         """
         self.interval_s = self._usual_s if needed_s is None else min(self._usual_s, needed_s)
         self._deficit = deficit = min((now - self._due) / self.interval_s, _MAX_DEFICIT_STEPS)
@@ -85,10 +94,10 @@ class DecodeThrottle:
 
     @property
     def is_behind(self) -> bool:
-        """A step is owed even after those that have begun, so that the next one need not wait to see how they end."""
+        """Whether decode lacks steps even after those in flight, so that the next one need not wait for their end."""
         return self._deficit > 0
 
     def on_decode_step(self) -> None:
-        """A decode step begins beside a prefill step."""
+        """Count a decode step that begins beside a prefill step."""
         self._due += self.interval_s
         self._deficit -= 1

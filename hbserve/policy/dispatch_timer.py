@@ -1,10 +1,12 @@
-"""When a worker's next plan is made: as late as it is surely there in time.
+"""The time at which a worker's next plan is made: as late as possible, but in time for the device.
 
-A plan that is made when the step before it begins cannot have in it what comes meanwhile: after a long step that
-is a long wait. So a worker's steps are timed, and while one is expected to go on for a while the next one is not yet
-planned. How long steps take, and how long before its predecessor's end a plan must leave, are both learnt from the
-worker's own steps. Nothing hangs on it: whoever waits is woken by the end of the step before, too, and a step that
-comes too late costs the device the way of a plan, about a millisecond or two.
+Runs in the scheduler's process, and on the simulator's clock. A plan that is made at the start of the step before it
+cannot include requests that arrive during that step; after a long step they have waited long. So the scheduler times a
+worker's steps, and does not plan the next one while the current one is expected to go on for a while.
+
+The timer learns from the worker's own steps how long they take, and how long before the end of a step the next plan
+must leave. An error is cheap: the end of a step wakes the scheduler too, and a late plan leaves the device idle for one
+plan's travel, a millisecond or two.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
 _NUM_SAMPLES = 64
 _NUM_LATE = 3
-"""Of so many steps, this many may be a little late: the device waits for them."""
+"""Steps of the last `_NUM_SAMPLES` that may come a little late; the device waits for them."""
 _MIN_SAMPLES = 16
 _MIN_LEAD_S = 3e-3
 _SHORTEST_WAIT_S = 1e-3
-"""Timers are no finer; with the least lead, steps below 4 ms are all planned at once."""
+"""Resolution of timers. With the shortest lead, steps below 4 ms are all planned at once."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """One that is in flight; ``begin``: when that was expected to be, None if its plan came to an idle worker."""
+    """A step in flight; ``begin``: when it was expected to begin, None if its plan came to an idle worker."""
 
     work: StepWork | None
     seconds: float
@@ -35,19 +37,19 @@ class _Step:
 
 
 class DispatchTimer:
-    """One worker's steps in flight, and how long the next plan may wait.
+    """Timer of one worker's plans, over its steps in flight.
 
-    Time is passed in, in seconds of any clock. The *lead* is how long before a step's expected end the next plan is
-    made. Each step tells by how much it came early or late, so what lead would have been just enough; the lead is what
-    would have been for all of the last steps but a few. That covers whatever makes plans late: scheduling, the way
-    and the preparation on the worker, and predictions that are wrong.
+    Time is passed in, in seconds of any clock. The *lead* is the time from a plan to the expected end of the step
+    before it. Each step reports how early its plan came, and so which lead would have been just enough for it. The lead
+    in use is enough for all of the last steps but a few. It so covers every cause of late plans: scheduling, travel,
+    preparation on the worker, and wrong predictions.
 
     Args:
-        predecessor: of a worker that did the same; how late plans may leave is taken from there, since that is more
-            the host's than the worker's. How long steps take is not: its share of the device may be another.
+        predecessor: timer of a worker of the same phase. Its lead is taken over, because the lead depends on the host
+            more than on the worker. Its step times are not: the share of the device may differ.
 
     Attributes:
-        forecast: of the worker's steps, as far as they have been seen.
+        predictor: of the worker's step times.
     """
 
     def __init__(self, predecessor: DispatchTimer | None = None) -> None:
@@ -62,11 +64,11 @@ class DispatchTimer:
 
     @property
     def num_samples(self) -> int:
-        """Steps that the lead has been learnt from, of those that still count."""
+        """Number of steps that the lead is computed from."""
         return len(self._needed_leads_s)
 
     def wait_s(self, now: float) -> float:
-        """How much later the next plan is early enough; 0: make it now."""
+        """Compute how long the next plan may wait; 0: make it now."""
         end = self.expected_end()
         if end is None or len(self._needed_leads_s) < _MIN_SAMPLES or end - now < _MIN_LEAD_S + _SHORTEST_WAIT_S:
             return 0.0
@@ -78,26 +80,26 @@ class DispatchTimer:
         return wait_s
 
     def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
-        """A plan is on its way.
+        """Note that a plan has been sent.
 
         Args:
-            work: None where nobody can tell how long it takes.
-            not_before: when another worker's step is expected to end that this one waits for.
+            work: None if its duration cannot be predicted.
+            not_before: expected end of the step of another worker that this one waits for.
         """
         seconds = 0.0 if work is None else self.predictor.seconds(work)
-        # A plan that had waited, and then was made late, is late by the fault of whoever makes plans.
+        # If the scheduler made a plan later than this timer said, the lead is not to blame.
         planned_at = now if self._due is None else min(now, self._due)
         begin = self.expected_end()
         if begin is None and now - self._last_end < _MIN_LEAD_S:
             begin = self._overtaken
         if not_before > now:
-            planned_at, begin = not_before, None  # how early it comes, this worker's device cannot tell
+            planned_at, begin = not_before, None  # this worker cannot tell how early its plan comes
         self._steps.append(_Step(work, seconds, planned_at, begin))
         self._due = self._overtaken = None
 
     def on_confirmed(self, now: float, busy_s: float, early_s: float) -> None:
-        """The oldest step in flight has ended; what it reported, as in `StepResult`."""
-        # What a plan still waits for may be over already: the expected end tells by how much that was wrong.
+        """Note that the oldest step in flight has ended; ``busy_s`` and ``early_s`` are those of its `StepResult`."""
+        # If a plan still waits for this end, the expected end says by how much the prediction was wrong.
         self._overtaken = None if self._due is None else self.expected_end()
         step = self._steps.popleft()
         self._last_end, self._due = now, None
@@ -107,7 +109,7 @@ class DispatchTimer:
             self.predictor.observe(step.work, busy_s)
 
     def expected_end(self) -> float | None:
-        """Of all that is in flight; None if nothing is, or nobody can tell."""
+        """When all steps in flight should have ended; None if none is in flight, or one cannot be predicted."""
         if not self._steps or any(not step.seconds for step in self._steps):
             return None
         return max(self._last_end, self._steps[0].planned_at) + sum(step.seconds for step in self._steps)

@@ -1,13 +1,15 @@
-"""What goes into the next step of a worker that does both phases: prompts, for as long as TPOT's target leaves time.
+"""The size of a step that does both phases: as many prompt tokens as the TPOT target leaves time for.
 
-Every sequence that decodes waits for the prompts in its step. A budget in tokens does not bound that: the last tokens
-of a long prompt take several times as long as the first ones of a short one. A budget in time does, and what the batch
-is ahead of its target may be spent: on larger steps, and on steps without decode rows while more prompts wait than one
-step holds. That is when prompts are in danger; at other times they are hardly sooner done without decode rows, and what
-is spent then is missing when many come.
+Runs in the scheduler's process, and on the simulator's clock. Every sequence that decodes waits for the prompts in its
+step. A budget in tokens does not bound that time: the last tokens of a long prompt take several times as long as the
+first tokens of a short one. A budget in time does.
 
-What the batch is ahead a sequence that has just come is not, and one of few tokens has few gaps to make good in what it
-loses in one. So no more is spent than every sequence can spare.
+An account says how far decode is ahead of its target. That lead is spent on larger steps, and on steps without decode
+rows while more prompts wait than one step holds: prompts are in danger of missing their target then. At other times
+steps without decode rows make prompts hardly faster, and the lead would be missing when many prompts come.
+
+The lead is the batch's. Slack is tracked per sequence: a new sequence has none yet, and a short one has few tokens left
+to recover a delay. A step therefore uses at most the smallest slack of all sequences.
 """
 
 from __future__ import annotations
@@ -17,38 +19,41 @@ import math
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
 _MAX_AHEAD = 8.0
-"""Intervals that decode can be ahead, or behind, by the account; what is beyond is forgotten."""
+"""Intervals that decode can be ahead or behind by the account; more is forgotten."""
 _MIN_TOKENS = 128
-"""Of prompts in a step that has any, however long it takes: they must get on."""
+"""Prompt tokens in a step that has any, however long they take: prompts must make progress."""
 _STEPS_TO_CATCH_UP = 4.0
-"""In so many steps a sequence makes good what it is late."""
+"""Steps in which a late sequence recovers its delay."""
 _KEPT = 0.95
-"""Of TPOT's target, for what a sequence can spare: steps take longer than foreseen, and tokens have a way to go. On an
-H200, without it, sequences of 16 tokens ended at 1.00 to 1.02 times the target."""
+"""Share of the TPOT target that slack counts on: steps take longer than predicted, and tokens take time to the client.
+On an H200 with 1.0, sequences of 16 tokens ended at 1.00 to 1.02 times the target."""
 _MIN_LIMIT = 0.5
-"""Of the interval, for a step that makes good."""
+"""Share of the interval that a step of a late sequence gets at least."""
 
 
 def slack_s(
     now: float, first_token_time: float, num_tokens: int, num_left: int, target_s: float, interval_s: float
 ) -> float:
-    """Time that a sequence can lose and still be within its target when it ends, if it gets its tokens at intervals.
-
-    Negative: it must be faster than that. Infinite: it is too late for that, too.
+    """Compute the time that a sequence can lose and still end within its target, if it gets a token each interval.
 
     Args:
-        num_tokens: at most, after its first one; num_left: of them that are in no step yet.
-        target_s: of TPOT.
+        num_tokens: tokens after the first one, at most.
+        num_left: those of them that are in no step yet.
+        target_s: the TPOT target.
+
+    Returns:
+        Seconds. Negative: the sequence must be faster than one token each interval. Infinite: it is too late even for
+        that, so steps need not wait for it.
     """
     slack = first_token_time + num_tokens * _KEPT * target_s - now - num_left * interval_s
     return slack if slack >= -num_left * interval_s * (1 - _MIN_LIMIT) else math.inf
 
 
 class MixedStepBudget:
-    """Keeps account of how far decode is ahead of one step in each interval, in seconds of any clock.
+    """Account of how far decode is ahead of one step in each interval, in seconds of any clock.
 
     Args:
-        holds_back_decode: it may be left out of steps while it is ahead; else it is never ahead.
+        holds_back_decode: decode rows may be left out of steps while decode is ahead; else decode is never ahead.
     """
 
     def __init__(self, holds_back_decode: bool = True) -> None:
@@ -59,13 +64,13 @@ class MixedStepBudget:
     def limit_s(
         self, now: float, interval_s: float, min_slack_s: float, full_step_s: float, waits_for_more: bool
     ) -> float:
-        """How long the next step may take with decode rows in it; infinite: leave them out of it.
+        """Compute how long the next step may take with decode rows in it; infinite: leave them out of it.
 
         Args:
-            interval_s: from one decode step to the next, mean, that TPOT's target allows.
-            min_slack_s: of the sequences that decode, see `slack_s`.
-            full_step_s: that a step of prompts only takes.
-            waits_for_more: there are prompts for such a step.
+            interval_s: mean time from one decode step to the next that the TPOT target allows.
+            min_slack_s: smallest slack of the sequences that decode, see `slack_s`.
+            full_step_s: duration of a full step of prompts only.
+            waits_for_more: the waiting prompts fill such a step.
         """
         self._interval_s = interval_s
         self._due = min(max(self._due, now - _MAX_AHEAD * interval_s), now + self._max_ahead * interval_s)
@@ -77,17 +82,17 @@ class MixedStepBudget:
         return interval_s + min(ahead_s, min_slack_s)
 
     def on_decode_step(self, now: float, beside_prompts: bool) -> None:
-        """A step with decode rows has been planned. Where no prompts wait, no decode step is late."""
+        """Count a planned step with decode rows. While no prompts wait, a decode step is never late."""
         self._due = (self._due if beside_prompts else max(self._due, now)) + self._interval_s
 
 
 class StepTimeBudget:
-    """The time in one step, as prompts are put into it.
+    """Time left in one step while prompts are put into it.
 
     Args:
-        forecast: of the worker's steps.
+        predictor: of the worker's steps.
         decode: the step's decode rows.
-        limit_s: how long it may take.
+        limit_s: how long the step may take.
     """
 
     def __init__(self, predictor: StepTimePredictor, decode: StepWork, limit_s: float) -> None:
@@ -95,7 +100,7 @@ class StepTimeBudget:
         self.is_full = False
 
     def take(self, tokens: int, start: int) -> int:
-        """How many of a prompt's next tokens fit, of at most ``tokens``; they are in the step then.
+        """Put as many of a prompt's next tokens into the step as fit, at most ``tokens``; returns how many.
 
         Args:
             start: tokens of the prompt before them.

@@ -1,24 +1,25 @@
-"""How fast prompts are computed here, learnt from the steps that did."""
+"""The rate at which prompts are computed, learnt from steps that computed some."""
 
 from __future__ import annotations
 
 _FORGET = 0.98
-"""Weight of the past at each step: about the last fifty count."""
+"""Weight of the past at each step: about the last fifty steps count."""
 _MANY_KEYS = 2**20
 _MIN_INDEPENDENCE = 1e-3
-"""Of tokens and pairs over the steps: where all have them in one proportion, nobody can tell what takes the time."""
+"""Of tokens and pairs over the steps. If all steps have both in one proportion, their costs cannot be told apart."""
 
 
 class PrefillRate:
-    """Fits ``seconds = fixed + per_token * tokens`` to steps with prompts, the latest weighing most, and for a prompt's
-    own time ``per_token * tokens + per_pair * pairs`` of queries and keys: the end of a long one is slower.
+    """Two fits of prefill time by weighted least squares over running sums; the latest steps weigh most.
 
-    ``fixed`` is what a step takes without them, such as the decodes that are mixed in. Weighted least
-    squares over running sums; with steps of one size only it is all ``per_token``.
+    A step takes ``fixed + per_token * tokens``. ``fixed`` is its time without prompts, such as that of decode rows.
+    While all steps have one size, everything counts as ``per_token``. A prompt alone takes ``per_token * tokens +
+    per_pair * pairs``, with pairs of queries and keys: the end of a long prompt is slower.
 
     Attributes:
-        mean_per_token_s: of late, the fixed part included, as full as the steps were.
-        step_s: that a step with prompts took of late, mean.
+        fixed_s, per_token_s: of a step.
+        mean_per_token_s: recent mean with the fixed part included.
+        step_s: recent mean duration of a step with prompts.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class PrefillRate:
         self.step_s = 0.0
 
     def observe(self, num_tokens: int, seconds: float, num_pairs: float = 0.0) -> None:
-        """A step computed so many prompt tokens in that time, with so many pairs of queries and keys."""
+        """Learn from a step with ``num_tokens`` prompt tokens and ``num_pairs`` pairs of queries and keys."""
         if num_tokens <= 0 or seconds <= 0:
             return
         self._weight = self._weight * _FORGET + 1
@@ -53,15 +54,15 @@ class PrefillRate:
         self.fixed_s = max(0.0, (self._y - self.per_token_s * self._x) / self._weight)
 
     def seconds(self, num_tokens: int, tokens_per_step: int) -> float:
-        """Predicted time to compute so many tokens on one worker; 0 while nothing is known.
+        """Predict the time that one worker needs for prompt tokens; 0 while nothing is known.
 
         Args:
-            tokens_per_step: most prompt tokens in a step.
+            tokens_per_step: prompt tokens in a full step.
         """
         return -(-num_tokens // tokens_per_step) * self.fixed_s + num_tokens * self.per_token_s
 
     def prompt_s(self, num_tokens: int, start: int) -> float:
-        """Predicted time for so many tokens of a prompt after so many others; 0 while nothing is known."""
+        """Predict the time for tokens of one prompt that has ``start`` tokens before them; 0 while nothing is known."""
         determinant = self._xx * self._pp - self._xp * self._xp
         if determinant > _MIN_INDEPENDENCE * self._xx * self._pp:
             per_token = (self._xy * self._pp - self._py * self._xp) / determinant

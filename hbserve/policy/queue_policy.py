@@ -1,4 +1,7 @@
-"""Which prompt is computed next: the order of the waiting queue and of the prompts that have an allocation."""
+"""The order of prompts: of the waiting queue, and of the prompts that have a KV allocation.
+
+Runs in the scheduler's process, and on the simulator's clock.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,27 @@ from hbserve.config import SchedulerConfig
 
 _RESUMED, _NEW = 0, 1
 SAFETY_FACTOR = 1.05
-"""Times that what is predicted may take: under overload whoever is served is served at the last moment."""
+"""Factor on predicted durations. Under overload each request is served at the last moment, so errors cost deadlines."""
 _STEPS_WAITED = 0.5
-"""Of the step under way, that a prompt waits for, mean."""
+"""Mean share of the step under way that a prompt waits for."""
 _HORIZON = 256
-"""So many of a long queue are looked at; what comes after them is far from being served."""
+"""Number of prompts at the head of a long queue that are looked at; the others are far from being served."""
 _DEFAULT_TTFT_MS = 10_000.0
-"""TTFT target, for the order only, of a request that has none."""
+"""TTFT target of a request that has none; used for the order only."""
 
 
 class Prompt(Protocol):
-    """What a policy looks at; see `hbserve.scheduler.sequence.Sequence`."""
+    """A request as a policy sees it; see `hbserve.scheduler.sequence.Sequence`."""
 
     rank: tuple[int, float, float]
 
     @property
     def tokens(self) -> Sized:
-        """To be computed."""
+        """Tokens to compute."""
 
     @property
     def arrival(self) -> float:
-        """Grows with every request."""
+        """Serial number, growing with every request."""
 
     @property
     def arrival_time(self) -> float:
@@ -39,76 +42,75 @@ class Prompt(Protocol):
 
     @property
     def first_token_time(self) -> float | None:
-        """Set where its client has tokens."""
+        """Time of the first token that its client got, if it got one."""
 
     @property
     def ttft_target_ms(self) -> float | None:
-        """That it came with."""
+        """TTFT target of the request, if it came with one."""
 
 
 _Prompt = TypeVar("_Prompt", bound=Prompt)
 Admitted = Callable[[], tuple[Items[tuple[Prompt, int]], int]]
-"""Prompts, with how many of their tokens are computed or will be next; and the number of workers that do it."""
+"""Returns the prompts, with the number of their tokens computed or planned, and the number of workers for them."""
 
 
 class QueuePolicy:
     """First come, first served.
 
-    A request's rank is fixed when it begins to wait, so that a sorted queue stays sorted. Those whose
-    client has tokens already, and which were put back, go before all others.
+    A request's rank is fixed when it begins to wait, so that a sorted queue stays sorted. Preempted requests whose
+    client has tokens already go first.
     """
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
-        """Smaller goes first. Of a sequence that begins to wait now."""
+        """Compute the rank of a sequence that begins to wait now; the smallest goes first."""
         return _NEW, 0.0, sequence.arrival
 
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
-        """Whom to admit first, of a queue sorted by rank.
+        """Put a queue that is sorted by rank in the order of admission.
 
         Args:
-            admitted: prompts that have an allocation and are not computed.
+            admitted: says which prompts have an allocation and are not yet computed.
         """
         return waiting
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
-        """Of those whose prompt could be gone on with now, the one with the smallest is.
+        """Compute the sort key of a prompt that could be computed now; the smallest goes first.
 
         Args:
-            num_computed: tokens that need not be computed any more.
+            num_computed: tokens of it that are computed already.
         """
         return False, sequence.rank
 
     def has_missed_target(self, sequence: Prompt, now: float) -> bool:
-        """Whether a sequence has missed its target, and others do not wait for it."""
+        """Whether a sequence has missed its target, so that others do not wait for it."""
         return False
 
 
 class ShortestPromptFirst(QueuePolicy):
-    """Fewest tokens first; every second of waiting makes a prompt seem so many tokens shorter.
+    """Fewest tokens first; each second of waiting counts as ``ageing_tokens_per_s`` tokens less.
 
-    All age alike, so the time of arrival stands for the age, and ranks do not change.
+    All prompts age alike, so the time of arrival stands for the age, and ranks do not change.
     """
 
     def __init__(self, ageing_tokens_per_s: float) -> None:
         self._ageing = ageing_tokens_per_s
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
-        """See `QueuePolicy.rank`."""
         length = len(sequence.tokens) + self._ageing * sequence.arrival_time
         return _group(sequence), length, sequence.arrival
 
 
 class SloAware(QueuePolicy):
-    """As many as possible in time: earliest TTFT deadline first, without those that would make others late.
+    """Earliest TTFT deadline first, without the prompts that would make others late: as many as possible in time.
 
-    Moore and Hodgson's rule (Moore, Management Science 15, 1968), which keeps the most deadlines on one
-    machine: go through the prompts by deadline, admitted ones as well, and whenever one could not be kept, defer
-    the one with the most left to compute so far. What is deferred, the hopeless among it, is served when the others
-    leave time. Least laxity alone serves, under overload, whoever is about to be late, until all are.
+    This is the rule of Moore and Hodgson (Moore, Management Science 15, 1968), which keeps the most deadlines on one
+    machine. It goes through the prompts by deadline, admitted ones included. Whenever a deadline could not be kept, it
+    defers the prompt with the most left to compute so far. Deferred prompts are computed when the others leave time.
+    Least laxity alone would serve, under overload, the prompts that are about to be late, until all of them are.
 
     Args:
-        prefill_s: predicted seconds to compute so many prompt tokens after so many others.
-        step_s: that a step with prompts takes of late.
+        prefill_s: predicts the seconds for prompt tokens, from their number and that of the tokens before them.
+        step_s: says the recent mean duration of a step with prompts.
         default_ttft_ms: target of requests that come without one.
     """
 
@@ -117,15 +119,13 @@ class SloAware(QueuePolicy):
     ) -> None:
         self._prefill_s, self._step_s = prefill_s, step_s
         self._default_ttft_ms = default_ttft_ms or _DEFAULT_TTFT_MS
-        self._deferred: set[Prompt] = set()  # of those with an allocation
+        self._deferred: set[Prompt] = set()  # admitted ones included
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
-        """See `QueuePolicy.rank`."""
         target_ms = sequence.ttft_target_ms or self._default_ttft_ms
         return _group(sequence), sequence.arrival_time + target_ms / 1000, sequence.arrival
 
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
-        """See `QueuePolicy.order`."""
         allocations, num_workers = admitted()
         prompts: list[tuple[Prompt, int]] = [*allocations, *((sequence, 0) for sequence in waiting[:_HORIZON])]
         self._deferred = deferred = self._defer(prompts, now, num_workers) if len(prompts) > 1 else set()
@@ -153,7 +153,7 @@ class SloAware(QueuePolicy):
         return SAFETY_FACTOR * self._prefill_s(max(0, len(sequence.tokens) - num_computed), num_computed)
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
-        """See `QueuePolicy.key`. Those that can be in time go before those that cannot, or that gave way to others."""
+        """See `QueuePolicy.key`. Prompts that can be in time go before late and deferred ones."""
         group, deadline, _ = sequence.rank
         if sequence in self._deferred:
             return True, sequence.rank
@@ -161,7 +161,6 @@ class SloAware(QueuePolicy):
         return group == _NEW and now + seconds > deadline, sequence.rank
 
     def has_missed_target(self, sequence: Prompt, now: float) -> bool:
-        """See `QueuePolicy.has_missed_target`."""
         group, deadline, _ = sequence.rank
         return group == _NEW and now > deadline
 
@@ -169,7 +168,7 @@ class SloAware(QueuePolicy):
 def make_policy(
     config: SchedulerConfig, prefill_s: Callable[[int, int], float], step_s: Callable[[], float]
 ) -> QueuePolicy:
-    """The configured policy; for ``prefill_s`` and ``step_s`` see `SloAware`."""
+    """Make the configured policy; ``prefill_s`` and ``step_s`` are those of `SloAware`."""
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)
     if config.policy == "slo_aware":

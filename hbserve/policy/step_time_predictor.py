@@ -1,25 +1,25 @@
-"""How long a step will take, learned from steps that have been confirmed."""
+"""Prediction of a step's duration, learnt from confirmed steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _RATE = 0.4
-"""Of learning: how much of a step's surprise is believed."""
+"""Learning rate: share of a step's prediction error that the coefficients take over."""
 
 _FADING = 0.99
-"""Per step, of the longest one that has been seen."""
+"""Factor on the longest step seen, per step."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step's time depends on.
+    """Work of a step, as far as its duration depends on it.
 
     Attributes:
         decode_rows: sequences that get one more token.
-        decode_keys: positions before these, all together.
-        prompt_tokens: of all prompt chunks.
-        prompt_keys: query-key pairs of them.
+        decode_keys: sum of the positions before them.
+        prompt_tokens: tokens of all prompt chunks.
+        prompt_keys: query-key pairs of these tokens.
     """
 
     decode_rows: int
@@ -29,7 +29,7 @@ class StepWork:
 
     @property
     def features(self) -> tuple[float, ...]:
-        """What time is taken to be linear in, each about 1 in a large step."""
+        """Terms that the duration is linear in, each about 1 in a large step."""
         return (
             1.0,
             self.decode_rows / 64,
@@ -40,10 +40,10 @@ class StepWork:
 
 
 class StepTimePredictor:
-    """Predicts a step's time from its work: normalised least mean squares, coefficients that are never negative.
+    """Predictor of a step's duration from its work: normalised least mean squares without negative coefficients.
 
-    (B. Widrow and M. E. Hoff, Adaptive switching circuits, 1960.) Work of a kind that has not been seen is taken to
-    cost nothing, and no step to take longer than the longest of late: a prediction errs on the short side.
+    (B. Widrow and M. E. Hoff, Adaptive switching circuits, 1960.) A prediction errs on the short side: a kind of work
+    that has not been seen counts as free, and no step counts as longer than the longest recent one.
     """
 
     def __init__(self) -> None:
@@ -51,15 +51,15 @@ class StepTimePredictor:
         self._longest_s = 0.0
 
     def seconds(self, work: StepWork) -> float:
-        """How long it will take; 0 while nothing is known."""
+        """Predict the duration; 0 while nothing is known."""
         return min(self._longest_s, self.estimate_s(work))
 
     def estimate_s(self, work: StepWork) -> float:
-        """The same without that bound, for those who would rather be told too long a time."""
+        """Predict the duration without the bound of the longest recent step: it may be too long."""
         return sum(c * x for c, x in zip(self._coefficients, work.features, strict=True))
 
     def observe(self, work: StepWork, seconds: float) -> None:
-        """It has taken so long."""
+        """Learn from a confirmed step."""
         features = work.features
         surprise = seconds - self.estimate_s(work)
         correction = _RATE * surprise / sum(x * x for x in features)

@@ -217,7 +217,7 @@ class AsynchronousSwitchingController:
         return attempt is not None and attempt.has_returned.wait(timeout) and attempt.state == "switched"
 
     def get_status(self) -> dict[str, Any]:
-        """By role ``state`` (``draining``, ``switched``, ``failed``), ``error`` and seconds; and a count of ``switched``."""
+        """By role ``state`` (``draining``, ``switched``, ``failed``), ``error``, ``seconds``; and a count."""
         with self._lock:
             roles = {
                 str(role): {"state": attempt.state, "error": attempt.error, "seconds": attempt.seconds}

@@ -1,4 +1,4 @@
-"""When a step is planned: late in long steps, at once in short ones, and never so that the device waits for long."""
+"""Time of plans: late in long steps, at once in short ones, and never so late that the device waits for long."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ def seconds(work: StepWork) -> float:
     return read_s + 2.4e-5 * work.prompt_tokens + 4e-10 * work.prompt_keys
 
 
-def drive(timing: DispatchTimer, steps: list[Step]) -> tuple[list[float], list[float]]:
-    """Run steps on a made-up device; returns how long each waited for it, and how long it waited for each."""
+def drive(timer: DispatchTimer, steps: list[Step]) -> tuple[list[float], list[float]]:
+    """Run steps on a made-up device; returns how long each step waited for it, and how long it waited for each."""
     waits, idle = [0.0], [0.0]
-    timing.on_planned(steps[0][0], 0.0)
+    timer.on_planned(steps[0][0], 0.0)
     begin = WAY_S
     for (_, took), (following, _) in itertools.pairwise(steps):
         now, end = begin, begin + took
-        planned_at = now + timing.wait_s(now)
+        planned_at = now + timer.wait_s(now)
         if planned_at < end:
-            timing.on_planned(following, planned_at)
-        timing.on_confirmed(end, took, waits[-1] - idle[-1])
-        if planned_at >= end:  # the end itself brings the next plan about
-            assert not timing.wait_s(end)
+            timer.on_planned(following, planned_at)
+        timer.on_confirmed(end, took, waits[-1] - idle[-1])
+        if planned_at >= end:  # the end of the step wakes the scheduler
+            assert not timer.wait_s(end)
             planned_at = end
-            timing.on_planned(following, end)
+            timer.on_planned(following, end)
         begin = max(end, planned_at + WAY_S)
         waits.append(begin - planned_at - WAY_S)
         idle.append(begin - end)
-    timing.on_confirmed(begin + steps[-1][1], steps[-1][1], waits[-1] - idle[-1])
+    timer.on_confirmed(begin + steps[-1][1], steps[-1][1], waits[-1] - idle[-1])
     return waits, idle
 
 
 def test_long_steps_are_planned_shortly_before_they_are_needed() -> None:
-    timing = DispatchTimer()
-    waits, idle = drive(timing, [(decode(64), 20e-3)] * 200)
-    assert min(waits[1:16]) == pytest.approx(18e-3)  # nothing is known: planned when the one before begins
+    timer = DispatchTimer()
+    waits, idle = drive(timer, [(decode(64), 20e-3)] * 200)
+    assert min(waits[1:16]) == pytest.approx(18e-3)  # nothing is known yet: planned when the step before begins
     assert max(waits[60:]) <= 2e-3
     assert sum(idle[60:]) == 0.0
-    waits, idle = drive(DispatchTimer(predecessor=timing), [(decode(64), 15e-3)] * 20)
-    assert max(waits[8:]) <= 2e-3  # as soon as it is known how long its own steps take
+    waits, idle = drive(DispatchTimer(predecessor=timer), [(decode(64), 15e-3)] * 20)
+    assert max(waits[8:]) <= 2e-3  # as soon as the timer knows its own step times
     assert sum(idle[1:]) == 0.0
 
 
 def test_short_steps_are_planned_at_once() -> None:
-    timing = DispatchTimer()
-    waits, _ = drive(timing, [(decode(64), 3.9e-3)] * 200)
+    timer = DispatchTimer()
+    waits, _ = drive(timer, [(decode(64), 3.9e-3)] * 200)
     assert min(waits[1:]) == pytest.approx(1.9e-3)
 
 
@@ -73,31 +73,33 @@ def test_steps_of_any_size_in_any_order_seldom_come_late() -> None:
     waits, idle = drive(DispatchTimer(), steps)
     busy_s = sum(took for _, took in steps)
     assert sum(idle[100:]) < 0.01 * busy_s
-    assert sum(waits[100:]) < 0.4 * busy_s  # planned when the one before begins they wait for nearly all of it
+    assert (
+        sum(waits[100:]) < 0.4 * busy_s
+    )  # if planned when the step before begins, they would wait for nearly all of it
 
 
 def test_steps_that_end_sooner_than_ever_widen_the_lead() -> None:
-    """As where the other phase has the device for itself, or not: prompts are computed in two thirds of the time."""
+    """As when the other phase falls idle: prompts are then computed in two thirds of the time."""
     steps = [(StepWork(0, 0, 2048, 2048 * 1024), 60e-3 if index // 5 % 2 else 40e-3) for index in range(1000)]
     _, idle = drive(DispatchTimer(), steps)
-    late = sum(each > 0 for each in idle[100:])
+    late = sum(idle_s > 0 for idle_s in idle[100:])
     assert late < 0.06 * len(steps)
-    assert max(idle) == pytest.approx(WAY_S)  # the end of a step brings the next plan about
+    assert max(idle) == pytest.approx(WAY_S)  # the end of a step wakes the scheduler
 
 
-def test_nothing_is_held_back_that_cannot_be_predicted() -> None:
-    timing = DispatchTimer()
-    drive(timing, [(decode(64), 20e-3)] * 100)
+def test_a_step_that_cannot_be_predicted_holds_no_plan_back() -> None:
+    timer = DispatchTimer()
+    drive(timer, [(decode(64), 20e-3)] * 100)
     now = 100.0
-    timing.on_planned(None, now)
-    assert not timing.wait_s(now)
-    timing.on_confirmed(now + 1.0, 1.0, 0.0)
-    timing.on_planned(decode(64), now + 1.0)
-    assert timing.wait_s(now + 1.0) > 10e-3
+    timer.on_planned(None, now)
+    assert not timer.wait_s(now)
+    timer.on_confirmed(now + 1.0, 1.0, 0.0)
+    timer.on_planned(decode(64), now + 1.0)
+    assert timer.wait_s(now + 1.0) > 10e-3
     assert not DispatchTimer().wait_s(now)
 
 
-def test_what_has_not_been_seen_is_taken_to_be_short() -> None:
+def test_unseen_work_is_predicted_to_be_short() -> None:
     predictor = StepTimePredictor()
     assert predictor.seconds(decode(64)) == 0.0
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""Who goes first, who goes last, and who is sent away."""
+"""The order of prompts, and the refusal of requests under overload."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ arrivals = itertools.count(1)
 
 
 def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: float | None = None) -> Sequence:
-    """A request that has just come, and is due so long after."""
+    """A request that has just arrived, with this TTFT target."""
     request = AddRequest(
         request_id="r",
         prompt_token_ids=[1] * length,
@@ -49,12 +49,12 @@ def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> Q
 def served(
     policy: QueuePolicy, sequences: list[Sequence], now: float, admitted: Items[tuple[Sequence, int]] = ()
 ) -> list[int]:
-    """The order, as indices, with others that have an allocation and so many tokens computed."""
+    """The order, as indices; ``admitted`` have an allocation and that many tokens computed."""
     queue = sorted(sequences, key=lambda sequence: sequence.rank)
     return [sequences.index(sequence) for sequence in policy.order(queue, now, lambda: (admitted, 1))]
 
 
-def test_fcfs_is_by_arrival_whatever_else() -> None:
+def test_fcfs_is_by_arrival_alone() -> None:
     fcfs = policy("fcfs")
     requests = [waiting(fcfs, 0.0, 500, 1.0), waiting(fcfs, 1.0, 5), waiting(fcfs, 2.0, 50, 1e6)]
     assert served(fcfs, requests, 100.0) == [0, 1, 2]
@@ -65,7 +65,7 @@ def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
     long = waiting(shortest, 0.0, 900)
     short = [waiting(shortest, float(second), 50) for second in range(12)]
     order = served(shortest, [long, *short], 12.0)
-    assert order.index(0) == 9  # passed by those that came in the first 8.5 seconds
+    assert order.index(0) == 9  # passed by those that arrived in the first 8.5 seconds
 
 
 def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
@@ -80,8 +80,11 @@ def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     requests = [relaxed, long, default, hopeless, resumed]
     assert served(slo, requests, 4.0) == [4, 2, 1, 0, 3]
     soon = waiting(slo, 3.0, 100, 3500.0)  # 1 s, due at 6.5
-    assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 3, 1]  # of those in time, the longest gives way
-    for computed, gives_way in ((0, True), (150, False)):  # with an allocation as well, if most of it is still to come
+    assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 3, 1]  # the longest of those in time gives way
+    for computed, gives_way in (
+        (0, True),
+        (150, False),
+    ):  # an admitted one gives way too, if most of it is still to compute
         assert served(slo, [default], 4.0, [(long, computed), (soon, 0), (resumed, 0)]) == [0]
         assert slo.key(long, computed, 4.0)[0] is gives_way
         assert not slo.key(soon, 0, 4.0)[0]
@@ -108,29 +111,29 @@ def test_no_order_keeps_more_deadlines() -> None:
         assert num_in_time(slo.order(requests, 0.0, lambda: ((), 1))) >= best
 
 
-def test_the_pace_of_prefill_is_learnt() -> None:
-    pace = PrefillRate()
-    assert pace.seconds(1000, 512) == 0
+def test_the_rate_of_prefill_is_learnt() -> None:
+    rate = PrefillRate()
+    assert rate.seconds(1000, 512) == 0
     for _ in range(5):
-        pace.observe(100, 0.05)
-    assert pace.seconds(300, 100) == pytest.approx(0.15)  # of one size only: all by the token
+        rate.observe(100, 0.05)
+    assert rate.seconds(300, 100) == pytest.approx(0.15)  # steps of one size: everything counts per token
     for _ in range(200):
         for tokens in (64, 256, 512):
-            pace.observe(tokens, 0.01 + tokens * 1e-4)
-    assert pace.fixed_s == pytest.approx(0.01, rel=0.05)
-    assert pace.per_token_s == pytest.approx(1e-4, rel=0.05)
-    assert pace.seconds(1024, 512) == pytest.approx(2 * 0.01 + 0.1024, rel=0.05)
+            rate.observe(tokens, 0.01 + tokens * 1e-4)
+    assert rate.fixed_s == pytest.approx(0.01, rel=0.05)
+    assert rate.per_token_s == pytest.approx(1e-4, rel=0.05)
+    assert rate.seconds(1024, 512) == pytest.approx(2 * 0.01 + 0.1024, rel=0.05)
     for _ in range(300):
         for tokens in (64, 256, 512):
-            pace.observe(tokens, 0.02 + tokens * 2e-4)
-    assert pace.per_token_s == pytest.approx(2e-4, rel=0.05)
+            rate.observe(tokens, 0.02 + tokens * 2e-4)
+    assert rate.per_token_s == pytest.approx(2e-4, rel=0.05)
     for _ in range(100):
         for start in (0, 4000, 12_000):
-            pace.observe(512, 512 * (1e-4 + 1e-8 * start), 512 * start)
-    assert pace.prompt_s(1000, 8000) == pytest.approx(1000 * (1e-4 + 1e-8 * 8500), rel=0.05)
-    pace.observe(0, 1.0)
-    pace.observe(10_000, 1e-9)  # an outlier may not make a part negative
-    assert pace.fixed_s >= 0 <= pace.per_token_s
+            rate.observe(512, 512 * (1e-4 + 1e-8 * start), 512 * start)
+    assert rate.prompt_s(1000, 8000) == pytest.approx(1000 * (1e-4 + 1e-8 * 8500), rel=0.05)
+    rate.observe(0, 1.0)
+    rate.observe(10_000, 1e-9)  # an outlier may not make a part negative
+    assert rate.fixed_s >= 0 <= rate.per_token_s
 
 
 async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
@@ -160,7 +163,7 @@ async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
-def test_how_fast_seats_come_free_counts_from_when_somebody_waits() -> None:
+def test_the_rate_of_freed_slots_counts_from_when_a_request_waits() -> None:
     queue = WaitingQueue(from_dict({"model": {"path": DEMO}}))
     worker: Any = SimpleNamespace(ready=True, role=InstanceRole.UNIFIED, num_tokens_to_prefill=0)
 
@@ -168,7 +171,7 @@ def test_how_fast_seats_come_free_counts_from_when_somebody_waits() -> None:
         one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
         return queue.predicted_ttft_s(another, [one], [worker], slots_are_full=True, now=now)
 
-    for begin in (0.0, 1000.0):  # the time between is nobody's wait
+    for begin in (0.0, 1000.0):  # no request waits in between
         queue.begins(begin)
         assert predicted(begin + 0.5) == 0
         queue.ended(begin + 1)
@@ -176,10 +179,10 @@ def test_how_fast_seats_come_free_counts_from_when_somebody_waits() -> None:
         assert predicted(begin + 3) == 2 * 3 / 2
 
 
-async def test_overload_is_said_early() -> None:
+async def test_overload_is_refused_early() -> None:
     config = PdDisaggConfig(DEMO, mode="unified", max_queue_s=1e-9, device="cpu", log_level="WARNING")
     async with asyncio.timeout(DEADLINE_S), DisaggregatedLLM(config) as llm:
-        for _ in range(2):  # nothing is known yet, and nobody is before the second: neither is refused
+        for _ in range(2):  # nothing is known yet, and no request is before the second: neither is refused
             await llm.generate([5] * 40, SamplingParams(max_tokens=2))
         asks = (llm.generate([token] * 4000, SamplingParams(max_tokens=2)) for token in (6, 7))
         first, second = await asyncio.gather(*asks, return_exceptions=True)
