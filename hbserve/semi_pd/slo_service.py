@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from hbserve.config import Config
 from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
 from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
@@ -23,21 +24,11 @@ _MAX_WINDOW_S = 30.0
 """So far back the scheduler's collector looks."""
 
 
-class WindowLink(Protocol):
-    """What is asked of the line to the scheduler."""
-
-    def get_window(self, seconds: float, timeout_s: float) -> AggregatedMetrics | None:
-        """The scheduler's last seconds; None if it does not answer in time."""
-
-    def mark_rotation(self, begins: bool) -> None:
-        """A rotation begins, or is over: latencies that overlap it are left out."""
-
-
 class SchedulerMetricsSource:
     """The scheduler's metrics as a controller wants them: a window that can begin anew without
     taking anything from others who look."""
 
-    def __init__(self, link: WindowLink, window_s: float) -> None:
+    def __init__(self, link: SchedulerLink, window_s: float) -> None:
         self._link, self._window_s = link, window_s
         self._since = time.monotonic()
 
@@ -67,7 +58,7 @@ class SchedulerMetricsSource:
 
 
 def make_controller(
-    config: Config, slo: SLOConfig, manager: RotationManager, link: WindowLink
+    config: Config, slo: SLOConfig, manager: RotationManager, link: SchedulerLink
 ) -> SLOAwareResourceController:
     """A controller as configured; not started.
 

@@ -102,6 +102,10 @@ class _Fits:
         self.ttft = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
         self.tpot = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
 
+    def tpot_ms(self, terms: tuple[float, float]) -> float:
+        """TPOT of these terms."""
+        return max(1e-6, self.tpot.predict(terms))
+
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
@@ -160,10 +164,9 @@ class LatencyModel:
         """How much each term weighs now."""
         terms = {}
         for prefix, fits in (("", self._side_by_side), ("mixed_", self._mixed)):
-            for name, fit in (("ttft_wait", fits.ttft), ("tpot_alone", fits.tpot)):
-                terms[prefix + name] = float(fit.coefficients[0])
-            for name, fit in (("ttft_service", fits.ttft), ("tpot_beside", fits.tpot)):
-                terms[prefix + name] = float(fit.coefficients[1])
+            values = (*fits.ttft.coefficients, *fits.tpot.coefficients)
+            for name, value in zip(("ttft_wait", "ttft_service", "tpot_alone", "tpot_beside"), values, strict=True):
+                terms[prefix + name] = float(value)
         return terms
 
     # --- prediction ------------------------------------------------------------------------------
@@ -175,7 +178,6 @@ class LatencyModel:
     def _predict_mixed(self, workload: WorkloadEstimate) -> Prediction:
         """One worker, whose every step has the whole batch in it and the prompts that have come."""
         batch = min(max(workload.running, 1.0), self._max_batch)
-        fit = self._mixed.tpot.coefficients
         tokens, rate_per_ms = max(1.0, workload.prompt_tokens), workload.arrival_rate / 1000
         decode_context = workload.context_tokens + tokens + workload.output_tokens / 2
         for _ in range(6):  # the batch decides the step, and the step how many are in the batch
@@ -193,11 +195,8 @@ class LatencyModel:
                 share = min(1.0, max(1 - math.exp(-rate_per_ms * mean_ms), arrived / most))
                 mean_ms = (1 - share) * alone_ms + share * step_ms(min(most, arrived / max(share, 1e-9)))
             tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
-            tpot_ms = max(1e-6, float(fit[0] * tpot_terms[0] + fit[1] * tpot_terms[1]))
-            decoding_rate = workload.arrival_rate / max(1.0, load)
-            steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
-            batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
-        decode_overload = max(1.0, steady / self._max_batch)
+            tpot_ms = self._mixed.tpot_ms(tpot_terms)
+            batch, decode_overload = self._next_batch(workload, load, tpot_ms, batch)
         # A prompt waits for the step that is under way even if there are only decode rows in it.
         somebody_decodes = 1 - math.exp(-batch) if workload.output_tokens > 1 else 0.0
         residual_ms = max(0.0, 1 - load) * somebody_decodes * mean_ms / 2
@@ -220,7 +219,6 @@ class LatencyModel:
     def _predict_side_by_side(self, workload: WorkloadEstimate, allocation: SMAllocation) -> Prediction:
         decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
         batch = min(max(workload.running, 1.0), self._max_batch)
-        tpot_fit = self._side_by_side.tpot.coefficients
         for _ in range(4):  # the batch decides the step, and the step how many are in the batch
             step_tokens = max(1.0, min(workload.tokens_of_its_prompt, self._prefill_batch_tokens))
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
@@ -237,14 +235,17 @@ class LatencyModel:
             # Steps per second add up over the two kinds of time, not milliseconds per step.
             mean_ms = 1 / ((1 - busy) / alone_ms + busy / shared_ms)
             tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
-            tpot_ms = max(1e-6, float(tpot_fit[0] * tpot_terms[0] + tpot_fit[1] * tpot_terms[1]))
-            decoding_rate = workload.arrival_rate / max(1.0, load)
-            steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
-            batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
-        decode_overload = max(1.0, steady / self._max_batch)  # who finds no place waits for one
-        queue = _Queue(load, service_s, service_s)
-        fits = self._side_by_side
+            tpot_ms = self._side_by_side.tpot_ms(tpot_terms)
+            batch, decode_overload = self._next_batch(workload, load, tpot_ms, batch)
+        queue, fits = _Queue(load, service_s, service_s), self._side_by_side
         return self._predict_percentiles(workload, fits, queue, decode_overload, batch, tpot_ms, tpot_terms)
+
+    def _next_batch(self, workload: WorkloadEstimate, load: float, tpot_ms: float, batch: float) -> tuple[float, float]:
+        """One step towards the batch of a steady state (Little's law), and how many times the largest that is."""
+        decoding_rate = workload.arrival_rate / max(1.0, load)
+        steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
+        batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
+        return batch, max(1.0, steady / self._max_batch)
 
     def _service(
         self, workload: WorkloadEstimate, allocation: SMAllocation, batch: float, slowdown: float, beside: float

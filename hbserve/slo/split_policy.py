@@ -98,12 +98,7 @@ class SplitPolicy:
         self._left: _LeftSplit | None = None
         self._wanted: SMAllocation | None = None
 
-    def decide(
-        self,
-        window: ObservedWindow,
-        current: SMAllocation,
-        warm: WarmPercentages | None = None,
-    ) -> Decision:
+    def decide(self, window: ObservedWindow, current: SMAllocation, warm: WarmPercentages | None = None) -> Decision:
         """Judge a window; the caller makes the move, and says so with `moved`.
 
         Args:
@@ -194,11 +189,7 @@ class SplitPolicy:
         return {name: ratios[name] for name, _, _, threshold in seen if ratios.get(name, 0.0) > threshold}
 
     def _candidates(
-        self,
-        current: SMAllocation,
-        violations: dict[str, float],
-        warm: WarmPercentages | None,
-        now: float,
+        self, current: SMAllocation, violations: dict[str, float], warm: WarmPercentages | None, now: float
     ) -> list[SMAllocation]:
         step = self.bounds.adjustment_step
         around = [
@@ -211,12 +202,12 @@ class SplitPolicy:
             around += [(prefill, decode) for prefill in grid for decode in grid]
         elif not violations:
             return []
-        only_warm = warm is not None and now - self._rotated_at < self.bounds.rotation_cooldown_s
-        if warm is not None and only_warm:
-            around += [(p, d) for p in warm.prefill for d in warm.decode]
+        only_warm = warm if now - self._rotated_at < self.bounds.rotation_cooldown_s else None
+        if only_warm is not None:
+            around += [(p, d) for p in only_warm.prefill for d in only_warm.decode]
         splits = [SMAllocation(*split) for split in dict.fromkeys(around) if self.bounds.allows(*split)]
-        if warm is not None and only_warm:
-            splits = [split for split in splits if warm.has(split)]
+        if only_warm is not None:
+            splits = [split for split in splits if only_warm.has(split)]
         # The percentages stay ready for when it is not mixed any more.
         mixed = dataclasses.replace(current, mixed=True)
         return [*splits, mixed] if warm is not None and warm.has(mixed) else splits

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import NamedTuple
 
 from hbserve.metrics.distribution import Distribution
 from hbserve.metrics.window_metrics import AggregatedMetrics
@@ -36,8 +37,7 @@ _MEMORY_S = 20.0  # a window counts 1/e of its weight after so long
 _TURN_DEVIATIONS = 3.0  # of a count that a steady load would explain
 
 
-@dataclass(slots=True)
-class _Totals:
+class _Totals(NamedTuple):
     """Weighted sums over windows."""
 
     seconds: float = 0.0
@@ -72,18 +72,17 @@ class WorkloadEstimator:
             self.num_turns += 1
             self._totals = _Totals()
             seconds = end - start
-        totals, keep = self._totals, math.exp(-seconds / _MEMORY_S)
-        requests = now.arrival_rate * seconds
-        for name, amount in (
-            ("seconds", seconds),
-            ("requests", requests),
-            ("prompt", requests * now.prompt_tokens),
-            ("prompt_squared", requests * now.prompt_tokens_squared),
-            ("context", requests * now.context_tokens),
-            ("output", requests * now.output_tokens if now.output_tokens else 0.0),
-            ("output_weight", requests if now.output_tokens else 0.0),
-        ):
-            setattr(totals, name, keep * getattr(totals, name) + amount)
+        keep, requests = math.exp(-seconds / _MEMORY_S), now.arrival_rate * seconds
+        added = _Totals(
+            seconds,
+            requests,
+            requests * now.prompt_tokens,
+            requests * now.prompt_tokens_squared,
+            requests * now.context_tokens,
+            requests * now.output_tokens,
+            requests if now.output_tokens else 0.0,
+        )
+        self._totals = _Totals(*(keep * old + new for old, new in zip(self._totals, added, strict=True)))
         return self._estimate(now)
 
     def _turned(self, now: WorkloadEstimate, seconds: float) -> bool:
