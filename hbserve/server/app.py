@@ -16,9 +16,9 @@ from hbserve.errors import EngineDeadError, InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.server import errors
-from hbserve.server.chat import create_chat_completion
+from hbserve.server.chat import ChatCompletion
 from hbserve.server.chat_protocol import ChatCompletionRequest
-from hbserve.server.completions import create_completion
+from hbserve.server.completions import Completion
 from hbserve.server.generation import Deadline
 from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
@@ -68,12 +68,13 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        return await create_completion(engine, body, request.receive, deadline_of(request))
+        return await Completion(engine, body, deadline_of(request)).respond(request.receive)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        return await create_chat_completion(engine, body, request.receive, deadline_of(request))
+        chat = await ChatCompletion.create(engine, body, deadline_of(request))
+        return await chat.respond(request.receive)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:

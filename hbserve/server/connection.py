@@ -1,52 +1,61 @@
-"""Work on behalf of an HTTP connection ends when the connection does."""
+"""Work for an HTTP connection that ends when the connection does: answers, and streams of events."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hbserve.server.errors import ClientGone, api_error
 
 T = TypeVar("T")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``; cancel it at once when the client disconnects.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], early: deque[Message] | None = None) -> T:
+    """Await ``work``; cancel it as soon as the client disconnects.
 
     Args:
-        receive: the connection's ASGI channel, with the body already read.
+        receive: the connection's ASGI channel.
+        early: gets messages that arrive before the work is done; default: they are dropped.
 
     Raises:
         ClientGone: after the work has been cancelled and has cleaned up.
     """
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        while (message := await receive())["type"] != "http.disconnect":
+            if early is not None:
+                early.append(message)
 
-    working, watching = asyncio.create_task(work), asyncio.create_task(watch())
+    working = asyncio.create_task(work)
+    tasks: list[asyncio.Task[Any]] = [working]
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        await asyncio.sleep(0)
+        if not working.done():
+            watching = asyncio.create_task(watch())
+            tasks.append(watching)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                watching.result()
+                raise ClientGone
+        return working.result()
     finally:
-        for task in (working, watching):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
     """A response of server-sent events, ``data: <JSON>``, ended by ``data: [DONE]``.
 
-    The headers are sent with the first event, so an error before that is an ordinary error response.
-    A later one is sent as an event and ends the stream. A client that goes away closes the generator.
+    The headers are sent with the first event, so an error before that is an ordinary error response. A later error is
+    sent as an event and ends the stream. If the client disconnects, the generator is closed.
 
     Args:
         events: the JSON documents, in lists that are sent together.
@@ -60,7 +69,7 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as ASGI wants it."""
+        """Serve one connection, as ASGI prescribes."""
         with suppress(ClientGone):
             await while_connected(receive, self._send_events(send))
 

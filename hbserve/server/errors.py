@@ -88,36 +88,32 @@ class ApiError(msgspec.Struct, frozen=True):
         return Response(content, self.status, headers, media_type="application/json")
 
 
+_ANSWERS: dict[type, tuple[int, str, str | None]] = {
+    ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
+    UnknownInstanceError: (404, "invalid_request_error", "instance_not_found"),
+    ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
+    InvalidRequestError: (400, "invalid_request_error", None),
+    RateLimitedError: (429, "rate_limit_error", "rate_limited"),
+    OverloadedError: (503, "overloaded_error", "overloaded"),
+    RequestFailedError: (500, "server_error", "request_failed"),
+    RequestTimeoutError: (504, "server_error", "request_timeout"),
+    ShuttingDownError: (503, "server_error", "shutting_down"),
+    UnauthorizedError: (401, "authentication_error", "invalid_api_key"),
+    ForbiddenError: (403, "permission_error", "forbidden"),
+    EngineDeadError: (503, "server_error", "engine_dead"),
+}
+"""Status, type and code by class of the error; a subclass that is not listed has those of its base."""
+
+
 def api_error(error: Exception) -> ApiError:
-    """What the client is told about an error; bugs are logged, not told."""
-    what = str(error)
-    match error:
-        case ModelNotFoundError():
-            return ApiError(404, what, "invalid_request_error", error.param, "model_not_found")
-        case UnknownInstanceError():
-            return ApiError(404, what, "invalid_request_error", error.param, "instance_not_found")
-        case ContextLengthError():
-            return ApiError(400, what, "invalid_request_error", error.param, "context_length_exceeded")
-        case InvalidRequestError():
-            return ApiError(400, what, "invalid_request_error", error.param)
-        case RateLimitedError():
-            return ApiError(429, what, "rate_limit_error", None, "rate_limited", error.retry_after_s)
-        case OverloadedError():
-            return ApiError(503, what, "overloaded_error", None, "overloaded", error.retry_after_s)
-        case RequestFailedError():
-            return ApiError(500, what, "server_error", None, "request_failed")
-        case RequestTimeoutError():
-            return ApiError(504, what, "server_error", None, "request_timeout")
-        case ShuttingDownError():
-            return ApiError(503, what, "server_error", None, "shutting_down", 1.0)
-        case UnauthorizedError():
-            return ApiError(401, what, "authentication_error", None, "invalid_api_key")
-        case ForbiddenError():
-            return ApiError(403, what, "permission_error", None, "forbidden")
-        case EngineDeadError():
-            return ApiError(503, what, "server_error", None, "engine_dead")
-        case HTTPException():
-            return ApiError(error.status_code, str(error.detail), "invalid_request_error")
+    """Return what the client is told about an error. Bugs are logged, and the client is told no details."""
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), "invalid_request_error")
+    for kind in type(error).__mro__:
+        if kind in _ANSWERS:
+            status, type_, code = _ANSWERS[kind]
+            retry_after_s = 1.0 if kind is ShuttingDownError else getattr(error, "retry_after_s", None)
+            return ApiError(status, str(error), type_, getattr(error, "param", None), code, retry_after_s)
     logger.error("bug while serving a request", exc_info=error)
     return ApiError(500, "internal error; see the server's log", "server_error", None, "internal_error")
 

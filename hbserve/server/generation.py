@@ -1,20 +1,32 @@
-"""What both generation endpoints do: run prompts, count tokens, gather samples."""
+"""One request for generated text, from its body to its response: the base of completions and chat completions.
+
+Runs in the API server's process, in its event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from hbserve.errors import RequestTimeoutError
+import msgspec
+from fastapi import Response
+from starlette.types import Receive
+
+from hbserve.errors import InvalidRequestError, RequestTimeoutError
 from hbserve.frontend.outputs import Sample, SampleDelta, TextStream
 from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.sampling_params import SamplingParams
+from hbserve.server.connection import EventStream, while_connected
+from hbserve.server.protocol import GenerationRequest
 
 
 class Deadline:
-    """When a request is given up.
+    """The time at which a request ends with an error.
 
     Args:
         timeout_s: from now on; None: never.
@@ -26,12 +38,12 @@ class Deadline:
 
     @property
     def error(self) -> RequestTimeoutError:
-        """What its client is told."""
+        """The error that the client gets."""
         return RequestTimeoutError(f"not finished within {self._timeout_s:g} s (server.request_timeout_s)")
 
     @asynccontextmanager
     async def applied(self) -> AsyncGenerator[None]:
-        """Cancel what is done within when it is time.
+        """Cancel the enclosed work at the deadline.
 
         Raises:
             RequestTimeoutError
@@ -43,45 +55,117 @@ class Deadline:
             raise self.error from None
 
 
-class Generation:
-    """One HTTP request's prompts, running concurrently.
+class Generation(ABC):
+    """One HTTP request's prompts, which run concurrently, and the response to it.
+
+    Choice ``p * n + i`` is sample i of prompt p. Subclasses say how a choice is written.
 
     Args:
-        request_id: the id in the response, and the engine's name for it.
-        deadline: then it ends with an error.
-
-    Attributes:
-        num_choices: samples of all prompts; choice ``p * n + i`` is sample i of prompt p.
+        id_prefix: first part of the response's id; the engine knows the request by the same id.
+        object_name: kind of the response.
+        deadline: when the request ends with an error.
     """
+
+    param_names: Mapping[str, str] = {}
+    """Names in the body of those parameters that the engine's errors call by other names."""
 
     def __init__(
         self,
         engine: TextEngine,
-        request_id: str,
+        body: GenerationRequest,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         deadline: Deadline,
+        id_prefix: str,
+        object_name: str,
     ) -> None:
-        self.num_choices = len(prompts) * sampling.n
-        self._engine = engine
-        self._request_id = request_id
-        self._prompts = prompts
-        self._sampling = sampling
+        self._engine, self._body, self._prompts, self._sampling = engine, body, prompts, sampling
+        self._num_choices = len(prompts) * sampling.n
+        self._head: dict[str, Any] = {
+            "id": f"{id_prefix}-{uuid.uuid4().hex}",
+            "object": object_name,
+            "created": int(time.time()),
+            "model": body.model,
+        }
         self._stream: TextStream | None = None
         self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
 
-    async def read(self) -> list[SampleDelta]:
-        """What is new since the last call; empty at the end. Starts with the first call; errors as in `TextEngine`."""
-        if self._stream is None:
-            deadline = self._deadline
-            async with deadline.applied():
-                self._stream = await self._engine.open(self._prompts, self._sampling, self._request_id)
-            if deadline.at is not None:
-                self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)
-        deltas = await self._stream.read()
+    @abstractmethod
+    def _choice(self, sample: Sample) -> dict[str, Any]:
+        """Write a finished choice."""
+
+    @abstractmethod
+    def _chunk_choices(self, delta: SampleDelta, is_first: bool) -> list[dict[str, Any]]:
+        """Write the growth of a choice, one entry per chunk of the stream.
+
+        Args:
+            is_first: whether the choice begins with it.
+        """
+
+    async def respond(self, receive: Receive) -> Response:
+        """Answer the request, streamed or whole.
+
+        Args:
+            receive: the connection's ASGI channel, with the body already read.
+
+        Raises:
+            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, ClientGone
+        """
+        if self._body.stream:
+            return EventStream(self._events())
+        samples = await while_connected(receive, self._collect())
+        choices = [self._choice(sample) for sample in samples]
+        answer = msgspec.json.encode(self._head | {"choices": choices, "usage": self._usage()})
+        return Response(answer, media_type="application/json")
+
+    async def _events(self) -> AsyncGenerator[list[dict[str, Any]]]:
+        body = self._body
+        head = self._head | {"usage": None} if body.include_usage else self._head
+        begun: set[int] = set()
+        try:
+            while deltas := await self._read():
+                chunks = []
+                for delta in deltas:
+                    choices = self._chunk_choices(delta, delta.index not in begun)
+                    begun.add(delta.index)
+                    chunks += [head | {"choices": [choice]} for choice in choices]
+                if body.continuous_usage:
+                    for chunk in chunks:
+                        chunk["usage"] = self._usage()
+                if chunks:
+                    yield chunks
+            if body.include_usage:
+                yield [head | {"choices": [], "usage": self._usage()}]
+        finally:
+            self._close()
+
+    async def _collect(self) -> list[Sample]:
+        samples = [Sample(index=index) for index in range(self._num_choices)]
+        try:
+            while deltas := await self._read():
+                for delta in deltas:
+                    samples[delta.index].add(delta)
+        finally:
+            self._close()
+        return samples
+
+    async def _read(self) -> list[SampleDelta]:
+        """Return the news since the last call; an empty list at the end. The first call starts the request."""
+        try:
+            if self._stream is None:
+                deadline = self._deadline
+                async with deadline.applied():
+                    self._stream = await self._engine.open(self._prompts, self._sampling, self._head["id"])
+                if deadline.at is not None:
+                    self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)
+            deltas = await self._stream.read()
+        except InvalidRequestError as error:
+            if (name := self.param_names.get(error.param or "")) is None:
+                raise
+            raise type(error)(str(error), name) from error
         for delta in deltas:
             self._completion_tokens += len(delta.token_ids)
             prompt, sample = divmod(delta.index, self._sampling.n)
@@ -89,32 +173,16 @@ class Generation:
                 self._cached_tokens[prompt] += delta.num_cached_tokens
         return deltas
 
-    async def collect(self) -> list[Sample]:
-        """All choices, finished."""
-        samples = [Sample(index=index) for index in range(self.num_choices)]
-        try:
-            while deltas := await self.read():
-                for delta in deltas:
-                    samples[delta.index].add(delta)
-        finally:
-            self.close()
-        return samples
-
-    def close(self) -> None:
-        """Abort what is still open."""
+    def _close(self) -> None:
+        """Abort the samples that are still open."""
         if self._timer is not None:
             self._timer.cancel()
         if self._stream is not None:
             self._stream.close()
 
-    @property
-    def prompt_token_ids(self) -> list[list[int]]:
-        """Of every prompt, once something has been read."""
-        return [] if self._stream is None else self._stream.prompt_token_ids
-
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage`` object for what has been read; a prompt counts once, whatever n is."""
-        prompt_tokens = sum(map(len, self.prompt_token_ids))
+    def _usage(self) -> dict[str, Any]:
+        """Return OpenAI's ``usage`` object for the tokens read so far; a prompt counts once, for any n."""
+        prompt_tokens = sum(map(len, self._stream.prompt_token_ids)) if self._stream is not None else 0
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._completion_tokens,

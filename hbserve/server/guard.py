@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hbserve.config import ServerConfig
 from hbserve.errors import HBServeError, ShuttingDownError
 from hbserve.process import log_format
+from hbserve.server.connection import while_connected
 from hbserve.server.errors import ClientGone, ForbiddenError, UnauthorizedError, api_error
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.generation import Deadline
@@ -169,34 +171,9 @@ class _Body:
             raise self._too_large()
         return message
 
+    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await ``work``, which may take long; cancel it when the client disconnects. Raises `ClientGone` then."""
+        await while_connected(self._next, work, self._early)
+
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"the body has more than {self._max_bytes} bytes (server.max_body_bytes)")
-
-    async def while_connected(self, work: Any) -> None:
-        """Await ``work``, which may take long; cancel it when the client goes away.
-
-        Raises:
-            ClientGone: after it has been cancelled.
-        """
-        working = asyncio.ensure_future(work)
-        await asyncio.sleep(0)
-        if working.done():
-            return working.result()  # type: ignore[no-any-return]
-        watching = asyncio.create_task(self._watch())
-        try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                watching.result()
-                raise ClientGone
-            return working.result()  # type: ignore[no-any-return]
-        finally:
-            for task in (working, watching):
-                task.cancel()
-            await asyncio.gather(working, watching, return_exceptions=True)
-
-    async def _watch(self) -> None:
-        while True:
-            message = await self._next()
-            if message["type"] == "http.disconnect":
-                return
-            self._early.append(message)

@@ -1,29 +1,23 @@
 """The scheduler's numbers in Prometheus' format.
 
-The scheduler counts and the API server translates: nothing here is counted twice or kept between two
-scrapes, and what a scheduler's statistics do not have is left out. Names follow
-https://prometheus.io/docs/practices/naming/: base units, ``_total`` for counters.
+The scheduler counts, and the API server translates one snapshot per scrape. Nothing is counted twice or kept between
+two scrapes, and a number that the snapshot lacks is left out. Names follow https://prometheus.io/docs/practices/naming/:
+base units, ``_total`` for counters.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
-_REQUESTS = {
-    # outcome -> key of the scheduler's books
-    "completed": "completed_requests",
-    "failed": "failed_requests",
-    "aborted": "aborted_requests",
-    "refused": "refused_requests",
-}
-_HELP = {
+_OUTCOMES = ("completed", "failed", "aborted", "refused")
+_HISTOGRAMS = {
     "time_to_first_token_seconds": "From a request's arrival to its first token.",
     "time_per_output_token_seconds": "Mean over a request's tokens after the first.",
     "inter_token_latency_seconds": "Between two tokens of a request.",
@@ -35,13 +29,43 @@ _HELP = {
     "prefill_batch_size": "Prompts in a step.",
     "decode_batch_size": "Decoding sequences in a step.",
 }
+_REQUEST_COUNTS = {
+    "preemptions": "Requests that gave their place to an older one.",
+    "retries": "Attempts of requests that failed and were made again.",
+    "prompt_tokens": "Prompt tokens of admitted requests.",
+    "cached_prompt_tokens": "Of these, found in the prefix cache.",
+    "generated_tokens": "Output tokens.",
+}
+_INSTANCE_COUNTS = (
+    ("steps", "steps", "Steps done."),
+    ("generated_tokens", "generated_tokens", "Output tokens made there."),
+    ("busy_seconds", "busy_s", "Time in which its device worked on steps."),
+    ("host_seconds", "host_s", "Time in which its host prepared and launched steps."),
+    ("restarts", "restarts", "How often it has come back."),
+)
+_LINK_COUNTS = (
+    ("transfers", "transfers", "KV transfers done."),
+    ("transfer_bytes", "bytes", "Bytes of KV moved."),
+    ("transfer_seconds", "seconds", "Moving them."),
+    ("transfer_queued_seconds", "queued_s", "Waiting for other transfers."),
+    ("transfer_exposed_seconds", "exposed_s", "From first tokens to last blocks."),
+)
+_ROTATION_COUNTS = {
+    "rotations": "Splits that were changed.",
+    "failed_rotations": "Changes whose workers were not ready in time.",
+    "replaced_workers": "Workers that ended and were replaced.",
+    "recoveries": "Losses of the memory that were recovered from.",
+}
+
+Samples = Iterable[tuple[Sequence[str], float]]
+"""Values of a metric, each with those of its labels."""
 
 
 def render(stats: dict[str, Any], accept: str, rotations: Mapping[str, dict[str, Any]]) -> tuple[bytes, str]:
-    """One scrape.
+    """Answer one scrape.
 
     Args:
-        stats: as ``get_system_stats()``.
+        stats: as returned by ``get_system_stats()``.
         accept: the request's Accept header, which chooses between the text formats.
         rotations: by name of ``semi_pd`` instances, the ``statistics`` of `ProcessRotationManager.get_status`.
 
@@ -49,177 +73,115 @@ def render(stats: dict[str, Any], accept: str, rotations: Mapping[str, dict[str,
         The document and its content type.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Translation(stats, rotations))
+    registry.register(_Snapshot(stats, rotations))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
-class _Translation(Collector):
+class _Snapshot(Collector):
     """One snapshot as metric families."""
 
     def __init__(self, stats: dict[str, Any], rotations: Mapping[str, dict[str, Any]]) -> None:
         self._stats, self._rotations = stats, rotations
 
-    def describe(self) -> Iterable[Metric]:
-        """Nothing before the scrape."""
-        return ()
-
     def collect(self) -> Iterator[Metric]:
-        """All families."""
-        yield from self._requests()
-        yield from self._instances()
-        yield from self._links()
+        """Yield all families."""
+        metrics: dict[str, Any] = self._stats.get("metrics", {})
+        instances: dict[str, dict[str, Any]] = self._stats.get("gpu_instances", {})
+        yield from _requests(self._stats.get("cpu_scheduler", {}), metrics)
+        yield from _instances(instances)
+        yield from _links(self._stats.get("kv_transfer", {}).get("links", {}))
         if self._rotations:
-            yield from self._shared_devices()
-        for name, histogram in self._metrics.get("histograms", {}).items():
+            yield from _shared_devices(self._rotations, instances)
+        for name, histogram in metrics.get("histograms", {}).items():
             yield _histogram(name, histogram)
 
-    @property
-    def _metrics(self) -> dict[str, Any]:
-        metrics: dict[str, Any] = self._stats.get("metrics", {})
-        return metrics
 
-    def _requests(self) -> Iterator[Metric]:
-        scheduler: dict[str, Any] = self._stats.get("cpu_scheduler", {})
-        requests = CounterMetricFamily("hbserve_requests", "Requests that have ended, by outcome.", labels=["outcome"])
-        for outcome, key in _REQUESTS.items():
-            if key in scheduler:
-                requests.add_metric([outcome], scheduler[key])
-        yield requests
-        with_targets = CounterMetricFamily(
-            "hbserve_requests_with_targets", "Completed requests that had latency targets.", labels=["result"]
-        )
-        for result, number in self._metrics.get("requests_with_targets", {}).items():
-            with_targets.add_metric([result], number)
-        yield with_targets
-        for name, key, text in (
-            ("preemptions", "preemptions", "Requests that gave their place to an older one."),
-            ("retries", "retries", "Attempts of requests that failed and were made again."),
-            ("prompt_tokens", "prompt_tokens", "Prompt tokens of admitted requests."),
-            ("cached_prompt_tokens", "cached_prompt_tokens", "Of these, found in the prefix cache."),
-            ("generated_tokens", "generated_tokens", "Output tokens."),
-        ):
-            if key in scheduler:
-                yield CounterMetricFamily(f"hbserve_{name}", text, value=scheduler[key])
-        if "uptime_s" in scheduler:
-            yield GaugeMetricFamily("hbserve_uptime_seconds", "Of the scheduler.", value=scheduler["uptime_s"])
-        state = self._metrics.get("queues")
-        if state is None:
-            return
-        by_phase = GaugeMetricFamily("hbserve_open_requests", "Requests that have not ended.", labels=["phase"])
-        for phase, number in state["requests"].items():
-            by_phase.add_metric([phase], number)
-        yield by_phase
-        yield GaugeMetricFamily(
-            "hbserve_waiting_prompt_tokens", "Tokens of waiting requests.", value=state["waiting_tokens"]
-        )
-        yield GaugeMetricFamily(
-            "hbserve_oldest_wait_seconds", "How long the oldest waiting request waits.", value=state["oldest_wait_s"]
-        )
+def _requests(counts: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Metric]:
+    outcomes = [([outcome], counts[key]) for outcome in _OUTCOMES if (key := f"{outcome}_requests") in counts]
+    yield _counter("requests", "Requests that have ended, by outcome.", ["outcome"], outcomes)
+    with_targets = [([result], number) for result, number in metrics.get("requests_with_targets", {}).items()]
+    yield _counter("requests_with_targets", "Completed requests that had latency targets.", ["result"], with_targets)
+    for name, text in _REQUEST_COUNTS.items():
+        if name in counts:
+            yield _counter(name, text, [], [([], counts[name])])
+    if "uptime_s" in counts:
+        yield _gauge("uptime_seconds", "Of the scheduler.", [], [([], counts["uptime_s"])])
+    state = metrics.get("queues")
+    if state is None:
+        return
+    by_phase = [([phase], number) for phase, number in state["requests"].items()]
+    yield _gauge("open_requests", "Requests that have not ended.", ["phase"], by_phase)
+    yield _gauge("waiting_prompt_tokens", "Tokens of waiting requests.", [], [([], state["waiting_tokens"])])
+    yield _gauge(
+        "oldest_wait_seconds", "How long the oldest waiting request waits.", [], [([], state["oldest_wait_s"])]
+    )
 
-    def _instances(self) -> Iterator[Metric]:
-        labels = ["instance", "role"]
-        instances = [
-            ([name, instance["role"]], instance) for name, instance in self._stats.get("gpu_instances", {}).items()
-        ]
 
-        def counter(name: str, text: str, key: str) -> Metric:
-            family = CounterMetricFamily(f"hbserve_instance_{name}", text, labels=labels)
-            for values, instance in instances:
-                if key in instance:
-                    family.add_metric(values, instance[key])
-            return family
+def _instances(instances: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    labels = ["instance", "role"]
+    labelled = [([name, instance["role"]], instance) for name, instance in instances.items()]
+    pools = [(values, instance["kv_blocks"]) for values, instance in labelled if "kv_blocks" in instance]
+    up = [(values, instance["status"] == "ready") for values, instance in labelled]
+    active = [(values, instance.get("active_requests", 0)) for values, instance in labelled]
+    blocks = [([*values, state], pool[state]) for values, pool in pools for state in ("total", "free", "cached")]
+    usage = [(values, 1 - pool["free"] / pool["total"]) for values, pool in pools]
+    yield _gauge("instance_up", "Whether it can be given work.", labels, up)
+    yield _gauge("instance_active_requests", "Requests with an allocation there.", labels, active)
+    yield _gauge("kv_blocks", "KV blocks, by state.", [*labels, "state"], blocks)
+    yield _gauge("kv_usage_ratio", "Share of the KV blocks in use.", labels, usage)
+    for name, key, text in _INSTANCE_COUNTS:
+        counts = [(values, instance[key]) for values, instance in labelled if key in instance]
+        yield _counter(f"instance_{name}", text, labels, counts)
 
-        up = GaugeMetricFamily("hbserve_instance_up", "Whether it can be given work.", labels=labels)
-        active = GaugeMetricFamily(
-            "hbserve_instance_active_requests", "Requests with an allocation there.", labels=labels
-        )
-        blocks = GaugeMetricFamily("hbserve_kv_blocks", "KV blocks, by state.", labels=[*labels, "state"])
-        usage = GaugeMetricFamily("hbserve_kv_usage_ratio", "Share of the KV blocks in use.", labels=labels)
-        for values, instance in instances:
-            up.add_metric(values, instance["status"] == "ready")
-            active.add_metric(values, instance.get("active_requests", 0))
-            if "kv_blocks" in instance:
-                kv = instance["kv_blocks"]
-                for state in ("total", "free", "cached"):
-                    blocks.add_metric([*values, state], kv[state])
-                usage.add_metric(values, 1 - kv["free"] / kv["total"])
-        yield from (up, active, blocks, usage)
-        yield counter("steps", "Steps done.", "steps")
-        yield counter("generated_tokens", "Output tokens made there.", "generated_tokens")
-        yield counter("busy_seconds", "Time in which its device worked on steps.", "busy_s")
-        yield counter("host_seconds", "Time in which its host prepared and launched steps.", "host_s")
-        yield counter("restarts", "How often it has come back.", "restarts")
 
-    def _links(self) -> Iterator[Metric]:
-        labels = ["source", "target"]
-        links: dict[str, dict[str, Any]] = self._stats.get("kv_transfer", {}).get("links", {})
-        families = {
-            "transfers": CounterMetricFamily("hbserve_kv_transfers", "KV transfers done.", labels=labels),
-            "bytes": CounterMetricFamily("hbserve_kv_transfer_bytes", "Bytes of KV moved.", labels=labels),
-            "seconds": CounterMetricFamily("hbserve_kv_transfer_seconds", "Moving them.", labels=labels),
-            "queued_s": CounterMetricFamily(
-                "hbserve_kv_transfer_queued_seconds", "Waiting for other transfers.", labels=labels
-            ),
-            "exposed_s": CounterMetricFamily(
-                "hbserve_kv_transfer_exposed_seconds", "From first tokens to last blocks.", labels=labels
-            ),
-        }
-        under_way = GaugeMetricFamily("hbserve_kv_transfers_open", "KV transfers that have not ended.", labels=labels)
-        failures = CounterMetricFamily(
-            "hbserve_kv_transfer_failures", "Links that failed, by what failed.", labels=[*labels, "kind"]
-        )
-        for name, link in links.items():
-            values = name.split("->")
-            for key, family in families.items():
-                family.add_metric(values, link[key])
-            under_way.add_metric(values, link["queued"])
-            for kind, number in link["failures"].items():
-                failures.add_metric([*values, kind], number)
-        yield from families.values()
-        yield from (under_way, failures)
+def _links(links: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    labels = ["source", "target"]
+    labelled = [(name.split("->"), link) for name, link in links.items()]
+    for name, key, text in _LINK_COUNTS:
+        yield _counter(f"kv_{name}", text, labels, [(values, link[key]) for values, link in labelled])
+    queued = [(values, link["queued"]) for values, link in labelled]
+    yield _gauge("kv_transfers_open", "KV transfers that have not ended.", labels, queued)
+    failures = [([*values, kind], number) for values, link in labelled for kind, number in link["failures"].items()]
+    yield _counter("kv_transfer_failures", "Links that failed, by what failed.", [*labels, "kind"], failures)
 
-    def _shared_devices(self) -> Iterator[Metric]:
-        """How ``semi_pd`` instances divide their devices."""
-        labels = ["instance"]
-        share = GaugeMetricFamily(
-            "hbserve_semi_pd_share_ratio", "Of the device, while both phases are busy.", labels=[*labels, "role"]
-        )
-        mixed = GaugeMetricFamily("hbserve_semi_pd_mixed", "Whether one worker does both phases.", labels=labels)
-        busy = CounterMetricFamily(
-            "hbserve_semi_pd_worker_busy_seconds",
-            "Time in which the device worked on a worker's steps.",
-            labels=[*labels, "role", "percentage"],
-        )
-        counters = {
-            "rotations": CounterMetricFamily("hbserve_semi_pd_rotations", "Splits that were changed.", labels=labels),
-            "failed_rotations": CounterMetricFamily(
-                "hbserve_semi_pd_failed_rotations", "Changes whose workers were not ready in time.", labels=labels
-            ),
-            "replaced_workers": CounterMetricFamily(
-                "hbserve_semi_pd_replaced_workers", "Workers that ended and were replaced.", labels=labels
-            ),
-            "recoveries": CounterMetricFamily(
-                "hbserve_semi_pd_recoveries", "Losses of the memory that were recovered from.", labels=labels
-            ),
-        }
-        for name, statistics in self._rotations.items():
-            instance = self._stats["gpu_instances"].get(name, {})
-            for role, percentage in instance.get("shares", {}).items():
-                share.add_metric([name, role], percentage / 100)
-            mixed.add_metric([name], instance.get("is_mixed", False))
-            seconds: Counter[tuple[str, str]] = Counter()  # while workers change there may be two of a percentage
-            for worker in instance.get("workers", {}).values():
-                seconds[worker["role"], str(worker["percentage"])] += worker["busy_s"]
-            for (role, percentage), busy_s in seconds.items():
-                busy.add_metric([name, role, percentage], busy_s)
-            for key, family in counters.items():
-                family.add_metric([name], statistics[key])
-        yield from (share, mixed, busy, *counters.values())
+
+def _shared_devices(rotations: Mapping[str, dict[str, Any]], instances: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    """Yield how ``semi_pd`` instances divide their devices."""
+    shares, busy = [], []
+    for name in rotations:
+        instance = instances.get(name, {})
+        shares += [([name, role], percentage / 100) for role, percentage in instance.get("shares", {}).items()]
+        seconds: Counter[tuple[str, str]] = Counter()  # while workers change there may be two of a percentage
+        for worker in instance.get("workers", {}).values():
+            seconds[worker["role"], str(worker["percentage"])] += worker["busy_s"]
+        busy += [([name, *worker], busy_s) for worker, busy_s in seconds.items()]
+    mixed = [([name], instances.get(name, {}).get("is_mixed", False)) for name in rotations]
+    yield _gauge("semi_pd_share_ratio", "Of the device, while both phases are busy.", ["instance", "role"], shares)
+    yield _gauge("semi_pd_mixed", "Whether one worker does both phases.", ["instance"], mixed)
+    text = "Time in which the device worked on a worker's steps."
+    yield _counter("semi_pd_worker_busy_seconds", text, ["instance", "role", "percentage"], busy)
+    for key, text in _ROTATION_COUNTS.items():
+        counts = [([name], statistics[key]) for name, statistics in rotations.items()]
+        yield _counter(f"semi_pd_{key}", text, ["instance"], counts)
+
+
+def _counter(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    family = CounterMetricFamily(f"hbserve_{name}", text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _gauge(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    family = GaugeMetricFamily(f"hbserve_{name}", text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
 
 
 def _histogram(name: str, histogram: dict[str, Any]) -> Metric:
     bounds = [*(str(float(bound)) for bound in histogram["bounds"]), "+Inf"]
-    family = HistogramMetricFamily(f"hbserve_{name}", _HELP[name])
+    family = HistogramMetricFamily(f"hbserve_{name}", _HISTOGRAMS[name])
     family.add_metric([], list(zip(bounds, itertools.accumulate(histogram["counts"]), strict=True)), histogram["sum"])
     return family
