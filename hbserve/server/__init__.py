@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP API."""
+"""The OpenAI-compatible HTTP API. `hbserve.server.app` shows the path of a request."""
 
 from hbserve.server.app import create_app
 from hbserve.server.serve import serve

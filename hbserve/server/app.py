@@ -1,4 +1,24 @@
-"""The HTTP application: routes, and nothing else."""
+"""The routes of the HTTP application.
+
+The path of one chat request. The API server (process ``hbserve-api``) does everything in one event loop of its main
+thread, except where another process is named:
+
+1. `http_protocol.HttpProtocol` reads the request from the socket, and starts the ASGI application as a task.
+2. `guard.Guard` checks key and limits, sets the deadline, and waits in `fair_gate.FairGate` for the key's turn.
+3. ``chat_completions`` below gets the body as a `chat_protocol.ChatCompletionRequest`, which pydantic has validated.
+4. `chat.ChatCompletion.create` makes the sampling parameters, and asks `frontend/text_pool.py` for token ids.
+   The process ``hbserve-tokenizer-0`` (or a later one) applies the chat template and encodes.
+5. `generation.Generation.respond` opens the request with ``TextEngine.open`` (`frontend/text_engine.py`), which makes
+   one ``AddRequest`` per sample. `frontend/engine_client.py` sends them to the scheduler over ZeroMQ.
+6. The process ``hbserve-scheduler`` validates them (`scheduler/clients.py`), and plans steps until they are finished.
+   It sends the new tokens of each step back in one ``OutputBatch``.
+7. `frontend/engine_client.py` receives the batch. `frontend/text_engine.py` passes the tokens to the process
+   ``hbserve-detokenizer``, gets their text back, and puts both into a `TextStream`.
+8. `generation.Generation` reads the stream, ``ChatCompletion`` writes chunks, and `connection.EventStream` sends them;
+   without ``stream`` it collects all deltas first and answers once.
+9. If the client disconnects, `connection.while_connected` cancels the task. Closing the `TextStream` then sends an
+   ``AbortRequest`` to the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +54,18 @@ def create_app(
     config: ServerConfig = _DEFAULTS,
     rotations: Callable[[], dict[str, dict[str, Any]]] = dict,
 ) -> FastAPI:
-    """The OpenAI-compatible application over one engine.
+    """Make the OpenAI-compatible application over one engine.
 
     Args:
-        client: of the same engine; asked for the system's health and statistics.
+        client: the same engine's client, for the system's health and statistics.
         served_name: the model's name, which requests must give.
-        config: of which only what concerns a single request is used here; see `hbserve.server.guard`.
+        config: only ``request_timeout_s`` is used here; `hbserve.server.guard` applies the rest.
         rotations: for the metrics, counts of each ``semi_pd`` instance; see `hbserve.server.prometheus.render`.
     """
     app = FastAPI(
         title="HBServe",
         description="OpenAI-compatible completions and chat completions.",
-        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
+        docs_url=None,  # FastAPI's own pages load their scripts from other hosts
         redoc_url=None,
     )
     errors.install(app)
@@ -62,7 +82,7 @@ def create_app(
             raise errors.ModelNotFoundError(f"there is no model {name!r}; this server has {served_name!r}", "model")
 
     def deadline_of(request: Request) -> Deadline:
-        deadline: Deadline | None = request.scope.get("deadline")  # the guard's, from before the wait for a turn
+        deadline: Deadline | None = request.scope.get("deadline")  # set by the guard, before the wait for a turn
         return deadline or Deadline(config.request_timeout_s)
 
     @app.post("/v1/completions")
@@ -117,23 +137,23 @@ def create_app(
 
     @app.get("/ready")
     async def is_ready() -> JSONResponse:
-        """Whether to send work here: for load balancers. See `Guard` for the end of a server."""
+        """Tell a load balancer whether to send requests here. While the server ends, `Guard` answers 503 instead."""
         return await health()
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        """The operator's view: counts, instances and links; see `hbserve.scheduler.stats.SystemStats`."""
+        """Return counts, instances and links; see `hbserve.scheduler.stats.SystemStats`."""
         return await client.stats(STATS_TIMEOUT_S)
 
     @app.post("/v1/instances/{instance_id}/role")
     async def set_role(instance_id: str, body: RoleRequest) -> dict[str, Any]:
-        """Have an instance change between prefill and decode; answers when it has."""
+        """Change an instance's role between prefill and decode; answer when it is changed."""
         await client.set_role(instance_id, InstanceRole(body.role), body.timeout_s)
         return {"instance_id": instance_id, "role": body.role}
 
     @app.delete("/v1/instances/{instance_id}")
     async def remove_instance(instance_id: str, timeout_s: Annotated[float, Query(gt=0)] = 120.0) -> dict[str, Any]:
-        """Have an instance finish its requests and end; answers when it has."""
+        """Let an instance finish its requests and end; answer when it has ended."""
         await client.remove_instance(instance_id, timeout_s)
         return {"instance_id": instance_id, "removed": True}
 
@@ -147,10 +167,12 @@ def create_app(
 
 
 def _health(stats: dict[str, Any]) -> dict[str, Any]:
-    """``ready``: every instance is there; ``degraded``: enough to serve; else ``starting``, also after a loss."""
+    """Return the state: ``ready`` with all instances, ``degraded`` with enough to serve, else ``starting``."""
     instances: dict[str, dict[str, Any]] = stats["gpu_instances"]
-    missing = {name: one.get("why_lost", "") for name, one in instances.items() if one["status"] != "ready"}
-    roles = [InstanceRole(one["role"]) for one in instances.values() if one["status"] == "ready"]
+    missing = {
+        name: instance.get("why_lost", "") for name, instance in instances.items() if instance["status"] != "ready"
+    }
+    roles = [InstanceRole(instance["role"]) for instance in instances.values() if instance["status"] == "ready"]
     serves = any(role.prefills for role in roles) and any(role.decodes for role in roles)
     if not missing:
         return {"status": "ready"}

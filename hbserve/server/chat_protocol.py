@@ -1,4 +1,4 @@
-"""The body of a chat completion: messages, tools, and what the answer must look like."""
+"""Body of a chat completion: messages, tools, and the required form of the answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hbserve.server.tool_formats import TokenId, ToolFormat
 
 
 class CalledFunction(Body):
-    """Attributes: arguments: a JSON object, as text; parsed_arguments: the client's own copy of it, not looked at."""
+    """Attributes: arguments: a JSON object, as text; parsed_arguments: the client's copy of it, ignored."""
 
     name: str
     arguments: str
@@ -23,7 +23,7 @@ class CalledFunction(Body):
 
 
 class ToolCall(Body):
-    """A call that the model has made in an earlier turn."""
+    """A call that the model made in an earlier turn."""
 
     id: str
     type: Literal["function"] = "function"
@@ -31,7 +31,7 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    """One turn of a conversation. Content is text, or a list of text parts, which are joined."""
+    """One turn of a conversation. Its content is text, or a list of text parts, which are joined."""
 
     role: str
     content: str | None = None
@@ -41,14 +41,14 @@ class ChatMessage(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
-    parsed: Any = None  # the client's own copy of the content, not looked at
+    parsed: Any = None  # the client's copy of the content, ignored
 
     @field_validator("role")
     @classmethod
     def _check_role(cls, value: str) -> str:
         if value not in ("system", "developer", "user", "assistant", "tool"):
             raise ValueError(f"must be system, developer, user, assistant or tool, got {value!r}")
-        return "system" if value == "developer" else value  # OpenAI's newer name; templates know the older
+        return "system" if value == "developer" else value  # OpenAI's newer name; chat templates know the older
 
     @field_validator("content", mode="before")
     @classmethod
@@ -89,10 +89,10 @@ class ChatMessage(Body):
         return self
 
     def as_in_templates(self) -> dict[str, Any]:
-        """The message as chat templates take it: arguments of calls as objects, not as text.
+        """Return the message for the chat template, with the arguments of calls as objects instead of text.
 
         Raises:
-            InvalidRequestError: if arguments are no JSON object.
+            InvalidRequestError: arguments are not a JSON object.
         """
         message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
@@ -131,7 +131,7 @@ class FunctionDefinition(Body):
 
 
 class Tool(Body):
-    """Attributes: type: functions are the only kind."""
+    """A tool that the model may call: always a function."""
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -151,7 +151,7 @@ class ToolChoice(Body):
 
 
 class JsonSchema(Body):
-    """Attributes: name, description, strict: change nothing; the answer always fits the schema."""
+    """The schema of an answer. ``name``, ``description`` and ``strict`` change nothing: the answer always fits."""
 
     model_config = Body.model_config | {"populate_by_name": True}
 
@@ -162,7 +162,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What the answer must look like: any text, any JSON object, or a document of a JSON schema."""
+    """Form of the answer: any text, any JSON object, or a document that fits a JSON schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -170,7 +170,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _check_whole(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type 'json_schema', and with no other")
+            raise ValueError("json_schema must be given with type 'json_schema', and with no other type")
         return self
 
     @property
@@ -218,16 +218,12 @@ class ChatCompletionRequest(GenerationRequest):
     web_search_options: Any = None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as chat templates take them.
-
-        Raises:
-            InvalidRequestError: if one cannot be written so.
-        """
+        """Return the messages for the chat template. Errors as in `ChatMessage.as_in_templates`."""
         return [message.as_in_templates() for message in self.messages]
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model is told of, as templates take them."""
+        """The tools for the chat template; None if the model is told of none."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
@@ -238,14 +234,14 @@ class ChatCompletionRequest(GenerationRequest):
         return self.tool_choice not in (None, "none", "auto")
 
     def sampling(self, tool_format: ToolFormat | None, token_id: TokenId) -> SamplingParams:
-        """The request's sampling parameters; without a limit the output may fill the context.
+        """Make the request's sampling parameters; without a limit the output may fill the context.
 
         Args:
             tool_format: how the model writes calls; None: it cannot.
             token_id: see `ToolFormat.grammar`.
 
         Raises:
-            InvalidRequestError: naming the parameter that cannot be honoured.
+            InvalidRequestError: a parameter cannot be honoured; ``param`` names it.
         """
         self._refuse_unsupported()
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -266,8 +262,8 @@ class ChatCompletionRequest(GenerationRequest):
             raise InvalidRequestError(f"{named[1]} and {named[0]} contradict each other", named[1])
         if self.offered_tools and tool_format is None:
             raise InvalidRequestError(
-                "the model's chat template has no tool calls, or none in a form that is known here "
-                "(Hermes and Qwen, Llama 3, Mistral)",
+                "the model's chat template has no tool calls, or has them in a form that this server does not know; "
+                "it knows those of Hermes and Qwen, Llama 3, and Mistral",
                 "tools",
             )
         if forced and tool_format is not None:
@@ -277,11 +273,11 @@ class ChatCompletionRequest(GenerationRequest):
             more["grammar"] = grammars[named[0]]
         elif self.offered_tools and tool_format and tool_format.end_of_call and self.parallel_tool_calls is False:
             stops = SamplingParams(stop=self.stop).stop_strings
-            more["stop"] = [*stops, tool_format.end_of_call]  # the first call is the last
+            more["stop"] = [*stops, tool_format.end_of_call]  # end the answer after the first call
         return self._sampling(**more)
 
     def _forced_functions(self) -> dict[str, dict[str, Any] | None]:
-        """Parameters by name of the functions of which one must be called; empty: none must."""
+        """Return the functions of which one must be called: parameters by name; empty if none must be."""
         if not self.forces_calls:
             return {}
         tools = self.tools or []

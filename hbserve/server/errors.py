@@ -1,4 +1,4 @@
-"""Every error as OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ class ModelNotFoundError(InvalidRequestError):
 
 
 class UnauthorizedError(HBServeError):
-    """The request has no key that is known."""
+    """The request has no key, or an unknown one."""
 
 
 class ForbiddenError(HBServeError):
-    """Nobody may do this here."""
+    """The server is configured without the key that this needs."""
 
 
 class ClientGone(Exception):
-    """The client closed its connection before it had its answer."""
+    """The client closed its connection before it got its answer."""
 
 
 class ApiError(msgspec.Struct, frozen=True):
     """An error as the client sees it.
 
     Attributes:
-        retry_after_s: of the Retry-After header, where trying again later makes sense.
+        retry_after_s: value of the Retry-After header, if the client should try again later.
     """
 
     status: int
@@ -75,12 +75,12 @@ class ApiError(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
 
     def body(self) -> dict[str, Any]:
-        """The JSON body, also sent as an event when a stream breaks."""
+        """Return the JSON body; it is also sent as an event when a stream breaks."""
         message = self.message.encode("utf-8", "replace").decode()  # it may quote a lone surrogate
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The HTTP response."""
+        """Return the HTTP response."""
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -119,7 +119,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the application, its own and the framework's, in OpenAI's shape."""
+    """Answer every error in OpenAI's shape: those of the application and those of the framework."""
 
     async def handle(request: Request, error: Exception) -> Response:
         return api_error(error).response()
@@ -130,7 +130,7 @@ def install(app: FastAPI) -> None:
         return _validation_error(error, list(body.model_fields)).response()
 
     async def handle_client_gone(request: Request, error: ClientGone) -> Response:
-        return Response(status_code=499)  # nginx's number; nobody is there to read it
+        return Response(status_code=499)  # nginx's number for it; only logs show it
 
     app.add_exception_handler(HBServeError, handle)
     app.exception_handler(RequestValidationError)(handle_invalid_body)
@@ -140,7 +140,7 @@ def install(app: FastAPI) -> None:
 
 
 def _validation_error(error: RequestValidationError, known: list[str]) -> ApiError:
-    """The first thing that is wrong with a body, whose parameters are ``known``."""
+    """Return the first error of a body; ``known`` are its parameters."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"][1:]]  # the first part is "body"
     param = ".".join(path) or None

@@ -1,4 +1,4 @@
-"""Who may send work to the engine next: keys take turns, whatever the number of their requests."""
+"""The gate between HTTP requests and the engine: API keys take turns, whatever the number of their requests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from hbserve.errors import OverloadedError, RateLimitedError
 
 
 class FairGate:
-    """Counts and queues requests per key.
+    """Counter and queue of requests per key. Used by one event loop only.
 
     Args:
-        max_open: requests that may be with the engine at once; the others wait here, and the keys'
-            queues are served in turn. None: nobody waits here.
-        max_waiting: with so many waiting, further ones are refused.
-        max_per_key: requests that a key may have at once, waiting ones included. None: any number.
-        rate_per_minute: requests that a key may begin per minute, saved up for at most a minute. None: any number.
+        max_open: how many requests may be in the engine at once. The others wait here, and the keys' queues are
+            served in turn. None: no request waits here.
+        max_waiting: how many requests may wait; further ones are refused.
+        max_per_key: how many requests a key may have at once, waiting ones included. None: any number.
+        rate_per_minute: how many requests a key may begin per minute; unused ones are saved for at most a minute.
+            None: any number.
     """
 
     def __init__(
@@ -31,25 +32,25 @@ class FairGate:
         self._max_per_key, self._rate = max_per_key, rate_per_minute
         self._num_open = 0
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their turns
-        self._num_of: dict[str, int] = {}
-        self._allowance: dict[str, tuple[float, float]] = {}  # requests saved up, and when that was counted
+        self._num_requests: dict[str, int] = {}  # by key, waiting ones included
+        self._allowance: dict[str, tuple[float, float]] = {}  # requests saved, and the time of that count
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait here."""
+        """Number of requests that wait here."""
         return sum(map(len, self._queues.values()))
 
     async def enter(self, key: str) -> None:
-        """Wait for the key's turn. Every `enter` that returns is followed by one `leave`.
+        """Wait for the key's turn. The caller must call `leave` once after each `enter` that returns.
 
         Raises:
-            RateLimitedError: the key has too much going on.
-            OverloadedError: too many wait.
+            RateLimitedError: the key has too many requests, or began too many in the last minute.
+            OverloadedError: too many requests wait.
         """
-        if self._max_per_key is not None and self._num_of.get(key, 0) >= self._max_per_key:
+        if self._max_per_key is not None and self._num_requests.get(key, 0) >= self._max_per_key:
             raise RateLimitedError(f"{self._max_per_key} requests of this key are open (server.max_requests_per_key)")
         self._count(key)
-        self._num_of[key] = self._num_of.get(key, 0) + 1
+        self._num_requests[key] = self._num_requests.get(key, 0) + 1
         try:
             if self._max_open is not None and (self._num_open >= self._max_open or self._queues):
                 await self._wait(key)
@@ -60,7 +61,7 @@ class FairGate:
             raise
 
     def leave(self, key: str) -> None:
-        """A request that has entered is done."""
+        """End a request that has entered."""
         self._num_open -= 1
         self._forget(key)
         self._admit()
@@ -74,7 +75,7 @@ class FairGate:
             await turn
         except asyncio.CancelledError:
             queue = self._queues.get(key, deque())
-            if not turn.cancelled():  # admitted, and cancelled at the same moment
+            if not turn.cancelled():  # admitted and cancelled in the same turn of the loop
                 self._num_open -= 1
                 self._admit()
             elif turn in queue:
@@ -89,7 +90,7 @@ class FairGate:
             key = next(iter(self._queues))
             queue = self._queues.pop(key)
             turn = queue.popleft()
-            if not turn.cancelled():  # by a client that has just gone
+            if not turn.cancelled():  # because its client has just disconnected
                 self._num_open += 1
                 turn.set_result(None)
             if queue:
@@ -110,6 +111,6 @@ class FairGate:
         self._allowance[key] = saved - 1, now
 
     def _forget(self, key: str) -> None:
-        self._num_of[key] -= 1
-        if not self._num_of[key]:
-            del self._num_of[key]
+        self._num_requests[key] -= 1
+        if not self._num_requests[key]:
+            del self._num_requests[key]

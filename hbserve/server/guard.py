@@ -1,4 +1,7 @@
-"""What every HTTP request passes before it reaches a route: its id, its key, its limits, its turn."""
+"""The checks of every HTTP request before it reaches a route: its id, its key, its limits, its turn.
+
+Runs in the API server's process, in its event loop.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +33,18 @@ OPEN = frozenset({"/health", "/ready", "/"})
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
 INSTANCES_FOLDER = "/v1/instances/"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-NOBODY = "-"
-_BODY_TIMEOUT_S = 30.0  # between two pieces of it
+NO_KEY = "-"
+"""Name in logs, and queue, of requests without a key."""
+_BODY_TIMEOUT_S = 30.0  # between two parts of a body
 
 
 class Guard:
     """ASGI middleware around the whole application.
 
     Args:
-        keys: who may do what.
-        gate: for the routes that generate.
-        is_draining: whether the server is ending, and takes no new work.
+        keys: the keys of clients and of the administrator.
+        gate: queue for the routes that generate text.
+        is_draining: set while the server ends and refuses new work.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Guard:
         self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, as ASGI wants it."""
+        """Serve one request, as ASGI prescribes."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -59,31 +63,31 @@ class Guard:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         token = log_format.request_id.set(request_id)
         began = time.monotonic()
-        answer = _Answer(send, request_id)
-        name = NOBODY
+        response = _Response(send, request_id)
+        name = NO_KEY
         try:
             name = self._authenticate(scope, headers)
-            await self._serve(scope, _Body(receive, headers, self._config.max_body_bytes), answer, name)
+            await self._serve(scope, _Body(receive, headers, self._config.max_body_bytes), response, name)
         except ClientGone:
             pass
         except (HBServeError, HTTPException) as error:
-            if answer.status is None:
-                await api_error(error).response()(scope, receive, answer)
+            if response.status is None:
+                await api_error(error).response()(scope, receive, response)
             else:
                 raise
         finally:
-            self._log(scope, answer.status, name, time.monotonic() - began)
+            self._log(scope, response.status, name, time.monotonic() - began)
             log_format.request_id.reset(token)
 
     def _authenticate(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        """The name of who asks.
+        """Return the name of the request's key.
 
         Raises:
             UnauthorizedError, ForbiddenError
         """
         path: str = scope["path"]
         if path in OPEN or path.startswith(OPEN_FOLDER):
-            return NOBODY
+            return NO_KEY
         scheme, _, value = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         key = value.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", b"").decode("latin-1")
         name = self._keys.name_of(key) if key else None
@@ -93,22 +97,22 @@ class Guard:
                 raise ForbiddenError("administration is off: there is no admin key (server.admin_key_file)")
             if name != "admin":
                 raise UnauthorizedError("this needs the admin key, as 'Authorization: Bearer <key>'")
-        elif self._keys.are_asked_for and name is None:
+        elif self._keys.are_required and name is None:
             raise UnauthorizedError("this needs an API key, as 'Authorization: Bearer <key>'")
-        return name or NOBODY
+        return name or NO_KEY
 
-    async def _serve(self, scope: Scope, body: _Body, answer: _Answer, name: str) -> None:
+    async def _serve(self, scope: Scope, body: _Body, response: _Response, name: str) -> None:
         generates = scope["path"] in GENERATING and scope["method"] == "POST"
         if self._is_draining.is_set() and (generates or scope["path"] == "/ready"):
             raise ShuttingDownError("the server is shutting down")
         if not generates:
-            await self._app(scope, body.receive, answer)
+            await self._app(scope, body.receive, response)
             return
         scope["deadline"] = deadline = Deadline(self._config.request_timeout_s)
         async with deadline.applied():
             await body.while_connected(self._gate.enter(name))
         try:
-            await self._app(scope, body.receive, answer)
+            await self._app(scope, body.receive, response)
         finally:
             self._gate.leave(name)
 
@@ -122,12 +126,12 @@ class Guard:
             "key": name,
             "ms": round(seconds * 1000, 1),
         }
-        said = " ".join(str(value) for value in (*list(fields.values())[:4], f"{fields['ms']} ms"))
-        access.info("%s", said.replace("\n", " "), extra={"fields": fields})
+        text = " ".join(str(value) for value in (*list(fields.values())[:4], f"{fields['ms']} ms"))
+        access.info("%s", text.replace("\n", " "), extra={"fields": fields})
 
 
-class _Answer:
-    """The sending side: adds the request's id, and remembers the status."""
+class _Response:
+    """The sending side of a request: adds the request's id, and remembers the status."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -142,19 +146,19 @@ class _Answer:
 
 
 class _Body:
-    """The receiving side: refuses a body that is too large, and can watch the connection meanwhile."""
+    """The receiving side of a request: refuses a body that is too large, and watches the connection meanwhile."""
 
     def __init__(self, receive: Receive, headers: dict[bytes, bytes], max_bytes: int) -> None:
         self._receive, self._max_bytes = receive, max_bytes
         self._num_bytes = 0
         self._complete = False
-        self._early: deque[Message] = deque()
-        announced = headers.get(b"content-length", b"")
-        if announced.isdigit() and int(announced) > max_bytes:
+        self._early: deque[Message] = deque()  # received before the application asked
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > max_bytes:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """As ASGI wants it."""
+        """Return the next message, as ASGI prescribes."""
         return self._early.popleft() if self._early else await self._next()
 
     async def _next(self) -> Message:

@@ -1,4 +1,4 @@
-"""HTTP connections whose clients must keep up: who lets the server wait too long is cut off."""
+"""HTTP connections with deadlines: a client that lets the server wait too long is cut off."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_TIMEOUT_S = 30.0
-"""For a request's first line and headers, and for the first request of a connection to begin."""
+"""Time for a request's first line and headers to arrive; also from the connection to its first request."""
 
 WRITE_TIMEOUT_S = 60.0
-"""For a client to take what fills the connection's buffer (64 KiB, beside the operating system's)."""
+"""Time for a client to read a full buffer of its connection (64 KiB, beside the operating system's buffer)."""
 
 logger = logging.getLogger(__name__)
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's connection with deadlines for the client.
+    """A connection of uvicorn, with deadlines for the client. uvicorn calls all methods, in the event loop.
 
-    Cut off means aborted, not closed: closing would wait for what the client does not take.
-    The request at work then ends as with any client that goes away.
+    A client that misses a deadline is cut off: the connection is aborted, because closing would wait until the client
+    has read the rest. The request in progress then ends as if the client had disconnected.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,53 +31,53 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._begin_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
-        self._end_write()
+        self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        self._begin_head()
+        self._start_head_timer()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._end_head()
+        self._stop_head_timer()
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._begin_write()
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
-        self._end_write()
+        self._stop_write_timer()
         super().resume_writing()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():  # as soon as the client has taken the rest
-            self._begin_write()
+        if self.transport.is_closing():  # it closes when the client has read the rest
+            self._start_write_timer()
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # idle, so nothing is lost but what the client has not taken
+        self.transport.abort()  # idle: only bytes that the client has not read are lost
 
-    def _begin_head(self) -> None:
-        self._end_head()
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._cut_off, "sent no request")
 
-    def _end_head(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
 
-    def _begin_write(self) -> None:
-        self._end_write()
+    def _start_write_timer(self) -> None:
+        self._stop_write_timer()
         self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._cut_off, "did not read its answer")
 
-    def _end_write(self) -> None:
+    def _stop_write_timer(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
 
-    def _cut_off(self, why: str) -> None:
-        logger.info("cut off a client that %s", why)
+    def _cut_off(self, reason: str) -> None:
+        logger.info("cut off a client that %s", reason)
         self.transport.abort()

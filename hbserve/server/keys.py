@@ -1,4 +1,4 @@
-"""API keys: where they come from, and who a request is from. Keys are never logged; their names are."""
+"""API keys: where they are read from, and the name of each. Logs have names, never keys."""
 
 from __future__ import annotations
 
@@ -15,54 +15,53 @@ ADMIN_KEY_VARIABLE = "HBSERVE_ADMIN_KEY"
 
 
 class Keys:
-    """Known keys by their digests.
+    """The known keys, by their digests.
 
     Args:
-        users: key to name; empty: no key is asked for.
-        admin: the key for administration; None: nobody may administrate.
+        names: name by key; empty: requests need no key.
+        admin: the administrator's key; None: the routes of administration are off.
     """
 
-    def __init__(self, users: Mapping[str, str], admin: str | None) -> None:
-        # Found by digest: how long a look-up takes says nothing about a key.
-        self._names = {_digest(key): name for key, name in users.items()}
+    def __init__(self, names: Mapping[str, str], admin: str | None) -> None:
+        # Keys are looked up by digest: then the time of a look-up tells an attacker nothing about a key.
+        self._names = {_digest(key): name for key, name in names.items()}
         self._admin = None if admin is None else _digest(admin)
 
     @staticmethod
     def load(config: ServerConfig) -> Keys:
-        """From the configured files and the environment.
+        """Read the configured files and the environment.
 
         Raises:
-            ConfigError: naming the file that cannot be read or is without keys, or the key that is not one.
+            ConfigError: if a file cannot be read or has no key, or a key is invalid.
         """
         lines = os.environ.get(API_KEYS_VARIABLE, "").replace(",", "\n").splitlines()
         if config.api_keys_file is not None:
             lines += _read(config.api_keys_file, "server.api_keys_file")
-        users = {}
+        names = {}
         for number, line in enumerate(line for line in lines if line.strip() and not line.lstrip().startswith("#")):
             name, _, key = line.strip().rpartition(" ")
-            users[_checked(key, f"server.api_keys_file or {API_KEYS_VARIABLE}")] = name.strip() or f"key-{number + 1}"
-        if config.api_keys_file is not None and not users:  # who names a file does not want an open server
-            raise ConfigError(
-                f"server.api_keys_file: there is no key in {config.api_keys_file}", "server.api_keys_file"
-            )
+            names[_checked(key, f"server.api_keys_file or {API_KEYS_VARIABLE}")] = name.strip() or f"key-{number + 1}"
+        if config.api_keys_file is not None and not names:  # an operator who names a file wants no open server
+            message = f"server.api_keys_file: there is no key in {config.api_keys_file}"
+            raise ConfigError(message, "server.api_keys_file")
         admin, source = os.environ.get(ADMIN_KEY_VARIABLE) or None, ADMIN_KEY_VARIABLE
         if config.admin_key_file is not None:
             source = "server.admin_key_file"
             admin = "".join(_read(config.admin_key_file, source)).strip()
-        return Keys(users, None if admin is None else _checked(admin, source))
+        return Keys(names, None if admin is None else _checked(admin, source))
 
     @property
-    def are_asked_for(self) -> bool:
+    def are_required(self) -> bool:
         """Whether a request needs a key."""
         return bool(self._names)
 
     @property
     def has_admin(self) -> bool:
-        """Whether there is a key for administration."""
+        """Whether there is an administrator's key."""
         return self._admin is not None
 
     def name_of(self, key: str) -> str | None:
-        """Who this key belongs to, ``admin`` for the admin key; None: nobody."""
+        """Return the name of a key: ``admin`` for the administrator's; None if the key is unknown."""
         digest = _digest(key)
         return "admin" if digest == self._admin else self._names.get(digest)
 

@@ -1,4 +1,7 @@
-"""A system and its HTTP server in the foreground: what the start scripts run."""
+"""Start of a whole system with its HTTP server in the foreground, for the start scripts.
+
+The calling process becomes the API server (``hbserve-api``). `DisaggregatedLLM` starts the other processes.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def serve_system(config: Config, with_instances: bool, port: int | None = None) -> int:
-    """Start everything, serve HTTP until SIGTERM or SIGINT, end everything; returns the exit code.
+    """Start all processes, serve HTTP until SIGTERM or SIGINT, and end all processes; return the exit code.
 
     Args:
-        with_instances: False where instances are started elsewhere.
-        port: instead of ``server.port``.
+        with_instances: False if the instances are started elsewhere.
+        port: replaces ``server.port``.
 
     Raises:
         HBServeError: if the system cannot start.
@@ -57,7 +60,7 @@ async def _serve(config: Config, with_instances: bool) -> int:
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():  # told to stop while starting
+        if not starting.done():  # a signal came during the start
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             return 0
@@ -73,16 +76,15 @@ async def _serve(config: Config, with_instances: bool) -> int:
             *(llm.engine, llm.client, config.served_name, server),
             rotations=lambda: semi_pd_routes.rotation_counts(llm.supervisors),
         )
-        slo, own = config.semi_pd.slo, config.scheduler
-        targets = (own.ttft_ms, own.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
+        slo, defaults = config.semi_pd.slo, config.scheduler
+        targets = (defaults.ttft_ms, defaults.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
         live_page.install(app, live_page.LiveData(llm.engine, llm.client, gate, llm.text_processes, stop, *targets))
-
         semi_pd_routes.install(app, llm.supervisors)
 
         def on_listening(actual_port: int) -> None:
             child.freeze_heap()
             exit_core.keep_off()
-            # For people and for programs that start us: the one line on standard output.
+            # The only line on standard output: for people, and for programs that start the server.
             scheme = "http" if tls is None else "https"
             print(f"HBServe is ready: {scheme}://{server.host}:{actual_port} (model {config.served_name})", flush=True)
 
@@ -103,11 +105,10 @@ def _tls_files(config: ServerConfig) -> tuple[str, str] | None:
     if cert is None and key is None:
         return None
     if cert is None or key is None:
-        raise ConfigError("server.tls_cert_file and server.tls_key_file go together", "server.tls_key_file")
+        raise ConfigError("server.tls_cert_file and server.tls_key_file must be set together", "server.tls_key_file")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"server.tls_cert_file: cannot use {cert} with {key}: {error}", "server.tls_cert_file"
-        ) from None
+        message = f"server.tls_cert_file: cannot use {cert} with {key}: {error}"
+        raise ConfigError(message, "server.tls_cert_file") from None
     return cert, key

@@ -1,4 +1,4 @@
-"""The operator's page at ``/``: static files, the data they poll, and what an administrator may do."""
+"""The operator's page at ``/``: its static files, the data that it polls, and the drain of the server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hbserve.server.fair_gate import FairGate
 FOLDER = Path(__file__).parent / "page"
 STATS_TIMEOUT_S = 5.0
 _SECURITY = {
-    # Everything comes from this server, and nothing else may be loaded or asked.
+    # The page may load from this server only, and may ask no other.
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -29,12 +29,12 @@ _SECURITY = {
 
 
 class LiveData:
-    """What the page shows.
+    """The data of the page.
 
     Args:
-        text: where there are processes for text.
-        stop: set to end the server.
-        ttft_target_ms, tpot_target_ms: to compare with, where there are targets.
+        text: the tokenizer and detokenizer processes, if there are any.
+        stop: setting it ends the server.
+        ttft_target_ms, tpot_target_ms: targets that the page compares with; None for no target.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LiveData:
         self.stop = stop
 
     async def collect(self) -> dict[str, Any]:
-        """One snapshot: the scheduler's books with the last requests and events, and the server's own."""
+        """Take one snapshot: the scheduler's statistics with the last requests and events, and the server's state."""
         data: dict[str, Any] = {
             "time": time.time(),
             "server": {
@@ -91,11 +91,11 @@ def install(app: FastAPI, live: LiveData) -> None:
 
     @app.get("/live")
     async def live_data() -> dict[str, Any]:
-        """What the page shows, as it polls it."""
+        """Return the data that the page polls."""
         return await live.collect()
 
     @app.post("/admin/drain")
     async def drain() -> dict[str, Any]:
-        """End the server as SIGTERM does: open requests finish or are handed back."""
+        """End the server as SIGTERM does: open requests finish, or fail with ``shutting_down`` at the deadline."""
         live.stop.set()
         return {"draining": True}

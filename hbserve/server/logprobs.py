@@ -8,14 +8,14 @@ from typing import Any
 from hbserve.messages.base import TokenLogprobs
 from hbserve.tokenizer import Tokenizer
 
-LEAST = -9999.0  # OpenAI's number for "never"; JSON has no infinity
+MIN_LOGPROB = -9999.0  # OpenAI's number for "never"; JSON has no infinity
 
 
 class CompletionLogprobs:
-    """``logprobs`` of one completion choice, whose text offsets go on from chunk to chunk.
+    """The ``logprobs`` of one completion choice. Its text offsets continue from chunk to chunk.
 
     Args:
-        skip_special_tokens: as in the choice's text, to which the offsets refer.
+        skip_special_tokens: as for the choice's text, to which the offsets refer.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -24,18 +24,18 @@ class CompletionLogprobs:
         self._offset = 0
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The object for these tokens, which follow those of earlier calls."""
+        """Return the object for these tokens, which follow those of earlier calls."""
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)
             self._offset += len(self._decoder.feed(token_id))
         return {
             "tokens": [self._name(token_id) for token_id in token_ids],
-            "token_logprobs": [max(entry.token, LEAST) for entry in logprobs],
+            "token_logprobs": [max(entry.token, MIN_LOGPROB) for entry in logprobs],
             "top_logprobs": [
                 {
-                    self._name(one): max(logprob, LEAST)
-                    for one, logprob in [*zip(entry.top_ids, entry.top, strict=True), (token_id, entry.token)]
+                    self._name(top_id): max(logprob, MIN_LOGPROB)
+                    for top_id, logprob in [*zip(entry.top_ids, entry.top, strict=True), (token_id, entry.token)]
                 }
                 for token_id, entry in zip(token_ids, logprobs, strict=True)
             ],
@@ -43,7 +43,7 @@ class CompletionLogprobs:
         }
 
     def _name(self, token_id: int) -> str:
-        """A token's text, or as OpenAI writes it, ``bytes:\\xe2\\x82``, if it is a part of a character."""
+        """Return a token's text, or ``bytes:\\xe2\\x82`` as OpenAI does if the token is a part of a character."""
         raw = self._tokenizer.token_bytes(token_id)
         try:
             return raw.decode()
@@ -52,15 +52,15 @@ class CompletionLogprobs:
 
 
 def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """``logprobs`` of a chat choice for these tokens."""
+    """Return the ``logprobs`` of a chat choice for these tokens."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST), "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
     content = [
-        entry(token_id, one.token)
-        | {"top_logprobs": [entry(top_id, top) for top_id, top in zip(one.top_ids, one.top, strict=True)]}
-        for token_id, one in zip(token_ids, logprobs, strict=True)
+        entry(token_id, token.token)
+        | {"top_logprobs": [entry(top_id, top) for top_id, top in zip(token.top_ids, token.top, strict=True)]}
+        for token_id, token in zip(token_ids, logprobs, strict=True)
     ]
     return {"content": content, "refusal": None}

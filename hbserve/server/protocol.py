@@ -1,8 +1,8 @@
-"""The bodies that the HTTP API takes. Every parameter is honoured, or refused by name.
+"""Bodies of the HTTP API's requests. Every parameter is honoured, or refused by name.
 
-Accepted although they change nothing here: ``user``, ``metadata``, ``safety_identifier``,
-``prompt_cache_key`` (labels for the provider's bookkeeping), and the values that mean "nothing special"
-of the parameters in `NEUTRAL`. Any other value of those is refused.
+Accepted without effect: ``user``, ``metadata``, ``safety_identifier``, ``prompt_cache_key`` (labels for the provider's
+bookkeeping), and of the parameters in `NEUTRAL` the values listed there, which ask for nothing special. Any other value
+of those parameters is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from hbserve.errors import InvalidRequestError
 from hbserve.sampling_params import SamplingParams
 
-# OpenAI's parameters that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
@@ -31,29 +30,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+"""OpenAI's parameters that are not supported, with the values that ask for nothing."""
 _TOKEN_ID = re.compile("[0-9]{1,18}")
-WHY = {
+_REASONS = {
     "suffix": ": insertion needs a model trained for it",
     "functions": "; send tools",
     "function_call": "; send tool_choice",
     "store": ": nothing is kept",
 }
-
-
 MAX_DEPTH = 64
 
 
 def not_too_deep(value: Any) -> Any:
-    """For fields of any JSON: refuse what is nested so deep that a program that follows it may not come back.
+    """Refuse JSON that is nested so deeply that a recursive program may fail on it.
 
     Raises:
         ValueError
     """
-    level = [value]
+    containers = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner = [each for one in level if isinstance(one, dict | list) for each in _values(one)]
-        level = [one for one in inner if isinstance(one, dict | list)]
-        if not level:
+        inner = [item for container in containers for item in _values(container)]
+        containers = [item for item in inner if isinstance(item, dict | list)]
+        if not containers:
             return value
     raise ValueError(f"must not be nested more than {MAX_DEPTH} levels deep")
 
@@ -66,17 +64,17 @@ AnyJson = Annotated[dict[str, Any], AfterValidator(not_too_deep)]
 
 
 class Body(BaseModel):
-    """Base of the bodies: unknown names are refused, and types are not converted."""
+    """Base of all bodies: unknown names are refused, and types are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Body):
-    """How a stream is sent.
+    """Options of a stream.
 
     Attributes:
-        include_usage: end the stream with a chunk that has the token counts.
-        continuous_usage_stats: have the counts so far in every chunk.
+        include_usage: the stream ends with a chunk that has the token counts.
+        continuous_usage_stats: every chunk has the counts so far.
     """
 
     include_usage: bool | None = None
@@ -92,8 +90,10 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body):
-    """What completions and chat completions share. Names and meanings are OpenAI's; those from
-    ``top_k`` to ``tpot_ms`` are `SamplingParams`' own."""
+    """The parameters that completions and chat completions share.
+
+    Names and meanings are OpenAI's; those from ``top_k`` to ``tpot_ms`` are HBServe's, as in `SamplingParams`.
+    """
 
     model: str
     max_tokens: int | None = None
@@ -136,11 +136,11 @@ class GenerationRequest(Body):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk has the counts so far."""
+        """Whether every chunk has the token counts so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def _sampling(self, **more: Any) -> SamplingParams:
-        """Sampling parameters from the fields of those names and from ``more``; absent ones have their defaults."""
+        """Make sampling parameters from the fields of the same names and from ``more``; the others have defaults."""
         names = [name for name in SamplingParams.__struct_fields__ if name in type(self).model_fields]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias is not None:
@@ -153,7 +153,7 @@ class GenerationRequest(Body):
         for name, neutral in NEUTRAL.items():
             value = getattr(self, name, None)
             if value is not None and value not in neutral:
-                raise InvalidRequestError(f"{name} is not supported{WHY.get(name, '')}", name)
+                raise InvalidRequestError(f"{name} is not supported{_REASONS.get(name, '')}", name)
 
 
 class CompletionRequest(GenerationRequest):
@@ -179,29 +179,29 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or many."""
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return cast(list[str | list[int]], [self.prompt] if one else self.prompt)
+        """The prompts as a list, also if the body has only one."""
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast(list[str | list[int]], [self.prompt] if is_single else self.prompt)
 
     def sampling(self) -> SamplingParams:
-        """The request's sampling parameters.
+        """Make the request's sampling parameters.
 
         Raises:
-            InvalidRequestError: naming the parameter that cannot be honoured.
+            InvalidRequestError: a parameter cannot be honoured; ``param`` names it.
         """
         self._refuse_unsupported()
         if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo is not supported with logprobs: those of the prompt are not kept", "echo")
+            raise InvalidRequestError("echo is not supported with logprobs: the prompt's logprobs are not kept", "echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError("best_of is not supported, unless it equals n", "best_of")
         return self._sampling()
 
 
 class TokenizeRequest(Body):
-    """Body of POST /tokenize: a text, or a conversation with the beginning of its answer.
+    """Body of POST /tokenize: a text, or a conversation, which gets the beginning of its answer.
 
     Attributes:
-        add_special_tokens: with what the model wants at the beginning of a prompt; of texts only.
+        add_special_tokens: for texts only: add the special tokens with which the model expects a prompt to begin.
     """
 
     model: str | None = None
@@ -225,11 +225,11 @@ class RoleRequest(Body):
 
 
 class AllocationRequest(Body):
-    """Body of POST /v1/semi_pd/allocation: another split.
+    """Body of POST /v1/semi_pd/allocation: another split of the device.
 
     Attributes:
-        mixed: one worker does both phases in the same steps; the percentages are for later.
-        instance: which instance; None: all of type ``semi_pd``.
+        mixed: one worker does both phases in the same steps; the percentages apply when this ends.
+        instance: name of the instance; None: all of type ``semi_pd``.
     """
 
     prefill_percentage: int = Field(ge=1, le=100)
@@ -245,5 +245,5 @@ def _biases(values: dict[str, float]) -> dict[int, float]:
 
 
 def all_of(values: list[Any], kind: type) -> bool:
-    """Whether all are of the kind; a bool is no int here."""
+    """Return whether all values are of the type ``kind``; a bool does not count as an int."""
     return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

@@ -1,4 +1,4 @@
-"""Looking at and changing how ``semi_pd`` instances divide their devices."""
+"""Routes that show and change how ``semi_pd`` instances divide their devices."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hbserve.slo.constraints import SMAllocation
 
 
 def rotation_counts(supervisors: dict[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:
-    """By instance, the ``statistics`` of `ProcessRotationManager.get_status`."""
+    """Return the ``statistics`` of `ProcessRotationManager.get_status` by instance."""
     return {name: manager.get_status()["statistics"] for name, manager in _managers(supervisors).items()}
 
 
 def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
-    """Add the routes; `hbserve.server.guard` asks for the admin key where something is changed.
+    """Add the routes. `hbserve.server.guard` requires the admin key for changes.
 
     Args:
-        supervisors: of the system's instances, by name.
+        supervisors: the supervisors of the system's instances, by name.
     """
     managers = _managers(supervisors)
 
@@ -37,17 +37,17 @@ def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
             raise InvalidRequestError(f"there is no semi_pd instance {body.instance!r}; there are: {known}", "instance")
         if not managers:
             raise InvalidRequestError("no instance here is of type semi_pd: start with mode semi_pd")
-        chosen = {name: each for name, each in managers.items() if body.instance in (None, name)}
+        chosen = {name: manager for name, manager in managers.items() if body.instance in (None, name)}
         split = SMAllocation(body.prefill_percentage, body.decode_percentage, body.mixed)
         for name, manager in chosen.items():
             try:
-                is_taken = manager.request_sm_reallocation(split)
+                is_accepted = manager.request_sm_reallocation(split)
             except ConfigError as error:
                 raise InvalidRequestError(str(error), error.key) from None
-            if not is_taken:
+            if not is_accepted:
                 raise OverloadedError(f"{name} is not running now")
         return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}
 
 
 def _managers(supervisors: dict[str, InstanceSupervisor]) -> dict[str, ProcessRotationManager]:
-    return {name: each for name, each in supervisors.items() if isinstance(each, ProcessRotationManager)}
+    return {name: manager for name, manager in supervisors.items() if isinstance(manager, ProcessRotationManager)}

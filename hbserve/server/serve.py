@@ -1,4 +1,4 @@
-"""Run the HTTP application in an event loop that already runs."""
+"""uvicorn in an event loop that already runs: listen, serve, drain."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from hbserve.errors import StartupError
 from hbserve.server.http_protocol import HttpProtocol
 
 _BACKLOG = 2048
-"""Connections that may wait to be accepted: bursts of clients must not see a refusal."""
+"""Number of connections that may wait to be accepted: a burst of clients must not be refused."""
 
-
-_LAST_WORDS_S = 3.0
-"""For the errors to leave that requests end with at the drain's deadline."""
+_ERROR_SEND_TIME_S = 3.0
+"""Time after the drain's deadline in which the errors of unfinished requests are sent."""
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, saying when it listens."""
+    """uvicorn without its signal handlers, and with a call when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -32,7 +31,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals belong to whoever runs the process
+        yield  # the process that embeds the server handles signals
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -48,18 +47,17 @@ async def serve(
     on_deadline: Callable[[], None] = lambda: None,
     tls: tuple[str, str] | None = None,
 ) -> None:
-    """Serve until ``stop`` is set, or until this is cancelled; both end it in the same way.
+    """Serve until ``stop`` is set or this call is cancelled; both end it in the same way.
 
     Args:
-        where: address to listen on, or a socket that `bind` made; it is closed in the end.
+        where: address to listen on, or a socket made by `bind`; it is closed in the end.
         on_ready: called with the actual port once connections are accepted.
-        drain_timeout_s: at the end no new connections are accepted, and open requests have this long
-            to finish.
-        on_deadline: called then; it must end them, or they are cut off a moment later.
+        drain_timeout_s: time for open requests to finish at the end, while no new connections are accepted.
+        on_deadline: called after that time. It must end the open requests; those left are cut off a moment later.
         tls: certificate chain and private key, PEM files.
 
     Raises:
-        StartupError: if the address cannot be listened on, naming it.
+        StartupError: if the server cannot listen on the address; the text names it.
     """
     listener = where if isinstance(where, socket.socket) else bind(where)
     port: int = listener.getsockname()[1]
@@ -74,7 +72,7 @@ async def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close first
-        timeout_graceful_shutdown=math.ceil(drain_timeout_s + _LAST_WORDS_S),
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s + _ERROR_SEND_TIME_S),
         ssl_certfile=None if tls is None else tls[0],
         ssl_keyfile=None if tls is None else tls[1],
     )
@@ -93,10 +91,10 @@ async def serve(
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Claim the address before anything slow is started; connections are refused until `serve`.
+    """Reserve the address before anything slow is started; connections are refused until `serve`.
 
     Raises:
-        StartupError: if it cannot be had, naming it.
+        StartupError: if the address is not available; the text names it.
     """
     host, port = config.host, config.port
     try:
@@ -116,7 +114,7 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def _listen(listener: socket.socket) -> None:
-    """Who binds first has not won before this: Linux lets several bind while nobody listens."""
+    """Start to listen. Only this makes the address ours: Linux lets several sockets bind while none listens."""
     host, port = listener.getsockname()[:2]
     try:
         listener.listen(_BACKLOG)

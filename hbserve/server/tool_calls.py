@@ -1,4 +1,4 @@
-"""Takes the calls of tools out of an output's text, as it comes."""
+"""Parser that takes the calls of tools out of an output's text while the text arrives."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from typing import Any
 from hbserve.server.tool_formats import ToolFormat
 
 _STRUCTURE = re.compile(r'["\\{}\[\]]')
-_MAX_HEAD_LENGTH = 200  # characters of what may become a name that stands alone, before it is taken to be none
+_MAX_HEAD_LENGTH = 200  # characters; a longer text that may still become a name is taken for ordinary text
 
 
 class ToolCallParser:
-    """What is shown of one output, and the calls in it, as they grow.
+    """The visible text of one output, and the calls in it, while the output grows.
 
-    Text that may be the beginning of a call is held back, and so is white space that may only lead up to one.
-    From the point where a call has a name and begins its arguments, these are passed on as they come; so a call
-    that is cut off is there as far as it came. What looks like a call and is none stays text.
+    ::
+
+        outside ── mark, or "{" at the start ──► opening ──► call ── complete ──► after ── separator ──► call
+           ▲                                        │          │                    │
+           └──────────────── not a call: it becomes text ◄─────┘                    └── other text ──► outside
+
+    Text that may be the beginning of a call is held back, with the white space before it. Once a call has a name and
+    begins its arguments, the arguments are passed on as they arrive. A call that is cut off therefore has its
+    arguments so far. Text that looks like a call and is none stays text.
 
     Args:
-        names: of the offered tools.
-        forced: the output is known to consist of calls; the beginning of one that was cut off is not shown.
-        only_one: nothing is told of what follows the first call.
+        names: names of the offered tools.
+        forced: the output consists of calls only; if one is cut off, its beginning is not shown.
+        only_one: ignore everything after the first call.
 
     Attributes:
-        num_calls: found so far.
+        num_calls: number of calls found so far.
     """
 
     def __init__(
@@ -34,28 +40,28 @@ class ToolCallParser:
     ) -> None:
         self._form, self._names = form, names
         self._forced, self._only_one = forced, only_one
-        self._text = ""  # what is not decided yet
+        self._text = ""  # not decided yet
         self._state = self._outside
         self._last = False
         self._shown = ""
         self._changes: list[dict[str, Any]] = []
-        self._at_start = form.mark_is_optional  # nothing but white space so far
-        self._after_call = False  # likewise since the last call
-        self._prefix = ""  # what led up to the call at work: text, if it is none
+        self._at_start = form.mark_is_optional  # only white space so far
+        self._after_call = False  # only white space since the last call
+        self._prefix = ""  # text before the present call; shown if that turns out to be no call
         self._scan = _ObjectScan()
-        self._arguments_at: int | None = None  # where they begin in the text; None: not found yet
-        self._num_sent = 0  # characters of the text whose arguments are passed on
+        self._arguments_at: int | None = None  # where the arguments begin in the text; None: not found yet
+        self._num_sent = 0  # characters of the text up to the last argument passed on
         self.num_calls = 0
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
         """Add text.
 
         Args:
-            last: no more will come.
+            last: the output is complete.
 
         Returns:
-            Text to show, and what the calls have grown by, in the form of OpenAI's streams: ``index`` and
-            ``function.arguments``, and where one begins also ``id``, ``type`` and ``function.name``.
+            Text to show, and the growth of the calls in the form of OpenAI's streams: ``index`` and
+            ``function.arguments``; at the beginning of a call also ``id``, ``type`` and ``function.name``.
         """
         self._text += text
         self._last = last
@@ -65,7 +71,7 @@ class ToolCallParser:
         changes, self._changes = self._changes, []
         return "" if self._forced else shown, changes
 
-    # --- states: each does what it can, and says whether another can go on ---------------------------
+    # --- states: each method reads what it can, and returns whether the next state can go on ----------
 
     def _outside(self) -> bool:
         if self._only_one and self.num_calls:
@@ -73,7 +79,7 @@ class ToolCallParser:
             return False
         if self._at_start:
             begin = self._text.lstrip()
-            if not self._last and self._form.mark.startswith(begin):  # also while there is nothing yet
+            if not self._last and self._form.mark.startswith(begin):  # true of an empty text too
                 return False
             self._at_start = False
             if begin.startswith("{"):
@@ -134,7 +140,7 @@ class ToolCallParser:
                 return False
         elif end is None:
             return self._last and self._no_call(len(self._text))
-        elif not self._whole(self._text[:end]):
+        elif not self._read_whole(self._text[:end]):
             return self._no_call(end)
         self._text, self._prefix = self._text[end:], ""
         self._after_call = True
@@ -145,7 +151,7 @@ class ToolCallParser:
         return not self._last and len(self._text) < _MAX_HEAD_LENGTH and "{" not in self._text
 
     def _after(self) -> bool:
-        """Between two calls, or behind the last one."""
+        """Read the text between two calls, or after the last."""
         rest = self._text.lstrip()
         closing, separator = self._form.closing, self._form.separator
         if closing and rest.startswith(closing):
@@ -167,13 +173,13 @@ class ToolCallParser:
         return True
 
     def _no_call(self, size: int) -> bool:
-        """What led up to here is text, and so is as much of what follows."""
+        """Show the text before the present point as text, with ``size`` characters after it."""
         self._show(self._prefix + self._text[:size])
         self._text, self._prefix = self._text[size:], ""
         self._state = self._outside
         return True
 
-    # --- what comes out -----------------------------------------------------------------------------
+    # --- output --------------------------------------------------------------------------------------
 
     def _show(self, text: str) -> None:
         if self._after_call:
@@ -182,15 +188,15 @@ class ToolCallParser:
         self._shown += text
 
     def _num_held(self) -> int:
-        """Characters at the end that may belong to the mark of a call, or be the white space before it."""
+        """Return how many characters at the end may be part of a call's mark, or the white space before it."""
         text, mark = self._text, self._form.mark
-        longest = min(len(text), len(mark) - 1)
-        size = next((size for size in range(longest, 0, -1) if text.endswith(mark[:size])), 0)
+        max_size = min(len(text), len(mark) - 1)
+        size = next((size for size in range(max_size, 0, -1) if text.endswith(mark[:size])), 0)
         before = text[: len(text) - size]
         return size + len(before) - len(before.rstrip())
 
-    def _whole(self, text: str) -> bool:
-        """A call whose parts come in another order than usual."""
+    def _read_whole(self, text: str) -> bool:
+        """Read a complete call whose parts are in an unusual order; return False if it is no call."""
         try:
             document = json.loads(text, strict=False)
         except (ValueError, RecursionError):
@@ -222,10 +228,10 @@ class ToolCallParser:
 
 
 class _ObjectScan:
-    """Finds where a JSON object ends in a growing text, and one within it.
+    """A search for the end of a JSON object, and of one within it, in a growing text.
 
     Attributes:
-        inner_end: where the inner one ends, once found.
+        inner_end: end of the inner object, once found.
     """
 
     def __init__(self) -> None:
@@ -236,10 +242,10 @@ class _ObjectScan:
         self.inner_end: int | None = None
 
     def run(self, text: str, start: int, inner_start: int | None) -> int | None:
-        """Go on to the end of ``text``, which has only grown; the end of the object, or None.
+        """Continue to the end of ``text``, which has only grown; return the end of the object, or None.
 
         Args:
-            start, inner_start: of the object and of the one within.
+            start, inner_start: beginnings of the object and of the inner one.
         """
         at = max(self._at, start)
         while (found := _STRUCTURE.search(text, at)) is not None:
@@ -248,7 +254,7 @@ class _ObjectScan:
                 if char == "\\":
                     if at == len(text):
                         at -= 1
-                        break  # what it escapes has not come yet
+                        break  # the escaped character has not arrived yet
                     at += 1
                 elif char == '"':
                     self._in_string = False

@@ -1,4 +1,4 @@
-"""How model families write calls of tools. Which one a model has learnt is told by its chat template."""
+"""The forms in which model families write calls of tools. A model's chat template tells its family."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Functions = Mapping[str, dict[str, Any] | None]
 
 
 class ToolFormat(ABC):
-    """One family's way. In general: a mark, an opening, calls with separators between them, a closing.
+    """The form of one family: ``mark opening call separator call … closing``.
 
-    A call is a JSON object with a name and arguments, or has its arguments as a JSON object at its end.
+    A call is a JSON object with a name and arguments, or it ends with its arguments as a JSON object.
 
     Attributes:
-        mark: tells that calls follow, anywhere in an answer.
-        mark_is_optional: an answer that begins as a call is one, without the mark too.
-        opening, separator, closing: what is written before the first call, between two, and after the last.
-        head: of a call up to its arguments, with a group ``name``.
-        arguments_key: how the object of a call names its arguments; None: they stand alone, after the head.
+        mark: text after which calls follow, anywhere in an answer.
+        mark_is_optional: an answer that begins like a call is a call, also without the mark.
+        opening, separator, closing: text before the first call, between two calls, and after the last.
+        head: pattern of a call up to its arguments, with a group ``name``.
+        arguments_key: key of the arguments in the object of a call; None: they stand alone, after the head.
         end_of_call: text that comes after each call and nowhere else, if there is one.
-        knows_names: only names of the offered tools make a call, where the form alone could be another answer.
+        knows_names: only names of the offered tools make a call, because the form alone could be another answer.
     """
 
     mark: str
@@ -46,24 +46,24 @@ class ToolFormat(ABC):
         return _HEADS[self.arguments_key]
 
     def new_id(self) -> str:
-        """An id for a call, such as the chat template takes it back."""
+        """Make an id for a call, in a form that the chat template accepts later."""
         return f"call_{uuid.uuid4().hex}"
 
     @abstractmethod
     def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
-        """The grammar of outputs that consist of calls, at least one.
+        """Return the grammar of outputs that consist of one call or more.
 
         Args:
-            functions: by name, the JSON schema of their arguments; None: any object.
-            several: more than one call may follow each other.
-            token_id: of a mark that is a token of its own; None: it is written like any text.
+            functions: JSON schema of the arguments by name of the function; None: any object.
+            several: whether more than one call is allowed.
+            token_id: function from a mark to its token; it returns None for a mark that is ordinary text.
         """
 
     def _grammar(self, functions: Functions, start: str, head: Callable[[str], str], tail: str) -> str:
         rules = []
         for number, (name, parameters) in enumerate(functions.items()):
             rules += [f"call_{number}: {head(name)} arguments_{number} {tail}".rstrip()]
-            # A rule of its own: the references within a schema are to its root.
+            # A rule of its own, because references within a schema start at its root.
             rules += [f"arguments_{number}: {json_rule(parameters or {'type': 'object'})}"]
         calls = " | ".join(f"call_{number}" for number in range(len(functions)))
         return "\n".join(["%llguidance {}", f"start: {start}", f"call: {calls}", *rules])
@@ -96,7 +96,7 @@ class HermesFormat(ToolFormat):
 class LlamaFormat(ToolFormat):
     """Llama 3.1 to 3.3: the whole answer is ``{"name": …, "parameters": {…}}``, after a mark or not.
 
-    Their templates refuse conversations with more than one call in a turn, so no grammar asks for several.
+    Their templates refuse conversations with more than one call in a turn, so no grammar allows several.
     """
 
     mark = "<|python_tag|>"
@@ -116,7 +116,7 @@ class MistralFormat(ToolFormat):
     opening, separator, closing = "[", ",", "]"
 
     def new_id(self) -> str:
-        return secrets.token_hex(5)[:9]  # their templates take nine letters and digits, and nothing else
+        return secrets.token_hex(5)[:9]  # the templates accept exactly nine letters and digits
 
     def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
         more = ' (", " call)*' if several else ""
@@ -131,15 +131,15 @@ class MistralNamedFormat(MistralFormat):
     arguments_key = None
 
     def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
-        one = f"{_mark(self.mark, token_id)} call"
-        between = _mark("[ARGS]", token_id)
-        start = f"({one})+" if several else one
-        return self._grammar(functions, start, lambda name: f"{json.dumps(name)} {between}", "")
+        call = f"{_mark(self.mark, token_id)} call"
+        separator = _mark("[ARGS]", token_id)
+        start = f"({call})+" if several else call
+        return self._grammar(functions, start, lambda name: f"{json.dumps(name)} {separator}", "")
 
 
 @cache
 def tool_format(template: str) -> ToolFormat | None:
-    """How a model with this chat template writes calls; None: it knows no tools, or writes in an unknown way."""
+    """Return the form of a model with this chat template; None: it has no tools, or an unknown form."""
     if "tools" not in template:
         return None
     if "[TOOL_CALLS]" in template:
@@ -152,6 +152,6 @@ def tool_format(template: str) -> ToolFormat | None:
 
 
 def _mark(text: str, token_id: TokenId) -> str:
-    """A mark in a grammar: as the token that it is, which text of the same letters is not."""
+    """Write a mark in a grammar: as its token, which differs from text of the same letters."""
     number = token_id(text)
     return json.dumps(text) if number is None else f"<[{number}]>"

@@ -122,7 +122,7 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [keys.name_of(key) for key in (ANN, "sk-carl-12345", ADMIN, "sk-nobody")] == ["ann", "key-1", "admin", None]
     assert keys.name_of(BOB) == "key-4"
     monkeypatch.delenv("HBSERVE_API_KEYS")
-    assert not Keys.load(ServerConfig()).are_asked_for
+    assert not Keys.load(ServerConfig()).are_required
     with pytest.raises(ConfigError, match=r"server\.api_keys_file"):
         Keys.load(ServerConfig(api_keys_file=str(tmp_path / "missing")))
     (tmp_path / "empty").write_text("# nobody yet\n\n")
