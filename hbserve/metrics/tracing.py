@@ -1,4 +1,7 @@
-"""A request's phases as OpenTelemetry spans, sent when it has ended."""
+"""The phases of a request as OpenTelemetry spans, sent after its end.
+
+The scheduler makes the spans; a thread of the OpenTelemetry SDK in the scheduler's process sends them.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ _EXPORT_TIMEOUT_S = 2.0
 
 
 class RequestTracer:
-    """Sends a trace per request: ``request``, and within it ``queue``, ``prefill``, ``handover``, ``decode``.
+    """The sender of one trace per request: ``request``, and in it ``queue``, ``prefill``, ``handover``, ``decode``.
 
-    Spans are made from a request's record after its end, in batches and by a thread of the SDK's, so
-    that serving never waits for the receiver; what cannot be delivered is dropped.
+    Spans are made from a request's record after its end, and sent in batches by a thread of the SDK. The scheduler
+    therefore never waits for the receiver. Spans that cannot be delivered are dropped.
 
     Args:
         endpoint: URL of an OTLP/HTTP receiver of traces, such as ``http://127.0.0.1:4318/v1/traces``.
-        clock: what the records are timed by; it is compared with the time of day once, here.
+        clock: clock of the records; it is compared with the time of day once, here.
 
     Raises:
-        ConfigError: if the OpenTelemetry SDK is not installed.
+        ConfigError: the OpenTelemetry SDK is not installed.
     """
 
     def __init__(self, endpoint: str, clock: Callable[[], float]) -> None:
@@ -47,16 +50,16 @@ class RequestTracer:
         self._offset_ns = time.time_ns() - round(clock() * 1e9)
 
     def record(self, request_id: str, request: RequestMetrics, outcome: str) -> None:
-        """Send an ended request's trace.
+        """Send the trace of an ended request.
 
         Args:
-            request_id: as its client knows it.
+            request_id: the client's id of the request.
             outcome: ``completed``, ``aborted`` or ``failed``.
         """
         from opentelemetry.trace import Status, StatusCode, set_span_in_context
 
         assert request.completion_time is not None
-        # https://opentelemetry.io/docs/specs/semconv/gen-ai/ where it has a name
+        # names of https://opentelemetry.io/docs/specs/semconv/gen-ai/ where there are any
         attributes: dict[str, str | int | float] = {
             "gen_ai.usage.input_tokens": request.input_length,
             "gen_ai.usage.output_tokens": request.output_length,
@@ -75,7 +78,7 @@ class RequestTracer:
             root.set_status(Status(StatusCode.ERROR))
         if request.first_token_time is not None:
             root.add_event("first token", timestamp=self._at(request.first_token_time))
-        inside = set_span_in_context(root)
+        context = set_span_in_context(root)
         moments = (
             ("queue", request.arrival_time, request.prefill_start_time),
             ("prefill", request.prefill_start_time, request.prefill_end_time),
@@ -85,17 +88,17 @@ class RequestTracer:
         for name, start, end in moments:
             if start is None:
                 continue
-            # a phase that was not left is where the request ended
+            # the request ended in a phase that has no end
             ended = request.completion_time if end is None else end
             if ended > start or end is None:
-                span: Span = self._tracer.start_span(name, context=inside, start_time=self._at(start))
+                span: Span = self._tracer.start_span(name, context=context, start_time=self._at(start))
                 span.end(self._at(ended))
             if end is None:
                 break
         root.end(self._at(request.completion_time))
 
     def close(self) -> None:
-        """Send what is left; takes seconds where the receiver does not answer."""
+        """Send the remaining spans; this takes seconds if the receiver does not answer."""
         self._provider.shutdown()
 
     def _at(self, seconds: float) -> int:

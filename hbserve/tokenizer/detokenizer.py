@@ -1,4 +1,4 @@
-"""Token ids to text deltas, with stop strings."""
+"""Decoding of one output, token by token, with stop strings."""
 
 from __future__ import annotations
 
@@ -8,28 +8,23 @@ from hbserve.tokenizer.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """The text of one output, as its tokens come.
+    """The text of one output while its tokens arrive.
 
-    The concatenated deltas are the decoded text, or the part of it before the first stop string:
-    the one that is complete first, whatever the token boundaries. Text that may be the beginning of
-    a stop string is held back until it is decided.
+    The concatenated deltas are the decoded text, or its part before the first stop string. The first stop string is
+    the one that is complete first, whatever the token boundaries. Text that may be the beginning of a stop string is
+    held back until this is decided.
 
     Args:
         skip_special_tokens: leave special tokens out of the text.
-        stop: strings that end the text; they are not shown themselves.
+        stop: strings that end the text; they are not part of it.
         min_tokens: a stop string counts only if it begins in this token (counted from 1) or later.
 
     Attributes:
-        stop_string: the one that ended the text, or None. Nothing may be pushed after it.
+        stop_string: the stop string that ended the text, or None. No token may be pushed after it.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        skip_special_tokens: bool = True,
-        stop: Sequence[str] = (),
-        min_tokens: int = 0,
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, stop: Sequence[str] = (), min_tokens: int = 0
     ) -> None:
         self._decoder = tokenizer.text_decoder(skip_special_tokens)
         self._stop = stop
@@ -39,7 +34,7 @@ class IncrementalDetokenizer:
         self.stop_string: str | None = None
 
     def push(self, token_id: int) -> str:
-        """Add a token; the text that may be shown now, often empty."""
+        """Add a token; return the text that may be shown now, often an empty one."""
         assert self.stop_string is None, "the text has ended"
         self._num_tokens += 1
         text = self._decoder.feed(token_id)
@@ -48,7 +43,7 @@ class IncrementalDetokenizer:
         return self._release(self._held + text)
 
     def finish(self) -> str:
-        """The tokens are at an end: the rest of the text."""
+        """End the output; return the rest of the text."""
         assert self.stop_string is None, "the text has ended"
         text = self._held + self._decoder.flush()
         if self._num_tokens >= self._min_tokens:
@@ -57,7 +52,7 @@ class IncrementalDetokenizer:
         return rest
 
     def _release(self, text: str) -> str:
-        """Cut ``text`` before a stop string, or hold back its tail if one may begin there."""
+        """Cut ``text`` before a stop string, or hold back the end in which one may begin."""
         self._held = ""
         found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
@@ -70,6 +65,6 @@ class IncrementalDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest tail of ``text`` that is a beginning of ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+    """Return the length of the longest end of ``text`` that is a beginning of ``stop``."""
+    max_size = min(len(text), len(stop) - 1)
+    return next((size for size in range(max_size, 0, -1) if text.endswith(stop[:size])), 0)

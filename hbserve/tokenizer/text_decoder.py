@@ -1,4 +1,4 @@
-"""Token ids to text, one at a time, holding back what is not yet a whole character."""
+"""Decoders from token ids to text, one token at a time; an incomplete character is held back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Protocol
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding shows for bytes that are not UTF-8
-MAX_HELD_TOKENS = 32  # of text that ends in replacement characters; a character has 4 bytes at most
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # shown for bytes that are not UTF-8
+MAX_HELD_TOKENS = 32  # whose text ends in replacement characters; a character has at most 4 bytes
 
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -16,15 +16,15 @@ BytesOfPiece = Callable[[str], bytes]
 
 
 def bytes_of_piece(decoder: Mapping[str, Any]) -> BytesOfPiece | None:
-    """How a vocabulary writes the bytes of its tokens.
+    """Find how a vocabulary writes the bytes of its tokens.
 
     Args:
-        decoder: its ``decoder`` in tokenizer.json.
+        decoder: the ``decoder`` in tokenizer.json.
 
     Returns:
-        A function from an entry of the vocabulary to its bytes; None where there is none, as the text of a token
-        depends on its neighbours. That SentencePiece drops a space before a whole text is no such dependence:
-        an output goes on from its prompt.
+        A function from an entry of the vocabulary to its bytes; None if the text of a token depends on its
+        neighbours. SentencePiece drops a space before a whole text, but this does not count: an output continues
+        its prompt.
     """
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     space, has_byte_pieces, is_byte_level = "", False, False
@@ -48,9 +48,9 @@ def bytes_of_piece(decoder: Mapping[str, Any]) -> BytesOfPiece | None:
 
 
 def _byte_level() -> BytesOfPiece:
-    """The alphabet of byte-level BPE (Radford et al. 2019, GPT-2).
+    """Convert from the alphabet of byte-level BPE (Radford et al. 2019, GPT-2).
 
-    Printable Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on.
+    Printable Latin-1 characters stand for themselves; characters from U+0100 on stand for the other bytes.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -59,14 +59,14 @@ def _byte_level() -> BytesOfPiece:
     def convert(piece: str) -> bytes:
         try:
             return bytes(byte_of_char[char] for char in piece)
-        except KeyError:  # an added token is written as it is
+        except KeyError:  # an added token is plain text
             return piece.encode()
 
     return convert
 
 
 def _sentence_piece(space: str, has_byte_pieces: bool) -> BytesOfPiece:
-    """Text with a sign for spaces, and perhaps ``<0xE4>`` for bytes (Kudo and Richardson 2018)."""
+    """Convert from text with a sign for spaces, and maybe ``<0xE4>`` for bytes (Kudo and Richardson 2018)."""
 
     def convert(piece: str) -> bytes:
         if has_byte_pieces and (byte := _BYTE_PIECE.fullmatch(piece)):
@@ -77,20 +77,20 @@ def _sentence_piece(space: str, has_byte_pieces: bool) -> BytesOfPiece:
 
 
 class TextDecoder(Protocol):
-    """Turns a sequence of token ids into text."""
+    """A decoder of one sequence of token ids."""
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
+        """Return the text that this token completes; it may be empty."""
 
     def flush(self) -> str:
-        """What was held back, at the end of the sequence; incomplete characters as U+FFFD."""
+        """Return the text held back until the end of the sequence; an incomplete character becomes U+FFFD."""
 
 
 class ByteDecoder:
-    """For vocabularies whose tokens are byte strings: exact, and constant work per token.
+    """A decoder for vocabularies whose tokens are byte strings: exact, with constant work per token.
 
     Args:
-        token_bytes: the bytes that a token stands for; empty for tokens that are not shown.
+        token_bytes: function from a token to its bytes; empty for tokens that are not shown.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
@@ -105,41 +105,44 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """For any other vocabulary, where a token's text depends on its neighbours.
+    """A decoder for all other vocabularies, where a token's text depends on its neighbours.
 
-    Decodes a window that begins with the tokens of the last text that was given out, which are the
-    left context of the new ones, and gives out what comes after that text. Trailing replacement
-    characters are held back, as the next token may complete the character; after `MAX_HELD_TOKENS`
-    they are taken to be meant.
+    ::
+
+        window:   [ tokens of the last output text | new tokens ]
+                    left context                     their text is output
+
+    Replacement characters at the end are held back, because the next token may complete the character. After
+    `MAX_HELD_TOKENS` tokens they are taken as part of the text.
 
     Args:
-        decode: a list of token ids to text.
-        hidden: tokens that are not shown; they would only make the window longer.
+        decode: function from token ids to text.
+        hidden: tokens that are not shown; they stay out of the window.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], hidden: Set[int]) -> None:
         self._decode = decode
         self._hidden = hidden
         self._window: list[int] = []
-        self._num_context = 0  # first tokens of the window, whose text is out
-        self._num_out = 0  # characters of the window's text that are out
+        self._num_context_tokens = 0  # at the start of the window, with their text already output
+        self._num_output_chars = 0  # of the window's text
 
     def feed(self, token_id: int) -> str:
         if token_id in self._hidden:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(REPLACEMENT) and len(self._window) - self._num_context < MAX_HELD_TOKENS:
+        if text.endswith(REPLACEMENT) and len(self._window) - self._num_context_tokens < MAX_HELD_TOKENS:
             return ""
-        return self._give_out(text)
+        return self._output(text)
 
     def flush(self) -> str:
-        return self._give_out(self._decode(self._window))
+        return self._output(self._decode(self._window))
 
-    def _give_out(self, text: str) -> str:
-        new = text[self._num_out :]
+    def _output(self, text: str) -> str:
+        new = text[self._num_output_chars :]
         if new:
-            del self._window[: self._num_context]
-            self._num_context = len(self._window)
-            self._num_out = len(self._decode(self._window))
+            del self._window[: self._num_context_tokens]
+            self._num_context_tokens = len(self._window)
+            self._num_output_chars = len(self._decode(self._window))
         return new

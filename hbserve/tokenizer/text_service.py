@@ -1,4 +1,4 @@
-"""Text to token ids and back as a service, so that it can run in this process or in others."""
+"""Text to token ids and back as a service, in this process (`LocalText`) or in others (`frontend/text_pool.py`)."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
 
 LONG_TEXT = 20_000
-"""Characters; a longer prompt takes milliseconds to encode, so not in an event loop."""
+"""Characters. A longer prompt takes milliseconds to encode, and must not block an event loop."""
 
 OnText = Callable[[OutputText | HBServeError], None]
 
 
 class OutputStream(Protocol):
-    """The text of one sample's tokens."""
+    """The decoding of one sample's tokens."""
 
     def feed(self, token_ids: list[int], shown: int, last: bool) -> None:
-        """Add tokens; what becomes of them comes back once, in order.
+        """Add tokens. Each call gets one answer, in the order of the calls.
 
         Args:
             shown: how many of them have text: an end token is counted, but not shown.
-            last: no more will come.
+            last: the output is complete.
         """
 
     def close(self) -> None:
-        """Nobody wants the rest. May be called at any time."""
+        """Drop the rest. May be called at any time."""
 
 
 class TextService(Protocol):
-    """Encodes prompts and decodes outputs."""
+    """An encoder of prompts and decoder of outputs."""
 
     @property
     def dead(self) -> EngineDeadError | None:
-        """Why nothing is encoded or decoded any more, or None while it is."""
+        """Why the service has ended; None while it works."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt. Errors as in `Tokenizer.encode`."""
+        """Return the token ids of a prompt. Errors as in `Tokenizer.encode`."""
 
     async def encode_chat(
         self,
@@ -49,20 +49,20 @@ class TextService(Protocol):
         tools: Sequence[dict[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
+        """Return the token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> None:
         """Compile a grammar. Errors as in `Vocabulary.check`."""
 
     async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
-        """Why a finished output, without its end token, is not one of its grammar's; None if it is."""
+        """Return why a finished output, without its end token, does not fit its grammar; None if it fits."""
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
-        """Begin the text of one output; ``on_text`` is called with each answer to `OutputStream.feed`, or an error."""
+        """Begin to decode one output; ``on_text`` gets each answer to `OutputStream.feed`, or an error."""
 
 
 class TextDecoding:
-    """One output's text as a state machine; what a text process, or `LocalText`, keeps per stream."""
+    """The decoding state of one output, in a text process or in `LocalText`."""
 
     def __init__(self, tokenizer: Tokenizer, options: TextStreamOptions) -> None:
         self._detokenizer = IncrementalDetokenizer(
@@ -73,7 +73,7 @@ class TextDecoding:
         )
 
     def feed(self, token_ids: list[int], shown: int, last: bool) -> OutputText:
-        """As `OutputStream.feed`, answered at once. Nothing may follow a stop string."""
+        """Decode tokens as in `OutputStream.feed`, and answer at once. No token may follow a stop string."""
         detokenizer = self._detokenizer
         text = ""
         for number, token_id in enumerate(token_ids[:shown], start=1):
@@ -86,7 +86,7 @@ class TextDecoding:
 
 
 class LocalText:
-    """The service within this process, at once: for programs that embed the engine."""
+    """The service in this process, for programs that embed the engine. Slow work runs in threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -94,7 +94,7 @@ class LocalText:
 
     @property
     def dead(self) -> None:
-        """It is as alive as its process."""
+        """Always None: the service lives as long as its process."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) < LONG_TEXT:

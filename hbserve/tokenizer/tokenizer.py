@@ -1,4 +1,4 @@
-"""A model's tokenizer, from a local folder."""
+"""The tokenizer of a model, read from a local folder."""
 
 from __future__ import annotations
 
@@ -17,51 +17,49 @@ import jinja2
 from hbserve.errors import InvalidRequestError, ModelError
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 
-ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, what chat templates take
+ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
 
 SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>"})
-"""Shown even if they are special tokens: without them nobody could tell a call of a tool from other text."""
+"""Tokens shown even if they are special: without them a call of a tool would look like other text."""
 
 _IMPORTING = threading.Lock()
-"""transformers imports its parts when they are asked for, and fails where two threads ask at once."""
+"""transformers imports its parts at their first use, and fails if two threads do this at once."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def leave_out_torch() -> None:
-    """Keep transformers from importing torch, of which tokenizers need nothing: half the time and 180 MB.
+    """Keep transformers from importing torch, which tokenizers do not need: saves half the start time and 180 MB.
 
-    For processes of our own: transformers finds no torch in this one for good, others still can import it.
+    For processes of HBServe only: in this process transformers will never find torch. Other code can still import it.
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would warn that there is none
-    sys.modules["torch"] = None  # type: ignore[assignment]  # "not to be found", as Python spells it
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would warn that torch is missing
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes Python raise ImportError
     try:
         import transformers.utils
 
-        transformers.utils.is_torch_available()  # which keeps its answer
+        transformers.utils.is_torch_available()  # it remembers the answer
     finally:
         del sys.modules["torch"]
 
 
 class Tokenizer:
-    """Encodes prompts and chats, decodes outputs, and knows which tokens end an output.
+    """The encoder of prompts and chats, the decoder of outputs, and the set of tokens that end an output.
 
-    Safe to use from several threads. A folder without any tokenizer file (a bare ``config.json``)
-    is legal: such a model takes token ids only, and the text of its outputs is empty.
+    Safe to use from several threads. A folder without any tokenizer file (a bare ``config.json``) is legal: such a
+    model takes token ids only, and the text of its outputs is empty.
 
     Args:
         path: folder with the tokenizer's files.
-        model_path: the model's folder, if it is another one: its configuration names end tokens too.
+        model_path: folder of the model, if it is another: its configuration names end tokens too.
 
     Attributes:
-        path: the folder.
-        end_token_ids: every token that the model, its generation configuration or its tokenizer
-            names as an end of output.
+        end_token_ids: all tokens that the model, its generation configuration or its tokenizer names as an end.
         has_text: False for a folder without a tokenizer.
 
     Raises:
-        ModelError: if there are tokenizer files that cannot be used.
+        ModelError: the folder has tokenizer files that cannot be used.
     """
 
     def __init__(self, path: str | Path, model_path: str | Path | None = None) -> None:
@@ -71,30 +69,30 @@ class Tokenizer:
         self._added_ids: dict[str, int] = {}
         self._tools_template = ""
         self._bytes_of_piece: BytesOfPiece | None = None
-        self._bytes: dict[int, bytes] = {}  # filled as tokens are met
-        self._shown_bytes: dict[int, bytes] = {}  # likewise, special tokens empty
+        self._bytes: dict[int, bytes] = {}  # filled when a token is first seen
+        self._shown_bytes: dict[int, bytes] = {}  # the same, but special tokens are empty
         end_token_ids = _configured_end_tokens(Path(model_path or path))
         if self.has_text:
             end_token_ids |= self._load()
         self.end_token_ids = frozenset(end_token_ids)
 
     def _load(self) -> set[int]:
-        """Load the files; returns the tokenizer's own end tokens."""
-        # Takes seconds to import, and workers, which import this package's siblings, do not need it.
+        """Load the files; return the end tokens that the tokenizer names."""
+        # Imported here, because it takes seconds and only a tokenizer needs it.
         with _IMPORTING:
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
-            if self._is_as_in_its_file() and type(self._hf) is not PreTrainedTokenizerFast:
-                # For some models (Qwen2) that is their own class all the same, which cuts and joins words by its rules.
+            if self._uses_file_unchanged() and type(self._hf) is not PreTrainedTokenizerFast:
+                # For some models (Qwen2) AutoTokenizer returns the model's class, which splits words by other rules.
                 self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise ModelError(f"cannot load the tokenizer in {self.path}: {error}") from error
         backend = getattr(self._hf, "backend_tokenizer", None)
         if backend is None:
-            raise ModelError(f"the tokenizer in {self.path} is no fast tokenizer; it needs a tokenizer.json")
-        # A tokenizer.json may say how training cut and padded its input; a server must do neither.
+            raise ModelError(f"the tokenizer in {self.path} is not a fast tokenizer; it needs a tokenizer.json")
+        # A tokenizer.json may contain the truncation and padding of training; a server must do neither.
         backend.no_truncation()
         backend.no_padding()
         self._backend: Any = backend
@@ -103,7 +101,7 @@ class Tokenizer:
         self._special = frozenset(
             token_id for token_id, token in added.items() if token.special and token.content not in SHOWN_MARKS
         )
-        if self._hf.chat_template:  # one, or several by name
+        if self._hf.chat_template:  # one template, or several by name
             templates = self._hf.chat_template
             named = templates if isinstance(templates, dict) else {"default": templates}
             self._tools_template = named.get("tool_use") or named.get("default", "")
@@ -111,8 +109,8 @@ class Tokenizer:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
 
-    def _is_as_in_its_file(self) -> bool:
-        """Whether the folder names the class that takes tokenizer.json as it is."""
+    def _uses_file_unchanged(self) -> bool:
+        """Return whether the folder names the class that uses tokenizer.json without changes."""
         config = self.path / "tokenizer_config.json"
         if not config.is_file() or not (self.path / "tokenizer.json").is_file():
             return False
@@ -121,30 +119,30 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; the model's embedding may have more rows."""
+        """Number of tokens, with added ones; the model's embedding may have more rows."""
         return int(self._backend.get_vocab_size(with_added_tokens=True)) if self.has_text else 0
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `encode_chat` can work."""
+        """Whether the model has a chat template, which `encode_chat` needs."""
         return self.has_text and bool(self._hf.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
         Args:
-            add_special_tokens: with what the model wants at the beginning (and end) of a prompt.
+            add_special_tokens: add the tokens with which the model expects a prompt to begin (and end).
 
         Raises:
-            InvalidRequestError: if the model has no tokenizer, or the text is not Unicode.
+            InvalidRequestError: the model has no tokenizer, or the text is not Unicode.
         """
         if not self.has_text:
             raise InvalidRequestError(f"{self.path} has no tokenizer: send the prompt as token ids", "prompt")
         try:
-            # "fast" leaves out where in the text each token was: a third of the time or more
+            # "fast" leaves out the positions of tokens in the text, which saves a third of the time or more
             [encoded] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             ids: list[int] = encoded.ids
-        except (UnicodeEncodeError, TypeError):  # JSON can write half a surrogate pair
+        except (UnicodeEncodeError, TypeError):  # JSON can contain half a surrogate pair
             raise InvalidRequestError("the prompt holds a lone surrogate, which is no character", "prompt") from None
         return ids
 
@@ -154,7 +152,7 @@ class Tokenizer:
         return self._tools_template
 
     def added_token_id(self, text: str) -> int | None:
-        """The added token of this text, such as a mark in chat templates; None: it is written with ordinary ones."""
+        """Return the added token of this text, such as a mark in chat templates; None if ordinary tokens write it."""
         return self._added_ids.get(text)
 
     def encode_chat(
@@ -163,14 +161,14 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation and the beginning of the answer, by the model's chat template.
+        """Return the token ids of a conversation and the beginning of its answer, by the model's chat template.
 
         Args:
             tools: functions that the model may call, in OpenAI's form.
-            template_options: what the template is told besides, such as ``enable_thinking`` in Qwen 3's.
+            template_options: further variables of the template, such as ``enable_thinking`` for Qwen 3.
 
         Raises:
-            InvalidRequestError: if the model has no chat template, or it rejects the messages.
+            InvalidRequestError: the model has no chat template, or the template rejects the messages or options.
         """
         if not self.has_chat_template:
             raise InvalidRequestError(
@@ -180,9 +178,9 @@ class Tokenizer:
             raise InvalidRequestError("messages must not be empty", "messages")
         if not all(isinstance(message, Mapping) for message in messages):
             raise InvalidRequestError("messages must be a list of dictionaries with role and content", "messages")
-        own = {"messages", *inspect.signature(self._hf.apply_chat_template).parameters}
+        reserved = {"messages", *inspect.signature(self._hf.apply_chat_template).parameters}
         for name in template_options or ():
-            if name in own or not re.search(rf"\b{re.escape(name)}\b", self._tools_template):
+            if name in reserved or not re.search(rf"\b{re.escape(name)}\b", self._tools_template):
                 raise InvalidRequestError(
                     f"chat_template_kwargs: the model's chat template has no option {name!r}", "chat_template_kwargs"
                 )
@@ -195,29 +193,29 @@ class Tokenizer:
                 **(template_options or {}),
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            # A template is a program that comes with the model; these are the ways in which it says no.
+            # A template is a program that comes with the model; it rejects messages with any of these errors.
             raise InvalidRequestError(f"the model's chat template rejects the messages: {error}", "messages") from error
         try:
-            return self.encode(text, add_special_tokens=False)  # the template has written them
+            return self.encode(text, add_special_tokens=False)  # the template writes special tokens itself
         except InvalidRequestError as error:
             raise InvalidRequestError(str(error), "messages") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary, nothing."""
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids have no text."""
         if not self.has_text:
             return ""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for (UTF-8, perhaps a part of a character)."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._find_bytes(token_id)
-        return known
+        """Return the bytes of one token (UTF-8, perhaps a part of a character)."""
+        token_bytes = self._bytes.get(token_id)
+        if token_bytes is None:
+            token_bytes = self._bytes[token_id] = self._find_bytes(token_id)
+        return token_bytes
 
     def text_decoder(self, skip_special_tokens: bool) -> TextDecoder:
-        """A decoder for one output. See `IncrementalDetokenizer` for what users want."""
+        """Make a decoder for one output; `IncrementalDetokenizer` adds stop strings to it."""
         if self.has_text and self._bytes_of_piece is None:
             hidden = self._special if skip_special_tokens else frozenset()
             return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=False), hidden)
@@ -239,7 +237,7 @@ class Tokenizer:
 
 
 def _configured_end_tokens(folder: Path) -> set[int]:
-    """End tokens in config.json (or its text part) and generation_config.json, each one id or a list."""
+    """Read the end tokens in config.json (or its text part) and generation_config.json, each one id or a list."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         path = folder / name
