@@ -1,7 +1,7 @@
 """Chat in the terminal: ``python -m hbserve.shell --url http://127.0.0.1:8000``, or ``--model FOLDER``.
 
-With ``--model`` a system of its own is started, and ended with the shell. Lines that begin with a slash
-are commands; Ctrl-C ends an answer, Ctrl-D the shell.
+With ``--model`` the shell starts a system, and ends it at its own end. Lines that begin with a slash are commands;
+Ctrl-C ends an answer, Ctrl-D the shell.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ from hbserve.sampling_params import SamplingParams
 Message = dict[str, str]
 
 HELP = """/reset      forget the conversation
-/history    show it
-/system T   begin anew with this system message
+/history    show the conversation
+/system T   begin a new conversation with the system message T
 /stats      speed of the last answer, and the system's counts
-/help       this
-/quit       end (also Ctrl-D)"""
+/help       show these commands
+/quit       end the shell (also Ctrl-D)"""
 _TIMEOUT_S = 600.0
 _SHOWN_CONTROLS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 _SHOWN_CONTROLS |= {0x7F: 0x2421, 0x9B: "<CSI>"}
-"""A model's text must not command the terminal: its control characters are shown as Unicode's pictures of them."""
+"""Unicode's pictures of control characters, shown instead of them: a model's text must not control the terminal."""
 
 
 class Backend(Protocol):
-    """What answers."""
+    """A model that answers a conversation."""
 
     name: str
 
     def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
-        """Pieces of the answer, each with its number of tokens; closing it ends the request.
+        """Yield parts of the answer, each with its number of tokens. Closing the generator ends the request.
 
         Raises:
-            HBServeError: saying what went wrong.
+            HBServeError: the text says what failed.
         """
 
     def stats(self) -> dict[str, Any]:
-        """The scheduler's books."""
+        """Return the scheduler's statistics."""
 
 
 class HttpBackend:
     """A running server.
 
     Args:
-        url: as the server prints it.
-        key: API key, if the server asks for one.
+        url: address that the server prints at its start.
+        key: API key, if the server requires one.
         sampling: parameters of the chat completion.
     """
 
     def __init__(self, url: str, key: str | None, sampling: dict[str, Any]) -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.hostname is None or parts.scheme not in ("http", "https"):
-            raise RequestFailedError(f"{url!r} is no address such as http://127.0.0.1:8000")
+            raise RequestFailedError(f"{url!r} is not an address such as http://127.0.0.1:8000")
         self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port
         self._headers = {"Content-Type": "application/json"}
         if key:
@@ -114,7 +114,7 @@ class HttpBackend:
 
 
 class LocalBackend:
-    """A system started for this shell; `close` ends it."""
+    """A system that runs for this shell only; `close` ends it."""
 
     def __init__(self, model: str, mode: str, sampling: dict[str, Any]) -> None:
         from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
@@ -162,7 +162,7 @@ class LocalBackend:
 
 
 class Shell:
-    """One conversation."""
+    """A conversation in the terminal."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -170,15 +170,15 @@ class Shell:
         self._speed = "no answer yet"
 
     def handle(self, line: str) -> bool:
-        """Obey or answer one line; False at the end."""
+        """Execute or answer one line; return False at the end."""
         line = line.strip()
         if line.startswith("/"):
-            return self._obey(*line.partition(" ")[::2])
+            return self._execute(*line.partition(" ")[::2])
         if line:
             self._reply(line)
         return True
 
-    def _obey(self, command: str, rest: str) -> bool:
+    def _execute(self, command: str, rest: str) -> bool:
         if command in ("/quit", "/exit"):
             return False
         if command in ("/reset", "/system"):
@@ -202,14 +202,14 @@ class Shell:
     def _reply(self, line: str) -> None:
         self._messages.append({"role": "user", "content": line})
         answer, num_tokens = "", 0
-        began = time.monotonic()
-        first: float | None = None
-        pieces = self._backend.answer(self._messages)
+        start = time.monotonic()
+        first_token_s = 0.0
+        parts = self._backend.answer(self._messages)
         try:
-            for text, new in pieces:
-                if new and first is None:
-                    first = time.monotonic() - began
-                num_tokens += new
+            for text, num_new in parts:
+                if num_new and not num_tokens:
+                    first_token_s = time.monotonic() - start
+                num_tokens += num_new
                 answer += text
                 print(text.translate(_SHOWN_CONTROLS), end="", flush=True)
         except KeyboardInterrupt:
@@ -217,16 +217,16 @@ class Shell:
         except HBServeError as error:
             print(f"\nerror: {error}", file=sys.stderr)
         finally:
-            pieces.close()
+            parts.close()
         print()
         if not answer:
-            self._messages.pop()  # nothing was said to it
+            self._messages.pop()  # an unanswered message is not part of the conversation
             return
         self._messages.append({"role": "assistant", "content": answer})
-        seconds = time.monotonic() - began
-        decoding = seconds - (first or 0.0)
-        rate = f", {(num_tokens - 1) / decoding:.1f} tokens/s after it" if num_tokens > 1 and decoding > 0 else ""
-        self._speed = f"{num_tokens} tokens in {seconds:.2f} s; the first after {1000 * (first or 0.0):.0f} ms{rate}"
+        seconds = time.monotonic() - start
+        decode_s = seconds - first_token_s
+        rate = f", {(num_tokens - 1) / decode_s:.1f} tokens/s after it" if num_tokens > 1 and decode_s > 0 else ""
+        self._speed = f"{num_tokens} tokens in {seconds:.2f} s; the first after {1000 * first_token_s:.0f} ms{rate}"
 
 
 def _message_of(body: bytes) -> str:
@@ -237,7 +237,7 @@ def _message_of(body: bytes) -> str:
 
 
 def _lines() -> Generator[str, None, None]:
-    """What is typed; with editing and, over sessions, history where there is a terminal."""
+    """Yield the lines that the user types; in a terminal with editing, and a history that outlives the shell."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -257,7 +257,7 @@ def _lines() -> Generator[str, None, None]:
                 break
             except KeyboardInterrupt:
                 print()
-    finally:  # also where the reader stops, at /quit
+    finally:  # also at /quit, when the caller closes the generator
         with contextlib.suppress(ImportError, OSError):
             import readline
 
@@ -266,15 +266,15 @@ def _lines() -> Generator[str, None, None]:
 
 
 def main() -> int:
-    """Parse the arguments and chat until the end of input; returns the exit code."""
+    """Parse the arguments and chat until the end of input; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.shell", description="Chat in the terminal.", epilog=HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--url", help="of a running server")
-    which.add_argument("--model", help="folder of a model, for a system of its own")
-    parser.add_argument("--mode", default="unified", help="of that system (default: unified)")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--url", help="address of a running server")
+    target.add_argument("--model", help="folder of a model; the shell starts a system for it")
+    parser.add_argument("--mode", default="unified", help="mode of that system (default: unified)")
     parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: what the context holds)")
+    parser.add_argument("--max-tokens", type=int, help="length limit of an answer (default: the rest of the context)")
     parser.add_argument("--seed", type=int, help="makes answers reproducible")
     arguments = parser.parse_args()
     names = ("temperature", "max_tokens", "seed")

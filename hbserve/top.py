@@ -1,7 +1,7 @@
 """A running server in the terminal: ``python -m hbserve.top [--url http://127.0.0.1:8000]``.
 
-Requests, latencies and instances from ``/stats``, the split and the rotations of ``semi_pd`` instances
-from ``/v1/semi_pd/status``, drawn anew every second until Ctrl-C.
+It reads requests, latencies and instances from ``/stats``, and the split and rotations of ``semi_pd`` instances from
+``/v1/semi_pd/status``. It draws them every second until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _TIMEOUT_S = 5.0
 
 
 def draw(stats: dict[str, Any], semi_pd: dict[str, Any]) -> str:
-    """The picture of one moment.
+    """Draw one moment.
 
     Args:
-        stats: of ``/stats``.
-        semi_pd: of ``/v1/semi_pd/status``.
+        stats: answer of ``/stats``.
+        semi_pd: answer of ``/v1/semi_pd/status``.
     """
     scheduler, window = stats["cpu_scheduler"], stats["metrics"]["window"]
     lines = [
@@ -36,7 +36,7 @@ def draw(stats: dict[str, Any], semi_pd: dict[str, Any]) -> str:
     for name in ("ttft", "tpot", "itl"):
         percentiles = {percent: window[f"{name}_p{percent}_ms"] for percent in (50, 95, 99)}
         values = ", ".join(f"p{percent} {value:.1f}" for percent, value in percentiles.items() if value)
-        lines.append(f"{name.upper():<10} {f'{values} ms' if values else 'nothing measured lately'}")
+        lines.append(f"{name.upper():<10} {f'{values} ms' if values else 'no recent samples'}")
     for name, instance in stats["gpu_instances"].items():
         lines += ["", f"{name} ({instance['role']}, {instance['status']}): {instance.get('device', '')}"]
         blocks = instance.get("kv_blocks")
@@ -55,23 +55,22 @@ def _bar(share: float) -> str:
 
 
 def _workers(instance: dict[str, Any]) -> list[str]:
-    workers = sorted(instance.get("workers", {}).values(), key=lambda each: (each["role"], each["percentage"]))
+    workers = sorted(instance.get("workers", {}).values(), key=lambda worker: (worker["role"], worker["percentage"]))
     return [
-        f"  {'▶' if each['is_current'] else ' '} {each['role']:<8} {_bar(each['percentage'] / 100)} "
-        f"{each['percentage']:>3} %  {each['status']:<9} steps {each['steps']}, in flight {each['steps_in_flight']}"
-        for each in workers
+        f"  {'▶' if worker['is_current'] else ' '} {worker['role']:<8} {_bar(worker['percentage'] / 100)} "
+        f"{worker['percentage']:>3} %  {worker['status']:<9} steps {worker['steps']}, "
+        f"in flight {worker['steps_in_flight']}"
+        for worker in workers
     ]
 
 
 def _rotation(status: dict[str, Any]) -> list[str]:
     split, counts = status["current_sm_allocation"], status["statistics"]
-    wanted = status["requested_sm_allocation"]
-    change = ""
-    if wanted is not None:
-        change = f" → {_split(wanted)}"
-        change += f" ({status['delayed_switching']['state']})"
+    requested, change = status["requested_sm_allocation"], ""
+    if requested is not None:
+        change = f" → {_split(requested)} ({status['delayed_switching']['state']})"
     lines = [
-        f"  split {_split(split)}{change}, sleepers {len(status['sleepers'])}",
+        f"  split {_split(split)}{change}, standby workers {len(status['sleepers'])}",
         f"  rotations {counts['rotations']} (failed {counts['failed_rotations']}), "
         f"replaced workers {counts['replaced_workers']}, recoveries {counts['recoveries']}",
     ]
@@ -88,14 +87,15 @@ def _split(allocation: dict[str, Any]) -> str:
 def _get(url: str, key: str | None) -> dict[str, Any]:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
-        answer: dict[str, Any] = json.load(response)
-        return answer
+        return json.load(response)  # type: ignore[no-any-return]
 
 
 def main() -> int:
-    """Draw until Ctrl-C; returns the exit code."""
+    """Draw until Ctrl-C; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.top", description="A running server in the terminal.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server; HBSERVE_API_KEY is its key")
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="address of the server; HBSERVE_API_KEY holds the key"
+    )
     parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between pictures")
     parser.add_argument("--once", action="store_true", help="one picture, without clearing the screen")
     arguments = parser.parse_args()
@@ -114,9 +114,9 @@ def main() -> int:
             time.sleep(arguments.interval_s)
     except KeyboardInterrupt:
         return 0
-    except (OSError, ValueError, LookupError) as error:  # nobody there, no JSON, or other JSON than ours
+    except (OSError, ValueError, LookupError) as error:  # no server, no JSON, or other JSON than HBServe's
         reason = getattr(error, "reason", None) or repr(error)
-        print(f"error: {base} does not answer as a server of HBServe: {reason}", file=sys.stderr)
+        print(f"error: {base} does not answer like a server of HBServe: {reason}", file=sys.stderr)
         return 1
 
 
