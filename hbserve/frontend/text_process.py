@@ -33,7 +33,7 @@ from hbserve.messages.text import (
     TextRequest,
     TextStreamOptions,
 )
-from hbserve.process.parent import ChildProcess
+from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 30.0
 _MAX_ATTEMPTS = 3
-_RESTART_WINDOW_S = 600.0
 
 
 class _Query:
@@ -206,9 +205,9 @@ class TextProcess:
 
     def report(self) -> dict[str, Any]:
         """For the operator."""
-        process = None if self._child is None else self._child.process
+        child = self._child
         return {
-            "pid": None if process is None or process.returncode is not None else process.pid,
+            "pid": child.pid if child is not None and child.is_alive() else None,
             "restarts": max(0, self._num_starts - 1),
             "open_questions": len(self._queries),
             "open_streams": len(self._streams),
@@ -232,7 +231,7 @@ class TextProcess:
         orders = {"config": msgspec.to_builtins(self._config), "name": self.name, "address": address}
         self._child = ChildProcess(f"the {self.name}", "hbserve.frontend.text_worker", orders)
         try:
-            await self._child.start()
+            self._child.start()
             await self._child.wait_ready(deadline)
             await asyncio.wait_for(socket.receive(), max(1.0, deadline - time.monotonic()))  # its greeting
         except TimeoutError:
@@ -267,26 +266,20 @@ class TextProcess:
 
     async def _keep_alive(self) -> None:
         """Replace the process when it ends on its own."""
-        recent: deque[float] = deque()
+        budget = RestartBudget(self._config.rpc.max_restarts)
         while True:
             assert self._child is not None
-            assert self._child.process is not None
-            code = await self._child.process.wait()
+            code = await self._child.wait()
             # Who ended at its start had not heard of any request. A death at work may be a request's doing, which must
             # not be able to end the service: only other deaths count against it.
             was_at_work = self._socket is not None and self._is_at_work
             if was_at_work:
                 self._count_deaths()
             await self._hang_up()
-            now = time.monotonic()
-            while recent and now - recent[0] > _RESTART_WINDOW_S:
-                recent.popleft()
-            if not was_at_work and len(recent) >= self._config.rpc.max_restarts:
+            if not was_at_work and not budget.take():
                 self._give_up(f"the {self.name} ended with exit code {code}, too often to be replaced again")
                 return
             logger.warning("the %s ended with exit code %d; replacing it", self.name, code)
-            if not was_at_work:
-                recent.append(now)
             try:
                 await self._start(time.monotonic() + self._config.rpc.start_timeout_s)
             except StartupError as error:
@@ -328,10 +321,9 @@ class TextProcess:
                 self._heard < late
             ):  # streams are answered in turn: one that waits while others do not is in a long queue
                 waits |= any(stream.pending and stream.since < late for stream in self._streams.values())
-            if waits and self._socket is not None and self._child is not None and self._child.process is not None:
+            if waits and self._socket is not None and self._child is not None:
                 logger.error("the %s has not answered for %g s; ending it", self.name, _ANSWER_TIMEOUT_S)
-                with contextlib.suppress(ProcessLookupError):
-                    self._child.process.kill()
+                self._child.kill()
 
     async def _hang_up(self) -> None:
         socket, self._socket = self._socket, None

@@ -1,4 +1,9 @@
-"""A parent's side of a child process; `hbserve.process.child` is the other."""
+"""Parent's side of child processes: start, status lines, exit, end, and how often to restart.
+
+A child has a watcher thread in its parent, which reads the child's status lines and waits for its exit. Methods can be
+called from any thread; the coroutines (`wait_ready`, `wait`, `stop`) from any event loop.
+`hbserve.process.child` is the child's side.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,15 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
-import socket
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from hbserve.errors import StartupError
@@ -20,97 +29,203 @@ logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 20.0
 _ABORT_TIMEOUT_S = 5.0
+_RESTART_WINDOW_S = 600.0
 
 
 class ChildProcess:
-    """One process started from orders.
+    """One child process at a time; it may be started again after its exit.
+
+    The child's standard input is its life line: the child ends when this process does, however this process ends.
 
     Args:
-        name: for messages.
-        module: what it runs, as ``python -m``.
-        orders: JSON-serialisable, sent on its standard input.
-        arguments: of its command line.
+        name: name of the child in messages; may change.
+        module: module that the child runs, as ``python -m``.
+        orders: first line on the child's standard input, as JSON.
+        arguments: command line of the child.
+        environment: variables besides those of this process.
+        on_status: called in the watcher thread with each status that the child reports.
+        on_exit: called in the watcher thread with the exit code, once per start, when the child can touch nothing any
+            more: the child has ended, and so has every process that has inherited its end of the status pipe.
     """
 
-    def __init__(self, name: str, module: str, orders: dict[str, Any], arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        orders: dict[str, Any],
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        on_status: Callable[[dict[str, Any]], object] = lambda _: None,
+        on_exit: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self.name = name
-        self._module = module
-        self._orders = orders
-        self._arguments = arguments
-        self.process: asyncio.subprocess.Process | None = None
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._orders, self._environment = orders, dict(environment or {})
+        self._on_status, self._on_exit = on_status, on_exit
+        self._send_lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
-    async def start(self) -> None:
-        """Start the process; it becomes ready later."""
-        # Not a pipe: uvloop closes the descriptor of what is no socket twice, and by the second time it may be that of
-        # a socket which a thread of ZeroMQ has just made.
-        ours, theirs = socket.socketpair()
+    def start(self) -> None:
+        """Start the process; it becomes ready later.
+
+        Raises:
+            OSError: if the system refuses another process.
+        """
+        read_end, write_end = os.pipe()
         try:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                self._module,
-                *self._arguments,
-                stdin=asyncio.subprocess.PIPE,
-                env=child_environment(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                env=child_environment(write_end) | self._environment,
+                pass_fds=[write_end],
                 start_new_session=True,  # Ctrl-C is for the launcher, which then ends its children in order
             )
         except BaseException:
-            ours.close()
+            os.close(read_end)
             raise
         finally:
-            theirs.close()
-        self._status = ours
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(self._orders).encode() + b"\n")
-        with contextlib.suppress(ConnectionError):
-            await self.process.stdin.drain()
+            os.close(write_end)
+        self._started: Future[dict[str, Any]] = Future()  # first status that tells how the start went; {}: none
+        self._exited: Future[int] = Future()
+        for future in (self._started, self._exited):
+            future.set_running_or_notify_cancel()  # a coroutine that is cancelled must not cancel it
+        self.send(self._orders)
+        self._watcher = threading.Thread(target=self._watch, args=(read_end,), name=f"watch-{self.name}", daemon=True)
+        self._watcher.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code, or None before the start and while the process runs."""
+        return None if self._process is None else self._process.returncode
+
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.returncode is None
+
+    def send(self, order: dict[str, Any]) -> bool:
+        """Write one line to the child; False if the child has ended."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            with self._send_lock:
+                self._process.stdin.write(json.dumps(order).encode() + b"\n")
+                self._process.stdin.flush()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def terminate(self) -> None:
+        """Ask the child to finish what is in flight and to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the child, and the processes of its process group, now.
+
+        On a GPU this may end other processes of the device too: only for a child that does not answer.
+        """
+        if self._process is not None and not self._exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until the child has ended and ``on_exit`` has returned; False if that takes longer."""
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join(timeout_s)
+        return not self._watcher.is_alive()
+
+    def end(self, timeout_s: float) -> bool:
+        """Ask the child to end, wait, and kill it at the deadline; False if that was necessary."""
+        self.terminate()
+        has_ended = self.join(timeout_s)
+        if not has_ended:
+            self.kill()
+            self.join(timeout_s)
+        return has_ended
 
     async def wait_ready(self, deadline: float) -> None:
-        """Wait for its word that it is ready.
+        """Wait until the child reports that it is ready.
 
         Args:
             deadline: on the monotonic clock.
 
         Raises:
-            StartupError: with its own reason, its exit code, or at the deadline.
+            StartupError: with the child's own reason, with its exit code, or at the deadline.
         """
-        reader, writer = await asyncio.open_unix_connection(sock=self._status)
         try:
-            line = await asyncio.wait_for(reader.readline(), max(0.0, deadline - time.monotonic()))
+            status = await asyncio.wait_for(asyncio.wrap_future(self._started), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             raise StartupError(f"{self.name} was not ready in time (rpc.start_timeout_s)") from None
-        finally:
-            writer.close()
-        status = json.loads(line) if line else {}
         if "error" in status:
             raise StartupError(f"{self.name}: {status['error']}")
         if "ready" not in status:
-            assert self.process is not None
-            raise StartupError(f"{self.name} ended at start with exit code {await self.process.wait()}; see its log")
+            raise StartupError(f"{self.name} ended at start with exit code {await self.wait()}; see its log")
+
+    async def wait(self) -> int:
+        """Wait until the child has ended, as ``on_exit`` means it; returns the exit code."""
+        return await asyncio.wrap_future(self._exited)
 
     async def stop(self) -> None:
-        """Ask it to end, wait, and only then kill."""
-        if self.process is None:
+        """Ask the child to end, wait, and only then kill it; before that it logs the stack of each thread."""
+        if self._process is None:
             return
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
-            try:
-                await asyncio.wait_for(self.process.wait(), _STOP_TIMEOUT_S)
-            except TimeoutError:
-                logger.error("%s did not end within %g s; killing it", self.name, _STOP_TIMEOUT_S)
-                await self._kill()
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        for end, timeout_s in ((self.terminate, _STOP_TIMEOUT_S), (self._abort, _ABORT_TIMEOUT_S), (self.kill, None)):
+            end()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.wait(), timeout_s)
+                return
 
-    async def _kill(self) -> None:
-        assert self.process is not None
+    def _abort(self) -> None:
+        logger.error("%s did not end within %g s; killing it", self.name, _STOP_TIMEOUT_S)
+        self._signal(signal.SIGABRT)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGABRT)  # it says first what each of its threads is at
-        try:
-            await asyncio.wait_for(self.process.wait(), _ABORT_TIMEOUT_S)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-            await self.process.wait()
+            self._process.send_signal(number)
+
+    def _watch(self, read_end: int) -> None:
+        process, started, exited = self._process, self._started, self._exited
+        assert process is not None
+        assert process.stdin is not None
+        with os.fdopen(read_end, "rb") as pipe:
+            for line in pipe:
+                status = json.loads(line)
+                if ("ready" in status or "error" in status) and not started.done():
+                    started.set_result(status)
+                self._on_status(status)
+        code = process.wait()
+        with self._send_lock, contextlib.suppress(OSError):
+            process.stdin.close()
+        if not started.done():
+            started.set_result({})
+        exited.set_result(code)
+        self._on_exit(code)
+
+
+class RestartBudget:
+    """Restarts that are still allowed: at most ``max_restarts`` within ten minutes. Not thread-safe."""
+
+    def __init__(self, max_restarts: int) -> None:
+        self._max_restarts = max_restarts
+        self._times: deque[float] = deque()
+
+    def take(self) -> bool:
+        """Count one restart; False if the budget is spent."""
+        now = time.monotonic()
+        while self._times and now - self._times[0] > _RESTART_WINDOW_S:
+            self._times.popleft()
+        is_allowed = len(self._times) < self._max_restarts
+        if is_allowed:
+            self._times.append(now)
+        return is_allowed
+
+    @property
+    def delay_s(self) -> float:
+        """Pause before the restart that was taken last: short at first, longer while the process keeps failing."""
+        return min(0.1 * 4.0 ** (len(self._times) - 1), 10.0)

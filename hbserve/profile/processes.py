@@ -11,7 +11,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.platform import mps
-from hbserve.process.threaded_parent import ManagedProcess
+from hbserve.process.parent import ChildProcess
 from hbserve.profile.stepper import Measured, Stepper, Work
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.utils import semi_pd_system
@@ -26,14 +26,15 @@ class StepperProcess:
     def __init__(self, orders: Stepper, environment: dict[str, str]) -> None:
         self.name = f"{orders.instance.instance_type} at {orders.percentage} %"
         self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.process = ManagedProcess(
+        self.process = ChildProcess(
             self.name,
             "hbserve.profile.stepper",
             msgspec.to_builtins(orders),
-            environment,
-            self._said.put,
-            lambda code: self._said.put({"error": f"ended with exit code {code}"}),
+            environment=environment,
+            on_status=self._said.put,
+            on_exit=lambda code: self._said.put({"error": f"ended with exit code {code}"}),
         )
+        self.process.start()
 
     def hear(self, timeout_s: float) -> dict[str, Any]:
         """What it says next.

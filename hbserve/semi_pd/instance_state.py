@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from enum import StrEnum
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.messages.supervisor import SetWorkers
-from hbserve.process.threaded_parent import ManagedProcess
+from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.semi_pd.resident_process_manager import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.utils import PHASES, ROLES
@@ -26,7 +25,6 @@ from hbserve.slo.constraints import SMAllocation
 
 logger = logging.getLogger(__name__)
 
-_RESTART_WINDOW_S = 600.0
 _GRACE_S = 5.0
 ShareLevel = tuple[InstanceRole, int]
 
@@ -75,7 +73,7 @@ class InstanceState:
         self.num_replaced = 0
         self._on_gpu = False
         self._gone: list[str] = []
-        self._losses: deque[float] = deque()
+        self._restarts = RestartBudget(config.rpc.max_restarts)
 
     def start_workers(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
         """Begin to have workers: start the sleepers that the first of them are made of."""
@@ -103,7 +101,7 @@ class InstanceState:
         self.check_going()
         self.residents.start(max(0.0, deadline - time.monotonic()), lambda: self.is_told_to_stop)
 
-    def processes(self) -> list[ManagedProcess]:
+    def processes(self) -> list[ChildProcess]:
         """All of the workers' and sleepers' that run."""
         with self.changed:
             return self.pool.processes() if self.pool is not None else []
@@ -251,12 +249,8 @@ class InstanceState:
         self.pool.keep_standbys(self._config.semi_pd.num_sleepers)
 
     def may_try_again(self) -> bool:
-        """Whether one more loss in the last minutes is still bearable."""
-        now = time.monotonic()
-        while self._losses and now - self._losses[0] > _RESTART_WINDOW_S:
-            self._losses.popleft()
-        self._losses.append(now)
-        return len(self._losses) <= self._config.rpc.max_restarts
+        """Count one more restart of something that was lost; False if there were too many."""
+        return self._restarts.take()
 
     # --- what becomes of processes; from watchers' threads ---------------------------------------
 

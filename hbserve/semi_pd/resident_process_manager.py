@@ -16,7 +16,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError, StartupError
-from hbserve.process.threaded_parent import ManagedProcess
+from hbserve.process.parent import ChildProcess
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import semi_pd_system
 from hbserve.slo.constraints import SMAllocation
@@ -145,7 +145,7 @@ class ResidentProcessManager:
         self.run_dir = run_dir
         self._on_lost = on_lost or self._start_again
         self._condition = threading.Condition()
-        self._process: ManagedProcess | None = None
+        self._process: ChildProcess | None = None
         self._status: dict[str, Any] = {}
         self._num_answers = 0
         self._free_bytes: int | None = None
@@ -183,7 +183,15 @@ class ResidentProcessManager:
         with self._condition:
             self._status, self._wanted = {}, True
             module = "hbserve.semi_pd.resident_process"
-            self._process = ManagedProcess(self._name, module, orders, self.environment, self._on_status, self._on_exit)
+            self._process = ChildProcess(
+                self._name,
+                module,
+                orders,
+                environment=self.environment,
+                on_status=self._on_status,
+                on_exit=self._on_exit,
+            )
+            self._process.start()
 
     def wait_sized(self, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, int]:
         """Wait until the weights are loaded; how much KV fits then, as ``num_blocks`` and ``max_model_len``.

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +15,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import WorkerSpec
-from hbserve.process.threaded_parent import ManagedProcess
+from hbserve.process.parent import ChildProcess
 from hbserve.semi_pd.utils import partition_of
 from hbserve.semi_pd.worker_process import WakeUp
 
@@ -47,7 +46,7 @@ class Worker:
         rank_pids: process ids of its ranks, once it is ready.
     """
 
-    def __init__(self, spec: WorkerSpec, process: ManagedProcess) -> None:
+    def __init__(self, spec: WorkerSpec, process: ChildProcess) -> None:
         self.spec = spec
         self.process = process
         self.state = WorkerState.PREPARING
@@ -107,9 +106,9 @@ class WorkerPool:
         self._environment, self._on_gpu = environment, on_gpu
         self._on_ready, self._on_exit = on_ready, on_exit
         self._serial = itertools.count(1)
-        self._worker_of: dict[ManagedProcess, Worker] = {}
-        self._standbys: deque[ManagedProcess] = deque()
-        self._asleep: set[ManagedProcess] = set()
+        self._worker_of: dict[ChildProcess, Worker] = {}
+        self._standbys: deque[ChildProcess] = deque()
+        self._asleep: set[ChildProcess] = set()
         self.workers: dict[str, Worker] = {}
         """By name, those that have not ended."""
 
@@ -123,7 +122,7 @@ class WorkerPool:
         while len(self._standbys) < number:
             self._standbys.append(self._new_process(are_awaited))
 
-    def _new_process(self, is_awaited: bool) -> ManagedProcess:
+    def _new_process(self, is_awaited: bool) -> ChildProcess:
         how = Standby(model=None, on_gpu=self._on_gpu, yields=not is_awaited)
         orders = {
             "config": msgspec.to_builtins(self._config),
@@ -131,10 +130,8 @@ class WorkerPool:
             "num_ranks": self._instance.num_ranks,
             "sleep": msgspec.to_builtins(how),
         }
-        made: Future[ManagedProcess] = Future()  # one that dies at once is heard of before it is here
 
         def on_status(status: dict[str, Any]) -> None:
-            process = made.result()
             worker = self._worker_of.get(process)
             if worker is not None and "error" in status:
                 worker.error = status["error"]
@@ -147,15 +144,16 @@ class WorkerPool:
                 self._asleep.add(process)
 
         def on_exit(code: int) -> None:
-            process = made.result()
             self._asleep.discard(process)
             worker = self._worker_of.pop(process, None)
             if worker is not None:
                 self._on_exit(worker, code)
 
         name = f"{self._instance.instance_id}-standby"
-        process = ManagedProcess(name, _MODULE, orders, self._environment, on_status, on_exit)
-        made.set_result(process)
+        process = ChildProcess(
+            name, _MODULE, orders, environment=self._environment, on_status=on_status, on_exit=on_exit
+        )
+        process.start()
         return process
 
     def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
@@ -200,6 +198,6 @@ class WorkerPool:
             if standby.is_alive()
         ]
 
-    def processes(self) -> list[ManagedProcess]:
+    def processes(self) -> list[ChildProcess]:
         """All that run, sleepers included."""
         return [*(worker.process for worker in self.workers.values()), *self._standbys]

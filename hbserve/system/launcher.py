@@ -12,7 +12,6 @@ import logging
 import shutil
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -24,7 +23,7 @@ from hbserve.platform import mps
 from hbserve.platform.mps import num_visible_gpus
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED
-from hbserve.process.parent import ChildProcess
+from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.process.supervision import InstanceSupervisor, Supervision
 from hbserve.rpc.instance_line import instance_address, scheduler_address
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
@@ -56,7 +55,6 @@ def fit_to_gpus(config: Config) -> Config:
     return msgspec.structs.replace(config, gpu_instances=shared, performance=performance)
 
 
-_RESTART_WINDOW_S = 600.0
 _SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
 
 
@@ -143,7 +141,7 @@ class Launcher:
             for instance in others
         }  # before anything is started: they check what they are told
         for child in self._children:
-            await child.start()
+            child.start()
         waits: list[asyncio.Future[None]] = [
             asyncio.create_task(child.wait_ready(deadline)) for child in self._children
         ]
@@ -166,29 +164,23 @@ class Launcher:
         return {name: supervision.supervisor for name, supervision in self._supervisions.items()}
 
     async def _watch_scheduler(self, scheduler: ChildProcess) -> None:
-        assert scheduler.process is not None
-        code = await scheduler.process.wait()
+        code = await scheduler.wait()
         self._on_scheduler_exit(f"the scheduler ended with exit code {code}")
 
     async def _keep_alive(self, child: ChildProcess) -> None:
         """Restart an instance that ends on its own; the scheduler meanwhile keeps its requests."""
-        recent: deque[float] = deque()
+        budget = RestartBudget(self.config.rpc.max_restarts)
         while True:
-            assert child.process is not None
-            code = await child.process.wait()
+            code = await child.wait()
             if code == EXIT_DISMISSED:
                 logger.info("%s has left", child.name)
                 return
-            now = time.monotonic()
-            while recent and now - recent[0] > _RESTART_WINDOW_S:
-                recent.popleft()
-            if len(recent) >= self.config.rpc.max_restarts:
+            if not budget.take():
                 logger.error("%s ended with exit code %d, too often to restart it again", child.name, code)
                 return
             logger.warning("%s ended with exit code %d; restarting it", child.name, code)
-            await asyncio.sleep(min(0.1 * 4 ** len(recent), 10.0))  # quickly at first, calmer if it keeps failing
-            recent.append(now)
-            await child.start()
+            await asyncio.sleep(budget.delay_s)
+            child.start()
             try:
                 await child.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
             except StartupError as error:

@@ -36,13 +36,12 @@ class InstanceActor:
 
     async def run(self) -> None:
         """Keep the instance running; returns when it shall not run any more. Ray calls it again in a new actor."""
-        await self._process.start()
+        self._process.start()
         code = None
         try:
             await self._process.wait_ready(time.monotonic() + self._start_timeout_s)
             self._started.set()
-            assert self._process.process is not None
-            code = await self._process.process.wait()
+            code = await self._process.wait()
         except StartupError as error:
             self._error = str(error)
             self._started.set()

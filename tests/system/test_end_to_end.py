@@ -79,8 +79,7 @@ async def test_a_scheduler_that_hangs_is_noticed() -> None:
     config = PdDisaggConfig.from_arguments(DEMO, mode="unified", **SETTINGS)
     async with DisaggregatedLLM(config) as llm:
         llm.client._answer_timeout_s = 1.0
-        scheduler = llm._launcher._children[0].process
-        assert scheduler is not None
+        scheduler = llm._launcher._children[0]
         os.kill(scheduler.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineDeadError, match="did not answer"):

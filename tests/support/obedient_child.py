@@ -1,0 +1,31 @@
+"""A child process that does what its orders say; run as ``python -m tests.support.obedient_child``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+
+from hbserve.process import child
+
+
+def main() -> None:
+    orders = child.read_orders()
+    if "exit_code" in orders:
+        child.exit_now(orders["exit_code"])
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set() if not orders.get("is_deaf") else None)
+    child.report_status({"asleep": True}, is_last=False)
+    child.report_status(orders["status"], is_last=False)
+    if orders.get("echoes"):
+        for line in sys.stdin:
+            child.report_status({"echo": json.loads(line)}, is_last=False)
+    while not stop.wait(0.05):
+        pass
+    child.exit_now(7)
+
+
+if __name__ == "__main__":
+    main()
