@@ -1,1 +1,1 @@
-"""Child processes: their start, their supervision and their end."""
+"""Processes of a system: start, supervision and end of children; event loop and log format."""

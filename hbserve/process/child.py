@@ -1,8 +1,8 @@
-"""What every child process of a launcher, or of a rank 0, does the same: take orders, report, die with its parent.
+"""Child's side of every process that this package starts: take orders, report, end with the parent.
 
-The launcher writes one JSON line to the child's standard input and keeps the pipe open as a life
-line: when it closes, the parent is gone, whatever ended it. The child writes one JSON line about
-its start to a status pipe: ready, or why not.
+The parent writes one JSON line of orders to the child's standard input and keeps the pipe open as a life line. When the
+pipe closes, the parent has ended, for whatever reason. The child writes JSON lines to a status pipe; the one about its
+start says that it is ready, or why not. `hbserve.process.parent` is the other side.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
 EXIT_DISMISSED = 69
-"""Of an instance that the scheduler has let go: its launcher need not start it again."""
+"""Exit code of an instance that the scheduler has released: its launcher does not start it again."""
 
 
 def environment(status_fd: int) -> dict[str, str]:
-    """The environment of a child that inherits its end of the status pipe; for its parent."""
+    """Return the environment for a child that inherits this end of the status pipe; called by the parent."""
     values = dict(os.environ) | exit_core.environment()
     values[STATUS_FD_VARIABLE] = str(status_fd)
-    # A user's own classes are imported from wherever the user's program imports.
+    # The child imports users' own classes from the same folders as the user's program.
     values["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    # Threads of tensor operations that wait for each other shall sleep, not spin: on cores that other
-    # processes want too, ours among them, whole time slices are spun away (measured: 0.3 s became 20 s).
+    # Threads of tensor operations that wait for each other must sleep, not spin. On cores that other processes need
+    # too, spinning threads use up whole time slices (measured: 0.3 s became 20 s).
     values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return values
 
@@ -50,20 +50,20 @@ def set_process_title(title: str) -> None:
     setproctitle.setproctitle(title)
 
 
-def configure_logging(config: LoggingConfig, who: str) -> None:
+def configure_logging(config: LoggingConfig, process_name: str) -> None:
     """Log to standard error, each line with time, level and process; at SIGABRT the stack of every thread."""
     faulthandler.enable()
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter(who) if config.format == "json" else TextFormatter(who))
+    handler.setFormatter((JsonFormatter if config.format == "json" else TextFormatter)(process_name))
     logging.basicConfig(level=config.level, handlers=[handler], force=True)
-    # Libraries' chatter is for those who ask for DEBUG.
+    # Only the level DEBUG shows the libraries' frequent messages.
     if config.level != "DEBUG":
         for name in ("httpx", "asyncio", "transformers", "uvicorn.access", "uvicorn.error"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def read_orders() -> dict[str, Any]:
-    """The launcher's JSON line; where it is gone already, the process ends."""
+    """Read the parent's line of orders; end this process if the parent has already ended."""
     exit_core.keep_off()
     line = sys.stdin.buffer.readline()
     if not line:
@@ -73,26 +73,26 @@ def read_orders() -> dict[str, Any]:
     return orders
 
 
-def watch_parent(on_gone: Callable[[], object]) -> None:
-    """Call ``on_gone`` from another thread once the life line is cut.
+def watch_parent(on_parent_exit: Callable[[], object]) -> None:
+    """Call ``on_parent_exit`` from another thread when the life line closes.
 
-    The thread is a daemon: it blocks in a read that only the parent's end can finish.
+    The thread is a daemon: it blocks in a read that returns only when the parent ends.
     """
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
-        on_gone()
+        on_parent_exit()
 
     threading.Thread(target=watch, name="life-line", daemon=True).start()
 
 
 def watch_signals(on_signal: Callable[[], object]) -> None:
-    """Call ``on_signal`` from another thread at every SIGTERM and SIGINT; from the main thread.
+    """Call ``on_signal`` from another thread at every SIGTERM and SIGINT; must be called from the main thread.
 
-    A handler would run in the main thread, and only when that is back in Python: it may be waiting in C, for a
+    A Python handler would run only when the main thread is back in Python. The main thread may be waiting in C, for a
     lock or for a model to be loaded, and the kernel may have given the signal to another thread. The
-    interpreter's own C handler, in whatever thread, writes to a pipe at once.
+    interpreter's own C handler writes to a pipe at once, in whichever thread.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -108,19 +108,19 @@ def watch_signals(on_signal: Callable[[], object]) -> None:
 
 
 def freeze_heap() -> None:
-    """Have the collector of garbage leave out what is there now, since it lives as long as the process.
+    """Exclude all present objects from garbage collection: they live as long as the process.
 
-    A full collection looks at every object that is not frozen: where torch and transformers are imported that takes
-    0.1 to 0.3 s, in which no step is launched and no token handed on.
+    A full collection visits every object that is not frozen. With torch and transformers imported, that takes
+    0.1 to 0.3 s, in which the process launches no step and forwards no token.
 
-    Only for processes that are ours from start to end: a program that embeds `DisaggregatedLLM` may want to have
-    its own objects collected, and may call `gc.freeze` itself.
+    Only for processes that run nothing but this package. A program that embeds `DisaggregatedLLM` may need its own
+    objects collected, and can call `gc.freeze` itself.
     """
     gc.freeze()
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process without waiting for threads: links to peers that are gone may still block one in C++."""
+    """End the process without waiting for threads: a link to a lost peer may still block one in C++."""
     sys.stdout.flush()
     sys.stderr.flush()
     exit_core.move_to()
@@ -128,7 +128,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 def exit_after(work: Callable[[], int]) -> NoReturn:
-    """Do the work of this process, and end it with the code that is returned; an error of ours is reported, and 1."""
+    """Do the work of this process and exit with the code that it returns; report an `HBServeError` and exit with 1."""
     code = 1
     try:
         code = work()
@@ -139,11 +139,17 @@ def exit_after(work: Callable[[], int]) -> NoReturn:
 
 
 def report_status(status: dict[str, Any], is_last: bool = True) -> None:
-    """Tell the launcher how the start went; does nothing where there is no launcher, or after the last word."""
+    """Write one line to the parent's status pipe.
+
+    Does nothing if there is no parent that reads, or after the last line.
+
+    Args:
+        is_last: close the pipe after this line.
+    """
     descriptor = os.environ.get(STATUS_FD_VARIABLE)
     if is_last:
         os.environ.pop(STATUS_FD_VARIABLE, None)
     if descriptor is not None:
-        # A launcher that has given up, because another part failed first, no longer reads.
+        # A launcher whose start failed at another process no longer reads.
         with contextlib.suppress(ConnectionError), os.fdopen(int(descriptor), "w", closefd=is_last) as line:
             line.write(json.dumps(status) + "\n")

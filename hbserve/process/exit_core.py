@@ -1,9 +1,9 @@
-"""A core on which processes end, and on which nothing else of ours runs.
+"""Exit core: a core on which processes end, and on which no other thread of the system runs.
 
-A process that ends gives its GPU context back within the kernel. That takes 0.15 s, in which it keeps others from a
-core for up to 60 ms at a time (H200, driver 580; docs/benchmarks.md). A thread that was last on that core and is to
-run again waits so long, even where other cores are idle: a step's launch, a plan, a token. Where workers end while
-others serve, all of them therefore stay off one core, and who ends goes there first.
+A process that ends frees its GPU context in the kernel. That takes 0.15 s, and blocks the core for up to 60 ms at a
+time (H200, driver 580; docs/benchmarks.md). A thread that last ran on that core waits so long, even while other cores
+are idle; a step's launch, a plan or a token then comes late. If workers end while others serve, all processes
+therefore stay off one core, and a process that ends moves there first.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from collections.abc import Set
 
 _VARIABLE = "HBSERVE_ENDING_CORE"
 _MIN_CORES = 8
-"""With fewer, one is too much to give away."""
+"""A machine with fewer cores cannot spare one."""
 
 _set_apart: list[int] = []
 
 
 def set_apart() -> None:
-    """Set a core apart, for this process and those it starts from now on, where there are cores enough."""
+    """Reserve the exit core, for this process and its later children, if the machine has enough cores."""
     allowed = os.sched_getaffinity(0)
     if _core() is None and len(allowed) >= _MIN_CORES:
         _set_apart.append(max(allowed))
 
 
 def environment() -> dict[str, str]:
-    """What tells it to processes started from here."""
+    """Return the variables that tell a child which core it is."""
     core = _core()
     return {} if core is None else {_VARIABLE: str(core)}
 
 
 def keep_off() -> None:
-    """Stay off that core with all threads of this process; nothing happens where none is set apart."""
+    """Keep all threads of this process off the exit core, if there is one."""
     core = _core()
     if core is not None:
         _move(os.sched_getaffinity(0) - {core})
 
 
 def move_to() -> None:
-    """Go there with all threads of this process; nothing happens where none is set apart."""
+    """Move all threads of this process to the exit core, if there is one."""
     core = _core()
     if core is not None:
         _move({core})
@@ -54,6 +54,6 @@ def _core() -> int | None:
 
 
 def _move(cores: Set[int]) -> None:
-    for thread in os.listdir("/proc/self/task"):  # what they start goes where they are
-        with contextlib.suppress(OSError):  # it has ended, or may not go there
+    for thread in os.listdir("/proc/self/task"):  # threads that they start inherit the cores
+        with contextlib.suppress(OSError):  # the thread has ended, or the core is not allowed
             os.sched_setaffinity(int(thread), cores)

@@ -1,4 +1,4 @@
-"""What a line of the log looks like, for people or for programs, and which request it is about."""
+"""Format of log lines, for people or for programs, with the id of the HTTP request that they belong to."""
 
 from __future__ import annotations
 
@@ -8,48 +8,40 @@ import logging
 import time
 
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
-"""Of the HTTP request that is being served, if one is."""
+"""Id of the HTTP request that the current task serves."""
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, process and message, and the request in brackets.
+    """Text line: time, level, process and message, and the request in brackets."""
 
-    Args:
-        who: the process.
-    """
-
-    def __init__(self, who: str) -> None:
-        super().__init__(f"%(asctime)s %(levelname).1s {who}: %(message)s", datefmt="%H:%M:%S")
+    def __init__(self, process_name: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname).1s {process_name}: %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        about = request_id.get()
-        return line if about is None else f"{line} [{about}]"
+        request = request_id.get()
+        return line if request is None else f"{line} [{request}]"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line.
+    """JSON line: one object with the same parts, and the fields of the record."""
 
-    Args:
-        who: the process.
-    """
-
-    def __init__(self, who: str) -> None:
+    def __init__(self, process_name: str) -> None:
         super().__init__()
-        self._who = who
+        self._process_name = process_name
 
     def format(self, record: logging.LogRecord) -> str:
-        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{whole}.{int(record.msecs):03d}Z",
+            "time": f"{second}.{int(record.msecs):03d}Z",
             "level": record.levelname,
-            "process": self._who,
+            "process": self._process_name,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        about = request_id.get()
-        if about is not None:
-            line["request_id"] = about
+        request = request_id.get()
+        if request is not None:
+            line["request_id"] = request
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

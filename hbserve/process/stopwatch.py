@@ -1,4 +1,4 @@
-"""Where the time of something that happens in parts has gone."""
+"""Stopwatch for work that has parts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class Stopwatch:
-    """Runs from the start; every moment belongs to the part that ends next, so the parts sum to the whole.
+    """Stopwatch that runs from its construction; time belongs to the part that ends next, so parts sum to the whole.
 
     Attributes:
-        parts: name -> seconds, in the order of their ends.
+        parts: seconds by name, in the order of the parts' ends.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Stopwatch:
         self._last = time.monotonic()
 
     def lap(self, part: str) -> None:
-        """A part ends here; one that has several pieces is their sum."""
+        """End a part; a part with several pieces is their sum."""
         now = time.monotonic()
         self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now

@@ -1,4 +1,4 @@
-"""Instances of several processes, which somebody else than the launcher starts, watches and ends."""
+"""Supervision of instances that have several processes: the launcher delegates their start, watch and end."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from hbserve.config import Config, InstanceConfig
 
 
 class InstanceSupervisor(ABC):
-    """Starts, watches and ends the processes of an instance that has several.
-
-    Args:
-        config: of the system.
-        instance: which of its instances.
-        run_dir: private folder for sockets.
-        scheduler_address: where to announce the workers, as `hbserve.messages.supervisor.SetWorkers`.
-    """
+    """Supervisor that starts, watches and ends the processes of one instance."""
 
     @classmethod
     @abstractmethod
     def supervise(
         cls, config: Config, instance: InstanceConfig, run_dir: str, scheduler_address: str
     ) -> InstanceSupervisor:
-        """One for an instance of a system; nothing is started yet."""
+        """Make the supervisor of an instance; it starts nothing yet.
+
+        Args:
+            config: configuration of the system.
+            instance: instance of that configuration.
+            run_dir: private folder for sockets.
+            scheduler_address: address for `hbserve.messages.supervisor.SetWorkers`, which announce the workers.
+        """
 
     @abstractmethod
     def start_or_raise(self, deadline: float) -> None:
-        """Start everything and return when it is ready; may block.
+        """Start all processes and return when they are ready; may block.
 
         Args:
             deadline: on the monotonic clock.
@@ -39,25 +39,25 @@ class InstanceSupervisor(ABC):
 
     @abstractmethod
     def tell_to_stop(self) -> None:
-        """Make a `start_or_raise` that is running give up; does not block. Callable from any thread."""
+        """Make a running `start_or_raise` give up; does not block. Any thread may call this."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End everything; may block. Callable in every state."""
+        """End all processes; may block. May be called in every state."""
 
 
 class Supervision:
-    """A supervisor in a thread of its own, which starts and in the end stops it: both may block.
+    """Thread that starts a supervisor, and at the end stops it, for the launcher's event loop: both may block.
 
-    One thread for both, because none can be started any more when an interpreter is ending. A daemon,
-    because interpreters join other threads before that.
+    One thread does both, because an interpreter that is ending cannot start another one. It is a daemon, because
+    interpreters join other threads before the launcher can stop it.
 
     Args:
-        supervisor: nothing of it is started yet.
-        deadline: for its start, on the monotonic clock.
+        supervisor: supervisor that has not started anything.
+        deadline: deadline of the start, on the monotonic clock.
 
     Attributes:
-        ready: done when it has started; raises what its start has raised.
+        ready: done when the start is over; raises what the start has raised.
     """
 
     def __init__(self, supervisor: InstanceSupervisor, deadline: float) -> None:
@@ -81,16 +81,12 @@ class Supervision:
         self._loop.call_soon_threadsafe(_settle, self._ended, None)
 
     async def stop(self) -> None:
-        """End everything of it, in whatever state it is."""
+        """Stop the supervisor, in whatever state it is."""
         self._stop.set()
         self.supervisor.tell_to_stop()
         await self._ended
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return  # cancelled
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+    if not future.done():  # done: cancelled
+        future.set_exception(error) if error is not None else future.set_result(None)

@@ -1,8 +1,8 @@
 """ZeroMQ sockets in an asyncio event loop, with sends that do not wait.
 
-pyzmq's own asyncio sockets cannot mix awaited receives with plain sends: ZeroMQ announces events
-by the edge of a file descriptor, and a plain send may swallow the edge that a receive waits for.
-Here every operation looks again after itself.
+pyzmq's own asyncio sockets cannot mix awaited receives with plain sends. ZeroMQ announces events by the edge of a
+file descriptor, and a plain send may consume the edge that a receive waits for. Here every send therefore checks
+afterwards whether a message has arrived.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import zmq
 
 
 class SocketClosed(Exception):
-    """A socket was closed while somebody waited to receive from it."""
+    """Error of a receive whose socket was closed meanwhile."""
 
 
 class AsyncSocket:
-    """One socket, used from one event loop (the one that is running when it first receives).
+    """Socket of one event loop, the one that runs at its first receive.
 
-    Queues are unbounded: flow is controlled by who may have how much in flight, not by blocking.
+    Queues are unbounded: the protocols limit what is in flight, and sends never block.
 
     Args:
-        socket: not yet bound or connected; owned from here on.
+        socket: socket that is not yet bound or connected; closed by this object.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
@@ -38,8 +38,8 @@ class AsyncSocket:
         """Send without waiting.
 
         Raises:
-            zmq.Again: if there is nobody to send to (with ``zmq.IMMEDIATE``).
-            zmq.ZMQError: with errno EHOSTUNREACH from a ROUTER whose peer is gone.
+            zmq.Again: if there is no peer (with ``zmq.IMMEDIATE``).
+            zmq.ZMQError: with errno EHOSTUNREACH from a ROUTER whose peer has disconnected.
         """
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK)
@@ -47,10 +47,10 @@ class AsyncSocket:
             self.look()
 
     async def receive(self) -> list[bytes]:
-        """The next message. One task at a time.
+        """Wait for the next message and return it; only one task may wait at a time.
 
         Raises:
-            SocketClosed: if it is closed meanwhile.
+            SocketClosed: if the socket is closed meanwhile.
         """
         while True:
             with contextlib.suppress(zmq.Again):
@@ -66,7 +66,7 @@ class AsyncSocket:
                 self._waiter = None
 
     def look(self) -> None:
-        """Wake whoever waits to receive, if there is something."""
+        """Wake the task that waits to receive, if a message is there."""
         if self._waiter is not None:
             self._wake()
 
@@ -77,7 +77,7 @@ class AsyncSocket:
             self._waiter.set_result(None)
 
     def close(self, linger_ms: int = 0) -> None:
-        """Close; what has been sent may still leave for so long."""
+        """Close the socket; messages that were sent before may still leave for ``linger_ms``."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(SocketClosed())
         if self._loop is not None and not self._loop.is_closed():

@@ -1,7 +1,8 @@
-"""The control plane between scheduler and instances: typed messages over ZeroMQ.
+"""Line between the scheduler and an instance: typed messages over ZeroMQ, and the addresses of both.
 
-The instance listens, the scheduler connects, so both may start in any order and either may come
-back. The scheduler speaks first (`Ping`); an instance answers whoever spoke to it last.
+The instance listens and the scheduler connects, so both may start in any order, and each may be restarted.
+The scheduler speaks first (`Ping`); an instance answers the scheduler that spoke last.
+`RpcClient` runs in the scheduler's event loop, `RpcServer` in that of the instance's rank 0.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from hbserve.rpc.async_socket import AsyncSocket, SocketClosed
 from hbserve.rpc.cluster_key import ClusterKey, Doorkeeper
 
 _MAX_SOCKET_PATH_BYTES = 107
-"""Linux's, see unix(7)."""
+"""Limit of Linux, see unix(7)."""
 
 
 def instance_address(instance: InstanceConfig, run_dir: str | None) -> str:
-    """Where an instance listens: its host and port, or a socket file in the launcher's private folder."""
+    """Return where the scheduler finds an instance: host and port, or a socket file in the launcher's folder."""
     if instance.port is not None:
         return f"tcp://{instance.host}:{instance.port}"
     return _private_socket(f"gpu_instances: {instance.instance_id}: port", f"instance-{instance.instance_id}", run_dir)
 
 
 def bind_address(instance: InstanceConfig, address: str) -> str:
-    """Where an instance really listens, given where it is to be found."""
+    """Return where an instance listens, given the address under which the scheduler finds it."""
     if instance.bind is None or not address.startswith("tcp:"):
         return address
     return f"tcp://{instance.bind}:{instance.port}"
 
 
 def scheduler_address(config: Config, run_dir: str | None) -> str:
-    """Where the scheduler listens for clients."""
+    """Return where the scheduler listens for clients."""
     if config.rpc.port is not None:
         return f"tcp://{config.rpc.host}:{config.rpc.port}"
     return _private_socket("rpc.port", "scheduler", run_dir)
@@ -58,29 +59,30 @@ def _private_socket(key: str, name: str, run_dir: str | None) -> str:
 
 
 def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
-    """Bind, or say what could not listen where.
+    """Bind a listener.
 
     Args:
-        key: that clients over TCP must have.
+        what: name of the listening part, for the error.
+        key: key that clients over TCP must have.
 
     Returns:
-        To be closed after the socket.
+        Authenticator to be closed after the socket; None without TCP or key.
 
     Raises:
-        StartupError
+        StartupError: naming the part and the address.
     """
-    keeper = key.for_binding(listener.socket, address) if key is not None else None
+    doorkeeper = key.for_binding(listener.socket, address) if key is not None else None
     try:
         listener.socket.bind(_numeric(address))
-        return keeper
+        return doorkeeper
     except zmq.ZMQError as error:
-        if keeper is not None:
-            keeper.close()
+        if doorkeeper is not None:
+            doorkeeper.close()
         raise StartupError(f"{what} cannot listen on {address}: {error.strerror}") from None
 
 
 def _numeric(address: str) -> str:
-    """ZeroMQ listens on addresses and interfaces, not on names."""
+    """Resolve the host's name in an address: ZeroMQ listens only on addresses and interfaces."""
     scheme, _, rest = address.partition("://")
     host, colon, port = rest.rpartition(":")
     if scheme != "tcp" or host in [name for _, name in socket.if_nameindex()]:
@@ -88,19 +90,18 @@ def _numeric(address: str) -> str:
     try:
         found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
     except OSError as error:
-        raise StartupError(
-            f"{host} is neither an address, nor a network interface, nor a known host: {error}"
-        ) from None
+        what = f"{host} is neither an address, nor a network interface, nor a known host"
+        raise StartupError(f"{what}: {error}") from None
     return f"tcp://{found[0][4][0]}{colon}{port}"
 
 
 class RpcClient:
-    """The scheduler's end of the line to one instance.
+    """Scheduler's end of the line to one instance.
 
     Args:
         context: the scheduler's ZeroMQ context.
-        address: where the instance listens.
-        key: of the cluster, if there is one.
+        address: address under which the scheduler finds the instance.
+        key: cluster key, if the system has one.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, key: ClusterKey | None = None) -> None:
@@ -112,9 +113,9 @@ class RpcClient:
         self._open()
 
     def _open(self) -> None:
-        """A socket for one connection; until it is there, nothing is sent: nothing queues up for who is away.
+        """Open a socket for one connection. Until it is connected, `send` drops messages, so that none queue up.
 
-        Not ``zmq.IMMEDIATE``, which throws away what a lost connection brought and nobody has read yet.
+        Not ``zmq.IMMEDIATE``: that discards messages of a lost connection that have arrived and are not read yet.
         """
         self._is_connected = False
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
@@ -127,10 +128,10 @@ class RpcClient:
         self._socket.socket.connect(self.address)
 
     async def wait_disconnected(self) -> None:
-        """Wait for the connection to break: sooner than a missing heartbeat tells that a process has died.
+        """Wait until the connection breaks, which reveals a dead process sooner than a missing heartbeat does.
 
-        Whoever waits in `receive` has had what came before the end when this returns: it may say why.
-        To be awaited again and again: it is what notices connections.
+        When this returns, `receive` has delivered all messages from before the end, which may tell the reason.
+        The caller must await this in a loop: it also notices new connections.
         """
         while True:
             frames = await self._monitor.receive()
@@ -150,35 +151,35 @@ class RpcClient:
         return self._is_connected
 
     async def receive(self) -> InstanceReply:
-        """The next reply.
+        """Wait for the next reply.
 
         Raises:
-            msgspec.DecodeError: if what came is not a reply.
+            msgspec.DecodeError: if the message is not a reply.
         """
         while True:
             try:
                 (payload,) = await self._socket.receive()
             except SocketClosed:
-                continue  # there is another for the next connection
+                continue  # the next connection has another socket
             reply: InstanceReply = self._decoder.decode(payload)
             return reply
 
     def close(self) -> None:
-        """Close at once; what is queued is dropped."""
+        """Close at once; queued messages are dropped."""
         self._socket.socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
 
 
 class RpcServer:
-    """An instance's end of the line to its scheduler.
+    """Instance's end of the line to its scheduler.
 
     Args:
-        address: where to listen.
-        key: that the scheduler must have, if it comes over TCP.
+        address: address to listen on.
+        key: key that the scheduler must have, if it connects over TCP.
 
     Raises:
-        StartupError: if the address cannot be had.
+        StartupError: if the address is not available.
     """
 
     def __init__(self, address: str, key: ClusterKey | None = None) -> None:
@@ -186,30 +187,30 @@ class RpcServer:
         self._decoder = msgspec.msgpack.Decoder(InstanceCommand)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.ROUTER))
-        self._keeper = bind(self._socket, address, "the instance", key)
+        self._doorkeeper = bind(self._socket, address, "the instance", key)
         self._peer: bytes | None = None
 
     async def receive(self) -> tuple[bytes, InstanceCommand]:
-        """The next command and who sent it.
+        """Wait for the next command; returns its sender and the command.
 
         Raises:
-            msgspec.DecodeError: if what came is not a command.
+            msgspec.DecodeError: if the message is not a command.
         """
         peer, payload = await self._socket.receive()
         return peer, self._decoder.decode(payload)
 
     def answer_to(self, peer: bytes) -> None:
-        """From now on, replies go to this scheduler."""
+        """Send replies to this scheduler from now on."""
         self._peer = peer
 
     def send(self, reply: InstanceReply) -> None:
-        """Reply; dropped if no scheduler has spoken yet or it has gone."""
+        """Send a reply; dropped if no scheduler has spoken yet, or if it has disconnected."""
         if self._peer is not None:
             self._socket.send([self._peer, self._encoder.encode(reply)])
 
     def close(self) -> None:
-        """Close; replies just sent still leave."""
+        """Close; replies that were just sent still leave."""
         self._socket.close(linger_ms=500)
-        if self._keeper is not None:
-            self._keeper.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
         self._context.term()

@@ -1,7 +1,7 @@
-"""Typed messages between the event loops of two ranks of one instance.
+"""Line between the event loops of two ranks of one instance, for typed messages.
 
-One end each of a socket pair that rank 0 makes and its child inherits: no name that another process
-could connect to, nothing to remove afterwards, and an end of file when the other side is gone.
+Rank 0 makes a socket pair and its child inherits one end. The pair has no name to which another process could connect,
+leaves no file behind, and gives an end of file when the other rank has ended.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _LENGTH_BYTES = 4
 
 
 class RankLine(Generic[T]):
-    """One end of a line; frames of a length (little-endian) and a msgpack message.
+    """One end of a line; a frame is a length (4 bytes, little-endian) and a msgpack message.
 
     Args:
-        end: of the socket pair; owned from here on.
-        receives: the messages that come, a union of types.
+        end: end of the socket pair; closed by this object.
+        receives: union of the types of the messages that arrive here.
     """
 
     def __init__(self, end: socket.socket, receives: Any) -> None:
@@ -37,17 +37,17 @@ class RankLine(Generic[T]):
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._end)
 
     def send(self, message: msgspec.Struct) -> None:
-        """Send without waiting; dropped if the other side is gone, which its own watcher notices."""
+        """Send without waiting; dropped if the other rank has ended, which that rank's watcher notices."""
         if self._is_over:
             return
         payload = self._encoder.encode(message)
         self._writer.write(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
 
     async def receive(self) -> T:
-        """The next message.
+        """Wait for the next message.
 
         Raises:
-            ConnectionError: if the other side is gone.
+            ConnectionError: if the other rank has ended.
         """
         try:
             length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
@@ -57,7 +57,7 @@ class RankLine(Generic[T]):
             raise ConnectionResetError("the other rank has closed the line") from None
 
     async def close(self) -> None:
-        """Close when what has been sent is out, or cannot get out any more."""
+        """Close when all that was sent has left, or cannot leave any more."""
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
