@@ -1,4 +1,4 @@
-"""The client's end of the border to the CPU scheduler: token ids in, token ids out."""
+"""Client of the CPU scheduler: token ids in, token ids out. Runs in the event loop of the API server or the program."""
 
 from __future__ import annotations
 
@@ -28,37 +28,32 @@ from hbserve.messages.client import (
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 
-_ERROR_KINDS: dict[str, type[errors.HBServeError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.InvalidRequestError,
-        errors.OverloadedError,
-        errors.RequestFailedError,
-        errors.EngineDeadError,
-    )
-}
+OutputSink = Callable[[RequestOutput | errors.HBServeError], None]
 
 
 def error_of(output: RequestOutput) -> errors.HBServeError:
-    """The typed error that an output with ``finish_reason == "error"`` stands for."""
-    kind = _ERROR_KINDS.get(output.error_kind or "", errors.RequestFailedError)
-    if kind is errors.InvalidRequestError:
+    """Return the typed error of an output with ``finish_reason == "error"``."""
+    if output.error_kind == "InvalidRequestError":
         return errors.InvalidRequestError(output.error or "", output.error_param)
-    if kind is errors.OverloadedError and output.retry_after_s is not None:
+    if output.error_kind == "OverloadedError" and output.retry_after_s is not None:
         return errors.OverloadedError(output.error or "", output.retry_after_s)
-    return kind(output.error or "the request failed")
+    kinds: dict[str | None, type[errors.HBServeError]] = {
+        "OverloadedError": errors.OverloadedError,
+        "EngineDeadError": errors.EngineDeadError,
+    }
+    return kinds.get(output.error_kind, errors.RequestFailedError)(output.error or "the request failed")
 
 
 class EngineClient:
-    """Sends requests to a scheduler and hands out what comes back.
+    """Client that sends requests to a scheduler and delivers their outputs.
 
     Must be used from the event loop in which `connect` was awaited.
 
     Args:
         address: ZeroMQ address of the scheduler's client socket.
         answer_timeout_s: a scheduler that is silent for so long while requests are open, and then does
-            not answer a question for as long again, is declared dead.
-        key: of the cluster, if there is one.
+            not answer a query for as long again, is declared dead.
+        key: cluster key, if the system has one.
     """
 
     def __init__(self, address: str, answer_timeout_s: float = 15.0, key: ClusterKey | None = None) -> None:
@@ -68,7 +63,7 @@ class EngineClient:
         self._last_heard = time.monotonic()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerReply)
-        self._streams: dict[str, Callable[[RequestOutput | errors.HBServeError], None]] = {}
+        self._sinks: dict[str, OutputSink] = {}
         self._queries: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._query_ids = itertools.count(1)
         self._ready: asyncio.Future[Ready] | None = None
@@ -84,154 +79,137 @@ class EngineClient:
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_scheduler())]
 
     async def close(self) -> None:
-        """Abort what is open and close the socket."""
-        for request_id in list(self._streams):
+        """Abort the open requests and close the socket."""
+        for request_id in list(self._sinks):
             self.abort(request_id)
         self._fail_all(errors.EngineDeadError("the engine client was closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close(linger_ms=200)  # the aborts above may still leave
+        self._socket.close(linger_ms=200)  # the aborts above must still leave
         self._context.term()
 
     async def wait_ready(self, deadline_s: float) -> Ready:
         """Wait until every instance is registered.
 
         Raises:
-            StartupError: at the deadline, naming who is missing, or when an instance has failed.
+            StartupError: at the deadline, naming the missing instances, or when an instance has failed.
             EngineDeadError: if the engine was declared dead meanwhile.
         """
         self._ready = asyncio.get_running_loop().create_future()
         self._send(SubscribeReady(deadline_s=deadline_s))
         try:
-            # The scheduler answers at the deadline itself; the margin is for one that does not exist.
+            # The scheduler answers at the deadline; this later one is for a scheduler that does not exist.
             return await asyncio.wait_for(asyncio.shield(self._ready), deadline_s + 5.0)
         except TimeoutError:
             raise errors.StartupError(
                 f"no scheduler answered at {self._address} within {deadline_s:g} s; is it running?"
             ) from None
 
-    def open(self, request: AddRequest, sink: Callable[[RequestOutput | errors.HBServeError], None]) -> None:
-        """Send a request; its outputs, and at most one error, go to ``sink`` until it ends or is closed.
+    def open(self, request: AddRequest, sink: OutputSink) -> None:
+        """Send a request; its outputs, and at most one error, go to ``sink`` until the request ends or is closed.
 
         Raises:
             InvalidRequestError, EngineDeadError
         """
         if self._dead is not None:
             raise self._dead
-        if request.request_id in self._streams:
+        if request.request_id in self._sinks:
             raise errors.InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
-        self._streams[request.request_id] = sink
+        self._sinks[request.request_id] = sink
         self._send(request)
 
     def close_request(self, request_id: str, finish_reason: str = "abort") -> None:
-        """Nobody wants the rest of a request: end it, if it has not ended, and hear no more of it."""
-        if self._streams.pop(request_id, None) is not None:
+        """End a request, if it has not ended, and discard its further outputs."""
+        if self._sinks.pop(request_id, None) is not None:
             self.abort(request_id, finish_reason)
 
     def abort(self, request_id: str, finish_reason: str = "abort") -> None:
-        """End a request; its stream ends with ``finish_reason``. Unknown ids are ignored."""
+        """End a request; its last output has ``finish_reason``. Unknown ids are ignored."""
         self._send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
 
     async def stats(self, timeout_s: float = 10.0, recent: bool = False) -> dict[str, Any]:
-        """The scheduler's view of the system.
+        """Ask the scheduler for the state of the system.
 
         Args:
-            recent: with ``recent``: the last requests and events, see `hbserve.scheduler.stats`.
+            recent: include ``recent``, the last requests and events; see `hbserve.scheduler.stats`.
 
         Raises:
             EngineDeadError: if the scheduler does not answer in time.
         """
-        if self._dead is not None:
-            raise self._dead
-        query_id = next(self._query_ids)
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._queries[query_id] = future
-        try:
-            self._send(GetStats(query_id=query_id, recent=recent))
-            return await asyncio.wait_for(future, timeout_s)
-        except TimeoutError:
-            raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None
-        finally:
-            del self._queries[query_id]
+        return await self._query(GetStats(query_id=next(self._query_ids), recent=recent), timeout_s)
 
     async def set_role(self, instance_id: str, role: InstanceRole, deadline_s: float = 120.0) -> None:
-        """Have an instance change between prefill and decode; returns when it has.
+        """Change an instance between prefill and decode; returns when it has changed.
 
-        It gets no more requests, finishes those that it has, and then changes, with its weights and its
+        The instance gets no more requests, finishes those that it has, and then changes. It keeps its weights and its
         prefix cache.
 
         Args:
-            deadline_s: if it has not finished them by then, it goes on as it was.
+            deadline_s: an instance that has not finished its requests by then keeps its role.
 
         Raises:
-            UnknownInstanceError: if there is none of that name.
-            InvalidRequestError: if it cannot change, or has not finished in time; saying why.
+            UnknownInstanceError: if no instance has that name.
+            InvalidRequestError: if the instance cannot change, or has not finished in time; saying why.
             EngineDeadError: if the scheduler does not answer.
         """
-        await self._change(
-            SetRole(query_id=next(self._query_ids), instance_id=instance_id, role=role, deadline_s=deadline_s)
-        )
+        query_id = next(self._query_ids)
+        await self._change(SetRole(query_id=query_id, instance_id=instance_id, role=role, deadline_s=deadline_s))
 
     async def remove_instance(self, instance_id: str, deadline_s: float = 120.0) -> None:
-        """Have an instance leave; returns when its process has ended, or is about to.
+        """Remove an instance; returns when its process has ended, or is about to.
 
-        It gets no more requests and finishes those that it has. It is not started again; under its name
-        an instance can join later.
+        The instance gets no more requests and finishes those that it has. It is not started again; another instance
+        can join later under its name.
 
         Args:
-            deadline_s: if it has not finished them by then, it stays.
+            deadline_s: an instance that has not finished its requests by then stays.
 
         Raises:
-            UnknownInstanceError: if there is none of that name.
-            InvalidRequestError: if it cannot be spared, or has not finished in time; saying why.
+            UnknownInstanceError: if no instance has that name.
+            InvalidRequestError: if the system needs the instance, or it has not finished in time; saying why.
             EngineDeadError: if the scheduler does not answer.
         """
-        await self._change(
-            RemoveInstance(query_id=next(self._query_ids), instance_id=instance_id, deadline_s=deadline_s)
-        )
+        query_id = next(self._query_ids)
+        await self._change(RemoveInstance(query_id=query_id, instance_id=instance_id, deadline_s=deadline_s))
 
     async def _change(self, message: SetRole | RemoveInstance) -> None:
-        if self._dead is not None:
-            raise self._dead
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._queries[message.query_id] = future
-        try:
-            self._send(message)
-            answer = await asyncio.wait_for(future, message.deadline_s + self._answer_timeout_s)
-        except TimeoutError:
-            raise errors.EngineDeadError("the scheduler did not answer") from None
-        finally:
-            del self._queries[message.query_id]
+        answer = await self._query(message, message.deadline_s + self._answer_timeout_s)
         if answer["is_unknown"]:
             raise errors.UnknownInstanceError(answer["error"], "instance_id")
         if answer["error"] is not None:
             raise errors.InvalidRequestError(answer["error"])
 
+    async def _query(self, message: GetStats | SetRole | RemoveInstance, timeout_s: float) -> dict[str, Any]:
+        if self._dead is not None:
+            raise self._dead
+        future = self._queries[message.query_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message)
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None
+        finally:
+            del self._queries[message.query_id]
+
     def declare_dead(self, reason: str) -> None:
-        """The scheduler process is gone: end every stream and query with `EngineDeadError`."""
+        """End every request and query with `EngineDeadError`, because the scheduler has ended or does not answer."""
         self._dead = errors.EngineDeadError(reason)
         self._fail_all(self._dead)
 
     @property
     def dead(self) -> errors.EngineDeadError | None:
-        """Why no more requests are served, or None while they are."""
+        """Reason why no more requests are served; None while the scheduler lives."""
         return self._dead
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended."""
-        return len(self._streams)
-
-    def _deliver(self, output: RequestOutput) -> None:
-        ended = output.finish_reason is not None
-        sink = self._streams.pop(output.request_id, None) if ended else self._streams.get(output.request_id)
-        if sink is not None:
-            sink(error_of(output) if output.finish_reason == "error" else output)
+        """Number of requests that have not ended."""
+        return len(self._sinks)
 
     def _fail_all(self, error: errors.EngineDeadError) -> None:
-        streams, self._streams = self._streams, {}
-        for sink in streams.values():
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
             sink(error)
         for query in self._queries.values():
             if not query.done():
@@ -243,10 +221,10 @@ class EngineClient:
         self._socket.send([self._encoder.encode(message)])
 
     async def _watch_scheduler(self) -> None:
-        """A scheduler that hangs does not close its connection; only asking finds out."""
+        """Query a silent scheduler: one that hangs does not close its connection."""
         while self._dead is None:
             await asyncio.sleep(self._answer_timeout_s / 4)
-            if not self._streams or time.monotonic() - self._last_heard < self._answer_timeout_s:
+            if not self._sinks or time.monotonic() - self._last_heard < self._answer_timeout_s:
                 continue
             try:
                 await self.stats(self._answer_timeout_s)
@@ -255,23 +233,31 @@ class EngineClient:
 
     async def _receive(self) -> None:
         while True:
-            await asyncio.sleep(0)  # messages that are there already must not keep the loop from its other work
+            await asyncio.sleep(0)  # a queue of messages must not block the loop's other work
             (payload,) = await self._socket.receive()
             self._last_heard = time.monotonic()
-            reply = self._decoder.decode(payload)
-            if isinstance(reply, OutputBatch):
-                for output in reply.outputs:
-                    self._deliver(output)
-            elif isinstance(reply, Stats):
-                query = self._queries.get(reply.query_id)
-                if query is not None and not query.done():
-                    query.set_result(reply.stats)
-            elif isinstance(reply, InstanceChanged):
-                query = self._queries.get(reply.query_id)
-                if query is not None and not query.done():
-                    query.set_result({"error": reply.error, "is_unknown": reply.is_unknown})
-            elif self._ready is not None and not self._ready.done():
-                if isinstance(reply, NotReady):
-                    self._ready.set_exception(errors.StartupError(reply.reason))
-                else:
-                    self._ready.set_result(reply)
+            match self._decoder.decode(payload):
+                case OutputBatch(outputs=outputs):
+                    for output in outputs:
+                        self._on_output(output)
+                case Stats(query_id=query_id, stats=stats):
+                    self._on_answer(query_id, stats)
+                case InstanceChanged() as changed:
+                    self._on_answer(changed.query_id, {"error": changed.error, "is_unknown": changed.is_unknown})
+                case NotReady(reason=reason):
+                    if self._ready is not None and not self._ready.done():
+                        self._ready.set_exception(errors.StartupError(reason))
+                case Ready() as ready:
+                    if self._ready is not None and not self._ready.done():
+                        self._ready.set_result(ready)
+
+    def _on_output(self, output: RequestOutput) -> None:
+        has_ended = output.finish_reason is not None
+        sink = self._sinks.pop(output.request_id, None) if has_ended else self._sinks.get(output.request_id)
+        if sink is not None:
+            sink(error_of(output) if output.finish_reason == "error" else output)
+
+    def _on_answer(self, query_id: int, answer: dict[str, Any]) -> None:
+        query = self._queries.get(query_id)
+        if query is not None and not query.done():
+            query.set_result(answer)

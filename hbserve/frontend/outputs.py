@@ -1,7 +1,4 @@
-"""What one request's samples have grown by, from where it is found out to where it is read.
-
-What a text request yields: deltas while it runs, and its result.
-"""
+"""Outputs of a text request: deltas while it runs, the stream that carries them, and the result."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from hbserve.messages.base import TokenLogprobs
 
 
 class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What one sample has grown by.
+    """Growth of one sample.
 
     Attributes:
-        index: which of the n samples.
-        text: new text; empty while it may be the beginning of a stop string or half a character.
-        token_ids: new tokens, the end token or the stop string's included.
-        logprobs: one per token, if asked for.
-        finish_reason: ``stop``, ``length``, ``abort``, or None while it goes on.
-        stop_reason: the stop string or the request's stop token that ended it; None if the model's
+        index: number of the sample.
+        text: new text; empty while the tokens may be the beginning of a stop string or half a character.
+        token_ids: new tokens, including the end token or the tokens of a stop string.
+        logprobs: one per token, if the request asks for them.
+        finish_reason: ``stop``, ``length``, ``abort``, or None while the sample is not finished.
+        stop_reason: stop string or stop token of the request that ended the sample; None if the model's
             own end token did.
         num_cached_tokens: prompt tokens whose KV was in the prefix cache (first delta only).
     """
@@ -40,10 +37,10 @@ class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SampleOutput(TypedDict):
-    """One sample of a finished request, for Python users.
+    """Sample of a finished request, for Python users.
 
-    ``logprobs`` has one dict per token: log-probabilities by token id, of the chosen token and of as
-    many most likely ones as were asked for; None if none were.
+    ``logprobs`` has one dict per token: log-probabilities by token id, of the chosen token and of the
+    requested number of most likely tokens; None without a request for them.
     """
 
     index: int
@@ -55,7 +52,7 @@ class SampleOutput(TypedDict):
 
 
 class GenerationOutput(TypedDict):
-    """A finished request, for Python users: the first sample's values, and all ``samples``."""
+    """Finished request, for Python users: the first sample's values, and all ``samples``."""
 
     request_id: str
     text: str
@@ -69,7 +66,7 @@ class GenerationOutput(TypedDict):
 
 
 class Sample(msgspec.Struct, kw_only=True):
-    """All deltas of one sample together; the same fields."""
+    """Sum of all deltas of one sample; the fields are those of `SampleDelta`."""
 
     index: int
     text: str = ""
@@ -79,7 +76,7 @@ class Sample(msgspec.Struct, kw_only=True):
     stop_reason: str | int | None = None
 
     def add(self, delta: SampleDelta) -> None:
-        """Append what is new."""
+        """Append a delta."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
@@ -89,7 +86,7 @@ class Sample(msgspec.Struct, kw_only=True):
         self.stop_reason = delta.stop_reason
 
     def to_output(self) -> SampleOutput:
-        """The plain form for Python users."""
+        """Return the sample as plain data, for Python users."""
         logprobs = None
         if self.logprobs is not None:
             logprobs = [
@@ -107,14 +104,14 @@ class Sample(msgspec.Struct, kw_only=True):
 
 
 class TextStream:
-    """The deltas of all samples of one request, as they come.
+    """Stream of the deltas of all samples of one request; producer and reader share one event loop.
 
-    A reader that is slow, or a burst of tokens, finds several deltas of a sample merged into one: what
-    waits to be read is bounded by the output itself.
+    Deltas of a sample that are not read yet are merged, for a slow reader or a burst of tokens. The output itself
+    therefore bounds what waits.
 
     Args:
-        num_samples: the stream is over when so many have a finish reason.
-        on_close: called once, when it is closed.
+        num_samples: number of samples; the stream ends when all have a finish reason.
+        on_close: called once, when the stream is closed.
 
     Attributes:
         prompt_token_ids: one list per prompt.
@@ -124,34 +121,34 @@ class TextStream:
         self.prompt_token_ids: list[list[int]] = []
         self._num_open = num_samples
         self._on_close = on_close
-        self._waiting: dict[int, SampleDelta] = {}
+        self._unread: dict[int, SampleDelta] = {}
         self._error: HBServeError | None = None
         self._reader: asyncio.Future[None] | None = None
         self._closed = False
 
     def push(self, delta: SampleDelta) -> None:
-        """Add what a sample has grown by."""
-        before = self._waiting.get(delta.index)
-        self._waiting[delta.index] = delta if before is None else _merge(before, delta)
+        """Add a delta."""
+        before = self._unread.get(delta.index)
+        self._unread[delta.index] = delta if before is None else _merge(before, delta)
         if delta.finish_reason is not None:
             self._num_open -= 1
         self._wake()
 
     def fail(self, error: HBServeError) -> None:
-        """End the stream with an error, once what has come before has been read."""
+        """End the stream with an error, which the reader gets after all earlier deltas."""
         self._error = self._error or error
         self._wake()
 
     async def read(self) -> list[SampleDelta]:
-        """Everything new, at most one delta per sample; empty when all samples are finished.
+        """Wait for new deltas, at most one per sample; returns an empty list when all samples are finished.
 
         Raises:
-            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: when it happened.
+            InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: the error given to `fail`.
         """
         while True:
-            if self._waiting:
-                deltas = list(self._waiting.values())
-                self._waiting.clear()
+            if self._unread:
+                deltas = list(self._unread.values())
+                self._unread.clear()
                 return deltas
             if self._error is not None:
                 raise self._error
@@ -164,7 +161,7 @@ class TextStream:
                 self._reader = None
 
     async def deltas(self) -> AsyncGenerator[SampleDelta]:
-        """All deltas to the end; closing the iteration closes the stream. Errors as in `read`."""
+        """Yield all deltas to the end; closing the iteration closes the stream. Errors as in `read`."""
         try:
             while deltas := await self.read():
                 for delta in deltas:
@@ -173,7 +170,7 @@ class TextStream:
             self.close()
 
     def close(self) -> None:
-        """Nobody reads any more: what is still open is aborted. May be called twice."""
+        """End the reading: samples that are not finished are aborted. May be called twice."""
         if not self._closed:
             self._closed = True
             self._on_close()

@@ -1,5 +1,10 @@
-"""Text in, text out, over an `EngineClient`: the one place where prompts are checked, n samples are
-made of one request, and tokens become text."""
+"""Text in, text out, over an `EngineClient`: checks prompts, makes n samples of a request, turns tokens into text.
+
+Runs in the event loop of the API server, or of the program that embeds it. The way of one sample:
+
+    prompt ── tokenize ──► AddRequest ──► scheduler
+    reader ◄── TextStream ◄── text service ◄── RequestOutput ◄──┘
+"""
 
 from __future__ import annotations
 
@@ -29,24 +34,24 @@ SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: spreads the seeds 
 
 
 class _OpenRequest:
-    """The ids under which the scheduler knows a request's samples."""
+    """Request that has not ended, with the ids that its samples have at the scheduler."""
 
     def __init__(self, sample_ids: list[str]) -> None:
         self.sample_ids = sample_ids
-        self.aborted = False
+        self.is_aborted = False
         self.stream: TextStream | None = None
 
 
 class TextEngine:
-    """Serves prompts as text or token ids; every user of a scheduler's client goes through it.
+    """Engine that serves prompts given as text or token ids; all users of an `EngineClient` go through it.
 
     Args:
-        client: connected; the engine lives in its event loop.
-        max_model_len: most tokens of prompt and output together.
-        vocab_size: of the model; token ids in prompts must be below it.
-        text: does the encoding and decoding; default: this process.
-        max_prompt_tokens: longer prompts are refused; default: what the context holds.
-        max_samples: more of one request are refused, since not all of them could wait; default: no limit.
+        client: connected client; the engine lives in its event loop.
+        max_model_len: maximum of prompt and output tokens together.
+        vocab_size: size of the model's vocabulary; token ids in prompts must be below it.
+        text: service that encodes and decodes; default: this process.
+        max_prompt_tokens: longer prompts are refused; default: the context length.
+        max_samples: requests with more samples are refused, since not all could wait; default: no limit.
     """
 
     def __init__(
@@ -76,29 +81,27 @@ class TextEngine:
         """Start generating for prompts that belong together.
 
         Args:
-            request_id: a name for `abort`, unique among the open ones; default: a random one.
+            request_id: name for `abort`, unique among the open requests; default: a random one.
 
         Returns:
-            A stream that must be closed; its sample ``p * n + i`` is sample i of prompt p.
+            A stream that the caller must close; its sample ``p * n + i`` is sample i of prompt p.
 
         Raises:
             InvalidRequestError: naming the parameter that cannot be honoured.
-            EngineDeadError: if the scheduler is gone.
+            EngineDeadError: if the scheduler has ended.
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use", "request_id")
-        # The number keeps late outputs of an ended request from a new one of the same name.
         num_samples = len(prompts) * sampling.n
         if self._max_samples is not None and num_samples > self._max_samples:
-            raise InvalidRequestError(
-                f"{num_samples} samples at once are more than can wait here ({self._max_samples}: "
-                "performance.max_waiting_requests)",
-                "n" if sampling.n > 1 else "prompt",
-            )
+            what = f"{num_samples} samples at once are more than the queue holds"
+            limit = f"{self._max_samples}: performance.max_waiting_requests"
+            raise InvalidRequestError(f"{what} ({limit})", "n" if sampling.n > 1 else "prompt")
+        # The serial number keeps late outputs of an ended request out of a new request with the same id.
         opened = _OpenRequest([f"{request_id}-{index}-{next(self._serial)}" for index in range(num_samples)])
         self._open[request_id] = opened
-        samples: list[_Sample] = []
+        samples: list[_OpenSample] = []
 
         def close() -> None:
             self._open.pop(request_id, None)
@@ -114,12 +117,12 @@ class TextEngine:
                 stream.prompt_token_ids.append(token_ids)
                 requests = self._requests(token_ids, sampling, opened.sample_ids[first : first + sampling.n])
                 for index, request in enumerate(requests, start=first):
-                    samples.append(_Sample(self, index, request, sampling, stream))
+                    samples.append(_OpenSample(self, index, request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
             for sample in samples:
-                if opened.aborted:  # before the scheduler has heard of it
-                    sample.abort_at_once()
+                if opened.is_aborted:  # before the scheduler knows the request
+                    sample.abort_unstarted()
                 else:
                     sample.start(self._client)
         except BaseException:
@@ -130,11 +133,11 @@ class TextEngine:
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, request_id: str | None = None
     ) -> AsyncGenerator[SampleDelta]:
-        """Generate; deltas of all samples as they come. Closing the iteration aborts what is open.
+        """Generate, and yield the deltas of all samples. Closing the iteration aborts samples that are not finished.
 
         Raises:
             InvalidRequestError: before the first delta, naming the parameter that cannot be honoured.
-            OverloadedError, RequestFailedError, EngineDeadError: when it happens.
+            OverloadedError, RequestFailedError, EngineDeadError: at any delta.
         """
         stream = await self.open([prompt], sampling, request_id)
         async with aclosing(stream.deltas()) as deltas:
@@ -154,18 +157,17 @@ class TextEngine:
                 num_prompt_tokens = delta.num_prompt_tokens
                 num_cached_tokens += delta.num_cached_tokens if delta.index == 0 else 0
         outputs = [sample.to_output() for sample in samples]
-        first = outputs[0]
-        return {
-            "request_id": request_id,
-            "text": first["text"],
-            "token_ids": first["token_ids"],
-            "finish_reason": first["finish_reason"],
-            "stop_reason": first["stop_reason"],
-            "logprobs": first["logprobs"],
-            "num_prompt_tokens": num_prompt_tokens,
-            "num_cached_tokens": num_cached_tokens,
-            "samples": outputs,
-        }
+        return GenerationOutput(
+            request_id=request_id,
+            text=outputs[0]["text"],
+            token_ids=outputs[0]["token_ids"],
+            finish_reason=outputs[0]["finish_reason"],
+            stop_reason=outputs[0]["stop_reason"],
+            logprobs=outputs[0]["logprobs"],
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=num_cached_tokens,
+            samples=outputs,
+        )
 
     async def generate_chat(
         self,
@@ -174,19 +176,19 @@ class TextEngine:
         request_id: str | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> GenerationOutput:
-        """`generate` the answer to a conversation, by the model's chat template."""
+        """Generate the answer to a conversation, by the model's chat template. Errors as in `stream`."""
         return await self.generate(await self.text.encode_chat(messages, tools), sampling, request_id)
 
     def abort(self, request_id: str) -> None:
-        """End a request; its samples finish with ``abort``. Unknown ids are ignored: it may just have ended."""
+        """End a request; its samples finish with ``abort``. Unknown ids are ignored: the request may have ended."""
         opened = self._open.get(request_id)
         if opened is not None:
-            opened.aborted = True
+            opened.is_aborted = True
             for sample_id in opened.sample_ids:
                 self._client.abort(sample_id)
 
     def end_all(self, error: HBServeError) -> None:
-        """End every request with this error, and later ones too."""
+        """End every open request, and refuse every later one, with this error."""
         self._ended = error
         for opened in list(self._open.values()):
             if opened.stream is not None:
@@ -194,7 +196,7 @@ class TextEngine:
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._open)
 
     async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
@@ -220,7 +222,7 @@ class TextEngine:
         return token_ids
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Refuse what is no token of the model.
+        """Check that token ids are in the model's vocabulary.
 
         Raises:
             InvalidRequestError: naming ``param``.
@@ -244,14 +246,14 @@ class TextEngine:
             await self.text.check_grammar(sampling.grammar, self.vocab_size)
 
     def _requests(self, token_ids: list[int], sampling: SamplingParams, sample_ids: list[str]) -> list[AddRequest]:
-        """One request per sample, with everything resolved that the scheduler should not have to guess."""
-        room = self.max_model_len - len(token_ids)
-        max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
-        if max_tokens > room:
+        """Make one request per sample, with all defaults resolved."""
+        max_output = self.max_model_len - len(token_ids)
+        max_tokens = max_output if sampling.max_tokens is None else sampling.max_tokens
+        if max_tokens > max_output:
             raise ContextLengthError(
                 f"this model's maximum context length is {self.max_model_len} tokens; the prompt's {len(token_ids)} "
                 f"and max_tokens={max_tokens} make {len(token_ids) + max_tokens}. "
-                f"Shorten the prompt or ask for at most {room} tokens",
+                f"Shorten the prompt or ask for at most {max_output} tokens",
                 "max_tokens",
             )
         end_token_ids = set(sampling.stop_token_ids or ())
@@ -268,15 +270,15 @@ class TextEngine:
                     n=1,
                     seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
                     max_tokens=max_tokens,
-                    stop=None,  # text is this side's affair
+                    stop=None,  # the scheduler handles no text
                 ),
             )
             for index, sample_id in enumerate(sample_ids)
         ]
 
 
-class _Sample:
-    """One sample between the scheduler, which gives tokens, and the text service, which gives text."""
+class _OpenSample:
+    """Sample between the scheduler, which gives tokens, and the text service, which gives text."""
 
     def __init__(
         self, engine: TextEngine, index: int, request: AddRequest, sampling: SamplingParams, stream: TextStream
@@ -284,13 +286,13 @@ class _Sample:
         self._engine, self._index, self._request = engine, index, request
         self._sampling, self._stream = sampling, stream
         self._client: EngineClient | None = None
-        self._outputs: deque[RequestOutput] = deque()  # whose text is being made
-        self._all_token_ids: list[int] = []  # of a sample with a grammar
-        self._ended = False
+        self._outputs: deque[RequestOutput] = deque()  # outputs whose text is not here yet
+        self._all_token_ids: list[int] = []  # only with a grammar
+        self._has_ended = False
         self._check: asyncio.Task[None] | None = None
 
     def start(self, client: EngineClient) -> None:
-        """Send it to the scheduler."""
+        """Send the request to the scheduler."""
         sampling = self._sampling
         options = TextStreamOptions(
             skip_special_tokens=sampling.skip_special_tokens,
@@ -301,20 +303,20 @@ class _Sample:
         self._client = client
         client.open(self._request, self._on_output)
 
-    def abort_at_once(self) -> None:
-        """It has been aborted before it was started."""
-        self._ended = True
+    def abort_unstarted(self) -> None:
+        """Finish the sample, because the user has aborted the request before its start."""
+        self._has_ended = True
         self._push([], OutputText(text="", num_tokens=0), "abort", None)
 
     def close(self) -> None:
-        """Nobody reads it any more."""
+        """End the sample: its stream is closed."""
         self._end()
         if self._check is not None:
             self._check.cancel()
 
     def _end(self, finish_reason: str = "abort") -> None:
-        if not self._ended:
-            self._ended = True
+        if not self._has_ended:
+            self._has_ended = True
             if self._client is not None:
                 self._client.close_request(self._request.request_id, finish_reason)
                 self._text.close()
@@ -325,7 +327,7 @@ class _Sample:
             self._stream.fail(output)
         else:
             self._outputs.append(output)
-            # An end token is counted, but not shown.
+            # An end token counts as a token, but has no text.
             shown = len(output.token_ids) - (output.finish_reason == "stop")
             self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
 
@@ -335,7 +337,7 @@ class _Sample:
             self._stream.fail(text)
             return
         output = self._outputs.popleft()
-        if self._ended:
+        if self._has_ended:
             return
         token_ids, finish_reason = output.token_ids[: text.num_tokens], output.finish_reason
         stop_reason: str | int | None = None
@@ -353,7 +355,7 @@ class _Sample:
         self._push(token_ids, text, finish_reason, stop_reason, output)
 
     async def _finish_checked(self, output: RequestOutput, text: OutputText) -> None:
-        """An end is the grammar's end, or an error: a grammar may have become too complex on the way."""
+        """Finish a sample that follows its grammar, and fail any other: a grammar may become too complex on the way."""
         grammar = self._sampling.grammar
         assert grammar is not None
         try:

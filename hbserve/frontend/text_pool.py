@@ -1,4 +1,4 @@
-"""The tokenizer and detokenizer processes of an API server as one service."""
+"""Text service of an API server by other processes: one detokenizer, and tokenizers if configured."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hbserve.tokenizer.text_service import OnText, OutputStream
 
 
 class TextProcesses:
-    """The `TextService` by other processes.
+    """`TextService` whose work is done in other processes.
 
     Args:
-        config: ``server.num_tokenizers`` processes encode; with 0 the detokenizer does it too.
+        config: ``server.num_tokenizers`` processes encode; with 0 the detokenizer encodes too.
         run_dir: folder for the sockets.
     """
 
@@ -32,35 +32,30 @@ class TextProcesses:
             for number in range(config.server.num_tokenizers)
         ]
 
-    @property
-    def _processes(self) -> list[TextProcess]:
-        return [self._detokenizer, *self._tokenizers]
+        self._processes = [self._detokenizer, *self._tokenizers]
 
     @property
     def dead(self) -> EngineDeadError | None:
-        for process in self._processes:
-            if process.dead is not None:
-                return process.dead
-        return None
+        return next((process.dead for process in self._processes if process.dead is not None), None)
 
     async def start(self, deadline: float) -> None:
-        """Start all and return when they are ready.
+        """Start all processes and return when they are ready.
 
         Args:
             deadline: on the monotonic clock.
 
         Raises:
-            StartupError: naming the one that failed and why.
+            StartupError: naming the process that failed and why.
         """
         await asyncio.gather(*(process.start(deadline) for process in self._processes))
 
     async def stop(self) -> None:
-        """End all. May be called twice."""
+        """End all processes. May be called twice."""
         await asyncio.gather(*(process.stop() for process in self._processes))
         self._context.term()
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Per process its pid, how often it was replaced, and what it has to do."""
+        """Return the pid, the restarts and the open work of each process, by its name."""
         return {process.name: process.report() for process in self._processes}
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -99,7 +94,7 @@ class TextProcesses:
         return self._detokenizer.open(options, on_text)
 
     async def _check(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> str | None:
-        # Always the same process: the vocabulary that it makes for grammars is large.
+        # All checks go to one process, because the vocabulary that it makes for grammars is large.
         reply = await self._processes[-1].ask(
             lambda number: CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids),
             "grammar",

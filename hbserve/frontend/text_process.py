@@ -1,8 +1,8 @@
-"""A tokenizer or detokenizer process of an API server, started, watched and replaced.
+"""API server's side of a tokenizer or detokenizer process: start, watch and replace it.
 
-Everything that it must know to go on is kept here: open questions, and of every open output the
-tokens so far. So one that dies is replaced, is told it all again, and no request notices more than a
-pause.
+The API server keeps all state that the process needs: the open questions, and the tokens so far of every open output.
+A process that dies is replaced, its successor gets that state again, and requests see only a pause.
+`hbserve.frontend.text_worker` is the process itself.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ _MAX_ATTEMPTS = 3
 
 
 class _Query:
-    """A question, until it is answered."""
+    """Question that is not answered yet."""
 
     def __init__(self, request: TextRequest, answer: asyncio.Future[TextReply]) -> None:
         self.request, self.answer = request, answer
         self.num_deaths = 0
-        self.since = time.monotonic()
+        self.asked_at = time.monotonic()
 
 
 class _RemoteStream:
-    """An output whose text is made in the process; what it has had is kept, to be told again."""
+    """Output whose text the process makes; keeps all its tokens, for a successor of the process."""
 
     def __init__(self, process: TextProcess, number: int, options: TextStreamOptions, on_text: OnText) -> None:
         self._process, self.number, self.options, self.on_text = process, number, options, on_text
-        self.answered: list[int] = []
+        self.answered: list[int] = []  # tokens whose text has come
         self.pending: deque[FeedText] = deque()
         self.num_deaths = 0
-        self.since = 0.0
+        self.waits_since = 0.0
 
     def feed(self, token_ids: list[int], shown: int, last: bool) -> None:
         request = FeedText(stream=self.number, token_ids=token_ids, shown=shown, last=last)
         if not self.pending:
-            self.since = time.monotonic()
+            self.waits_since = time.monotonic()
         self.pending.append(request)
         self._process.send(request)
 
@@ -74,7 +74,7 @@ class _RemoteStream:
 
 
 class TextProcess:
-    """One process and its line. Arguments as in `TextProcesses`."""
+    """One process, its socket, and what it has to do. Arguments as in `TextProcesses`."""
 
     def __init__(self, name: str, config: Config, run_dir: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.name = name
@@ -91,27 +91,27 @@ class TextProcess:
         self._receiver: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
-        self._heard = 0.0  # when something last came from it
-        self._to_ask_again: deque[int] = deque()  # questions that were open when it died, one at a time
-        self._suspect: int | None = None  # the one of them that it is at
+        self._last_heard = 0.0
+        self._to_ask_again: deque[int] = deque()  # questions that were open at a death
+        self._suspect: int | None = None  # the one of these that the process has now
 
     # --- requests --------------------------------------------------------------------------------
 
     @property
     def num_open(self) -> int:
-        """Questions that are not answered yet."""
+        """Number of questions that are not answered yet."""
         return len(self._queries)
 
     async def ask(self, make: Callable[[int], TextRequest], param: str) -> TextReply:
-        """Send what ``make(number)`` gives, and wait for its answer.
+        """Send the question ``make(number)`` and wait for its answer.
 
         Args:
-            param: the parameter of the request that it is about.
+            param: parameter of the request that the question is about.
 
         Raises:
             InvalidRequestError: if that is the answer.
-            RequestFailedError: if the process died of it, again and again.
-            EngineDeadError: if the process is gone for good.
+            RequestFailedError: if several processes died while they had the question.
+            EngineDeadError: if the process is not replaced any more.
         """
         if self._dead is not None:
             raise self._dead
@@ -128,14 +128,14 @@ class TextProcess:
 
     @property
     def dead(self) -> EngineDeadError | None:
-        """Why it is gone for good, or None."""
+        """Reason why the process is not replaced any more, or None."""
         return self._dead
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         """Begin a stream.
 
         Raises:
-            EngineDeadError: if the process is gone for good.
+            EngineDeadError: if the process is not replaced any more.
         """
         if self._dead is not None:
             raise self._dead
@@ -150,24 +150,24 @@ class TextProcess:
             self.send(CloseText(stream=stream.number))
 
     def send(self, request: TextRequest) -> None:
-        """Send with what else there is to send in this turn of the event loop."""
+        """Send a request, in one message with all others of this turn of the event loop."""
         encoded = msgspec.Raw(self._encoder.encode(request))
         if self._socket is None:
-            return  # who comes next is told everything
+            return  # the successor gets the whole state
         if not self._batch:
             asyncio.get_running_loop().call_soon(self._flush)
         self._batch.append(encoded)
 
     def _flush(self) -> None:
         if self._socket is not None and self._batch:
-            with contextlib.suppress(zmq.Again):  # it has just gone; who comes next is told everything
+            with contextlib.suppress(zmq.Again):  # the process has just ended; its successor gets the whole state
                 self._socket.send([self._encoder.encode(self._batch)])
         self._batch.clear()
 
     async def _receive(self, socket: AsyncSocket) -> None:
         while True:
             (payload,) = await socket.receive()
-            self._heard = time.monotonic()
+            self._last_heard = time.monotonic()
             for reply in self._decoder.decode(payload):
                 if isinstance(reply, StreamText):
                     self._on_stream_text(reply)
@@ -180,7 +180,7 @@ class TextProcess:
         if stream is None:
             return
         request = stream.pending.popleft()
-        stream.since = time.monotonic()
+        stream.waits_since = time.monotonic()
         stream.num_deaths = 0
         stream.answered += request.token_ids
         if request.last or reply.output.stop_string is not None:
@@ -193,18 +193,17 @@ class TextProcess:
         query = self._queries.get(reply.query_id)
         if query is None or query.answer.done():
             return
-        if isinstance(reply, TextFailed):
-            is_bug = reply.is_bug
-            query.answer.set_exception(
-                RequestFailedError(reply.error) if is_bug else InvalidRequestError(reply.error, reply.param)
-            )
-        else:
+        if not isinstance(reply, TextFailed):
             query.answer.set_result(reply)
+        elif reply.is_bug:
+            query.answer.set_exception(RequestFailedError(reply.error))
+        else:
+            query.answer.set_exception(InvalidRequestError(reply.error, reply.param))
 
-    # --- life ------------------------------------------------------------------------------------
+    # --- start and replacement -------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """For the operator."""
+        """Return pid, restarts and open work, for the operator."""
         child = self._child
         return {
             "pid": child.pid if child is not None and child.is_alive() else None,
@@ -224,7 +223,7 @@ class TextProcess:
 
     async def _start(self, deadline: float) -> None:
         self._num_starts += 1
-        # A new address each time: nothing that was sent to a dead one can reach the next.
+        # Each process has an address of its own: no message to a dead process can reach its successor.
         address = f"ipc://{self._run_dir}/{self.name}.{self._num_starts}"
         socket = AsyncSocket(self._context.socket(zmq.DEALER))
         socket.socket.bind(address)
@@ -233,7 +232,7 @@ class TextProcess:
         try:
             self._child.start()
             await self._child.wait_ready(deadline)
-            await asyncio.wait_for(socket.receive(), max(1.0, deadline - time.monotonic()))  # its greeting
+            await asyncio.wait_for(socket.receive(), max(1.0, deadline - time.monotonic()))  # greeting
         except TimeoutError:
             socket.close()
             raise StartupError(f"the {self.name} was not ready in time (rpc.start_timeout_s)") from None
@@ -243,24 +242,24 @@ class TextProcess:
         self._socket = socket
         self._receiver = asyncio.create_task(self._receive(socket))
         for stream in self._streams.values():
-            stream.since = time.monotonic()
+            stream.waits_since = time.monotonic()
             self.send(OpenText(stream=stream.number, options=stream.options, token_ids=stream.answered))
             for request in stream.pending:
                 self.send(request)
-        self._flush()  # outputs are answered before any question that may be the end of this process too
+        self._flush()  # outputs first: a question may end this process too
         for query in self._queries.values():
-            query.since = time.monotonic()
+            query.asked_at = time.monotonic()
         self._to_ask_again = deque(self._queries)
         self._ask_again()
 
     def _ask_again(self) -> None:
-        """The next of the questions that were open at a death: alone, so that the next death has one cause."""
+        """Send the next question that was open at a death, alone, so that the next death has one cause."""
         self._suspect = None
         while self._to_ask_again:
             query = self._queries.get(number := self._to_ask_again.popleft())
             if query is not None and not query.answer.done():
                 self._suspect = number
-                query.since = time.monotonic()
+                query.asked_at = time.monotonic()
                 self.send(query.request)
                 return
 
@@ -270,12 +269,12 @@ class TextProcess:
         while True:
             assert self._child is not None
             code = await self._child.wait()
-            # Who ended at its start had not heard of any request. A death at work may be a request's doing, which must
-            # not be able to end the service: only other deaths count against it.
+            # A request may have caused a death at work, and no request may end the service. Only deaths at the start,
+            # or without work, count against the budget.
             was_at_work = self._socket is not None and self._is_at_work
             if was_at_work:
                 self._count_deaths()
-            await self._hang_up()
+            await self._disconnect()
             if not was_at_work and not budget.take():
                 self._give_up(f"the {self.name} ended with exit code {code}, too often to be replaced again")
                 return
@@ -290,7 +289,7 @@ class TextProcess:
                 return
 
     def _count_deaths(self) -> None:
-        """What has been there at too many deaths may be their cause."""
+        """Fail the questions and outputs that were open at too many deaths: they may be the cause."""
         for number, query in list(self._queries.items()):
             query.num_deaths += self._suspect in (None, number)
             if query.num_deaths >= _MAX_ATTEMPTS and not query.answer.done():
@@ -312,26 +311,24 @@ class TextProcess:
             stream.on_text(self._dead)
 
     async def _watch_answers(self) -> None:
-        """A process that hangs is ended, and then replaced."""
+        """Kill a process that does not answer; `_keep_alive` then replaces it."""
         while True:
             await asyncio.sleep(_ANSWER_TIMEOUT_S / 4)
             late = time.monotonic() - _ANSWER_TIMEOUT_S
-            waits = any(query.since < late for query in self._queries.values())
-            if (
-                self._heard < late
-            ):  # streams are answered in turn: one that waits while others do not is in a long queue
-                waits |= any(stream.pending and stream.since < late for stream in self._streams.values())
-            if waits and self._socket is not None and self._child is not None:
+            is_late = any(query.asked_at < late for query in self._queries.values())
+            if self._last_heard < late:  # else other streams get answers, and this one is in a long queue
+                is_late |= any(stream.pending and stream.waits_since < late for stream in self._streams.values())
+            if is_late and self._socket is not None and self._child is not None:
                 logger.error("the %s has not answered for %g s; ending it", self.name, _ANSWER_TIMEOUT_S)
                 self._child.kill()
 
-    async def _hang_up(self) -> None:
+    async def _disconnect(self) -> None:
         socket, self._socket = self._socket, None
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.cancel()
         if socket is not None:
-            socket.close()  # before anything is awaited: a cancel there must not leave it behind
+            socket.close()  # before the first await: a cancel there must not leave the socket open
         if receiver is not None:
             await asyncio.gather(receiver, return_exceptions=True)
 
@@ -344,6 +341,6 @@ class TextProcess:
         if self._child is not None:
             await self._child.stop()
             self._child = None
-        await self._hang_up()
+        await self._disconnect()
         if self._dead is None:
             self._dead = EngineDeadError("the server has ended")

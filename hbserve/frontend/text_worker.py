@@ -1,6 +1,7 @@
-"""The process around a tokenizer: encodes prompts and decodes outputs for an API server.
+"""Text process: encodes prompts and decodes outputs for an API server.
 
-It keeps nothing that the API server could not tell it again; see `hbserve.frontend.text_process`.
+It keeps no state that the API server cannot send again; see `hbserve.frontend.text_process`. Threads handle long texts
+and grammars; the event loop handles all other requests.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ import asyncio
 import logging
 import os
 import signal
-from typing import Any
 
 import msgspec
 import zmq
 
 from hbserve.config import Config
-from hbserve.errors import HBServeError, InvalidRequestError
+from hbserve.errors import InvalidRequestError
 from hbserve.grammar import Vocabulary
 from hbserve.messages.text import (
     Checked,
@@ -40,17 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 class TextWorker:
-    """Answers requests, in batches, on one socket.
+    """Worker that answers requests, in batches, on one socket.
 
     Args:
-        address: of the API server's end.
+        address: address on which the API server listens.
     """
 
     def __init__(self, tokenizer: Tokenizer, address: str) -> None:
         self._tokenizer = tokenizer
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
-        self._socket.socket.linger = 0  # at the end nothing waits for an API server that is gone
+        self._socket.socket.linger = 0  # at the end the process does not wait for an API server that has ended
         self._socket.socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[TextRequest])
@@ -61,7 +61,7 @@ class TextWorker:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        self._socket.send([self._encoder.encode(self._replies)])  # a greeting: the line is there
+        self._socket.send([self._encoder.encode(self._replies)])  # a greeting: the connection works
         while True:
             (payload,) = await self._socket.receive()
             for request in self._decoder.decode(payload):
@@ -79,7 +79,7 @@ class TextWorker:
             self._streams.pop(request.stream, None)
         elif _size(request) < LONG_TEXT and not isinstance(request, CheckGrammar):
             self._answer(request)
-        else:  # outputs of others should not have to wait for it
+        else:  # in a thread, so that other requests do not wait for it
             task = asyncio.create_task(self._answer_later(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -87,7 +87,7 @@ class TextWorker:
     def _feed(self, request: FeedText) -> None:
         decoding = self._streams.get(request.stream)
         if decoding is None:
-            return  # it has ended
+            return  # the stream has ended
         output = decoding.feed(request.token_ids, request.shown, request.last)
         if request.last or output.stop_string is not None:
             del self._streams[request.stream]
@@ -116,7 +116,7 @@ class TextWorker:
             return Checked(query_id=number, problem=vocabulary.problem_of(request.grammar, request.token_ids))
         except InvalidRequestError as error:
             return TextFailed(query_id=number, error=str(error), param=error.param)
-        except Exception:  # one request's, and others are served here
+        except Exception:  # concerns one request; the process must serve the others
             logger.exception("bug while encoding or checking")
             error_text = f"the {type(request).__name__} failed; see the server's log"
             return TextFailed(query_id=number, error=error_text, param=None, is_bug=True)
@@ -134,7 +134,7 @@ class TextWorker:
 
 
 def _size(request: EncodeText | EncodeChat | CheckGrammar) -> int:
-    """Characters, about."""
+    """Return the approximate number of characters."""
     if isinstance(request, EncodeText):
         return len(request.text)
     if isinstance(request, EncodeChat):
@@ -143,25 +143,16 @@ def _size(request: EncodeText | EncodeChat | CheckGrammar) -> int:
 
 
 def main() -> None:
-    """Entry of the process that the API server starts."""
-    orders: dict[str, Any] = child.read_orders()
+    """Entry point of the process that the API server starts."""
+    orders = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title(f"hbserve-{orders['name']}")
     child.configure_logging(config.logging, orders["name"])
     leave_out_torch()
-    try:
-        event_loop.run(_serve(config, orders["address"]))
-    except HBServeError as error:
-        child.report_status({"error": str(error)})
-        logger.error("%s", error)
-        child.exit_now(1)
-    except BaseException:
-        logger.exception("the process failed")
-        child.exit_now(1)
-    child.exit_now(0)
+    child.exit_after(lambda: event_loop.run(_serve(config, orders["address"])))
 
 
-async def _serve(config: Config, address: str) -> None:
+async def _serve(config: Config, address: str) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -175,6 +166,7 @@ async def _serve(config: Config, address: str) -> None:
     done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if serving in done:
         serving.result()
+    return 0
 
 
 if __name__ == "__main__":

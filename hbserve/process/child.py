@@ -128,13 +128,18 @@ def exit_now(code: int) -> NoReturn:
 
 
 def exit_after(work: Callable[[], int]) -> NoReturn:
-    """Do the work of this process and exit with the code that it returns; report an `HBServeError` and exit with 1."""
+    """Do the work of this process and exit with the code that it returns, or with 1 after an error.
+
+    The parent gets the text of an `HBServeError`; the log gets every error.
+    """
     code = 1
     try:
         code = work()
     except HBServeError as error:
         report_status({"error": str(error)})
         logger.error("%s", error)
+    except BaseException:
+        logger.exception("the process failed")
     exit_now(code)
 
 
