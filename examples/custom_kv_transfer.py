@@ -1,9 +1,11 @@
-"""A KV transfer backend of one's own: blocks move through files.
+"""A KV transfer backend of your own: blocks move through files.
 
     python examples/custom_kv_transfer.py [model folder]
 
-The slowest sensible backend, and the whole contract: send a buffer under a name, receive it under
-the same name. Everything else (which blocks, when, timeouts, retries) is HBServe's affair.
+This is the slowest sensible backend, and it shows the whole contract: send a buffer under a name, and receive it
+under the same name. HBServe does everything else: which blocks, when, timeouts, retries.
+
+The class runs in the processes of the instances; `main` runs in the program that starts them.
 """
 
 import asyncio
@@ -27,12 +29,12 @@ POLL_S = 0.002
 
 
 class FileKVTransfer(KVTransferBase):
-    """Buffers as files in the folder that ``EXAMPLE_KV_FOLDER`` names, which all instances must see."""
+    """Backend that moves buffers as files, in the folder ``EXAMPLE_KV_FOLDER`` that all instances must see."""
 
     def __init__(self, context: KVTransferContext) -> None:
         super().__init__(context)
         folder = os.environ.get(FOLDER_VARIABLE)
-        if folder is None or not Path(folder).is_dir():  # so the system does not start, and says why
+        if folder is None or not Path(folder).is_dir():  # then the system does not start, and this is the reason
             raise KVTransferError(f"{FOLDER_VARIABLE} must name a folder that all instances see, not {folder!r}")
 
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
@@ -49,14 +51,14 @@ class FileKVTransfer(KVTransferBase):
         return await asyncio.to_thread(self._read, path)
 
     def _path(self, request_id: str, source_rank: int, target_rank: int) -> Path:
-        # The id may hold any character, so a digest of it makes the name.
+        # The id may contain any character, so its digest is the file's name.
         digest = blake2b(request_id.encode(), digest_size=16).hexdigest()
         return Path(os.environ[FOLDER_VARIABLE]) / f"{source_rank}-{target_rank}-{digest}"
 
     def _write(self, path: Path, kv_buffer: torch.Tensor) -> None:
         unfinished = path.with_suffix(".unfinished")
         kv_buffer.cpu().numpy().tofile(unfinished)
-        unfinished.rename(path)  # atomic: whoever sees the file sees all of it
+        unfinished.rename(path)  # atomic: a receiver that sees the file sees all of it
 
     def _read(self, path: Path) -> torch.Tensor:
         buffer = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
@@ -66,7 +68,7 @@ class FileKVTransfer(KVTransferBase):
 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL)
-    with tempfile.TemporaryDirectory() as folder:  # nobody else can look into it
+    with tempfile.TemporaryDirectory() as folder:  # private to this user
         os.environ[FOLDER_VARIABLE] = folder  # the instances inherit it
         with LLM(model, kv_transfer_backend="custom_kv_transfer:FileKVTransfer", log_level="WARNING") as llm:
             question = "Remember: dog parrot, eagle maple, chalk oasis, flute ring. What is eagle?"
@@ -78,6 +80,6 @@ def main() -> None:
         print(f"{link}: {moved['bytes']} bytes in {moved['transfers']} file(s)")
 
 
-# The instances import the class from this file; only the program itself shall start a system.
+# The instances import the class from this file; only the program itself starts a system.
 if __name__ == "__main__":
     main()
