@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hbserve.messages.worker import NUM_BOARD_CELLS, PlanRow, StepOf, StepPlan
+from hbserve.messages.worker import NUM_BOARD_CELLS, PlanRow, StepPlan, StepRef
 
 _POLL_S = 20e-6
 _SET_TIMER_SLACK = 29  # of prctl(2)
@@ -83,7 +83,7 @@ class StepBoard:
             self._positions[entry.slots] = entry.ends
         self._done[entry.cell] = entry.step_id
 
-    def note_lost(self, step: StepOf) -> None:
+    def note_lost(self, step: StepRef) -> None:
         """The worker of that cell has ended; who waits for the step need not."""
         self._lost[step.cell] = step.step_id
 
@@ -91,7 +91,7 @@ class StepBoard:
         """Nobody waits for longer than that from now on. Callable from any thread."""
         self._deadline = time.monotonic() + seconds
 
-    def wait(self, step: StepOf) -> None:
+    def wait(self, step: StepRef) -> None:
         """Wait until a step is done, or known to be lost.
 
         Raises:

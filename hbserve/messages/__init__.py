@@ -1,7 +1,7 @@
-"""Every message that crosses a process border: one module per border, with both directions.
+"""Every message that crosses a process border: one module for each border, with both directions.
 
-Encoded with msgpack as tagged arrays: small, typed on arrival, and nothing in them can run code.
-Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `kv_transfer`).
+Messages are msgpack arrays with a tag: small, checked on arrival, and unable to run code. They carry control only:
+tokens, block ids and numbers, never a tensor (`hbserve.kv_transfer` moves the bytes of KV).
 
     API server, LLM         client, admin      CpuScheduler
     supervisor of workers   supervisor         CpuScheduler
@@ -10,5 +10,5 @@ Control only: tokens, block ids and numbers; never a tensor (KV bytes move by `k
     rank 0 of an instance   rank, transfer     its other ranks
     API server              text               text process
 
-A decoder takes the union of what may come over its border.
+A decoder takes the union of all messages that may cross its border.
 """

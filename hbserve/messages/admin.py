@@ -1,4 +1,4 @@
-"""Whoever operates a system and the scheduler: what it has to tell, and changes of its instances."""
+"""Messages between an operator's client and the scheduler: statistics, and changes of instances."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from hbserve.messages.base import Message
 
 
 class GetStats(Message, frozen=True):
-    """Ask for `Stats`; answered even while the system is not ready.
-
-    Attributes:
-        recent: with ``recent``: the last requests' timelines and the last events.
-    """
+    """Ask for `Stats`, even while the system is not ready. ``recent``: with the last requests' timelines and events."""
 
     query_id: int
     recent: bool = False
 
 
 class Stats(Message, frozen=True):
-    """Answer to `GetStats`: plain numbers and names, the shape of ``get_system_stats()``."""
+    """Answer to `GetStats`: plain numbers and names, in the shape of ``get_system_stats()``."""
 
     query_id: int
     stats: dict[str, Any]
@@ -41,11 +37,8 @@ class Window(Message, frozen=True):
 
 
 class SetRole(Message, frozen=True):
-    """Have an instance change its role once it has nothing left to do; answered by `InstanceChanged`.
-
-    Attributes:
-        deadline_s: then it goes on as it was.
-    """
+    """Change an instance's role once it has no work left; answered by `InstanceChanged`. ``deadline_s``: after this
+    time the instance goes on in its old role."""
 
     query_id: int
     instance_id: str
@@ -54,11 +47,8 @@ class SetRole(Message, frozen=True):
 
 
 class RemoveInstance(Message, frozen=True):
-    """Have an instance end once it has nothing left to do; answered by `InstanceChanged`.
-
-    Attributes:
-        deadline_s: then it goes on as it was.
-    """
+    """End an instance once it has no work left; answered by `InstanceChanged`. ``deadline_s``: after this time the
+    instance goes on serving."""
 
     query_id: int
     instance_id: str
@@ -66,12 +56,8 @@ class RemoveInstance(Message, frozen=True):
 
 
 class InstanceChanged(Message, frozen=True):
-    """Answer to `SetRole` and `RemoveInstance`.
-
-    Attributes:
-        error: why nothing has changed.
-        is_unknown: because there is no such instance.
-    """
+    """Answer to `SetRole` and `RemoveInstance`. ``error``: why nothing has changed; ``is_unknown``: whether the reason
+    is that there is no such instance."""
 
     query_id: int
     error: str | None = None

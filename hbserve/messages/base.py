@@ -1,4 +1,4 @@
-"""What messages are made of."""
+"""Base classes of messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True, kw_only=True):
-    """Base of all messages. Arrays, not maps: both ends run the same version."""
+    """Base of all messages. They are arrays, not maps, because both ends run the same version."""
 
 
 class Value(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
@@ -17,8 +17,8 @@ class TokenLogprobs(Value, frozen=True):
     """Log-probabilities at one output position.
 
     Attributes:
-        token: of the chosen token.
-        top_ids, top: the most likely tokens, best first, and theirs.
+        token: log-probability of the chosen token.
+        top_ids, top: the most likely tokens, best first, and their log-probabilities.
     """
 
     token: float

@@ -1,4 +1,4 @@
-"""Clients (the API server, `LLM`) and the scheduler: requests in, tokens out."""
+"""Messages between clients (the API server, `LLM`) and the scheduler: requests in, tokens out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hbserve.sampling_params import SamplingParams
 
 
 class AddRequest(Message, frozen=True):
-    """Generate tokens after a prompt; ``sampling.n`` is 1 here, the client makes n requests of it.
+    """Generate tokens after a prompt. ``sampling.n`` is 1 here, because the client makes n requests of it.
 
     Attributes:
         request_id: unique among the client's open requests.
-        end_token_ids: tokens that end the output: the model's own, unless ignored, and the request's.
+        end_token_ids: tokens that end the output: the model's, unless they are ignored, and the request's.
         sampling: with ``seed`` and ``max_tokens`` resolved.
     """
 
@@ -27,14 +27,14 @@ class AddRequest(Message, frozen=True):
 
 
 class AbortRequest(Message, frozen=True):
-    """Give up on a request, in whatever state it is. Unknown ids are ignored: it may just have ended."""
+    """Abort a request in any state. An unknown id is ignored, because the request may just have ended."""
 
     request_id: str
     finish_reason: str = "abort"
 
 
 class SubscribeReady(Message, frozen=True):
-    """Ask for `Ready` once every instance is there, or `NotReady` at the deadline."""
+    """Ask for `Ready` when all instances are registered, or `NotReady` at the deadline."""
 
     deadline_s: float
 
@@ -46,11 +46,11 @@ class RequestOutput(Value, frozen=True):
     """New tokens of one request, or its end.
 
     Attributes:
-        finish_reason: ``stop`` (an end token, which is the last of ``token_ids``), ``length``,
-            ``abort``, ``error``, or None while it goes on.
-        error: what went wrong, and ``error_kind`` the class in `hbserve.errors` it becomes.
+        finish_reason: ``stop`` (an end token, which is the last of ``token_ids``), ``length``, ``abort``, ``error``, or
+            None while the request goes on.
+        error: what went wrong; ``error_kind`` names the class in `hbserve.errors` that the client raises.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache (first output only).
-        retry_after_s: when a refused request may fare better.
+        retry_after_s: time after which a refused request may be accepted.
     """
 
     request_id: str
@@ -65,24 +65,20 @@ class RequestOutput(Value, frozen=True):
 
 
 class OutputBatch(Message, frozen=True):
-    """All that happened to a client's requests since the last batch."""
+    """New outputs of a client's requests since the last batch."""
 
     outputs: list[RequestOutput]
 
 
 class Ready(Message, frozen=True):
-    """Every instance is registered.
-
-    Attributes:
-        max_model_len: most tokens of prompt and output together.
-    """
+    """All instances are registered. ``max_model_len``: limit of the tokens of prompt and output together."""
 
     max_model_len: int
     vocab_size: int
 
 
 class NotReady(Message, frozen=True):
-    """The deadline passed, or an instance said why it cannot serve."""
+    """The deadline has passed, or an instance has reported why it cannot serve."""
 
     reason: str
 
@@ -99,7 +95,7 @@ ClientMessage = (
     | SetWorkers
     | MarkRotation
 )
-"""All that comes to the scheduler's port for clients: theirs, operators', supervisors' and new instances'."""
+"""Messages that arrive at the scheduler's client port, from clients, operators, supervisors and new instances."""
 
 SchedulerReply = OutputBatch | Ready | NotReady | Stats | Window | InstanceChanged | Joined | WorkerLost
-"""All that leaves it."""
+"""Messages that the scheduler sends from that port."""

@@ -1,4 +1,4 @@
-"""An instance that is not in the configuration and the scheduler of a running system, before they know each other."""
+"""Messages between the scheduler of a running system and a new instance that its configuration does not name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hbserve.messages.base import Message
 
 
 class Join(Message, frozen=True):
-    """An instance wants to be one of the system's; answered by `Joined`.
+    """Ask to become an instance of the system; answered by `Joined`.
 
     Attributes:
-        address: where it will listen for the scheduler.
-        kv_rank: its number among the KV transfer peers, if it has one already; None: give it one.
-        num_ranks: its tensor-parallel ranks; None: as many as the system's instances have by default.
+        address: where the instance will listen for the scheduler.
+        kv_rank: the instance's number among the KV transfer peers; None: the scheduler gives it one.
+        num_ranks: the instance's tensor-parallel ranks; None: the system's default.
     """
 
     instance_id: str
@@ -27,13 +27,13 @@ class Join(Message, frozen=True):
 
 
 class Joined(Message, frozen=True):
-    """Answer to `Join`: the scheduler now waits for the instance at its address, or says why not.
+    """Answer to `Join`: the scheduler now waits for the instance at its address, or reports why it does not.
 
     Attributes:
-        config: of the system, as plain data. It names files, and holds no secrets.
-        kv_rank: the instance's.
-        error: why it cannot join.
-        is_taken: the error is that its name is in use by an instance that is there.
+        config: the system's configuration as plain data. It names files, and holds no secrets.
+        kv_rank: the instance's number among the KV transfer peers.
+        error: why the instance cannot join.
+        is_taken: whether the reason is that a registered instance has the same name.
     """
 
     config: dict[str, Any] = msgspec.field(default_factory=dict)

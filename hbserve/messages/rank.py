@@ -1,4 +1,4 @@
-"""Rank 0 of an instance and its other ranks. Plans come on a line of their own, encoded `StepPlan`s."""
+"""Messages between rank 0 of an instance and its other ranks. Plans (`StepPlan`) come encoded, on their own line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hbserve.messages.worker import InstanceFailed, StepLost, StepResult
 
 
 class Standby(msgspec.Struct, frozen=True, kw_only=True):
-    """How a process falls asleep.
+    """Preparation of a standby process.
 
     Attributes:
-        model: the folder of the model that it will run; None: it will be told what the model is.
+        model: folder of the model that the process will run; None: it learns the model later.
         on_gpu: whether to import what only a GPU needs.
-        yields: its imports are in no hurry, and leave the cores to what serves meanwhile.
+        yields: whether its imports leave the cores to processes that serve meanwhile.
     """
 
     model: str | None
@@ -24,11 +24,11 @@ class Standby(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BeginEpoch(Message, frozen=True):
-    """Forget everything, and answer with `EpochBegun`.
+    """Forget all state, and answer with `EpochBegun`.
 
     Attributes:
-        epoch: of the instance.
-        num_plans: so many plans have been sent since the start; the last of them is finished first.
+        epoch: epoch of the instance.
+        num_plans: plans sent since the start; the rank first finishes the last of them.
     """
 
     epoch: int
@@ -36,7 +36,7 @@ class BeginEpoch(Message, frozen=True):
 
 
 class EpochBegun(Message, frozen=True):
-    """Nothing of the epoch before can touch the rank's arena any more. Attributes: peer: where it receives KV."""
+    """Nothing of the epoch before can touch the rank's arena any more. ``peer``: where the rank receives KV."""
 
     peer: Peer
 

@@ -1,4 +1,4 @@
-"""Supervisors of workers, who start and end their processes, and the scheduler."""
+"""Messages between supervisors, which start and end the processes of workers, and the scheduler."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from hbserve.messages.base import Message, Value
 
 
 class WorkerSpec(Value, frozen=True):
-    """A worker of an instance whose memory a resident process holds.
+    """Description of a worker of an instance whose memory a resident process holds.
 
     Attributes:
-        role: the phase that it does; ``unified`` does both.
+        role: the phase that it computes; ``unified`` computes both.
         percentage: its share of the device.
         address: where it listens for the scheduler.
     """
@@ -22,15 +22,15 @@ class WorkerSpec(Value, frozen=True):
 
 
 class SetWorkers(Message, frozen=True):
-    """Which workers an instance has from now on; from whoever starts and ends them.
+    """Set the workers of an instance; sent by the supervisor that starts and ends them.
 
-    A worker that the scheduler knows and that is named nowhere here retires: it gets no more plans
-    once another can do its phase, and is told to end when nothing of it is in flight.
+    A worker that the scheduler knows but the message does not name is drained. It gets no more plans once another
+    worker can compute its phase, and is told to exit when it has nothing in flight.
 
     Attributes:
-        arena_epoch: of the memory that they are attached to, or 0 while there is none. Where it is
-            not the one before, that memory and all KV in it are lost.
-        gone: names of workers whose processes have ended: nothing of theirs can write any more.
+        arena_epoch: epoch of the memory that the workers are attached to, or 0 while there is none. If it has changed,
+            the old memory and all KV in it are lost.
+        gone: names of workers whose processes have ended; they can write nothing any more.
         prefill_percentage, decode_percentage: each phase's share while both are busy.
         mixed: both phases go to the unified worker, in the same steps.
         reason: why, in words.
@@ -47,13 +47,13 @@ class SetWorkers(Message, frozen=True):
 
 
 class WorkerLost(Message, frozen=True):
-    """To whoever sent `SetWorkers`: a worker failed or does not answer; its process must be ended."""
+    """A worker failed or does not answer; the supervisor that sent `SetWorkers` must end its process."""
 
     worker_id: str
     reason: str
 
 
 class MarkRotation(Message, frozen=True):
-    """A rotation begins, or is over: latencies of the time between are left out of windows."""
+    """A rotation begins or has ended; windows of metrics leave out latencies of the time between."""
 
     begins: bool

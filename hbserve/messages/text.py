@@ -1,4 +1,4 @@
-"""The API server and its text processes."""
+"""Messages between the API server and its text processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hbserve.messages.base import Message, Value
 
 
 class TextStreamOptions(Value, frozen=True):
-    """How an output becomes text; see `hbserve.tokenizer.IncrementalDetokenizer`."""
+    """Options for turning an output into text; see `hbserve.tokenizer.IncrementalDetokenizer`."""
 
     skip_special_tokens: bool
     stop: list[str]
@@ -18,7 +18,7 @@ class TextStreamOptions(Value, frozen=True):
 
 
 class EncodeText(Message, frozen=True):
-    """Answered by `Encoded` or `TextFailed`."""
+    """Tokenize a text. Answered by `Encoded` or `TextFailed`."""
 
     query_id: int
     text: str
@@ -26,11 +26,11 @@ class EncodeText(Message, frozen=True):
 
 
 class EncodeChat(Message, frozen=True):
-    """Answered by `Encoded` or `TextFailed`.
+    """Tokenize a chat. Answered by `Encoded` or `TextFailed`.
 
     Attributes:
         messages, tools: plain data, as chat templates take them.
-        template_options: what the template is told besides, by name.
+        template_options: further arguments of the template, by name.
     """
 
     query_id: int
@@ -40,11 +40,11 @@ class EncodeChat(Message, frozen=True):
 
 
 class CheckGrammar(Message, frozen=True):
-    """Answered by `Checked` or `TextFailed`.
+    """Check a grammar, or an output against it. Answered by `Checked` or `TextFailed`.
 
     Attributes:
-        token_ids: an output without its end token, of which is asked whether it follows the grammar;
-            None: whether the grammar can be followed at all.
+        token_ids: an output without its end token, to be checked; None: check whether the grammar can be followed at
+            all.
     """
 
     query_id: int
@@ -54,7 +54,7 @@ class CheckGrammar(Message, frozen=True):
 
 
 class OpenText(Message, frozen=True):
-    """Begin a stream. ``token_ids``: what it has had already, in a process that has died; not answered."""
+    """Begin a stream; not answered. ``token_ids``: tokens that it had in a process that has died."""
 
     stream: int
     options: TextStreamOptions
@@ -62,7 +62,7 @@ class OpenText(Message, frozen=True):
 
 
 class FeedText(Message, frozen=True):
-    """Tokens of a stream, answered by one `StreamText`; see `hbserve.tokenizer.text_service.OutputStream`."""
+    """Add tokens to a stream, answered by one `StreamText`; see `hbserve.tokenizer.text_service.OutputStream`."""
 
     stream: int
     token_ids: list[int]
@@ -71,7 +71,7 @@ class FeedText(Message, frozen=True):
 
 
 class CloseText(Message, frozen=True):
-    """Forget a stream."""
+    """Forget a stream; not answered."""
 
     stream: int
 
@@ -94,7 +94,7 @@ class Checked(Message, frozen=True):
 
 
 class TextFailed(Message, frozen=True):
-    """A query that can never be answered; becomes an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`."""
+    """A query that can never be answered: an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`."""
 
     query_id: int
     error: str
@@ -103,12 +103,12 @@ class TextFailed(Message, frozen=True):
 
 
 class OutputText(Value, frozen=True):
-    """What tokens have become.
+    """Text of some tokens.
 
     Attributes:
-        text: what may be shown now.
-        num_tokens: tokens used; fewer than were given if a stop string ended the text before.
-        stop_string: the one that ended it.
+        text: text that may be shown now.
+        num_tokens: tokens used; fewer than were given if a stop string ended the text earlier.
+        stop_string: the stop string that ended the text.
     """
 
     text: str

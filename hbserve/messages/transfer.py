@@ -1,22 +1,24 @@
-"""KV transfers: links and blocks, as the scheduler tells both ends of them. The bytes go elsewhere."""
+"""Messages about KV transfers between the scheduler and both ends: links and blocks.
+
+The bytes go from sender to receiver by another channel; `hbserve.kv_transfer` numbers the steps of a transfer.
+"""
 
 from __future__ import annotations
 
 from hbserve.messages.base import Message, Value
 
 LinkKey = tuple[int, int, int]
-"""A link, as one of its two ranks identifies it: rank and epoch of the other, and the link's epoch."""
+"""A link, as one of its two ranks identifies it: rank and epoch of the other end, and the link's epoch."""
 
 
 class Peer(Value, frozen=True):
-    """Where one rank of an instance receives KV.
+    """Address of one rank of an instance for KV transfers.
 
     Attributes:
-        rank: its number among all ranks of all instances.
+        rank: number of the rank among all ranks of all instances.
         epoch: the instance's incarnation.
-        endpoint: its backend's own address.
-        link_epoch: raised by the scheduler when the link between the two has broken; both ends
-            then start it afresh.
+        endpoint: address in the form of the transfer backend.
+        link_epoch: raised by the scheduler when the link between the two ends has broken; both ends then start it anew.
     """
 
     rank: int
@@ -26,7 +28,7 @@ class Peer(Value, frozen=True):
 
     @property
     def link_key(self) -> LinkKey:
-        """The link between this rank and the one that has been told of it."""
+        """The link between this peer and the rank that got this message."""
         return self.rank, self.epoch, self.link_epoch
 
 
@@ -44,11 +46,8 @@ ALL_LAYERS = LayerGroup(index=0, count=1)
 
 
 class OpenLink(Message, frozen=True):
-    """Be ready to receive from another instance, under a link epoch; answered by `LinkOpened`.
-
-    Attributes:
-        sources: the other instance's ranks.
-    """
+    """Get ready to receive from another instance's ranks, under a link epoch. To the receiver; answered by
+    `LinkOpened`."""
 
     source_id: str
     link_epoch: int
@@ -56,11 +55,11 @@ class OpenLink(Message, frozen=True):
 
 
 class CloseLink(Message, frozen=True):
-    """A link has failed or its sender is lost: see to it that nothing of it is written any more, then say `LinkClosed`.
+    """Stop all writes of a link that has failed or lost its sender. To the receiver; answered by `LinkClosed`.
 
     Attributes:
-        senders_done: every sender on it has answered, so that none of them writes any more of its
-            own will; False where the sender's instance is lost and may still be at it.
+        senders_done: whether every sender has answered, so that none of them starts a write any more. False if the
+            sender's instance is lost and may still write.
     """
 
     source_id: str
@@ -70,34 +69,27 @@ class CloseLink(Message, frozen=True):
 
 
 class ConnectLink(Message, frozen=True):
-    """To the sender of a link: it is open; get ready, so that the first request does not wait for that. Not answered.
-
-    Attributes:
-        targets: the other instance's ranks, as in `SendBlocks`.
-    """
+    """Get ready to send to these ranks on a link that is open, so that the first request need not wait. To the sender;
+    not answered."""
 
     targets: list[Peer]
 
 
 class DisconnectLink(Message, frozen=True):
-    """To the sender of a link: nothing goes over it any more; let go of what is there for it. Not answered.
-
-    Attributes:
-        targets: the other instance's ranks, named as in `SendBlocks`.
-    """
+    """Free what is kept for a link to these ranks, because it has ended. To the sender; not answered."""
 
     targets: list[Peer]
 
 
 class SendBlocks(Message, frozen=True):
-    """Send KV blocks after the step they come with. ``transfer_id`` pairs it with `ReceiveBlocks`.
+    """Send KV blocks after the step of this plan. ``transfer_id`` pairs the message with `ReceiveBlocks`.
 
     Attributes:
-        targets: the receiver's ranks; which rank sends what to which, see `kv_transfer.head_split`.
-        generations: of the blocks, on the sender's side; a stale one is refused.
-        target_block_ids: where they go, in the receiver's pool.
-        layers: what is sent of each block; of fewer than all, as soon as the step has stored them.
-        checksum: whether the answer shall hold the blocks' checksums.
+        targets: the receiver's ranks; `hbserve.kv_transfer.head_split` says which rank sends what to which.
+        generations: generations of the blocks in the sender's pool; a stale one is refused.
+        target_block_ids: where the blocks go in the receiver's pool.
+        layers: the layers to send of each block; if not all, they leave as soon as the step has stored them.
+        checksum: whether the answer must hold the blocks' checksums.
     """
 
     transfer_id: str
@@ -122,14 +114,14 @@ class ReceiveBlocks(Message, frozen=True):
 
 
 class FinishBlocks(Message, frozen=True):
-    """Make blocks that have arrived usable; answered by the receiver's `TransferResult`.
+    """Make blocks usable that have arrived; answered by the receiver's `TransferResult`.
 
-    Where the sender has written by itself and has more ranks, their heads are put into their places.
-    Then the blocks are compared with what was sent.
+    If a one-sided sender has more ranks, the receiver puts their heads into their places. Then it compares the blocks
+    with what was sent.
 
     Attributes:
         num_sources: ranks of the sender.
-        checksums: by rank of the sender, as in `TransferResult`; None: they are not compared.
+        checksums: by rank of the sender, as in `TransferResult`; None: do not compare.
     """
 
     transfer_id: str
@@ -141,7 +133,7 @@ class FinishBlocks(Message, frozen=True):
 
 
 class CancelTransfer(Message, frozen=True):
-    """Give up on a transfer. It is still answered by `TransferResult`; see `CloseLink` for when nothing is written."""
+    """Give up on a transfer. It is still answered by `TransferResult`; only `CloseLink` stops all writes."""
 
     transfer_id: str
 
@@ -153,8 +145,8 @@ class LinkOpened(Message, frozen=True):
     """A link is ready for transfers.
 
     Attributes:
-        peers: where the ranks receive what comes on it, in their order.
-        error: why it is not; the instance then exits.
+        peers: the receiver's ranks with their endpoints for this link, in their order.
+        error: why the link is not ready; the instance then exits.
     """
 
     epoch: int
@@ -177,12 +169,12 @@ class TransferResult(Message, frozen=True):
 
     Attributes:
         sent: True from the sender, False from the receiver.
-        seconds: from when the blocks were ready (sender) or asked for (receiver) to the end, less ``queued_s``.
-        queued_s: time that went to other transfers on the link.
-        error: None if every byte is there.
+        seconds: time to the end since the blocks were ready (sender) or asked for (receiver), without ``queued_s``.
+        queued_s: time spent waiting for other transfers on the link.
+        error: None if every byte has arrived.
         error_kind: ``timeout``, ``stale``, ``checksum``, ``cancelled``, or ``backend``.
-        checksums: if they were asked for, by rank of the sender: for each part that its blocks are cut
-            into (one, unless the receiver has more ranks), one for each block.
+        checksums: if they were asked for, by rank of the sender: one for each block, for each part that its blocks are
+            cut into (one part, unless the receiver has more ranks).
     """
 
     epoch: int

@@ -1,4 +1,4 @@
-"""The scheduler and workers: plans out, results back."""
+"""Messages between the scheduler and workers: plans out, results back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NUM_BOARD_CELLS = 256
 
 
 class Ping(Message, frozen=True):
-    """A sign of life is wanted.
+    """Ask for a sign of life.
 
     Attributes:
-        scheduler_epoch: which scheduler asks. A new one means that all state here is void.
-        known_epoch: the instance epoch it knows, so that the answer can be `Hello` or `Pong`.
+        scheduler_epoch: epoch of the scheduler that asks. A new one means that all state here is void.
+        known_epoch: the instance epoch that it knows, so that the answer can be `Hello` or `Pong`.
     """
 
     scheduler_epoch: int
@@ -26,13 +26,13 @@ class Ping(Message, frozen=True):
 
 
 class SequenceState(Value, frozen=True):
-    """All that a worker must know to go on with a sequence it has not seen, or has forgotten.
+    """State of a sequence that a worker needs to continue it, if it has not seen or has forgotten it.
 
     Attributes:
         slot: row of the worker's state tables, given by the scheduler.
-        block_ids: of positions 0.., all blocks that the sequence has in the worker's pool.
-        history: prompt and output tokens so far, only where penalties or a grammar need them.
-        num_prompt_tokens: how many of ``history`` are the prompt's.
+        block_ids: the sequence's blocks in the worker's pool, from position 0.
+        history: prompt and output tokens so far, only if penalties or a grammar need them.
+        num_prompt_tokens: number of the prompt's tokens in ``history``.
         min_end_position: no token of ``end_token_ids`` is sampled for a position before this.
     """
 
@@ -52,7 +52,7 @@ class PlanRow(Value, frozen=True):
         token_ids: the tokens, or None for the one token that was sampled last for the slot.
         new_block_ids: blocks appended to the slot's table before the step.
         sample: whether the token for position ``start + num_tokens`` is sampled.
-        sampled_elsewhere: that one token is another worker's, and on the board.
+        sampled_elsewhere: whether another worker sampled that last token; it is on the board.
     """
 
     slot: int
@@ -64,8 +64,8 @@ class PlanRow(Value, frozen=True):
     sampled_elsewhere: bool = False
 
 
-class StepOf(Value, frozen=True):
-    """A step of some worker on the same arenas, as their board knows it: the worker's cell there, and its id."""
+class StepRef(Value, frozen=True):
+    """Reference to a step of a worker on the same arenas: the worker's cell on their board, and the step's id."""
 
     cell: int
     step_id: int
@@ -75,11 +75,11 @@ class StepPlan(Message, frozen=True):
     """One step of a worker: what to compute, in order; answered by one `StepResult`.
 
     Attributes:
-        epoch: of the instance it was made for; another incarnation drops it.
+        epoch: the instance epoch that the plan is for; another incarnation drops it.
         new_sequences: state to install before the step.
         sends: transfers to start when the step is done.
-        role: before the step, get ready for what an instance of this role does.
-        cell: where the board is told that the step is done; None: nobody looks there.
+        role: before the step, get ready for the work of an instance of this role.
+        cell: the board's cell to mark when the step is done; None: no worker looks at it.
         after: another worker's step that must be done before this one begins.
     """
 
@@ -90,17 +90,17 @@ class StepPlan(Message, frozen=True):
     sends: list[SendBlocks]
     role: InstanceRole | None = None
     cell: int | None = None
-    after: StepOf | None = None
+    after: StepRef | None = None
 
 
 class StepLost(Message, frozen=True):
-    """What a plan waits for will never be done: its step goes on without, and what comes of it counts for nothing."""
+    """A step that a plan waits for will never be done: run the plan's step without it; its result does not count."""
 
-    step: StepOf
+    step: StepRef
 
 
 class Shutdown(Message, frozen=True):
-    """Finish what is in flight and exit. ``error``: why the instance cannot be used here, if that is why."""
+    """Finish what is in flight and exit. ``error``: why the instance cannot be used here, if that is the reason."""
 
     error: str | None = None
 
@@ -113,12 +113,12 @@ class Hello(Message, frozen=True):
 
     Attributes:
         epoch: number of this incarnation, different at every start.
-        arena_epoch: of its KV memory: the same, or of the process that holds it.
-        model: what its weights are, see `hbserve.models.fingerprint`; dtype: of weights and KV.
-        block_bytes: of one KV block over all layers and ranks.
-        num_layers: of the model; head_bytes: of one KV head in one block, over all layers.
-        peers: where its ranks receive KV, in their order.
-        one_sided: its transfer backend writes into the receiver's arena, which takes no part.
+        arena_epoch: epoch of its KV memory: the same, or that of the process that holds the memory.
+        model: identity of its weights, see `hbserve.models.fingerprint`; dtype: of weights and KV.
+        block_bytes: bytes of one KV block over all layers and ranks.
+        num_layers: layers of the model; head_bytes: bytes of one KV head in one block, over all layers.
+        peers: addresses of its ranks for KV, in their order.
+        one_sided: whether its transfer backend writes into the receiver's arena, while the receiver takes no part.
     """
 
     instance_id: str
@@ -147,15 +147,16 @@ class Pong(Message, frozen=True):
 
 
 class StepResult(Message, frozen=True):
-    """What a step produced.
+    """Result of one step.
 
     Attributes:
-        token_ids: sampled tokens, one per plan row with ``sample``, in the plan's order.
+        token_ids: sampled tokens, one for each plan row with ``sample``, in the plan's order.
         logprobs: likewise, None where not asked for.
         busy_s: time the device worked on it, seconds.
         host_s: time the host took to prepare and launch it; on a CPU that is the step itself.
-        early_s: how long it was ready before the device could begin it; negative: so long the device has waited for it.
-        error: the step failed; the worker exits after saying so.
+        early_s: how long the step was ready before the device could begin it; negative: how long the device waited for
+            it.
+        error: the step failed; the worker exits after this message.
     """
 
     epoch: int
@@ -169,20 +170,20 @@ class StepResult(Message, frozen=True):
 
 
 class InstanceFailed(Message, frozen=True):
-    """An instance, or a rank of it, cannot serve and exits; why."""
+    """An instance, or a rank of it, cannot serve and exits; ``error`` says why."""
 
     instance_id: str
     error: str
 
 
 class WantsToLeave(Message, frozen=True):
-    """An instance asks for nothing new, and for `Shutdown` when it has nothing left."""
+    """An instance asks for no new work, and for `Shutdown` when it has none left."""
 
     epoch: int
 
 
 class Leaving(Message, frozen=True):
-    """An instance has been told to end: no more plans; what it has not answered it will not answer."""
+    """An instance has been told to end: it takes no more plans, and does not answer those in flight."""
 
     epoch: int
 

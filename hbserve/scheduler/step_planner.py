@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
-from hbserve.messages.worker import PlanRow, SequenceState, StepOf, StepPlan
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork
@@ -129,7 +129,7 @@ class StepPlanner:
         last = max(ahead, key=lambda item: item[1].step_id, default=None)
         if last is not None and last[1].step_id > worker.has_waited_for:
             assert last[0].cell is not None, "who is on no board cannot be followed"
-            after = StepOf(cell=last[0].cell, step_id=last[1].step_id)
+            after = StepRef(cell=last[0].cell, step_id=last[1].step_id)
             worker.has_waited_for = after.step_id
         inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
         inflight.after = 0 if after is None else after.step_id

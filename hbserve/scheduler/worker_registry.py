@@ -24,7 +24,7 @@ from hbserve.messages.worker import (
     Ping,
     Shutdown,
     StepLost,
-    StepOf,
+    StepRef,
     StepResult,
     WantsToLeave,
 )
@@ -365,7 +365,7 @@ class WorkerRegistry:
                 self._requests.steps_lost(unconfirmed)
                 self._hang_up_later(worker)
                 if unconfirmed and worker.cell is not None:
-                    lost = StepLost(step=StepOf(cell=worker.cell, step_id=unconfirmed[-1].step_id))
+                    lost = StepLost(step=StepRef(cell=worker.cell, step_id=unconfirmed[-1].step_id))
                     for other in instance.workers.values():
                         if other.ready and other.role is worker.role:
                             other.send(lost)

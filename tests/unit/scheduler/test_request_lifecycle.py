@@ -15,7 +15,7 @@ from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.engine.step_board import StepBoard
 from hbserve.messages.client import AddRequest, RequestOutput
-from hbserve.messages.worker import Hello, InstanceCommand, PlanRow, StepOf, StepPlan, StepResult
+from hbserve.messages.worker import Hello, InstanceCommand, PlanRow, StepPlan, StepRef, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
@@ -213,12 +213,12 @@ async def test_a_worker_has_its_plan_before_the_step_of_another_is_done(
     books, first, second = pair
     [ahead], [plan] = first.plans, second.plans
     assert (ahead.after, [row.token_ids for row in ahead.rows]) == (None, [[7], [7]])
-    assert plan.after == StepOf(cell=ahead.cell, step_id=ahead.step_id)
+    assert plan.after == StepRef(cell=ahead.cell, step_id=ahead.step_id)
     assert [(row.token_ids, row.sampled_elsewhere) for row in plan.rows] == [(None, True)] * 2
     assert books.decode(second)
     assert second.plans[1].after is None  # it has waited
     assert books.decode(first)
-    assert first.plans[1].after == StepOf(cell=plan.cell, step_id=second.plans[1].step_id)
+    assert first.plans[1].after == StepRef(cell=plan.cell, step_id=second.plans[1].step_id)
     # Results are taken in the order of the steps, in whichever they come.
     order = []
     second.results.extend(books.result(second, step) for step in range(2))
@@ -291,7 +291,7 @@ def test_who_waits_on_the_board_goes_on_when_the_step_is_done_or_lost() -> None:
     rows = [PlanRow(slot=2, start=9, num_tokens=1, token_ids=[1], new_block_ids=[], sample=True)]
     plan = StepPlan(epoch=1, step_id=50, rows=rows, new_sequences=[], sends=[], cell=3)
     following = [msgspec.structs.replace(rows[0], start=10, token_ids=None, sampled_elsewhere=True)]
-    done = threading.Thread(target=reader.wait, args=[StepOf(cell=3, step_id=50)], daemon=True)
+    done = threading.Thread(target=reader.wait, args=[StepRef(cell=3, step_id=50)], daemon=True)
     done.start()
     entry = writer.entry(plan)
     assert entry is not None
@@ -301,11 +301,11 @@ def test_who_waits_on_the_board_goes_on_when_the_step_is_done_or_lost() -> None:
     assert [row.token_ids for row in reader.with_tokens(following)] == [[123]]
     with pytest.raises(AssertionError, match="no token for the position"):
         reader.with_tokens([msgspec.structs.replace(following[0], start=11)])
-    lost = threading.Thread(target=reader.wait, args=[StepOf(cell=3, step_id=51)], daemon=True)
+    lost = threading.Thread(target=reader.wait, args=[StepRef(cell=3, step_id=51)], daemon=True)
     lost.start()
-    reader.note_lost(StepOf(cell=3, step_id=51))
+    reader.note_lost(StepRef(cell=3, step_id=51))
     lost.join(20)
     assert not lost.is_alive()
     reader.end_waits_in(0.0)
     with pytest.raises(TimeoutError):
-        reader.wait(StepOf(cell=3, step_id=52))
+        reader.wait(StepRef(cell=3, step_id=52))
