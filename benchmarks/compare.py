@@ -41,7 +41,7 @@ from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
-from hbserve.simulate.phases import Sizes
+from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
@@ -183,7 +183,7 @@ class Comparison:
                     self._save()
             outcomes = await _in_pool(pool, _simulate, [arguments for _, arguments in self._measured])
         for (one, _), outcome in zip(self._measured, outcomes, strict=True):
-            one["simulated"] = outcome.as_dict()
+            one["simulated"] = dataclasses.asdict(outcome)
         self._save()
         self._show_rates()
 

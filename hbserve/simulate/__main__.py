@@ -1,24 +1,169 @@
-"""``python -m hbserve.simulate``: which system serves a load within its targets, without a GPU."""
+"""``python -m hbserve.simulate``: which system serves a load within its targets, without a GPU.
+
+It compares systems at a rate, finds the highest rate of each, or the cheapest system for a rate.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from hbserve.errors import HBServeError
-from hbserve.simulate import command
+from hbserve.bench.arguments import add_load_arguments, check_new_file, positive, positive_float
+from hbserve.bench.request_record import RequestTargets
+from hbserve.bench.serve_workload import WorkloadSource
+from hbserve.bench.traces import load_trace
+from hbserve.config import SchedulerConfig
+from hbserve.errors import ConfigError, HBServeError
+from hbserve.simulate.prompts import Sizes
+from hbserve.simulate.requests import requests_of
+from hbserve.simulate.systems import (
+    ANY_RATIO,
+    FORMS,
+    Setting,
+    SimulatedOutcome,
+    System,
+    find_highest_rate,
+    plan,
+    simulate,
+)
+from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
+from hbserve.slo.step_times import StepTimes
+
+DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
+_HEADER = (
+    f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'good/s':>7} {'per GPU':>7} "
+    f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5}"
+)
 
 
 def main() -> int:
-    """Parse the arguments and run; returns the exit code."""
+    """Parse the arguments and run; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.simulate", description=__doc__)
-    command.add_arguments(parser)
+    _add_arguments(parser)
     try:
-        command.run(parser.parse_args())
+        _run(parser.parse_args())
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--system",
+        action="append",
+        metavar="SYSTEM",
+        help=f"{FORMS}; may be repeated (default: {', '.join(DEFAULT_SYSTEMS)}, and 1p1d or with --plan {ANY_RATIO})",
+    )
+    parser.add_argument("--goodput", required=True, metavar="TARGETS", help="ttft:500,tpot:50 (milliseconds)")
+    parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="step times (default: built in, 8B on an H200)")
+    parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rate", type=positive_float, metavar="PER_S", help="requests per second (default: the trace's)")
+    what.add_argument("--sweep", action="store_true", help="find each system's highest rate")
+    what.add_argument("--plan", type=positive_float, metavar="PER_S", help="find the cheapest system for this rate")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
+    add_load_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chunk-size", type=positive, default=512, help="max tokens of a prompt in a step of semi-PD")
+    parser.add_argument(
+        "--max-chunk-prefill-tokens", type=positive, metavar="N", help="of all prompts in a step (default: 4096)"
+    )
+    parser.add_argument(
+        "--policy", choices=["fcfs", "shortest_prompt_first", "slo_aware"], default="fcfs", help="order of the queue"
+    )
+    parser.add_argument("--max-num-seqs", type=positive, default=256)
+    parser.add_argument("--kv-tokens", type=positive, default=800_000, help="tokens that a KV pool holds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to this file")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Simulate, print a table, write the JSON file.
+
+    Raises:
+        ConfigError: naming the argument that cannot be honoured.
+    """
+    check_new_file("--json", arguments.json)
+    if not 0 < arguments.attainment < 1:
+        raise ConfigError(f"--attainment: must be in (0, 1), got {arguments.attainment}")
+    names = arguments.system or [*DEFAULT_SYSTEMS, "1p1d" if arguments.plan is None else ANY_RATIO]
+    if ANY_RATIO in names and arguments.plan is None:
+        raise ConfigError(f"--system: {ANY_RATIO} is for --plan; name a ratio, such as 2p1d")
+    systems = [System.parse(name) for name in names]
+    setting, source = _setting(arguments), _source(arguments)
+    profile = setting.steps.profile
+    print(
+        f"targets {setting.targets} for {100 * setting.attainment:g} % of requests; {profile.model} on "
+        f"{profile.device}\n\n{_HEADER}",
+        flush=True,
+    )
+    outcomes = []
+    for outcome in _outcomes(arguments, systems, setting, source):
+        outcomes.append(outcome)
+        print(_row(outcome), flush=True)
+    if arguments.plan is not None and not outcomes:
+        raise ConfigError("--plan: none of the systems keeps these targets at any rate")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+
+
+def _outcomes(
+    arguments: argparse.Namespace, systems: list[System], setting: Setting, source: WorkloadSource
+) -> Iterator[SimulatedOutcome]:
+    if arguments.plan is not None:
+        yield from (outcome for _, outcome in plan(systems, setting, source, arguments.seed, arguments.plan))
+        return
+    for system in systems:
+        if not arguments.sweep:
+            yield simulate(system, setting, requests_of(source.workload(arguments.rate, arguments.seed)))
+        elif (best := find_highest_rate(system, setting, source, arguments.seed)) is not None:
+            yield best
+        else:
+            print(f"{system.name:20} keeps the targets at no rate", flush=True)
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    profile = StepProfile.load(BUILTIN_PROFILE if arguments.profile is None else arguments.profile)
+    steps = StepTimes(profile, priority=not arguments.no_priority)
+    sizes = Sizes(
+        chunk_size=arguments.chunk_size,
+        max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens or Sizes.max_chunk_prefill_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        kv_tokens=arguments.kv_tokens,
+        scheduler=SchedulerConfig(policy=arguments.policy),
+    )
+    return Setting(steps, steps, sizes, RequestTargets.parse(arguments.goodput), arguments.attainment)
+
+
+def _source(arguments: argparse.Namespace) -> WorkloadSource:
+    trace = None if arguments.trace is None else load_trace(arguments.trace)
+    duration_s = arguments.duration
+    if duration_s is None and arguments.num_requests is None and (trace is None or arguments.sweep):
+        duration_s = 120.0
+    return WorkloadSource(
+        trace=trace,
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        arrivals="poisson" if trace is None else "trace",
+        duration_s=duration_s,
+        num_requests=arguments.num_requests,
+        max_input_len=arguments.max_input_len,
+        vocab_size=32_000,
+    )
+
+
+def _row(outcome: SimulatedOutcome) -> str:
+    return (
+        f"{outcome.system:20} {outcome.num_gpus:4} {outcome.rate:7.2f} {outcome.attainment:8.3f} "
+        f"{outcome.goodput:7.2f} {outcome.goodput / outcome.num_gpus:7.2f} "
+        f"{outcome.ttft_p50_ms:8.0f} {outcome.ttft_p90_ms:7.0f} {outcome.ttft_p99_ms:7.0f} "
+        f"{outcome.tpot_p50_ms:8.1f} {outcome.tpot_p90_ms:6.1f} {outcome.tpot_p99_ms:6.1f} {outcome.moves:5}"
+    )
 
 
 if __name__ == "__main__":

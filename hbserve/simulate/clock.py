@@ -1,13 +1,14 @@
-"""Simulated time."""
+"""The simulated clock: events in order of time, and work that goes on at a changing speed."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 
 
 class Event:
-    """Something that will happen, unless it is cancelled."""
+    """An action at a time, unless it is cancelled."""
 
     __slots__ = ("action",)
 
@@ -15,12 +16,12 @@ class Event:
         self.action: Callable[[], None] | None = action
 
     def cancel(self) -> None:
-        """It will not happen."""
+        """Drop the action."""
         self.action = None
 
 
 class SimulatedClock:
-    """Runs events in order of time; calling it gives the time in seconds."""
+    """A clock that jumps from event to event. Calling it returns the time in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -31,37 +32,37 @@ class SimulatedClock:
         return self.now
 
     def at(self, time: float, action: Callable[[], None]) -> Event:
-        """Call ``action`` at a time, now at the earliest; at equal times in the order of these calls."""
+        """Call ``action`` at a time, now at the earliest. Actions of equal times run in the order of these calls."""
         event = Event(action)
         self._count += 1
         heapq.heappush(self._events, (max(time, self.now), self._count, event))
         return event
 
-    def run(self, until: float = float("inf")) -> None:
-        """Run all events up to a time, those that come of others included."""
+    def run(self, until: float = math.inf) -> None:
+        """Run all events up to a time, also those that other events add."""
         while self._events and self._events[0][0] <= until:
             self.now, _, event = heapq.heappop(self._events)
             if event.action is not None:
                 event.action()
-        if until != float("inf"):
+        if until != math.inf:
             self.now = max(self.now, until)
 
 
 class Progress:
-    """Work that goes on at a speed that may change, and the event of its end.
+    """Work whose speed may change, and the event of its end.
 
     Args:
-        seconds: that it takes at speed 1.
-        done: called at its end.
+        seconds: time that the work takes at speed 1.
+        on_done: called at its end.
     """
 
-    def __init__(self, clock: SimulatedClock, seconds: float, done: Callable[[], None]) -> None:
-        self._clock, self._done = clock, done
+    def __init__(self, clock: SimulatedClock, seconds: float, on_done: Callable[[], None]) -> None:
+        self._clock, self._on_done = clock, on_done
         self.total_s = seconds
         self._left_s = seconds
         self._speed = 1.0
         self._since = self.started = clock.now
-        self._event = clock.at(clock.now + seconds, done)
+        self._event = clock.at(clock.now + seconds, on_done)
 
     @property
     def done_s(self) -> float:
@@ -69,14 +70,14 @@ class Progress:
         return self.total_s - self._left_s + (self._clock.now - self._since) * self._speed
 
     def set_speed(self, speed: float) -> None:
-        """From now on so many seconds of work per second."""
+        """Set how many seconds of work a second does from now on."""
         if speed != self._speed:
             self._settle()
             self._speed = speed
             self._reschedule()
 
     def shorten(self, total_s: float) -> None:
-        """There is less to do than was said."""
+        """Reduce the work to a smaller total."""
         self._settle()
         self._left_s = max(0.0, self._left_s - (self.total_s - total_s))
         self.total_s = total_s
@@ -88,4 +89,4 @@ class Progress:
 
     def _reschedule(self) -> None:
         self._event.cancel()
-        self._event = self._clock.at(self._clock.now + self._left_s / self._speed, self._done)
+        self._event = self._clock.at(self._clock.now + self._left_s / self._speed, self._on_done)

@@ -1,4 +1,4 @@
-"""The real controller on the simulated clock."""
+"""The real SLO controller on the simulated clock, with a simulated rotation of workers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.split_policy import WarmPercentages
 from hbserve.slo.step_times import StepTimes
 
-_ALL = tuple(range(5, 101, 5))
+_ALL_PERCENTAGES = tuple(range(5, 101, 5))
+_PREPARATION_S = 5.0
+"""Time from the request for other workers until they serve. Serving goes on meanwhile."""
+_INTERVAL_S = 1.0
 
 
 class SimulatedRotation:
-    """Changes a unit's split: at once where workers are warm, else after they have started.
+    """The rotation of a unit's workers. A change of the split is immediate where workers are warm.
+
+    Otherwise it takes effect when new workers have started.
 
     Args:
-        warm: percentages that both phases always have workers of; those in effect are warm too.
-        mixes: whether there is a worker of both.
-        preparation_s: from the request for others until they serve. Serving goes on meanwhile.
+        warm: percentages that always have workers in both phases. The percentages in effect are warm too.
+
+    Attributes:
+        moves: each change of the split, and when.
     """
 
-    def __init__(
-        self, unit: SemiPDUnit, warm: tuple[int, ...] = _ALL, preparation_s: float = 5.0, mixes: bool = True
-    ) -> None:
-        self._unit, self._warm, self._preparation_s, self._mixes = unit, warm, preparation_s, mixes
+    def __init__(self, unit: SemiPDUnit, warm: tuple[int, ...] = _ALL_PERCENTAGES) -> None:
+        self._unit, self._warm = unit, warm
         self.rotating = False
         self.moves: list[tuple[float, SMAllocation]] = []
-        """Each change of the split, and when."""
 
     def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
         """See `hbserve.semi_pd.slo_algorithm.RotationManager`."""
@@ -41,7 +44,7 @@ class SimulatedRotation:
         else:
             self.rotating = True
             clock = self._unit.clock
-            clock.at(clock.now + self._preparation_s, lambda: self._change(new_allocation))
+            clock.at(clock.now + _PREPARATION_S, lambda: self._change(new_allocation))
         return True
 
     def _change(self, allocation: SMAllocation) -> None:
@@ -62,16 +65,16 @@ class SimulatedRotation:
             "warm_percentages": {
                 "prefill": sorted({*self._warm, now.prefill_percentage}),
                 "decode": sorted({*self._warm, now.decode_percentage}),
-                "unified": [100] if self._mixes else [],
+                "unified": [100],
             },
         }
 
 
 class SimulatedController:
-    """A controller of one unit, called every ``interval_s`` seconds until ``until``.
+    """The controller of one unit. The clock calls it every second until a time.
 
     Args:
-        steps: what the controller believes of step times; the unit may have others.
+        steps: step times as the controller believes them; the unit may have others.
     """
 
     def __init__(
@@ -82,9 +85,8 @@ class SimulatedController:
         until: float,
         rotation: SimulatedRotation | None = None,
         bounds: SplitBounds | None = None,
-        interval_s: float = 1.0,
     ) -> None:
-        self._unit, self._until, self._interval_s = unit, until, interval_s
+        self._unit, self._until = unit, until
         self.rotation = rotation or SimulatedRotation(unit)
         model = LatencyModel(
             steps,
@@ -95,19 +97,19 @@ class SimulatedController:
             1000 * unit.decode_interval_s,
         )
         self.controller = SLOAwareResourceController(
-            constraints, _Metrics(unit), self.rotation, interval_s, bounds, model
+            constraints, _Metrics(unit), self.rotation, _INTERVAL_S, bounds, model
         )
-        unit.clock.at(unit.clock.now + interval_s, self._step)
+        unit.clock.at(unit.clock.now + _INTERVAL_S, self._step)
 
     def _step(self) -> None:
         self.controller.step()
         clock = self._unit.clock
-        if clock.now + self._interval_s <= self._until:
-            clock.at(clock.now + self._interval_s, self._step)
+        if clock.now + _INTERVAL_S <= self._until:
+            clock.at(clock.now + _INTERVAL_S, self._step)
 
 
 class _Metrics:
-    """A unit's collector, with its queues' state brought up to date before each look."""
+    """A unit's collector. Before each read the unit reports the state of its queues."""
 
     def __init__(self, unit: SemiPDUnit) -> None:
         self._unit = unit

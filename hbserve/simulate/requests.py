@@ -1,9 +1,8 @@
-"""What is served in a simulation, and where it comes from."""
+"""The requests of a simulation."""
 
 from __future__ import annotations
 
-import itertools
-import random
+import math
 from dataclasses import dataclass, field
 
 from hbserve.bench.serve_workload import ServeWorkload
@@ -15,13 +14,13 @@ class SimulatedRequest:
     """One request; times in seconds of the simulated clock.
 
     Attributes:
-        prefix_blocks: names of the leading blocks of its prompt, equal where contents are.
+        prefix_blocks: names of the leading blocks of its prompt; equal contents have equal names.
         block_tokens: tokens per name.
-        cached_tokens: found in the prefix cache when it was admitted.
-        computed_tokens: of the prompt, cached ones included.
-        planned_tokens: of it, those of steps under way or planned included.
-        ttft_target_ms: that it comes with, for the order of the queue.
-        rank: its place there.
+        cached_tokens: prompt tokens that the prefix cache had at admission.
+        computed_tokens: prompt tokens that are computed, cached ones included.
+        planned_tokens: prompt tokens that are computed, in the running step, or in the planned one.
+        ttft_target_ms: target that the request carries, for the order of the queue.
+        rank: its place in the queue.
     """
 
     arrival: float
@@ -41,58 +40,34 @@ class SimulatedRequest:
 
     @property
     def tokens(self) -> range:
-        """Of the prompt: as many as there are, for the order of the queue."""
+        """Stand for the prompt's tokens: the queue policy asks for their number."""
         return range(self.prompt_tokens)
 
     @property
     def arrival_time(self) -> float:
-        """As the order of the queue calls it."""
+        """Arrival, under the queue policy's name for it."""
         return self.arrival
 
     @property
     def ttft_ms(self) -> float:
-        """Infinite while there is no token."""
-        return float("inf") if self.first_token_time is None else 1000 * (self.first_token_time - self.arrival)
+        """Time to the first token; infinite before there is one."""
+        return math.inf if self.first_token_time is None else 1000 * (self.first_token_time - self.arrival)
 
     @property
     def tpot_ms(self) -> float:
-        """Of the whole output; 0 where there is one token only, infinite while it is not complete."""
+        """Time per token after the first; 0 for an output of one token, infinite before the output is complete."""
         if self.completion_time is None or self.first_token_time is None:
-            return float("inf")
+            return math.inf
         if self.output_tokens < 2:
             return 0.0
         return 1000 * (self.completion_time - self.first_token_time) / (self.output_tokens - 1)
 
 
-def poisson(
-    rate: float,
-    duration_s: float,
-    prompt_tokens: tuple[int, int],
-    output_tokens: tuple[int, int],
-    seed: int,
-    start_s: float = 0.0,
-) -> list[SimulatedRequest]:
-    """Poisson arrivals with uniform lengths, both ends included."""
-    generator = random.Random(seed)
-    requests = []
-    time = start_s + generator.expovariate(rate)
-    while time < start_s + duration_s:
-        lengths = generator.randint(*prompt_tokens), generator.randint(*output_tokens)
-        requests.append(SimulatedRequest(time, *lengths))
-        time += generator.expovariate(rate)
-    return requests
-
-
 def requests_of(workload: ServeWorkload) -> list[SimulatedRequest]:
-    """The requests of a serving benchmark's workload, fresh."""
+    """Make fresh requests from a workload of the serving benchmark."""
     return [
         SimulatedRequest(
             request.arrival_s, request.input_len, request.output_len, request.block_ids, request_id=str(number)
         )
         for number, request in enumerate(workload.requests)
     ]
-
-
-def concatenated(*parts: list[SimulatedRequest]) -> list[SimulatedRequest]:
-    """All requests, by arrival."""
-    return sorted(itertools.chain(*parts), key=lambda request: request.arrival)

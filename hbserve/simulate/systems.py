@@ -1,4 +1,4 @@
-"""Systems to compare, by name, and what a simulation of one says."""
+"""Systems that the simulator compares, by name; simulation of one, its highest rate, and plans for a rate."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from hbserve.bench.request_record import RequestTargets
+from hbserve.bench.request_record import RequestTargets, percentile
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.errors import ConfigError
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController
-from hbserve.simulate.phases import Sizes
+from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
 from hbserve.slo.constraints import SLOConstraints, SMAllocation
@@ -26,11 +25,13 @@ FORMS = (
     "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "
     "begin so, each with *N for N replicas; with --plan also xpyd, of any ratio"
 )
-"""Of systems, for people."""
+"""The forms of systems, as help text."""
 ANY_RATIO = "xpyd"
-"""Prefill and decode GPUs, as many of each as a plan finds."""
+"""Name of the system whose numbers of prefill and decode GPUs a plan finds."""
+_FIRST_RATE = 4.0
+"""First rate of a search, requests per second and GPU."""
 _LONE = 0.05
-"""Requests open at a time, on average, below which they do not disturb each other."""
+"""Mean number of open requests below which they do not disturb each other."""
 _PATTERN = re.compile(
     r"(?:(?P<unified>unified)(?:@(?P<chunk>[1-9]\d*))?"
     r"|(?P<x>[1-9]\d*)p(?P<y>[1-9]\d*)d"
@@ -40,7 +41,7 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class System:
-    """One of the forms in `parse`, and how often."""
+    """A system of one of the `FORMS`, and its replicas."""
 
     name: str
     form: str
@@ -71,29 +72,22 @@ class System:
         return System(text, match["split"], replicas, allocation=allocation)
 
     def replicated(self, replicas: int) -> System:
-        """The same with another number of replicas."""
-        return System(
-            f"{self.name.split('*')[0]}*{replicas}",
-            self.form,
-            replicas,
-            self.chunk,
-            self.num_prefill,
-            self.num_decode,
-            self.allocation,
-        )
+        """Return the same system with another number of replicas."""
+        return dataclasses.replace(self, name=f"{self.name.split('*')[0]}*{replicas}", replicas=replicas)
 
     @property
     def num_gpus(self) -> int:
-        """Of all replicas."""
+        """GPUs of all replicas."""
         return self.replicas * (self.num_prefill + self.num_decode if self.form == "disaggregated" else 1)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all systems of a comparison share.
+    """Setting that all systems of a comparison share.
 
     Attributes:
-        belief: step times as the controller knows them; it may be given others than the truth, ``steps``.
+        steps: step times of the simulated device.
+        belief: step times as the controller believes them; they may differ from ``steps``.
     """
 
     steps: StepTimes
@@ -104,11 +98,11 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.targets.ttft_ms is None or self.targets.tpot_ms is None or self.targets.e2e_ms is not None:
-            raise ConfigError("--goodput: the simulator needs ttft and tpot, and knows no e2e")
+            raise ConfigError("--goodput: the simulator needs ttft and tpot, and takes no e2e")
 
     @property
     def constraints(self) -> SLOConstraints:
-        """For the controller: both at the percentile that is asked for."""
+        """Targets of the controller, both at the percentile of ``attainment``."""
         assert self.targets.ttft_ms is not None
         assert self.targets.tpot_ms is not None
         percent = min(99.9, 100 * self.attainment)
@@ -117,13 +111,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class SimulatedOutcome:
-    """What a simulated run gave.
+    """Result of a simulated run.
 
     Attributes:
-        rate: of the workload, requests per second.
+        rate: rate of the workload, requests per second.
         attainment: share of requests within both targets.
         goodput: requests within both targets per second.
-        moves: changes of the split, by the controllers.
+        moves: changes of the split by the controllers.
     """
 
     system: str
@@ -140,16 +134,12 @@ class SimulatedOutcome:
     tpot_p99_ms: float
     moves: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return asdict(self)
-
 
 def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> SimulatedOutcome:
-    """Serve fresh requests by a system.
+    """Serve fresh requests with a system.
 
     Raises:
-        ConfigError: if one of them can never be served.
+        ConfigError: if a request is larger than the KV pool.
     """
     longest = max(request.prompt_tokens + request.output_tokens for request in requests)
     if longest > setting.sizes.kv_tokens:
@@ -161,14 +151,11 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
     for request in requests:
         request.ttft_target_ms = setting.targets.ttft_ms
     units = [_unit(system, setting, clock) for _ in range(system.replicas)]
-    controllers = []
-    if system.form == "slo":
-        last = requests[-1].arrival
-        controllers = [
-            SimulatedController(unit, setting.constraints, setting.belief, last)
-            for unit in units
-            if isinstance(unit, SemiPDUnit)
-        ]
+    controllers = [
+        SimulatedController(unit, setting.constraints, setting.belief, requests[-1].arrival)
+        for unit in units
+        if system.form == "slo" and isinstance(unit, SemiPDUnit)
+    ]
     serve(clock, units, requests)
     span = max(requests[-1].arrival - requests[0].arrival, 1e-9)
     constraints = setting.constraints
@@ -176,8 +163,11 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
         request.ttft_ms <= constraints.ttft_target_ms and request.tpot_ms <= constraints.tpot_target_ms
         for request in requests
     )
-    ttft = sorted(request.ttft_ms for request in requests)
-    tpot = sorted(request.tpot_ms for request in requests if request.output_tokens > 1) or [0.0]
+    times_ms = {
+        "ttft": sorted(request.ttft_ms for request in requests),
+        "tpot": sorted(request.tpot_ms for request in requests if request.output_tokens > 1) or [0.0],
+    }
+    percentiles = {f"{name}_p{p}_ms": percentile(ms, p) for name, ms in times_ms.items() for p in (50, 90, 99)}
     return SimulatedOutcome(
         system=system.name,
         num_gpus=system.num_gpus,
@@ -185,13 +175,8 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
         num_requests=len(requests),
         attainment=met / len(requests),
         goodput=met / span,
-        ttft_p50_ms=_percentile(ttft, 50),
-        ttft_p90_ms=_percentile(ttft, 90),
-        ttft_p99_ms=_percentile(ttft, 99),
-        tpot_p50_ms=_percentile(tpot, 50),
-        tpot_p90_ms=_percentile(tpot, 90),
-        tpot_p99_ms=_percentile(tpot, 99),
         moves=sum(len(controller.rotation.moves) for controller in controllers),
+        **percentiles,
     )
 
 
@@ -206,7 +191,7 @@ def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
         )
         return UnifiedUnit(clock, steps, chunked)
     if system.form == "disaggregated":
-        return DisaggregatedUnit(clock, steps, sizes, num_prefill=system.num_prefill, num_decode=system.num_decode)
+        return DisaggregatedUnit(clock, steps, sizes, system.num_prefill, system.num_decode)
     assert system.allocation is not None
     alone = None if system.form == "no_ladder" else SMAllocation(100, 100)
     is_paced = system.form == "slo" or system.allocation.mixed
@@ -215,14 +200,13 @@ def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
 
 
 def find_highest_rate(
-    system: System, setting: Setting, source: WorkloadSource, seed: int, first: float = 4.0, precision: float = 0.03
+    system: System, setting: Setting, source: WorkloadSource, seed: int, precision: float = 0.03
 ) -> SimulatedOutcome | None:
-    """The run at the highest rate at which enough requests keep both targets; None if not even lone ones do."""
-    search = RateSearch(first * system.num_gpus, precision)
+    """Return the run at the highest rate at which enough requests keep both targets; None if even lone ones miss."""
+    search = RateSearch(_FIRST_RATE * system.num_gpus, precision)
     best: SimulatedOutcome | None = None
     while (rate := search.next_rate()) is not None:
-        requests = requests_of(source.workload(rate, seed))
-        outcome = simulate(system, setting, requests)
+        outcome = simulate(system, setting, requests := requests_of(source.workload(rate, seed)))
         good = outcome.attainment >= setting.attainment
         open_s = sum(request.ttft_ms + request.tpot_ms * (request.output_tokens - 1) for request in requests) / 1000
         if not good and rate * open_s < _LONE * len(requests):
@@ -236,9 +220,9 @@ def find_highest_rate(
 def plan(
     systems: list[System], setting: Setting, source: WorkloadSource, seed: int, rate: float
 ) -> list[tuple[System, SimulatedOutcome]]:
-    """For each kind of system the fewest replicas that keep the targets at a rate, fewest GPUs first.
+    """Find for each system the fewest replicas that keep the targets at a rate; sort by GPUs, the fewest first.
 
-    Kinds that cannot keep them at any rate are left out.
+    Systems that cannot keep the targets at any rate are left out.
     """
     found = []
     for system in systems:
@@ -253,7 +237,7 @@ def plan(
 
 @dataclass
 class _Trial:
-    """Which systems keep the targets at the rate of a plan; each is simulated once."""
+    """Simulations of systems at the rate of a plan, one for each system."""
 
     setting: Setting
     source: WorkloadSource
@@ -273,7 +257,7 @@ def _fewest_replicas(system: System, trial: _Trial) -> System | None:
     if single is None:
         return None
     replicas = max(1, math.ceil(0.9 * trial.rate / single.rate))
-    while replicas <= 100 * max(1.0, trial.rate):  # ends before that: more replicas have less to do each
+    while replicas <= 100 * max(1.0, trial.rate):  # a bound: with more replicas each has less work
         candidate = _ratio(replicas, replicas) if system.name == ANY_RATIO else system.replicated(replicas)
         if trial.keeps(candidate):
             return candidate
@@ -286,10 +270,10 @@ def _ratio(num_prefill: int, num_decode: int) -> System:
 
 
 def _best_ratio(even: System, trial: _Trial) -> System:
-    """The fewest GPUs of one phase, then of the other, that keep the targets; both orders are tried."""
+    """Find the fewest GPUs of one phase, then of the other; try both orders and take the smaller system."""
 
-    def fewest(most: int, system: Callable[[int], System]) -> int:
-        return bisect_left(range(1, most), True, key=lambda number: trial.keeps(system(number))) + 1
+    def fewest(max_number: int, system: Callable[[int], System]) -> int:
+        return bisect_left(range(1, max_number), True, key=lambda number: trial.keeps(system(number))) + 1
 
     size = even.num_prefill
     decode = fewest(size, lambda number: _ratio(size, number))
@@ -297,7 +281,3 @@ def _best_ratio(even: System, trial: _Trial) -> System:
     prefill = fewest(size, lambda number: _ratio(number, size))
     second = _ratio(prefill, fewest(size, lambda number: _ratio(prefill, number)))
     return min(first, second, key=lambda system: system.num_gpus)
-
-
-def _percentile(ordered: list[float], percent: float) -> float:
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]

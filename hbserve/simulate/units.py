@@ -1,10 +1,16 @@
-"""What serves requests in a simulation: semi-PD on a GPU, a unified worker, or GPUs of one phase."""
+"""Units that serve requests in a simulation: semi-PD on a GPU, a unified worker, or GPUs of one phase each.
+
+Unit                      queue, admission, KV accounts, metrics
+  ├── UnifiedUnit         one `MixedPhase`
+  └── _PhasedUnit         `PrefillPhase`s and `DecodePhase`s
+        ├── SemiPDUnit         one of each on one GPU; a `MixedPhase` while the split is mixed
+        └── DisaggregatedUnit  some of each, on GPUs of their own; KV moves between them
+"""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import math
 from abc import ABC, abstractmethod
 from operator import attrgetter
 
@@ -15,28 +21,27 @@ from hbserve.policy.decode_throttle import DecodeThrottle
 from hbserve.policy.queue_policy import Prompt, QueuePolicy
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.mixing import MixedPhase
-from hbserve.simulate.phases import Chunks, DecodePhase, PrefillPhase, PrefixCache, Prompts, Sizes
+from hbserve.simulate.phases import DecodePhase, PrefillPhase
+from hbserve.simulate.prompts import Chunks, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.step_times import StepTimes
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
 _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
+_WINDOW_S = 5.0  # of the metrics
 
 
 class Unit(ABC):
-    """One set of workers around one KV pool: takes requests, in the order of the scheduler's policy.
-
-    Args:
-        window_s: of its metrics.
+    """One set of workers with one KV pool. It takes requests in the order of the scheduler's policy.
 
     Attributes:
-        load_tokens: of prompts that are here and not computed: what placement looks at.
+        load_tokens: prompt tokens that are here and not computed. Placement compares units by it.
     """
 
-    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
+    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes) -> None:
         self.clock, self.steps, self.sizes = clock, steps, sizes
-        self.metrics = SemiPDMetricsCollector(window_s, 4096, clock)
+        self.metrics = SemiPDMetricsCollector(_WINDOW_S, 4096, clock)
         self.waiting: list[SimulatedRequest] = []
         self.load_tokens = 0
         self._prefixes = PrefixCache(sizes.kv_tokens)
@@ -44,20 +49,15 @@ class Unit(ABC):
         self._num_open = 0
         self._kv_tokens = 0
 
-    @property
-    def num_gpus(self) -> int:
-        """That it takes."""
-        return 1
-
-    def arrive(self, request: SimulatedRequest) -> None:
-        """A request is here."""
+    def add(self, request: SimulatedRequest) -> None:
+        """Queue a request that has arrived."""
         self.metrics.record_request_arrival(request.request_id, request.prompt_tokens)
         request.rank = self._policy.rank(request)
         bisect.insort(self.waiting, request, key=lambda other: other.rank)
         self._pump()
 
     def _pump(self) -> None:
-        """Start what can start; called at the end of whatever changes something here."""
+        """Start the steps that can start. Every change of the unit's state ends with this call."""
         self._start()
         waiting = sum(request.prompt_tokens for request in self.waiting)
         self.load_tokens = waiting + sum(prompts.backlog_tokens for prompts in self.prompts)
@@ -68,7 +68,7 @@ class Unit(ABC):
     @property
     @abstractmethod
     def prompts(self) -> list[Prompts]:
-        """Of each worker that prefills."""
+        """Prompts of each worker that prefills."""
 
     @property
     def _policy(self) -> QueuePolicy:
@@ -99,7 +99,7 @@ class Unit(ABC):
         return [(r, n) for r, n in allocations if n < r.prompt_tokens], len(self.prompts)
 
     def _first_token(self, request: SimulatedRequest) -> bool:
-        """Its prompt is computed; returns whether it goes on to decode."""
+        """Note that a prompt is computed; return whether the request goes on to decode."""
         self._prefixes.insert(request)
         request.first_token_time = self.clock.now
         self.metrics.record_first_token(request.request_id)
@@ -116,7 +116,6 @@ class Unit(ABC):
         self.metrics.record_request_completion(request.request_id, request.output_tokens)
 
     def _mixing(self, prompts: Prompts, interval_s: float) -> MixedPhase:
-        """A worker of both phases; see there."""
         return MixedPhase(
             *(self.clock, self.steps, self.sizes, prompts, interval_s),
             *(self._on_mixed, self._first_token, self._finish, self._pump),
@@ -128,7 +127,7 @@ class Unit(ABC):
         self.metrics.record_step("unified", len(chunks.parts), chunks.tokens, batch, batch, seconds)
 
     def record_state(self) -> None:
-        """Report queues and memory to the metrics; done before they are read."""
+        """Report queues and memory to the metrics. Callers do this before they read the metrics."""
         without_token = self._without_token()
         oldest = min((request.arrival for request in without_token), default=self.clock.now)
         late = [request for request in without_token if self._policy.has_missed_target(request, self.clock.now)]
@@ -148,30 +147,48 @@ class Unit(ABC):
     @property
     @abstractmethod
     def num_decoding(self) -> int:
-        """Sequences that decode."""
+        """Decoding sequences."""
 
     def _without_token(self) -> list[SimulatedRequest]:
-        """Requests that wait for their first token."""
+        """Return the requests that wait for their first token."""
         return [*self.waiting, *(request for prompts in self.prompts for request in prompts.requests)]
 
 
+class UnifiedUnit(Unit):
+    """One worker that mixes prompt chunks into its decode steps."""
+
+    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes) -> None:
+        super().__init__(clock, steps, sizes)
+        self._prompts = Prompts(clock, sizes)
+        self._worker = self._mixing(self._prompts, 0.0)
+
+    @property
+    def prompts(self) -> list[Prompts]:
+        return [self._prompts]
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self._worker.running)
+
+    def _start(self) -> None:
+        self._admit()
+        if self._worker.step is None and (self._prompts or self._worker.running):
+            self._worker.start()
+            self._admit()
+        self._worker.plan_ahead()
+
+
 class _PhasedUnit(Unit):
-    """Prefill workers and decode workers, each sequence with one of either.
+    """Prefill workers and decode workers; a sequence has one of either.
 
     Args:
-        num_prefill, num_decode: workers; each decode worker has a KV pool as large as ``sizes`` say.
+        num_prefill, num_decode: workers. Each decode worker has a KV pool of ``sizes.kv_tokens``.
     """
 
     def __init__(
-        self,
-        clock: SimulatedClock,
-        steps: StepTimes,
-        sizes: Sizes,
-        window_s: float = 5.0,
-        num_prefill: int = 1,
-        num_decode: int = 1,
+        self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, num_prefill: int = 1, num_decode: int = 1
     ) -> None:
-        super().__init__(clock, steps, sizes, window_s)
+        super().__init__(clock, steps, sizes)
         self._num_pools = num_decode
         self._prefills = [PrefillPhase(clock, steps, sizes, self._on_computed, self._pump) for _ in range(num_prefill)]
         self._decodes = [
@@ -205,13 +222,14 @@ class SemiPDUnit(_PhasedUnit):
     """Both phases on one GPU.
 
     Args:
-        allocation: shares while both are busy.
-        alone: shares of a phase whose other one is idle, or None to keep the share (no ladder).
-        decode_interval_s: from one decode step to the next, mean, while prefill is busy; see `DecodeThrottle`.
-            0: as fast as they can.
+        allocation: shares while both phases are busy.
+        alone: shares of a phase while the other one is idle; None: the phase keeps its share (no ladder).
+        decode_interval_s: mean time between decode steps while prefill is busy, see `DecodeThrottle`;
+            0: no limit of their rate.
 
     Attributes:
-        allocation: may be changed at any time; between mixing and side by side, all that is under way ends first.
+        allocation: may be changed at any time. A change between mixed and side by side takes effect when
+            the running and planned steps have ended.
     """
 
     def __init__(
@@ -221,16 +239,15 @@ class SemiPDUnit(_PhasedUnit):
         sizes: Sizes,
         allocation: SMAllocation,
         alone: SMAllocation | None = SMAllocation(100, 100),  # noqa: B008  (immutable)
-        window_s: float = 5.0,
         decode_interval_s: float = 0.0,
     ) -> None:
-        super().__init__(clock, steps, sizes, window_s)
+        super().__init__(clock, steps, sizes)
         [self.prefill], [self.decode] = self._prefills, self._decodes
         self.allocation = allocation
         self.alone = alone
         self.decode_interval_s = decode_interval_s
-        self._turns = DecodeThrottle(decode_interval_s) if decode_interval_s else None
-        self._beside = True  # decode has a turn beside the prefill step under way
+        self._throttle = DecodeThrottle(decode_interval_s) if decode_interval_s else None
+        self._beside = True  # decode has a turn beside the running prefill step
         self._mixed = self._mixing(self.prefill.prompts, decode_interval_s * MIXED_PACE / DECODE_PACE)
         self._is_mixing = allocation.mixed
 
@@ -254,7 +271,7 @@ class SemiPDUnit(_PhasedUnit):
         self._mixed.plan_ahead()
 
     def _drain(self) -> None:
-        """What is in flight goes on, nothing is added; when it has ended sequences change workers."""
+        """Let running and planned steps end, add none, then move the sequences to the other kind of worker."""
         if self._is_mixing:
             if self._mixed.step is None and self._mixed.has_planned:
                 self._mixed.start()
@@ -277,29 +294,29 @@ class SemiPDUnit(_PhasedUnit):
     def _pump_side_by_side(self) -> None:
         prefills = self.prefill.step is not None or bool(self.prefill.prompts)
         decodes = self.decode.burst is not None or self.decode.num_sequences > 0
-        if self._turns is not None and not (prefills and decodes):
-            self._turns.on_idle(self.clock.now)
+        if self._throttle is not None and not (prefills and decodes):
+            self._throttle.on_idle(self.clock.now)
         alone = self.alone or self.allocation
         shares_next = decodes
-        if self._turns is not None and (prefills and decodes):
+        if self._throttle is not None and (prefills and decodes):
             interval_s = self.decode_interval_s
-            min_spare_s = self.decode.min_spare_s(interval_s / DECODE_PACE, interval_s)
-            shares_next = self._turns.update(self.clock.now, None, min_spare_s, self.prefill.last_busy_s)
+            min_slack_s = self.decode.min_slack_s(interval_s / DECODE_PACE, interval_s)
+            shares_next = self._throttle.update(self.clock.now, None, min_slack_s, self.prefill.last_busy_s)
         if self.prefill.step is None and prefills:
-            if self._turns is not None:
+            if self._throttle is not None:
                 self._beside = shares_next
             share = (self.allocation if shares_next else alone).prefill_percentage
             self.prefill.start(self.prefill.percentage if self.prefill.has_planned else share)
         share = (self.allocation if prefills else alone).decode_percentage
-        takes_turns = prefills and self._turns is not None
+        takes_turns = prefills and self._throttle is not None
         if self.decode.burst is not None:
             if takes_turns or self.decode.percentage != share:
                 self.decode.end_burst_at_step()
         elif decodes and not takes_turns:
             self.decode.start(share)
-        elif decodes and self._turns is not None and (self._beside or self._turns.is_overdue):
-            waits = not self._turns.is_behind
-            self._turns.on_decode_step()
+        elif decodes and self._throttle is not None and (self._beside or self._throttle.is_overdue):
+            waits = not self._throttle.is_behind
+            self._throttle.on_decode_step()
             self.decode.start(share, 1, waits)
         self._admit()
         self.prefill.plan_ahead((self.allocation if shares_next else alone).prefill_percentage)
@@ -320,11 +337,7 @@ class SemiPDUnit(_PhasedUnit):
 
 
 class DisaggregatedUnit(_PhasedUnit):
-    """Prefill GPUs and decode GPUs, the KV moved between them."""
-
-    @property
-    def num_gpus(self) -> int:
-        return len(self._prefills) + len(self._decodes)
+    """Prefill GPUs and decode GPUs. The KV moves between them."""
 
     def _on_computed(self, request: SimulatedRequest) -> None:
         if not self._first_token(request):
@@ -348,42 +361,14 @@ class DisaggregatedUnit(_PhasedUnit):
                 decode.start(100)
 
 
-class UnifiedUnit(Unit):
-    """One worker that mixes prompt chunks into its decode steps."""
-
-    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, window_s: float = 5.0) -> None:
-        super().__init__(clock, steps, sizes, window_s)
-        self._prompts = Prompts(clock, sizes)
-        self._worker = self._mixing(self._prompts, 0.0)
-
-    @property
-    def prompts(self) -> list[Prompts]:
-        return [self._prompts]
-
-    @property
-    def num_decoding(self) -> int:
-        return len(self._worker.running)
-
-    def _start(self) -> None:
-        self._admit()
-        if self._worker.step is None and (self._prompts or self._worker.running):
-            self._worker.start()
-            self._admit()
-        self._worker.plan_ahead()
-
-
-def serve(clock: SimulatedClock, units: list[Unit], requests: list[SimulatedRequest], until: float = math.inf) -> None:
-    """Send each request, when it arrives, to the unit with the fewest prompt tokens to compute; run to the end.
-
-    Args:
-        until: stop at this time, with whatever is still open.
-    """
+def serve(clock: SimulatedClock, units: list[Unit], requests: list[SimulatedRequest]) -> None:
+    """Send each request, when it arrives, to the unit with the fewest prompt tokens to compute; run to the end."""
     numbers = itertools.count()
 
     def arrive(request: SimulatedRequest) -> None:
         request.request_id = str(next(numbers))
-        min(units, key=attrgetter("load_tokens")).arrive(request)
+        min(units, key=attrgetter("load_tokens")).add(request)
 
     for request in requests:
         clock.at(request.arrival, lambda request=request: arrive(request))  # type: ignore[misc]
-    clock.run(until)
+    clock.run()

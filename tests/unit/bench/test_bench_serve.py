@@ -47,15 +47,9 @@ MOONCAKE = """{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_i
 def source(**changes: Any) -> WorkloadSource:
     """Twenty random requests, but for the changes."""
     settings: dict[str, Any] = {
-        "trace": None,
         "input_len": LengthRange(8, 64),
         "output_len": LengthRange(2, 6),
-        "arrivals": "poisson",
-        "burstiness": 1.0,
-        "duration_s": None,
         "num_requests": 20,
-        "max_input_len": None,
-        "max_output_len": None,
         "vocab_size": 1000,
     }
     return WorkloadSource(**(settings | changes))

@@ -16,12 +16,13 @@ from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.errors import ConfigError
 from hbserve.simulate import __main__ as command
 from hbserve.simulate.clock import Progress, SimulatedClock
-from hbserve.simulate.phases import PrefixCache, Sizes
-from hbserve.simulate.requests import SimulatedRequest, poisson, requests_of
+from hbserve.simulate.prompts import PrefixCache, Sizes
+from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.systems import Setting, System, find_highest_rate, plan, simulate
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
 from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.step_times import StepTimes
+from tests.support.simulated_load import poisson
 
 STEPS = StepTimes()
 SIZES = Sizes(chunk_size=2048)
@@ -101,19 +102,9 @@ def test_every_request_ends_and_every_place_comes_back(rate: int, seats: int, kv
         assert request.arrival < request.first_token_time <= request.completion_time
 
 
-def source(duration_s: float = 40.0) -> WorkloadSource:
-    return WorkloadSource(
-        trace=None,
-        input_len=LengthRange(300, 2500),
-        output_len=LengthRange(50, 400),
-        arrivals="poisson",
-        burstiness=1.0,
-        duration_s=duration_s,
-        num_requests=None,
-        max_input_len=None,
-        max_output_len=None,
-        vocab_size=1000,
-    )
+def source(duration_s: float) -> WorkloadSource:
+    lengths = {"input_len": LengthRange(300, 2500), "output_len": LengthRange(50, 400)}
+    return WorkloadSource(vocab_size=1000, duration_s=duration_s, **lengths)
 
 
 def test_a_run_is_the_same_each_time() -> None:

@@ -20,8 +20,8 @@ from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController, SimulatedRotation
-from hbserve.simulate.phases import Sizes
-from hbserve.simulate.requests import SimulatedRequest, concatenated, poisson
+from hbserve.simulate.prompts import Sizes
+from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.units import SemiPDUnit, serve
 from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.latency_model import LatencyModel, ObservedLatency, WorkloadEstimate
@@ -30,6 +30,7 @@ from hbserve.slo.split_policy import SplitPolicy, WarmPercentages
 from hbserve.slo.step_profile import BUILTIN_PROFILE, PrefillPoint, StepProfile
 from hbserve.slo.step_times import StepTimes
 from hbserve.slo.workload import ObservedWindow, observed_window
+from tests.support.simulated_load import poisson
 
 STEPS = StepTimes()
 BUILTIN = StepProfile.load(BUILTIN_PROFILE)
@@ -491,7 +492,7 @@ def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMA
         else poisson(8.0, 60, (100, 400), (400, 800), seed=minute, start_s=60.0 * minute)
         for minute in range(4)
     ]
-    requests = concatenated(*parts)
+    requests = sorted(itertools.chain(*parts), key=lambda request: request.arrival)
     control = run(requests, start, in_turns=in_turns)
     for minute in range(4):
         settled = [r for r in requests if 60 * minute + 15 <= r.arrival < 60 * (minute + 1)]
