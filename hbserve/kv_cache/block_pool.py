@@ -152,12 +152,8 @@ class BlockPool:
         Returns:
             The appended block ids, shared ones first, or None if the pool has too few.
         """
-        hits = [self._block_of_hash[h] for h in prefix_hashes[: self.count_cached_prefix(prefix_hashes[:num_blocks])]]
-        revived = sum(self._owners[block] == 0 for block in hits)
-        available = self.num_free_blocks - revived
-        if requester_role is InstanceRole.PREFILL:
-            available -= self.decode_headroom_blocks
-        if num_blocks - len(hits) > available:
+        hits = self._hits(prefix_hashes[:num_blocks])
+        if not self._has_room(num_blocks, hits, requester_role):
             return None
         holding = self._holdings.setdefault(owner, _Holding())
         assert not holding.is_freed, f"{owner} allocates after it was freed"
@@ -170,6 +166,21 @@ class BlockPool:
         holding.block_ids += hits
         holding.block_ids += fresh
         return hits + fresh
+
+    def can_allocate(
+        self, num_blocks: int, requester_role: InstanceRole = InstanceRole.DECODE, prefix_hashes: Sequence[bytes] = ()
+    ) -> bool:
+        """Whether `allocate_blocks` would find enough blocks."""
+        return self._has_room(num_blocks, self._hits(prefix_hashes[:num_blocks]), requester_role)
+
+    def _hits(self, prefix_hashes: Sequence[bytes]) -> list[int]:
+        return [self._block_of_hash[h] for h in prefix_hashes[: self.count_cached_prefix(prefix_hashes)]]
+
+    def _has_room(self, num_blocks: int, hits: list[int], requester_role: InstanceRole) -> bool:
+        available = self.num_free_blocks - sum(self._owners[block] == 0 for block in hits)
+        if requester_role is InstanceRole.PREFILL:
+            available -= self.decode_headroom_blocks
+        return num_blocks - len(hits) <= available
 
     def _take_free(self) -> int:
         if self._free_blocks:
