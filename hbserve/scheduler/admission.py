@@ -54,7 +54,7 @@ PLACEMENTS: dict[str, Placement] = {"fcfs": fcfs, "least_loaded": least_loaded, 
 
 
 def _load(instance: InstanceHandle, prefills: bool) -> int:
-    return instance.num_tokens_to_prefill if prefills else len(instance.allocations) + len(instance.reserved)
+    return instance.num_tokens_to_prefill if prefills else instance.num_sequences
 
 
 def _cached_tokens(sequence: Sequence, instance: InstanceHandle) -> int:
@@ -100,46 +100,40 @@ class Admission:
     def allocate(self, sequence: Sequence) -> bool:
         """Allocate slots and blocks for prefill and decode, in the order of the placement; False if nothing fits now.
 
-        An instance that has prompts enough to fill its next step is given no more, unless they would be
-        computed before one that it has: who waits without an allocation holds no blocks and can be overtaken.
+        An instance that has enough prompts to fill its next step is given no more, unless the new prompt would be
+        computed before one of those. A request that waits without an allocation holds no blocks and can be overtaken.
         """
         instances = [
             instance
             for instance in self._instances.values()
             if instance.ready and instance.has_free_slot and not instance.is_draining
         ]
-        able = [instance for instance in instances if instance.role.prefills]
-        hungry = [instance for instance in able if not self._has_enough(instance, sequence)]
+        prefilling = [instance for instance in instances if instance.role.prefills]
+        hungry = [instance for instance in prefilling if not self._has_enough(instance, sequence)]
         self.is_full = False
-        prefill_instances = self._placement(sequence, hungry, True)
-        decode_instances = self._placement(
-            sequence, [instance for instance in instances if not instance.role.prefills], False
-        )
+        decode_instances = [instance for instance in instances if not instance.role.prefills]
+        decode_instances = self._placement(sequence, decode_instances, False)
         if self._allocate_where_it_decodes(sequence, decode_instances):
             return True
         num_tokens = len(sequence.tokens)
-        for prefill_instance in prefill_instances:
+        for prefill_instance in self._placement(sequence, hungry, True):
             if prefill_instance.role.decodes:
                 allocation = self._allocate(sequence, prefill_instance, num_tokens + 1)
                 if allocation is not None:
-                    return _start_prefill(sequence, allocation, allocation)
+                    return self._start_prefill(sequence, allocation, allocation)
             elif num_tokens + 1 == sequence.max_total_tokens:  # one token to go: prefill gives it
                 allocation = self._allocate(sequence, prefill_instance, num_tokens)
                 if allocation is not None:
-                    return _start_prefill(sequence, allocation, None)
-            else:
+                    return self._start_prefill(sequence, allocation, None)
+            elif self._fits(sequence, prefill_instance, num_tokens):
                 for decode_instance in decode_instances:
-                    if not self._can_send(prefill_instance.id, decode_instance.id):
-                        continue
-                    decode_allocation = self._allocate(sequence, decode_instance, num_tokens + 1)
-                    if decode_allocation is None:
-                        continue
-                    allocation = self._allocate(sequence, prefill_instance, num_tokens)
-                    if allocation is not None:
-                        return _start_prefill(sequence, allocation, decode_allocation)
-                    free_allocation(sequence, decode_allocation)
-                    break
-        self.is_full = bool(hungry) or not able
+                    if self._can_send(prefill_instance.id, decode_instance.id):
+                        decode_allocation = self._allocate(sequence, decode_instance, num_tokens + 1)
+                        if decode_allocation is not None:
+                            allocation = self._allocate(sequence, prefill_instance, num_tokens)
+                            assert allocation is not None, "what fits can be allocated"
+                            return self._start_prefill(sequence, allocation, decode_allocation)
+        self.is_full = bool(hungry) or not prefilling
         return False
 
     def _allocate_where_it_decodes(self, sequence: Sequence, decode_instances: list[InstanceHandle]) -> bool:
@@ -152,7 +146,7 @@ class Admission:
             if uncached <= self._local_prefill_tokens:
                 allocation = self._allocate(sequence, instance, num_tokens + 1, prefills=True)
                 if allocation is not None:
-                    return _start_prefill(sequence, allocation, allocation)
+                    return self._start_prefill(sequence, allocation, allocation)
         return False
 
     def _has_enough(self, instance: InstanceHandle, sequence: Sequence) -> bool:
@@ -166,54 +160,57 @@ class Admission:
                 num_tokens += min(remaining, self._max_tokens_of_one)
         return num_tokens >= self._enough_tokens
 
+    def _fits(self, sequence: Sequence, instance: InstanceHandle, num_positions: int) -> bool:
+        """Whether `_allocate` would succeed."""
+        hashes = self._prefix_hashes(sequence, instance, instance.role.prefills)
+        num_blocks = -(-num_positions // instance.pool.block_size)
+        return instance.pool.can_allocate(num_blocks, InstanceRole.PREFILL, hashes)
+
     def _allocate(
         self, sequence: Sequence, instance: InstanceHandle, num_positions: int, prefills: bool | None = None
     ) -> KVAllocation | None:
-        """A slot and blocks for ``num_positions`` on an instance, its prefix cache used; None if it has not enough.
+        """Take a slot and blocks for ``num_positions``, with cached prefix blocks shared; None if too few are free.
 
         Args:
-            prefills: whether the prompt is computed there; default: by the instance's role.
+            prefills: whether the prompt is computed on the instance; default: by the instance's role.
         """
-        if prefills is None:
-            prefills = instance.role.prefills
         pool = instance.pool
-        num_tokens = len(sequence.tokens)
-        num_running = len(instance.allocations) + len(instance.reserved) if instance.role.decodes else 0
-        headroom_tokens = self._headroom_tokens
-        pool.decode_headroom_blocks = num_running * -(-headroom_tokens // pool.block_size)
-        # An instance that prefills must compute the last token, or there are no logits to sample from.
-        usable = num_tokens - 1 if prefills else num_tokens
-        hashes = sequence.hashes(pool.block_size)[: usable // pool.block_size]
-        hits = pool.count_cached_prefix(hashes)
+        hashes = self._prefix_hashes(sequence, instance, instance.role.prefills if prefills is None else prefills)
+        num_cached = pool.count_cached_prefix(hashes)
         owner = f"{sequence.arrival}.{sequence.attempt}"
         num_blocks = -(-num_positions // pool.block_size)
         if pool.allocate_blocks(owner, num_blocks, InstanceRole.PREFILL, hashes) is None:
             return None
-        cached = hits * pool.block_size
         return KVAllocation(
-            instance=instance,
+            instance_id=instance.id,
             epoch=instance.arena_epoch,
             pool=pool,
             owner=owner,
             slot=instance.take_slot(),
-            num_tokens_at_entry=num_tokens,
-            num_planned=cached,
-            num_computed=cached,
-            num_sealed=hits,
+            num_tokens_at_entry=len(sequence.tokens),
+            num_planned=num_cached * pool.block_size,
+            num_computed=num_cached * pool.block_size,
+            num_sealed=num_cached,
         )
 
+    def _prefix_hashes(self, sequence: Sequence, instance: InstanceHandle, prefills: bool) -> list[bytes]:
+        """Return the hashes of the blocks that may come from the cache, and update the pool's headroom for decode.
 
-def _start_prefill(sequence: Sequence, allocation: KVAllocation, decode_allocation: KVAllocation | None) -> bool:
-    sequence.prefill_allocation, sequence.decode_allocation = allocation, decode_allocation
-    allocation.instance.activate(sequence, allocation)
-    if decode_allocation is not None and decode_allocation is not allocation:
-        decode_allocation.instance.reserve(sequence, decode_allocation)
-        sequence.num_blocks_dispatched = decode_allocation.num_computed // decode_allocation.pool.block_size
-        decode_allocation.num_planned = decode_allocation.num_tokens_at_entry
-    return True
+        An instance that prefills must compute the last token, or there are no logits to sample from.
+        """
+        pool = instance.pool
+        num_running = instance.num_sequences if instance.role.decodes else 0
+        pool.decode_headroom_blocks = num_running * -(-self._headroom_tokens // pool.block_size)
+        usable_tokens = len(sequence.tokens) - 1 if prefills else len(sequence.tokens)
+        return sequence.hashes(pool.block_size)[: usable_tokens // pool.block_size]
 
-
-def free_allocation(sequence: Sequence, allocation: KVAllocation) -> None:
-    """Give slot and blocks back; the blocks return when nothing in flight can touch them."""
-    allocation.instance.free_slot(sequence, allocation)
-    allocation.pool.free(allocation.owner)
+    def _start_prefill(
+        self, sequence: Sequence, allocation: KVAllocation, decode_allocation: KVAllocation | None
+    ) -> bool:
+        sequence.prefill_allocation, sequence.decode_allocation = allocation, decode_allocation
+        self._instances[allocation.instance_id].activate(sequence, allocation)
+        if decode_allocation is not None and decode_allocation is not allocation:
+            self._instances[decode_allocation.instance_id].reserve(sequence, decode_allocation)
+            sequence.num_blocks_dispatched = decode_allocation.num_computed // decode_allocation.pool.block_size
+            decode_allocation.num_planned = decode_allocation.num_tokens_at_entry
+        return True

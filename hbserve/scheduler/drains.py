@@ -85,7 +85,7 @@ class Drains:
             problem = f"{instance.id} is {instance.role}: it ends with the system"
         self._begin(instance, problem, _Drain((client, message.query_id), None, _after(message.deadline_s)))
 
-    def wants_to_leave(self, instance: InstanceHandle) -> None:
+    def on_wants_to_leave(self, instance: InstanceHandle) -> None:
         """An instance has been told to end, and does when it has nothing left. It may ask again."""
         drain = self._drains.get(instance.id)
         if drain is None or drain.role is not None:
@@ -93,7 +93,7 @@ class Drains:
                 self._end(instance.id, f"{instance.id} is leaving")
             self._begin(instance, None, _Drain(None, None, None))
 
-    def gone(self, instance: InstanceHandle) -> bool:
+    def on_gone(self, instance: InstanceHandle) -> bool:
         """An instance has left, or was lost; returns whether an operator wants it to stay away."""
         drain = self._drains.get(instance.id)
         if drain is None or drain.role is not None:
@@ -139,11 +139,11 @@ class Drains:
             if instance is None:
                 self._end(name, f"{name} was lost")
                 continue
-            is_empty = not (instance.allocations or instance.reserved or instance.num_steps_in_flight)
+            is_empty = not (instance.num_sequences or instance.num_steps_in_flight)
             if is_empty and not self._transfers.touches(instance):
                 self._go_on(instance, drain)
             elif drain.deadline is not None and time.monotonic() > drain.deadline and not drain.is_prepared:
-                left = len(instance.allocations) + len(instance.reserved)
+                left = instance.num_sequences
                 self._end(name, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
 
     def _go_on(self, instance: InstanceHandle, drain: _Drain) -> None:

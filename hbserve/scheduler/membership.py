@@ -21,7 +21,7 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.worker import WorkerHandle
 
 
-class Membership:
+class InstanceMembership:
     """Says who may be an instance of the system.
 
     Args:
@@ -50,7 +50,7 @@ class Membership:
         """Whether it has joined, or is joining."""
         return instance.id in self._joined or instance.id in self._joining
 
-    def take(self, join: Join) -> tuple[Joined, InstanceHandle | None]:
+    def join(self, join: Join) -> tuple[Joined, InstanceHandle | None]:
         """The answer to an instance that wants to join, and its handle if it is to be waited for.
 
         One of that name that was waited for before is not any more.
@@ -67,13 +67,13 @@ class Membership:
             config = self._checked(join)
         except ConfigError as error:
             return _refuse(str(error).removeprefix(f"{error.key}: ")), None
-        address, performance = join.address, self._config.performance
+        address = join.address
         if there is not None:
             there.workers[there.id] = WorkerHandle(there.id, join.role, 100, self._context, address, self._key)
             there.workers[there.id].role = there.role  # which may have been changed
             self._joined.add(there.id)
             return self._answer(there), there
-        new = InstanceHandle(config, performance, self._context, address, self._key)
+        new = InstanceHandle(config, self._config, self._context, address, self._key)
         self._joining[new.id] = new, time.monotonic() + self._config.rpc.start_timeout_s
         return self._answer(new), new
 
@@ -118,7 +118,7 @@ class Membership:
         assert instance.config.kv_rank is not None
         return Joined(config=msgspec.to_builtins(self._config), kv_rank=instance.config.kv_rank)
 
-    def arrived(self, instance: InstanceHandle) -> None:
+    def on_arrived(self, instance: InstanceHandle) -> None:
         """It has introduced itself, and fits."""
         if self._joining.pop(instance.id, None) is not None:
             self._instances[instance.id] = instance
@@ -128,7 +128,7 @@ class Membership:
         """Those that have been waited for too long."""
         return [instance for instance, deadline in self._joining.values() if now > deadline]
 
-    def gone(self, instance: InstanceHandle, for_good: bool = False) -> bool:
+    def on_gone(self, instance: InstanceHandle, for_good: bool = False) -> bool:
         """Forget one that is lost, has left or has not come; whether the system itself is to forget it, too.
 
         Args:

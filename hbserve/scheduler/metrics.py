@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hbserve.config import SchedulerConfig
 from hbserve.metrics.collector import SemiPDMetricsCollector
@@ -14,12 +14,7 @@ from hbserve.metrics.tracing import RequestTracer
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.sequence import Phase, Sequence
-
-if TYPE_CHECKING:
-    from hbserve.scheduler.instance import InstanceHandle
-    from hbserve.scheduler.sequence import InflightStep
-
+from hbserve.scheduler.sequence import InflightStep, Phase, Sequence
 
 MAX_EVENTS = 200
 
@@ -70,7 +65,7 @@ class SchedulerMetrics:
 
     # --- requests --------------------------------------------------------------------------------
 
-    def arrived(self, sequence: Sequence) -> None:
+    def on_arrived(self, sequence: Sequence) -> None:
         """A request has been taken."""
         sampling = sequence.request.sampling
         sequence.metrics = self.collector.record_request_arrival(
@@ -80,11 +75,11 @@ class SchedulerMetrics:
             sampling.tpot_ms or self._targets.tpot_ms,
         )
 
-    def admitted(self, sequence: Sequence) -> None:
+    def on_admitted(self, sequence: Sequence) -> None:
         """It has its allocations, and may be computed."""
         self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
 
-    def first_token(self, sequence: Sequence) -> None:
+    def on_first_token(self, sequence: Sequence) -> None:
         """Its first token is here, and so is its prompt's KV."""
         name, now = _name(sequence), self.collector.clock()
         self.collector.record_first_token(name, now)
@@ -92,24 +87,24 @@ class SchedulerMetrics:
         if sequence.prefill_allocation is sequence.decode_allocation:
             self.collector.record_decode_start(name, now)
 
-    def decode_may_start(self, sequence: Sequence) -> None:
+    def on_kv_arrived(self, sequence: Sequence) -> None:
         """Its KV has arrived where it decodes."""
         self.collector.record_decode_start(_name(sequence))
 
-    def preempted(self, sequence: Sequence) -> None:
+    def on_preempted(self, sequence: Sequence) -> None:
         """It gives its place to an older one."""
         self.collector.record_preemption(_name(sequence))
 
-    def retried(self, sequence: Sequence) -> None:
+    def on_retried(self, sequence: Sequence) -> None:
         """An attempt failed, and another begins."""
         sequence.metrics.num_retries += 1
 
-    def ended(self, sequence: Sequence, outcome: str) -> None:
+    def on_ended(self, sequence: Sequence, outcome: str) -> None:
         """It is off the books: ``completed``, ``aborted`` or ``failed``."""
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
         self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
         if self._tracer is not None:
-            self._tracer.record(sequence.request.request_id, sequence.metrics, outcome)
+            self._tracer.record(sequence.id, sequence.metrics, outcome)
 
     def close(self) -> None:
         """Send what is left to send."""
@@ -118,7 +113,7 @@ class SchedulerMetrics:
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def step_done(
+    def on_step_done(
         self,
         worker_id: str,
         step: InflightStep,

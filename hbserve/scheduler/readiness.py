@@ -37,7 +37,7 @@ class Readiness:
         self._reply = reply
         self._subscribers: dict[bytes, float] = {}
 
-    def learn(self, hello: Hello) -> None:
+    def on_hello(self, hello: Hello) -> None:
         """An instance has said what its model takes; the least of all counts."""
         self.max_model_len = min(hello.max_model_len, self.max_model_len or hello.max_model_len)
         self.vocab_size = hello.vocab_size
@@ -47,7 +47,7 @@ class Readiness:
         self._subscribers[client] = time.monotonic() + deadline_s
         self.announce()
 
-    def forget(self, client: bytes) -> None:
+    def on_client_gone(self, client: bytes) -> None:
         """A client has gone."""
         self._subscribers.pop(client, None)
 
@@ -67,9 +67,9 @@ class Readiness:
         """Tell those who have waited long enough."""
         late = [client for client, deadline in self._subscribers.items() if now > deadline]
         if late:
-            self._tell(late, NotReady(reason=f"not ready in time: {self.who_is_missing()}"))
+            self._tell(late, NotReady(reason=f"not ready in time: {self.name_missing()}"))
 
-    def who_is_missing(self) -> str:
+    def name_missing(self) -> str:
         """In words."""
         missing = []
         for instance in self._instances.values():

@@ -1,10 +1,13 @@
 """The life of every request: from the waiting queue through its allocations to its end, and back.
 
-    waiting ──► prefilling ──► transferring ──► decoding ──► finished
-       ▲            │               │              │
-       └────────────┴───────────────┴──────────────┘  preempted, or an attempt failed
+`RequestLifecycle` alone changes a request's phase (diagram and table in `hbserve.scheduler.sequence`), gives it an
+allocation or frees one, and sends its client output.
 
-Nobody else changes a request's phase, gives it an allocation or takes one away, or tells its client of it.
+The path of memory: `_enter` decides that an allocation goes, and is the only caller of `free_allocation`::
+
+    _enter ──► free_allocation ──► BlockPool.free ──► BlockPool._free_now
+                                     └ pinned by a step or a transfer: KVAllocation.end_row or
+                                       end_transfer ──► BlockPool.unpin ──► BlockPool._free_now
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepResult
 from hbserve.policy.queue_policy import QueuePolicy
-from hbserve.scheduler.admission import Admission, free_allocation
+from hbserve.scheduler.admission import Admission
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Phase, Sequence
@@ -34,25 +37,24 @@ from hbserve.scheduler.worker import WorkerHandle
 logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 0.1
-_LONGEST_RETRY_DELAY_S = 5.0
-_FORGIVEN_AFTER_TOKENS = 16
-"""Since a failed attempt: a request at which its workers die gets one token from its prefill, and no more."""
+_MAX_RETRY_DELAY_S = 5.0
+_TOKENS_TO_FORGIVE = 16
+"""Tokens after which a failed attempt no longer counts. A request that kills workers gets one token at most, from
+its prefill."""
 
 
 class RequestLifecycle:
-    """All open requests, and every turn that one of them can take.
+    """All open requests, and every change of their phases.
 
     Args:
-        config: of the system.
-        instances: where allocations are, by id.
-        transfers: what brings KV from one allocation to the other.
-        metrics: told of every turn.
+        instances: by id; an instance that has left is not in it.
+        transfers: bring KV from one allocation to the other.
         events: told of transfers that failed.
-        push: a request's output to its client.
-        wake: has the scheduler plan again.
+        push: sends a request's output to its client.
+        wake: makes the scheduler plan again.
 
     Attributes:
-        waiting: those not yet admitted, in the order of the policy.
+        waiting: requests that are not yet admitted, in the order of the policy.
         counts: of what has happened since the start, by name.
     """
 
@@ -85,84 +87,106 @@ class RequestLifecycle:
 
     @property
     def policy(self) -> QueuePolicy:
-        """Whose prompt goes first."""
+        """The rule whose prompt goes first."""
         return self._queue.policy
 
     def get(self, client: bytes, request_id: str) -> Sequence | None:
-        """A client's open request."""
+        """Return a client's open request."""
         return self._sequences.get((client, request_id))
+
+    def _enter(self, sequence: Sequence, phase: Phase) -> None:
+        """Change a request's phase, and free the memory that it does not hold in the new one.
+
+        A request that waits or is finished holds none. One whose KV is transferred holds its decode allocation.
+        """
+        sequence.enter(phase)
+        if phase is Phase.PREFILLING or phase is Phase.DECODING:
+            return
+        kept = sequence.decode_allocation if phase is Phase.TRANSFERRING else None
+        for allocation in sequence.allocations:
+            if allocation is not kept:
+                self.free_allocation(sequence, allocation)
+        sequence.prefill_allocation, sequence.decode_allocation = None, kept
+
+    def free_allocation(self, sequence: Sequence, allocation: KVAllocation) -> None:
+        """Free a slot and its blocks; the pool frees pinned blocks when the last pin is dropped."""
+        logger.debug(
+            "request %s: freed %d blocks of %s", sequence.id, len(allocation.block_ids), allocation.instance_id
+        )
+        instance = self._instances.get(allocation.instance_id)
+        if instance is not None:  # or its memory is gone
+            instance.free_slot(sequence, allocation)
+        allocation.pool.free(allocation.owner)
 
     # --- waiting -> prefilling -------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """A request has been taken, and begins to wait."""
-        self._sequences[sequence.client, sequence.request.request_id] = sequence
+        """Have a new request wait."""
+        self._sequences[sequence.client, sequence.id] = sequence
         if not self.waiting:
-            self._queue.begins(sequence.arrival_time)
+            self._queue.on_first_waiting(sequence.arrival_time)
             self._admission.is_full = False
         self._queue.insert(self.waiting, sequence)
-        self._metrics.arrived(sequence)
+        self._metrics.on_arrived(sequence)
+        logger.debug("request %s: taken, %d prompt tokens", sequence.id, sequence.num_prompt_tokens)
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:
-        """How long a request that is not yet here would wait for its first token."""
+        """Predict how long a request that has just come would wait for its first token."""
         return self._queue.predicted_ttft_s(
             sequence, self.waiting, self._instances.values(), self._admission.is_full, time.monotonic()
         )
 
     def in_order(self, now: float) -> Items[Sequence]:
-        """Who is to be admitted first."""
+        """Return the waiting requests in the order of admission."""
         return self._queue.in_order(self.waiting, self._instances.values(), now)
 
     def admit(self, sequence: Sequence) -> bool:
-        """KVAllocation a waiting request for prefill and decode, both or neither; False if nothing fits now."""
+        """Give a waiting request its allocations for prefill and decode, both or neither; False if nothing fits now."""
         if not self._admission.allocate(sequence):
             return False
         self.waiting.remove(sequence)
-        sequence.phase = Phase.PREFILLING
+        self._enter(sequence, Phase.PREFILLING)
+        allocation = sequence.prefill_allocation
+        assert allocation is not None
         if sequence.num_cached_tokens is None:
-            assert sequence.prefill_allocation is not None
-            sequence.num_cached_tokens = min(sequence.prefill_allocation.num_planned, sequence.num_prompt_tokens)
+            sequence.num_cached_tokens = min(allocation.num_planned, sequence.num_prompt_tokens)
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
-            self._metrics.admitted(sequence)
+            self._metrics.on_admitted(sequence)
+        logger.debug(
+            "request %s: admitted to %s, %d cached tokens, %d blocks",
+            sequence.id,
+            " and ".join(a.instance_id for a in sequence.allocations),
+            allocation.num_planned,
+            sum(len(a.block_ids) for a in sequence.allocations),
+        )
         return True
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def step_done(self, worker: WorkerHandle, result: StepResult) -> None:
-        """A worker has done its oldest step in flight: KV has grown, and tokens are here."""
-        step = worker.inflight.popleft()
-        assert step.step_id == result.step_id, "a worker answers in order"
-        worker.work.num_steps += 1
-        worker.work.busy_s += result.busy_s
-        worker.work.host_s += result.host_s
-        if step.rows:
-            worker.last_step_s = result.busy_s
-        worker.timing.on_confirmed(time.monotonic(), result.busy_s, result.early_s)
-        samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
+    def on_step_done(self, worker: WorkerHandle, result: StepResult) -> None:
+        """A worker has computed its oldest step in flight: KV has grown, and tokens are here."""
         now = time.monotonic()
+        step = worker.end_step(result, now)
+        samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         last_token_times: list[float | None] = []
         for row in step.rows:
             sample = next(samples) if row.samples else None
             sequence, allocation = row.sequence, row.allocation
-            if row.is_void:
-                allocation.pool.unpin(allocation.owner)
-                continue
-            if row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
+            if not row.is_void and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
                 self._advance(sequence, allocation, row.end)
                 if sample is not None:
                     worker.work.num_tokens += 1
                     last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
                     self._on_token(sequence, allocation, *sample)
-            allocation.num_inflight -= 1
-            allocation.pool.unpin(allocation.owner)
+            allocation.end_row(row)
         assert next(samples, None) is None, "more samples than rows that sample"
-        self._queue.step_done(step, result.busy_s)
-        self._metrics.step_done(worker.id, step, result.busy_s, now, last_token_times)
+        self._queue.on_step_done(step, result.busy_s)
+        self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times)
 
     def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
-        """KV up to ``num_computed`` is there; full blocks become sharable."""
+        """Note that KV up to ``num_computed`` is there; full blocks become sharable."""
         allocation.num_computed = num_computed
         if not self._shares_prefixes:
             return
@@ -179,13 +203,14 @@ class RequestLifecycle:
         assert allocation.num_computed == len(sequence.tokens), "a token for another position than the next"
         sequence.tokens.append(token)
         sequence.num_setbacks = 0
-        if sequence.num_failures and len(sequence.tokens) - sequence.num_tokens_at_failure >= _FORGIVEN_AFTER_TOKENS:
+        if sequence.num_failures and len(sequence.tokens) - sequence.num_tokens_at_failure >= _TOKENS_TO_FORGIVE:
             sequence.num_failures = 0
         self.counts["generated_tokens"] += 1
         is_first = sequence.first_token_time is None
         if is_first:
             sequence.first_token_time = time.monotonic()
-            self._metrics.first_token(sequence)
+            self._metrics.on_first_token(sequence)
+            logger.debug("request %s: first token, from %s", sequence.id, allocation.instance_id)
         finish_reason = None
         if token in sequence.end_token_ids:
             finish_reason = "stop"
@@ -194,7 +219,7 @@ class RequestLifecycle:
         self._push(
             sequence.client,
             RequestOutput(
-                request_id=sequence.request.request_id,
+                request_id=sequence.id,
                 token_ids=[token],
                 logprobs=None if logprobs is None else [logprobs],
                 finish_reason=finish_reason,
@@ -202,16 +227,16 @@ class RequestLifecycle:
             ),
         )
         if finish_reason is not None:
-            self._close(sequence, "completed")
+            self._close(sequence, "completed", finish_reason)
         elif allocation is sequence.prefill_allocation and allocation is not sequence.decode_allocation:
-            self._leave_prefill(sequence, allocation)
-        else:
-            sequence.phase = Phase.DECODING
+            self._on_prefilled(sequence)
+        elif sequence.phase is not Phase.DECODING:
+            self._enter(sequence, Phase.DECODING)
 
-    def worker_lost(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
-        """What others have in flight that goes on from its unconfirmed steps counts for nothing from now on.
+    def on_worker_lost(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """A worker is lost, but not the memory: void the rows at other workers that continue its unconfirmed rows.
 
-        The sequences wait for the end of the worker's process (`steps_lost`): until then it may write.
+        Its own rows are planned again when its process has ended (`on_steps_lost`): until then it may write.
         """
         starts = {
             row.allocation: row.start for step in reversed(worker.inflight) for row in step.rows if not row.is_void
@@ -220,21 +245,20 @@ class RequestLifecycle:
             for step in other.inflight if other is not worker else ():
                 for row in step.rows:
                     if row.start > starts.get(row.allocation, math.inf) and not row.is_void:
-                        row.is_void = True
-                        row.allocation.roll_back(row.start)
-                        row.allocation.last_worker = worker
+                        row.allocation.void_row(row)
+                        row.allocation.last_worker_id = worker.id
 
-    def steps_lost(self, steps: Iterable[InflightStep]) -> None:
-        """Steps that nobody will confirm, of a process that cannot write any more: others do them again."""
+    def on_steps_lost(self, steps: Iterable[InflightStep]) -> None:
+        """The process of a lost worker has ended: plan its unconfirmed steps again."""
         set_back: set[Sequence] = set()
         for step in steps:
             for row in step.rows:
-                sequence, allocation = row.sequence, row.allocation
-                allocation.pool.unpin(allocation.owner)
-                if row.attempt != sequence.attempt or sequence.phase is Phase.FINISHED or row.is_void:
-                    continue
-                allocation.roll_back(row.start)
-                if sequence in set_back:
+                sequence = row.sequence
+                counts = row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED and not row.is_void
+                if counts:
+                    row.allocation.void_row(row)
+                row.allocation.end_row(row)
+                if not counts or sequence in set_back:
                     continue
                 set_back.add(sequence)
                 sequence.num_setbacks += 1
@@ -243,15 +267,13 @@ class RequestLifecycle:
 
     # --- prefilling -> transferring -> decoding --------------------------------------------------
 
-    def _leave_prefill(self, sequence: Sequence, allocation: KVAllocation) -> None:
-        """The prompt is done; its blocks stay pinned here until they have arrived where decode happens."""
-        free_allocation(sequence, allocation)
-        sequence.prefill_allocation = None
-        sequence.phase = Phase.TRANSFERRING
+    def _on_prefilled(self, sequence: Sequence) -> None:
+        """The prompt is computed; transfers pin its blocks here until they have arrived at the decode instance."""
+        self._enter(sequence, Phase.TRANSFERRING)
         sequence.prefilled_at = time.monotonic()
         self._start_decoding_if_arrived(sequence)
 
-    def transfer_ended(self, result: TransferResult) -> None:
+    def on_transfer_ended(self, result: TransferResult) -> None:
         """One side of a transfer has ended, well or not."""
         outcome = self._transfers.on_result(result)
         if outcome.failed:
@@ -266,6 +288,8 @@ class RequestLifecycle:
             return
         sequence = transfer.sequence
         sequence.open_transfers.discard(transfer.transfer_id)
+        num_blocks = len(transfer.target_blocks)
+        logger.debug("request %s: transfer %s arrived, %d blocks", sequence.id, transfer.transfer_id, num_blocks)
         if sequence.phase is Phase.TRANSFERRING and not sequence.open_transfers:
             self._transfers.count_exposed(transfer, time.monotonic() - sequence.prefilled_at)
         self._start_decoding_if_arrived(sequence)
@@ -276,37 +300,31 @@ class RequestLifecycle:
         allocation = sequence.decode_allocation
         assert allocation is not None
         self._advance(sequence, allocation, allocation.num_tokens_at_entry)
-        sequence.phase = Phase.DECODING
-        allocation.instance.activate(sequence, allocation)
-        self._metrics.decode_may_start(sequence)
+        self._enter(sequence, Phase.DECODING)
+        self._instances[allocation.instance_id].activate(sequence, allocation)
+        self._metrics.on_kv_arrived(sequence)
 
     # --- back to waiting -------------------------------------------------------------------------
 
-    def memory_lost(self, instance: InstanceHandle, why: str) -> None:
-        """An instance's KV is gone: who was admitted there is computed again, from tokens that are all here."""
-        allocations = {
-            s: [allocation for allocation in s.allocations if allocation.instance is instance]
-            for s in self._sequences.values()
-        }
-        # It may have been one of these that the memory was lost by; those that only had an allocation are innocent.
-        at_work = {
-            sequence for sequence, own in allocations.items() if any(allocation.num_inflight for allocation in own)
-        }
-        failed = self._transfers.lose(instance)
+    def on_memory_lost(self, instance: InstanceHandle, why: str) -> None:
+        """An instance's KV is gone: requests that were admitted there are computed again from their tokens."""
+        allocations = instance.allocations | instance.reserved
+        failed = self._transfers.on_instance_lost(instance)
         instance.reset()
         instance.note_lost(why)
-        for sequence, own in allocations.items():
-            if sequence in at_work:
+        for sequence, allocation in allocations.items():
+            if allocation.num_inflight:  # one of these may have caused the loss; the others are innocent
                 self._retry(sequence, why)
-            elif own:
-                self._count_retry(sequence)
+            else:
                 self._put_back(sequence)
+                self._count_retry(sequence, why)
         self._retry_all(failed, why)
 
     def preempt(self, sequence: Sequence) -> None:
-        """It gives its blocks to an older one."""
+        """Put a request back to waiting, because an older one needs its blocks."""
+        logger.debug("request %s: preempted at %d tokens", sequence.id, len(sequence.tokens))
         self.counts["preemptions"] += 1
-        self._metrics.preempted(sequence)
+        self._metrics.on_preempted(sequence)
         self._put_back(sequence)
 
     def _retry_all(self, failed: list[Transfer], why: str) -> None:
@@ -315,28 +333,28 @@ class RequestLifecycle:
                 self._retry(transfer.sequence, why)
 
     def _retry(self, sequence: Sequence, why: str) -> None:
-        """An attempt failed through no fault of the request: compute again, but not for ever."""
+        """Compute again after an attempt that failed through no fault of the request, but not for ever."""
         sequence.num_failures += 1
         sequence.num_tokens_at_failure = len(sequence.tokens)
         if sequence.num_failures >= self._max_attempts:
             self.fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {why}")
-        else:
-            self._count_retry(sequence)
-            self._put_back(sequence)
-            # Not at once: what made it fail may take a moment to be noticed.
-            delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _LONGEST_RETRY_DELAY_S)
-            sequence.retry_at = time.monotonic() + delay_s
-            asyncio.get_running_loop().call_later(delay_s, self._wake)
+            return
+        self._put_back(sequence)
+        self._count_retry(sequence, why)
+        # Not at once: what made it fail may take a moment to be noticed.
+        delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _MAX_RETRY_DELAY_S)
+        sequence.retry_at = time.monotonic() + delay_s
+        asyncio.get_running_loop().call_later(delay_s, self._wake)
 
-    def _count_retry(self, sequence: Sequence) -> None:
+    def _count_retry(self, sequence: Sequence, why: str) -> None:
+        logger.debug("request %s: retried, attempt %d: %s", sequence.id, sequence.attempt + 1, why)
         self.counts["retries"] += 1
-        self._metrics.retried(sequence)
+        self._metrics.on_retried(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
-        """Back to waiting, with all its tokens; whatever is in flight for it is void."""
-        self._free_all_allocations(sequence)
+        """Have a request wait again, with all its tokens; its results in flight become void."""
+        self._enter(sequence, Phase.WAITING)
         sequence.attempt += 1
-        sequence.phase = Phase.WAITING
         sequence.num_blocks_dispatched = 0
         sequence.open_transfers.clear()
         self._queue.insert(self.waiting, sequence)
@@ -345,11 +363,11 @@ class RequestLifecycle:
 
     def finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
         """End a request for another reason than its tokens, and tell its client."""
-        self._close(sequence, {"abort": "aborted", "error": "failed"}.get(reason, "completed"))
+        self._close(sequence, {"abort": "aborted", "error": "failed"}.get(reason, "completed"), error or reason)
         self._push(
             sequence.client,
             RequestOutput(
-                request_id=sequence.request.request_id,
+                request_id=sequence.id,
                 token_ids=[],
                 finish_reason=reason,
                 error=error,
@@ -362,26 +380,22 @@ class RequestLifecycle:
         self.finish(sequence, "error", error)
 
     def abort_all_of(self, client: bytes) -> None:
-        """A client has gone, and nobody wants its requests any more."""
+        """End all requests of a client that has gone."""
         for sequence in [s for s in self._sequences.values() if s.client == client]:
-            self._close(sequence, "aborted")
+            self._close(sequence, "aborted", "its client has gone")
 
-    def _close(self, sequence: Sequence, outcome: str) -> None:
-        """Take a request off the books; its blocks return when nothing in flight can touch them.
+    def _close(self, sequence: Sequence, outcome: str, why: str) -> None:
+        """End a request.
 
         Args:
             outcome: ``completed``, ``aborted`` or ``failed``.
         """
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
-        self._free_all_allocations(sequence)
-        sequence.phase = Phase.FINISHED
-        del self._sequences[sequence.client, sequence.request.request_id]
+        self._enter(sequence, Phase.FINISHED)
+        del self._sequences[sequence.client, sequence.id]
         self.counts[outcome] += 1
-        self._queue.ended(time.monotonic())
-        self._metrics.ended(sequence, outcome)
-
-    def _free_all_allocations(self, sequence: Sequence) -> None:
-        for allocation in sequence.allocations:
-            free_allocation(sequence, allocation)
-        sequence.prefill_allocation = sequence.decode_allocation = None
+        self._queue.on_request_ended(time.monotonic())
+        self._metrics.on_ended(sequence, outcome)
+        num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
+        logger.debug("request %s: finished, %s (%s), %d tokens", sequence.id, outcome, why, num_tokens)

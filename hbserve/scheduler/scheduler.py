@@ -1,16 +1,28 @@
 """The CPU scheduler: sole owner of every request and every block table.
 
-One event loop, no locks. Messages change the books; after each batch of messages `_run_schedule`
-admits waiting requests, fills every worker's pipeline with plans and sends clients what is new.
+It runs in a process of its own (`hbserve.scheduler.process`): one thread, one event loop, no locks. Messages change
+the scheduler's records. After each batch of messages `CpuScheduler` plans.
 
-    clients ──► ClientDesk ──► Intake ──┐                      ┌──► StepPlanner ──► workers
-                    │                   ▼                      │
-                    └───────────►  RequestLifecycle  ◄──────  CpuScheduler (when something has changed)
-                    │                   ▲
-                    └──► WorkerRegistry ┘  ◄── workers
+A request's life, in order; each step runs in the function that is named:
 
-A mode is nothing but the roles of the instances and the pools behind them: the code asks "is the
-decode allocation the prefill allocation?", never "which mode is this?".
+1.  A client's `AddRequest` comes: `ClientServer.serve`. `validate` refuses what can never be computed.
+2.  The request waits in the order of ``scheduler.policy``: `RequestLifecycle.add`, `WaitingQueue.insert`.
+3.  It is admitted: `CpuScheduler._schedule_waiting_requests` -> `Admission.allocate` takes a slot and KV blocks for
+    prefill and for decode, both or neither.
+4.  Its prompt is planned in chunks: `CpuScheduler._fill_pipelines` -> `WorkerChoice.choose_workers` says which worker
+    computes, `StepPlanner.plan_step` sends that worker a `StepPlan`.
+5.  The KV of each chunk moves to the decode instance, if that is another one: `TransferTracker.open`.
+6.  Results come: `WorkerConnections` -> `WorkerRegistry` -> `RequestLifecycle.on_step_done`. The last chunk brings the
+    first token. The prefill allocation is freed; transfers keep its blocks pinned.
+7.  The last transfer has arrived: `RequestLifecycle.on_transfer_ended`. The request decodes.
+8.  One token is planned in each step (as 4) and comes as a result (as 6). `ClientServer.flush` sends all new tokens.
+9.  The last token ends it: `RequestLifecycle._close`; its memory is freed: `RequestLifecycle.free_allocation`.
+
+On the way it can go back to step 2: `RequestLifecycle.preempt` (an older request needs its blocks), `on_memory_lost`
+(an instance was lost), or a transfer that failed.
+
+A mode is only the roles of the instances and their pools: the code asks "is the decode allocation the prefill
+allocation?", never "which mode is this?".
 """
 
 from __future__ import annotations
@@ -28,10 +40,8 @@ from hbserve.config import Config
 from hbserve.import_path import load_class
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
-from hbserve.policy.decode_throttle import DecodeThrottle
-from hbserve.policy.mixed_step_budget import MixedStepBudget
 from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.scheduler.clients import ClientDesk, ClientPort, Intake
+from hbserve.scheduler.clients import ClientServer
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
@@ -45,16 +55,15 @@ from hbserve.scheduler.worker_registry import WorkerRegistry
 
 
 class CpuScheduler:
-    """Requests in, plans out, tokens back.
+    """Takes requests, plans steps, and sends tokens back.
 
     To schedule by another policy, subclass it, override `_schedule_waiting_requests` and name the
     class in the configuration as ``performance.scheduler: package.module:Class``.
 
     Args:
-        config: of the system.
         client_address: where clients connect.
-        instance_addresses: where each instance listens, by id; an instance without an address has
-            its workers announced by `SetWorkers`.
+        instance_addresses: where each instance listens, by id; the workers of an instance without an address are
+            announced by `SetWorkers`.
 
     Raises:
         StartupError: if the client address cannot be had.
@@ -64,37 +73,29 @@ class CpuScheduler:
         self.config = config
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context
         key, wake = ClusterKey.of(config), self._wake.set
-        self._clients = port = ClientPort(self._context, client_address, self._on_client_gone, key)
+        self._clients = clients = ClientServer(config, context, client_address, self._on_client_gone)
         self.instances = instances = {
             instance.instance_id: InstanceHandle(
-                instance, config.performance, self._context, instance_addresses.get(instance.instance_id), key
+                instance, config, context, instance_addresses.get(instance.instance_id), key
             )
             for instance in config.gpu_instances
         }
-        slo = config.semi_pd.slo
-        for handle in instances.values():
-            handle.tpot_target_ms = config.scheduler.tpot_ms if slo is None else slo.tpot_target_ms
-            if slo is not None and slo.holds_back_decode:
-                handle.turns = DecodeThrottle(slo.decode_interval_ms / 1000)
-            elif slo is not None:
-                handle.mixed_steps = MixedStepBudget(holds_back_decode=False)
         endpoint = config.telemetry.otlp_endpoint
         tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, tracer)
         events = EventLog()
         transfers = TransferTracker(config.kv_transfer.verify)
-        self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, port.push, wake)
+        self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, clients.push, wake)
         self._planner = StepPlanner(config, transfers, requests.preempt, requests.policy)
-        self._readiness = readiness = Readiness(instances, transfers, port.reply)
-        self._drains = drains = Drains(instances, transfers, self._planner, events, port.reply)
-        self._stats = stats = SystemStats(instances, requests, transfers, metrics, events)
-        self._workers = workers = WorkerRegistry(
-            config, self._context, instances, transfers, requests, readiness, drains, events, port.reply, wake
+        self._readiness = readiness = Readiness(instances, transfers, clients.reply)
+        self._drains = drains = Drains(instances, transfers, self._planner, events, clients.reply)
+        self._stats = SystemStats(instances, requests, transfers, metrics, events)
+        self._workers = WorkerRegistry(
+            config, context, instances, transfers, requests, readiness, drains, events, clients.reply, wake
         )
-        intake = Intake(config, requests, readiness)
-        self._desk = ClientDesk(port, intake, requests, readiness, stats, drains, workers, wake)
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -103,15 +104,18 @@ class CpuScheduler:
 
     @property
     def counts(self) -> defaultdict[str, int]:
-        """What has happened since the start, by name; a policy may count, too."""
+        """Counts of what has happened since the start, by name; a policy may count, too."""
         return self._requests.counts
 
-    # --- life ------------------------------------------------------------------------------------
+    # --- the process' life -----------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serve until `stop`."""
-        work = (self._workers.serve(), self._desk.serve(), self._tick(), self._run_schedule())
-        tasks = [asyncio.create_task(each) for each in work]
+        clients = self._clients.serve(
+            self._requests, self._readiness, self._stats, self._drains, self._workers, self._wake.set
+        )
+        loops = (self._workers.serve(), clients, self._tick(), self._run_schedule())
+        tasks = [asyncio.create_task(loop) for loop in loops]
         stopped = asyncio.create_task(self._stop.wait())
         ends: list[asyncio.Task[Any]] = [stopped, *tasks]
         done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -123,36 +127,20 @@ class CpuScheduler:
         self._metrics.close()
         for end in done:
             if end is not stopped:
-                end.result()  # raises: none of them ends on its own otherwise
+                end.result()  # raises: a loop ends only by an error
 
     def stop(self) -> None:
         """Make `run` return."""
         self._stop.set()
 
-    async def _tick(self) -> None:
-        """Heartbeats and deadlines."""
-        interval = self.config.rpc.heartbeat_interval_s
-        last = time.monotonic()
-        while True:
-            now = time.monotonic()
-            was_asleep = now - last > 4 * interval + 1.0  # then the workers' silence may be ours
-            last = now
-            self._workers.check_heartbeats(now, was_asleep)
-            self._readiness.check_deadlines(now)
-            if (why := self._workers.nobody_came_back(now)) is not None:
-                for sequence in list(self.waiting):
-                    self._requests.fail(sequence, why)
-            self._stats.observe()
-            self._wake.set()  # what was lost or given up just now must be planned again, and said
-            await asyncio.sleep(interval)
-
     def _on_client_gone(self, client: bytes) -> None:
-        self._readiness.forget(client)
+        self._readiness.on_client_gone(client)
         self._requests.abort_all_of(client)
 
     # --- scheduling ------------------------------------------------------------------------------
 
     async def _run_schedule(self) -> None:
+        """Plan whenever something has changed: admit, fill every worker's pipeline, send clients their tokens."""
         loop = asyncio.get_running_loop()
         alarm: asyncio.TimerHandle | None = None
         try:
@@ -165,7 +153,7 @@ class CpuScheduler:
                 wait_s = math.inf
                 for instance in self.instances.values():
                     wait_s = min(wait_s, self._fill_pipelines(instance))
-                    self._workers.end_retired(instance)
+                    self._workers.end_drained(instance)
                 alarm = loop.call_later(wait_s, self._wake.set) if wait_s < math.inf else None
                 self._drains.proceed()
                 self._clients.flush()
@@ -190,30 +178,48 @@ class CpuScheduler:
     def _fill_pipelines(self, instance: InstanceHandle) -> float:
         """Send an instance's workers steps until each has enough in flight, or there is nothing to do.
 
-        Returns in how many seconds there is more to be sent: what a worker with a long step in flight does next is
-        not decided before it must be.
+        While a worker computes a long step, its next step is planned as late as possible. Returns after how many
+        seconds the next plan of the instance is due; infinity: no plan waits for that.
         """
-        soonest_s = math.inf
+        next_plan_s = math.inf
+        choice = instance.choice
         for worker in instance.workers.values():
             if worker.ready and not worker.is_introduced:
                 self._planner.introduce(instance, worker)
                 worker.is_introduced = True
-        for worker, phases in instance.choose_workers().items():
-            depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
-            if instance.takes_turns(phases) and not instance.decode_has_turn():
+        for worker, phases in choice.choose_workers().items():
+            if not choice.may_plan(phases):
                 continue
-            ahead = instance.steps_ahead(worker)
+            depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
+            ahead = choice.steps_ahead(worker)
             timings = {worker.timing, *(other.timing for other, _ in ahead)}
-            while len(worker.inflight) + len(ahead) < instance.max_in_flight(phases, depth):
+            while len(worker.inflight) + len(ahead) < choice.max_in_flight(phases, depth):
                 if (wait_s := max(timing.wait_s(time.monotonic()) for timing in timings)) > 0:
-                    soonest_s = min(soonest_s, wait_s)
+                    next_plan_s = min(next_plan_s, wait_s)
                     break
                 if not self._planner.plan_step(instance, worker, phases):
                     break
-                instance.note_planned(worker, phases)
+                choice.on_planned(worker, phases)
                 if self.waiting:
                     self._wake.set()  # what this step took may leave room for more
-        return soonest_s
+        return next_plan_s
+
+    async def _tick(self) -> None:
+        """Check heartbeats and deadlines, at every heartbeat interval."""
+        interval_s = self.config.rpc.heartbeat_interval_s
+        last = time.monotonic()
+        while True:
+            now = time.monotonic()
+            was_asleep = now - last > 4 * interval_s + 1.0  # the workers may seem silent only because this process was
+            last = now
+            self._workers.check_heartbeats(now, was_asleep)
+            self._readiness.check_deadlines(now)
+            if (why := self._workers.missing_phase(now)) is not None:
+                for sequence in list(self.waiting):
+                    self._requests.fail(sequence, why)
+            self._stats.observe()
+            self._wake.set()  # plan again what was lost, and send what was given up
+            await asyncio.sleep(interval_s)
 
 
 async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:

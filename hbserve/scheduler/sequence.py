@@ -1,34 +1,65 @@
-"""The scheduler's record of one request, and of its stay on each worker."""
+"""The records of one request: its life, its KV allocation on each instance, its rows in flight.
+
+Phases of a request. `TRANSITIONS` holds the same as a table, and `Sequence.enter` asserts it::
+
+    waiting ──► prefilling ──► transferring ──► decoding
+       ▲            │  └───────────────┼───────────▲ │     one instance does both: no transfer
+       └────────────┴──────────────────┴─────────────┘     preempted, or the attempt failed
+    every phase ──► finished                               completed, aborted or failed
+
+These records name instances and workers by id. Nothing here imports `instance` or `worker`: those two hold
+sequences, so an object reference would close an import circle. `RequestLifecycle` finds an instance by its id,
+`WorkerChoice` a worker. An id that is not found means that the instance's memory, or the worker, is gone.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-from hbserve.kv_cache.block_pool import extend_block_hashes
+from hbserve.kv_cache.block_pool import BlockPool, extend_block_hashes
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
+from hbserve.metrics.request_metrics import RequestMetrics
 
-if TYPE_CHECKING:
-    from hbserve.kv_cache.block_pool import BlockPool
-    from hbserve.metrics.request_metrics import RequestMetrics
-    from hbserve.scheduler.instance import InstanceHandle
-    from hbserve.scheduler.worker import WorkerHandle
+
+class Phase(StrEnum):
+    """The phase of a request, as `get_system_stats` shows it."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.PREFILLING, Phase.FINISHED}),
+    Phase.PREFILLING: frozenset({Phase.TRANSFERRING, Phase.DECODING, Phase.WAITING, Phase.FINISHED}),
+    Phase.TRANSFERRING: frozenset({Phase.DECODING, Phase.WAITING, Phase.FINISHED}),
+    Phase.DECODING: frozenset({Phase.WAITING, Phase.FINISHED}),
+    Phase.FINISHED: frozenset(),
+}
+"""Every legal transition between phases."""
 
 
 @dataclass(slots=True)
 class InflightRow:
-    """One sequence's part of a step that has been sent and not confirmed."""
+    """One sequence's part of a step that has been sent and not confirmed.
+
+    Attributes:
+        end: positions below this have KV once the step is confirmed.
+        is_void: the row continues a row that was lost; both are planned again.
+    """
 
     sequence: Sequence
     attempt: int
     allocation: KVAllocation
     start: int
-    end: int  # positions below this have KV once the step is confirmed
+    end: int
     samples: bool
-    is_void: bool = False  # it goes on from a row that was lost, and is planned again with that
+    is_void: bool = False
 
 
 @dataclass(slots=True)
@@ -36,9 +67,9 @@ class InflightStep:
     """A step that has been sent and not confirmed.
 
     Attributes:
-        prefill_pairs: of queries and keys, of its prompts.
-        beside_decode: if it is prefill's: decode has a turn meanwhile.
-        after: another worker's step that it waits for; 0: none.
+        prefill_pairs: pairs of queries and keys in its prompt chunks.
+        beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
+        after: id of another worker's step that this one waits for; 0: none.
     """
 
     step_id: int
@@ -50,36 +81,27 @@ class InflightStep:
     after: int = 0
 
 
-class Phase(StrEnum):
-    """Where a request is in its life; what `get_system_stats` shows."""
-
-    WAITING = "waiting"
-    PREFILLING = "prefilling"
-    TRANSFERRING = "transferring"
-    DECODING = "decoding"
-    FINISHED = "finished"
-
-
 @dataclass(eq=False, slots=True)
 class KVAllocation:
-    """A sequence's place on one instance: its slot there, its blocks in that instance's pool.
+    """A sequence's memory on one instance: its slot, and its blocks in the instance's pool.
+
+    The allocation owns its pins: every row and every transfer in flight pins the blocks, and only the methods
+    below take or drop a pin. The pool frees the blocks of a freed allocation when the last pin is dropped.
 
     Attributes:
-        instance: whose pool has the blocks.
-        epoch: of the pool's memory; once it is over the allocation is void.
+        epoch: identifies the pool's memory; once that memory is lost the allocation is void.
         owner: the name under which the pool knows the blocks.
         num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
         num_planned: positions whose KV exists or is in a plan that has been sent.
         num_computed: positions whose KV is confirmed to be in the pool.
-        last_worker: who got the sequence's last row; while something is in flight there, only a worker
-            that can follow it may go on.
-        num_inflight: rows that have been sent to it and are not confirmed.
-        blocks_sent: how much of the block table each worker has been told; a worker that is not
-            there does not know the sequence.
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
+        last_worker_id: the worker that got the sequence's last row.
+        num_inflight: rows that were sent, are not confirmed, and count.
+        blocks_sent: by worker id, how many entries of the block table the worker has been told; a worker
+            without an entry does not know the sequence.
     """
 
-    instance: InstanceHandle
+    instance_id: str
     epoch: int
     pool: BlockPool
     owner: str
@@ -88,59 +110,70 @@ class KVAllocation:
     num_planned: int
     num_computed: int
     num_sealed: int
-    last_worker: WorkerHandle | None = None
+    last_worker_id: str | None = None
     num_inflight: int = 0
-    blocks_sent: dict[WorkerHandle, int] = field(default_factory=dict)
-
-    def can_go_to(self, worker: WorkerHandle) -> bool:
-        """Whether a worker may get the next row."""
-        last = self.last_worker
-        return not self.num_inflight or last is None or last is worker or worker.can_follow(last)
-
-    def go_to(self, worker: WorkerHandle, keeps_state: bool) -> None:
-        """A worker gets the next row.
-
-        Args:
-            keeps_state: whether workers hold more of the sequence than its block table and its last
-                token; what another one held of it is then out of date.
-        """
-        if self.last_worker is not worker and keeps_state:
-            self.blocks_sent.clear()
-        self.last_worker = worker
-        self.num_inflight += 1
-
-    def roll_back(self, start: int) -> None:
-        """A row in flight counts for nothing; from its first position on, all is to be planned again."""
-        self.num_planned = min(self.num_planned, start)
-        self.num_inflight -= 1
+    blocks_sent: dict[str, int] = field(default_factory=dict)
 
     @property
     def block_ids(self) -> list[int]:
         """The block table."""
         return self.pool.get_block_ids(self.owner)
 
+    def begin_row(self, worker_id: str, keeps_state: bool) -> None:
+        """Pin the blocks for a row that goes to a worker.
+
+        Args:
+            keeps_state: workers hold more of the sequence than its block table and its last token. What
+                other workers hold of it is then out of date.
+        """
+        if keeps_state and self.last_worker_id != worker_id:
+            self.blocks_sent.clear()
+        self.last_worker_id = worker_id
+        self.num_inflight += 1
+        self.pool.pin(self.owner)
+
+    def end_row(self, row: InflightRow) -> None:
+        """Drop the pin of a row that its worker has computed, or can compute no more."""
+        if not row.is_void:
+            self.num_inflight -= 1
+        self.pool.unpin(self.owner)
+
+    def void_row(self, row: InflightRow) -> None:
+        """Plan a row's positions again. The row stays pinned: its worker may still write."""
+        row.is_void = True
+        self.num_planned = min(self.num_planned, row.start)
+        self.num_inflight -= 1
+
+    def begin_transfer(self) -> None:
+        """Pin the blocks for a transfer from or to them."""
+        self.pool.pin(self.owner)
+
+    def end_transfer(self) -> None:
+        """Drop the pin of a transfer that can touch the blocks no more."""
+        self.pool.unpin(self.owner)
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request from arrival to its end; ordered by arrival.
+    """One request from arrival to its end; `RequestLifecycle` alone changes its phase and its allocations.
 
     Attributes:
-        client: ZeroMQ identity of who asked.
+        client: ZeroMQ identity of the client that sent the request.
         arrival: a number that grows with every request.
         arrival_time: on the monotonic clock; for policies that weigh how long it has waited.
         tokens: prompt and output so far.
         attempt: how often it has been put back; results of earlier attempts are void.
-        prefill_allocation, decode_allocation: the same object where one worker does both; the decode allocation is
-            reserved together with the prefill allocation.
-        num_blocks_dispatched: leading blocks whose transfer to the decode side has been planned.
-        open_transfers: transfers of this attempt that the decode side has not confirmed.
-        prefilled_at: when its prompt was done in this attempt, where it decodes elsewhere.
-        num_failures: attempts in a row that ended in a failure; forgiven by progress.
-        num_tokens_at_failure: how long it was at the last one.
+        prefill_allocation, decode_allocation: the same object where one instance does both; the decode
+            allocation is reserved together with the prefill allocation.
+        num_blocks_dispatched: leading blocks whose transfer to the decode instance has been planned.
+        open_transfers: transfers of this attempt that the decode instance has not confirmed.
+        prefilled_at: when its prompt was computed in this attempt, if it decodes elsewhere.
+        num_failures: attempts in a row that ended in a failure; progress resets it.
+        num_tokens_at_failure: number of tokens at the last failure.
         num_setbacks: how often steps of it have been lost since its last token.
-        retry_at: when it may be admitted again after one, on the monotonic clock.
+        retry_at: when it may be admitted again after a failure, on the monotonic clock.
         rank: its place in the queue, see `QueuePolicy.rank`.
-        metrics: its times; `SchedulerMetrics.arrived` sets it.
+        metrics: its times; `SchedulerMetrics.on_arrived` sets it.
     """
 
     client: bytes
@@ -168,18 +201,28 @@ class Sequence:
     metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 
+    def enter(self, phase: Phase) -> None:
+        """Change the phase; an illegal transition is a bug."""
+        assert phase in TRANSITIONS[self.phase], f"request {self.id}: {self.phase} -> {phase} is no transition"
+        self.phase = phase
+
+    @property
+    def id(self) -> str:
+        """The request's id, unique among the client's open requests."""
+        return self.request.request_id
+
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
     @property
     def ttft_target_ms(self) -> float | None:
-        """That it came with."""
+        """The request's own target."""
         return self.request.sampling.ttft_ms
 
     @property
     def tpot_target_ms(self) -> float | None:
-        """That it came with."""
+        """The request's own target."""
         return self.request.sampling.tpot_ms
 
     @property
@@ -189,14 +232,14 @@ class Sequence:
 
     @property
     def allocations(self) -> list[KVAllocation]:
-        """The allocations it has, each once."""
+        """Its allocations, without duplicates."""
         allocations = [self.prefill_allocation] if self.prefill_allocation is not None else []
         if self.decode_allocation is not None and self.decode_allocation is not self.prefill_allocation:
             allocations.append(self.decode_allocation)
         return allocations
 
     def hashes(self, block_size: int) -> list[bytes]:
-        """Hashes of all full blocks of its tokens."""
+        """Return the hashes of all full blocks of its tokens."""
         extend_block_hashes(self.block_hashes, self.tokens, block_size)
         return self.block_hashes
 
@@ -204,13 +247,15 @@ class Sequence:
     def keeps_state(self) -> bool:
         """Whether a worker's state of the sequence changes with every token: token counts and grammars do."""
         sampling = self.request.sampling
-        penalised = (
-            sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        return (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or self.has_grammar
         )
-        return penalised or self.has_grammar
 
     def state_for(self, allocation: KVAllocation) -> SequenceState:
-        """All that a worker needs to take the sequence on."""
+        """Return all that a worker needs to continue the sequence."""
         sampling = self.request.sampling
         return SequenceState(
             slot=allocation.slot,

@@ -176,7 +176,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         "status": "ready" if instance.ready else "lost",
         "role": str(instance.role),
         "ranks": instance.config.num_ranks,
-        "active_requests": len(instance.allocations) + len(instance.reserved),
+        "active_requests": instance.num_sequences,
         "steps_in_flight": instance.num_steps_in_flight,
         "steps": work.num_steps,
         "generated_tokens": work.num_tokens,
@@ -186,8 +186,8 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         "restarts": max(0, instance.num_restarts),
     }
     if instance.role is InstanceRole.SEMI_PD:
-        stats["shares"] = {str(phase): share for phase, share in instance.shares.items()}
-        stats["is_mixed"] = instance.is_mixed
+        stats["shares"] = {str(phase): share for phase, share in instance.choice.shares.items()}
+        stats["is_mixed"] = instance.choice.is_mixed
         stats["workers"] = {worker.id: _worker(instance, worker) for worker in instance.workers.values()}
     if instance.hello is None:
         stats["why_lost"] = instance.why_lost
@@ -208,8 +208,8 @@ def _worker(instance: InstanceHandle, worker: WorkerHandle) -> dict[str, Any]:
     return {
         "role": str(worker.role),
         "percentage": worker.percentage,
-        "status": "lost" if not worker.ready else "retiring" if worker.is_retiring else "ready",
-        "is_current": instance.is_current(worker),
+        "status": "lost" if not worker.ready else "retiring" if worker.is_draining else "ready",
+        "is_current": instance.choice.is_current(worker),
         "steps": worker.work.num_steps,
         "steps_in_flight": len(worker.inflight),
         "generated_tokens": worker.work.num_tokens,

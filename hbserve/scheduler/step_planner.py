@@ -48,14 +48,14 @@ class StepPlanner:
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
-        step = _StepBuilder(worker)
+        step, can_take = _StepBuilder(worker), instance.choice.can_take
         # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
         allocations = sorted(instance.allocations.items(), key=lambda item: item[0].arrival)
-        limit_s = self._mixed_limit_s(instance, worker, phases)
+        limit_s = instance.choice.mixed_limit_s(worker, phases, self._prompt_budget)
         for sequence, allocation in allocations if InstanceRole.DECODE in phases and limit_s != math.inf else ():
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
-            if allocation.num_planned >= allocation.num_tokens_at_entry and allocation.can_go_to(worker):
+            if allocation.num_planned >= allocation.num_tokens_at_entry and can_take(worker, allocation):
                 self._plan_decode(step, instance, sequence, allocation)
         budget = self._max_num_batched_tokens - step.num_tokens
         if self._chunked.enabled:
@@ -67,7 +67,7 @@ class StepPlanner:
         )
         for sequence, allocation in self._prefills(allocations) if InstanceRole.PREFILL in phases else ():
             remaining = allocation.num_tokens_at_entry - allocation.num_planned
-            if remaining <= 0 or sequence not in instance.allocations or not allocation.can_go_to(worker):
+            if remaining <= 0 or sequence not in instance.allocations or not can_take(worker, allocation):
                 continue
             if not self._can_leave(sequence, allocation):
                 continue
@@ -83,25 +83,11 @@ class StepPlanner:
             self._plan_prefill(step, sequence, allocation, chunk)
         if not step.rows:
             return False
-        self._open_transfers(step)
+        self._open_transfers(instance, step)
         if room is not None:
-            instance.mixed_steps.on_decode_step(time.monotonic(), bool(step.prefill_rows))
+            instance.choice.on_mixed_step(time.monotonic(), bool(step.prefill_rows))
         self._send(instance, worker, step, worker.role)
         return True
-
-    def _mixed_limit_s(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
-        """How long a step may take that has decode rows; infinite: it shall have none; None: as long as it takes."""
-        interval_s = instance.mixed_interval_s(worker, phases)
-        if interval_s is None:
-            return None
-        now, waiting_tokens, min_spare_s, budget = time.monotonic(), 0, math.inf, self._prompt_budget
-        for sequence, allocation in instance.allocations.items():
-            if allocation.num_planned >= allocation.num_tokens_at_entry:
-                min_spare_s = min(min_spare_s, instance.spare_s(sequence, allocation, interval_s, now))
-            elif allocation.can_go_to(worker):
-                waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
-        full_step_s = worker.timing.predictor.estimate_s(StepWork(0, 0, budget, budget**2 / 2))
-        return instance.mixed_steps.limit_s(now, interval_s, min_spare_s, full_step_s, waiting_tokens >= budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """Tell a worker that has come to running sequences of them: a step without rows.
@@ -124,7 +110,7 @@ class StepPlanner:
     def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
         self._last_step_id += 1
         step_id, now, after = self._last_step_id, time.monotonic(), None
-        ahead = instance.steps_ahead(worker) if step.rows else []
+        ahead = instance.choice.steps_ahead(worker) if step.rows else []
         ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
         last = max(ahead, key=lambda item: item[1].step_id, default=None)
         if last is not None and last[1].step_id > worker.has_waited_for:
@@ -133,8 +119,7 @@ class StepPlanner:
             worker.has_waited_for = after.step_id
         inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
         inflight.after = 0 if after is None else after.step_id
-        worker.inflight.append(inflight)
-        worker.timing.on_planned(step.work, now, max(ends, default=-math.inf))
+        worker.begin_step(inflight, step.work, now, max(ends, default=-math.inf))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
@@ -179,7 +164,7 @@ class StepPlanner:
         return (
             target is None
             or target is allocation
-            or self._transfers.is_open(allocation.instance.id, target.instance.id)
+            or self._transfers.is_open(allocation.instance_id, target.instance_id)
         )
 
     def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, chunk: int) -> None:
@@ -199,19 +184,19 @@ class StepPlanner:
             step.leaving.append(_Leaving(sequence, allocation, target, sequence.num_blocks_dispatched, end_block, last))
             sequence.num_blocks_dispatched = end_block
 
-    def _open_transfers(self, step: _StepBuilder) -> None:
+    def _open_transfers(self, instance: InstanceHandle, step: _StepBuilder) -> None:
         num_last = sum(each.is_last for each in step.leaving)
         for each in step.leaving:
             # Of one prompt's last chunk somebody waits for every millisecond; of many at once, for all of them.
-            groups = self._layer_groups(each, _MAX_LAYER_GROUPS // num_last) if each.is_last else 1
+            groups = self._layer_groups(instance, each, _MAX_LAYER_GROUPS // num_last) if each.is_last else 1
             for index in range(groups):
                 layers = LayerGroup(index=index, count=groups)
                 blocks = each.first_block, each.end_block
                 step.sends.append(self._transfers.open(each.sequence, each.allocation, each.target, *blocks, layers))
 
-    def _layer_groups(self, leaving: _Leaving, most: int) -> int:
+    def _layer_groups(self, instance: InstanceHandle, leaving: _Leaving, most: int) -> int:
         """In how many equal ones blocks leave: each is a transfer, which has its price."""
-        hello = leaving.allocation.instance.hello
+        hello = instance.hello
         assert hello is not None
         if not self._layer_group_bytes:
             return 1
@@ -281,8 +266,8 @@ class _StepBuilder:
     def add(
         self, sequence: Sequence, allocation: KVAllocation, token_ids: list[int] | None, num_tokens: int, samples: bool
     ) -> None:
-        sampled_elsewhere = token_ids is None and allocation.last_worker is not self._worker
-        allocation.go_to(self._worker, sequence.keeps_state)
+        sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker.id
+        allocation.begin_row(self._worker.id, sequence.keeps_state)
         new_block_ids = self.tell(sequence, allocation)
         self.rows.append(
             PlanRow(
@@ -297,7 +282,6 @@ class _StepBuilder:
         )
         start = allocation.num_planned
         allocation.num_planned += num_tokens
-        allocation.pool.pin(allocation.owner)
         self.num_tokens += num_tokens
         self.inflight.append(
             InflightRow(sequence, sequence.attempt, allocation, start, allocation.num_planned, samples)
@@ -306,8 +290,8 @@ class _StepBuilder:
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
         """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""
         block_ids = allocation.block_ids
-        num_sent = allocation.blocks_sent.get(self._worker)
-        allocation.blocks_sent[self._worker] = len(block_ids)
+        num_sent = allocation.blocks_sent.get(self._worker.id)
+        allocation.blocks_sent[self._worker.id] = len(block_ids)
         if num_sent is None:
             self.new_sequences.append(sequence.state_for(allocation))
             return []

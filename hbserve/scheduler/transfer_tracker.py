@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from hbserve.messages.transfer import (
 )
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import KVAllocation, Sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -151,7 +154,7 @@ class TransferTracker:
 
     def forget(self, instance: InstanceHandle) -> None:
         """An instance that is lost will not come back: let go of its links, and of what is known of them."""
-        self.lose(instance)
+        self.on_instance_lost(instance)
         for key in [key for key in self.links if instance.id in key]:
             del self.links[key]
 
@@ -212,20 +215,30 @@ class TransferTracker:
         A receiver that takes part is told at once; the returned command belongs into the sender's plan.
         """
         self._count += 1
-        transfer_id = f"{sequence.request.request_id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
-        link = self._links[source.instance.id, target.instance.id]
+        transfer_id = f"{sequence.id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
+        link = self._links[source.instance_id, target.instance_id]
         source_blocks = source.block_ids[first_block:end_block]
         target_blocks = target.block_ids[first_block:end_block]
         transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, layers, link)
         self._open[transfer_id] = link.transfers[transfer_id] = transfer
         sequence.open_transfers.add(transfer_id)
         for allocation in (source, target):
-            allocation.pool.pin(allocation.owner)
+            allocation.begin_transfer()
+        logger.debug(
+            "request %s: transfer %s started, %d blocks (layer group %d of %d) from %s to %s",
+            sequence.id,
+            transfer_id,
+            len(source_blocks),
+            layers.index + 1,
+            layers.count,
+            link.source.id,
+            link.target.id,
+        )
         if not _is_one_sided(link):
-            target.instance.send(
+            link.target.send(
                 ReceiveBlocks(
                     transfer_id=transfer_id,
-                    request_id=sequence.request.request_id,
+                    request_id=sequence.id,
                     sources=link.sources,
                     block_ids=target_blocks,
                     generations=target.pool.generations_of(target_blocks),
@@ -234,7 +247,7 @@ class TransferTracker:
             )
         return SendBlocks(
             transfer_id=transfer_id,
-            request_id=sequence.request.request_id,
+            request_id=sequence.id,
             targets=link.targets,
             block_ids=source_blocks,
             generations=source.pool.generations_of(source_blocks),
@@ -269,7 +282,7 @@ class TransferTracker:
             self._ask_to_finish(transfer)
         return Outcome()
 
-    def lose(self, instance: InstanceHandle) -> list[Transfer]:
+    def on_instance_lost(self, instance: InstanceHandle) -> list[Transfer]:
         """An instance is gone, and with it its links: the transfers that have not arrived."""
         failed: list[Transfer] = []
         for link in (*self._links.values(), *self._ending):
@@ -299,7 +312,7 @@ class TransferTracker:
         self._ending.append(link)
         for transfer in list(link.transfers.values()):
             if transfer.sender_open and not link.sender_lost:
-                transfer.source.instance.send(CancelTransfer(transfer_id=transfer.transfer_id))
+                link.source.send(CancelTransfer(transfer_id=transfer.transfer_id))
         if not link.sender_lost:
             link.source.send(DisconnectLink(targets=link.targets or link.addressed))
         self._end_if_senders_are_done(link)
@@ -322,7 +335,7 @@ class TransferTracker:
     def _ask_to_finish(self, transfer: Transfer) -> None:
         transfer.finishing = True
         pool = transfer.target.pool
-        transfer.target.instance.send(
+        transfer.link.target.send(
             FinishBlocks(
                 transfer_id=transfer.transfer_id,
                 num_sources=len(transfer.link.sources),
@@ -337,12 +350,12 @@ class TransferTracker:
 
     def _close_sender(self, transfer: Transfer) -> None:
         transfer.sender_open = False
-        transfer.source.pool.unpin(transfer.source.owner)
+        transfer.source.end_transfer()
         self._forget_if_over(transfer)
 
     def _close_receiver(self, transfer: Transfer) -> None:
         transfer.receiver_open = False
-        transfer.target.pool.unpin(transfer.target.owner)
+        transfer.target.end_transfer()
         self._forget_if_over(transfer)
 
     def _close_all_receivers(self, link: Link) -> None:

@@ -54,16 +54,16 @@ class WaitingQueue:
 
     # --- predictions -----------------------------------------------------------------------------
 
-    def step_done(self, step: InflightStep, busy_s: float) -> None:
+    def on_step_done(self, step: InflightStep, busy_s: float) -> None:
         """Learn from a step."""
         if step.prefill_rows:
             self._pace.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
 
-    def ended(self, now: float) -> None:
+    def on_request_ended(self, now: float) -> None:
         """A request has ended, and left its allocations."""
         self._ends.append(now)
 
-    def begins(self, now: float) -> None:
+    def on_first_waiting(self, now: float) -> None:
         """Somebody comes to wait where nobody was: how fast allocations came free counts from here on."""
         self._ends.clear()
         self._ends.append(now)

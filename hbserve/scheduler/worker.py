@@ -1,4 +1,4 @@
-"""The scheduler's view of one worker: its connection, and its steps in flight."""
+"""The scheduler's view of one worker: its connection, its steps in flight, and what it has done."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import zmq
 from hbserve.config import InstanceRole
 from hbserve.messages.worker import Hello, InstanceCommand, StepResult
 from hbserve.policy.dispatch_timer import DispatchTimer
+from hbserve.policy.step_time_predictor import StepWork
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcClient
 from hbserve.scheduler.sequence import InflightStep
 
 _SHORT_STEP_S = 2e-3
-"""Result out, scheduling, plan in and launch take about 1 ms."""
+"""A round trip (result out, scheduling, plan in, launch) takes about 1 ms."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What has been done: confirmed steps, sampled tokens, seconds of the device, and of the host to launch them."""
+    """Totals of confirmed steps: tokens sampled, seconds of the device, seconds of the host to launch them."""
 
     num_steps: int = 0
     num_tokens: int = 0
@@ -29,7 +30,7 @@ class Work:
     host_s: float = 0.0
 
     def add(self, other: Work) -> None:
-        """Count another's as well."""
+        """Add the totals of another worker."""
         self.num_steps += other.num_steps
         self.num_tokens += other.num_tokens
         self.busy_s += other.busy_s
@@ -37,21 +38,24 @@ class Work:
 
 
 class WorkerHandle:
-    """One worker as the scheduler knows it: its connection and its steps in flight.
+    """One worker as the scheduler knows it; owner of the worker's steps in flight.
 
-    ``hello`` is None while it is not registered: not started yet, or lost.
+    Only `begin_step`, `end_step` and `drop_steps` change ``inflight``; everything else reads it.
 
     Attributes:
-        started_as: the role of its process' configuration, which it introduces itself with.
-        prepared_for: the role that it has got ready for last.
+        hello: what the worker said of itself; None while it is not registered: not started yet, or lost.
+        started_as: the role in the configuration of its process, which its `Hello` names.
+        prepared_for: the role that it prepared for last.
         percentage: its share of the device.
-        timing: of its steps in flight: when the next one is to be planned.
-        is_retiring: it gets no more plans where another worker can, and is told to end when nothing
-            is in flight.
-        is_introduced: it has been told of the sequences that ran when it came.
-        cell: its place on the board of the workers on its arenas; None: it is not on it.
+        last_seen: when its last message came; `WorkerConnections` sets it.
+        inflight: steps that were sent and are not confirmed, oldest first.
+        timing: says when the next step is to be planned.
+        is_draining: it gets no more plans where another worker can do its phase, and is told to end when it has
+            nothing in flight.
+        is_introduced: it has been told of the sequences that ran when it registered.
+        cell: its place on the step board of the workers that share an arena; None: it has none.
         has_waited_for: the last step of another worker that one of its plans waits for.
-        results: of its oldest steps in flight, which are not confirmed before those that they come after.
+        results: results of its oldest steps in flight that came before those of steps which precede them.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class WorkerHandle:
         self.last_seen = time.monotonic()
         self.inflight: deque[InflightStep] = deque()
         self.timing = DispatchTimer()
-        self.is_retiring = False
+        self.is_draining = False
         self.is_told_to_end = False
         self.is_introduced = False
         self.cell: int | None = None
@@ -80,10 +84,6 @@ class WorkerHandle:
         self.work = Work()
         self.last_step_s = 0.0
 
-    def pipeline_depth(self, configured: int) -> int:
-        """Plans to have in flight: one more where a round trip takes longer than a step."""
-        return configured + (0 < self.last_step_s < _SHORT_STEP_S)
-
     @property
     def ready(self) -> bool:
         """Whether plans can be sent."""
@@ -91,18 +91,47 @@ class WorkerHandle:
 
     @property
     def epoch(self) -> int:
-        """Of the incarnation that is registered; 0 for none."""
+        """Number of the registered incarnation; 0: none."""
         return self.hello.epoch if self.hello is not None else 0
 
     @property
     def owns_memory(self) -> bool:
-        """Whether the pool's memory is its own, and lost with it."""
+        """Whether the pool's memory belongs to this worker, and is lost with it."""
         return self.hello is None or self.hello.arena_epoch == self.hello.epoch
 
     def can_follow(self, other: WorkerHandle) -> bool:
-        """Whether a step of it can be planned before the other one's last is done: it waits on the device's side."""
+        """Whether its step can be planned before the other worker's last one is done: the devices then wait."""
         return other.ready and other.role is self.role and None not in (self.cell, other.cell)
 
+    def pipeline_depth(self, configured: int) -> int:
+        """Return the number of plans to have in flight: one more where a round trip takes longer than a step."""
+        return configured + (0 < self.last_step_s < _SHORT_STEP_S)
+
     def send(self, command: InstanceCommand) -> None:
-        """Send; what does not reach a worker is noticed by its silence."""
+        """Send a message. If it does not arrive, the worker's silence shows that."""
         self.rpc.send(command)
+
+    # --- steps in flight -------------------------------------------------------------------------
+
+    def begin_step(self, step: InflightStep, work: StepWork | None, now: float, not_before: float) -> None:
+        """A step is on its way; for ``work`` and ``not_before`` see `DispatchTimer.on_planned`."""
+        self.inflight.append(step)
+        self.timing.on_planned(work, now, not_before)
+
+    def end_step(self, result: StepResult, now: float) -> InflightStep:
+        """Confirm and return the oldest step in flight."""
+        step = self.inflight.popleft()
+        assert step.step_id == result.step_id, "a worker answers in order"
+        self.work.num_steps += 1
+        self.work.busy_s += result.busy_s
+        self.work.host_s += result.host_s
+        if step.rows:
+            self.last_step_s = result.busy_s
+        self.timing.on_confirmed(now, result.busy_s, result.early_s)
+        return step
+
+    def drop_steps(self) -> list[InflightStep]:
+        """Return the steps in flight, which can never be confirmed."""
+        steps = list(self.inflight)
+        self.inflight.clear()
+        return steps

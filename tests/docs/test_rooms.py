@@ -57,6 +57,31 @@ def test_no_room_imports_from_a_row_below_its_own() -> None:
     assert not wrong
 
 
+def reexported(name: str) -> set[str]:
+    """Modules of its own that a package's `__init__` names for type checkers only: at run time they load lazily."""
+    blocks = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.If)]
+    imports = [node for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING" for node in ast.walk(block)]
+    modules = {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    is_package = MODULES[name].name == "__init__.py"
+    return {module for module in modules if is_package and module.startswith(f"{name}.")}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for type checking and imports inside functions count, too."""
+    graph = {name: {*imported(name)} & {*MODULES} - {name} - reexported(name) for name in MODULES}
+    done: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> None:
+        assert name not in path, "a circle: " + " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in graph[name]:
+                follow(other, [*path, name])
+            done.add(name)
+
+    for name in MODULES:
+        follow(name, [])
+
+
 def test_every_folder_is_a_row_of_its_own() -> None:
     folders = {path.name for path in PACKAGES if path.parent == ROOT / "hbserve"}
     shared = [row for row in rooms() if len(folders & set(row)) > 1]

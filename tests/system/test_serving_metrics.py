@@ -237,26 +237,26 @@ def test_a_schedule_counted_by_hand() -> None:
         for each in prefill + decode:
             last_token_times.append(each.last_token_time)
             if each.last_token_time is None:
-                metrics.first_token(each)
+                metrics.on_first_token(each)
             each.last_token_time = now
             each.tokens.append(7)
         done = InflightStep(1, rows, len(prefill), prefill_tokens)
-        metrics.step_done("unified-0", done, busy_s, now, last_token_times)
+        metrics.on_step_done("unified-0", done, busy_s, now, last_token_times)
 
-    metrics.arrived(a)
+    metrics.on_arrived(a)
     clock.now = 1.0
-    metrics.admitted(a)
+    metrics.on_admitted(a)
     step(3.0, [a], [], 1.5)
     step(3.5, [], [a], 0.25)
     clock.now = 3.75
-    metrics.arrived(b)
-    metrics.admitted(b)
+    metrics.on_arrived(b)
+    metrics.on_admitted(b)
     step(5.5, [b], [a], 1.75)
-    metrics.ended(a, "completed")
+    metrics.on_ended(a, "completed")
     step(6.0, [], [b], 0.5)
-    metrics.preempted(b)
+    metrics.on_preempted(b)
     step(8.0, [], [b], 0.5)
-    metrics.ended(b, "completed")
+    metrics.on_ended(b, "completed")
     clock.now = 10.0
 
     window = metrics.collector.get_current_window_metrics()

@@ -172,10 +172,10 @@ def test_the_rate_of_freed_slots_counts_from_when_a_request_waits() -> None:
         return queue.predicted_ttft_s(another, [one], [worker], slots_are_full=True, now=now)
 
     for begin in (0.0, 1000.0):  # no request waits in between
-        queue.begins(begin)
+        queue.on_first_waiting(begin)
         assert predicted(begin + 0.5) == 0
-        queue.ended(begin + 1)
-        queue.ended(begin + 2)
+        queue.on_request_ended(begin + 1)
+        queue.on_request_ended(begin + 2)
         assert predicted(begin + 3) == 2 * 3 / 2
 
 

@@ -36,7 +36,7 @@ class Books:
         self.context = context
         config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", num_blocks=200, max_num_seqs=8).freeze()
         [instance_config] = config.gpu_instances
-        self.instance = InstanceHandle(instance_config, config.performance, context, "inproc://nobody")
+        self.instance = InstanceHandle(instance_config, config, context, "inproc://nobody")
         [self.worker] = self.instance.workers.values()
         transfers = TransferTracker(False)
         metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, None)
@@ -102,7 +102,7 @@ class Books:
 
     def confirm(self, worker: WorkerHandle) -> None:
         """The worker has done its oldest step."""
-        self.book.step_done(worker, self.result(worker, 0))
+        self.book.on_step_done(worker, self.result(worker, 0))
 
     def result(self, worker: WorkerHandle, number: int) -> StepResult:
         """Of one of its steps in flight."""
@@ -111,8 +111,8 @@ class Books:
         return StepResult(epoch=worker.epoch, step_id=step.step_id, token_ids=tokens, logprobs=None, busy_s=0.001)
 
     def lose_memory(self) -> None:
-        self.worker.inflight.clear()
-        self.book.memory_lost(self.instance, "it burnt")
+        self.worker.drop_steps()
+        self.book.on_memory_lost(self.instance, "it burnt")
         self.begin()
 
 
@@ -222,11 +222,11 @@ async def test_a_worker_has_its_plan_before_the_step_of_another_is_done(
     # Results are taken in the order of the steps, in whichever they come.
     order = []
     second.results.extend(books.result(second, step) for step in range(2))
-    assert books.instance.whose_result_is_next() is None
+    assert books.instance.choice.next_to_confirm() is None
     first.results.extend(books.result(first, step) for step in range(2))
-    while (worker := books.instance.whose_result_is_next()) is not None:
+    while (worker := books.instance.choice.next_to_confirm()) is not None:
         order.append(worker.id)
-        books.book.step_done(worker, worker.results.popleft())
+        books.book.on_step_done(worker, worker.results.popleft())
     assert order == ["first", "second", "second", "first"]
     assert [len(sequence.tokens) for sequence in books.instance.allocations] == [20 + 3 + 4] * 2
 
@@ -237,16 +237,16 @@ async def test_a_retiring_worker_stays_until_who_comes_in_its_place_is_there(
     books, old, rung = pair
     assert books.book.admit(books.add("prompt"))  # both phases are busy
     old.percentage, rung.percentage = 40, 100
-    old.is_retiring = True
+    old.is_draining = True
     new = NotedWorker(books.context, "new")
     books.instance.workers[new.id] = new
 
     def decodes() -> WorkerHandle:
-        chosen = books.instance.choose_workers()
+        chosen = books.instance.choice.choose_workers()
         [worker] = [worker for worker, phases in chosen.items() if InstanceRole.DECODE in phases]
         return worker
 
-    books.instance.shares[InstanceRole.DECODE] = 50
+    books.instance.choice.shares[InstanceRole.DECODE] = 50
     assert decodes() is old
     books.come(new, 79)
     assert decodes() is new
@@ -256,9 +256,9 @@ async def test_a_retiring_worker_stays_until_who_comes_in_its_place_is_there(
 async def test_what_goes_on_from_a_lost_step_counts_for_nothing(pair: tuple[Books, NotedWorker, NotedWorker]) -> None:
     books, first, second = pair
     first.hello = None
-    books.book.worker_lost(books.instance, first)
+    books.book.on_worker_lost(books.instance, first)
     assert not books.decode(second)  # the lost worker's process may still write
-    books.book.steps_lost(books.instance.forget_worker(first))
+    books.book.on_steps_lost(books.instance.forget_worker(first))
     assert books.decode(second)  # both steps in one order, at one worker
     again = second.plans[1]
     assert [(row.start, row.token_ids) for row in again.rows] == [(row.start, [7]) for row in first.plans[0].rows]
@@ -276,8 +276,8 @@ async def test_what_goes_on_from_a_lost_step_counts_for_nothing(pair: tuple[Book
 async def test_a_lost_step_leaves_what_comes_before_it(pair: tuple[Books, NotedWorker, NotedWorker]) -> None:
     books, first, second = pair
     second.hello = None
-    books.book.worker_lost(books.instance, second)
-    books.book.steps_lost(books.instance.forget_worker(second))
+    books.book.on_worker_lost(books.instance, second)
+    books.book.on_steps_lost(books.instance.forget_worker(second))
     books.confirm(first)
     assert books.decode(first)
     assert [row.start for row in first.plans[1].rows] == [row.start + 1 for row in first.plans[0].rows]

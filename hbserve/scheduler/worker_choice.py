@@ -1,0 +1,284 @@
+"""The choice of the worker that computes next, and of the time that its step may take.
+
+Most instances have one worker, which does every phase of the instance. A semi-PD instance has several on one KV
+pool: each does one phase (or both, mixed in one step) with a share of the device. A phase goes to the worker whose
+share fits what the other phase is doing. All steps of a phase stand in one order, whichever workers compute them:
+the first step at a new worker waits on the device's side for the last one at the old worker
+(`hbserve.engine.step_board`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from hbserve.config import Config, InstanceRole
+from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
+from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
+from hbserve.policy.mixed_step_budget import MixedStepBudget, slack_s
+from hbserve.policy.step_time_predictor import StepWork
+from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
+from hbserve.scheduler.worker import WorkerHandle
+
+PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
+
+
+class WorkerChoice:
+    """Decides which worker of an instance gets a phase's next step; owner of that choice and of its pace.
+
+    Args:
+        role: the instance's role.
+        workers, allocations: the instance's own, read here.
+        config: the system's, for targets and for decode's throttle.
+
+    Attributes:
+        shares: each phase's percentage while both phases are busy.
+        is_mixed: one worker does both phases, in the same steps.
+    """
+
+    def __init__(
+        self,
+        role: InstanceRole,
+        workers: Mapping[str, WorkerHandle],
+        allocations: Mapping[Sequence, KVAllocation],
+        config: Config,
+    ) -> None:
+        self.shares = dict.fromkeys(PHASES, 100)
+        self.is_mixed = False
+        self._role = role
+        self._workers = workers
+        self._allocations = allocations
+        self._current: dict[InstanceRole, WorkerHandle] = {}
+        slo = config.semi_pd.slo
+        # Applies to requests without a target of their own; None: no target.
+        self._tpot_target_ms = config.scheduler.tpot_ms if slo is None else slo.tpot_target_ms
+        # Says when decode computes while prefill is busy at another worker; None: always.
+        self._throttle: DecodeThrottle | None = None
+        if slo is not None and slo.holds_back_decode:
+            self._throttle = DecodeThrottle(slo.decode_interval_ms / 1000)
+        self._mixed_steps = MixedStepBudget(holds_back_decode=slo is None or slo.holds_back_decode)
+
+    def reset(self, role: InstanceRole | None = None) -> None:
+        """Forget which workers the phases were at; the instance may have a new role."""
+        self._role = role or self._role
+        self._current.clear()
+
+    def forget(self, worker: WorkerHandle) -> None:
+        """Forget a worker that has ended."""
+        self._current = {phase: current for phase, current in self._current.items() if current is not worker}
+
+    def set_shares(self, shares: dict[InstanceRole, int], is_mixed: bool) -> bool:
+        """Set each phase's percentage, and whether one worker does both; returns whether anything changed."""
+        changed = (shares, is_mixed) != (self.shares, self.is_mixed)
+        self.shares, self.is_mixed = shares, is_mixed
+        return changed
+
+    # --- the worker of a phase -------------------------------------------------------------------
+
+    def choose_workers(self) -> dict[WorkerHandle, set[InstanceRole]]:
+        """Return the workers that may get plans now, each with its phases.
+
+        Mixed phases go to one worker. Otherwise the share, and so the worker, depends on whether the other phase is
+        busy; between decode's turns prefill counts as alone. The new worker's first step waits for the old worker's
+        last one (`steps_ahead`). Where it cannot wait, the change does.
+        """
+        chosen: dict[WorkerHandle, set[InstanceRole]] = {}
+        mixing = self._mixing_worker()
+        busy = {phase: self._is_busy(phase) for phase in PHASES}
+        alone = {phase: not busy[_other(phase)] for phase in PHASES}
+        if self._throttle is not None:
+            if all(busy.values()) and mixing is None:
+                alone[InstanceRole.PREFILL] = not self._update_throttle(self._throttle, time.monotonic())
+            else:
+                self._throttle.on_idle(time.monotonic())
+        for phase in PHASES:
+            target = mixing or self._worker_at_share(phase, alone[phase])
+            if target is None:
+                continue
+            current = self._current.get(phase)
+            if current is not None and current is not target and not _can_change(current, target):
+                continue
+            self._current[phase] = target
+            chosen.setdefault(target, set()).add(phase)
+        return chosen
+
+    def is_current(self, worker: WorkerHandle) -> bool:
+        """Whether the worker got a phase's plans last."""
+        return worker in self._current.values()
+
+    def awaits_worker(self, role: InstanceRole) -> bool:
+        """Whether a worker of a role has been announced and is not registered yet."""
+        return any(w.role is role and not w.ready and not w.is_draining for w in self._workers.values())
+
+    def _mixing_worker(self) -> WorkerHandle | None:
+        """Return the worker that does both phases now; None: the phases are side by side, or it is not there."""
+        able = [w for w in self._workers.values() if w.ready and not w.is_draining and w.role is InstanceRole.UNIFIED]
+        return max(able, key=lambda worker: worker.percentage) if self.is_mixed and able else None
+
+    def _worker_at_share(self, phase: InstanceRole, is_alone: bool) -> WorkerHandle | None:
+        candidates = self._candidates(phase)
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        percentages = [worker.percentage for worker in candidates]
+        wanted = choose_percentage(percentages, self.shares[phase], is_alone)
+        return next(worker for worker in reversed(candidates) if worker.percentage == wanted)
+
+    def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
+        # A decode worker also computes short prompts. Admission allocates nothing else there.
+        role = InstanceRole.DECODE if self._role is InstanceRole.DECODE else phase
+        there = [worker for worker in self._workers.values() if worker.ready and not worker.is_told_to_end]
+        able = [worker for worker in there if _does(worker.role, role) and _does(self._role, role)]
+        # A unified worker does one phase only where no worker of that phase is there.
+        able = [worker for worker in able if worker.role is not InstanceRole.UNIFIED] or able
+        if self.awaits_worker(role):
+            return able  # an intermediate worker would be one more change, at a larger share than the phase's own
+        return [worker for worker in able if not worker.is_draining] or able
+
+    def _is_busy(self, phase: InstanceRole) -> bool:
+        current = self._current.get(phase)
+        if current is not None and (current.inflight or self.steps_ahead(current)):
+            return True
+        if phase is InstanceRole.PREFILL:
+            return any(a.num_planned < a.num_tokens_at_entry for a in self._allocations.values())
+        return any(
+            a.num_planned >= a.num_tokens_at_entry and a.num_planned + 1 < sequence.max_total_tokens
+            for sequence, a in self._allocations.items()
+        )
+
+    # --- the order of steps ----------------------------------------------------------------------
+
+    def steps_ahead(self, worker: WorkerHandle) -> list[tuple[WorkerHandle, InflightStep]]:
+        """Return the steps in flight at other workers that a worker's next step comes after."""
+        return [
+            (other, step)
+            for other in self._workers.values()
+            if other is not worker and worker.can_follow(other)
+            for step in other.inflight
+            if step.rows
+        ]
+
+    def can_take(self, worker: WorkerHandle, allocation: KVAllocation) -> bool:
+        """Whether a worker may get a sequence's next row: its rows in flight are there, or at one it can follow."""
+        if not allocation.num_inflight or allocation.last_worker_id == worker.id:
+            return True
+        last = self._workers.get(allocation.last_worker_id or "")
+        return last is not None and worker.can_follow(last)
+
+    def next_to_confirm(self) -> WorkerHandle | None:
+        """Return a worker whose oldest result can be confirmed; None: results of earlier steps are missing."""
+        for worker in self._workers.values():
+            if worker.results:
+                after = worker.inflight[0].after
+                if not after or all(step.step_id > after for _, step in self.steps_ahead(worker)):
+                    return worker
+        return None
+
+    # --- decode's turns beside prefill -----------------------------------------------------------
+
+    def _update_throttle(self, throttle: DecodeThrottle, now: float) -> bool:
+        """Return whether decode has its turn, by the tightest TPOT target here and each sequence's slack."""
+        target_ms = self._tightest_tpot_ms()
+        needed_s = None if target_ms is None else DECODE_PACE * target_ms / 1000
+        decoding = [item for item in self._allocations.items() if item[1].num_planned >= item[1].num_tokens_at_entry]
+        slacks = (self._slack_s(sequence, allocation, throttle.interval_s, now) for sequence, allocation in decoding)
+        prefill = self._current.get(InstanceRole.PREFILL)
+        return throttle.update(now, needed_s, min(slacks, default=math.inf), prefill.last_step_s if prefill else 0.0)
+
+    def _is_throttled(self, phases: set[InstanceRole]) -> bool:
+        """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""
+        is_alone = self._throttle is None or self.is_mixed or phases != {InstanceRole.DECODE}
+        return not is_alone and self._is_busy(InstanceRole.PREFILL)
+
+    def may_plan(self, phases: set[InstanceRole]) -> bool:
+        """Whether a worker of these phases may get a step now: decode waits for its turn while prefill is busy.
+
+        Decode steps go beside the prefill steps that were planned for that.
+        """
+        if self._throttle is None or not self._is_throttled(phases):
+            return True
+        prefill = self._current.get(InstanceRole.PREFILL)
+        steps = [] if prefill is None else [*(step for _, step in self.steps_ahead(prefill)), *prefill.inflight]
+        if not steps:
+            return self._throttle.is_open
+        return steps[0].beside_decode or self._throttle.is_overdue
+
+    def max_in_flight(self, phases: set[InstanceRole], depth: int) -> int:
+        """Return how many steps a worker may have in flight.
+
+        In decode's turns it is one, since a step in flight cannot wait; it is ``depth`` if decode is behind.
+        """
+        if self._throttle is None or self._throttle.is_behind or not self._is_throttled(phases):
+            return depth
+        return 1
+
+    def on_planned(self, worker: WorkerHandle, phases: set[InstanceRole]) -> None:
+        """A step has been planned; decode's turns count it."""
+        if self._throttle is None:
+            return
+        if phases == {InstanceRole.PREFILL}:
+            worker.inflight[-1].beside_decode = self._throttle.is_open
+        elif self._is_throttled(phases):
+            self._throttle.on_decode_step()
+
+    # --- the time of a mixed step ----------------------------------------------------------------
+
+    def mixed_limit_s(self, worker: WorkerHandle, phases: set[InstanceRole], prompt_budget: int) -> float | None:
+        """Return how long a step with decode rows may take; infinity: it must have none; None: any time.
+
+        Args:
+            prompt_budget: prompt tokens that a step of prompts can hold.
+        """
+        interval_s = self._mixed_interval_s(worker, phases)
+        if interval_s is None:
+            return None
+        now, waiting_tokens, min_slack_s = time.monotonic(), 0, math.inf
+        for sequence, allocation in self._allocations.items():
+            if allocation.num_planned >= allocation.num_tokens_at_entry:
+                min_slack_s = min(min_slack_s, self._slack_s(sequence, allocation, interval_s, now))
+            elif self.can_take(worker, allocation):
+                waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
+        full_step_s = worker.timing.predictor.estimate_s(StepWork(0, 0, prompt_budget, prompt_budget**2 / 2))
+        fills_a_step = waiting_tokens >= prompt_budget
+        return self._mixed_steps.limit_s(now, interval_s, min_slack_s, full_step_s, fills_a_step)
+
+    def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
+        """A step with decode rows has been planned under a limit of time."""
+        self._mixed_steps.on_decode_step(now, beside_prompts)
+
+    def _mixed_interval_s(self, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
+        """Return the mean time between decode steps at a worker that mixes both phases now; None: any time."""
+        if not self.is_mixed or len(phases) < 2 or worker.role is not InstanceRole.UNIFIED:
+            return None
+        targets = (self._tpot_target_ms, self._tightest_tpot_ms())
+        target_ms = min((ms for ms in targets if ms is not None), default=None)
+        return None if target_ms is None else MIXED_PACE * target_ms / 1000
+
+    def _slack_s(self, sequence: Sequence, allocation: KVAllocation, interval_s: float, now: float) -> float:
+        """Return the time that a decoding sequence can lose, see `slack_s`; infinity without a target."""
+        target_ms = sequence.tpot_target_ms or self._tpot_target_ms
+        if target_ms is None:
+            return math.inf
+        num_tokens = sequence.max_total_tokens - sequence.num_prompt_tokens - 1
+        num_left = sequence.max_total_tokens - allocation.num_planned - 1
+        return slack_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
+
+    def _tightest_tpot_ms(self) -> float | None:
+        return min((ms for sequence in self._allocations if (ms := sequence.tpot_target_ms) is not None), default=None)
+
+
+def _can_change(current: WorkerHandle, target: WorkerHandle) -> bool:
+    """Whether a phase can go from one worker to another now."""
+    if not current.ready or not current.inflight:
+        return True
+    # Worker-side state (token counts, grammars) is known elsewhere only when the step in flight is confirmed.
+    rows = (row for step in current.inflight for row in step.rows)
+    return target.can_follow(current) and not any(row.samples and row.sequence.keeps_state for row in rows)
+
+
+def _other(phase: InstanceRole) -> InstanceRole:
+    return InstanceRole.PREFILL if phase is InstanceRole.DECODE else InstanceRole.DECODE
+
+
+def _does(role: InstanceRole, phase: InstanceRole) -> bool:
+    return role.prefills if phase is InstanceRole.PREFILL else role.decodes
