@@ -182,11 +182,11 @@ class _Lease:
         with contextlib.suppress(ConnectionError):
             if await loop.sock_recv(self.connection, 1):
                 return
-        exited: asyncio.Future[None] = loop.create_future()
+        exited = asyncio.Event()
         # Readable when the process has no threads and no open files any more; the connection may be closed long before.
-        loop.add_reader(self.process, _settle, exited)
+        loop.add_reader(self.process, exited.set)
         try:
-            await exited
+            await exited.wait()
         finally:
             loop.remove_reader(self.process)
 
@@ -205,11 +205,6 @@ def _send_end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the receiver has gone
         connection.send(_END_BYTE)
     connection.close()
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 @cache

@@ -101,7 +101,7 @@ class _Link:
 
     Args:
         name: the same on both sides, and never used twice.
-        connect: makes the connection to the store where the two sides meet.
+        endpoint: ``host port device`` of the receiver; at its store the two sides meet.
         parts, part: the part of the arena's blocks that is sent over the link.
     """
 
@@ -114,12 +114,12 @@ class _Link:
         name: str,
         context: KVTransferContext,
         use_nccl: bool,
-        connect: Callable[[], Any],
+        endpoint: str,
         parts: BlockParts,
         part: Part,
     ) -> None:
         self.name = name
-        self._context, self._use_nccl, self._connect = context, use_nccl, connect
+        self._context, self._use_nccl, self._endpoint = context, use_nccl, endpoint
         self._all_layers, self._part = parts, part
         self._part_bytes = parts.part_bytes(part)
         self._timeout = timedelta(seconds=context.timeout_s)
@@ -149,7 +149,9 @@ class _Link:
             raise KVTransferError(f"KV link {self.name}: the two sides have not met")
 
     def _make_groups(self) -> None:
-        rank, store = self._rank, self._connect()
+        rank, (host, port, _) = self._rank, self._endpoint.split(" ")
+        # A connection for this link alone: while a link waits for its other side, it blocks the connection.
+        store = dist.TCPStore(host, int(port), None, False, self._timeout, wait_for_workers=False)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._context.host)]
         options._timeout = self._timeout
@@ -333,16 +335,16 @@ class ReceivingLink(_Link):
     def _receive_blocks(self, pending: PendingReceive, piece_bytes: int) -> None:
         parts = self._all_layers.of_layers(pending.layers)
         block_bytes = parts.part_bytes(self._part)
-        in_flight: deque[tuple[int, Any, BlockParts, Sequence[int], torch.Tensor]] = deque()
+        in_flight: deque[tuple[int, BlockParts, Sequence[int], torch.Tensor, Any]] = deque()
         for number, piece in enumerate(_cut(pending.block_ids, piece_bytes // block_bytes)):
             slot = number % _NUM_SLOTS
             if len(in_flight) == _NUM_SLOTS:
-                self._store_piece(*in_flight.popleft())
+                self._put(*in_flight.popleft())
             with self._on_stream(slot):
                 buffer = self._slot(slot, len(piece), block_bytes, piece_bytes)
-                in_flight.append((slot, self._receive_piece(buffer), parts, piece, buffer))
+                in_flight.append((slot, parts, piece, buffer, self._receive_piece(buffer)))
         for arrival in in_flight:
-            self._store_piece(*arrival)
+            self._put(*arrival)
         for stream in self._streams:
             stream.synchronize()  # copies inside the GPU, which end soon
 
@@ -352,13 +354,12 @@ class ReceivingLink(_Link):
             work.wait()  # of the stream, not of this thread
         return work
 
-    def _store_piece(
-        self, slot: int, work: Any, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor
+    def _put(
+        self, slot: int, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor, work: Any = None
     ) -> None:
-        self._wait(slot, work)
-        self._put(slot, parts, block_ids, buffer)
-
-    def _put(self, slot: int, parts: BlockParts, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
+        """Wait for the message that fills a buffer, if there is one, and write the buffer to the arena."""
+        if work is not None:
+            self._wait(slot, work)
         with self._writing:
             if self._is_closed:
                 raise KVTransferError(f"KV link {self.name} was closed")

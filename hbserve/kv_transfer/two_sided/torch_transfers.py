@@ -118,8 +118,8 @@ class TorchTransfers(KVTransferManager):
                 self._abandon(*self._outgoing.pop(older))
             sender = f"{self._context.rank}.{self._context.epoch}"
             name = f"{sender}-{target.rank}.{target.epoch}.{target.link_epoch}"
-            connect = functools.partial(self._connection_to, target.endpoint)
-            link = SendingLink(name, self._context, self._uses_nccl(target), connect, self._parts, route.source_part)
+            uses_nccl, part = self._uses_nccl(target), route.source_part
+            link = SendingLink(name, self._context, uses_nccl, target.endpoint, self._parts, part)
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             # A send to a stopped peer lasts until the time limit; it only reads the arena.
             self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, on_start=link.rendezvous)
@@ -186,10 +186,8 @@ class TorchTransfers(KVTransferManager):
         if key not in self._incoming:
             receiver = f"{self._context.rank}.{self._context.epoch}"
             name = f"{source.rank}.{source.epoch}-{receiver}.{source.link_epoch}"
-            # Not over `_store` itself: a link whose sender does not come would block all others there.
-            connect = functools.partial(self._connection_to, self.endpoint)
-            uses_nccl = self._uses_nccl(source)
-            self._incoming[key] = ReceivingLink(name, self._context, uses_nccl, connect, self._parts, route.target_part)
+            uses_nccl, part = self._uses_nccl(source), route.target_part
+            self._incoming[key] = ReceivingLink(name, self._context, uses_nccl, self.endpoint, self._parts, part)
         return self._incoming[key]
 
     async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
@@ -218,9 +216,3 @@ class TorchTransfers(KVTransferManager):
         """Whether both sides have GPUs of their own: NCCL cannot join two processes on one; gloo uses host memory."""
         peer_uuid = peer.endpoint.split(" ")[2]
         return bool(self._device_uuid and peer_uuid and self._device_uuid != peer_uuid)
-
-    def _connection_to(self, endpoint: str) -> Any:
-        """Make a connection to the store at an endpoint, for one link alone."""
-        host, port, _ = endpoint.split(" ")
-        timeout = timedelta(seconds=self._context.timeout_s)
-        return dist.TCPStore(host, int(port), None, False, timeout, wait_for_workers=False)
