@@ -11,7 +11,7 @@ class ConfigError(HBServeError, ValueError):
     """A configuration value that cannot be honoured.
 
     Attributes:
-        key: the dotted key at fault, where there is one.
+        key: the dotted key at fault, if there is one.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
@@ -24,10 +24,10 @@ class ModelError(HBServeError, ValueError):
 
 
 class InvalidRequestError(HBServeError, ValueError):
-    """A request that can never be served as asked.
+    """A request that can never be served as it is.
 
     Attributes:
-        param: the request field at fault, where there is one.
+        param: the request field at fault, if there is one.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -36,15 +36,15 @@ class InvalidRequestError(HBServeError, ValueError):
 
 
 class UnknownInstanceError(InvalidRequestError):
-    """There is no instance of that name."""
+    """A request for an instance that does not exist."""
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt and output together are more than the model's context holds."""
+    """A request whose prompt and output together exceed the model's context."""
 
 
 class OverloadedError(HBServeError):
-    """The waiting queue is full; try again after ``retry_after_s`` seconds."""
+    """A request that finds the waiting queue full; try again after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -52,38 +52,38 @@ class OverloadedError(HBServeError):
 
 
 class RateLimitedError(OverloadedError):
-    """This key has more going on than it may have; try again after ``retry_after_s`` seconds."""
+    """A request of a key that is at its limit of requests; try again after ``retry_after_s`` seconds."""
 
 
 class RequestTimeoutError(HBServeError):
-    """The request took longer than the server allows."""
+    """A request that took longer than the server allows."""
 
 
 class RequestFailedError(HBServeError):
-    """A request that was accepted and could not be finished; safe to send again."""
+    """An accepted request that could not be finished; safe to send again."""
 
 
 class EngineDeadError(HBServeError):
-    """The scheduler, or an instance the system cannot do without, is gone."""
+    """The scheduler has died, or an instance that the system needs."""
 
 
 class ShuttingDownError(HBServeError):
-    """The server is ending, and what it could not finish is handed back; safe to send again, elsewhere."""
+    """A request that the server returns unfinished because it shuts down; safe to send again, to another server."""
 
 
 class StartupError(HBServeError):
-    """The system did not become ready; the message names the part that failed and why."""
+    """A system that did not become ready; the message names the part that failed and why."""
 
 
 class StaleBlockError(HBServeError):
-    """A block reference whose generation is over: the block has been freed since it was made."""
+    """A reference to a block of an earlier generation: the block has been freed since the reference was made."""
 
 
 class KVTransferError(HBServeError):
     """A KV transfer that failed.
 
     Attributes:
-        kind: what statistics count it as: ``timeout``, ``stale``, ``checksum``, or ``backend``.
+        kind: kind in the statistics: ``timeout``, ``stale``, ``checksum``, or ``backend``.
     """
 
     def __init__(self, message: str, kind: str = "backend") -> None:

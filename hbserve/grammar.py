@@ -1,8 +1,8 @@
-"""Grammars that an output must follow, by llguidance: which tokens may come next.
+"""Grammars that an output must follow, by llguidance: they say which tokens may come next.
 
-A grammar is text: llguidance's Lark dialect, or what `json_schema` makes of a schema. The side that
-takes requests checks it; every worker that samples for such a request follows it with a `Matcher`,
-whose state is nothing but the grammar and the output so far.
+A grammar is text: llguidance's Lark dialect, or what `json_schema` makes of a schema. The API server or the embedding
+program checks it (`Vocabulary.check`). Every worker that samples for the request follows it with a `Matcher`, whose
+whole state is the grammar and the output so far.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ANY_JSON_OBJECT = '{"type": "object"}'
 
 
 def json_schema(schema: dict[str, Any] | str) -> str:
-    """The grammar of the JSON documents that a schema admits.
+    """Make the grammar of the JSON documents that a schema admits.
 
-    Between their parts is nothing, a space, or a new line with its indentation: a model that may write
-    any white space may never stop doing so.
+    Between their parts it allows nothing, a space, or a new line with its indentation: a model that may write any white
+    space may never stop.
 
     Raises:
-        InvalidRequestError: if it is no JSON object; `Vocabulary.check` finds what else is wrong.
+        InvalidRequestError: if the schema is not a JSON object; `Vocabulary.check` finds other errors.
     """
     _library()
     from llguidance import LLMatcher
@@ -46,26 +46,26 @@ def json_schema(schema: dict[str, Any] | str) -> str:
             schema if isinstance(schema, str) else json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE}
         )
     except ValueError as error:
-        raise InvalidRequestError(f"no JSON schema: {error}", "response_format") from None
+        raise InvalidRequestError(f"not a JSON schema: {error}", "response_format") from None
     return grammar
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """The documents of `json_schema`, as the right side of a rule in a larger grammar."""
+    """Make the documents of `json_schema` the right side of a rule in a larger grammar."""
     return "%json " + json.dumps(schema | {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}})
 
 
 class Vocabulary:
-    """A tokenizer as grammars see it: the bytes of every token.
+    """Tokens of a tokenizer as bytes, which is how grammars see them.
 
-    Takes about a second to make for a vocabulary of 150,000 tokens.
+    To make one takes about a second for a vocabulary of 150,000 tokens.
 
     Args:
-        folder: with a ``tokenizer.json``.
-        vocab_size: of the model, whose logits may have more columns than there are tokens.
+        folder: folder with a ``tokenizer.json``.
+        vocab_size: columns of the model's logits, which may be more than there are tokens.
 
     Raises:
-        InvalidRequestError: if grammars cannot be followed with this model or on this machine.
+        InvalidRequestError: if grammars do not work with this model or on this machine.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
@@ -80,7 +80,7 @@ class Vocabulary:
         document = json.loads(text)
         self._added_texts = [token["content"] for token in document.get("added_tokens", ())]
         decoder = document.get("decoder") or {}
-        if decoder.get("type") == "Metaspace":  # in the words that llguidance knows
+        if decoder.get("type") == "Metaspace":  # in the form that llguidance understands
             space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
             document["decoder"] = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
             text = json.dumps(document)
@@ -88,14 +88,14 @@ class Vocabulary:
             self._tokenizer: LLTokenizer = LLTokenizer(text, n_vocab=vocab_size)
         except ValueError as error:
             raise InvalidRequestError(
-                f"structured output cannot be had with this tokenizer: {error}", "grammar"
+                f"structured output does not work with this tokenizer: {error}", "grammar"
             ) from None
 
     def check(self, grammar: str) -> None:
         """Compile a grammar.
 
         Raises:
-            InvalidRequestError: saying what is wrong with it, or that it is too complex.
+            InvalidRequestError: if the grammar is wrong or too complex; the message says why.
         """
         from llguidance import LLMatcher
 
@@ -104,32 +104,33 @@ class Vocabulary:
         matcher = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0)
         problem = matcher.get_error() or _problem_at_start(matcher)
         if problem:
-            what = " ".join(problem.split())[:_MAX_PROBLEM_CHARACTERS]
-            raise InvalidRequestError(f"the grammar cannot be followed: {what}", "grammar")
+            reason = " ".join(problem.split())[:_MAX_PROBLEM_CHARACTERS]
+            raise InvalidRequestError(f"the grammar cannot be followed: {reason}", "grammar")
 
     def problem_of(self, grammar: str, token_ids: Sequence[int]) -> str | None:
-        """Why a finished output, without its end token, is not one of the grammar's; None if it is."""
+        """Say why a finished output, without its end token, does not match the grammar; None if it does."""
         matcher = self.follow(grammar, [])
         matcher.advance(token_ids)
         return matcher.problem
 
     def follow(self, grammar: str, end_token_ids: Sequence[int]) -> Matcher:
-        """A matcher at the beginning of an output; the grammar has been checked."""
+        """Make a matcher at the beginning of an output; the grammar must have been checked."""
         from llguidance import LLMatcher
 
-        own_ends = self._tokenizer.eos_tokens
+        tokenizer_ends = self._tokenizer.eos_tokens
         matcher = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0)
-        return Matcher(matcher, self.vocab_size, end_token_ids, own_ends)
+        return Matcher(matcher, self.vocab_size, end_token_ids, tokenizer_ends)
 
     def _unforced(self, grammar: str) -> str:
-        """The grammar, told not to force tokens if it names the text of an added one.
+        """Return the grammar, with the option not to force tokens if it contains the text of an added token.
 
-        Where only one text can follow, llguidance allows just the token that the tokenizer would write. If that is an
-        added token, such as ``<think>``, it refuses it afterwards: it takes those for marks, not for text.
+        Where only one text can follow, llguidance allows only the token that the tokenizer would write. If that is an
+        added token, such as ``<think>``, llguidance then refuses it, because it takes added tokens for marks, not for
+        text.
         """
         if not any(text in grammar for text in self._added_texts):
             return grammar
-        if grammar.startswith("{"):  # what `json_schema` makes
+        if grammar.startswith("{"):  # a result of `json_schema`
             return f"{_NO_FORCING}\nstart: %json {json.dumps(json.loads(grammar)['grammars'][0]['json_schema'])}"
         head, _, rest = grammar.partition("\n")
         if not head.startswith("%llguidance"):
@@ -138,46 +139,48 @@ class Vocabulary:
 
 
 class Matcher:
-    """Where an output is in its grammar.
+    """Position of an output in its grammar.
 
-    A grammar that becomes too complex on the way stays in an error: then only the end is allowed,
-    and `problem` says why.
+    A grammar that becomes too complex during the output stays in an error: then only the end is allowed, and `problem`
+    says why.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, end_token_ids: Sequence[int], own_ends: Iterable[int]) -> None:
+    def __init__(
+        self, matcher: Any, vocab_size: int, end_token_ids: Sequence[int], tokenizer_ends: Iterable[int]
+    ) -> None:
         self._matcher = matcher
         self._num_words = -(-vocab_size // 32)
         self._end_token_ids = np.asarray(end_token_ids, np.int64)
-        self._own_ends = np.asarray([token for token in own_ends if token < vocab_size], np.int64)
+        self._tokenizer_ends = np.asarray([token for token in tokenizer_ends if token < vocab_size], np.int64)
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """These tokens have been chosen."""
+        """Move on past these sampled tokens."""
         self._matcher.consume_tokens(list(token_ids))
 
     def mask(self) -> npt.NDArray[np.int32]:
-        """The tokens that may come next, ``[ceil(vocab / 32)]``; bit i of word w is token ``32 * w + i``."""
+        """Return the tokens that may come next, ``[ceil(vocab / 32)]``: bit i of word w is token ``32 * w + i``."""
         words = np.zeros(self._num_words, np.int32)
         if not self._matcher.is_stopped():  # stopped: complete, or in error
             raw = self._matcher.compute_bitmask()
             words[:] = np.frombuffer(raw, np.int32, count=self._num_words)
-        # The end of an output is what the request says, not what the tokenizer calls its end token.
-        _set(words, self._own_ends, False)
+        # The request names the end tokens of an output, not the tokenizer.
+        _set(words, self._tokenizer_ends, False)
         if self._matcher.is_accepting() or not words.any():
             _set(words, self._end_token_ids, True)
         return words
 
     @property
     def problem(self) -> str | None:
-        """Why the output, if it ended here, is not one of the grammar; None if it is."""
+        """Why the output would not match the grammar if it ended here; None if it would."""
         if self._matcher.is_error():
             return f"the grammar could not be followed to the end: {self._matcher.get_error().strip().splitlines()[0]}"
         return None if self._matcher.is_accepting() else "the output ends before the grammar does"
 
 
 def _problem_at_start(matcher: LLMatcher) -> str | None:
-    """Why a grammar that has been compiled cannot be begun; None if it can.
+    """Say why no output of a compiled grammar can begin; None if one can.
 
-    It is compiled as it is needed, so what is too large shows at the first token, or at the one after it.
+    llguidance compiles on demand, so a grammar that is too large fails at the first or second token.
     """
     for _ in range(2):
         words = np.frombuffer(matcher.compute_bitmask(), np.uint8)
@@ -185,7 +188,7 @@ def _problem_at_start(matcher: LLMatcher) -> str | None:
             break
         matcher.consume_token(int(np.unpackbits(words, bitorder="little").argmax()))
     problem: str = matcher.get_error().partition("\n")[0]
-    return "there is no text that it admits" if problem == "NoExtensionBias" else problem or None
+    return "it admits no text" if problem == "NoExtensionBias" else problem or None
 
 
 def _set(words: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64], allowed: bool) -> None:

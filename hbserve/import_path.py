@@ -1,4 +1,4 @@
-"""Classes that a user names in the configuration."""
+"""Import of classes that a user names in the configuration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def load_class(import_path: str, base: type[T], key: str) -> type[T]:
-    """The class at ``package.module:Class``.
+    """Import the class at ``package.module:Class``.
 
     Raises:
-        ConfigError: naming the key, if there is none or it is not a subclass of ``base``.
+        ConfigError: naming the key, if there is no such class or it is not a subclass of ``base``.
     """
     module_name, _, class_name = import_path.partition(":")
     try:

@@ -1,7 +1,7 @@
-"""Packages whose public names are imported when they are first used.
+"""Lazy imports of the public names of packages, at their first use.
 
-The scheduler's process needs no torch and a worker needs no HTTP server; importing one of their
-modules must not import the other's.
+The scheduler's process needs no torch, and a worker needs no HTTP server: to import a module of one must not import
+those of the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def lazy_attributes(modules: dict[str, str], package: str) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that finds each name in the module given for it (PEP 562)."""
+    """Make a module's ``__getattr__`` that imports each name from the module given for it (PEP 562)."""
 
     def getattr_(name: str) -> Any:
         if name not in modules:

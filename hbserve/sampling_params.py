@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen."""
+"""Sampling parameters of one request, and their limits."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ MAX_LOGIT_BIASES = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sampling parameters of one request, with OpenAI's names and meanings where OpenAI has one.
+    """Sampling parameters of one request, with OpenAI's names and meanings if OpenAI has the parameter.
 
-    The order in which they act on the logits is: penalties, ``logit_bias``,
-    suppression of stop tokens (``min_tokens``), ``grammar``, temperature, top-k, top-p, min-p.
+    They act on the logits in this order: penalties, ``logit_bias``, suppression of stop tokens (``min_tokens``),
+    ``grammar``, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: divisor of the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches it, in (0, 1].
         min_p: drop tokens less likely than ``min_p`` times the most likely one, in [0, 1].
-        repetition_penalty: divide positive (multiply negative) logits of tokens seen in prompt or
-            output; 1 is off (Keskar et al. 2019, CTRL, section 4.1).
+        repetition_penalty: divide positive (multiply negative) logits of tokens seen in prompt or output; 1 is off
+            (Keskar et al. 2019, CTRL, section 4.1).
         presence_penalty: subtracted once from every token that is in the output.
         frequency_penalty: subtracted once per occurrence in the output.
-        seed: makes the request reproducible; with None one is drawn per request.
-        n: how many independent samples.
+        seed: makes the request reproducible; with None each request gets a random one.
+        n: number of independent samples.
         stop: end the text before the first of these strings.
         stop_token_ids: end on any of these tokens, in addition to the model's own end tokens.
         ignore_eos: do not end on the model's end tokens (``stop_token_ids`` still end it).
-        min_tokens: no end or stop token is produced before this many output tokens.
-        max_tokens: at most this many output tokens; None: as many as the context holds.
-        logprobs: report the chosen token's log-probability and those of this many most likely
-            tokens per position (0 to 20), taken before temperature and truncation; None: none.
+        min_tokens: sample no end or stop token before this many output tokens.
+        max_tokens: limit of the output tokens; None: as many as the context holds.
+        logprobs: report the log-probabilities of the chosen token and of this many most likely tokens per position (0
+            to 20), taken before temperature and truncation; None: none.
         skip_special_tokens: leave special tokens out of the text.
-        ttft_ms, tpot_ms: what the time to the first token and the mean time per token after it should
-            be at most; they decide when the request is computed, never what (``scheduler.policy``).
-        logit_bias: added to the logits of these token ids, in [-100, 100]; the ends ban and force.
-        grammar: the output follows it and ends where it does: llguidance's Lark dialect, or what
+        ttft_ms, tpot_ms: targets for the time to the first token and the mean time per later token, at most; they
+            decide when the request is computed, never its tokens (``scheduler.policy``).
+        logit_bias: added to the logits of these token ids, in [-100, 100]; the two limits ban and force a token.
+        grammar: grammar that the output follows, and ends with: llguidance's Lark dialect, or what
             `hbserve.grammar.json_schema` makes of a JSON schema. Not with ``ignore_eos`` or ``min_tokens``.
     """
 
@@ -116,33 +116,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self._require(not self.ignore_eos, "ignore_eos", "must be false with a grammar, which has an end")
             self._require(self.min_tokens == 0, "min_tokens", "must be 0 with a grammar, which has its own end")
 
-    def _require(self, holds: bool, param: str, what: str) -> None:
+    def _require(self, holds: bool, param: str, rule: str) -> None:
         if not holds:  # NaN fails every comparison above, so it is refused as well
-            raise InvalidRequestError(f"{param} {what}, got {getattr(self, param)!r}", param)
+            raise InvalidRequestError(f"{param} {rule}, got {getattr(self, param)!r}", param)
 
     @property
     def stop_strings(self) -> list[str]:
-        """``stop`` as a list, empty where there is none."""
+        """``stop`` as a list, empty if there is none."""
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the sampler always takes the most likely token."""
         return self.temperature == 0
 
 
 @cache
 def _field_types() -> list[tuple[str, Any, frozenset[type]]]:
-    """Per field its name, its type, and the types of values that need no closer look; slow to find out."""
+    """List each field's name, its type, and the types of values that need no conversion; cached, because it is slow."""
     fields = [(field.name, field.type) for field in msgspec.structs.fields(SamplingParams)]
     return [
-        (name, kind, frozenset(one for one in (*get_args(kind), kind) if one in (bool, int, float, str, NoneType)))
+        (name, kind, frozenset(part for part in (*get_args(kind), kind) if part in (bool, int, float, str, NoneType)))
         for name, kind in fields
     ]
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written; JSON can hold half a surrogate pair."""
+    """Whether a text can be encoded; JSON can hold half a surrogate pair."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
