@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -35,7 +36,8 @@ from hbserve.config import InstanceRole, ServerConfig
 from hbserve.errors import EngineDeadError, InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
-from hbserve.server import errors
+from hbserve.process.supervision import InstanceSupervisor
+from hbserve.server import errors, semi_pd_routes
 from hbserve.server.chat import ChatCompletion
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import Completion
@@ -52,7 +54,7 @@ def create_app(
     client: EngineClient,
     served_name: str,
     config: ServerConfig = _DEFAULTS,
-    rotations: Callable[[], dict[str, dict[str, Any]]] = dict,
+    supervisors: Mapping[str, InstanceSupervisor] = MappingProxyType({}),
 ) -> FastAPI:
     """Make the OpenAI-compatible application over one engine.
 
@@ -60,7 +62,7 @@ def create_app(
         client: the same engine's client, for the system's health and statistics.
         served_name: the model's name, which requests must give.
         config: only ``request_timeout_s`` is used here; `hbserve.server.guard` applies the rest.
-        rotations: for the metrics, counts of each ``semi_pd`` instance; see `hbserve.server.prometheus.render`.
+        supervisors: of the system's instances, by name; used for ``semi_pd`` instances.
     """
     app = FastAPI(
         title="HBServe",
@@ -69,6 +71,7 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
+    semi_pd_routes.install(app, supervisors)
     model = {
         "id": served_name,
         "object": "model",
@@ -160,7 +163,8 @@ def create_app(
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         stats = await client.stats(STATS_TIMEOUT_S)
-        document, content_type = render(stats, request.headers.get("Accept", ""), rotations())
+        rotations = semi_pd_routes.rotation_counts(supervisors)
+        document, content_type = render(stats, request.headers.get("Accept", ""), rotations)
         return Response(document, media_type=content_type)
 
     return app

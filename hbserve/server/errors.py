@@ -143,20 +143,18 @@ def _validation_error(error: RequestValidationError, known: list[str]) -> ApiErr
     """Return the first error of a body; ``known`` are its parameters."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"][1:]]  # the first part is "body"
-    param = ".".join(path) or None
-    if first["type"] == "json_invalid":
-        return _bad_request(f"the body is not valid JSON: {first['ctx']['error']}", None)
-    if first["type"] == "string_unicode" and param is None:
-        return _bad_request("a parameter's name holds a lone surrogate, which is no character", None)
-    if param is None:
-        return _bad_request("the body must be a JSON object, with Content-Type: application/json", None)
-    if first["type"] == "extra_forbidden":
-        hint = nearest(path[0], known) if len(path) == 1 else ""
-        return _bad_request(f"unknown parameter {param!r}{hint}", param)
-    if first["type"] == "missing":
-        return _bad_request(f"missing required parameter {param!r}", param)
-    return _bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)
-
-
-def _bad_request(message: str, param: str | None) -> ApiError:
+    param = None if first["type"] == "json_invalid" else ".".join(path) or None
+    match first["type"]:
+        case "json_invalid":
+            message = f"the body is not valid JSON: {first['ctx']['error']}"
+        case "string_unicode" if param is None:
+            message = "a parameter's name holds a lone surrogate, which is no character"
+        case _ if param is None:
+            message = "the body must be a JSON object, with Content-Type: application/json"
+        case "extra_forbidden":
+            message = f"unknown parameter {param!r}{nearest(path[0], known) if len(path) == 1 else ''}"
+        case "missing":
+            message = f"missing required parameter {param!r}"
+        case _:
+            message = f"{param}: {first['msg'].removeprefix('Value error, ')}"
     return ApiError(400, message, "invalid_request_error", param)

@@ -126,7 +126,7 @@ class Guard:
             "key": name,
             "ms": round(seconds * 1000, 1),
         }
-        text = " ".join(str(value) for value in (*list(fields.values())[:4], f"{fields['ms']} ms"))
+        text = "{method} {path} {status} {key} {ms} ms".format(**fields)
         access.info("%s", text.replace("\n", " "), extra={"fields": fields})
 
 

@@ -15,7 +15,7 @@ import msgspec
 from hbserve.config import Config, ServerConfig
 from hbserve.errors import ConfigError, ShuttingDownError
 from hbserve.process import child, event_loop, exit_core
-from hbserve.server import live_page, semi_pd_routes
+from hbserve.server import live_page
 from hbserve.server.app import create_app
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
@@ -72,14 +72,10 @@ async def _serve(config: Config, with_instances: bool) -> int:
             max_per_key=server.max_requests_per_key,
             rate_per_minute=server.requests_per_minute_per_key,
         )
-        app = create_app(
-            *(llm.engine, llm.client, config.served_name, server),
-            rotations=lambda: semi_pd_routes.rotation_counts(llm.supervisors),
-        )
+        app = create_app(llm.engine, llm.client, config.served_name, server, llm.supervisors)
         slo, defaults = config.semi_pd.slo, config.scheduler
         targets = (defaults.ttft_ms, defaults.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
-        live_page.install(app, live_page.LiveData(llm.engine, llm.client, gate, llm.text_processes, stop, *targets))
-        semi_pd_routes.install(app, llm.supervisors)
+        live_page.install(app, llm.engine, llm.client, gate, llm.text_processes, stop, *targets)
 
         def on_listening(actual_port: int) -> None:
             child.freeze_heap()

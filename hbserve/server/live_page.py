@@ -28,55 +28,24 @@ _SECURITY = {
 }
 
 
-class LiveData:
-    """The data of the page.
+def install(
+    app: FastAPI,
+    engine: TextEngine,
+    client: EngineClient,
+    gate: FairGate,
+    text: TextProcesses | None,
+    stop: asyncio.Event,
+    ttft_target_ms: float | None = None,
+    tpot_target_ms: float | None = None,
+) -> None:
+    """Add the page's routes to an application.
 
     Args:
         text: the tokenizer and detokenizer processes, if there are any.
         stop: setting it ends the server.
         ttft_target_ms, tpot_target_ms: targets that the page compares with; None for no target.
     """
-
-    def __init__(
-        self,
-        engine: TextEngine,
-        client: EngineClient,
-        gate: FairGate,
-        text: TextProcesses | None,
-        stop: asyncio.Event,
-        ttft_target_ms: float | None = None,
-        tpot_target_ms: float | None = None,
-    ) -> None:
-        self._targets = {"ttft_ms": ttft_target_ms, "tpot_ms": tpot_target_ms}
-        self._engine, self._client, self._gate, self._text = engine, client, gate, text
-        self._start = time.monotonic()
-        self.stop = stop
-
-    async def collect(self) -> dict[str, Any]:
-        """Take one snapshot: the scheduler's statistics with the last requests and events, and the server's state."""
-        data: dict[str, Any] = {
-            "time": time.time(),
-            "server": {
-                "uptime_s": time.monotonic() - self._start,
-                "open_requests": self._engine.num_open,
-                "waiting_for_turn": self._gate.num_waiting,
-                "draining": self.stop.is_set(),
-                "max_model_len": self._engine.max_model_len,
-                "text_processes": {} if self._text is None else self._text.report(),
-            },
-            "targets": self._targets,
-            "stats": None,
-            "error": None,
-        }
-        try:
-            data["stats"] = await self._client.stats(STATS_TIMEOUT_S, recent=True)
-        except EngineDeadError as error:
-            data["error"] = str(error)
-        return data
-
-
-def install(app: FastAPI, live: LiveData) -> None:
-    """Add the page's routes to an application."""
+    start = time.monotonic()
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -91,11 +60,29 @@ def install(app: FastAPI, live: LiveData) -> None:
 
     @app.get("/live")
     async def live_data() -> dict[str, Any]:
-        """Return the data that the page polls."""
-        return await live.collect()
+        """Return the data that the page polls: statistics with the last requests and events, and the server's state."""
+        data: dict[str, Any] = {
+            "time": time.time(),
+            "server": {
+                "uptime_s": time.monotonic() - start,
+                "open_requests": engine.num_open,
+                "waiting_for_turn": gate.num_waiting,
+                "draining": stop.is_set(),
+                "max_model_len": engine.max_model_len,
+                "text_processes": {} if text is None else text.report(),
+            },
+            "targets": {"ttft_ms": ttft_target_ms, "tpot_ms": tpot_target_ms},
+            "stats": None,
+            "error": None,
+        }
+        try:
+            data["stats"] = await client.stats(STATS_TIMEOUT_S, recent=True)
+        except EngineDeadError as error:
+            data["error"] = str(error)
+        return data
 
     @app.post("/admin/drain")
     async def drain() -> dict[str, Any]:
         """End the server as SIGTERM does: open requests finish, or fail with ``shutting_down`` at the deadline."""
-        live.stop.set()
+        stop.set()
         return {"draining": True}

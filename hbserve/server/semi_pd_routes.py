@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,12 +14,12 @@ from hbserve.server.protocol import AllocationRequest
 from hbserve.slo.constraints import SMAllocation
 
 
-def rotation_counts(supervisors: dict[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:
+def rotation_counts(supervisors: Mapping[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:
     """Return the ``statistics`` of `ProcessRotationManager.get_status` by instance."""
     return {name: manager.get_status()["statistics"] for name, manager in _managers(supervisors).items()}
 
 
-def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
+def install(app: FastAPI, supervisors: Mapping[str, InstanceSupervisor]) -> None:
     """Add the routes. `hbserve.server.guard` requires the admin key for changes.
 
     Args:
@@ -49,5 +50,5 @@ def install(app: FastAPI, supervisors: dict[str, InstanceSupervisor]) -> None:
         return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}
 
 
-def _managers(supervisors: dict[str, InstanceSupervisor]) -> dict[str, ProcessRotationManager]:
+def _managers(supervisors: Mapping[str, InstanceSupervisor]) -> dict[str, ProcessRotationManager]:
     return {name: manager for name, manager in supervisors.items() if isinstance(manager, ProcessRotationManager)}

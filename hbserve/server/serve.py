@@ -60,8 +60,11 @@ async def serve(
         StartupError: if the server cannot listen on the address; the text names it.
     """
     listener = where if isinstance(where, socket.socket) else bind(where)
-    port: int = listener.getsockname()[1]
-    _listen(listener)
+    host, port = listener.getsockname()[:2]
+    with _closed_on_error(listener, host, port):
+        listener.listen(
+            _BACKLOG
+        )  # only this makes the address ours: Linux lets several sockets bind while none listens
     settings = uvicorn.Config(
         app,
         http=HttpProtocol,
@@ -98,26 +101,21 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     host, port = config.host, config.port
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    try:
+    with _closed_on_error(listener, host, port):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None
     return listener
 
 
-def _listen(listener: socket.socket) -> None:
-    """Start to listen. Only this makes the address ours: Linux lets several sockets bind while none listens."""
-    host, port = listener.getsockname()[:2]
+@contextlib.contextmanager
+def _closed_on_error(listener: socket.socket, host: str, port: int) -> Iterator[None]:
     try:
-        listener.listen(_BACKLOG)
+        yield
     except OSError as error:
         listener.close()
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None

@@ -1,4 +1,4 @@
-"""Requests that nobody would send on purpose, and clients that leave in every way: no 5xx, nothing left behind."""
+"""Malformed requests, and clients that disconnect at any time: no status 5xx, and no request is left open."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _three_tokens(request: AddRequest) -> AsyncIterator[RequestOutput]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A guarded server in a thread of its own: the tools here are synchronous."""
+    """A guarded server in a thread of its own, because the tests' tools are synchronous."""
     ready: list[str] = []
     is_ready = threading.Event()
     end: list[Any] = []
@@ -66,7 +66,7 @@ def address() -> Iterator[str]:
             engine = TextEngine(client, tokenizer, 200, 400)
             config = ServerConfig(port=0, max_body_bytes=100_000)
             app = create_app(engine, client, MODEL, config)
-            live_page.install(app, live_page.LiveData(engine, client, FairGate(), None, stop))
+            live_page.install(app, engine, client, FairGate(), None, stop)
 
             def on_ready(port: int) -> None:
                 ready.append(f"http://127.0.0.1:{port}")
@@ -91,7 +91,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def http_once() -> Iterator[httpx.Client]:
-    """One for all: to make one takes longer than a request."""
+    """One client for all requests: making one takes longer than a request."""
     with httpx.Client() as client:
         yield client
 
@@ -146,9 +146,7 @@ def test_bodies_with_one_or_two_wrong_values(
     ),
     st.binary(max_size=60),
 )
-def test_heads_that_are_no_head(
-    address: str, http_once: httpx.Client, headers: list[tuple[str, bytes]], body: bytes
-) -> None:
+def test_malformed_heads(address: str, http_once: httpx.Client, headers: list[tuple[str, bytes]], body: bytes) -> None:
     head = b"".join(name.encode() + b": " + value + b"\r\n" for name, value in headers)
     request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head
     request += b"Content-Length: %d\r\n\r\n" % len(body) + body
@@ -164,7 +162,7 @@ def test_heads_that_are_no_head(
 
 
 class Front:
-    """A server in this loop over an engine that gives tokens at once, or nearly."""
+    """A server in this event loop, over an engine that sends tokens at once or almost at once."""
 
     stub: EngineStub
     engine: TextEngine
@@ -184,7 +182,7 @@ async def front(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     front.engine, front.gate, stop = TextEngine(client, tokenizer, 4096, 1000), FairGate(max_open=100), asyncio.Event()
     app = Guard(create_app(front.engine, client, MODEL), ServerConfig(), Keys({}, None), front.gate, stop)
     listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what the system keeps for a slow reader
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # the operating system's buffer for a slow reader
     front.port = listener.getsockname()[1]
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(serve(app, listener, stop, listening.set_result, 1))
@@ -213,7 +211,7 @@ def completion_request(**body: Any) -> bytes:
 
 
 @pytest.mark.parametrize("front", [0.02], indirect=True)
-async def test_a_thousand_clients_that_leave_at_random(front: Front) -> None:
+async def test_a_thousand_clients_that_disconnect_at_random(front: Front) -> None:
     rng = random.Random(7)
     finished = 0
 
@@ -233,7 +231,7 @@ async def test_a_thousand_clients_that_leave_at_random(front: Front) -> None:
             writer.write(whole[: rng.randrange(len(whole))] if how == "mid-request" else whole)
             if how in ("later", "reset"):
                 await asyncio.sleep(rng.uniform(0, 0.5))
-            if how == "half-closed":  # taken to be gone: it gets no answer
+            if how == "half-closed":  # taken as disconnected: it gets no answer
                 writer.write_eof()
                 await reader.read()
             if how == "reset":
@@ -257,12 +255,12 @@ async def test_clients_that_stop_reading(
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         own.setblocking(False)
         await asyncio.get_running_loop().sock_connect(own, ("127.0.0.1", front.port))
-        # A limit of one byte: it reads from the socket only when it is asked for more.
+        # With a limit of one byte, the stream reads from the socket only when the test asks for more.
         reader, writer = await asyncio.open_connection(sock=own, limit=1)
         writer.write(request)
         return reader, writer
 
-    # Five clients send a request and read nothing. The engine finishes, others are served meanwhile.
+    # Five clients send a request and read nothing. The engine finishes, and other clients are served meanwhile.
     big = {"prompt": "x" * 2000, "echo": True, "n": 64, "max_tokens": 50}  # more than fits into any buffer
     slow_request = completion_request(**big, stream=True, stream_options={"include_usage": True})
     async with asyncio.timeout(DEADLINE_S):
@@ -274,7 +272,7 @@ async def test_clients_that_stop_reading(
             writer.close()
         await until(lambda: front.stub.num_open == 0)
         assert front.engine.num_open == 5
-        # What waited for them was not a message per token, but the text.
+        # The server kept the merged text for them, not a message per token.
         for reader, writer in slow:
             answer = await reader.read()
             assert b'"completion_tokens":3200' in answer
@@ -282,7 +280,7 @@ async def test_clients_that_stop_reading(
             assert answer.count(b"data: {") < 1000
             writer.close()
 
-    # Those who never read, or never finish their request's head, are cut off, whatever is left to send.
+    # Clients that never read, or never finish their request's head, are cut off.
     monkeypatch.setattr(http_protocol, "WRITE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.2)
     unread = [await connect(request) for request in (slow_request, completion_request(**big), slow_request[:20], b"")]

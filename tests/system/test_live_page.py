@@ -1,4 +1,4 @@
-"""The operator's page in a real browser: what it shows of a running system, and of one that breaks."""
+"""The operator's page in a real browser: it shows a running system, and the failures of its parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from hbserve.config import ServerConfig
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
-from hbserve.server import create_app, live_page, semi_pd_routes, serve
+from hbserve.server import create_app, live_page, serve
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
@@ -52,9 +52,8 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
     )
     async with DisaggregatedLLM(config) as llm:
         system.llm, system.stop = llm, asyncio.Event()
-        app = create_app(llm.engine, llm.client, "demo")
-        live_page.install(app, live_page.LiveData(llm.engine, llm.client, FairGate(), None, system.stop, 5000.0, 0.001))
-        semi_pd_routes.install(app, llm.supervisors)
+        app = create_app(llm.engine, llm.client, "demo", supervisors=llm.supervisors)
+        live_page.install(app, llm.engine, llm.client, FairGate(), None, system.stop, 5000.0, 0.001)
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))
@@ -114,7 +113,7 @@ async def test_page(system: System, page: Any) -> None:
     page.on("request", lambda request: asked.append(request.url))
     await page.goto(system.url)
 
-    # It asks for the key, and shows the system after that.
+    # The page asks for the key, and then shows the system.
     await page.get_by_label("Key", exact=True).fill(KEY)
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
@@ -139,7 +138,7 @@ async def test_page(system: System, page: Any) -> None:
     # Nothing is wider than the phone.
     assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
-    # A worker dies: seen, and that it is back; it is a fault, not the end.
+    # A worker dies and comes back: the page shows both, and the system goes on.
     pid = system.llm.get_system_stats()["gpu_instances"]["decode-0"]["pid"]
     os.kill(pid, signal.SIGKILL)
     await page.locator("#events .lost").first.wait_for()
@@ -161,7 +160,7 @@ async def test_page(system: System, page: Any) -> None:
     assert system.llm.get_system_stats()["gpu_instances"]["decode-1"]["role"] == "prefill"
     await page.keyboard.press("Escape")
 
-    # The scheduler is gone: said, and said why.
+    # The scheduler has ended: the page shows this and the reason.
     system.llm.client.declare_dead("the scheduler ended with exit code 1")
     await page.locator("#problem").get_by_text("the scheduler ended with exit code 1").wait_for()
     assert "dead" in (await page.locator("#status").get_attribute("class") or "")
@@ -179,7 +178,7 @@ async def test_page_changes_the_split_and_shows_the_rotation(system: System, pag
     await page.get_by_label("Key", exact=True).fill(KEY)
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
-    assert await page.locator(".rung", has_text="25 %").count() == 0
+    assert await page.locator(".level", has_text="25 %").count() == 0
     await page.keyboard.press("a")
     await page.get_by_label("Admin key").fill(ADMIN)
     await page.get_by_label("Prefill, % of the SMs").fill("75")
@@ -189,7 +188,7 @@ async def test_page_changes_the_split_and_shows_the_rotation(system: System, pag
     await page.keyboard.press("Escape")
     event = page.locator("#events .rotation", has_text="prefill 75 %, decode 25 %")
     await event.wait_for()
-    await page.locator(".rung", has_text="25 %").wait_for()
+    await page.locator(".level", has_text="25 %").wait_for()
     await ask(system.url)
     await page.locator("#requests .track .decode").first.wait_for(state="attached")
     await page.keyboard.press("a")
