@@ -1,4 +1,4 @@
-// The live page: polls /live once a second and draws what it says. No framework, no build step.
+// The live page: polls /live once a second and draws the answer. No framework, no build step.
 
 const POLL_MS = 1000;
 const KEEP = 600; // samples of the charts: ten minutes
@@ -15,7 +15,7 @@ const text = (tag, content, className) => {
   return element;
 };
 
-// --- talking to the server ---------------------------------------------------------------------
+// --- requests to the server --------------------------------------------------------------------
 
 const storage = {
   get: (name) => sessionStorage.getItem(name) || "",
@@ -40,12 +40,12 @@ async function ask(path, options = {}) {
   return body;
 }
 
-let keyIsWanted = true; // until the dialog has been cancelled
+let keyIsWanted = true; // until the user cancels the dialog
 
 function askForKey() {
   const dialog = by("key-dialog");
   if (dialog.open) return;
-  by("key-why").textContent = storage.get("key") ? "The server does not know this key." : "This server asks for a key. It is kept in this tab only.";
+  by("key-why").textContent = storage.get("key") ? "The server does not know this key." : "This server requires a key. The page keeps it in this tab only.";
   dialog.returnValue = "";
   dialog.showModal();
   dialog.addEventListener("close", () => {
@@ -55,10 +55,10 @@ function askForKey() {
   }, { once: true });
 }
 
-function say(problem, asksForKey = false) {
+function say(problem, needsKey = false) {
   by("problem").hidden = problem == null;
   by("problem-text").textContent = problem ?? "";
-  by("key-open").hidden = !asksForKey;
+  by("key-open").hidden = !needsKey;
 }
 
 // --- charts ------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Chart {
 
   build(series) {
     this.plot?.destroy();
-    this.names = series.map((one) => one.label);
+    this.names = series.map((line) => line.label);
     this.data = [[], ...series.map(() => [])];
     const axis = { stroke: color("muted"), grid: { stroke: color("line"), width: 1 }, ticks: { stroke: color("line"), width: 1 } };
     this.plot = new uPlot({
@@ -87,12 +87,12 @@ class Chart {
       axes: [{ ...axis, space: 90, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick, 1)) }],
       series: [
         { label: "at", value: (_, seconds) => (seconds == null ? "–" : clock(seconds)) },
-        ...series.map((one) => ({
-          label: one.label,
-          stroke: color(one.color),
-          width: one.dash ? 1.2 : 2,
-          dash: one.dash,
-          fill: one.fill && `color-mix(in srgb, ${color(one.color)} 14%, transparent)`,
+        ...series.map((line) => ({
+          label: line.label,
+          stroke: color(line.color),
+          width: line.dash ? 1.2 : 2,
+          dash: line.dash,
+          fill: line.fill && `color-mix(in srgb, ${color(line.color)} 14%, transparent)`,
           points: { show: false },
           value: (_, value) => number(value, 1),
         })),
@@ -109,7 +109,7 @@ class Chart {
     values.forEach((value, index) => this.data[index + 1].push(value));
     if (this.data[0].length > KEEP) this.data.forEach((column) => column.shift());
     this.plot.setData(this.data);
-    if (this.plot.cursor.idx == null) this.plot.setLegend({ idx: this.data[0].length - 1 }); // the newest, unless one is pointed at
+    if (this.plot.cursor.idx == null) this.plot.setLegend({ idx: this.data[0].length - 1 }); // the newest, unless the pointer is on the chart
   }
 }
 
@@ -136,7 +136,7 @@ function makeCharts() {
   charts.split = new Chart("chart-split", [], { height: 170, max: 100 });
 }
 
-// --- what is shown -----------------------------------------------------------------------------
+// --- the picture -------------------------------------------------------------------------------
 
 let lastSplitNames = "";
 
@@ -167,7 +167,7 @@ function show(data) {
 
 function showStatus(data) {
   const instances = Object.values(data.stats?.gpu_instances ?? {});
-  const missing = instances.filter((one) => one.status !== "ready").length;
+  const missing = instances.filter((instance) => instance.status !== "ready").length;
   let state = "ready";
   if (data.server.draining) state = "draining";
   else if (!data.stats) state = "dead";
@@ -187,16 +187,16 @@ function showTiles(data, view, queues, metrics, targets) {
   const running = (queues.prefilling ?? 0) + (queues.transferring ?? 0) + (queues.decoding ?? 0);
   const late = (value, target) => target != null && value > target;
   const target = (value) => (value == null ? "no target" : `target ${number(value, 1)} ms`);
-  const books = data.stats.cpu_scheduler;
+  const counts = data.stats.cpu_scheduler;
   const tiles = [
-    ["Running", number(running), `${number(books.completed_requests)} completed`],
+    ["Running", number(running), `${number(counts.completed_requests)} completed`],
     ["Waiting", number((queues.waiting ?? 0) + data.server.waiting_for_turn), `oldest ${number(metrics.queues?.oldest_wait_s ?? 0, 1)} s`],
-    ["Output", `${number(view.decode_throughput)}`, "tokens/s", "per second"],
-    ["Prompts", `${number(view.prefill_throughput)}`, `${number(100 * (view.prefix_hit_rate ?? 0))} % from the cache`],
+    ["Output", `${number(view.decode_throughput)}`, "tokens/s"],
+    ["Prompts", `${number(view.prefill_throughput)}`, `tokens/s; ${number(100 * (view.prefix_hit_rate ?? 0))} % were cached`],
     ["TTFT p95", `${number(view.ttft_p95_ms, view.ttft_p95_ms < 100 ? 1 : 0)} ms`, target(targets.ttft), late(view.ttft_p95_ms, targets.ttft)],
     ["TPOT p95", `${number(view.tpot_p95_ms, view.tpot_p95_ms < 100 ? 1 : 0)} ms`, target(targets.tpot), late(view.tpot_p95_ms, targets.tpot)],
     ["KV in use", `${number(100 * (metrics.queues?.kv_usage ?? 0), 1)} %`, "of the fullest pool"],
-    ["Failed", number(books.failed_requests), `${number(books.retries)} retries, ${number(books.preemptions)} preemptions`, books.failed_requests > 0],
+    ["Failed", number(counts.failed_requests), `${number(counts.retries)} retries, ${number(counts.preemptions)} preemptions`, counts.failed_requests > 0],
   ];
   const box = by("tiles");
   if (box.children.length !== tiles.length) {
@@ -213,14 +213,14 @@ function showTiles(data, view, queues, metrics, targets) {
   });
 }
 
-// The share of its GPU that each phase has, where workers share one; else how busy each worker is.
+// If workers share a GPU, the share that each phase has; else how busy each worker is.
 function sharesOf(data) {
   const instances = Object.entries(data.stats.gpu_instances);
-  const sharing = instances.filter(([, one]) => one.shares);
-  if (!sharing.length) return Object.fromEntries(instances.map(([name, one]) => [name, 100 * (one.busy_share ?? 0)]));
+  const sharing = instances.filter(([, instance]) => instance.shares);
+  if (!sharing.length) return Object.fromEntries(instances.map(([name, instance]) => [name, 100 * (instance.busy_share ?? 0)]));
   const named = (name, phase) => (sharing.length > 1 ? `${name} ${phase}` : phase);
-  return Object.fromEntries(sharing.flatMap(([name, one]) =>
-    Object.entries(one.shares).map(([phase, share]) => [named(name, phase), share])));
+  return Object.fromEntries(sharing.flatMap(([name, instance]) =>
+    Object.entries(instance.shares).map(([phase, share]) => [named(name, phase), share])));
 }
 
 function showSplit(data) {
@@ -229,7 +229,7 @@ function showSplit(data) {
   if (names.join() !== lastSplitNames) {
     lastSplitNames = names.join();
     charts.split.build(names.map((label, index) => ({ label, color: PALETTE[index % PALETTE.length], fill: names.length < 3 })));
-    by("split-unit").textContent = Object.values(data.stats.gpu_instances).some((one) => one.shares) ? "share of the GPU while both phases are busy, %" : "busy share of each worker, %";
+    by("split-unit").textContent = Object.values(data.stats.gpu_instances).some((instance) => instance.shares) ? "share of the GPU while both phases are busy, %" : "busy share of each worker, %";
   }
   charts.split.add(data.time, Object.values(shares));
 }
@@ -247,31 +247,31 @@ function meter(name, value, share, className) {
 }
 
 function showInstances(instances) {
-  by("instances").replaceChildren(...Object.entries(instances).map(([name, one]) => {
-    const card = text("article", null, `card ${one.status}`);
+  by("instances").replaceChildren(...Object.entries(instances).map(([name, instance]) => {
+    const card = text("article", null, `card ${instance.status}`);
     const head = text("header");
-    head.append(text("span", name), text("span", one.status, `pill ${one.status}`));
-    card.append(head, meter("busy", `${number(100 * (one.busy_share ?? 0))} %`, one.busy_share ?? 0, ""));
-    if (one.kv_blocks) {
-      const used = one.kv_blocks.total - one.kv_blocks.free;
-      card.append(meter("KV blocks", `${number(used)} of ${number(one.kv_blocks.total)}`, used / one.kv_blocks.total, "kv"));
+    head.append(text("span", name), text("span", instance.status, `pill ${instance.status}`));
+    card.append(head, meter("busy", `${number(100 * (instance.busy_share ?? 0))} %`, instance.busy_share ?? 0, ""));
+    if (instance.kv_blocks) {
+      const used = instance.kv_blocks.total - instance.kv_blocks.free;
+      card.append(meter("KV blocks", `${number(used)} of ${number(instance.kv_blocks.total)}`, used / instance.kv_blocks.total, "kv"));
     }
-    const workers = Object.entries(one.workers ?? {});
+    const workers = Object.entries(instance.workers ?? {});
     for (const phase of new Set(workers.map(([, worker]) => worker.role))) {
-      const box = text("div", null, "rungs");
-      box.append(text("span", `${phase} rungs`, "muted"));
-      for (const [id, worker] of workers.filter(([, each]) => each.role === phase)) {
-        const rung = text("span", `${worker.percentage} %`, `rung ${worker.is_current ? "active" : ""} ${worker.status}`);
-        rung.title = `${id}: ${worker.status}, ${number(worker.steps)} steps`;
-        box.append(rung);
+      const box = text("div", null, "levels");
+      box.append(text("span", `${phase} share levels`, "muted"));
+      for (const [id, worker] of workers.filter(([, worker]) => worker.role === phase)) {
+        const level = text("span", `${worker.percentage} %`, `level ${worker.is_current ? "active" : ""} ${worker.status}`);
+        level.title = `${id}: ${worker.status}, ${number(worker.steps)} steps`;
+        box.append(level);
       }
       card.append(box);
     }
     const list = text("dl");
-    const rows = [["role", one.is_mixed ? `${one.role}, mixed` : one.role], ["requests", number(one.active_requests)], ["steps", number(one.steps)]];
-    if (one.device) rows.push(["device", one.device]);
-    if (one.restarts) rows.push(["restarts", number(one.restarts)]);
-    if (one.why_lost) rows.push(["why", one.why_lost]);
+    const rows = [["role", instance.is_mixed ? `${instance.role}, mixed` : instance.role], ["requests", number(instance.active_requests)], ["steps", number(instance.steps)]];
+    if (instance.device) rows.push(["device", instance.device]);
+    if (instance.restarts) rows.push(["restarts", number(instance.restarts)]);
+    if (instance.why_lost) rows.push(["reason", instance.why_lost]);
     for (const [term, value] of rows) list.append(text("dt", term), text("dd", value));
     card.append(list);
     return card;
@@ -376,7 +376,7 @@ function showEvents(events) {
   if (newest < lastEvent) by("events").replaceChildren(); // another scheduler
   const known = newest < lastEvent ? 0 : lastEvent;
   lastEvent = newest;
-  for (const event of events.filter((one) => one.number > known)) {
+  for (const event of events.filter((event) => event.number > known)) {
     const item = text("li", null, event.kind);
     const when = new Date(event.time * 1000);
     const time = text("time", clock(event.time));
@@ -408,7 +408,7 @@ function bytes(count) {
 
 // --- administration ----------------------------------------------------------------------------
 
-const ROLE_TIMEOUT_S = 120; // for a worker to finish what it has
+const ROLE_TIMEOUT_S = 120; // for a worker to finish its requests
 
 async function administrate(path, body, timeoutMs) {
   const answer = by("admin-answer");
@@ -423,7 +423,7 @@ async function administrate(path, body, timeoutMs) {
 
 function openAdmin() {
   by("admin-answer").textContent = "";
-  const shared = Object.values(last?.stats?.gpu_instances ?? {}).find((one) => one.shares);
+  const shared = Object.values(last?.stats?.gpu_instances ?? {}).find((instance) => instance.shares);
   by("split-fields").hidden = shared == null;
   for (const [phase, share] of Object.entries(shared?.shares ?? {})) by(`split-${phase}`).value = share;
   by("split-mixed").checked = shared?.is_mixed ?? false;
@@ -434,12 +434,12 @@ function openAdmin() {
 
 const otherRole = (role) => ({ prefill: "decode", decode: "prefill" })[role];
 
-// Where workers have one phase each, and some could change it: a phase must keep one.
+// For workers of one phase each. Each phase must keep a worker, so at least three are needed.
 function showRoles() {
-  const workers = Object.entries(last?.stats?.gpu_instances ?? {}).filter(([, one]) => otherRole(one.role));
+  const workers = Object.entries(last?.stats?.gpu_instances ?? {}).filter(([, instance]) => otherRole(instance.role));
   by("role-fields").hidden = workers.length < 3;
   const list = by("role-instance");
-  const labels = workers.map(([name, one]) => `${name}: ${one.role} to ${otherRole(one.role)}`);
+  const labels = workers.map(([name, instance]) => `${name}: ${instance.role} to ${otherRole(instance.role)}`);
   if (labels.join() === [...list.options].map((option) => option.text).join()) return;
   const chosen = list.value;
   list.replaceChildren(...workers.map(([name], index) => new Option(labels[index], name)));
@@ -464,7 +464,7 @@ function refresh() {
 function setPaused(value) {
   paused = value;
   by("pause").setAttribute("aria-pressed", String(paused));
-  by("pause").textContent = paused ? "Go on" : "Pause";
+  by("pause").textContent = paused ? "Resume" : "Pause";
 }
 
 async function poll() {
@@ -477,9 +477,9 @@ async function poll() {
     } catch (error) {
       by("status").textContent = "no answer";
       by("status").className = "pill dead";
-      const asksForKey = error.status === 401;
-      say(asksForKey ? "This server asks for an API key." : `The server does not answer: ${error.message}`, asksForKey);
-      if (asksForKey && keyIsWanted) askForKey();
+      const needsKey = error.status === 401;
+      say(needsKey ? "This server requires an API key." : `The server does not answer: ${error.message}`, needsKey);
+      if (needsKey && keyIsWanted) askForKey();
     }
   }
   setTimeout(poll, POLL_MS);
