@@ -1,4 +1,4 @@
-"""A running HTTP server over a scripted scheduler, as fixtures, and what tests of it share."""
+"""Fixtures: a running HTTP server over a scripted scheduler; and helpers of its tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def max_model_len() -> int:
-    """Of the scripted scheduler; a module that wants another has a fixture of the same name."""
+    """The context length of the scripted model; a test module may replace it by a fixture of the same name."""
     return 96
 
 
@@ -50,7 +50,7 @@ async def client(scheduler: ScriptedScheduler) -> AsyncIterator[EngineClient]:
 
 @asynccontextmanager
 async def served(engine: TextEngine, client: EngineClient) -> AsyncIterator[str]:
-    """Serve an engine over HTTP on a loopback port; the server's address."""
+    """Serve an engine over HTTP on a loopback port; yield the server's address."""
     stop = asyncio.Event()
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     app = create_app(engine, client, MODEL)
@@ -64,7 +64,7 @@ async def served(engine: TextEngine, client: EngineClient) -> AsyncIterator[str]
 
 @pytest.fixture
 async def url(client: EngineClient, tokenizer: Tokenizer) -> AsyncIterator[str]:
-    """Address of a running server."""
+    """The address of a running server."""
     ready = await client.wait_ready(DEADLINE_S)
     async with served(TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size), client) as address:
         yield address
@@ -84,13 +84,13 @@ async def api(url: str) -> AsyncIterator[Any]:
 
 
 def letters(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text, one token per byte."""
+    """Encode the text with one token per byte."""
     by_bytes = {tokenizer.token_bytes(token_id): token_id for token_id in reversed(range(tokenizer.vocab_size))}
     return [by_bytes[bytes([byte])] for byte in text.encode()]
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Poll until it is true."""
+    """Poll until the condition is true."""
     async with asyncio.timeout(DEADLINE_S):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.01)

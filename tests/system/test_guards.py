@@ -34,7 +34,7 @@ BODY = {"model": MODEL, "prompt": "x"}
 
 
 class Server:
-    """A guarded server; ``http`` is a client of it, ``stop`` ends it, ``ended`` is done then."""
+    """A guarded server with its client ``http``. Setting ``stop`` ends it; then ``ended`` is done."""
 
     http: httpx.AsyncClient
     stop: asyncio.Event
@@ -79,7 +79,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def held(scheduler: ScriptedScheduler) -> asyncio.Event:
-    """Requests give one token and then wait for this."""
+    """An event: every request sends one token and waits for it before the next."""
     go_on = asyncio.Event()
 
     async def script(request: AddRequest) -> AsyncIterator[RequestOutput]:
@@ -113,7 +113,7 @@ async def test_keys(
         assert (await server.http.get("/admin/anything", headers=bearer(ADMIN))).status_code == 403
 
 
-def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     users, admin = tmp_path / "keys", tmp_path / "admin"
     users.write_text(f"# who may\nann {ANN}\n\n{BOB}\n")
     admin.write_text(ADMIN + "\n")
@@ -157,7 +157,7 @@ async def test_limits_of_a_request(client: EngineClient, tokenizer: Tokenizer, s
         assert answer.status_code == 200
         assert '"code":"request_timeout"' in answer.text
         await scheduler.wait_for_aborts(2)
-        await gate.enter("another")  # whose request takes long: the time in the queue counts
+        await gate.enter("another")  # this client's request takes long: the time in the queue counts
         answer = await http.post("/v1/completions", json=BODY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
         gate.leave("another")
@@ -236,7 +236,7 @@ async def test_keys_take_turns() -> None:
         await limited.enter("a")
 
 
-async def test_who_leaves_the_queue_is_forgotten(
+async def test_a_client_that_disconnects_leaves_the_queue(
     client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler
 ) -> None:
     async with guarded(client, tokenizer, gate=FairGate(max_open=1)) as server:
@@ -254,7 +254,7 @@ async def test_who_leaves_the_queue_is_forgotten(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_at_the_end_requests_finish_or_are_handed_back(
+async def test_at_the_end_requests_finish_or_fail_with_shutting_down(
     client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler, stream: bool
 ) -> None:
     async with guarded(client, tokenizer, drain_timeout_s=0.5) as server:

@@ -1,4 +1,4 @@
-"""The HTTP API as clients see it: uvicorn on a loopback port, OpenAI's client, raw requests."""
+"""The HTTP API from the client's side: uvicorn on a loopback port, OpenAI's client, raw requests."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ openai = pytest.importorskip("openai")
 
 
 def events(body: str) -> list[Any]:
-    """The documents of an event stream; ``[DONE]`` as it is."""
+    """Return the documents of an event stream, with ``[DONE]`` as text."""
     lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 async def endless(request: AddRequest) -> AsyncIterator[RequestOutput]:
-    """One token, then silence."""
+    """Send one token, and no more."""
     yield output(request, 70)
     await asyncio.Event().wait()
 
 
 async def silent(request: AddRequest) -> AsyncIterator[RequestOutput]:
-    """Nothing at all."""
+    """Send no token."""
     await asyncio.Event().wait()
     yield output(request, 70)
 
@@ -106,7 +106,7 @@ async def test_every_form_of_prompt_with_n(
     answer = await api.completions.create(model=MODEL, prompt=prompt, n=2)
     assert [choice.index for choice in answer.choices] == list(range(2 * num_prompts))
     many = prompt if num_prompts > 1 else [prompt]
-    prompts = [tokenizer.encode(one) if isinstance(one, str) else one for one in many]
+    prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in many]
     expected = [tokenizer.decode(ids[:1]) for ids in prompts for _ in range(2)]
     assert [choice.text for choice in answer.choices] == expected
     assert answer.usage is not None
@@ -167,11 +167,11 @@ async def test_completion_logprobs(
     answer: Any = await api.completions.create(model=MODEL, prompt="x", logprobs=1, stream=stream)
     choices = [chunk.choices[0] async for chunk in answer] if stream else answer.choices
     found = [choice.logprobs for choice in choices]
-    assert [token for one in found for token in one.tokens] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
-    assert [logprob for one in found for logprob in one.token_logprobs] == [-0.5] * 3
-    tops = [top for one in found for top in one.top_logprobs]
+    assert [token for logprobs in found for token in logprobs.tokens] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    assert [logprob for logprobs in found for logprob in logprobs.token_logprobs] == [-0.5] * 3
+    tops = [top for logprobs in found for top in logprobs.top_logprobs]
     assert tops == [{"a": -0.5}, {"bytes:\\xc3": -0.5}, {"bytes:\\xa9": -0.5}]
-    assert [offset for one in found for offset in one.text_offset] == [0, 1, 1]
+    assert [offset for logprobs in found for offset in logprobs.text_offset] == [0, 1, 1]
 
 
 # --- chat ----------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ JSON_BODY = {"Content-Type": "application/json"}
 
 
 async def error_of(http: httpx.AsyncClient, path: str, status: int, body: Any = None, **options: Any) -> dict[str, Any]:
-    """Send a request that must fail with that status; the error in OpenAI's shape."""
+    """Send a request that must fail with ``status``; return the error in OpenAI's shape."""
     if body is not None:
         options["json"] = body
     answer = await http.post(path, **options)
@@ -334,8 +334,8 @@ REFUSED_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 2**64}, "top_k"),
     ({"echo": True, "logprobs": 1}, "echo"),
     ({"grammar": "start: ("}, "grammar"),
-    ({"grammar": "start: /a{1000000}/"}, "grammar"),  # can be compiled, not be followed
-    ({"grammar": "start: /[a&&b]/"}, "grammar"),  # admits no text
+    ({"grammar": "start: /a{1000000}/"}, "grammar"),  # compiles, but cannot be followed
+    ({"grammar": "start: /[a&&b]/"}, "grammar"),  # allows no text
     ({"grammar": "start: /a/", "min_tokens": 2}, "min_tokens"),
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
@@ -367,14 +367,17 @@ for _ in range(100):
 BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
 
 REFUSED_IN_CHATS: list[tuple[dict[str, Any], str]] = [
-    ({"tools": TOOLS}, "tools"),  # this model's template has none
+    ({"tools": TOOLS}, "tools"),  # this model's template has no tools
     ({"tools": [{"type": "function", "function": {"name": "no name"}}]}, "tools.0.function.name"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools.0.function.parameters"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),  # this one's has no such option
+    (
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs",
+    ),  # this model's template has no such option
     ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"response_format": {"type": "yaml"}}, "response_format.type"),
@@ -407,7 +410,7 @@ async def test_chat_parameters_that_are_refused(http: httpx.AsyncClient, schedul
         assert scheduler.requests == []
 
 
-async def test_parameters_that_ask_for_nothing_are_accepted(http: httpx.AsyncClient) -> None:
+async def test_values_that_ask_for_nothing_are_accepted(http: httpx.AsyncClient) -> None:
     labels = {"user": "me", "metadata": {"a": "b"}, "stream_options": None, "logit_bias": {}}
     nothing = {"temperature": None, "stop": None, "n": None, "seed": None, "stream": None, "max_tokens": None}
     completion = {"echo": False, "suffix": None, "best_of": 1, "logprobs": None}
@@ -438,7 +441,7 @@ async def test_a_misspelt_parameter_is_answered_with_the_right_one(http: httpx.A
     assert "lone surrogate" in error["message"]
 
 
-async def test_bodies_that_are_no_request(http: httpx.AsyncClient) -> None:
+async def test_bodies_that_are_not_requests(http: httpx.AsyncClient) -> None:
     for content in (b'{"model": ', b"", b"[1]", b'"text"', b"\xff"):
         await error_of(http, "/v1/completions", 400, content=content, headers=JSON_BODY)
     await error_of(http, "/v1/completions", 400, content=b"model=x", headers={"Content-Type": "text/plain"})
@@ -517,7 +520,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(
 
 @pytest.mark.parametrize("script", [silent, endless])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_away_is_aborted(
+async def test_the_request_of_a_client_that_disconnects_is_aborted(
     url: str, scheduler: ScriptedScheduler, script: Script, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler.script = script
@@ -529,12 +532,12 @@ async def test_a_client_that_goes_away_is_aborted(
         task.cancel()
         await asyncio.wait({task})
     await scheduler.wait_for_aborts(4)
-    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:  # by then it is all over
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:  # by then all tokens have been sent
         await http.get("/v1/models")
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-async def test_tokens_are_sent_as_they_come(http: httpx.AsyncClient, scheduler: ScriptedScheduler) -> None:
+async def test_every_token_is_sent_at_once(http: httpx.AsyncClient, scheduler: ScriptedScheduler) -> None:
     scheduler.script = endless
     body = {"model": MODEL, "messages": USER, "stream": True}
     async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -555,7 +558,7 @@ async def test_event_stream_format(http: httpx.AsyncClient) -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
-async def test_stopping_the_server_aborts_what_does_not_finish(
+async def test_stopping_the_server_aborts_unfinished_requests(
     client: EngineClient, scheduler: ScriptedScheduler, tokenizer: Tokenizer
 ) -> None:
     scheduler.script = endless
@@ -587,7 +590,7 @@ async def test_a_port_in_use_is_named(client: EngineClient, tokenizer: Tokenizer
     with pytest.raises(StartupError, match=r"no-such-host\.invalid:8000"):
         await serve(app, ServerConfig(host="no-such-host.invalid"), asyncio.Event())
     with bind(ServerConfig(port=0)) as one:
-        other = bind(ServerConfig(port=one.getsockname()[1]))  # Linux lets both, while nobody listens
+        other = bind(ServerConfig(port=one.getsockname()[1]))  # Linux allows both while no socket listens
         one.listen()
         with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{one.getsockname()[1]}"):
             await serve(app, other, asyncio.Event())
@@ -620,7 +623,7 @@ async def test_real_prefill_and_decode_instances_behind_the_api(tmp_path: Path) 
             assert texts == [choice.message.content for choice in second.choices]
             assert texts[0] != texts[1]
 
-            own["max_tokens"] = None  # would go on for a thousand tokens
+            own["max_tokens"] = None  # would run for a thousand tokens
             stream = await api.chat.completions.create(model=MODEL, messages=USER, stream=True, **own)
             await anext(aiter(stream))
             await stream.close()

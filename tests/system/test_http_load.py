@@ -1,4 +1,4 @@
-"""Many HTTP clients at once, some of whom leave: everybody gets the right answer, and nothing is left behind."""
+"""Many HTTP clients at once, of which some disconnect: the others get the right answers, and nothing stays open."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.engines import greedy_reference, leaks, random_prompt
 from tests.support.model_zoo import save_model
 
 MODEL = "tiny"
-DEADLINE_S = 120.0  # of every wait; none is near it unless something hangs
+DEADLINE_S = 120.0  # of every wait; only a hanging test comes near it
 NUM_TOKENS = 20
 NUM_CLIENTS = 200
 NUM_PROMPTS = 40
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @dataclass
 class Ask:
-    """One completion request; what is not said is greedy."""
+    """A completion request; greedy by default."""
 
     prompt: list[int]
     num_tokens: int = NUM_TOKENS
@@ -54,7 +54,7 @@ class Ask:
 
 @asynccontextmanager
 async def server(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A real system behind a real HTTP server, and a client of it."""
+    """A real system behind a real HTTP server, and its client."""
     arguments: dict[str, Any] = {"device": "cpu", "dtype": "float32", "log_level": "WARNING", "max_model_len": 640}
     async with DisaggregatedLLM(PdDisaggConfig.from_arguments(str(folder), **(arguments | settings))) as llm:
         stop = asyncio.Event()
@@ -70,7 +70,7 @@ async def server(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClie
 
 
 async def stream(http: httpx.AsyncClient, ask: Ask, leave_after: int | None = None) -> str | None:
-    """The streamed text, or None if the client left after that many chunks."""
+    """Return the streamed text, or None if the client disconnected after that many chunks."""
     text, ended = "", False
     async with http.stream("POST", "/v1/completions", json=ask.body) as response:
         if response.is_error:
@@ -95,7 +95,7 @@ async def stream(http: httpx.AsyncClient, ask: Ask, leave_after: int | None = No
 
 
 async def leave_after_s(seconds: float, work: asyncio.Task[str | None]) -> None:
-    """Cancel a client, wherever its request is by then."""
+    """Cancel a client, in whatever state its request is."""
     await asyncio.sleep(seconds)
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
@@ -114,13 +114,13 @@ async def until(what: Callable[[], Any] | Callable[[], Awaitable[Any]]) -> Any:
 
 
 async def stats_of(http: httpx.AsyncClient) -> dict[str, Any]:
-    """What /stats says now."""
+    """Return the present statistics of /stats."""
     stats: dict[str, Any] = (await http.get("/stats")).raise_for_status().json()
     return stats
 
 
 async def settled_stats(http: httpx.AsyncClient) -> dict[str, Any]:
-    """Statistics once everything has come back."""
+    """Return the statistics after all blocks and slots are free again."""
 
     async def if_settled() -> dict[str, Any] | None:
         stats = await stats_of(http)
@@ -130,12 +130,12 @@ async def settled_stats(http: httpx.AsyncClient) -> dict[str, Any]:
     return stats
 
 
-async def test_two_hundred_streams_of_which_a_third_leave(model: tuple[Path, Any]) -> None:
+async def test_two_hundred_streams_of_which_a_third_disconnect(model: tuple[Path, Any]) -> None:
     folder, reference = model
     tokenizer = Tokenizer(folder)
     rng = random.Random(20240607)
     prompts = [random_prompt(length, seed=length) for length in rng.sample(range(1, 300), NUM_PROMPTS)]
-    # Too few blocks and seats for all of them: they queue, and blocks run out under running ones.
+    # Too few blocks and slots for all requests: they queue, and running requests are preempted for lack of blocks.
     limits = {"mode": "disaggregated", "num_blocks": 256, "max_num_seqs": 48, "chunk_size": 64}
     async with server(folder, decode_headroom_tokens=0, **limits) as http:
         await settled_stats(http)
@@ -167,7 +167,7 @@ async def test_two_hundred_streams_of_which_a_third_leave(model: tuple[Path, Any
         assert counts["aborted_requests"] > 0
         assert stats["kv_transfer"]["links"]["prefill-0->decode-0"]["failures"] == {}
 
-        # What it does alone on the idle system, which still serves: the same seed gives the same text.
+        # The idle system still serves, and the same seed alone on it gives the same text.
         sampled = {ask.sampling["seed"]: ask for ask, _ in finishing if "seed" in ask.sampling}
         expected_sampled = {seed: await stream(http, ask) for seed, ask in sampled.items()}
     expected_greedy: dict[int, str] = {}
@@ -183,7 +183,7 @@ async def test_two_hundred_streams_of_which_a_third_leave(model: tuple[Path, Any
     assert len(set(expected_sampled.values())) == len(expected_sampled)
 
 
-async def test_overload_is_refused_and_who_comes_again_is_served(model: tuple[Path, Any]) -> None:
+async def test_overload_is_refused_and_a_retry_is_served(model: tuple[Path, Any]) -> None:
     folder, reference = model
     tokenizer = Tokenizer(folder)
     ask = Ask(random_prompt(40, seed=1))
@@ -209,7 +209,7 @@ async def test_overload_is_refused_and_who_comes_again_is_served(model: tuple[Pa
     instance = {"instance_id": "unified-0", "instance_type": "unified", "num_threads": 1}
     limits = {"num_blocks": 128, "max_num_seqs": 2, "max_waiting_requests": 4}
     async with server(folder, mode="unified", gpu_instances=[instance], **limits) as http:
-        # While both seats are taken, four of the others may wait.
+        # While both slots are taken, four of the other requests may wait.
         held = [asyncio.create_task(stream(http, Ask([1 + n], num_tokens=600))) for n in range(2)]
         async with asyncio.timeout(DEADLINE_S):
             await until(seats_are_taken)

@@ -1,4 +1,4 @@
-"""What OpenAI's client can ask for beyond plain text: tools, structured output, echo and the rest."""
+"""Features of OpenAI's API beyond plain text: tools, structured output, echo and others, used by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_tool_calls(
         changes = [call for choice in choices for call in choice.delta.tool_calls or []]
         calls = [call for call in changes if call.id is not None]
         assert [call.index for call in calls] == [0, 1]
-        assert len(changes) > 6  # arguments come as they are written
+        assert len(changes) > 6  # arguments are sent while the model writes them
         for change in changes:
             if change.id is None:
                 calls[change.index].function.arguments += change.function.arguments
@@ -103,7 +103,7 @@ async def test_answers_of_tools_are_put_into_the_prompt(
     prompt = tokenizer.decode(scheduler.requests[0].prompt_token_ids, skip_special_tokens=False)
     assert '<tool_call>get_weather{"days": 2}</tool_call>' in prompt
     assert "<|im_start|>tool get_weather\nsunny<|im_end|>" in prompt
-    assert "of a place" not in prompt  # tool_choice="none": the model is not told of them
+    assert "of a place" not in prompt  # tool_choice="none": the prompt has no tools
     assert not prompt.endswith("<think></think>")
     options = {"chat_template_kwargs": {"enable_thinking": False}}
     await api.chat.completions.create(model=MODEL, messages=USER, extra_body=options)
@@ -190,7 +190,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture
 async def real_api(llm: LLM) -> AsyncIterator[openai.AsyncOpenAI]:
-    """OpenAI's client of a server in this process's loop, over the running instances."""
+    """OpenAI's client of a server in this process's event loop, over the running instances."""
     inner = llm._llm
     client = EngineClient(inner._address)
     await client.connect()
@@ -244,7 +244,7 @@ async def test_structured_output_through_the_api(real_api: openai.AsyncOpenAI) -
 async def test_forced_tool_calls_fit_their_schema(
     real_api: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, family: str, several: bool
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "tools_template", TEMPLATES[family])  # the demo model's own would refuse them
+    monkeypatch.setattr(Tokenizer, "tools_template", TEMPLATES[family])  # the demo model's own template has no tools
     choice: Any = "required" if several else {"type": "function", "function": {"name": "get_weather"}}
     request: Any = {"model": MODEL, "messages": USER, "tools": [CLOCK, WEATHER], "tool_choice": choice, "seed": 1}
     answer = await real_api.chat.completions.create(**request, max_tokens=400)
@@ -286,7 +286,7 @@ async def test_the_clients_own_helpers(
         assert answer.usage is not None
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
-    # What the client got is what it sends again with the tool's answer.
+    # The client sends the received calls back, together with the tool's answer.
     message = whole.choices[0].message
     again = [*USER, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}]
     raw = await api.chat.completions.with_raw_response.create(model=MODEL, messages=again, tools=tools, max_tokens=1)

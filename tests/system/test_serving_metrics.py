@@ -1,4 +1,4 @@
-"""A served system measures itself, and is measured: every request and token counts, once."""
+"""The measurements of a served system: every request and every token counts once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def scrape(url: str) -> dict[str, Any]:
-    """Samples by name and labels, as Prometheus reads them; the sum over labels under the bare name."""
+    """Return samples by name and labels, as Prometheus reads them; the sum over labels has the bare name."""
     response = httpx.get(f"{url}/metrics", timeout=DEADLINE_S).raise_for_status()
     assert response.headers["content-type"].startswith("text/plain; version=")
     samples: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def scrape(url: str) -> dict[str, Any]:
 
 
 async def complete(url: str, prompts: list[list[int]], num_tokens: int, **more: Any) -> list[httpx.Response]:
-    """The answers to one completion request per prompt, all at once."""
+    """Send one completion request per prompt, all at once; return the answers."""
     body = {"model": "hbserve-demo", "max_tokens": num_tokens, "ignore_eos": True, **more}
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
         return await asyncio.gather(
@@ -100,7 +100,7 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
         ("kv_transfers_total/source=prefill-0,target=decode-0", 6),
     ):
         assert grown(f"hbserve_{name}") == count, name
-    # The gaps of a request add up to what lies between its first token and its end.
+    # The gaps of a request add up to the time between its first token and its end.
     gaps, tpots = grown("hbserve_inter_token_latency_seconds_sum"), grown("hbserve_time_per_output_token_seconds_sum")
     assert gaps == pytest.approx(8 * tpots, rel=0.05, abs=0.01)
     assert after["hbserve_open_requests"] == 0
@@ -130,7 +130,7 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
     assert set(window["busy_share"]) == {"prefill-0", "decode-0"}
 
 
-def test_documents_and_dashboard_name_what_there_is(url: str) -> None:
+def test_documents_and_dashboard_name_existing_metrics(url: str) -> None:
     scraped = {name.split("/")[0] for name in scrape(url)}
     dashboard = (ROOT / "configs" / "grafana" / "hbserve.json").read_text()
     documented = set(re.findall(r"hbserve_\w+", (ROOT / "docs" / "metrics.md").read_text()))
@@ -196,7 +196,7 @@ def test_the_serving_benchmark(url: str, tmp_path: Path) -> None:
 
 
 class Clock:
-    """Seconds, when told."""
+    """A clock in seconds that the test sets."""
 
     now = 0.0
 
@@ -205,7 +205,7 @@ class Clock:
 
 
 def sequence(arrival: int, num_prompt_tokens: int) -> Sequence:
-    """A request as the scheduler has it."""
+    """Make a request as the scheduler keeps it."""
     request = AddRequest(
         request_id="r", prompt_token_ids=[1] * num_prompt_tokens, end_token_ids=[], sampling=SamplingParams()
     )
@@ -227,19 +227,18 @@ def test_a_schedule_counted_by_hand() -> None:
 
     def step(now: float, prefill: list[Sequence], decode: list[Sequence], busy_s: float) -> None:
         clock.now = now
-        seats = [SimpleNamespace(num_tokens_at_entry=4)] * len(prefill) + [
-            SimpleNamespace(num_tokens_at_entry=3)
-        ] * len(decode)
-        sequences = zip(prefill + decode, seats, strict=True)
-        rows = [InflightRow(each, 0, seat, 3, 4, True) for each, seat in sequences]  # type: ignore[arg-type]
-        prefill_tokens = sum(each.num_prompt_tokens for each in prefill)
+        in_prefill, in_decode = SimpleNamespace(num_tokens_at_entry=4), SimpleNamespace(num_tokens_at_entry=3)
+        allocations: list[Any] = [in_prefill] * len(prefill) + [in_decode] * len(decode)
+        pairs = zip(prefill + decode, allocations, strict=True)
+        rows = [InflightRow(request, 0, allocation, 3, 4, True) for request, allocation in pairs]
+        prefill_tokens = sum(request.num_prompt_tokens for request in prefill)
         last_token_times = []
-        for each in prefill + decode:
-            last_token_times.append(each.last_token_time)
-            if each.last_token_time is None:
-                metrics.on_first_token(each)
-            each.last_token_time = now
-            each.tokens.append(7)
+        for request in prefill + decode:
+            last_token_times.append(request.last_token_time)
+            if request.last_token_time is None:
+                metrics.on_first_token(request)
+            request.last_token_time = now
+            request.tokens.append(7)
         done = InflightStep(1, rows, len(prefill), prefill_tokens)
         metrics.on_step_done("unified-0", done, busy_s, now, last_token_times)
 

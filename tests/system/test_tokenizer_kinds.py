@@ -1,7 +1,7 @@
-"""The HTTP surface with tokenizers of every kind: what is streamed, counted, cut and explained is one text.
+"""The HTTP API with tokenizers of every kind: streams, counts, stop strings and logprobs agree on one text.
 
-The scripted scheduler answers with random tokens, the same for the same seed: every broken character,
-space and special token that a model could write.
+The scripted scheduler answers with random tokens, the same for the same seed. They contain all broken characters,
+spaces and special tokens that a model could write.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def script(scheduler: ScriptedScheduler, tokenizer: Tokenizer) -> None:
 
 
 async def completion(http: httpx.AsyncClient, **body: Any) -> dict[int, dict[str, Any]]:
-    """The choices by number, after checking that they come the same as a stream."""
+    """Return the choices by number, after checking that a stream has the same ones."""
     body = {"model": MODEL, "prompt": "Hello wörld", "max_tokens": NUM_TOKENS, "seed": 5, **body}
     answer = (await http.post("/v1/completions", json=body)).raise_for_status().json()
     whole = {choice["index"]: choice for choice in answer["choices"]}
@@ -85,7 +85,7 @@ async def test_completions_are_one_text(http: httpx.AsyncClient, tokenizer: Toke
     assert len({choice["text"] for choice in choices.values()}) == 3
     assert (await completion(http))[0]["text"] == text
 
-    # Each token begins where its offset says, unless it is a part of a character, or is not shown.
+    # Each token begins at its offset, unless it is a part of a character or is not shown.
     special = {tokenizer.token_bytes(token_id).decode() for token_id in range(5)}
     for choice in choices.values():
         names, begins = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
@@ -95,12 +95,12 @@ async def test_completions_are_one_text(http: httpx.AsyncClient, tokenizer: Toke
             if name not in special and not name.startswith("bytes:") and "\ufffd" not in shown:
                 assert shown == name
 
-    # echo is the prompt as it was, or as its tokens read.
+    # echo returns the prompt's text, or the text of its tokens.
     ids = tokenizer.encode("Hello wörld")
     assert (await completion(http, echo=True))[0]["text"] == f"Hello wörld{text}"
     assert (await completion(http, echo=True, prompt=ids))[0]["text"] == tokenizer.decode(ids) + text
 
-    # Wherever a stop string is found, the text ends before it.
+    # The text ends before the first stop string.
     for begin, end in ((0, 1), (2, 3), (5, 9), (11, 17), (20, 22)):
         stop = text[begin:end]
         [choice] = (await completion(http, stop=["never there", stop], logprobs=0)).values()

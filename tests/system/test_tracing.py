@@ -1,4 +1,4 @@
-"""A request's trace, received over HTTP as a collector would receive it."""
+"""The trace of a request, received over HTTP as by an OpenTelemetry collector."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
 
 @contextmanager
 def receiver() -> Iterator[tuple[str, list[Any]]]:
-    """A URL to send traces to, and the spans that have come."""
+    """A URL for traces, and the spans received there."""
     spans: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -51,7 +51,7 @@ def receiver() -> Iterator[tuple[str, list[Any]]]:
 
 
 def attributes(span: Any) -> dict[str, Any]:
-    """Plain values."""
+    """Return the attributes as plain values."""
     return {
         one.key: getattr(one.value, one.value.WhichOneof("value"))
         for one in span.attributes
@@ -111,7 +111,7 @@ def test_a_system_sends_its_traces_before_it_ends() -> None:
             assert inside == {"queue", "prefill", "decode"}
 
 
-def test_a_receiver_that_is_not_there_holds_up_nothing() -> None:
+def test_a_missing_receiver_delays_nothing() -> None:
     with receiver() as (url, _):
         pass
     tracer = RequestTracer(url, lambda: 50.0)
@@ -119,6 +119,6 @@ def test_a_receiver_that_is_not_there_holds_up_nothing() -> None:
     tracer.close()
 
 
-def test_an_endpoint_that_is_no_url() -> None:
+def test_an_invalid_endpoint_is_refused() -> None:
     with pytest.raises(ConfigError, match="otlp_endpoint: must be a URL"):
         LLM(DEMO, mode="unified", otlp_endpoint="127.0.0.1:4318")

@@ -1,4 +1,4 @@
-"""What the collector says, against what was put in, counted by hand on a clock that stands still."""
+"""The collector's windows against values counted by hand, on a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hbserve.semi_pd.metrics_integration import MetricsAggregator, integrate_sem
 
 
 class Clock:
-    """Seconds, when told."""
+    """A clock in seconds that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,7 +42,7 @@ def serve(
     input_length: int = 10,
     success: bool = True,
 ) -> None:
-    """One request, from arrival to end, beginning now."""
+    """Record one request from its arrival, which is now, to its end."""
     collector.record_request_arrival(name, input_length=input_length)
     clock.now += wait_s
     collector.record_prefill_start(name)
@@ -96,7 +96,7 @@ def test_one_token_has_no_tpot_and_a_failure_no_latency_but_ttft(clock: Clock) -
     assert (metrics.ttft.count, metrics.tpot.count, metrics.e2e.count) == (2, 0, 1)
 
 
-def test_what_is_older_than_the_window_is_gone(clock: Clock) -> None:
+def test_events_older_than_the_window_do_not_count(clock: Clock) -> None:
     collector = SemiPDMetricsCollector(window_size_seconds=60.0, clock=clock)
     clock.now += 0.5
     serve(collector, clock, "old", prefill_s=1.0)
@@ -219,7 +219,7 @@ def test_the_aggregator_adds_up_sources(clock: Clock) -> None:
     clock.now = start
     serve(decode, clock, "b", prefill_s=0.3, tokens=2, decode_s=0.2)
     decode.record_step("decode-0", 0, 0, 1, 1, 0.1)
-    for _ in range(2):  # the latest of each source counts, once
+    for _ in range(2):  # the latest window of each source counts, once
         aggregator.update_prefill_metrics(prefill.get_current_window_metrics())
         aggregator.update_decode_metrics(decode.get_current_window_metrics())
     metrics = aggregator.get_aggregated_metrics()
@@ -266,10 +266,10 @@ def test_a_shorter_window_takes_nothing_from_the_long_one() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9)), max_size=60), st.integers(1, 20))
-def test_a_thinned_distribution_keeps_count_and_mean(samples: list[tuple[float, int]], most: int) -> None:
+def test_a_thinned_distribution_keeps_count_and_mean(samples: list[tuple[float, int]], max_values: int) -> None:
     whole = Distribution.of(samples)
-    thin = whole.thinned(most)
-    assert len(thin.values) <= max(most, 0)
+    thin = whole.thinned(max_values)
+    assert len(thin.values) <= max_values
     assert thin.count == whole.count
     assert thin.mean == pytest.approx(whole.mean)
     assert list(thin.values) == sorted(thin.values)

@@ -1,4 +1,4 @@
-"""Calls of tools in the ways of the model families: found in any text, and the only text that a forced call can be."""
+"""Calls of tools in the forms of the model families: the parser finds them, and grammars force them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hbserve.server.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 
-# What the templates of these families say of calls.
+# The parts of these families' templates that concern calls.
 TEMPLATES = {
     "hermes": "{{ tools }}<tool_call>{{ call | tojson }}</tool_call>",
     "llama": '{{ tools }}<|start_header_id|>assistant<|end_header_id|>{"name": n, "parameters": p}<|python_tag|>',
@@ -42,7 +42,7 @@ NO_CALLS = {
 
 
 def parse(parser: ToolCallParser, text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
-    """Text and calls, of a text that comes in pieces of so many characters."""
+    """Parse a text in pieces of ``size`` characters; return the visible text and the calls."""
     shown, calls = "", {}
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     for number, piece in enumerate(pieces, start=1):
@@ -57,7 +57,7 @@ def parse(parser: ToolCallParser, text: str, size: int) -> tuple[str, list[tuple
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_calls_are_found_whatever_the_pieces(family: str) -> None:
+def test_calls_are_found_for_any_size_of_pieces(family: str) -> None:
     form, names, text = tool_format(TEMPLATES[family]), {"f", "g"}, TWO_CALLS[family]
     assert form is not None
     both = [("f", ARGUMENTS), ("g", '{"b": 1}')]
@@ -70,7 +70,7 @@ def test_calls_are_found_whatever_the_pieces(family: str) -> None:
         assert (shown, calls) == (NO_CALLS[family], []), size
     if form.mark_is_optional:
         assert parse(ToolCallParser(form, names), form.mark + text, 4)[1] == both
-    for end in range(len(text)):  # cut off anywhere: as far as it came, and no marks
+    for end in range(len(text)):  # cut off anywhere: the calls so far, and no marks
         shown, calls = parse(ToolCallParser(form, names, forced=True), text[:end], 5)
         assert shown == ""
         assert [name for name, _ in calls] == [name for name, _ in both[: len(calls)]]
@@ -78,7 +78,7 @@ def test_calls_are_found_whatever_the_pieces(family: str) -> None:
             assert ARGUMENTS.startswith(calls[0][1])
 
 
-def test_what_is_found_does_not_depend_on_the_pieces() -> None:
+def test_the_result_does_not_depend_on_the_pieces() -> None:
     rng = random.Random(3)
     parts = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "f", "arguments": ']
     parts += ['{"name": "g", "parameters":', '{"arguments": {}, "name": "f"}', *'{}[]"\\,; \nf', "<tool", "[TOOL", "é"]
@@ -95,7 +95,7 @@ def test_what_is_found_does_not_depend_on_the_pieces() -> None:
 
 @pytest.mark.parametrize("marks", ["text", "added", "special"])
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_what_a_forced_call_can_be_is_found_again(family: str, marks: str, tmp_path: Path) -> None:
+def test_the_parser_finds_every_call_that_a_grammar_allows(family: str, marks: str, tmp_path: Path) -> None:
     folder = tiny_tokenizers.byte_level(tmp_path, TEMPLATES[family])
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     if marks != "text":
@@ -150,7 +150,7 @@ def test_grammars_may_name_the_text_of_an_added_token(tmp_path: Path) -> None:
         assert text.strip(b'"') == b"<think>x"
 
 
-def test_templates_without_calls_or_in_other_ways() -> None:
+def test_templates_without_calls_or_with_unknown_forms() -> None:
     xml = "{{ tools }}<tool_call><function={{ name }}><parameter=x>1</parameter></function></tool_call>"
     for template in ("", "{{ messages }}", "{{ tools }} nothing", xml, "{{ tools }}<tool_call>f<arg_key>x</arg_key>"):
         assert tool_format(template) is None

@@ -41,7 +41,7 @@ def word_pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def deltas(tokenizer: Tokenizer, token_ids: list[int], **options: object) -> list[str]:
-    """All deltas, the flush included, up to a stop string."""
+    """Return all deltas up to a stop string, with the rest at the end."""
     detokenizer = IncrementalDetokenizer(tokenizer, **options)  # type: ignore[arg-type]
     parts = []
     for token_id in token_ids:
@@ -52,7 +52,7 @@ def deltas(tokenizer: Tokenizer, token_ids: list[int], **options: object) -> lis
 
 
 def single_bytes(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text as tokens of one byte each."""
+    """Write the text as tokens of one byte each."""
     by_bytes = {tokenizer.token_bytes(token_id): token_id for token_id in reversed(range(tokenizer.vocab_size))}
     return [by_bytes[bytes([byte])] for byte in text.encode()]
 
@@ -150,12 +150,12 @@ def test_deltas_add_up_to_the_text_of_any_tokens(byte_level: Tokenizer, data: st
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])
 @given(text=st.text(max_size=30))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_an_output_goes_on_from_its_prompt(kind: str, request: pytest.FixtureRequest, text: str) -> None:
+def test_an_output_continues_its_prompt(kind: str, request: pytest.FixtureRequest, text: str) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     prompt, ids = tokenizer.encode("one"), tokenizer.encode(text)
     output = "".join(deltas(tokenizer, ids))
     assert tokenizer.decode(prompt) + output == tokenizer.decode([*prompt, *ids])
-    pieces = b"".join(map(tokenizer.token_bytes, ids)).decode()  # spaces before words included
+    pieces = b"".join(map(tokenizer.token_bytes, ids)).decode()  # with spaces before words
     assert pieces.replace("<unk>", "") == output
 
 
@@ -255,11 +255,11 @@ def test_long_output_costs_no_more_per_token(word_pieces: Tokenizer) -> None:
 
     ids = word_pieces.encode(" ".join([WORDS] * 100))
     deltas(Counting(), ids)
-    assert max(sizes) <= 2 * 32  # tokens looked at, whatever the length of the output
+    assert max(sizes) <= 2 * 32  # tokens decoded at once, for any length of the output
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
-def test_a_tokenizer_json_is_taken_as_it_is_whatever_the_model(tmp_path: Path, model_type: str) -> None:
+def test_tokenizer_json_is_used_unchanged_for_every_model(tmp_path: Path, model_type: str) -> None:
     folder = tiny_tokenizers.metaspace(tmp_path)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     tokenizer = Tokenizer(folder)
@@ -272,7 +272,7 @@ def test_several_threads_may_load_the_first_tokenizers_of_a_process(tmp_path: Pa
     program = (
         "import sys; from concurrent.futures import ThreadPoolExecutor; from hbserve.tokenizer import Tokenizer\n"
         "with ThreadPoolExecutor(4) as pool:\n"
-        "    print(*(each.encode('the cat') for each in pool.map(Tokenizer, sys.argv[1:] * 4)), sep='\\n')"
+        "    print(*(one.encode('the cat') for one in pool.map(Tokenizer, sys.argv[1:] * 4)), sep='\\n')"
     )
     folder = tiny_tokenizers.metaspace(tmp_path)
     command = [sys.executable, "-c", program, str(folder)]
