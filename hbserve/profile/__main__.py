@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,20 +16,19 @@ from hbserve.bench import plots
 from hbserve.bench.arguments import check_new_file, default_load_format, find_model
 from hbserve.config import Config
 from hbserve.errors import ConfigError, HBServeError
-from hbserve.profile.bench import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
-from hbserve.profile.plot import plot
+from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
 from hbserve.slo.step_profile import StepProfile
 
 
 def main() -> int:
-    """Parse the arguments and run; returns the exit code."""
+    """Parse the arguments and run; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.profile", description=__doc__)
     parser.add_argument("--model", required=True, help="a model folder, or a shape under configs/models")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture too (.png, .svg)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="write the JSON to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture too (.png, .svg)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    parser.add_argument("--seconds", type=float, help="per point")
+    parser.add_argument("--seconds", type=float, help="measured time per point")
     parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
     parser.add_argument("--short", action="store_true", help="few points, for a first look")
     arguments = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> int:
         profile = _profile(arguments)
         profile.save(arguments.out)
         if arguments.plot is not None:
-            plot(profile, arguments.plot)
+            _plot(profile, arguments.plot)
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -85,9 +85,38 @@ def _on_cpu(config: Config) -> bool:
 
 
 def _within(plan: ProfilePlan, config: Config) -> ProfilePlan:
-    """Only prompts that a step may hold."""
-    most = config.performance.max_num_batched_tokens
-    return dataclasses.replace(plan, prompts=tuple(tokens for tokens in plan.prompts if tokens <= most))
+    """Drop the prompts that a step cannot hold."""
+    limit = config.performance.max_num_batched_tokens
+    return dataclasses.replace(plan, prompts=tuple(tokens for tokens in plan.prompts if tokens <= limit))
+
+
+def _plot(profile: StepProfile, path: Path) -> None:
+    """Draw step times over percentages, and the splits side by side."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    _lines(axes[0], "prefill alone", [(f"{p.tokens} after {p.context}", p.percentage, p.ms) for p in profile.prefill])
+    _lines(axes[1], "decode alone", [(f"{p.batch} of {p.context}", p.percentage, p.ms) for p in profile.decode])
+    max_tokens = max((point.tokens for point in profile.together), default=0)
+    for batch in sorted({point.batch for point in profile.together}):
+        points = [p for p in profile.together if p.batch == batch and p.tokens == max_tokens]
+        axes[2].scatter([p.prefill_ms for p in points], [p.decode_ms for p in points], label=f"batch {batch}")
+        for p in points:
+            axes[2].annotate(f"{p.prefill_percentage},{p.decode_percentage}", (p.prefill_ms, p.decode_ms), fontsize=7)
+    axes[2].set(title="side by side (prefill %, decode %)", xlabel="prefill step, ms", ylabel="decode step, ms")
+    if profile.together:
+        axes[2].legend()
+    figure.suptitle(f"{profile.model} on {profile.device}")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _lines(axes: Any, title: str, points: list[tuple[str, int, float]]) -> None:
+    for name in dict.fromkeys(label for label, _, _ in points):
+        line = sorted((percentage, ms) for label, percentage, ms in points if label == name)
+        axes.plot([percentage for percentage, _ in line], [ms for _, ms in line], marker="o", label=name)
+    axes.set(title=title, xlabel="percentage", ylabel="ms per step", yscale="log")
+    axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":

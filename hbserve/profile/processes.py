@@ -1,4 +1,7 @@
-"""The processes of a profile: the one that holds the memory, and a stepper per phase and percentage."""
+"""The processes of a profile: the resident process that holds the memory, and a stepper per phase and percentage.
+
+This code runs in the process of ``python -m hbserve.profile``, which starts and ends the others.
+"""
 
 from __future__ import annotations
 
@@ -21,63 +24,67 @@ _END_TIMEOUT_S = 20.0
 
 
 class StepperProcess:
-    """One process; see `hbserve.profile.stepper`."""
+    """A process that runs `hbserve.profile.stepper`, and what it reports."""
 
     def __init__(self, orders: Stepper, environment: dict[str, str]) -> None:
         self.name = f"{orders.instance.instance_type} at {orders.percentage} %"
-        self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.process = ChildProcess(
             self.name,
             "hbserve.profile.stepper",
             msgspec.to_builtins(orders),
             environment=environment,
-            on_status=self._said.put,
-            on_exit=lambda code: self._said.put({"error": f"ended with exit code {code}"}),
+            on_status=self._reports.put,
+            on_exit=lambda code: self._reports.put({"error": f"ended with exit code {code}"}),
         )
         self.process.start()
 
-    def hear(self, timeout_s: float) -> dict[str, Any]:
-        """What it says next.
+    def next_report(self, timeout_s: float) -> dict[str, Any]:
+        """Wait for the next report.
 
         Raises:
-            StartupError: if that is an error, or nothing.
+            StartupError: if the process reports an error, or nothing within the time.
         """
         try:
-            said = self._said.get(timeout=max(0.01, timeout_s))
+            report = self._reports.get(timeout=max(0.01, timeout_s))
         except queue.Empty:
             raise StartupError(f"{self.name}: no answer within {timeout_s:.0f} s") from None
-        if "error" in said:
-            raise StartupError(f"{self.name}: {said['error']}")
-        return said
+        if "error" in report:
+            raise StartupError(f"{self.name}: {report['error']}")
+        return report
 
     def begin(self, work: Work) -> None:
         """Start measuring; `finish` waits for the result."""
         self.process.send(msgspec.to_builtins(work))
 
     def finish(self, work: Work) -> Measured:
-        """The result of the work begun."""
-        return msgspec.convert(self.hear(work.seconds + work.lead_s + _MEASURE_TIMEOUT_S), Measured)
+        """Wait for the result of the work begun."""
+        return msgspec.convert(self.next_report(work.seconds + work.lead_s + _MEASURE_TIMEOUT_S), Measured)
 
 
 class ProfiledDevice:
     """All processes on one device, as a context manager: ready when entered, ended when left.
 
     Args:
-        config: of whatever mode; its model, sizes and ``semi_pd.prefill_priority`` are used.
-        percentages: of prefill and of decode.
+        config: of any mode; its model, sizes and ``semi_pd.prefill_priority`` are used.
+        prefill, decode: percentages of each phase.
+
+    Attributes:
+        mixed: process for both phases, at 100 %.
 
     Raises:
-        StartupError: if one of them cannot start.
+        StartupError: if a process cannot start.
     """
+
+    mixed: StepperProcess
 
     def __init__(self, config: Config, prefill: list[int], decode: list[int]) -> None:
         self.config, self._instance = semi_pd_system(config)
         self._percentages = {InstanceRole.PREFILL: prefill, InstanceRole.DECODE: decode}
         self._resident = ResidentProcessManager(self.config)
         self._mps: mps.MpsDaemon | None = None
+        self._environment: dict[str, str] = {}
         self._steppers: dict[tuple[InstanceRole, int], StepperProcess] = {}
-        self.mixed: StepperProcess
-        """One for both phases, at 100 %."""
         self.device = "unknown"
         self.num_blocks = 0
         self.block_size = 0
@@ -92,49 +99,52 @@ class ProfiledDevice:
 
     def _start(self) -> None:
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
-        environment: dict[str, str] = {}
         if self.config.model.device != "cpu" and mps.gpus():
             self._mps = mps.MpsDaemon()
             self._mps.start()
-            environment = dict(self._mps.environment)
+            self._environment = dict(self._mps.environment)
         else:
-            environment["OMP_WAIT_POLICY"] = "passive"  # as in serving: idle threads must not hold cores
-        self._resident.environment = environment
+            self._environment = {"OMP_WAIT_POLICY": "passive"}  # as in serving: idle threads must not hold cores
+        self._resident.environment = self._environment
         self._resident.start()
         attachment = self._resident.attachment
         self.num_blocks, self.block_size = attachment["num_blocks"], attachment["block_size"]
-
-        def stepper(role: InstanceRole, percentage: int, priority: int) -> StepperProcess:
-            instance: InstanceConfig = msgspec.structs.replace(
-                self._instance, instance_id=f"{role}-{percentage}", instance_type=role
-            )
-            orders = Stepper(
-                config=self.config, instance=instance, percentage=percentage, priority=priority, attachment=attachment
-            )
-            return StepperProcess(orders, environment)
-
         for role, percentages in self._percentages.items():
             priority = self.config.semi_pd.prefill_priority if role is InstanceRole.PREFILL else 0
             for percentage in percentages:
-                self._steppers[role, percentage] = stepper(role, percentage, priority)
-        self.mixed = self._steppers[InstanceRole.UNIFIED, 100] = stepper(InstanceRole.UNIFIED, 100, 0)
+                self._add_stepper(role, percentage, priority)
+        self.mixed = self._add_stepper(InstanceRole.UNIFIED, 100, 0)
         for process in self._steppers.values():
-            self.device = process.hear(deadline - time.monotonic())["device"]
+            process.next_report(deadline - time.monotonic())
         self.device = self._resident.device
+
+    def _add_stepper(self, role: InstanceRole, percentage: int, priority: int) -> StepperProcess:
+        instance: InstanceConfig = msgspec.structs.replace(
+            self._instance, instance_id=f"{role}-{percentage}", instance_type=role
+        )
+        orders = Stepper(
+            config=self.config,
+            instance=instance,
+            percentage=percentage,
+            priority=priority,
+            attachment=self._resident.attachment,
+        )
+        process = self._steppers[role, percentage] = StepperProcess(orders, self._environment)
+        return process
 
     def __exit__(self, *_: object) -> None:
         for process in self._steppers.values():
             process.process.terminate()
         for process in self._steppers.values():
             process.process.end(_END_TIMEOUT_S)
-        self._resident.stop()  # after those that are attached to its memory
+        self._resident.stop()  # last, because the steppers are attached to its memory
         if self._mps is not None:
             self._mps.stop()
 
     def prefill(self, percentage: int) -> StepperProcess:
-        """The one for prefill at this percentage."""
+        """Return the process for prefill at a percentage."""
         return self._steppers[InstanceRole.PREFILL, percentage]
 
     def decode(self, percentage: int) -> StepperProcess:
-        """The one for decode at this percentage."""
+        """Return the process for decode at a percentage."""
         return self._steppers[InstanceRole.DECODE, percentage]

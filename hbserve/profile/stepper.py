@@ -1,8 +1,8 @@
 """A process that runs the same step again and again, on its share of the device.
 
-Its standard input is a line of orders, then a line per measurement (`Work`); it answers each with one
-line on the status pipe, and ends with its input. Its memory is a resident process', so that as many
-of these as there are percentages fit on a device.
+Its standard input is a line of orders (`Stepper`), then a line per measurement (`Work`). It answers each
+measurement with a line on the status pipe, and ends when its input ends. The resident process owns its
+memory, so that one stepper per percentage fits on a device.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ _GREEDY = SamplingParams(temperature=0, max_tokens=None)
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of step, for a while.
+    """One kind of step, repeated for a time.
 
     Attributes:
-        tokens: of a prompt in each step, after ``prompt_context`` others; 0 for none.
+        tokens: prompt tokens in each step, after ``prompt_context`` others; 0: no prompt.
         batch: sequences that decode in each step, each with ``context`` tokens.
-        seconds: how long; at least one step is run.
-        lead_s: and how long before that, unmeasured.
-        first_block, num_blocks: KV blocks to use. They may hold anything: time does not depend on it.
+        seconds: measured time, at least one step; a lead of a third of it comes before.
+        first_block, num_blocks: KV blocks to use. Their contents do not matter for the time.
     """
 
     tokens: int = 0
@@ -45,20 +44,24 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 0
     context: int = 0
     seconds: float
-    lead_s: float = 0.0
     first_block: int
     num_blocks: int
 
+    @property
+    def lead_s(self) -> float:
+        """Time of unmeasured steps before the measured ones."""
+        return self.seconds / 3
+
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """Attributes: ms: from the end of a step to the end of the next, mean."""
+    """Result: the number of steps, and the mean time from the end of one to the end of the next."""
 
     ms: float
     steps: int
 
 
 def measure(runner: ModelRunner, work: Work) -> Measured:
-    """Run steps one after the other, the next launched before the last has ended."""
+    """Run steps one after the other; launch each before the step before has ended."""
     states, rows = _steps_of(runner, work)
     in_flight: deque[PendingStep] = deque()
 
@@ -85,7 +88,7 @@ def measure(runner: ModelRunner, work: Work) -> Measured:
 
 
 def _steps_of(runner: ModelRunner, work: Work) -> tuple[list[SequenceState], list[PlanRow]]:
-    """State to install once, and the rows of every step: the same positions each time."""
+    """Return the state to install once, and the rows of every step: the same positions each time."""
     block_size = runner.layout.block_size
     states, rows = [], []
     next_block = 0
@@ -114,7 +117,7 @@ def _steps_of(runner: ModelRunner, work: Work) -> tuple[list[SequenceState], lis
 
 
 class Stepper(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process of this module is told first.
+    """Orders that a process of this module reads first.
 
     Attributes:
         attachment: an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
@@ -153,7 +156,7 @@ def _run(orders: Stepper) -> None:
 
 
 def main() -> None:
-    """Entry of the process that `hbserve.profile.bench` starts."""
+    """Entry of the process that `hbserve.profile.processes` starts."""
     orders = msgspec.convert(child.read_orders(), Stepper)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     name = f"profile-{orders.instance.instance_type}-{orders.percentage}"
@@ -165,7 +168,7 @@ def main() -> None:
     except HBServeError as error:
         child.report_status({"error": str(error)})
         code = 1
-    except Exception as error:  # the one who waits must hear why, not only that
+    except Exception as error:  # the parent must get the reason, not only the exit code
         child.report_status({"error": repr(error)})
         code = 1
     child.exit_now(code)

@@ -1,4 +1,4 @@
-"""What a profile measures, in which order."""
+"""The points of a profile: which there are, and how each is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hbserve.config import Config
 from hbserve.profile.processes import ProfiledDevice, StepperProcess
-from hbserve.profile.stepper import Measured, Work
+from hbserve.profile.stepper import Work
 from hbserve.slo.step_profile import DecodePoint, MixedPoint, PrefillPoint, StepProfile, TogetherPoint
 
 
@@ -19,10 +19,11 @@ class ProfilePlan:
 
     Attributes:
         percentages: of either phase alone.
-        splits: (prefill, decode) side by side.
-        prompts: tokens per prefill step. prompt_context: tokens before them, one more point for the largest.
+        splits: (prefill, decode) percentages side by side.
+        prompts: tokens per prefill step.
+        prompt_context: tokens before the largest of ``prompts``, in one more point.
         batches, contexts: of decode.
-        chunks: of the unified worker.
+        chunks: prompt tokens in a step of the unified worker.
         seconds: per point, after a lead of a third of it.
     """
 
@@ -46,7 +47,7 @@ GPU_PLAN = ProfilePlan(
     chunks=(128, 512, 2048),
     seconds=0.3,
 )
-"""One to two minutes for an 8B model on one GPU."""
+"""A plan of one to two minutes for an 8B model on one GPU."""
 
 SHORT_GPU_PLAN = ProfilePlan(
     percentages=(100, 50),
@@ -58,7 +59,7 @@ SHORT_GPU_PLAN = ProfilePlan(
     chunks=(512,),
     seconds=0.2,
 )
-"""A first look."""
+"""A plan for a first look."""
 
 CPU_PLAN = ProfilePlan(
     percentages=(100, 50),
@@ -70,14 +71,14 @@ CPU_PLAN = ProfilePlan(
     chunks=(32,),
     seconds=0.1,
 )
-"""Seconds, for a small model on a few cores."""
+"""A plan of seconds, for a small model on a few cores."""
 
 
-def run_profile(config: Config, plan: ProfilePlan, say: Callable[[str], None]) -> StepProfile:
+def run_profile(config: Config, plan: ProfilePlan, show: Callable[[str], None]) -> StepProfile:
     """Start the processes, measure every point, end them.
 
     Args:
-        say: called with a line per point.
+        show: called with a line per point.
 
     Raises:
         StartupError: if a process cannot start, or does not answer.
@@ -85,27 +86,23 @@ def run_profile(config: Config, plan: ProfilePlan, say: Callable[[str], None]) -
     prefill = sorted({*plan.percentages, *(p for p, _ in plan.splits)}, reverse=True)
     decode = sorted({*plan.percentages, *(d for _, d in plan.splits)}, reverse=True)
     with ProfiledDevice(config, prefill, decode) as device:
-        bench = _Bench(device, plan, say)
-        prefill_points = tuple(bench.prefill())
-        decode_points = tuple(bench.decode())
-        together_points = tuple(bench.together())
-        mixed_points = tuple(bench.mixed())
+        points = _Points(device, plan, show)
         return StepProfile(
             model=Path(config.model.path).name,
             device=device.device,
             source="python -m hbserve.profile",
-            prefill=prefill_points,
-            decode=decode_points,
-            together=together_points,
-            mixed=mixed_points,
+            prefill=tuple(points.prefill()),
+            decode=tuple(points.decode()),
+            together=tuple(points.together()),
+            mixed=tuple(points.mixed()),
         )
 
 
-class _Bench:
-    """Points, one after the other. Prefill and decode use a half of the KV blocks each."""
+class _Points:
+    """Measurement of points, one after the other. Prefill and decode use a half of the KV blocks each."""
 
-    def __init__(self, device: ProfiledDevice, plan: ProfilePlan, say: Callable[[str], None]) -> None:
-        self._device, self._plan, self._say = device, plan, say
+    def __init__(self, device: ProfiledDevice, plan: ProfilePlan, show: Callable[[str], None]) -> None:
+        self._device, self._plan, self._show = device, plan, show
         self._half = device.num_blocks // 2
 
     def _fits(self, sequences: int, tokens: int) -> bool:
@@ -113,56 +110,40 @@ class _Bench:
         return blocks <= self._half and sequences < self._device.config.performance.max_num_seqs
 
     def _prefill_work(self, tokens: int, context: int = 0) -> Work:
-        seconds = self._plan.seconds
-        return Work(
-            tokens=tokens,
-            prompt_context=context,
-            seconds=seconds,
-            lead_s=seconds / 3,
-            first_block=0,
-            num_blocks=self._half,
-        )
+        seconds, half = self._plan.seconds, self._half
+        return Work(tokens=tokens, prompt_context=context, seconds=seconds, first_block=0, num_blocks=half)
 
     def _decode_work(self, batch: int, context: int) -> Work:
-        seconds = self._plan.seconds
-        return Work(
-            batch=batch,
-            context=context,
-            seconds=seconds,
-            lead_s=seconds / 3,
-            first_block=self._half,
-            num_blocks=self._half,
-        )
+        seconds, half = self._plan.seconds, self._half
+        return Work(batch=batch, context=context, seconds=seconds, first_block=half, num_blocks=half)
 
-    def _alone(self, process: StepperProcess, work: Work, what: str) -> Measured:
+    def _alone_ms(self, process: StepperProcess, work: Work, name: str) -> float:
         process.begin(work)
-        measured = process.finish(work)
-        self._say(f"{what}: {measured.ms:.2f} ms")
-        return measured
+        ms = process.finish(work).ms
+        self._show(f"{name}: {ms:.2f} ms")
+        return ms
 
     def prefill(self) -> Iterator[PrefillPoint]:
-        """Prefill alone."""
+        """Measure prefill alone."""
         plan = self._plan
         sizes = [(tokens, 0) for tokens in plan.prompts] + [(max(plan.prompts), plan.prompt_context)]
         sizes = [size for size in sizes if self._fits(1, sum(size)) and sum(size) <= self._longest]
-        for percentage in plan.percentages:
-            for tokens, context in sizes:
-                what = f"prefill alone at {percentage} %, {tokens} tokens after {context}"
-                measured = self._alone(self._device.prefill(percentage), self._prefill_work(tokens, context), what)
-                yield PrefillPoint(percentage=percentage, tokens=tokens, context=context, ms=measured.ms)
+        for percentage, (tokens, context) in itertools.product(plan.percentages, sizes):
+            name = f"prefill alone at {percentage} %, {tokens} tokens after {context}"
+            ms = self._alone_ms(self._device.prefill(percentage), self._prefill_work(tokens, context), name)
+            yield PrefillPoint(percentage=percentage, tokens=tokens, context=context, ms=ms)
 
     def decode(self) -> Iterator[DecodePoint]:
-        """Decode alone."""
-        for percentage in self._plan.percentages:
-            for batch, context in self._decode_sizes():
-                what = f"decode alone at {percentage} %, {batch} sequences of {context} tokens"
-                measured = self._alone(self._device.decode(percentage), self._decode_work(batch, context), what)
-                yield DecodePoint(percentage=percentage, batch=batch, context=context, ms=measured.ms)
+        """Measure decode alone."""
+        for percentage, (batch, context) in itertools.product(self._plan.percentages, self._decode_sizes()):
+            name = f"decode alone at {percentage} %, {batch} sequences of {context} tokens"
+            ms = self._alone_ms(self._device.decode(percentage), self._decode_work(batch, context), name)
+            yield DecodePoint(percentage=percentage, batch=batch, context=context, ms=ms)
 
     def together(self) -> Iterator[TogetherPoint]:
-        """Both, each without a pause, for the same time."""
+        """Measure both phases side by side, each without a pause, for the same time."""
         longest = max(t for t in self._plan.prompts if t <= 2048 and self._fits(1, t) and t <= self._longest)
-        # Short prompts are slowed down otherwise than long ones: their kernels fill less of the device.
+        # Side by side, short prompts slow down by another factor than long ones: their kernels fill less of the device.
         sizes = (longest, max((t for t in self._plan.prompts if t <= longest // 4), default=longest))
         context = max(c for c in self._plan.contexts if self._fits(1, c))
         batches = sorted({batch for batch, c in self._decode_sizes() if c == context and batch > 1})[-3:]
@@ -175,7 +156,7 @@ class _Bench:
                 decode_process.begin(decode)
                 prefill_ms = prefill_process.finish(prefill).ms
                 decode_ms = decode_process.finish(decode).ms
-                self._say(
+                self._show(
                     f"side by side at ({prefill_percentage}, {decode_percentage}) %, {tokens} tokens and {batch} "
                     f"sequences of {context}: prefill {prefill_ms:.2f} ms, decode {decode_ms:.2f} ms"
                 )
@@ -191,26 +172,20 @@ class _Bench:
                 )
 
     def mixed(self) -> Iterator[MixedPoint]:
-        """Chunks in decode batches, in one process."""
+        """Measure prompt chunks in decode batches, in one process."""
+        seconds, num_blocks = self._plan.seconds, 2 * self._half
         context = max(c for c in self._plan.contexts if self._fits(1, c))
-        for batch in sorted({batch for batch, c in self._decode_sizes() if c == context})[-2:]:
-            for chunk in self._plan.chunks:
-                decode = self._decode_work(batch, context)
-                work = Work(
-                    tokens=chunk,
-                    batch=batch,
-                    context=context,
-                    seconds=decode.seconds,
-                    lead_s=decode.lead_s,
-                    first_block=0,
-                    num_blocks=2 * self._half,
-                )
-                what = f"one worker, {chunk} tokens among {batch} sequences of {context}"
-                measured = self._alone(self._device.mixed, work, what)
-                yield MixedPoint(chunk=chunk, batch=batch, context=context, ms=measured.ms)
+        batches = sorted({batch for batch, c in self._decode_sizes() if c == context})[-2:]
+        for batch, chunk in itertools.product(batches, self._plan.chunks):
+            work = Work(
+                tokens=chunk, batch=batch, context=context, seconds=seconds, first_block=0, num_blocks=num_blocks
+            )
+            name = f"one worker, {chunk} tokens among {batch} sequences of {context}"
+            ms = self._alone_ms(self._device.mixed, work, name)
+            yield MixedPoint(chunk=chunk, batch=batch, context=context, ms=ms)
 
     def _decode_sizes(self) -> list[tuple[int, int]]:
-        sizes = [(batch, context) for batch in self._plan.batches for context in self._plan.contexts]
+        sizes = itertools.product(self._plan.batches, self._plan.contexts)
         return [size for size in sizes if self._fits(*size)]
 
     @property
