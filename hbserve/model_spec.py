@@ -1,4 +1,8 @@
-"""What a model is, in the numbers that the forward pass needs."""
+"""A model in the numbers that the forward pass needs, read from its ``config.json``.
+
+Five things differ between the supported families: which projections have a bias, norms of heads, tied embeddings,
+sliding windows, and the rotary embedding. `_FAMILIES` holds what ``config.json`` does not state.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,17 @@ from hbserve.errors import ModelError
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Frequencies of a rotary embedding.
+    """Parameters of a rotary embedding; `hbserve.layers.rotary` has the formulae.
 
     Attributes:
-        kind: ``default``; ``linear``, all frequencies divided by ``factor``; ``llama3``, only the
-            low ones divided, with a smooth passage between (Llama 3.1); ``yarn``, likewise, with a
-            passage that is linear in the pair of dimensions (Peng et al. 2023, YaRN, section 3.2).
         theta: base of the frequencies.
-        factor: by how much the context is stretched.
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: of ``llama3``: waves
-            longer than ``original / low`` positions are stretched, shorter than ``original / high`` not.
-        beta_fast, beta_slow: of ``yarn``: pairs that turn more often than ``beta_fast`` within the original context
-            are not stretched, those that turn less often than ``beta_slow`` are.
-        truncate: of ``yarn``: the passage begins and ends at whole pairs.
-        magnitude: cosines and sines are multiplied by it (YaRN, section 3.3).
+        kind: how the frequencies are stretched for contexts longer than in training.
+        factor: by how much.
+        low_freq_factor, high_freq_factor: bounds of the blend of ``llama3``.
+        original_max_position_embeddings: context length before the stretch, for ``llama3`` and ``yarn``.
+        beta_fast, beta_slow: bounds of the blend of ``yarn``, in turns within the original context.
+        truncate: the blend of ``yarn`` begins and ends at whole pairs.
+        magnitude: factor of cosines and sines (YaRN, section 3.3).
     """
 
     theta: float
@@ -83,7 +84,7 @@ _ROPE_PARAMETERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-"""Kinds of rotary embedding, and what each needs to be told."""
+"""Keys of ``rope_parameters`` that a kind of rotary embedding requires, besides ``rope_theta``."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ class ModelSpec:
 
     Attributes:
         architecture: transformers' class name.
-        qkv_bias, o_bias, mlp_bias: which projections have a bias.
-        qk_norm: queries and keys are normalised per head before the rotary embedding.
+        max_position_embeddings: maximum context length, stretched by YaRN where the model uses it.
+        qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        qk_norm: each head of queries and keys has an RMS norm before the rotary embedding.
         tied_embeddings: the LM head is the embedding matrix.
-        sliding_windows: per layer, how many tokens back a token sees, itself included; None: all.
-        dtype: of the checkpoint.
+        sliding_windows: per layer, the number of latest tokens that a token sees, itself included; None: all.
+        dtype: dtype of the checkpoint.
     """
 
     architecture: str
@@ -123,7 +125,7 @@ class ModelSpec:
         """Read ``config.json`` of a model folder.
 
         Raises:
-            ModelError: if it cannot be read, or asks for something that is not supported.
+            ModelError: the file cannot be read, or names something that is not supported.
         """
         path = Path(folder) / "config.json"
         try:
@@ -132,10 +134,10 @@ class ModelSpec:
             raise ModelError(f"cannot read {path}: {error.strerror}") from None
         except ValueError as error:
             raise ModelError(f"{path} is not valid JSON: {error}") from None
-        from transformers import AutoConfig  # takes seconds, and most processes are told what the model is
+        from transformers import AutoConfig  # takes seconds, and most processes get a ready spec
 
         try:
-            # Refusals come first: AutoConfig's own message for an unknown model would not say what is supported.
+            # These checks come first: AutoConfig's message for an unknown model does not say what is supported.
             family = _family(document)
             _refuse_quantised(document)
             try:
@@ -147,13 +149,13 @@ class ModelSpec:
             raise ModelError(f"{path}: {error}") from error.__cause__
 
     def as_plain(self) -> dict[str, Any]:
-        """What `from_plain` makes the same of, in another process."""
+        """Turn the spec into plain data for another process; `from_plain` is the inverse."""
         plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=lambda dtype: str(dtype).removeprefix("torch."))
         return plain
 
     @staticmethod
     def from_plain(plain: dict[str, Any]) -> ModelSpec:
-        """The inverse of `as_plain`."""
+        """Make a spec from the result of `as_plain`."""
         return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
 
 
@@ -193,7 +195,7 @@ def _from_config(family: _Family, config: Any) -> ModelSpec:
     attention_bias = family.reads_attention_bias and config.attention_bias
     rope = _rope(config)
     max_positions = config.max_position_embeddings
-    if rope.kind == "yarn":  # checkpoints differ in whether they count the stretched context here
+    if rope.kind == "yarn":  # only some checkpoints state the stretched context here
         max_positions = max(max_positions, int(rope.factor * rope.original_max_position_embeddings))
     return ModelSpec(
         architecture=family.name,
@@ -218,7 +220,7 @@ def _from_config(family: _Family, config: Any) -> ModelSpec:
 
 
 def _rope(config: Any) -> RopeSpec:
-    # transformers 5 turns the older pair of rope_theta and rope_scaling into rope_parameters as it reads them
+    # transformers 5 converts the older keys rope_theta and rope_scaling to rope_parameters
     parameters = config.rope_parameters
     kind = parameters["rope_type"]
     if kind not in _ROPE_PARAMETERS:
@@ -232,11 +234,11 @@ def _rope(config: Any) -> RopeSpec:
     given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
     try:
         if kind == "yarn":
-            optional = ("beta_fast", "beta_slow")  # 0 is none, as transformers has it
+            optional = ("beta_fast", "beta_slow")  # 0 means the default, as in transformers
             given |= {name: parameters[name] for name in optional if parameters.get(name)}
             given["truncate"] = parameters.get("truncate", True)
             given["magnitude"] = _yarn_magnitude(parameters)
-        rope = msgspec.convert(given, RopeSpec)  # config.json may have whole numbers for what is a float here
+        rope = msgspec.convert(given, RopeSpec)  # also turns whole numbers into floats
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise ModelError(f"rope parameters: {error}") from None
     if min(rope.theta, rope.factor, rope.original_max_position_embeddings) <= 0:
@@ -245,7 +247,7 @@ def _rope(config: Any) -> RopeSpec:
 
 
 def _yarn_magnitude(parameters: dict[str, Any]) -> float:
-    """YaRN, section 3.3, with the two coefficients that DeepSeek gives the logarithm."""
+    """Compute the factor of cosines and sines: YaRN, section 3.3, with DeepSeek's two coefficients of the logarithm."""
 
     def magnitude(coefficient: float) -> float:
         return 0.1 * coefficient * math.log(max(1.0, parameters["factor"])) + 1.0
@@ -262,7 +264,7 @@ def _sliding_windows(family: _Family, config: Any) -> tuple[int | None, ...]:
     full, sliding = "full_attention", "sliding_attention"
     layer_types = getattr(config, "layer_types", None)
     if family.is_uniform:
-        # transformers itself runs all layers alike here, whatever layer_types says
+        # transformers runs all layers alike here, whatever layer_types says
         same = sliding if window is not None else full
         if layer_types is not None and set(layer_types) != {same}:
             raise ModelError(f"layer_types of {family.name} is not supported; sliding_window holds for all layers")

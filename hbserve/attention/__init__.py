@@ -20,16 +20,16 @@ _BACKENDS: dict[str, type[AttentionBackend]] = {
     FlashAttnBackend.name: FlashAttnBackend,
     SdpaBackend.name: SdpaBackend,
 }
-"""Best first: what ``auto`` tries."""
+"""Backends in the order in which ``auto`` tries them."""
 
 
 def select_attention_backend(
     name: str, spec: ModelSpec, dtype: torch.dtype, platform: Platform
 ) -> type[AttentionBackend]:
-    """The backend of that name, or for ``auto`` the best that supports model and device.
+    """Return the backend of that name; for ``auto``, the first one that supports the model and the device.
 
     Raises:
-        ConfigError: if there is none, or it cannot serve them; it says why.
+        ConfigError: no backend has that name, or it cannot serve the model there; the text gives the reason.
     """
     key = "model.attention_backend"
     if name != "auto":

@@ -1,4 +1,4 @@
-"""What the forward pass asks of an attention backend, and what a backend is told of a step."""
+"""The interface between the forward pass and an attention backend, and the description of a step's batch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from hbserve.platform import Platform
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """The rows of one step: sequences, each with the tokens it computes now.
+    """The rows of one step: sequences, each with the tokens that the step computes for it.
 
-    Rows of a single token come first, whether they decode or end a prompt: kernels want them
-    apart, and so their tokens are the first ``num_decode_rows`` of the flat batch.
+    Rows with a single token come first, whether they decode or end a prompt, because kernels treat them apart::
+
+        row              0   1   2        3             num_decode_rows = 2
+        flat batch      [a] [b] [c c c c] [d d d]
+        query_starts     0   1   2        6      9
 
     Attributes:
         num_decode_rows: rows with one token.
         query_starts: int32 ``[rows + 1]``, on the host: row i's tokens are
             ``query_starts[i] .. query_starts[i + 1] - 1`` of the flat batch.
-        context_lens: int32 ``[rows]``, on the host: tokens of the sequence up to and including this step's.
-        block_tables: int32 ``[rows, width]``, on the host: block ids of positions 0..; what lies past
-            the context is undefined.
-        slot_mapping: int64 ``[tokens]``, on the device: where each token's KV goes,
+        context_lens: int32 ``[rows]``, on the host: tokens of the sequence including this step's.
+        block_tables: int32 ``[rows, width]``, on the host: block ids from position 0; entries past the context are
+            undefined.
+        slot_mapping: int64 ``[tokens]``, on the device: the place of each token's KV in the cache,
             ``block id * block size + offset in the block``.
     """
 
@@ -43,11 +46,12 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class PageTables:
-    """The pages of a batch, on the host.
+    """A batch's block tables without gaps, on the host, in the form that attention kernels take.
 
     Attributes:
-        indptr: int32 ``[rows + 1]``, row i's pages are ``indices[indptr[i]:indptr[i + 1]]``.
-        last_page_len: int32 ``[rows]``, tokens in the last page.
+        indptr: int32 ``[rows + 1]``; row i's pages are ``indices[indptr[i]:indptr[i + 1]]``.
+        indices: int32 ``[pages]``, block ids.
+        last_page_len: int32 ``[rows]``, tokens in the row's last page.
     """
 
     indptr: npt.NDArray[np.int32]
@@ -56,7 +60,7 @@ class PageTables:
 
     @staticmethod
     def build(context_lens: npt.NDArray[np.int32], block_tables: npt.NDArray[np.int32], block_size: int) -> PageTables:
-        """From context lengths ``[rows]`` and block tables ``[rows, width]``."""
+        """Join block tables ``[rows, width]`` of rows with context lengths ``[rows]``."""
         pages = -(-context_lens // block_size)
         indptr = np.zeros(len(pages) + 1, np.int32)
         np.cumsum(pages, out=indptr[1:])
@@ -65,17 +69,17 @@ class PageTables:
 
 
 class Attention(ABC):
-    """What the forward pass sees of attention: causal, of one rank, over a block-major KV cache.
+    """Causal attention of one rank over a block-major KV cache.
 
     All layers share one softmax scale, ``1 / sqrt(head_dim)``.
 
     Args:
-        layout: of the cache.
+        layout: layout of the cache.
         kv_cache: ``[block, layer, k/v, token, kv head, head dim]``, a view of the KV arena, used in place.
     """
 
     slot_mapping: torch.Tensor
-    """Of the step that has begun; see `AttentionBatch`."""
+    """Slot mapping of the step that has begun; see `AttentionBatch`."""
 
     def __init__(self, layout: KVLayout, kv_cache: torch.Tensor) -> None:
         self.layout, self.kv_cache = layout, kv_cache
@@ -83,8 +87,7 @@ class Attention(ABC):
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
 
-        All rows are written before any is read, so a row may share blocks that another row of the
-        same step fills.
+        All rows are written before any row is read, so a row may share blocks that another row of the same step fills.
         """
         block_size = self.layout.block_size
         blocks, offsets = self.slot_mapping // block_size, self.slot_mapping % block_size
@@ -93,11 +96,11 @@ class Attention(ABC):
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
-        """Attend over the cache, which has the step's own keys and values: each token to its past.
+        """Let each token attend to its sequence up to itself; `store` has written the step's keys and values.
 
         Args:
             q: ``[tokens, heads, head_dim]``.
-            out: contiguous, of the same shape; written.
+            out: receives the result; contiguous, same shape.
         """
 
 
@@ -106,7 +109,7 @@ class AttentionBackend(Attention):
 
     Args:
         layout, kv_cache: see `Attention`.
-        tp_size: ranks that share the query heads.
+        tp_size: number of ranks that share the query heads.
     """
 
     name: ClassVar[str]
@@ -114,7 +117,7 @@ class AttentionBackend(Attention):
     """Tokens per block that suit the kernels best."""
 
     block_size_multiple: ClassVar[int] = 1
-    """What the tokens per block must be a multiple of."""
+    """Tokens per block must be a multiple of this."""
 
     def __init__(
         self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
@@ -126,18 +129,19 @@ class AttentionBackend(Attention):
     @classmethod
     @abstractmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-        """None, or why this backend cannot serve that model in that dtype on that device."""
+        """Return None, or the reason why this backend cannot serve that model in that dtype on that device."""
 
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:
-        """Prepare for a step, once for all layers; keeps ``slot_mapping``."""
+        """Prepare for a step, once for all layers; sets ``slot_mapping``."""
 
 
 def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
-    """Why a library of CUDA kernels cannot be used for a model, whatever its head size; None if it can.
+    """Return the reason why a library of CUDA kernels cannot serve a model, whatever its head size; None if it can.
 
     Args:
-        package: that is imported; ``wheel`` is what to install.
+        package: name to import.
+        wheel: name to install.
     """
     if platform.name != "cuda":
         return "needs a CUDA device"

@@ -1,4 +1,4 @@
-"""Attention by flash-attn (Dao 2023, FlashAttention-2): its paged functions, over blocks of 256 tokens."""
+"""Attention by the paged functions of flash-attn (Dao 2023, FlashAttention-2), over blocks of 256 tokens."""
 
 from __future__ import annotations
 

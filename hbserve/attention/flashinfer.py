@@ -17,7 +17,7 @@ _WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
 _HEAD_DIMS = (64, 128, 256)
 _NUM_SCHEDULE_BUFFERS = 8
-"""Host copies of a schedule: the copy to the device may still be pending when later steps are planned."""
+"""Host buffers for schedules: the copy of one to the device may still be pending when later steps are planned."""
 
 
 class FlashInferBackend(AttentionBackend):

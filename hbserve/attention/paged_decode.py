@@ -1,10 +1,17 @@
 """Attention of one query per sequence over the paged KV cache, as a Triton kernel.
 
-Decoding is bound by reading keys and values, so all that counts is to keep enough reads in flight.
-Sequences are cut into pieces, one program for each piece and KV head, and the program that ends
-last merges its sequence's pieces (Dao et al. 2023, "Flash-Decoding"; counted by an atomic as in
-stream-K). The list of pieces is data, not a constant, so that a captured graph serves every mix of
-lengths; `hbserve.attention.decode_pieces` makes it, on the host.
+Decoding is bound by reading keys and values, so the kernel must keep enough reads in flight. The host cuts sequences
+into pieces (`hbserve.attention.decode_pieces`). The grid is ``[KV heads, capacity]``: program ``(h, p)`` computes the
+query heads of KV head h over piece p, and returns at once if there is no piece p::
+
+    pieces   (0,0) (2,0) (2,1) (1,0) ... -1 -1        (row, split) of each p; this order is also the launch order
+
+    row 1, one piece        result ─────────────────────────────────────────────────────► out
+    row 2, three pieces     result, log-sum-exp ─► partial[first_piece + split], then counter[row, h] += 1
+                            the program that counts the last piece merges all of them ───► out, counter = 0
+
+This is Flash-Decoding (Dao et al. 2023) with an atomic counter as in stream-K, so there is no second kernel. The
+pieces are data and not constants: a captured graph serves every mix of lengths.
 """
 
 from __future__ import annotations
@@ -26,10 +33,10 @@ from hbserve.model_spec import ModelSpec
 from hbserve.platform.cuda_driver import overlaps
 
 _MIN_QUERY_ROWS = 16
-"""Rows of the smallest matrix product that tensor cores do."""
+"""Rows of the smallest matrix product that tensor cores compute."""
 
 _MERGED_VALUES = 4096
-"""Of partial results, that a warp merges at a time: 128 registers of each thread."""
+"""Values of partial results that a warp merges at a time: 128 registers of each thread."""
 
 
 @triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
@@ -44,8 +51,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     early: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    # What the host has copied for this step is there, and so are keys and values of earlier steps; what the kernel in
-    # front writes may not be.
+    # Before gdc_wait() only two things may be read: what the host has copied for this step, and keys and values of
+    # earlier steps. What the previous kernel writes may be missing: the query, and the newest token's key and value.
     piece = tl.load(pieces + tl.program_id(1))
     if piece < 0:
         return
@@ -63,7 +70,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     in_head = lane[None, :] < head_dim
     heads = sequence * num_kv_heads * group + head * group + member
     keys = cache + head * head_dim
-    if early:  # the first piece, without the step's own token
+    if early:  # load the piece's first block before the wait, without the newest token
         token = start + tl.arange(0, block)
         page_id = tl.load(indices + first_page + token // page, mask=token < end, other=0).to(tl.int64)
         offset = page_id * stride_block + (token % page) * stride_token
@@ -74,7 +81,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     query = tl.load(q + heads[:, None] * head_dim + lane[None, :], mask=in_group & in_head, other=0.0)
-    # in base 2: exp2 is one instruction
+    # softmax in base 2, because exp2 is one instruction: the scale includes log2(e)
     query = (query.to(tl.float32) * (scale * 1.4426950408889634)).to(query.dtype)
     highest = tl.full((query_rows,), -1e30, tl.float32)
     total = tl.zeros((query_rows,), tl.float32)
@@ -113,11 +120,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         target = out + heads[:, None] * head_dim + lane[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=in_group & in_head)
     else:
-        # [heads, capacity]: all pieces, those of a sequence one after the other
+        # partial is [heads, capacity]; the pieces of a sequence are neighbours
         piece_row = (head * group + member) * capacity + first_part + split
         tl.store(partial + piece_row[:, None] * head_dim + lane[None, :], result, mask=in_group & in_head)
         tl.store(partial_lse + piece_row, highest + tl.log2(total), mask=member < group)
-        tl.debug_barrier()  # all of the program's stores come before its count
+        tl.debug_barrier()  # all stores of the program come before its count
         counter = counters + sequence * num_kv_heads + head
         num_parts = (length + chunk - 1) // chunk
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
@@ -156,12 +163,11 @@ class DecodeInputs:
     """A batch of decoding sequences, on the device.
 
     Attributes:
-        pieces: int32 ``[capacity]``, see `PagedDecode.cut`.
-        first_piece: int32 ``[rows]``, likewise.
-        indptr: int32 ``[rows + 1]``, row i's blocks are ``indices[indptr[i]:indptr[i + 1]]``.
-        positions: int64 ``[rows]``, of the queries; a row attends to one token more than that.
-        slot_mapping: int64 ``[rows]``, see `hbserve.attention.base.AttentionBatch`.
-        chunk_len: int32 ``[1]``, likewise.
+        pieces, first_piece, chunk_len: int32 ``[capacity]``, ``[rows]`` and ``[1]``; see
+            `hbserve.attention.decode_pieces.Pieces`.
+        indptr, indices: int32 ``[rows + 1]`` and ``[pages]``; see `hbserve.attention.base.PageTables`.
+        positions: int64 ``[rows]``, positions of the queries; a row attends to ``position + 1`` tokens.
+        slot_mapping: int64 ``[rows]``; see `hbserve.attention.base.AttentionBatch`.
     """
 
     pieces: torch.Tensor
@@ -186,13 +192,13 @@ class PagedDecode(Attention):
         self._group = num_heads // layout.num_kv_heads
         self._counters = torch.zeros(max_rows * layout.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
         self._overlap = overlaps(kv_cache.device)
-        # of the process, where it has a share of the device (CUDA MPS)
+        # of the process's share, where CUDA MPS gives it one
         self._num_multiprocessors = torch.cuda.get_device_properties(kv_cache.device).multi_processor_count
         self._inputs: DecodeInputs | None = None
 
     @staticmethod
     def supports(spec: ModelSpec, layout: KVLayout) -> str | None:
-        """None, or why it cannot serve that model."""
+        """Return None, or the reason why the kernel cannot serve that model."""
         if layout.dtype not in (torch.bfloat16, torch.float16):
             return f"has no kernel for {layout.dtype}"
         if any(window is not None for window in spec.sliding_windows):
@@ -200,15 +206,15 @@ class PagedDecode(Attention):
         return None
 
     def begin(self, inputs: DecodeInputs) -> None:
-        """From here on `attend` is of that batch."""
+        """Let `attend` compute this batch from now on."""
         self._inputs, self.slot_mapping = inputs, inputs.slot_mapping
 
     def capacity(self, num_rows: int) -> int:
-        """Pieces that a batch of so many rows may be cut into."""
+        """Maximum number of pieces of a batch of ``num_rows``."""
         return self._cutter(num_rows).capacity
 
     def cut(self, context_lens: npt.NDArray[np.int32]) -> Pieces:
-        """The pieces of a batch whose rows attend to so many tokens each, its own one included."""
+        """Cut a batch whose rows attend to ``context_lens [rows]`` tokens, the newest one included."""
         return self._cutter(len(context_lens)).cut(context_lens)
 
     def _cutter(self, num_rows: int) -> PieceCutter:
@@ -239,9 +245,13 @@ class PagedDecode(Attention):
 
 
 def _launch_shape(programs: int, lanes: int) -> tuple[int, int, int, int]:
-    """Tokens that a program loads at a time, such loads in flight, its warps, and how many a multiprocessor holds.
+    """Choose a program's tokens per load, loads in flight and warps, and the programs that a multiprocessor holds.
 
-    The first three are from a sweep, docs/benchmarks.md; the last is what the kernel's registers leave room for.
+    The first three come from a sweep (docs/benchmarks.md); the last follows from the kernel's registers.
+
+    Args:
+        programs: rows times KV heads of the batch.
+        lanes: head_dim, rounded up to a power of two.
     """
     if lanes > 128:
         return 32, 2, 4, 2

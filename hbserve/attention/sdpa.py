@@ -1,7 +1,7 @@
-"""Attention with torch's own kernel: runs everywhere, and is what other backends are measured against.
+"""Attention with torch's own kernel: it runs everywhere and is the reference for the other backends.
 
-Keys and values are gathered out of the cache through the block tables. Nothing is read that no
-step has written: a masked position may hold anything, and zero times NaN is NaN.
+The backend gathers keys and values from the cache through the block tables. It reads only what a step has written,
+even at masked positions: unwritten memory may hold NaN, and zero times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 _QUERY_TILE_TOKENS = 1024
-"""Most queries of one kernel call with a mask, so that the mask stays small however long the prompt."""
+"""Maximum queries of one kernel call with a mask: the mask stays small however long the prompt is."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class _Gather:
     """One kernel call: queries, and the cache rows of their keys.
 
     Attributes:
-        queries: the flat batch's tokens, a slice for a prompt chunk, an index ``[rows]`` for decodes.
+        queries: tokens of the flat batch: a slice for a prompt chunk, an index ``[rows]`` for decodes.
         rows: cache rows ``[sequences * keys]`` of layer 0's keys; see `SdpaBackend._row_of`.
-        mask: bool, True where a key is seen: ``[queries, keys]`` of a chunk, ``[rows, 1, 1, keys]``
-            of decodes; None: all of them, or for a chunk the plain causal triangle.
+        mask: bool, True where a query sees a key: ``[queries, keys]`` for a chunk, ``[rows, 1, 1, keys]`` for
+            decodes. None: decodes see all keys, and a chunk the causal triangle.
     """
 
     queries: slice | torch.Tensor
@@ -40,7 +40,7 @@ class _Gather:
 
 @dataclass(frozen=True)
 class _WindowPlan:
-    """All kernel calls of a step for the layers of one sliding window."""
+    """All kernel calls of a step for the layers with one size of sliding window."""
 
     decodes: list[_Gather]
     chunks: list[_Gather]
@@ -56,7 +56,7 @@ class SdpaBackend(AttentionBackend):
         self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
     ) -> None:
         super().__init__(spec, layout, kv_cache, platform, tp_size)
-        # Every token of every layer is one row of this view; a layer's are layer 0's plus a constant.
+        # One row per token, layer and k/v; the rows of a layer are those of layer 0 plus a constant.
         self._cache_rows = kv_cache.view(-1, layout.num_kv_heads * layout.head_dim)
         self._scratch = kv_cache.new_empty(0)
         self._plans: dict[int | None, _WindowPlan] = {}
@@ -89,16 +89,15 @@ class SdpaBackend(AttentionBackend):
             out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask)
 
     def _row_of(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of layer 0's keys in the cache, of ``block id * block size + offset``."""
+        """Turn slots (``block id * block size + offset``) into cache rows of layer 0's keys."""
         block_size = self.layout.block_size
         rows_per_block = self.layout.num_layers * 2 * block_size
         return slots // block_size * rows_per_block + slots % block_size
 
     def _gather(self, rows: torch.Tensor, first_row: int, behind_keys: bool = False) -> torch.Tensor:
-        """Keys or values ``[len(rows), kv heads, head_dim]`` in scratch memory.
+        """Copy keys or values ``[len(rows), kv heads, head_dim]`` to scratch memory; values go behind the keys.
 
-        Fresh memory for each layer costs five times as much on CPU, in page faults. The values go
-        behind the keys (``behind_keys``).
+        Fresh memory for each layer would cost five times as much on the CPU, because of page faults.
         """
         width = self._cache_rows.shape[1]
         num_elements = rows.numel() * width
@@ -119,7 +118,7 @@ class SdpaBackend(AttentionBackend):
         for row in range(batch.num_decode_rows, len(contexts)):
             first, end = int(batch.query_starts[row]), int(batch.query_starts[row + 1])
             start = int(contexts[row]) - (end - first)
-            # without a mask a kernel call of any size is cheap
+            # a kernel call without a mask needs no tiles
             tile = end - first if start == 0 and window is None else _QUERY_TILE_TOKENS
             for begin in range(first, end, tile):
                 queries = slice(begin, min(begin + tile, end))
@@ -137,13 +136,13 @@ class SdpaBackend(AttentionBackend):
         index, first, length = (self._to_device(x)[:, None] for x in (rows, begins, lengths))
         offsets = torch.arange(int(lengths.max()), device=self.platform.device)
         seen = offsets < length
-        # a padded place reads the row's own first key, which is there, and is masked
+        # a padded position reads the row's first key, which a step has written, and is masked
         cache_rows = self._cache_rows_of(tables, index, first + offsets * seen)
         mask = None if (lengths == lengths[0]).all() else seen[:, None, None, :]
         return _Gather(index[:, 0], cache_rows.flatten(), mask)
 
     def _plan_chunk(self, table: torch.Tensor, queries: slice, start: int, window: int | None) -> _Gather:
-        """Queries at positions ``start ..`` of the sequence of that block table."""
+        """Plan queries at positions from ``start`` of the sequence with that block table."""
         end = start + queries.stop - queries.start
         begin = 0 if window is None else max(0, start - window + 1)
         keys = torch.arange(begin, end, device=self.platform.device)
@@ -157,7 +156,7 @@ class SdpaBackend(AttentionBackend):
         return _Gather(queries, cache_rows, mask)
 
     def _cache_rows_of(self, tables: torch.Tensor, rows: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-        """Cache rows of positions, through ``tables[rows]``, or the one table that there is."""
+        """Look up the cache rows of positions in ``tables[rows]``, or in a single table if ``rows`` is None."""
         block_size = self.layout.block_size
         blocks = positions // block_size
         block_ids = (tables[blocks] if rows is None else tables[rows, blocks]).long()
@@ -168,7 +167,7 @@ class SdpaBackend(AttentionBackend):
 
 
 def _rows_by_length(lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
-    """Rows in groups whose numbers of keys differ by less than a factor of two: what padding can cost."""
+    """Group rows whose numbers of keys differ by less than a factor of two, which limits the cost of padding."""
     exponents = np.frexp(lengths - 0.5)[1]
     return [np.flatnonzero(exponents == exponent) for exponent in np.unique(exponents)]
 
@@ -176,21 +175,21 @@ def _rows_by_length(lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64
 def _attend_decodes(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """One query per sequence: ``q [rows, heads, dim]``; keys and values of all rows, equally many each."""
+    """Attend with one query per sequence, ``q [rows, heads, dim]``; all rows have equally many keys and values."""
     rows, _, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     keys, values = (x.view(rows, -1, num_kv_heads, head_dim).transpose(1, 2) for x in (keys, values))
-    # the heads of a KV head take the place of the query length: as fast as one head, and no copies
+    # query heads of a KV head stand in for the query length: as fast as one head, without copies
     grouped = q.view(rows, num_kv_heads, -1, head_dim)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
 
 
 def _attend_chunk(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Queries of one sequence: ``q [queries, heads, dim]``, keys and values ``[keys, kv heads, dim]``."""
+    """Attend with queries of one sequence, ``q [queries, heads, dim]``; keys and values ``[keys, kv heads, dim]``."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
-    # KV heads are the batch and their query heads the heads: one copy of the keys serves them all
+    # the batch is the KV heads and the heads are their query heads: all share one copy of the keys
     grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=mask is None)

@@ -1,1 +1,1 @@
-"""Layers of the forward pass that are neither a matrix product nor attention."""
+"""Layers of the forward pass except attention: norms, linear layers, the rotary embedding, tensor parallelism."""

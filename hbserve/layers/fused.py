@@ -1,7 +1,7 @@
-"""Triton kernels for what lies between the matrix products on a GPU.
+"""Triton kernels for the operations between matrix products and attention on a GPU.
 
-Each does in one pass over memory what the plain functions of this room do in several; those are the
-reference, and what runs on the CPU. Sums and products are taken in float32, and values are rounded
+Each kernel does in one pass over memory what the plain functions in `hbserve.layers.ops` and `hbserve.layers.rotary`
+do in several. Those functions are the reference. The kernels compute sums and products in float32, and round values
 to the model's dtype where the plain functions round them.
 """
 
@@ -18,7 +18,7 @@ from hbserve.platform.cuda_driver import overlaps
 
 @triton.jit
 def add_residual(values, residual, mask, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add float32 values to a row of the residual, in place; the sum as it was rounded, in float32."""
+    """Add float32 values to a row of the residual, in place; return the rounded sum, in float32."""
     values += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
     values = values.to(dtype).to(tl.float32)
     tl.store(residual, values.to(dtype), mask=mask)
@@ -27,7 +27,7 @@ def add_residual(values, residual, mask, dtype: tl.constexpr):  # type: ignore[n
 
 @triton.jit
 def store_rms_norm(values, weights, out, mask, eps, size: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store the norm of a row of float32 values."""
+    """Store the RMS norm of a row of float32 values."""
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
     normed = (values * scale).to(out.dtype.element_ty)
     tl.store(out, normed * weights, mask=mask)
@@ -52,14 +52,14 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `hbserve.layers.ops.rms_norm`, of ``x [rows, size]`` with contiguous rows."""
+    """Compute `hbserve.layers.ops.rms_norm` of ``x [rows, size]`` with contiguous rows."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_norm(x, None, weight, out, eps)
     return out
 
 
 def add_rms_norm_(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add ``x`` to ``residual`` in place and return the norm of the sum; both contiguous ``[rows, size]``."""
+    """Add ``x`` to ``residual`` in place and return the RMS norm of the sum; both contiguous ``[rows, size]``."""
     out = torch.empty_like(x)
     _launch_norm(x, residual, weight, out, eps)
     return out
@@ -95,7 +95,7 @@ def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """As `hbserve.layers.ops.silu_and_mul`, of a contiguous ``[tokens, gate | up]``, and so is ``out``."""
+    """Compute `hbserve.layers.ops.silu_and_mul` of a contiguous ``[tokens, gate | up]``; ``out`` is contiguous too."""
     num_tokens, double = gate_up.shape
     if out is None:
         out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)
@@ -121,13 +121,13 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     mask = in_head & (head < num_heads + 2 * num_kv_heads)
     is_q = head < num_heads
     is_v = head >= num_heads + num_kv_heads
-    # What the host has copied for this step is there, and so are weights.
+    # Before gdc_wait() the kernel may read only weights and what the host has copied for this step.
     if has_norm:
         upper = lane + head_dim // 2
         weight_a = tl.where(is_q, tl.load(q_weight + lane, mask=in_head), tl.load(k_weight + lane, mask=in_head))
         weight_b = tl.where(is_q, tl.load(q_weight + upper, mask=in_head), tl.load(k_weight + upper, mask=in_head))
     position = tl.load(positions + token).to(tl.float32)
-    slot = tl.load(slots + token)  # negative for a padded row, which has no place in the cache
+    slot = tl.load(slots + token)  # negative for a padded row, which is not stored
     angle = position * tl.load(inverse_frequencies + lane, mask=in_head, other=0.0)
     cos, sin = tl.cos(angle) * magnitude, tl.sin(angle) * magnitude
     if overlap:
@@ -165,19 +165,20 @@ def norm_rotate_store(
     eps: float,
     out: torch.Tensor,
 ) -> None:
-    """Per-head norm (where there are weights) and rotary embedding of q and k; k and v go to the cache.
+    """Normalise q and k per head, rotate them, and write k and v to the cache and q to ``out``.
 
     Args:
         qkv: contiguous ``[tokens, (heads + 2 kv heads) * head_dim]``.
         cache: one layer, ``[block, k/v, token, kv head, head_dim]``, strided in its first dimension.
-        positions, slots: int64 ``[tokens]``; a negative slot stores nothing.
-        out: contiguous ``[tokens, heads, head_dim]``, for q.
+        head_norms: weights ``[head_dim]`` of the RMS norms of q and k; None: no norms.
+        positions, slots: int64 ``[tokens]``; the kernel does not store a token with a negative slot.
+        out: contiguous ``[tokens, heads, head_dim]``.
     """
     num_tokens = qkv.shape[0]
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q_weight, k_weight = head_norms or (qkv, qkv)
-    # Few heads a program where there are few tokens, to spread them; many where there is enough to do anyway.
+    # Few tokens: one head per program, to use more multiprocessors. Many tokens fill the GPU with 8 heads each.
     heads_per_program = 1 if num_tokens < 64 else 8
     overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](

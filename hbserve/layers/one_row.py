@@ -1,9 +1,8 @@
-"""Linear layers of a single row, with what comes before and after them, as one Triton kernel.
+"""A linear layer on a single row, with the norm before it and the gate or sum after it, as one Triton kernel.
 
-With one row, reading the weights is all the work, and the gaps between kernels cost as much as the
-kernels. So the norm before a linear layer, and the gate or the residual sum after it, are done in
-the same kernel; and its first weights are on their way before the kernel in front of it has ended
-(`hbserve.platform.cuda_driver.overlaps`).
+With one row, reading the weights is all the work, and the gaps between kernels cost as much as the kernels. So one
+kernel also computes the norm before a linear layer, and the gate or the residual sum after it. It requests its first
+weights before the previous kernel has ended (`hbserve.platform.cuda_driver.overlaps`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
     in_rows = rows < num_rows
     begins = weight + rows[:, None].to(tl.int64) * size
     up_begins = begins + num_rows.to(tl.int64) * size
-    # What nobody writes is loaded before the wait, in two parts where ``size`` is no power of two.
+    # Load what no kernel writes before the wait, in two parts where ``size`` is not a power of two.
     columns = tl.arange(0, block)
     mask = in_rows[:, None] & (columns < size)[None, :]
     weights = tl.load(begins + columns[None, :], mask=mask, other=0.0)
@@ -92,14 +91,14 @@ def one_row_linear(
     gated: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` of a single row.
+    """Compute ``x @ weight.T + bias`` of a single row.
 
     Args:
-        x: contiguous ``[1, size]``. weight: contiguous ``[rows, size]``. bias: ``[rows]``.
-        norm: weights of an RMS norm with ``eps`` that ``x`` passes first.
-        residual: contiguous ``[1, rows]``; the result is added to it, in place.
-        gated: the rows are ``gate | up``, and the result is ``silu(gate) * up``, half as wide.
-        out: contiguous memory for the result, if it is not ``residual``.
+        x, weight, bias: contiguous ``[1, size]``, ``[rows, size]`` and ``[rows]``.
+        norm: weights ``[size]`` of an RMS norm with ``eps`` that is applied to ``x`` first.
+        residual: contiguous ``[1, rows]``; the kernel adds the result to it, in place. Not with ``gated`` or ``out``.
+        gated: the rows of ``weight`` are ``gate | up``, and the result is ``silu(gate) * up``.
+        out: contiguous memory for the result.
 
     Returns:
         ``[1, rows]``, or ``[1, rows / 2]`` if gated; ``residual`` or ``out`` itself if given.
@@ -108,7 +107,7 @@ def one_row_linear(
     num_rows = num_rows // 2 if gated else num_rows
     if residual is not None:
         assert not gated, "a gated layer has no residual"
-        assert out is None, "a sum has its place"
+        assert out is None, "the result goes to residual, not to out"
         out = residual
     if out is None:
         out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
@@ -124,13 +123,13 @@ def one_row_linear(
 
 
 def _parts(size: int) -> tuple[int, int]:
-    """A row as two blocks whose sizes are powers of two; the second is 0 if one will do."""
+    """Split a row into two blocks whose sizes are powers of two; the second is 0 if one block is enough."""
     block = 1 << (size.bit_length() - 1)
     return block, triton.next_power_of_2(size - block) if size > block else 0
 
 
 def _launch_shape(lanes: int, gated: bool) -> tuple[int, int]:
-    """Rows and warps of a program; from a sweep over the matrices of 0.6B and 8B models on an H200."""
+    """Choose rows and warps of a program; from a sweep over the matrices of 0.6B and 8B models on an H200."""
     block_rows = 8 if lanes <= 2048 else 4 if lanes <= 4096 else 2
     block_rows = block_rows // 2 if gated else block_rows
     warps = block_rows * triton.next_power_of_2(lanes) // 4096

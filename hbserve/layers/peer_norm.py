@@ -1,8 +1,19 @@
-"""The sum over ranks that ends a layer's product, and the norm that follows, in one Triton kernel.
+"""The sum over ranks behind a row-parallel product, and the norm that follows, in one Triton kernel.
 
-Each GPU reads all ranks' summands of a row, its neighbours' through NVLink, so it has the whole sum ("one shot") and
-goes on with the residual and the norm: no sums travel back, and nobody waits at the end. For two ranks that is as much
-to read as to sum half of the rows and to exchange the sums. Between H200s, in µs, without the products:
+Each GPU reads all ranks' summands of a row, those of its peers through NVLink. It so has the whole sum ("one shot")
+and continues with the residual and the norm: no sums travel back, and no rank waits at the end. Two ranks read as much
+this way as if each summed half of the rows and they exchanged the sums. One program, between two ranks::
+
+    rank 0                                             rank 1
+    summand 0 written (by earlier kernels)             summand 1 written (by earlier kernels)
+    flags[1][program, 0]: 0 ─► 1   (release)   ───►    waits for 1, sets it to 0    (acquire)
+    waits for 1, sets it to 0    (acquire)     ◄───    flags[0][program, 1]: 0 ─► 1   (release)
+    reads summands 0 and 1 of its rows                 reads summands 0 and 1 of its rows
+    residual 0 += sum; out 0 = norm(residual 0)        residual 1 += sum; out 1 = norm(residual 1)
+
+``flags[r]`` lies on rank r's GPU: peers set it and rank r clears it. A rank sets a flag only when the peer has cleared
+it after the sum before. Programs with the same index wait for each other, so the grid is small enough for all programs
+to run at once. Measured between H200s, in µs, without the products:
 
     rows of 5120 in bfloat16                       1     16     64    256    512    800
     two ranks: `PeerSum` and a norm              8.4    9.3   10.4   17.9   28.9   41.4
@@ -24,7 +35,7 @@ from hbserve.layers.fused import add_residual, store_rms_norm
 from hbserve.platform.cuda_driver import overlaps
 
 MAX_PROGRAMS = 264
-"""Two for each multiprocessor of an H200; each has a flag per rank."""
+"""Maximum number of programs: two for each multiprocessor of an H200. Each program has a flag per rank."""
 
 
 @triton.jit
@@ -39,7 +50,7 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    # The summands of this rank are there, as the kernels in front have ended; say so, and wait for the others to.
+    # The kernels in front have ended, so this rank's summands are written: tell all peers, then wait for theirs.
     for peer in tl.static_range(num_ranks):
         if peer != rank:
             peer_flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + program * num_ranks + rank
@@ -52,9 +63,9 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
                 pass
     for row in range(program, num_rows, tl.num_programs(0)):
         total = tl.zeros((block,), tl.float32)
-        for peer in tl.static_range(num_ranks):  # in the same order on all ranks, so that all get the same
+        for peer in tl.static_range(num_ranks):  # same order on all ranks, so all get the same sum
             rows = tl.multiple_of(tl.load(summands + peer).to(tl.pointer_type(out.dtype.element_ty)), 16)
-            # Not by the first cache, which does not know what others write.
+            # .cg bypasses the L1 cache, which does not see what peers write.
             part = tl.load(rows + row * size + columns, mask=mask, other=0.0, cache_modifier=".cg")
             total += part.to(tl.float32)
         rounded = total.to(out.dtype.element_ty).to(tl.float32)
@@ -65,15 +76,15 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
 def sum_add_rms_norm_(
     summands: torch.Tensor, flags: torch.Tensor, rank: int, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Add the ranks' summands to ``residual`` in place and return the norm of the sum; a collective operation.
+    """Add the ranks' summands to ``residual`` in place and return the RMS norm of the sum; a collective operation.
 
-    A rank may overwrite its summand when its next kernel of this kind, on another piece of memory, has ended: by then
-    all others have ended this one.
+    A rank may overwrite its summand when its next kernel of this kind, with summands elsewhere, has ended: all peers
+    have then ended this kernel.
 
     Args:
-        summands: int64 ``[ranks]``, addresses of the ranks' ``[rows, size]``, of the dtype of ``residual``, contiguous
-            and aligned to 16 bytes.
-        flags: int64 ``[ranks]``, addresses of the ranks' int32 ``[MAX_PROGRAMS, ranks]``, which are zero between steps.
+        summands: int64 ``[ranks]``, addresses of the ranks' summands: ``[rows, size]``, contiguous, aligned to
+            16 bytes, of the dtype of ``residual``.
+        flags: int64 ``[ranks]``, addresses of the ranks' flags: int32 ``[MAX_PROGRAMS, ranks]``, zero between steps.
         residual: contiguous ``[rows, size]``.
     """
     num_rows, size = residual.shape

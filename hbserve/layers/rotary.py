@@ -1,4 +1,16 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-rotation form of GPT-NeoX."""
+"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-rotation form of GPT-NeoX.
+
+Pair i of a head, dimensions i and ``head_dim / 2 + i``, turns by ``position * f[i]`` radians::
+
+    default   f[i] = theta ** (-2 i / head_dim)
+    linear    f[i] / factor
+    llama3    f[i] / factor where the wavelength 2 pi / f[i] > context / low_freq_factor,
+              f[i] where it is < context / high_freq_factor, between them a blend
+    yarn      f[i] / factor where the pair turns < beta_slow times in the context, f[i] where it turns > beta_fast
+              times, between them a blend; cosines and sines times ``magnitude``
+
+``context`` is ``original_max_position_embeddings``, the context length of the training before the stretch.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +22,9 @@ from hbserve.model_spec import RopeSpec
 
 
 class RotaryEmbedding:
-    """Cosines and sines of positions, in float32 whatever the model's dtype.
+    """Cosines and sines of positions, in float32 whatever the model's dtype is.
 
-    They are computed once a step, not looked up: a table would be a second arena to share.
+    They are computed where they are needed and not looked up: a table would be a second arena to share.
     """
 
     def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
@@ -20,30 +32,31 @@ class RotaryEmbedding:
         self.magnitude = rope.magnitude
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, float32 ``[tokens, 1, head_dim / 2]``, of integer positions ``[tokens]``."""
+        """Compute cosine and sine, float32 ``[tokens, 1, head_dim / 2]``, of integer positions ``[tokens]``."""
         angles = (positions.float()[:, None] * self.inverse_frequencies)[:, None]
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads ``[tokens, heads, head_dim]`` turned by the angles of `RotaryEmbedding.angles`; same dtype."""
+    """Turn heads ``[tokens, heads, head_dim]`` by the angles of `RotaryEmbedding.angles`; same dtype."""
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Radians per position, float32 ``[head_dim / 2]`` on the CPU, rounded as transformers rounds them."""
+    """Compute f, in radians per position: float32 ``[head_dim / 2]`` on the CPU, rounded as transformers rounds."""
     frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind == "llama3":
-        return _stretch_low(rope, frequencies)
+        return _llama3_frequencies(rope, frequencies)
     if rope.kind == "yarn":
-        return _stretch_slow(rope, frequencies)
+        return _yarn_frequencies(rope, frequencies)
     return frequencies
 
 
-def _stretch_low(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
+def _llama3_frequencies(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
+    """Stretch long waves; the blend is linear in ``context / wavelength`` (Llama 3.1)."""
     context, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / frequencies
     smooth = (context / wavelength - low) / (high - low)
@@ -52,13 +65,14 @@ def _stretch_low(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
     return torch.where(wavelength < context / high, frequencies, stretched)
 
 
-def _stretch_slow(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
+def _yarn_frequencies(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
+    """Stretch slow pairs; the blend is linear in the pair's index (Peng et al. 2023, YaRN, section 3.2)."""
     num_pairs, context = len(frequencies), rope.original_max_position_embeddings
 
-    def pair_that_turns(times: float) -> float:
-        return num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(rope.theta)
+    def pair_with_turns(num_turns: float) -> float:
+        return num_pairs * math.log(context / (num_turns * 2 * math.pi)) / math.log(rope.theta)
 
-    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    first, last = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * num_pairs - 1)

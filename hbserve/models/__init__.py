@@ -1,1 +1,1 @@
-"""Models: what one is, where its weights lie, how they are loaded, and the forward pass."""
+"""The place of a model's weights, how they are loaded, and the forward pass."""

@@ -1,4 +1,4 @@
-"""Whether two folders hold the same model, without reading all of it."""
+"""A fingerprint of a model, to compare the models of two instances without reading all weights."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _NUM_CHARACTERS = 16
 
 
 def model_fingerprint(folder: str | Path, spec: ModelSpec, dummy_seed: int | None = None) -> str:
-    """A short name that is equal where architecture and weights are, however they are spread over files.
+    """Compute a short name that is equal for equal architecture and weights, however files divide the weights.
 
-    Of every tensor it takes name, type, shape and 256 bytes in its middle: a fine-tuned model differs there.
+    It covers each tensor's name, dtype, shape and 256 bytes in its middle: a fine-tuned model differs there.
 
     Args:
-        dummy_seed: of random weights, which need no files; None: they are the folder's.
+        dummy_seed: seed of random weights, which need no files; None: the weights are the folder's.
 
     Raises:
-        ModelError: if the weights cannot be read.
+        ModelError: the weights cannot be read.
     """
     digest = hashlib.sha256(repr(spec).encode())
     if dummy_seed is not None:
@@ -43,7 +43,7 @@ def model_fingerprint(folder: str | Path, spec: ModelSpec, dummy_seed: int | Non
 
 
 def _samples(path: Path) -> dict[str, bytes]:
-    """Of each tensor in a file of safetensors: eight bytes of length, a JSON header, the data."""
+    """Sample each tensor of a safetensors file, which is 8 bytes of header length, a JSON header, and the data."""
     samples = {}
     with path.open("rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))

@@ -1,4 +1,4 @@
-"""Filling the weight arena: from safetensors files, or at random."""
+"""Fills the weight arena: from safetensors files, or with random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SINGLE_FILE = "model.safetensors"
 _FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 _DUMMY_STD = 0.02
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
-"""A prime, so that no two rows of a matrix are equal though the noise repeats."""
+"""Period of the repeated noise: a prime, so no two rows of a matrix are equal."""
 
 
 def load_weights(
@@ -29,11 +29,11 @@ def load_weights(
 
     Args:
         folder: holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names.
-        table: of the same rank.
+        table: table of the same rank.
 
     Raises:
-        ModelError: naming file and tensor, if one is missing, unreadable, of a wrong shape or
-            dtype, or has no place in the model.
+        ModelError: a tensor is missing, unreadable, of a wrong shape or dtype, or has no place in the model. The text
+            names file and tensor.
     """
     folder = Path(folder)
     places = _places(spec, table.views(arena), tp_rank, tp_size)
@@ -58,10 +58,10 @@ def load_weights(
 
 
 def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> None:
-    """Fill the arena with normal noise of standard deviation 0.02, norms with one.
+    """Fill the arena with normal noise of standard deviation 0.02, and norms with ones.
 
-    The same seed gives the same weights on the same kind of device. All tensor-parallel ranks use
-    the same seed: what they hold in common must be equal.
+    The same seed gives the same weights on the same kind of device. All tensor-parallel ranks must use the same seed,
+    because the weights that they have in common must be equal.
     """
     views = table.views(arena)
     generator = torch.Generator(arena.device).manual_seed(seed)
@@ -80,7 +80,7 @@ def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> No
 def _places(
     spec: ModelSpec, views: dict[str, torch.Tensor], tp_rank: int, tp_size: int
 ) -> dict[str, tuple[CheckpointPart, torch.Tensor]]:
-    """Each tensor of the checkpoint with the rows of the arena that it fills."""
+    """Map each tensor of the checkpoint to the rows of the arena that it fills."""
     places = {}
     for entry, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
         row = 0
@@ -92,10 +92,10 @@ def _places(
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
+    """List the safetensors files of a model folder.
 
     Raises:
-        ModelError: if there are none.
+        ModelError: the folder has none, or its index names a file that is not there.
     """
     index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
     if not index.is_file():
@@ -113,7 +113,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
-    """Names and lazy slices of a file's tensors."""
+    """Iterate over names and lazy slices of a file's tensors."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118, the file is no mapping
@@ -131,5 +131,5 @@ def _check_tensor(path: Path, name: str, source: Any, part: CheckpointPart) -> N
 
 
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
-    """Tensors of older checkpoints that say nothing new: rotary frequencies, a copy of a tied LM head."""
+    """Whether a tensor adds nothing: rotary frequencies of older checkpoints, or a copy of a tied LM head."""
     return name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == "lm_head.weight")

@@ -1,7 +1,12 @@
-"""Where each parameter lies in the weight arena, and which part of the checkpoint it is made of.
+"""The place of each parameter in the weight arena, and the tensors of the checkpoint that it is made of.
 
-Both follow from the `ModelSpec` alone, so that another process can attach to an arena it has not
-filled. Matrices that read the same input are stacked into one: q, k, v and gate, up.
+Both follow from the `ModelSpec` alone, so another process can attach to an arena that it has not filled. Matrices
+that read the same input are stacked into one: q, k and v; gate and up. Shares of one rank among several::
+
+    embedding, lm_head       rows: `vocab_shard`
+    qkv, gate_up             rows: heads, or inner units; biases likewise     (column parallel)
+    o, down                  columns: heads, or inner units; whole biases     (row parallel)
+    norms                    all
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from hbserve.layers.parallel import vocab_shard
 from hbserve.model_spec import DTYPES, ModelSpec
 
 ALIGNMENT_BYTES = 256
-"""Of every parameter in the arena: what vectorised loads and the tensor memory accelerator like."""
+"""Alignment of every parameter in the arena: it suits vectorised loads and the tensor memory accelerator."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,9 @@ class CheckpointPart:
     """A tensor of the checkpoint and the slice of it that a rank holds.
 
     Attributes:
-        name: in the checkpoint.
-        shape: there, whole.
-        dim: the dimension that is shared out among ranks.
-        start, stop: this rank's slice of it.
+        name, shape: name and whole shape in the checkpoint.
+        dim: dimension that the ranks divide.
+        start, stop: this rank's slice of that dimension.
     """
 
     name: str
@@ -40,12 +44,12 @@ class CheckpointPart:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the slice."""
+        """Shape of this rank's slice."""
         return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
 
 
 class WeightEntry(msgspec.Struct, frozen=True):
-    """One parameter in the arena. Attributes: offset: in bytes; dtype: its name, such as bfloat16."""
+    """One parameter in the arena: its offset in bytes, its shape, and the name of its dtype, such as bfloat16."""
 
     offset: int
     shape: tuple[int, ...]
@@ -53,13 +57,13 @@ class WeightEntry(msgspec.Struct, frozen=True):
 
 
 class WeightTable(msgspec.Struct, frozen=True):
-    """All parameters of one rank; plain data that msgspec can send.
+    """The table of all parameters of one rank; plain data that msgspec can send.
 
     Attributes:
-        entries: by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
-            ``input_norm``, ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``mlp_norm``, ``gate_up``,
-            ``down``; ``<name>_bias`` where there is one. A tied ``lm_head`` is at ``embedding``.
-        num_bytes: of the arena.
+        entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
+            ``input_norm``, ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``mlp_norm``, ``gate_up``, ``down``; a bias is
+            ``<name>_bias``. A tied ``lm_head`` lies at ``embedding``.
+        num_bytes: size of the arena.
     """
 
     entries: dict[str, WeightEntry]
@@ -70,7 +74,7 @@ class WeightTable(msgspec.Struct, frozen=True):
         """Lay the parameters out one after the other.
 
         Raises:
-            ModelError: if ``tp_size`` ranks cannot share the model evenly.
+            ModelError: ``tp_size`` ranks cannot share the model evenly.
         """
         dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
         entries, end = {}, 0
@@ -85,7 +89,7 @@ class WeightTable(msgspec.Struct, frozen=True):
         return WeightTable(entries, end)
 
     def views(self, arena: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters as views into the arena (uint8, at least ``num_bytes``)."""
+        """Make views of the parameters in the arena (uint8, at least ``num_bytes``)."""
         assert arena.dtype == torch.uint8, f"an arena is bytes, not {arena.dtype}"
         assert arena.numel() >= self.num_bytes, f"an arena of {arena.numel()} bytes does not hold {self.num_bytes}"
         return {name: _view(arena, entry) for name, entry in self.entries.items()}
@@ -98,16 +102,16 @@ def _view(arena: torch.Tensor, entry: WeightEntry) -> torch.Tensor:
 
 
 def checkpoint_parts(spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1) -> dict[str, tuple[CheckpointPart, ...]]:
-    """For each parameter of a rank, the checkpoint's tensors that it is stacked from, first to last row.
+    """Map each parameter of a rank to the checkpoint's tensors that it is stacked from, first to last row.
 
     Raises:
-        ModelError: if ``tp_size`` ranks cannot share the model evenly.
+        ModelError: ``tp_size`` ranks cannot share the model evenly.
     """
     return dict(_Sharding(spec, tp_rank, tp_size).parameters())
 
 
 class _Sharding:
-    """Names and slices for one rank."""
+    """Names and slices of one rank's parameters."""
 
     def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
         self.spec, self.rank, self.size = spec, rank, size
@@ -173,7 +177,7 @@ class _Sharding:
         return self.rank * share, (self.rank + 1) * share
 
     def _kv_heads(self) -> tuple[int, int]:
-        """A rank's KV heads; where there are more ranks than heads, neighbours hold the same one."""
+        """Choose a rank's KV heads; if there are more ranks than heads, neighbouring ranks hold the same head."""
         if self.size > self.spec.num_kv_heads and self.size % self.spec.num_kv_heads == 0:
             head = self.rank * self.spec.num_kv_heads // self.size
             return head, head + 1
@@ -181,5 +185,5 @@ class _Sharding:
 
 
 def _part(name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None) -> CheckpointPart:
-    """Rows ``start .. stop`` of a tensor, by default all."""
+    """Make a part of rows ``start .. stop`` of a tensor, by default all rows."""
     return CheckpointPart(name, shape, 0, start, shape[0] if stop is None else stop)
