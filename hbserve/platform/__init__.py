@@ -1,4 +1,4 @@
-"""The only room that knows which device there is."""
+"""The only room that knows the device: its memory, streams, shares, and how processes share its memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Partition:
     """The share of a device that one process gets.
 
     Attributes:
-        percentage: of the device's multiprocessors, or of the instance's threads on CPU.
-        end: which multiprocessors: processes at different ends have some in common only if their
-            percentages add up to more than 100.
-        priority: 0 is normal, 1 below it: work of the latter yields to work of the former.
+        percentage: percentage of the device's multiprocessors; on the CPU, of the instance's threads.
+        end: whether the process gets the first or the last multiprocessors. Processes at different ends have
+            multiprocessors in common only if their percentages add up to more than 100.
+        priority: 0 is normal, 1 is below: work with priority 1 yields to work with priority 0.
     """
 
     percentage: int = 100
@@ -30,7 +30,7 @@ class Partition:
     priority: int = 0
 
 
-# Launchers look after MPS without importing torch.
+# Lazy, because launchers use `mps` without importing torch.
 __getattr__: Any = lazy_attributes(
     {
         "Platform": "hbserve.platform.base",

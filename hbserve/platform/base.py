@@ -1,4 +1,4 @@
-"""The device seam: what the rest of HBServe asks of a device, whatever it is."""
+"""The interface of a device, which the rest of HBServe uses for GPUs and CPUs alike."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SharedArena:
     """Memory that other processes can attach to.
 
     Attributes:
-        tensor: uint8, contiguous, in this process.
-        handle: what `Platform.attach_arena` takes in another process of this host; printable.
+        tensor: the memory in this process: uint8, contiguous.
+        handle: argument of `Platform.attach_arena` in another process of this host; printable.
     """
 
     tensor: torch.Tensor
@@ -30,29 +30,29 @@ class SmallSum(Protocol):
     """Sums of small tensors over the ranks of a group, in memory of its own, on the current stream.
 
     Attributes:
-        flags: int64 ``[ranks]``, addresses of zeros on each device, for kernels to signal with.
+        flags: int64 ``[ranks]``, addresses of zeros on each device, with which kernels signal each other.
     """
 
     flags: torch.Tensor
 
     def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        """Where to write a summand of this shape, one of two in turn; None if it cannot sum such."""
+        """Return memory for a summand, one of two places in turn; None if it cannot sum such a tensor."""
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether ``x`` is a `place`."""
 
     def addresses(self, x: torch.Tensor) -> torch.Tensor:
-        """Where all ranks have the `place` ``x``: int64 ``[ranks]``, on the device."""
+        """Return the addresses of the `place` ``x`` on all ranks: int64 ``[ranks]``, on the device."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of what the ranks have written there, in place; ``x`` is this rank's `place`."""
+        """Sum the `place` ``x`` over the ranks, in place: the sum lasts until the place is written again."""
 
 
 class Platform(ABC):
     """One device of one process.
 
     Attributes:
-        is_shared: whether other workers have the device as well.
+        is_shared: whether other workers use the device as well.
     """
 
     name: str
@@ -61,77 +61,77 @@ class Platform(ABC):
 
     @abstractmethod
     def activate(self) -> None:
-        """Make this process use the device: its threads or its card, and its share of them.
+        """Make this process use the device: its card or its threads, and its share of them.
 
-        Called once, before any tensor, by the thread that launches work.
+        The thread that launches work calls it once, before it makes any tensor.
         """
 
     @abstractmethod
     def free_memory_bytes(self) -> int:
-        """Memory that this process could still allocate on the device."""
+        """Return the memory that this process could still allocate on the device."""
 
     @abstractmethod
     def held_memory_bytes(self) -> int:
-        """Memory that this process alone holds: no arenas of others, and no context of the device."""
+        """Return the memory that this process alone holds, without attached arenas and the device's context."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has done all work that this process has launched."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The device in words, for logs and status."""
+        """Describe the device in words, for logs and status."""
 
     @abstractmethod
     def make_process_group(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-        """A torch.distributed process group of ranks on this host, with the fastest library for the device.
+        """Make a torch.distributed process group of ranks on this host, with the fastest library for the device.
 
         Args:
-            store: where the ranks meet.
-            timeout: of a collective operation.
+            store: store through which the ranks find each other.
+            timeout: timeout of a collective operation.
         """
 
     def make_small_sum(self, store: Any, rank: int, size: int) -> SmallSum | None:
-        """A quicker way than the process group's to sum what is small, if the device has one."""
+        """Make a sum of small tensors that is faster than the process group's; None if the device has none."""
         return None
 
     def allocate_arena(self, num_bytes: int) -> torch.Tensor:
-        """One contiguous uint8 tensor of ``num_bytes``, contents undefined.
+        """Allocate one contiguous uint8 tensor with undefined contents.
 
         Raises:
-            RuntimeError: if the device has not that much memory (torch's own error).
+            RuntimeError: the device has too little memory (torch's own error).
         """
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
     def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
-        """As `allocate_arena`, in memory that other processes can attach to.
+        """Allocate an arena that other processes can attach to, with undefined contents.
 
-        It lives as long as this process: nothing of it is left to remove afterwards, however that ends.
+        It lives as long as this process. The end of the process frees it, however the process ends.
 
         Raises:
-            RuntimeError: if the device has not that much memory.
+            RuntimeError: the device has too little memory.
         """
 
     @abstractmethod
     def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
-        """Another process' arena in this one, without a copy: uint8 ``[num_bytes]``.
+        """Attach to another process's arena without a copy: uint8 ``[num_bytes]``.
 
         Raises:
-            RuntimeError: if it is gone, or not of that size.
+            RuntimeError: the arena is gone, or has another size.
         """
 
     def allocate_shared_host(self, num_bytes: int) -> SharedArena:
-        """As `allocate_shared_arena`, in the host's memory; zeros.
+        """Allocate shared memory of the host, with zeros; otherwise like `allocate_shared_arena`.
 
         Raises:
-            RuntimeError: if there is not that much memory.
+            RuntimeError: the host has too little memory.
         """
-        # A file without a name: others open it through this process' descriptor, which is never closed, and the
-        # kernel frees it with the last process that has it mapped.
+        # The file has no name. Other processes open it through this process's descriptor, which stays open; the kernel
+        # frees it with the last process that maps it.
         descriptor = os.memfd_create("hbserve-arena")
         try:
-            os.posix_fallocate(descriptor, 0, num_bytes)  # all of it now, or an error here and not a SIGBUS later
+            os.posix_fallocate(descriptor, 0, num_bytes)  # reserves all now: an error here instead of a SIGBUS later
         except OSError as error:
             os.close(descriptor)
             raise RuntimeError(f"cannot reserve {num_bytes} bytes of shared memory: {error.strerror}") from None
@@ -139,12 +139,12 @@ class Platform(ABC):
         return SharedArena(self.attach_shared_host(handle, num_bytes), handle)
 
     def attach_shared_host(self, handle: str, num_bytes: int) -> torch.Tensor:
-        """As `attach_arena`, of what `allocate_shared_host` has made.
+        """Attach to memory from `allocate_shared_host`, like `attach_arena`.
 
         Raises:
-            RuntimeError: if it is gone, or not of that size.
+            RuntimeError: the memory is gone, or has another size.
         """
-        # torch would make a missing file and lengthen a short one.
+        # torch would create a missing file and lengthen a short one, so check first.
         try:
             size_bytes = os.stat(handle).st_size
         except OSError as error:
@@ -155,16 +155,16 @@ class Platform(ABC):
 
     @abstractmethod
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
-        """Another process' arena, to be written into; on a GPU it may lie on another one than this process'.
+        """Open another process's arena to write into it; it may lie on another GPU of this host.
 
         Raises:
-            RuntimeError: if it is gone, or not of that size.
+            RuntimeError: the arena is gone, or has another size.
         """
 
     def probe(self) -> None:
-        """Touch the device, so that one that has failed says so.
+        """Use the device, to find out whether it has failed.
 
         Raises:
-            RuntimeError: if it has.
+            RuntimeError: the device has failed.
         """
         self.synchronize()

@@ -1,4 +1,4 @@
-"""Which device a process works on, and with which share of it."""
+"""The choice of a process's device and of its share of that device."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LOW_PRIORITY_NICENESS = 5
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """The device that ``auto`` stands for here.
+    """Replace ``auto`` by the device that this machine has.
 
     Raises:
-        ConfigError: if CUDA is asked for and not there.
+        ConfigError: ``device`` is cuda and torch finds none.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -39,15 +39,16 @@ def make_platform(
     tp_size: int = 1,
     partition: Partition | None = None,
 ) -> Platform:
-    """The platform of one rank of an instance.
+    """Make the platform of one rank of an instance.
 
     Args:
-        gpu_id: of the instance's first rank; the others' follow.
-        num_threads: on CPU; None shares the cores evenly among ``num_instances`` of ``tp_size`` ranks.
-        partition: of the device, if workers share it; its priority takes effect if `set_priority` came first.
+        gpu_id: GPU of the instance's first rank; the other ranks use the GPUs after it.
+        num_threads: threads on the CPU; None divides the cores evenly among ``num_instances`` of ``tp_size`` ranks.
+        partition: share of the device, if workers share it. On a GPU its priority takes effect through
+            `set_priority`, which must come first.
 
     Raises:
-        ConfigError: if the device is not there.
+        ConfigError: this machine does not have the device.
     """
     if resolve_device(device) == "cpu":
         partition = partition or Partition()
@@ -65,8 +66,8 @@ def make_platform(
 
 
 def set_priority(priority: int) -> None:
-    """Set the priority that this process will have under MPS; before anything initialises the driver.
+    """Set this process's priority under MPS; must be called before the CUDA driver is initialised.
 
-    The driver reads it once, and it cannot be changed afterwards (https://docs.nvidia.com/deploy/mps).
+    The driver reads the priority once, and it cannot change afterwards (https://docs.nvidia.com/deploy/mps).
     """
     os.environ["CUDA_MPS_CLIENT_PRIORITY"] = str(priority)

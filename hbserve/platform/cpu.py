@@ -1,4 +1,4 @@
-"""The CPU as a device: its threads are the partition."""
+"""The CPU as a device; a partition is a number of threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CpuPlatform(Platform):
 
     Args:
         num_threads: threads for tensor operations.
-        niceness: added to the process' own, for one that shall yield to others.
+        niceness: added to the process's niceness, so that it yields to others.
     """
 
     name = "cpu"
@@ -36,7 +36,7 @@ class CpuPlatform(Platform):
         os.nice(self._niceness)
 
     def free_memory_bytes(self) -> int:
-        # What the kernel would give, its file cache included; "free" pages alone are few on any busy machine.
+        # MemAvailable includes the file cache, which the kernel gives up; free pages alone are few on a busy machine.
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024

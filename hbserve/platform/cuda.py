@@ -1,4 +1,4 @@
-"""NVIDIA GPUs."""
+"""An NVIDIA GPU as a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CudaPlatform(Platform):
 
     Args:
         gpu_id: index among the visible devices.
-        partition: of it; None: no other worker has it.
+        partition: share of the device; None: no other worker uses it.
     """
 
     name = "cuda"
@@ -39,12 +39,12 @@ class CudaPlatform(Platform):
         torch.cuda.set_device(self.device)
         total = torch.cuda.get_device_properties(self.device).multi_processor_count
         if not is_whole(total, self._partition.percentage, self._partition.end):
-            torch.zeros(1, device=self.device)  # makes the device's usual context, which a share builds on
+            torch.zeros(1, device=self.device)  # makes the device's primary context, which a share needs
             self._share = CudaShare(self.device, self._partition.percentage, self._partition.end)
             torch.cuda.set_stream(self._share.stream)
         else:
-            # Of its own: on the device's default stream steps would hold up whatever waits for that, as the events of
-            # Mooncake's copies do.
+            # Not the default stream: work that waits for the default stream, such as the events of Mooncake's copies,
+            # would then wait for steps.
             torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
 
     def free_memory_bytes(self) -> int:
@@ -80,7 +80,7 @@ class CudaPlatform(Platform):
         torch.zeros(1, device=self.device).add_(1).cpu()
 
     def _make_current(self) -> None:
-        """The driver's calls below work on the calling thread's context: torch's own."""
+        """Make torch's context current in the calling thread: the driver calls of `cuda_ipc` use it."""
         torch.cuda.set_device(self.device)
         torch.zeros(1, device=self.device)
 
@@ -91,11 +91,11 @@ class CudaPlatform(Platform):
 
     def make_small_sum(self, store: Any, rank: int, size: int) -> SmallSum | None:
         if not can_reach_each_other(store, rank, size, self.device):
-            logger.warning("rank %d: the GPUs do not reach each other's memory; NCCL sums what is small, too", rank)
+            logger.warning("rank %d: the GPUs cannot read each other's memory; NCCL sums small tensors, too", rank)
             return None
         peer_sum = None
         try:
             peer_sum = PeerSum(store, rank, size, self.device)
-        except RuntimeError as error:  # some containers keep processes from handing each other memory
-            logger.warning("rank %d: GPUs may not share memory; NCCL sums what is small, too: %s", rank, error)
+        except RuntimeError as error:  # some containers forbid processes to share device memory
+            logger.warning("rank %d: GPUs may not share memory; NCCL sums small tensors, too: %s", rank, error)
         return peer_sum if holds_for_all(store, "shares", rank, size, peer_sum is not None) else None

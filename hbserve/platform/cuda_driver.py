@@ -1,4 +1,4 @@
-"""Calls of the CUDA driver that torch has no way to."""
+"""Calls of the CUDA driver that torch does not offer, and programmatic dependent launch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _driver() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call a function of the driver; the calling thread's context must be torch's.
+    """Call a function of the driver; torch's context must be current in the calling thread.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: the function fails; the text holds the driver's error.
     """
     driver = _driver()
     code = getattr(driver, name)(*arguments)
@@ -31,25 +31,26 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def upload_graph(graph: Any, stream: Any) -> None:
-    """Bring a captured graph to the device without running it; else its first replay does that.
+    """Copy a captured graph to the device without running it; otherwise its first replay copies it.
 
     Args:
-        graph: a `torch.cuda.CUDAGraph`, captured.
-        stream: a `torch.cuda.Stream`: what is launched into it next waits for the upload.
+        graph: a captured `torch.cuda.CUDAGraph`.
+        stream: a `torch.cuda.Stream`; later launches into it wait for the upload.
 
     Raises:
-        RuntimeError: if the device says so.
+        RuntimeError: the driver reports an error.
     """
     call("cuGraphUpload", ctypes.c_void_p(graph.raw_cuda_graph_exec()), ctypes.c_void_p(stream.cuda_stream))
 
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels on this device can be launched with ``launch_pdl``.
+    """Whether kernels on this device can be launched with ``launch_pdl``: from Hopper on.
 
-    Programmatic dependent launch (CUDA programming guide): a kernel starts while its predecessor ends.
-    A kernel that takes part reads what nobody writes (weights) first, then waits for the kernels before
-    it, and lets the next one start as soon as its own last blocks run. All kernels of a stream stay right
-    as long as each one waits before it touches what another kernel writes, or reads.
+    With programmatic dependent launch (CUDA programming guide) a kernel starts while its predecessor ends. The kernel
+    first loads data that no kernel writes, such as weights. ``gdc_wait`` then waits for the end of all kernels before
+    it, and ``gdc_launch_dependents`` lets the next kernel start once all blocks of this one run. Results stay right
+    as long as every kernel calls ``gdc_wait`` before it reads what another kernel writes, or writes what another
+    kernel reads.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER

@@ -1,8 +1,8 @@
-"""Device memory that other processes can open, by the driver's own interprocess calls.
+"""Device memory that other processes can open, by the interprocess calls of the CUDA driver.
 
-Not torch's: its caching allocator puts several tensors into one allocation, and its sharing keeps
-count in files under /dev/shm. A handle here is 64 plain bytes and refers to one whole allocation.
-The calling thread's context must be torch's (`CudaPlatform` sees to it).
+torch's own sharing does not fit: its allocator puts several tensors into one allocation, and it counts references in
+files under /dev/shm. A handle here is 64 plain bytes and refers to one whole allocation. torch's context must be
+current in the calling thread; `CudaPlatform` ensures that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hbserve.platform.cuda_driver import call
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
 _GRANULARITY_BYTES = 2 << 20
-"""Smaller allocations may share a page with others, and a handle would open those too."""
+"""Granularity of allocations: smaller ones may share a page, and a handle would open their neighbours too."""
 
 
 class _Handle(ctypes.Structure):
@@ -22,26 +22,22 @@ class _Handle(ctypes.Structure):
 
 
 class DeviceMemory:
-    """A piece of device memory as torch and others take it: by ``__cuda_array_interface__``.
+    """A piece of device memory that torch and others can read through ``__cuda_array_interface__``.
 
-    Freed by the end of the process, never before: step after step of other processes may use it.
+    Only the end of the process frees it: other processes may use it in every step.
     """
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.address = address
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
+        data = (address, False)
+        self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": data, "version": 3}
 
 
 def allocate(num_bytes: int) -> DeviceMemory:
-    """An allocation of its own.
+    """Make one allocation.
 
     Raises:
-        RuntimeError: if the device has not that much memory.
+        RuntimeError: the device has too little memory.
     """
     address = ctypes.c_uint64()
     allocated_bytes = num_bytes + -num_bytes % _GRANULARITY_BYTES
@@ -50,17 +46,17 @@ def allocate(num_bytes: int) -> DeviceMemory:
 
 
 def export_handle(memory: DeviceMemory) -> str:
-    """What `open_handle` takes in another process; hexadecimal."""
+    """Return the hexadecimal argument of `open_handle` in another process."""
     handle = _Handle()
     call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(memory.address))
     return bytes(handle).hex()
 
 
 def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
-    """Another process' memory in this one's address space.
+    """Map another process's memory into this one's address space.
 
     Raises:
-        RuntimeError: if it is gone, or smaller than ``num_bytes``.
+        RuntimeError: the memory is gone, or smaller than ``num_bytes``.
     """
     address = ctypes.c_uint64()
     exported = _Handle.from_buffer_copy(bytes.fromhex(handle))
@@ -73,14 +69,14 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
 
 
 def close_handle(memory: DeviceMemory) -> None:
-    """Undo one `open_handle`; the driver counts them."""
+    """Undo one `open_handle`; the driver counts the calls."""
     call("cuIpcCloseMemHandle", ctypes.c_uint64(memory.address))
 
 
 def copy(target: int, source: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
-    """Copy from one device address to another, on the same GPU or between peers; returns before it is done.
+    """Enqueue a copy from one device address to another, on the same GPU or between peers.
 
     Raises:
-        RuntimeError: if the device says so.
+        RuntimeError: the driver reports an error.
     """
     call("cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), stream)

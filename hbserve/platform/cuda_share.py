@@ -1,13 +1,16 @@
 """A share of a GPU's multiprocessors, by the driver's green contexts.
 
-A green context has some of the multiprocessors and shares everything else with the device's usual
-context, memory included; what is launched into a stream of it stays on those
-(https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html). Which ones is ours to
-choose: the first ones or the last ones, so that two processes meet only where their shares add up to
-more than the device.
+A green context has some of the multiprocessors and shares everything else, memory included, with the device's primary
+context. Work launched into its stream stays on its multiprocessors
+(https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html). A process takes the first or the last
+ones, so two processes overlap only where their shares add up to more than the device::
 
-Not by MPS's own ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE``: in a process limited by that, cuBLAS 13.0 leaves
-whole tiles of its products unwritten (docs/semi_pd.md has the measurement).
+    multiprocessor   0 .................................. 131
+    60 %, first      ████████████████████░░░░░░░░░░░░░░
+    60 %, last       ░░░░░░░░░░░░░░████████████████████
+
+MPS's own ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` is not used: in a process with that limit cuBLAS 13.0 leaves whole
+tiles of its products unwritten (docs/semi_pd.md has the measurement).
 """
 
 from __future__ import annotations
@@ -21,29 +24,28 @@ from hbserve.errors import StartupError
 from hbserve.platform.cuda_driver import call
 
 _RESOURCE_TYPE_SM = 1  # CU_DEV_RESOURCE_TYPE_SM
-_DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM, the only flag there is, and it must be given
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, likewise
-_RESOURCE_BYTES = 1024  # a CUdevResource is smaller: 144 bytes in CUDA 13.0
-_COUNT_OFFSET = 96  # in it, behind its type and padding: unsigned int smCount
+_DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM, the only flag; required
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, the only flag; required
+_RESOURCE_BYTES = 1024  # room for a CUdevResource, which has 144 bytes in CUDA 13.0
+_COUNT_OFFSET = 96  # of unsigned int smCount in it, behind its type and padding
 _GROUP_MULTIPROCESSORS = 8
-"""Multiprocessors that Hopper hands out together, so that a cluster of blocks finds its place."""
+"""Multiprocessors that Hopper assigns together, so that a cluster of blocks fits."""
 
 
 class CudaShare:
-    """Some of a GPU's multiprocessors, and a stream whose work stays on them.
+    """A share of a GPU's multiprocessors, and a stream whose work stays on it.
 
-    It lives as long as the process: captured graphs refer to it.
+    It lives as long as the process, because captured graphs refer to it.
 
     Args:
-        end: whether the device's first multiprocessors, or its last.
+        end: whether the share has the device's first or last multiprocessors.
 
     Attributes:
-        num_multiprocessors: how many there are: the nearest number to the percentage that the device
-            can set apart.
+        num_multiprocessors: size of the share: the number nearest to the percentage that the device can set apart.
         stream: a `torch.cuda.Stream`.
 
     Raises:
-        StartupError: if the driver has no green contexts.
+        StartupError: the driver has no green contexts.
     """
 
     def __init__(self, device: torch.device, percentage: int, end: Literal["first", "last"]) -> None:
@@ -53,11 +55,8 @@ class CudaShare:
         _call("cuDeviceGetDevResource", ordinal, whole, ctypes.c_int(_RESOURCE_TYPE_SM))
         total = _count(whole)
         first = size_of_first(total, percentage if end == "first" else 100 - percentage)
-        num_groups = ctypes.c_uint(1)
-        no_flags = ctypes.c_uint(0)
-        _call(
-            "cuDevSmResourceSplitByCount", group, ctypes.byref(num_groups), whole, rest, no_flags, ctypes.c_uint(first)
-        )
+        num_groups, flags, min_count = ctypes.c_uint(1), ctypes.c_uint(0), ctypes.c_uint(first)
+        _call("cuDevSmResourceSplitByCount", group, ctypes.byref(num_groups), whole, rest, flags, min_count)
         part = group if end == "first" else rest
         description, context, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuDevResourceGenerateDesc", ctypes.byref(description), part, ctypes.c_uint(1))
@@ -68,16 +67,16 @@ class CudaShare:
 
 
 def size_of_first(total: int, percentage: int) -> int:
-    """How many of a device's multiprocessors the first part has, if it shall have that percentage.
+    """Return the number of multiprocessors in the first part of a device that is split at a percentage.
 
-    Whole groups, at least one, and something is left for the other part.
+    The part has whole groups, at least one, and leaves at least one multiprocessor for the other part.
     """
     wanted = round(total * percentage / 100 / _GROUP_MULTIPROCESSORS) * _GROUP_MULTIPROCESSORS
     return max(_GROUP_MULTIPROCESSORS, min(wanted, (total - 1) // _GROUP_MULTIPROCESSORS * _GROUP_MULTIPROCESSORS))
 
 
 def is_whole(total: int, percentage: int, end: Literal["first", "last"]) -> bool:
-    """Whether a percentage is nearer to all of a device's multiprocessors than to the largest part of them."""
+    """Whether a percentage is nearer to the whole device than to the largest part that can be set apart."""
     largest = size_of_first(total, 100) if end == "first" else total - _GROUP_MULTIPROCESSORS
     return 2 * total * percentage / 100 > total + largest
 

@@ -1,8 +1,8 @@
-"""The CUDA Multi-Process Service: what lets processes share a GPU by percentages.
+"""The CUDA Multi-Process Service (MPS), with which processes share a GPU by percentages.
 
-A daemon of the user's is used as it is. Where none runs, one is started in a private folder, under a
-guard that ends it and removes the folder when this process ends, whatever ended it. The card's
-settings are never touched: MPS needs no change of the compute mode (https://docs.nvidia.com/deploy/mps).
+A running daemon of the user is used as it is. If none runs, `MpsDaemon` starts one in a private folder, under a guard
+process. The guard ends the daemon and removes the folder when this process ends, for whatever reason. The card's
+settings stay as they are: MPS does not need another compute mode (https://docs.nvidia.com/deploy/mps).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 _QUERY_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 40.0
-# Its standard input is the life line. $1: the folder of pipes and logs.
+# The guard runs until its standard input closes. $1: the folder of pipes and logs.
 _GUARD = """
 mkdir -p "$1/pipe" "$1/log" && nvidia-cuda-mps-control -d && echo ready
 cat > /dev/null
@@ -36,7 +36,7 @@ _ALTERNATIVE = "use mode unified, which needs none"
 
 
 def gpus() -> list[str]:
-    """The names of the GPUs that the driver has, without making a context; empty where there is no driver."""
+    """List the names of the driver's GPUs without making a context; empty without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     result = _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
@@ -44,7 +44,7 @@ def gpus() -> list[str]:
 
 
 def num_visible_gpus() -> int:
-    """How many GPUs a process started now would find, by `CUDA_VISIBLE_DEVICES` where that is set."""
+    """Count the GPUs that a process started now would find; `CUDA_VISIBLE_DEVICES` may hide some."""
     count = len(gpus())
     visible = os.environ.get(_VISIBLE_VARIABLE)
     if visible is None or not count:
@@ -54,15 +54,15 @@ def num_visible_gpus() -> int:
 
 
 def compute_capability(gpu_id: int) -> str | None:
-    """Of a GPU, such as ``9.0``, without making a context; None if it cannot be found out."""
+    """Return a GPU's compute capability, such as ``9.0``, without making a context; None if it is unknown."""
     result = _run(["nvidia-smi", f"--id={gpu_id}", "--query-gpu=compute_cap", "--format=csv,noheader"])
     return result.stdout.strip() if result is not None and result.returncode == 0 else None
 
 
 def is_driver_initialised() -> bool:
-    """Whether something in this process has called the driver's cuInit: from then on its share is fixed.
+    """Whether this process has called the driver's cuInit; from then on its priority is fixed.
 
-    That need not show in ``torch.cuda.is_initialized()``: asking how many GPUs there are is enough.
+    ``torch.cuda.is_initialized()`` may say False then: counting the GPUs is enough to initialise the driver.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -72,11 +72,11 @@ def is_driver_initialised() -> bool:
 
 
 class MpsDaemon:
-    """A running MPS daemon, the user's or one of ours.
+    """A running MPS daemon, the user's or one that this process started.
 
     Attributes:
-        environment: what processes need to become its clients.
-        is_ours: whether `stop` ends it.
+        environment: environment variables that make a process its client.
+        is_ours: whether this process started it, so that `stop` ends it.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class MpsDaemon:
         """Find a daemon, or start one.
 
         Raises:
-            StartupError: saying why MPS cannot run here.
+            StartupError: MPS cannot run here; the text gives the reason.
         """
         if shutil.which(_CONTROL) is None:
             raise StartupError(f"semi_pd on a GPU needs CUDA MPS, but there is no program {_CONTROL}; {_ALTERNATIVE}")
@@ -106,23 +106,23 @@ class MpsDaemon:
         self._start_guard()
 
     def restart(self) -> None:
-        """After a fault that has killed every client: begin anew. The user's own daemon recovers by itself.
+        """Restart a daemon of ours after a fault that killed all clients; the user's daemon recovers by itself.
 
         Raises:
-            StartupError: if it does not start again.
+            StartupError: it does not start again.
         """
         if self.is_ours:
             self._end_guard()
             self._start_guard()
 
     def stop(self) -> None:
-        """End what `start` started; its clients must be gone."""
+        """End a daemon that `start` started; its clients must have ended."""
         if self.is_ours:
             self._end_guard()
 
     def _start_guard(self) -> None:
         assert self._folder is not None
-        # The daemon numbers the GPUs that it sees anew, and its clients would choose among those once more.
+        # The daemon renumbers the GPUs that it sees. Its clients would apply CUDA_VISIBLE_DEVICES a second time.
         environment = {name: value for name, value in os.environ.items() if name != _VISIBLE_VARIABLE}
         guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "hbserve-mps-guard", self._folder],
@@ -130,7 +130,7 @@ class MpsDaemon:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment | self.environment,
-            start_new_session=True,  # Ctrl-C is for the launcher
+            start_new_session=True,  # Ctrl-C must reach only the launcher
             text=True,
         )
         self._guard = guard

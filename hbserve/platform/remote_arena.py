@@ -1,4 +1,4 @@
-"""Another process' arena, as far as writing into it goes."""
+"""Another process's arena, for a sender that writes into it."""
 
 from __future__ import annotations
 
@@ -11,34 +11,30 @@ import torch
 from hbserve.platform import cuda_ipc
 
 ByteRun = tuple[int, int, int]
-"""Offset here, offset there, number of bytes."""
+"""Offset in the source, offset in the target, number of bytes."""
 
 
 class RemoteArena(ABC):
-    """Memory of another process of this host that this one may write."""
+    """Memory of another process of this host that this process may write."""
 
     @abstractmethod
     def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
-        """Copy runs of bytes there; return when they are there. One thread at a time.
+        """Copy runs of bytes and return when they have arrived. Only one thread may call it at a time.
 
         Args:
-            source: uint8, contiguous, on this process' device.
+            source: uint8, contiguous, on this process's device.
 
         Raises:
-            RuntimeError: if the device says so.
+            RuntimeError: the device reports an error.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it, after the last `write` and in its thread: only then is the memory of a dead owner free."""
+        """Detach, after the last `write` and in its thread; until then the memory of a dead owner stays allocated."""
 
 
 class RemoteHostArena(RemoteArena):
-    """Shared memory.
-
-    Args:
-        arena: uint8, mapped.
-    """
+    """An arena in shared memory of the host, mapped as ``arena`` (uint8)."""
 
     def __init__(self, arena: torch.Tensor) -> None:
         self._arena = arena
@@ -54,13 +50,13 @@ class RemoteHostArena(RemoteArena):
 
 
 class RemoteDeviceArena(RemoteArena):
-    """Device memory, of the same GPU or a peer, written by its copy engines beside the steps.
+    """An arena in device memory of the same GPU or a peer; copy engines write it while steps run.
 
-    Not a tensor: torch would take what lies on another GPU for something to be copied here.
+    It is not a tensor, because torch would copy memory of another GPU to this one.
 
     Args:
-        memory: opened by `cuda_ipc.open_handle`.
-        device: this process' own.
+        memory: result of `cuda_ipc.open_handle`.
+        device: this process's device.
     """
 
     def __init__(self, memory: cuda_ipc.DeviceMemory, device: torch.device) -> None:
@@ -69,7 +65,7 @@ class RemoteDeviceArena(RemoteArena):
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def write(self, source: torch.Tensor, runs: list[ByteRun]) -> None:
-        torch.cuda.set_device(self._device)  # the thread's context is whose the stream is
+        torch.cuda.set_device(self._device)  # the stream belongs to this device's context
         source_address, target_address = source.data_ptr(), self._memory.address
         stream = ctypes.c_void_p(self._stream.cuda_stream)
         for source_offset, target_offset, length in runs:
