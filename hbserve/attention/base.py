@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
@@ -41,7 +42,7 @@ class AttentionBatch:
     query_starts: npt.NDArray[np.int32]
     context_lens: npt.NDArray[np.int32]
     block_tables: npt.NDArray[np.int32]
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ class Attention(ABC):
         kv_cache: ``[block, layer, k/v, token, kv head, head dim]``, a view of the KV arena, used in place.
     """
 
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
     """Slot mapping of the step that has begun; see `AttentionBatch`."""
 
-    def __init__(self, layout: KVLayout, kv_cache: torch.Tensor) -> None:
+    def __init__(self, layout: KVLayout, kv_cache: Tensor) -> None:
         self.layout, self.kv_cache = layout, kv_cache
 
-    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
 
         All rows are written before any row is read, so a row may share blocks that another row of the same step fills.
@@ -95,7 +96,7 @@ class Attention(ABC):
         self.kv_cache[blocks, layer, 1, offsets] = v
 
     @abstractmethod
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         """Let each token attend to its sequence up to itself; `store` has written the step's keys and values.
 
         Args:
@@ -120,7 +121,7 @@ class AttentionBackend(Attention):
     """Tokens per block must be a multiple of this."""
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
     ) -> None:
         super().__init__(layout, kv_cache)
         self.spec, self.platform = spec, platform

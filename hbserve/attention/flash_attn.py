@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch, library_problem
 from hbserve.kv_cache.layout import KVLayout
@@ -23,7 +24,7 @@ class FlashAttnBackend(AttentionBackend):
     block_size_multiple = _PAGE_MULTIPLE
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
     ) -> None:
         super().__init__(spec, layout, kv_cache, platform, tp_size)
         import flash_attn
@@ -53,7 +54,7 @@ class FlashAttnBackend(AttentionBackend):
             self._query_starts = torch.from_numpy(query_starts).to(device, non_blocking=True)
             self._key_starts = torch.nn.functional.pad(self._context_lens[split:].cumsum(0, dtype=torch.int32), (1, 0))
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         assert self._batch is not None, "no step has begun"
         keys, values = self.kv_cache[:, layer, 0], self.kv_cache[:, layer, 1]
         split = self._batch.num_decode_rows

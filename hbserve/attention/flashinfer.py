@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, library_problem
 from hbserve.kv_cache.layout import KVLayout
@@ -27,7 +28,7 @@ class FlashInferBackend(AttentionBackend):
     preferred_block_size = 16
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
     ) -> None:
         super().__init__(spec, layout, kv_cache, platform, tp_size)
         import flashinfer
@@ -70,7 +71,7 @@ class FlashInferBackend(AttentionBackend):
             with self._next_schedule(self._prefill):
                 self._prefill.plan(query_starts, *prompt_pages, *shape, causal=True, q_data_type=layout.dtype)
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         cache = self.kv_cache[:, layer]
         split = self._num_decode_rows
         if split:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.attention.base import Attention
@@ -170,13 +171,13 @@ class DecodeInputs:
         slot_mapping: int64 ``[rows]``; see `hbserve.attention.base.AttentionBatch`.
     """
 
-    pieces: torch.Tensor
-    first_piece: torch.Tensor
-    indptr: torch.Tensor
-    indices: torch.Tensor
-    positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    chunk_len: torch.Tensor
+    pieces: Tensor
+    first_piece: Tensor
+    indptr: Tensor
+    indices: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    chunk_len: Tensor
 
 
 class PagedDecode(Attention):
@@ -187,7 +188,7 @@ class PagedDecode(Attention):
         num_heads: query heads of this rank.
     """
 
-    def __init__(self, layout: KVLayout, kv_cache: torch.Tensor, num_heads: int, max_rows: int) -> None:
+    def __init__(self, layout: KVLayout, kv_cache: Tensor, num_heads: int, max_rows: int) -> None:
         super().__init__(layout, kv_cache)
         self._group = num_heads // layout.num_kv_heads
         self._counters = torch.zeros(max_rows * layout.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
@@ -222,7 +223,7 @@ class PagedDecode(Attention):
         block, _, _, programs_per_sm = _launch_shape(num_rows * num_kv_heads, lanes)
         return PieceCutter(num_rows, num_kv_heads, block, self._num_multiprocessors, programs_per_sm)
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
         inputs, cache = self._inputs, self.kv_cache[:, layer]
         num_rows, num_heads, head_dim = q.shape

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.kv_cache.layout import KVLayout
@@ -33,9 +34,9 @@ class _Gather:
             decodes. None: decodes see all keys, and a chunk the causal triangle.
     """
 
-    queries: slice | torch.Tensor
-    rows: torch.Tensor
-    mask: torch.Tensor | None
+    queries: slice | Tensor
+    rows: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SdpaBackend(AttentionBackend):
     preferred_block_size = 16
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: torch.Tensor, platform: Platform, tp_size: int = 1
+        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
     ) -> None:
         super().__init__(spec, layout, kv_cache, platform, tp_size)
         # One row per token, layer and k/v; the rows of a layer are those of layer 0 plus a constant.
@@ -72,12 +73,12 @@ class SdpaBackend(AttentionBackend):
         tables = torch.from_numpy(batch.block_tables).to(self.platform.device)
         self._plans = {window: self._plan(batch, tables, window) for window in set(self.spec.sliding_windows)}
 
-    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         key_row = layer * 2 * self.layout.block_size
         self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))
         self._cache_rows.index_copy_(0, self._slot_rows + key_row + self.layout.block_size, v.flatten(1))
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         key_row = layer * 2 * self.layout.block_size
         value_row = key_row + self.layout.block_size
         plan = self._plans[self.spec.sliding_windows[layer]]
@@ -88,13 +89,13 @@ class SdpaBackend(AttentionBackend):
             keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
             out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask)
 
-    def _row_of(self, slots: torch.Tensor) -> torch.Tensor:
+    def _row_of(self, slots: Tensor) -> Tensor:
         """Turn slots (``block id * block size + offset``) into cache rows of layer 0's keys."""
         block_size = self.layout.block_size
         rows_per_block = self.layout.num_layers * 2 * block_size
         return slots // block_size * rows_per_block + slots % block_size
 
-    def _gather(self, rows: torch.Tensor, first_row: int, behind_keys: bool = False) -> torch.Tensor:
+    def _gather(self, rows: Tensor, first_row: int, behind_keys: bool = False) -> Tensor:
         """Copy keys or values ``[len(rows), kv heads, head_dim]`` to scratch memory; values go behind the keys.
 
         Fresh memory for each layer would cost five times as much on the CPU, because of page faults.
@@ -107,7 +108,7 @@ class SdpaBackend(AttentionBackend):
         torch.index_select(self._cache_rows, 0, rows + first_row, out=target.view(-1, width))
         return target.view(-1, self.layout.num_kv_heads, self.layout.head_dim)
 
-    def _plan(self, batch: AttentionBatch, tables: torch.Tensor, window: int | None) -> _WindowPlan:
+    def _plan(self, batch: AttentionBatch, tables: Tensor, window: int | None) -> _WindowPlan:
         contexts = batch.context_lens
         begins = np.zeros_like(contexts) if window is None else np.maximum(contexts - window, 0)
         decodes = [
@@ -126,11 +127,7 @@ class SdpaBackend(AttentionBackend):
         return _WindowPlan(decodes, chunks)
 
     def _plan_decodes(
-        self,
-        tables: torch.Tensor,
-        rows: npt.NDArray[np.int64],
-        begins: npt.NDArray[np.int32],
-        ends: npt.NDArray[np.int32],
+        self, tables: Tensor, rows: npt.NDArray[np.int64], begins: npt.NDArray[np.int32], ends: npt.NDArray[np.int32]
     ) -> _Gather:
         lengths = ends - begins
         index, first, length = (self._to_device(x)[:, None] for x in (rows, begins, lengths))
@@ -141,7 +138,7 @@ class SdpaBackend(AttentionBackend):
         mask = None if (lengths == lengths[0]).all() else seen[:, None, None, :]
         return _Gather(index[:, 0], cache_rows.flatten(), mask)
 
-    def _plan_chunk(self, table: torch.Tensor, queries: slice, start: int, window: int | None) -> _Gather:
+    def _plan_chunk(self, table: Tensor, queries: slice, start: int, window: int | None) -> _Gather:
         """Plan queries at positions from ``start`` of the sequence with that block table."""
         end = start + queries.stop - queries.start
         begin = 0 if window is None else max(0, start - window + 1)
@@ -155,14 +152,14 @@ class SdpaBackend(AttentionBackend):
             mask &= keys > query_positions - window
         return _Gather(queries, cache_rows, mask)
 
-    def _cache_rows_of(self, tables: torch.Tensor, rows: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    def _cache_rows_of(self, tables: Tensor, rows: Tensor | None, positions: Tensor) -> Tensor:
         """Look up the cache rows of positions in ``tables[rows]``, or in a single table if ``rows`` is None."""
         block_size = self.layout.block_size
         blocks = positions // block_size
         block_ids = (tables[blocks] if rows is None else tables[rows, blocks]).long()
         return self._row_of(block_ids * block_size + positions % block_size)
 
-    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.platform.device)
 
 
@@ -172,9 +169,7 @@ def _rows_by_length(lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64
     return [np.flatnonzero(exponents == exponent) for exponent in np.unique(exponents)]
 
 
-def _attend_decodes(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def _attend_decodes(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attend with one query per sequence, ``q [rows, heads, dim]``; all rows have equally many keys and values."""
     rows, _, head_dim = q.shape
     num_kv_heads = keys.shape[1]
@@ -184,7 +179,7 @@ def _attend_decodes(
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
 
 
-def _attend_chunk(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attend with queries of one sequence, ``q [queries, heads, dim]``; keys and values ``[keys, kv heads, dim]``."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]

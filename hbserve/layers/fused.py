@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.layers.rotary import RotaryEmbedding
@@ -51,23 +52,21 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     store_rms_norm(values, weights, out + row * size + columns, mask, eps, size)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `hbserve.layers.ops.rms_norm` of ``x [rows, size]`` with contiguous rows."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_norm(x, None, weight, out, eps)
     return out
 
 
-def add_rms_norm_(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Add ``x`` to ``residual`` in place and return the RMS norm of the sum; both contiguous ``[rows, size]``."""
     out = torch.empty_like(x)
     _launch_norm(x, residual, weight, out, eps)
     return out
 
 
-def _launch_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float
-) -> None:
+def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> None:
     size = x.shape[1]
     block = triton.next_power_of_2(size)
     overlap = overlaps(x.device)
@@ -94,7 +93,7 @@ def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * size + columns, activated * up, mask=mask)
 
 
-def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute `hbserve.layers.ops.silu_and_mul` of a contiguous ``[tokens, gate | up]``; ``out`` is contiguous too."""
     num_tokens, double = gate_up.shape
     if out is None:
@@ -156,28 +155,28 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_store(
-    qkv: torch.Tensor,
-    cache: torch.Tensor,
-    head_norms: tuple[torch.Tensor, torch.Tensor] | None,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
+    qkv: Tensor,
+    cache: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    positions: Tensor,
+    slots: Tensor,
     rotary: RotaryEmbedding,
     eps: float,
-    out: torch.Tensor,
+    out: Tensor,
 ) -> None:
     """Normalise q and k per head, rotate them, and write k and v to the cache and q to ``out``.
 
     Args:
         qkv: contiguous ``[tokens, (heads + 2 kv heads) * head_dim]``.
         cache: one layer, ``[block, k/v, token, kv head, head_dim]``, strided in its first dimension.
-        head_norms: weights ``[head_dim]`` of the RMS norms of q and k; None: no norms.
+        norms: weights ``[head_dim]`` of the RMS norms of q and k; None: no norms.
         positions, slots: int64 ``[tokens]``; the kernel does not store a token with a negative slot.
         out: contiguous ``[tokens, heads, head_dim]``.
     """
     num_tokens = qkv.shape[0]
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q_weight, k_weight = head_norms or (qkv, qkv)
+    q_weight, k_weight = norms or (qkv, qkv)
     # Few tokens: one head per program, to use more multiprocessors. Many tokens fill the GPU with 8 heads each.
     heads_per_program = 1 if num_tokens < 64 else 8
     overlap = overlaps(qkv.device)
@@ -185,6 +184,6 @@ def norm_rotate_store(
         qkv, out, cache, q_weight, k_weight, positions, slots, rotary.inverse_frequencies, rotary.magnitude, eps,
         *cache.stride()[:3],
         num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
-        block_size, head_norms is not None, heads_per_program, overlap,
+        block_size, norms is not None, heads_per_program, overlap,
         num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.platform.cuda_driver import overlaps
@@ -81,16 +82,16 @@ def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 def one_row_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    norm: torch.Tensor | None = None,
+    norm: Tensor | None = None,
     eps: float = 0.0,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
     gated: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    out: Tensor | None = None,
+) -> Tensor:
     """Compute ``x @ weight.T + bias`` of a single row.
 
     Args:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hbserve.attention.base import Attention
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
@@ -19,12 +20,15 @@ from hbserve.layers.rotary import RotaryEmbedding, rotate
 _GATED_ROWS = 2048
 """Rows of a slice of the gated layer: enough for matrix products at full speed."""
 
+HeadNorms = tuple[Tensor, Tensor] | None
+"""Weights ``[head_dim]`` of the RMS norm of each q head and of each k head; None: the model has no such norms."""
+
 
 class Linear(NamedTuple):
     """Parameters of a linear layer: ``weight [outputs, inputs]`` and ``bias [outputs]`` or None."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
+    weight: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -38,12 +42,12 @@ class ResidualStream:
         sum_and_norm: set if ``pending`` is only this rank's part of the output; computes the next norm.
     """
 
-    total: torch.Tensor
-    pending: torch.Tensor | None = None
+    total: Tensor
+    pending: Tensor | None = None
     sum_and_norm: SumAndNorm | None = None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich 2019).
 
     The mean is computed in float32. The quotient is rounded to the dtype of ``x`` before it is multiplied by the
@@ -52,7 +56,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * F.rms_norm(x, weight.shape, None, eps)
 
 
-def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add ``x`` to ``residual`` in place and return the RMS norm of the sum."""
+    return rms_norm(residual.add_(x), weight, eps)
+
+
+def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``silu(gate) * up`` (Shazeer 2020) of ``[tokens, gate | up]``, half as wide; in ``out`` if given."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.mul(F.silu(gate), up, out=out)
@@ -68,16 +77,17 @@ class LayerOps:
 
     def __init__(self, eps: float, rotary: RotaryEmbedding, parallel: TensorParallel) -> None:
         self.eps, self.rotary, self.parallel = eps, rotary, parallel
+        self._rms_norm, self._add_rms_norm_, self._silu_and_mul = rms_norm, add_rms_norm_, silu_and_mul
 
-    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return ``x @ weight.T + bias``."""
         return F.linear(x, layer.weight, layer.bias)
 
-    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def linear_into(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """Write ``x @ weight.T`` to ``out``, contiguous ``[rows of x, rows of weight]``."""
         return torch.mm(x, weight.t(), out=out)
 
-    def norm(self, stream: ResidualStream, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, stream: ResidualStream, weight: Tensor) -> Tensor:
         """Add what is pending to the stream and return the stream's RMS norm."""
         pending, stream.pending = stream.pending, None
         sum_and_norm, stream.sum_and_norm = stream.sum_and_norm, None
@@ -85,11 +95,11 @@ class LayerOps:
             return self._rms_norm(stream.total, weight, self.eps)
         return (sum_and_norm or self._add_rms_norm_)(pending, stream.total, weight, self.eps)
 
-    def norm_linear(self, stream: ResidualStream, norm: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def norm_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
         """Apply a linear layer to the norm of the stream."""
         return self.linear(self.norm(stream, norm), layer)
 
-    def norm_gated_linear(self, stream: ResidualStream, norm: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def norm_gated_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
         """Apply a linear layer with outputs ``gate | up`` to the norm of the stream; return ``silu(gate) * up``.
 
         Rows are computed in slices, because ``gate | up`` is by far the widest tensor of a step.
@@ -104,7 +114,7 @@ class LayerOps:
             self._silu_and_mul(self.linear(x[rows], layer), out[rows])
         return out
 
-    def add_linear(self, stream: ResidualStream, x: torch.Tensor, layer: Linear) -> None:
+    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
         """Apply a linear layer to ``x`` and leave the result pending in the stream.
 
         Each rank has a slice of the layer's inputs and the whole bias.
@@ -124,40 +134,23 @@ class LayerOps:
             stream.pending = total if layer.bias is None else total + layer.bias
 
     def rotate_and_store(
-        self,
-        qkv: torch.Tensor,
-        head_norms: tuple[torch.Tensor, torch.Tensor] | None,
-        positions: torch.Tensor,
-        attention: Attention,
-        layer: int,
-        out: torch.Tensor,
+        self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
         """Rotate q and k by their positions; write k and v to the cache and q to ``out``.
 
         Args:
             qkv: ``[tokens, (heads + 2 kv heads) * head_dim]``.
-            head_norms: weights ``[head_dim]`` of the RMS norms of each q head and each k head; None: no norms.
             positions: integers ``[tokens]``.
             out: ``[tokens, heads, head_dim]``.
         """
         num_kv_heads, head_dim = attention.layout.num_kv_heads, attention.layout.head_dim
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         q, k, v = heads.tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
-        if head_norms is not None:
-            q, k = rms_norm(q, head_norms[0], self.eps), rms_norm(k, head_norms[1], self.eps)
+        if norms is not None:
+            q, k = rms_norm(q, norms[0], self.eps), rms_norm(k, norms[1], self.eps)
         angles = self.rotary.angles(positions)
         attention.store(layer, rotate(k, *angles), v)
         out.copy_(rotate(q, *angles))
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return rms_norm(x, weight, eps)
-
-    def _add_rms_norm_(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Add ``x`` to ``residual`` in place and return the norm of the sum."""
-        return rms_norm(residual.add_(x), weight, eps)
-
-    def _silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return silu_and_mul(gate_up, out)
 
 
 class FusedOps(LayerOps):
@@ -167,50 +160,37 @@ class FusedOps(LayerOps):
         from hbserve.layers import fused, one_row
 
         super().__init__(eps, rotary, parallel)
-        self._fused, self._one_row_linear = fused, one_row.one_row_linear
+        self._one_row_linear, self._norm_rotate_store = one_row.one_row_linear, fused.norm_rotate_store
+        self._rms_norm, self._add_rms_norm_ = fused.rms_norm, fused.add_rms_norm_
+        self._silu_and_mul = fused.silu_and_mul
 
-    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
         return self._one_row_linear(x, *layer) if x.shape[0] == 1 else super().linear(x, layer)
 
-    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def linear_into(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         return self._one_row_linear(x, weight, out=out) if x.shape[0] == 1 else super().linear_into(x, weight, out)
 
-    def norm_linear(self, stream: ResidualStream, norm: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def norm_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
         if stream.total.shape[0] == 1 and stream.pending is None:
             return self._one_row_linear(stream.total, *layer, norm=norm, eps=self.eps)
         return super().norm_linear(stream, norm, layer)
 
-    def norm_gated_linear(self, stream: ResidualStream, norm: torch.Tensor, layer: Linear) -> torch.Tensor:
+    def norm_gated_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
         if stream.total.shape[0] == 1 and stream.pending is None:
             return self._one_row_linear(stream.total, *layer, norm=norm, eps=self.eps, gated=True)
         return super().norm_gated_linear(stream, norm, layer)
 
-    def add_linear(self, stream: ResidualStream, x: torch.Tensor, layer: Linear) -> None:
+    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
         if x.shape[0] == 1 and self.parallel.size == 1 and stream.pending is None:
             self._one_row_linear(x, *layer, residual=stream.total)
         else:
             super().add_linear(stream, x, layer)
 
     def rotate_and_store(
-        self,
-        qkv: torch.Tensor,
-        head_norms: tuple[torch.Tensor, torch.Tensor] | None,
-        positions: torch.Tensor,
-        attention: Attention,
-        layer: int,
-        out: torch.Tensor,
+        self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
         cache, slots = attention.kv_cache[:, layer], attention.slot_mapping
-        self._fused.norm_rotate_store(qkv, cache, head_norms, positions, slots, self.rotary, self.eps, out)
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._fused.rms_norm(x, weight, eps)
-
-    def _add_rms_norm_(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._fused.add_rms_norm_(x, residual, weight, eps)
-
-    def _silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._fused.silu_and_mul(gate_up, out)
+        self._norm_rotate_store(qkv, cache, norms, positions, slots, self.rotary, self.eps, out)
 
 
 def has_triton(device: torch.device) -> bool:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-Collective = Callable[[torch.Tensor], torch.Tensor]
-SummandPlace = Callable[[tuple[int, ...], torch.dtype], torch.Tensor | None]
-SumAndNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Collective = Callable[[Tensor], Tensor]
+SummandPlace = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
+SumAndNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Function of summand, residual, weight and epsilon: adds the ranks' summands to the residual, in place, and returns
 the RMS norm of the residual."""
 
@@ -38,27 +39,27 @@ class TensorParallel:
     summand_place: SummandPlace | None = None
     sum_and_norm: SumAndNorm | None = None
 
-    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def reduce(self, x: Tensor) -> Tensor:
         """Return the sum of ``x`` over the ranks."""
         if self.size == 1:
             return x
         assert self.all_reduce is not None, "a group of several ranks needs its all_reduce"
         return self.all_reduce(x)
 
-    def summand(self, rows: int, weight: torch.Tensor) -> torch.Tensor | None:
+    def summand(self, rows: int, weight: Tensor) -> Tensor | None:
         """Return memory for the product of ``rows`` rows and ``weight [out, in]``, to `reduce`; None: use any."""
         if self.summand_place is None:
             return None
         return self.summand_place((rows, weight.shape[0]), weight.dtype)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Return the ``x`` of all ranks, side by side in the last dimension."""
         if self.size == 1:
             return x
         assert self.all_gather is not None, "a group of several ranks needs its all_gather"
         return self.all_gather(x)
 
-    def minimum(self, x: torch.Tensor) -> torch.Tensor:
+    def minimum(self, x: Tensor) -> Tensor:
         """Return the elementwise minimum of the vector ``x`` over the ranks."""
         return self.gather(x).view(self.size, -1).amin(0)
 
@@ -75,9 +76,7 @@ def vocab_shard(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
     return start, start + num_rows
 
 
-def vocab_parallel_embedding(
-    token_ids: torch.Tensor, weight: torch.Tensor, vocab_size: int, parallel: TensorParallel
-) -> torch.Tensor:
+def vocab_parallel_embedding(token_ids: Tensor, weight: Tensor, vocab_size: int, parallel: TensorParallel) -> Tensor:
     """Look up rows ``[tokens, hidden]`` of an embedding; ``weight`` is this rank's `vocab_shard` of it."""
     if parallel.size == 1:
         return F.embedding(token_ids, weight)
@@ -87,7 +86,7 @@ def vocab_parallel_embedding(
     return parallel.reduce(rows.masked_fill(~is_local[:, None], 0))
 
 
-def join_vocab_shards(shards: torch.Tensor, vocab_size: int, size: int) -> torch.Tensor:
+def join_vocab_shards(shards: Tensor, vocab_size: int, size: int) -> Tensor:
     """Turn all ranks' columns of their `vocab_shard`, side by side, into ``[rows, vocab]`` without duplicates."""
     width = shards.shape[-1] // size
     if width * size == vocab_size:

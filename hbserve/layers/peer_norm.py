@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.layers.fused import add_residual, store_rms_norm
@@ -74,8 +75,8 @@ def _sum_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 def sum_add_rms_norm_(
-    summands: torch.Tensor, flags: torch.Tensor, rank: int, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
+    summands: Tensor, flags: Tensor, rank: int, residual: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     """Add the ranks' summands to ``residual`` in place and return the RMS norm of the sum; a collective operation.
 
     A rank may overwrite its summand when its next kernel of this kind, with summands elsewhere, has ended: all peers

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from hbserve.model_spec import RopeSpec
 
@@ -31,19 +32,19 @@ class RotaryEmbedding:
         self.inverse_frequencies = inverse_frequencies(rope, head_dim).to(device)
         self.magnitude = rope.magnitude
 
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Compute cosine and sine, float32 ``[tokens, 1, head_dim / 2]``, of integer positions ``[tokens]``."""
         angles = (positions.float()[:, None] * self.inverse_frequencies)[:, None]
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn heads ``[tokens, heads, head_dim]`` by the angles of `RotaryEmbedding.angles`; same dtype."""
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     """Compute f, in radians per position: float32 ``[head_dim / 2]`` on the CPU, rounded as transformers rounds."""
     frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
     if rope.kind == "linear":
@@ -55,7 +56,7 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     return frequencies
 
 
-def _llama3_frequencies(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
+def _llama3_frequencies(rope: RopeSpec, frequencies: Tensor) -> Tensor:
     """Stretch long waves; the blend is linear in ``context / wavelength`` (Llama 3.1)."""
     context, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / frequencies
@@ -65,7 +66,7 @@ def _llama3_frequencies(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tens
     return torch.where(wavelength < context / high, frequencies, stretched)
 
 
-def _yarn_frequencies(rope: RopeSpec, frequencies: torch.Tensor) -> torch.Tensor:
+def _yarn_frequencies(rope: RopeSpec, frequencies: Tensor) -> Tensor:
     """Stretch slow pairs; the blend is linear in the pair's index (Peng et al. 2023, YaRN, section 3.2)."""
     num_pairs, context = len(frequencies), rope.original_max_position_embeddings
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from hbserve.attention.base import Attention
 from hbserve.layers.ops import Linear, ResidualStream, select_ops
@@ -27,17 +27,17 @@ from hbserve.model_spec import ModelSpec
 class _Layer:
     """Parameters of one layer; `hbserve.models.weights.WeightTable` says what they are."""
 
-    input_norm: torch.Tensor
+    input_norm: Tensor
     qkv: Linear
     o: Linear
-    mlp_norm: torch.Tensor
+    mlp_norm: Tensor
     gate_up: Linear
     down: Linear
-    q_norm: torch.Tensor | None = None
-    k_norm: torch.Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
     @staticmethod
-    def build(tensors: dict[str, torch.Tensor]) -> _Layer:
+    def build(tensors: dict[str, Tensor]) -> _Layer:
         """Take the layer's tensors, by their names in the `WeightTable`; an unknown name is a TypeError."""
         names = ("qkv", "o", "gate_up", "down")
         qkv, o, gate_up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in names)
@@ -52,9 +52,7 @@ class Decoder:
         parallel: the group of ranks that computes the model; None: this process alone.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], parallel: TensorParallel | None = None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], parallel: TensorParallel | None = None) -> None:
         self.spec = spec
         self.parallel = parallel or TensorParallel()
         self.embedding, self.final_norm, self.lm_head = (
@@ -77,12 +75,12 @@ class Decoder:
 
     def forward(
         self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
         attention: Attention,
         on_stored: Callable[[int], None] = lambda layer: None,
         layers: Iterable[int] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Compute hidden states ``[tokens, hidden]`` after the final norm, and write the tokens' KV to the cache.
 
         Args:
@@ -100,45 +98,45 @@ class Decoder:
             self.after_attention(index, stream, attended)
         return self.finish(stream)
 
-    def embed(self, token_ids: torch.Tensor) -> ResidualStream:
+    def embed(self, token_ids: Tensor) -> ResidualStream:
         """Start the residual stream with the tokens' embeddings."""
         rows = vocab_parallel_embedding(token_ids, self.embedding, self.spec.vocab_size, self.parallel)
         return ResidualStream(rows)
 
-    def heads_buffer(self, num_tokens: int) -> torch.Tensor:
+    def heads_buffer(self, num_tokens: int) -> Tensor:
         """Allocate memory for query heads or for their attention outputs: ``[tokens, heads, head_dim]``."""
         return self.embedding.new_empty(num_tokens, self.spec.num_heads // self.parallel.size, self.spec.head_dim)
 
     def before_attention(
-        self, index: int, stream: ResidualStream, positions: torch.Tensor, attention: Attention, q: torch.Tensor
+        self, index: int, stream: ResidualStream, positions: Tensor, attention: Attention, q: Tensor
     ) -> None:
         """Compute a layer up to its attention: write queries to ``q``, keys and values to the cache."""
         layer, ops = self.layers[index], self._ops
         qkv = ops.norm_linear(stream, layer.input_norm, layer.qkv)
-        head_norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        ops.rotate_and_store(qkv, head_norms, positions, attention, index, q)
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        ops.rotate_and_store(qkv, norms, positions, attention, index, q)
 
-    def after_attention(self, index: int, stream: ResidualStream, attended: torch.Tensor) -> None:
+    def after_attention(self, index: int, stream: ResidualStream, attended: Tensor) -> None:
         """Compute the rest of a layer: output projection and feed-forward layer, both added to the stream."""
         layer, ops = self.layers[index], self._ops
         ops.add_linear(stream, attended.flatten(1), layer.o)
         inner = ops.norm_gated_linear(stream, layer.mlp_norm, layer.gate_up)
         ops.add_linear(stream, inner, layer.down)
 
-    def finish(self, stream: ResidualStream) -> torch.Tensor:
+    def finish(self, stream: ResidualStream) -> Tensor:
         """Return the final norm of the stream, ``[tokens, hidden]``."""
         return self._ops.norm(stream, self.final_norm)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits ``[rows, vocab]`` of rows of `forward`'s result, in the model's dtype."""
         return self.all_logits(self.shard_logits(hidden))
 
-    def shard_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def shard_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
         if out is None:
             return self._ops.linear(hidden, Linear(self.lm_head))
         return self._ops.linear_into(hidden, self.lm_head, out)
 
-    def all_logits(self, shard: torch.Tensor) -> torch.Tensor:
+    def all_logits(self, shard: Tensor) -> Tensor:
         """Gather logits ``[rows, vocab]`` from all ranks' `shard_logits`."""
         return join_vocab_shards(self.parallel.gather(shard), self.spec.vocab_size, self.parallel.size)

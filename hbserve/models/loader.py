@@ -1,14 +1,17 @@
-"""Fills the weight arena: from safetensors files, or with random weights."""
+"""Reads safetensors checkpoints: fills the weight arena (or with random weights), and fingerprints a model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.model_spec import ModelSpec
@@ -21,9 +24,12 @@ _DUMMY_STD = 0.02
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
 """Period of the repeated noise: a prime, so no two rows of a matrix are equal."""
 
+_SAMPLE_BYTES = 256
+_FINGERPRINT_CHARACTERS = 16
+
 
 def load_weights(
-    folder: str | Path, spec: ModelSpec, table: WeightTable, arena: torch.Tensor, tp_rank: int = 0, tp_size: int = 1
+    folder: str | Path, spec: ModelSpec, table: WeightTable, arena: Tensor, tp_rank: int = 0, tp_size: int = 1
 ) -> None:
     """Copy a checkpoint into the arena, converted to the table's dtypes.
 
@@ -57,7 +63,7 @@ def load_weights(
         raise ModelError(f"{place}: there is no tensor {missing[0]} of shape {expected}{others}")
 
 
-def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> None:
+def fill_dummy_weights(table: WeightTable, arena: Tensor, seed: int) -> None:
     """Fill the arena with normal noise of standard deviation 0.02, and norms with ones.
 
     The same seed gives the same weights on the same kind of device. All tensor-parallel ranks must use the same seed,
@@ -78,8 +84,8 @@ def fill_dummy_weights(table: WeightTable, arena: torch.Tensor, seed: int) -> No
 
 
 def _places(
-    spec: ModelSpec, views: dict[str, torch.Tensor], tp_rank: int, tp_size: int
-) -> dict[str, tuple[CheckpointPart, torch.Tensor]]:
+    spec: ModelSpec, views: dict[str, Tensor], tp_rank: int, tp_size: int
+) -> dict[str, tuple[CheckpointPart, Tensor]]:
     """Map each tensor of the checkpoint to the rows of the arena that it fills."""
     places = {}
     for entry, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
@@ -133,3 +139,44 @@ def _check_tensor(path: Path, name: str, source: Any, part: CheckpointPart) -> N
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor adds nothing: rotary frequencies of older checkpoints, or a copy of a tied LM head."""
     return name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == "lm_head.weight")
+
+
+def model_fingerprint(folder: str | Path, spec: ModelSpec, dummy_seed: int | None = None) -> str:
+    """Compute a short name that is equal for equal architecture and weights, however files divide the weights.
+
+    It covers each tensor's name, dtype, shape and 256 bytes in its middle: a fine-tuned model differs there.
+
+    Args:
+        dummy_seed: seed of random weights, which need no files; None: the weights are the folder's.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    digest = hashlib.sha256(repr(spec).encode())
+    if dummy_seed is not None:
+        digest.update(f"dummy {dummy_seed}".encode())
+        return digest.hexdigest()[:_FINGERPRINT_CHARACTERS]
+    samples: dict[str, bytes] = {}
+    for path in checkpoint_files(Path(folder)):
+        try:
+            samples |= _samples(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from None
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()[:_FINGERPRINT_CHARACTERS]
+
+
+def _samples(path: Path) -> dict[str, bytes]:
+    """Sample each tensor of a safetensors file, which is 8 bytes of header length, a JSON header, and the data."""
+    samples = {}
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(8 + header_bytes + max(begin, (begin + end - _SAMPLE_BYTES) // 2))
+            data = file.read(min(_SAMPLE_BYTES, end - begin))
+            samples[name] = json.dumps([entry["dtype"], entry["shape"]]).encode() + data
+    return samples

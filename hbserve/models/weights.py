@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import msgspec
 import torch
+from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
@@ -88,14 +89,14 @@ class WeightTable(msgspec.Struct, frozen=True):
             entries["lm_head"] = entries["embedding"]
         return WeightTable(entries, end)
 
-    def views(self, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+    def views(self, arena: Tensor) -> dict[str, Tensor]:
         """Make views of the parameters in the arena (uint8, at least ``num_bytes``)."""
         assert arena.dtype == torch.uint8, f"an arena is bytes, not {arena.dtype}"
         assert arena.numel() >= self.num_bytes, f"an arena of {arena.numel()} bytes does not hold {self.num_bytes}"
         return {name: _view(arena, entry) for name, entry in self.entries.items()}
 
 
-def _view(arena: torch.Tensor, entry: WeightEntry) -> torch.Tensor:
+def _view(arena: Tensor, entry: WeightEntry) -> Tensor:
     dtype = DTYPES[entry.dtype]
     num_bytes = math.prod(entry.shape) * dtype.itemsize
     return arena[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
@@ -110,13 +111,16 @@ def checkpoint_parts(spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1) -> dic
     return dict(_Sharding(spec, tp_rank, tp_size).parameters())
 
 
+_Parameter = tuple[str, tuple[CheckpointPart, ...]]
+
+
 class _Sharding:
     """Names and slices of one rank's parameters."""
 
     def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
         self.spec, self.rank, self.size = spec, rank, size
 
-    def parameters(self) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+    def parameters(self) -> Iterator[_Parameter]:
         spec = self.spec
         vocab = vocab_shard(spec.vocab_size, self.rank, self.size)
         yield "embedding", (_part("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
@@ -127,7 +131,7 @@ class _Sharding:
         if not spec.tied_embeddings:
             yield "lm_head", (_part("lm_head.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
 
-    def _layer(self, prefix: str) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+    def _layer(self, prefix: str) -> Iterator[_Parameter]:
         spec, hidden, head_dim = self.spec, self.spec.hidden_size, self.spec.head_dim
         q_rows = [head * head_dim for head in self._share(spec.num_heads, "num_attention_heads")]
         kv_rows = [head * head_dim for head in self._kv_heads()]
@@ -135,39 +139,28 @@ class _Sharding:
         q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
 
-        def column_parallel(
-            name: str, bias: bool, *parts: tuple[str, int, list[int]]
-        ) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+        def column_parallel(name: str, bias: bool, *parts: tuple[str, int, list[int]]) -> Iterator[_Parameter]:
             yield name, tuple(_part(f"{source}.weight", (size, hidden), *rows) for source, size, rows in parts)
             if bias:
                 yield f"{name}_bias", tuple(_part(f"{source}.bias", (size,), *rows) for source, size, rows in parts)
 
-        def row_parallel(
-            name: str, bias: bool, source: str, size: int, columns: list[int]
-        ) -> Iterator[tuple[str, tuple[CheckpointPart, ...]]]:
+        def row_parallel(name: str, bias: bool, source: str, size: int, columns: list[int]) -> Iterator[_Parameter]:
             yield name, (CheckpointPart(f"{source}.weight", (hidden, size), 1, *columns),)
             if bias:
                 yield f"{name}_bias", (_part(f"{source}.bias", (hidden,)),)
 
         yield "input_norm", (_part(f"{prefix}input_layernorm.weight", (hidden,)),)
+        q, k, v = (f"{attention}{name}_proj" for name in "qkv")
         yield from column_parallel(
-            "qkv",
-            spec.qkv_bias,
-            (f"{attention}q_proj", q_size, q_rows),
-            (f"{attention}k_proj", kv_size, kv_rows),
-            (f"{attention}v_proj", kv_size, kv_rows),
+            "qkv", spec.qkv_bias, (q, q_size, q_rows), (k, kv_size, kv_rows), (v, kv_size, kv_rows)
         )
         if spec.qk_norm:
             yield "q_norm", (_part(f"{attention}q_norm.weight", (head_dim,)),)
             yield "k_norm", (_part(f"{attention}k_norm.weight", (head_dim,)),)
         yield from row_parallel("o", spec.o_bias, f"{attention}o_proj", q_size, q_rows)
         yield "mlp_norm", (_part(f"{prefix}post_attention_layernorm.weight", (hidden,)),)
-        yield from column_parallel(
-            "gate_up",
-            spec.mlp_bias,
-            (f"{mlp}gate_proj", spec.intermediate_size, inner),
-            (f"{mlp}up_proj", spec.intermediate_size, inner),
-        )
+        gate, up = ((f"{mlp}{name}_proj", spec.intermediate_size, inner) for name in ("gate", "up"))
+        yield from column_parallel("gate_up", spec.mlp_bias, gate, up)
         yield from row_parallel("down", spec.mlp_bias, f"{mlp}down_proj", spec.intermediate_size, inner)
 
     def _share(self, total: int, key: str) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def loaded_rank(
 
     from hbserve.engine.model_runner import ModelRunner
     from hbserve.engine.process_group import join_group
-    from hbserve.models.fingerprint import model_fingerprint
+    from hbserve.models.loader import model_fingerprint
     from hbserve.platform import Partition, make_platform
 
     stopwatch = stopwatch or Stopwatch()

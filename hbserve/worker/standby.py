@@ -62,7 +62,7 @@ def _import_everything(how: Standby) -> None:
     import hbserve.engine.model_runner
     import hbserve.engine.process_group
     import hbserve.kv_transfer.two_sided.torch_transfers
-    import hbserve.models.fingerprint
+    import hbserve.models.loader
     import hbserve.worker.process
     from hbserve.model_spec import ModelSpec
 

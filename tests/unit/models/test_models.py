@@ -275,16 +275,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        (
-            "llama",
-            {"architectures": ["MixtralForCausalLM"]},
-            "'MixtralForCausalLM' is not supported; .*Qwen3For",
-        ),
-        (
-            "llama",
-            {"architectures": None, "model_type": "gpt9"},
-            "model_type 'gpt9' is not supported; .*LlamaFor",
-        ),
+        ("llama", {"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported; .*Qwen3For"),
+        ("llama", {"architectures": None, "model_type": "gpt9"}, "model_type 'gpt9' is not supported; .*LlamaFor"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised \\(gptq\\)"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
         ("llama", {"head_dim": 15}, "15"),
