@@ -15,11 +15,8 @@ from hbserve.platform import Platform
 
 __all__ = ["AttentionBackend", "AttentionBatch", "select_attention_backend"]
 
-_BACKENDS: dict[str, type[AttentionBackend]] = {
-    FlashInferBackend.name: FlashInferBackend,
-    FlashAttnBackend.name: FlashAttnBackend,
-    SdpaBackend.name: SdpaBackend,
-}
+_ORDER: tuple[type[AttentionBackend], ...] = (FlashInferBackend, FlashAttnBackend, SdpaBackend)
+_BACKENDS = {backend.name: backend for backend in _ORDER}
 """Backends in the order in which ``auto`` tries them."""
 
 

@@ -51,6 +51,9 @@ class SmallSum(Protocol):
 class Platform(ABC):
     """One device of one process.
 
+    Methods that allocate memory raise RuntimeError if there is too little. Methods that attach to or open another
+    process's memory raise RuntimeError if it is gone or has another size.
+
     Attributes:
         is_shared: whether other workers use the device as well.
     """
@@ -96,11 +99,7 @@ class Platform(ABC):
         return None
 
     def allocate_arena(self, num_bytes: int) -> torch.Tensor:
-        """Allocate one contiguous uint8 tensor with undefined contents.
-
-        Raises:
-            RuntimeError: the device has too little memory (torch's own error).
-        """
+        """Allocate one contiguous uint8 tensor with undefined contents."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     @abstractmethod
@@ -108,25 +107,14 @@ class Platform(ABC):
         """Allocate an arena that other processes can attach to, with undefined contents.
 
         It lives as long as this process. The end of the process frees it, however the process ends.
-
-        Raises:
-            RuntimeError: the device has too little memory.
         """
 
     @abstractmethod
     def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
-        """Attach to another process's arena without a copy: uint8 ``[num_bytes]``.
-
-        Raises:
-            RuntimeError: the arena is gone, or has another size.
-        """
+        """Attach to another process's arena without a copy: uint8 ``[num_bytes]``."""
 
     def allocate_shared_host(self, num_bytes: int) -> SharedArena:
-        """Allocate shared memory of the host, with zeros; otherwise like `allocate_shared_arena`.
-
-        Raises:
-            RuntimeError: the host has too little memory.
-        """
+        """Allocate shared memory of the host, with zeros; otherwise like `allocate_shared_arena`."""
         # The file has no name. Other processes open it through this process's descriptor, which stays open; the kernel
         # frees it with the last process that maps it.
         descriptor = os.memfd_create("hbserve-arena")
@@ -139,11 +127,7 @@ class Platform(ABC):
         return SharedArena(self.attach_shared_host(handle, num_bytes), handle)
 
     def attach_shared_host(self, handle: str, num_bytes: int) -> torch.Tensor:
-        """Attach to memory from `allocate_shared_host`, like `attach_arena`.
-
-        Raises:
-            RuntimeError: the memory is gone, or has another size.
-        """
+        """Attach to memory from `allocate_shared_host`, like `attach_arena`."""
         # torch would create a missing file and lengthen a short one, so check first.
         try:
             size_bytes = os.stat(handle).st_size
@@ -155,11 +139,7 @@ class Platform(ABC):
 
     @abstractmethod
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
-        """Open another process's arena to write into it; it may lie on another GPU of this host.
-
-        Raises:
-            RuntimeError: the arena is gone, or has another size.
-        """
+        """Open another process's arena to write into it; it may lie on another GPU of this host."""
 
     def probe(self) -> None:
         """Use the device, to find out whether it has failed.

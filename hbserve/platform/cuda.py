@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from hbserve.platform import Partition, cuda_ipc
+from hbserve.platform import Partition, cuda_driver
 from hbserve.platform.base import Platform, SharedArena, SmallSum
 from hbserve.platform.cuda_share import CudaShare, is_whole
 from hbserve.platform.peer_sum import PeerSum, can_reach_each_other, holds_for_all
@@ -65,22 +65,22 @@ class CudaPlatform(Platform):
 
     def allocate_shared_arena(self, num_bytes: int) -> SharedArena:
         self._make_current()
-        memory = cuda_ipc.allocate(num_bytes)
-        return SharedArena(torch.as_tensor(memory, device=self.device), cuda_ipc.export_handle(memory))
+        memory = cuda_driver.allocate(num_bytes)
+        return SharedArena(torch.as_tensor(memory, device=self.device), cuda_driver.export_handle(memory))
 
     def attach_arena(self, handle: str, num_bytes: int) -> torch.Tensor:
         self._make_current()
-        return torch.as_tensor(cuda_ipc.open_handle(handle, num_bytes), device=self.device)
+        return torch.as_tensor(cuda_driver.open_handle(handle, num_bytes), device=self.device)
 
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
         self._make_current()
-        return RemoteDeviceArena(cuda_ipc.open_handle(handle, num_bytes), self.device)
+        return RemoteDeviceArena(cuda_driver.open_handle(handle, num_bytes), self.device)
 
     def probe(self) -> None:
         torch.zeros(1, device=self.device).add_(1).cpu()
 
     def _make_current(self) -> None:
-        """Make torch's context current in the calling thread: the driver calls of `cuda_ipc` use it."""
+        """Make torch's context current in the calling thread: the driver calls of `cuda_driver` use it."""
         torch.cuda.set_device(self.device)
         torch.zeros(1, device=self.device)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hbserve.platform import cuda_ipc
+from hbserve.platform import cuda_driver
 
 ByteRun = tuple[int, int, int]
 """Offset in the source, offset in the target, number of bytes."""
@@ -55,11 +55,11 @@ class RemoteDeviceArena(RemoteArena):
     It is not a tensor, because torch would copy memory of another GPU to this one.
 
     Args:
-        memory: result of `cuda_ipc.open_handle`.
+        memory: result of `cuda_driver.open_handle`.
         device: this process's device.
     """
 
-    def __init__(self, memory: cuda_ipc.DeviceMemory, device: torch.device) -> None:
+    def __init__(self, memory: cuda_driver.DeviceMemory, device: torch.device) -> None:
         self._memory = memory
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -69,9 +69,9 @@ class RemoteDeviceArena(RemoteArena):
         source_address, target_address = source.data_ptr(), self._memory.address
         stream = ctypes.c_void_p(self._stream.cuda_stream)
         for source_offset, target_offset, length in runs:
-            cuda_ipc.copy(target_address + target_offset, source_address + source_offset, length, stream)
+            cuda_driver.copy(target_address + target_offset, source_address + source_offset, length, stream)
         self._stream.synchronize()
 
     def close(self) -> None:
         torch.cuda.set_device(self._device)
-        cuda_ipc.close_handle(self._memory)
+        cuda_driver.close_handle(self._memory)
