@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,11 +37,19 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"{path} holds itself, or is nested too deeply") from None
     if duplicate is not None:
         raise ConfigError(f"{path}:{duplicate[1]}: {duplicate[0]} is given twice")
+    _add_log_level(document)
     try:
         return from_dict(document, base_dir=path.parent)
     except ConfigError as error:
         line = _line_of(tree, error.key)
         raise ConfigError(f"{path}:{line}: {error}") from None
+
+
+def _add_log_level(document: Any) -> None:
+    """Take the environment's LOG_LEVEL where the file gives no ``logging.level``."""
+    level = os.environ.get("LOG_LEVEL")
+    if level and isinstance(document, dict) and isinstance(section := document.setdefault("logging", {}), dict):
+        section.setdefault("level", level.upper())
 
 
 def _line_of(tree: yaml.Node | None, key: str) -> int:

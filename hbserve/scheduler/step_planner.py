@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, 
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.waiting_queue import prefill_budget
 from hbserve.scheduler.worker import WorkerHandle
+
+logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Of all last chunks of a step."""
@@ -42,6 +45,7 @@ class StepPlanner:
         self._prompt_budget = prefill_budget(config)
         self._transfers = transfers
         self._preempt = preempt
+        self._logs_plans = logger.isEnabledFor(logging.DEBUG)
         self._layer_group_bytes = config.kv_transfer.layer_group_bytes
         # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
         self._last_step_id = time.time_ns()
@@ -133,6 +137,12 @@ class StepPlanner:
             )
         )
         worker.prepared_for = role
+        if self._logs_plans:
+            names = ", ".join(row.sequence.id for row in step.inflight)
+            rows, tokens = len(step.rows), step.prefill_tokens
+            logger.debug(
+                "step %d: planned for %s, %d rows, %d prompt tokens: %s", step_id, worker.id, rows, tokens, names
+            )
 
     def _prefills(self, allocations: list[tuple[Sequence, KVAllocation]]) -> Iterable[tuple[Sequence, KVAllocation]]:
         """Those with prompt left to compute, in the policy's order."""

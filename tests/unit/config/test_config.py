@@ -212,3 +212,16 @@ def test_the_flat_configuration_names_its_own_fields_in_errors(tmp_path: Path) -
         flat.chunk_sise = 1  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"^chunk_size: must be positive, got 0"):
         flat.freeze()
+
+
+def test_the_environment_sets_the_log_level_where_the_file_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "mode: unified\nmodel: {path: model}\n"
+    monkeypatch.setenv("LOG_LEVEL", "debug")
+    assert load(write(tmp_path, text)).logging.level == "DEBUG"
+    assert load(write(tmp_path, text + "logging: {format: json}\n")).logging.level == "DEBUG"
+    assert load(write(tmp_path, text + "logging: {level: ERROR}\n")).logging.level == "ERROR"
+    monkeypatch.setenv("LOG_LEVEL", "loud")
+    with pytest.raises(ConfigError, match="unknown value 'LOUD'"):
+        load(write(tmp_path, text))
