@@ -29,8 +29,7 @@ InstanceName = Annotated[
 ]
 ImportPath = Annotated[str, Meta(pattern=IMPORT_PATH, description="'package.module:Class'")]
 TraceUrl = Annotated[
-    str,
-    Meta(pattern=r"^https?://[^/\s]+/\S+\Z", description="a URL with a path, like http://127.0.0.1:4318/v1/traces"),
+    str, Meta(pattern=r"^https?://[^/\s]+/\S+\Z", description="a URL with a path, like http://127.0.0.1:4318/v1/traces")
 ]
 
 

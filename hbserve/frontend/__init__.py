@@ -1,1 +1,1 @@
-"""Text on this side of the scheduler: the client of the scheduler, and the processes that tokenize."""
+"""Front of the scheduler: its client, the text engine, and the processes that tokenize."""

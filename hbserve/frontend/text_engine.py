@@ -295,9 +295,7 @@ class _OpenSample:
         """Send the request to the scheduler."""
         sampling = self._sampling
         options = TextStreamOptions(
-            skip_special_tokens=sampling.skip_special_tokens,
-            stop=sampling.stop_strings,
-            min_tokens=sampling.min_tokens,
+            skip_special_tokens=sampling.skip_special_tokens, stop=sampling.stop_strings, min_tokens=sampling.min_tokens
         )
         self._text = self._engine.text.open(options, self._on_text)
         self._client = client

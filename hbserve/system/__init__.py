@@ -1,1 +1,1 @@
-"""A whole system as one object: its processes, and the Python API over them."""
+"""Whole systems: launcher of the processes, and the Python API."""

@@ -1,4 +1,4 @@
-"""The asynchronous Python API: a running system as one object."""
+"""Asynchronous Python API: a running system as one object. Runs in the event loop of the program or the API server."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _STATS_TIMEOUT_MS = 10_000
 
 
 class DisaggregatedLLM:
-    """A system of scheduler and instances, started and stopped from one event loop.
+    """System of scheduler and instances, started and stopped from one event loop.
 
     Args:
-        config: flat or frozen; it is frozen here, so later changes to it have no effect.
-        with_instances: False where the instances are started elsewhere and will connect.
-        text_in_processes: encode and decode text in processes of their own, as servers do.
+        config: flat or frozen configuration; frozen here, so that later changes have no effect.
+        with_instances: False if the instances are started elsewhere and will connect.
+        text_in_processes: encode and decode text in separate processes, as servers do.
 
     Raises:
         ConfigError: naming the field that cannot be honoured.
@@ -54,10 +54,10 @@ class DisaggregatedLLM:
         self._text: TextProcesses | None = None
 
     async def start(self) -> None:
-        """Start every process and return when requests can be served.
+        """Start all processes and return when the system can serve requests.
 
         Raises:
-            StartupError: naming who is missing at ``rpc.start_timeout_s``, or who failed and why.
+            StartupError: naming what is missing at ``rpc.start_timeout_s``, or what failed and why.
             ModelError: if the tokenizer cannot be loaded.
         """
         if self._client is not None:
@@ -96,7 +96,7 @@ class DisaggregatedLLM:
             raise
 
     async def stop(self) -> None:
-        """Abort what is open and end every process. May be called twice."""
+        """Abort the open requests and end all processes. May be called twice."""
         self._engine = None
         client, self._client = self._client, None
         if client is not None:
@@ -117,10 +117,10 @@ class DisaggregatedLLM:
 
     @property
     def engine(self) -> TextEngine:
-        """The text engine of the running system.
+        """Text engine of the running system.
 
         Raises:
-            EngineDeadError: if it is not running.
+            EngineDeadError: if the system is not running.
         """
         if self._engine is None:
             raise EngineDeadError("not started; await start() first")
@@ -128,15 +128,15 @@ class DisaggregatedLLM:
 
     @property
     def text_processes(self) -> TextProcesses | None:
-        """The processes for text, where there are any."""
+        """Text processes, or None if this process does their work."""
         return self._text
 
     @property
     def client(self) -> EngineClient:
-        """The connection to the scheduler.
+        """Client of the scheduler.
 
         Raises:
-            EngineDeadError: if it is not running.
+            EngineDeadError: if the system is not running.
         """
         if self._client is None:
             raise EngineDeadError("not started; await start() first")
@@ -144,7 +144,7 @@ class DisaggregatedLLM:
 
     @property
     def supervisors(self) -> dict[str, InstanceSupervisor]:
-        """Of the instances that have several processes, by name: for ``semi_pd`` their rotation managers."""
+        """Supervisors of the instances that have several processes, by name: for ``semi_pd`` the rotation managers."""
         return self._launcher.supervisors
 
     async def generate(
@@ -172,7 +172,7 @@ class DisaggregatedLLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[SampleDelta]:
-        """``async for`` over what one request produces; leaving the loop early aborts it. Errors as in `generate`."""
+        """Iterate over the deltas of one request; leaving the loop early aborts it. Errors as in `generate`."""
         return self.engine.stream(prompt, sampling_params or SamplingParams(), request_id)
 
     def abort(self, request_id: str) -> None:
@@ -180,9 +180,9 @@ class DisaggregatedLLM:
         self.engine.abort(request_id)
 
     def get_system_stats(self) -> dict[str, Any]:
-        """The scheduler's books: see `hbserve.scheduler.stats.SystemStats` for the keys.
+        """Ask the scheduler for its statistics: see `hbserve.scheduler.stats.SystemStats` for the keys.
 
-        A short synchronous exchange of its own (about a millisecond), so that it can be called anywhere.
+        Uses a short synchronous exchange (about a millisecond), so that any code may call it.
 
         Raises:
             EngineDeadError: if the scheduler does not answer.

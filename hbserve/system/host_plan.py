@@ -1,4 +1,4 @@
-"""Which instance runs on which host; for `scripts/run_multi_node.sh`.
+"""Plan of instances and hosts, for `scripts/run_multi_node.sh`.
 
     python -m hbserve.system.host_plan FILE
 
@@ -17,7 +17,7 @@ from hbserve.rpc.instance_line import instance_address
 
 
 def is_this_host(host: str) -> bool:
-    """Whether a host's address is one of this machine's: only then can a socket be bound to it."""
+    """Whether a host's address belongs to this machine: only then can a socket be bound to it."""
     if is_loopback(host) or host == socket.gethostname():
         return True
     try:
@@ -30,21 +30,18 @@ def is_this_host(host: str) -> bool:
 
 
 def host_plan(config: Config) -> list[tuple[str, str, str]]:
-    """Host, ``here`` or ``there``, and name of every instance.
+    """Return host, ``here`` or ``there``, and name of every instance.
 
     Raises:
-        StartupError: if an instance could not be found by the scheduler.
+        StartupError: if an instance has no address at which the scheduler can find it.
     """
-    plan = []
     for instance in config.gpu_instances:
         instance_address(instance, None)
-        where = "here" if is_this_host(instance.host) else "there"
-        plan.append((instance.host, where, instance.instance_id))
-    return plan
+    return [(i.host, "here" if is_this_host(i.host) else "there", i.instance_id) for i in config.gpu_instances]
 
 
 def main() -> int:
-    """Entry of ``python -m``; returns the exit code."""
+    """Entry point of ``python -m``; returns the exit code."""
     try:
         for line in host_plan(load(sys.argv[1])):
             print("\t".join(line))

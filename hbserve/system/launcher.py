@@ -1,8 +1,24 @@
-"""Starts the processes of a system, watches over them, and ends them.
+"""Launcher: starts the processes of a system, watches them, and ends them.
 
-The only place that knows every kind of instance: rooms below this one do not know of each other.
+It runs in the event loop of the API server (`hbserve.server`), or of the user's Python program. The processes of a
+system, with the names that process lists show, in the order of their start:
 
-Where instances go that nobody has placed.
+    hbserve-api                         API server; with the Python API the user's program is in its place
+    hbserve-detokenizer                 text to HTTP clients        } only behind the API server, by `TextProcesses`;
+    hbserve-tokenizer-0, -1, ...        text of HTTP clients        } they start while the others do
+    hbserve-scheduler                   CPU scheduler
+    hbserve-<instance>-TP0              rank 0 of each instance that has one worker
+        hbserve-<instance>-TP1, ...     its other ranks, which rank 0 starts and ends
+    hbserve-ray                         with ``launcher: ray``, instead of these: Ray's actors start the instances
+    for each semi_pd instance           by a thread of this process (`Supervision`):
+        nvidia-cuda-mps-control         MPS daemon, on a GPU
+        hbserve-<instance>-standby      standby processes, which import and then become workers
+        hbserve-<instance>-resident     holder of weights and KV, one per rank
+
+They end in this order: text processes, scheduler, semi_pd instances, other instances. Every child also ends when its
+parent ends, however that happens: see `hbserve.process.child`.
+
+This is the only module that knows every kind of instance; rooms below this one do not know of each other.
 """
 
 from __future__ import annotations
@@ -20,7 +36,6 @@ from hbserve.config import Config, InstanceRole
 from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
 from hbserve.platform import mps
-from hbserve.platform.mps import num_visible_gpus
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED
 from hbserve.process.parent import ChildProcess, RestartBudget
@@ -30,40 +45,39 @@ from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
 logger = logging.getLogger(__name__)
 
+_SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
+
 
 def fit_to_gpus(config: Config) -> Config:
-    """The configuration for this machine: default instances share GPUs where there are too few for all of them.
+    """Fit a configuration to this machine: default instances share GPU 0 if there is no GPU for each.
 
-    Instances that somebody has placed stay where they are, and say so themselves if there is no such GPU.
+    Instances that the user has placed stay where they are, and fail at start if there is no such GPU.
     """
     instances = config.gpu_instances
     if len(instances) == 1 or config.model.device == "cpu" or config.launcher == "ray":
         return config
     if instances != default_instances(config.mode, config.model.tensor_parallel_size):
         return config
-    count = num_visible_gpus()
-    largest = max(instance.num_ranks for instance in instances)
-    if count < largest or all(instance.gpu_id + instance.num_ranks <= count for instance in instances):
-        return config  # none at all is a CPU, and too few for one instance is what it will say
+    num_gpus = mps.num_visible_gpus()
+    if num_gpus < config.max_ranks or all(i.gpu_id + i.num_ranks <= num_gpus for i in instances):
+        return config  # without a GPU the CPU serves; with too few for one instance, that instance reports it
     names = " and ".join(instance.instance_id for instance in instances)
-    logger.warning("%s share GPU 0: this machine has %d; mode semi_pd is made for that", names, count)
-    shared = tuple(msgspec.structs.replace(instance, gpu_id=0) for instance in instances)
-    # Each takes its part of what is free, and none knows whether the others have taken theirs.
-    performance = msgspec.structs.replace(
-        config.performance, memory_fraction=config.performance.memory_fraction / len(instances)
+    logger.warning("%s share GPU 0: this machine has %d; mode semi_pd is made for that", names, num_gpus)
+    # Each takes its part of the free memory, and does not know whether the others have taken theirs.
+    fraction = config.performance.memory_fraction / len(instances)
+    return msgspec.structs.replace(
+        config,
+        gpu_instances=tuple(msgspec.structs.replace(instance, gpu_id=0) for instance in instances),
+        performance=msgspec.structs.replace(config.performance, memory_fraction=fraction),
     )
-    return msgspec.structs.replace(config, gpu_instances=shared, performance=performance)
-
-
-_SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
 
 
 class Launcher:
-    """The scheduler and, if they run here, the instances of one system.
+    """Launcher of the scheduler and, if they run here, the instances of one system.
 
     Args:
-        config: of the system.
-        with_instances: False where instances are started elsewhere.
+        config: configuration of the system.
+        with_instances: False if the instances are started elsewhere.
         on_scheduler_exit: called with the reason if the scheduler ends on its own.
     """
 
@@ -72,74 +86,50 @@ class Launcher:
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
         self._run_dir: str | None = None
-        self._children: list[ChildProcess] = []
+        self._children: list[ChildProcess] = []  # the scheduler first
         self._supervisions: dict[str, Supervision] = {}
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
-        """Start everything; returns the address for clients.
+        """Start all processes; returns the scheduler's address for clients.
 
         Raises:
-            StartupError: naming the process that failed and why. What had started is ended.
+            StartupError: naming the process that failed and why; all started processes are then ended.
         """
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         if self._with_instances:
             self.config = await asyncio.to_thread(fit_to_gpus, self.config)
-        self.make_run_dir()
         try:
-            return await self._start(deadline)
+            return await self._start(self.make_run_dir(), deadline)
         except BaseException:
             await self.stop()
             raise
 
     def set_core_apart(self) -> None:
-        """Before anything is started, where workers will end while others serve; takes as long as asking for GPUs."""
+        """Reserve the exit core if workers will end while others serve; before any start. Waits for nvidia-smi."""
         shares = any(instance.instance_type is InstanceRole.SEMI_PD for instance in self.config.gpu_instances)
         if self._with_instances and shares and self.config.model.device != "cpu" and mps.gpus():
             exit_core.set_apart()
 
     def make_run_dir(self) -> str:
-        """The folder of the system's sockets; `stop` removes it, or the scheduler if the launcher is killed."""
+        """Make the folder of the system's sockets; `stop` removes it, or the scheduler if this process is killed."""
         if self._run_dir is None:
             self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
         return self._run_dir
 
-    async def _start(self, deadline: float) -> str:
-        run_dir = self._run_dir if self._with_instances else None
-        client_address = scheduler_address(self.config, self._run_dir)
-        plain = [i for i in self.config.gpu_instances if i.instance_type not in _SUPERVISORS]
-        others = [i for i in self.config.gpu_instances if i.instance_type in _SUPERVISORS]
-        by_ray = self.config.launcher == "ray"
-        addresses = {} if by_ray else {i.instance_id: instance_address(i, run_dir) for i in plain}
-        config = msgspec.to_builtins(self.config)
-        scheduler = ChildProcess(
-            "the scheduler",
-            "hbserve.scheduler.process",
-            {
-                "config": config,
-                "client_address": client_address,
-                "instance_addresses": addresses,
-                "run_dir": self._run_dir,
-            },
-        )
-        self._children.append(scheduler)
-        if self._with_instances:
-            for name, address in addresses.items():
-                orders = {"config": config, "instance_id": name, "address": address}
-                self._children.append(ChildProcess(name, "hbserve.worker.process", orders))
-            if by_ray:
-                orders = {"config": config, "scheduler": client_address}
-                self._children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))
-        if others and not self._with_instances:
-            raise StartupError(
-                f"{others[0].instance_id}: a {others[0].instance_type} instance cannot be started elsewhere"
-            )
+    async def _start(self, run_dir: str, deadline: float) -> str:
+        client_address = scheduler_address(self.config, run_dir)
+        supervised = [i for i in self.config.gpu_instances if i.instance_type in _SUPERVISORS]
+        if supervised and not self._with_instances:
+            name, role = supervised[0].instance_id, supervised[0].instance_type
+            raise StartupError(f"{name}: a {role} instance cannot be started elsewhere")
+        self._children = self._new_children(client_address, run_dir)
         supervisors = {
             instance.instance_id: _SUPERVISORS[instance.instance_type].supervise(
-                self.config, instance, self.make_run_dir(), client_address
+                self.config, instance, run_dir, client_address
             )
-            for instance in others
-        }  # before anything is started: they check what they are told
+            for instance in supervised
+        }  # before any start, because they check their configuration
         for child in self._children:
             child.start()
         waits: list[asyncio.Future[None]] = [
@@ -154,13 +144,35 @@ class Launcher:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+        scheduler, *others = self._children
         self._watchers.append(asyncio.create_task(self._watch_scheduler(scheduler)))
-        self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in self._children[1:]]
+        self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in others]
         return client_address
+
+    def _new_children(self, client_address: str, run_dir: str) -> list[ChildProcess]:
+        """Describe the scheduler and the instances that have one worker, or Ray's driver; nothing is started."""
+        config = msgspec.to_builtins(self.config)
+        by_ray = self.config.launcher == "ray"
+        addresses = {
+            instance.instance_id: instance_address(instance, run_dir if self._with_instances else None)
+            for instance in self.config.gpu_instances
+            if instance.instance_type not in _SUPERVISORS and not by_ray
+        }
+        orders = {"config": config, "client_address": client_address}
+        orders |= {"instance_addresses": addresses, "run_dir": run_dir}
+        children = [ChildProcess("the scheduler", "hbserve.scheduler.process", orders)]
+        if self._with_instances and by_ray:
+            orders = {"config": config, "scheduler": client_address}
+            children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))
+        elif self._with_instances:
+            for name, address in addresses.items():
+                orders = {"config": config, "instance_id": name, "address": address}
+                children.append(ChildProcess(name, "hbserve.worker.process", orders))
+        return children
 
     @property
     def supervisors(self) -> dict[str, InstanceSupervisor]:
-        """Of the instances that have one, by name."""
+        """Supervisors of the instances that have several processes, by instance name."""
         return {name: supervision.supervisor for name, supervision in self._supervisions.items()}
 
     async def _watch_scheduler(self, scheduler: ChildProcess) -> None:
@@ -188,14 +200,14 @@ class Launcher:
                 await child.stop()
 
     async def stop(self) -> None:
-        """End everything that was started here, and remove the sockets."""
+        """End all processes that were started here, and remove the sockets."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         self._watchers.clear()
-        for child in self._children[:1]:
-            await child.stop()  # the scheduler first: nobody then misses the instances
-        await asyncio.gather(*(each.stop() for each in self._supervisions.values()))
+        for scheduler in self._children[:1]:
+            await scheduler.stop()  # first, so that it does not report the instances as lost
+        await asyncio.gather(*(supervision.stop() for supervision in self._supervisions.values()))
         self._supervisions.clear()
         await asyncio.gather(*(child.stop() for child in self._children[1:]))
         self._children.clear()

@@ -1,4 +1,4 @@
-"""The synchronous Python API."""
+"""Synchronous Python API."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 class LLM:
-    """A running system behind plain function calls.
+    """Running system behind plain function calls.
 
-    A thread of its own runs the event loop; scheduler and instances are processes. Ends with the
+    A thread (``hbserve-llm``) runs the event loop; scheduler and instances are processes. The system ends with the
     ``with`` block, with `close`, or at the latest with the program.
 
     Args:
@@ -37,7 +37,7 @@ class LLM:
 
     Raises:
         TypeError: naming an unknown argument and the nearest valid one.
-        ConfigError, ModelError, StartupError: naming what cannot be honoured or did not start.
+        ConfigError, ModelError, StartupError: naming the setting at fault, or the part that did not start.
     """
 
     def __init__(self, model: str, *, mode: str = "disaggregated", **arguments: Any) -> None:
@@ -45,8 +45,8 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-llm", daemon=True)
         self._thread.start()
-        self._closed = False
-        # Daemon only because interpreters join other threads before they call atexit: `close` joins it.
+        self._is_closed = False
+        # The thread is a daemon because an ending interpreter joins other threads before it calls atexit.
         atexit.register(self.close)
         try:
             self._run(self._llm.start())
@@ -60,10 +60,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
-        """Generate for one prompt or several at once; strings or token ids.
+        """Generate for one prompt or several at once, given as strings or token ids.
 
         Args:
-            sampling_params: one for all, or one per prompt.
+            sampling_params: one for all prompts, or one per prompt.
             use_tqdm: show a progress bar.
 
         Returns:
@@ -80,46 +80,44 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
-        """Answer one conversation or several, by the model's chat template. As `generate` otherwise."""
+        """Answer one conversation or several, by the model's chat template; otherwise like `generate`."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [self._llm.engine.tokenizer.encode_chat(each) for each in conversations]  # type: ignore[arg-type]
-        return self._run(self._generate(list(prompts), sampling_params, use_tqdm))
+        encode = self._llm.engine.tokenizer.encode_chat
+        prompts: list[Prompt] = [encode(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        return self._run(self._generate(prompts, sampling_params, use_tqdm))
 
     def get_system_stats(self) -> dict[str, Any]:
-        """The scheduler's books: see `hbserve.scheduler.stats.SystemStats` for the keys."""
+        """Ask the scheduler for its statistics: see `hbserve.scheduler.stats.SystemStats` for the keys."""
         return self._llm.get_system_stats()
 
     @property
     def supervisors(self) -> dict[str, InstanceSupervisor]:
-        """Of the instances that have several processes, by name: for ``semi_pd`` their rotation managers."""
+        """Supervisors of the instances that have several processes, by name: for ``semi_pd`` the rotation managers."""
         return self._llm.supervisors
 
     async def _generate(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
+        self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
     ) -> list[GenerationOutput]:
         max_waiting = self._llm.config.performance.max_waiting_requests
         with tqdm(total=len(prompts), desc="Generating", unit="req", disable=not use_tqdm) as bar:
             return await generate_all(self._llm.engine, prompts, sampling_params, max_waiting, bar.update)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
+        if self._is_closed:
             work.close()
             raise EngineDeadError("this LLM has been closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:  # Ctrl-C too: the requests must not go on
+        except BaseException:  # also at Ctrl-C the requests must end
             future.cancel()
             raise
 
     def close(self) -> None:
-        """End every process. May be called twice."""
-        if self._closed:
+        """End all processes. May be called twice."""
+        if self._is_closed:
             return
-        self._closed = True
+        self._is_closed = True
         atexit.unregister(self.close)
         asyncio.run_coroutine_threadsafe(self._llm.stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -1,4 +1,4 @@
-"""Many prompts at once, for the Python API."""
+"""Batches of prompts for the Python API."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ async def generate_all(
     max_waiting: int,
     on_done: Callable[[], object] = lambda: None,
 ) -> list[GenerationOutput]:
-    """One output per prompt, in order.
+    """Generate for all prompts; returns one output per prompt, in order.
 
     Args:
-        sampling_params: one for all, or one per prompt.
-        max_waiting: samples that may wait at the scheduler; more prompts than that are held back here.
-        on_done: called whenever one is finished.
+        sampling_params: one for all prompts, or one per prompt.
+        max_waiting: samples that may wait at the scheduler; further prompts wait here.
+        on_done: called after each prompt.
 
     Raises:
-        TypeError, ValueError: if ``sampling_params`` are not that.
-        HBServeError: whatever ends one of them; the others are then aborted.
+        TypeError, ValueError: if ``sampling_params`` have another type or number.
+        HBServeError: if one prompt fails; the others are then aborted.
     """
-    samplings = _one_each(sampling_params, len(prompts))
+    samplings = _per_prompt(sampling_params, len(prompts))
     max_samples = max((sampling.n for sampling in samplings), default=1)
-    room = asyncio.Semaphore(max(1, max_waiting // max_samples))
+    slots = asyncio.Semaphore(max(1, max_waiting // max_samples))
 
     async def generate(prompt: Prompt, sampling: SamplingParams) -> GenerationOutput:
-        async with room:
+        async with slots:
             output = await engine.generate(prompt, sampling)
         on_done()
         return output
 
-    tasks = [asyncio.create_task(generate(*each)) for each in zip(prompts, samplings, strict=True)]
+    tasks = [asyncio.create_task(generate(*pair)) for pair in zip(prompts, samplings, strict=True)]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -49,10 +49,10 @@ async def generate_all(
 
 
 def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """Prompts as a list: a string or a list of token ids is one prompt.
+    """Return prompts as a list; a string or a list of token ids is one prompt.
 
     Raises:
-        TypeError: if they are nothing of that kind.
+        TypeError: if ``prompts`` is neither a prompt nor an iterable of prompts.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -62,19 +62,21 @@ def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     return [batch] if batch and all(isinstance(item, int) for item in batch) else batch
 
 
-def _one_each(
+def _per_prompt(
     sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
 ) -> list[SamplingParams]:
-    """Sampling parameters per prompt.
+    """Return one `SamplingParams` per prompt.
 
     Raises:
-        TypeError: if they are no `SamplingParams`.
-        ValueError: if a list of another length is given.
+        TypeError: if an item has another type.
+        ValueError: if the list has another length.
     """
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
-    if not all(isinstance(each, SamplingParams) for each in sampling_params):
+    if not all(isinstance(sampling, SamplingParams) for sampling in sampling_params):
         raise TypeError(f"sampling_params must be SamplingParams, or one of them per prompt, got {sampling_params!r}")
     if len(sampling_params) != num_prompts:
-        raise ValueError(f"{len(sampling_params)} sampling params for {num_prompts} prompts; give one, or one each")
+        raise ValueError(
+            f"{len(sampling_params)} sampling params for {num_prompts} prompts; give one or one per prompt"
+        )
     return list(sampling_params)

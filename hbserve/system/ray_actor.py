@@ -1,7 +1,7 @@
-"""What runs in Ray's worker process, on the host that Ray has chosen: the keeper of one instance.
+"""Ray actor that keeps one instance running; runs in Ray's worker process, on the host that Ray has chosen.
 
-The instance is a process of its own, as with every launcher, and joins the system by itself. The actor
-starts it and falls when it falls, so that Ray starts both again, there or elsewhere.
+The instance is a separate process, as with every launcher, and joins the system by itself. The actor starts the
+instance and fails when the instance fails, so that Ray starts both again, on this host or another.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from hbserve.process.child import EXIT_DISMISSED
 from hbserve.process.parent import ChildProcess
 
 _RESTART_DELAY_S = 1.0
-_EXIT_FALLEN = 70
+_EXIT_FAILED = 70
 
 
 class InstanceActor:
-    """One instance through the life of a Ray actor, which has an event loop.
+    """Keeper of one instance during the life of a Ray actor; its coroutines run in the actor's event loop.
 
     Args:
-        name: of the instance.
-        arguments: of ``python -m hbserve.join``.
-        start_timeout_s: it must be ready within this time.
+        name: name of the instance.
+        arguments: command line of ``python -m hbserve.join``.
+        start_timeout_s: time within which the instance must be ready.
     """
 
     def __init__(self, name: str, arguments: list[str], start_timeout_s: float) -> None:
@@ -35,7 +35,7 @@ class InstanceActor:
         self._error: str | None = None
 
     async def run(self) -> None:
-        """Keep the instance running; returns when it shall not run any more. Ray calls it again in a new actor."""
+        """Run the instance; returns when it must not run any more. Ray calls this again in a new actor."""
         self._process.start()
         code = None
         try:
@@ -47,12 +47,12 @@ class InstanceActor:
             self._started.set()
             await self._process.stop()
         if code != EXIT_DISMISSED:
-            await asyncio.sleep(_RESTART_DELAY_S)  # in which whoever waits for the start hears of it
+            await asyncio.sleep(_RESTART_DELAY_S)  # time in which `wait_started` returns the error
             if not self._is_stopping:
-                os._exit(_EXIT_FALLEN)  # an actor that has failed
+                os._exit(_EXIT_FAILED)  # Ray then starts the actor again
 
     async def wait_started(self) -> str | None:
-        """Wait until it is ready, None, or has said why it cannot be."""
+        """Wait until the start is over; returns None if the instance is ready, else the error."""
         await self._started.wait()
         return self._error
 

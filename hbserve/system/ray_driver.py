@@ -1,7 +1,7 @@
-"""The process through which Ray starts instances, watches them and starts them again: ``launcher: ray``.
+"""Ray's driver: process through which Ray starts, watches and restarts instances, with ``launcher: ray``.
 
-Ray decides on which host an instance runs, and restarts it; that is all it does. Plans, results and KV
-go over our own sockets, as with every launcher. Ray's library stays in this process and its own workers.
+Ray only decides on which host an instance runs, and restarts it. Plans, results and KV
+go over our own sockets, as with every launcher. Ray's library stays in this process and in Ray's workers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hbserve.system.ray_actor import InstanceActor
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
-_KNOCK_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 15.0
-_OWN_SHARE = 0.9
-"""Of the time to start: who waits for this process is still there to hear why it was not enough."""
-_PIN = 0.001
-"""Of a host's own resource, of which Ray gives it 1."""
+_START_SHARE = 0.9
+"""Share of the start timeout after which this process gives up, while the launcher still waits for the reason."""
+_NODE_SHARE = 0.001
+"""Amount of a host's ``node:`` resource, of which it has 1, that binds an instance to the host."""
 
 
 @dataclass
 class _Placed:
-    """An instance, the resources that are set aside for it, and its actor."""
+    """Instance with its reserved resources and its actor."""
 
     instance: InstanceConfig
     group: Any
@@ -46,11 +46,11 @@ class _Placed:
 
 
 class RayInstances:
-    """All instances of a system, as Ray actors.
+    """Instances of a system, as Ray actors.
 
     Args:
-        config: of the system.
-        scheduler: where instances find it.
+        config: configuration of the system.
+        scheduler: address at which instances find the scheduler.
 
     Raises:
         StartupError: if Ray is not installed, or there is no cluster.
@@ -64,7 +64,7 @@ class RayInstances:
         self._ray = ray
         self._config = config
         try:
-            _knock(os.environ.get("RAY_ADDRESS", ""))
+            _check_reachable(os.environ.get("RAY_ADDRESS", ""))
             ray.init("auto", logging_level=logging.WARNING)
         except (OSError, RuntimeError, ValueError) as error:
             raise StartupError(f"there is no Ray cluster (ray start --head, or RAY_ADDRESS): {error}") from None
@@ -72,17 +72,17 @@ class RayInstances:
         self._placed: list[_Placed] = []
 
     def start(self, deadline: float, stop: threading.Event) -> None:
-        """Place all instances and start them; returns when all are ready, or ``stop`` is set.
+        """Place and start all instances; returns when all are ready, or when ``stop`` is set.
 
         Args:
             deadline: on the monotonic clock.
 
         Raises:
-            StartupError: if there is no room for one, or one cannot start; saying why.
+            StartupError: if no host has room for an instance, or one cannot start; saying why.
         """
         for instance in self._config.gpu_instances:
             bundle = self._needs(instance)
-            # One bundle lies on one host, and so do the ranks; it stays ours while an actor is restarted.
+            # One bundle puts all ranks on one host; it stays reserved while the actor is restarted.
             group = self._ray.util.placement_group([bundle], strategy="STRICT_PACK", name=instance.instance_id)
             self._placed.append(_Placed(instance, group))
         for placed in self._placed:
@@ -105,7 +105,7 @@ class RayInstances:
                     raise StartupError(f"{names[ref]}: {error}")
 
     def _needs(self, instance: InstanceConfig) -> dict[str, float]:
-        """The resources of an instance's host that are set aside for it, in Ray's names."""
+        """Return the resources that an instance needs on its host, in Ray's names."""
         num_ranks = instance.num_ranks
         device = self._config.model.device
         if device == "auto":
@@ -114,7 +114,7 @@ class RayInstances:
         if device == "cuda":
             needs["GPU"] = num_ranks
         if not is_loopback(instance.host):
-            needs[f"node:{instance.host}"] = _PIN
+            needs[f"node:{instance.host}"] = _NODE_SHARE
         return needs
 
     def _wait_for_room(self, placed: _Placed, deadline: float, stop: threading.Event) -> None:
@@ -137,7 +137,7 @@ class RayInstances:
             "--tensor-parallel-size": instance.num_ranks,
             "--num-threads": instance.num_threads,
             "--kv-ip": instance.kv_ip,
-            "--patience-s": rpc.heartbeat_timeout_s + 5.0,  # until one that is gone has been missed
+            "--patience-s": rpc.heartbeat_timeout_s + 5.0,  # until the scheduler has noticed a predecessor's loss
         }
         arguments = [self._scheduler]
         for name, value in options.items():
@@ -154,7 +154,7 @@ class RayInstances:
         placed.run = placed.actor.run.remote()
 
     def watch(self, stop: threading.Event) -> None:
-        """Until ``stop`` is set: say what Ray does not start again, and give back what is set aside for it."""
+        """Free the resources of instances that Ray does not start again, and log them, until ``stop`` is set."""
         while not stop.wait(_WATCH_INTERVAL_S):
             running = {placed.run: placed for placed in self._placed}
             done, _ = self._ray.wait(list(running), timeout=0) if running else ([], [])
@@ -169,7 +169,7 @@ class RayInstances:
                 self._placed.remove(running[ref])
 
     def close(self) -> None:
-        """End all instances and leave the cluster as it was."""
+        """End all instances and free all resources of the cluster."""
         started = [placed for placed in self._placed if placed.actor is not None]
         stops = [placed.actor.stop.options(max_task_retries=0).remote() for placed in started]
         ends = [*stops, *(placed.run for placed in started)]
@@ -182,24 +182,24 @@ class RayInstances:
         self._ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Ray itself would try for minutes.
+def _check_reachable(address: str) -> None:
+    """Check that a cluster listens at the address, because Ray itself would try for minutes.
 
     Raises:
-        OSError: if nobody listens there.
+        OSError: if no process listens there.
     """
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "://" not in address:
-        socket.create_connection((host, int(port)), _KNOCK_TIMEOUT_S).close()
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
 
 
 def main() -> None:
-    """Entry of the process that a launcher starts."""
+    """Entry point of the process that the launcher starts."""
     orders = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title("hbserve-ray")
     child.configure_logging(config.logging, "ray")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Ray prints what instances say; standard output is the server's
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Ray prints; standard output is the server's
     started = time.monotonic()
     stop = threading.Event()
     child.watch_parent(stop.set)
@@ -209,7 +209,7 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
             signal.signal(number, lambda *_: stop.set())
         try:
-            instances.start(started + _OWN_SHARE * config.rpc.start_timeout_s, stop)
+            instances.start(started + _START_SHARE * config.rpc.start_timeout_s, stop)
             child.report_status({"ready": True})
             instances.watch(stop)
         finally:

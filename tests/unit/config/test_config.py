@@ -103,11 +103,7 @@ TWO = (
         (MODEL + "chunked_prefil: {}\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
         (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
         (MODEL + "semi_pd:\n  ladder: {prefil: [1]}\n", 4, "ladder.prefil: unknown key; did you mean 'prefill'"),
-        (
-            MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n",
-            4,
-            "heartbeat_timeout_s: must be positive and finite, got inf",
-        ),
+        (MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n", 4, "heartbeat_timeout_s: must be positive and finite, got inf"),
         (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
         (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive, got -1"),
         (MODEL + "performance:\n  block_size: 12\n", 4, "performance.block_size: must be a power of two, got 12"),
