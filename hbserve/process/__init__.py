@@ -1,1 +1,1 @@
-"""Processes of a system: start, supervision and end of children; event loop and log format."""
+"""Child processes: start, watch, restart and end; event loop, exit core and log format."""

@@ -23,7 +23,6 @@ from typing import Any
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError, StartupError
-from hbserve.process.supervision import InstanceSupervisor
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.semi_pd.device_sharing import DeviceSharing
 from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
@@ -46,7 +45,7 @@ _END_TIMEOUT_S = 20.0
 _POLL_S = 0.2
 
 
-class ProcessRotationManager(InstanceSupervisor):
+class ProcessRotationManager:
     """The processes of one ``semi_pd`` instance: MPS, resident processes, workers, sleepers.
 
     Alone it keeps workers that nobody gives plans to; in a system, the launcher makes it and it names
@@ -115,6 +114,12 @@ class ProcessRotationManager(InstanceSupervisor):
     def supervise(
         cls, config: Config, instance: InstanceConfig, run_dir: str, scheduler_address: str
     ) -> ProcessRotationManager:
+        """Make the manager of an instance that the launcher starts and stops; nothing is started yet.
+
+        Args:
+            run_dir: private folder for sockets.
+            scheduler_address: address for `hbserve.messages.supervisor.SetWorkers`, which announce the workers.
+        """
         manager = cls.__new__(cls)
         manager._build(config, instance, None)
         manager._run_dir, manager._owns_run_dir = run_dir, False
@@ -151,6 +156,14 @@ class ProcessRotationManager(InstanceSupervisor):
         return True
 
     def start_or_raise(self, deadline: float) -> None:
+        """Start all processes and return when they are ready.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            StartupError: naming what failed and why.
+        """
         state = self._state
         with state.changed:
             if state.lifecycle is not Lifecycle.STOPPED:
@@ -190,12 +203,14 @@ class ProcessRotationManager(InstanceSupervisor):
             self._controller.start_monitoring()
 
     def tell_to_stop(self) -> None:
+        """Make a running start give up; does not block. Any thread may call this."""
         with self._state.changed:
             self._state.is_told_to_stop = True
             self._state.changed.notify_all()
         self._state.residents.notify_cancelled()
 
     def stop(self) -> None:
+        """End all processes; may block. May be called in every state."""
         state = self._state
         with state.changed:
             state.is_told_to_stop = True

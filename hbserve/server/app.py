@@ -36,7 +36,7 @@ from hbserve.config import InstanceRole, ServerConfig
 from hbserve.errors import EngineDeadError, InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
-from hbserve.process.supervision import InstanceSupervisor
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.server import errors, semi_pd_routes
 from hbserve.server.chat import ChatCompletion
 from hbserve.server.chat_protocol import ChatCompletionRequest
@@ -54,7 +54,7 @@ def create_app(
     client: EngineClient,
     served_name: str,
     config: ServerConfig = _DEFAULTS,
-    supervisors: Mapping[str, InstanceSupervisor] = MappingProxyType({}),
+    supervisors: Mapping[str, ProcessRotationManager] = MappingProxyType({}),
 ) -> FastAPI:
     """Make the OpenAI-compatible application over one engine.
 
@@ -62,7 +62,7 @@ def create_app(
         client: the same engine's client, for the system's health and statistics.
         served_name: the model's name, which requests must give.
         config: only ``request_timeout_s`` is used here; `hbserve.server.guard` applies the rest.
-        supervisors: of the system's instances, by name; used for ``semi_pd`` instances.
+        supervisors: rotation managers of the system's ``semi_pd`` instances, by name.
     """
     app = FastAPI(
         title="HBServe",

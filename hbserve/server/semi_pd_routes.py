@@ -8,24 +8,22 @@ from typing import Any
 from fastapi import FastAPI
 
 from hbserve.errors import ConfigError, InvalidRequestError, OverloadedError
-from hbserve.process.supervision import InstanceSupervisor
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.server.protocol import AllocationRequest
 from hbserve.slo.constraints import SMAllocation
 
 
-def rotation_counts(supervisors: Mapping[str, InstanceSupervisor]) -> dict[str, dict[str, Any]]:
+def rotation_counts(managers: Mapping[str, ProcessRotationManager]) -> dict[str, dict[str, Any]]:
     """Return the ``statistics`` of `ProcessRotationManager.get_status` by instance."""
-    return {name: manager.get_status()["statistics"] for name, manager in _managers(supervisors).items()}
+    return {name: manager.get_status()["statistics"] for name, manager in managers.items()}
 
 
-def install(app: FastAPI, supervisors: Mapping[str, InstanceSupervisor]) -> None:
+def install(app: FastAPI, managers: Mapping[str, ProcessRotationManager]) -> None:
     """Add the routes. `hbserve.server.guard` requires the admin key for changes.
 
     Args:
-        supervisors: the supervisors of the system's instances, by name.
+        managers: rotation managers of the system's ``semi_pd`` instances, by name.
     """
-    managers = _managers(supervisors)
 
     @app.get("/v1/semi_pd/status")
     async def status() -> dict[str, Any]:
@@ -48,7 +46,3 @@ def install(app: FastAPI, supervisors: Mapping[str, InstanceSupervisor]) -> None
             if not is_accepted:
                 raise OverloadedError(f"{name} is not running now")
         return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}
-
-
-def _managers(supervisors: Mapping[str, InstanceSupervisor]) -> dict[str, ProcessRotationManager]:
-    return {name: manager for name, manager in supervisors.items() if isinstance(manager, ProcessRotationManager)}

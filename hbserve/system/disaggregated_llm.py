@@ -20,9 +20,9 @@ from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.frontend.text_pool import TextProcesses
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
-from hbserve.process.supervision import InstanceSupervisor
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.system.launcher import Launcher
 from hbserve.system.prompt_batch import as_batch, generate_all
 from hbserve.tokenizer import ChatMessage, Tokenizer
@@ -143,8 +143,8 @@ class DisaggregatedLLM:
         return self._client
 
     @property
-    def supervisors(self) -> dict[str, InstanceSupervisor]:
-        """Supervisors of the instances that have several processes, by name: for ``semi_pd`` the rotation managers."""
+    def supervisors(self) -> dict[str, ProcessRotationManager]:
+        """Rotation managers of the ``semi_pd`` instances, by instance name."""
         return self._launcher.supervisors
 
     async def generate(

@@ -10,7 +10,7 @@ system, with the names that process lists show, in the order of their start:
     hbserve-<instance>-TP0              rank 0 of each instance that has one worker
         hbserve-<instance>-TP1, ...     its other ranks, which rank 0 starts and ends
     hbserve-ray                         with ``launcher: ray``, instead of these: Ray's actors start the instances
-    for each semi_pd instance           by a thread of this process (`Supervision`):
+    for each semi_pd instance           by a thread of this process (`_SupervisorThread`):
         nvidia-cuda-mps-control         MPS daemon, on a GPU
         hbserve-<instance>-standby      standby processes, which import and then become workers
         hbserve-<instance>-resident     holder of weights and KV, one per rank
@@ -27,8 +27,10 @@ import asyncio
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import msgspec
 
@@ -39,13 +41,10 @@ from hbserve.platform import mps
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED
 from hbserve.process.parent import ChildProcess, RestartBudget
-from hbserve.process.supervision import InstanceSupervisor, Supervision
 from hbserve.rpc.instance_line import instance_address, scheduler_address
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
 logger = logging.getLogger(__name__)
-
-_SUPERVISORS: dict[InstanceRole, type[InstanceSupervisor]] = {InstanceRole.SEMI_PD: ProcessRotationManager}
 
 
 def fit_to_gpus(config: Config) -> Config:
@@ -87,7 +86,7 @@ class Launcher:
         self._on_scheduler_exit = on_scheduler_exit
         self._run_dir: str | None = None
         self._children: list[ChildProcess] = []  # the scheduler first
-        self._supervisions: dict[str, Supervision] = {}
+        self._supervisors: dict[str, _SupervisorThread] = {}
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
@@ -119,25 +118,20 @@ class Launcher:
 
     async def _start(self, run_dir: str, deadline: float) -> str:
         client_address = scheduler_address(self.config, run_dir)
-        supervised = [i for i in self.config.gpu_instances if i.instance_type in _SUPERVISORS]
-        if supervised and not self._with_instances:
-            name, role = supervised[0].instance_id, supervised[0].instance_type
-            raise StartupError(f"{name}: a {role} instance cannot be started elsewhere")
+        shared = [i for i in self.config.gpu_instances if i.instance_type is InstanceRole.SEMI_PD]
+        if shared and not self._with_instances:
+            raise StartupError(f"{shared[0].instance_id}: a semi_pd instance cannot be started elsewhere")
         self._children = self._new_children(client_address, run_dir)
-        supervisors = {
-            instance.instance_id: _SUPERVISORS[instance.instance_type].supervise(
-                self.config, instance, run_dir, client_address
-            )
-            for instance in supervised
-        }  # before any start, because they check their configuration
+        managers = {  # before any start, because they check their configuration
+            instance.instance_id: ProcessRotationManager.supervise(self.config, instance, run_dir, client_address)
+            for instance in shared
+        }
         for child in self._children:
             child.start()
-        waits: list[asyncio.Future[None]] = [
-            asyncio.create_task(child.wait_ready(deadline)) for child in self._children
-        ]
-        for name, supervisor in supervisors.items():
-            self._supervisions[name] = Supervision(supervisor, deadline)
-            waits.append(self._supervisions[name].ready)
+        waits = [asyncio.create_task(child.wait_ready(deadline)) for child in self._children]
+        for name, manager in managers.items():
+            self._supervisors[name] = _SupervisorThread(manager, deadline)
+            waits.append(asyncio.create_task(self._supervisors[name].wait_ready()))
         try:
             await asyncio.gather(*waits)
         finally:
@@ -156,7 +150,7 @@ class Launcher:
         addresses = {
             instance.instance_id: instance_address(instance, run_dir if self._with_instances else None)
             for instance in self.config.gpu_instances
-            if instance.instance_type not in _SUPERVISORS and not by_ray
+            if instance.instance_type is not InstanceRole.SEMI_PD and not by_ray
         }
         orders = {"config": config, "client_address": client_address}
         orders |= {"instance_addresses": addresses, "run_dir": run_dir}
@@ -171,9 +165,9 @@ class Launcher:
         return children
 
     @property
-    def supervisors(self) -> dict[str, InstanceSupervisor]:
-        """Supervisors of the instances that have several processes, by instance name."""
-        return {name: supervision.supervisor for name, supervision in self._supervisions.items()}
+    def supervisors(self) -> dict[str, ProcessRotationManager]:
+        """Rotation managers of the ``semi_pd`` instances, by instance name."""
+        return {name: thread.manager for name, thread in self._supervisors.items()}
 
     async def _watch_scheduler(self, scheduler: ChildProcess) -> None:
         code = await scheduler.wait()
@@ -207,10 +201,50 @@ class Launcher:
         self._watchers.clear()
         for scheduler in self._children[:1]:
             await scheduler.stop()  # first, so that it does not report the instances as lost
-        await asyncio.gather(*(supervision.stop() for supervision in self._supervisions.values()))
-        self._supervisions.clear()
+        await asyncio.gather(*(thread.stop() for thread in self._supervisors.values()))
+        self._supervisors.clear()
         await asyncio.gather(*(child.stop() for child in self._children[1:]))
         self._children.clear()
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
+
+
+class _SupervisorThread:
+    """Thread that starts the processes of a ``semi_pd`` instance, and at the end stops them: both may block.
+
+    One thread does both, because an interpreter that is ending cannot start another one. It is a daemon, because
+    interpreters join other threads before the launcher can stop it.
+    """
+
+    def __init__(self, manager: ProcessRotationManager, deadline: float) -> None:
+        self.manager = manager
+        self._deadline = deadline
+        self._stop = threading.Event()
+        self._started: Future[None] = Future()
+        self._stopped: Future[None] = Future()
+        for future in (self._started, self._stopped):
+            future.set_running_or_notify_cancel()  # a coroutine that is cancelled must not cancel it
+        threading.Thread(target=self._run, name="semi-pd-start-stop", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.manager.start_or_raise(self._deadline)
+            self._started.set_result(None)
+        except BaseException as error:
+            self._started.set_exception(error)
+        self._stop.wait()
+        try:
+            self.manager.stop()
+        finally:
+            self._stopped.set_result(None)
+
+    async def wait_ready(self) -> None:
+        """Wait until the start is over; raises what the start has raised."""
+        await asyncio.wrap_future(self._started)
+
+    async def stop(self) -> None:
+        """Stop the instance, in whatever state it is."""
+        self._stop.set()
+        self.manager.tell_to_stop()
+        await asyncio.wrap_future(self._stopped)

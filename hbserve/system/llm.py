@@ -15,8 +15,8 @@ from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import EngineDeadError
 from hbserve.frontend.outputs import GenerationOutput
 from hbserve.frontend.text_engine import Prompt
-from hbserve.process.supervision import InstanceSupervisor
 from hbserve.sampling_params import SamplingParams
+from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 from hbserve.system.prompt_batch import as_batch, generate_all
 from hbserve.tokenizer import ChatMessage
@@ -91,8 +91,8 @@ class LLM:
         return self._llm.get_system_stats()
 
     @property
-    def supervisors(self) -> dict[str, InstanceSupervisor]:
-        """Supervisors of the instances that have several processes, by name: for ``semi_pd`` the rotation managers."""
+    def supervisors(self) -> dict[str, ProcessRotationManager]:
+        """Rotation managers of the ``semi_pd`` instances, by instance name."""
         return self._llm.supervisors
 
     async def _generate(
