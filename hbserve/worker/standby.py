@@ -19,7 +19,7 @@ from typing import Any
 
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import Standby
-from hbserve.platform import Partition, mps, set_priority
+from hbserve.platform import Partition, mps
 from hbserve.process import child
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ def sleep(how: Standby) -> dict[str, Any]:
     line = sys.stdin.buffer.readline()
     if not line:
         child.exit_now(0)
+    from hbserve.platform import set_priority  # imports torch; the API server imports this module and needs none
+
     wake_up: dict[str, Any] = json.loads(line)
     if wake_up["partition"] is not None:
         priority = Partition(**wake_up["partition"]).priority

@@ -103,6 +103,13 @@ def test_the_scheduler_needs_neither_torch_nor_workers_nor_transfers() -> None:
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+def test_the_api_server_starts_without_torch() -> None:
+    """It never touches a tensor; torch would cost each API server seconds at its start, and memory."""
+    program = "import sys, hbserve.server.app; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
 def test_modules_and_rooms_are_told_from_one_another() -> None:
     """The checks above would hold of a package that they cannot read."""
     assert "hbserve.errors" in set(imported("hbserve.config.sections"))
