@@ -288,7 +288,7 @@ def test_the_split_is_the_first_instances() -> None:
 
 
 async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
-    target = PacedTarget(0.3, refuses=True)
+    target = PacedTarget(0.15, refuses=True)
     workload = source(num_requests=40).workload(200.0, 5)
     targets = RequestTargets(ttft_ms=1000.0, tpot_ms=500.0)
     result = await run_load(target, workload, targets, True)
@@ -306,7 +306,7 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
         if each.error is None:
             assert each.num_tokens == each.output_len
             assert each.ttft_s is not None
-            assert each.ttft_s >= 0.3
+            assert each.ttft_s >= 0.15
     assert result.split[0][1:] == (70.0, 30.0, False)
     health = result.client.as_dict(result.records)
     assert 0 < health["cpu_share"] <= 1.5
@@ -325,7 +325,7 @@ async def test_a_run_that_cannot_be_good_any_more_is_cut_short() -> None:
 
 async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_break(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    target = PacedTarget(0.005, capacity=4)
+    target = PacedTarget(0.003, capacity=4)
     asked = options(
         *("--slo-scale", "40:50", "--sweep", "--rate", "20", "--num-requests", "12", "--precision", "0.5"),
         *("--input-len", "8:64", "--output-len", "3", "--arrivals", "poisson", "--seed", "1"),
@@ -333,7 +333,7 @@ async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_b
     async with asyncio.timeout(DEADLINE_S):
         document = await ServeBenchmark(target, asked).run()
     lone, targets, best = document["lone_request"], document["targets"], document["best_rate"]
-    assert lone["tpot_ms"] >= 5
+    assert lone["tpot_ms"] >= 3
     assert targets == {"ttft_ms": 40 * lone["ttft_ms"], "tpot_ms": 50 * lone["tpot_ms"], "e2e_ms": None}
     rates = {run["summary"]["rate"]: run["summary"]["attainment"] >= 0.9 for run in document["runs"]}
     assert rates[20.0]
