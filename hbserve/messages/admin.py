@@ -22,15 +22,15 @@ class Stats(Message, frozen=True):
     stats: dict[str, Any]
 
 
-class GetWindow(Message, frozen=True):
-    """Ask for the `Window` of the last ``seconds``."""
+class GetWindowMetrics(Message, frozen=True):
+    """Ask for the `WindowMetrics` of the last ``seconds``."""
 
     query_id: int
     seconds: float
 
 
-class Window(Message, frozen=True):
-    """Answer to `GetWindow`: an `hbserve.metrics.window_metrics.AggregatedMetrics`, as plain data."""
+class WindowMetrics(Message, frozen=True):
+    """Answer to `GetWindowMetrics`: an `hbserve.metrics.window_metrics.AggregatedMetrics`, as plain data."""
 
     query_id: int
     metrics: dict[str, Any]

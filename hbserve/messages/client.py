@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from hbserve.messages.admin import GetStats, GetWindow, InstanceChanged, RemoveInstance, SetRole, Stats, Window
+from hbserve.messages.admin import (
+    GetStats,
+    GetWindowMetrics,
+    InstanceChanged,
+    RemoveInstance,
+    SetRole,
+    Stats,
+    WindowMetrics,
+)
 from hbserve.messages.base import Message, TokenLogprobs, Value
 from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
@@ -88,7 +96,7 @@ ClientMessage = (
     | AbortRequest
     | SubscribeReady
     | GetStats
-    | GetWindow
+    | GetWindowMetrics
     | SetRole
     | RemoveInstance
     | Join
@@ -97,5 +105,5 @@ ClientMessage = (
 )
 """Messages that arrive at the scheduler's client port, from clients, operators, supervisors and new instances."""
 
-SchedulerReply = OutputBatch | Ready | NotReady | Stats | Window | InstanceChanged | Joined | WorkerLost
+SchedulerReply = OutputBatch | Ready | NotReady | Stats | WindowMetrics | InstanceChanged | Joined | WorkerLost
 """Messages that the scheduler sends from that port."""

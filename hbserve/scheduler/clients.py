@@ -10,7 +10,7 @@ import msgspec
 import zmq
 
 from hbserve.config import Config
-from hbserve.messages.admin import GetStats, GetWindow, RemoveInstance, SetRole, Stats, Window
+from hbserve.messages.admin import GetStats, GetWindowMetrics, RemoveInstance, SetRole, Stats, WindowMetrics
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
@@ -128,8 +128,8 @@ class ClientServer:
                 readiness.subscribe(client, message.deadline_s)
             elif isinstance(message, GetStats):
                 self.reply(client, Stats(query_id=message.query_id, stats=stats.collect(message.recent)))
-            elif isinstance(message, GetWindow):
-                self.reply(client, Window(query_id=message.query_id, metrics=stats.window(message.seconds)))
+            elif isinstance(message, GetWindowMetrics):
+                self.reply(client, WindowMetrics(query_id=message.query_id, metrics=stats.window(message.seconds)))
             elif isinstance(message, SetRole):
                 drains.set_role(client, message)
             elif isinstance(message, RemoveInstance):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from hbserve.messages.admin import GetWindow, Window
+from hbserve.messages.admin import GetWindowMetrics, WindowMetrics
 from hbserve.messages.client import SchedulerReply
 from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
 from hbserve.metrics.window_metrics import AggregatedMetrics
@@ -34,14 +34,14 @@ class SchedulerLink:
 
     def __init__(self, address: str, on_worker_lost: Callable[[str, str], None], key: ClusterKey | None) -> None:
         self._address, self._on_worker_lost, self._key = address, on_worker_lost, key
-        self._outgoing: deque[SetWorkers | GetWindow | MarkRotation | None] = deque()
-        self._windows: queue.SimpleQueue[Window] = queue.SimpleQueue()
+        self._outgoing: deque[SetWorkers | GetWindowMetrics | MarkRotation | None] = deque()
+        self._windows: queue.SimpleQueue[WindowMetrics] = queue.SimpleQueue()
         self._num_queries = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="semi-pd-link", daemon=True)
         self._thread.start()
 
-    def send(self, message: SetWorkers | GetWindow | MarkRotation) -> None:
+    def send(self, message: SetWorkers | GetWindowMetrics | MarkRotation) -> None:
         """Queue a message; in order."""
         self._outgoing.append(message)
         os.eventfd_write(self._wake, 1)
@@ -50,7 +50,7 @@ class SchedulerLink:
         """The scheduler's last seconds; None if it does not answer in time. For one caller at a time."""
         self._num_queries += 1
         query_id = self._num_queries
-        self.send(GetWindow(query_id=query_id, seconds=seconds))
+        self.send(GetWindowMetrics(query_id=query_id, seconds=seconds))
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -95,5 +95,5 @@ class SchedulerLink:
                     reply = decoder.decode(socket.recv())
                     if isinstance(reply, WorkerLost):
                         self._on_worker_lost(reply.worker_id, reply.reason)
-                    elif isinstance(reply, Window):
+                    elif isinstance(reply, WindowMetrics):
                         self._windows.put(reply)
