@@ -1,13 +1,13 @@
 """Base class of one-sided backends: the sender writes straight into the receiver's arena.
 
-A backend lives in a rank process. Its coroutines run in the event loop. `OneSidedKVTransfer.write`, and what else its
-docstring says so, runs in a thread for each link.
+A backend lives in a rank process. Its coroutines run in the event loop. `OneSidedKVTransfer.write`, ``connect``,
+``disconnect`` and ``make_staging`` run in the thread of the link's `SendQueue`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +15,6 @@ import torch
 from hbserve.kv_transfer.base import KVTransferContext
 from hbserve.messages.transfer import Peer
 from hbserve.platform.remote_arena import ByteRun, RemoteArena
-
-
-def coalesce(pieces: Iterable[tuple[int, int]], num_bytes: int) -> list[ByteRun]:
-    """Join pieces of ``num_bytes`` into the fewest runs, because links are fast with large pieces.
-
-    Args:
-        pieces: offsets of each piece in the source and in the target.
-    """
-    runs: list[ByteRun] = []
-    for here, there in sorted(pieces):
-        if runs:
-            first_here, first_there, length = runs[-1]
-            if here == first_here + length and there == first_there + length:
-                runs[-1] = (first_here, first_there, length + num_bytes)
-                continue
-        runs.append((here, there, num_bytes))
-    return runs
 
 
 @dataclass(frozen=True)

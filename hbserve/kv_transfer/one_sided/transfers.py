@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,9 +16,10 @@ import torch
 from hbserve.kv_transfer.block_parts import BlockParts
 from hbserve.kv_transfer.head_split import WHOLE, Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager, Report
-from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer, coalesce
+from hbserve.kv_transfer.one_sided.base import OneSidedKVTransfer
 from hbserve.kv_transfer.send_queue import SendItem, SendQueue
 from hbserve.messages.transfer import LayerGroup, LinkKey, Peer, ReceiveBlocks, SendBlocks
+from hbserve.platform.remote_arena import ByteRun
 
 _STAGING_BYTES = 64 << 20
 """Size of the memory in which parts of blocks are gathered before they leave, for each target rank."""
@@ -139,3 +140,20 @@ class _Writer:
         self._backend.write(
             self._target, source, coalesce(((here, there * block_bytes + first) for here, there in pieces), size)
         )
+
+
+def coalesce(pieces: Iterable[tuple[int, int]], num_bytes: int) -> list[ByteRun]:
+    """Join pieces of ``num_bytes`` into the fewest runs, because links are fast with large pieces.
+
+    Args:
+        pieces: offset of each piece in the source and in the target.
+    """
+    runs: list[ByteRun] = []
+    for source, target in sorted(pieces):
+        if runs:
+            first_source, first_target, length = runs[-1]
+            if source == first_source + length and target == first_target + length:
+                runs[-1] = (first_source, first_target, length + num_bytes)
+                continue
+        runs.append((source, target, num_bytes))
+    return runs

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbserve.errors import ConfigError, KVTransferError, StartupError
-from hbserve.kv_transfer.one_sided.base import coalesce
 from hbserve.kv_transfer.one_sided.mooncake import CONFIG_PATH_VARIABLE, MooncakeSettings
+from hbserve.kv_transfer.one_sided.transfers import coalesce
 from hbserve.messages.transfer import DisconnectLink, OpenLink
 from hbserve.platform.remote_arena import RemoteArena
 from tests.support.engines import needs_mooncake
