@@ -186,35 +186,35 @@ class LatencyModel:
                 context = workload.context_tokens + max(0.0, tokens - chunk) / 2
                 return self.steps.mixed_ms(chunk, batch, decode_context, context)
 
-            most = self._tokens_within(step_ms)
-            full_ms, alone_ms = step_ms(most), step_ms(0.0)
-            load = rate_per_ms * tokens * full_ms / most
+            max_tokens = self._tokens_within(step_ms)
+            full_ms, alone_ms = step_ms(max_tokens), step_ms(0.0)
+            load = rate_per_ms * tokens * full_ms / max_tokens
             mean_ms = alone_ms
             for _ in range(4):  # what comes during a step is in the next one
                 arrived = rate_per_ms * tokens * mean_ms
-                share = min(1.0, max(1 - math.exp(-rate_per_ms * mean_ms), arrived / most))
-                mean_ms = (1 - share) * alone_ms + share * step_ms(min(most, arrived / max(share, 1e-9)))
+                share = min(1.0, max(1 - math.exp(-rate_per_ms * mean_ms), arrived / max_tokens))
+                mean_ms = (1 - share) * alone_ms + share * step_ms(min(max_tokens, arrived / max(share, 1e-9)))
             tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
             tpot_ms = self._mixed.tpot_ms(tpot_terms)
             batch, decode_overload = self._next_batch(workload, load, tpot_ms, batch)
         # A prompt waits for the step that is under way even if there are only decode rows in it.
-        somebody_decodes = 1 - math.exp(-batch) if workload.output_tokens > 1 else 0.0
-        residual_ms = max(0.0, 1 - load) * somebody_decodes * mean_ms / 2
-        own_ms = step_ms(tokens) if tokens <= most else tokens / most * full_ms
-        queue = _Queue(load, tokens / most * full_ms / 1000, own_ms / 1000, residual_ms / 1000)
+        decoding_share = 1 - math.exp(-batch) if workload.output_tokens > 1 else 0.0
+        residual_ms = max(0.0, 1 - load) * decoding_share * mean_ms / 2
+        own_ms = step_ms(tokens) if tokens <= max_tokens else tokens / max_tokens * full_ms
+        queue = _Queue(load, tokens / max_tokens * full_ms / 1000, own_ms / 1000, residual_ms / 1000)
         return self._predict_percentiles(workload, self._mixed, queue, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _tokens_within(self, step_ms: Callable[[float], float]) -> float:
         """Prompt tokens of a full step: as many as TPOT's target has time for."""
-        most = float(self._prefill_batch_tokens)
+        max_tokens = float(self._prefill_batch_tokens)
         limit_ms = MIXED_PACE * self.targets.tpot_target_ms
-        if step_ms(most) <= limit_ms:
-            return most
-        low, high = 1.0, most
+        if step_ms(max_tokens) <= limit_ms:
+            return max_tokens
+        low, high = 1.0, max_tokens
         for _ in range(12):
             middle = (low + high) / 2
             low, high = (middle, high) if step_ms(middle) <= limit_ms else (low, middle)
-        return max(low, min(most, _MIN_CHUNK))
+        return max(low, min(max_tokens, _MIN_CHUNK))
 
     def _predict_side_by_side(self, workload: WorkloadEstimate, allocation: SMAllocation) -> Prediction:
         decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
@@ -259,11 +259,11 @@ class LatencyModel:
         tokens, context = max(1.0, workload.prompt_tokens), workload.context_tokens
         beside_ms = self._prompt_ms(tokens, context, allocation.prefill_percentage) * slowdown
         alone_ms = self._prompt_ms(tokens, context, prefill_alone)
-        nobody_decodes = math.exp(-batch) if workload.output_tokens > 1 else 1.0
+        idle_decode_share = math.exp(-batch) if workload.output_tokens > 1 else 1.0
         shared_ms = 1 / (beside / beside_ms + (1 - beside) / alone_ms)
         if self._decode_interval_ms and prefill_alone != allocation.prefill_percentage:
             shared_ms += _CHANGE_MS  # about once for each prompt the turn is another one, and so is the worker
-        service_s = (nobody_decodes * alone_ms + (1 - nobody_decodes) * shared_ms) / 1000
+        service_s = (idle_decode_share * alone_ms + (1 - idle_decode_share) * shared_ms) / 1000
         return workload.arrival_rate * service_s, service_s
 
     def _prompt_ms(self, tokens: float, context: float, percentage: int) -> float:

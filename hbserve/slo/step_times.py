@@ -61,8 +61,8 @@ class StepTimes:
 
     def prefill_ms(self, tokens: float, context: float, percentage: int) -> float:
         """A prefill step alone: ``tokens`` of prompts that have ``context`` tokens before them."""
-        least = self._decode.ms(_decode_features(1, 0), percentage)  # any step reads the weights
-        return max(least, self._prefill.ms(_prefill_features(tokens, context), percentage))
+        min_ms = self._decode.ms(_decode_features(1, 0), percentage)  # any step reads the weights
+        return max(min_ms, self._prefill.ms(_prefill_features(tokens, context), percentage))
 
     def decode_ms(self, batch: float, context: float, percentage: int) -> float:
         """A decode step alone: ``batch`` sequences of ``context`` tokens."""
@@ -192,7 +192,7 @@ def _line(x: list[float], y: list[float], slope_share: float) -> tuple[float, fl
         slope_share: of the value, that grows with x where there is one point only.
     """
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    variance = sum((each - mean_x) ** 2 for each in x)
+    variance = sum((value - mean_x) ** 2 for value in x)
     slope = slope_share * mean_y / mean_x
     if variance:
         covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))

@@ -34,7 +34,7 @@ class ObservedWindow:
 
 
 _MEMORY_S = 20.0  # a window counts 1/e of its weight after so long
-_TURN_DEVIATIONS = 3.0  # of a count that a steady load would explain
+_SHIFT_DEVIATIONS = 3.0  # of a count that a steady load would explain
 
 
 class _Totals(NamedTuple):
@@ -59,8 +59,6 @@ class WorkloadEstimator:
     def __init__(self) -> None:
         self._totals = _Totals()
         self._last_end: float | None = None
-        self.num_turns = 0
-        """How often the load has turned."""
 
     def update(self, now: WorkloadEstimate, start: float, end: float) -> WorkloadEstimate:
         """The picture after a window from ``start`` to ``end``; overlapping windows count their new part."""
@@ -68,8 +66,7 @@ class WorkloadEstimator:
         if seconds <= 0:
             return self._estimate(now)
         self._last_end = end
-        if self._turned(now, end - start):
-            self.num_turns += 1
+        if self._has_shifted(now, end - start):
             self._totals = _Totals()
             seconds = end - start
         keep, requests = math.exp(-seconds / _MEMORY_S), now.arrival_rate * seconds
@@ -85,19 +82,19 @@ class WorkloadEstimator:
         self._totals = _Totals(*(keep * old + new for old, new in zip(self._totals, added, strict=True)))
         return self._estimate(now)
 
-    def _turned(self, now: WorkloadEstimate, seconds: float) -> bool:
+    def _has_shifted(self, now: WorkloadEstimate, seconds: float) -> bool:
         totals = self._totals
         if totals.seconds < 2 * seconds or totals.requests < 1:
             return False
         seen = now.arrival_rate * seconds
         expected = totals.requests / totals.seconds * seconds
-        if abs(seen - expected) > _TURN_DEVIATIONS * math.sqrt(expected) + 1:
+        if abs(seen - expected) > _SHIFT_DEVIATIONS * math.sqrt(expected) + 1:
             return True
         if seen < 3:
             return False
         mean = totals.prompt / totals.requests
         deviation = math.sqrt(max(0.0, totals.prompt_squared / totals.requests - mean**2) / seen)
-        return abs(now.prompt_tokens - mean) > _TURN_DEVIATIONS * deviation + 0.1 * mean
+        return abs(now.prompt_tokens - mean) > _SHIFT_DEVIATIONS * deviation + 0.1 * mean
 
     def _estimate(self, now: WorkloadEstimate) -> WorkloadEstimate:
         totals = self._totals
