@@ -1,1 +1,1 @@
-"""Prediction of latencies and the choice of a split. Pure functions and plain data."""
+"""Prediction of latencies and choice of a split: pure functions and plain data, without clock, thread or process."""

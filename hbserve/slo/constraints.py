@@ -1,4 +1,4 @@
-"""What the controller is to hold, and within which bounds it may act."""
+"""Splits of a shared GPU, the latency targets that the controller holds, and the bounds of its choice."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from hbserve.config import InstanceRole
 from hbserve.config.semi_pd import DECODE_PACE, SLOConfig
 from hbserve.errors import ConfigError
 
-_DEFAULTS = SLOConfig(ttft_target_ms=1.0, tpot_target_ms=1.0)  # of all that is not a target
+_DEFAULTS = SLOConfig(ttft_target_ms=1.0, tpot_target_ms=1.0)  # of every field that is not a target
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class SMAllocation:
-    """Percentages of the streaming multiprocessors (of the threads, on a CPU) while both phases run.
+    """Split of the streaming multiprocessors (of the threads, on a CPU) while both phases run, in percent.
 
     The sum may pass 100: the phases then compete, and prefill, which has the lower priority, yields.
 
     Attributes:
-        mixed: both phases are done by one worker, in the same steps. The percentages are then those
-            that workers of one phase are kept ready at.
+        mixed: one worker does both phases in the same steps. The percentages are then those of the other workers,
+            which are kept ready.
 
     Raises:
         ConfigError: if a percentage is no whole number from 1 to 100.
@@ -40,7 +40,7 @@ class SMAllocation:
         return f"({self.prefill_percentage}, {self.decode_percentage})" + " mixed" * self.mixed
 
     def share_of(self, phase: InstanceRole) -> int:
-        """The percentage of ``prefill`` or ``decode``."""
+        """Return the percentage of ``prefill`` or ``decode``."""
         return self.prefill_percentage if phase is InstanceRole.PREFILL else self.decode_percentage
 
 
@@ -49,9 +49,9 @@ class SLOConstraints:
     """Latency targets.
 
     Attributes:
-        ttft_target_ms, tpot_target_ms: what a request should meet.
-        ttft_percentile, tpot_percentile: of requests at which that is judged.
-        ttft_violation_threshold, tpot_violation_threshold: how many times the target counts as violated.
+        ttft_target_ms, tpot_target_ms: latencies that a request should meet.
+        ttft_percentile, tpot_percentile: percentile of requests that is compared with the target.
+        ttft_violation_threshold, tpot_violation_threshold: multiple of the target that counts as a violation.
 
     Raises:
         ConfigError: naming the value that makes no sense.
@@ -75,26 +75,25 @@ class SLOConstraints:
 
     @property
     def decode_interval_ms(self) -> float:
-        """While prefill is busy, decode steps need not begin sooner after each other than this, on average:
-        TPOT's target with some room. What decode does not take speeds prefill up."""
+        """Mean interval of decode steps while prefill is busy: the TPOT target with some room. A longer interval speeds
+        prefill up."""
         return DECODE_PACE * self.tpot_target_ms
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitBounds:
-    """Which splits may be chosen.
+    """Bounds of the controller's choice.
 
     Attributes:
-        min_percentage: of either phase.
-        max_total_percentage: of both; 200 allows (100, 100), 100 forbids that they compete.
+        min_percentage: smallest share of either phase.
+        max_total_percentage: largest sum of both; 200 allows (100, 100), 100 forbids that the phases compete.
         adjustment_step: distance of neighbouring splits, percentage points.
-        cooldown_s: from one move to the next.
-        rotation_cooldown_s: from one move to the next that needs a process started: workers of that
-            percentage are not warm.
-        hysteresis: share of goodput that a move must gain, where no target is violated.
-        min_confidence_threshold: below it the model is not followed; only a step to a neighbour is
-            taken, and only while a target is violated.
-        min_window_s: a shorter window says nothing.
+        cooldown_s: shortest time from one move to the next.
+        rotation_cooldown_s: shortest time from a move that starts processes to the next such move.
+        hysteresis: share of goodput that a move must gain while no target is violated.
+        min_confidence_threshold: confidence below which the controller does not follow the model. It then moves only to
+            a neighbour, and only while a target is violated.
+        min_window_s: shortest window that is judged.
     """
 
     min_percentage: int = _DEFAULTS.min_percentage

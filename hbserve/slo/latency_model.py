@@ -1,20 +1,18 @@
-"""What TTFT and TPOT a split would give, and how far such predictions have been off.
+"""Prediction of TTFT and TPOT under a split, and the confidence in it.
 
-The forms are those of Semi-PD (arXiv 2504.19867, section 5), with the terms that make a shared GPU
-differ from two GPUs written out:
+The forms are those of Semi-PD (arXiv 2504.19867, section 5), with terms for what sets a shared GPU apart from two:
 
-- Prompts are served by a queue whose rate grows with prefill's share x. Its mean wait is that of
-  M/G/1 (Pollaczek-Khinchine), ``λ·E[S²] / (2·(1 - λ·E[S]))``, which with ``E[S] = s/x`` has the form
-  ``a₁/(x - λ·s)``: ``TTFT(x) = a₁/(x - λ·s) + b₁``, plus what the backlog of this moment adds.
-- One worker that mixes both phases is a queue of its own: its steps have the batch in them and what prompts
-  have come during the one before, so their mean is where both agree; a prompt waits for the rest of the step
-  under way, and where prompts fill steps, as in any queue.
-- A decode step takes ``a₂/y + b₂`` alone (`StepTimes`), and longer by a factor for the share of
-  time in which prefill runs beside it. How many sequences are in the batch follows from how long
-  they stay (Little's law): the two are solved together.
+- Side by side, prompts are served by a queue whose rate grows with prefill's share x. Its mean wait is that of M/G/1
+  (Pollaczek-Khinchine), ``λ·E[S²] / (2·(1 - λ·E[S]))``. With ``E[S] = s/x`` this has the form ``a₁/(x - λ·s)``:
+  ``TTFT(x) = a₁/(x - λ·s) + b₁``, plus the wait for the present backlog.
+- A worker that mixes both phases is one queue. Its steps hold the batch, and the prompts that arrived during the step
+  before; the mean step is the fixed point of both. A prompt waits for the rest of the step under way, and in a queue
+  when prompts fill steps.
+- A decode step takes ``a₂/y + b₂`` alone (`StepTimes`), and longer by a factor for the share of time in which prefill
+  runs beside it. The batch follows from how long sequences stay in it (Little's law), so both are solved together.
 
-How much each term really weighs is learnt while serving: ``TTFT = c₁·wait + c₂·service`` and
-``TPOT = d₁·alone + d₂·beside``, all believed to be 1 at first.
+The weights of the terms are learnt while serving: ``TTFT = c₁·wait + c₂·service`` and ``TPOT = d₁·alone + d₂·beside``,
+all 1 at first.
 """
 
 from __future__ import annotations
@@ -32,27 +30,27 @@ from hbserve.slo.constraints import SLOConstraints, SMAllocation
 from hbserve.slo.least_squares import PriorLeastSquares
 from hbserve.slo.step_times import StepTimes
 
-_MEMORY = 0.9  # of an observation at the next one
-_HORIZON_S = 10.0  # a backlog counts by what it adds to the requests of the next seconds
-_TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any is seen
-_ERROR_CAP = 1.0  # of a log ratio: beyond that, wrong is wrong
-_ROUND_TRIP_MS = 1.0  # of a result and the next plan
-_CHANGE_MS = 2.0  # of prefill's worker, when the one before has ended: the way of a plan
+_MEMORY = 0.9  # factor on the weight of an observation at each later one
+_HORIZON_S = 10.0  # a backlog counts by the wait that it adds to the requests of the next seconds
+_TPOT_SPREAD = 0.15  # deviation of log TPOT over requests, before any has been seen
+_ERROR_CAP = 1.0  # on the log ratio of one prediction
+_ROUND_TRIP_MS = 1.0  # from a step's end to the next plan's arrival
+_CHANGE_MS = 2.0  # a change of prefill's worker: a plan's travel after the last step of the old one
 _MIN_CHUNK = 128.0  # prompt tokens in a mixed step that has any
 _NUM_ERRORS = 8  # predictions that confidence looks back on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadEstimate:
-    """What has to be served, and its state now.
+    """Load to serve, and its state now.
 
     Attributes:
         arrival_rate: requests per second.
-        prompt_tokens: to be computed per request, mean; what the prefix cache has is not.
+        prompt_tokens: mean of the tokens to compute per request, without those in the prefix cache.
         prompt_tokens_squared: mean of their squares.
-        context_tokens: before the computed ones: found in the prefix cache, mean.
-        output_tokens: per request, mean.
-        backlog_tokens: prompt tokens that are here and not yet computed.
+        context_tokens: mean of the tokens found in the prefix cache per request.
+        output_tokens: mean per request.
+        backlog_tokens: prompt tokens that have arrived and are not computed.
         running: sequences that decode now.
         tpot_spread: deviation of log TPOT over requests.
     """
@@ -68,20 +66,20 @@ class WorkloadEstimate:
 
     @property
     def tokens_of_its_prompt(self) -> float:
-        """Mean over prompt tokens, not over prompts: what decode steps have beside them, most of it of long prompts."""
+        """Mean prompt length over prompt tokens, not over prompts: decode steps mostly run beside long prompts."""
         return self.prompt_tokens_squared / max(1.0, self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a split would give.
+    """Predicted service under a split.
 
     Attributes:
         ttft_ms, tpot_ms: at the targets' percentiles.
         attainment: share of requests within both targets.
-        goodput: requests per second within both.
+        goodput: requests per second within both targets.
         prefill_load: share of time in which prefill is busy; above 1 its queue grows without end.
-        decode_batch: sequences decoding, mean.
+        decode_batch: mean number of sequences that decode.
         ttft_terms, tpot_terms: features of the fit: (wait, service) and (alone, beside).
     """
 
@@ -96,26 +94,26 @@ class Prediction:
 
 
 class _Fits:
-    """How much the terms of a way to share the device weigh."""
+    """Learnt weights of the terms, for one kind of sharing: side by side, or mixed."""
 
     def __init__(self) -> None:
         self.ttft = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
         self.tpot = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
 
     def tpot_ms(self, terms: tuple[float, float]) -> float:
-        """TPOT of these terms."""
+        """Compute TPOT from its terms."""
         return max(1e-6, self.tpot.predict(terms))
 
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """Where prompts wait.
+    """Queue of prompts.
 
     Attributes:
         load: share of time in which it is busy.
-        service_s: that a prompt keeps it busy, mean.
-        own_s: from a prompt's first step to its token.
-        residual_s: for what is under way besides prompts.
+        service_s: mean time that a prompt keeps it busy.
+        own_s: time from a prompt's first step to its token.
+        residual_s: mean wait for a step under way without prompts.
     """
 
     load: float
@@ -125,16 +123,15 @@ class _Queue:
 
 
 class LatencyModel:
-    """Predicts windows, learns from them, and knows how good it is.
+    """Model that predicts windows, learns from them, and keeps account of its errors.
 
     Args:
         steps: step times of the model on the device.
-        targets: for which percentiles and limits to predict.
-        alone: each phase's percentage while the other has nothing to do, or None to keep its share:
-            100 where the ladder has such workers.
-        max_batch: most sequences that decode together.
-        prefill_batch_tokens: most prompt tokens in one step.
-        decode_interval_ms: from one decode step to the next, mean, while prefill is busy; 0: as fast as they can.
+        targets: limits and percentiles to predict for.
+        alone: each phase's percentage while the other one is idle: 100 if the ladder has such workers. None: its share.
+        max_batch: largest number of sequences that decode together.
+        prefill_batch_tokens: largest number of prompt tokens in a step.
+        decode_interval_ms: mean interval of decode steps while prefill is busy; 0: as fast as they can.
     """
 
     def __init__(
@@ -157,11 +154,11 @@ class LatencyModel:
 
     @property
     def confidence(self) -> float:
-        """1 less the mean error of the last predictions, in [0, 1]; 0.8 before the first."""
+        """1 minus the mean error of the last predictions, in [0, 1]; 0.8 before the first."""
         return max(0.0, 1.0 - sum(self._errors) / len(self._errors))
 
     def coefficients(self) -> dict[str, float]:
-        """How much each term weighs now."""
+        """Return the present weight of each term by name."""
         terms = {}
         for prefix, fits in (("", self._side_by_side), ("mixed_", self._mixed)):
             values = (*fits.ttft.coefficients, *fits.tpot.coefficients)
@@ -172,15 +169,15 @@ class LatencyModel:
     # --- prediction ------------------------------------------------------------------------------
 
     def predict(self, workload: WorkloadEstimate, allocation: SMAllocation) -> Prediction:
-        """What the workload would see under a split."""
+        """Predict the service of a workload under a split."""
         return self._predict_mixed(workload) if allocation.mixed else self._predict_side_by_side(workload, allocation)
 
     def _predict_mixed(self, workload: WorkloadEstimate) -> Prediction:
-        """One worker, whose every step has the whole batch in it and the prompts that have come."""
+        """Predict for one worker, each step of which has the whole batch and the waiting prompts in it."""
         batch = min(max(workload.running, 1.0), self._max_batch)
         tokens, rate_per_ms = max(1.0, workload.prompt_tokens), workload.arrival_rate / 1000
         decode_context = workload.context_tokens + tokens + workload.output_tokens / 2
-        for _ in range(6):  # the batch decides the step, and the step how many are in the batch
+        for _ in range(6):  # the step's time depends on the batch, and the batch on the step's time
 
             def step_ms(chunk: float, batch: float = batch) -> float:
                 context = workload.context_tokens + max(0.0, tokens - chunk) / 2
@@ -190,7 +187,7 @@ class LatencyModel:
             full_ms, alone_ms = step_ms(max_tokens), step_ms(0.0)
             load = rate_per_ms * tokens * full_ms / max_tokens
             mean_ms = alone_ms
-            for _ in range(4):  # what comes during a step is in the next one
+            for _ in range(4):  # prompts that arrive during a step are in the next one
                 arrived = rate_per_ms * tokens * mean_ms
                 share = min(1.0, max(1 - math.exp(-rate_per_ms * mean_ms), arrived / max_tokens))
                 mean_ms = (1 - share) * alone_ms + share * step_ms(min(max_tokens, arrived / max(share, 1e-9)))
@@ -205,7 +202,7 @@ class LatencyModel:
         return self._predict_percentiles(workload, self._mixed, queue, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _tokens_within(self, step_ms: Callable[[float], float]) -> float:
-        """Prompt tokens of a full step: as many as TPOT's target has time for."""
+        """Compute the prompt tokens of a full step: as many as the TPOT target leaves time for."""
         max_tokens = float(self._prefill_batch_tokens)
         limit_ms = MIXED_PACE * self.targets.tpot_target_ms
         if step_ms(max_tokens) <= limit_ms:
@@ -219,14 +216,14 @@ class LatencyModel:
     def _predict_side_by_side(self, workload: WorkloadEstimate, allocation: SMAllocation) -> Prediction:
         decode_alone = self.alone.decode_percentage if self.alone else allocation.decode_percentage
         batch = min(max(workload.running, 1.0), self._max_batch)
-        for _ in range(4):  # the batch decides the step, and the step how many are in the batch
+        for _ in range(4):  # the step's time depends on the batch, and the batch on the step's time
             step_tokens = max(1.0, min(workload.tokens_of_its_prompt, self._prefill_batch_tokens))
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
             step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage)
             slowdown = self.steps.slowdown(allocation, step_ms, step_tokens)
             step_ms *= slowdown.decode
             if step_ms < self._decode_interval_ms:
-                step_ms += _ROUND_TRIP_MS  # whether it is decode's turn is known only when the step before has ended
+                step_ms += _ROUND_TRIP_MS  # each throttled step waits for the result of the one before
             shared_ms = max(step_ms, self._decode_interval_ms)
             beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step
             load, service_s = self._service(workload, allocation, batch, slowdown.prefill, beside)
@@ -241,7 +238,7 @@ class LatencyModel:
         return self._predict_percentiles(workload, fits, queue, decode_overload, batch, tpot_ms, tpot_terms)
 
     def _next_batch(self, workload: WorkloadEstimate, load: float, tpot_ms: float, batch: float) -> tuple[float, float]:
-        """One step towards the batch of a steady state (Little's law), and how many times the largest that is."""
+        """Move the batch towards a steady state (Little's law); returns it and the overload of decode, at least 1."""
         decoding_rate = workload.arrival_rate / max(1.0, load)
         steady = decoding_rate * max(0.0, workload.output_tokens - 1) * tpot_ms / 1000
         batch = min(max(1.0, (batch + max(steady, 0.5 * workload.running)) / 2), self._max_batch)
@@ -250,10 +247,10 @@ class LatencyModel:
     def _service(
         self, workload: WorkloadEstimate, allocation: SMAllocation, batch: float, slowdown: float, beside: float
     ) -> tuple[float, float]:
-        """Load of the prefill queue, and seconds per prompt.
+        """Compute the load of the prefill queue, and the seconds per prompt.
 
         Args:
-            beside: share of the time in which decode steps run too; between them prefill is as if alone.
+            beside: share of the time in which decode steps run too. At other times prefill runs as if it were alone.
         """
         prefill_alone = self.alone.prefill_percentage if self.alone else allocation.prefill_percentage
         tokens, context = max(1.0, workload.prompt_tokens), workload.context_tokens
@@ -262,12 +259,12 @@ class LatencyModel:
         idle_decode_share = math.exp(-batch) if workload.output_tokens > 1 else 1.0
         shared_ms = 1 / (beside / beside_ms + (1 - beside) / alone_ms)
         if self._decode_interval_ms and prefill_alone != allocation.prefill_percentage:
-            shared_ms += _CHANGE_MS  # about once for each prompt the turn is another one, and so is the worker
+            shared_ms += _CHANGE_MS  # about once a prompt the throttle opens or closes, which changes the worker
         service_s = (idle_decode_share * alone_ms + (1 - idle_decode_share) * shared_ms) / 1000
         return workload.arrival_rate * service_s, service_s
 
     def _prompt_ms(self, tokens: float, context: float, percentage: int) -> float:
-        """Several short prompts share a step, a long one takes several."""
+        """Compute the time of a prompt: several short ones share a step, a long one takes several steps."""
         step_tokens = self._prefill_batch_tokens
         if tokens <= step_tokens:
             return self.steps.prefill_ms(tokens, context, percentage)
@@ -294,10 +291,10 @@ class LatencyModel:
         ttft_terms = (1000 * wait_s, 1000 * queue.own_s)
         fit = fits.ttft.coefficients
         if fits is self._side_by_side:
-            # Waits that are longer than this queue's where phases are mixed come of how requests come.
+            # Waits that are longer than predicted while phases are mixed come from the arrivals: expect them here too.
             fit = np.array([max(fit[0], self._mixed.ttft.coefficients[0]), fit[1]])
         mean_ms = max(1e-6, float(fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1]))
-        # A wait is about exponential among those who wait; service varies as the prompts do.
+        # The waits of requests that wait are about exponential; service varies as the prompts do.
         idle = max(0.0, 1 - load) if not backlog_s else 0.0
         wait_ms = fit[0] * ttft_terms[0]
         variance = wait_ms**2 * (2 / max(0.02, 1 - idle) - 1) + (fit[1] * ttft_terms[1]) ** 2 * variation
@@ -328,7 +325,7 @@ class LatencyModel:
         """Learn from a window in which this split served this workload.
 
         Args:
-            ttft, tpot: what requests saw; None where there were none.
+            ttft, tpot: observed latencies; None if there were none.
 
         Returns:
             How far the prediction was off, as a log ratio, the larger of both.
@@ -350,14 +347,14 @@ class LatencyModel:
 
     @staticmethod
     def _error(seen: ObservedLatency, predicted_ms: float, target_ms: float) -> float:
-        """Beyond what chance explains. Twice the target or three times is the same to whoever decides."""
+        """Compute the error beyond chance. Values beyond twice the target count as twice: the decision is the same."""
         ratio = math.log(min(seen.percentile_ms, 2 * target_ms) / min(predicted_ms, 2 * target_ms))
         return min(_ERROR_CAP, max(0.0, abs(ratio) - 1 / math.sqrt(seen.count)))
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedLatency:
-    """A latency in a window.
+    """Observed latency in a window.
 
     Attributes:
         percentile_ms: at the target's percentile.
@@ -369,9 +366,9 @@ class ObservedLatency:
 
 
 def _mean_backlog(backlog_s: float, load: float) -> float:
-    """What a backlog adds to the wait of the requests within the horizon, seconds, mean.
+    """Compute the mean wait in seconds that a backlog adds to the requests within the horizon.
 
-    It grows or shrinks by ``load - 1`` seconds a second.
+    The backlog grows or shrinks by ``load - 1`` seconds a second.
     """
     rate = load - 1
     if rate >= 0:

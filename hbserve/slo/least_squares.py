@@ -1,4 +1,4 @@
-"""Weighted linear least squares that begins with what is believed and forgets what is old."""
+"""Weighted linear least squares that begins with a prior and forgets old observations."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import numpy as np
 
 
 class PriorLeastSquares:
-    """``y = coefficients · features``, each coefficient believed to be ``prior ± deviation`` at first.
+    """Fit of ``y = coefficients · features``, whose coefficients are ``prior ± deviation`` at first.
 
-    Observations carry a standard deviation of their own. With ``memory`` below 1 what was observed
-    before counts that much less with every observation, while the belief stays: where nothing new
-    is seen the coefficients return to it. Coefficients below 0 are set to 0: more work never takes
-    less time.
+    Each observation has a standard deviation. With ``memory`` below 1, each one multiplies the weight of all earlier
+    ones by it, but not that of the prior: without new information the coefficients return to the prior. No coefficient
+    is negative, because more work never takes less time.
 
     Args:
         prior: coefficients before any observation.
-        deviation: how far each may be off.
+        deviation: standard deviation of each.
         memory: in (0, 1].
     """
 
@@ -30,7 +29,7 @@ class PriorLeastSquares:
         self.coefficients = self._prior.copy()
 
     def observe(self, features: Sequence[float], y: float, deviation: float) -> None:
-        """Add one observation, known to ``± deviation``."""
+        """Add an observation with its standard deviation."""
         row = np.asarray(features, dtype=float)
         weight = 1 / deviation**2
         self._precision = self._memory * self._precision + weight * np.outer(row, row)
@@ -38,7 +37,7 @@ class PriorLeastSquares:
         self.coefficients = self._solve()
 
     def predict(self, features: Sequence[float]) -> float:
-        """The value at these features."""
+        """Compute ``y`` at these features."""
         return float(np.dot(self.coefficients, np.asarray(features, dtype=float)))
 
     def _solve(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which split next: the controller's decision, without a clock, a thread or a worker of its own."""
+"""Choice of the next split: the decision of the SLO controller, without a clock, thread or process of its own."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel, Prediction, WorkloadEstimate
 from hbserve.slo.workload import ObservedWindow, WorkloadEstimator
 
-_MARGIN = 0.9  # of a target: what a split must be predicted to meet to be moved to
-_HARM_WEIGHT = 0.1  # of a log ratio over a target, against a share of attainment
+_MARGIN = 0.9  # share of a target that the prediction for a new split must meet
+_HARM_WEIGHT = 0.1  # of a log ratio over a target, relative to a share of attainment
 _REVERSAL_GUARD_S = 60.0
-_SIMILAR = 1.25  # two loads whose token rates differ by less are one load
+_SIMILAR = 1.25  # loads whose token rates differ by a smaller factor count as the same
 
 
 class WarmPercentages(NamedTuple):
-    """Percentages that have workers: what is made of them needs no process."""
+    """Percentages that have workers, by role; a split of such percentages needs no new process."""
 
     prefill: Collection[int]
     decode: Collection[int]
     unified: Collection[int] = ()
 
     def has(self, split: SMAllocation) -> bool:
-        """Whether a split is made of them."""
+        """Whether a split needs no new process."""
         if split.mixed:
             return bool(self.unified)
         return split.prefill_percentage in self.prefill and split.decode_percentage in self.decode
@@ -34,15 +34,15 @@ class WarmPercentages(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What was decided, with the numbers that led there.
+    """Decision with the numbers that led to it.
 
     Attributes:
-        time: of the window's end.
-        chosen: the split to go to, ``current`` for none.
+        time: end of the window.
+        chosen: the split to move to; ``current`` for no move.
         reason: why, in a few words.
-        violations: ``ttft`` and ``tpot`` to how many times the target was seen.
-        predicted: of the current split, ``best`` of the best candidate.
-        confidence: of the model, error of its last prediction included.
+        violations: ``ttft`` and ``tpot``, each to the observed multiple of its target.
+        predicted: prediction for the current split; ``best``: for the best candidate.
+        confidence: of the model, the error of its last prediction included.
     """
 
     time: float
@@ -65,7 +65,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class _LeftSplit:
-    """A split that was left, and what was seen there."""
+    """Split that was left, and what was observed under it."""
 
     time: float
     allocation: SMAllocation
@@ -74,17 +74,16 @@ class _LeftSplit:
 
 
 class SplitPolicy:
-    """Maximises predicted goodput subject to both targets.
+    """Policy that maximises predicted goodput subject to both targets.
 
-    Candidates are the neighbours of the current split and every split on the grid of
-    ``adjustment_step``, overcommitted ones included; the best of the grid is the model's optimum. To mix
-    both phases in one worker is one more, where there is a warm worker for it.
-    Of those predicted to hold both targets, the one with the most goodput is best. Where none is,
-    the one with the most attainment less harm, harm being how far beyond the targets both are.
+    Candidates are the neighbours of the current split and all splits on the grid of ``adjustment_step``, overcommitted
+    ones included. Mixing both phases in one worker is a candidate if a worker for that is warm. Of the candidates that
+    are predicted to hold both targets, the best has the most goodput. If none is, the best has the most attainment
+    minus harm, where harm is how far both latencies are beyond their targets.
 
-    A move is made only where a target is violated, or predicted to be, or where it gains more than
-    the hysteresis; not before the cool-down is over; not back to a split that was left under the
-    same load unless it is worse here; and not beyond neighbours on a prediction of little confidence.
+    A move needs a reason: a target is violated or predicted to be, or the gain exceeds the hysteresis. There is no move
+    during the cool-down, none back to a split that was left under the same load unless the present one is worse, and
+    none beyond neighbours while confidence is low.
     """
 
     def __init__(self, model: LatencyModel, constraints: SLOConstraints, bounds: SplitBounds | None = None) -> None:
@@ -99,11 +98,11 @@ class SplitPolicy:
         self._wanted: SMAllocation | None = None
 
     def decide(self, window: ObservedWindow, current: SMAllocation, warm: WarmPercentages | None = None) -> Decision:
-        """Judge a window; the caller makes the move, and says so with `moved`.
+        """Judge a window. The caller makes the move, and then calls `moved`.
 
         Args:
             current: the split in effect during the window.
-            warm: who has warm workers; None: all phases at all percentages, and nobody mixes.
+            warm: percentages with warm workers; None: all percentages of both phases, and no worker mixes.
         """
         workload = self._estimator.update(window.workload, window.start, window.end)
         self._learn(window, workload, current)
@@ -149,7 +148,7 @@ class SplitPolicy:
             return stay("too little to gain", **numbers)
         if self._is_reversal(best, workload, window, violations):
             return stay("it was left under this load", **numbers)
-        # Seen twice, unless it is bad already: one window's chance shall not move anything.
+        # Two windows in a row must want a move, unless the service is bad already: one window may be chance.
         urgent = max(violations.values(), default=0.0) > 1.5 or predicted.attainment < 0.5
         if self._wanted is None and not urgent:
             self._wanted = best
@@ -157,10 +156,10 @@ class SplitPolicy:
         return dataclasses.replace(stay(why, **numbers), chosen=best)
 
     def moved(self, decision: Decision, rotated: bool) -> None:
-        """The decision has been carried out.
+        """Note that a decision has been carried out.
 
         Args:
-            rotated: with new processes, not with warm ones.
+            rotated: new processes had to be started.
         """
         self._moved_at = decision.time
         if rotated:
@@ -172,7 +171,7 @@ class SplitPolicy:
     # --- parts -----------------------------------------------------------------------------------
 
     def _learn(self, window: ObservedWindow, workload: WorkloadEstimate, current: SMAllocation) -> None:
-        """From windows that share no more than half of their time."""
+        """Let the model learn from windows that overlap by at most half."""
         duration = window.end - window.start
         if duration < self.bounds.min_window_s or window.end - self._learnt_until < duration / 2:
             return
@@ -208,28 +207,28 @@ class SplitPolicy:
         splits = [SMAllocation(*split) for split in dict.fromkeys(around) if self.bounds.allows(*split)]
         if only_warm is not None:
             splits = [split for split in splits if only_warm.has(split)]
-        # The percentages stay ready for when it is not mixed any more.
+        # Mixing keeps the workers of the current percentages ready.
         mixed = dataclasses.replace(current, mixed=True)
         return [*splits, mixed] if warm is not None and warm.has(mixed) else splits
 
     def _rank(self, prediction: Prediction, is_current: bool) -> tuple[bool, float, float]:
-        """Feasible first, then what counts, then the room that is left, coarsely: small gains are none."""
+        """Rank by feasibility, then value, then the room left, in coarse steps so that small gains do not count."""
         margin = 1.0 if is_current else _MARGIN
         largest_ratio = max(self._ratios(prediction))
         return largest_ratio <= margin, round(self._value(prediction), 2), round(-4 * math.log(largest_ratio))
 
     def _ratios(self, prediction: Prediction) -> tuple[float, float]:
-        """TTFT and TPOT over their targets."""
+        """Return TTFT and TPOT as multiples of their targets."""
         slo = self.constraints
         return prediction.ttft_ms / slo.ttft_target_ms, prediction.tpot_ms / slo.tpot_target_ms
 
     def _value(self, prediction: Prediction) -> float:
-        """Attainment of what is served, less the harm to what is late."""
+        """Compute the attainment of served requests minus the harm to late ones."""
         harm = sum(max(0.0, math.log(ratio)) for ratio in self._ratios(prediction))
         return prediction.attainment / max(1.0, prediction.prefill_load) - _HARM_WEIGHT * harm
 
     def _value_seen(self, violations: dict[str, float]) -> float:
-        """At most, of a window with violated targets: at their percentiles requests were late by so much."""
+        """Bound the value of a window with violated targets: at their percentiles requests were this late."""
         percentiles = {"ttft": self.constraints.ttft_percentile, "tpot": self.constraints.tpot_percentile}
         attainment = min((percentiles[name] / 100 for name in violations), default=1.0)
         return attainment - _HARM_WEIGHT * sum(map(math.log, violations.values()))
@@ -237,15 +236,15 @@ class SplitPolicy:
     def _why_move(
         self, predicted: Prediction, best: Prediction, violations: dict[str, float], to_mix: bool, changes_kind: bool
     ) -> str | None:
-        """Why it is worth it to move; None if it is not.
+        """Say why to move; None if it is not worth it.
 
         Args:
-            to_mix: the move is to one worker of both phases, or there is none.
-            changes_kind: it is between that and side by side. Errors of two models do not cancel as those of two splits
-                do: such a move must gain twice as much, and what was seen of splits counts, too.
+            to_mix: the best candidate mixes both phases.
+            changes_kind: the move is between mixing and side by side. Errors of two models do not cancel as those of
+                two splits do. So such a move must gain twice as much, and observed violations of a split count too.
         """
         if changes_kind and not to_mix and not self._rank(best, False)[0]:
-            return None  # under overload no split has been found that serves more
+            return None  # under overload, no split has been found to serve more than mixing
         value = self._value(predicted)
         gain = self._value(best) - (min(value, self._value_seen(violations)) if to_mix and changes_kind else value)
         if gain >= self.bounds.hysteresis * (1 + changes_kind):
@@ -269,8 +268,8 @@ class SplitPolicy:
 
 
 def _key(split: SMAllocation) -> tuple[bool, int, int]:
-    """Among equals the one that needs no other's end, then the larger shares, which are faster where they do not
-    compete."""
+    """Order equals: mixing first, which needs no other step's end; then larger shares, which are faster unless the
+    phases compete."""
     return split.mixed, split.prefill_percentage + split.decode_percentage, split.decode_percentage
 
 

@@ -21,10 +21,10 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class PrefillPoint(_Part, frozen=True, kw_only=True):
-    """A prefill step alone on the device.
+    """Prefill step alone on the device.
 
     Attributes:
-        tokens: computed in the step, of one prompt.
+        tokens: of one prompt, computed in the step.
         context: tokens of that prompt before them.
     """
 
@@ -35,7 +35,7 @@ class PrefillPoint(_Part, frozen=True, kw_only=True):
 
 
 class DecodePoint(_Part, frozen=True, kw_only=True):
-    """A decode step alone on the device.
+    """Decode step alone on the device.
 
     Attributes:
         batch: sequences.
@@ -66,7 +66,7 @@ class TogetherPoint(_Part, frozen=True, kw_only=True):
 
 
 class MixedPoint(_Part, frozen=True, kw_only=True):
-    """One process' step with a prompt's chunk and a decode batch in it (mode ``unified``)."""
+    """Step of one process with a prompt's chunk and a decode batch in it (mode ``unified``)."""
 
     chunk: int
     batch: int
@@ -75,11 +75,11 @@ class MixedPoint(_Part, frozen=True, kw_only=True):
 
 
 class StepProfile(_Part, frozen=True, kw_only=True):
-    """Measured steps.
+    """Measured steps of one model on one device.
 
     Attributes:
         model: its name; device: in words; source: where the numbers are from.
-        format: of the file; another one is refused.
+        format: version of the file format; other versions are refused.
     """
 
     model: str
@@ -92,15 +92,15 @@ class StepProfile(_Part, frozen=True, kw_only=True):
     format: int = FORMAT
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write the profile as JSON."""
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
     @staticmethod
     def load(path: str | Path) -> StepProfile:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ConfigError: if it is not there, or is no profile that can be used.
+            ConfigError: if the file is missing, or holds no usable profile.
         """
         try:
             profile = msgspec.json.decode(Path(path).read_bytes(), type=StepProfile)
@@ -114,7 +114,7 @@ class StepProfile(_Part, frozen=True, kw_only=True):
         return profile
 
     def check(self, where: str) -> None:
-        """Raise `ConfigError` unless a model can be fitted to the points."""
+        """Check that a model can be fitted to the points; raises `ConfigError` if not."""
         if self.format != FORMAT:
             raise ConfigError(f"latency profile {where}: format {self.format}, expected {FORMAT}; profile again")
         for name, points in (("prefill", self.prefill), ("decode", self.decode)):

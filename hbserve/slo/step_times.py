@@ -1,14 +1,14 @@
 """Step times at any split, size and batch, from the points of a profile.
 
-Alone, a step's time is linear in its work (``b + a · tokens + c · tokens · keys``), with coefficients
-for each measured percentage; between two of these it is interpolated in ``1 / percentage``, which is
-the form ``a/y + b`` of Semi-PD's section 5 (arXiv 2504.19867) piece by piece. One such curve over the
-whole range would be 13 % off at half of an H200, whose bandwidth needs only half of its SMs.
+Alone, a step's time is linear in its work (``b + a · tokens + c · tokens · keys``), with coefficients for each measured
+percentage. Between two percentages it is interpolated in ``1 / percentage``: piece by piece the form ``a/y + b`` of
+Semi-PD's section 5 (arXiv 2504.19867). One such curve over the whole range would be 13 % off at half of an H200, whose
+bandwidth needs only half of its SMs.
 
-Side by side a decode step takes ``c + d · its time alone``: each of its kernels waits for room on the
-device however small the batch is (c), and what moves memory shares the bandwidth (d). A prefill step
-loses likewise the more, the longer decode steps take alone. Both are fitted to the batches of each
-measured split and number of prompt tokens in a step, and interpolated between these.
+Side by side, a decode step takes ``c + d · its time alone``. Each of its kernels waits for room on the device, however
+small the batch is (c), and its memory traffic shares the bandwidth (d). A prefill step is slowed down more, the longer
+decode steps take alone. Both are fitted to the batches of each measured split and number of prompt tokens in a step,
+and interpolated between these.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from hbserve.slo.least_squares import PriorLeastSquares
 from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile, TogetherPoint
 
 _MEASUREMENT_ERROR = 0.02  # of a point, relative
-# Where the points do not tell, a large step's time is believed to be so much fixed, per token, and per key.
+# Prior shares of a large step's time: fixed, per token, and per key.
 _PREFILL_SHARES = (0.1, 0.8, 0.1)
 _DECODE_SHARES = (0.5, 0.1, 0.4)
 _USUAL_DECODE = (64, 1024)  # batch and context
-_STEPS_PER_OCTAVE = 8  # of decode's time alone, for which slowdowns are kept
+_STEPS_PER_OCTAVE = 8  # of a decode step's time alone; slowdowns are cached at each
 _Sample = tuple[tuple[float, ...], float]  # features, milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """How many times longer the steps of each phase take while the other runs too."""
+    """Factors on the step times of each phase while the other runs too."""
 
     prefill: float
     decode: float
 
 
 class StepTimes:
-    """Milliseconds per step.
+    """Step times in milliseconds.
 
     Args:
-        profile: of a model on a device; default: the built-in one. Where it has no points side by side, the
-            slowdowns of the built-in one stand in.
+        profile: of a model on a device; default: the built-in one. If it has no points side by side, the slowdowns of
+            the built-in one stand in.
         priority: prefill runs below decode's priority.
     """
 
@@ -60,16 +60,16 @@ class StepTimes:
         self._cache: dict[tuple[SMAllocation, int, int], Slowdown] = {}
 
     def prefill_ms(self, tokens: float, context: float, percentage: int) -> float:
-        """A prefill step alone: ``tokens`` of prompts that have ``context`` tokens before them."""
+        """Compute a prefill step alone: ``tokens`` of prompts that have ``context`` tokens before them."""
         min_ms = self._decode.ms(_decode_features(1, 0), percentage)  # any step reads the weights
         return max(min_ms, self._prefill.ms(_prefill_features(tokens, context), percentage))
 
     def decode_ms(self, batch: float, context: float, percentage: int) -> float:
-        """A decode step alone: ``batch`` sequences of ``context`` tokens."""
+        """Compute a decode step alone: ``batch`` sequences of ``context`` tokens."""
         return self._decode.ms(_decode_features(batch, context), percentage)
 
     def mixed_ms(self, chunk: float, batch: float, context: float, prompt_context: float = 0.0) -> float:
-        """A step of one process on the whole device with a prompt chunk and a decode batch in it.
+        """Compute a step of one process on the whole device with a prompt chunk and a decode batch in it.
 
         Args:
             prompt_context: tokens of the prompt before the chunk.
@@ -81,7 +81,7 @@ class StepTimes:
         return self._mixed.predict(self._mixed_features(chunk, batch, context, prompt_context))
 
     def _measured_pairs(self, priority: bool) -> dict[int, list[_Pair]]:
-        """Splits that were measured side by side, by prompt tokens."""
+        """Fit the splits that were measured side by side, by prompt tokens in a step."""
         alone = self if self.profile.together else StepTimes()
         together = alone.profile.together
         points: dict[tuple[int, SMAllocation], list[TogetherPoint]] = {}
@@ -102,11 +102,11 @@ class StepTimes:
         return pairs
 
     def slowdown(self, allocation: SMAllocation, decode_ms: float, tokens: float) -> Slowdown:
-        """While both phases run.
+        """Compute the slowdown while both phases run.
 
         Args:
-            decode_ms: that a decode step takes alone at its percentage.
-            tokens: of prompts in a step.
+            decode_ms: time of a decode step alone at its percentage.
+            tokens: prompt tokens in a step.
         """
         sizes = sorted(self._pairs)
         below = max((size for size in sizes if size <= tokens), default=sizes[0])
@@ -122,7 +122,7 @@ class StepTimes:
         )
 
     def _at_size(self, allocation: SMAllocation, step: int, size: int) -> Slowdown:
-        """At a number of prompt tokens that was measured."""
+        """Compute the slowdown at a measured number of prompt tokens."""
         found = self._cache.get((allocation, step, size))
         if found is None:
             load = 2 ** (step / _STEPS_PER_OCTAVE) / self.decode_ms(*_USUAL_DECODE, allocation.decode_percentage)
@@ -147,7 +147,7 @@ class StepTimes:
         return (1.0, self.prefill_ms(chunk, prompt_context, 100), self.decode_ms(batch, context, 100))
 
     def _fit_mixed(self) -> PriorLeastSquares:
-        """One step for both reads the weights once: the sum of both, less some of it."""
+        """Fit steps with both: they take less than the sum of both, because they read the weights once."""
         fit = PriorLeastSquares((0.0, 1.0, 0.8), (5.0, 0.2, 0.4))
         for point in self.profile.mixed:
             features = self._mixed_features(point.chunk, point.batch, point.context)
@@ -165,12 +165,12 @@ def _decode_features(batch: float, context: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A split that was measured, with steps of so many prompt tokens.
+    """Measured split, with steps of one number of prompt tokens.
 
     Attributes:
         decode_scale: milliseconds of a usual decode step alone at its percentage.
-        decode: of a decode step's time beside prefill, over its time alone; constant and slope.
-        prefill: likewise of prefill's slowdown.
+        decode: line of a decode step's time beside prefill over its time alone; constant and slope.
+        prefill: line of prefill's slowdown over the same time.
     """
 
     split: SMAllocation
@@ -179,17 +179,17 @@ class _Pair:
     prefill: tuple[float, float]
 
     def slowdown(self, decode_load: float) -> Slowdown:
-        """Beside decode steps that take so many times a usual one."""
+        """Compute the slowdown beside decode steps that take ``decode_load`` times a usual one."""
         alone_ms = decode_load * self.decode_scale
         decode_ms = self.decode[0] + self.decode[1] * alone_ms
         return Slowdown(max(1.0, self.prefill[0] + self.prefill[1] * alone_ms), max(1.0, decode_ms / alone_ms))
 
 
 def _line(x: list[float], y: list[float], slope_share: float) -> tuple[float, float]:
-    """Least squares, constant and slope, neither negative.
+    """Fit a line by least squares; returns constant and slope, neither negative.
 
     Args:
-        slope_share: of the value, that grows with x where there is one point only.
+        slope_share: share of the value that grows with x if there is one point only.
     """
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     variance = sum((value - mean_x) ** 2 for value in x)
@@ -201,7 +201,7 @@ def _line(x: list[float], y: list[float], slope_share: float) -> tuple[float, fl
 
 
 class _Curve:
-    """Coefficients at each measured percentage."""
+    """Step time of one phase alone: coefficients at each measured percentage."""
 
     def __init__(self, samples: Sequence[tuple[int, _Sample]], shares: tuple[float, ...]) -> None:
         by_percentage: dict[int, list[_Sample]] = {}
@@ -213,7 +213,7 @@ class _Curve:
         self._fits = {largest: whole}
         for percentage in self._percentages[:-1]:
             group = by_percentage[percentage]
-            # That the whole curve is scaled is believed first; many points may bend it.
+            # The prior is the whole device's curve, scaled; many points may bend it.
             ratio = math.exp(sum(math.log(ms / whole.predict(features)) for features, ms in group) / len(group))
             scaled = [ratio * coefficient for coefficient in whole.coefficients]
             deviations = [0.2 * coefficient + 1e-9 for coefficient in scaled]
@@ -222,7 +222,7 @@ class _Curve:
     def ms(self, features: tuple[float, ...], percentage: int) -> float:
         below = max((p for p in self._percentages if p <= percentage), default=self._percentages[0])
         above = min((p for p in self._percentages if p >= percentage), default=self._percentages[-1])
-        if percentage < below:  # beyond what was measured: half the share, twice the time
+        if percentage < below:  # below the measured range: half the share, twice the time
             return self._fits[below].predict(features) * below / percentage
         low = self._fits[below].predict(features)
         if below == above or percentage > above:
@@ -239,7 +239,7 @@ def _fit(fit: PriorLeastSquares, samples: Sequence[_Sample]) -> PriorLeastSquare
 
 
 def _fit_freely(samples: Sequence[_Sample], shares: tuple[float, ...]) -> PriorLeastSquares:
-    """With little belief: each coefficient may well be twice the guess."""
+    """Fit with a weak prior: each coefficient may be twice the guess."""
     features, ms = max(samples, key=lambda sample: sample[1])
     guess = [share * ms / feature for share, feature in zip(shares, features, strict=True)]
     return _fit(PriorLeastSquares(guess, guess), samples)

@@ -1,7 +1,4 @@
-"""From the collector's window to what the policy judges.
-
-From windows to a steady picture of the load that still notices when it turns.
-"""
+"""Windows of the metrics collector as the policy judges them, and a steady estimate of the load over windows."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ from hbserve.slo.latency_model import ObservedLatency, WorkloadEstimate
 
 @dataclass(frozen=True, kw_only=True)
 class ObservedWindow:
-    """What was seen under one split, all of it since the last move and outside rotations.
+    """Load and latencies observed under one split, since the last move and outside rotations.
 
     Attributes:
         start, end: seconds.
-        workload: that came, and its state at the end.
-        ttft, tpot: what requests saw; None where there were too few.
+        workload: requests that arrived, and the state at the end.
+        ttft, tpot: latencies of requests; None if there were too few.
     """
 
     start: float
@@ -33,12 +30,12 @@ class ObservedWindow:
     tpot: ObservedLatency | None
 
 
-_MEMORY_S = 20.0  # a window counts 1/e of its weight after so long
-_SHIFT_DEVIATIONS = 3.0  # of a count that a steady load would explain
+_MEMORY_S = 20.0  # time after which a window counts 1/e of its weight
+_SHIFT_DEVIATIONS = 3.0  # standard deviations of a count that a steady load explains
 
 
 class _Totals(NamedTuple):
-    """Weighted sums over windows."""
+    """Sums over windows, weighted by age."""
 
     seconds: float = 0.0
     requests: float = 0.0
@@ -50,10 +47,10 @@ class _Totals(NamedTuple):
 
 
 class WorkloadEstimator:
-    """Means over the last seconds; forgets them at once where the load has turned.
+    """Estimator of the load: means over the last seconds, forgotten at once when the load shifts.
 
-    A window is a turn where its number of requests, or of prompt tokens, is further from the mean
-    than chance explains. The state of the moment (backlog, running, spread) is passed on as it is.
+    The load has shifted if a window's number of requests, or of prompt tokens, is further from the mean than chance
+    explains. The present state (backlog, running, spread) is passed on unchanged.
     """
 
     def __init__(self) -> None:
@@ -61,7 +58,7 @@ class WorkloadEstimator:
         self._last_end: float | None = None
 
     def update(self, now: WorkloadEstimate, start: float, end: float) -> WorkloadEstimate:
-        """The picture after a window from ``start`` to ``end``; overlapping windows count their new part."""
+        """Take in a window and return the estimate; of overlapping windows, the new part counts."""
         seconds = end - start if self._last_end is None else min(end - start, end - self._last_end)
         if seconds <= 0:
             return self._estimate(now)
@@ -115,11 +112,10 @@ _DEFAULT_SPREAD = 0.15  # deviation of log TPOT over requests
 
 
 def observed_window(metrics: AggregatedMetrics, constraints: SLOConstraints) -> ObservedWindow:
-    """The load of a window, and what requests saw in it.
+    """Make the load and latencies of a window from the collector's metrics.
 
-    A queue counts before its requests have their first token: the oldest wait is a TTFT to come. And
-    the gaps between tokens count before their requests end: after a turn of the load TPOT would be
-    that of the few that end soon.
+    A queue counts before its requests have their first token: the oldest wait is a TTFT to come. Gaps between tokens
+    count before their requests end: after a shift of the load, TPOT would be that of the few requests that end soon.
     """
     spread = _log_spread(metrics.tpot)
     system = metrics.system
@@ -148,7 +144,7 @@ def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> ObservedLa
     oldest_ms = 1000 * metrics.system.oldest_wait_s if metrics.system else 0.0
     if ttft.count < _MIN_SAMPLES:
         return ObservedLatency(1, oldest_ms, oldest_ms) if oldest_ms > target_ms else None
-    # Where those that are late are left to wait, how long does not matter, only how many; of one window's time.
+    # With a policy that defers late requests, their number in one window's time counts, and not how long they wait.
     window_ms = 1000 * (metrics.window_end_time - metrics.window_start_time)
     late = metrics.system.late_requests if metrics.system else 0
     if late:
