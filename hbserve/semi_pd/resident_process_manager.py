@@ -67,7 +67,7 @@ class ResidentGroup:
             sizes = [rank.wait_sized(deadline, is_cancelled) for rank in self.ranks]
             common = {key: min(size[key] for size in sizes) for key in sizes[0]}
             for rank in self.ranks:
-                rank.settle(common)
+                rank.reserve_kv(common)
             for rank in self.ranks:
                 rank.wait_ready(deadline, is_cancelled)
         except BaseException:
@@ -113,10 +113,10 @@ class ResidentProcessManager:
         tp_rank: of the rank whose memory is held.
         on_lost: called from a thread when it has ended on its own or does not answer; who gives this
             calls `start` again. By default it is started again at once.
-        environment: variables for the process.
-        run_dir: a folder to remove if the process outlives everybody else.
 
     Attributes:
+        environment: variables for the process.
+        run_dir: a folder to remove if the process outlives everybody else.
         heartbeat_interval: seconds between questions.
 
     Raises:
@@ -131,8 +131,6 @@ class ResidentProcessManager:
         tp_rank: int = 0,
         *,
         on_lost: Callable[[str], None] | None = None,
-        environment: dict[str, str] | None = None,
-        run_dir: str | None = None,
     ) -> None:
         if port_args is not None:
             raise TypeError("port_args: there are no ports to choose; give None")
@@ -141,8 +139,8 @@ class ResidentProcessManager:
             raise ConfigError(f"tp_rank: there are {self.instance.num_ranks} ranks, got {tp_rank}")
         self.tp_rank = tp_rank
         self.heartbeat_interval = self.config.semi_pd.heartbeat_interval_s
-        self.environment = environment or {}
-        self.run_dir = run_dir
+        self.environment: dict[str, str] = {}
+        self.run_dir: str | None = None
         self._on_lost = on_lost or self._start_again
         self._condition = threading.Condition()
         self._process: ChildProcess | None = None
@@ -151,23 +149,22 @@ class ResidentProcessManager:
         self._free_bytes: int | None = None
         self._last_seen = 0.0
         self._num_starts = 0
-        self._wanted = False
-        self._heart: threading.Thread | None = None
+        self._is_wanted = False
+        self._heartbeat: threading.Thread | None = None
 
-    def start(self, timeout: float | None = None, is_cancelled: Callable[[], bool] = lambda: False) -> bool:
+    def start(self, timeout: float | None = None) -> bool:
         """Start the process and wait until it has loaded.
 
         Args:
             timeout: seconds; default: ``rpc.start_timeout_s``.
-            is_cancelled: looked at when `notify_cancelled` is called.
 
         Raises:
             StartupError: with its own reason, or at the deadline.
         """
         deadline = time.monotonic() + (self.config.rpc.start_timeout_s if timeout is None else timeout)
         self.begin()
-        self.settle(self.wait_sized(deadline, is_cancelled))
-        self.wait_ready(deadline, is_cancelled)
+        self.reserve_kv(self.wait_sized(deadline, _never))
+        self.wait_ready(deadline, _never)
         return True
 
     def begin(self) -> None:
@@ -181,7 +178,7 @@ class ResidentProcessManager:
             "run_dir": self.run_dir,
         }
         with self._condition:
-            self._status, self._wanted = {}, True
+            self._status, self._is_wanted = {}, True
             module = "hbserve.semi_pd.resident_process"
             self._process = ChildProcess(
                 self._name,
@@ -202,7 +199,7 @@ class ResidentProcessManager:
         size: dict[str, int] = self._wait_for("fits", deadline, is_cancelled)["fits"]
         return size
 
-    def settle(self, size: dict[str, int]) -> None:
+    def reserve_kv(self, size: dict[str, int]) -> None:
         """Tell the process how much KV to reserve; `wait_ready` comes next."""
         assert self._process is not None, "begin() comes first"
         self._process.send(size)  # where it is gone, waiting for it says so
@@ -216,9 +213,9 @@ class ResidentProcessManager:
         self._wait_for("ready", deadline, is_cancelled)
         self._num_starts += 1
         self._last_seen = time.monotonic()
-        if self._heart is None or not self._heart.is_alive():
-            self._heart = threading.Thread(target=self._beat, name="semi-pd-heartbeat", daemon=True)
-            self._heart.start()
+        if self._heartbeat is None or not self._heartbeat.is_alive():
+            self._heartbeat = threading.Thread(target=self._run_heartbeat, name="semi-pd-heartbeat", daemon=True)
+            self._heartbeat.start()
 
     def _wait_for(self, word: str, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
         process = self._process
@@ -252,13 +249,13 @@ class ResidentProcessManager:
     def stop(self) -> None:
         """End the process. Its memory goes when the last process that is attached does."""
         with self._condition:
-            self._wanted = False
+            self._is_wanted = False
             self._condition.notify_all()
             process = self._process
         if process is not None:
             process.end(_END_TIMEOUT_S)
-        if self._heart is not None and threading.current_thread() is not self._heart:
-            self._heart.join()
+        if self._heartbeat is not None and threading.current_thread() is not self._heartbeat:
+            self._heartbeat.join()
 
     @property
     def attachment(self) -> dict[str, Any]:
@@ -267,10 +264,9 @@ class ResidentProcessManager:
         Raises:
             StartupError: if there is none.
         """
-        status = self._status
-        if "attachment" not in status:
+        attachment: dict[str, Any] | None = self._status.get("attachment")
+        if attachment is None:
             raise StartupError("the resident process is not running; start() it first")
-        attachment: dict[str, Any] = status["attachment"]
         return attachment
 
     @property
@@ -342,23 +338,23 @@ class ResidentProcessManager:
             was_ready = "attachment" in self._status or "error" in self._status
             why = self._status.get("error") or f"the resident process ended with exit code {code}"
             self._status = {"error": why} if "error" in self._status else {}
-            is_lost = self._wanted and was_ready and self._num_starts > 0
+            is_lost = self._is_wanted and was_ready and self._num_starts > 0
             self._condition.notify_all()
         if is_lost:
             logger.error("%s: %s", self.instance.instance_id, why)
             self._on_lost(why)
 
-    def _beat(self) -> None:
+    def _run_heartbeat(self) -> None:
         while True:
             with self._condition:
-                if self._condition.wait_for(lambda: not self._wanted, self.heartbeat_interval):
+                if self._condition.wait_for(lambda: not self._is_wanted, self.heartbeat_interval):
                     return
                 process = self._process
             if process is None or "attachment" not in self._status or self.is_healthy():
                 continue
             # Whether it ends by itself, since it was told to or has said that the device failed, or is ended now:
             # its exit is what is heard of.
-            is_ending = not self._wanted or "error" in self._status
+            is_ending = not self._is_wanted or "error" in self._status
             if not process.join(_END_TIMEOUT_S if is_ending else 0.0):
                 logger.error("%s does not answer; ending it", process.name)
                 process.kill()
@@ -371,3 +367,7 @@ class ResidentProcessManager:
                 logger.error("%s", error)
 
         threading.Thread(target=start, name="semi-pd-resident-restart", daemon=True).start()
+
+
+def _never() -> bool:
+    return False

@@ -124,9 +124,10 @@ class WorkerPool:
 
     def _new_process(self, is_awaited: bool) -> ChildProcess:
         how = Standby(model=None, on_gpu=self._on_gpu, yields=not is_awaited)
+        name = f"{self._instance.instance_id}-standby"
         orders = {
             "config": msgspec.to_builtins(self._config),
-            "name": f"{self._instance.instance_id}-standby",
+            "name": name,
             "num_ranks": self._instance.num_ranks,
             "sleep": msgspec.to_builtins(how),
         }
@@ -149,7 +150,6 @@ class WorkerPool:
             if worker is not None:
                 self._on_exit(worker, code)
 
-        name = f"{self._instance.instance_id}-standby"
         process = ChildProcess(
             name, _MODULE, orders, environment=self._environment, on_status=on_status, on_exit=on_exit
         )
