@@ -1,4 +1,4 @@
-"""The SLO controller: windows in, splits out."""
+"""The SLO controller: it reads windows of metrics and requests splits, in a thread of the launcher's process."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ _ROTATION_TIMEOUT_S = 120.0
 
 
 class MetricsSource(Protocol):
-    """What the controller asks of a collector, in whichever process that is."""
+    """Source of windows; the collector behind it may live in another process."""
 
     def get_current_window_metrics(self) -> AggregatedMetrics:
-        """The current window."""
+        """Get the current window."""
 
     def reset_window(self) -> None:
-        """Begin a new one now."""
+        """Begin a new window now."""
 
     def begin_exclusion(self) -> None:
-        """Leave out what overlaps the time from now."""
+        """Leave out latencies that overlap the time from now."""
 
     def end_exclusion(self) -> None:
-        """Until now."""
+        """End the time that is left out."""
 
 
 class RotationManager(Protocol):
-    """What the controller asks of whoever changes the split."""
+    """Owner of the split, as the controller sees it."""
 
     def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
-        """Begin to change; False if that cannot be done now."""
+        """Begin to change the split; False if that cannot be done now."""
 
     def get_status(self) -> dict[str, Any]:
-        """With ``current_sm_allocation``, the split in effect; ``switch_requested``, whether another is on its way;
-        and where it is known, ``warm_percentages`` by role, which need no new process."""
+        """Get ``current_sm_allocation``, the split in effect; ``switch_requested``, whether a change is under way; and
+        ``warm_percentages`` by role, which need no new process, if they are known."""
 
 
 class SLOAwareResourceController:
-    """Watches latencies and moves the split so that most requests meet their targets.
+    """Controller that watches latencies and moves the split so that most requests meet their targets.
 
-    `step` is one look at the window and at most one move; `start_monitoring` calls it every
-    ``monitoring_interval`` seconds in a thread that `stop_monitoring` ends.
+    `step` looks at one window and makes at most one move. `start_monitoring` calls it every ``monitoring_interval``
+    seconds in a thread, which `stop_monitoring` ends.
 
     Args:
-        slo_constraints: what to hold.
-        metrics_collector: where windows come from.
-        process_rotation_manager: who moves the split.
+        slo_constraints: the targets.
+        metrics_collector: source of windows.
+        process_rotation_manager: owner of the split.
         monitoring_interval: seconds.
-        bounds: which splits, and how often.
-        model: of latencies; default: from the built-in profile, which is right only for an 8B model
-            on an H200 and elsewhere has to learn first.
+        bounds: of the splits and of the time between moves.
+        model: of latencies; default: from the built-in profile. That one is right only for an 8B model on an H200, and
+            must learn first elsewhere.
     """
 
     def __init__(
@@ -88,17 +88,17 @@ class SLOAwareResourceController:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    # --- life ------------------------------------------------------------------------------------
+    # --- life --------------------------------------------------------------------------------------
 
     def start_monitoring(self) -> None:
-        """Begin to watch; a second call does nothing."""
+        """Start the thread; a second call does nothing."""
         if self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._monitor, name="slo-controller")
             self._thread.start()
 
     def stop_monitoring(self) -> None:
-        """Stop watching; the split stays what it is."""
+        """End the thread; the split stays."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -109,13 +109,13 @@ class SLOAwareResourceController:
             try:
                 self.step()
             except Exception:
-                # Serving goes on at the split it has; the next look may succeed.
+                # The split stays, and the next window may succeed.
                 logger.exception("the SLO controller could not judge the window")
 
-    # --- one look --------------------------------------------------------------------------------
+    # --- one look ----------------------------------------------------------------------------------
 
     def step(self) -> Decision | None:
-        """Look once; None while a rotation that was asked for is under way."""
+        """Judge the window once; returns None while a requested rotation is under way."""
         self._num_steps += 1
         status = self.process_rotation_manager.get_status()
         current = SMAllocation(
@@ -125,7 +125,8 @@ class SLOAwareResourceController:
         )
         metrics = self.metrics_collector.get_current_window_metrics()
         under_way = bool(status.get("switch_requested", True))
-        if self._pending is not None and not self._has_arrived(current, under_way, metrics.window_end_time):
+        if self._pending is not None:
+            self._await_split(self._pending, current, under_way, metrics.window_end_time)
             return None
         percentages = status.get("warm_percentages")
         warm = None if percentages is None else WarmPercentages(**percentages)
@@ -147,24 +148,22 @@ class SLOAwareResourceController:
         self._pending = decision
         self.metrics_collector.begin_exclusion()
 
-    def _has_arrived(self, current: SMAllocation, under_way: bool, now: float) -> bool:
-        """Whether the split that was asked for is in effect, or has been given up; its window begins then."""
-        assert self._pending is not None
-        arrived = current == self._pending.chosen
-        if not arrived and under_way and now - self._pending.time < _ROTATION_TIMEOUT_S:
-            return False
-        self._num_succeeded += arrived
-        if not arrived:
-            logger.warning("the split %s did not come into effect", self._pending.chosen)
+    def _await_split(self, pending: Decision, current: SMAllocation, under_way: bool, now: float) -> None:
+        """Begin a new window if the requested split is in effect, or if it has been given up."""
+        has_arrived = current == pending.chosen
+        if not has_arrived and under_way and now - pending.time < _ROTATION_TIMEOUT_S:
+            return
+        self._num_succeeded += has_arrived
+        if not has_arrived:
+            logger.warning("the split %s did not come into effect", pending.chosen)
         self._pending = None
         self.metrics_collector.end_exclusion()
         self.metrics_collector.reset_window()
-        return False  # this window began under the old split
 
-    # --- status ----------------------------------------------------------------------------------
+    # --- status ------------------------------------------------------------------------------------
 
     def get_controller_status(self) -> dict[str, Any]:
-        """Plain numbers: targets, statistics, the model's coefficients and confidence, the last decisions."""
+        """Return plain numbers: targets, statistics, the model's coefficients and confidence, the last decisions."""
         return {
             "running": self._thread is not None,
             "rotating": self._pending is not None,
@@ -186,7 +185,7 @@ class SLOAwareResourceController:
 
 
 def describe(decision: Decision) -> dict[str, Any]:
-    """A decision in plain numbers, for logs and the status."""
+    """Turn a decision into plain numbers, for logs and the status."""
 
     def split(allocation: SMAllocation | None) -> list[int] | str | None:
         if allocation is None or allocation.mixed:
