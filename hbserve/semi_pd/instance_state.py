@@ -1,8 +1,15 @@
-"""The books of one instance: which workers there are, which the split wants, and which serve.
+"""State of one instance: the workers that exist, those that the split wants, and those that serve.
 
-The books have one lock. Each child process has a watcher thread, which writes down what has become of
-it and wakes whoever waits for a change; what is then to be done, a supervisor does (`rotation`,
-`recovery`). A worker that ends on its own is the exception: another in its place is made at once.
+The state has one lock. Each child process has a watcher thread, which notes what happens to the process and notifies
+the threads that wait for a change. The supervisor's thread then acts (`rotation`, `recovery`). One case needs no
+supervisor: the watcher of a worker that ends on its own replaces it at once.
+
+A worker's states, and the methods that change them::
+
+    preparing ─────────────► ready ──────► active ──────► draining ──────────────► ended
+      │      _on_worker_ready  │   activate       activate    ▲      _on_worker_exit,
+      └────────────────────────┴──────────────────────────────┘       from any state
+                    discard, Recovery.recover
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ ShareLevel = tuple[InstanceRole, int]
 
 
 class Lifecycle(StrEnum):
-    """Where an instance is in its life."""
+    """Life of an instance."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -39,22 +46,22 @@ class Lifecycle(StrEnum):
 
 
 class InstanceState:
-    """The books; methods take the lock themselves unless they say otherwise.
+    """State of an instance; methods take the lock themselves unless they say otherwise.
 
     Args:
-        allocation: the split at first.
+        allocation: the first split.
 
     Attributes:
-        residents: who hold the memory.
-        changed: notified after every change; its lock is the books'.
+        residents: the resident processes.
+        changed: notified after every change; its lock protects the state.
         allocation: the split in force.
-        state: of the instance.
-        is_told_to_stop: nothing new is to be begun.
-        pool: None while there are none to be had.
-        link: to the scheduler that gets to know the workers; None: nobody does.
-        memory_lost: why, until a recovery has begun; None if it is there.
-        last_error: what went wrong last.
-        num_replaced: workers made in place of lost ones.
+        lifecycle: of the instance.
+        is_told_to_stop: nothing new may begin.
+        pool: the workers; None before the first start and after the end.
+        link: to the scheduler; None: no scheduler learns of the workers.
+        memory_lost: why the memory is lost, until a recovery begins; None if it is there.
+        last_error: the latest error.
+        num_replaced: workers started in place of lost ones.
     """
 
     def __init__(self, config: Config, instance: InstanceConfig, allocation: SMAllocation) -> None:
@@ -76,7 +83,7 @@ class InstanceState:
         self._restarts = RestartBudget(config.rpc.max_restarts)
 
     def start_workers(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
-        """Begin to have workers: start the sleepers that the first of them are made of."""
+        """Make the pool, and start the standbys for the first workers."""
         pool = WorkerPool(
             self._config, self.instance, run_dir, environment, on_gpu, self._on_worker_ready, self._on_worker_exit
         )
@@ -86,8 +93,10 @@ class InstanceState:
             pool.keep_standbys(len(self.levels(self.allocation)), True)  # they import while the memory is loaded
 
     def check_going(self) -> None:
-        """Raises:
-        StartupError: if the instance was told to stop.
+        """Check that the instance may go on.
+
+        Raises:
+            StartupError: if it was told to stop.
         """
         if self.is_told_to_stop:
             raise StartupError(f"{self.instance.instance_id} was told to stop")
@@ -96,24 +105,24 @@ class InstanceState:
         """Start the resident processes.
 
         Raises:
-            StartupError: with the reason of the one that cannot; or if told to stop.
+            StartupError: with the reason of the process that cannot start; or if told to stop.
         """
         self.check_going()
         self.residents.start(max(0.0, deadline - time.monotonic()), lambda: self.is_told_to_stop)
 
     def processes(self) -> list[ChildProcess]:
-        """All of the workers' and sleepers' that run."""
+        """List the running processes of workers and standbys."""
         with self.changed:
             return self.pool.processes() if self.pool is not None else []
 
-    # --- what is wanted --------------------------------------------------------------------------
+    # --- share levels ------------------------------------------------------------------------------
 
     def levels(self, allocation: SMAllocation) -> set[ShareLevel]:
-        """Roles and percentages that a split has workers of."""
+        """List the share levels, role and percentage, of a split's workers."""
         return {(role, percentage) for role in ROLES for percentage in self.levels_of(role, allocation)}
 
     def levels_of(self, phase: InstanceRole, allocation: SMAllocation) -> set[int]:
-        """The percentages of one phase; those of workers of both are the same for all splits."""
+        """List the percentages of one role; those of ``unified`` are the same for all splits."""
         ladder = self._config.semi_pd.ladder
         if phase is InstanceRole.UNIFIED:
             return set(ladder.unified or ())
@@ -121,21 +130,21 @@ class InstanceState:
         return {allocation.share_of(phase), *fixed}
 
     def all_serve(self) -> bool:
-        """Whether exactly the workers that the split wants are there, and serve. With the lock held."""
+        """Whether the workers are exactly those that the split wants, and all serve. With the lock held."""
         workers = list(self.pool.workers.values()) if self.pool is not None else []
         active = {worker.level for worker in workers if worker.state is WorkerState.ACTIVE}
         return active == self.levels(self.allocation) and all(w.state is WorkerState.ACTIVE for w in workers)
 
-    # --- getting ready ---------------------------------------------------------------------------
+    # --- getting ready -----------------------------------------------------------------------------
 
     def prepare(self, allocation: SMAllocation, deadline: float) -> None:
-        """Make the workers that a split lacks, and wait until they are ready.
+        """Start the workers that a split lacks, and wait until they are ready.
 
         Args:
             deadline: on the monotonic clock.
 
         Raises:
-            StartupError: naming the one that failed, or was not ready in time.
+            StartupError: naming the worker that failed, or was not ready in time.
         """
         with self.changed:
             assert self.pool is not None
@@ -166,10 +175,10 @@ class InstanceState:
                 raise StartupError(f"{late} not ready in time")
 
     def discard(self) -> None:
-        """End what was prepared in vain, of a split that is not in force.
+        """End prepared workers that the split in force does not want.
 
-        Told to end, a worker does so when it has been prepared. On a GPU it has all the time of one that drains: killed
-        with work in flight, it could take every process on the device with it.
+        Such a worker ends when it has been prepared. On a GPU it has as much time as a draining one: killed with work
+        in flight, it could take every process on the device with it.
         """
         with self.changed:
             assert self.pool is not None
@@ -181,7 +190,7 @@ class InstanceState:
         for worker in unused:
             worker.process.terminate()
 
-        def is_over() -> bool:  # a recovery, or the end, ends all workers and waits for none
+        def is_over() -> bool:  # a recovery and the end of the instance end all workers
             have_ended = all(worker.state is WorkerState.ENDED for worker in unused)
             return have_ended or self.memory_lost is not None or self.is_told_to_stop
 
@@ -189,16 +198,16 @@ class InstanceState:
             in_time = self.changed.wait_for(is_over, self._config.semi_pd.drain_timeout_s if self._on_gpu else _GRACE_S)
             late = [] if in_time else [worker for worker in unused if worker.state is not WorkerState.ENDED]
         for worker in late:
-            logger.error("%s, prepared in vain, did not end; killing it", worker.spec.worker_id)
+            logger.error("%s, no longer needed, did not end; killing it", worker.spec.worker_id)
             worker.process.kill()
             worker.process.join(_GRACE_S)
 
-    # --- serving; with the lock held -------------------------------------------------------------
+    # --- serving; with the lock held ---------------------------------------------------------------
 
     def activate(self, phases: Iterable[InstanceRole], reason: str = "a change of workers") -> None:
-        """Put ready workers of these phases into service, retire those whose level is no longer wanted.
+        """Put ready workers of these phases into service, and let unwanted ones drain.
 
-        The split's share of a phase is told to the scheduler with its workers.
+        The scheduler learns the split's share of a phase together with its workers.
         """
         assert self.pool is not None
         chosen, wanted = set(phases), self.levels(self.allocation)
@@ -214,7 +223,7 @@ class InstanceState:
         self.changed.notify_all()
 
     def publish(self, reason: str) -> None:
-        """Tell the scheduler which workers there are."""
+        """Name the active workers to the scheduler."""
         if self.link is None or self.pool is None:
             return
         active = [w.spec for w in self.pool.workers.values() if w.state is WorkerState.ACTIVE]
@@ -234,7 +243,7 @@ class InstanceState:
         )
 
     def replace_lost(self) -> None:
-        """Make a worker of every level of the split in force that has none."""
+        """Start a worker at every share level of the split in force that has none. With the lock held."""
         assert self.pool is not None
         for level in sorted(self.levels(self.allocation)):
             if self.pool.at_level(level):
@@ -249,17 +258,17 @@ class InstanceState:
         self.pool.keep_standbys(self._config.semi_pd.num_sleepers)
 
     def may_try_again(self) -> bool:
-        """Count one more restart of something that was lost; False if there were too many."""
+        """Count a restart of a lost process; returns whether ``rpc.max_restarts`` allows it."""
         return self._restarts.take()
 
-    # --- what becomes of processes; from watchers' threads ---------------------------------------
+    # --- events of processes; in watchers' threads -------------------------------------------------
 
     def _on_worker_ready(self, worker: Worker) -> None:
         with self.changed:
             if worker.state is not WorkerState.PREPARING:
                 return
             worker.state = WorkerState.READY
-            # One that was made in place of a lost one is put to work at once; others wait for their split.
+            # The replacement of a lost worker serves at once; other workers wait for their split.
             if self.is_serving() and worker.level in self.levels(self.allocation):
                 self.activate([worker.spec.role])
             self.changed.notify_all()
@@ -276,7 +285,7 @@ class InstanceState:
                     self.publish("a retired worker has ended")
                 return
             logger.error("%s ended with exit code %d (%s)", worker.spec.worker_id, code, worker.error or before)
-        # On a GPU its end may be that of everybody.
+        # On a GPU its end may have ended every process on the device.
         if self._on_gpu and not self.residents.is_healthy():
             self.on_memory_lost(f"{worker.spec.worker_id} ended with exit code {code} and took the memory with it")
             return
@@ -286,18 +295,18 @@ class InstanceState:
                 self.replace_lost()
 
     def is_serving(self) -> bool:
-        """Whether it runs and has its memory. With the lock held."""
+        """Whether the instance runs and has its memory. With the lock held."""
         return self.lifecycle is Lifecycle.RUNNING and self.memory_lost is None
 
     def on_memory_lost(self, why: str) -> None:
-        """A resident process has ended, or the device has failed."""
+        """Note that a resident process has ended, or the device has failed."""
         with self.changed:
             if self.is_serving():
                 self.memory_lost = self.last_error = why
             self.changed.notify_all()
 
     def on_worker_lost(self, worker_id: str, why: str) -> None:
-        """The scheduler says that a worker has failed or is silent: it must end before others may go on."""
+        """End a worker that has failed or is silent, as the scheduler says: only then may others use its blocks."""
         with self.changed:
             worker = self.pool.workers.get(worker_id) if self.pool is not None else None
         if worker is None:

@@ -1,4 +1,4 @@
-"""Where users find the metrics collector; it lives in `hbserve.metrics`, which the scheduler reports to."""
+"""Public path of the metrics collector, which lives in `hbserve.metrics`."""
 
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.request_metrics import RequestMetrics

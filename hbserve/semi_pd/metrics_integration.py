@@ -1,6 +1,6 @@
-"""Metrics for schedulers other than ours, and of several processes together.
+"""Metrics for other schedulers than HBServe's, and metrics of several processes together.
 
-`hbserve.scheduler.scheduler.CpuScheduler` reports by itself, to its ``metrics.collector``.
+`hbserve.scheduler.scheduler.CpuScheduler` needs none of this: it reports to its ``metrics.collector``.
 """
 
 from __future__ import annotations
@@ -16,74 +16,74 @@ __all__ = ["MetricsAggregator", "SemiPDMetricsHooks", "integrate_semi_pd_metrics
 
 
 class MeasuredRequest(Protocol):
-    """What the hooks ask of a request; `hbserve.messages.client.AddRequest` has it."""
+    """Request as the hooks need it; `hbserve.messages.client.AddRequest` is one."""
 
     @property
     def request_id(self) -> str:
-        """Unique among the open ones."""
+        """Name, unique among the open requests."""
 
     @property
     def prompt_token_ids(self) -> Sequence[int]:
-        """Its prompt."""
+        """Tokens of its prompt."""
 
 
 class MeasuredBatch(Protocol):
-    """What the hooks ask of a batch."""
+    """Batch as the hooks need it."""
 
     @property
     def reqs(self) -> Sequence[MeasuredRequest]:
-        """The requests in it."""
+        """Requests in the batch."""
 
 
 class SemiPDMetricsHooks:
-    """What a scheduler calls at the points of a request's life.
+    """Hooks that a scheduler calls at the points of a request's life.
 
     Args:
-        role: of the scheduler's worker. One that only decodes first hears of a request when its prompt
-            is done: calling `semi_pd_on_batch_decode_start` is then the request's arrival too.
+        role: of the scheduler's worker. A decode-only worker first sees a request when its prompt is done; calling
+            `semi_pd_on_batch_decode_start` is then the request's arrival too.
     """
 
     def __init__(self, collector: SemiPDMetricsCollector, role: InstanceRole) -> None:
         self._collector, self._role = collector, role
 
     def semi_pd_on_request_arrival(self, req: MeasuredRequest) -> None:
-        """A request is here."""
+        """Note that a request has arrived."""
         self._collector.record_request_arrival(req.request_id, len(req.prompt_token_ids))
 
     def semi_pd_on_batch_prefill_start(self, batch: MeasuredBatch) -> None:
-        """A prefill batch begins."""
+        """Note that a prefill batch begins."""
         for req in batch.reqs:
             self._collector.record_prefill_start(req.request_id)
 
     def semi_pd_on_batch_prefill_end(self, batch: MeasuredBatch) -> None:
-        """A prefill batch is done."""
+        """Note that a prefill batch has ended."""
         for req in batch.reqs:
             self._collector.record_prefill_end(req.request_id)
 
     def semi_pd_on_first_token_generated(self, req: MeasuredRequest) -> None:
-        """A request's first token is here."""
+        """Note a request's first token."""
         self._collector.record_first_token(req.request_id)
 
     def semi_pd_on_batch_decode_start(self, batch: MeasuredBatch) -> None:
-        """A decode batch begins."""
+        """Note that a decode batch begins."""
         for req in batch.reqs:
             if self._role is InstanceRole.DECODE and req.request_id not in self._collector.open_requests:
                 self.semi_pd_on_request_arrival(req)
             self._collector.record_decode_start(req.request_id)
 
     def semi_pd_on_request_completion(self, req: MeasuredRequest, output_length: int, success: bool = True) -> None:
-        """A request has ended."""
+        """Note that a request has ended."""
         self._collector.record_request_completion(req.request_id, output_length, success)
 
 
 def integrate_semi_pd_metrics_with_scheduler(
     scheduler: Any, role: InstanceRole, collector: SemiPDMetricsCollector | None = None
 ) -> SemiPDMetricsCollector:
-    """Give a scheduler of any kind the methods of `SemiPDMetricsHooks`, to call where they belong.
+    """Give a scheduler of any kind the methods of `SemiPDMetricsHooks`, for it to call.
 
     Args:
         scheduler: gets the methods, and the collector as ``semi_pd_metrics``.
-        collector: to report to; default: a new one.
+        collector: gets the reports; default: a new one.
 
     Returns:
         The collector.

@@ -1,12 +1,11 @@
-"""The processes of one instance whose prefill and decode share a device, from start to end.
+"""The owner of all processes of one instance whose prefill and decode share a device.
 
-A worker's share of a GPU is fixed when its process begins to use it, so a new split means new processes.
-They are made of sleepers in the background, attach to what the resident processes hold, warm up, and
-only then are named to the scheduler, which gives them the next plans of their phase and has the old ones
-end (`rotation`). Crash recovery is the same thing without a plan for it (`recovery`, `instance_state`).
+Runs in the launcher's process, or in a user's program. A worker's share of a GPU is fixed when its process begins to
+use the GPU, so a new split needs new processes. Standbys become these in the background (`hbserve.semi_pd.rotation`).
+If the memory is lost, all processes start again (`hbserve.semi_pd.recovery`).
 
-Threads: one supervisor does rotations and recoveries, one after the other; each child has a watcher,
-which only changes the books and wakes the supervisor.
+One supervisor thread does rotations and recoveries, one after the other. The watcher thread of each child only changes
+`hbserve.semi_pd.instance_state` and wakes the supervisor. `hbserve.semi_pd` draws the processes.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ _POLL_S = 0.2
 
 
 class ProcessRotationManager:
-    """The processes of one ``semi_pd`` instance: MPS, resident processes, workers, sleepers.
+    """Owner of the processes of one ``semi_pd`` instance: MPS, resident processes, workers, standbys.
 
-    Alone it keeps workers that nobody gives plans to; in a system, the launcher makes it and it names
-    its workers to the scheduler. Of an instance of several ranks it has all: each worker is one process
-    per rank, and they rotate, fail and are replaced together.
+    In a system, the launcher makes the manager, and the manager names its workers to the scheduler. Alone it keeps
+    workers that get no plans. A manager has all ranks of its instance: each worker is one process per rank, and the
+    ranks rotate, fail and are replaced together.
 
     Args:
         server_args: the system's configuration.
-        port_args: None: everything finds each other by private sockets.
+        port_args: None: processes find each other by private sockets.
         initial_sm_allocation: default: the configuration's.
         gpu_id: of the instance's first rank; the others' follow.
         tp_rank: 0: one manager has all ranks.
@@ -62,8 +61,8 @@ class ProcessRotationManager:
     Attributes:
         resident_manager, delayed_switching, async_switching: the parts, to look at and to tune; the first
             is that of rank 0.
-        mark_rotation: called with True when a rotation begins and with False when it is over, from a thread;
-            in a system the scheduler is told, and leaves the time between out of windows.
+        mark_rotation: called from a thread with True when a rotation begins and with False when it ends. In a system it
+            tells the scheduler, which leaves the time between out of windows.
 
     Raises:
         ConfigError: naming what cannot be honoured.
@@ -128,14 +127,14 @@ class ProcessRotationManager:
 
     @property
     def resident_manager(self) -> ResidentProcessManager:
-        """Of rank 0's resident process."""
+        """Manager of rank 0's resident process."""
         return self._state.residents.ranks[0]
 
     def attach_controller(self, controller: SLOAwareResourceController) -> None:
-        """Have the split moved by a controller that somebody else starts and stops.
+        """Show a controller in the status; its owner starts and stops it.
 
         Raises:
-            ConfigError: if it has one.
+            ConfigError: if the split has a controller already.
         """
         if self._controller is not None or (self._scheduler_address is not None and self.config.semi_pd.slo):
             raise ConfigError(
@@ -144,10 +143,10 @@ class ProcessRotationManager:
             )
         self._controller = controller
 
-    # --- life ------------------------------------------------------------------------------------
+    # --- life --------------------------------------------------------------------------------------
 
     def start(self) -> bool:
-        """Start everything and wait until it is ready; False, with the reason in the log, if it cannot."""
+        """Start everything and wait until it is ready; returns False, with the reason in the log, if that fails."""
         try:
             self.start_or_raise(time.monotonic() + self.config.rpc.start_timeout_s)
         except StartupError as error:
@@ -217,7 +216,7 @@ class ProcessRotationManager:
             state.changed.notify_all()
             while state.lifecycle in (Lifecycle.STARTING, Lifecycle.STOPPING):
                 state.residents.notify_cancelled()
-                state.changed.wait(_POLL_S)  # whoever is at it cleans up
+                state.changed.wait(_POLL_S)  # the thread that starts or stops it cleans up
             if state.lifecycle is Lifecycle.STOPPED:
                 return
             state.lifecycle = Lifecycle.STOPPING
@@ -245,7 +244,7 @@ class ProcessRotationManager:
                 logger.error("%s did not end within %g s; killing it", process.name, _END_TIMEOUT_S)
                 process.kill()
                 process.join(_END_TIMEOUT_S)
-        state.residents.stop()  # after those that are attached to their memory
+        state.residents.stop()  # after the workers that are attached to their memory
         if state.link is not None:
             state.link.close()
             state.link = None
@@ -258,19 +257,19 @@ class ProcessRotationManager:
             state.lifecycle, state.is_told_to_stop = Lifecycle.STOPPED, False
             state.changed.notify_all()
 
-    # --- what users ask for ----------------------------------------------------------------------
+    # --- requests of users -------------------------------------------------------------------------
 
     def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
-        """Ask for another split; the change itself happens in the background.
+        """Ask for another split; the change happens in the background.
 
-        Of requests that come while a change is under way, the last one is done after it. Between mixing and
-        side by side it is one message; so it is between percentages that are warm.
+        While a change is under way, the latest request waits for its end and replaces earlier ones. A change between
+        warm percentages, or between mixing and side by side, is one message and starts no process.
 
         Returns:
-            Whether the request was taken: not unless the manager runs.
+            Whether the request was accepted: False unless the manager runs.
 
         Raises:
-            ConfigError: if it says ``mixed``, and there is no worker for that.
+            ConfigError: if the split is ``mixed``, and there is no worker for that.
         """
         self._check_possible(new_allocation)
         with self._state.changed:
@@ -286,11 +285,11 @@ class ProcessRotationManager:
 
     @property
     def current_sm_allocation(self) -> SMAllocation:
-        """The split in force."""
+        """Split in force."""
         return self._state.allocation
 
     def wait_until_settled(self, timeout: float) -> bool:
-        """Wait until no request and no recovery is pending; False if that takes longer."""
+        """Wait until no request and no recovery is pending; returns False if that takes longer."""
         state = self._state
         with state.changed:
             return state.changed.wait_for(
@@ -302,7 +301,7 @@ class ProcessRotationManager:
         return self._requested is None and self._state.memory_lost is None
 
     def get_status(self) -> dict[str, Any]:
-        """Everything as plain data: state, split, processes, parts, counts."""
+        """Return everything as plain data: state, split, processes, parts, counts."""
         state = self._state
         with state.changed:
             workers = [] if state.pool is None else list(state.pool.workers.values())
@@ -340,7 +339,7 @@ class ProcessRotationManager:
                 "slo": None if self._controller is None else self._controller.get_controller_status(),
             }
 
-    # --- supervisor's thread ---------------------------------------------------------------------
+    # --- supervisor's thread -----------------------------------------------------------------------
 
     def _supervise(self) -> None:
         state = self._state
@@ -363,7 +362,7 @@ class ProcessRotationManager:
                 state.last_error = repr(error)
                 logger.exception("%s: the supervisor failed", self.instance.instance_id)
             with state.changed:
-                # A recovery makes the workers of the split in force; what was asked for is done after it.
+                # A recovery starts the workers of the split in force; a requested split comes after it.
                 if lost is None and self._requested is requested:
                     self._requested = None
                 state.changed.notify_all()

@@ -1,4 +1,7 @@
-"""What follows the loss of the memory: everything begins anew, and every request is computed again."""
+"""Recovery from the loss of the memory: all processes start again, and every request is computed again.
+
+Runs in the supervisor's thread of `hbserve.semi_pd.process_rotation_manager`.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ _END_TIMEOUT_S = 20.0
 
 
 class Recovery:
-    """Recovers, and counts how often.
+    """Recovery of an instance, and the count of recoveries.
 
     Args:
-        restart_device: called when nothing uses the device any more: after a fault MPS begins anew.
+        restart_device: called when no process uses the device any more; restarts MPS after a fault.
         start_timeout_s: for the memory and the workers together.
-        num_sleepers: to have again afterwards.
+        num_sleepers: number of standbys afterwards.
     """
 
     def __init__(
@@ -33,10 +36,10 @@ class Recovery:
         self.num_done = 0
 
     def recover(self, why: str) -> None:
-        """End every worker, start the memory and the workers of the split in force.
+        """End every worker, then start the memory and the workers of the split in force.
 
         Raises:
-            StartupError: if that fails; it is tried again as long as ``rpc.max_restarts`` allows.
+            StartupError: if that fails. The supervisor tries again as long as ``rpc.max_restarts`` allows.
         """
         state = self._state
         logger.warning("%s: %s; starting again", state.instance.instance_id, why)
@@ -48,7 +51,7 @@ class Recovery:
             state.memory_lost = None
             state.check_going()
             assert state.pool is not None
-            # Sleepers have not touched the device and are still there; more of them import while the memory is loaded.
+            # Standbys have not touched the device and still run; more of them import while the memory is loaded.
             state.pool.keep_standbys(len(state.levels(state.allocation)), True)
         try:
             state.start_memory(deadline)
@@ -73,6 +76,6 @@ class Recovery:
                 worker.state = WorkerState.DRAINING
             state.publish(why)
         for worker in workers:
-            worker.process.kill()  # nothing of what it could still compute is of use
+            worker.process.kill()  # its results would be of no use
         for worker in workers:
             worker.process.join(_END_TIMEOUT_S)

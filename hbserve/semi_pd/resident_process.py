@@ -1,8 +1,11 @@
 """The resident process: holds a rank's weights and KV cache, lets others attach, and computes nothing.
 
-Imports and loads the weights, says how much KV fits and is told how much all ranks have, says where
-everything lies, and then waits for lines on its standard input: each is a question for a sign of life,
-answered after a touch of the device. The end of the input is its end.
+Its life:
+
+1. It loads the weights and reports how much KV fits.
+2. The manager sends the size that fits on all ranks; the process reserves it and reports where everything lies.
+3. It reads its standard input. Each line asks for a sign of life, which it gives after a touch of the device.
+4. It ends when that input ends.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ EXIT_DEVICE_FAILED = 73
 
 
 def hold(config: Config, orders: dict[str, Any]) -> None:
-    """Load, report, and hold until the life line is cut.
+    """Load, report, and hold until the standard input ends.
 
     Raises:
         HBServeError: if model, configuration and memory do not fit together.
@@ -73,7 +76,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry of the process that a `ResidentProcessManager` starts."""
+    """Run the process that a `ResidentProcessManager` starts."""
     orders = child.read_orders()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
@@ -85,7 +88,7 @@ def main() -> None:
     except HBServeError as error:
         child.report_status({"error": str(error)})
         code = 1
-    # The one who started all this does it too; one that was killed cannot.
+    # The manager removes the folder too, unless it was killed.
     if orders["run_dir"] is not None and os.path.isdir(orders["run_dir"]):
         shutil.rmtree(orders["run_dir"], ignore_errors=True)
     child.exit_now(code)

@@ -1,6 +1,7 @@
-"""Starts the resident process, watches over it, and hands out what is needed to attach to its memory.
+"""Start and supervision of the resident processes, and the attachments to their memory.
 
-The resident processes of an instance, one for each rank: started, watched and ended together.
+Each rank of an instance has a resident process (`hbserve.semi_pd.resident_process`). One `ResidentProcessManager` per
+rank has a watcher thread and a heartbeat thread; `ResidentGroup` starts and ends them together.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _END_TIMEOUT_S = 10.0
 
 
 class ResidentGroup:
-    """As one resident process: the ranks' KV belongs together, so a lost rank is the loss of all.
+    """Resident processes of all ranks as one. The ranks' KV belongs together, so a lost rank is the loss of all.
 
     Args:
         config, instance: whose ranks these are.
@@ -38,7 +39,7 @@ class ResidentGroup:
         on_lost: called from a thread with the reason when one of them is lost.
 
     Attributes:
-        ranks: their managers, in order.
+        ranks: the managers, by rank.
     """
 
     def __init__(self, config: Config, instance: InstanceConfig, gpu_id: int, on_lost: Callable[[str], None]) -> None:
@@ -50,7 +51,7 @@ class ResidentGroup:
             rank.instance = instance
 
     def configure(self, environment: dict[str, str], run_dir: str | None) -> None:
-        """See `ResidentProcessManager`; before a start."""
+        """Set the attributes of each `ResidentProcessManager` before a start."""
         for rank in self.ranks:
             rank.environment, rank.run_dir = environment, run_dir
 
@@ -75,18 +76,18 @@ class ResidentGroup:
             raise
 
     def notify_cancelled(self) -> None:
-        """Make a `start` that another thread is in look whether it is cancelled."""
+        """Make a start that waits in another thread look whether it is cancelled."""
         for rank in self.ranks:
             rank.notify_cancelled()
 
     def stop(self) -> None:
-        """End all of them."""
+        """End all resident processes."""
         for rank in self.ranks:
             rank.stop()
 
     @property
     def attachments(self) -> list[dict[str, Any]]:
-        """By rank, see `ResidentProcessManager.attachment`.
+        """`ResidentProcessManager.attachment` of each rank.
 
         Raises:
             StartupError: if one of them is not running.
@@ -98,26 +99,26 @@ class ResidentGroup:
         return all(rank.is_healthy() for rank in self.ranks)
 
     def get_status(self) -> dict[str, Any]:
-        """The first rank's, and in ``ranks`` everybody's."""
+        """Return the first rank's status, with those of all ranks under ``ranks``."""
         statuses = [rank.get_status() for rank in self.ranks]
         return statuses[0] | {"ranks": statuses}
 
 
 class ResidentProcessManager:
-    """One resident process: started, asked for signs of life, started again when it is lost.
+    """One resident process: start, heartbeat, and restart when it is lost.
 
     Args:
         server_args: the system's configuration.
-        port_args: None: everything finds each other by private sockets.
+        port_args: None: processes find each other by private sockets.
         gpu_id: of the instance's first rank; the others' follow.
-        tp_rank: of the rank whose memory is held.
-        on_lost: called from a thread when it has ended on its own or does not answer; who gives this
-            calls `start` again. By default it is started again at once.
+        tp_rank: the rank whose memory is held.
+        on_lost: called from a thread with the reason when the process has ended on its own or does not answer; the
+            owner then calls `start` again. Default: the manager restarts the process at once.
 
     Attributes:
         environment: variables for the process.
         run_dir: a folder to remove if the process outlives everybody else.
-        heartbeat_interval: seconds between questions.
+        heartbeat_interval: seconds between heartbeats.
 
     Raises:
         ConfigError: naming what cannot be honoured.
@@ -159,7 +160,7 @@ class ResidentProcessManager:
             timeout: seconds; default: ``rpc.start_timeout_s``.
 
         Raises:
-            StartupError: with its own reason, or at the deadline.
+            StartupError: with the process' reason, or at the deadline.
         """
         deadline = time.monotonic() + (self.config.rpc.start_timeout_s if timeout is None else timeout)
         self.begin()
@@ -168,7 +169,7 @@ class ResidentProcessManager:
         return True
 
     def begin(self) -> None:
-        """Start the process, which loads the weights; `wait_sized` comes next."""
+        """Start the process, which loads the weights. Call `wait_sized` next."""
         orders = {
             "config": msgspec.to_builtins(self.config),
             "gpu_id": self.instance.gpu_id,
@@ -191,24 +192,28 @@ class ResidentProcessManager:
             self._process.start()
 
     def wait_sized(self, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, int]:
-        """Wait until the weights are loaded; how much KV fits then, as ``num_blocks`` and ``max_model_len``.
+        """Wait until the weights are loaded; returns the KV that fits then, as ``num_blocks`` and ``max_model_len``.
+
+        Args:
+            deadline: on the monotonic clock.
+            is_cancelled: looked at after each `notify_cancelled`.
 
         Raises:
-            StartupError: with its own reason, or at the deadline, which is on the monotonic clock.
+            StartupError: with the process' reason, or at the deadline.
         """
         size: dict[str, int] = self._wait_for("fits", deadline, is_cancelled)["fits"]
         return size
 
     def reserve_kv(self, size: dict[str, int]) -> None:
-        """Tell the process how much KV to reserve; `wait_ready` comes next."""
+        """Tell the process how much KV to reserve. Call `wait_ready` next."""
         assert self._process is not None, "begin() comes first"
-        self._process.send(size)  # where it is gone, waiting for it says so
+        self._process.send(size)  # if the process has ended, wait_ready says so
 
     def wait_ready(self, deadline: float, is_cancelled: Callable[[], bool]) -> None:
-        """Wait until others can attach.
+        """Wait until workers can attach.
 
         Raises:
-            StartupError: with its own reason, or at the deadline.
+            StartupError: with the process' reason, or at the deadline.
         """
         self._wait_for("ready", deadline, is_cancelled)
         self._num_starts += 1
@@ -242,12 +247,12 @@ class ResidentProcessManager:
         return f"{self.instance.instance_id}-resident{rank}"
 
     def notify_cancelled(self) -> None:
-        """Make a `start` that another thread is in look whether it is cancelled."""
+        """Make a start that waits in another thread look whether it is cancelled."""
         with self._condition:
             self._condition.notify_all()
 
     def stop(self) -> None:
-        """End the process. Its memory goes when the last process that is attached does."""
+        """End the process. Its memory is freed when the last attached process has ended."""
         with self._condition:
             self._is_wanted = False
             self._condition.notify_all()
@@ -259,10 +264,10 @@ class ResidentProcessManager:
 
     @property
     def attachment(self) -> dict[str, Any]:
-        """An `hbserve.engine.arenas.ArenaAttachment` of the current process, as plain data.
+        """`hbserve.engine.arenas.ArenaAttachment` of the running process, as plain data.
 
         Raises:
-            StartupError: if there is none.
+            StartupError: if no process is ready.
         """
         attachment: dict[str, Any] | None = self._status.get("attachment")
         if attachment is None:
@@ -271,15 +276,15 @@ class ResidentProcessManager:
 
     @property
     def device(self) -> str:
-        """The device in words."""
+        """Device in words."""
         return str(self._status.get("device", "unknown"))
 
     def get_ipc_info_for_prefill(self) -> dict[str, Any]:
-        """What a prefill worker needs to attach: the same as a decode worker."""
+        """Return the attachment for a prefill worker: the same as for a decode worker."""
         return self.attachment
 
     def get_ipc_info_for_decode(self) -> dict[str, Any]:
-        """What a decode worker needs to attach."""
+        """Return the attachment for a decode worker."""
         return self.attachment
 
     def is_healthy(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> bool:
@@ -297,10 +302,10 @@ class ResidentProcessManager:
             return self._num_answers > before
 
     def get_status(self) -> dict[str, Any]:
-        """``resident_process`` (``pid``, ``is_alive``, seconds since it was heard of), sizes, starts.
+        """Return ``resident_process`` (``pid``, ``is_alive``, seconds since its last sign of life), sizes and starts.
 
-        Of the device's memory ``free_bytes_at_start`` was left when it had loaded, ``free_bytes`` at its
-        last sign of life: what is between them, others have taken.
+        ``free_bytes_at_start`` is the device's free memory after the load, ``free_bytes`` that at the last sign of
+        life. Other processes have taken the difference.
         """
         process, status = self._process, self._status
         return {
@@ -321,7 +326,7 @@ class ResidentProcessManager:
             "starts": self._num_starts,
         }
 
-    # --- threads ---------------------------------------------------------------------------------
+    # --- watcher and heartbeat threads -------------------------------------------------------------
 
     def _on_status(self, status: dict[str, Any]) -> None:
         with self._condition:
@@ -352,8 +357,8 @@ class ResidentProcessManager:
                 process = self._process
             if process is None or "attachment" not in self._status or self.is_healthy():
                 continue
-            # Whether it ends by itself, since it was told to or has said that the device failed, or is ended now:
-            # its exit is what is heard of.
+            # A process that was told to end, or has reported a failed device, ends by itself. Any other is killed now.
+            # Either way `_on_exit` handles its end.
             is_ending = not self._is_wanted or "error" in self._status
             if not process.join(_END_TIMEOUT_S if is_ending else 0.0):
                 logger.error("%s does not answer; ending it", process.name)

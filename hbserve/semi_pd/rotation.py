@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class Rotation:
-    """Does one rotation after the other, and counts them.
+    """Rotations of one instance, one at a time, and their counts.
 
     Args:
-        mark: called with True when one begins and with False when it is over, however it ended: what
-            is measured in between is not how the system is.
+        mark: called with True when a rotation begins and with False when it ends, in success or failure. Latencies
+            measured in between say nothing about either split.
 
     Attributes:
         num_done, num_failed: rotations so far.
-        last_s: what the last one took.
+        last_s: duration of the last one.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The line to the CPU scheduler: which workers there are goes out, which of them failed comes back, and windows."""
+"""Connection to the CPU scheduler: it gets the list of workers, and sends back failed workers and windows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class SchedulerLink:
-    """A client of the scheduler with a thread of its own, which alone touches the socket.
+    """Client of the scheduler; its thread is the only user of the socket.
 
     Args:
         address: of the scheduler's client socket.
-        on_worker_lost: called from the thread with a worker's name and what is wrong with it.
+        on_worker_lost: called from the thread with a worker's name and the reason.
         key: of the cluster, if there is one.
     """
 
@@ -42,12 +42,12 @@ class SchedulerLink:
         self._thread.start()
 
     def send(self, message: SetWorkers | GetWindowMetrics | MarkRotation) -> None:
-        """Queue a message; in order."""
+        """Queue a message; messages are sent in order."""
         self._outgoing.append(message)
         os.eventfd_write(self._wake, 1)
 
     def get_window(self, seconds: float, timeout_s: float) -> AggregatedMetrics | None:
-        """The scheduler's last seconds; None if it does not answer in time. For one caller at a time."""
+        """Get the metrics of the last seconds; None without an answer in time. For one caller at a time."""
         self._num_queries += 1
         query_id = self._num_queries
         self.send(GetWindowMetrics(query_id=query_id, seconds=seconds))
@@ -57,15 +57,15 @@ class SchedulerLink:
                 answer = self._windows.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return None
-            if answer.query_id == query_id:  # not a late one to an earlier question
+            if answer.query_id == query_id:  # and is not the late answer to an earlier query
                 return msgspec.convert(answer.metrics, AggregatedMetrics)
 
     def mark_rotation(self, begins: bool) -> None:
-        """A rotation begins, or is over: latencies that overlap it are left out of windows."""
+        """Say that a rotation begins or ends: the scheduler leaves latencies that overlap it out of windows."""
         self.send(MarkRotation(begins=begins))
 
     def close(self) -> None:
-        """Send what is queued and end."""
+        """Send the queued messages and end the thread."""
         self._outgoing.append(None)
         os.eventfd_write(self._wake, 1)
         self._thread.join()

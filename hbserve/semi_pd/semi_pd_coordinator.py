@@ -1,8 +1,8 @@
-"""All parts of semi-PD on one GPU behind one object, for programs that bring a scheduler of their own.
+"""All parts of semi-PD on one GPU behind one object, for programs with a scheduler of their own.
 
-The processes (`ProcessRotationManager`), the allocator of the KV pool that they share
-(`UnifiedStorageManager`), and a window of latencies with the controller that moves the split by it.
-In HBServe's own service the CPU scheduler owns the pool and the window; this object is for others.
+The parts are the processes (`ProcessRotationManager`), the allocator of their KV pool (`UnifiedStorageManager`), and a
+window of latencies with the controller that moves the split. In HBServe's own service the CPU scheduler owns the pool
+and the window, and this object is not used.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["SemiPDCoordinator", "create_semi_pd_coordinator"]
 
 
 class SemiPDCoordinator:
-    """Starts, joins and ends the parts.
+    """Coordinator that starts, joins and ends the parts.
 
     Args:
         rotation_manager: not started yet.
-        slo_constraints: what the controller holds; None: the configuration's ``semi_pd.slo``, and without
-            that, the split stays what users ask for.
-        window_size_seconds: of the latencies that it looks at, those during rotations left out.
+        slo_constraints: targets of the controller; None: the configuration's ``semi_pd.slo``. Without either there is
+            no controller, and the split is the one that users ask for.
+        window_size_seconds: length of the controller's window, without the time of rotations.
 
     Attributes:
-        metrics_collector: told by the program about its requests; what the controller looks at.
+        metrics_collector: the program reports its requests to it, and the controller reads it.
         storage_manager: allocator of the pool, from `start` on.
 
     Raises:
@@ -70,7 +70,7 @@ class SemiPDCoordinator:
         self.storage_manager: UnifiedStorageManager | None = None
 
     def start(self) -> bool:
-        """Start every process and the controller; False, with the reason in the log, if that fails."""
+        """Start every process and the controller; returns False, with the reason in the log, if that fails."""
         if not self.rotation_manager.start():
             return False
         attachment = self.rotation_manager.resident_manager.attachment
@@ -91,11 +91,11 @@ class SemiPDCoordinator:
         self.storage_manager = None
 
     def allocate_kv_blocks(self, request_id: str, num_blocks: int, requester_role: InstanceRole) -> list[BlockHandle]:
-        """Blocks of the shared pool for a request, all or none.
+        """Allocate blocks of the shared pool to a request, all or none.
 
         Raises:
             OverloadedError: if the pool has too few.
-            EngineDeadError: if nothing is running.
+            EngineDeadError: if the coordinator is not running.
         """
         pool = self._pool()
         if pool.allocate_blocks(request_id, num_blocks, requester_role) is None:
@@ -103,7 +103,7 @@ class SemiPDCoordinator:
         return pool.get_block_handles(request_id)
 
     def deallocate_kv_blocks(self, request_id: str) -> None:
-        """Give a request's blocks back."""
+        """Free a request's blocks."""
         self._pool().deallocate_blocks(request_id)
 
     def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
@@ -111,11 +111,11 @@ class SemiPDCoordinator:
         return self.rotation_manager.request_sm_reallocation(new_allocation)
 
     def report_workload_metrics(self, metrics: SystemMetrics) -> None:
-        """Note the state of the program's queues; single requests are reported to `metrics_collector`."""
+        """Report the state of the program's queues; report single requests to `metrics_collector`."""
         self.metrics_collector.record_system_metrics(metrics)
 
     def get_comprehensive_status(self) -> dict[str, Any]:
-        """``processes``, ``storage`` and ``slo_controller``, each as its part reports it."""
+        """Return ``processes``, ``storage`` and ``slo_controller``, each as its part reports it."""
         pool = self.storage_manager
         return {
             "processes": self.rotation_manager.get_status(),
@@ -131,7 +131,7 @@ class SemiPDCoordinator:
         }
 
     def health_check(self) -> dict[str, Any]:
-        """``healthy``, and by part whether it is there."""
+        """Return ``healthy``, and for each part whether it runs."""
         status = self.rotation_manager.get_status()
         resident = status["resident_manager"]["resident_process"]
         parts = {
@@ -162,14 +162,13 @@ def create_semi_pd_coordinator(
     tpot_target_ms: float | None = None,
     gpu_id: int = 0,
 ) -> SemiPDCoordinator:
-    """A coordinator of one GPU.
+    """Make a coordinator of one GPU.
 
     Args:
         server_args: the system's configuration.
-        port_args: None: everything finds each other by private sockets.
+        port_args: None: processes find each other by private sockets.
         prefill_sm_percentage, decode_sm_percentage: default: the configuration's.
-        ttft_target_ms, tpot_target_ms: with both, a controller moves the split to hold them; with
-            neither, the configuration's ``semi_pd.slo`` says, if it is there.
+        ttft_target_ms, tpot_target_ms: targets of a controller; default: the configuration's ``semi_pd.slo``, if any.
 
     Raises:
         ConfigError: naming what cannot be honoured.

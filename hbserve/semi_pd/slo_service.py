@@ -1,4 +1,4 @@
-"""The SLO controller of a running instance: windows from the scheduler, moves to the rotation manager."""
+"""The SLO controller of a running system: windows come from the scheduler, moves go to the rotation manager."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 2.0
 _MAX_WINDOW_S = 30.0
-"""So far back the scheduler's collector looks."""
+"""Longest window that the scheduler's collector keeps."""
 
 
 class SchedulerMetricsSource:
-    """The scheduler's metrics as a controller wants them: a window that can begin anew without
-    taking anything from others who look."""
+    """Scheduler's metrics for one controller: its window can begin anew without a change for other readers."""
 
     def __init__(self, link: SchedulerLink, window_s: float) -> None:
         self._link, self._window_s = link, window_s
         self._since = time.monotonic()
 
     def get_current_window_metrics(self) -> AggregatedMetrics:
-        """The last ``window_s`` seconds, or those since `reset_window`.
+        """Get the metrics of the last ``window_s`` seconds, or since `reset_window`.
 
         Raises:
             EngineDeadError: if the scheduler does not answer.
@@ -45,22 +44,22 @@ class SchedulerMetricsSource:
         return metrics
 
     def reset_window(self) -> None:
-        """Begin anew now."""
+        """Begin a new window now."""
         self._since = time.monotonic()
 
     def begin_exclusion(self) -> None:
-        """A rotation begins."""
+        """Leave out latencies that overlap the time from now."""
         self._link.mark_rotation(True)
 
     def end_exclusion(self) -> None:
-        """It is over."""
+        """End the time that is left out."""
         self._link.mark_rotation(False)
 
 
 def make_controller(
     config: Config, slo: SLOConfig, manager: RotationManager, link: SchedulerLink
 ) -> SLOAwareResourceController:
-    """A controller as configured; not started.
+    """Make the configured controller, not yet started.
 
     Raises:
         ConfigError: naming what cannot be honoured.
@@ -85,7 +84,7 @@ def make_controller(
 
 
 def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]:
-    """What a configuration says, in parts.
+    """Read targets, bounds and profile from a configuration.
 
     Raises:
         ConfigError: naming what cannot be honoured.

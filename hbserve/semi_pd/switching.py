@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 class Process(Protocol):
-    """What is asked of a process here; `multiprocessing.Process` has it too."""
+    """Process as the controllers need it; `multiprocessing.Process` is one."""
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask the process to end."""
 
     def join(self, timeout: float | None = None) -> Any:
-        """Wait for its end."""
+        """Wait for the end of the process."""
 
 
 @dataclass
@@ -119,12 +119,12 @@ class DelayedSwitchingController:
 
     @property
     def result(self) -> Any:
-        """What the last preparation returned."""
+        """Return value of the last preparation."""
         return self._attempt.result
 
     @property
     def error(self) -> str | None:
-        """Why the last preparation failed."""
+        """Reason why the last preparation failed."""
         return self._attempt.error
 
     def get_status(self) -> dict[str, Any]:

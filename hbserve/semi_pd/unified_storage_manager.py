@@ -1,4 +1,4 @@
-"""Where users find the allocator of the KV pool that both phases share, under the names of the design documents."""
+"""Public path of the allocator of the KV pool that both phases share, under the names of the design documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several parts of this room need."""
+"""Roles, the choice of an instance, and the partition of a worker."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = [
 
 PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
 ROLES = (*PHASES, InstanceRole.UNIFIED)
-"""Of workers: one phase, or both in the same steps."""
+"""Roles of workers: one phase, or both in the same steps."""
 
 
 def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tuple[Config, InstanceConfig]:
-    """A system and its ``semi_pd`` instance on a GPU, from a configuration of whatever mode.
+    """Get a system and its ``semi_pd`` instance on a GPU from a configuration of any mode.
 
     Raises:
-        TypeError: if it is no configuration of ours.
+        TypeError: if ``server_args`` is no configuration of HBServe.
         ConfigError: naming what cannot be honoured.
     """
     if not isinstance(server_args, Config | PdDisaggConfig):
@@ -44,5 +44,5 @@ def semi_pd_system(server_args: Config | PdDisaggConfig, gpu_id: int = 0) -> tup
 
 
 def partition_of(phase: InstanceRole, percentage: int, priority: int) -> Partition:
-    """Of a worker: prefill has the device's first multiprocessors, decode its last."""
+    """Make a worker's partition: prefill has the device's first multiprocessors, decode its last."""
     return Partition(percentage, "last" if phase is InstanceRole.DECODE else "first", priority)

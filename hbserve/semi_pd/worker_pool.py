@@ -1,4 +1,4 @@
-"""The worker processes of one instance, from standby to end, and the sleepers that become them."""
+"""The worker processes of one instance, from standby to end."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _MODULE = "hbserve.semi_pd.worker_process"
 
 
 class WorkerState(StrEnum):
-    """Where a worker process is in its life."""
+    """Life of a worker process; `hbserve.semi_pd.instance_state` draws it."""
 
     PREPARING = "preparing"
     READY = "ready"
     ACTIVE = "active"
-    DRAINING = "retiring"
+    DRAINING = "retiring"  # the status report's word
     ENDED = "ended"
 
 
 class Worker:
-    """One worker: a process, or one for each rank of a tensor-parallel group, of which the first has the others.
+    """One worker: a process, or one for each rank of a tensor-parallel group, whose first process owns the others.
 
     Attributes:
-        spec: as the scheduler gets to know it.
-        state: ``ready`` has attached, warmed up and listens; ``active`` is known to the scheduler.
-        error: what it said when it could not start.
-        start_s: seconds that the parts of its start took; they sum to what it took from the order to its answer.
-        memory_bytes: of the device, that it held of its own when it was ready.
+        spec: name, role, share and address, for the scheduler.
+        state: ``ready``: has attached, warmed up and listens; ``active``: named to the scheduler.
+        error: its report if it could not start.
+        start_s: seconds of each part of its start; their sum is the time from the order to its answer.
+        memory_bytes: device memory of its own when it was ready.
         rank_pids: process ids of its ranks, once it is ready.
     """
 
@@ -58,16 +58,16 @@ class Worker:
 
     @property
     def level(self) -> tuple[InstanceRole, int]:
-        """Phase and percentage."""
+        """Role and percentage."""
         return self.spec.role, self.spec.percentage
 
     def note_start(self, parts: dict[str, float]) -> None:
-        """It is ready; what its own account lacks is ``orders``: their way, and the rest of its sleep."""
+        """Note its account of the start; the rest is ``orders``: their travel, and the end of its imports."""
         whole = time.monotonic() - self.ordered_at
         self.start_s = {"orders": whole - sum(parts.values())} | parts
 
     def as_dict(self) -> dict[str, Any]:
-        """For status reports."""
+        """Return plain data for status reports."""
         return {
             "worker_id": self.spec.worker_id,
             "role": str(self.spec.role),
@@ -81,15 +81,15 @@ class Worker:
 
 
 class WorkerPool:
-    """Makes workers of sleepers and keeps the list of them. Not thread-safe: its owner has the lock.
+    """Workers of one instance, and the standbys that become workers. Not thread-safe: its owner has the lock.
 
     Args:
         config: of the system.
         instance: whose workers these are.
         run_dir: folder for their sockets.
         environment: variables for the processes.
-        on_gpu: whether sleepers import what only a GPU needs.
-        on_ready, on_exit: called from a thread when a worker is ready, or its process has ended.
+        on_gpu: whether standbys import the modules that only a GPU needs.
+        on_ready, on_exit: called from a watcher thread when a worker is ready, or its process has ended.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class WorkerPool:
         self._standbys: deque[ChildProcess] = deque()
         self._asleep: set[ChildProcess] = set()
         self.workers: dict[str, Worker] = {}
-        """By name, those that have not ended."""
+        """Workers that have not ended, by name."""
 
     def keep_standbys(self, number: int, are_awaited: bool = False) -> None:
-        """Start sleepers until there are so many that live.
+        """Start standbys until ``number`` of them run.
 
         Args:
-            are_awaited: they are in a hurry; else they yield to what serves.
+            are_awaited: a start waits for them; else their imports yield to serving processes.
         """
         self._standbys = deque(standby for standby in self._standbys if standby.is_alive())
         while len(self._standbys) < number:
@@ -157,10 +157,10 @@ class WorkerPool:
         return process
 
     def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
-        """Have a standby, or a new process if there is none, become a worker; it says later when it is ready.
+        """Make a worker of a standby, or of a new process if there is none; `on_ready` is called later.
 
         Args:
-            attachments: to each rank's arenas.
+            attachments: each rank's `hbserve.engine.arenas.ArenaAttachment`, as plain data.
         """
         priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
         while True:
@@ -179,19 +179,19 @@ class WorkerPool:
             process.name = worker_id
             self._worker_of[process] = worker
             self.workers[worker_id] = worker
-            # A standby that died in its sleep is passed over.
+            # A standby that has died is passed over.
             if process.send(msgspec.to_builtins(order)) and process.is_alive():
                 return worker
             self._worker_of.pop(process, None)
             del self.workers[worker_id]
 
     def at_level(self, level: tuple[InstanceRole, int]) -> list[Worker]:
-        """Workers of that phase and percentage that are there or on their way, oldest first."""
+        """List the workers at a share level that serve or will serve, oldest first."""
         wanted = (WorkerState.PREPARING, WorkerState.READY, WorkerState.ACTIVE)
         return [worker for worker in self.workers.values() if worker.level == level and worker.state in wanted]
 
     def standbys(self) -> list[dict[str, Any]]:
-        """Processes that wait to become workers, for status reports; one that is not asleep still imports."""
+        """List the standbys for status reports; one that is not asleep still imports."""
         return [
             {"pid": standby.pid, "is_asleep": standby in self._asleep}
             for standby in self._standbys
@@ -199,5 +199,5 @@ class WorkerPool:
         ]
 
     def processes(self) -> list[ChildProcess]:
-        """All that run, sleepers included."""
+        """List the processes of all workers and standbys."""
         return [*(worker.process for worker in self.workers.values()), *self._standbys]

@@ -1,4 +1,7 @@
-"""A worker of one phase, and before that a standby (`hbserve.worker.standby`), with the other ranks of its group."""
+"""The process of a worker of one phase: first a standby (`hbserve.worker.standby`), then a worker.
+
+It starts the processes of the other ranks of its group.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ _EXIT_RANK_LOST = 72
 
 
 class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
-    """What a standby becomes.
+    """Order that makes a standby a worker.
 
     Attributes:
-        instance: with the worker's own name and its phase as type.
-        address: where it listens for the scheduler.
-        partition: its share of the device.
+        instance: the instance, with the worker's name and its phase as type.
+        address: where the worker listens for the scheduler.
+        partition: the worker's share of the device.
         attachments: by rank, an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
     """
 
@@ -47,7 +50,7 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch)
     attachments = msgspec.convert(order.attachments, list[ArenaAttachment])
     config = msgspec.structs.replace(
         config,
-        kv_transfer=KVTransferConfig(),  # nobody sends to this worker, or receives from it
+        kv_transfer=KVTransferConfig(),  # this worker sends and receives no KV
         model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
     shared = SharedDevice(attachments=attachments, partition=order.partition, ranks=ranks, stopwatch=stopwatch)
@@ -55,14 +58,14 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch)
 
 
 def main() -> None:
-    """Entry of the process that a `ProcessRotationManager` starts."""
+    """Run the process that a `ProcessRotationManager` starts."""
     orders = child.read_orders()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.convert(orders["config"], Config)
     name = orders["name"]
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
-    # The other ranks fall asleep at the same time. A standby that has lost one is of no use.
+    # The other ranks become standbys at the same time. A standby that has lost one is useless.
     how = msgspec.convert(orders["sleep"], Standby)
     ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(_EXIT_RANK_LOST))
     order = sleep(how)
@@ -73,7 +76,7 @@ def main() -> None:
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)
-    except Exception as error:  # the one who woke it must hear why, not only that
+    except Exception as error:  # the manager must learn the reason, not only that it failed
         child.report_status({"error": repr(error)})
         logger.exception("the worker failed")
     child.exit_now(code)
