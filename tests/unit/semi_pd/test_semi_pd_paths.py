@@ -1,0 +1,33 @@
+"""Public module paths of semi-PD, as its design documents import them."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+PATHS = """
+hbserve.semi_pd: ProcessRotationManager ResidentProcessManager SMAllocation
+hbserve.semi_pd.metrics_collector: SemiPDMetricsCollector RequestMetrics SystemMetrics AggregatedMetrics
+hbserve.semi_pd.metrics_integration: MetricsAggregator integrate_semi_pd_metrics_with_scheduler
+hbserve.semi_pd.process_rotation_manager: ProcessRotationManager SMAllocation
+hbserve.semi_pd.resident_process_manager: ResidentProcessManager SMAllocation
+hbserve.semi_pd.resident_process_manager: DelayedSwitchingController AsynchronousSwitchingController
+hbserve.semi_pd.semi_pd_coordinator: create_semi_pd_coordinator SemiPDCoordinator
+hbserve.semi_pd.slo_algorithm: SLOAwareResourceController SLOConstraints
+hbserve.semi_pd.unified_storage_manager: UnifiedStorageManager
+hbserve.semi_pd.utils: InstanceRole
+"""
+
+
+@pytest.mark.parametrize("line", PATHS.strip().splitlines())
+def test_a_public_path_has_its_names(line: str) -> None:
+    path, names = line.split(": ")
+    module = importlib.import_module(path)
+    for name in names.split():
+        assert isinstance(getattr(module, name), type) or callable(getattr(module, name))
+
+
+def test_every_path_has_the_same_split() -> None:
+    modules = ("", ".process_rotation_manager", ".resident_process_manager")
+    assert len({importlib.import_module(f"hbserve.semi_pd{module}").SMAllocation for module in modules}) == 1
