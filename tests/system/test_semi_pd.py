@@ -21,9 +21,7 @@ from fastapi import FastAPI
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.errors import ConfigError, OverloadedError
-from hbserve.policy.decode_throttle import choose_percentage
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
-from hbserve.semi_pd.resident_process_manager import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.semi_pd_coordinator import create_semi_pd_coordinator
 from hbserve.server import errors, semi_pd_routes
 from hbserve.server.prometheus import render
@@ -229,25 +227,25 @@ def running(model: str) -> Iterator[LLM]:
         yield llm
 
 
-def test_a_phase_that_is_alone_gets_its_largest_rung(running: LLM) -> None:
+def test_a_phase_that_is_alone_gets_its_largest_level(running: LLM) -> None:
     def tokens() -> dict[tuple[str, int], int]:
         return {(w["role"], w["percentage"]): w["generated_tokens"] for w in workers_of(running)}
 
     assert set(tokens()) == {("prefill", 60), ("prefill", 100), ("decode", 40), ("decode", 100), ("unified", 100)}
     alone = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     running.generate([1, 2, 3], alone, use_tqdm=False)
-    rungs = {("prefill", 60): 0, ("prefill", 100): 1, ("decode", 40): 0, ("decode", 100): 39, ("unified", 100): 0}
-    assert tokens() == rungs
+    levels = {("prefill", 60): 0, ("prefill", 100): 1, ("decode", 40): 0, ("decode", 100): 39, ("unified", 100): 0}
+    assert tokens() == levels
     prompts = [random_prompt(200, seed=seed) for seed in range(20)]
     running.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-    assert tokens() == rungs | {("prefill", 100): 21}  # nobody decodes, not even while last chunks are in flight
+    assert tokens() == levels | {("prefill", 100): 21}  # no request decodes, not even while last chunks are in flight
     running.generate(prompts, alone, use_tqdm=False)
-    assert tokens()["decode", 40] > 0  # while others' prompts were processed
+    assert tokens()["decode", 40] > 0  # while other prompts were computed
     assert tokens()["prefill", 60] > 0
     assert_no_leaks(running)
 
 
-def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
+def test_a_split_between_warm_levels_costs_no_process(running: LLM) -> None:
     manager = running.supervisors["semi-0"]
     assert isinstance(manager, ProcessRotationManager)
     manager.request_sm_reallocation(SMAllocation(80, 40))
@@ -257,7 +255,7 @@ def test_a_split_between_rungs_costs_no_process(running: LLM) -> None:
     manager.request_sm_reallocation(SMAllocation(80, 100))
     assert manager.wait_until_settled(DEADLINE_S)
     assert manager.current_sm_allocation == SMAllocation(80, 100)
-    assert pids_of(manager) < before  # the decode worker of 40 % has gone, and nobody has come
+    assert pids_of(manager) < before  # the decode worker of 40 % has ended, and no process has started
 
 
 def test_a_preparation_that_fails_leaves_serving_as_it_is(running: LLM) -> None:
@@ -305,56 +303,6 @@ def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, short_pat
     wait_for(lambda: not any(name.startswith("hbserve-") for name in os.listdir(short_path)))
     assert not [name for name in os.listdir("/dev/shm") if "hbserve" in name or any(str(pid) in name for pid in pids)]
     assert not arena_mappings() & pids
-
-
-def test_the_share_where_both_are_busy_and_the_largest_rung_alone() -> None:
-    assert choose_percentage([40, 60, 100], 60, alone=False) == 60
-    assert choose_percentage([40, 100], 60, alone=False) == 40  # the nearest, where a rung is just being replaced
-    assert choose_percentage([40, 60, 100], 40, alone=True) == 100
-
-
-def test_delayed_switching_says_how_a_preparation_ended() -> None:
-    controller = DelayedSwitchingController(preparation_timeout=5.0)
-    assert not controller.wait_for_switch_ready()
-    assert controller.request_delayed_switch(lambda: "made")
-    assert controller.wait_for_switch_ready()
-    assert controller.result == "made"
-    controller.request_delayed_switch(lambda: 1 / 0)
-    assert not controller.wait_for_switch_ready()
-    assert controller.get_status()["state"] == "failed"
-    assert "division" in (controller.error or "")
-
-
-class FakeProcess:
-    """What a switch asks of a process."""
-
-    def __init__(self) -> None:
-        self.alive = True
-
-    def is_alive(self) -> bool:
-        return self.alive
-
-    def terminate(self) -> None:
-        self.alive = False
-
-    def join(self, timeout: float | None = None) -> None:
-        pass
-
-
-def test_asynchronous_switching_ends_the_old_process_after_its_step() -> None:
-    controller = AsynchronousSwitchingController(drain_timeout=5.0)
-    old, new = FakeProcess(), FakeProcess()
-    was_alive_in_its_step = []
-    assert controller.start_asynchronous_switch(
-        InstanceRole.DECODE, old, new, lambda: was_alive_in_its_step.append(old.alive)
-    )
-    assert controller.wait_for_switch_completion(InstanceRole.DECODE, 5.0)
-    assert was_alive_in_its_step == [True]
-    assert not old.alive
-    assert new.alive
-    dead = FakeProcess()
-    dead.alive = False
-    assert not controller.start_asynchronous_switch(InstanceRole.PREFILL, old, dead, lambda: True)
 
 
 def test_the_coordinator_joins_processes_and_pool(model: str) -> None:

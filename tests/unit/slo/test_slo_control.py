@@ -14,9 +14,6 @@ from hypothesis import strategies as st
 from hbserve.errors import ConfigError
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
-from hbserve.policy.decode_throttle import DecodeThrottle
-from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, slack_s
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController, SimulatedRotation
@@ -312,55 +309,6 @@ def test_the_prediction_of_mixing_is_near_the_simulators(
 # --- mixed steps -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 30000)), min_size=50, max_size=120), st.integers(1, 60))
-def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], batch: int) -> None:
-    """Whatever comes, decode steps begin on average within the interval, but for what the account forgives."""
-    interval_s, now, decoded, predictor, pace = 0.04, 0.0, 0, StepTimePredictor(), MixedStepBudget()
-
-    def seconds(work: StepWork) -> float:
-        return 0.002 + 5e-5 * work.decode_rows + 2e-5 * work.prompt_tokens + 1e-9 * work.prompt_keys
-
-    for size in range(1, 200):  # it has seen steps of all kinds
-        work = StepWork(size % 64, 0.0, 37 * size % 2048, 1e6 * (size % 7))
-        for _ in range(20):
-            predictor.observe(work, seconds(work))
-    for waiting, start in prompts:
-        full_step_s = seconds(StepWork(0, 0.0, 2048, 2048**2 / 2))
-        limit_s = pace.limit_s(now, interval_s, math.inf, full_step_s, waiting >= 2048)
-        rows = 0 if limit_s == math.inf else batch
-        decode = StepWork(rows, 0.0, 0, 0.0)
-        assert rows or waiting
-        tokens = min(waiting, 2048)
-        if rows:
-            room = StepTimeBudget(predictor, decode, limit_s)
-            tokens = room.take(tokens, start) if tokens else 0
-            assert min(waiting, 128) <= tokens <= min(waiting, 2048)
-            assert room.is_full is (tokens < min(waiting, 2048))
-            pace.on_decode_step(now, bool(tokens))
-            decoded += 1
-        now += seconds(StepWork(rows, 0.0, tokens, tokens * (start + tokens / 2)))
-    assert now <= (decoded + 18) * interval_s
-
-
-def test_what_a_batch_is_ahead_no_newcomer_pays_for() -> None:
-    interval_s, full_step_s, pace = 0.04, 0.09, MixedStepBudget()
-    for _ in range(20):  # decode alone, faster than it needs to be
-        pace.limit_s(0.0, interval_s, math.inf, full_step_s, False)
-        pace.on_decode_step(0.0, True)
-    ahead_s = pace.limit_s(0.0, interval_s, math.inf, full_step_s, False) - interval_s
-    assert ahead_s == pytest.approx(8 * interval_s)
-    assert pace.limit_s(0.0, interval_s, math.inf, full_step_s, True) == math.inf
-    assert pace.limit_s(0.0, interval_s, 0.05, full_step_s, True) == pytest.approx(interval_s + 0.05)
-    assert interval_s / 2 <= pace.limit_s(0.0, interval_s, -0.05, full_step_s, True) < interval_s
-    assert pace.limit_s(0.0, interval_s, -9.0, full_step_s, True) == interval_s / 2
-    # Of 16 tokens 15 come after the first: at a target of 48 ms 84 ms to spare, less 5 % of the target.
-    assert slack_s(7.0, 7.0, 15, 15, 0.048, interval_s) == pytest.approx(0.084)
-    assert slack_s(7.124, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(0.0)
-    assert slack_s(7.3, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(-0.176)
-    assert slack_s(7.5, 7.0, 15, 14, 0.048, interval_s) == math.inf  # lost, and nobody waits for it
-
-
 @pytest.mark.parametrize("split", [SMAllocation(60, 100, mixed=True), SMAllocation(80, 100)], ids=str)
 def test_short_outputs_among_long_prompts_keep_their_pace(split: SMAllocation) -> None:
     slo = SLOConstraints(ttft_target_ms=600, tpot_target_ms=30, ttft_percentile=90, tpot_percentile=99)
@@ -406,38 +354,7 @@ def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
 # --- throttle ---------------------------------------------------------------------------------------
 
 
-def test_decode_gets_its_steps_in_runs_and_no_more() -> None:
-    throttle = DecodeThrottle(0.03)
-    throttle.on_idle(10.0)
-    now, opened, steps = 10.0, [], 0
-    for _ in range(400):  # prefill steps of 50 ms; decode steps of 10 ms in those that are beside it
-        opened.append(throttle.update(now))
-        for _ in range(5 * opened[-1]):
-            throttle.on_decode_step()
-            steps += 1
-        now += 0.05
-    assert not opened[0]  # prompts that come first have the device
-    assert steps == pytest.approx(400 * 0.05 / 0.03, abs=6)
-    assert sum(earlier != later for earlier, later in itertools.pairwise(opened)) < 300
-    throttle.on_idle(now)
-    assert not throttle.update(now)
-    assert throttle.update(now + 0.02, 0.01)  # a request needs a token sooner
-    assert not throttle.is_overdue
-    assert throttle.is_behind
-    throttle.on_decode_step()
-    throttle.on_decode_step()
-    assert not throttle.is_behind  # what comes next is planned when these have ended
-    assert throttle.update(now + 1.0)
-    assert throttle.is_overdue
-    throttle.on_idle(now + 2.0)
-    assert not throttle.update(now + 2.0, None, 0.06, 0.05)
-    assert throttle.update(now + 2.0, None, 0.04, 0.05)  # one of few tokens cannot wait for a prefill step
-    assert not throttle.is_overdue
-    throttle.update(now + 2.0, None, -0.01, 0.05)
-    assert throttle.is_overdue  # nor for the one under way
-
-
-def test_turns_leave_prefill_more_of_the_device_and_keep_tpot_within_its_target() -> None:
+def test_the_throttle_leaves_prefill_more_of_the_device_and_keeps_tpot_within_its_target() -> None:
     slo = SLOConstraints(ttft_target_ms=800, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
     outcomes = {}
     for interval_ms in (0.0, slo.decode_interval_ms):
