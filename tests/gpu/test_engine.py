@@ -1,4 +1,4 @@
-"""The GPU engine through the public API: right answers on every backend, with and without graphs."""
+"""The engine on a GPU through the public API: every backend answers right, with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def recall(count: int) -> list[language.Question]:
     ids=str,
 )
 def test_recall_is_right_in_bf16(options: dict[str, Any]) -> None:
-    if options.get("gpu_instances") == "one card":  # both processes on GPU 0: KV goes through host memory
+    if options.get("gpu_instances") == "one card":  # both processes use GPU 0, and KV goes through host memory
         instances = [{"instance_id": role, "instance_type": role, "gpu_id": 0} for role in ("prefill", "decode")]
         options = options | {"gpu_instances": instances}
     questions = recall(100)
     with LLM(DEMO, **({"mode": "unified"} | SETTINGS | options)) as llm:
-        for _ in range(2):  # the second time from the prefix cache
+        for _ in range(2):  # the second round comes from the prefix cache
             outputs = llm.chat([question.messages for question in questions], GREEDY, use_tqdm=False)
             right = sum(o["text"] == question.answer for o, question in zip(outputs, questions, strict=True))
             assert right >= 95
@@ -81,7 +81,7 @@ def test_seeded_sampling_is_the_same_with_and_without_graphs() -> None:
 
 
 async def test_random_load_with_preemption_aborts_and_shared_prefixes_leaks_nothing() -> None:
-    """For as many seconds as ``HBSERVE_SOAK_S`` says; by default one round."""
+    """Run for ``HBSERVE_SOAK_S`` seconds; by default for one round."""
     deadline = time.monotonic() + float(os.environ.get("HBSERVE_SOAK_S", "0"))
     config = PdDisaggConfig.from_arguments(
         DEMO, mode="unified", **(SETTINGS | {"num_blocks": 160, "max_num_seqs": 64, "decode_headroom_tokens": 0})

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain torch, at shapes that no model here has. Also fit for compute-sanitizer."""
+"""The Triton kernels against plain torch, at shapes that no model here has; also suitable for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = 2**-7
-"""Two roundings of bfloat16, relative: sums are taken in float32 on both sides, in another order."""
+"""Relative tolerance: two roundings of bfloat16. Both sides sum in float32, but in different orders."""
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -48,10 +48,10 @@ def test_paged_decode(
     num_blocks = int(pages.sum()) + 1
     layout = KVLayout(num_layers=2, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
     cache = random(num_blocks, 2, 2, page, kv_heads, head_dim)
-    cache[-1] = torch.nan  # nobody's
+    cache[-1] = torch.nan  # belongs to no sequence
     order = rng.permutation(num_blocks - 1).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
-    for row, length in enumerate(lens):  # what lies behind a sequence is not to be read
+    for row, length in enumerate(lens):  # the kernel must not read behind a sequence
         if length % page:
             cache[int(order[starts[row + 1] - 1]), :, :, int(length % page) :] = torch.nan
     decode = PagedDecode(layout, cache, heads, len(lens))
@@ -73,7 +73,7 @@ def test_paged_decode(
     )
     q = random(len(lens), heads, head_dim)
     out = torch.empty_like(q)
-    for _ in range(2):  # the counters must be left as they were
+    for _ in range(2):  # the first call must leave the counters at zero
         decode.attend(1, q, out)
     for row, length in enumerate(lens):
         blocks = on_gpu(order[starts[row] : starts[row + 1]]).long()
@@ -121,7 +121,7 @@ def test_norms_and_gate(num_tokens: int) -> None:
 
 @pytest.mark.parametrize(("num_rows", "size", "num_ranks"), [(1, 1000, 2), (7, 5120, 4), (300, 2048, 2)])
 def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> None:
-    """All ranks on one GPU, one after the other: what a rank waits for is there already."""
+    """Run all ranks on one GPU, one after the other; the flags that a rank waits for are set beforehand."""
     from hbserve.layers.ops import rms_norm
     from hbserve.layers.peer_norm import MAX_PROGRAMS, sum_add_rms_norm_
 
@@ -132,7 +132,7 @@ def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> N
     total = residual + parts.float().sum(0).to(parts.dtype)
     for rank in range(num_ranks):
         flags.zero_()
-        flags[rank, :used] = 1  # the others have begun
+        flags[rank, :used] = 1  # as if the other ranks had started
         flags[rank, :used, rank] = 0
         added = residual.clone()
         assert_close(sum_add_rms_norm_(summands, signals, rank, added, weight, 1e-6), rms_norm(total, weight, 1e-6))
@@ -171,7 +171,7 @@ def test_norm_rotate_store(num_tokens: int) -> None:
 
 @pytest.mark.parametrize(("percentage", "end"), [(60, "first"), (40, "last"), (80, "first"), (20, "last")])
 def test_products_in_a_share_of_the_multiprocessors(percentage: int, end: Literal["first", "last"]) -> None:
-    """In a process that MPS limits to a share, cuBLAS leaves tiles out: these are the shapes where it showed."""
+    """Compute products at shapes where cuBLAS left tiles unwritten in processes that MPS limits to a share."""
     from hbserve.platform.cuda_share import CudaShare
 
     share = CudaShare(torch.device("cuda", 0), percentage, end)
@@ -183,7 +183,7 @@ def test_products_in_a_share_of_the_multiprocessors(percentage: int, end: Litera
                 x, weight, probe = random(rows, inner), random(size, inner), torch.randn(size, device="cuda")
                 product = torch.full((rows, size), float("nan"), device="cuda", dtype=torch.bfloat16)
                 torch.mm(x, weight.t(), out=product)
-                # Both sides as sums of products of vectors, which no kernel for matrices computes.
+                # Compare products with a random vector, so that the check itself uses no matrix kernel.
                 seen = (product.float() * probe).sum(1)
                 expected = (x.float() * (weight.float() * probe[:, None]).sum(0)).sum(1)
                 assert ((seen - expected).abs() < 0.1 * expected.abs().mean()).all(), (size, inner, rows)

@@ -1,4 +1,4 @@
-"""Instances on one GPU that change their roles, or join: right answers, and captured steps."""
+"""Instances on one GPU that change their roles or join: they answer right and run captured steps."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_changed_role_and_a_joined_instance_run_captured(capfd: pytest.C
         change_s = time.monotonic() - began
         await work
         assert "p1: captured decode graphs" in capfd.readouterr().err
-        await llm.client.set_role("d0", InstanceRole.PREFILL, DEADLINE_S)  # p1 alone decodes now, d0 has another cache
+        await llm.client.set_role("d0", InstanceRole.PREFILL, DEADLINE_S)  # only p1 decodes now; d0 has another cache
         await answer()
         changed = await answer()
         steps = (await llm.client.stats())["gpu_instances"]["p1"]["steps"]

@@ -1,4 +1,4 @@
-"""Semi-PD on a GPU: MPS and shares, arenas by IPC, rotation, ladder, and recovery from a fault of the GPU."""
+"""Semi-PD on a GPU: MPS and shares, arenas by IPC, rotation, share levels, and recovery from a fault of the GPU."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ async def test_shares_rotation_and_ladder() -> None:
             await asked
         assert manager.get_status()["statistics"]["rotations"] == 2
         cores = os.sched_getaffinity(0)
-        if len(cores) >= 8:  # one is set apart for processes that end
+        if len(cores) >= 8:  # one core is reserved for processes that end
             serving = [os.sched_getaffinity(worker["pid"]) for worker in _registered(llm)]
             assert serving == [cores - {max(cores)}] * len(serving)
         asked = asyncio.create_task(ask(llm, 400))
-        while not asked.done():  # mixed and parted again, by messages alone
+        while not asked.done():  # messages alone switch between mixed and separate roles
             split = manager.current_sm_allocation
             mixed = SMAllocation(split.prefill_percentage, split.decode_percentage, not split.mixed)
             manager.request_sm_reallocation(mixed)

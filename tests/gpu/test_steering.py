@@ -1,4 +1,4 @@
-"""Biases and allowed tokens on a GPU: what the sampler of the CPU takes, and with CUDA graphs what was asked for."""
+"""Biases and allowed tokens on a GPU: the sampler agrees with the CPU, and requests get them with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.gpu
 
 DEMO_MODEL = ROOT / "examples" / "models" / "hbserve-demo"
-VOCAB_SIZE = 1000  # no multiple of 32
+VOCAB_SIZE = 1000  # not a multiple of 32
 
 
 def test_sampler_agrees_with_the_cpu() -> None:

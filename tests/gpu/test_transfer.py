@@ -1,4 +1,4 @@
-"""KV transfer between two GPUs: every backend gives the tokens of one GPU, and says what it moved."""
+"""KV transfer between two GPUs: with every backend the tokens equal those of one GPU, and the metrics count bytes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IN_GROUPS: Settings = {
     "max_model_len": 512,
     "num_blocks": 256,
     "chunk_size": 112,
-    "kv_layer_group_bytes": 1 << 12,  # a prompt's last chunk leaves in groups of layers
+    "kv_layer_group_bytes": 1 << 12,  # the last chunk of a prompt is sent in groups of layers
 }
 
 
@@ -104,16 +104,16 @@ def test_blocks_that_a_stopped_sender_may_write_return_when_it_has_gone_on(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads_are_split_anew_between_gpus(model: tuple[str, Any], backend: Settings) -> None:
-    """Prefill and decode with one rank and with two: what is split goes to the other GPU, and within one, too."""
+    """Prefill and decode with one and with two ranks, so that heads move between GPUs and within one."""
     instances = [
         {"instance_id": f"{role}-{size}", "instance_type": role, "gpu_id": 0, "tensor_parallel_size": size}
         for role in ("prefill", "decode")
         for size in (1, 2)
     ]
     settings = IN_GROUPS | backend | {"log_level": "ERROR", "kv_verify": True, "gpu_instances": instances}
-    settings["cuda_graph_enabled"] = False  # six ranks on two GPUs would take long to capture them
+    settings["cuda_graph_enabled"] = False  # six ranks on two GPUs would need long to capture graphs
     with LLM(model[0], mode="disaggregated", device="cuda", **settings) as llm:
-        for batch in range(20):  # who prefills what follows from lengths, so links get some in turn
+        for batch in range(20):  # lengths decide which instance prefills, so all links are used
             lengths = Random(batch).sample(range(40, 140), 4)
             prompts = [random_prompt(length, seed=10 * length + batch) for length in lengths]
             outputs = llm.generate(prompts, GREEDY, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""How decode attention is cut into pieces: each token once, within what a captured graph has room for."""
+"""Pieces of decode attention: they cover each token once, and fit into a captured graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward pass against transformers', the weight arena, the loader, and what is refused."""
+"""The forward pass against transformers, the weight arena, the loader, and refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cpu() -> Platform:
 def one_sequence(
     spec: ModelSpec, dtype: torch.dtype, platform: Platform, num_tokens: int, num_kv_heads: int | None = None
 ) -> AttentionBackend:
-    """An attention backend that has begun a step: all tokens of one sequence, from position 0."""
+    """Make an attention backend that has begun a step with all tokens of one sequence, from position 0."""
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     layout = KVLayout(spec.num_layers, BLOCK_SIZE, num_kv_heads or spec.num_kv_heads, spec.head_dim, dtype)
     arena = platform.allocate_arena(num_blocks * layout.block_bytes)
@@ -57,7 +57,7 @@ def one_sequence(
 
 @torch.inference_mode()
 def our_logits(folder: Path, token_ids: torch.Tensor, dtype: torch.dtype, platform: Platform) -> torch.Tensor:
-    """Logits ``[tokens, vocab]`` of a sequence."""
+    """Compute logits ``[tokens, vocab]`` of a sequence with HBServe's decoder."""
     spec = ModelSpec.load(folder)
     table = WeightTable.build(spec, dtype)
     arena = platform.allocate_arena(table.num_bytes)
@@ -80,7 +80,7 @@ def test_logits_equal_transformers_in_fp32(name: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(token_ids[None]).logits[0]
     logits = our_logits(tmp_path, token_ids, torch.float32, cpu())
-    # logits are of the order of ten: a hundred roundings of them
+    # logits are about 10 in size, so this tolerance is a hundred roundings
     torch.testing.assert_close(logits, expected, atol=100 * 10 * 2**-24, rtol=0)
 
 
@@ -96,11 +96,11 @@ def test_a_long_step_is_computed_in_slices(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In a short dtype every order of roundings gives other logits: what counts is how far off they are.
+    """In a short dtype every order of roundings gives other logits, so compare errors and not logits.
 
-    The yardstick is transformers itself: the root mean square of its error against its own float32
-    logits, in the same dtype on the same device. Ours round as often and no more, in another order, so
-    the two errors differ by chance alone. On CPU their ratio is 0.81 to 1.02 over these models.
+    The reference error is the root mean square error of transformers against its own float32 logits, in the same dtype
+    on the same device. HBServe rounds as often, in another order, so the two errors differ only by chance: on the CPU
+    their ratio is 0.81 to 1.02 over these models.
     """
     platform = make_platform("cuda", gpu_id=0, num_threads=None, num_instances=1)
     platform.activate()
@@ -113,7 +113,7 @@ def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: 
     ours = our_logits(tmp_path, token_ids, dtype, platform).float()
     our_error, reference_error = ((x - exact).square().mean().sqrt().item() for x in (ours, reference_logits))
     assert our_error < 1.25 * reference_error
-    assert reference_error < 0.1 * exact.std().item(), "the yardstick itself is off"
+    assert reference_error < 0.1 * exact.std().item(), "the reference itself is wrong"
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
@@ -171,9 +171,9 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
 def test_ranks_together_compute_the_whole_model(
     name: str, tp_size: int, in_place: bool, vocab_size: int, tmp_path: Path
 ) -> None:
-    """Every rank in a thread of its own; ranks share KV heads and tokens where there are not enough, or an odd number.
+    """Each rank runs in a thread. Ranks share KV heads if there are too few, and tokens of an odd vocabulary.
 
-    In place: products are summed, all of them, in one piece of memory, by the norm that follows.
+    With ``in_place`` all products of a rank go to one piece of memory, and the following norm sums them over the ranks.
     """
     save_model(tmp_path, name, vocab_size=vocab_size)
     spec = ModelSpec.load(tmp_path)
@@ -197,7 +197,7 @@ def test_ranks_together_compute_the_whole_model(
 
         def all_reduce(x: torch.Tensor) -> torch.Tensor:
             total = torch.stack(collect(rank, x)).sum(0)
-            barrier.wait()  # everybody has read the summands
+            barrier.wait()  # all ranks have read the summands
             return x.copy_(total) if x.data_ptr() == place.data_ptr() else total
 
         def sum_and_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -264,7 +264,7 @@ def test_dummy_weights_are_reproducible_and_sane(tmp_path: Path) -> None:
     assert not torch.equal(views["layers.0.qkv"], views["layers.1.qkv"])
 
 
-# --- refusals: each names what is wrong ---
+# --- refusals: the error names what is wrong ---
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -1,4 +1,4 @@
-"""How MPS is found, started and ended, with a program in place of NVIDIA's; and how percentages are rounded."""
+"""Finding, starting and ending MPS, with a script in place of NVIDIA's program; rounding of percentages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ exit 0
 
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the control program has been asked for; daemons have their folders beside it."""
+    """The file in which the control program records its commands; daemons have their folders beside it."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("nvidia-cuda-mps-control", CONTROL), ("nvidia-smi", "#!/bin/sh\necho NVIDIA H200\n")):
