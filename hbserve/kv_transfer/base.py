@@ -80,7 +80,7 @@ class KVTransferBase(ABC):
             target_rank: the receiver's `Peer.rank`.
 
         Raises:
-            KVTransferError
+            KVTransferError: if the transfer fails.
         """
 
     @abstractmethod
@@ -91,7 +91,7 @@ class KVTransferBase(ABC):
             The same bytes, any shape, on ``context.device`` or the CPU.
 
         Raises:
-            KVTransferError
+            KVTransferError: if the transfer fails.
         """
 
     async def stop(self) -> None:  # noqa: B027 - likewise

@@ -32,9 +32,9 @@ class BlockParts:
         """Return the view of a group of layers, whose rows are neighbours in every block."""
         if layers.count == 1:
             return self
-        size = self.kv_blocks.shape[1] // layers.count
-        first = layers.index * size
-        return BlockParts(self.kv_blocks[:, first : first + size], self._num_rows // layers.count)
+        num_bytes = self.kv_blocks.shape[1] // layers.count
+        first = layers.index * num_bytes
+        return BlockParts(self.kv_blocks[:, first : first + num_bytes], self._num_rows // layers.count)
 
     def part_bytes(self, part: Part) -> int:
         """Return the bytes of a part of one block."""
@@ -97,12 +97,12 @@ class BlockParts:
         1979). Any change of one word changes it; other changes and swapped words do almost certainly. It guards against
         faults, not against an adversary.
         """
-        size = self.part_bytes(part)
-        weights = _weights(size // _WORD_BYTES, self.kv_blocks.device)
+        num_bytes = self.part_bytes(part)
+        weights = _weights(num_bytes // _WORD_BYTES, self.kv_blocks.device)
         sums: list[int] = []
         for start in range(0, len(block_ids), _MAX_BLOCKS):
             batch = block_ids[start : start + _MAX_BLOCKS]
-            buffer = torch.empty(len(batch), size, dtype=torch.uint8, device=self.kv_blocks.device)
+            buffer = torch.empty(len(batch), num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
             self.take(batch, part, buffer)
             sums += (buffer.view(torch.int64) * weights).sum(1).tolist()
         return sums

@@ -192,10 +192,10 @@ class KVTransferManager(ABC):
     def _start(self, command: _BlockCommand, sent: bool, transfer: Coroutine[None, None, _Success]) -> None:
         key = (command.transfer_id, sent)
         assert key not in self._tasks, f"transfer {command.transfer_id} is started twice"
-        started = time.monotonic()
+        started_s = time.monotonic()
         task = self._tasks[key] = asyncio.create_task(self._within_limits(command, transfer))
         # A callback, not code at the end of the coroutine: a task that is cancelled before it runs never gets there.
-        task.add_done_callback(lambda done: self._on_end(command, sent, started, done))
+        task.add_done_callback(lambda done: self._on_end(command, sent, started_s, done))
         task.add_done_callback(lambda _: transfer.close())
         if command.transfer_id in self._cancelled_early:
             self._cancelled_early.remove(command.transfer_id)
@@ -210,7 +210,7 @@ class KVTransferManager(ABC):
         except TimeoutError:
             raise KVTransferError(f"not complete within {timeout_s:g} s", "timeout") from None
 
-    def _on_end(self, command: _BlockCommand, sent: bool, started: float, task: asyncio.Task[_Success]) -> None:
+    def _on_end(self, command: _BlockCommand, sent: bool, started_s: float, task: asyncio.Task[_Success]) -> None:
         del self._tasks[command.transfer_id, sent]
         error, error_kind, done = None, None, _Success()
         if task.cancelled():
@@ -233,7 +233,7 @@ class KVTransferManager(ABC):
                 transfer_id=command.transfer_id,
                 sent=sent,
                 num_bytes=len(command.block_ids) * self._bytes_of(command) if error is None else 0,
-                seconds=time.monotonic() - started - done.queued_s,
+                seconds=time.monotonic() - started_s - done.queued_s,
                 queued_s=done.queued_s,
                 error=error,
                 error_kind=error_kind,

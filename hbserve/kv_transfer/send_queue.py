@@ -88,16 +88,16 @@ class SendQueue:
             ):
                 batch.append(self._waiting.popleft())
                 num_blocks += len(batch[-1].source_blocks)
-            started = time.monotonic()
+            started_s = time.monotonic()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
             except Exception as error:
                 self._break(error if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
                 return
-            ended = time.monotonic()
+            ended_s = time.monotonic()
             for item in batch:
-                share_s = (ended - started) * len(item.source_blocks) / num_blocks
-                item.written.set_result(ended - item.queued_at_s - share_s)
+                share_s = (ended_s - started_s) * len(item.source_blocks) / num_blocks
+                item.written.set_result(ended_s - item.queued_at_s - share_s)
 
     def _break(self, error: KVTransferError, batch: list[SendItem]) -> None:
         self._broken = error

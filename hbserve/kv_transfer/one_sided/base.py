@@ -78,35 +78,27 @@ class OneSidedKVTransfer(ABC):
         """
 
     def make_staging(self, target: Peer, num_bytes: int) -> torch.Tensor:
-        """Make memory beside the arena, uint8, as a source for `write` to a target. Called in the link's thread.
-
-        Raises:
-            KVTransferError
-        """
+        """Make memory beside the arena, uint8, as a source for `write` to a target; may raise KVTransferError."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
 
     @abstractmethod
     def write(self, target: Peer, source: torch.Tensor, runs: list[ByteRun]) -> None:
-        """Write runs of bytes; return when the receiver has them all. Called in the link's thread.
+        """Write runs of bytes; return when the receiver has them all.
 
         Args:
             source: the arena, or memory from `make_staging`; the target offsets of the runs lie in the receiver's
                 arena.
 
         Raises:
-            KVTransferError
+            KVTransferError: if the write fails.
         """
 
     def connect(self, target: Peer) -> None:  # noqa: B027 - likewise
-        """Get ready for the first `write`. Called in the link's thread. What fails here will fail in `write`, too.
-
-        Raises:
-            HBServeError
-        """
+        """Get ready for the first `write`. What fails here, with an HBServeError, will fail in `write`, too."""
 
     def disconnect(self, target: Peer) -> None:  # noqa: B027 - likewise
         """Free what is kept for writing to a rank, on a link that has ended, after the last `write`. Called in the
-        thread of `write`, or in the event loop if the link never had a queue."""
+        event loop if the link never had a queue."""
 
     async def stop(self) -> None:  # noqa: B027 - likewise
         """Close every window and free everything, after this side's writes have ended.

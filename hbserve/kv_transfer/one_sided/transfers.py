@@ -104,7 +104,7 @@ class _Writer:
     ) -> None:
         self._backend, self._parts, self._transfer_stream = backend, parts, transfer_stream
         self._target, self._route = target, route
-        self._staged_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
+        self._staging_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
         self._staging: torch.Tensor | None = None
 
     def __call__(self, items: list[SendItem]) -> None:
@@ -120,25 +120,25 @@ class _Writer:
 
     def _gather_and_write(self, blocks: list[tuple[int, int]], layers: LayerGroup) -> None:
         parts = self._parts.of_layers(layers)
-        size = parts.part_bytes(self._route.source_part)
+        part_bytes = parts.part_bytes(self._route.source_part)
         if self._staging is None:
-            self._staging = self._backend.make_staging(self._target, self._staged_bytes)
-        max_blocks = self._staged_bytes // size
+            self._staging = self._backend.make_staging(self._target, self._staging_bytes)
+        max_blocks = self._staging_bytes // part_bytes
         for first in range(0, len(blocks), max_blocks):
             group = blocks[first : first + max_blocks]
-            out = self._staging[: len(group) * size].view(len(group), size)
+            out = self._staging[: len(group) * part_bytes].view(len(group), part_bytes)
             with self._transfer_stream():
                 parts.take([source for source, _ in group], self._route.source_part, out)
-            self._write(self._staging, [(place * size, there) for place, (_, there) in enumerate(group)], layers)
+            self._write(self._staging, [(index * part_bytes, there) for index, (_, there) in enumerate(group)], layers)
 
     def _write(self, source: torch.Tensor, pieces: list[tuple[int, int]], layers: LayerGroup) -> None:
         """Write pieces: each is an offset in ``source``, and the target block of which it is a stretch."""
         part = self._route.target_part
-        size = self._parts.of_layers(layers).part_bytes(self._route.source_part)
-        block_bytes = size * part.count * layers.count
-        first = size * (part.count * layers.index + part.index)
+        part_bytes = self._parts.of_layers(layers).part_bytes(self._route.source_part)
+        block_bytes = part_bytes * part.count * layers.count
+        first = part_bytes * (part.count * layers.index + part.index)
         self._backend.write(
-            self._target, source, coalesce(((here, there * block_bytes + first) for here, there in pieces), size)
+            self._target, source, coalesce(((here, there * block_bytes + first) for here, there in pieces), part_bytes)
         )
 
 

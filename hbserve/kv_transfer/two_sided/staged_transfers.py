@@ -88,9 +88,9 @@ class StagedTransfers(KVTransferManager):
         shape = len(command.block_ids), parts.part_bytes(route.source_part)
         num_bytes = shape[0] * shape[1]
         self._backend.add_peer(target)
-        asked_at = loop.time()
+        asked_at_s = loop.time()
         await self._staging.reserve(num_bytes)
-        queued_s = loop.time() - asked_at
+        queued_s = loop.time() - asked_at_s
         sending = asyncio.create_task(self._take_and_send(command, target, parts, route, shape))
         # In a callback: a user's method that goes on after its cancellation still has the buffer.
         sending.add_done_callback(lambda _: self._staging.free(num_bytes))

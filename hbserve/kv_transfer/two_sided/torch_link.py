@@ -64,7 +64,7 @@ class Header(NamedTuple):
         """
         count, piece_bytes, *rest = words
         chunks = list(zip(rest[0 : 2 * count : 2], rest[1 : 2 * count : 2], strict=True))
-        if not 0 < count <= MAX_BATCH_ITEMS or piece_bytes <= 0 or any(size <= 0 for _, size in chunks):
+        if not 0 < count <= MAX_BATCH_ITEMS or piece_bytes <= 0 or any(num_bytes <= 0 for _, num_bytes in chunks):
             raise KVTransferError("received words are not a header of transfers")
         return Header(piece_bytes, chunks)
 
@@ -218,11 +218,7 @@ class SendingLink(_Link):
     _high_priority = True  # prefill fills the device for long; the other side's kernels spin then
 
     def send(self, items: list[SendItem]) -> None:
-        """Send a batch; return when all of it is sent.
-
-        Raises:
-            KVTransferError
-        """
+        """Send a batch; return when all of it is sent. Raises KVTransferError if the link fails."""
         self.rendezvous()
         with self._explained():
             limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
@@ -285,11 +281,7 @@ class ReceivingLink(_Link):
         self._thread.submit(self.rendezvous)
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Run ``call`` in the link's thread.
-
-        Raises:
-            KVTransferError
-        """
+        """Run ``call`` in the link's thread. Raises KVTransferError if the call fails or the link is closed."""
         task = asyncio.current_task()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -317,12 +309,12 @@ class ReceivingLink(_Link):
         """Receive the chunks of a header; return those that have not been asked for, by digest."""
         unrequested: dict[int, torch.Tensor] = {}
         with self._explained():
-            for digest, size in header.chunks:
+            for digest, num_bytes in header.chunks:
                 pending = self.pending.get(digest)
                 if pending is None:
-                    unrequested[digest] = self._receive_unrequested_chunk(size, header.piece_bytes)
+                    unrequested[digest] = self._receive_unrequested_chunk(num_bytes, header.piece_bytes)
                     continue
-                self._check_size(pending, size)
+                self._check_size(pending, num_bytes)
                 self._receive_blocks(pending, header.piece_bytes)
                 pending.settle_threadsafe()
         return unrequested
@@ -366,9 +358,9 @@ class ReceivingLink(_Link):
             with self._on_stream(slot):
                 parts.put(block_ids, self._part, buffer)
 
-    def _receive_unrequested_chunk(self, size: int, piece_bytes: int) -> torch.Tensor:
+    def _receive_unrequested_chunk(self, num_bytes: int, piece_bytes: int) -> torch.Tensor:
         with self._on_stream(0):
-            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             works = [self._receive_piece(piece) for piece in torch.split(buffer, piece_bytes)]
         for work in works[:: -1 if self._use_nccl else 1]:
             self._wait(0, work)

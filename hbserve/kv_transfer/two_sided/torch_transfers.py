@@ -165,7 +165,7 @@ class TorchTransfers(KVTransferManager):
             self._receive_tasks.pop(link, None)
 
     async def _receive_unrequested(self, link: ReceivingLink, header: Header) -> None:
-        reserved_bytes = sum(size for digest, size in header.chunks if digest not in link.pending)
+        reserved_bytes = sum(num_bytes for digest, num_bytes in header.chunks if digest not in link.pending)
         await self._arrivals.reserve(reserved_bytes)
         try:
             unrequested = await link.run(lambda: link.receive_chunks(header))
