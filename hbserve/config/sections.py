@@ -1,4 +1,7 @@
-"""Sections of the configuration: one struct each, whose fields are the keys of the YAML file and carry their limits."""
+"""Sections of the configuration: one struct each, whose fields are the keys of the YAML file and carry their limits.
+
+docs/configuration.md explains every key; the docstrings here keep what a reader of the code needs.
+"""
 
 from __future__ import annotations
 
@@ -54,16 +57,12 @@ class ModelConfig(Section, frozen=True):
 
     Attributes:
         path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
-        served_name: name in the HTTP API; default: the folder's name.
-        tokenizer_path: folder of the tokenizer; default: the model's folder.
-        device: ``auto`` takes CUDA where there is a GPU, else the CPU.
-        dtype: ``auto`` takes the checkpoint's dtype on a GPU and on CPU.
-        load_format: ``safetensors``, or ``dummy`` for random weights from config.json alone.
-        tensor_parallel_size: ranks that share an instance's model: 1, 2, 4 or 8; an instance may override it.
-        max_model_len: longest prompt plus output, in tokens; default: the model's own limit, or less
-            if the KV pool holds less.
+        served_name, tokenizer_path: name in the HTTP API, and folder of the tokenizer; default: from ``path``.
+        device, dtype: ``auto`` takes CUDA where there is a GPU, and the checkpoint's dtype.
+        load_format: ``dummy`` makes random weights from config.json alone; ``seed`` is theirs.
+        tensor_parallel_size: ranks of an instance: 1, 2, 4 or 8; an instance may override it.
+        max_model_len: longest prompt plus output, in tokens; default: the limit of the model or of the KV pool.
         attention_backend: ``auto`` takes the fastest backend that supports model and device.
-        seed: seed of the dummy weights.
     """
 
     path: str
@@ -82,26 +81,21 @@ class KVTransferConfig(Section, frozen=True):
     """Transfer of KV blocks between instances.
 
     Attributes:
-        backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where one end has no GPU;
-            ``mooncake`` is the Mooncake Transfer Engine, which writes into the receiver's arena; ``shm`` maps that
-            arena (shared memory, CUDA IPC), on one host; ``package.module:Class`` is a subclass
-            of `hbserve.kv_transfer.base.KVTransferBase`.
-        buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait
-            when it is full.
-        ip: address that instances announce for transfers; default: the instance's own host.
-        port: base port; tensor-parallel rank t of the instance with KV rank r listens on
-            port + r * s + t, where s is the largest number of ranks of an instance. Mooncake's engines choose from
-            port to port + 999. Default: any free ports.
+        backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where one end has no GPU; ``mooncake`` writes
+            into the receiver's arena; ``shm`` maps that arena (shared memory, CUDA IPC), on one host;
+            ``package.module:Class`` is a subclass of `hbserve.kv_transfer.base.KVTransferBase`.
+        buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait when it is full.
+        ip: address that instances announce for transfers; default: the instance's host.
+        port: base port; rank t of the instance with KV rank r listens on port + r * s + t, where s is the largest
+            number of ranks of an instance. Mooncake's engines choose from port to port + 999. Default: any free ports.
         timeout_s: a transfer that takes longer has failed.
         max_attempts: a request fails after so many attempts without progress.
-        local_prefill_tokens: the decode instance computes a prompt itself, without a transfer, if at most so many
-            of the prompt's tokens are missing in its prefix cache.
+        local_prefill_tokens: a decode instance computes a prompt itself if at most so many tokens are not cached there.
         layer_group_bytes: the last chunk of a prompt leaves in up to four groups of layers, each as soon as it is
             computed and of at least so many bytes; 0: as a whole.
         verify: compare checksums of every block before it is used; blocks that differ are computed again.
-        mooncake_protocol: transport of Mooncake; default: from the file that ``MOONCAKE_CONFIG_PATH`` names, or the
-            engine's own choice.
-        mooncake_device: RDMA adapters that Mooncake uses, comma-separated; default: from that file, or all.
+        mooncake_protocol, mooncake_device: transport and RDMA adapters (comma-separated) of Mooncake; default: from the
+            file that ``MOONCAKE_CONFIG_PATH`` names, or the engine's own choice.
     """
 
     backend: str = "nccl"
@@ -118,12 +112,9 @@ class KVTransferConfig(Section, frozen=True):
 
 
 class ChunkedPrefillConfig(Section, frozen=True):
-    """Chunks into which prompts are cut.
+    """Chunks of prompts: at most ``chunk_size`` tokens of one prompt, ``max_chunk_prefill_tokens`` of all, in one step.
 
-    Attributes:
-        enabled: False computes each prompt in one step, at any length.
-        chunk_size: maximum of one prompt's tokens in one step.
-        max_chunk_prefill_tokens: maximum of all requests' prompt tokens in one step.
+    Without ``enabled`` each prompt is computed in one step, at any length.
     """
 
     enabled: bool = True
@@ -132,12 +123,7 @@ class ChunkedPrefillConfig(Section, frozen=True):
 
 
 class CudaGraphConfig(Section, frozen=True):
-    """CUDA graphs for decode; the CPU platform has none and logs that at start.
-
-    Attributes:
-        enabled: capture decode steps.
-        max_seq_len: batches with a longer sequence run eagerly.
-    """
+    """CUDA graphs for decode steps without a sequence longer than ``max_seq_len``; the CPU platform has none."""
 
     enabled: bool = True
     max_seq_len: PositiveInt = 131072
@@ -147,8 +133,6 @@ class InstanceConfig(Section, frozen=True):
     """Instance: the processes (one per rank) that run one copy of the model.
 
     Attributes:
-        instance_id: name of the instance.
-        instance_type: role of the instance.
         gpu_id: first GPU of the instance, which has one GPU per rank, in order; ignored on CPU.
         host: host where the instance runs, and listens for the scheduler.
         bind: address or network interface to listen on; default: ``host``.
@@ -156,8 +140,7 @@ class InstanceConfig(Section, frozen=True):
         kv_ip: address that the instance announces for transfers; default: ``kv_transfer.ip``, or the host.
         kv_rank: number among the KV transfer peers; default: place in the list.
         num_threads: CPU threads of each rank, on CPU; default: the machine's cores shared evenly.
-        tensor_parallel_size: number of ranks: 1, 2, 4 or 8; default: ``model.tensor_parallel_size``. Prefill
-            and decode instances may differ.
+        tensor_parallel_size: number of ranks; default: that of the model. Prefill and decode instances may differ.
     """
 
     instance_id: InstanceName
@@ -190,19 +173,15 @@ class PerformanceConfig(Section, frozen=True):
         max_num_seqs: maximum of sequences that one instance holds at a time.
         max_num_batched_tokens: maximum of tokens in one step, prompt and decode tokens together.
         block_size: tokens per KV block, a power of two; default: the attention backend's preference.
-        num_blocks: KV blocks per instance; default: from ``memory_fraction``.
-        memory_fraction: share of the free memory, after the weights are loaded, that the KV arena
-            takes when ``num_blocks`` is not given.
-        enable_prefix_caching: reuse the KV of equal prompt prefixes.
-        decode_headroom_tokens: tokens per running sequence for which blocks are kept free when a
-            new request is admitted.
+        num_blocks: KV blocks per instance; default: from ``memory_fraction``, the KV arena's share of the memory that
+            is free after the weights are loaded.
+        decode_headroom_tokens: tokens per running sequence for which blocks stay free when a new request is admitted.
         placement: choice of the instance for a request: ``least_loaded``; ``fcfs``, the first in the list that has
             room; ``prefix_aware``, the one that has most of the prompt cached, unless its queue is too long.
         pipeline_depth: maximum of plans in flight per worker. Steps below 2 ms have one more; long steps have one,
             until shortly before their end.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
-        scheduler: ``package.module:Class``, a subclass of
-            `hbserve.scheduler.scheduler.CpuScheduler` with another policy.
+        scheduler: ``package.module:Class``, a subclass of `hbserve.scheduler.scheduler.CpuScheduler`.
     """
 
     max_num_seqs: PositiveInt = 256
@@ -224,11 +203,10 @@ class SchedulerConfig(Section, frozen=True):
     Attributes:
         policy: ``fcfs``: first come, first served; ``shortest_prompt_first``; ``slo_aware``: the prompt that must
             start soonest to keep its TTFT target.
-        ageing_tokens_per_s: under ``shortest_prompt_first`` a prompt counts as so many tokens shorter for every
-            second that it has waited.
+        ageing_tokens_per_s: under ``shortest_prompt_first``, tokens by which a prompt shrinks per second of waiting.
         ttft_ms, tpot_ms: targets of requests that have none of their own.
         max_queue_s: a request whose first token is predicted to take longer is refused at once, with the time after
-            which to try again; default: no request is refused for that reason.
+            which to try again.
     """
 
     policy: Literal["fcfs", "shortest_prompt_first", "slo_aware"] = "fcfs"
@@ -242,17 +220,14 @@ class RpcConfig(Section, frozen=True):
     """Control plane: addresses and deadlines.
 
     Attributes:
-        host: address where the scheduler listens for clients (API servers).
-        port: port of that listener; default: a private local socket.
+        host, port: address where the scheduler listens for clients; default: a private local socket.
         key_file: cluster key, made by ``python -m hbserve.rpc.cluster_key``: control sockets over TCP then
             accept only holders of the key. Without a key, processes listen on this host alone.
         heartbeat_interval_s: time between two pings from the scheduler to an instance.
-        heartbeat_timeout_s: an instance that has not answered for so long is lost.
-        step_timeout_s: a worker that has not finished a step for so long is lost.
+        heartbeat_timeout_s, step_timeout_s: an instance that does not answer, or finish a step, for so long is lost.
         start_timeout_s: the system must be ready within this time, else the error names the missing parts.
         recovery_timeout_s: requests wait so long for a lost instance to come back, then fail.
-        drain_timeout_s: an instance that is told to end on its own has so long to finish its requests;
-            the others are then computed again elsewhere.
+        drain_timeout_s: an instance that is told to end on its own has so long to finish its requests.
         max_restarts: restarts of one instance within ten minutes; after one more exit it stays down.
     """
 
@@ -272,17 +247,13 @@ class ServerConfig(Section, frozen=True):
     """HTTP server.
 
     Attributes:
-        host: address to listen on.
         port: port to listen on; 0: any free one, printed at start.
         num_tokenizers: processes that encode prompts; 0: the detokenizer encodes them too.
         api_keys_file: one key per line, with an optional name before it; without keys the API is open.
         admin_key_file: file with the key for administration; without it administration is off.
         tls_cert_file, tls_key_file: PEM files; with both the server speaks HTTPS.
-        max_body_bytes: maximum size of a request's body.
-        max_prompt_tokens: a longer prompt is refused; default: the context length.
         max_open_requests: requests that are with the scheduler at once; others wait, and keys take turns.
-        max_requests_per_key: requests that one key may have open at once.
-        requests_per_minute_per_key: requests that one key may begin per minute.
+        max_requests_per_key, requests_per_minute_per_key: requests that one key may have open, or begin.
         request_timeout_s: a request that takes longer ends with an error.
         drain_timeout_s: at the end open requests have so long to finish, then they end with an error.
     """
@@ -304,23 +275,14 @@ class ServerConfig(Section, frozen=True):
 
 
 class LoggingConfig(Section, frozen=True):
-    """Log on standard error.
-
-    Attributes:
-        level: least important level that is shown.
-        format: ``text`` for people, ``json`` for programs: one object per line.
-    """
+    """Log on standard error: least level, and ``text`` for people or ``json``, one object per line, for programs."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     format: Literal["text", "json"] = "text"
 
 
 class TelemetryConfig(Section, frozen=True):
-    """Telemetry that is sent to other systems.
-
-    Attributes:
-        otlp_endpoint: URL of an OTLP/HTTP receiver of traces; default: no traces.
-    """
+    """Telemetry for other systems: ``otlp_endpoint`` is the URL of an OTLP/HTTP receiver of traces."""
 
     otlp_endpoint: TraceUrl | None = None
 

@@ -143,10 +143,7 @@ class EngineClient:
         """Change an instance between prefill and decode; returns when it has changed.
 
         The instance gets no more requests, finishes those that it has, and then changes. It keeps its weights and its
-        prefix cache.
-
-        Args:
-            deadline_s: an instance that has not finished its requests by then keeps its role.
+        prefix cache. An instance that has not finished its requests by the deadline keeps its role.
 
         Raises:
             UnknownInstanceError: if no instance has that name.
@@ -160,15 +157,8 @@ class EngineClient:
         """Remove an instance; returns when its process has ended, or is about to.
 
         The instance gets no more requests and finishes those that it has. It is not started again; another instance
-        can join later under its name.
-
-        Args:
-            deadline_s: an instance that has not finished its requests by then stays.
-
-        Raises:
-            UnknownInstanceError: if no instance has that name.
-            InvalidRequestError: if the system needs the instance, or it has not finished in time; saying why.
-            EngineDeadError: if the scheduler does not answer.
+        can join later under its name. An instance that has not finished its requests by the deadline stays.
+        Errors as in `set_role`.
         """
         query_id = next(self._query_ids)
         await self._change(RemoveInstance(query_id=query_id, instance_id=instance_id, deadline_s=deadline_s))

@@ -84,16 +84,13 @@ class TextProcesses:
         assert isinstance(reply, Encoded)
         return reply.token_ids
 
-    async def check_grammar(self, grammar: str, vocab_size: int) -> None:
-        await self._check(grammar, vocab_size, None)
-
-    async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
-        return await self._check(grammar, vocab_size, token_ids)
-
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return self._detokenizer.open(options, on_text)
 
-    async def _check(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> str | None:
+    async def check_grammar(self, grammar: str, vocab_size: int) -> None:
+        await self.check_output(grammar, vocab_size, None)
+
+    async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> str | None:
         # All checks go to one process, because the vocabulary that it makes for grammars is large.
         reply = await self._processes[-1].ask(
             lambda number: CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids),

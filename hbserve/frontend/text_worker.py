@@ -78,7 +78,7 @@ class TextWorker:
         elif isinstance(request, CloseText):
             self._streams.pop(request.stream, None)
         elif _size(request) < LONG_TEXT and not isinstance(request, CheckGrammar):
-            self._answer(request)
+            self._replies.append(self._reply_to(request))
         else:  # in a thread, so that other requests do not wait for it
             task = asyncio.create_task(self._answer_later(request))
             self._tasks.add(task)
@@ -92,9 +92,6 @@ class TextWorker:
         if request.last or output.stop_string is not None:
             del self._streams[request.stream]
         self._replies.append(StreamText(stream=request.stream, output=output))
-
-    def _answer(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
-        self._replies.append(self._reply_to(request))
 
     async def _answer_later(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
         self._replies.append(await asyncio.to_thread(self._reply_to, request))

@@ -59,17 +59,13 @@ def _private_socket(key: str, name: str, run_dir: str | None) -> str:
 
 
 def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
-    """Bind a listener.
-
-    Args:
-        what: name of the listening part, for the error.
-        key: key that clients over TCP must have.
+    """Bind a listener; over TCP it accepts only holders of ``key``.
 
     Returns:
         Authenticator to be closed after the socket; None without TCP or key.
 
     Raises:
-        StartupError: naming the part and the address.
+        StartupError: naming the listening part (``what``) and the address.
     """
     doorkeeper = key.for_binding(listener.socket, address) if key is not None else None
     try:
@@ -96,13 +92,7 @@ def _numeric(address: str) -> str:
 
 
 class RpcClient:
-    """Scheduler's end of the line to one instance.
-
-    Args:
-        context: the scheduler's ZeroMQ context.
-        address: address under which the scheduler finds the instance.
-        key: cluster key, if the system has one.
-    """
+    """Scheduler's end of the line to one instance."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, key: ClusterKey | None = None) -> None:
         self.address = address
@@ -172,11 +162,7 @@ class RpcClient:
 
 
 class RpcServer:
-    """Instance's end of the line to its scheduler.
-
-    Args:
-        address: address to listen on.
-        key: key that the scheduler must have, if it connects over TCP.
+    """Instance's end of the line to its scheduler, which needs ``key`` if it connects over TCP.
 
     Raises:
         StartupError: if the address is not available.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -24,7 +23,7 @@ from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.system.launcher import Launcher
-from hbserve.system.prompt_batch import as_batch, generate_all
+from hbserve.system.prompt_batch import Samplings, as_batch, generate_all
 from hbserve.tokenizer import ChatMessage, Tokenizer
 
 _STATS_TIMEOUT_MS = 10_000
@@ -63,9 +62,8 @@ class DisaggregatedLLM:
         if self._client is not None:
             raise StartupError("already started")
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
-        tokenizer = asyncio.create_task(
-            asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
-        )
+        loading = asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
+        tokenizer = asyncio.create_task(loading)
         text: asyncio.Task[None] | None = None
         try:
             await asyncio.to_thread(self._launcher.set_core_apart)
@@ -110,9 +108,7 @@ class DisaggregatedLLM:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     @property
@@ -148,9 +144,7 @@ class DisaggregatedLLM:
         return self._launcher.supervisors
 
     async def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Samplings = None
     ) -> list[GenerationOutput]:
         """Generate for one prompt or several at once; strings or token ids.
 

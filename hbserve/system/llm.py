@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import threading
 from collections.abc import Coroutine, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
@@ -15,10 +14,9 @@ from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import EngineDeadError
 from hbserve.frontend.outputs import GenerationOutput
 from hbserve.frontend.text_engine import Prompt
-from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
-from hbserve.system.prompt_batch import as_batch, generate_all
+from hbserve.system.prompt_batch import Samplings, as_batch, generate_all
 from hbserve.tokenizer import ChatMessage
 
 T = TypeVar("T")
@@ -57,7 +55,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Samplings = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
         """Generate for one prompt or several at once, given as strings or token ids.
@@ -77,7 +75,7 @@ class LLM:
     def chat(
         self,
         messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Samplings = None,
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
         """Answer one conversation or several, by the model's chat template; otherwise like `generate`."""
@@ -96,7 +94,7 @@ class LLM:
         return self._llm.supervisors
 
     async def _generate(
-        self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
+        self, prompts: list[Prompt], sampling_params: Samplings, use_tqdm: bool
     ) -> list[GenerationOutput]:
         max_waiting = self._llm.config.performance.max_waiting_requests
         with tqdm(total=len(prompts), desc="Generating", unit="req", disable=not use_tqdm) as bar:
@@ -127,7 +125,5 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

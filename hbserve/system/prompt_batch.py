@@ -10,18 +10,20 @@ from hbserve.frontend.outputs import GenerationOutput
 from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.sampling_params import SamplingParams
 
+Samplings = SamplingParams | Sequence[SamplingParams] | None
+"""Sampling parameters of a batch: for all prompts, or one per prompt."""
+
 
 async def generate_all(
     engine: TextEngine,
     prompts: Sequence[Prompt],
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: Samplings,
     max_waiting: int,
     on_done: Callable[[], object] = lambda: None,
 ) -> list[GenerationOutput]:
     """Generate for all prompts; returns one output per prompt, in order.
 
     Args:
-        sampling_params: one for all prompts, or one per prompt.
         max_waiting: samples that may wait at the scheduler; further prompts wait here.
         on_done: called after each prompt.
 
@@ -62,15 +64,7 @@ def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     return [batch] if batch and all(isinstance(item, int) for item in batch) else batch
 
 
-def _per_prompt(
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """Return one `SamplingParams` per prompt.
-
-    Raises:
-        TypeError: if an item has another type.
-        ValueError: if the list has another length.
-    """
+def _per_prompt(sampling_params: Samplings, num_prompts: int) -> list[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
     if not all(isinstance(sampling, SamplingParams) for sampling in sampling_params):

@@ -22,9 +22,7 @@ class InstanceActor:
     """Keeper of one instance during the life of a Ray actor; its coroutines run in the actor's event loop.
 
     Args:
-        name: name of the instance.
         arguments: command line of ``python -m hbserve.join``.
-        start_timeout_s: time within which the instance must be ready.
     """
 
     def __init__(self, name: str, arguments: list[str], start_timeout_s: float) -> None:

@@ -46,11 +46,7 @@ class _Placed:
 
 
 class RayInstances:
-    """Instances of a system, as Ray actors.
-
-    Args:
-        config: configuration of the system.
-        scheduler: address at which instances find the scheduler.
+    """Instances of a system, as Ray actors, which find the scheduler at the address ``scheduler``.
 
     Raises:
         StartupError: if Ray is not installed, or there is no cluster.
@@ -73,9 +69,6 @@ class RayInstances:
 
     def start(self, deadline: float, stop: threading.Event) -> None:
         """Place and start all instances; returns when all are ready, or when ``stop`` is set.
-
-        Args:
-            deadline: on the monotonic clock.
 
         Raises:
             StartupError: if no host has room for an instance, or one cannot start; saying why.
