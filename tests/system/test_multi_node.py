@@ -1,4 +1,4 @@
-"""A system on three hosts, which are network namespaces: own addresses, own loopback, one slow and lossy wire."""
+"""System on three hosts, which are network namespaces with own addresses; one wire is slow and loses frames."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @dataclass
 class Hosts:
-    """Three namespaces on one bridge; a wire of our own leads to the second."""
+    """Three namespaces on one bridge; a `LossyWire` leads to the second."""
 
     names: list[str]
     addresses: list[str]
@@ -89,7 +89,7 @@ def hosts() -> Iterator[Hosts]:
     tag = str(os.getpid() % 100000)
     bridge, names = f"hbb{tag}", [f"hbserve{tag}-{index}" for index in range(3)]
     addresses = [f"{NETWORK}.{index + 1}" for index in range(3)]
-    try:  # not netem, which few kernels of containers and small machines have
+    try:  # not netem, which many kernels of containers and small machines lack
         wire = LossyWire(f"hbl{tag}", delay_s=2e-3, loss=0.02)
     except OSError as error:
         pytest.skip(f"no TAP devices can be made here: {error}")
@@ -122,7 +122,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def system(folder: Path, hosts: list[str], backend: str) -> Path:
-    """The YAML file of a system, and its key."""
+    """Write the YAML file of a system, and its key."""
     ClusterKey.generate().save(folder / "cluster.key")
     path = folder / "system.yaml"
     path.write_text(YAML.format(model=ROOT / "examples" / "models" / "hbserve-demo", hosts=hosts, backend=backend))
@@ -216,20 +216,25 @@ def test_a_key_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
         ClusterKey.load(path)
 
 
-def test_only_who_has_the_key_is_heard() -> None:
+def test_a_listener_accepts_only_holders_of_the_key() -> None:
     key, other = ClusterKey.generate(), ClusterKey.generate()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as listener:
-        keeper = key.for_binding(listener, "tcp:")
-        assert keeper is not None
+        doorkeeper = key.for_binding(listener, "tcp:")
+        assert doorkeeper is not None
         port = listener.bind_to_random_port("tcp://127.0.0.1")
-        for theirs, server_key, heard in ((None, None, 0), (other, None, 0), (other, key.public, 0), (key, None, 1)):
+        for client_key, server_key, heard in (
+            (None, None, 0),
+            (other, None, 0),
+            (other, key.public, 0),
+            (key, None, 1),
+        ):
             with zmq.Context() as elsewhere, elsewhere.socket(zmq.DEALER) as socket:
                 socket.setsockopt(zmq.LINGER, 0)
-                if theirs is not None:
-                    theirs.for_connecting(socket, "tcp:")
+                if client_key is not None:
+                    client_key.for_connecting(socket, "tcp:")
                 if server_key is not None:
                     socket.curve_serverkey = server_key
                 socket.connect(f"tcp://127.0.0.1:{port}")
                 socket.send(b"an order")
                 assert bool(listener.poll(5000 if heard else 300)) == bool(heard)
-        keeper.close()
+        doorkeeper.close()

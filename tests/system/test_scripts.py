@@ -1,4 +1,4 @@
-"""The start scripts as an operator uses them: real processes, YAML files, signals, exit codes."""
+"""Start scripts as an operator uses them: real processes, YAML files, signals, exit codes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def poll(what: Callable[[], T | None], why_not: Callable[[], str]) -> T:
 
 
 class Program:
-    """A running script; its output goes to files, so that nobody must read along."""
+    """Running script; its output goes to files, so that the test need not read pipes."""
 
     def __init__(self, folder: Path, script: str, *arguments: str) -> None:
         name = f"{len(list(folder.iterdir()))}-{script}"
@@ -75,7 +75,7 @@ class Program:
         return self._errors.read_text()
 
     def url(self) -> str:
-        """Where it serves HTTP, once it says that it is ready."""
+        """Wait until the script reports that it is ready; returns the URL of its HTTP server."""
 
         def announced() -> str | None:
             assert self.process.poll() is None, self.errors
@@ -85,11 +85,11 @@ class Program:
         return poll(announced, lambda: f"not ready: {self.errors}")
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for the end of the script; returns its exit code."""
         return self.process.wait(DEADLINE_S)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Send a signal; it must end cleanly, and every process under it."""
+        """Send a signal; the script and all processes under it must end without an error."""
         pids = [self.process.pid, *descendants(self.process.pid)]
         os.kill(self.process.pid, number)
         assert self.wait() == 0, self.errors
@@ -98,22 +98,22 @@ class Program:
 
 
 def descendants(pid: int) -> list[int]:
-    """Ids of all processes under one, by /proc."""
+    """Return the ids of all processes under one, from /proc."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(entry.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         children.setdefault(parent, []).append(int(entry.parent.name))
     found = [pid]
-    for one in found:
-        found += children.get(one, [])
+    for ancestor in found:
+        found += children.get(ancestor, [])
     return found[1:]
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -121,7 +121,7 @@ def is_running(pid: int) -> bool:
 
 
 class Site:
-    """A temporary directory for what the scripts make, and a folder in it for what they are given."""
+    """Temporary directory for the scripts' files, with a folder for their inputs."""
 
     def __init__(self, folder: Path) -> None:
         self._temporary = folder
@@ -130,7 +130,7 @@ class Site:
         self._programs: list[Program] = []
 
     def write(self, document: Any) -> str:
-        """Path of a configuration with that content."""
+        """Write a configuration; returns its path."""
         path = self.files / "system.yaml"
         path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
         return str(path)
@@ -141,7 +141,7 @@ class Site:
         return program
 
     def fail(self, script: str, *arguments: str) -> str:
-        """Start what cannot work; what it says on standard error, which is no traceback."""
+        """Start a script that must fail without a traceback; returns its standard error."""
         program = self.start(script, *arguments)
         assert program.wait() == 1
         assert "Traceback" not in program.errors
@@ -149,7 +149,7 @@ class Site:
         return program.errors
 
     def leftovers(self) -> list[Path]:
-        """What the scripts have left in their temporary directory."""
+        """Return the files that the scripts have left in their temporary directory."""
         return [path for path in self._temporary.iterdir() if path != self.files]
 
     def clean_up(self) -> None:
@@ -168,7 +168,7 @@ def site(short_path: Path) -> Iterator[Site]:
 
 
 def configuration(folder: Path, mode: str, ports: list[int | None] | None = None) -> dict[str, Any]:
-    """A small system on the CPU; with ports its parts can be started separately."""
+    """Make a small system on the CPU; with ports its parts can be started separately."""
     names = ["unified-0"] if mode == "unified" else ["prefill-0", "decode-0"]
     instances: list[dict[str, Any]] = [
         {"instance_id": name, "instance_type": name.split("-")[0], "num_threads": 1} for name in names
@@ -185,26 +185,26 @@ def configuration(folder: Path, mode: str, ports: list[int | None] | None = None
 
 
 def ask_and_check(url: str, model: tuple[Path, Any]) -> None:
-    """A completion and a streamed chat are what transformers makes of the same prompts."""
+    """Check that a completion and a streamed chat give the tokens that transformers gives."""
     folder, reference = model
     tokenizer = Tokenizer(folder)
 
     def expected(prompt: list[int]) -> str:
         return tokenizer.decode(greedy_reference(reference, prompt, NUM_TOKENS))
 
-    own: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": NUM_TOKENS}
-    own["extra_body"] = {"ignore_eos": True}
+    options: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": NUM_TOKENS}
+    options["extra_body"] = {"ignore_eos": True}
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=DEADLINE_S, max_retries=0) as api:
-        answer = api.completions.create(prompt="the cat sat on", **own)
+        answer = api.completions.create(prompt="the cat sat on", **options)
         assert answer.choices[0].text == expected(tokenizer.encode("the cat sat on"))
-        chunks = api.chat.completions.create(messages=USER, stream=True, **own)
+        chunks = api.chat.completions.create(messages=USER, stream=True, **options)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert text == expected(tokenizer.encode_chat(USER))
 
 
 @contextmanager
 def unanswered_request(url: str) -> Iterator[None]:
-    """Send a completion request and go away without an answer."""
+    """Send a completion request and disconnect without reading the answer."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"model": "tiny", "prompt": "the dog sat on"}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -225,7 +225,7 @@ def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: si
     assert site.leftovers() == []
 
 
-def test_told_to_end_while_it_starts(site: Site, model: tuple[Path, Any]) -> None:
+def test_a_signal_during_the_start_ends_the_system(site: Site, model: tuple[Path, Any]) -> None:
     config = site.write(configuration(model[0], "disaggregated"))
     system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
     poll(lambda: len(descendants(system.process.pid)) >= 2, lambda: system.errors)
@@ -246,11 +246,11 @@ def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
     )
     ask_and_check(scheduler.url(), model)
     scheduler.end(signal.SIGINT)
-    # Now the instances are there first.
+    # Now the instances are up before the scheduler.
     scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
     url = scheduler.url()
     ask_and_check(url, model)
-    # It need not wait for the KV of a prefill instance that does not send it.
+    # The decode instance must not wait for the KV of a prefill instance that does not send it.
     os.kill(prefill.process.pid, signal.SIGSTOP)
     with unanswered_request(url):
         poll(lambda: httpx.get(f"{url}/stats").json()["kv_transfer"]["open_transfers"], lambda: scheduler.errors)
@@ -261,7 +261,7 @@ def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
     assert site.leftovers() == []
 
 
-def test_a_scheduler_alone_says_whom_it_misses(site: Site, model: tuple[Path, Any]) -> None:
+def test_a_scheduler_alone_names_the_missing_instances(site: Site, model: tuple[Path, Any]) -> None:
     ports = free_ports(2)
     document = configuration(model[0], "disaggregated", ports)
     document["rpc"] = {"start_timeout_s": 2.0}
@@ -271,7 +271,7 @@ def test_a_scheduler_alone_says_whom_it_misses(site: Site, model: tuple[Path, An
     assert site.leftovers() == []
 
 
-def test_what_is_wrong_with_a_configuration_is_said_with_its_line(site: Site, model: tuple[Path, Any]) -> None:
+def test_errors_of_a_configuration_name_the_line(site: Site, model: tuple[Path, Any]) -> None:
     text = f"model:\n  path: {model[0]}\nperformance:\n  num_block: 64\n"
     path = site.write(text)
     errors = site.fail("start_pd_disagg.py", "--config", path)

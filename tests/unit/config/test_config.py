@@ -1,4 +1,4 @@
-"""Configurations: what is shipped loads; what cannot be honoured is refused with key, file, line and hint."""
+"""Configurations: the shipped files load; errors name the key, the file, the line and a hint."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_defaults_make_one_prefill_and_one_decode_instance(tmp_path: Path) -> No
         (0, 4, "a", True),
     ],
 )
-def test_who_has_a_gpu_in_common(first: int, size: int, host: str, shares: bool) -> None:
+def test_instances_share_a_gpu_if_their_ranges_overlap(first: int, size: int, host: str, shares: bool) -> None:
     instance, other = (
         InstanceConfig(name, InstanceRole.DECODE, gpu_id=gpu_id, host=at, tensor_parallel_size=num_ranks)
         for name, gpu_id, at, num_ranks in (("one", 0, "a", 2), ("other", first, host, size))

@@ -67,7 +67,7 @@ async def endless(request: AddRequest) -> AsyncIterator[RequestOutput]:
     await asyncio.Event().wait()
 
 
-# --- what comes out ------------------------------------------------------------------------------
+# --- outputs -------------------------------------------------------------------------------------
 
 
 async def test_text_comes_token_by_token(
@@ -163,7 +163,7 @@ async def test_tokens_after_the_stop_string_do_not_count(
     assert len(result["logprobs"]) == 3
 
 
-async def test_withheld_text_is_given_out_at_the_end(
+async def test_withheld_text_comes_at_the_end(
     engine: TextEngine, scheduler: ScriptedScheduler, tokenizer: Tokenizer
 ) -> None:
     scheduler.script = tokens(*letters(tokenizer, "a END"))
@@ -239,7 +239,7 @@ async def test_samples_stream_side_by_side(engine: TextEngine, scheduler: Script
         ("x", SamplingParams(stop_token_ids=[VOCAB_SIZE]), "stop_token_ids", "vocabulary"),
     ],
 )
-async def test_what_cannot_be_served_is_refused_by_name(
+async def test_a_refusal_names_the_parameter(
     engine: TextEngine,
     scheduler: ScriptedScheduler,
     prompt: str | list[int],
@@ -272,7 +272,7 @@ async def test_model_without_tokenizer_serves_token_ids(
             await engine.generate(prompt, sampling)  # type: ignore[arg-type]
 
 
-# --- leaving, aborting, failing ------------------------------------------------------------------
+# --- closing, aborting, failing ------------------------------------------------------------------
 
 
 async def test_closing_the_stream_aborts_every_sample(engine: TextEngine, scheduler: ScriptedScheduler) -> None:
@@ -353,7 +353,7 @@ async def test_death_of_the_engine_ends_open_and_later_requests(
                 await attempt
 
 
-async def test_deltas_that_nobody_has_read_yet_are_merged() -> None:
+async def test_unread_deltas_are_merged() -> None:
     closed: list[bool] = []
     stream = TextStream(2, lambda: closed.append(True))
 
@@ -386,7 +386,7 @@ async def test_deltas_that_nobody_has_read_yet_are_merged() -> None:
     assert closed == [True]
 
 
-async def test_what_came_before_an_error_is_read_before_it() -> None:
+async def test_deltas_before_an_error_are_read_before_it() -> None:
     stream = TextStream(1, lambda: None)
     stream.push(
         SampleDelta(

@@ -1,4 +1,4 @@
-"""Tokenizer and detokenizer as processes of their own: the same text, and nothing lost when one dies."""
+"""Tokenizer and detokenizer in separate processes: the same text, and no request lost when a process dies."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ async def engine(client: EngineClient, tokenizer: Tokenizer, processes: TextProc
     return TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
 
 
-async def test_one_that_nobody_listens_to_ends_when_it_is_told_to(folder: Path, tmp_path: Path) -> None:
+async def test_a_process_without_an_api_server_ends_at_sigterm(folder: Path, tmp_path: Path) -> None:
     config = msgspec.to_builtins(from_dict({"model": {"path": str(folder)}}))
-    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/nobody"}
+    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/no-listener"}
     child = ChildProcess("the detokenizer", "hbserve.frontend.text_worker", orders)
     child.start()
     await child.wait_ready(time.monotonic() + DEADLINE_S)
@@ -97,7 +97,7 @@ async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
         os.kill(pid, signal.SIGKILL)
     go_on.set()
     async with asyncio.timeout(DEADLINE_S):
-        for _ in range(3):  # its successors too, as they start
+        for _ in range(3):  # the successors too, during their start
             while processes.report()["detokenizer"]["pid"] in (None, pids["detokenizer"]):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             pids["detokenizer"] = processes.report()["detokenizer"]["pid"]
@@ -135,7 +135,7 @@ async def test_text_is_the_same_as_in_one_process(
     scheduler.script = tokens(*letters(tokenizer, "ab"), 2)
     result = await engine.generate("x", SamplingParams(grammar="start: /[ab]+/"))
     assert (result["text"], result["finish_reason"]) == ("ab", "stop")
-    # Left half way: nothing stays open.
+    # A stream that is closed before its end leaves nothing open.
     scheduler.script = tokens(*letters(tokenizer, "abc"), end=None)
     stream = engine.stream("x", SamplingParams())
     assert (await anext(stream)).text
@@ -143,33 +143,33 @@ async def test_text_is_the_same_as_in_one_process(
     await scheduler.wait_for_aborts(1)
 
 
-async def test_a_request_that_ends_processes_ends_alone_and_a_process_that_cannot_be_replaced_is_said(
+async def test_a_fatal_request_fails_alone_and_health_reports_a_process_that_is_not_replaced(
     client: EngineClient, tokenizer: Tokenizer, folder: Path, tmp_path: Path
 ) -> None:
     rpc = {"max_restarts": 0}
     config = from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
     processes = TextProcesses(config, str(tmp_path))
     await processes.start(time.monotonic() + DEADLINE_S)
-    with pytest.raises(RequestFailedError, match="see the server's log"):  # what only a bug could ask
+    with pytest.raises(RequestFailedError, match="see the server's log"):  # only a bug could send this
         await processes.check_grammar("start: /a/", -1)
 
-    # As if a long question ended each process that is at it, while others wait beside it.
-    one = processes._detokenizer
+    # Kill each process that has the long question, while other questions wait.
+    detokenizer = processes._detokenizer
     asked = [asyncio.create_task(processes.encode(f"the cat {number}")) for number in range(8)]
     fatal = asyncio.create_task(processes.encode("one two three " * 100_000))
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.sleep(0)
-        assert one.num_open == 9
+        assert detokenizer.num_open == 9
         for num_open in (9, 1, 1):
-            await until(lambda most=num_open: one._socket is not None and one.num_open <= most)  # type: ignore[misc]
+            await until(lambda limit=num_open: detokenizer._socket is not None and detokenizer.num_open <= limit)  # type: ignore[misc]
             pid = processes.report()["detokenizer"]["pid"]
             os.kill(pid, signal.SIGKILL)
-            # None: it has ended, and whoever is to replace it may not know yet
+            # None: the process has ended, and its watcher may not know yet
             await until(lambda pid=pid: processes.report()["detokenizer"]["pid"] not in (None, pid))  # type: ignore[misc]
         with pytest.raises(RequestFailedError, match="died of the request"):
             await fatal
         assert await asyncio.gather(*asked) == [tokenizer.encode(f"the cat {number}") for number in range(8)]
-        await until(lambda: one._socket is not None)
+        await until(lambda: detokenizer._socket is not None)
 
     ready = await client.wait_ready(DEADLINE_S)
     engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)

@@ -1,4 +1,4 @@
-"""What every child process does by itself."""
+"""Child's side of a process: cores while it serves and while it ends."""
 
 from __future__ import annotations
 
