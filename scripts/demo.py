@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: start a system, chat with it over HTTP, show what it cost.
+"""Demonstration behind `make demo`: start a system, chat with it over HTTP, show the latencies.
 
 One prefill and one decode instance run as separate processes: on two GPUs where there are two, else
 on the CPU. Every answer below has passed its KV cache from one process to the other.
@@ -31,7 +31,7 @@ ANSWER_TIMEOUT_S = 120.0
 
 @dataclass
 class Timing:
-    """One answer's latencies, as its reader saw them."""
+    """Latencies of one answer, at the client."""
 
     ttft_ms: float
     tpot_ms: float
@@ -43,7 +43,7 @@ def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()  # takes no arguments
     config = "pd_disagg.yaml" if count_gpus() >= 2 else "pd_disagg_cpu.yaml"
     command = [sys.executable, "scripts/start_pd_disagg.py", "--config", f"configs/{config}", "--port", "0"]
-    command += ["--log-level", "WARNING"]  # its line for each request would stand in the midst of the answers
+    command += ["--log-level", "WARNING"]  # at INFO a log line for each request would interrupt the answers
     print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, without the cost of importing torch where there is no driver."""
+    """Count the GPUs of this machine; import torch only if there is a driver."""
     if not Path("/dev/nvidia0").exists():
         return 0
     import torch
@@ -68,7 +68,7 @@ def count_gpus() -> int:
 
 
 def wait_until_ready(server: subprocess.Popen[str]) -> tuple[str, str]:
-    """URL and model name from the server's line on standard output.
+    """Read URL and model name from the server's line on standard output.
 
     Raises:
         SystemExit: if it ends before it is ready. Its own deadline is ``rpc.start_timeout_s``.

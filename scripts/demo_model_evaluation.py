@@ -1,4 +1,4 @@
-"""How often the demo model is right: held-out questions of every kind, and the share of right answers."""
+"""Evaluation of the demo model: held-out questions of every kind, and the share of right answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 @dataclass(frozen=True)
 class Score:
-    """The share of right answers to one kind of held-out question, of one range of prompt lengths."""
+    """Share of right answers to one kind of held-out question, for one range of prompt lengths."""
 
     kind: str
     shortest: int
@@ -56,8 +56,8 @@ def evaluate(
 ) -> list[Score]:
     """Count the answers that greedy decoding would get right to the last character.
 
-    One forward pass over prompt and right answer tells: greedy decoding gives exactly that answer if and
-    only if every one of its tokens is the likeliest after those before it.
+    One forward pass over prompt and right answer is enough: greedy decoding gives exactly that answer if and
+    only if each of its tokens is the likeliest one after the tokens before it.
     """
     device = next(model.parameters()).device
     bpe: Tokenizer = tokenizer.backend_tokenizer

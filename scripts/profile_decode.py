@@ -39,7 +39,7 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Span:
-    """A kernel or copy: what it is, and when it ran, microseconds."""
+    """Kernel or copy: its class, start and end in microseconds."""
 
     kind: str
     start_us: float
@@ -47,12 +47,12 @@ class Span:
 
 
 def kind_of(name: str) -> str:
-    """The class that a kernel of this name belongs to."""
+    """Return the class of a kernel by its name."""
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 
 def make_runner(model: str, batch_size: int, context: int) -> ModelRunner:
-    """A worker of that model with random weights, large enough for the batch."""
+    """Make a worker of a model with random weights, large enough for the batch."""
     config = from_dict(
         {
             "mode": "unified",
@@ -89,7 +89,7 @@ class Plans:
         ]
 
     def next(self) -> StepPlan:
-        """The next step: the first brings the sequences, the others feed back what was sampled."""
+        """Make the next plan: the first brings the sequences, the others feed back the sampled tokens."""
         first = self._num_steps == 0
         self._num_steps += 1
         rows = [
@@ -109,7 +109,7 @@ class Plans:
 
 
 def run_steps(runner: ModelRunner, plans: Plans, count: int) -> None:
-    """Launch so many steps and wait for them."""
+    """Launch ``count`` steps and wait for them."""
     pending: deque[Any] = deque()
     for _ in range(count):
         if len(pending) == NUM_IN_FLIGHT:
@@ -120,7 +120,7 @@ def run_steps(runner: ModelRunner, plans: Plans, count: int) -> None:
 
 
 def record(runner: ModelRunner, plans: Plans) -> list[Span]:
-    """What the device does in ten steps, in order."""
+    """Record the kernels and copies of ten steps, in order."""
     run_steps(runner, plans, WARM_UP_STEPS)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run_steps(runner, plans, NUM_STEPS)
@@ -131,7 +131,7 @@ def record(runner: ModelRunner, plans: Plans) -> list[Span]:
 
 
 def draw(spans: list[Span], title: str, out: Path) -> None:
-    """All ten steps above, a single one below."""
+    """Draw all ten steps above, and one step below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,7 +160,7 @@ def draw(spans: list[Span], title: str, out: Path) -> None:
 
 
 def busy_us(spans: list[Span]) -> float:
-    """How long at least one kernel ran: they may overlap."""
+    """Return the time in which at least one kernel ran; kernels may overlap."""
     total, covered = 0.0, spans[0].start_us
     for span in spans:
         end = span.start_us + span.duration_us
@@ -170,7 +170,7 @@ def busy_us(spans: list[Span]) -> float:
 
 
 def main() -> None:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b", help="a shape under configs/models")
     parser.add_argument("--batch-size", type=int, default=256)

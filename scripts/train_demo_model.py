@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-# Up to which share of the run which row lengths are drawn: recall is learned in short contexts first.
+# Share of the run, and the row lengths that are drawn until then: the model learns recall in short contexts first.
 CURRICULUM: tuple[tuple[float, tuple[int, ...]], ...] = (
     (0.15, (64, 128)),
     (0.30, (64, 128, 256)),
@@ -43,7 +43,7 @@ WARMUP_STEPS = 200
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     output: Path
     device: str
@@ -60,7 +60,7 @@ class Options:
 
 
 class ConversationBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Batch number i of the run: token rows, and which of the tokens belong to answers.
+    """Batch number i of the run: token rows, and a mask of the tokens that belong to answers.
 
     Every batch has its own random generator, so the data do not depend on how many workers make them.
     """
@@ -82,10 +82,10 @@ class ConversationBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         lengths = next(lengths for until, lengths in CURRICULUM if progress < until)
         length = rng.choice(lengths)
         rows = max(1, self._options.batch_tokens // length)
-        # int16 keeps the batches small on their way between processes; it holds every token id.
+        # int16 keeps the batches that pass between processes small; it can hold every token id.
         ids = torch.full((rows, length), self._pad, dtype=torch.int16)
         answers = torch.zeros((rows, length), dtype=torch.bool)
-        # Conversations average about 2.6 characters per token with their markup; what is too long is cut off.
+        # Conversations average about 2.6 characters per token with their markup; longer ones are cut.
         texts = [render(language.training_conversation(rng, int(2.2 * length))) for _ in range(rows)]
         for row, encoding in enumerate(self._bpe.encode_batch_fast(texts)):
             tokens = encoding.ids[:length]
@@ -95,7 +95,7 @@ class ConversationBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return ids, answers
 
     def _answer_spans(self, tokens: list[int]) -> Iterator[tuple[int, int]]:
-        """Yield where the assistant's texts lie, the token that ends the turn included."""
+        """Yield the ranges of the assistant's texts, each with the token that ends the turn."""
         header = 1 + len(self._assistant)
         position = 0
         while True:
@@ -113,7 +113,7 @@ class ConversationBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def use_one_thread(_: int) -> None:
-    """Set up a data worker: the workers are the parallelism."""
+    """Set up a data worker with one thread: the workers are the parallelism."""
     torch.set_num_threads(1)
 
 
@@ -179,7 +179,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, options: 
         answers = answers.to(options.device)
         with torch.autocast(options.device, torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            # Only answers are learned: the rest is random, and predicting it would only cost capacity.
+            # The loss covers answers only: the rest is random, and predicting it would waste capacity.
             targets = ids[:, 1:][answers[:, 1:]]
             logits = model.lm_head(hidden[:, :-1][answers[:, 1:]])
         loss = functional.cross_entropy(logits.float(), targets)
@@ -224,7 +224,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     )
     exported.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Keys that readers other than the newest transformers look for.
+    # Keys that programs other than the newest transformers expect.
     merge_json(folder / "config.json", {"rope_theta": 1_000_000.0, "torch_dtype": "bfloat16"})
     merge_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
