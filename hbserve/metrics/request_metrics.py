@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+class _Milliseconds:
+    """The time between two events of a request, as an attribute; None until both have happened."""
+
+    def __init__(self, start: str, end: str) -> None:
+        self._start, self._end = start, end
+
+    def __get__(self, request: RequestMetrics, owner: type) -> float | None:
+        start: float | None = getattr(request, self._start)
+        end: float | None = getattr(request, self._end)
+        return None if start is None or end is None else (end - start) * 1000
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """One request's life. Times are seconds on the collector's clock, None until the event has happened.
@@ -41,36 +53,18 @@ class RequestMetrics:
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
 
-    @property
-    def ttft_ms(self) -> float | None:
-        """Time to first token: from arrival to the first output token."""
-        return _between_ms(self.arrival_time, self.first_token_time)
+    ttft_ms = _Milliseconds("arrival_time", "first_token_time")
+    prefill_queue_ms = _Milliseconds("arrival_time", "prefill_start_time")
+    prefill_ms = _Milliseconds("prefill_start_time", "prefill_end_time")
+    decode_queue_ms = _Milliseconds("prefill_end_time", "decode_start_time")
+    e2e_ms = _Milliseconds("arrival_time", "completion_time")
+    _decode_ms = _Milliseconds("first_token_time", "completion_time")
 
     @property
     def tpot_ms(self) -> float | None:
         """Time per output token after the first, over the whole output; None for outputs of one token."""
-        decode_ms = _between_ms(self.first_token_time, self.completion_time)
+        decode_ms = self._decode_ms
         return None if decode_ms is None or self.output_length < 2 else decode_ms / (self.output_length - 1)
-
-    @property
-    def e2e_ms(self) -> float | None:
-        """From arrival to the end."""
-        return _between_ms(self.arrival_time, self.completion_time)
-
-    @property
-    def prefill_queue_ms(self) -> float | None:
-        """From arrival to the first allocation."""
-        return _between_ms(self.arrival_time, self.prefill_start_time)
-
-    @property
-    def prefill_ms(self) -> float | None:
-        """From the allocation to the end of the prompt."""
-        return _between_ms(self.prefill_start_time, self.prefill_end_time)
-
-    @property
-    def decode_queue_ms(self) -> float | None:
-        """From the end of the prompt until decoding may begin."""
-        return _between_ms(self.prefill_end_time, self.decode_start_time)
 
     @property
     def meets_targets(self) -> bool | None:
@@ -78,7 +72,3 @@ class RequestMetrics:
         targets = ((self.ttft_ms, self.ttft_target_ms), (self.tpot_ms, self.tpot_target_ms))
         kept = [measured is None or measured <= target for measured, target in targets if target is not None]
         return all(kept) if kept and self.success else None
-
-
-def _between_ms(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else (end - start) * 1000

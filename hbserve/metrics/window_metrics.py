@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -60,15 +61,14 @@ class RoleMetrics:
         return self.num_rows / self.num_steps if self.num_steps else 0.0
 
 
-class _Percentile:
-    """A percentile of one of the window's latencies, as an attribute."""
+class _Derived:
+    """A number computed from a window, as an attribute."""
 
-    def __init__(self, name: str, percent: float) -> None:
-        self._name, self._percent = name, percent
+    def __init__(self, compute: Callable[[AggregatedMetrics], float]) -> None:
+        self._compute = compute
 
     def __get__(self, window: AggregatedMetrics, owner: type) -> float:
-        latencies: Distribution = getattr(window, self._name)
-        return latencies.percentile(self._percent)
+        return self._compute(window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,10 @@ class AggregatedMetrics:
         e2e, prefill_queue, decode_queue: see `RequestMetrics`.
         worker_busy: share of the window in which each worker's device worked, in [0, 1].
         system: the last reported state.
-        ttft_p50 … tpot_p99: milliseconds.
+        duration_s: length of the window.
+        arrival_rate, request_throughput: arrived and completed requests per second.
+        prefill_throughput, decode_throughput: prompt tokens computed, and output tokens, per second.
+        prefix_hit_rate: share of the admitted prompt tokens that were in the prefix cache.
     """
 
     window_start_time: float
@@ -118,22 +121,23 @@ class AggregatedMetrics:
     worker_busy: dict[str, float] = field(default_factory=dict)
     system: SystemMetrics | None = None
 
-    ttft_p50 = _Percentile("ttft", 50)
-    ttft_p95 = _Percentile("ttft", 95)
-    ttft_p99 = _Percentile("ttft", 99)
-    tpot_p50 = _Percentile("tpot", 50)
-    tpot_p95 = _Percentile("tpot", 95)
-    tpot_p99 = _Percentile("tpot", 99)
+    duration_s = _Derived(lambda window: window.window_end_time - window.window_start_time)
+    arrival_rate = _Derived(lambda window: window._rate(window.num_arrivals))
+    request_throughput = _Derived(lambda window: window._rate(window.num_completed))
+    prefill_throughput = _Derived(lambda window: window._rate(window.prefill.num_tokens))
+    decode_throughput = _Derived(lambda window: window._rate(window.output_tokens))
+    prefix_hit_rate = _Derived(lambda window: window.cached_tokens / max(window.admitted_tokens, 1))
+    ttft_mean = _Derived(lambda window: window.ttft.mean)
+    ttft_p50 = _Derived(lambda window: window.ttft.percentile(50))
+    ttft_p95 = _Derived(lambda window: window.ttft.percentile(95))
+    ttft_p99 = _Derived(lambda window: window.ttft.percentile(99))
+    tpot_mean = _Derived(lambda window: window.tpot.mean)
+    tpot_p50 = _Derived(lambda window: window.tpot.percentile(50))
+    tpot_p95 = _Derived(lambda window: window.tpot.percentile(95))
+    tpot_p99 = _Derived(lambda window: window.tpot.percentile(99))
 
-    @property
-    def ttft_mean(self) -> float:
-        """Milliseconds."""
-        return self.ttft.mean
-
-    @property
-    def tpot_mean(self) -> float:
-        """Milliseconds."""
-        return self.tpot.mean
+    def _rate(self, count: int) -> float:
+        return count / self.duration_s if self.duration_s > 0 else 0.0
 
     def thinned(self, max_values: int) -> AggregatedMetrics:
         """Limit each distribution to ``max_values`` values, so that the window is small enough to send."""
@@ -142,39 +146,6 @@ class AggregatedMetrics:
             name: part.thinned(max_values) for name, part in parts.items() if isinstance(part, Distribution)
         }
         return replace(self, **thin)
-
-    @property
-    def duration_s(self) -> float:
-        """Length of the window."""
-        return self.window_end_time - self.window_start_time
-
-    def _rate(self, count: int) -> float:
-        return count / self.duration_s if self.duration_s > 0 else 0.0
-
-    @property
-    def arrival_rate(self) -> float:
-        """Arrived requests per second."""
-        return self._rate(self.num_arrivals)
-
-    @property
-    def request_throughput(self) -> float:
-        """Completed requests per second."""
-        return self._rate(self.num_completed)
-
-    @property
-    def prefill_throughput(self) -> float:
-        """Prompt tokens computed per second."""
-        return self._rate(self.prefill.num_tokens)
-
-    @property
-    def decode_throughput(self) -> float:
-        """Output tokens per second, first tokens included."""
-        return self._rate(self.output_tokens)
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        """Share of the admitted prompt tokens that were in the prefix cache."""
-        return self.cached_tokens / self.admitted_tokens if self.admitted_tokens else 0.0
 
     def as_numbers(self) -> dict[str, float]:
         """The window in plain numbers, for people and logs; ``_ms`` are milliseconds, throughputs per second."""
