@@ -15,9 +15,9 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from hbserve.errors import HBServeError, RequestFailedError
@@ -38,24 +38,8 @@ _SHOWN_CONTROLS |= {0x7F: 0x2421, 0x9B: "<CSI>"}
 """Unicode's pictures of control characters, shown instead of them: a model's text must not control the terminal."""
 
 
-class Backend(Protocol):
-    """A model that answers a conversation."""
-
-    name: str
-
-    def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
-        """Yield parts of the answer, each with its number of tokens. Closing the generator ends the request.
-
-        Raises:
-            HBServeError: the text says what failed.
-        """
-
-    def stats(self) -> dict[str, Any]:
-        """Return the scheduler's statistics."""
-
-
 class HttpBackend:
-    """A running server.
+    """A running server as the model that answers.
 
     Args:
         url: address that the server prints at its start.
@@ -76,6 +60,11 @@ class HttpBackend:
             self.name: str = json.load(response)["data"][0]["id"]
 
     def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
+        """Yield parts of the answer, each with its number of tokens. Closing the generator ends the request.
+
+        Raises:
+            HBServeError: the text says what failed.
+        """
         usage = {"include_usage": True, "continuous_usage_stats": True}
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": usage, **self._sampling}
         num_tokens = 0
@@ -93,9 +82,9 @@ class HttpBackend:
                     yield choice["delta"].get("content") or "", new
 
     def stats(self) -> dict[str, Any]:
+        """Return the scheduler's statistics."""
         with self._request("GET", "/stats") as response:
-            stats: dict[str, Any] = json.load(response)
-        return stats
+            return json.load(response)  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _request(self, method: str, path: str, body: object = None) -> Iterator[http.client.HTTPResponse]:
@@ -114,7 +103,7 @@ class HttpBackend:
 
 
 class LocalBackend:
-    """A system that runs for this shell only; `close` ends it."""
+    """A system that runs for this shell only; `close` ends it. Methods as in `HttpBackend`."""
 
     def __init__(self, model: str, mode: str, sampling: dict[str, Any]) -> None:
         from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
@@ -122,49 +111,40 @@ class LocalBackend:
         config = PdDisaggConfig.from_arguments(model, mode=mode, log_level="WARNING")
         self.name = Path(model).name
         self._sampling = SamplingParams(**({"max_tokens": None} | sampling))
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()  # at Ctrl-C, run() cancels its work before it raises KeyboardInterrupt
         self._llm = DisaggregatedLLM(config)
         try:
-            self._loop.run_until_complete(self._llm.start())
+            self._runner.run(self._llm.start())
         except BaseException:
             self.close()
             raise
 
     def answer(self, messages: list[Message]) -> Generator[tuple[str, int], None, None]:
-        run = self._loop.run_until_complete
-        prompt = run(self._llm.engine.text.encode_chat(messages))
+        prompt = self._runner.run(self._llm.engine.text.encode_chat(messages))
         deltas = self._llm.stream(prompt, self._sampling)
-        try:
-            while (delta := self._next(deltas)) is not None:
-                yield delta.text, len(delta.token_ids)
-        finally:
-            run(deltas.aclose())
 
-    def _next(self, deltas: AsyncGenerator[SampleDelta]) -> SampleDelta | None:
         async def read() -> SampleDelta | None:
             return await anext(deltas, None)
 
-        task = self._loop.create_task(read())
         try:
-            return self._loop.run_until_complete(task)
-        except KeyboardInterrupt:
-            task.cancel()
-            self._loop.run_until_complete(asyncio.wait([task]))
-            raise
+            while (delta := self._runner.run(read())) is not None:
+                yield delta.text, len(delta.token_ids)
+        finally:
+            self._runner.run(deltas.aclose())
 
     def stats(self) -> dict[str, Any]:
         return self._llm.get_system_stats()
 
     def close(self) -> None:
         """End every process."""
-        self._loop.run_until_complete(self._llm.stop())
-        self._loop.close()
+        self._runner.run(self._llm.stop())
+        self._runner.close()
 
 
 class Shell:
     """A conversation in the terminal."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: HttpBackend | LocalBackend) -> None:
         self._backend = backend
         self._messages: list[Message] = []
         self._speed = "no answer yet"
@@ -281,11 +261,9 @@ def main() -> int:
     sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     local: LocalBackend | None = None
     try:
-        backend: Backend
-        if arguments.url is not None:
-            backend = HttpBackend(arguments.url, os.environ.get("HBSERVE_API_KEY"), sampling)
-        else:
-            backend = local = LocalBackend(arguments.model, arguments.mode, sampling)
+        if arguments.url is None:
+            local = LocalBackend(arguments.model, arguments.mode, sampling)
+        backend = local or HttpBackend(arguments.url, os.environ.get("HBSERVE_API_KEY"), sampling)
         print(f"{backend.name}. /help shows the commands.")
         shell = Shell(backend)
         with contextlib.closing(_lines()) as lines:
