@@ -80,8 +80,8 @@ def create_app(
         "max_model_len": engine.max_model_len,
     }
 
-    def check_model(name: str) -> None:
-        if name != served_name:
+    def check_model(name: str | None) -> None:
+        if name not in (None, served_name):
             raise errors.ModelNotFoundError(f"there is no model {name!r}; this server has {served_name!r}", "model")
 
     def deadline_of(request: Request) -> Deadline:
@@ -101,8 +101,7 @@ def create_app(
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        if body.model is not None:
-            check_model(body.model)
+        check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("send either prompt or messages", "prompt")
         if body.prompt is not None:
@@ -113,8 +112,7 @@ def create_app(
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        if body.model is not None:
-            check_model(body.model)
+        check_model(body.model)
         engine.check_token_ids(body.tokens, "tokens")
         decode = partial(engine.tokenizer.decode, skip_special_tokens=False)
         return {"prompt": await asyncio.to_thread(decode, body.tokens)}
@@ -129,7 +127,9 @@ def create_app(
         return model
 
     @app.get("/health")
+    @app.get("/ready")
     async def health() -> JSONResponse:
+        """Report whether the system can serve. While the server ends, `Guard` answers 503 on ``/ready`` instead."""
         try:
             if engine.text.dead is not None:
                 raise engine.text.dead
@@ -137,11 +137,6 @@ def create_app(
         except EngineDeadError as error:
             report = {"status": "dead", "reason": str(error)}
         return JSONResponse(report, 200 if report["status"] in ("ready", "degraded") else 503)
-
-    @app.get("/ready")
-    async def is_ready() -> JSONResponse:
-        """Tell a load balancer whether to send requests here. While the server ends, `Guard` answers 503 instead."""
-        return await health()
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:

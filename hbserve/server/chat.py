@@ -56,7 +56,8 @@ class ChatCompletion(Generation):
         form = tool_format(engine.tokenizer.tools_template)
         sampling = body.sampling(form, engine.tokenizer.added_token_id)
         async with deadline.applied():
-            prompt = await engine.text.encode_chat(body.conversation(), body.offered_tools, body.chat_template_kwargs)
+            messages = [message.as_in_templates() for message in body.messages]
+            prompt = await engine.text.encode_chat(messages, body.offered_tools, body.chat_template_kwargs)
         return ChatCompletion(engine, body, prompt, sampling, deadline, form)
 
     def _choice(self, sample: Sample) -> dict[str, Any]:

@@ -29,6 +29,11 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    def as_in_templates(self) -> dict[str, Any]:
+        """Return the call for the chat template, with its arguments as an object."""
+        function = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
 
 class ChatMessage(Body):
     """One turn of a conversation. Its content is text, or a list of text parts, which are joined."""
@@ -69,7 +74,7 @@ class ChatMessage(Body):
     def _check_name(cls, value: object, info: ValidationInfo) -> object:
         if value is None or (info.data.get("role") == "tool" and isinstance(value, str)):
             return value
-        raise ValueError("is supported in messages of role tool only, as text")
+        raise ValueError("must be text, and is supported in messages of role tool only")
 
     @field_validator("refusal", "audio", "function_call")
     @classmethod
@@ -81,9 +86,9 @@ class ChatMessage(Body):
     @model_validator(mode="after")
     def _check_whole(self) -> ChatMessage:
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls: only an assistant makes them")
+            raise ValueError("tool_calls are supported in messages of role assistant only")
         if self.tool_call_id is not None and self.role != "tool":
-            raise ValueError("tool_call_id: only a tool's answer has one")
+            raise ValueError("tool_call_id is supported in messages of role tool only")
         if self.content is None and not self.tool_calls:
             raise ValueError("content is missing")
         return self
@@ -96,19 +101,9 @@ class ChatMessage(Body):
         """
         message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": call.type,
-                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-                }
-                for call in self.tool_calls
-            ]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.name is not None:
-            message["name"] = self.name
-        return message
+            message["tool_calls"] = [call.as_in_templates() for call in self.tool_calls]
+        others = {"tool_call_id": self.tool_call_id, "name": self.name}
+        return message | {name: value for name, value in others.items() if value is not None}
 
 
 def _arguments(text: str) -> dict[str, Any]:
@@ -217,10 +212,6 @@ class ChatCompletionRequest(GenerationRequest):
     verbosity: Any = None
     web_search_options: Any = None
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages for the chat template. Errors as in `ChatMessage.as_in_templates`."""
-        return [message.as_in_templates() for message in self.messages]
-
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools for the chat template; None if the model is told of none."""
@@ -255,11 +246,12 @@ class ChatCompletionRequest(GenerationRequest):
         elif self.top_logprobs is not None:
             raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
         more: dict[str, Any] = {"max_tokens": limits.pop() if limits else None, "logprobs": logprobs}
-        grammars = {"grammar": self.grammar, "response_format": self.response_format and self.response_format.grammar}
         forced = self._forced_functions()
-        named = [name for name, grammar in grammars.items() if grammar is not None]
-        if len(named := named + ["tool_choice"] * bool(forced)) > 1:
-            raise InvalidRequestError(f"{named[1]} and {named[0]} contradict each other", named[1])
+        grammars = {"grammar": self.grammar, "response_format": self.response_format and self.response_format.grammar}
+        requested = [name for name, grammar in grammars.items() if grammar is not None]
+        requested += ["tool_choice"] if forced else []
+        if len(requested) > 1:
+            raise InvalidRequestError(f"{requested[1]} and {requested[0]} cannot be combined; send one", requested[1])
         if self.offered_tools and tool_format is None:
             raise InvalidRequestError(
                 "the model's chat template has no tool calls, or has them in a form that this server does not know; "
@@ -269,8 +261,8 @@ class ChatCompletionRequest(GenerationRequest):
         if forced and tool_format is not None:
             several = self.tool_choice == "required" and self.parallel_tool_calls is not False
             more["grammar"] = tool_format.grammar(forced, several, token_id)
-        elif named:
-            more["grammar"] = grammars[named[0]]
+        elif requested:
+            more["grammar"] = grammars[requested[0]]
         elif self.offered_tools and tool_format and tool_format.end_of_call and self.parallel_tool_calls is False:
             stops = SamplingParams(stop=self.stop).stop_strings
             more["stop"] = [*stops, tool_format.end_of_call]  # end the answer after the first call

@@ -28,7 +28,7 @@ class Completion(Generation):
 
     def _chunk_choices(self, delta: SampleDelta, is_first: bool) -> list[dict[str, Any]]:
         text = self._echo(delta.index) + delta.text if is_first else delta.text
-        if not (text or delta.finish_reason or delta.logprobs or self._body.continuous_usage):
+        if not (text or delta.finish_reason or delta.logprobs or self._stream_options.continuous_usage_stats):
             return []
         return [self._part(delta, text)]
 

@@ -148,7 +148,7 @@ def _validation_error(error: RequestValidationError, known: list[str]) -> ApiErr
         case "json_invalid":
             message = f"the body is not valid JSON: {first['ctx']['error']}"
         case "string_unicode" if param is None:
-            message = "a parameter's name holds a lone surrogate, which is no character"
+            message = "a parameter's name contains a lone surrogate, which is not a character"
         case _ if param is None:
             message = "the body must be a JSON object, with Content-Type: application/json"
         case "extra_forbidden":

@@ -22,7 +22,7 @@ from hbserve.frontend.outputs import Sample, SampleDelta, TextStream
 from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.connection import EventStream, while_connected
-from hbserve.server.protocol import GenerationRequest
+from hbserve.server.protocol import GenerationRequest, StreamOptions
 
 
 class Deadline:
@@ -43,11 +43,7 @@ class Deadline:
 
     @asynccontextmanager
     async def applied(self) -> AsyncGenerator[None]:
-        """Cancel the enclosed work at the deadline.
-
-        Raises:
-            RequestTimeoutError
-        """
+        """Cancel the enclosed work at the deadline, with a `RequestTimeoutError`."""
         try:
             async with asyncio.timeout_at(self.at):
                 yield
@@ -80,6 +76,7 @@ class Generation(ABC):
         object_name: str,
     ) -> None:
         self._engine, self._body, self._prompts, self._sampling = engine, body, prompts, sampling
+        self._stream_options = body.stream_options or StreamOptions()
         self._num_choices = len(prompts) * sampling.n
         self._head: dict[str, Any] = {
             "id": f"{id_prefix}-{uuid.uuid4().hex}",
@@ -122,8 +119,8 @@ class Generation(ABC):
         return Response(answer, media_type="application/json")
 
     async def _events(self) -> AsyncGenerator[list[dict[str, Any]]]:
-        body = self._body
-        head = self._head | {"usage": None} if body.include_usage else self._head
+        options = self._stream_options
+        head = self._head | {"usage": None} if options.include_usage else self._head
         begun: set[int] = set()
         try:
             while deltas := await self._read():
@@ -132,12 +129,12 @@ class Generation(ABC):
                     choices = self._chunk_choices(delta, delta.index not in begun)
                     begun.add(delta.index)
                     chunks += [head | {"choices": [choice]} for choice in choices]
-                if body.continuous_usage:
+                if options.continuous_usage_stats:
                     for chunk in chunks:
                         chunk["usage"] = self._usage()
                 if chunks:
                     yield chunks
-            if body.include_usage:
+            if options.include_usage:
                 yield [head | {"choices": [], "usage": self._usage()}]
         finally:
             self._close()

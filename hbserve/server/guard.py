@@ -168,7 +168,7 @@ class _Body:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
+            raise HTTPException(408, f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
         self._complete = not message.get("more_body", False)
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:

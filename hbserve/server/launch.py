@@ -85,7 +85,9 @@ async def _serve(config: Config, with_instances: bool) -> int:
             print(f"HBServe is ready: {scheme}://{server.host}:{actual_port} (model {config.served_name})", flush=True)
 
         def hand_back() -> None:
-            llm.engine.end_all(ShuttingDownError("the server is shutting down, and this was not finished in time"))
+            llm.engine.end_all(
+                ShuttingDownError("the server is shutting down, and this request was not finished in time")
+            )
 
         guard = Guard(app, server, keys, gate, stop)
         await serve(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back, tls)

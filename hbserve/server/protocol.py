@@ -36,7 +36,7 @@ _REASONS = {
     "suffix": ": insertion needs a model trained for it",
     "functions": "; send tools",
     "function_call": "; send tool_choice",
-    "store": ": nothing is kept",
+    "store": ": the server stores no answers",
 }
 MAX_DEPTH = 64
 
@@ -128,16 +128,6 @@ class GenerationRequest(Body):
         if value is None or isinstance(value, str) or (isinstance(value, list) and all_of(value, str)):
             return value
         raise ValueError("must be a string or a list of strings")
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        """Whether every chunk has the token counts so far."""
-        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def _sampling(self, **more: Any) -> SamplingParams:
         """Make sampling parameters from the fields of the same names and from ``more``; the others have defaults."""

@@ -35,7 +35,7 @@ def install(app: FastAPI, managers: Mapping[str, ProcessRotationManager]) -> Non
             known = ", ".join(managers) or "none"
             raise InvalidRequestError(f"there is no semi_pd instance {body.instance!r}; there are: {known}", "instance")
         if not managers:
-            raise InvalidRequestError("no instance here is of type semi_pd: start with mode semi_pd")
+            raise InvalidRequestError("this system has no semi_pd instance; start it with mode semi_pd")
         chosen = {name: manager for name, manager in managers.items() if body.instance in (None, name)}
         split = SMAllocation(body.prefill_percentage, body.decode_percentage, body.mixed)
         for name, manager in chosen.items():
@@ -44,5 +44,5 @@ def install(app: FastAPI, managers: Mapping[str, ProcessRotationManager]) -> Non
             except ConfigError as error:
                 raise InvalidRequestError(str(error), error.key) from None
             if not is_accepted:
-                raise OverloadedError(f"{name} is not running now")
+                raise OverloadedError(f"instance {name} is not running now")
         return {"requested": body.model_dump(exclude={"instance"}), "instances": list(chosen)}

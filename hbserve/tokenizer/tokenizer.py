@@ -143,7 +143,9 @@ class Tokenizer:
             [encoded] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             ids: list[int] = encoded.ids
         except (UnicodeEncodeError, TypeError):  # JSON can contain half a surrogate pair
-            raise InvalidRequestError("the prompt holds a lone surrogate, which is no character", "prompt") from None
+            raise InvalidRequestError(
+                "the prompt contains a lone surrogate, which is not a character", "prompt"
+            ) from None
         return ids
 
     @property
