@@ -1,7 +1,4 @@
-"""Where a waiting request may go: instances, slots and blocks, all or none.
-
-Which of several instances a request goes to: the order in which admission tries them.
-"""
+"""Admission of a waiting request: which instances it goes to, with a slot and blocks on each, all or none."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.waiting_queue import prefill_budget
 
 Placement = Callable[[Sequence, List[InstanceHandle], bool], list[InstanceHandle]]
-"""From a request, instances in the order of the configuration, and whether it is to be prefilled there."""
+"""Orders instances, given in the order of the configuration, for a request; the flag: to prefill it there."""
 
 
 def fcfs(sequence: Sequence, instances: List[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
-    """The first in the configuration that has room: later ones stay idle until they are needed."""
+    """Take the first in the configuration that has room: later ones stay idle until they are needed."""
     return list(instances)
 
 
@@ -30,11 +27,11 @@ def least_loaded(sequence: Sequence, instances: List[InstanceHandle], prefills: 
 
 
 def prefix_aware(sequence: Sequence, instances: List[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
-    """Where the most of the prompt is in the prefix cache, unless too much else waits there.
+    """Prefer instances that have the prompt in their prefix cache, unless too much else waits there.
 
-    Prefill: where the fewest tokens are to be computed until the prompt is done, those of requests
-    before it and its own that are not cached. Decode: where the most blocks are, among the instances
-    that have at most a quarter more sequences than the least loaded one.
+    Prefill: where the fewest tokens are to be computed until the prompt is done, counting requests before it and its
+    own uncached tokens. Decode: where most of its blocks are, among the instances that have at most a quarter more
+    sequences than the least loaded one.
     """
     if prefills:
         return sorted(instances, key=lambda instance: _load(instance, True) - _cached_tokens(sequence, instance))
@@ -50,7 +47,7 @@ def prefix_aware(sequence: Sequence, instances: List[InstanceHandle], prefills: 
 
 
 PLACEMENTS: dict[str, Placement] = {"fcfs": fcfs, "least_loaded": least_loaded, "prefix_aware": prefix_aware}
-"""By their name in the configuration."""
+"""Placements by their name in the configuration."""
 
 
 def _load(instance: InstanceHandle, prefills: bool) -> int:
@@ -63,15 +60,10 @@ def _cached_tokens(sequence: Sequence, instance: InstanceHandle) -> int:
 
 
 class Admission:
-    """Gives requests their allocations.
-
-    The decode side is reserved together with the prefill side: a prompt that has been computed
-    always has somewhere to go.
+    """Gives requests their allocations, for prefill and decode together: a computed prompt always has a place to go to.
 
     Args:
-        instances: all there are, by id.
-        config: for the budgets of steps, and in which order instances are tried.
-        policy: whose prompt goes first.
+        policy: says whose prompt goes first.
         can_send: whether KV can go from one instance to another, by their ids.
 
     Attributes:
@@ -90,7 +82,7 @@ class Admission:
         self._can_send = can_send
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
-        # What the next step can take of all prompts, and of one.
+        # Prompt tokens in the next step: of all prompts, and of one.
         self._enough_tokens = self._max_tokens_of_one = prefill_budget(config)
         if config.chunked_prefill.enabled:
             self._max_tokens_of_one = config.chunked_prefill.chunk_size
@@ -137,7 +129,7 @@ class Admission:
         return False
 
     def _allocate_where_it_decodes(self, sequence: Sequence, decode_instances: list[InstanceHandle]) -> bool:
-        """Spare a request the transfer if so little of its prompt is to be computed that it disturbs nobody."""
+        """Prefill on the decode instance if only a few prompt tokens are uncached; this avoids the KV transfer."""
         num_tokens = len(sequence.tokens)
         for instance in decode_instances if self._local_prefill_tokens else ():
             block_size = instance.pool.block_size

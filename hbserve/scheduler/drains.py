@@ -1,4 +1,4 @@
-"""Instances that are emptied while the system serves, to change from prefill to decode or back, or to leave."""
+"""Draining of instances while the system serves: to change from prefill to decode or back, or to leave."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Drain:
-    """One that has been asked for: its instance gets nothing new until it has nothing left.
+    """One drain: its instance gets no new request until it has nothing left.
 
     Attributes:
-        asked_by: client and query to answer; None: the instance itself asks.
-        role: what it does afterwards; None: it leaves.
-        deadline: then it goes on as it was; None: the instance itself sees to that.
-        is_prepared: it has been told what comes then.
+        asked_by: client and query to answer; None: the instance itself asked.
+        role: the role afterwards; None: the instance leaves.
+        deadline: when the drain is given up; None: the instance itself ends it.
+        is_prepared: the instance has been told to prepare for the role, or to end.
     """
 
     asked_by: tuple[bytes, int] | None
@@ -36,14 +36,12 @@ class _Drain:
 
 
 class Drains:
-    """Empties instances, and gives them their new roles or lets them go. Nothing is restarted, loaded or forgotten.
+    """Drains instances, then gives them their new role or lets them leave; nothing is restarted or loaded.
 
     Args:
-        instances: all there are, by id.
-        transfers: whose links follow the roles.
+        transfers: opens and closes the links that the roles need.
         planner: tells workers of their new roles.
-        events: where changes of roles are noted.
-        reply: to a client.
+        reply: sends to a client.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class Drains:
         self._drains: dict[str, _Drain] = {}
 
     def set_role(self, client: bytes, message: SetRole) -> None:
-        """Begin a change of role, or say why not."""
+        """Begin a change of role, or tell the client why not."""
         instance = self._known(client, message)
         if instance is None:
             return
@@ -76,7 +74,7 @@ class Drains:
         self._begin(instance, problem, _Drain((client, message.query_id), message.role, _after(message.deadline_s)))
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
-        """Begin a departure, or say why not."""
+        """Begin to remove an instance, or tell the client why not."""
         instance = self._known(client, message)
         if instance is None:
             return
@@ -86,7 +84,7 @@ class Drains:
         self._begin(instance, problem, _Drain((client, message.query_id), None, _after(message.deadline_s)))
 
     def on_wants_to_leave(self, instance: InstanceHandle) -> None:
-        """An instance has been told to end, and does when it has nothing left. It may ask again."""
+        """An instance was told to end and waits until it has nothing left. It may ask again."""
         drain = self._drains.get(instance.id)
         if drain is None or drain.role is not None:
             if drain is not None:
@@ -94,7 +92,7 @@ class Drains:
             self._begin(instance, None, _Drain(None, None, None))
 
     def on_gone(self, instance: InstanceHandle) -> bool:
-        """An instance has left, or was lost; returns whether an operator wants it to stay away."""
+        """An instance has left, or was lost; returns whether an operator wants it not to come back."""
         drain = self._drains.get(instance.id)
         if drain is None or drain.role is not None:
             return False
@@ -107,7 +105,7 @@ class Drains:
         return drain is not None and drain.role is None and drain.is_prepared
 
     def _known(self, client: bytes, message: SetRole | RemoveInstance) -> InstanceHandle | None:
-        """The instance that is meant; None: there is none, and the client has been told."""
+        """Return the named instance; None: there is none, and the client has been told."""
         instance = self._instances.get(message.instance_id)
         if instance is None:
             error = f"there is no instance {message.instance_id!r}; there are {', '.join(self._instances)}"
@@ -133,7 +131,7 @@ class Drains:
         self._drains[instance.id] = drain
 
     def proceed(self) -> None:
-        """Take instances that have nothing left a step further, and give up on those that take too long."""
+        """Continue the drains of instances that have nothing left, and give up those that are late."""
         for name, drain in list(self._drains.items()):
             instance = self._instances.get(name)
             if instance is None:
@@ -152,11 +150,11 @@ class Drains:
                 drain.is_prepared = True
                 self._transfers.disconnect(instance)
                 instance.send(Shutdown())
-            return  # until it is gone
+            return  # `on_gone` ends the drain
         if not drain.is_prepared and instance.ready:
             drain.is_prepared = True
             self._planner.plan_preparation(instance, drain.role)
-            return  # until that is done
+            return  # the next call finds the preparation done
         self._events.note("role", instance.id, f"{instance.role} to {drain.role}")
         self._transfers.disconnect(instance)
         instance.change_role(drain.role)

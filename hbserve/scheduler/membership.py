@@ -1,7 +1,7 @@
-"""Instances that join a running system though its configuration does not have them, or not their addresses.
+"""Instances that join a running system: those that the configuration lacks, or lists without their addresses.
 
-A name is *joining* from the moment an instance asks for it until it introduces itself, and *joined* until
-it is lost or has left: then nothing is left of it here, and it may join again.
+A name is *joining* from an instance's `Join` to its `Hello`, and *joined* from then until the instance is lost or has
+left. After that it is unknown here and may join again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from hbserve.scheduler.worker import WorkerHandle
 
 
 class InstanceMembership:
-    """Says who may be an instance of the system.
+    """Decides which instances may join; owner of which are joining and which have joined.
 
     Args:
-        config: of the system.
         context: ZeroMQ's, for connections to instances.
-        instances: all that count, by id.
+        instances: of the system, by id; those that have joined are added here.
     """
 
     def __init__(
@@ -43,23 +42,20 @@ class InstanceMembership:
 
     @property
     def joining(self) -> Iterable[InstanceHandle]:
-        """Those that have asked, and are waited for; they get no work, and nobody misses them."""
+        """Instances that asked to join and have not registered; they get no work, and the system needs none."""
         return [instance for instance, _ in self._joining.values()]
 
     def is_member(self, instance: InstanceHandle) -> bool:
-        """Whether it has joined, or is joining."""
+        """Whether an instance has joined, or is joining."""
         return instance.id in self._joined or instance.id in self._joining
 
     def join(self, join: Join) -> tuple[Joined, InstanceHandle | None]:
-        """The answer to an instance that wants to join, and its handle if it is to be waited for.
-
-        One of that name that was waited for before is not any more.
-        """
+        """Return the answer to an instance that wants to join, and its handle if it may."""
         there = self._instances.get(join.instance_id)
         worker = None if there is None else there.workers.get(there.id)
         if there is not None and worker is not None and worker.ready:
             if worker.rpc.address == join.address and there.id in self._joined:
-                return self._answer(there), None  # it has not heard of us for a while, nor missed anything
+                return self._answer(there), None  # it did not hear the scheduler for a while, and has missed nothing
             return _refuse(f"there is {join.instance_id} already, at {worker.rpc.address}", is_taken=True), None
         if worker is not None and join.instance_id not in self._joined:
             return _refuse(f"the configuration has {join.instance_id}, at {worker.rpc.address}"), None
@@ -78,10 +74,10 @@ class InstanceMembership:
         return self._answer(new), new
 
     def _checked(self, join: Join) -> InstanceConfig:
-        """The configuration of an instance that wants to join.
+        """Return the configuration of an instance that wants to join.
 
         Raises:
-            ConfigError: if it cannot be one of the system's.
+            ConfigError: if it cannot be part of the system.
         """
         configured = self._configured.get(join.instance_id)
         if configured is not None:
@@ -119,20 +115,20 @@ class InstanceMembership:
         return Joined(config=msgspec.to_builtins(self._config), kv_rank=instance.config.kv_rank)
 
     def on_arrived(self, instance: InstanceHandle) -> None:
-        """It has introduced itself, and fits."""
+        """An instance has introduced itself, and fits."""
         if self._joining.pop(instance.id, None) is not None:
             self._instances[instance.id] = instance
             self._joined.add(instance.id)
 
     def overdue(self, now: float) -> list[InstanceHandle]:
-        """Those that have been waited for too long."""
+        """Return instances that asked to join and did not come in time."""
         return [instance for instance, deadline in self._joining.values() if now > deadline]
 
     def on_gone(self, instance: InstanceHandle, for_good: bool = False) -> bool:
-        """Forget one that is lost, has left or has not come; whether the system itself is to forget it, too.
+        """An instance was lost, has left or did not come; returns whether it is no part of the system any more.
 
         Args:
-            for_good: that an operator has removed it, so that the configuration's counts no more.
+            for_good: an operator has removed it, so that its entry in the configuration no longer counts.
         """
         self._joining.pop(instance.id, None)
         self._joined.discard(instance.id)

@@ -1,4 +1,4 @@
-"""What the scheduler reports of requests and steps, on its own clock."""
+"""Events of requests and steps, as the scheduler reports them to the metrics and to operators."""
 
 from __future__ import annotations
 
@@ -27,30 +27,28 @@ class EventLog:
         self._numbers = itertools.count(1)
 
     def note(self, kind: str, subject: str, text: str) -> None:
-        """Add one.
+        """Add an event.
 
         Args:
             kind: ``ready``, ``lost``, ``retired``, ``left``, ``role``, ``rotation`` or ``fault``.
-            subject: whom it is about.
+            subject: the instance, worker or link that it is about.
         """
         self._events.append(
             {"number": next(self._numbers), "time": time.time(), "kind": kind, "subject": subject, "text": text}
         )
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Plain data, oldest first; ``time`` in seconds since 1970."""
+        """Return the events as plain data, oldest first; ``time`` in seconds since 1970."""
         return list(self._events)
 
 
 class SchedulerMetrics:
-    """Called at the points of a request's life and after each step.
-
-    What is done per token is a store and a load, in the scheduler; the rest is per step or per request.
+    """Takes the events of a request's life and of each step. The cost is per request and per step, not per token.
 
     Args:
-        collector: of the sliding window; its clock times everything.
-        targets: has those of requests that come without.
-        tracer: gets every request that has ended; it is closed by `close`.
+        collector: keeps the sliding window; its clock times everything.
+        targets: holds the targets of requests that come without.
+        tracer: gets every request that has ended; `close` closes it.
     """
 
     def __init__(
@@ -76,11 +74,11 @@ class SchedulerMetrics:
         )
 
     def on_admitted(self, sequence: Sequence) -> None:
-        """It has its allocations, and may be computed."""
+        """A request has its allocations, and may be computed."""
         self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
 
     def on_first_token(self, sequence: Sequence) -> None:
-        """Its first token is here, and so is its prompt's KV."""
+        """A request's first token is here, and so is its prompt's KV."""
         name, now = _name(sequence), self.collector.clock()
         self.collector.record_first_token(name, now)
         self.collector.record_prefill_end(name, now)
@@ -88,46 +86,40 @@ class SchedulerMetrics:
             self.collector.record_decode_start(name, now)
 
     def on_kv_arrived(self, sequence: Sequence) -> None:
-        """Its KV has arrived where it decodes."""
+        """A request's KV has arrived at the decode instance."""
         self.collector.record_decode_start(_name(sequence))
 
     def on_preempted(self, sequence: Sequence) -> None:
-        """It gives its place to an older one."""
+        """A request was put back to waiting, because an older one needs its blocks."""
         self.collector.record_preemption(_name(sequence))
 
     def on_retried(self, sequence: Sequence) -> None:
-        """An attempt failed, and another begins."""
+        """A request's attempt failed, and another begins."""
         sequence.metrics.num_retries += 1
 
     def on_ended(self, sequence: Sequence, outcome: str) -> None:
-        """It is off the books: ``completed``, ``aborted`` or ``failed``."""
+        """A request has ended: ``completed``, ``aborted`` or ``failed``."""
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
         self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
         if self._tracer is not None:
             self._tracer.record(sequence.id, sequence.metrics, outcome)
 
     def close(self) -> None:
-        """Send what is left to send."""
+        """Send the traces that are left."""
         if self._tracer is not None:
             self._tracer.close()
 
     # --- steps -----------------------------------------------------------------------------------
 
     def on_step_done(
-        self,
-        worker_id: str,
-        step: InflightStep,
-        busy_s: float,
-        now: float,
-        last_token_times: Iterable[float | None],
+        self, worker_id: str, step: InflightStep, busy_s: float, now: float, last_token_times: Iterable[float | None]
     ) -> None:
         """A step has been confirmed.
 
         Args:
-            busy_s: how long the device worked on it.
-            now: when, the time of its tokens.
-            last_token_times: of each sequence that got a token, when it got the one before, None if
-                this is its first.
+            busy_s: time of the device.
+            now: the time of its tokens.
+            last_token_times: for each sequence that got a token, the time of the token before; None: it is the first.
         """
         num_tokens = 0
         for last, count in Counter(last_token_times).items():
@@ -144,11 +136,7 @@ class SchedulerMetrics:
     # --- the whole -------------------------------------------------------------------------------
 
     def observe_system(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], policy: QueuePolicy) -> None:
-        """The state of queues and pools now.
-
-        Args:
-            policy: of the waiting ones' order.
-        """
+        """Record the state of the queue, ordered by ``policy``, and of the pools."""
         now = self.collector.clock()
         phases: Counter[Phase] = Counter()
         kv_usage = 0.0
@@ -175,5 +163,5 @@ class SchedulerMetrics:
 
 
 def _name(sequence: Sequence) -> str:
-    """Unique among all requests of all clients."""
+    """Return a name that is unique among all requests of all clients."""
     return str(sequence.arrival)

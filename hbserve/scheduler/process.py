@@ -1,4 +1,4 @@
-"""The process around the CPU scheduler. Imports neither torch nor transformers: it starts at once."""
+"""The process of the CPU scheduler. It imports neither torch nor transformers, so it starts at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def run_scheduler(config: Config, client_address: str, instance_addresses:
         loop.add_signal_handler(number, stop.set)
     child.watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
     running = asyncio.create_task(serve(config, client_address, instance_addresses, stop))
-    await asyncio.sleep(0)  # lets it bind, or fail, before it is called ready
+    await asyncio.sleep(0)  # it binds, or fails, before it is reported as ready
     if not running.done():
         child.freeze_heap()
         child.report_status({"ready": True})
@@ -35,7 +35,7 @@ async def run_scheduler(config: Config, client_address: str, instance_addresses:
 
 
 def main() -> None:
-    """Entry of the process that a launcher starts."""
+    """Run the process that a launcher starts."""
     orders = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title("hbserve-scheduler")
@@ -49,7 +49,7 @@ def main() -> None:
     except BaseException:
         logger.exception("the scheduler failed")
         os._exit(1)
-    # The launcher does this too; a launcher that was killed cannot.
+    # The launcher removes it too, unless it was killed.
     shutil.rmtree(orders["run_dir"], ignore_errors=True)
     sys.stderr.flush()
     os._exit(0)  # the life line's thread may be blocked in a read

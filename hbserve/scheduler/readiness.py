@@ -1,4 +1,4 @@
-"""Whether the system can serve, and who waits to hear of it."""
+"""Whether the system can serve, and the clients that wait for that."""
 
 from __future__ import annotations
 
@@ -12,16 +12,11 @@ from hbserve.scheduler.transfer_tracker import TransferTracker
 
 
 class Readiness:
-    """Tells clients once, when every instance is there and every KV link is open, or why not in time.
-
-    Args:
-        instances: all there are, by id.
-        transfers: whose links must be open.
-        reply: to a client.
+    """Tells each subscriber once that every instance is ready and every KV link open, or why not in time.
 
     Attributes:
-        max_model_len: most tokens of prompt and output together; None until an instance has been there.
-        vocab_size: of the model, likewise 0.
+        max_model_len: largest number of tokens of prompt and output; None until an instance has registered.
+        vocab_size: of the model; 0 until then.
     """
 
     def __init__(
@@ -38,12 +33,12 @@ class Readiness:
         self._subscribers: dict[bytes, float] = {}
 
     def on_hello(self, hello: Hello) -> None:
-        """An instance has said what its model takes; the least of all counts."""
+        """An instance has registered; the smallest ``max_model_len`` of all counts."""
         self.max_model_len = min(hello.max_model_len, self.max_model_len or hello.max_model_len)
         self.vocab_size = hello.vocab_size
 
     def subscribe(self, client: bytes, deadline_s: float) -> None:
-        """A client wants to know, by then at the latest."""
+        """Add a client; it gets its answer by the deadline."""
         self._subscribers[client] = time.monotonic() + deadline_s
         self.announce()
 
@@ -52,7 +47,7 @@ class Readiness:
         self._subscribers.pop(client, None)
 
     def announce(self) -> None:
-        """Tell all who wait, if it is so."""
+        """If every instance and link is up, send `Ready` to all subscribers."""
         if self.max_model_len is None or self._transfers.connecting:
             return
         if not all(instance.ready for instance in self._instances.values()):
@@ -60,17 +55,17 @@ class Readiness:
         self._tell(list(self._subscribers), Ready(max_model_len=self.max_model_len, vocab_size=self.vocab_size))
 
     def deny(self, reason: str) -> None:
-        """Tell all who wait that it will not be."""
+        """Send `NotReady` to all subscribers."""
         self._tell(list(self._subscribers), NotReady(reason=reason))
 
     def check_deadlines(self, now: float) -> None:
-        """Tell those who have waited long enough."""
+        """Send `NotReady` to subscribers whose deadline has passed."""
         late = [client for client, deadline in self._subscribers.items() if now > deadline]
         if late:
             self._tell(late, NotReady(reason=f"not ready in time: {self.name_missing()}"))
 
     def name_missing(self) -> str:
-        """In words."""
+        """Return the instances and links that are missing, in words."""
         missing = []
         for instance in self._instances.values():
             if not instance.ready:

@@ -1,7 +1,4 @@
-"""The scheduler's books as plain numbers: what ``get_system_stats()`` returns.
-
-What an operator wants to see of the recent past: requests through their phases, and events.
-"""
+"""The scheduler's records as plain numbers: the result of ``get_system_stats()``, and the recent past."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ MAX_REQUESTS = 40
 
 
 def recent_requests(collector: SemiPDMetricsCollector) -> list[dict[str, Any]]:
-    """Open requests and those that ended last, newest first; all times are milliseconds before now."""
+    """Return open requests and those that ended last, newest first; all times are milliseconds before now."""
     now = collector.clock()
     newest_open = islice(reversed(collector.open_requests.values()), MAX_REQUESTS)
     newest_ended = islice(reversed(collector.history), MAX_REQUESTS)
@@ -56,19 +53,12 @@ def _request(request: RequestMetrics, now: float) -> dict[str, Any]:
     }
 
 
-_WINDOW_VALUES = 256  # of each latency, in a window that is sent
+_WINDOW_VALUES = 256
+"""Values of each latency in a window that is sent."""
 
 
 class SystemStats:
-    """Reads the books, and changes nothing there.
-
-    Args:
-        instances: by id.
-        requests: that are open, and counts of those that were.
-        transfers: and their links.
-        metrics: times and rates.
-        events: what has happened to instances.
-    """
+    """Reads the records of the other parts, and changes none of them."""
 
     def __init__(
         self,
@@ -86,14 +76,14 @@ class SystemStats:
         self._start_time = time.monotonic()
 
     def observe(self) -> None:
-        """Have the metrics know the queues and pools as they are now."""
+        """Record the queues and pools as they are now."""
         self._metrics.observe_system(self._requests.waiting, self._instances.values(), self._requests.policy)
 
     def collect(self, recent: bool) -> dict[str, Any]:
-        """Snapshot of everything.
+        """Return a snapshot of everything.
 
         Args:
-            recent: with ``recent``: the last requests and events.
+            recent: add ``recent``: the last requests and events.
 
         Returns:
             ``cpu_scheduler``: request and token counts since the start, and what is open now;
@@ -117,14 +107,14 @@ class SystemStats:
         return stats
 
     def window(self, seconds: float) -> dict[str, Any]:
-        """The last ``seconds``, as an `AggregatedMetrics` in plain data."""
+        """Return the last ``seconds``, as an `AggregatedMetrics` in plain data."""
         self.observe()
         window = self._metrics.collector.get_current_window_metrics(seconds).thinned(_WINDOW_VALUES)
         plain: dict[str, Any] = msgspec.to_builtins(window)
         return plain
 
     def mark_rotation(self, begins: bool) -> None:
-        """What happens from now on, or until now, is left out of windows."""
+        """Leave what happens from now on out of windows; or, if not ``begins``, end that."""
         if begins:
             self._metrics.collector.begin_exclusion()
         else:

@@ -1,4 +1,4 @@
-"""From the scheduler's books to the next plan of a worker."""
+"""Plans: the contents of a worker's next step, from the scheduler's records."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from hbserve.scheduler.worker import WorkerHandle
 logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
-"""Of all last chunks of a step."""
+"""Layer groups of all last chunks in a step."""
 
 
 class StepPlanner:
-    """Fills a worker's pipeline: decodes first, then prompt chunks up to the budgets.
+    """Plans a worker's steps: decode rows first, then prompt chunks up to the budgets.
 
     Args:
-        config: for chunk sizes and budgets.
-        transfers: where the transfers of finished chunks are opened.
-        preempt: called with a sequence whose blocks are needed; it goes back to waiting.
-        policy: whose prompt goes first.
+        transfers: opens the transfers of computed chunks.
+        preempt: puts a sequence back to waiting, because an older one needs its blocks.
+        policy: says whose prompt goes first.
     """
 
     def __init__(
@@ -47,13 +46,13 @@ class StepPlanner:
         self._preempt = preempt
         self._logs_plans = logger.isEnabledFor(logging.DEBUG)
         self._layer_group_bytes = config.kv_transfer.layer_group_bytes
-        # Greater than any of a scheduler before this one: workers compare ids, and may outlive their scheduler.
+        # Larger than any id of an earlier scheduler: workers compare ids, and may outlive their scheduler.
         self._last_step_id = time.time_ns()
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
         step, can_take = _StepBuilder(worker), instance.choice.can_take
-        # Oldest first: a block shortage puts back the youngest, which then is not yet in the plan.
+        # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
         allocations = sorted(instance.allocations.items(), key=lambda item: item[0].arrival)
         limit_s = instance.choice.mixed_limit_s(worker, phases, self._prompt_budget)
         for sequence, allocation in allocations if InstanceRole.DECODE in phases and limit_s != math.inf else ():
@@ -77,7 +76,7 @@ class StepPlanner:
                 continue
             if self._chunked.enabled:
                 chunk = min(remaining, self._chunked.chunk_size, budget)
-            else:  # whole prompts: the first goes even where it is longer than the budget
+            else:  # whole prompts: the first goes even if it is longer than the budget
                 chunk = remaining if remaining <= budget or not step.rows else 0
             if room is not None and self._chunked.enabled and chunk > 0:
                 chunk = 0 if room.is_full else room.take(chunk, allocation.num_planned)
@@ -94,10 +93,10 @@ class StepPlanner:
         return True
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
-        """Tell a worker that has come to running sequences of them: a step without rows.
+        """Tell a new worker of the running sequences, by a step without rows.
 
-        Its first step, which all of them wait for, is then as small as any other. What it is told may be out of
-        date by then; the rows tell the rest, as they do to a worker that was away for a while.
+        Its first step with rows, which all of them wait for, is then as small as any other. What changes until then is
+        in the rows of that step, as for a worker that got no plan for a while.
         """
         step = _StepBuilder(worker)
         for sequence, allocation in instance.allocations.items() if worker.role.decodes else ():
@@ -107,7 +106,7 @@ class StepPlanner:
             self._send(instance, worker, step, worker.role)
 
     def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
-        """Have an instance's one worker get ready for another role: a step without rows."""
+        """Have an instance's one worker prepare for another role, by a step without rows."""
         for worker in instance.workers.values():
             self._send(instance, worker, _StepBuilder(worker), role)
 
@@ -118,7 +117,7 @@ class StepPlanner:
         ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
         last = max(ahead, key=lambda item: item[1].step_id, default=None)
         if last is not None and last[1].step_id > worker.has_waited_for:
-            assert last[0].cell is not None, "who is on no board cannot be followed"
+            assert last[0].cell is not None, "a worker without a cell cannot be followed"
             after = StepRef(cell=last[0].cell, step_id=last[1].step_id)
             worker.has_waited_for = after.step_id
         inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
@@ -145,7 +144,7 @@ class StepPlanner:
             )
 
     def _prefills(self, allocations: list[tuple[Sequence, KVAllocation]]) -> Iterable[tuple[Sequence, KVAllocation]]:
-        """Those with prompt left to compute, in the policy's order."""
+        """Return the sequences with prompt left to compute, in the policy's order."""
         prefills = [item for item in allocations if item[1].num_planned < item[1].num_tokens_at_entry]
         if len(prefills) < 2:
             return prefills
@@ -160,7 +159,7 @@ class StepPlanner:
             return
         known = position < len(sequence.tokens)
         if sequence.has_grammar and not known:
-            return  # which tokens may come depends on it
+            return  # the unknown token decides which tokens may come next
         if position // allocation.pool.block_size >= len(allocation.block_ids) and not self._grow(
             instance, sequence, allocation
         ):
@@ -169,7 +168,7 @@ class StepPlanner:
         step.decode_keys += position
 
     def _can_leave(self, sequence: Sequence, allocation: KVAllocation) -> bool:
-        """Whether there is a way for a prompt's blocks; a link that another's failure has broken opens anew first."""
+        """Whether the link for a prompt's blocks is open; after the failure of a transfer it opens anew first."""
         target = sequence.decode_allocation
         return (
             target is None
@@ -197,7 +196,7 @@ class StepPlanner:
     def _open_transfers(self, instance: InstanceHandle, step: _StepBuilder) -> None:
         num_last = sum(each.is_last for each in step.leaving)
         for each in step.leaving:
-            # Of one prompt's last chunk somebody waits for every millisecond; of many at once, for all of them.
+            # The client of one last chunk waits for every millisecond; the clients of many wait for all chunks.
             groups = self._layer_groups(instance, each, _MAX_LAYER_GROUPS // num_last) if each.is_last else 1
             for index in range(groups):
                 layers = LayerGroup(index=index, count=groups)
@@ -205,7 +204,7 @@ class StepPlanner:
                 step.sends.append(self._transfers.open(each.sequence, each.allocation, each.target, *blocks, layers))
 
     def _layer_groups(self, instance: InstanceHandle, leaving: _Leaving, most: int) -> int:
-        """In how many equal ones blocks leave: each is a transfer, which has its price."""
+        """Return in how many equal groups of layers blocks leave; each is a transfer with a cost of its own."""
         hello = instance.hello
         assert hello is not None
         if not self._layer_group_bytes:
@@ -215,13 +214,13 @@ class StepPlanner:
         return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
-        """One more block for a decode; puts back younger sequences where the pool has none."""
+        """Allocate one more block for a decode; preempts younger sequences if the pool has none."""
         while allocation.pool.allocate_blocks(allocation.owner, 1) is None:
             if allocation.pool.num_pending_blocks:
-                return False  # blocks are on their way back: sit this step out
+                return False  # blocks will be freed when their pins are dropped: sit this step out
             victim = max(instance.allocations, key=lambda admitted: admitted.arrival)
             if victim is sequence and instance.reserved:
-                return False  # the blocks are with sequences about to arrive here; they can be put back then
+                return False  # sequences that are about to arrive here hold the blocks; they can be preempted then
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -230,11 +229,7 @@ class StepPlanner:
 
 @dataclass(frozen=True, slots=True)
 class _Leaving:
-    """Blocks of a prompt that are final after a step, and where they go.
-
-    Attributes:
-        is_last: the prompt is done then.
-    """
+    """Blocks of a prompt that are final after a step, and their target; ``is_last``: the prompt is then computed."""
 
     sequence: Sequence
     allocation: KVAllocation
@@ -245,7 +240,7 @@ class _Leaving:
 
 
 class _StepBuilder:
-    """A step in the making: what is sent, and what is remembered until it is confirmed."""
+    """A step that is being planned: what is sent, and what is kept until it is confirmed."""
 
     def __init__(self, worker: WorkerHandle) -> None:
         self._worker = worker
@@ -262,7 +257,7 @@ class _StepBuilder:
 
     @property
     def work(self) -> StepWork | None:
-        """None without rows: getting ready for a role takes as long as it takes."""
+        """The work of its rows; None without rows: how long a worker prepares for a role is unknown."""
         if not self.rows:
             return None
         decode_rows = len(self.rows) - self.prefill_rows
@@ -270,7 +265,7 @@ class _StepBuilder:
 
     @property
     def decode_work(self) -> StepWork:
-        """That of its decode rows, before there are others."""
+        """The work of its decode rows, before prompts are added."""
         return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
 
     def add(
@@ -298,7 +293,7 @@ class _StepBuilder:
         )
 
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
-        """The worker gets to know all that it must of a sequence; the blocks that its row is to say."""
+        """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""
         block_ids = allocation.block_ids
         num_sent = allocation.blocks_sent.get(self._worker.id)
         allocation.blocks_sent[self._worker.id] = len(block_ids)

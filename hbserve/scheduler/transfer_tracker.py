@@ -1,4 +1,4 @@
-"""The scheduler's books of the KV transfers in flight, and of the links they go over."""
+"""KV transfers in flight, and the links that they go over, as the scheduler knows them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """The way from one instance to another, from its opening to its end. It fails as a whole and is never mended.
+    """The link from one instance to another, from its opening to its end. It fails as a whole and is never repaired.
 
     Attributes:
-        epoch: tells it from those before and after it between the same two.
+        epoch: tells it from earlier and later links between the same two instances.
         addressed: the target's ranks, as they name the link while they open it.
-        targets: the same, and where they receive; empty until it is open.
-        transfers: of these at least one side has not confirmed.
-        broken: nothing new goes over it. Its target's blocks stay pinned until the target says that
-            nothing of it is written any more.
-        sender_lost: some sender never confirmed.
+        targets: the same with their endpoints; empty until the link is open.
+        transfers: transfers that at least one side has not confirmed.
+        broken: no transfer starts over it. The target's blocks stay pinned until the target confirms that nothing is
+            written to them any more.
+        sender_lost: a sender was lost and never confirmed.
     """
 
     source: InstanceHandle
@@ -59,9 +59,9 @@ class Link:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Blocks of one chunk on their way, with all their layers or a group of them.
+    """The transfer of one chunk's blocks, with all their layers or a group of them.
 
-    Each side's blocks stay pinned until that side can touch them no more.
+    Each side's blocks stay pinned until that side can no longer touch them.
     """
 
     transfer_id: str
@@ -81,13 +81,13 @@ class Transfer:
 
 @dataclass(slots=True)
 class LinkStats:
-    """What has gone from one instance to another.
+    """Totals of the transfers from one instance to another.
 
     Attributes:
-        seconds: spent moving bytes; waiting for the prefill or for other transfers is not in it.
-        queued_s: spent waiting for other transfers.
-        exposed_s: from a prompt's first token to the arrival of its last block: what was not hidden.
-        failures: of the link, by kind, see `TransferResult.error_kind`; ``lost`` where an instance was.
+        seconds: time spent moving bytes, without the wait for the prefill or for other transfers.
+        queued_s: time spent waiting for other transfers.
+        exposed_s: from a prompt's first token to the arrival of its last block: the part that nothing hid.
+        failures: of the link, by `TransferResult.error_kind`; ``lost``: an instance was lost.
     """
 
     num_transfers: int = 0
@@ -100,24 +100,24 @@ class LinkStats:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a result has decided: a transfer whose blocks are all there, or all that its link took with it."""
+    """The effect of a result: a transfer that has arrived, or all transfers that failed with their link."""
 
     arrived: Transfer | None = None
     failed: list[Transfer] = field(default_factory=list)
 
 
 class TransferTracker:
-    """Opens links and transfers, matches both sides' results, and keeps what may still be touched pinned.
+    """Opens links and transfers and matches both sides' results; owner of both, and of their pins on allocations.
 
     Args:
-        verify: have checksums compared before a transfer counts as arrived.
+        verify: compare checksums before a transfer counts as arrived.
     """
 
     def __init__(self, verify: bool = False) -> None:
         self._verify = verify
         self._open: dict[str, Transfer] = {}
         self._links: dict[tuple[str, str], Link] = {}  # those that are not broken
-        self._ending: list[Link] = []  # those that are, until their last transfer is off the books
+        self._ending: list[Link] = []  # broken ones, until their last transfer has ended
         self._num_links = 0
         self._count = 0
         self.links: dict[tuple[str, str], LinkStats] = defaultdict(LinkStats)
@@ -127,7 +127,7 @@ class TransferTracker:
         return len(self._open)
 
     def num_open(self, source_id: str, target_id: str) -> int:
-        """Transfers between two instances that have not ended."""
+        """Return how many transfers between two instances have not ended."""
         return sum(
             len(link.transfers)
             for link in (*self._links.values(), *self._ending)
@@ -137,7 +137,7 @@ class TransferTracker:
     # --- links -----------------------------------------------------------------------------------
 
     def connect(self, instances: Iterable[InstanceHandle]) -> None:
-        """Open every link that the instances' roles call for and that is not there."""
+        """Open the links that the instances' roles need and that are missing."""
         ready = [instance for instance in instances if instance.ready]
         for source in ready:
             for target in ready:
@@ -146,14 +146,14 @@ class TransferTracker:
                     self._open_link(source, target)
 
     def disconnect(self, instance: InstanceHandle) -> None:
-        """Close an instance's links, over which nothing is under way."""
+        """Close an instance's links, which must have no transfers."""
         for link in list(self._links.values()):
             if instance in (link.source, link.target):
                 assert not link.transfers, f"transfers from {link.source.id} to {link.target.id} are under way"
                 self._break(link)
 
     def forget(self, instance: InstanceHandle) -> None:
-        """An instance that is lost will not come back: let go of its links, and of what is known of them."""
+        """Forget a lost instance that will not come back: its links and their totals."""
         self.on_instance_lost(instance)
         for key in [key for key in self.links if instance.id in key]:
             del self.links[key]
@@ -183,18 +183,18 @@ class TransferTracker:
 
     @property
     def connecting(self) -> list[tuple[str, str]]:
-        """Links that have been asked for and are not open yet, by source and target."""
+        """Links that are not open yet, by source and target."""
         return [key for key, link in self._links.items() if not link.targets]
 
     def on_link_opened(self, target: InstanceHandle, opened: LinkOpened) -> None:
-        """The receiving side is ready."""
+        """The receiver is ready: have the sender connect."""
         link = self._links.get((opened.source_id, target.id))
         if link is not None and link.epoch == opened.link_epoch:
             link.targets = opened.peers
             link.source.send(ConnectLink(targets=link.targets))
 
     def on_link_closed(self, target: InstanceHandle, closed: LinkClosed) -> None:
-        """Nothing of a broken link is written any more: its blocks return."""
+        """The receiver confirms that nothing is written over a broken link any more: unpin its blocks."""
         for link in list(self._ending):
             if (link.source.id, link.target, link.epoch) == (closed.source_id, target, closed.link_epoch):
                 self._close_all_receivers(link)
@@ -210,9 +210,9 @@ class TransferTracker:
         end_block: int,
         layers: LayerGroup = ALL_LAYERS,
     ) -> SendBlocks:
-        """Plan the transfer of these layers of the blocks at ``first_block .. end_block - 1`` of both tables.
+        """Start the transfer of these layers of the blocks at ``first_block .. end_block - 1`` of both tables.
 
-        A receiver that takes part is told at once; the returned command belongs into the sender's plan.
+        A receiver that takes part is told at once. The returned command belongs into the sender's plan.
         """
         self._count += 1
         transfer_id = f"{sequence.id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
@@ -283,7 +283,7 @@ class TransferTracker:
         return Outcome()
 
     def on_instance_lost(self, instance: InstanceHandle) -> list[Transfer]:
-        """An instance is gone, and with it its links: the transfers that have not arrived."""
+        """An instance is lost, and its links with it; returns the transfers that have failed."""
         failed: list[Transfer] = []
         for link in (*self._links.values(), *self._ending):
             if instance not in (link.source, link.target):
@@ -291,7 +291,7 @@ class TransferTracker:
             if link.transfers and not link.broken:
                 self._stats(link).failures["lost"] += 1
             if instance is link.target:
-                link.close_sent = True  # nobody is left to be told
+                link.close_sent = True  # there is no receiver to tell
                 failed += self._break(link)
                 self._close_all_receivers(link)
             else:
@@ -304,7 +304,7 @@ class TransferTracker:
         return failed
 
     def _break(self, link: Link) -> list[Transfer]:
-        """Nothing more goes over a link; what has not arrived has failed."""
+        """Mark a link as broken; returns its transfers that have not arrived, which have failed."""
         if link.broken:
             return []
         link.broken = True
@@ -319,16 +319,13 @@ class TransferTracker:
         return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
 
     def _end_if_senders_are_done(self, link: Link) -> None:
-        """When no sender is at it any more, have the target see to it that nothing comes later."""
+        """Once no sender is active any more, have the target make sure that nothing comes later."""
         if link.close_sent or any(transfer.sender_open for transfer in link.transfers.values()):
             return
         link.close_sent = True
         link.target.send(
             CloseLink(
-                source_id=link.source.id,
-                link_epoch=link.epoch,
-                sources=link.sources,
-                senders_done=not link.sender_lost,
+                source_id=link.source.id, link_epoch=link.epoch, sources=link.sources, senders_done=not link.sender_lost
             )
         )
 
@@ -385,7 +382,7 @@ class TransferTracker:
         stats.queued_s += result.queued_s
 
     def count_exposed(self, transfer: Transfer, seconds: float) -> None:
-        """A prompt was done, and waited so long for its last blocks to arrive."""
+        """Count the time that a computed prompt waited for its last blocks to arrive."""
         self._stats(transfer.link).exposed_s += seconds
 
 
@@ -395,5 +392,5 @@ def _is_one_sided(link: Link) -> bool:
 
 
 def _needs_merging(link: Link) -> bool:
-    """Whether the heads of several senders have been written into a block one after the other."""
+    """Whether several senders write their heads into the same blocks."""
     return _is_one_sided(link) and len(link.sources) > len(link.targets)

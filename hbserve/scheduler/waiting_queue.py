@@ -1,4 +1,4 @@
-"""The order of the waiting requests, and how long a new one would wait."""
+"""The order of the waiting requests, and the predicted wait of a new one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ _NUM_ENDS = 64
 
 
 class WaitingQueue:
-    """What `scheduler.policy` means for a list of waiting sequences, which its owner keeps.
-
-    Args:
-        config: for the policy and the steps' budgets.
-    """
+    """Applies ``scheduler.policy`` to the list of waiting sequences, which `RequestLifecycle` holds."""
 
     def __init__(self, config: Config) -> None:
         self._tokens_per_step = prefill_budget(config)
         self._pace = PrefillRate()
-        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # of requests, and before them the queue's beginning
+        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # when the queue began, then when requests ended
         self.policy = make_policy(config.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
 
     def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
-        """Put a sequence that begins to wait where it belongs."""
+        """Insert a sequence that begins to wait."""
         sequence.rank = self.policy.rank(sequence)
         if waiting and sequence.rank < waiting[-1].rank:
             bisect.insort(waiting, sequence, key=lambda other: other.rank)
@@ -38,7 +34,7 @@ class WaitingQueue:
             waiting.append(sequence)
 
     def in_order(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
-        """Who is to be admitted first."""
+        """Return the waiting sequences in the order of admission."""
 
         def admitted() -> tuple[list[tuple[Sequence, int]], int]:
             workers = [instance for instance in instances if instance.ready and instance.role.prefills]
@@ -55,16 +51,16 @@ class WaitingQueue:
     # --- predictions -----------------------------------------------------------------------------
 
     def on_step_done(self, step: InflightStep, busy_s: float) -> None:
-        """Learn from a step."""
+        """Learn the rate of prefill from a step."""
         if step.prefill_rows:
             self._pace.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
 
     def on_request_ended(self, now: float) -> None:
-        """A request has ended, and left its allocations."""
+        """A request has ended and freed its allocations."""
         self._ends.append(now)
 
     def on_first_waiting(self, now: float) -> None:
-        """Somebody comes to wait where nobody was: how fast allocations came free counts from here on."""
+        """The queue is no longer empty: start to measure how fast allocations become free."""
         self._ends.clear()
         self._ends.append(now)
 
@@ -76,12 +72,13 @@ class WaitingQueue:
         slots_are_full: bool,
         now: float,
     ) -> float:
-        """How long a new request would wait for its first token; 0 while nothing is known, or nobody is before it.
+        """Predict how long a new request would wait for its first token.
 
-        (Its own prompt alone is nobody's overload, and what computing it takes may be known from other sizes only.)
+        The longer of two waits: the time to compute the prompts before it and its own, at the learnt rate; and, where
+        requests wait for allocations, the time until as many requests have ended as are before it.
 
-        The longer of two waits: until the prompts before it and its own are computed, at the pace of
-        late; and, where requests wait for allocations, until as many have left as would be before it.
+        Returns 0 without data or for an empty queue: a single request is never overload, and the rate may be known
+        for other lengths only.
         """
         rank = self.policy.rank(sequence)
         before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
@@ -89,7 +86,7 @@ class WaitingQueue:
         num_tokens = sum(len(other.tokens) for other in before) + sum(w.num_tokens_to_prefill for w in workers)
         if not workers or not num_tokens:
             return 0.0
-        # shared by the workers, but for its own prompt
+        # The instances share the prompts before it; its own is computed by one.
         prefill_s = self._pace.seconds(num_tokens // len(workers) + len(sequence.tokens), self._tokens_per_step)
         if not slots_are_full or not before or len(self._ends) < 2:
             return prefill_s
@@ -97,7 +94,7 @@ class WaitingQueue:
 
 
 def prefill_budget(config: Config) -> int:
-    """Most prompt tokens in a step."""
+    """Return the largest number of prompt tokens in a step."""
     budget = config.performance.max_num_batched_tokens
     if config.chunked_prefill.enabled:
         budget = min(budget, config.chunked_prefill.max_chunk_prefill_tokens)
