@@ -13,25 +13,26 @@ import msgspec
 
 from hbserve.config import Config
 from hbserve.errors import HBServeError
+from hbserve.import_path import load_class
 from hbserve.process import child
-from hbserve.scheduler.scheduler import serve
+from hbserve.scheduler.scheduler import CpuScheduler
 
 logger = logging.getLogger(__name__)
 
 
 async def run_scheduler(config: Config, client_address: str, instance_addresses: dict[str, str]) -> None:
-    """Serve until SIGTERM, SIGINT or the launcher's end."""
-    stop = asyncio.Event()
+    """Run the configured scheduler until SIGTERM, SIGINT or the launcher's end."""
+    scheduler_class: type[CpuScheduler] = CpuScheduler
+    if config.performance.scheduler is not None:
+        scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
+    scheduler = scheduler_class(config, client_address, instance_addresses)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    child.watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
-    running = asyncio.create_task(serve(config, client_address, instance_addresses, stop))
-    await asyncio.sleep(0)  # it binds, or fails, before it is reported as ready
-    if not running.done():
-        child.freeze_heap()
-        child.report_status({"ready": True})
-    await running
+        loop.add_signal_handler(number, scheduler.stop)
+    child.watch_parent(lambda: loop.call_soon_threadsafe(scheduler.stop))
+    child.freeze_heap()
+    child.report_status({"ready": True})
+    await scheduler.run()
 
 
 def main() -> None:

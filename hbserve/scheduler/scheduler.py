@@ -28,7 +28,6 @@ allocation?", never "which mode is this?".
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import defaultdict
@@ -37,7 +36,6 @@ from typing import Any
 import zmq
 
 from hbserve.config import Config
-from hbserve.import_path import load_class
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.rpc.cluster_key import ClusterKey
@@ -214,25 +212,9 @@ class CpuScheduler:
             last = now
             self._workers.check_heartbeats(now, was_asleep)
             self._readiness.check_deadlines(now)
-            if (why := self._workers.missing_phase(now)) is not None:
+            if (reason := self._workers.missing_phase(now)) is not None:
                 for sequence in list(self.waiting):
-                    self._requests.fail(sequence, why)
+                    self._requests.fail(sequence, reason)
             self._stats.observe()
             self._wake.set()  # plan again what was lost, and send what was given up
             await asyncio.sleep(interval_s)
-
-
-async def serve(config: Config, client_address: str, instance_addresses: dict[str, str], stop: asyncio.Event) -> None:
-    """Run the configured scheduler until ``stop`` is set."""
-    scheduler_class: type[CpuScheduler] = CpuScheduler
-    if config.performance.scheduler is not None:
-        scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
-    scheduler = scheduler_class(config, client_address, instance_addresses)
-    running = asyncio.create_task(scheduler.run())
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
-    scheduler.stop()
-    stopped.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await stopped
-    await running
