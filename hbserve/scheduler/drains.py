@@ -116,8 +116,8 @@ class Drains:
         if instance.id in self._drains:
             leaves = self._drains[instance.id].role is None
             return f"{instance.id} is {'leaving' if leaves else 'changing its role'} already"
-        others = [each for each in self._instances.values() if each is not instance and each.ready]
-        if instance.ready and not any(each.role is instance.role and not each.is_draining for each in others):
+        others = [other for other in self._instances.values() if other is not instance and other.ready]
+        if instance.ready and not any(other.role is instance.role and not other.is_draining for other in others):
             return f"{instance.id} is the only {instance.role} instance that is ready"
         return None
 

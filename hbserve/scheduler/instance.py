@@ -132,9 +132,9 @@ class InstanceHandle:
         taken = {other.cell for other in self.workers.values() if other is not worker}
         return next((cell for cell in range(NUM_BOARD_CELLS) if cell not in taken), None)
 
-    def note_lost(self, why: str) -> None:
+    def note_lost(self, reason: str) -> None:
         """Remember why a worker was lost and, if a phase now has no worker, since when."""
-        self.why_lost = why
+        self.why_lost = reason
         if self.lost_since is None and not self.ready:
             self.lost_since = time.monotonic()
 

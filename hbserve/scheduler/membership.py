@@ -86,12 +86,13 @@ class InstanceMembership:
             return configured
         if join.role is InstanceRole.SEMI_PD:
             raise ConfigError("a semi_pd instance is started with its scheduler")
-        others = [each.config for each in (*self._instances.values(), *self.joining) if each.id != join.instance_id]
+        known = (*self._instances.values(), *self.joining)
+        others = [instance.config for instance in known if instance.id != join.instance_id]
         config = msgspec.structs.replace(self._config, gpu_instances=tuple(others))
         host, _, port = join.address.removeprefix("tcp://").rpartition(":")
         if not join.address.startswith("tcp://") or not port.isdecimal():
             raise ConfigError(f"{join.address} is no TCP address")
-        taken = {each.kv_rank for each in (*self._configured.values(), *others)}
+        taken = {other.kv_rank for other in (*self._configured.values(), *others)}
         if join.kv_rank is not None and join.kv_rank in taken:
             raise ConfigError(f"KV rank {join.kv_rank} is taken meanwhile; start the instance again")
         kv_rank = join.kv_rank

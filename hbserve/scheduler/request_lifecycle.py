@@ -219,7 +219,7 @@ class RequestLifecycle:
         self._push(
             sequence.client,
             RequestOutput(
-                request_id=sequence.id,
+                request_id=sequence.request.request_id,
                 token_ids=[token],
                 logprobs=None if logprobs is None else [logprobs],
                 finish_reason=finish_reason,
@@ -306,19 +306,19 @@ class RequestLifecycle:
 
     # --- back to waiting -------------------------------------------------------------------------
 
-    def on_memory_lost(self, instance: InstanceHandle, why: str) -> None:
+    def on_memory_lost(self, instance: InstanceHandle, reason: str) -> None:
         """An instance's KV is gone: requests that were admitted there are computed again from their tokens."""
         allocations = instance.allocations | instance.reserved
         failed = self._transfers.on_instance_lost(instance)
         instance.reset()
-        instance.note_lost(why)
+        instance.note_lost(reason)
         for sequence, allocation in allocations.items():
             if allocation.num_inflight:  # one of these may have caused the loss; the others are innocent
-                self._retry(sequence, why)
+                self._retry(sequence, reason)
             else:
                 self._put_back(sequence)
-                self._count_retry(sequence, why)
-        self._retry_all(failed, why)
+                self._count_retry(sequence, reason)
+        self._retry_all(failed, reason)
 
     def preempt(self, sequence: Sequence) -> None:
         """Put a request back to waiting, because an older one needs its blocks."""
@@ -327,27 +327,27 @@ class RequestLifecycle:
         self._metrics.on_preempted(sequence)
         self._put_back(sequence)
 
-    def _retry_all(self, failed: list[Transfer], why: str) -> None:
+    def _retry_all(self, failed: list[Transfer], reason: str) -> None:
         for transfer in failed:
             if transfer.attempt == transfer.sequence.attempt and transfer.sequence.phase is not Phase.FINISHED:
-                self._retry(transfer.sequence, why)
+                self._retry(transfer.sequence, reason)
 
-    def _retry(self, sequence: Sequence, why: str) -> None:
+    def _retry(self, sequence: Sequence, reason: str) -> None:
         """Compute again after an attempt that failed through no fault of the request, but not for ever."""
         sequence.num_failures += 1
         sequence.num_tokens_at_failure = len(sequence.tokens)
         if sequence.num_failures >= self._max_attempts:
-            self.fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {why}")
+            self.fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {reason}")
             return
         self._put_back(sequence)
-        self._count_retry(sequence, why)
+        self._count_retry(sequence, reason)
         # Not at once: what made it fail may take a moment to be noticed.
         delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _MAX_RETRY_DELAY_S)
         sequence.retry_at = time.monotonic() + delay_s
         asyncio.get_running_loop().call_later(delay_s, self._wake)
 
-    def _count_retry(self, sequence: Sequence, why: str) -> None:
-        logger.debug("request %s: retried, attempt %d: %s", sequence.id, sequence.attempt + 1, why)
+    def _count_retry(self, sequence: Sequence, reason: str) -> None:
+        logger.debug("request %s: retried, attempt %d: %s", sequence.id, sequence.attempt + 1, reason)
         self.counts["retries"] += 1
         self._metrics.on_retried(sequence)
 
@@ -384,7 +384,7 @@ class RequestLifecycle:
         for sequence in [s for s in self._sequences.values() if s.client == client]:
             self._close(sequence, "aborted", "its client has gone")
 
-    def _close(self, sequence: Sequence, outcome: str, why: str) -> None:
+    def _close(self, sequence: Sequence, outcome: str, cause: str) -> None:
         """End a request.
 
         Args:
@@ -398,4 +398,4 @@ class RequestLifecycle:
         self._queue.on_request_ended(time.monotonic())
         self._metrics.on_ended(sequence, outcome)
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
-        logger.debug("request %s: finished, %s (%s), %d tokens", sequence.id, outcome, why, num_tokens)
+        logger.debug("request %s: finished, %s (%s), %d tokens", sequence.id, outcome, cause, num_tokens)

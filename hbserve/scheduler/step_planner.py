@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import Config, InstanceRole
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Layer groups of all last chunks in a step."""
+_Allocations = list[tuple[Sequence, KVAllocation]]
 
 
 class StepPlanner:
@@ -51,46 +52,59 @@ class StepPlanner:
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
-        step, can_take = _StepBuilder(worker), instance.choice.can_take
+        step = _StepBuilder(worker)
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
         allocations = sorted(instance.allocations.items(), key=lambda item: item[0].arrival)
         limit_s = instance.choice.mixed_limit_s(worker, phases, self._prompt_budget)
-        for sequence, allocation in allocations if InstanceRole.DECODE in phases and limit_s != math.inf else ():
+        if InstanceRole.DECODE in phases and limit_s != math.inf:
+            self._plan_decodes(step, instance, allocations)
+        time_budget = None
+        if limit_s is not None and step.rows:
+            time_budget = StepTimeBudget(worker.timing.predictor, step.decode_work, limit_s)
+        if InstanceRole.PREFILL in phases:
+            self._plan_prompts(step, instance, allocations, time_budget)
+        if not step.rows:
+            return False
+        self._open_transfers(instance, step)
+        if time_budget is not None:
+            instance.choice.on_mixed_step(time.monotonic(), bool(step.prefill_rows))
+        self._send(instance, worker, step, worker.role)
+        return True
+
+    def _plan_decodes(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> None:
+        worker, can_take = step.worker, instance.choice.can_take
+        for sequence, allocation in allocations:
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
             if allocation.num_planned >= allocation.num_tokens_at_entry and can_take(worker, allocation):
                 self._plan_decode(step, instance, sequence, allocation)
+
+    def _plan_prompts(
+        self,
+        step: _StepBuilder,
+        instance: InstanceHandle,
+        allocations: _Allocations,
+        time_budget: StepTimeBudget | None,
+    ) -> None:
         budget = self._max_num_batched_tokens - step.num_tokens
         if self._chunked.enabled:
             budget = min(budget, self._chunked.max_chunk_prefill_tokens)
-        room = (
-            None
-            if limit_s is None or not step.rows
-            else StepTimeBudget(worker.timing.predictor, step.decode_work, limit_s)
-        )
-        for sequence, allocation in self._prefills(allocations) if InstanceRole.PREFILL in phases else ():
+        for sequence, allocation in self._in_order(allocations):
             remaining = allocation.num_tokens_at_entry - allocation.num_planned
-            if remaining <= 0 or sequence not in instance.allocations or not can_take(worker, allocation):
+            if remaining <= 0 or sequence not in instance.allocations:
                 continue
-            if not self._can_leave(sequence, allocation):
+            if not instance.choice.can_take(step.worker, allocation) or not self._can_leave(sequence, allocation):
                 continue
             if self._chunked.enabled:
                 chunk = min(remaining, self._chunked.chunk_size, budget)
+                if time_budget is not None and chunk > 0:
+                    chunk = 0 if time_budget.is_full else time_budget.take(chunk, allocation.num_planned)
             else:  # whole prompts: the first goes even if it is longer than the budget
                 chunk = remaining if remaining <= budget or not step.rows else 0
-            if room is not None and self._chunked.enabled and chunk > 0:
-                chunk = 0 if room.is_full else room.take(chunk, allocation.num_planned)
             if chunk <= 0:
                 break
             budget -= chunk
             self._plan_prefill(step, sequence, allocation, chunk)
-        if not step.rows:
-            return False
-        self._open_transfers(instance, step)
-        if room is not None:
-            instance.choice.on_mixed_step(time.monotonic(), bool(step.prefill_rows))
-        self._send(instance, worker, step, worker.role)
-        return True
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """Tell a new worker of the running sequences, by a step without rows.
@@ -143,7 +157,7 @@ class StepPlanner:
                 "step %d: planned for %s, %d rows, %d prompt tokens: %s", step_id, worker.id, rows, tokens, names
             )
 
-    def _prefills(self, allocations: list[tuple[Sequence, KVAllocation]]) -> Iterable[tuple[Sequence, KVAllocation]]:
+    def _in_order(self, allocations: _Allocations) -> _Allocations:
         """Return the sequences with prompt left to compute, in the policy's order."""
         prefills = [item for item in allocations if item[1].num_planned < item[1].num_tokens_at_entry]
         if len(prefills) < 2:
@@ -194,24 +208,25 @@ class StepPlanner:
             sequence.num_blocks_dispatched = end_block
 
     def _open_transfers(self, instance: InstanceHandle, step: _StepBuilder) -> None:
-        num_last = sum(each.is_last for each in step.leaving)
-        for each in step.leaving:
+        num_last = sum(leaving.is_last for leaving in step.leaving)
+        for leaving in step.leaving:
             # The client of one last chunk waits for every millisecond; the clients of many wait for all chunks.
-            groups = self._layer_groups(instance, each, _MAX_LAYER_GROUPS // num_last) if each.is_last else 1
+            groups = self._num_layer_groups(instance, leaving, _MAX_LAYER_GROUPS // num_last) if leaving.is_last else 1
             for index in range(groups):
                 layers = LayerGroup(index=index, count=groups)
-                blocks = each.first_block, each.end_block
-                step.sends.append(self._transfers.open(each.sequence, each.allocation, each.target, *blocks, layers))
+                blocks = leaving.first_block, leaving.end_block
+                ends = leaving.allocation, leaving.target
+                step.sends.append(self._transfers.open(leaving.sequence, *ends, *blocks, layers))
 
-    def _layer_groups(self, instance: InstanceHandle, leaving: _Leaving, most: int) -> int:
+    def _num_layer_groups(self, instance: InstanceHandle, leaving: _Leaving, max_groups: int) -> int:
         """Return in how many equal groups of layers blocks leave; each is a transfer with a cost of its own."""
         hello = instance.hello
         assert hello is not None
         if not self._layer_group_bytes:
             return 1
         num_bytes = (leaving.end_block - leaving.first_block) * hello.block_bytes
-        most = min(most, num_bytes // self._layer_group_bytes)
-        return max((count for count in range(2, most + 1) if hello.num_layers % count == 0), default=1)
+        max_groups = min(max_groups, num_bytes // self._layer_group_bytes)
+        return max((count for count in range(2, max_groups + 1) if hello.num_layers % count == 0), default=1)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
         """Allocate one more block for a decode; preempts younger sequences if the pool has none."""
@@ -243,7 +258,8 @@ class _StepBuilder:
     """A step that is being planned: what is sent, and what is kept until it is confirmed."""
 
     def __init__(self, worker: WorkerHandle) -> None:
-        self._worker = worker
+        self.worker = worker
+        self._worker_id = worker.id
         self.rows: list[PlanRow] = []
         self.new_sequences: list[SequenceState] = []
         self.leaving: list[_Leaving] = []
@@ -271,8 +287,8 @@ class _StepBuilder:
     def add(
         self, sequence: Sequence, allocation: KVAllocation, token_ids: list[int] | None, num_tokens: int, samples: bool
     ) -> None:
-        sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker.id
-        allocation.begin_row(self._worker.id, sequence.keeps_state)
+        sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker_id
+        allocation.begin_row(self._worker_id, sequence.keeps_state)
         new_block_ids = self.tell(sequence, allocation)
         self.rows.append(
             PlanRow(
@@ -295,8 +311,8 @@ class _StepBuilder:
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
         """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""
         block_ids = allocation.block_ids
-        num_sent = allocation.blocks_sent.get(self._worker.id)
-        allocation.blocks_sent[self._worker.id] = len(block_ids)
+        num_sent = allocation.blocks_sent.get(self._worker_id)
+        allocation.blocks_sent[self._worker_id] = len(block_ids)
         if num_sent is None:
             self.new_sequences.append(sequence.state_for(allocation))
             return []

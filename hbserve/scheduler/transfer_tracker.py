@@ -99,7 +99,7 @@ class LinkStats:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ResultEffect:
     """The effect of a result: a transfer that has arrived, or all transfers that failed with their link."""
 
     arrived: Transfer | None = None
@@ -160,7 +160,7 @@ class TransferTracker:
 
     def touches(self, instance: InstanceHandle) -> bool:
         """Whether a transfer from or to an instance has not ended on both sides."""
-        return any(instance in (each.link.source, each.link.target) for each in self._open.values())
+        return any(instance in (transfer.link.source, transfer.link.target) for transfer in self._open.values())
 
     def _open_link(self, source: InstanceHandle, target: InstanceHandle) -> None:
         assert source.hello is not None
@@ -256,31 +256,31 @@ class TransferTracker:
             checksum=self._verify,
         )
 
-    def on_result(self, result: TransferResult) -> Outcome:
+    def on_result(self, result: TransferResult) -> ResultEffect:
         """Take one side's result."""
         transfer = self._open.get(result.transfer_id)
         if transfer is None or not (transfer.sender_open if result.sent else transfer.receiver_open):
-            return Outcome()
+            return ResultEffect()
         link = transfer.link
         if result.sent:
             self._close_sender(transfer)
         if link.broken:
             self._end_if_senders_are_done(link)
-            return Outcome()
+            return ResultEffect()
         if result.error is not None:
             self._stats(link).failures[result.error_kind or "backend"] += 1
-            return Outcome(failed=self._break(link))
+            return ResultEffect(failed=self._break(link))
         if result.sent:
             self._count_sent(link, result)
             transfer.checksums = result.checksums
         if not result.sent or _is_one_sided(link):
             if transfer.finishing or not (self._verify or _needs_merging(link)):
                 self._close_receiver(transfer)
-                return Outcome(arrived=transfer)
+                return ResultEffect(arrived=transfer)
             transfer.delivered = True
         if transfer.delivered and (transfer.checksums is not None or not self._verify):
             self._ask_to_finish(transfer)
-        return Outcome()
+        return ResultEffect()
 
     def on_instance_lost(self, instance: InstanceHandle) -> list[Transfer]:
         """An instance is lost, and its links with it; returns the transfers that have failed."""

@@ -13,7 +13,7 @@ from hbserve.policy.queue_policy import make_policy
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightStep, Sequence
 
-_NUM_ENDS = 64
+_MAX_ENDS = 64
 
 
 class WaitingQueue:
@@ -21,9 +21,9 @@ class WaitingQueue:
 
     def __init__(self, config: Config) -> None:
         self._tokens_per_step = prefill_budget(config)
-        self._pace = PrefillRate()
-        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # when the queue began, then when requests ended
-        self.policy = make_policy(config.scheduler, self._pace.prompt_s, lambda: self._pace.step_s)
+        self._rate = PrefillRate()
+        self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
+        self.policy = make_policy(config.scheduler, self._rate.prompt_s, lambda: self._rate.step_s)
 
     def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
         """Insert a sequence that begins to wait."""
@@ -37,14 +37,14 @@ class WaitingQueue:
         """Return the waiting sequences in the order of admission."""
 
         def admitted() -> tuple[list[tuple[Sequence, int]], int]:
-            workers = [instance for instance in instances if instance.ready and instance.role.prefills]
+            prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
             prompts = [
                 (sequence, allocation.num_planned)
-                for worker in workers
-                for sequence, allocation in worker.allocations.items()
+                for instance in prefilling
+                for sequence, allocation in instance.allocations.items()
                 if allocation.num_planned < allocation.num_tokens_at_entry
             ]
-            return prompts, max(1, len(workers))
+            return prompts, max(1, len(prefilling))
 
         return self.policy.order(waiting, now, admitted)
 
@@ -53,7 +53,7 @@ class WaitingQueue:
     def on_step_done(self, step: InflightStep, busy_s: float) -> None:
         """Learn the rate of prefill from a step."""
         if step.prefill_rows:
-            self._pace.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
+            self._rate.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
 
     def on_request_ended(self, now: float) -> None:
         """A request has ended and freed its allocations."""
@@ -82,12 +82,14 @@ class WaitingQueue:
         """
         rank = self.policy.rank(sequence)
         before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
-        workers = [instance for instance in instances if instance.ready and instance.role.prefills]
-        num_tokens = sum(len(other.tokens) for other in before) + sum(w.num_tokens_to_prefill for w in workers)
-        if not workers or not num_tokens:
+        prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
+        num_tokens = sum(len(other.tokens) for other in before) + sum(
+            instance.num_tokens_to_prefill for instance in prefilling
+        )
+        if not prefilling or not num_tokens:
             return 0.0
         # The instances share the prompts before it; its own is computed by one.
-        prefill_s = self._pace.seconds(num_tokens // len(workers) + len(sequence.tokens), self._tokens_per_step)
+        prefill_s = self._rate.seconds(num_tokens // len(prefilling) + len(sequence.tokens), self._tokens_per_step)
         if not slots_are_full or not before or len(self._ends) < 2:
             return prefill_s
         return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))

@@ -174,20 +174,20 @@ class WorkerRegistry:
             return f"{worker.id} takes {hello.max_model_len} tokens, the system {limit}: it needs more KV blocks"
         return None
 
-    def _on_worker_lost(self, instance: InstanceHandle, worker: WorkerHandle, why: str) -> None:
+    def _on_worker_lost(self, instance: InstanceHandle, worker: WorkerHandle, reason: str) -> None:
         """A worker is gone, or cannot be used any more."""
         if not worker.ready:
-            instance.note_lost(why)
+            instance.note_lost(reason)
             if self._membership.is_member(instance):
                 self._on_instance_gone(instance)
             return
         is_expected = worker.is_draining or self._drains.has_let_go(instance)
-        logger.log(logging.INFO if is_expected else logging.WARNING, "lost %s: %s", worker.id, why)
-        self._events.note("retired" if is_expected else "lost", worker.id, why)
+        logger.log(logging.INFO if is_expected else logging.WARNING, "lost %s: %s", worker.id, reason)
+        self._events.note("retired" if is_expected else "lost", worker.id, reason)
         if worker.owns_memory:
             worker.hello = None
             worker.drop_steps()
-            self._requests.on_memory_lost(instance, f"{instance.id} was lost: {why}")
+            self._requests.on_memory_lost(instance, f"{instance.id} was lost: {reason}")
             self._on_instance_gone(instance, self._drains.on_gone(instance))
             return
         # The memory is intact, but the process may write to it until it has ended: see `set_workers`.
@@ -195,9 +195,9 @@ class WorkerRegistry:
         worker.results.clear()
         self._requests.on_worker_lost(instance, worker)
         self._confirm_steps(instance)
-        instance.note_lost(why)
+        instance.note_lost(reason)
         if not worker.is_draining:
-            self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=why))
+            self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=reason))
 
     def _on_instance_gone(self, instance: InstanceHandle, for_good: bool = False) -> None:
         """Forget an instance that is not there, unless the configuration says where it will come back.
