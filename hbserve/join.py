@@ -22,7 +22,7 @@ from hbserve.errors import HBServeError
 from hbserve.messages.membership import Join
 from hbserve.process.child import exit_now, report_status
 from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.worker.join_client import Membership, ask_to_join, config_of, free_port, host_seen_by
+from hbserve.worker.join_client import JoinClient, ask_to_join, config_of, free_port, host_seen_by
 
 
 def main() -> int:
@@ -77,11 +77,11 @@ def _join(arguments: argparse.Namespace) -> int:
     answer = ask_to_join(arguments.scheduler, join, key, arguments.patience_s)
     config = config_of(answer, instance, arguments.model, key_file)
     mine = config.instance(instance.instance_id)
-    membership = Membership(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
+    join_client = JoinClient(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
 
     from hbserve.worker.process import run_instance  # imports torch, which an answer need not wait for
 
-    return run_instance(config, mine, address, membership)
+    return run_instance(config, mine, address, join_client)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class WorkerPool:
             "config": msgspec.to_builtins(self._config),
             "name": name,
             "num_ranks": self._instance.num_ranks,
-            "sleep": msgspec.to_builtins(how),
+            "standby": msgspec.to_builtins(how),
         }
 
         def on_status(status: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ class WorkerPool:
                 worker.memory_bytes = status["memory_bytes"]
                 worker.rank_pids = [worker.process.pid, *status["rank_pids"]]
                 self._on_ready(worker)
-            if "asleep" in status:
+            if "on_standby" in status:
                 self._asleep.add(process)
 
         def on_exit(code: int) -> None:

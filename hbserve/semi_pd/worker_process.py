@@ -19,7 +19,7 @@ from hbserve.platform import Partition
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch
 from hbserve.worker.rank_group import RankGroup
-from hbserve.worker.standby import sleep
+from hbserve.worker.standby import stand_by
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
 
 def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch) -> int:
     from hbserve.engine.arenas import ArenaAttachment
-    from hbserve.worker.gpu_instance import SharedDevice
     from hbserve.worker.process import run_worker
+    from hbserve.worker.worker_process import SharedDevice
 
     attachments = msgspec.convert(order.attachments, list[ArenaAttachment])
     config = msgspec.structs.replace(
@@ -66,9 +66,9 @@ def main() -> None:
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(config.logging, name)
     # The other ranks become standbys at the same time. A standby that has lost one is useless.
-    how = msgspec.convert(orders["sleep"], Standby)
+    how = msgspec.convert(orders["standby"], Standby)
     ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(_EXIT_RANK_LOST))
-    order = sleep(how)
+    order = stand_by(how)
     stopwatch = Stopwatch()
     code = 1
     try:

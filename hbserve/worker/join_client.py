@@ -56,7 +56,7 @@ def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: 
             time.sleep(_ASK_AGAIN_S)
 
 
-class Membership:
+class JoinClient:
     """That an instance is one of a system's though its configuration does not have it.
 
     Args:

@@ -8,11 +8,11 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.process import child
-from hbserve.worker.gpu_instance import SharedDevice, WorkerProcess
-from hbserve.worker.join_client import Membership
+from hbserve.worker.join_client import JoinClient
+from hbserve.worker.worker_process import SharedDevice, WorkerProcess
 
 
-def run_instance(config: Config, instance: InstanceConfig, address: str, membership: Membership | None = None) -> int:
+def run_instance(config: Config, instance: InstanceConfig, address: str, join_client: JoinClient | None = None) -> int:
     """Run an instance that has this process for itself until it is to end; returns the exit code.
 
     One that a launcher has started stops with it, and at SIGTERM and SIGINT. One that was started alone
@@ -23,7 +23,7 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, members
     """
     is_launched = child.STATUS_FD_VARIABLE in os.environ
     _name_process(config, instance)
-    worker = WorkerProcess(config, instance, address, membership=membership)
+    worker = WorkerProcess(config, instance, address, join_client=join_client)
     if is_launched:
         child.watch_parent(worker.stop)
     child.watch_signals(worker.stop if is_launched else worker.leave)

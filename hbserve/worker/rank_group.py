@@ -92,7 +92,7 @@ class RankGroup:
         self._beginnings: dict[int, asyncio.Future[Peer]] = {}
         self._ranks: list[_Rank] = []
         self.port = 0
-        orders = {"name": name, "sleep": msgspec.to_builtins(how)}
+        orders = {"name": name, "standby": msgspec.to_builtins(how)}
         self._ranks = [_Rank(number, orders) for number in range(1, self.size)]
         self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._ranks]
         for watcher in self._watchers:

@@ -26,7 +26,7 @@ from hbserve.process import child, event_loop
 from hbserve.rpc.rank_channel import RankLine
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import END_OF_PLANS
-from hbserve.worker.standby import sleep
+from hbserve.worker.standby import stand_by
 from hbserve.worker.step_pipeline import StepPipeline, failed_result
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")
-    wake_up = sleep(msgspec.convert(orders["sleep"], Standby))
+    wake_up = stand_by(msgspec.convert(orders["standby"], Standby))
     child.watch_parent(lambda: os._exit(EXIT_FAILED))
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.platform import Partition

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _NICENESS = 5
 
 
-def sleep(how: Standby) -> dict[str, Any]:
+def stand_by(how: Standby) -> dict[str, Any]:
     """Import everything and wait for the second line; returns it.
 
     Returns:
@@ -37,7 +37,7 @@ def sleep(how: Standby) -> dict[str, Any]:
     started = time.monotonic()
     with ThreadPoolExecutor(1, "imports") as importer:
         importer.submit(_import_everything, how).result()
-    child.report_status({"asleep": True, "seconds": time.monotonic() - started}, is_last=False)
+    child.report_status({"on_standby": True, "seconds": time.monotonic() - started}, is_last=False)
     line = sys.stdin.buffer.readline()
     if not line:
         child.exit_now(0)

@@ -45,7 +45,7 @@ from hbserve.process import child, event_loop
 from hbserve.process.stopwatch import Stopwatch
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer, bind_address
-from hbserve.worker.join_client import Membership
+from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import RankGroup
 from hbserve.worker.step_pipeline import StepPipeline, UnfinishedSteps, failed_result
@@ -61,7 +61,7 @@ EXIT_STEP_HUNG = 71
 EXIT_RANK_LOST = 72
 EXIT_REFUSED = 1
 
-_MEMBERSHIP_INTERVAL_S = 0.25
+_SCHEDULER_CHECK_INTERVAL_S = 0.25
 _LAST_WAIT_S = 5.0
 """For another worker's step, when this process is to end: that worker may have been killed, and the scheduler too."""
 
@@ -91,7 +91,7 @@ class WorkerProcess:
         instance: which of its instances this is.
         address: where to listen for the scheduler.
         shared: None: it has its own arenas, its device for itself, and starts its other ranks.
-        membership: in a system that it has joined; None: the system's configuration has it.
+        join_client: in a system that it has joined; None: the system's configuration has it.
 
     Attributes:
         was_dismissed: the scheduler has told it to end.
@@ -103,12 +103,12 @@ class WorkerProcess:
         instance: InstanceConfig,
         address: str,
         shared: SharedDevice | None = None,
-        membership: Membership | None = None,
+        join_client: JoinClient | None = None,
     ) -> None:
         self.config = config
         self.instance = instance
         self.was_dismissed = False
-        self._membership = membership
+        self._join_client = join_client
         self._wants_to_leave = self._is_serving = False
         self._kill_ranks: Callable[[], None] = lambda: None
         self._shared = shared
@@ -259,7 +259,7 @@ class WorkerProcess:
                 self._watch_steps(),
                 self._serve_commands(),
                 self._ranks.serve(self._on_rank_reply),
-                self._watch_membership(),
+                self._watch_scheduler(),
             )
         ]
         stopped = asyncio.create_task(self._stop_io.wait())
@@ -390,7 +390,7 @@ class WorkerProcess:
         self._rpc.close()
         self._die(EXIT_STEP_FAILED)
 
-    async def _watch_membership(self) -> None:
+    async def _watch_scheduler(self) -> None:
         """Joins again where no scheduler knows it any more, and leaves when that is wanted."""
         rpc = self.config.rpc
         leaving_since: float | None = None
@@ -402,13 +402,13 @@ class WorkerProcess:
                 if is_forgotten or now - leaving_since > rpc.drain_timeout_s:
                     self.stop()  # nobody is there to ask, or has let it go in time
                 self._rpc.send(WantsToLeave(epoch=self._epoch))
-            elif self._membership is not None and is_forgotten:
+            elif self._join_client is not None and is_forgotten:
                 try:
-                    await self._membership.renew()
+                    await self._join_client.renew()
                 except HBServeError as error:
                     logger.error("%s", error)
                     self.stop(EXIT_REFUSED)
-            await asyncio.sleep(_MEMBERSHIP_INTERVAL_S)
+            await asyncio.sleep(_SCHEDULER_CHECK_INTERVAL_S)
 
     async def _watch_steps(self) -> None:
         """A step that never ends cannot be interrupted; the process can."""
@@ -416,3 +416,6 @@ class WorkerProcess:
         await self._unfinished.watch(timeout_s)
         logger.error("a step did not end within %g s; exiting", timeout_s)
         self._die(EXIT_STEP_HUNG)
+
+
+GpuInstance = WorkerProcess  # the name that the design documents use
