@@ -69,7 +69,7 @@ class JoinClient:
         self._scheduler, self._join, self._key = scheduler, join, key
         self._is_alone = False
 
-    async def renew(self) -> None:
+    async def join_again(self) -> None:
         """Join once more: the scheduler has given the instance up, or is another one; does nothing if there is none.
 
         Raises:

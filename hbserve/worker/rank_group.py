@@ -22,9 +22,10 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply, Standby
 from hbserve.messages.transfer import Peer
-from hbserve.messages.worker import StepPlan
+from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
 from hbserve.process import child
 from hbserve.rpc.rank_channel import RankLine
+from hbserve.worker.events import RankFailed, TransferReplied
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -207,22 +208,24 @@ class RankGroup:
 
     # --- event loop thread -----------------------------------------------------------------------
 
-    async def serve(self, on_reply: Callable[[int, RankReply], None]) -> None:
-        """Hand over what the ranks say, with their numbers, until cancelled."""
+    async def serve(self, on_event: Callable[[TransferReplied | RankFailed], None]) -> None:
+        """Call ``on_event`` with what the ranks report, until all of them are gone."""
 
         async def listen(rank: _Rank) -> None:
             while True:
                 try:
                     reply = await rank.control.receive()
                 except ConnectionError:
-                    return  # its watcher says why
-                if isinstance(reply, EpochBegun):
-                    self._beginnings[rank.number].set_result(reply.peer)
-                else:
-                    on_reply(rank.number, reply)
+                    return  # its watcher reports the reason
+                match reply:
+                    case EpochBegun(peer):
+                        self._beginnings[rank.number].set_result(peer)
+                    case StepResult() | InstanceFailed():
+                        on_event(RankFailed(rank.number, reply))
+                    case _:
+                        on_event(TransferReplied(rank.number, reply))
 
         await asyncio.gather(*(listen(rank) for rank in self._ranks))
-        await asyncio.get_running_loop().create_future()
 
     async def open(self) -> None:
         """Attach to the running event loop; before any command."""

@@ -1,13 +1,12 @@
-"""The process of a rank other than the first: its part of every plan and of every KV transfer.
+"""The process of a rank other than 0: its part of every plan and of every KV transfer.
 
-Rank 0 is all it knows: plans and commands come from there, results of transfers go there, and when
-rank 0 is gone it exits at once, for nothing it could still do would reach anybody.
+It knows only rank 0: plans and commands come from there, and results of transfers go there. When rank 0 is gone the
+process exits at once, since its results could not reach anything. It has the same threads as rank 0's process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -21,13 +20,22 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Standby
-from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan, StepResult
+from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan
 from hbserve.process import child, event_loop
 from hbserve.rpc.rank_channel import RankLine
+from hbserve.worker.events import (
+    EventQueue,
+    LayersStored,
+    RankEvent,
+    StepDone,
+    StepFailed,
+    StepsEnded,
+    TransferReplied,
+)
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import END_OF_PLANS
 from hbserve.worker.standby import stand_by
-from hbserve.worker.step_pipeline import StepPipeline, failed_result
+from hbserve.worker.step_pipeline import StepPipeline
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -45,8 +53,8 @@ class RankWorker:
     Args:
         config: of the system.
         instance: whose rank this is.
-        tp_rank: which one, from 1.
-        attachment: to arenas that another process holds; None: it has its own.
+        tp_rank: its number, from 1.
+        attachment: to arenas that another process holds; None: the rank makes its own.
         partition: its share of the device.
         plans: where encoded plans come from.
         control: this rank's end of the line to rank 0's event loop.
@@ -66,14 +74,13 @@ class RankWorker:
         self._attachment, self._partition = attachment, partition
         self._plans = plans
         self._line: RankLine[RankCommand] = RankLine(control, RankCommand)
-        self._loop = asyncio.new_event_loop()
+        self._events: EventQueue[RankEvent] = EventQueue(self._on_event)
         self._epoch = 0
         self._num_done = 0
         self._step_done = asyncio.Event()
-        self._stop_io = asyncio.Event()
 
     def run(self, port: int) -> int:
-        """Load this rank's part of the model and serve to the end; returns the exit code.
+        """Load this rank's part of the model and serve to the end; return the exit code.
 
         Args:
             port: where the ranks of the instance meet.
@@ -87,61 +94,64 @@ class RankWorker:
             self.tp_rank,
             port,
             None,
-            self._line.send,
+            lambda reply: self._events.handle(TransferReplied(self.tp_rank, reply)),
             self._attachment,
             self._partition,
         ) as rank:
             self._transfers, self._board = rank.transfers, rank.runner.board
-            io_thread = event_loop.start_thread(self._loop, self._serve)
-            pipeline = StepPipeline(rank.runner, self._on_step_done, self._on_layers_stored, self._on_step_failed)
+            io_thread = event_loop.start_thread(self._events.loop, self._serve)
+            pipeline = StepPipeline(rank.runner, self._events.post)
             child.freeze_heap()
             child.report_status({"ready": True})
             decoder = msgspec.msgpack.Decoder(StepPlan)
             while (payload := self._plans.recv_bytes()) != END_OF_PLANS:
                 if not pipeline.launch(decoder.decode(payload)):
-                    threading.Event().wait(_FAREWELL_S)  # rank 0 has been told, and ends this process
+                    threading.Event().wait(_FAREWELL_S)  # rank 0 gets the failure, and ends this process
                     return EXIT_FAILED
         pipeline.close()
-        self._loop.call_soon_threadsafe(self._stop_io.set)
+        self._events.post(StepsEnded())
         io_thread.join()
         return 0
 
-    # --- collector thread (the second of them: main thread, too) ---------------------------------
-
-    def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
-        self._loop.call_soon_threadsafe(self._after_step, plan)
-
-    def _on_layers_stored(self, plan: StepPlan, group: int) -> None:
-        self._loop.call_soon_threadsafe(self._send_blocks, plan, group)
-
-    def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
-        self._loop.call_soon_threadsafe(self._line.send, failed_result(plan, repr(error)))
-
     # --- event loop thread -----------------------------------------------------------------------
+
+    def _on_event(self, event: RankEvent) -> None:
+        match event:
+            case StepDone(plan):
+                self._num_done += 1
+                self._step_done.set()
+                self._send_blocks(plan)
+            case LayersStored(plan, group):
+                self._send_blocks(plan, group)
+            case StepFailed():
+                self._line.send(event.result())
+            case StepsEnded():
+                self._events.end()
+            case TransferReplied(_, reply):
+                self._line.send(reply)
+            case StepLost(step):
+                assert self._board is not None, "only workers with a board wait for each other's steps"
+                self._board.note_lost(step)
+            case _:  # a TransferCommand
+                self._transfers.manager.handle(event)
 
     async def _serve(self) -> None:
         await self._line.open()
-        commands = asyncio.create_task(self._serve_commands())
-        await self._stop_io.wait()
-        commands.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await commands
+        await self._events.serve(self._receive_commands())
         await self._transfers.leave()
         await self._line.close()
 
-    async def _serve_commands(self) -> None:
+    async def _receive_commands(self) -> None:
+        """Handle rank 0's commands in order. `BeginEpoch` waits for steps, and later commands wait for that."""
         while True:
             try:
                 command = await self._line.receive()
             except ConnectionError:
-                return  # the life line is cut as well
+                return  # rank 0 is gone, and the life line ends this process
             if isinstance(command, BeginEpoch):
                 await self._begin_epoch(command)
-            elif isinstance(command, StepLost):
-                assert self._board is not None, "a worker that is alone waits for nobody"
-                self._board.note_lost(command.step)
             else:
-                self._transfers.manager.handle(command)
+                self._events.handle(command)
 
     async def _begin_epoch(self, command: BeginEpoch) -> None:
         while self._num_done < command.num_plans:
@@ -156,11 +166,6 @@ class RankWorker:
             return
         self._line.send(EpochBegun(peer=peer))
 
-    def _after_step(self, plan: StepPlan) -> None:
-        self._num_done += 1
-        self._step_done.set()
-        self._send_blocks(plan)
-
     def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
         if plan.epoch == self._epoch:
             self._transfers.send(plan.sends, group)
@@ -170,7 +175,7 @@ def main() -> None:
     """Entry of the process that rank 0 starts."""
     orders = child.read_orders()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Whoever ends a whole group of processes must not take away what rank 0 needs to finish.
+        # A signal to the whole process group must not end the ranks that rank 0 needs to finish its steps.
         signal.signal(number, signal.SIG_IGN)
     tp_rank = orders["tp_rank"]
     child.set_process_title(f"hbserve-{orders['name']}-TP{tp_rank}")

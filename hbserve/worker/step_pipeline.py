@@ -1,12 +1,11 @@
-"""Steps from their launch to their results: what every rank does with a plan.
+"""The steps of a rank from their launch to their results, and the plans that are not finished.
 
-Which plans an instance has taken and not finished, and for how long.
+`StepPipeline` is in the main thread and in the collector thread, `UnfinishedSteps` in the event loop thread of rank 0.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import math
 import queue
@@ -18,18 +17,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from hbserve.engine.layer_progress import LayerProgress
-from hbserve.messages.worker import StepPlan, StepResult
+from hbserve.messages.worker import StepPlan
+from hbserve.worker.events import LayersStored, StepDone, StepEvent, StepFailed
 
 if TYPE_CHECKING:
     from hbserve.engine.model_runner import ModelRunner, PendingStep
     from hbserve.engine.step_board import BoardEntry
 
-
 logger = logging.getLogger(__name__)
 
 
 class UnfinishedSteps:
-    """Plans in the order in which they came; of the event loop's thread alone."""
+    """Plans that have come and are neither done nor dropped, in the order in which they came.
+
+    Not thread-safe: only the event loop's thread uses it.
+    """
 
     def __init__(self) -> None:
         self._since: dict[tuple[int, int], float] = {}  # (epoch, step) -> when it became the first
@@ -37,24 +39,24 @@ class UnfinishedSteps:
         self._none_left.set()
 
     def begin(self, plan: StepPlan) -> None:
-        """A plan has come."""
+        """Note a plan that has come."""
         self._none_left.clear()
         self._since[plan.epoch, plan.step_id] = time.monotonic()
 
     def end(self, plan: StepPlan) -> None:
-        """It is done, or dropped."""
+        """Note that a plan's step is done, or that the plan was dropped."""
         del self._since[plan.epoch, plan.step_id]
-        if self._since:  # the clock of the next one starts now: it could not begin before
+        if self._since:  # the time of the next step counts from now: it could not begin before
             self._since[next(iter(self._since))] = time.monotonic()
         else:
             self._none_left.set()
 
     async def wait_until_none(self) -> None:
-        """Return when nothing is left."""
+        """Return when no plan is left."""
         await self._none_left.wait()
 
-    async def watch(self, timeout_s: float) -> None:
-        """Return when a step has taken longer than that."""
+    async def wait_for_hung_step(self, timeout_s: float) -> None:
+        """Return when a step has taken longer than ``timeout_s``."""
         while True:
             await asyncio.sleep(min(timeout_s / 4, 5.0))
             first = next(iter(self._since.values()), None)
@@ -62,9 +64,7 @@ class UnfinishedSteps:
                 return
 
 
-class _Launched(NamedTuple):
-    """A step that is under way."""
-
+class _LaunchedStep(NamedTuple):
     plan: StepPlan
     pending: PendingStep
     waited_s: float
@@ -74,33 +74,26 @@ class _Launched(NamedTuple):
 
 
 class StepPipeline:
-    """Launches in the caller's thread, waits for results in another: on a GPU they come later.
+    """Steps under way: the caller's thread launches, the collector thread waits for the results.
+
+    On a GPU a result comes later than the launch returns.
 
     Args:
-        on_done: called in the other thread with each plan and its result, in order.
-        on_stored: called in either thread with a plan whose ``sends`` are of groups of layers, and the number of the
-            group whose keys and values are in the cache now; before ``on_done``.
-        on_failed: called in either thread, at most once in each, with the plan and its error. A step
-            that fails leaves the device in an unknown state: nothing may be launched after it.
+        post: called in either thread with what happens to a step: `StepDone` in the order of the plans, `LayersStored`
+            for plans whose ``sends`` are of groups of layers, `StepFailed` at most once in each thread.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        on_done: Callable[[StepPlan, StepResult], None],
-        on_stored: Callable[[StepPlan, int], None],
-        on_failed: Callable[[StepPlan, Exception], None],
-    ) -> None:
-        self._runner, self._on_done, self._on_stored, self._on_failed = runner, on_done, on_stored, on_failed
-        self._pending: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
+    def __init__(self, runner: ModelRunner, post: Callable[[StepEvent], None]) -> None:
+        self._runner, self._post = runner, post
+        self._launched: queue.SimpleQueue[_LaunchedStep | None] = queue.SimpleQueue()
         self._collector = threading.Thread(target=self._collect, name="collector")
         self._collector.start()
 
     def launch(self, plan: StepPlan, came_at: float | None = None) -> bool:
-        """Start a step; False if it failed.
+        """Launch a step; return False if it failed.
 
         Args:
-            came_at: when its plan was here, on `time.perf_counter`; None: just now.
+            came_at: when its plan came, on `time.perf_counter`; None: just now.
         """
         began = time.perf_counter()
         waited_s = 0.0 if came_at is None else began - came_at
@@ -108,40 +101,44 @@ class StepPipeline:
         num_groups = max((send.layers.count for send in plan.sends), default=1)
         try:
             if num_groups > 1:
-                on_stored = functools.partial(self._on_stored, plan)
-                progress = LayerProgress(runner.spec.num_layers, num_groups, runner.platform.device, on_stored)
+                progress = LayerProgress(
+                    runner.spec.num_layers,
+                    num_groups,
+                    runner.platform.device,
+                    lambda group: self._post(LayersStored(plan, group)),
+                )
                 pending = runner.launch(plan, progress.stored)
             else:
                 pending = runner.launch(plan)
             host_s = time.perf_counter() - began
             entry = None if runner.board is None else runner.board.entry(plan)
-            self._pending.put(_Launched(plan, pending, waited_s, host_s, progress, entry))
+            self._launched.put(_LaunchedStep(plan, pending, waited_s, host_s, progress, entry))
         except Exception as error:
             self._fail(plan, error)
             return False
         return True
 
     def close(self) -> None:
-        """Wait for what has been launched."""
-        self._pending.put(None)
+        """Wait until all launched steps are done."""
+        self._launched.put(None)
         self._collector.join()
 
     def _collect(self) -> None:
         last_end = math.inf
-        while (item := self._pending.get()) is not None:
-            plan, pending, waited_s, host_s, progress, entry = item
+        while (step := self._launched.get()) is not None:
+            plan, pending, waited_s, host_s, progress, entry = step
             try:
                 if progress is not None:
                     progress.wait()
                 result = pending.result()
                 if max(result.token_ids, default=0) >= self._runner.spec.vocab_size:
-                    # The sampler has found no greatest logit, and the next step must not be fed with that.
+                    # The sampler found no largest logit. The next step must not compute with such a token.
                     raise RuntimeError("the logits of a step are not numbers")
             except Exception as error:
                 self._fail(plan, error)
                 return
             if entry is not None:
-                assert self._runner.board is not None, "an entry is of a board"
+                assert self._runner.board is not None, "only a board has entries"
                 self._runner.board.note(entry, result.token_ids)
             end = time.perf_counter()
             began = end - result.busy_s
@@ -149,13 +146,8 @@ class StepPipeline:
             last_end = end
             if progress is not None:
                 progress.finish()
-            self._on_done(plan, msgspec.structs.replace(result, host_s=host_s, early_s=early_s))
+            self._post(StepDone(plan, msgspec.structs.replace(result, host_s=host_s, early_s=early_s)))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         logger.error("step %d failed", plan.step_id, exc_info=error)
-        self._on_failed(plan, error)
-
-
-def failed_result(plan: StepPlan, error: str) -> StepResult:
-    """What is reported of a step that failed."""
-    return StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=[], logprobs=None, busy_s=0.0, error=error)
+        self._post(StepFailed(plan, error))

@@ -1,18 +1,18 @@
-"""The process of an instance's rank 0: plans in, results out.
+"""The worker: one instance of the model, or one phase of it on a shared GPU. This is the process of its rank 0.
 
-Three threads: the main one launches steps, one waits for their results (on a GPU they come later),
-and one runs the event loop for RPC and KV transfers, so that heartbeats and transfers go on while a
-step computes. With tensor parallelism the other ranks are children of this process, and live and
-die with it: the scheduler sees one instance.
+The scheduler sends plans and commands, and the worker answers with tokens. With tensor parallelism the other ranks are
+children of this process and end with it, so the scheduler sees one worker.
 
-An instance keeps nothing that the scheduler could not give it again: a scheduler that does not know
-its epoch gets a new one, with empty tables.
+A worker holds nothing that the scheduler could not send again. A scheduler that does not know the worker's epoch gets
+a new epoch, with empty tables.
+
+`run` is in the main thread; a comment above each group of methods names the thread of the others. The package's
+docstring has a picture of the threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import queue
@@ -26,11 +26,10 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.kv_transfer.joint_results import JointResults
-from hbserve.messages.rank import EpochBegun, RankReply, Standby
-from hbserve.messages.transfer import CancelTransfer, LinkClosed, LinkOpened, Peer, TransferReply, TransferResult
+from hbserve.messages.rank import Standby
+from hbserve.messages.transfer import CancelTransfer, LinkOpened, Peer, TransferReply
 from hbserve.messages.worker import (
     Hello,
-    InstanceCommand,
     InstanceFailed,
     Leaving,
     Ping,
@@ -45,10 +44,21 @@ from hbserve.process import child, event_loop
 from hbserve.process.stopwatch import Stopwatch
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer, bind_address
+from hbserve.worker.events import (
+    EventQueue,
+    LayersStored,
+    RankFailed,
+    StepDone,
+    StepDropped,
+    StepFailed,
+    StepsEnded,
+    TransferReplied,
+    WorkerEvent,
+)
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import RankGroup
-from hbserve.worker.step_pipeline import StepPipeline, UnfinishedSteps, failed_result
+from hbserve.worker.step_pipeline import StepPipeline, UnfinishedSteps
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -62,19 +72,19 @@ EXIT_RANK_LOST = 72
 EXIT_REFUSED = 1
 
 _SCHEDULER_CHECK_INTERVAL_S = 0.25
-_LAST_WAIT_S = 5.0
-"""For another worker's step, when this process is to end: that worker may have been killed, and the scheduler too."""
+_MAX_LAST_WAIT_S = 5.0
+"""How long an ending worker waits for another worker's step: that worker and the scheduler may have been killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedDevice:
-    """What a worker has that does not have its device for itself.
+    """What a worker gets that shares its device and its arenas with other workers.
 
     Attributes:
         attachments: to arenas that other processes hold, one per rank.
-        partition: its share of the device.
-        ranks: its other ranks, asleep.
-        stopwatch: running since it was woken.
+        partition: the worker's share of the device.
+        ranks: its other ranks, on standby.
+        stopwatch: running since the worker was woken.
     """
 
     attachments: list[ArenaAttachment]
@@ -84,17 +94,17 @@ class SharedDevice:
 
 
 class WorkerProcess:
-    """One instance of the model, listening for its scheduler.
+    """A worker: loads the model, listens for the scheduler, and serves until it is told to stop.
 
     Args:
         config: of the system.
         instance: which of its instances this is.
         address: where to listen for the scheduler.
-        shared: None: it has its own arenas, its device for itself, and starts its other ranks.
-        join_client: in a system that it has joined; None: the system's configuration has it.
+        shared: None: the worker makes its own arenas, has its device for itself, and starts its other ranks.
+        join_client: of a worker that has joined the system; None: the system's configuration has the worker.
 
     Attributes:
-        was_dismissed: the scheduler has told it to end.
+        was_dismissed: the scheduler has told the worker to end.
     """
 
     def __init__(
@@ -115,29 +125,27 @@ class WorkerProcess:
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
-        self._loop = asyncio.new_event_loop()
+        self._events: EventQueue[WorkerEvent] = EventQueue(self._on_event)
         self._scheduler_epoch = 0
         self._epoch = 0
-        self._used = False  # whether the scheduler has put anything into this epoch
+        self._is_used = False  # whether the scheduler has sent anything for this epoch
         self._unfinished = UnfinishedSteps()
-        self._stop_io = asyncio.Event()
         self._exit_code = 0
 
     def run(self) -> int:
-        """Load the model and serve until told to stop; returns the exit code.
+        """Load the model and serve until told to stop; return the exit code.
 
         Raises:
             HBServeError: if the model cannot be served as configured.
         """
         started = time.monotonic()
-        shared = self._shared
-        stopwatch = Stopwatch() if shared is None else shared.stopwatch
-        if shared is None:
-            attachments = partition = None
+        if self._shared is None:
+            stopwatch, attachments, partition = Stopwatch(), None, None
             how = Standby(model=self.config.model.path, on_gpu=False, yields=False)
             ranks = RankGroup(self.instance.num_ranks, self.instance.instance_id, how, self._on_rank_lost)
         else:
-            attachments, partition, ranks = shared.attachments, shared.partition, shared.ranks
+            stopwatch, attachments, partition = self._shared.stopwatch, self._shared.attachments, self._shared.partition
+            ranks = self._shared.ranks
             ranks.on_lost = self._on_rank_lost
         self._ranks, self._kill_ranks = ranks, ranks.kill
         ranks.wake(self.config, self.instance, attachments, partition)
@@ -148,7 +156,7 @@ class WorkerProcess:
             0,
             ranks.port,
             ranks.take_listener(),
-            lambda reply: self._on_transfer_reply(0, reply),
+            lambda reply: self._events.handle(TransferReplied(0, reply)),
             None if attachments is None else attachments[0],
             partition,
             stopwatch,
@@ -166,9 +174,9 @@ class WorkerProcess:
             )
             self._model = rank.model_fingerprint
             self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
-            io_thread = event_loop.start_thread(self._loop, self._serve)
+            io_thread = event_loop.start_thread(self._events.loop, self._serve)
             self._is_serving = True
-            pipeline = StepPipeline(self._runner, self._on_result, self._on_layers_stored, self._on_step_failed)
+            pipeline = StepPipeline(self._runner, self._events.post)
             stopwatch.lap("threads")
             child.freeze_heap()
             child.report_status(
@@ -176,7 +184,7 @@ class WorkerProcess:
                     "ready": True,
                     "start_s": stopwatch.parts,
                     "memory_bytes": self._platform.held_memory_bytes(),
-                    "rank_pids": self._ranks.pids,
+                    "rank_pids": ranks.pids,
                 }
             )
             self._launch_steps(pipeline)
@@ -184,130 +192,124 @@ class WorkerProcess:
         pipeline.close()
         if self._exit_code:
             ranks.kill()  # they may wait for a part of a step that will not come
-        self._loop.call_soon_threadsafe(self._stop_io.set)
+        self._events.post(StepsEnded())
         io_thread.join()
         ranks.close()
         return self._exit_code
 
-    def stop(self, exit_code: int = 0) -> None:
-        """Finish what is in flight and return from `run`. Callable from any thread.
-
-        Where nothing has begun yet the process ends here and now: loading a model may take minutes. But not
-        with memory that others work on: on a GPU, what they have in flight may not survive it.
-        """
-        self._exit_code = self._exit_code or exit_code
-        if not self._is_serving and self._shared is None:
-            self._die(self._exit_code)
-        if self._is_serving and self._runner.board is not None:
-            self._runner.board.end_waits_in(_LAST_WAIT_S)
-        self._plans.put(None)
-
-    def leave(self) -> None:
-        """Have the scheduler let it go when its requests are done; at the second call, `stop`. Callable as that."""
-        if self._wants_to_leave or not self._is_serving:
-            self.stop()
-        self._wants_to_leave = True
-
-    # --- main thread -----------------------------------------------------------------------------
-
     def _launch_steps(self, pipeline: StepPipeline) -> None:
         while (item := self._plans.get()) is not None:
             plan, came_at = item
-            if plan.epoch != self._epoch:  # made for a scheduler that has gone, or before it lost us
-                self._loop.call_soon_threadsafe(self._unfinished.end, plan)
+            if plan.epoch != self._epoch:  # made for a scheduler that is gone, or before the scheduler lost this worker
+                self._events.post(StepDropped(plan))
                 continue
             try:
                 self._ranks.forward(plan)
             except OSError as error:
-                self._on_step_failed(plan, error)
+                self._events.post(StepFailed(plan, error))
+                self.stop(EXIT_STEP_FAILED)
                 return
             if not pipeline.launch(plan, came_at):
+                self.stop(EXIT_STEP_FAILED)
                 return
 
-    # --- collector thread, and main thread where a launch fails ----------------------------------
+    # --- any thread ------------------------------------------------------------------------------
 
-    def _on_result(self, plan: StepPlan, result: StepResult) -> None:
-        self._loop.call_soon_threadsafe(self._on_step_done, plan, result)
+    def stop(self, exit_code: int = 0) -> None:
+        """Finish the steps in flight and return from `run`.
 
-    def _on_layers_stored(self, plan: StepPlan, group: int) -> None:
-        self._loop.call_soon_threadsafe(self._send_blocks, plan, group)
+        While the model is being loaded, which may take minutes, the process ends here and now. A worker on other
+        processes' memory does not: on a GPU, their steps in flight may not survive that.
+        """
+        self._exit_code = self._exit_code or exit_code
+        if not self._is_serving and self._shared is None:
+            self._exit_now(self._exit_code)
+        if self._is_serving and self._runner.board is not None:
+            self._runner.board.end_waits_in(_MAX_LAST_WAIT_S)
+        self._plans.put(None)
 
-    def _on_step_failed(self, plan: StepPlan, error: Exception) -> None:
-        self._loop.call_soon_threadsafe(self._rpc.send, failed_result(plan, repr(error)))
-        self.stop(EXIT_STEP_FAILED)
-
-    # --- watchers' threads -----------------------------------------------------------------------
+    def leave(self) -> None:
+        """Ask the scheduler to dismiss this worker when its requests are done; at the second call, `stop`."""
+        if self._wants_to_leave or not self._is_serving:
+            self.stop()
+        self._wants_to_leave = True
 
     def _on_rank_lost(self, why: str) -> None:
-        """The main thread may wait for the lost rank for good, so the process ends here and now."""
+        """End the process here and now, in a watcher's thread: the main thread may wait for the lost rank forever."""
         logger.error("%s; exiting", why)
         child.report_status({"error": why})
-        self._die(EXIT_RANK_LOST)
+        self._exit_now(EXIT_RANK_LOST)
 
-    def _die(self, exit_code: int) -> None:
+    def _exit_now(self, exit_code: int) -> None:
         self._kill_ranks()
         child.exit_now(exit_code)
 
     # --- event loop thread -----------------------------------------------------------------------
 
+    def _on_event(self, event: WorkerEvent) -> None:
+        match event:
+            case StepDone(plan, result):
+                self._rpc.send(result)
+                self._send_blocks(plan)
+                self._unfinished.end(plan)
+            case LayersStored(plan, group):
+                self._send_blocks(plan, group)
+            case StepDropped(plan):
+                self._unfinished.end(plan)
+            case StepFailed():
+                self._rpc.send(event.result())
+                self.stop(EXIT_STEP_FAILED)
+            case StepsEnded():
+                self._events.end()
+            case TransferReplied(rank, reply):
+                if reply.epoch == self._epoch:
+                    self._joint_results.add(rank, reply)
+            case RankFailed(rank, report):
+                self._on_rank_failed(f"rank {rank}: {report.error}", report)
+            case StepPlan():
+                self._is_used = True
+                self._unfinished.begin(event)
+                self._plans.put((event, time.perf_counter()))
+            case StepLost(step):
+                self._ranks.send(event)
+                assert self._runner.board is not None, "only workers with a board wait for each other's steps"
+                self._runner.board.note_lost(step)
+            case Shutdown(error):
+                self.was_dismissed = True
+                if error is not None:
+                    logger.error("the system does not take this instance: %s", error)
+                self.stop(0 if error is None else EXIT_REFUSED)
+            case _:  # a TransferCommand
+                self._is_used = True
+                self._ranks.send(event)
+                self._transfers.manager.handle(event)
+
     async def _serve(self) -> None:
         self._last_ping = time.monotonic()
         await self._ranks.open()
-        tasks = [
-            asyncio.create_task(task)
-            for task in (
-                self._watch_steps(),
-                self._serve_commands(),
-                self._ranks.serve(self._on_rank_reply),
-                self._watch_scheduler(),
-            )
-        ]
-        stopped = asyncio.create_task(self._stop_io.wait())
-        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopped}:
-            task.result()  # raises: none of them ends on its own otherwise
+        await self._events.serve(
+            self._watch_steps(),
+            self._receive_commands(),
+            self._ranks.serve(self._events.handle),
+            self._watch_scheduler(),
+        )
         self._rpc.send(Leaving(epoch=self._epoch))
-        for task in tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
         await self._transfers.leave()
         self._rpc.close()
 
-    async def _serve_commands(self) -> None:
+    async def _receive_commands(self) -> None:
+        """Handle the scheduler's commands in order. A `Ping` may begin an epoch, and later commands wait for that."""
         while True:
             try:
                 peer, command = await self._rpc.receive()
+                if isinstance(command, Ping):
+                    await self._on_ping(peer, command)
+                else:
+                    self._events.handle(command)
             except msgspec.DecodeError as error:
                 logger.error("dropped a message that is no command: %s", error)
-                continue
-            try:
-                await self._on_command(peer, command)
             except HBServeError as error:
-                logger.error("%s", error)
-                self._rpc.send(InstanceFailed(instance_id=self.instance.instance_id, error=str(error)))
-                self.stop(EXIT_STEP_FAILED)
-
-    async def _on_command(self, peer: bytes, command: InstanceCommand) -> None:
-        if isinstance(command, Ping):
-            await self._on_ping(peer, command)
-        elif isinstance(command, StepPlan):
-            self._used = True
-            self._unfinished.begin(command)
-            self._plans.put((command, time.perf_counter()))
-        elif isinstance(command, StepLost):
-            self._ranks.send(command)
-            assert self._runner.board is not None, "a worker that is alone waits for nobody"
-            self._runner.board.note_lost(command.step)
-        elif isinstance(command, Shutdown):
-            self.was_dismissed = True
-            if command.error is not None:
-                logger.error("the system does not take this instance: %s", command.error)
-            self.stop(0 if command.error is None else EXIT_REFUSED)
-        else:
-            self._used = True
-            self._ranks.send(command)
-            self._transfers.manager.handle(command)
+                self._fail(str(error))
 
     async def _on_ping(self, peer: bytes, ping: Ping) -> None:
         self._rpc.answer_to(peer)
@@ -315,22 +317,23 @@ class WorkerProcess:
         if ping.scheduler_epoch == self._scheduler_epoch and ping.known_epoch == self._epoch:
             self._rpc.send(Pong(epoch=self._epoch))
             return
-        if ping.scheduler_epoch != self._scheduler_epoch or self._used:
+        if ping.scheduler_epoch != self._scheduler_epoch or self._is_used:
             await self._begin_epoch()
             self._scheduler_epoch = ping.scheduler_epoch
-        self._hello()
+        self._send_hello()
 
     async def _begin_epoch(self) -> None:
-        """Forget everything; only when nothing of the old epoch can touch the arena any more."""
+        """Forget everything, as soon as nothing of the old epoch can touch the arena any more."""
         self._epoch = time.time_ns()
-        await self._unfinished.wait_until_none()  # plans of the old epoch are dropped by now, the launched ones finish
-        mine = await self._transfers.begin_epoch(self._epoch)
-        self._peers = [mine, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]
+        # The main thread drops plans of the old epoch from here on; launched steps finish.
+        await self._unfinished.wait_until_none()
+        peer = await self._transfers.begin_epoch(self._epoch)
+        self._peers = [peer, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]
         self._joint_results.clear()
-        self._used = False
+        self._is_used = False
 
-    def _hello(self) -> None:
-        runner = self._runner
+    def _send_hello(self) -> None:
+        runner, layout = self._runner, self._runner.layout
         self._rpc.send(
             Hello(
                 instance_id=self.instance.instance_id,
@@ -339,12 +342,12 @@ class WorkerProcess:
                 arena_epoch=self._epoch if self._shared is None else self._shared.attachments[0].epoch,
                 pid=os.getpid(),
                 model=self._model,
-                dtype=str(runner.layout.dtype).removeprefix("torch."),
+                dtype=str(layout.dtype).removeprefix("torch."),
                 num_blocks=runner.num_blocks,
-                block_size=runner.layout.block_size,
-                block_bytes=runner.layout.block_bytes * self._ranks.size,
-                num_layers=runner.layout.num_layers,
-                head_bytes=runner.layout.block_bytes // runner.layout.num_kv_heads,
+                block_size=layout.block_size,
+                block_bytes=layout.block_bytes * self._ranks.size,
+                num_layers=layout.num_layers,
+                head_bytes=layout.block_bytes // layout.num_kv_heads,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,
                 device=self._platform.describe(),
@@ -353,24 +356,13 @@ class WorkerProcess:
             )
         )
 
-    def _on_step_done(self, plan: StepPlan, result: StepResult) -> None:
-        self._rpc.send(result)
-        self._send_blocks(plan)
-        self._unfinished.end(plan)
-
     def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
         if plan.epoch == self._epoch:
             self._transfers.send(plan.sends, group)
 
-    def _on_transfer_reply(self, number: int, reply: TransferReply) -> None:
-        if reply.epoch == self._epoch:
-            self._joint_results.add(number, reply)
-
     def _on_joint_reply(self, reply: TransferReply) -> None:
         if isinstance(reply, LinkOpened) and reply.error is not None:
-            logger.error("%s; exiting", reply.error)
-            self._rpc.send(InstanceFailed(instance_id=self.instance.instance_id, error=reply.error))
-            self.stop(EXIT_STEP_FAILED)
+            self._fail(reply.error)
         else:
             self._rpc.send(reply)
 
@@ -378,20 +370,20 @@ class WorkerProcess:
         self._ranks.send(CancelTransfer(transfer_id=transfer_id))
         self._transfers.manager.cancel(transfer_id)
 
-    def _on_rank_reply(self, number: int, reply: RankReply) -> None:
-        if isinstance(reply, TransferResult | LinkOpened | LinkClosed):
-            self._on_transfer_reply(number, reply)
-            return
-        # A failed step, or an epoch that cannot begin: the main thread may wait for that rank for good.
-        assert not isinstance(reply, EpochBegun)
-        error = f"rank {number}: {reply.error}"
+    def _fail(self, error: str) -> None:
         logger.error("%s; exiting", error)
-        self._rpc.send(msgspec.structs.replace(reply, error=error))
+        self._rpc.send(InstanceFailed(instance_id=self.instance.instance_id, error=error))
+        self.stop(EXIT_STEP_FAILED)
+
+    def _on_rank_failed(self, error: str, report: StepResult | InstanceFailed) -> None:
+        """Pass the report on and end the process: the main thread may wait for the failed rank forever."""
+        logger.error("%s; exiting", error)
+        self._rpc.send(msgspec.structs.replace(report, error=error))
         self._rpc.close()
-        self._die(EXIT_STEP_FAILED)
+        self._exit_now(EXIT_STEP_FAILED)
 
     async def _watch_scheduler(self) -> None:
-        """Joins again where no scheduler knows it any more, and leaves when that is wanted."""
+        """Join again when no scheduler knows this worker any more; leave when the worker is to leave."""
         rpc = self.config.rpc
         leaving_since: float | None = None
         while True:
@@ -400,22 +392,22 @@ class WorkerProcess:
             if self._wants_to_leave:
                 leaving_since = leaving_since or now
                 if is_forgotten or now - leaving_since > rpc.drain_timeout_s:
-                    self.stop()  # nobody is there to ask, or has let it go in time
+                    self.stop()  # there is no scheduler to ask, or it has not dismissed this worker in time
                 self._rpc.send(WantsToLeave(epoch=self._epoch))
             elif self._join_client is not None and is_forgotten:
                 try:
-                    await self._join_client.renew()
+                    await self._join_client.join_again()
                 except HBServeError as error:
                     logger.error("%s", error)
                     self.stop(EXIT_REFUSED)
             await asyncio.sleep(_SCHEDULER_CHECK_INTERVAL_S)
 
     async def _watch_steps(self) -> None:
-        """A step that never ends cannot be interrupted; the process can."""
+        """End the process when a step hangs: a step cannot be interrupted, a process can."""
         timeout_s = self.config.rpc.step_timeout_s
-        await self._unfinished.watch(timeout_s)
+        await self._unfinished.wait_for_hung_step(timeout_s)
         logger.error("a step did not end within %g s; exiting", timeout_s)
-        self._die(EXIT_STEP_HUNG)
+        self._exit_now(EXIT_STEP_HUNG)
 
 
 GpuInstance = WorkerProcess  # the name that the design documents use

@@ -18,6 +18,7 @@ from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepResult
 from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
+from hbserve.worker.events import LayersStored, StepDone, StepEvent
 from hbserve.worker.step_pipeline import StepPipeline
 from tests.support.model_zoo import MODELS, VOCAB_SIZE, save_model
 from tests.support.plan_driver import GREEDY, Driver, Sequence
@@ -446,20 +447,24 @@ def test_a_group_of_layers_is_told_of_when_it_is_in_the_cache_and_the_next_one_i
         new_sequences=[state],
         sends=[SendBlocks(transfer_id="t", target_block_ids=[0], layers=layers, **order) for layers in groups],
     )
-    told: list[Any] = []
+    events: list[Any] = []
     parts = [BlockParts(runner.kv_blocks).of_layers(layers).kv_blocks for layers in groups]
 
-    def on_stored(_: StepPlan, group: int) -> None:
-        told.append((group, [bool((part[:2] != 0xFF).any()) for part in parts], parts[group][:2].clone()))
+    def post(event: StepEvent) -> None:
+        if isinstance(event, LayersStored):
+            group = event.group
+            events.append((group, [bool((part[:2] != 0xFF).any()) for part in parts], parts[group][:2].clone()))
+        else:
+            events.append(type(event))
 
-    pipeline = StepPipeline(runner, lambda *_: told.append("done"), on_stored, lambda *_: told.append("failed"))
+    pipeline = StepPipeline(runner, post)
     pipeline.launch(plan)
     pipeline.close()
-    assert [what if isinstance(what, str) else what[:2] for what in told] == [
+    assert [event if event is StepDone else event[:2] for event in events] == [
         (0, [True, False, False]),
         (1, [True, True, False]),
         (2, [True, True, True]),
-        "done",
+        StepDone,
     ]
-    for (_, _, seen), part in zip(told[:3], parts, strict=True):
+    for (_, _, seen), part in zip(events[:3], parts, strict=True):
         assert torch.equal(seen, part[:2])
