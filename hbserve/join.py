@@ -1,10 +1,10 @@
-"""Start an instance that joins a running system, which need not know of it.
+"""Start an instance that joins a running system. The system's configuration need not have the instance.
 
     python -m hbserve.join tcp://scheduler-host:50050 --role decode --key-file /etc/hbserve/cluster.key
 
-The scheduler must listen on TCP (``rpc.host``, ``rpc.port``). Model, sizes and KV backend are the system's:
-the scheduler says what they are. The instance gets work as soon as it is ready, and leaves at SIGTERM
-or Ctrl-C, when the requests that it has are done; at a second one it leaves at once.
+The scheduler must listen on TCP (``rpc.host``, ``rpc.port``). It tells the instance the system's model, sizes and KV
+backend. The instance gets requests as soon as it is ready. At SIGTERM or Ctrl-C it finishes its requests and leaves; at
+a second signal it leaves at once.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hbserve.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scheduler", help="where it listens: tcp://host:port")
+    parser.add_argument("scheduler", help="where the scheduler listens: tcp://host:port")
     parser.add_argument("--role", required=True, choices=["prefill", "decode", "unified"])
-    parser.add_argument("--instance-id", help="its name; default: made of role, host and process")
+    parser.add_argument("--instance-id", help="its name; default: made of role, host and process id")
     parser.add_argument("--key-file", help="the cluster's key, if the system has one")
-    parser.add_argument("--model", help="the model's folder on this host, if not where the scheduler has it")
+    parser.add_argument("--model", help="the model's folder on this host; default: as on the scheduler's host")
     parser.add_argument("--gpu-id", type=int, default=0, help="its first GPU")
     parser.add_argument("--tensor-parallel-size", type=int, help="its ranks; default: the system's")
-    parser.add_argument("--num-threads", type=int, help="of each rank, on CPU")
-    parser.add_argument("--host", help="address to listen on; default: the one on the way to the scheduler")
-    parser.add_argument("--port", type=int, help="to listen on; default: any free one")
+    parser.add_argument("--num-threads", type=int, help="threads of each rank, on CPU")
+    parser.add_argument("--host", help="address to listen on; default: the one that the scheduler can reach")
+    parser.add_argument("--port", type=int, help="port to listen on; default: any free one")
     parser.add_argument("--kv-ip", help="address for KV transfers; default: that of --host")
-    parser.add_argument("--patience-s", type=float, default=0.0, help="wait so long for the scheduler, or for the name")
+    parser.add_argument("--patience-s", type=float, default=0.0, help="how long to wait for scheduler or name")
     arguments = parser.parse_args()
     try:
         exit_now(_join(arguments))
@@ -76,12 +76,12 @@ def _join(arguments: argparse.Namespace) -> int:
     )
     answer = ask_to_join(arguments.scheduler, join, key, arguments.patience_s)
     config = config_of(answer, instance, arguments.model, key_file)
-    mine = config.instance(instance.instance_id)
-    join_client = JoinClient(arguments.scheduler, msgspec.structs.replace(join, kv_rank=mine.kv_rank), key)
+    joined = config.instance(instance.instance_id)
+    join_client = JoinClient(arguments.scheduler, msgspec.structs.replace(join, kv_rank=joined.kv_rank), key)
 
-    from hbserve.worker.process import run_instance  # imports torch, which an answer need not wait for
+    from hbserve.worker.process import run_instance  # imports torch, after the scheduler has answered
 
-    return run_instance(config, mine, address, join_client)
+    return run_instance(config, joined, address, join_client)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The side of an instance that joins a running system: where it is found, and what it asks of the scheduler."""
+"""The join client: asks the scheduler of a running system to take this worker, and finds out where it listens."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ANSWER_TIMEOUT_S = 10.0
 _ASK_AGAIN_S = 1.0
 
 
-class NobodyThereError(StartupError):
+class NoSchedulerError(StartupError):
     """No scheduler answers."""
 
 
 def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: float = 0.0) -> Joined:
-    """Ask a scheduler to take an instance; blocks.
+    """Ask a scheduler to take an instance, and return its answer; blocks.
 
     Args:
-        scheduler: where it listens for clients.
+        scheduler: where the scheduler listens for clients.
         key: of the cluster, if there is one.
-        patience_s: wait so long for a scheduler that is not there yet, and ask again for so long while the
-            instance's name is in use: one that has just died may not have been missed yet.
+        patience_s: how long to wait for a scheduler that is not there yet, and how long to ask again while the
+            instance's name is in use: the scheduler may not have noticed yet that its former holder died.
 
     Raises:
-        StartupError: if it does not answer, or says no.
+        StartupError: if the scheduler does not answer, or refuses.
     """
     deadline = time.monotonic() + patience_s
     with zmq.Context() as context, context.socket(zmq.DEALER) as line:
@@ -47,7 +47,7 @@ def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: 
             line.send(msgspec.msgpack.encode(join))
             if not line.poll(int(1000 * max(ANSWER_TIMEOUT_S, deadline - time.monotonic()))):
                 what = "; is it the address of rpc.host and rpc.port, and is the key the cluster's?"
-                raise NobodyThereError(f"no scheduler answers at {scheduler}{what}")
+                raise NoSchedulerError(f"no scheduler answers at {scheduler}{what}")
             answer = msgspec.msgpack.decode(line.recv(), type=Joined)
             if answer.error is None:
                 return answer
@@ -57,56 +57,56 @@ def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: 
 
 
 class JoinClient:
-    """That an instance is one of a system's though its configuration does not have it.
+    """The membership of a worker in a system whose configuration does not have it.
 
     Args:
-        scheduler: where it listens for clients.
-        join: with which it has joined, its ``kv_rank`` included.
+        scheduler: where the scheduler listens for clients.
+        join: the message with which the worker has joined, with its ``kv_rank``.
         key: of the cluster, if there is one.
     """
 
     def __init__(self, scheduler: str, join: Join, key: ClusterKey | None) -> None:
         self._scheduler, self._join, self._key = scheduler, join, key
-        self._is_alone = False
+        self._has_no_scheduler = False
 
     async def join_again(self) -> None:
-        """Join once more: the scheduler has given the instance up, or is another one; does nothing if there is none.
+        """Join again, after the scheduler has given the worker up or was replaced; without a scheduler do nothing.
 
         Raises:
-            StartupError: if it says no.
+            StartupError: if the scheduler refuses.
         """
         try:
             await asyncio.to_thread(ask_to_join, self._scheduler, self._join, self._key)
-            self._is_alone = False
-        except NobodyThereError:
-            if not self._is_alone:
+            self._has_no_scheduler = False
+        except NoSchedulerError:
+            if not self._has_no_scheduler:
                 logger.warning("no scheduler at %s; waiting for one", self._scheduler)
-            self._is_alone = True
+            self._has_no_scheduler = True
 
 
 def config_of(answer: Joined, instance: InstanceConfig, model_path: str | None, key_file: str | None) -> Config:
-    """The system's configuration as it holds on this host, with the instance in it.
+    """Return the system's configuration as it holds on this host, with the instance in it.
 
     Args:
-        model_path: where the model is here, if not where the scheduler has it.
-        key_file: where the cluster's key is here.
+        model_path: of the model on this host; None: as on the scheduler's host.
+        key_file: of the cluster's key on this host.
 
     Raises:
-        ConfigError: if something of it cannot be honoured here.
+        ConfigError: if this host cannot fulfil a part of it.
     """
     document = {**answer.config, "launcher": "local"}
     document["model"] = {**document["model"], **({} if model_path is None else {"path": model_path})}
     document["rpc"] = {**document["rpc"], "key_file": key_file}
-    mine = msgspec.to_builtins(msgspec.structs.replace(instance, kv_rank=answer.kv_rank))
-    others = [one for one in document["gpu_instances"] if one["instance_id"] != instance.instance_id]
-    return from_dict({**document, "gpu_instances": [*others, mine]})
+    joined = msgspec.to_builtins(msgspec.structs.replace(instance, kv_rank=answer.kv_rank))
+    others = [other for other in document["gpu_instances"] if other["instance_id"] != instance.instance_id]
+    return from_dict({**document, "gpu_instances": [*others, joined]})
 
 
 def host_seen_by(scheduler: str) -> str:
-    """The address of this host on the way to the scheduler.
+    """Return the address of this host that the scheduler's host can reach.
 
     Raises:
-        StartupError: if there is no way.
+        StartupError: if there is no route to the scheduler.
     """
     scheme, _, rest = scheduler.partition("://")
     host, _, port = rest.rpartition(":")
@@ -123,10 +123,10 @@ def host_seen_by(scheduler: str) -> str:
 
 
 def free_port(host: str) -> int:
-    """A port of this host that nobody listens on now.
+    """Return a port of this host that is free now.
 
     Raises:
-        StartupError: if the host's address is not one of this machine's.
+        StartupError: if ``host`` is not an address of this machine.
     """
     try:
         with socket.create_server((host, 0)) as probe:

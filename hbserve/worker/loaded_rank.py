@@ -1,4 +1,4 @@
-"""What every rank of an instance sets up before it can serve: its device, its part of the model, its KV transfers."""
+"""A loaded rank: its device, its part of the model, its KV transfers. Every rank loads them in its main thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
-    """A rank with everything loaded.
+    """A rank that has loaded everything and can serve.
 
     Attributes:
         model_fingerprint: see `hbserve.models.fingerprint`.
@@ -46,24 +46,24 @@ def loaded_rank(
     partition: Partition | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Iterator[LoadedRank]:
-    """Load one rank's part of the model. What the block does, it does without gradients, in its own thread only.
+    """Load one rank's part of the model. The body runs without gradients; that holds for its own thread only.
 
     Args:
         config: of the system.
         instance: whose rank this is.
-        tp_rank: which one, from 0.
+        tp_rank: its number, from 0.
         port: where the ranks of the instance meet.
         listener: descriptor of the socket that listens there, for rank 0.
-        report: called with what becomes of transfers, in the event loop's thread.
-        attachment: to arenas that another process holds; None: it has its own.
+        report: called with the results of transfers, in the event loop's thread.
+        attachment: to arenas that another process holds; None: the rank makes its own.
         partition: its share of the device.
-        stopwatch: told of the parts of the start: ``imports``, ``driver``, ``device``, ``ranks`` (meeting them),
-            what `ModelRunner` has, and ``transfers``.
+        stopwatch: measures the parts of the start: ``imports``, ``driver``, ``device``, ``ranks`` (meeting them),
+            those of `ModelRunner`, and ``transfers``.
 
     Raises:
         HBServeError: if the model cannot be served as configured.
     """
-    import torch  # takes seconds, in which other processes start
+    import torch  # takes seconds; other processes start meanwhile
 
     from hbserve.engine.model_runner import ModelRunner
     from hbserve.engine.process_group import join_group
@@ -75,15 +75,10 @@ def loaded_rank(
     size = instance.num_ranks
     others = (other for other in config.gpu_instances if other.instance_id != instance.instance_id)
     if partition is None and any(map(instance.shares_gpu_with, others)):
-        partition = Partition()  # all of the device, and so have the others
+        partition = Partition()  # each instance on this device may use all of it
+    num_instances = len(config.gpu_instances)
     platform = make_platform(
-        config.model.device,
-        instance.gpu_id,
-        instance.num_threads,
-        len(config.gpu_instances),
-        tp_rank,
-        size,
-        partition,
+        config.model.device, instance.gpu_id, instance.num_threads, num_instances, tp_rank, size, partition
     )
     stopwatch.lap("driver")
     platform.activate()

@@ -1,4 +1,4 @@
-"""The process of an instance's rank 0, from its orders to its end."""
+"""The entry of the process of an instance's rank 0, in its main thread: from its orders to its exit code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hbserve.worker.worker_process import SharedDevice, WorkerProcess
 
 
 def run_instance(config: Config, instance: InstanceConfig, address: str, join_client: JoinClient | None = None) -> int:
-    """Run an instance that has this process for itself until it is to end; returns the exit code.
+    """Run a worker that has this process for itself until it has to end; return the exit code.
 
-    One that a launcher has started stops with it, and at SIGTERM and SIGINT. One that was started alone
-    then leaves its system: its requests are finished, unless there is a second signal. Arguments as `WorkerProcess`.
+    A worker that a launcher started stops with the launcher, and at SIGTERM and SIGINT. A worker that was started alone
+    leaves its system at these signals: it finishes its requests first, and stops at a second signal. Arguments as
+    `WorkerProcess`.
 
     Raises:
         HBServeError: if it cannot start.
@@ -32,7 +33,7 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, join_cl
 
 
 def run_worker(config: Config, instance: InstanceConfig, address: str, shared: SharedDevice) -> int:
-    """As `run_instance`, of a worker of an instance that has several; arguments as `WorkerProcess`."""
+    """Run one of the workers of an instance that has several, as `run_instance`; arguments as `WorkerProcess`."""
     _name_process(config, instance)
     worker = WorkerProcess(config, instance, address, shared)
     child.watch_parent(worker.stop)

@@ -1,4 +1,7 @@
-"""Rank 0's side of its instance's other ranks: starting, commanding, watching and ending them."""
+"""Rank 0's side of its instance's other ranks: it starts, commands, watches and ends them.
+
+A comment above each group of methods names the thread that calls them.
+"""
 
 from __future__ import annotations
 
@@ -33,55 +36,55 @@ if TYPE_CHECKING:
 
 _EXIT_TIMEOUT_S = 10.0
 END_OF_PLANS = b""
-"""On the line of plans: finish what has come before, and exit."""
+"""On the line of plans: the rank finishes the plans before this one, and exits."""
 
 
 class _Rank:
-    """One other rank: its process, asleep at first, and rank 0's ends of the lines to it."""
+    """One other rank: its process, on standby at first, and rank 0's ends of the lines to it."""
 
     def __init__(self, number: int, orders: dict[str, Any]) -> None:
         self.number = number
         self.ready = threading.Event()
-        plans, their_plans = socket.socketpair()
-        control, their_control = socket.socketpair()
+        plans, rank_plans = socket.socketpair()
+        control, rank_control = socket.socketpair()
         self.status_end, write_end = os.pipe()
-        theirs = [their_plans.fileno(), their_control.fileno()]
-        # Whoever watches rank 0 by its status pipe sees the pipe's end only when all ranks have ended.
+        plans_fd, control_fd = rank_plans.fileno(), rank_control.fileno()
+        # All ranks inherit rank 0's status pipe: its parent sees the pipe's end only when all ranks have ended.
         inherited = [int(os.environ[name]) for name in (child.STATUS_FD_VARIABLE,) if name in os.environ]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hbserve.worker.rank_process"],
                 stdin=subprocess.PIPE,
                 env=child.environment(write_end),
-                pass_fds=[write_end, *theirs, *inherited],
+                pass_fds=[write_end, plans_fd, control_fd, *inherited],
             )
         finally:
             os.close(write_end)
-            their_plans.close()
-            their_control.close()
+            rank_plans.close()
+            rank_control.close()
         self.plans = Connection(plans.detach())
         self.control: RankLine[RankReply] = RankLine(control, RankReply)
-        self.tell(orders | {"tp_rank": number, "plans_fd": theirs[0], "control_fd": theirs[1]})
+        self.tell(orders | {"tp_rank": number, "plans_fd": plans_fd, "control_fd": control_fd})
 
     def tell(self, orders: dict[str, Any]) -> None:
-        """Write one line to its standard input."""
+        """Write one line to the rank's standard input."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone already: its watcher says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and its watcher reports that
             self.process.stdin.write(json.dumps(orders).encode() + b"\n")
             self.process.stdin.flush()
 
 
 class RankGroup:
-    """The ranks 1, 2, ... of an instance; none where it has only one. They are asleep until `wake`.
+    """The ranks 1, 2, ... of an instance; none if it has only one rank. They are on standby until `wake`.
 
-    They are in the process group of rank 0, so that whoever ends that by force can end all at once.
+    They are in the process group of rank 0, so one signal can kill them all.
 
     Args:
         size: how many ranks there are, with rank 0.
         name: of the instance, as far as it is known.
-        how: the ranks fall asleep.
-        on_lost: called from a watcher's thread with the reason when a rank ends on its own, or
-            cannot start. The instance is then of no use any more.
+        how: what the ranks import on standby.
+        on_lost: called in a watcher's thread with the reason when a rank ends on its own, or cannot start. The
+            instance cannot serve any more then.
     """
 
     def __init__(self, size: int, name: str, how: Standby, on_lost: Callable[[str], None]) -> None:
@@ -106,17 +109,17 @@ class RankGroup:
         attachments: list[ArenaAttachment] | None,
         partition: Partition | None,
     ) -> None:
-        """Tell the ranks what they are.
+        """Send the ranks their second orders: what they are.
 
         Args:
             config: of the system.
             instance: whose ranks these are.
-            attachments: to arenas that other processes hold, one per rank; None: they have their own.
-            partition: the share that each has of its device.
+            attachments: to arenas that other processes hold, one per rank; None: each rank makes its own.
+            partition: the share that each rank has of its device.
         """
         if not self._ranks:
             return
-        # Bound before anybody looks for it, and to the loopback interface alone.
+        # Rank 0 listens before a rank looks for it, and on the loopback interface only.
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         orders = {
@@ -135,7 +138,7 @@ class RankGroup:
         return [rank.process.pid for rank in self._ranks]
 
     def take_listener(self) -> int | None:
-        """The descriptor of the socket that listens on `port`, where the ranks meet, to be owned by the caller."""
+        """Give the caller the socket that listens on `port`, where the ranks meet: a descriptor; None for one rank."""
         return self._listener.detach() if self._ranks else None
 
     # --- main thread -----------------------------------------------------------------------------
@@ -154,10 +157,10 @@ class RankGroup:
                 raise StartupError(f"rank {rank.number} was not ready in time (rpc.start_timeout_s)")
 
     def forward(self, plan: StepPlan) -> None:
-        """Have the other ranks launch a plan; before rank 0 launches it itself, which waits for them.
+        """Have the other ranks launch a plan. Call this before rank 0 launches the plan itself, which waits for them.
 
         Raises:
-            OSError: if one of them is gone.
+            OSError: if a rank is gone.
         """
         if self._ranks:
             payload = self._encoder.encode(plan)
@@ -185,7 +188,7 @@ class RankGroup:
     # --- any thread ------------------------------------------------------------------------------
 
     def kill(self) -> None:
-        """Kill the other ranks, so that nothing of them is left when this returns."""
+        """Kill the other ranks; when this returns, their processes have ended."""
         self._is_ending = True
         for rank in self._ranks:
             rank.process.kill()
@@ -228,7 +231,7 @@ class RankGroup:
         await asyncio.gather(*(listen(rank) for rank in self._ranks))
 
     async def open(self) -> None:
-        """Attach to the running event loop; before any command."""
+        """Attach to the running event loop. Call this before any other method of this thread."""
         for rank in self._ranks:
             await rank.control.open()
 
@@ -238,10 +241,10 @@ class RankGroup:
             rank.control.send(command)
 
     async def begin_epoch(self, epoch: int, timeout_s: float) -> list[Peer]:
-        """Have the other ranks forget everything; where each of them receives KV then.
+        """Have the other ranks begin an epoch, and return where each of them receives KV.
 
         Raises:
-            StartupError: if one does not answer in time.
+            StartupError: if a rank does not answer in time.
         """
         loop = asyncio.get_running_loop()
         self._beginnings = {rank.number: loop.create_future() for rank in self._ranks}

@@ -20,18 +20,11 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Standby
+from hbserve.messages.transfer import TransferReply
 from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan
 from hbserve.process import child, event_loop
 from hbserve.rpc.rank_channel import RankLine
-from hbserve.worker.events import (
-    EventQueue,
-    LayersStored,
-    RankEvent,
-    StepDone,
-    StepFailed,
-    StepsEnded,
-    TransferReplied,
-)
+from hbserve.worker.events import EventQueue, LayersStored, RankEvent, StepDone, StepFailed, StepsEnded, TransferReplied
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import END_OF_PLANS
 from hbserve.worker.standby import stand_by
@@ -89,14 +82,7 @@ class RankWorker:
             HBServeError: if the model cannot be served as configured.
         """
         with loaded_rank(
-            self.config,
-            self.instance,
-            self.tp_rank,
-            port,
-            None,
-            lambda reply: self._events.handle(TransferReplied(self.tp_rank, reply)),
-            self._attachment,
-            self._partition,
+            self.config, self.instance, self.tp_rank, port, None, self._report, self._attachment, self._partition
         ) as rank:
             self._transfers, self._board = rank.transfers, rank.runner.board
             io_thread = event_loop.start_thread(self._events.loop, self._serve)
@@ -165,6 +151,9 @@ class RankWorker:
             self._line.send(InstanceFailed(instance_id=self.instance.instance_id, error=str(error)))
             return
         self._line.send(EpochBegun(peer=peer))
+
+    def _report(self, reply: TransferReply) -> None:
+        self._events.handle(TransferReplied(self.tp_rank, reply))
 
     def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
         if plan.epoch == self._epoch:

@@ -1,8 +1,8 @@
-"""Processes that import everything first and are told later what they are to be.
+"""Standby: a process imports everything before it is told what it will be.
 
-Orders come as one line on the standard input; then the process imports, says that it is asleep, and
-waits for a second line, which wakes it. Until then it has not touched the device, so its share of it
-and its priority are still open. The end of the input ends it.
+Its first orders are one line on the standard input. The process imports, reports that it is on standby, and waits for a
+second line, which wakes it. Until then it has not touched the device, so its share of the device and its priority can
+still be chosen. The end of the input ends the process. `stand_by` is in the main thread.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ _NICENESS = 5
 
 
 def stand_by(how: Standby) -> dict[str, Any]:
-    """Import everything and wait for the second line; returns it.
+    """Import everything, wait for the second line of orders, and return it.
 
-    Returns:
-        With ``partition``: None, or the fields of a `hbserve.platform.Partition`, whose priority has
-        taken effect.
+    Its ``partition`` is None or has the fields of a `hbserve.platform.Partition`. The partition's priority is set here.
     """
     started = time.monotonic()
     with ThreadPoolExecutor(1, "imports") as importer:
@@ -47,19 +45,19 @@ def stand_by(how: Standby) -> dict[str, Any]:
     if wake_up["partition"] is not None:
         priority = Partition(**wake_up["partition"]).priority
         if priority and mps.is_driver_initialised():
-            logger.warning("something has initialised the CUDA driver already, so this worker has normal priority")
+            logger.warning("an import has initialised the CUDA driver already, so this worker has normal priority")
         set_priority(priority)
     return wake_up
 
 
 def _import_everything(how: Standby) -> None:
-    """Seconds of work that do not depend on what the process will be.
+    """Do the seconds of work that do not depend on what the process will be.
 
-    In a thread of its own: on Linux niceness is a thread's, and it cannot be taken back.
+    This is in a thread of its own, because on Linux each thread has its own niceness, and cannot lower it again.
     """
     if how.yields:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-    import numpy.ma  # noqa: F401 - `numpy.unique` does, at its first call
+    import numpy.ma  # noqa: F401 - `numpy.unique` imports it at its first call
 
     import hbserve.engine.model_runner
     import hbserve.engine.process_group
@@ -69,8 +67,8 @@ def _import_everything(how: Standby) -> None:
     from hbserve.model_spec import ModelSpec
 
     if how.model is not None:
-        with contextlib.suppress(HBServeError):  # who wakes it will hear that
-            ModelSpec.load(how.model)  # transformers imports what is the model's own
+        with contextlib.suppress(HBServeError):  # the process that wakes this one gets this error
+            ModelSpec.load(how.model)  # transformers imports the modules of this model
     if how.on_gpu:
         import flashinfer
         import triton
@@ -80,4 +78,4 @@ def _import_everything(how: Standby) -> None:
         import hbserve.engine.prefill_graphs
         import hbserve.layers.fused  # noqa: F401
 
-        logger.debug("asleep with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)
+        logger.debug("on standby with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)

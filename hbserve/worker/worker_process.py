@@ -44,17 +44,7 @@ from hbserve.process import child, event_loop
 from hbserve.process.stopwatch import Stopwatch
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer, bind_address
-from hbserve.worker.events import (
-    EventQueue,
-    LayersStored,
-    RankFailed,
-    StepDone,
-    StepDropped,
-    StepFailed,
-    StepsEnded,
-    TransferReplied,
-    WorkerEvent,
-)
+from hbserve.worker import events
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import RankGroup
@@ -125,7 +115,7 @@ class WorkerProcess:
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
-        self._events: EventQueue[WorkerEvent] = EventQueue(self._on_event)
+        self._events: events.EventQueue[events.WorkerEvent] = events.EventQueue(self._on_event)
         self._scheduler_epoch = 0
         self._epoch = 0
         self._is_used = False  # whether the scheduler has sent anything for this epoch
@@ -156,7 +146,7 @@ class WorkerProcess:
             0,
             ranks.port,
             ranks.take_listener(),
-            lambda reply: self._events.handle(TransferReplied(0, reply)),
+            self._report,
             None if attachments is None else attachments[0],
             partition,
             stopwatch,
@@ -192,7 +182,7 @@ class WorkerProcess:
         pipeline.close()
         if self._exit_code:
             ranks.kill()  # they may wait for a part of a step that will not come
-        self._events.post(StepsEnded())
+        self._events.post(events.StepsEnded())
         io_thread.join()
         ranks.close()
         return self._exit_code
@@ -201,12 +191,12 @@ class WorkerProcess:
         while (item := self._plans.get()) is not None:
             plan, came_at = item
             if plan.epoch != self._epoch:  # made for a scheduler that is gone, or before the scheduler lost this worker
-                self._events.post(StepDropped(plan))
+                self._events.post(events.StepDropped(plan))
                 continue
             try:
                 self._ranks.forward(plan)
             except OSError as error:
-                self._events.post(StepFailed(plan, error))
+                self._events.post(events.StepFailed(plan, error))
                 self.stop(EXIT_STEP_FAILED)
                 return
             if not pipeline.launch(plan, came_at):
@@ -246,25 +236,25 @@ class WorkerProcess:
 
     # --- event loop thread -----------------------------------------------------------------------
 
-    def _on_event(self, event: WorkerEvent) -> None:
+    def _on_event(self, event: events.WorkerEvent) -> None:
         match event:
-            case StepDone(plan, result):
+            case events.StepDone(plan, result):
                 self._rpc.send(result)
                 self._send_blocks(plan)
                 self._unfinished.end(plan)
-            case LayersStored(plan, group):
+            case events.LayersStored(plan, group):
                 self._send_blocks(plan, group)
-            case StepDropped(plan):
+            case events.StepDropped(plan):
                 self._unfinished.end(plan)
-            case StepFailed():
+            case events.StepFailed():
                 self._rpc.send(event.result())
                 self.stop(EXIT_STEP_FAILED)
-            case StepsEnded():
+            case events.StepsEnded():
                 self._events.end()
-            case TransferReplied(rank, reply):
+            case events.TransferReplied(rank, reply):
                 if reply.epoch == self._epoch:
                     self._joint_results.add(rank, reply)
-            case RankFailed(rank, report):
+            case events.RankFailed(rank, report):
                 self._on_rank_failed(f"rank {rank}: {report.error}", report)
             case StepPlan():
                 self._is_used = True
@@ -355,6 +345,9 @@ class WorkerProcess:
                 one_sided=self._transfers.manager.one_sided,
             )
         )
+
+    def _report(self, reply: TransferReply) -> None:
+        self._events.handle(events.TransferReplied(0, reply))
 
     def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
         if plan.epoch == self._epoch:

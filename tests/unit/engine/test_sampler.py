@@ -171,11 +171,7 @@ def test_noise_is_finite_where_float32_rounds_to_one() -> None:
 def test_penalties_equal_their_definition() -> None:
     generator = torch.Generator().manual_seed(5)
     vocab_size = 40
-    histories = [
-        (torch.randint(vocab_size, (30,), generator=generator).tolist(), 12),
-        ([3, 3, 3, 7], 0),
-        ([3, 9], 2),
-    ]
+    histories = [(torch.randint(vocab_size, (30,), generator=generator).tolist(), 12), ([3, 3, 3, 7], 0), ([3, 9], 2)]
     settings = [(1.3, 0.5, 0.25), (0.8, 0.0, -1.0), (2.0, 1.0, 0.0)]
     logits = torch.randn(4, vocab_size, generator=generator) * 3
     counts = TokenCounts(8, vocab_size, torch.device("cpu"))
