@@ -89,7 +89,7 @@ def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: T
     """
 
     def allocate(num_bytes: int, what: str) -> torch.Tensor:
-        with _saying(platform, num_bytes, what):
+        with _explaining_out_of_memory(platform, num_bytes, what):
             return platform.allocate_arena(num_bytes)
 
     def agree(size: KVSize) -> KVSize:
@@ -136,7 +136,7 @@ def _sharing(platform: Platform, handles: list[str]) -> _Allocate:
     """Allocate so that others can attach, and note the handles."""
 
     def allocate(num_bytes: int, what: str) -> torch.Tensor:
-        with _saying(platform, num_bytes, what):
+        with _explaining_out_of_memory(platform, num_bytes, what):
             shared = platform.allocate_shared_arena(num_bytes)
         handles.append(shared.handle)
         return shared.tensor
@@ -220,7 +220,7 @@ def _layout(config: Config, spec: ModelSpec, block_size: int, parallel: TensorPa
 
 
 @contextmanager
-def _saying(platform: Platform, num_bytes: int, what: str) -> Iterator[None]:
+def _explaining_out_of_memory(platform: Platform, num_bytes: int, what: str) -> Iterator[None]:
     """torch's own message shows the allocator, not what the memory was for."""
     try:
         yield

@@ -138,7 +138,7 @@ class DecodeGraphs:
         self._decoder, self._attention, self._table = decoder, attention, table
         self._block_size = attention.layout.block_size
         self._max_seq_len = max_seq_len
-        self._sizes = ladder(table.max_num_seqs)
+        self._sizes = captured_batch_sizes(table.max_num_seqs)
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
         self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
@@ -307,7 +307,7 @@ class DecodeGraphs:
         )
 
 
-def ladder(max_rows: int) -> list[int]:
+def captured_batch_sizes(max_rows: int) -> list[int]:
     """Batch sizes to capture: dense where padding would cost most, up to ``max_rows``."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
     return [*(size for size in sizes if size < max_rows), max_rows]

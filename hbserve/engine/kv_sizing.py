@@ -44,16 +44,18 @@ def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platfor
         num_blocks = layout.num_blocks_in(int(free * performance.memory_fraction))
         if platform.name == "cpu":
             per_sequence = -(-wanted_len // layout.block_size)
-            most = min(per_sequence * performance.max_num_seqs, layout.num_blocks_in(CPU_DEFAULT_BYTES // tp_size))
-            num_blocks = min(num_blocks, max(most, per_sequence if asked is not None else 1))
+            max_blocks = min(
+                per_sequence * performance.max_num_seqs, layout.num_blocks_in(CPU_DEFAULT_BYTES // tp_size)
+            )
+            num_blocks = min(num_blocks, max(max_blocks, per_sequence if asked is not None else 1))
         source = f"performance.memory_fraction: {performance.memory_fraction} of {free / (1 << 30):.1f} GiB free"
     else:
         source = f"performance.num_blocks: {num_blocks} blocks"
     capacity = num_blocks * layout.block_size
-    at_least = asked or 1
-    if capacity < at_least:
+    min_tokens = asked or 1
+    if capacity < min_tokens:
         raise ConfigError(
-            f"{source} gives a KV cache of {capacity} tokens, fewer than a sequence of {at_least} needs; "
+            f"{source} gives a KV cache of {capacity} tokens, fewer than a sequence of {min_tokens} needs; "
             f"one block of {layout.block_size} tokens takes {layout.block_bytes} bytes"
         )
     return KVSize(num_blocks, min(wanted_len, capacity))

@@ -26,14 +26,14 @@ class LayerProgress:
         self._on_stored = on_stored
         self._is_cuda = device.type == "cuda"
         self._events: list[Any] = []
-        self._num_told = 0
+        self._num_reported = 0
 
     def stored(self, layer: int) -> None:
         """In the thread that launches: a layer has stored, or on a GPU will have when the stream has come so far."""
         if (layer + 1) % self._layers_per_group:
             return
         if not self._is_cuda:
-            self._tell()
+            self._report()
             return
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
@@ -43,13 +43,13 @@ class LayerProgress:
         """On a GPU: wait for one group after the other. Blocks nearly as long as the step takes."""
         for event in self._events:
             event.synchronize()
-            self._tell()
+            self._report()
 
     def finish(self) -> None:
         """The step is done."""
-        while self._num_told < self._num_groups:
-            self._tell()
+        while self._num_reported < self._num_groups:
+            self._report()
 
-    def _tell(self) -> None:
-        self._num_told += 1
-        self._on_stored(self._num_told - 1)
+    def _report(self) -> None:
+        self._num_reported += 1
+        self._on_stored(self._num_reported - 1)

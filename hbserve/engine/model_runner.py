@@ -176,10 +176,10 @@ class ModelRunner:
         self._layers = self._decoder.typical_layers
         with contextlib.nullcontext() if self._graphs is None else self._graphs.of_layers(self._layers):
             for length in [1, longest] if role.prefills else [1]:
-                self.launch(self._rehearsal(length, spare_block), self._give_way).result()
+                self.launch(self._rehearsal(length, spare_block), self._yield_device).result()
         self._layers = None
 
-    def _give_way(self, layer: int) -> None:
+    def _yield_device(self, layer: int) -> None:
         """Between two layers of a rehearsal: let others' steps have the device."""
         self.platform.synchronize()
         time.sleep(_PAUSE_S)
@@ -217,9 +217,9 @@ class ModelRunner:
         if not plan.rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
-            sampled, num_logprobs = self._graphs.launch(plan.rows, functools.partial(self._take_turn, plan), timer)
+            sampled, num_logprobs = self._graphs.launch(plan.rows, functools.partial(self._wait_for_turn, plan), timer)
             return PendingStep(plan, sampled, num_logprobs, timer)
-        board = self._take_turn(plan)
+        board = self._wait_for_turn(plan)
         rows = plan.rows if board is None else board.with_tokens(plan.rows)
         batch = build_batch(rows, self._table, self.layout.block_size, self.platform.device)
         timer.start()
@@ -235,7 +235,7 @@ class ModelRunner:
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
 
-    def _take_turn(self, plan: StepPlan) -> StepBoard | None:
+    def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
         """Wait until nobody else's step comes before a plan's; the board with the tokens that others have sampled."""
         if self.board is not None and plan.after is not None:
             self.board.wait(plan.after)

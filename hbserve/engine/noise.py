@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x85EBCA6B - (1 << 32)
 _MULTIPLIER_2 = 0xC2B2AE35 - (1 << 32)
 _SALTS = (0x9E3779B9, 0x7F4A7C15)
-_LARGEST_BELOW_ONE = 1 - 2.0**-24
+_MAX_BELOW_ONE = 1 - 2.0**-24
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     token_ids = torch.arange(vocab_size, device=seeds.device)
     bits = _mix(_mix(token_ids ^ first) ^ second)
     # -log(1 - u) is exponential, and precise where u is small: there the noise is large
-    uniform = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
+    uniform = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=_MAX_BELOW_ONE)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -81,11 +81,11 @@ class Penalties:
 
     def apply_(self, scores: torch.Tensor) -> None:
         """Change the float32 scores ``[rows, vocab]`` of these rows in place."""
-        own = scores[self.rows]
+        penalised = scores[self.rows]
         repetition = self.repetition[:, None]
-        repeated = torch.where(own > 0, own / repetition, own * repetition)
-        own = torch.where(self.counts != 0, repeated, own)
+        repeated = torch.where(penalised > 0, penalised / repetition, penalised * repetition)
+        penalised = torch.where(self.counts != 0, repeated, penalised)
         in_output = self.counts & (PROMPT_FLAG - 1)
-        own -= self.frequency[:, None] * in_output
-        own -= self.presence[:, None] * (in_output > 0)
-        scores[self.rows] = own
+        penalised -= self.frequency[:, None] * in_output
+        penalised -= self.presence[:, None] * (in_output > 0)
+        scores[self.rows] = penalised

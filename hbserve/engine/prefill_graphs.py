@@ -2,7 +2,7 @@
 
 Attention itself differs from step to step and is launched as ever. Everything else has fixed shapes
 for a fixed number of tokens, so for a ladder of token counts each piece, from behind one layer's
-attention to before the next one's, is captured; a step is padded to the next rung. That spares the
+attention to before the next one's, is captured; a step is padded to the next count. That spares the
 host most launches, which pays where a layer takes the GPU less time than the host takes to launch
 it: short chunks and small models. Larger steps run eagerly and lose nothing.
 """
@@ -25,7 +25,7 @@ from hbserve.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_LAYER_FLOPS = 0.4e-3 * 700e12
+_MAX_LAYER_FLOPS = 0.4e-3 * 700e12
 """What a GPU of 700 TFLOP/s does in the time that the host takes to launch a layer eagerly."""
 
 _MAX_TOKENS = 8192
@@ -46,19 +46,19 @@ class PrefillGraphs:
 
     Args:
         attention: the backend that the steps between the pieces use.
-        max_tokens: most tokens of a step.
+        max_tokens: of a step.
         pool: of the graphs captured before; no two run at a time, so they share memory.
     """
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend, max_tokens: int, pool: Any) -> None:
         self._decoder, self._attention = decoder, attention
-        self._sizes = token_ladder(decoder, max_tokens)
+        self._sizes = captured_token_counts(decoder, max_tokens)
         device = decoder.embedding.device
-        most = self._sizes[-1] if self._sizes else 0
-        self._token_ids = torch.zeros(most, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
-        self._slot_mapping = torch.full((most,), _NOWHERE, dtype=torch.int64, device=device)
-        self._q, self._attended = decoder.heads_buffer(most), decoder.heads_buffer(most).zero_()
+        max_size = self._sizes[-1] if self._sizes else 0
+        self._token_ids = torch.zeros(max_size, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(max_size, dtype=torch.int64, device=device)
+        self._slot_mapping = torch.full((max_size,), _NOWHERE, dtype=torch.int64, device=device)
+        self._q, self._attended = decoder.heads_buffer(max_size), decoder.heads_buffer(max_size).zero_()
         self._pieces: dict[int, _Pieces] = {}
         self._capture_all(pool, device)
 
@@ -131,11 +131,11 @@ class PrefillGraphs:
         return pieces.hidden[:num_tokens]
 
 
-def token_ladder(decoder: Decoder, max_tokens: int) -> list[int]:
+def captured_token_counts(decoder: Decoder, max_tokens: int) -> list[int]:
     """Token counts to capture, as far as a layer takes less time than its launches."""
     layer = decoder.layers[0]
     flops_per_token = 2 * sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    most = min(max_tokens, _MAX_TOKENS, int(_LARGEST_LAYER_FLOPS / flops_per_token))
-    rungs = [64, 96, 128, 192, 256, 384, *range(512, 2048, 256), *range(2048, _MAX_TOKENS, 512)]
-    sizes = [rung for rung in rungs if rung < most]
-    return [*sizes, most] if most >= rungs[0] else []
+    max_size = min(max_tokens, _MAX_TOKENS, int(_MAX_LAYER_FLOPS / flops_per_token))
+    counts = [64, 96, 128, 192, 256, 384, *range(512, 2048, 256), *range(2048, _MAX_TOKENS, 512)]
+    sizes = [count for count in counts if count < max_size]
+    return [*sizes, max_size] if max_size >= counts[0] else []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hbserve.engine.noise import gumbel_noise
 from hbserve.engine.penalties import Penalties
 
-_LOWEST_TEMPERATURE = 1e-6
+_MIN_TEMPERATURE = 1e-6
 """Below this, float32 cannot tell a temperature from zero; the most likely token is certain long before."""
 
 
@@ -111,7 +111,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     Maddison et al. 2014). Of equal scores the lowest token id wins.
     """
     scores = logits
-    if any(each is not None for each in (batch.penalties, batch.biases, batch.suppressed, batch.allowed)):
+    if any(change is not None for change in (batch.penalties, batch.biases, batch.suppressed, batch.allowed)):
         scores = logits.to(torch.float32, copy=True)
         if batch.penalties is not None:
             batch.penalties.apply_(scores)
@@ -134,7 +134,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
 def _draw(scores: torch.Tensor, random: RandomRows) -> torch.Tensor:
     # with the highest score at 0, no temperature overflows and min-p is one comparison
     scores = scores - scores.amax(-1, keepdim=True)
-    scores /= random.temperature.clamp_min(_LOWEST_TEMPERATURE)[:, None]
+    scores /= random.temperature.clamp_min(_MIN_TEMPERATURE)[:, None]
     if random.truncated is not None:
         assert random.top_k is not None, "truncated rows need top_k"
         assert random.top_p is not None, "truncated rows need top_p"

@@ -24,19 +24,21 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
     arrays: Arrays = {}
     random = np.flatnonzero(table.temperature[slots] > 0)
     if random.size:
-        own = slots[random]
-        arrays.update(random_rows=random, seeds=table.seeds[own], positions_sampled=positions[random])
-        arrays.update(temperature=table.temperature[own], min_p=table.min_p[own])
-        truncated = np.flatnonzero((table.top_k[own] < table.vocab_size) | (table.top_p[own] < 1))
+        random_slots = slots[random]
+        arrays.update(random_rows=random, seeds=table.seeds[random_slots], positions_sampled=positions[random])
+        arrays.update(temperature=table.temperature[random_slots], min_p=table.min_p[random_slots])
+        truncates = (table.top_k[random_slots] < table.vocab_size) | (table.top_p[random_slots] < 1)
+        truncated = np.flatnonzero(truncates)
         if truncated.size:
-            own = own[truncated]
-            arrays.update(truncated=truncated, top_k=table.top_k[own], top_p=table.top_p[own])
+            truncated_slots = random_slots[truncated]
+            arrays.update(truncated=truncated, top_k=table.top_k[truncated_slots], top_p=table.top_p[truncated_slots])
     count_rows = table.token_counts.row_of_slot[slots]
     penalised = np.flatnonzero(count_rows >= 0)
     if penalised.size:
-        own = slots[penalised]
-        arrays.update(penalised_rows=penalised, count_rows=count_rows[penalised], repetition=table.repetition[own])
-        arrays.update(presence=table.presence[own], frequency=table.frequency[own])
+        penalised_slots = slots[penalised]
+        arrays.update(penalised_rows=penalised, count_rows=count_rows[penalised])
+        arrays.update(repetition=table.repetition[penalised_slots], presence=table.presence[penalised_slots])
+        arrays.update(frequency=table.frequency[penalised_slots])
     too_early = np.flatnonzero(positions < table.min_end_positions[slots])
     suppressed = [(row, token) for row in too_early.tolist() for token in table.end_token_ids[slots[row]]]
     if suppressed:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 
 _ALIGNMENT_BYTES = 16
-_NUM_EACH = 3
+_NUM_BUFFERS_OF_SIZE = 3
 """More than the steps in flight."""
-_LARGEST_BYTES = 1 << 19
+_MAX_BUFFER_BYTES = 1 << 19
 
 
 def reserve_pinned_memory() -> None:
@@ -19,8 +19,8 @@ def reserve_pinned_memory() -> None:
 
     What is larger is for prompts, whose steps are long.
     """
-    sizes = [1 << power for power in range(_LARGEST_BYTES.bit_length())]
-    _ = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(_NUM_EACH)]
+    sizes = [1 << power for power in range(_MAX_BUFFER_BYTES.bit_length())]
+    _ = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(_NUM_BUFFERS_OF_SIZE)]
 
 
 def to_device(arrays: Mapping[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ class StepBoard:
         self._samples = samples
         self._lost: dict[int, int] = {}
         self._deadline = float("inf")
-        self._may_be_wrong = False
+        self._tokens_may_be_wrong = False
         ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, ctypes.c_ulong(_TIMER_SLACK_NS))
 
     @staticmethod
@@ -83,11 +83,11 @@ class StepBoard:
             self._positions[entry.slots] = entry.ends
         self._done[entry.cell] = entry.step_id
 
-    def note_lost(self, step: StepRef) -> None:
+    def on_step_lost(self, step: StepRef) -> None:
         """The worker of that cell has ended; who waits for the step need not."""
         self._lost[step.cell] = step.step_id
 
-    def end_waits_in(self, seconds: float) -> None:
+    def limit_waits(self, seconds: float) -> None:
         """Nobody waits for longer than that from now on. Callable from any thread."""
         self._deadline = time.monotonic() + seconds
 
@@ -95,25 +95,25 @@ class StepBoard:
         """Wait until a step is done, or known to be lost.
 
         Raises:
-            TimeoutError: in the end, see `end_waits_in`; until then it is whoever watches the worker's steps that
+            TimeoutError: in the end, see `limit_waits`; until then it is whoever watches the worker's steps that
                 has a deadline.
         """
         while self._done[step.cell] < step.step_id:
             if self._lost.get(step.cell, 0) >= step.step_id:
-                self._may_be_wrong = True
+                self._tokens_may_be_wrong = True
                 return
             if time.monotonic() > self._deadline:
                 raise TimeoutError(f"another worker has not done its step {step.step_id}, and this one is to end")
             time.sleep(_POLL_S)
-        self._may_be_wrong = False
+        self._tokens_may_be_wrong = False
 
     def tokens(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """What others have sampled for these slots at these positions.
 
         After a lost step that may be any tokens that were sampled once: what is made of them counts for nothing.
         """
-        are_there = self._may_be_wrong or (self._positions[slots] == positions).all()
-        assert are_there, "the board has no token for the position that a row starts at"
+        is_there = self._tokens_may_be_wrong or (self._positions[slots] == positions).all()
+        assert is_there, "the board has no token for the position that a row starts at"
         token_ids: npt.NDArray[np.int64] = self._token_ids[slots]
         return token_ids
 

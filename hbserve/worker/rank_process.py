@@ -117,7 +117,7 @@ class RankWorker:
                 self._line.send(reply)
             case StepLost(step):
                 assert self._board is not None, "only workers with a board wait for each other's steps"
-                self._board.note_lost(step)
+                self._board.on_step_lost(step)
             case _:  # a TransferCommand
                 self._transfers.manager.handle(event)
 

@@ -215,7 +215,7 @@ class WorkerProcess:
         if not self._is_serving and self._shared is None:
             self._exit_now(self._exit_code)
         if self._is_serving and self._runner.board is not None:
-            self._runner.board.end_waits_in(_MAX_LAST_WAIT_S)
+            self._runner.board.limit_waits(_MAX_LAST_WAIT_S)
         self._plans.put(None)
 
     def leave(self) -> None:
@@ -263,7 +263,7 @@ class WorkerProcess:
             case StepLost(step):
                 self._ranks.send(event)
                 assert self._runner.board is not None, "only workers with a board wait for each other's steps"
-                self._runner.board.note_lost(step)
+                self._runner.board.on_step_lost(step)
             case Shutdown(error):
                 self.was_dismissed = True
                 if error is not None:

@@ -203,9 +203,9 @@ def test_who_waits_on_the_board_goes_on_when_the_step_is_done_or_lost() -> None:
         reader.with_tokens([msgspec.structs.replace(following[0], start=11)])
     lost = threading.Thread(target=reader.wait, args=[StepRef(cell=3, step_id=51)], daemon=True)
     lost.start()
-    reader.note_lost(StepRef(cell=3, step_id=51))
+    reader.on_step_lost(StepRef(cell=3, step_id=51))
     lost.join(20)
     assert not lost.is_alive()
-    reader.end_waits_in(0.0)
+    reader.limit_waits(0.0)
     with pytest.raises(TimeoutError):
         reader.wait(StepRef(cell=3, step_id=52))
