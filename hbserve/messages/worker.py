@@ -114,7 +114,7 @@ class Hello(Message, frozen=True):
     Attributes:
         epoch: number of this incarnation, different at every start.
         arena_epoch: epoch of its KV memory: the same, or that of the process that holds the memory.
-        model: identity of its weights, see `hbserve.models.fingerprint`; dtype: of weights and KV.
+        model: identity of its weights, see `hbserve.models.loader.model_fingerprint`; dtype: of weights and KV.
         block_bytes: bytes of one KV block over all layers and ranks.
         num_layers: layers of the model; head_bytes: bytes of one KV head in one block, over all layers.
         peers: addresses of its ranks for KV, in their order.

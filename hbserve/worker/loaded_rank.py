@@ -25,7 +25,7 @@ class LoadedRank:
     """A rank that has loaded everything and can serve.
 
     Attributes:
-        model_fingerprint: see `hbserve.models.fingerprint`.
+        model_fingerprint: see `hbserve.models.loader.model_fingerprint`.
     """
 
     model_fingerprint: str
