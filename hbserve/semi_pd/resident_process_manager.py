@@ -311,11 +311,7 @@ class ResidentProcessManager:
         return {
             "resident_process": None
             if process is None
-            else {
-                "pid": process.pid,
-                "is_alive": process.is_alive(),
-                "silence_s": time.monotonic() - self._last_seen,
-            },
+            else {"pid": process.pid, "is_alive": process.is_alive(), "silence_s": time.monotonic() - self._last_seen},
             "is_ready": "attachment" in status,
             "device": self.device,
             "weights_bytes": status.get("weights_bytes"),

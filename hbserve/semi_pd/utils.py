@@ -9,13 +9,7 @@ from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError
 from hbserve.platform import Partition
 
-__all__ = [
-    "PHASES",
-    "ROLES",
-    "InstanceRole",
-    "partition_of",
-    "semi_pd_system",
-]
+__all__ = ["PHASES", "ROLES", "InstanceRole", "partition_of", "semi_pd_system"]
 
 PHASES = (InstanceRole.PREFILL, InstanceRole.DECODE)
 ROLES = (*PHASES, InstanceRole.UNIFIED)
