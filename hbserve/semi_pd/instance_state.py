@@ -37,7 +37,7 @@ ShareLevel = tuple[InstanceRole, int]
 
 
 class Lifecycle(StrEnum):
-    """Life of an instance."""
+    """Life of an instance; `NEXT_LIFECYCLES` has the legal transitions."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -45,8 +45,16 @@ class Lifecycle(StrEnum):
     STOPPING = "stopping"
 
 
+NEXT_LIFECYCLES = {
+    Lifecycle.STOPPED: {Lifecycle.STARTING},
+    Lifecycle.STARTING: {Lifecycle.RUNNING, Lifecycle.STOPPING},
+    Lifecycle.RUNNING: {Lifecycle.STOPPING},
+    Lifecycle.STOPPING: {Lifecycle.STOPPING, Lifecycle.STOPPED},
+}
+
+
 class InstanceState:
-    """State of an instance; methods take the lock themselves unless they say otherwise.
+    """State of an instance; only its methods change it. They take the lock themselves unless they say otherwise.
 
     Args:
         allocation: the first split.
@@ -90,7 +98,40 @@ class InstanceState:
         with self.changed:
             self.check_going()
             self.pool, self._on_gpu = pool, on_gpu
-            pool.keep_standbys(len(self.levels(self.allocation)), True)  # they import while the memory is loaded
+            self._keep_first_standbys(pool)
+
+    def _keep_first_standbys(self, pool: WorkerPool) -> None:
+        pool.keep_standbys(len(self.levels(self.allocation)), True)  # they import while the memory is loaded
+
+    def enter(self, lifecycle: Lifecycle) -> None:
+        """Change the lifecycle. With the lock held."""
+        assert lifecycle in NEXT_LIFECYCLES[self.lifecycle], f"{self.lifecycle} -> {lifecycle}"
+        self.lifecycle = lifecycle
+        self.changed.notify_all()
+
+    def on_stopped(self) -> None:
+        """Note that every process has ended; the instance may start again."""
+        with self.changed:
+            self.pool = self.memory_lost = None
+            self.is_told_to_stop = False
+            self.enter(Lifecycle.STOPPED)
+
+    def tell_to_stop(self) -> None:
+        """Let nothing new begin, and make a running start give up. Does not block."""
+        with self.changed:
+            self.is_told_to_stop = True
+            self.changed.notify_all()
+        self.residents.notify_cancelled()
+
+    def replace_split(self, allocation: SMAllocation) -> SMAllocation:
+        """Put a split in force; returns the one before. With the lock held."""
+        before, self.allocation = self.allocation, allocation
+        return before
+
+    def on_error(self, error: str) -> None:
+        """Log an error and keep it for the status."""
+        self.last_error = error
+        logger.error("%s: %s", self.instance.instance_id, error)
 
     def check_going(self) -> None:
         """Check that the instance may go on.
@@ -186,7 +227,7 @@ class InstanceState:
             unserving = (WorkerState.PREPARING, WorkerState.READY)
             unused = [w for w in self.pool.workers.values() if w.state in unserving and w.level not in wanted]
             for worker in unused:
-                worker.state = WorkerState.DRAINING
+                worker.enter(WorkerState.DRAINING)
         for worker in unused:
             worker.process.terminate()
 
@@ -216,9 +257,9 @@ class InstanceState:
             if worker.spec.role not in chosen:
                 continue
             if worker.state is WorkerState.READY and worker.level in wanted:
-                worker.state = WorkerState.ACTIVE
+                worker.enter(WorkerState.ACTIVE)
             elif worker.state is WorkerState.ACTIVE and worker.level not in wanted:
-                worker.state = WorkerState.DRAINING
+                worker.enter(WorkerState.DRAINING)
         self.publish(reason)
         self.changed.notify_all()
 
@@ -250,11 +291,16 @@ class InstanceState:
                 continue
             if not self.may_try_again():
                 phase, percentage = level
-                self.last_error = f"the {phase} worker at {percentage} % was lost, too often to make it again"
-                logger.error("%s: %s (rpc.max_restarts)", self.instance.instance_id, self.last_error)
+                why = "was lost, too often to start it again (rpc.max_restarts)"
+                self.on_error(f"the {phase} worker at {percentage} % {why}")
                 continue
             self.num_replaced += 1
             self.pool.wake(*level, self.residents.attachments)
+        self.keep_standbys()
+
+    def keep_standbys(self) -> None:
+        """Start as many standbys as the configuration says. With the lock held."""
+        assert self.pool is not None
         self.pool.keep_standbys(self._config.semi_pd.num_sleepers)
 
     def may_try_again(self) -> bool:
@@ -267,7 +313,7 @@ class InstanceState:
         with self.changed:
             if worker.state is not WorkerState.PREPARING:
                 return
-            worker.state = WorkerState.READY
+            worker.enter(WorkerState.READY)
             # The replacement of a lost worker serves at once; other workers wait for their split.
             if self.is_serving() and worker.level in self.levels(self.allocation):
                 self.activate([worker.spec.role])
@@ -275,14 +321,15 @@ class InstanceState:
 
     def _on_worker_exit(self, worker: Worker, code: int) -> None:
         with self.changed:
-            before, worker.state = worker.state, WorkerState.ENDED
+            before = worker.state
+            worker.enter(WorkerState.ENDED)
             if self.pool is not None:
                 self.pool.workers.pop(worker.spec.worker_id, None)
             self._gone.append(worker.spec.worker_id)
             self.changed.notify_all()
             if self.lifecycle is not Lifecycle.RUNNING or before is WorkerState.DRAINING:
                 if self.is_serving():
-                    self.publish("a retired worker has ended")
+                    self.publish("a drained worker has ended")
                 return
             logger.error("%s ended with exit code %d (%s)", worker.spec.worker_id, code, worker.error or before)
         # On a GPU its end may have ended every process on the device.
@@ -297,6 +344,34 @@ class InstanceState:
     def is_serving(self) -> bool:
         """Whether the instance runs and has its memory. With the lock held."""
         return self.lifecycle is Lifecycle.RUNNING and self.memory_lost is None
+
+    def begin_recovery(self, why: str) -> list[Worker]:
+        """Take all workers out of service; returns those to kill."""
+        with self.changed:
+            assert self.pool is not None
+            workers = list(self.pool.workers.values())
+            for worker in workers:
+                worker.enter(WorkerState.DRAINING)
+            self.publish(why)
+        return workers
+
+    def begin_restart(self) -> None:
+        """Start standbys for the memory's next life.
+
+        Raises:
+            StartupError: if the instance was told to stop.
+        """
+        with self.changed:
+            self.memory_lost = None
+            self.check_going()
+            assert self.pool is not None
+            self._keep_first_standbys(self.pool)  # standbys have not touched the device and still run
+
+    def on_restart_failed(self, error: str) -> None:
+        """Let the supervisor try again, as long as ``rpc.max_restarts`` allows."""
+        with self.changed:
+            if self.lifecycle is Lifecycle.RUNNING and self.may_try_again():
+                self.memory_lost = error
 
     def on_memory_lost(self, why: str) -> None:
         """Note that a resident process has ended, or the device has failed."""

@@ -101,7 +101,7 @@ class ProcessRotationManager:
         self._rotation = Rotation(
             self._state, self.delayed_switching, self.async_switching, lambda begins: self.mark_rotation(begins)
         )
-        self._recovery = Recovery(self._state, self._device.restart, config.rpc.start_timeout_s, settings.num_sleepers)
+        self._recovery = Recovery(self._state, self._device.restart, config.rpc.start_timeout_s)
         self._controller: SLOAwareResourceController | None = None
         self._run_dir: str | None = None
         self._owns_run_dir = True
@@ -168,7 +168,7 @@ class ProcessRotationManager:
             if state.lifecycle is not Lifecycle.STOPPED:
                 raise StartupError(f"{self.instance.instance_id} is {state.lifecycle} already")
             state.check_going()
-            state.lifecycle = Lifecycle.STARTING
+            state.enter(Lifecycle.STARTING)
         try:
             self._start(deadline)
         except BaseException:
@@ -178,7 +178,7 @@ class ProcessRotationManager:
     def _start(self, deadline: float) -> None:
         state, settings = self._state, self.config.semi_pd
         if settings.slo is not None and self._scheduler_address is None and self._controller is None:
-            raise StartupError("semi_pd.slo: without a scheduler nobody sees latencies; use SemiPDCoordinator")
+            raise StartupError("semi_pd.slo: without a scheduler there are no latencies to read; use SemiPDCoordinator")
         if self._run_dir is None:
             self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
         environment = self._device.start()
@@ -192,9 +192,8 @@ class ProcessRotationManager:
         with state.changed:
             state.check_going()
             state.activate(ROLES)
-            state.lifecycle = Lifecycle.RUNNING
-            assert state.pool is not None
-            state.pool.keep_standbys(settings.num_sleepers)
+            state.enter(Lifecycle.RUNNING)
+            state.keep_standbys()
             self._supervisor = threading.Thread(target=self._supervise, name="semi-pd-supervisor", daemon=True)
             self._supervisor.start()
         if state.link is not None and settings.slo is not None:
@@ -203,23 +202,19 @@ class ProcessRotationManager:
 
     def tell_to_stop(self) -> None:
         """Make a running start give up; does not block. Any thread may call this."""
-        with self._state.changed:
-            self._state.is_told_to_stop = True
-            self._state.changed.notify_all()
-        self._state.residents.notify_cancelled()
+        self._state.tell_to_stop()
 
     def stop(self) -> None:
         """End all processes; may block. May be called in every state."""
         state = self._state
+        state.tell_to_stop()
         with state.changed:
-            state.is_told_to_stop = True
-            state.changed.notify_all()
             while state.lifecycle in (Lifecycle.STARTING, Lifecycle.STOPPING):
                 state.residents.notify_cancelled()
                 state.changed.wait(_POLL_S)  # the thread that starts or stops it cleans up
             if state.lifecycle is Lifecycle.STOPPED:
                 return
-            state.lifecycle = Lifecycle.STOPPING
+            state.enter(Lifecycle.STOPPING)
         for process in state.processes():
             process.terminate()
         while self._supervisor is not None and self._supervisor.is_alive():
@@ -232,9 +227,9 @@ class ProcessRotationManager:
         if state.link is not None and self._controller is not None:
             self._controller.stop_monitoring()
             self._controller = None
+        state.tell_to_stop()
         with state.changed:
-            state.is_told_to_stop = True
-            state.lifecycle = Lifecycle.STOPPING
+            state.enter(Lifecycle.STOPPING)
         processes = state.processes()
         for process in processes:
             process.terminate()
@@ -253,9 +248,8 @@ class ProcessRotationManager:
             shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None
         with state.changed:
-            state.pool = self._supervisor = self._requested = state.memory_lost = None
-            state.lifecycle, state.is_told_to_stop = Lifecycle.STOPPED, False
-            state.changed.notify_all()
+            self._supervisor = self._requested = None
+            state.on_stopped()
 
     # --- requests of users -------------------------------------------------------------------------
 
@@ -356,11 +350,10 @@ class ProcessRotationManager:
                     assert requested is not None
                     self._rotation.rotate(requested)
             except StartupError as error:
-                state.last_error = str(error)
-                logger.error("%s: %s", self.instance.instance_id, error)
+                state.on_error(str(error))
             except Exception as error:
-                state.last_error = repr(error)
                 logger.exception("%s: the supervisor failed", self.instance.instance_id)
+                state.on_error(repr(error))
             with state.changed:
                 # A recovery starts the workers of the split in force; a requested split comes after it.
                 if lost is None and self._requested is requested:

@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 
 from hbserve.errors import StartupError
-from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
+from hbserve.semi_pd.instance_state import InstanceState
 from hbserve.semi_pd.utils import ROLES
-from hbserve.semi_pd.worker_pool import WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +24,10 @@ class Recovery:
     Args:
         restart_device: called when no process uses the device any more; restarts MPS after a fault.
         start_timeout_s: for the memory and the workers together.
-        num_sleepers: number of standbys afterwards.
     """
 
-    def __init__(
-        self, state: InstanceState, restart_device: Callable[[], None], start_timeout_s: float, num_sleepers: int
-    ) -> None:
-        self._state, self._restart_device = state, restart_device
-        self._start_timeout_s, self._num_sleepers = start_timeout_s, num_sleepers
+    def __init__(self, state: InstanceState, restart_device: Callable[[], None], start_timeout_s: float) -> None:
+        self._state, self._restart_device, self._start_timeout_s = state, restart_device, start_timeout_s
         self.num_done = 0
 
     def recover(self, why: str) -> None:
@@ -43,39 +38,23 @@ class Recovery:
         """
         state = self._state
         logger.warning("%s: %s; starting again", state.instance.instance_id, why)
-        self._end_workers(why)
+        workers = state.begin_recovery(why)
+        for worker in workers:
+            worker.process.kill()  # its results would be of no use
+        for worker in workers:
+            worker.process.join(_END_TIMEOUT_S)
         state.residents.stop()
         self._restart_device()
         deadline = time.monotonic() + self._start_timeout_s
-        with state.changed:
-            state.memory_lost = None
-            state.check_going()
-            assert state.pool is not None
-            # Standbys have not touched the device and still run; more of them import while the memory is loaded.
-            state.pool.keep_standbys(len(state.levels(state.allocation)), True)
+        state.begin_restart()
         try:
             state.start_memory(deadline)
             state.prepare(state.allocation, deadline)
         except StartupError as error:
             state.discard()
-            with state.changed:
-                if state.lifecycle is Lifecycle.RUNNING and state.may_try_again():
-                    state.memory_lost = str(error)
+            state.on_restart_failed(str(error))
             raise
         with state.changed:
             state.activate(ROLES)
             self.num_done += 1
-            state.pool.keep_standbys(self._num_sleepers)
-
-    def _end_workers(self, why: str) -> None:
-        state = self._state
-        with state.changed:
-            assert state.pool is not None
-            workers = list(state.pool.workers.values())
-            for worker in workers:
-                worker.state = WorkerState.DRAINING
-            state.publish(why)
-        for worker in workers:
-            worker.process.kill()  # its results would be of no use
-        for worker in workers:
-            worker.process.join(_END_TIMEOUT_S)
+            state.keep_standbys()

@@ -117,7 +117,7 @@ class ResidentProcessManager:
 
     Attributes:
         environment: variables for the process.
-        run_dir: a folder to remove if the process outlives everybody else.
+        run_dir: a folder to remove if the process outlives all other processes.
         heartbeat_interval: seconds between heartbeats.
 
     Raises:

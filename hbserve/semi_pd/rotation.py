@@ -15,7 +15,6 @@ Runs in the supervisor's thread of `hbserve.semi_pd.process_rotation_manager`. O
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable
 
@@ -25,8 +24,6 @@ from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSw
 from hbserve.semi_pd.utils import PHASES
 from hbserve.semi_pd.worker_pool import Worker, WorkerState
 from hbserve.slo.constraints import SMAllocation
-
-logger = logging.getLogger(__name__)
 
 
 class Rotation:
@@ -68,8 +65,7 @@ class Rotation:
         if self._delayed.prepare(lambda: state.prepare(allocation, deadline)):
             return True
         self.num_failed += 1
-        state.last_error = f"no rotation to {allocation}: {self._delayed.error}"
-        logger.error("%s: %s", state.instance.instance_id, state.last_error)
+        state.on_error(f"no rotation to {allocation}: {self._delayed.error}")
         state.discard()
         return False
 
@@ -101,7 +97,7 @@ class Rotation:
         with state.changed:
             if not state.is_serving():
                 return None
-            before, state.allocation = state.allocation, allocation
+            before = state.replace_split(allocation)
             changes = [
                 phase for phase in PHASES if state.levels_of(phase, before) != state.levels_of(phase, allocation)
             ]

@@ -25,13 +25,22 @@ _MODULE = "hbserve.semi_pd.worker_process"
 
 
 class WorkerState(StrEnum):
-    """Life of a worker process; `hbserve.semi_pd.instance_state` draws it."""
+    """Life of a worker process; `NEXT_STATES` has its legal transitions, drawn in `hbserve.semi_pd.instance_state`."""
 
     PREPARING = "preparing"
     READY = "ready"
     ACTIVE = "active"
     DRAINING = "retiring"  # the status report's word
     ENDED = "ended"
+
+
+NEXT_STATES = {
+    WorkerState.PREPARING: {WorkerState.READY, WorkerState.DRAINING, WorkerState.ENDED},
+    WorkerState.READY: {WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState.ENDED},
+    WorkerState.ACTIVE: {WorkerState.DRAINING, WorkerState.ENDED},
+    WorkerState.DRAINING: {WorkerState.DRAINING, WorkerState.ENDED},  # a recovery lets all drain
+    WorkerState.ENDED: set(),
+}
 
 
 class Worker:
@@ -60,6 +69,11 @@ class Worker:
     def level(self) -> tuple[InstanceRole, int]:
         """Role and percentage."""
         return self.spec.role, self.spec.percentage
+
+    def enter(self, state: WorkerState) -> None:
+        """Change the state."""
+        assert state in NEXT_STATES[self.state], f"{self.spec.worker_id}: {self.state} -> {state}"
+        self.state = state
 
     def note_start(self, parts: dict[str, float]) -> None:
         """Note its account of the start; the rest is ``orders``: their travel, and the end of its imports."""
