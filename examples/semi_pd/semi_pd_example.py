@@ -1,4 +1,4 @@
-"""Semi-PD from start to end: serve, change the split while serving, look at the status.
+"""Semi-PD from start to end: serve, change the split while serving, show the status.
 
 python examples/semi_pd/semi_pd_example.py [--model-path FOLDER] [--prefill-sm 70] [--decode-sm 30]
 """
@@ -17,7 +17,9 @@ QUESTIONS = ["What is prefill?", "What is decode?", "What is 47 + 38?"]
 
 async def ask(llm: DisaggregatedLLM) -> list[str]:
     sampling = SamplingParams(temperature=0, max_tokens=32)
-    answers = await asyncio.gather(*(llm.chat([{"role": "user", "content": each}], sampling) for each in QUESTIONS))
+    answers = await asyncio.gather(
+        *(llm.chat([{"role": "user", "content": question}], sampling) for question in QUESTIONS)
+    )
     return [answer["text"] for answer in answers]
 
 
@@ -58,7 +60,7 @@ async def main() -> None:
         while manager.get_status()["switch_requested"]:
             answers.append(await ask(llm))
         show(manager)
-        same = all(each == answers[0] for each in answers)
+        same = all(answer == answers[0] for answer in answers)
         print(f"answered {len(answers) * len(QUESTIONS)} times meanwhile, always the same: {same}")
 
 

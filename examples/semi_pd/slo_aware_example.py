@@ -1,9 +1,9 @@
-"""The SLO controller at work on a real engine: load that turns from prefill-heavy to decode-heavy and back.
+"""The SLO controller on a real engine, under a load that flips between prefill-heavy and decode-heavy.
 
     python examples/semi_pd/slo_aware_example.py --model-path examples/models/hbserve-demo \\
         --ttft-target 200 --tpot-target 50 --initial-prefill-sm 70 --initial-decode-sm 30 --simulation-cycles 6
 
-Without a GPU the split is one of the CPU's threads. A folder without weights gets random ones.
+Without a GPU the split is one of the CPU's threads. A model folder without weights gets random ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--tpot-target", type=float, default=50.0, help="milliseconds")
     parser.add_argument("--initial-prefill-sm", type=int, default=70, help="percent")
     parser.add_argument("--initial-decode-sm", type=int, default=30, help="percent")
-    parser.add_argument("--simulation-cycles", type=int, default=50, help="turns of the load")
+    parser.add_argument("--simulation-cycles", type=int, default=50, help="flips of the load")
     parser.add_argument("--cycle-seconds", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second")
     arguments = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 async def run(arguments: argparse.Namespace, load_format: str) -> None:
-    """Start the engine, drive it, show what the controller does, end it."""
+    """Start the engine, drive it, show the decisions of the controller, end it."""
     slo = {"ttft_target_ms": arguments.ttft_target, "tpot_target_ms": arguments.tpot_target}
     config = PdDisaggConfig.from_arguments(
         arguments.model_path,
@@ -68,7 +68,7 @@ async def drive(llm: DisaggregatedLLM, arguments: argparse.Namespace, cycle: int
 
 
 def show(cycle: int, prefill_heavy: bool, llm: DisaggregatedLLM, manager: ProcessRotationManager) -> None:
-    """One line per cycle: the load, the latencies of the window, the split and the last decision."""
+    """Print one line per cycle: the load, the latencies of the window, the split and the last decision."""
     window = llm.get_system_stats()["metrics"]["window"]
     status = manager.get_status()
     split = status["current_sm_allocation"]

@@ -90,6 +90,8 @@ class InstanceState:
         self._gone: list[str] = []
         self._restarts = RestartBudget(config.rpc.max_restarts)
 
+    # --- life --------------------------------------------------------------------------------------
+
     def start_workers(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
         """Make the pool, and start the standbys for the first workers."""
         pool = WorkerPool(

@@ -352,7 +352,7 @@ def test_a_split_has_one_controller(model: str, caplog: pytest.LogCaptureFixture
         create_semi_pd_coordinator(config, ttft_target_ms=200.0, tpot_target_ms=50.0)
     assert create_semi_pd_coordinator(config).slo_controller is not None
     assert not ProcessRotationManager(config).start()
-    assert "without a scheduler nobody sees latencies" in caplog.text
+    assert "without a scheduler there are no latencies to read" in caplog.text
 
 
 async def test_status_and_split_over_http(running: LLM) -> None:

@@ -1,4 +1,4 @@
-"""The SLO controller, driven by the simulator: its model, its decisions, its stability."""
+"""The SLO controller, driven by the simulator: model, decisions and stability."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def run(
     slo: SLOConstraints = SLO,
     bounds: SplitBounds | None = None,
     warm: tuple[int, ...] | None = None,
-    in_turns: bool = False,
+    throttled: bool = False,
 ) -> SimulatedController:
-    """Serve with the controller; returns it."""
+    """Serve with the controller, and return it."""
     clock = SimulatedClock()
-    unit = SemiPDUnit(clock, STEPS, Sizes(), start, decode_interval_s=in_turns * slo.decode_interval_ms / 1000)
+    unit = SemiPDUnit(clock, STEPS, Sizes(), start, decode_interval_s=throttled * slo.decode_interval_ms / 1000)
     rotation = SimulatedRotation(unit) if warm is None else SimulatedRotation(unit, warm)
     control = SimulatedController(unit, slo, STEPS, requests[-1].arrival, rotation, bounds)
     serve(clock, [unit], requests)
@@ -61,7 +61,7 @@ def run(
 # --- the model ---------------------------------------------------------------------------------
 
 
-def test_least_squares_begins_with_its_prior_and_ends_with_what_was_seen() -> None:
+def test_least_squares_begins_with_its_prior_and_ends_with_the_observations() -> None:
     fit = PriorLeastSquares((1.0, 1.0), (0.5, 0.5))
     assert fit.predict((2.0, 3.0)) == pytest.approx(5.0)
     for x in range(1, 200):
@@ -133,7 +133,7 @@ def load(rate: float = 8.0, prompt: float = 1000.0, output: float = 200.0, **mor
     )
 
 
-def test_the_model_learns_what_it_got_wrong_and_says_how_sure_it_is() -> None:
+def test_the_model_learns_from_its_errors_and_says_its_confidence() -> None:
     model = LatencyModel(STEPS, SLO, ALONE)
     split = SMAllocation(80, 50)
     before = model.predict(load(), split)
@@ -176,7 +176,7 @@ def window(
     )
 
 
-def test_where_neither_target_can_be_held_the_least_harm_is_chosen() -> None:
+def test_the_least_harm_is_chosen_if_neither_target_can_be_held() -> None:
     model = LatencyModel(STEPS, SLO, ALONE)
     policy = SplitPolicy(model, SLO)
     overload = load(60.0, 3000.0, 800.0, backlog_tokens=60_000, running=200)
@@ -256,14 +256,14 @@ SIZES_2048 = Sizes(chunk_size=2048, max_chunk_prefill_tokens=2048)
 WARM = WarmPercentages([80, 100], [50, 100], [100])
 
 
-def test_each_way_to_share_is_left_where_it_is_slower_than_predicted_and_the_other_can_be_had() -> None:
+def test_each_kind_of_sharing_is_left_if_it_is_slower_than_predicted_and_the_other_is_possible() -> None:
     slo = SLOConstraints(ttft_target_ms=300, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
 
     def ends_at(current: SMAllocation, warm: WarmPercentages, mixing_is_slow: bool) -> SMAllocation:
         model, believed = (LatencyModel(STEPS, slo, ALONE, 256, 2048, slo.decode_interval_ms) for _ in range(2))
         policy, busy = SplitPolicy(model, slo), load(18.0, 800.0, 100.0)
         for end in range(5, 120, 5):
-            # Prompts side by side, or tokens where phases are mixed: long waits there are taken for those of anybody.
+            # Late prompts side by side, or late tokens while mixed: long waits while mixed count for both kinds.
             terms, late = believed.predict(busy, current), 6.0 if current.mixed is mixing_is_slow else 1.0
             ttft_late, tpot_late = (1.0, late) if current.mixed else (late, 1.0)
             ttft = ObservedLatency(60, ttft_late * sum(terms.ttft_terms), ttft_late * terms.ttft_ms)
@@ -314,14 +314,13 @@ def test_short_outputs_among_long_prompts_keep_their_pace(split: SMAllocation) -
     slo = SLOConstraints(ttft_target_ms=600, tpot_target_ms=30, ttft_percentile=90, tpot_percentile=99)
     requests = poisson(7.0, 40, (3000, 3000), (16, 16), seed=0)
     clock = SimulatedClock()
-    split = SMAllocation(60, 100, mixed=True)
     serve(
         clock, [SemiPDUnit(clock, STEPS, SIZES_2048, split, decode_interval_s=slo.decode_interval_ms / 1000)], requests
     )
     assert attainment(requests, slo) > 0.97
 
 
-def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
+def test_a_deferred_late_request_counts_once_and_is_no_backlog() -> None:
     clock = SimulatedClock()
     collector = SemiPDMetricsCollector(20.0, 64, clock)
     for number in range(9):
@@ -346,7 +345,7 @@ def test_who_is_late_and_left_to_wait_counts_once_and_is_no_backlog() -> None:
         window = observed_window(collector.get_current_window_metrics(), slo)
         assert window.ttft is not None
         seen[late] = window.ttft.percentile_ms, window.workload.backlog_tokens
-    assert seen[0] == (pytest.approx(9000), 700)  # in order, everybody waits for the oldest
+    assert seen[0] == (pytest.approx(9000), 700)  # in order of arrival, all wait for the oldest
     assert seen[1] == (pytest.approx(100), 450)  # one of ten may be late
     assert seen[2] == (pytest.approx(9000), 200)
 
@@ -387,22 +386,22 @@ def test_from_any_split_it_converges_and_stays(prefill: int, decode: int, rate: 
 
 @SLOW
 @given(st.integers(10, 40), st.integers(100, 160), st.integers(2, 30))
-def test_it_stays_within_its_bounds(least: int, most: int, rate: int) -> None:
-    bounds = SplitBounds(min_percentage=least, max_total_percentage=most)
+def test_it_stays_within_its_bounds(min_percentage: int, max_total: int, rate: int) -> None:
+    bounds = SplitBounds(min_percentage=min_percentage, max_total_percentage=max_total)
     requests = poisson(rate, 30, (300, 2500), (50, 400), seed=rate)
     control = run(requests, SMAllocation(50, 50), bounds=bounds)
     for _, split in control.rotation.moves:
-        assert min(split.prefill_percentage, split.decode_percentage) >= least
-        assert split.prefill_percentage + split.decode_percentage <= most
+        assert min(split.prefill_percentage, split.decode_percentage) >= min_percentage
+        assert split.prefill_percentage + split.decode_percentage <= max_total
     times = [0.0, *(time for time, _ in control.rotation.moves)]
     assert all(later - earlier >= bounds.cooldown_s for earlier, later in itertools.pairwise(times[1:]))
 
 
 @pytest.mark.parametrize(
-    ("start", "in_turns"), [(SMAllocation(30, 70), False), (SMAllocation(80, 100, mixed=True), True)], ids=str
+    ("start", "throttled"), [(SMAllocation(30, 70), False), (SMAllocation(80, 100, mixed=True), True)], ids=str
 )
-def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMAllocation, in_turns: bool) -> None:
-    # each minute feasible at some split; half of the GPU for prefill is too little for the first kind
+def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMAllocation, throttled: bool) -> None:
+    # some split holds each minute; half of the GPU is too little prefill for the first kind
     parts = [
         poisson(4.0, 60, (2800, 4800), (20, 80), seed=minute, start_s=60.0 * minute)
         if minute % 2 == 0
@@ -410,7 +409,7 @@ def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMA
         for minute in range(4)
     ]
     requests = sorted(itertools.chain(*parts), key=lambda request: request.arrival)
-    control = run(requests, start, in_turns=in_turns)
+    control = run(requests, start, throttled=throttled)
     for minute in range(4):
         settled = [r for r in requests if 60 * minute + 15 <= r.arrival < 60 * (minute + 1)]
         assert attainment(settled) >= 0.9, minute
