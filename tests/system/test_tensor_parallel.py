@@ -22,8 +22,6 @@ from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.engine.process_group import join_group
 from hbserve.errors import ConfigError, KVTransferError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
-from hbserve.kv_transfer.joint_results import JointResults
-from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepPlan
 from hbserve.platform import make_platform
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
@@ -361,30 +359,6 @@ def test_each_rank_has_a_transfer_port_of_its_own(untied_model: tuple[str, Any])
     flat = PdDisaggConfig(untied_model[0], tensor_parallel_size=2, kv_port=7000, gpu_instances=instances)
     with pytest.raises(ConfigError, match=r"kv_port: address 127.0.0.1:7003 is already taken"):
         flat.freeze()
-
-
-def part(transfer_id: str, error: str | None = None) -> TransferResult:
-    num_bytes = 0 if error else 10
-    return TransferResult(epoch=1, transfer_id=transfer_id, sent=True, num_bytes=num_bytes, seconds=1.0, error=error)
-
-
-def test_a_transfer_is_over_when_it_is_over_on_every_rank() -> None:
-    reported: list[TransferResult] = []
-    cancelled: list[str] = []
-    results = JointResults(3, reported.append, cancelled.append)  # type: ignore[arg-type]
-    for rank in (2, 0):
-        results.add(rank, part("good"))
-    results.add(0, part("bad"))
-    results.add(1, part("bad", "the cable was pulled"))
-    assert not reported
-    assert cancelled == ["bad"], "the other ranks are not left to their timeouts"
-    results.add(2, part("bad", "cancelled"))
-    results.add(1, part("good"))
-    assert [(r.transfer_id, r.num_bytes, r.error) for r in reported] == [
-        ("bad", 0, "the cable was pulled"),
-        ("good", 30, None),
-    ]
-    assert cancelled == ["bad"]
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (3, 4)])
