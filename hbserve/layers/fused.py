@@ -54,19 +54,16 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `hbserve.layers.ops.rms_norm` of ``x [rows, size]`` with contiguous rows."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(x, None, weight, out, eps)
-    return out
+    return _launch_norm(x, None, weight, eps)
 
 
 def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Add ``x`` to ``residual`` in place and return the RMS norm of the sum; both contiguous ``[rows, size]``."""
-    out = torch.empty_like(x)
-    _launch_norm(x, residual, weight, out, eps)
-    return out
+    return _launch_norm(x, residual, weight, eps)
 
 
-def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> None:
+def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = x.shape[1]
     block = triton.next_power_of_2(size)
     overlap = overlaps(x.device)
@@ -75,6 +72,7 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor
         size, block, residual is not None, overlap,
         num_warps=max(1, min(16, block // 256)), launch_pdl=overlap,
     )  # fmt: skip
+    return out
 
 
 @triton.jit

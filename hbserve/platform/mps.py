@@ -97,11 +97,8 @@ class MpsDaemon:
         if _is_running(directory):
             self.environment = {_PIPE_VARIABLE: directory}
             return
-        self._folder = tempfile.mkdtemp(prefix="hbserve-mps-")
-        self.environment = {
-            _PIPE_VARIABLE: str(Path(self._folder, "pipe")),
-            _LOG_VARIABLE: str(Path(self._folder, "log")),
-        }
+        self._folder = folder = tempfile.mkdtemp(prefix="hbserve-mps-")
+        self.environment = {_PIPE_VARIABLE: f"{folder}/pipe", _LOG_VARIABLE: f"{folder}/log"}
         self.is_ours = True
         self._start_guard()
 
@@ -161,12 +158,8 @@ class MpsDaemon:
 def _is_running(directory: str, timeout_s: float = _QUERY_TIMEOUT_S) -> bool:
     if not Path(directory).is_dir():
         return False
-    result = _run(
-        [_CONTROL],
-        stdin="get_default_active_thread_percentage\n",
-        env=os.environ | {_PIPE_VARIABLE: directory},
-        timeout_s=timeout_s,
-    )
+    environment = os.environ | {_PIPE_VARIABLE: directory}
+    result = _run([_CONTROL], "get_default_active_thread_percentage\n", environment, timeout_s)
     return result is not None and result.returncode == 0
 
 

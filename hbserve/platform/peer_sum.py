@@ -89,9 +89,8 @@ def can_reach_each_other(store: Any, rank: int, size: int, device: torch.device)
     """Find out whether all ranks' GPUs can read each other's memory; all ranks get the same answer."""
     store.set(f"device/{rank}", str(device.index))
     others = {int(store.get(f"device/{other}")) for other in range(size)} - {device.index}
-    reaches = len(others) == size - 1 and all(
-        torch.cuda.can_device_access_peer(device.index, other) for other in others
-    )
+    can_access = torch.cuda.can_device_access_peer
+    reaches = len(others) == size - 1 and all(can_access(device.index, other) for other in others)
     return holds_for_all(store, "reaches", rank, size, reaches)
 
 
