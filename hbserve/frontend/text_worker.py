@@ -16,7 +16,6 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.errors import InvalidRequestError
-from hbserve.grammar import Vocabulary
 from hbserve.messages.text import (
     Checked,
     CheckGrammar,
@@ -55,7 +54,6 @@ class TextWorker:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[TextRequest])
         self._streams: dict[int, TextDecoding] = {}
-        self._vocabularies: dict[int, Vocabulary] = {}
         self._replies: list[TextReply] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -106,7 +104,7 @@ class TextWorker:
             if isinstance(request, EncodeChat):
                 ids = self._tokenizer.encode_chat(request.messages, request.tools, request.template_options)
                 return Encoded(query_id=number, token_ids=ids)
-            vocabulary = self._vocabulary(request.vocab_size)
+            vocabulary = self._tokenizer.vocabulary(request.vocab_size)
             if request.token_ids is None:
                 vocabulary.check(request.grammar)
                 return Checked(query_id=number)
@@ -117,12 +115,6 @@ class TextWorker:
             logger.exception("bug while encoding or checking")
             error_text = f"the {type(request).__name__} failed; see the server's log"
             return TextFailed(query_id=number, error=error_text, param=None, is_bug=True)
-
-    def _vocabulary(self, vocab_size: int) -> Vocabulary:
-        vocabulary = self._vocabularies.get(vocab_size)
-        if vocabulary is None:
-            vocabulary = self._vocabularies[vocab_size] = Vocabulary(self._tokenizer.path, vocab_size)
-        return vocabulary
 
     def _flush(self) -> None:
         if self._replies:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hbserve.errors import EngineDeadError, HBServeError
-from hbserve.grammar import Vocabulary
 from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
@@ -87,7 +86,6 @@ class LocalText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._vocabularies: dict[int, Vocabulary] = {}
 
     @property
     def dead(self) -> None:
@@ -107,19 +105,13 @@ class LocalText:
         return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, template_options)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> None:
-        await asyncio.to_thread(lambda: self._vocabulary(vocab_size).check(grammar))
+        await asyncio.to_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))
 
     async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
-        return await asyncio.to_thread(lambda: self._vocabulary(vocab_size).problem_of(grammar, token_ids))
+        return await asyncio.to_thread(lambda: self._tokenizer.vocabulary(vocab_size).problem_of(grammar, token_ids))
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return _LocalStream(TextDecoding(self._tokenizer, options), on_text)
-
-    def _vocabulary(self, vocab_size: int) -> Vocabulary:
-        vocabulary = self._vocabularies.get(vocab_size)
-        if vocabulary is None:
-            vocabulary = self._vocabularies[vocab_size] = Vocabulary(self._tokenizer.path, vocab_size)
-        return vocabulary
 
 
 class _LocalStream:

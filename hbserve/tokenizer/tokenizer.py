@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from hbserve.errors import InvalidRequestError, ModelError
+from hbserve.grammar import Vocabulary
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
@@ -71,6 +72,7 @@ class Tokenizer:
         self._bytes_of_piece: BytesOfPiece | None = None
         self._bytes: dict[int, bytes] = {}  # filled when a token is first seen
         self._shown_bytes: dict[int, bytes] = {}  # the same, but special tokens are empty
+        self._vocabularies: dict[int, Vocabulary] = {}
         end_token_ids = _configured_end_tokens(Path(model_path or path))
         if self.has_text:
             end_token_ids |= self._load()
@@ -222,6 +224,12 @@ class Tokenizer:
             hidden = self._special if skip_special_tokens else frozenset()
             return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=False), hidden)
         return ByteDecoder(self._shown_token_bytes if skip_special_tokens else self.token_bytes)
+
+    def vocabulary(self, vocab_size: int) -> Vocabulary:
+        """Return the vocabulary for grammars of a model whose logits have ``vocab_size`` entries; made at first use."""
+        if vocab_size not in self._vocabularies:
+            self._vocabularies[vocab_size] = Vocabulary(self.path, vocab_size)
+        return self._vocabularies[vocab_size]
 
     def _shown_token_bytes(self, token_id: int) -> bytes:
         shown = self._shown_bytes.get(token_id)
