@@ -26,57 +26,49 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # "head" and "write", while they run
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_head_timer()
+        self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_head_timer()
-        self._stop_write_timer()
+        self._stop_timer("head")
+        self._stop_timer("write")
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        self._start_head_timer()
+        self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._stop_head_timer()
+        self._stop_timer("head")
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_write_timer()
+        self._start_timer("write", WRITE_TIMEOUT_S, "did not read its answer")
 
     def resume_writing(self) -> None:
-        self._stop_write_timer()
+        self._stop_timer("write")
         super().resume_writing()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():  # it closes when the client has read the rest
-            self._start_write_timer()
+            self._start_timer("write", WRITE_TIMEOUT_S, "did not read its answer")
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # idle: only bytes that the client has not read are lost
 
-    def _start_head_timer(self) -> None:
-        self._stop_head_timer()
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._cut_off, "sent no request")
+    def _start_timer(self, name: str, timeout_s: float, reason: str) -> None:
+        self._stop_timer(name)
+        self._timers[name] = self.loop.call_later(timeout_s, self._cut_off, reason)
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-
-    def _start_write_timer(self) -> None:
-        self._stop_write_timer()
-        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._cut_off, "did not read its answer")
-
-    def _stop_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
+    def _stop_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
 
     def _cut_off(self, reason: str) -> None:
         logger.info("cut off a client that %s", reason)

@@ -20,12 +20,17 @@ class Keys:
     Args:
         names: name by key; empty: requests need no key.
         admin: the administrator's key; None: the routes of administration are off.
+
+    Attributes:
+        are_required: whether requests need a key.
+        has_admin: whether there is an administrator's key.
     """
 
     def __init__(self, names: Mapping[str, str], admin: str | None) -> None:
         # Keys are looked up by digest: then the time of a look-up tells an attacker nothing about a key.
         self._names = {_digest(key): name for key, name in names.items()}
         self._admin = None if admin is None else _digest(admin)
+        self.are_required, self.has_admin = bool(names), admin is not None
 
     @staticmethod
     def load(config: ServerConfig) -> Keys:
@@ -49,16 +54,6 @@ class Keys:
             source = "server.admin_key_file"
             admin = "".join(_read(config.admin_key_file, source)).strip()
         return Keys(names, None if admin is None else _checked(admin, source))
-
-    @property
-    def are_required(self) -> bool:
-        """Whether a request needs a key."""
-        return bool(self._names)
-
-    @property
-    def has_admin(self) -> bool:
-        """Whether there is an administrator's key."""
-        return self._admin is not None
 
     def name_of(self, key: str) -> str | None:
         """Return the name of a key: ``admin`` for the administrator's; None if the key is unknown."""

@@ -15,10 +15,10 @@ from hbserve.errors import EngineDeadError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
+from hbserve.server.app import STATS_TIMEOUT_S
 from hbserve.server.fair_gate import FairGate
 
 FOLDER = Path(__file__).parent / "page"
-STATS_TIMEOUT_S = 5.0
 _SECURITY = {
     # The page may load from this server only, and may ask no other.
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",

@@ -8,7 +8,6 @@ of those parameters is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -49,15 +48,11 @@ def not_too_deep(value: Any) -> Any:
     """
     containers = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner = [item for container in containers for item in _values(container)]
+        inner = [item for c in containers for item in (c.values() if isinstance(c, dict) else c)]
         containers = [item for item in inner if isinstance(item, dict | list)]
         if not containers:
             return value
     raise ValueError(f"must not be nested more than {MAX_DEPTH} levels deep")
-
-
-def _values(container: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
 
 
 AnyJson = Annotated[dict[str, Any], AfterValidator(not_too_deep)]
