@@ -1,8 +1,8 @@
-"""``python -m benchmarks compare``: several systems under the same loads, beside what the simulator says of them.
+"""``python -m benchmarks compare``: several systems under the same loads, beside the simulator's numbers.
 
-Each system is started once and serves all loads; one with an SLO controller once per load, since its
-targets are part of its configuration. The search for each one's highest rate begins where the
-simulator expects it, corrected by how far the simulator was off for the systems before.
+Each system is started once and serves all loads. A system with an SLO controller is started once per
+load, since the targets are part of its configuration. The search for a system's highest rate begins at
+the simulator's, corrected by how far that was off for the systems before.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
 from hbserve.slo.step_times import StepTimes
 
 _FACTOR = 1.15  # between the rates of a search that begins near its end
-_GIVE_UP = 0.1  # below the attainment that is asked for: a run tells nothing more
+_GIVE_UP = 0.1  # a run this far below the attainment asked for is given up
 _HEADER = (
     f"{'system':18} {'load':12} {'req/s':>7} {'met':>6} | {'TTFT p50':>8} {'p90':>7} {'p99':>7} | "
     f"{'TPOT p50':>8} {'p90':>6} {'p99':>6}"
@@ -62,15 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system",
         action="append",
         required=True,
-        help="as for the simulator; those of several GPUs take the first ones",
+        help="named as for the simulator; systems of several GPUs take the first ones",
     )
-    parser.add_argument("--trace", action="append", required=True, type=Path, metavar="FILE", help="a load; repeated")
+    parser.add_argument(
+        "--trace", action="append", required=True, type=Path, metavar="FILE", help="a load; may be repeated"
+    )
     parser.add_argument("--slo-scale", required=True, metavar="X[:Y]", help="targets: times a lone request's, measured")
     parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
     parser.add_argument("--duration", type=float, default=20.0, metavar="S", help="of a run's arrivals (default: 20)")
     parser.add_argument("--min-requests", type=positive, default=40, metavar="N", help="of a run, which then is longer")
     parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
-    parser.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="likewise")
+    parser.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="cut longer outputs to this")
     parser.add_argument("--rates", type=_rates, default=(), metavar="A,B,…", help="requests per second; no search")
     parser.add_argument("--max-runs", type=positive, default=4, metavar="N", help="for a system and load (default: 4)")
     parser.add_argument("--time-limit", type=float, default=3600.0, metavar="S", help="for everything")
@@ -78,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=Path, metavar="FILE", help="of step times, for simulator and controller")
     parser.add_argument("--slo", type=json.loads, default={}, metavar="JSON", help="further keys of semi_pd.slo")
     parser.add_argument("--rungs", type=json.loads, default=None, metavar="JSON", help="ladder of slo systems")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="written after each run")
+    parser.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="write the results to this file, after each run"
+    )
     add_engine_arguments(parser)
     for action in parser._actions:
         if action.dest in ("mode", "chunk_size"):
@@ -107,11 +111,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class _Load:
-    """A trace, and what its requests should keep.
+    """A trace, and the targets of its requests.
 
     Attributes:
-        off_by: how many times the simulator's rate the systems so far have reached.
-        predicted: the simulator's rate for each system, and how long its runs are, seconds.
+        off_by: reached rates over the simulator's, of the systems so far.
+        predicted: the simulator's rate for each system, and the seconds of its runs.
     """
 
     name: str
@@ -122,10 +126,10 @@ class _Load:
 
 
 class Comparison:
-    """Of systems under loads.
+    """Comparison of systems under loads.
 
     Args:
-        arguments: what `add_arguments` has declared.
+        arguments: the arguments that `add_arguments` has declared.
     """
 
     def __init__(self, arguments: argparse.Namespace, systems: list[System]) -> None:
@@ -209,7 +213,7 @@ class Comparison:
                 self._save()
 
     def config_of(self, system: System, targets: RequestTargets | None) -> PdDisaggConfig:
-        """How a system is started.
+        """Return the configuration of a system.
 
         Raises:
             ConfigError: if it needs targets and there are none, or an engine argument makes no sense.
@@ -251,7 +255,7 @@ class Comparison:
     async def _search(
         self, target: EngineTarget, system: System, load: _Load, kv_tokens: int, time_s: float, pool: Executor
     ) -> dict[str, Any]:
-        """The highest rate, within a time; and the simulator's."""
+        """Search the highest rate within a time; return it with the simulator's."""
         deadline = time.monotonic() + time_s
         options = self._options
         serve_options = self._serve_options(load)
@@ -266,7 +270,7 @@ class Comparison:
             duration_s = options.duration
 
         async def begin_as_configured() -> None:
-            # Whatever a run before has led the controller to is not this one's.
+            # A run must not begin at the split that the controller chose in the run before.
             if system.form == "slo" and system.allocation is not None:
                 await target.set_split(system.allocation)
 
@@ -305,7 +309,7 @@ class Comparison:
         }
 
     async def _predict(self, load: _Load, kv_tokens: int, pool: Executor) -> None:
-        """Of all systems, and before the first is measured: they would take its processors."""
+        """Simulate all systems before the first one is measured, because a simulation takes its processors."""
         assert load.targets is not None
         options, setting = self._options, self._setting(load.targets, kv_tokens)
         systems = list(dict.fromkeys(system for system, _ in self._jobs))
@@ -326,28 +330,17 @@ class Comparison:
 
     def _serve_options(self, load: _Load) -> ServeOptions:
         return ServeOptions(
-            url=None,
-            config=None,
-            model=None,
             source=load.source,
             seed=self._options.seed,
             sampling=SamplingParams(),
-            rate=None,
             targets=load.targets,
-            slo_scale=None,
             tell_targets=True,
-            sweep=False,
             attainment=self._options.attainment,
             precision=0.03,
-            time_limit_s=None,
             timeout_s=60.0,
-            show_progress=False,
-            json=None,
-            plots=None,
-            command={},
         )
 
-    # --- what came of it -------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------
 
     def _show_rates(self) -> None:
         print(f"\nmeasured, and below each the simulator's\n{_HEADER}")
@@ -371,7 +364,7 @@ class Comparison:
 
 
 def _instances(system: System) -> list[dict[str, Any]]:
-    """Of a system of several GPUs, one GPU each."""
+    """Return the instances of a system of several GPUs, one GPU each."""
     roles = [{"unified": "unified", "disaggregated": ""}.get(system.form, "semi_pd")] * system.replicas
     if system.form == "disaggregated":
         roles = (["prefill"] * system.num_prefill + ["decode"] * system.num_decode) * system.replicas
@@ -394,7 +387,7 @@ async def _in_pool(pool: Executor, function: Callable[..., Any], calls: list[tup
 def _predict(
     system: System, setting: Setting, source: WorkloadSource, seed: int, duration_s: float, min_requests: int
 ) -> tuple[float | None, float]:
-    """The highest rate, and how long runs near it are: that decides which requests are in them."""
+    """Find the highest rate, and the seconds of runs near it, which decide which requests are in them."""
     found = find_highest_rate(system, setting, source, seed)
     if found is not None and found.rate * duration_s < min_requests:
         duration_s = min_requests / found.rate

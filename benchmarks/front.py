@@ -1,15 +1,17 @@
-"""``python -m benchmarks front``: what the front costs, with an engine that costs nothing.
+"""``python -m benchmarks front``: the cost of the front, with an engine that costs nothing.
 
-Four questions: how many streamed tokens per second go through HTTP, how many requests of 500 prompt
-tokens are taken per second, what the front adds to the time to first token at low load, and whether
-many open streams are held for a minute with flat memory and none lost. With ``--url`` the same load goes to
-another server, whose engine should cost as little.
+It measures four things: streamed tokens per second over HTTP; requests of 500 prompt tokens per second;
+the front's part of TTFT at low load; and whether many open streams stay open for a minute with flat memory.
+With ``--url`` the same load goes to another server, whose engine should cost as little.
+
+    this process (clients, `front_load`)  ──HTTP──►  `front_server`  ──ZeroMQ──►  `front_stub`
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import resource
@@ -32,11 +34,11 @@ from hbserve.process import event_loop
 PROMPT = "Remember the words that were said, and say them again one after the other. "
 HOST = "127.0.0.1"
 STEPS_OF_HOLD = 20
-"""Tokens that each stream gets while all are held."""
+"""Tokens of each stream while all streams are open."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sub-command's options."""
+    """Declare the arguments; see `run`."""
     parser.add_argument("--model", default="examples/models/hbserve-demo", help="folder whose tokenizer is used")
     parser.add_argument("--num-tokenizers", type=int, default=0, help="server.num_tokenizers")
     parser.add_argument("--streams", type=positive, default=256, help="concurrent streams of the throughput run")
@@ -44,15 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-ms", type=float, default=10.0, help="from one step of the engine stub to the next")
     parser.add_argument("--requests", type=positive, default=3000, help="requests of the request-rate run")
     parser.add_argument("--prompt-tokens", type=positive, default=500, help="their prompts' length")
-    parser.add_argument("--open-streams", type=int, default=10_000, help="streams that are held open; 0: skip")
-    parser.add_argument("--hold-s", type=float, default=60.0, help="for so long")
-    parser.add_argument("--url", help="a running server to load, http://host:port, instead of one of our own")
+    parser.add_argument("--open-streams", type=int, default=10_000, help="streams that stay open; 0: skip")
+    parser.add_argument("--hold-s", type=float, default=60.0, help="seconds that they stay open")
+    parser.add_argument("--url", help="a running server to load, http://host:port, in place of one that is started")
     parser.add_argument("--served-model", default="bench", help="its model's name, with --url")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print each number as soon as it is there, and return all.
+    """Measure, print each number as soon as it is known, and return all.
 
     Raises:
         ConfigError: naming the argument that cannot be honoured.
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             _run_short(arguments, _Target(HOST, port, "bench"), note)
             note({"rss_mb": _rss_mb(pids)})
         if arguments.open_streams:
-            # Few tokens each: so many streams are many connections, not much text.
+            # Each stream has few tokens: the load is many connections, not much text.
             with _front(arguments, arguments.hold_s / STEPS_OF_HOLD) as (port, pids):
                 note(event_loop.run(_hold(arguments, _Target(HOST, port, "bench"), pids)))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -124,8 +126,8 @@ async def _throughput(arguments: argparse.Namespace, target: _Target) -> dict[st
 
 
 async def _requests(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
-    # the tokenizer is asked for each: different beginnings, so that no cache could help
-    prompt = _prompt_of(arguments)
+    # Prompts begin differently, so that each needs the tokenizer and no cache helps.
+    prompt = _prompt_of(arguments.model, arguments.prompt_tokens)
     requests = [target.request(f"{number} {prompt}", 1) for number in range(arguments.requests)]
     began = time.monotonic()
     answers = await front_load.send_all(target.host, target.port, requests, 64)
@@ -135,7 +137,7 @@ async def _requests(arguments: argparse.Namespace, target: _Target) -> dict[str,
 
 
 async def _latency(arguments: argparse.Namespace, target: _Target) -> dict[str, Any]:
-    request = target.request(_prompt_of(arguments), 2)
+    request = target.request(_prompt_of(arguments.model, arguments.prompt_tokens), 2)
     ttfts_ms = []
     for _ in range(max(2, min(200, arguments.requests))):
         answer = await front_load.send(target.host, target.port, request)
@@ -146,13 +148,13 @@ async def _latency(arguments: argparse.Namespace, target: _Target) -> dict[str, 
 
 
 async def _hold(arguments: argparse.Namespace, target: _Target, pids: dict[str, int]) -> dict[str, Any]:
-    num_tokens = 2 * STEPS_OF_HOLD  # half of them while the others are being opened
+    num_tokens = 2 * STEPS_OF_HOLD  # half of them while the other streams are being opened
     request = target.request("x", num_tokens)
-    gate = asyncio.Semaphore(200)  # connections in the making; the listen queue is short
+    gate = asyncio.Semaphore(200)  # limit of connections being made; the listen queue is short
     rss: list[dict[str, int]] = []
     num_open = 0
 
-    async def one() -> front_load.Answer:
+    async def open_stream() -> front_load.Answer:
         nonlocal num_open
         async with gate:
             loop = asyncio.get_running_loop()
@@ -165,7 +167,7 @@ async def _hold(arguments: argparse.Namespace, target: _Target, pids: dict[str, 
         return connection.answer
 
     began = time.monotonic()
-    tasks = [asyncio.create_task(one()) for _ in range(arguments.open_streams)]
+    tasks = [asyncio.create_task(open_stream()) for _ in range(arguments.open_streams)]
     max_open = 0
     while not all(task.done() for task in tasks):
         await asyncio.sleep(1)
@@ -185,17 +187,18 @@ async def _hold(arguments: argparse.Namespace, target: _Target, pids: dict[str, 
     }
 
 
-def _prompt_of(arguments: argparse.Namespace) -> str:
+@functools.cache
+def _prompt_of(model: str, num_tokens: int) -> str:
     from hbserve.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(arguments.model)
-    ids = tokenizer.encode(PROMPT * arguments.prompt_tokens)[: arguments.prompt_tokens]
+    tokenizer = Tokenizer(model)
+    ids = tokenizer.encode(PROMPT * num_tokens)[:num_tokens]
     return tokenizer.decode(ids)
 
 
 @contextmanager
 def _front(arguments: argparse.Namespace, step_s: float) -> Iterator[tuple[int, dict[str, int]]]:
-    """Engine stub and API server as processes; port and pids."""
+    """Start engine stub and API server as processes; yield the port and the pids."""
     vocab_size = json.loads((Path(arguments.model) / "config.json").read_text())["vocab_size"]
     config = {
         "model": {"path": arguments.model, "served_name": "bench"},

@@ -1,4 +1,4 @@
-"""Many HTTP clients in one process that costs little: raw sockets, no parsing beyond what is counted."""
+"""Many HTTP clients in one process at little cost: raw sockets, and no parsing beyond the counts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _COUNT = re.compile(rb'"completion_tokens":(\d+)')
 
 @dataclass
 class Answer:
-    """One request's outcome.
+    """Answer to one request.
 
     Attributes:
         ttft_s: from the sent request to the first event.
         num_chunks: events with text or a role.
-        num_tokens: as the server counts them, or else as chunks.
-        complete: it ended as it should.
+        num_tokens: the server's count, else the number of chunks.
+        complete: the stream ended with ``[DONE]``.
     """
 
     ttft_s: float = 0.0
@@ -52,7 +52,7 @@ class _Connection(asyncio.Protocol):
         self._tail = (self._tail + data)[-400:]
         if b"data: [DONE]" in self._tail:
             counts = _COUNT.findall(self._tail)
-            answer.num_tokens = int(counts[-1]) if counts else answer.num_chunks - 1  # without the end
+            answer.num_tokens = int(counts[-1]) if counts else answer.num_chunks - 1  # without the chunk of the end
             answer.complete = True
             self._transport.close()
 
@@ -63,7 +63,7 @@ class _Connection(asyncio.Protocol):
 
 
 def completion(host: str, port: int, model: str, prompt: str, max_tokens: int) -> bytes:
-    """A streamed completion request, as bytes."""
+    """Encode a streamed completion request."""
     body = json.dumps(
         {
             "model": model,
@@ -79,14 +79,14 @@ def completion(host: str, port: int, model: str, prompt: str, max_tokens: int) -
 
 
 async def send(host: str, port: int, request: bytes) -> Answer:
-    """Send one request on a connection of its own, and read it to its end."""
+    """Send one request on a connection of its own, and read its answer to the end."""
     _, connection = await asyncio.get_running_loop().create_connection(lambda: _Connection(request), host, port)
     await connection.done
     return connection.answer
 
 
 async def send_all(host: str, port: int, requests: list[bytes], concurrency: int) -> list[Answer]:
-    """Send requests, so many at a time."""
+    """Send requests, ``concurrency`` at a time."""
     waiting = iter(requests)
     answers: list[Answer] = []
 

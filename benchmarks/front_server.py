@@ -25,7 +25,7 @@ START_TIMEOUT_S = 60.0
 
 
 async def run(address: str, config: Config) -> None:
-    """Serve until SIGTERM; prints one JSON line with port and pids when ready."""
+    """Serve until SIGTERM; print one JSON line with port and pids when ready."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     child.configure_logging(config.logging, "api")
@@ -39,7 +39,7 @@ async def run(address: str, config: Config) -> None:
             ready = await client.wait_ready(START_TIMEOUT_S)
             tokenizer = Tokenizer(config.tokenizer_path, config.model.path)
             engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, text)
-            pids = {name: one["pid"] for name, one in text.report().items()}
+            pids = {name: process["pid"] for name, process in text.report().items()}
 
             def on_ready(port: int) -> None:
                 print(json.dumps({"port": port, "pids": pids}), flush=True)

@@ -1,6 +1,6 @@
-"""An engine that costs nothing, at the scheduler's border: gives every open request a token per step.
+"""An engine that costs nothing, with the scheduler's messages: every open request gets a token per step.
 
-A tool of ``python -m benchmarks front``, which measures what stands before the scheduler.
+``python -m benchmarks front`` starts it in place of a scheduler.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from hbserve.process import event_loop
 from hbserve.rpc.async_socket import AsyncSocket
 
 MAX_MODEL_LEN = 4096
-FIRST_TOKEN_ID, NUM_TOKEN_IDS = 300, 600  # of the demo model: plain text
+FIRST_TOKEN_ID, NUM_TOKEN_IDS = 300, 600  # ids of plain text in the demo model
 
 
 class EngineStub:
     """Serves one API server until cancelled.
 
     Args:
-        step_s: from one step to the next; the first token of a request comes at once.
+        step_s: time between two steps; the first token of a request comes at once.
     """
 
     def __init__(self, address: str, step_s: float, vocab_size: int) -> None:
@@ -56,7 +56,7 @@ class EngineStub:
         return len(self._left)
 
     def close(self) -> None:
-        """After `run` has been cancelled."""
+        """Close the socket, after `run` has been cancelled."""
         self._socket.close()
         self._context.term()
 

@@ -1,6 +1,6 @@
-"""A kernel that writes out of bounds: ``python -m benchmarks.gpu_fault``, in the place of a real fault.
+"""A fault of the GPU: ``python -m benchmarks.gpu_fault`` runs a kernel that writes out of bounds.
 
-All clients of its MPS server lose their work with it.
+All clients of its MPS server fail with it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def fault(environment: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
     """Cause a fault from a process of its own.
 
     Args:
-        environment: that leads the process to the MPS server to hit.
+        environment: variables that lead the process to the MPS server.
 
     Returns:
-        how that process ended: with CUDA's error, if there was a fault.
+        The ended process, with CUDA's error if there was a fault.
     """
     command = [sys.executable, "-m", "benchmarks.gpu_fault"]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, timeout=_TIMEOUT_S)

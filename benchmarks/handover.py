@@ -1,4 +1,4 @@
-"""What the hand-over from prefill to decode costs in a running system, beside a unified one.
+"""The cost of the hand-over from prefill to decode in a running system, beside a unified one.
 
 One start of each system serves all its measurements: requests that come alone, for prompts of several
 lengths, and decoding streams with and without prompts that are prefilled meanwhile.
@@ -33,16 +33,16 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class HandoverOptions:
-    """What to measure.
+    """Options of the measurement.
 
     Attributes:
-        backends: each as ``kv_transfer.backend``; every one gets a system of its own.
-        prompt_lens: of requests that come alone; the second of them streams in beside decode.
+        backends: values of ``kv_transfer.backend``; every backend gets a system of its own.
+        prompt_lens: tokens of requests that come alone; prompts of the second length arrive beside decode.
         repeats: requests of each length; medians are shown.
-        num_streams: that decode at once; 0: that part is left out.
-        seconds: that they are watched alone, beside prompts, and beside known ones, each.
+        num_streams: streams that decode at once; 0: leave that part out.
+        seconds: time of watching the streams alone, beside prompts, and beside cached prompts, each.
         engine: arguments of the engine beside the model.
-        protocol: as ``kv_transfer.mooncake_protocol``.
+        protocol: value of ``kv_transfer.mooncake_protocol``.
         json: file for the results; None: none.
     """
 
@@ -57,7 +57,7 @@ class HandoverOptions:
     json: Path | None
 
     def config(self, mode: str, **arguments: Any) -> PdDisaggConfig:
-        """Of one system. Which instances there are is said of those that exchange KV.
+        """Return the configuration of one system. An argument ``gpu_instances`` holds for the disaggregated ones only.
 
         Raises:
             ConfigError: naming the argument that cannot be honoured.
@@ -73,12 +73,12 @@ class HandoverOptions:
 
     @property
     def _longest_stream(self) -> int:
-        """Tokens of a stream that produces more than it can while it is watched."""
+        """Tokens of a stream: more than it can produce while it is watched."""
         return _STREAM_CONTEXT + int(self.seconds * 1000) if self.num_streams else 0
 
     @property
     def long_prompt(self) -> int:
-        """Tokens of the prompts that stream in beside decode."""
+        """Tokens of the prompts that arrive beside decode."""
         return sorted(self.prompt_lens)[min(1, len(self.prompt_lens) - 1)]
 
 
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(arguments: argparse.Namespace) -> HandoverOptions:
-    """From what `add_arguments` has declared.
+    """Read what `add_arguments` has declared.
 
     Raises:
         ConfigError: naming the argument that cannot be honoured.
@@ -121,11 +121,11 @@ def options_from(arguments: argparse.Namespace) -> HandoverOptions:
 
 @dataclass(frozen=True)
 class Alone:
-    """Requests that had the system for themselves: medians.
+    """Medians of requests that had the system for themselves.
 
     Attributes:
         second_ms: from the first token to the second, which waits for the hand-over.
-        moved_bytes, gb_per_s: of a prompt's blocks, while they moved.
+        moved_bytes, gb_per_s: size of a prompt's blocks, and their rate while they moved.
         exposed_ms: from the end of the prefill to the arrival of the last block.
     """
 
@@ -139,12 +139,12 @@ class Alone:
 
 @dataclass(frozen=True)
 class Beside:
-    """Gaps between the tokens of decoding streams: 99th percentiles.
+    """99th percentiles of the gaps between the tokens of decoding streams.
 
     Attributes:
         alone_ms: while nothing else happens.
-        joined_ms: while requests join them at the same pace whose prompts both sides have in their caches:
-            all that the next one has but prefill and transfer.
+        joined_ms: while requests join them at the same pace, with prompts that both sides have in their caches:
+            the load of ``beside_ms`` without prefill and transfer.
         beside_ms: while prompts are prefilled and arrive.
     """
 
@@ -156,7 +156,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one system."""
+    """Measurements of one system."""
 
     name: str
     alone: list[Alone]
@@ -167,7 +167,7 @@ def run(options: HandoverOptions) -> None:
     """Measure, print tables and write the JSON file.
 
     Raises:
-        HBServeError: if a system cannot be started. One of several backends that cannot is named, and left out.
+        HBServeError: if the unified system cannot be started. A backend whose system cannot is reported and left out.
     """
     systems: list[Measured] = []
     for name in ("unified", *options.backends):
@@ -184,7 +184,7 @@ def run(options: HandoverOptions) -> None:
 
 
 def _save(options: HandoverOptions, systems: list[Measured]) -> None:
-    """What there is so far: a run on a machine that is lent may be ended at any time."""
+    """Write the results so far, after each system: the run may be ended at any time."""
     if options.json is not None:
         document: dict[str, Any] = {"benchmark": "handover", "model": options.model.name, "engine": options.engine}
         document["systems"] = [asdict(system) for system in systems]
@@ -192,19 +192,19 @@ def _save(options: HandoverOptions, systems: list[Measured]) -> None:
 
 
 def _show(options: HandoverOptions, systems: list[Measured]) -> None:
-    unified = {each.prompt_len: each.ttft_ms for each in systems[0].alone}
+    unified = {alone.prompt_len: alone.ttft_ms for alone in systems[0].alone}
     print(f"\n{options.model.name}: one prefill and one decode instance; requests that come alone, medians")
     print(
         f"{'system':>10} {'prompt':>7} {'TTFT ms':>9} {'/unified':>9} {'2nd ms':>8} {'moved MiB':>10} {'GB/s':>7} "
         f"{'exposed ms':>11} {'of TTFT':>8}"
     )
     for system in systems:
-        for each in system.alone:
+        for alone in system.alone:
             print(
-                f"{system.name:>10} {each.prompt_len:7} {each.ttft_ms:9.2f} "
-                f"{each.ttft_ms / unified[each.prompt_len]:9.3f} {each.second_ms:8.2f} "
-                f"{each.moved_bytes / (1 << 20):10.1f} {each.gb_per_s:7.1f} {each.exposed_ms:11.2f} "
-                f"{each.exposed_ms / each.ttft_ms:8.1%}"
+                f"{system.name:>10} {alone.prompt_len:7} {alone.ttft_ms:9.2f} "
+                f"{alone.ttft_ms / unified[alone.prompt_len]:9.3f} {alone.second_ms:8.2f} "
+                f"{alone.moved_bytes / (1 << 20):10.1f} {alone.gb_per_s:7.1f} {alone.exposed_ms:11.2f} "
+                f"{alone.exposed_ms / alone.ttft_ms:8.1%}"
             )
     if options.num_streams:
         what = f"{options.long_prompt}-token prompts"
@@ -240,7 +240,7 @@ async def _measure(options: HandoverOptions, name: str, config: PdDisaggConfig) 
 
 def _median(rounds: list[Alone]) -> Alone:
     fields = [name for name in Alone.__dataclass_fields__ if name != "prompt_len"]
-    medians = {name: statistics.median(getattr(each, name) for each in rounds) for name in fields}
+    medians = {name: statistics.median(getattr(alone, name) for alone in rounds) for name in fields}
     return Alone(rounds[0].prompt_len, **medians)
 
 
@@ -253,12 +253,12 @@ class _Probe:
         self._vocab_size = llm.engine.vocab_size
 
     def prompt(self, prompt_len: int) -> list[int]:
-        """One that nobody has in a cache. Made at once: streams are being watched."""
+        """Draw a prompt that no cache holds. Fast, because streams are being watched."""
         tokens: list[int] = self._random.integers(self._vocab_size, size=prompt_len).tolist()
         return tokens
 
     async def request(self, prompt: list[int]) -> list[float]:
-        """When a request was sent and its tokens came, in seconds of the monotonic clock."""
+        """Send a request; return when it was sent and its tokens came, on the monotonic clock."""
         times: list[float] = []
         sampling = SamplingParams(temperature=0, max_tokens=_SHORT_OUTPUT, ignore_eos=True)
         times.append(time.monotonic())
@@ -268,7 +268,7 @@ class _Probe:
         return times
 
     async def alone(self, prompt_len: int) -> Alone:
-        """One request, and what its link did for it."""
+        """Measure one request, and the transfer on its link."""
         before = await self._link()
         sent, first, second, *_ = await self.request(self.prompt(prompt_len))
         after = await self._link()
@@ -287,10 +287,10 @@ class _Probe:
         return next(iter(links.values()), {"bytes": 0.0, "seconds": 0.0, "exposed_s": 0.0})
 
     async def beside(self, num_streams: int, seconds: float, prompt_len: int) -> Beside | None:
-        """Streams alone, with prompts, with known prompts, and so on in turns: their contexts grow meanwhile."""
+        """Watch streams alone, beside prompts, and beside cached prompts, in turns, because their contexts grow."""
         tokens: list[list[float]] = [[] for _ in range(num_streams)]
         begun = [asyncio.Event() for _ in tokens]
-        streams = [asyncio.create_task(self._stream(*each)) for each in zip(tokens, begun, strict=True)]
+        streams = [asyncio.create_task(self._stream(*pair)) for pair in zip(tokens, begun, strict=True)]
         marks: list[float] = []
         num_prompts = 0
         try:
@@ -331,7 +331,7 @@ class _Probe:
         async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
             async for delta in deltas:
                 times += [time.monotonic()] * bool(delta.token_ids)
-                if len(times) > 1:  # it is where it decodes
+                if len(times) > 1:  # the hand-over is done
                     begun.set()
 
 

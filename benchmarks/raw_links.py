@@ -1,4 +1,4 @@
-"""What the libraries under KV transfer reach by themselves, between two processes of one host."""
+"""The libraries under KV transfer by themselves, between two processes of one host."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TIMEOUT = timedelta(seconds=60)
 
 
 class RawLink(ABC):
-    """One end. Both ends call `send` or `receive` for the same pieces.
+    """One end of a link. The sender calls `send` and the receiver `receive`, for the same pieces.
 
     Args:
-        arena: whose beginning is the buffer.
+        arena: the buffer.
     """
 
     def __init__(self, arena: torch.Tensor) -> None:
@@ -31,14 +31,14 @@ class RawLink(ABC):
 
     @abstractmethod
     def listen(self) -> str:
-        """The receiver's address."""
+        """Return the receiver's address."""
 
     @abstractmethod
     def send(self, endpoint: str, num_bytes: int, count: int) -> float:
-        """Move the first ``num_bytes`` so often, one after the other; seconds."""
+        """Move ``count`` pieces of ``num_bytes``, one after the other; return the seconds."""
 
     def receive(self, endpoint: str, num_bytes: int, count: int) -> None:
-        """Take part, where the library has two ends."""
+        """Receive the pieces, where the library needs the receiver to take part."""
         return
 
     def _synchronize(self) -> None:
@@ -55,7 +55,7 @@ class MooncakeLink(RawLink):
 
     def _start(self) -> Any:
         if self._engine is None:
-            # The environment has been prepared by the backend that is measured.
+            # The measured backend has prepared the environment.
             self._engine = importlib.import_module("mooncake.engine").TransferEngine()
             if self._engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") != 0:
                 raise KVTransferError("no Mooncake engine")
@@ -68,12 +68,12 @@ class MooncakeLink(RawLink):
     def send(self, endpoint: str, num_bytes: int, count: int) -> float:
         engine = self._start()
         session, address = endpoint.split(" ")
-        mine, theirs = self._buffer.data_ptr(), int(address)
-        engine.transfer_sync_write(session, mine, theirs, num_bytes)
+        source, target = self._buffer.data_ptr(), int(address)
+        engine.transfer_sync_write(session, source, target, num_bytes)
         started = time.perf_counter()
         for index in range(count):
             offset = index * num_bytes % (self._buffer.nbytes - num_bytes + 1)
-            if engine.transfer_sync_write(session, mine + offset, theirs + offset, num_bytes) != 0:
+            if engine.transfer_sync_write(session, source + offset, target + offset, num_bytes) != 0:
                 raise KVTransferError("Mooncake failed")
         return time.perf_counter() - started
 
@@ -84,19 +84,19 @@ class SharedMemoryLink(RawLink):
     def __init__(self, arena: torch.Tensor, sharing: ArenaSharing) -> None:
         super().__init__(arena)
         self._sharing = sharing
-        self._theirs: RemoteArena | None = None
+        self._remote: RemoteArena | None = None
 
     def listen(self) -> str:
         return str(self._sharing.handle)
 
     def send(self, endpoint: str, num_bytes: int, count: int) -> float:
-        if self._theirs is None:
-            self._theirs = self._sharing.open_arena(endpoint, self._buffer.nbytes)
-        self._theirs.write(self._buffer, [(0, 0, num_bytes)])
+        if self._remote is None:
+            self._remote = self._sharing.open_arena(endpoint, self._buffer.nbytes)
+        self._remote.write(self._buffer, [(0, 0, num_bytes)])
         started = time.perf_counter()
         for index in range(count):
             offset = index * num_bytes % (self._buffer.nbytes - num_bytes + 1)
-            self._theirs.write(self._buffer, [(offset, offset, num_bytes)])
+            self._remote.write(self._buffer, [(offset, offset, num_bytes)])
         return time.perf_counter() - started
 
 
@@ -150,7 +150,7 @@ class TorchLink(RawLink):
 
 
 def raw_link(backend: str, arena: torch.Tensor, sharing: ArenaSharing) -> RawLink:
-    """The library under a backend.
+    """Make a link of the library under a backend.
 
     Raises:
         ConfigError: if it is not one of the built-in ones.

@@ -1,8 +1,8 @@
-"""``python -m benchmarks semi_pd``: what sharing a device costs, and what a change of the split does to streams.
+"""``python -m benchmarks semi_pd``: the cost of sharing a device, and what streams feel when the split changes.
 
-In parts, each printed as soon as it is there, and a part that fails leaves the others standing: each
-phase alone against ``unified``; the cost of a change of rung; steady streams beside arriving prompts;
-rotations; a lost worker, a lost resident process and, on a GPU, a fault of the device.
+It has parts: each phase alone against ``unified``; the cost of a change of the share level; steady streams
+beside arriving prompts; rotations; a lost worker, a lost resident process and, on a GPU, a fault of the
+device. Each result is printed as soon as it is known. A part that fails leaves the others standing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_fault, semi_pd_plot
-from benchmarks.semi_pd_steering import SETTLE_TIMEOUT_S, current_pid, end_sleepers, rotate, until, until_asleep
+from benchmarks.semi_pd_steering import SETTLE_TIMEOUT_S, current_pid, end_standbys, rotate, until, until_asleep
 from benchmarks.stream_load import StreamLoad, StreamWindow, random_prompt
 from hbserve.bench import plots
 from hbserve.bench.arguments import default_load_format, find_model
@@ -33,13 +33,13 @@ from hbserve.system.disaggregated_llm import DisaggregatedLLM
 
 _PART_TIMEOUT_S = 240.0
 _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
-_NUM_SLEEPERS = 8  # so that one rotation after the other finds some asleep
+_NUM_SLEEPERS = 8  # enough for one rotation after the other
 _TIME_FOR_LOSSES_S = 45.0
 _MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Declare the arguments; see `run`."""
     parser.add_argument("--model", required=True, help="model folder, or the name of a shape (then: random weights)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--streams", type=int, default=64, help="decoding streams")
@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for.
+    """Measure, print, and write the files.
 
     Raises:
-        RequestFailedError: at the end, if a part of it failed.
+        RequestFailedError: at the end, if a part failed.
     """
     if arguments.plot is not None:
         plots.require_matplotlib("--plot")
@@ -86,7 +86,7 @@ class _Benchmark:
             title = f"{self._options.model}, {self._options.streams} streams, {_SPLITS[-1]} to {_SPLITS[0]}"
             semi_pd_plot.draw(self._load.token_times, self._first_rotation, title, self._options.plot)
 
-    # --- books -----------------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------
 
     async def _part(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -143,13 +143,13 @@ class _Benchmark:
 
     async def _semi_pd(self) -> None:
         async with self._system("semi_pd") as llm:
-            child.freeze_heap()  # this is the streams' client: as an API server does
+            child.freeze_heap()  # this process is the streams' client, so it does as an API server
             exit_core.keep_off()
             manager = llm.supervisors["semi-0"]
             assert isinstance(manager, ProcessRotationManager)
             await self._part("what workers hold", self._workers(manager))
             await self._part("each phase alone", self._against_unified(llm))
-            await self._part("change of rung", self._rung_change(llm, manager))
+            await self._part("change of rung", self._level_change(llm, manager))
             self._load = StreamLoad(llm, self._options.streams, self._options.context)
             arrivals = self._load.arrivals(self._options.prompt, self._options.interval_s, 2)
             async with self._load.running(), arrivals:
@@ -164,9 +164,9 @@ class _Benchmark:
     # --- parts -----------------------------------------------------------------------------------
 
     async def _workers(self, manager: ProcessRotationManager) -> None:
-        """Times and memory of the four workers that were made when the system started."""
+        """Put times and memory of the four workers that were made when the system started."""
         await until_asleep(manager, _NUM_SLEEPERS)
-        await asyncio.sleep(2 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
+        await asyncio.sleep(2 * manager.resident_manager.heartbeat_interval)  # by then its report of free memory is new
         status = manager.get_status()
         resident = status["resident_manager"]
         self._put("resident process: seconds to load", resident["load_s"])
@@ -174,12 +174,12 @@ class _Benchmark:
         self._put_start("worker of the first split", workers)
         for worker in workers:
             self._put(f"{worker['worker_id']}: its own allocations, MiB", worker["memory_bytes"] / _MIB)
-        # What the device has less than before there were workers, contexts and modules included.
+        # Free memory that the device has lost since before the workers, contexts and modules included.
         taken = resident["free_bytes_at_start"] - resident["free_bytes"]
         self._put("memory per worker, all of it, MiB", taken / len(workers) / _MIB)
 
     def _put_start(self, which: str, workers: list[dict[str, Any]]) -> None:
-        """Where the time of workers' starts went: the parts sum to the whole."""
+        """Put the parts of the workers' start times; they add up to the whole."""
         if not workers:
             return
         for part in workers[0]["start_s"]:
@@ -207,7 +207,7 @@ class _Benchmark:
             num_steps, busy_s = _work(llm)
             await asyncio.gather(*(stream(seed, times) for seed in range(options.streams)))
             times.sort()
-            # Without the beginning and the end, where not all streams are there.
+            # Without the beginning and the end, where not all streams run.
             begin, end = len(times) // 5, len(times) * 4 // 5
             best["decode"] = max(best["decode"], (end - begin) / (times[end] - times[begin]))
             steps_after, busy_after_s = _work(llm)
@@ -224,11 +224,11 @@ class _Benchmark:
                 ratio = self._results[f"semi_pd: {key}"] / self._results[f"unified: {key}"]
                 self._put(f"semi_pd / unified: {key}", ratio)
 
-    async def _rung_change(self, llm: DisaggregatedLLM, manager: ProcessRotationManager) -> None:
-        """Decode steps with tiny prompts in between, where decode has one worker, and where it has two of one size.
+    async def _level_change(self, llm: DisaggregatedLLM, manager: ProcessRotationManager) -> None:
+        """Measure decode steps with tiny prompts in between, with one decode worker, and with two of one size.
 
-        With two, each prompt costs two changes: to the share and back. All else is the same. Each is measured twice, in
-        turn: what it costs is a small difference of large numbers.
+        With two, each prompt costs two changes: to the share and back. All else is the same. Each case is measured
+        twice, in turns, because the cost is a small difference of large numbers.
         """
         interval_s = 0.05
         rates: dict[int, list[float]] = {100: [], 99: []}
@@ -248,7 +248,7 @@ class _Benchmark:
         await rotate(manager, _SPLITS[-1])
 
     async def _steady(self, load: StreamLoad) -> None:
-        await asyncio.sleep(self._options.window_s / 2)  # what is loaded or compiled at the first use
+        await asyncio.sleep(self._options.window_s / 2)  # for what is loaded or compiled at first use
         self._steady_windows = [await self._steady_at(_SPLITS[-1], load)]
 
     async def _steady_at(self, split: SMAllocation, load: StreamLoad) -> StreamWindow:
@@ -260,13 +260,13 @@ class _Benchmark:
             self._put(f"steady at {split}: ITL{name}, p99, ms", gaps.quantile(0.99))
             self._put(f"steady at {split}: ITL{name}, largest, ms", gaps.largest)
         self._put(f"steady at {split}: tokens/s", window.tokens_per_s)
-        await asyncio.sleep(0.5)  # to look at the window took the streams' time
+        await asyncio.sleep(0.5)  # the evaluation of the window took the streams' time
         return window
 
     async def _rotations(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
         done: list[_Rotation] = []
         ends = self._deadline - _TIME_FOR_LOSSES_S
-        await asyncio.sleep(0.5)  # to write results down took the streams' time
+        await asyncio.sleep(0.5)  # writing results took the streams' time
         while not done or (len(done) < self._options.rotations - 1 and time.monotonic() < ends):
             await until_asleep(manager, 2)
             done.append(rotation := await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)]))
@@ -275,41 +275,41 @@ class _Benchmark:
                 asked = rotation.asked
                 self._first_rotation = (asked, asked + rotation.prepared_s, asked + rotation.seconds)
                 self._put_start("worker from a sleeper", rotation.made)
-                await until_asleep(manager, _NUM_SLEEPERS)  # new sleepers' imports belong to the rotation
+                await until_asleep(manager, _NUM_SLEEPERS)  # the imports of new standby workers belong to the rotation
                 self._steady_windows.append(await self._steady_at(_SPLITS[0], load))
-        await end_sleepers(manager)
+        await end_standbys(manager)
         cold = await self._one_rotation(load, manager, _SPLITS[len(done) % len(_SPLITS)])
         self._put("rotation: cold, seconds from request to ready", cold.prepared_s)
         self._put_rotations(load, done, cold)
 
     def _put_rotations(self, load: StreamLoad, warm: list[_Rotation], cold: _Rotation) -> None:
-        """Windows of all rotations, when nothing is watched any more: to look at them takes the event loop's time."""
+        """Evaluate all rotations at the end, because the evaluation takes the event loop's time."""
         done = [*warm, cold]
+        prepared_s = [rotation.prepared_s for rotation in warm]
         self._put("rotations: done", len(done))
-        self._put("rotation: from sleepers, seconds to ready, median", _middle([each.prepared_s for each in warm]))
-        self._put("rotation: from sleepers, seconds to ready, worst", max(each.prepared_s for each in warm))
-        self._put("rotation: seconds from request to settled, median", _middle([each.seconds for each in warm]))
-        windows = [load.window(each.asked, each.asked + each.seconds) for each in done]
+        self._put("rotation: from sleepers, seconds to ready, median", _middle(prepared_s))
+        self._put("rotation: from sleepers, seconds to ready, worst", max(prepared_s))
+        self._put("rotation: seconds from request to settled, median", _middle([rotation.seconds for rotation in warm]))
+        windows = [load.window(rotation.asked, rotation.settled) for rotation in done]
         self._put("rotation: ITL p99, ms, median", _middle([window.running.quantile(0.99) for window in windows]))
         steady = self._steady_windows
-        for kind, during, before in (
-            ("gap of a running stream", [each.running for each in windows], [each.running for each in steady]),
-            ("gap to the second token", [each.starting for each in windows], [each.starting for each in steady]),
-        ):
+        for kind, field in (("gap of a running stream", "running"), ("gap to the second token", "starting")):
+            during, before = ([getattr(window, field) for window in part] for part in (windows, steady))
             largest = [gaps.largest for gaps in during if len(gaps.sorted_ms)]
             usual_ms = [gaps.quantile(0.99) for gaps in before if len(gaps.sorted_ms)]
             for word, value in (("median", _middle(largest)), ("worst", max(largest))) if largest else ():
                 self._put(f"rotation: largest {kind}, ms, {word}", value)
                 if usual_ms:
                     self._put(f"rotation: largest {kind} above its steady p99, ms, {word}", value - max(usual_ms))
-        changes = [load.window(each.asked + each.prepared_s - 0.1, each.asked + each.seconds + 0.2) for each in done]
-        self._put("the change over itself: largest gap, ms, worst", max(each.running.largest for each in changes))
-        after = [load.window(each.asked + each.seconds, each.asked + each.seconds + 1.0) for each in done]
-        self._put("the second after a rotation: largest gap, ms, worst", max(each.running.largest for each in after))
+        for name, times in (
+            ("the change over itself", [(one.asked + one.prepared_s - 0.1, one.settled + 0.2) for one in done]),
+            ("the second after a rotation", [(one.settled, one.settled + 1.0) for one in done]),
+        ):
+            self._put(f"{name}: largest gap, ms, worst", max(load.window(*time).running.largest for time in times))
         usual = sum(window.tokens_per_s for window in steady) / len(steady)
         slowed = [window.tokens_per_s / usual for window in windows]
         self._put("rotation: tokens/s, share of steady, median", _middle(slowed))
-        self._put("rotations: device memory taken after each, MiB", [each.memory_mib for each in done])
+        self._put("rotations: device memory taken after each, MiB", [rotation.memory_mib for rotation in done])
 
     async def _one_rotation(self, load: StreamLoad, manager: ProcessRotationManager, split: SMAllocation) -> _Rotation:
         before = {worker["worker_id"] for worker in manager.get_status()["workers"]}
@@ -317,7 +317,9 @@ class _Benchmark:
         await rotate(manager, split)
         settled = time.monotonic()
         status = manager.get_status()
-        await asyncio.sleep(1.1 * manager.resident_manager.heartbeat_interval)  # its report of free memory is new then
+        await asyncio.sleep(
+            1.1 * manager.resident_manager.heartbeat_interval
+        )  # by then its report of free memory is new
         resident = manager.get_status()["resident_manager"]
         self._events.append((f"rotation to {split}", asked, settled))
         return _Rotation(
@@ -334,7 +336,7 @@ class _Benchmark:
         await self._resumption("decode worker lost", started, load, manager)
 
     async def _lost_memory(self, load: StreamLoad, manager: ProcessRotationManager) -> None:
-        """A kernel that writes out of bounds ends every process on a GPU; elsewhere the resident process is killed."""
+        """Lose the memory: on a GPU by a kernel that writes out of bounds, else by killing the resident process."""
         status = manager.get_status()
         if status["mps"] is None:
             name, started = "resident process lost", time.monotonic()
@@ -344,7 +346,7 @@ class _Benchmark:
             variables = {key: value for key, value in status["mps"].items() if key != "is_ours"}
             fault = await asyncio.to_thread(gpu_fault.fault, variables)
             if fault.returncode == 0:
-                raise RequestFailedError("the kernel that was to fail did not")
+                raise RequestFailedError("the kernel that should fail did not")
             started = time.monotonic()
             told = [line for line in fault.stderr.decode(errors="replace").splitlines() if "CUDA" in line]
             self._put(f"{name}: what the one who made it was told", told[:1])
@@ -371,14 +373,14 @@ class _Benchmark:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """What one rotation did.
+    """Times of one rotation.
 
     Attributes:
-        asked: when, on the monotonic clock.
+        asked: time of the request, on the monotonic clock.
         prepared_s: until the new workers were ready.
-        seconds: until the old ones had ended.
-        made: the new workers, as `ProcessRotationManager.get_status` has them.
-        memory_mib: that others than the resident process hold then.
+        seconds: until the old workers had ended.
+        made: the new workers, as in `ProcessRotationManager.get_status`.
+        memory_mib: memory that processes beside the resident one hold then.
     """
 
     asked: float
@@ -387,12 +389,17 @@ class _Rotation:
     made: list[dict[str, Any]]
     memory_mib: int
 
+    @property
+    def settled(self) -> float:
+        """Time when the old workers had ended."""
+        return self.asked + self.seconds
+
 
 def _middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
 def _work(llm: DisaggregatedLLM) -> tuple[int, float]:
-    """Steps so far, and seconds that the device took for them."""
+    """Return the steps so far, and the seconds that the device took for them."""
     [work] = llm.get_system_stats()["gpu_instances"].values()
     return int(work["steps"]), float(work["busy_s"])

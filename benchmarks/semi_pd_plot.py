@@ -1,4 +1,4 @@
-"""A picture of what streams see while a split changes: every gap between two tokens, over time."""
+"""A picture of the streams while a split changes: every gap between two tokens, over time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def draw(
 
     Args:
         token_times: by stream and request, seconds.
-        rotation: when it was asked for, when the new workers were ready, when the old ones had ended.
+        rotation: time of the request, of the new workers' readiness, and of the old workers' end.
     """
     from matplotlib import pyplot
 

@@ -1,4 +1,4 @@
-"""Streams that decode all the time and prompts that keep arriving, with the time of every token noted."""
+"""A load of streams that decode all the time and prompts that keep arriving. It notes the time of every token."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ class Gaps:
     sorted_ms: npt.NDArray[np.float64]
 
     def quantile(self, share: float) -> float:
-        """The gap that a share of the gaps does not pass; not a number where there are none."""
+        """Return the gap that a share of the gaps does not exceed; NaN without gaps."""
         number = len(self.sorted_ms)
         return float(self.sorted_ms[min(number - 1, int(share * number))]) if number else float("nan")
 
     @property
     def largest(self) -> float:
-        """Of them all; not a number where there are none."""
+        """Largest gap; NaN without gaps."""
         return self.quantile(1.0)
 
 
 @dataclass(frozen=True)
 class StreamWindow:
-    """What the streams saw within a time.
+    """Rate and gaps of the streams within a window of time.
+
+    A request that runs at the end of the window adds the time since its last token as a gap.
 
     Attributes:
-        tokens_per_s: of all streams together.
-        running: gaps between the second token of a request and the third, and so on.
-        starting: gaps between the first and the second token, where a request changes from prefill to decode.
-            In both is also, for each request that runs at the end of the window, how long that is after its last token.
+        tokens_per_s: rate of all streams together.
+        running: gaps from the second token of a request to the third, and so on.
+        starting: gaps from the first to the second token, where a request changes from prefill to decode.
     """
 
     tokens_per_s: float
@@ -60,11 +61,11 @@ class StreamLoad:
 
     Args:
         context: tokens of a stream's prompt.
-        max_tokens: after which its next request begins, or sooner if the model's context is full.
+        max_tokens: output tokens of a stream's request, or fewer if the model's context is full before.
 
     Attributes:
         token_times: by stream, and in it by request, on the monotonic clock.
-        failures: of requests, by what went wrong.
+        failures: reasons of failed requests.
     """
 
     def __init__(self, llm: DisaggregatedLLM, num_streams: int, context: int, max_tokens: int = 1024) -> None:
@@ -76,10 +77,10 @@ class StreamLoad:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While the body runs, so do the streams.
+        """Run the streams while the body runs.
 
         Raises:
-            TimeoutError: if they do not all begin to get tokens.
+            TimeoutError: if a stream gets no tokens.
         """
         tasks = [asyncio.create_task(self._stream(index)) for index in self.token_times]
         try:
@@ -93,7 +94,7 @@ class StreamLoad:
 
     @asynccontextmanager
     async def arrivals(self, prompt_tokens: int, interval_s: float, output_tokens: int) -> AsyncIterator[None]:
-        """While the body runs, a prompt arrives every ``interval_s``."""
+        """Send a prompt every ``interval_s`` while the body runs."""
         ended = asyncio.Event()
         task = asyncio.create_task(self._arrive(ended, prompt_tokens, interval_s, output_tokens))
         try:
@@ -117,11 +118,11 @@ class StreamLoad:
         await asyncio.gather(*running)
 
     async def _stream(self, index: int) -> None:
-        """One user after the other, so that there is always one."""
+        """Send one request after the other, so that the stream always decodes."""
         requests = self.token_times[index]
         turn = 0
         while not self._ended.is_set():
-            # The first requests end at different times, as those of a service do.
+            # The first requests have different lengths, so that requests end at different times, as in a service.
             length = self._max_tokens if turn else self._max_tokens // 4 + 37 * index % self._max_tokens
             sampling = SamplingParams(temperature=0.8, seed=index, max_tokens=length, ignore_eos=True)
             requests.append([])
@@ -142,10 +143,10 @@ class StreamLoad:
             await request
         except HBServeError as error:
             self.failures.append(str(error))
-            await asyncio.sleep(0.1)  # what refuses at once is not to be asked all the time
+            await asyncio.sleep(0.1)  # a server that refuses at once must not be asked all the time
 
     def window(self, started: float, ended: float) -> StreamWindow:
-        """What the streams saw between two times. Fast: it runs in the event loop whose gaps are measured."""
+        """Evaluate the time between two times. Fast, because it runs in the event loop whose gaps are measured."""
         running: list[npt.NDArray[np.float64]] = [np.empty(0)]
         starting: list[float] = []
         count = 0
@@ -158,7 +159,7 @@ class StreamLoad:
                 if end > max(begin, 2):
                     running.append(np.diff(times[max(begin - 1, 1) : end]))
                 if end and (end < len(times) or times is requests[-1]):
-                    # A stream that stands still has no later token.
+                    # A stalled stream has no later token.
                     waiting = ended - max(times[end - 1], started)
                     if end > 1:
                         running.append(np.array([waiting]))
@@ -167,10 +168,10 @@ class StreamLoad:
         return StreamWindow(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
 
     async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:
-        """Wait until every stream has got a token after ``since``; the seconds until the last one had it.
+        """Wait until every stream has got a token after ``since``; return the seconds until the last one had it.
 
         Raises:
-            TimeoutError: if that does not happen.
+            TimeoutError: if a stream gets none within the time.
         """
 
         def first(requests: list[list[float]]) -> float | None:
@@ -189,6 +190,6 @@ def _gaps(seconds: npt.NDArray[np.float64]) -> Gaps:
 
 
 def random_prompt(length: int, seed: int, vocab_size: int) -> list[int]:
-    """Token ids of no meaning."""
+    """Draw token ids."""
     rng = random.Random(seed)
     return [rng.randrange(1, min(1000, vocab_size)) for _ in range(length)]

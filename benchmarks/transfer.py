@@ -1,10 +1,9 @@
-"""How fast KV moves between two processes of this host, and how fast the library under it could.
+"""``python -m benchmarks transfer``: how fast KV moves between two processes of this host.
 
-(With ``--model`` the command measures whole systems instead, see `benchmarks.handover`.)
-
-Beside what two of our ranks reach (`benchmarks.two_ranks`) stands the library's own rate, measured
-in the same run between the same two processes: the same number of bytes for each transfer, in one
-piece, one after the other, without anything of ours.
+Beside the rate of two of our ranks (`benchmarks.two_ranks`) stands the rate of the library under the
+backend (`benchmarks.raw_links`). It is measured in the same run between the same two processes: as many bytes
+for each transfer, in one piece, one after the other, without our code around it. With ``--model`` the
+command measures whole systems instead (`benchmarks.handover`).
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="1,8,32,128",
         help="blocks of one transfer, one line each (default: 1,8,32,128; 32 are a prompt chunk of 512 tokens)",
     )
-    parser.add_argument("--total-mib", type=int, default=1024, help="moved in each run (default: 1024)")
+    parser.add_argument("--total-mib", type=int, default=1024, help="MiB that each run moves (default: 1024)")
     parser.add_argument("--scatter", action="store_true", help="no two blocks of a transfer are neighbours")
     parser.add_argument("--repeats", type=int, default=3, help="runs for each line (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     handover.add_arguments(parser)
 
 
 def options_from(arguments: argparse.Namespace) -> TransferOptions:
-    """From what `add_arguments` has declared.
+    """Read what `add_arguments` has declared.
 
     Raises:
         ConfigError: naming the argument that cannot be honoured.

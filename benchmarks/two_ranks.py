@@ -47,15 +47,15 @@ _SETTINGS_VARIABLE = "HBSERVE_BENCH_TRANSFER"
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """What to measure.
+    """Options of the measurement.
 
     Attributes:
-        backend: as ``kv_transfer.backend``.
-        protocol: as ``kv_transfer.mooncake_protocol``.
-        device: ``cpu`` or ``cuda``: then the sender is on GPU 0 and the receiver on GPU 1.
-        block_bytes: of one KV block.
-        transfer_blocks: how many of them one transfer has; one line of the table for each number.
-        total_bytes: moved in each run.
+        backend: value of ``kv_transfer.backend``.
+        protocol: value of ``kv_transfer.mooncake_protocol``.
+        device: ``cpu`` or ``cuda``; with ``cuda`` the sender is on GPU 0 and the receiver on GPU 1.
+        block_bytes: size of a KV block.
+        transfer_blocks: blocks of one transfer; one line of the table for each number.
+        total_bytes: bytes that each run moves.
         scatter: no two blocks of a transfer are neighbours.
         repeats: runs for each line; the median is shown.
         json: file for the results; None: none.
@@ -73,20 +73,20 @@ class TransferOptions:
 
 
 class _Receives(msgspec.Struct, tag=True, array_like=True):
-    """From the receiver: its address."""
+    """Address of the receiver, to the sender."""
 
     peer: Peer
     one_sided: bool
 
 
 class _RawEndpoint(msgspec.Struct, tag=True, array_like=True):
-    """Between the two: where the library's own rate is measured."""
+    """Endpoint of the raw link, to the sender."""
 
     endpoint: str
 
 
 class _Raw(msgspec.Struct, tag=True, array_like=True):
-    """To the receiver: take part in that, so many times so many bytes."""
+    """Order to the receiver: take part in ``count`` raw transfers of ``num_bytes``."""
 
     endpoint: str
     num_bytes: int
@@ -98,7 +98,7 @@ _ToSender = TransferReply | _Receives | _RawEndpoint
 
 
 class Sender:
-    """This process' end: what a scheduler and a sending rank do, as far as one link needs it."""
+    """The sender, in this process. It does what a scheduler and a sending rank do for one link."""
 
     def __init__(self, options: TransferOptions, child: Connection) -> None:
         self._options = options
@@ -128,7 +128,7 @@ class Sender:
         self._raw_endpoint = (await self._next(_RawEndpoint)).endpoint
 
     async def move(self, num_blocks: int, count: int) -> float:
-        """So many transfers, all asked for at once; seconds until the last has arrived."""
+        """Ask for ``count`` transfers at once; return the seconds until the last has arrived."""
         tables = [self._blocks(index, num_blocks) for index in range(count)]
         started = time.perf_counter()
         for blocks in tables:
@@ -158,7 +158,7 @@ class Sender:
         return time.perf_counter() - started
 
     async def move_raw(self, num_bytes: int, count: int) -> float:
-        """The same with the library alone, one after the other; seconds."""
+        """Move as many bytes with the library alone, one transfer after the other; return the seconds."""
         self._tell(_Raw(endpoint=self._raw_endpoint, num_bytes=num_bytes, count=count))
         return await asyncio.to_thread(self._raw.send, self._raw_endpoint, num_bytes, count)
 
@@ -191,28 +191,29 @@ class Sender:
             self._unread.append(reply)
 
     async def close(self) -> None:
-        """Give up on what is under way."""
+        """Cancel the open transfers."""
         asyncio.get_running_loop().remove_reader(self._child.fileno())
         await self._manager.cancel_all()
 
 
 @asynccontextmanager
 async def two_ranks(options: TransferOptions) -> AsyncIterator[Sender]:
-    ours, theirs = _socket_pair()
-    settings = json.dumps(asdict(options) | {"json": None, "fd": theirs})
+    """Start the receiver and connect; yield the sender; end both."""
+    parent, child_fd = _socket_pair()
+    settings = json.dumps(asdict(options) | {"json": None, "fd": child_fd})
     child = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs yet
         [sys.executable, "-m", "benchmarks.two_ranks"],
         env=os.environ | {_SETTINGS_VARIABLE: settings},
-        pass_fds=[theirs],
+        pass_fds=[child_fd],
     )
-    os.close(theirs)
-    sender = Sender(options, ours)
+    os.close(child_fd)
+    sender = Sender(options, parent)
     try:
         await sender.connect()
         yield sender
     finally:
         await sender.close()
-        ours.close()  # the receiver ends when it sees that
+        parent.close()  # the receiver ends when it notices that
         try:
             await asyncio.to_thread(child.wait, 10)
         except subprocess.TimeoutExpired:
@@ -221,12 +222,12 @@ async def two_ranks(options: TransferOptions) -> AsyncIterator[Sender]:
 
 
 def _socket_pair() -> tuple[Connection, int]:
-    ours, theirs = socket.socketpair()
-    return Connection(ours.detach()), theirs.detach()
+    parent, child = socket.socketpair()
+    return Connection(parent.detach()), child.detach()
 
 
 class _Rank(NamedTuple):
-    """What one end has."""
+    """One end of the link."""
 
     arena: torch.Tensor
     sharing: ArenaSharing
@@ -256,7 +257,7 @@ def _make_rank(options: TransferOptions, rank: int, report: Any) -> _Rank:
 
 
 async def _receive(options: TransferOptions, parent: Connection) -> None:
-    """The receiver's life, until the sender is gone."""
+    """Run the receiver until the sender has ended."""
     loop = asyncio.get_running_loop()
     commands: asyncio.Queue[Any] = asyncio.Queue()
     decoder = msgspec.msgpack.Decoder(_ToReceiver)
@@ -293,7 +294,7 @@ def main() -> None:
     options = TransferOptions(**settings)
     asyncio.run(_receive(options, Connection(descriptor)))
     sys.stdout.flush()
-    os._exit(0)  # libraries' threads may wait for a peer that is gone
+    os._exit(0)  # threads of libraries may wait for a peer that has ended
 
 
 if __name__ == "__main__":

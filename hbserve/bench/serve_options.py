@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +74,29 @@ class ServeOptions:
         command: the arguments as text, for the results file.
     """
 
-    url: str | None
-    config: Config | None
-    model: str | None
     source: WorkloadSource
     seed: int
     sampling: SamplingParams
-    rate: float | None
-    targets: RequestTargets | None
-    slo_scale: SloScale | None
-    tell_targets: bool
-    sweep: bool
     attainment: float
     precision: float
-    time_limit_s: float | None
     timeout_s: float
+    url: str | None = None
+    config: Config | None = None
+    model: str | None = None
+    rate: float | None = None
+    targets: RequestTargets | None = None
+    slo_scale: SloScale | None = None
+    tell_targets: bool = False
+    sweep: bool = False
+    time_limit_s: float | None = None
     sweep_factor: float = 2.0
     give_up_below: float | None = None
     max_runs: int = RateSearch.MAX_RUNS
     rates: tuple[float, ...] = ()
-    show_progress: bool
-    json: Path | None
-    plots: Path | None
-    command: dict[str, Any]
+    show_progress: bool = False
+    json: Path | None = None
+    plots: Path | None = None
+    command: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def from_arguments(arguments: argparse.Namespace) -> ServeOptions:

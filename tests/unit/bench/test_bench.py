@@ -185,6 +185,7 @@ def test_arguments_are_honoured_or_refused(tmp_path: Path) -> None:
         options("--json", str(tmp_path / "missing" / "out.json"))
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path) -> None:
     model, results = tmp_path / "tiny", tmp_path / "results.json"
     save_model(model, "qwen3")

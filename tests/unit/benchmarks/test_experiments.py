@@ -27,6 +27,7 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 """
 
 
+@pytest.mark.slow
 def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path, "qwen3", max_position_embeddings=2048)
     parser = argparse.ArgumentParser()
@@ -47,6 +48,7 @@ def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pyte
     assert min(shm["beside"][name] for name in ("alone_ms", "joined_ms", "beside_ms")) > 0
 
 
+@pytest.mark.slow
 def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
     model = ROOT / "examples" / "models" / "hbserve-demo"
     command = [sys.executable, "-m", "benchmarks", "front", "--model", str(model), "--open-streams", "0"]
