@@ -63,7 +63,7 @@ class Admission:
     """Gives requests their allocations, for prefill and decode together: a computed prompt always has a place to go to.
 
     Args:
-        policy: says whose prompt goes first.
+        policy: says which prompt goes first.
         can_send: whether KV can go from one instance to another, by their ids.
 
     Attributes:

@@ -72,7 +72,7 @@ class Readiness:
                 at = "".join(f" at {worker.rpc.address}" for worker in instance.workers.values())
                 missing.append(f"{instance.id}{at} ({instance.why_lost})")
         missing += [f"the KV link {source}->{target} (not open yet)" for source, target in self._transfers.connecting]
-        return ", ".join(missing) or "nobody"
+        return ", ".join(missing) or "nothing"
 
     def _tell(self, clients: list[bytes], reply: Ready | NotReady) -> None:
         for client in clients:

@@ -87,7 +87,7 @@ class RequestLifecycle:
 
     @property
     def policy(self) -> QueuePolicy:
-        """The rule whose prompt goes first."""
+        """The rule that says which prompt goes first."""
         return self._queue.policy
 
     def get(self, client: bytes, request_id: str) -> Sequence | None:

@@ -33,7 +33,7 @@ class StepPlanner:
     Args:
         transfers: opens the transfers of computed chunks.
         preempt: puts a sequence back to waiting, because an older one needs its blocks.
-        policy: says whose prompt goes first.
+        policy: says which prompt goes first.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ class ResultEffect:
 
 
 class TransferTracker:
-    """Opens links and transfers and matches both sides' results; owner of both, and of their pins on allocations.
+    """Opens links and transfers, which it owns, and matches both sides' results.
 
     Args:
         verify: compare checksums before a transfer counts as arrived.

@@ -55,7 +55,7 @@ class WorkerHandle:
         is_introduced: it has been told of the sequences that ran when it registered.
         cell: its place on the step board of the workers that share an arena; None: it has none.
         has_waited_for: the last step of another worker that one of its plans waits for.
-        results: results of its oldest steps in flight that came before those of steps which precede them.
+        results: results that wait until earlier steps, at other workers, are confirmed; `WorkerRegistry` changes it.
     """
 
     def __init__(

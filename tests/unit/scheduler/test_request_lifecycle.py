@@ -1,4 +1,4 @@
-"""The scheduler's parts without processes: lost memory, workers that come to running sequences, and that take turns."""
+"""Lost memory, lost workers, and workers that join or take over running sequences; without processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parts() -> Iterator[SchedulerParts]:
         yield parts
 
 
-async def test_requests_that_get_on_outlive_any_number_of_losses(parts: SchedulerParts) -> None:
+async def test_requests_that_make_progress_survive_any_number_of_losses(parts: SchedulerParts) -> None:
     sequence = parts.add("a")
     for _ in range(6):
         assert parts.requests.admit(sequence)
@@ -35,13 +35,13 @@ async def test_requests_that_get_on_outlive_any_number_of_losses(parts: Schedule
     assert len(sequence.tokens) == 20 + 6 * 17
 
 
-async def test_a_request_at_which_the_memory_is_lost_again_and_again_fails(parts: SchedulerParts) -> None:
+async def test_a_request_that_loses_the_memory_repeatedly_fails(parts: SchedulerParts) -> None:
     poisonous, waiting = parts.add("poisonous"), parts.add("waiting")
     for _ in range(3):
         assert parts.requests.admit(poisonous)
-        parts.steps(1)  # its prefill goes well, and decoding does not
+        parts.steps(1)  # its prefill succeeds, its decode does not
         assert parts.plan()
-        assert parts.requests.admit(waiting)  # it has an allocation, and nothing in flight
+        assert parts.requests.admit(waiting)  # it has an allocation and nothing in flight
         parts.lose_memory(parts.instance)
     assert poisonous.phase is Phase.FINISHED
     assert waiting.phase is Phase.WAITING
@@ -50,11 +50,11 @@ async def test_a_request_at_which_the_memory_is_lost_again_and_again_fails(parts
     assert errors == ["gave up after 3 attempts; the last: it burnt"]
 
 
-class NotedWorker(WorkerHandle):
-    """One that notes what it is sent."""
+class RecordingWorker(WorkerHandle):
+    """A worker that records the plans that it is sent."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str = "late") -> None:
-        super().__init__(name, InstanceRole.DECODE, 50, context, "inproc://nobody")
+        super().__init__(name, InstanceRole.DECODE, 50, context, "inproc://none")
         self.plans: list[StepPlan] = []
 
     def send(self, command: InstanceCommand) -> None:
@@ -62,18 +62,18 @@ class NotedWorker(WorkerHandle):
         self.plans.append(command)
 
 
-async def test_a_worker_that_comes_is_told_of_running_sequences_before_its_first_step(parts: SchedulerParts) -> None:
+async def test_a_new_worker_is_told_of_running_sequences_before_its_first_step(parts: SchedulerParts) -> None:
     running = [parts.add(name) for name in "abc"]
     assert all(parts.requests.admit(sequence) for sequence in running)
     parts.steps(3)
     waiting = parts.add("waiting")
-    assert parts.requests.admit(waiting)  # its prompt is not computed: whoever does that needs not be this worker
+    assert parts.requests.admit(waiting)  # its prompt is not computed yet, and another worker may do that
     with zmq.Context() as context:
-        late = NotedWorker(context)
+        late = RecordingWorker(context)
         parts.instance.workers[late.id] = late
         parts.register(parts.instance, late, 77, parts.instance.arena_epoch)
         parts.planner.introduce(parts.instance, late)
-        parts.steps(14)  # meanwhile they go on, and need another block
+        parts.steps(14)  # meanwhile the sequences continue and need another block
         assert parts.planner.plan_step(parts.instance, late, {InstanceRole.DECODE})
         for _ in range(2):
             parts.confirm(late)
@@ -91,17 +91,17 @@ async def test_a_worker_that_comes_is_told_of_running_sequences_before_its_first
         assert blocks[slots[sequence]] == list(parts.instance.allocations[sequence].block_ids)
 
 
-Pair = tuple[SchedulerParts, NotedWorker, NotedWorker]
+Pair = tuple[SchedulerParts, RecordingWorker, RecordingWorker]
 
 
 @pytest.fixture
 def pair(parts: SchedulerParts) -> Iterator[Pair]:
-    """Two decode workers, of which one has a step of two sequences in flight, and the other the next one."""
+    """Two decode workers: the first has a step of two sequences in flight, the second has the step after it."""
     for name in "ab":
         assert parts.requests.admit(parts.add(name))
     parts.steps(3)
     with zmq.Context() as context:
-        first, second = NotedWorker(context, "first"), NotedWorker(context, "second")
+        first, second = RecordingWorker(context, "first"), RecordingWorker(context, "second")
         for epoch, worker in enumerate((first, second), 77):
             parts.instance.workers[worker.id] = worker
             parts.register(parts.instance, worker, epoch, parts.instance.arena_epoch)
@@ -118,10 +118,10 @@ async def test_a_worker_has_its_plan_before_the_step_of_another_is_done(pair: Pa
     assert plan.after == StepRef(cell=ahead.cell, step_id=ahead.step_id)
     assert [(row.token_ids, row.sampled_elsewhere) for row in plan.rows] == [(None, True)] * 2
     assert parts.decode(second)
-    assert second.plans[1].after is None  # it has waited
+    assert second.plans[1].after is None  # it has waited already
     assert parts.decode(first)
     assert first.plans[1].after == StepRef(cell=plan.cell, step_id=second.plans[1].step_id)
-    # Results are taken in the order of the steps, in whichever they come.
+    # Results are confirmed in the order of the steps, not of their arrival.
     order = []
     second.results.extend(parts.result(second, step) for step in range(2))
     assert parts.instance.choice.next_to_confirm() is None
@@ -133,12 +133,12 @@ async def test_a_worker_has_its_plan_before_the_step_of_another_is_done(pair: Pa
     assert [len(sequence.tokens) for sequence in parts.instance.allocations] == [20 + 3 + 4] * 2
 
 
-async def test_a_retiring_worker_stays_until_who_comes_in_its_place_is_there(pair: Pair) -> None:
-    parts, old, rung = pair
+async def test_a_draining_worker_computes_until_its_successor_is_registered(pair: Pair) -> None:
+    parts, old, other_share = pair
     assert parts.requests.admit(parts.add("prompt"))  # both phases are busy
-    old.percentage, rung.percentage = 40, 100
+    old.percentage, other_share.percentage = 40, 100
     old.is_draining = True
-    new = NotedWorker(parts.context, "new")
+    new = RecordingWorker(parts.context, "new")
     parts.instance.workers[new.id] = new
 
     def decodes() -> WorkerHandle:
@@ -153,7 +153,7 @@ async def test_a_retiring_worker_stays_until_who_comes_in_its_place_is_there(pai
     new.rpc.close()
 
 
-async def test_what_goes_on_from_a_lost_step_counts_for_nothing(pair: Pair) -> None:
+async def test_rows_that_continue_a_lost_step_are_void(pair: Pair) -> None:
     parts, first, second = pair
     first.hello = None
     parts.requests.on_worker_lost(parts.instance, first)
@@ -173,7 +173,7 @@ async def test_what_goes_on_from_a_lost_step_counts_for_nothing(pair: Pair) -> N
         )
 
 
-async def test_a_lost_step_leaves_what_comes_before_it(pair: Pair) -> None:
+async def test_rows_before_a_lost_step_count(pair: Pair) -> None:
     parts, first, second = pair
     second.hello = None
     parts.requests.on_worker_lost(parts.instance, second)
@@ -185,7 +185,7 @@ async def test_a_lost_step_leaves_what_comes_before_it(pair: Pair) -> None:
     assert [len(sequence.tokens) for sequence in parts.instance.allocations] == [20 + 3 + 2] * 2
 
 
-def test_who_waits_on_the_board_goes_on_when_the_step_is_done_or_lost() -> None:
+def test_a_wait_on_the_board_ends_when_the_step_is_done_or_lost() -> None:
     memory = torch.zeros(StepBoard.num_bytes(4), dtype=torch.uint8)
     writer, reader = StepBoard(memory, 4, samples=True), StepBoard(memory, 4, samples=True)
     rows = [PlanRow(slot=2, start=9, num_tokens=1, token_ids=[1], new_block_ids=[], sample=True)]
