@@ -24,9 +24,9 @@ Fraction = Annotated[float, Meta(gt=0, le=1, description="in (0, 1]")]
 Percentage = Annotated[int, Meta(ge=1, le=100, description="in 1..100")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="in 1..65535")]
 ServerPort = Annotated[int, Meta(ge=0, le=65535, description="in 0..65535")]
-InstanceName = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z", description="1 to 64 letters, digits, '_', '.' or '-'")
-]
+NAME_RULE = "1 to 64 letters, digits, '_', '.' or '-'"
+InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z", description=NAME_RULE)]
+"""Name of an instance; `hbserve.config.validation` checks the length, since workers add a suffix to it."""
 ImportPath = Annotated[str, Meta(pattern=IMPORT_PATH, description="'package.module:Class'")]
 TraceUrl = Annotated[
     str, Meta(pattern=r"^https?://[^/\s]+/\S+\Z", description="a URL with a path, like http://127.0.0.1:4318/v1/traces")

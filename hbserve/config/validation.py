@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from hbserve.config.fields import IMPORT_PATH, Section, nearest
+from hbserve.config.fields import IMPORT_PATH, NAME_RULE, Section, nearest
 from hbserve.config.sections import Config, InstanceConfig, InstanceRole, Mode
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
@@ -22,6 +22,7 @@ from hbserve.errors import ConfigError
 BACKENDS = ("nccl", "mooncake", "shm")
 """Names of the built-in backends that move KV."""
 _NUM_RANKS = (1, 2, 4, 8)
+_MAX_NAME_LENGTH = 64
 _SHARES = {
     "prefill_percentage": ("SEMI_PD_PREFILL_SM_PERCENTILE", 80),
     "decode_percentage": ("SEMI_PD_DECODE_SM_PERCENTILE", 100),
@@ -307,6 +308,8 @@ def _validate_addresses(config: Config) -> None:
         claim_address(config.rpc.host, config.rpc.port, "rpc.port")
     for index, instance in enumerate(config.gpu_instances):
         key = f"gpu_instances[{index}]"
+        if len(instance.instance_id) > _MAX_NAME_LENGTH:
+            raise _error(f"{key}.instance_id", f"must be {NAME_RULE}, got {instance.instance_id!r}")
         claim("id", instance.instance_id, f"{key}.instance_id")
         claim("kv_rank", instance.kv_rank, f"{key}.kv_rank")
         if instance.port is not None:

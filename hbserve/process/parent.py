@@ -195,6 +195,8 @@ class ChildProcess:
         assert process.stdin is not None
         with os.fdopen(read_end, "rb") as pipe:
             for line in pipe:
+                if not line.endswith(b"\n"):
+                    break  # the child was killed while it wrote
                 status = json.loads(line)
                 if ("ready" in status or "error" in status) and not started.done():
                     started.set_result(status)

@@ -127,6 +127,7 @@ TWO = (
         ("mode: unified\n", 1, "missing required field model"),
         (TWO, 6, "gpu_instances[1].port: address 127.0.0.1:6000 is already taken by gpu_instances[0].port"),
         (TWO.replace("port: 6000", "port: 0"), 5, "gpu_instances[0].port: must be in 1..65535, got 0"),
+        (TWO.replace("instance_id: b", f"instance_id: {65 * 'b'}"), 6, "instance_id: must be 1 to 64 letters"),
         (TWO.replace("instance_id: b", "instance_id: b/c"), 6, "must be 1 to 64 letters, digits, '_', '.' or '-', got"),
         (
             TWO.replace("decode", "decod"),
@@ -180,6 +181,11 @@ def test_an_instance_that_joins_is_checked_like_one_of_the_file(tmp_path: Path) 
     for changes, key in (({"instance_id": "a b"}, "instance_id"), ({"kv_rank": -1}, "kv_rank"), ({"port": 0}, "port")):
         with pytest.raises(ConfigError, match=rf"gpu_instances\[2\]\.{key}: must be "):
             with_instance(config, msgspec.structs.replace(joined, **changes))
+
+
+def test_workers_of_an_instance_may_have_longer_names() -> None:
+    instance = InstanceConfig(f"{64 * 'a'}.prefill-100.12", InstanceRole.PREFILL)
+    assert msgspec.convert(msgspec.to_builtins(instance), InstanceConfig) == instance
 
 
 def test_every_limit_says_what_is_allowed() -> None:
