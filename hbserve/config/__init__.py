@@ -1,8 +1,8 @@
-"""The one configuration of a system: frozen, validated when made, the same in every process.
+"""Configuration of a system: frozen, validated when made, and the same in every process.
 
 `load` reads a YAML file and `from_dict` takes plain data; both return a `Config`. Errors name the key,
-the file, the line and the nearest valid name. The flat, mutable builder that Python users know is
-`hbserve.pd_disagg.PdDisaggConfig`; it ends in a `Config` too.
+the file, the line and the nearest valid name. Python users write the flat, changeable `PdDisaggConfig`, which
+`freeze` turns into a `Config`.
 """
 
 from hbserve.config.sections import (

@@ -59,7 +59,7 @@ class ModelConfig(Section, frozen=True):
         path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
         served_name, tokenizer_path: name in the HTTP API, and folder of the tokenizer; default: from ``path``.
         device, dtype: ``auto`` takes CUDA where there is a GPU, and the checkpoint's dtype.
-        load_format: ``dummy`` makes random weights from config.json alone; ``seed`` is theirs.
+        load_format: ``dummy`` makes random weights from config.json alone, from ``seed``.
         tensor_parallel_size: ranks of an instance: 1, 2, 4 or 8; an instance may override it.
         max_model_len: longest prompt plus output, in tokens; default: the limit of the model or of the KV pool.
         attention_backend: ``auto`` takes the fastest backend that supports model and device.

@@ -53,7 +53,7 @@ def _add_log_level(document: Any) -> None:
 
 
 def _line_of(tree: yaml.Node | None, key: str) -> int:
-    """Line of a dotted key such as ``gpu_instances[1].port``, or of the nearest enclosing one that is there."""
+    """Return the line of a dotted key such as ``gpu_instances[1].port``, or of its nearest enclosing key."""
     line, node = 1, tree
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(node, yaml.MappingNode):
@@ -70,7 +70,7 @@ def _line_of(tree: yaml.Node | None, key: str) -> int:
 
 
 def _duplicate_key(node: yaml.Node | None) -> tuple[str, int] | None:
-    """The first key that stands twice in one mapping, and its line: YAML would keep the last in silence."""
+    """Return the first key that a mapping has twice, and its line: YAML would keep the last value without an error."""
     if isinstance(node, yaml.MappingNode):
         keys: set[str] = set()
         for key, value in node.value:

@@ -1,6 +1,6 @@
 """Text in, text out, over an `EngineClient`: checks prompts, makes n samples of a request, turns tokens into text.
 
-Runs in the event loop of the API server, or of the program that embeds it. The way of one sample:
+Runs in the event loop of the API server, or of the program that embeds it. The path of one sample:
 
     prompt ── tokenize ──► AddRequest ──► scheduler
     reader ◄── TextStream ◄── text service ◄── RequestOutput ◄──┘

@@ -113,7 +113,7 @@ class Doorkeeper:
 
 
 def main() -> int:
-    """Entry of ``python -m hbserve.rpc.cluster_key``; returns the exit code."""
+    """Entry point of ``python -m hbserve.rpc.cluster_key``; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.rpc.cluster_key", description="Write a new cluster key.")
     parser.add_argument("file", type=Path, help="file to write; must not exist")
     path: Path = parser.parse_args().file
