@@ -139,5 +139,5 @@ def test_every_kind_can_write_json(tokenizer: Tokenizer) -> None:
 
 
 def test_a_tokenizer_that_grammars_cannot_follow(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="structured output cannot be had"):
+    with pytest.raises(InvalidRequestError, match="structured output does not work with this tokenizer"):
         Vocabulary(tiny_tokenizers.word_pieces(tmp_path), 200)
