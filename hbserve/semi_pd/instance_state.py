@@ -77,7 +77,7 @@ class InstanceState:
         self.instance = instance
         self.allocation = allocation
         self._shares = {phase: allocation.share_of(phase) for phase in PHASES}
-        self.residents = ResidentGroup(config, instance, instance.gpu_id, self.on_memory_lost)
+        self.residents = ResidentGroup(config, instance, self.on_memory_lost, lambda: self.is_told_to_stop)
         self.changed = threading.Condition(threading.RLock())
         self.lifecycle = Lifecycle.STOPPED
         self.is_told_to_stop = False
@@ -151,7 +151,7 @@ class InstanceState:
             StartupError: with the reason of the process that cannot start; or if told to stop.
         """
         self.check_going()
-        self.residents.start(max(0.0, deadline - time.monotonic()), lambda: self.is_told_to_stop)
+        self.residents.start(max(0.0, deadline - time.monotonic()))
 
     def processes(self) -> list[ChildProcess]:
         """List the running processes of workers and standbys."""

@@ -35,27 +35,29 @@ class ResidentGroup:
 
     Args:
         config, instance: whose ranks these are.
-        gpu_id: of the first rank.
         on_lost: called from a thread with the reason when one of them is lost.
+        is_cancelled: whether a start must give up; looked at after each `notify_cancelled`.
 
     Attributes:
         ranks: the managers, by rank.
     """
 
-    def __init__(self, config: Config, instance: InstanceConfig, gpu_id: int, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, instance: InstanceConfig, on_lost: Callable[[str], None], is_cancelled: Callable[[], bool]
+    ) -> None:
         self.ranks = [
-            ResidentProcessManager(config, gpu_id=gpu_id, tp_rank=rank, on_lost=on_lost)
+            ResidentProcessManager(config, gpu_id=instance.gpu_id, tp_rank=rank, on_lost=on_lost)
             for rank in range(instance.num_ranks)
         ]
         for rank in self.ranks:
-            rank.instance = instance
+            rank.instance, rank.is_cancelled = instance, is_cancelled
 
     def configure(self, environment: dict[str, str], run_dir: str | None) -> None:
         """Set the attributes of each `ResidentProcessManager` before a start."""
         for rank in self.ranks:
             rank.environment, rank.run_dir = environment, run_dir
 
-    def start(self, timeout: float, is_cancelled: Callable[[], bool]) -> None:
+    def start(self, timeout: float) -> None:
         """Load on all ranks at once, and reserve as much KV as fits on each.
 
         Raises:
@@ -65,12 +67,12 @@ class ResidentGroup:
         try:
             for rank in self.ranks:
                 rank.begin()
-            sizes = [rank.wait_sized(deadline, is_cancelled) for rank in self.ranks]
+            sizes = [rank.wait_sized(deadline) for rank in self.ranks]
             common = {key: min(size[key] for size in sizes) for key in sizes[0]}
             for rank in self.ranks:
                 rank.reserve_kv(common)
             for rank in self.ranks:
-                rank.wait_ready(deadline, is_cancelled)
+                rank.wait_ready(deadline)
         except BaseException:
             self.stop()
             raise
@@ -118,6 +120,7 @@ class ResidentProcessManager:
     Attributes:
         environment: variables for the process.
         run_dir: a folder to remove if the process outlives all other processes.
+        is_cancelled: whether a start must give up.
         heartbeat_interval: seconds between heartbeats.
 
     Raises:
@@ -142,6 +145,7 @@ class ResidentProcessManager:
         self.heartbeat_interval = self.config.semi_pd.heartbeat_interval_s
         self.environment: dict[str, str] = {}
         self.run_dir: str | None = None
+        self.is_cancelled: Callable[[], bool] = lambda: False
         self._on_lost = on_lost or self._start_again
         self._condition = threading.Condition()
         self._process: ChildProcess | None = None
@@ -164,8 +168,8 @@ class ResidentProcessManager:
         """
         deadline = time.monotonic() + (self.config.rpc.start_timeout_s if timeout is None else timeout)
         self.begin()
-        self.reserve_kv(self.wait_sized(deadline, _never))
-        self.wait_ready(deadline, _never)
+        self.reserve_kv(self.wait_sized(deadline))
+        self.wait_ready(deadline)
         return True
 
     def begin(self) -> None:
@@ -191,17 +195,16 @@ class ResidentProcessManager:
             )
             self._process.start()
 
-    def wait_sized(self, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, int]:
+    def wait_sized(self, deadline: float) -> dict[str, int]:
         """Wait until the weights are loaded; returns the KV that fits then, as ``num_blocks`` and ``max_model_len``.
 
         Args:
             deadline: on the monotonic clock.
-            is_cancelled: looked at after each `notify_cancelled`.
 
         Raises:
             StartupError: with the process' reason, or at the deadline.
         """
-        size: dict[str, int] = self._wait_for("fits", deadline, is_cancelled)["fits"]
+        size: dict[str, int] = self._wait_for("fits", deadline)["fits"]
         return size
 
     def reserve_kv(self, size: dict[str, int]) -> None:
@@ -209,25 +212,27 @@ class ResidentProcessManager:
         assert self._process is not None, "begin() comes first"
         self._process.send(size)  # if the process has ended, wait_ready says so
 
-    def wait_ready(self, deadline: float, is_cancelled: Callable[[], bool]) -> None:
+    def wait_ready(self, deadline: float) -> None:
         """Wait until workers can attach.
 
         Raises:
             StartupError: with the process' reason, or at the deadline.
         """
-        self._wait_for("ready", deadline, is_cancelled)
+        self._wait_for("ready", deadline)
         self._num_starts += 1
         self._last_seen = time.monotonic()
         if self._heartbeat is None or not self._heartbeat.is_alive():
             self._heartbeat = threading.Thread(target=self._run_heartbeat, name="semi-pd-heartbeat", daemon=True)
             self._heartbeat.start()
 
-    def _wait_for(self, word: str, deadline: float, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
+    def _wait_for(self, word: str, deadline: float) -> dict[str, Any]:
         process = self._process
         assert process is not None, "begin() comes first"
         with self._condition:
             self._condition.wait_for(
-                lambda: word in self._status or "error" in self._status or not process.is_alive() or is_cancelled(),
+                lambda: (
+                    word in self._status or "error" in self._status or not process.is_alive() or self.is_cancelled()
+                ),
                 max(0.0, deadline - time.monotonic()),
             )
             status = dict(self._status)
@@ -368,7 +373,3 @@ class ResidentProcessManager:
                 logger.error("%s", error)
 
         threading.Thread(target=start, name="semi-pd-resident-restart", daemon=True).start()
-
-
-def _never() -> bool:
-    return False

@@ -118,11 +118,8 @@ class SLOAwareResourceController:
         """Judge the window once; returns None while a requested rotation is under way."""
         self._num_steps += 1
         status = self.process_rotation_manager.get_status()
-        current = SMAllocation(
-            prefill_percentage=status["current_sm_allocation"]["prefill_percentage"],
-            decode_percentage=status["current_sm_allocation"]["decode_percentage"],
-            mixed=status["current_sm_allocation"].get("mixed", False),
-        )
+        split = status["current_sm_allocation"]
+        current = SMAllocation(split["prefill_percentage"], split["decode_percentage"], split.get("mixed", False))
         metrics = self.metrics_collector.get_current_window_metrics()
         under_way = bool(status.get("switch_requested", True))
         if self._pending is not None:
@@ -168,10 +165,8 @@ class SLOAwareResourceController:
             "running": self._thread is not None,
             "rotating": self._pending is not None,
             "slo": {
-                "ttft_target_ms": self.slo_constraints.ttft_target_ms,
-                "tpot_target_ms": self.slo_constraints.tpot_target_ms,
-                "ttft_percentile": self.slo_constraints.ttft_percentile,
-                "tpot_percentile": self.slo_constraints.tpot_percentile,
+                name: getattr(self.slo_constraints, name)
+                for name in ("ttft_target_ms", "tpot_target_ms", "ttft_percentile", "tpot_percentile")
             },
             "statistics": {
                 "total_windows": self._num_steps,
