@@ -1,0 +1,56 @@
+"""Which requests are refused at once, and what their clients are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hbserve import SamplingParams
+from hbserve.messages.client import AddRequest
+from hbserve.scheduler.clients import validate
+from hbserve.scheduler.readiness import Readiness
+from hbserve.scheduler.transfer_tracker import TransferTracker
+
+
+def request(prompt: list[int], max_tokens: int | None = 5) -> AddRequest:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return AddRequest(request_id="r", prompt_token_ids=prompt, end_token_ids=[], sampling=sampling)
+
+
+@pytest.fixture
+def readiness() -> Readiness:
+    """A system whose model takes 10 tokens of a vocabulary of 50."""
+    readiness = Readiness({}, TransferTracker(), lambda client, reply: None)
+    readiness.max_model_len, readiness.vocab_size = 10, 50
+    return readiness
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "param", "error"),
+    [
+        ([], {}, "prompt", "the prompt is empty"),
+        ([1] * 10, {}, "prompt", "the prompt has 10 tokens; at most 9 leave room for an answer"),
+        ([1, 50], {}, "prompt", "token ids must be in 0..49"),
+        ([-1], {}, "prompt", "token ids must be in 0..49"),
+        ([1], {"max_tokens": None}, "max_tokens", "max_tokens is not resolved"),
+    ],
+)
+def test_a_request_that_can_never_be_computed_is_refused(
+    readiness: Readiness, prompt: list[int], more: dict[str, Any], param: str, error: str
+) -> None:
+    refusal = validate(request(prompt, **more), readiness, id_is_in_use=False)
+    assert refusal is not None
+    assert (refusal.finish_reason, refusal.error_kind) == ("error", "InvalidRequestError")
+    assert (refusal.error_param, refusal.error) == (param, error)
+
+
+def test_an_id_in_use_and_a_system_that_starts_are_reasons_too(readiness: Readiness) -> None:
+    assert validate(request([1] * 9), readiness, id_is_in_use=False) is None
+    refusal = validate(request([1]), readiness, id_is_in_use=True)
+    assert refusal is not None
+    assert refusal.error == "request id 'r' is in use"
+    readiness.max_model_len = None
+    refusal = validate(request([1]), readiness, id_is_in_use=False)
+    assert refusal is not None
+    assert (refusal.error_kind, refusal.error) == ("OverloadedError", "starting; waiting for nothing")

@@ -1,0 +1,35 @@
+"""Each piece of state has one owner: only its module changes it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.paths import ROOT
+
+SOURCES = {path.name: path.read_text() for path in (ROOT / "hbserve" / "scheduler").glob("*.py")}
+OWNERS = {
+    "steps in flight": (r"(?:self|worker|other)\.inflight\.(?:append|popleft|pop|clear|extend)\(", {"worker.py"}),
+    "pins": (r"pool\.(?:pin|unpin)\(", {"sequence.py"}),
+    "phases": (r"\.phase = ", {"sequence.py"}),
+    "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"request_lifecycle.py"}),
+    "the choice of workers": (r"\._current\b", {"worker_choice.py"}),
+    "connections": (r"rpc\.(?:receive|wait_disconnected|close)\(|\.last_seen = ", {"connections.py"}),
+}
+FIRST_VALUE = r"        self\.last_seen = time\.monotonic\(\)"
+"""In the constructor of `WorkerHandle`."""
+
+
+@pytest.mark.parametrize("state", OWNERS)
+def test_only_the_owner_changes_a_state(state: str) -> None:
+    pattern, owners = OWNERS[state]
+    sources = {name: re.sub(FIRST_VALUE, "", text) for name, text in SOURCES.items()}
+    sources["step_planner.py"] = sources["step_planner.py"].split("class _StepBuilder")[0]  # has rows of its own
+    assert {name for name, text in sources.items() if re.search(pattern, text)} == owners
+
+
+def test_one_call_decides_that_a_requests_memory_goes() -> None:
+    text = "".join(SOURCES.values())
+    assert len(re.findall(r"\.free_allocation\(", text)) == 1
+    assert len(re.findall(r"pool\.free\(", text)) == 1
