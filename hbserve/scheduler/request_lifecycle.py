@@ -153,13 +153,9 @@ class RequestLifecycle:
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
             self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
             self._metrics.on_admitted(sequence)
-        logger.debug(
-            "request %s: admitted to %s, %d cached tokens, %d blocks",
-            sequence.id,
-            " and ".join(a.instance_id for a in sequence.allocations),
-            allocation.num_planned,
-            sum(len(a.block_ids) for a in sequence.allocations),
-        )
+        instances = " and ".join(a.instance_id for a in sequence.allocations)
+        cached, blocks = allocation.num_planned, sum(len(a.block_ids) for a in sequence.allocations)
+        logger.debug("request %s: admitted to %s, %d cached tokens, %d blocks", sequence.id, instances, cached, blocks)
         return True
 
     # --- steps -----------------------------------------------------------------------------------

@@ -216,7 +216,8 @@ class TransferTracker:
         """
         self._count += 1
         transfer_id = f"{sequence.id}/{sequence.arrival}.{sequence.attempt}/{self._count}"
-        link = self._links[source.instance_id, target.instance_id]
+        ends = source.instance_id, target.instance_id
+        link = self._links[ends]
         source_blocks = source.block_ids[first_block:end_block]
         target_blocks = target.block_ids[first_block:end_block]
         transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, layers, link)
@@ -224,15 +225,9 @@ class TransferTracker:
         sequence.open_transfers.add(transfer_id)
         for allocation in (source, target):
             allocation.begin_transfer()
+        num_blocks = len(target_blocks)
         logger.debug(
-            "request %s: transfer %s started, %d blocks (layer group %d of %d) from %s to %s",
-            sequence.id,
-            transfer_id,
-            len(source_blocks),
-            layers.index + 1,
-            layers.count,
-            link.source.id,
-            link.target.id,
+            "request %s: transfer %s started, %d blocks from %s to %s", sequence.id, transfer_id, num_blocks, *ends
         )
         if not _is_one_sided(link):
             link.target.send(

@@ -14,7 +14,7 @@ NUM_TOKENS = 4
 LIFE = [
     r"request \S+: taken, 40 prompt tokens",
     r"request \S+: admitted to prefill-0 and decode-0, 0 cached tokens, 6 blocks",
-    r"request \S+: transfer \S+ started, 3 blocks \(layer group 1 of 1\) from prefill-0 to decode-0",
+    r"request \S+: transfer \S+ started, 3 blocks from prefill-0 to decode-0",
     r"step \d+: planned for prefill-0, 1 rows, 40 prompt tokens: \S+",
     r"request \S+: first token, from prefill-0",
     r"request \S+: freed 3 blocks of prefill-0",
