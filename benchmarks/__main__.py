@@ -11,7 +11,7 @@ import signal
 import sys
 from importlib import import_module
 
-from hbserve.errors import HBServeError
+from hbserve.bench.arguments import run_command
 
 _EXPERIMENTS = {
     "front": "what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing",
@@ -31,12 +31,7 @@ def main() -> int:
             import_module(f"benchmarks.{name}").add_arguments(command)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that started processes are ended
-    try:
-        import_module(f"benchmarks.{arguments.command}").run(arguments)
-    except HBServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(import_module(f"benchmarks.{arguments.command}").run, arguments)
 
 
 if __name__ == "__main__":

@@ -186,8 +186,8 @@ class Comparison:
                     self._document["results"].append(failed)
                     self._save()
             outcomes = await _in_pool(pool, _simulate, [arguments for _, arguments in self._measured])
-        for (one, _), outcome in zip(self._measured, outcomes, strict=True):
-            one["simulated"] = dataclasses.asdict(outcome)
+        for (run, _), outcome in zip(self._measured, outcomes, strict=True):
+            run["simulated"] = dataclasses.asdict(outcome)
         self._save()
         self._show_rates()
 
@@ -203,8 +203,8 @@ class Comparison:
             start_s = time.monotonic() - started
             described = await target.describe()
             print(f"\n{system.name}: ready after {start_s:.1f} s", flush=True)
-            blocks = [one["kv_blocks"] for one in described["stats"]["gpu_instances"].values()]
-            kv_tokens = min(one["total"] * one["block_size"] for one in blocks)
+            pools = [instance["kv_blocks"] for instance in described["stats"]["gpu_instances"].values()]
+            kv_tokens = min(pool["total"] * pool["block_size"] for pool in pools)
             for number, load in enumerate(loads):
                 time_s = (until - time.monotonic()) / (len(loads) - number)
                 result = await self._search(target, system, load, kv_tokens, time_s, pool)
@@ -297,8 +297,8 @@ class Comparison:
         reached = found["interpolated"] or found["rate"] or found["too_high"] / _FACTOR
         if simulated and reached:
             load.off_by.append(reached / simulated)
-        for one in document["runs"]:
-            self._measured.append((one, (system, setting, source, one["summary"]["rate"], one["summary"]["seed"])))
+        for run in document["runs"]:
+            self._measured.append((run, (system, setting, source, run["summary"]["rate"], run["summary"]["seed"])))
         return {
             "system": system.name,
             "load": load.name,
@@ -346,8 +346,8 @@ class Comparison:
         print(f"\nmeasured, and below each the simulator's\n{_HEADER}")
         results = [result for result in self._document["results"] if "runs" in result]
         for result in results:
-            for one in result["runs"]:
-                summary, simulated = one["summary"], one["simulated"]
+            for run in result["runs"]:
+                summary, simulated = run["summary"], run["simulated"]
                 name = f"{result['system']:18} {result['load'][:12]:12}"
                 measured = [(summary[key] or {}).get(p, math.nan) for key in ("ttft_ms", "tpot_ms") for p in _PERCENTS]
                 print(_row(name, summary["offered_per_s"], summary["attainment"], measured))

@@ -158,8 +158,8 @@ class _Benchmark:
                 await self._part("lost worker", self._lost_worker(llm, self._load, manager))
                 await self._part("lost memory", self._lost_memory(self._load, manager))
             self._put("requests of the load that failed", len(self._load.failures))
-            for why in sorted(set(self._load.failures)):
-                self._put(f"failed: {why[:100]}", self._load.failures.count(why))
+            for reason in sorted(set(self._load.failures)):
+                self._put(f"failed: {reason[:100]}", self._load.failures.count(reason))
 
     # --- parts -----------------------------------------------------------------------------------
 

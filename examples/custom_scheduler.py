@@ -1,4 +1,4 @@
-"""A scheduling policy of one's own: shortest prompt first, with ageing.
+"""A scheduling policy of your own: shortest prompt first, with ageing.
 
     python examples/custom_scheduler.py [model folder]
 
@@ -17,14 +17,14 @@ from hbserve.scheduler.scheduler import CpuScheduler
 
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "hbserve-demo"
 TOKENS_PER_SECOND = 100
-"""By so much a waiting prompt seems shorter with every second."""
+"""Tokens that a waiting prompt seems shorter with every second."""
 
 
 class ShortestPromptFirst(CpuScheduler):
-    """Orders the queue by prompt length, less what waiting is worth."""
+    """Order the queue by prompt length, minus a bonus for waiting."""
 
     async def _schedule_waiting_requests(self) -> None:
-        # All age alike, so instead of the age that grows, the time of arrival is enough.
+        # All prompts age alike, so the time of arrival can stand for the age.
         self.waiting.sort(key=lambda sequence: len(sequence.tokens) + TOKENS_PER_SECOND * sequence.arrival_time)
         await super()._schedule_waiting_requests()
 
@@ -34,7 +34,7 @@ VALUES = ["parrot", "maple", "oasis", "ring", "piano", "pencil", "ocean", "pebbl
 
 
 def question(num_pairs: int) -> str:
-    """A prompt of about three tokens per pair."""
+    """Return a prompt of about three tokens per pair."""
     pairs = ", ".join(f"{key} {value}" for key, value in zip(KEYS[:num_pairs], VALUES, strict=False))
     return f"Remember: {pairs}. What is {KEYS[0]}?"
 
@@ -54,7 +54,7 @@ async def main() -> None:
             answer = await llm.chat(messages, SamplingParams(temperature=0, max_tokens=32))
             print(f"{answer['num_prompt_tokens']} tokens: {answer['text']}", flush=True)
 
-        # Something endless takes the only seat until all questions have come.
+        # An endless request takes the only slot until all questions have arrived.
         async with aclosing(llm.stream("a", SamplingParams(max_tokens=None, ignore_eos=True))) as endless:
             await anext(endless)
             tasks = [asyncio.create_task(ask(num_pairs)) for num_pairs in (12, 1, 8, 4)]
@@ -65,6 +65,6 @@ async def main() -> None:
         await asyncio.gather(*tasks)
 
 
-# The scheduler's process imports the class from this file; only the program shall start a system.
+# The scheduler's process imports the class from this file; only the program itself must start a system.
 if __name__ == "__main__":
     asyncio.run(main())

@@ -5,7 +5,7 @@ prompt: a value that was given hundreds of tokens earlier, a list to be repeated
 A serving engine that loses, mixes up or overwrites a single block of its KV cache therefore gives visibly
 wrong answers, which makes the language useful in end-to-end tests and demos alike.
 
-Random material is split in two halves that never meet: the training script draws only from the one, and
+Random material is split into two halves without overlap: the training script draws only from one, and
 ``held_out=True`` draws only from the other. The split is decided by a checksum of the material itself (the
 pair of key and value, the list, the two numbers), so it needs no stored data and holds for every seed.
 

@@ -1,4 +1,4 @@
-"""A streamed chat with a running server, by OpenAI's own client.
+"""A streamed chat with a running server, with OpenAI's own client.
 
 python scripts/start_pd_disagg.py --config configs/unified.yaml
 python examples/openai_client.py --url http://127.0.0.1:8000 "What is 47 + 38?"
@@ -14,7 +14,7 @@ parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the serve
 parser.add_argument("question", nargs="*", default=["Hello!"], help="asked one after the other, in one conversation")
 arguments = parser.parse_args()
 
-# Where the server asks for no key, the client insists on having one all the same.
+# The client needs a key, even for a server that asks for none.
 client = openai.OpenAI(base_url=f"{arguments.url}/v1", api_key=os.environ.get("HBSERVE_API_KEY", "none"))
 model = client.models.list().data[0].id
 messages: list[dict[str, str]] = []

@@ -18,8 +18,8 @@ config = PdDisaggConfig(
     chunked_prefill_enabled=True,
     cuda_graph_enabled=True,
 )
-# generate() takes plain prompts, so the turns of a chat are spelled out, here as Qwen and the demo
-# model know them. chat() has the model's own template write them.
+# generate() takes plain prompts, so this program writes the turns of a chat itself, in the format of Qwen
+# and the demo model. chat() applies the model's own template.
 CHAT_TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -17,11 +17,11 @@ llm = LLM(
 
 sampling_params = SamplingParams(temperature=0.6, max_tokens=256, seed=0)
 
-# A plain prompt, here with the turns of a chat as Qwen and the demo model know them ...
+# A plain prompt, with the turns of a chat in the format of Qwen and the demo model ...
 prompts = ["<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"]
 outputs = llm.generate(prompts, sampling_params)
 print(outputs[0]["text"])
 
-# ... and a conversation, for which the model's own template writes the prompt.
+# ... and a conversation, which the model's own template turns into a prompt.
 outputs = llm.chat([{"role": "user", "content": "What is HBServe?"}], sampling_params)
 print(outputs[0]["text"])

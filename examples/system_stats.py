@@ -1,4 +1,4 @@
-"""What a running system says about itself.
+"""The statistics of a running system.
 
 python examples/system_stats.py [model folder]
 """

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from hbserve.bench import offline, serve, serve_options
-from hbserve.errors import HBServeError
+from hbserve.bench.arguments import run_command
 
 
 def main() -> int:
@@ -26,15 +26,14 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that started processes are ended
-    try:
-        if arguments.command == "offline":
-            offline.run(offline.OfflineOptions.from_arguments(arguments))
-        else:
-            serve.run(serve_options.ServeOptions.from_arguments(arguments))
-    except HBServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(_run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "offline":
+        offline.run(offline.OfflineOptions.from_arguments(arguments))
+    else:
+        serve.run(serve_options.ServeOptions.from_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hbserve import PdDisaggConfig
 from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.serve_workload import DEFAULT_INPUT_LEN, DEFAULT_OUTPUT_LEN
-from hbserve.errors import ConfigError
+from hbserve.errors import ConfigError, HBServeError
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "models"
 """Folder of the shapes that come with the repository: a config.json each, no weights."""
@@ -131,6 +133,16 @@ def check_new_file(option: str, path: Path | None) -> None:
     """
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigError(f"{option}: there is no folder {path.absolute().parent}")
+
+
+def run_command(command: Callable[[argparse.Namespace], object], arguments: argparse.Namespace) -> int:
+    """Run a command; print an `HBServeError` as one line. Return the exit code."""
+    try:
+        command(arguments)
+    except HBServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 # --- types for argparse ----------------------------------------------------------------------------

@@ -251,7 +251,7 @@ async def connect_to_server(
         try:
             async with session.get("/v1/models") as response:
                 wants_key = response.status == 401
-                models = {} if wants_key else {one["id"]: one for one in (await response.json())["data"]}
+                models = {} if wants_key else {entry["id"]: entry for entry in (await response.json())["data"]}
         except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise ConfigError(f"--url: no OpenAI-compatible server answers at {base}: {reason}") from None

@@ -13,9 +13,9 @@ import msgspec
 
 from hbserve import PdDisaggConfig
 from hbserve.bench import plots
-from hbserve.bench.arguments import check_new_file, default_load_format, find_model
+from hbserve.bench.arguments import check_new_file, default_load_format, find_model, run_command
 from hbserve.config import Config
-from hbserve.errors import ConfigError, HBServeError
+from hbserve.errors import ConfigError
 from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
 from hbserve.slo.step_profile import StepProfile
 
@@ -31,20 +31,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="measured time per point")
     parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
     parser.add_argument("--short", action="store_true", help="few points, for a first look")
-    arguments = parser.parse_args()
-    try:
-        check_new_file("--out", arguments.out)
-        check_new_file("--plot", arguments.plot)
-        if arguments.plot is not None:
-            plots.require_matplotlib("--plot", arguments.plot)
-        profile = _profile(arguments)
-        profile.save(arguments.out)
-        if arguments.plot is not None:
-            _plot(profile, arguments.plot)
-    except HBServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(_run, parser.parse_args())
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_new_file("--out", arguments.out)
+    check_new_file("--plot", arguments.plot)
+    if arguments.plot is not None:
+        plots.require_matplotlib("--plot", arguments.plot)
+    profile = _profile(arguments)
+    profile.save(arguments.out)
+    if arguments.plot is not None:
+        _plot(profile, arguments.plot)
 
 
 def _profile(arguments: argparse.Namespace) -> StepProfile:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hbserve.bench.arguments import add_load_arguments, check_new_file, positive, positive_float
+from hbserve.bench.arguments import add_load_arguments, check_new_file, positive, positive_float, run_command
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
-from hbserve.errors import ConfigError, HBServeError
+from hbserve.errors import ConfigError
 from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import (
@@ -44,12 +44,7 @@ def main() -> int:
     """Parse the arguments and run; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hbserve.simulate", description=__doc__)
     _add_arguments(parser)
-    try:
-        _run(parser.parse_args())
-    except HBServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(_run, parser.parse_args())
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +58,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times (default: built in, 8B on an H200)")
     parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--rate", type=positive_float, metavar="PER_S", help="requests per second (default: the trace's)")
-    what.add_argument("--sweep", action="store_true", help="find each system's highest rate")
-    what.add_argument("--plan", type=positive_float, metavar="PER_S", help="find the cheapest system for this rate")
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument(
+        "--rate", type=positive_float, metavar="PER_S", help="requests per second (default: the trace's)"
+    )
+    question.add_argument("--sweep", action="store_true", help="find each system's highest rate")
+    question.add_argument("--plan", type=positive_float, metavar="PER_S", help="find the cheapest system for this rate")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
     add_load_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)

@@ -301,12 +301,12 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
     assert [came[1:] for came in target.came] == asked
     refused = [record for record in result.records if record.error]
     assert [record.error for record in refused] == ["HTTP 503"] * 8
-    for each in result.records:
-        assert each.sent_s >= each.arrival_s
-        if each.error is None:
-            assert each.num_tokens == each.output_len
-            assert each.ttft_s is not None
-            assert each.ttft_s >= 0.15
+    for answer in result.records:
+        assert answer.sent_s >= answer.arrival_s
+        if answer.error is None:
+            assert answer.num_tokens == answer.output_len
+            assert answer.ttft_s is not None
+            assert answer.ttft_s >= 0.15
     assert result.split[0][1:] == (70.0, 30.0, False)
     health = result.client.as_dict(result.records)
     assert 0 < health["cpu_share"] <= 1.5

@@ -40,12 +40,33 @@ def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pyte
     unified, shm = json.loads((tmp_path / "out").read_text())["systems"]
     assert (unified["name"], shm["name"]) == ("unified", "shm")
     block_bytes = 3 * 2 * 16 * 2 * 32 * 4  # layers, k and v, tokens, KV heads, head size, float32
-    assert [each["moved_bytes"] for each in shm["alone"]] == [3 * block_bytes, 5 * block_bytes]
-    for each in shm["alone"]:
-        assert each["gb_per_s"] > 0
-        assert 0 < each["exposed_ms"] < each["ttft_ms"] + each["second_ms"]
+    assert [alone["moved_bytes"] for alone in shm["alone"]] == [3 * block_bytes, 5 * block_bytes]
+    for alone in shm["alone"]:
+        assert alone["gb_per_s"] > 0
+        assert 0 < alone["exposed_ms"] < alone["ttft_ms"] + alone["second_ms"]
     assert shm["beside"]["num_prompts"] > 0
     assert min(shm["beside"][name] for name in ("alone_ms", "joined_ms", "beside_ms")) > 0
+
+
+@pytest.mark.slow
+def test_transfers_are_measured_beside_their_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    transfer.add_arguments(parser)
+    command = f"""--device cpu --backend shm --block-bytes 4096 --transfer-blocks 1,8 --total-mib 1 --scatter
+        --repeats 1 --json {tmp_path / "out"}"""
+    transfer.run(parser.parse_args(command.split()))
+    assert "shm on cpu, blocks of 4096 bytes, scattered" in capsys.readouterr().out
+    lines = json.loads((tmp_path / "out").read_text())["lines"]
+    assert [(line["transfer_bytes"], line["count"]) for line in lines] == [(4096, 256), (32768, 32)]
+    assert min(min(line["gb_per_s"], line["library_gb_per_s"], line["one_transfer_s"]) for line in lines) > 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("--backend", "tape"), ("--transfer-blocks", "1,x"), ("--repeats", "0")])
+def test_transfers_that_cannot_be(option: str, value: str) -> None:
+    parser = argparse.ArgumentParser()
+    transfer.add_arguments(parser)
+    with pytest.raises(ConfigError, match=option):
+        transfer.run(parser.parse_args([option, value]))
 
 
 @pytest.mark.slow
@@ -113,6 +134,6 @@ def test_compared_systems_become_configurations(tmp_path: Path) -> None:
         ("slo@80-100*2", ["semi_pd"] * 2),
     ):
         instances = both.config_of(System.parse(name), targets).freeze().gpu_instances
-        assert [(each.instance_type.value, each.gpu_id) for each in instances] == list(zip(roles, (0, 1), strict=True))
+        assert [(i.instance_type.value, i.gpu_id) for i in instances] == list(zip(roles, (0, 1), strict=True))
     with pytest.raises(ConfigError, match="the first system has failed"):
         both.config_of(systems["slo@80-100"], None)

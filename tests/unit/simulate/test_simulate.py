@@ -108,8 +108,8 @@ def source(duration_s: float) -> WorkloadSource:
 
 
 def test_a_run_is_the_same_each_time() -> None:
-    requests = [poisson(10, 20, (300, 2500), (50, 400), seed=5) for _ in range(2)]
-    first, second = (simulate(System.parse("slo@70-30"), SETTING, each) for each in requests)
+    loads = [poisson(10, 20, (300, 2500), (50, 400), seed=5) for _ in range(2)]
+    first, second = (simulate(System.parse("slo@70-30"), SETTING, load) for load in loads)
     assert first == second
 
 
