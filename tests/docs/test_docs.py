@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
@@ -49,6 +50,42 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"`((?:hbserve|scripts|configs|tests|examples)/[\w/.]+)[` ]", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def definitions() -> dict[str, set[str]]:
+    """Names of all classes, functions, methods and constants of the package: by file, methods as ``Class.method``."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "hbserve").rglob("*.py"):
+        names = found[str(path.relative_to(ROOT))] = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, FUNCTIONS)}
+            if isinstance(node, (ast.ClassDef, *FUNCTIONS)):
+                names.add(node.name)
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                names |= {target.id} if isinstance(target, ast.Name) else set()
+    return found
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def test_the_tour_names_what_is_there_and_where() -> None:
+    """In each step, what is named after a file is defined there; any other name is defined somewhere."""
+    text = (ROOT / "docs" / "tour.md").read_text()
+    assert len(text.splitlines()) <= 200
+    defined = definitions()
+    everywhere = set().union(*defined.values())
+    num_places = num_names = 0
+    for name, path in re.findall(r"`([A-Za-z_][\w.]*)`\s+in\s+`(hbserve/[\w/]+\.py)`", text):
+        candidates = defined[path] | {item.split(".")[-1] for item in defined[path]}
+        assert name in candidates, f"{name} is not in {path}"
+        num_places += 1
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        assert name in everywhere, name
+        num_names += 1
+    assert num_places > 30
+    assert num_names > 60
 
 
 def test_rates_in_the_readme_are_those_of_the_benchmarks() -> None:
