@@ -1,1 +1,1 @@
-"""The engine of a worker: step plans in, sampled tokens out."""
+"""The engine of a worker, in its main thread: step plans in, sampled tokens out. Only results are read in another."""

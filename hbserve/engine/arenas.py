@@ -1,7 +1,7 @@
 """The two arenas of a rank: all weights in one allocation, all KV in another.
 
-A rank makes its own, or attaches to those that another process holds. What it must know of them is
-an `ArenaAttachment`: two handles, and where everything lies.
+A rank makes its own arenas, or attaches to those of another process. For that it needs an `ArenaAttachment`: the
+handles, and where each tensor lies.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Agree = Callable[[KVSize], KVSize]
 
 
 class ArenaAttachment(msgspec.Struct, frozen=True):
-    """All that another process needs to work on a rank's arenas; plain data.
+    """The data that another process needs to work on a rank's arenas; plain.
 
     Attributes:
         epoch: of this incarnation of the arenas; never used again.
-        device: where they lie, ``cpu`` or ``cuda``.
-        weights, kv: their handles.
+        device: that the arenas are on, ``cpu`` or ``cuda``.
+        weights, kv: handles of the two arenas.
         table: name -> offset, shape, dtype of every parameter.
-        kv_bytes: of the KV arena, which has one block more than ``num_blocks``: the last is for
-            warming up, and holds nobody's tokens.
+        kv_bytes: of the KV arena, which has one block more than ``num_blocks``: the last block is for warming up, and
+            no sequence gets it.
         board: handle of a `StepBoard`'s memory.
         spec: of the model, as `ModelSpec.as_plain`.
     """
@@ -59,15 +59,15 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Arenas:
-    """A rank's arenas in this process.
+    """The arenas of a rank in this process.
 
     Attributes:
         weights, kv: uint8.
         num_blocks: KV blocks that sequences may have.
-        spare_block: a block beyond those that warming up may write to; None in arenas of one's own.
-        kv_handle: what other processes of the host attach to the KV arena with; None: they cannot.
+        spare_block: a further block, which warming up writes to; None in arenas that this process made.
+        kv_handle: with which other processes of the host attach to the KV arena; None: they cannot.
         max_model_len: most tokens of prompt and output together.
-        board: uint8, memory of a `StepBoard`; None in arenas of one's own, where there is nobody else to be told.
+        board: uint8, memory of a `StepBoard`; None in arenas that this process made: no other worker uses them.
     """
 
     weights: torch.Tensor
@@ -82,7 +82,7 @@ class Arenas:
 
 
 def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel) -> Arenas:
-    """Allocate both and load the weights; the KV arena so that others can attach, if they shall write KV into it.
+    """Allocate both arenas and load the weights. Other processes can attach to the KV arena if they write KV into it.
 
     Raises:
         ModelError, ConfigError: if model, configuration and memory do not fit together.
@@ -106,11 +106,12 @@ def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: T
 def share_arenas(
     config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel, epoch: int, agree: Agree
 ) -> tuple[Arenas, ArenaAttachment]:
-    """Allocate both so that others can attach, and load the weights. Errors as `make_arenas`.
+    """Allocate both arenas so that other processes can attach, and load the weights. Errors as `make_arenas`.
 
     Args:
-        parallel: says which rank's; it is not asked to compute anything with the others.
-        agree: from what fits here to what fits on all ranks; called once, when the weights are loaded.
+        parallel: names the rank; it computes nothing with the other ranks here.
+        agree: turns the size that fits here into the size that fits on all ranks. It is called once, when the weights
+            are loaded.
     """
     handles: list[str] = []
     allocate = _sharing(platform, handles)
@@ -133,7 +134,7 @@ def share_arenas(
 
 
 def _sharing(platform: Platform, handles: list[str]) -> _Allocate:
-    """Allocate so that others can attach, and note the handles."""
+    """Return an allocator of memory that other processes can attach to; it appends the handles to ``handles``."""
 
     def allocate(num_bytes: int, what: str) -> torch.Tensor:
         with _explaining_out_of_memory(platform, num_bytes, what):
@@ -147,10 +148,10 @@ def _sharing(platform: Platform, handles: list[str]) -> _Allocate:
 def attach_arenas(
     config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel, attachment: ArenaAttachment
 ) -> Arenas:
-    """Work on another process' arenas.
+    """Attach to the arenas of another process.
 
     Raises:
-        StartupError: if they are gone.
+        StartupError: if the arenas are gone.
     """
     try:
         weights = platform.attach_arena(attachment.weights, attachment.table.num_bytes)
@@ -205,7 +206,7 @@ def _make(
 
 
 def dtype_of(config: Config, spec: ModelSpec) -> torch.dtype:
-    """Of weights and KV."""
+    """Return the dtype of weights and KV."""
     return spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
 
 
@@ -221,7 +222,7 @@ def _layout(config: Config, spec: ModelSpec, block_size: int, parallel: TensorPa
 
 @contextmanager
 def _explaining_out_of_memory(platform: Platform, num_bytes: int, what: str) -> Iterator[None]:
-    """torch's own message shows the allocator, not what the memory was for."""
+    """Say what the memory was for, which torch's own message does not."""
     try:
         yield
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""A step plan as the tensors of one forward pass."""
+"""The batch of a step: a plan as the tensors of one forward pass."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from hbserve.engine.staging import to_device
 from hbserve.messages.worker import PlanRow
 
 _TO_BE_FED_BACK = (0,)
-"""Stands for a token that only the device knows yet."""
+"""The place of a token that only the device knows yet."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The tensors of a step, in an order that suits attention; what is sampled is in the plan's order.
+    """The tensors of a step. Tokens are in an order that suits attention; sampled rows are in the plan's order.
 
     Attributes:
         token_ids, positions: int64 ``[tokens]``.
-        sampled_tokens: int64 ``[N]``, the tokens of the flat batch whose logits are wanted.
+        sampled_tokens: int64 ``[N]``, the places in the flat batch whose logits are sampled.
         sampled_slots: int64 ``[N]``, their slots.
         num_logprobs: ``[N]``, on the host: as `SamplingParams.logprobs`, -1 for none.
-        sampling: how they are sampled; its row i belongs to ``sampled_tokens[i]``.
+        sampling: how to sample them; its row i belongs to ``sampled_tokens[i]``.
     """
 
     token_ids: torch.Tensor
@@ -42,10 +42,10 @@ class StepBatch:
 
 
 def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, device: torch.device) -> StepBatch:
-    """Turn a plan's rows (at least one, their blocks appended already) into tensors, with one transfer.
+    """Turn a plan's rows into tensors, with one transfer. There is at least one row, and its blocks are appended.
 
-    Tokens to be fed back are taken from the table; what this step samples is noted there as being
-    on its way. A plan that contradicts the table is a bug of its sender and fails an assertion.
+    Tokens to be fed back come from the table. The table also notes for which positions this step samples. A plan that
+    contradicts the table is a bug of the scheduler and fails an assertion.
     """
     slots = np.array([row.slot for row in rows], np.int64)
     starts = np.array([row.start for row in rows], np.int64)
@@ -74,7 +74,7 @@ def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, devi
         "token_ids": _token_ids(ordered_rows, int(query_starts[-1]), table.vocab_size),
         "positions": positions,
         "slot_mapping": blocks * block_size + positions % block_size,
-        "fed_back": fed_back,  # rows of one token come first, so these are places in the flat batch too
+        "fed_back": fed_back,  # rows of one token come first, so row and place in the flat batch are equal
         "fed_back_slots": slots[order[fed_back]],
         "sampled_tokens": query_starts[1:][place[sampled]].astype(np.int64) - 1,
         "sampled_slots": sampled_slots,
@@ -106,7 +106,7 @@ def _token_ids(rows: list[PlanRow], num_tokens: int, vocab_size: int) -> npt.NDA
     flat = chain.from_iterable(_TO_BE_FED_BACK if row.token_ids is None else row.token_ids for row in rows)
     token_ids = np.array(list(flat), np.int64)
     assert len(token_ids) == num_tokens, f"the rows announce {num_tokens} tokens and hold {len(token_ids)}"
-    # on a GPU an index out of range would end every process on it
+    # on a GPU an index out of range would end every process on that GPU
     assert token_ids.min() >= 0, "a token id is negative"
     assert token_ids.max() < vocab_size, f"token id {token_ids.max()} is outside the vocabulary of {vocab_size}"
     return token_ids

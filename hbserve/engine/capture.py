@@ -1,4 +1,4 @@
-"""Where CUDA graphs are captured."""
+"""The capture of CUDA graphs: warm-up, memory and stream."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hbserve.platform.cuda_driver import upload_graph
 
 
 def run_to_capture(run: Callable[[], object]) -> None:
-    """Run once what will be captured, so that all it compiles or loads at its first call is there.
+    """Run once what will be captured, so that it compiles or loads everything that it needs.
 
-    As little of it as has all of that: others' steps run on the same device.
+    ``run`` should be the smallest part that does so: steps of other workers run on the same device.
     """
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -26,13 +26,14 @@ def run_to_capture(run: Callable[[], object]) -> None:
 
 @contextmanager
 def capturing(graph: Any, pool: Any) -> Iterator[None]:
-    """As `torch.cuda.graph`, which before each capture gives all memory that is cached back to the driver.
+    """Capture the body, as `torch.cuda.graph` does, but keep torch's cached memory.
 
-    To give it back and get it again takes time, and others on the device feel it. The graph is on the device
-    afterwards: its first replay takes no longer than others.
+    `torch.cuda.graph` gives that memory back to the driver before each capture. To give it back and get it again takes
+    time and delays the other workers on the device. The graph is uploaded to the device here, so that its first replay
+    takes no longer than the next ones.
 
     Args:
-        pool: of the graph's memory; None: a new one.
+        pool: that the graph takes its memory from; None: a new one.
     """
     stream = capture_stream()
     with torch.cuda.stream(stream):
@@ -45,10 +46,10 @@ def capturing(graph: Any, pool: Any) -> Iterator[None]:
 
 
 def capture_stream() -> Any:
-    """The stream to capture on: the current one where a process has a share of the device.
+    """Return the stream to capture on: the current stream in a process that has a share of the device.
 
-    A graph's kernels run where the stream they were captured on would run them, whichever stream
-    the graph is launched into. The device's default stream cannot be captured.
+    A graph's kernels run on the multiprocessors of the stream that they were captured on, whichever stream the graph is
+    launched into. The device's default stream cannot be captured.
     """
     current: Any = torch.cuda.current_stream()
     return current if current != torch.cuda.default_stream() else _own_stream()

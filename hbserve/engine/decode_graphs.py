@@ -1,9 +1,8 @@
 """Decode steps as CUDA graphs: one launch instead of some hundred.
 
-For each size of a ladder of batch sizes the whole step is captured: fed-back tokens, forward pass,
-logits, sampling, and the sampled tokens' way back into the sequence table. A step copies its inputs
-into fixed buffers with one transfer from pinned memory and replays the smallest graph that holds its
-rows; rows beyond are padding that stores nothing.
+For each of several batch sizes the whole step is captured: fed-back tokens, forward pass, logits, sampling, and the
+copy of the sampled tokens into the sequence table. A step copies its inputs into fixed buffers with one transfer from
+pinned memory, and replays the smallest graph that holds its rows. The remaining rows are padding and store nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _FED_BACK = -1
 class _Field:
     """One input array of a step, at a fixed place in the buffer.
 
-    ``per_piece`` if it is not of rows but of pieces of attention, and comes padded.
+    With ``per_piece`` it has an entry for each piece of attention, not for each row, and is padded already.
     """
 
     name: str
@@ -67,9 +66,9 @@ _FIELDS = (
 
 
 class _StepInputs:
-    """A step's input arrays on the device, and host copies of them to fill in turn.
+    """The input arrays of a step on the device, and several host copies that are filled in turn.
 
-    The page indices come last, so that one copy of a prefix takes along just as many as there are.
+    The page indices come last, so that one copy of a prefix of the buffer moves only as many as there are.
     """
 
     def __init__(self, max_rows: int, max_pieces: int, max_pages: int, device: torch.device) -> None:
@@ -88,7 +87,7 @@ class _StepInputs:
         self.indices = self._device[self._indices_offset :].view(torch.int32)
 
     def tensor(self, name: str, size: int) -> torch.Tensor:
-        """The first ``size`` entries of an array on the device."""
+        """Return the first ``size`` entries of an array on the device."""
         field = next(field for field in _FIELDS if field.name == name)
         dtype = torch.from_numpy(np.empty(0, field.dtype)).dtype
         begin = self._offsets[name]
@@ -111,12 +110,12 @@ class _StepInputs:
         host[self._indices_offset : self._end].view(np.int32)[:] = indices
 
     def fill_in_tokens(self, token_ids: npt.NDArray[np.int64]) -> None:
-        """Write these over the tokens that were filled in."""
+        """Overwrite the tokens that `fill` has written."""
         begin = self._offsets["token_ids"]
         self._host[self._turn].numpy()[begin : begin + token_ids.nbytes].view(np.int64)[:] = token_ids
 
     def copy(self) -> None:
-        """Queue the copy of what was filled in."""
+        """Queue the copy to the device of what `fill` has written."""
         self._device[: self._end].copy_(self._host[self._turn][: self._end], non_blocking=True)
         self._copied[self._turn].record()
 
@@ -131,7 +130,7 @@ class DecodeGraphs:
     """Captured decode steps of one worker.
 
     Args:
-        max_seq_len: batches with a longer sequence are left to the eager path.
+        max_seq_len: a batch with a longer sequence does not fit, and runs eagerly.
     """
 
     def __init__(self, decoder: Decoder, attention: PagedDecode, table: SequenceTable, max_seq_len: int) -> None:
@@ -142,14 +141,14 @@ class DecodeGraphs:
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
         self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
-        # One for all graphs: it is read, if at all, before the next replay.
+        # All graphs share it: a step reads it, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
         self._graphs: dict[int, _Graph] = {}
         self._capture_all(device)
 
     @property
     def pool(self) -> Any:
-        """Of the graphs' memory."""
+        """The memory pool of the graphs."""
         return self._graphs[self._sizes[-1]].graph.pool()
 
     def _capture_all(self, device: torch.device) -> None:
@@ -168,7 +167,7 @@ class DecodeGraphs:
 
     @contextmanager
     def of_layers(self, layers: list[int]) -> Iterator[None]:
-        """While the body runs, the smallest graph has only these layers: to rehearse a step in little time."""
+        """Give the smallest graph only these layers while the body runs, so that a rehearsal takes little time."""
         size = self._sizes[0]
         whole = self._graphs[size]
         self._graphs[size] = self._capture(size, self.pool, layers)
@@ -220,7 +219,7 @@ class DecodeGraphs:
         return sampled
 
     def fits(self, rows: list[PlanRow]) -> bool:
-        """Whether a plan's rows are a decode step that is captured."""
+        """Return whether a plan's rows are a decode step that is captured."""
         return (
             0 < len(rows) <= self._sizes[-1]
             and all(row.num_tokens == 1 and row.sample for row in rows)
@@ -230,15 +229,15 @@ class DecodeGraphs:
     def launch(
         self, rows: list[PlanRow], take_turn: Callable[[], StepBoard | None], timer: StepTimer
     ) -> tuple[Sampled, list[int]]:
-        """Run a step that `fits`; its blocks have been appended.
+        """Launch a step that `fits`; its blocks have been appended.
 
         Args:
-            take_turn: called when all that can be prepared is; from it on, the device may begin. Returns the board
-                with the tokens of rows that others have sampled.
+            take_turn: called when everything is prepared; the device may begin when it returns. It returns the board
+                with the tokens that other workers have sampled.
             timer: started when the device gets its work.
 
         Returns:
-            What was sampled, in the rows' order, and each row's number of logprobs.
+            The sampled tokens in the order of the rows, and the number of logprobs of each row.
         """
         table = self._table
         num_rows = len(rows)
@@ -270,7 +269,7 @@ class DecodeGraphs:
         self._inputs.fill(arrays, pages.indices, size)
         board = take_turn()
         if elsewhere.size:
-            assert board is not None, "who is alone has sampled all itself"
+            assert board is not None, "a worker without a board has sampled every token itself"
             token_ids[elsewhere] = board.tokens(slots[elsewhere], starts[elsewhere])
             self._inputs.fill_in_tokens(token_ids)
         self._check_tokens(slots, starts, token_ids)
@@ -281,7 +280,7 @@ class DecodeGraphs:
         num_logprobs = table.num_logprobs[slots].tolist()
         if (table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])).all():
             return Sampled(graph.token_ids[:num_rows], None), num_logprobs
-        # Penalties, truncation and the like need the general sampler, on the graph's logits.
+        # Penalties, truncation, biases and grammars need the general sampler, on the graph's logits.
         tensors = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, self._logits.device)
         batch = sampling_batch(table, slots, tensors)
         sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
@@ -289,7 +288,7 @@ class DecodeGraphs:
         return sampled, num_logprobs
 
     def _check(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> None:
-        """A plan that contradicts the table is a bug of its sender; on a GPU it would read other memory."""
+        """Fail on a plan that contradicts the table, a bug of the scheduler: on a GPU it would read other memory."""
         table = self._table
         assert slots.min() >= 0, "a slot is negative"
         assert slots.max() < table.max_num_seqs, f"slot {slots.max()} is out of range"
@@ -308,7 +307,7 @@ class DecodeGraphs:
 
 
 def captured_batch_sizes(max_rows: int) -> list[int]:
-    """Batch sizes to capture: dense where padding would cost most, up to ``max_rows``."""
+    """Return the batch sizes to capture, up to ``max_rows``: dense where padding would cost most."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
     return [*(size for size in sizes if size < max_rows), max_rows]
 
@@ -316,7 +315,7 @@ def captured_batch_sizes(max_rows: int) -> list[int]:
 def _pad(
     context_lens: npt.NDArray[np.int64], block_tables: npt.NDArray[np.int32], size: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Rows of one token in block 0 up to ``size``; what they compute is thrown away."""
+    """Append rows of one token in block 0 up to ``size`` rows; their results are not used."""
     extra = size - len(context_lens)
     return (
         np.pad(context_lens.astype(np.int32), (0, extra), constant_values=1),

@@ -1,7 +1,7 @@
-"""Greedy and plain random sampling, fit for a CUDA graph, and its noise, as Triton kernels.
+"""Triton kernels for greedy and plain random sampling, which a CUDA graph can capture, and for their noise.
 
-The same noise as `hbserve.engine.noise`, bit for bit up to the logarithm, so that a seeded request
-gives the same tokens whichever sampler its batch meets.
+The noise is that of `hbserve.engine.noise`, bit for bit up to the logarithm. So a seeded request gets the same tokens
+from either sampler.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _best_of_row_kernel(  # type: ignore[no-untyped-def]
 
 
 def fast_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """As `hbserve.engine.noise.gumbel_noise`, in one pass."""
+    """Return the noise of `hbserve.engine.noise.gumbel_noise`, in one pass."""
     out = torch.empty(len(seeds), vocab_size, dtype=torch.float32, device=seeds.device)
     _noise_kernel[(len(seeds), triton.cdiv(vocab_size, _BLOCK))](seeds, positions, out, vocab_size, _BLOCK, num_warps=8)
     return out
@@ -99,14 +99,14 @@ def fast_sample(
     vocab_size: int,
     parallel: TensorParallel,
 ) -> torch.Tensor:
-    """A token per row: the most likely at temperature 0, else drawn by the Gumbel-max trick.
+    """Sample a token per row: the most likely at temperature 0, else one drawn by the Gumbel-max trick.
 
     Args:
         logits: contiguous ``[rows, part]``, of this rank's part of the vocabulary.
         temperatures: float32 ``[rows]``.
         seeds, positions: int64 ``[rows]``; the position of the row's input, one before the sampled token's.
         vocab_size: of all ranks together.
-        parallel: the ranks, among which only each one's best goes round.
+        parallel: the ranks, which exchange only the best token of each rank.
 
     Returns:
         int64 ``[rows]``.
@@ -126,7 +126,7 @@ def fast_sample(
 
 
 def _best_of_row(best: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greatest value of each row, the first of equals, and its id."""
+    """Return the greatest value of each row, the first of equals, and its id."""
     assert best.is_contiguous()
     assert ids.is_contiguous()
     rows, num_blocks = best.shape

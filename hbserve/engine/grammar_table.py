@@ -1,4 +1,4 @@
-"""Which slots have a grammar, and where their outputs are in it."""
+"""The grammars of the slots: which slots have one, and how far its output has come."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hbserve.messages.worker import PlanRow, SequenceState
 
 
 class GrammarTable:
-    """Matchers by slot. All of it follows from the `SequenceState`s and the plans' own tokens.
+    """The matcher of each slot. It follows from the `SequenceState`s and the tokens in the plans.
 
-    The scheduler plans a row with a grammar only when it knows the token before, so every token is in
-    a plan's row before it matters here.
+    The scheduler plans a row with a grammar only when it knows the token before. So each token is in a plan's row
+    before the matcher needs it.
 
     Args:
-        tokenizer_folder: read when the first grammar comes.
+        tokenizer_folder: read at the first grammar.
 
     Attributes:
         has_grammar: bool ``[slots]``.
@@ -33,7 +33,7 @@ class GrammarTable:
         self._num_known: dict[int, int] = {}  # per slot, tokens of prompt and output that the matcher has seen
 
     def install(self, state: SequenceState) -> None:
-        """Take a sequence in, in place of whatever the slot had."""
+        """Put a sequence into its slot, in place of the one before."""
         self._matchers.pop(state.slot, None)
         grammar = state.sampling.grammar
         self.has_grammar[state.slot] = grammar is not None
@@ -48,7 +48,7 @@ class GrammarTable:
         self._num_known[state.slot] = len(state.history)
 
     def advance(self, rows: list[PlanRow]) -> None:
-        """Take note of the tokens that a plan's rows bring."""
+        """Advance the matchers by the tokens in a plan's rows."""
         if not self._matchers:
             return
         for row in rows:
@@ -62,5 +62,5 @@ class GrammarTable:
             self._num_known[row.slot] = max(self._num_known[row.slot], row.start + row.num_tokens)
 
     def masks(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """The tokens that may come next, ``[slots, ceil(vocab / 32)]``, of slots that have a grammar."""
+        """Return the tokens that may come next, ``[slots, ceil(vocab / 32)]``, for slots that have a grammar."""
         return np.stack([self._matchers[slot].mask() for slot in slots.tolist()])

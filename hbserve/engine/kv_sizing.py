@@ -1,4 +1,4 @@
-"""How many KV blocks a worker has, and how long a sequence may be."""
+"""The size of a rank's KV pool: the number of its blocks, and the tokens that a sequence may have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
 CPU_DEFAULT_BYTES = 4 << 30
-"""Of an instance's KV arenas on CPU, unless one sequence needs more: the memory there is not the engine's alone."""
+"""Most bytes of an instance's KV arenas on CPU, where other programs need memory too; one sequence may need more."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class KVSize:
 
 
 def size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platform, tp_size: int = 1) -> KVSize:
-    """Fit a rank's KV pool to configuration, model and memory; on CPU the ``tp_size`` ranks share that.
+    """Fit a rank's KV pool to configuration, model and memory; on CPU the ``tp_size`` ranks share the memory.
 
-    ``performance.num_blocks`` stands if given. Else the pool takes ``memory_fraction`` of the free
-    memory; on CPU no more than the most sequences of the greatest length could fill, and 4 GiB.
+    ``performance.num_blocks`` counts if it is given. Else the pool takes ``memory_fraction`` of the free memory. On CPU
+    it also takes at most 4 GiB, and at most what ``max_num_seqs`` sequences of the greatest length could fill.
 
     Raises:
-        ConfigError: if not even one sequence of the asked length fits.
+        ConfigError: if one sequence of the configured length does not fit.
     """
     asked, limit = config.model.max_model_len, spec.max_position_embeddings
     if asked is not None and asked > limit:

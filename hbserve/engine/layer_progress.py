@@ -1,4 +1,4 @@
-"""What a step has done of its layers while it still computes the others."""
+"""The progress of a step through its layers: which have stored their keys and values while others still compute."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 class LayerProgress:
-    """Tells of each of several equal groups of layers when its keys and values are in the cache.
+    """A report for each of several equal groups of layers, when the group's keys and values are in the cache.
 
     Args:
         num_layers: of the model.
-        num_groups: divides that.
-        on_stored: called with the number of each group, in order: on CPU by `stored`, on a GPU by `wait`, and for
-            what these did not get to see by `finish`.
+        num_groups: a divisor of ``num_layers``.
+        on_stored: called with the number of each group, in order: on CPU by `stored`, on a GPU by `wait`. `finish`
+            calls it for the groups that these two have not seen.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class LayerProgress:
         self._num_reported = 0
 
     def stored(self, layer: int) -> None:
-        """In the thread that launches: a layer has stored, or on a GPU will have when the stream has come so far."""
+        """Note that a layer has stored, or on a GPU will have when the stream gets here; in the launching thread."""
         if (layer + 1) % self._layers_per_group:
             return
         if not self._is_cuda:
@@ -40,13 +40,13 @@ class LayerProgress:
         self._events.append(event)
 
     def wait(self) -> None:
-        """On a GPU: wait for one group after the other. Blocks nearly as long as the step takes."""
+        """On a GPU, wait for one group after the other; blocks nearly as long as the step takes."""
         for event in self._events:
             event.synchronize()
             self._report()
 
     def finish(self) -> None:
-        """The step is done."""
+        """Report the remaining groups: the step is done."""
         while self._num_reported < self._num_groups:
             self._report()
 

@@ -1,4 +1,4 @@
-"""A worker's model: step plans in, sampled tokens out."""
+"""The model runner: step plans in, sampled tokens out. It runs in the worker's main thread, which loads the model."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _PAUSE_S = 5e-3
 
 
 class ModelRunner:
-    """Weights, KV cache and sequence table of one rank, and the step that ties them together.
+    """Weights, KV cache and sequence table of one rank, and the step that uses them together.
 
     Not thread-safe: one thread launches. Plans take effect in the order of their launch.
 
     Args:
         platform: activated already.
         parallel: the ranks that compute the model together; every one must launch the same plans.
-        attachment: to arenas that another process holds; None: arenas of its own.
-        stopwatch: told of the parts of the start: ``model``, ``arenas``, ``decoder``, ``attention``, ``tables``,
+        attachment: to arenas that another process holds; None: the runner makes its own.
+        stopwatch: measures the parts of the start: ``model``, ``arenas``, ``decoder``, ``attention``, ``tables``,
             ``graphs``, ``warm_up``.
 
     Attributes:
@@ -57,15 +57,15 @@ class ModelRunner:
         num_blocks: of the KV cache; max_model_len: most tokens of prompt and output together; both
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
-        kv_handle: what other processes attach to it with; None: they cannot.
-        board: of the workers on the same arenas; None where there is only this one.
+        kv_handle: with which other processes attach to it; None: they cannot.
+        board: of the workers on the same arenas; None if there is only this one.
 
     Raises:
         ModelError: if the model folder cannot be served.
         ConfigError: if the configuration does not fit model or device.
     """
 
-    @torch.inference_mode(False)  # transfers write to the KV cache from other threads, outside of that mode
+    @torch.inference_mode(False)  # transfers write to the KV cache in other threads, which are not in that mode
     def __init__(
         self,
         config: Config,
@@ -132,7 +132,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _prepare_for(self, role: InstanceRole) -> None:
-        """Capture the graphs of the phases that a role does, if they are not there yet."""
+        """Capture the graphs of the phases of a role, unless they are captured already."""
         config = self._config
         if not config.cuda_graph.enabled:
             return
@@ -158,7 +158,7 @@ class ModelRunner:
             self._graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
             self._graph_pool = self._graphs.pool
         if role.prefills and self._prefill_graphs is None:
-            # The sampler and FlashInfer keep memory of their own, so a step's tokens are all that counts here.
+            # The sampler and FlashInfer keep their own memory, so only the number of tokens counts here.
             max_tokens = config.performance.max_num_batched_tokens
             self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, self._graph_pool)
 
@@ -166,9 +166,10 @@ class ModelRunner:
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
         """Rehearse steps, so that the first real one finds everything loaded.
 
-        What is loaded or allocated at its first use depends on the size: kernels, and memory. Others' steps run on
-        the device meanwhile: a whole step, even of one token, reads all weights as theirs do, and theirs would take
-        twice as long. So a rehearsal is a few layers, one at a time. All KV goes to one block that is nobody's.
+        Kernels and memory are loaded and allocated at their first use, and which ones depends on the size. Other
+        workers' steps run on the device meanwhile. A whole step, even of one token, reads all weights as their steps
+        do, and would make them twice as long. So a rehearsal runs a few layers, one at a time. It writes all KV to one
+        spare block.
         """
         longest = min(
             config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens, self.max_model_len - 1
@@ -180,12 +181,12 @@ class ModelRunner:
         self._layers = None
 
     def _yield_device(self, layer: int) -> None:
-        """Between two layers of a rehearsal: let others' steps have the device."""
+        """Let other workers' steps have the device, between two layers of a rehearsal."""
         self.platform.synchronize()
         time.sleep(_PAUSE_S)
 
     def _rehearsal(self, length: int, spare_block: int) -> StepPlan:
-        """A step of a whole prompt of nobody's."""
+        """Return a step with a whole prompt that belongs to no request."""
         state = SequenceState(
             slot=0,
             block_ids=[spare_block] * -(-length // self.layout.block_size),
@@ -199,13 +200,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_stored: Callable[[int], None] = lambda layer: None) -> PendingStep:
-        """Start a step; on CPU also finish it. The plan's ``sends`` are not looked at.
+        """Launch a step; on CPU also finish it. The plan's ``sends`` are ignored here.
+
+        A plan that contradicts what the runner knows of a slot is a bug of the scheduler and fails an assertion.
 
         Args:
-            on_stored: see `Decoder.forward`; not called where a captured graph is all of the step.
-
-        A plan that contradicts what the runner knows of a slot is a bug of its sender and fails an
-        assertion.
+            on_stored: see `Decoder.forward`; not called for a step that is one captured graph.
         """
         if plan.role is not None:
             self._prepare_for(plan.role)
@@ -236,7 +236,7 @@ class ModelRunner:
         return PendingStep(plan, sampled, batch.num_logprobs, timer)
 
     def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
-        """Wait until nobody else's step comes before a plan's; the board with the tokens that others have sampled."""
+        """Wait for the other worker's step that must come first; return the board with the tokens sampled elsewhere."""
         if self.board is not None and plan.after is not None:
             self.board.wait(plan.after)
         return self.board

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: noise that depends on what is sampled, never on who samples it when.
+"""Counter-based random numbers: noise that depends on seed, position and token, not on worker, batch or time.
 
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with MurmurHash3's 32-bit
 finaliser (Appleby) as the mixing function.
@@ -11,8 +11,8 @@ import importlib.util
 import torch
 
 _MASK = 0xFFFFFFFF
-# MurmurHash3's multipliers, less 2^32: the product of a 32-bit number with them stays inside int64,
-# and its low 32 bits are the same.
+# MurmurHash3's multipliers minus 2^32: the product with a 32-bit number stays inside int64, and its low 32 bits are
+# the same.
 _MULTIPLIER_1 = 0x85EBCA6B - (1 << 32)
 _MULTIPLIER_2 = 0xC2B2AE35 - (1 << 32)
 _SALTS = (0x9E3779B9, 0x7F4A7C15)
@@ -20,14 +20,14 @@ _MAX_BELOW_ONE = 1 - 2.0**-24
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise, a function of seed, position and token id alone; finite.
+    """Return standard Gumbel noise, a function of seed, position and token id alone; finite.
 
     Args:
         seeds: int64 ``[rows]``.
         positions: int64 ``[rows]``, of the token that is sampled.
 
     Returns:
-        float32 ``[rows, vocab_size]``. The upper tail, which decides, is resolved to 2^-32.
+        float32 ``[rows, vocab_size]``. The upper tail, which decides the draw, is resolved to 2^-32.
     """
     if seeds.is_cuda and importlib.util.find_spec("triton") is not None:
         from hbserve.engine.fast_sampler import fast_noise
@@ -42,7 +42,7 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
 
 
 def _key(seeds: torch.Tensor, positions: torch.Tensor, salt: int) -> torch.Tensor:
-    """32 bits of seed and position; with two salts, 64."""
+    """Return 32 bits of seed and position; two salts give 64."""
     low, high = seeds & _MASK, (seeds >> 32) & _MASK
     bits = _mix(low ^ salt)
     bits = _mix((bits + high) & _MASK)
@@ -50,7 +50,7 @@ def _key(seeds: torch.Tensor, positions: torch.Tensor, salt: int) -> torch.Tenso
 
 
 def _mix(bits: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's finaliser of int64 numbers below 2^32: each input bit flips each output bit half the time."""
+    """Apply MurmurHash3's finaliser to int64 numbers below 2^32: an input bit flips an output bit half the time."""
     bits = bits ^ (bits >> 16)
     bits.mul_(_MULTIPLIER_1).bitwise_and_(_MASK)
     bits ^= bits >> 13

@@ -1,4 +1,4 @@
-"""Which tokens a sequence has had: what its penalties are computed from."""
+"""Penalties of a sequence, and the counts of its tokens that they are computed from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PROMPT_FLAG = 1 << 30
 
 
 class TokenCounts:
-    """Token counts, one device row per sequence that has penalties.
+    """Token counts: one row on the device for each sequence that has penalties.
 
-    Memory is taken when the first such sequence comes, and doubled when more come.
+    The first such sequence takes the memory; more sequences double it.
 
     Args:
         max_num_seqs: slots are ``0 .. max_num_seqs - 1``.
@@ -27,7 +27,7 @@ class TokenCounts:
         self._free_rows: list[int] = []
 
     def install(self, slot: int, history: list[int], num_prompt_tokens: int) -> None:
-        """Count a sequence's tokens so far, forgetting what the slot had."""
+        """Count a sequence's tokens so far, in place of the slot's counts before."""
         vocab_size = self._table.shape[1]
         tokens = np.asarray(history, np.int64)
         assert ((tokens >= 0) & (tokens < vocab_size)).all(), f"slot {slot}: history has a token outside the vocabulary"
@@ -40,17 +40,17 @@ class TokenCounts:
         self._table[int(self.row_of_slot[slot])].copy_(torch.from_numpy(counts))
 
     def forget(self, slot: int) -> None:
-        """Give the slot's row back, if it has one."""
+        """Free the slot's row, if it has one."""
         if self.row_of_slot[slot] >= 0:
             self._free_rows.append(int(self.row_of_slot[slot]))
             self.row_of_slot[slot] = -1
 
     def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Counts int32 ``[len(rows), vocab]`` of rows as in ``row_of_slot``; a copy."""
+        """Return a copy of the counts, int32 ``[len(rows), vocab]``, of rows as in ``row_of_slot``."""
         return self._table[rows]
 
     def add(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Count one more output token for each of these rows, all different."""
+        """Count one more output token for each of these rows, which are all different."""
         self._table[rows, token_ids] += 1
 
     def _grow(self) -> None:
@@ -63,7 +63,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Penalties:
-    """Penalties of P rows; see `hbserve.sampling_params.SamplingParams` for what they do.
+    """Penalties of P rows; `hbserve.sampling_params.SamplingParams` says what they do.
 
     Attributes:
         rows: int64 ``[P]``, rows of the logits.
@@ -80,7 +80,7 @@ class Penalties:
     frequency: torch.Tensor
 
     def apply_(self, scores: torch.Tensor) -> None:
-        """Change the float32 scores ``[rows, vocab]`` of these rows in place."""
+        """Apply the penalties to their rows of the float32 scores ``[rows, vocab]``, in place."""
         penalised = scores[self.rows]
         repetition = self.repetition[:, None]
         repeated = torch.where(penalised > 0, penalised / repetition, penalised * repetition)

@@ -1,4 +1,4 @@
-"""A step that is under way, and what comes of it."""
+"""A pending step: launched, with a result that the device has not computed yet."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hbserve.messages.worker import StepPlan, StepResult
 
 
 class StepTimer:
-    """How long the device works between two points of its stream, seconds.
+    """A timer of the device's work between two points of its stream, in seconds.
 
     Attributes:
-        started_at: when the host came to the first point, on `time.perf_counter`.
+        started_at: when the host reached the first point, on `time.perf_counter`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,19 +26,19 @@ class StepTimer:
         self.start()
 
     def start(self) -> None:
-        """The first point; once more to move it: before the device has its work it only waits for the host."""
+        """Set the first point, or move it: until the device has its work, it only waits for the host."""
         if self._events is not None:
             self._events[0].record()
         self.started_at = time.perf_counter()
 
     def stop(self) -> None:
-        """The second point."""
+        """Set the second point."""
         if self._events is not None:
             self._events[1].record()
         self._seconds = time.perf_counter() - self.started_at
 
     def wait(self) -> float:
-        """Wait until the device has come to the second point; the seconds between them."""
+        """Wait until the device reaches the second point; return the seconds between the points."""
         if self._events is None:
             return self._seconds
         self._events[1].synchronize()
@@ -46,15 +46,15 @@ class StepTimer:
 
 
 class PendingStep:
-    """The result of a step, once the device has it.
+    """The result of a step, which is copied to the host as soon as the device has it.
 
     Args:
-        sampled: None where the step sampled nothing.
+        sampled: None if the step sampled nothing.
         num_logprobs: per sampled row, as `SamplingParams.logprobs`, -1 for none.
-        timer: started with the step; it is stopped here, after the results' copies.
+        timer: started with the step; stopped here, after the copies of the results.
 
     Attributes:
-        ready_at: when the host had prepared it, on `time.perf_counter`.
+        ready_at: when the host had prepared the step, on `time.perf_counter`.
     """
 
     def __init__(self, plan: StepPlan, sampled: Sampled | None, num_logprobs: list[int], timer: StepTimer) -> None:
@@ -70,7 +70,7 @@ class PendingStep:
         timer.stop()
 
     def result(self) -> StepResult:
-        """Wait for the device and read what it found."""
+        """Wait for the device and return the step's result."""
         busy_s = self._timer.wait()
         return StepResult(
             epoch=self._epoch,
@@ -94,7 +94,7 @@ def _cut(values: tuple[float, list[int], list[float]], num_top: int) -> TokenLog
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, there when the stream has come so far; on CPU the tensor itself."""
+    """Return a copy on the host, complete when the stream reaches this point; on CPU the tensor itself."""
     if x.device.type == "cpu":
         return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -1,10 +1,12 @@
-"""Steps with prompt chunks as piecewise CUDA graphs: one launch for all that lies between two attentions.
+"""Steps with prompt chunks as piecewise CUDA graphs: one launch for everything between two attentions.
 
-Attention itself differs from step to step and is launched as ever. Everything else has fixed shapes
-for a fixed number of tokens, so for a ladder of token counts each piece, from behind one layer's
-attention to before the next one's, is captured; a step is padded to the next count. That spares the
-host most launches, which pays where a layer takes the GPU less time than the host takes to launch
-it: short chunks and small models. Larger steps run eagerly and lose nothing.
+    │ embedding, QKV │ attention 0 │ output, MLP, QKV │ attention 1 │ ... │ output, MLP, norm │
+    └─── graph 0 ────┘   eager     └──── graph 1 ─────┘   eager           └──── graph N ──────┘
+
+Attention differs from step to step and is launched eagerly. Everything else has fixed shapes for a fixed number of
+tokens, so each piece is captured for several token counts, and a step is padded to the next count. That saves the host
+most launches. It pays where a layer takes the GPU less time than the host takes to launch it: for short chunks and
+small models. Larger steps run eagerly and lose nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from hbserve.models.decoder import Decoder
 logger = logging.getLogger(__name__)
 
 _MAX_LAYER_FLOPS = 0.4e-3 * 700e12
-"""What a GPU of 700 TFLOP/s does in the time that the host takes to launch a layer eagerly."""
+"""FLOPs of a 700 TFLOP/s GPU in the time that the host takes to launch a layer eagerly."""
 
 _MAX_TOKENS = 8192
 _NOWHERE = -1
@@ -42,12 +44,12 @@ class _Pieces:
 
 
 class PrefillGraphs:
-    """Captured pieces of one worker's steps.
+    """The captured pieces of one worker's steps.
 
     Args:
         attention: the backend that the steps between the pieces use.
         max_tokens: of a step.
-        pool: of the graphs captured before; no two run at a time, so they share memory.
+        pool: memory of the graphs captured before; no two graphs run at a time, so they share it.
     """
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend, max_tokens: int, pool: Any) -> None:
@@ -92,7 +94,7 @@ class PrefillGraphs:
         return _Pieces(graphs, hidden)
 
     def _piece(self, index: int, residual: ResidualStream | None, size: int) -> ResidualStream:
-        """From behind the attention of the layer before, or from the embedding, to this layer's attention."""
+        """Compute from the attention of the layer before, or from the embedding, up to this layer's attention."""
         if residual is None:
             residual = self._decoder.embed(self._token_ids[:size])
         else:
@@ -105,7 +107,7 @@ class PrefillGraphs:
         return self._decoder.finish(residual)
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a step of so many tokens is captured."""
+        """Return whether a step of so many tokens is captured."""
         return bool(self._sizes) and num_tokens <= self._sizes[-1]
 
     def forward(
@@ -114,7 +116,7 @@ class PrefillGraphs:
         on_stored: Callable[[int], None] = lambda layer: None,
         layers: Iterable[int] | None = None,
     ) -> torch.Tensor:
-        """As `Decoder.forward`, of a step that `fits` and that attention has begun."""
+        """Compute what `Decoder.forward` does, for a step that `fits` and that attention has begun."""
         num_tokens = len(batch.token_ids)
         size = next(size for size in self._sizes if size >= num_tokens)
         pieces = self._pieces[size]
@@ -132,7 +134,7 @@ class PrefillGraphs:
 
 
 def captured_token_counts(decoder: Decoder, max_tokens: int) -> list[int]:
-    """Token counts to capture, as far as a layer takes less time than its launches."""
+    """Return the token counts to capture: those with which a layer takes less time than its launches."""
     layer = decoder.layers[0]
     flops_per_token = 2 * sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
     max_size = min(max_tokens, _MAX_TOKENS, int(_MAX_LAYER_FLOPS / flops_per_token))

@@ -22,9 +22,9 @@ _HOST = "127.0.0.1"
 def join_group(
     platform: Platform, rank: int, size: int, port: int, listen_fd: int | None, timeout_s: float
 ) -> TensorParallel:
-    """Meet the other ranks of the instance; all of them are on this host.
+    """Meet the other ranks of the instance, which are all on this host.
 
-    There is no global process group, so several instances can live in one process' lifetime.
+    It makes no global process group, so one process can run several instances, one after the other.
 
     Args:
         platform: activated already.
@@ -33,7 +33,7 @@ def join_group(
         timeout_s: of the meeting, and of each collective operation.
 
     Raises:
-        StartupError: if somebody does not come.
+        StartupError: if a rank does not come.
     """
     if size == 1:
         return TensorParallel()
@@ -51,14 +51,14 @@ def join_group(
 
 
 class _GroupOverTorch:
-    """The collectives, enqueued on the current stream where there are streams."""
+    """The collectives over torch.distributed; on a GPU they are enqueued on the current stream."""
 
     def __init__(self, group: Any, small_sum: SmallSum | None, rank: int, size: int, platform: Platform) -> None:
         device = platform.device
         self._small_sum = small_sum
-        # It pays for two ranks: the more there are, the more each has to read. Its programs wait for the other rank's
-        # on all multiprocessors at once: were there another such worker on the same devices, each could wait on one
-        # device for what the other keeps from starting on the next.
+        # The fused sum and norm pays for two ranks; with more ranks each has more to read. Its programs wait for those
+        # of the other rank on all multiprocessors at once. With two such workers on the same devices, each worker could
+        # wait on one device for a kernel that the other worker keeps from starting on the next device: a deadlock.
         self._sums_with_norm = small_sum is not None and size == 2 and not platform.is_shared and has_triton(device)
         self._group, self._rank, self._size, self._device = group, rank, size, device
         self._reduce_options = dist.AllreduceOptions()
@@ -73,7 +73,7 @@ class _GroupOverTorch:
         return TensorParallel(self._rank, self._size, self._all_reduce, self._all_gather, place, sum_and_norm)
 
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """In place: callers hand over what they have just computed."""
+        """Sum in place: callers pass a tensor that they have just computed."""
         if self._small_sum is not None and self._small_sum.holds(x):
             return self._small_sum(x)
         _wait(self._group.allreduce([x], self._reduce_options))
@@ -90,11 +90,11 @@ class _GroupOverTorch:
         x = x.contiguous()
         parts = x.new_empty(self._size * x.shape[0], *x.shape[1:])
         _wait(self._group._allgather_base(parts, x, self._gather_options))
-        # Of columns side by side `flatten` makes a view, but kernels count on rows that are contiguous.
+        # `flatten` returns a view of columns side by side, but kernels need contiguous rows.
         return parts.view(self._size, *x.shape).movedim(0, -2).flatten(-2).contiguous()
 
 
 def _wait(work: Any) -> None:
-    """On CPU wait for the operation; on a GPU it is ordered by the stream, and there may be nothing to wait for."""
+    """Wait for the operation on CPU. On a GPU the stream orders it, and there may be no ``work``."""
     if work is not None:
         work.wait()

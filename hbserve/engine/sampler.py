@@ -1,4 +1,4 @@
-"""From logits to tokens. Each row is treated by itself: nothing of a row depends on its batch."""
+"""The sampler: from logits to tokens. No result of a row depends on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hbserve.engine.noise import gumbel_noise
 from hbserve.engine.penalties import Penalties
 
 _MIN_TEMPERATURE = 1e-6
-"""Below this, float32 cannot tell a temperature from zero; the most likely token is certain long before."""
+"""The least temperature that float32 divides by. The most likely token is certain at far higher ones."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RandomRows:
         rows: int64 ``[R]``, rows of the logits.
         seeds, positions: int64 ``[R]``: of the request, and of the token that is sampled.
         temperature, min_p: float32 ``[R]``.
-        truncated: int64 ``[T]``, which of the R have top-k or top-p; None: none has.
+        truncated: int64 ``[T]``, those of the R that have top-k or top-p; None if there are none.
         top_k: int64 ``[T]``, the vocabulary size where off. top_p: float32 ``[T]``.
     """
 
@@ -38,7 +38,7 @@ class RandomRows:
 
 @dataclass(frozen=True)
 class Biases:
-    """Pairwise ``[B]``: the int64 rows and token ids whose scores get the float32 ``values`` added."""
+    """Logit biases, pairwise ``[B]``: float32 ``values`` to add to the scores of int64 rows and token ids."""
 
     rows: torch.Tensor
     token_ids: torch.Tensor
@@ -47,7 +47,7 @@ class Biases:
 
 @dataclass(frozen=True)
 class AllowedTokens:
-    """Rows int64 ``[C]`` of which only some tokens may be sampled.
+    """The tokens that may be sampled in the int64 rows ``[C]``.
 
     Attributes:
         words: int32 ``[C, ceil(vocab / 32)]``; bit i of word w is token ``32 * w + i``.
@@ -57,7 +57,7 @@ class AllowedTokens:
     words: torch.Tensor
 
     def apply_(self, scores: torch.Tensor) -> None:
-        """Put all other tokens of these rows at minus infinity, in place."""
+        """Set the scores of all other tokens of these rows to minus infinity, in place."""
         bits = torch.arange(32, dtype=torch.int32, device=scores.device)
         allowed = ((self.words[:, :, None] >> bits) & 1).flatten(1)[:, : scores.shape[1]]
         scores[self.rows] = scores[self.rows].masked_fill(allowed == 0, -torch.inf)
@@ -65,12 +65,12 @@ class AllowedTokens:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How N rows of logits are sampled; None where no row asks for it. All tensors on the logits' device.
+    """Sampling of N rows of logits. A part is None if no row asks for it. All tensors are on the logits' device.
 
     Attributes:
-        suppressed: rows and token ids, int64, pairwise: tokens that must not be sampled.
+        suppressed: tokens that must not be sampled: rows and token ids, int64, pairwise.
         logprob_rows: int64, rows whose log-probabilities are reported.
-        num_top_logprobs: with so many most likely tokens.
+        num_top_logprobs: how many most likely tokens are reported with them.
     """
 
     random: RandomRows | None = None
@@ -84,7 +84,7 @@ class SamplingBatch:
 
 @dataclass(frozen=True)
 class SampledLogprobs:
-    """Natural log-probabilities, before penalties and temperature, of the rows that asked.
+    """Natural log-probabilities of the rows that asked, before penalties and temperature.
 
     Attributes:
         token: float32 ``[L]``, of the sampled token.
@@ -98,7 +98,7 @@ class SampledLogprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Attributes: token_ids: int64 ``[N]``."""
+    """Sampled tokens. Attributes: token_ids: int64 ``[N]``."""
 
     token_ids: torch.Tensor
     logprobs: SampledLogprobs | None
@@ -107,8 +107,8 @@ class Sampled:
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """Choose a token for each row of ``logits [N, vocab]``, which are not changed.
 
-    Greedy rows take the highest score; others are drawn by the Gumbel-max trick (Gumbel 1954;
-    Maddison et al. 2014). Of equal scores the lowest token id wins.
+    Greedy rows take the highest score; other rows draw by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014). The
+    lowest token id wins among equal scores.
     """
     scores = logits
     if any(change is not None for change in (batch.penalties, batch.biases, batch.suppressed, batch.allowed)):
@@ -145,13 +145,13 @@ def _draw(scores: torch.Tensor, random: RandomRows) -> torch.Tensor:
 
 
 def _truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Scores with all but the top-k, and of these all but the top-p (Holtzman et al. 2020), at minus infinity."""
+    """Set all scores to minus infinity but the top-k, and among these the top-p (Holtzman et al. 2020)."""
     ordered, token_ids = scores.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scores.shape[1], device=scores.device)
     keep = rank < top_k[:, None]
     probabilities = ordered.masked_fill(~keep, -torch.inf).softmax(-1)
     better = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
-    # summed up, float32 probabilities may reach 1 before the last token: 1 means all of them
+    # a sum of float32 probabilities may reach 1 before the last token; top_p = 1 must keep all tokens
     keep &= (better < top_p[:, None]) | (top_p >= 1)[:, None]
     return scores.masked_fill(~torch.empty_like(keep).scatter_(1, token_ids, keep), -torch.inf)
 
@@ -159,7 +159,7 @@ def _truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> SampledLogprobs:
     logprobs = logits.float().log_softmax(-1)
     top, top_ids = logprobs.topk(num_top, dim=-1)
-    # topk leaves the order of equal ones open: lowest token id first
+    # topk does not define the order of equal values: put the lowest token id first
     top_ids, order = top_ids.sort(dim=-1)
     top, best_first = top.gather(1, order).sort(dim=-1, descending=True, stable=True)
     return SampledLogprobs(logprobs.gather(1, token_ids[:, None])[:, 0], top_ids.gather(1, best_first), top)

@@ -1,4 +1,4 @@
-"""How a step's rows are sampled: from the sequence table to a `SamplingBatch`, through one transfer."""
+"""The sampling of a step's rows: from the sequence table to a `SamplingBatch`, with one transfer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 
 def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Arrays:
-    """What the device must know to sample for these slots a token at these positions; only what is needed.
+    """Return the arrays that the device needs to sample a token for these slots at these positions.
 
     Args:
         slots, positions: of the N rows that are sampled, in the order of their logits.
@@ -60,7 +60,7 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
 def sampling_batch(
     table: SequenceTable, slots: npt.NDArray[np.int64], tensors: Mapping[str, torch.Tensor]
 ) -> SamplingBatch:
-    """The batch, of the arrays of `sampling_arrays` on the device."""
+    """Build the batch from the arrays of `sampling_arrays` on the device."""
     random = penalties = suppressed = biases = allowed = None
     if "random_rows" in tensors:
         random = RandomRows(

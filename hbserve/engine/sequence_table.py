@@ -1,4 +1,4 @@
-"""What a worker knows of the sequences it serves, by slot. All of it can be rebuilt from a `SequenceState`."""
+"""The sequence table: a worker's state of each sequence, by slot. A `SequenceState` rebuilds all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hbserve.engine.penalties import Penalties, TokenCounts
 from hbserve.messages.worker import PlanRow, SequenceState
 
 UNKNOWN_POSITION = -1
-_MIN_TOP_P = 1e-30  # what is less could be 0 in float32, and keep not even the most likely token
+_MIN_TOP_P = 1e-30  # less could be 0 in float32, which would drop even the most likely token
 
 
 class SequenceTable:
@@ -23,12 +23,12 @@ class SequenceTable:
 
     Attributes:
         block_tables: int32 ``[slots, max_blocks_per_seq]``, valid up to ``num_table_blocks``.
-        last_token_ids: int64 ``[slots + 1]``, on the device: the token sampled last; the last entry is
-            ``padding_slot``'s, of rows that only fill a batch up.
-        plain_sampling: no penalties, biases, grammar, truncation or logprobs: temperature is all there is.
-        next_positions: which position that token is for, or `UNKNOWN_POSITION`.
+        last_token_ids: int64 ``[slots + 1]``, on the device: the token sampled last. The last entry is for
+            ``padding_slot``, the slot of padding rows.
+        plain_sampling: whether there are no penalties, biases, grammar, truncation or logprobs, only a temperature.
+        next_positions: the position of that token, or `UNKNOWN_POSITION`.
         num_logprobs: as `SamplingParams.logprobs`, -1 for none.
-        end_token_ids: per slot; not sampled for positions before ``min_end_positions``.
+        end_token_ids: per slot; they are not sampled for positions before ``min_end_positions``.
         token_counts: of the slots that have penalties.
         logit_bias: per slot, by token id.
         grammars: of the slots that have one.
@@ -67,7 +67,7 @@ class SequenceTable:
         self.grammars = GrammarTable(max_num_seqs, vocab_size, tokenizer_folder)
 
     def install(self, state: SequenceState) -> None:
-        """Take a sequence in, in place of whatever the slot had."""
+        """Put a sequence into its slot, in place of the one before."""
         slot, sampling = state.slot, state.sampling
         assert 0 <= slot < self.max_num_seqs, f"slot {slot} is not in 0..{self.max_num_seqs - 1}"
         assert sampling.greedy or sampling.seed is not None, f"slot {slot}: random sampling without a seed"
@@ -103,7 +103,7 @@ class SequenceTable:
             self.token_counts.install(slot, state.history, state.num_prompt_tokens)
 
     def append_blocks(self, slot: int, block_ids: list[int]) -> None:
-        """Lengthen a slot's block table."""
+        """Append blocks to a slot's block table."""
         begin = int(self.num_table_blocks[slot])
         end = begin + len(block_ids)
         width = self.block_tables.shape[1]
@@ -115,14 +115,14 @@ class SequenceTable:
         self.num_table_blocks[slot] = end
 
     def append_new_blocks(self, rows: list[PlanRow]) -> None:
-        """Lengthen the block tables as a plan's rows say."""
+        """Append the new blocks of a plan's rows to their block tables."""
         for row in rows:
             if row.new_block_ids:
                 assert 0 <= row.slot < self.max_num_seqs, f"slot {row.slot} is not in 0..{self.max_num_seqs - 1}"
                 self.append_blocks(row.slot, row.new_block_ids)
 
     def note_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor, penalties: Penalties | None) -> None:
-        """Keep a step's tokens (int64, on the device) for their slots' next step."""
+        """Keep a step's tokens (int64, on the device) for the next step of their slots."""
         self.last_token_ids[slots] = token_ids
         if penalties is not None:
             self.token_counts.add(penalties.count_rows, token_ids[penalties.rows])

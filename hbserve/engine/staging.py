@@ -1,4 +1,4 @@
-"""Host arrays to the device in one copy: small copies cost more in launches than in bytes."""
+"""The copy of several host arrays to the device at once: small copies cost more in launches than in bytes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 
 _ALIGNMENT_BYTES = 16
 _NUM_BUFFERS_OF_SIZE = 3
-"""More than the steps in flight."""
+"""More than there are steps in flight."""
 _MAX_BUFFER_BYTES = 1 << 19
 
 
 def reserve_pinned_memory() -> None:
-    """Have torch keep pinned memory of the sizes that steps need, in powers of two: to get some takes the whole device.
+    """Have torch keep pinned memory of the sizes that steps need, in powers of two: an allocation stops the device.
 
-    What is larger is for prompts, whose steps are long.
+    Larger buffers are for prompts, whose steps are long anyway.
     """
     sizes = [1 << power for power in range(_MAX_BUFFER_BYTES.bit_length())]
     _ = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(_NUM_BUFFERS_OF_SIZE)]
 
 
 def to_device(arrays: Mapping[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays as tensors on the device, views into one buffer. Does not wait for the copy."""
+    """Return the arrays as tensors on the device, views of one buffer; do not wait for the copy."""
     offsets, end = {}, 0
     for name, array in arrays.items():
         offsets[name] = end
         end += array.nbytes + -array.nbytes % _ALIGNMENT_BYTES
-    # torch keeps pinned memory from reuse until the copy that reads it is done
+    # torch does not reuse pinned memory until the copy that reads it is done
     buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
     host = buffer.numpy()
     for name, array in arrays.items():

@@ -1,10 +1,11 @@
-"""What workers on the same arenas tell each other without the scheduler: which steps are done, and what they sampled.
+"""The step board: workers on the same arenas tell each other which steps are done and what they sampled.
 
-So a worker can have its plan while another one's step still runs, and begin when that ends: a change of worker
-between two steps costs neither a result's way to the scheduler nor a plan's way back. The board is host memory of
-the process that holds the arenas. Each worker has a cell there, with the id of its last step that is done, and
-each slot has the token that was sampled last. A step's tokens are written before its cell; whoever waits for the
-cell reads them after it.
+So the scheduler can send a worker its plan while another worker's step still runs, and the step begins as soon as the
+other one ends. A change of worker between two steps then costs no result to the scheduler and no plan back.
+
+The board is host memory of the process that holds the arenas. Each worker has a cell there, with the id of its last
+step that is done. Each slot has the token that was sampled last. A worker writes a step's tokens before its cell, and a
+waiting worker reads the cell before the tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from hbserve.messages.worker import NUM_BOARD_CELLS, PlanRow, StepPlan, StepRef
 _POLL_S = 20e-6
 _SET_TIMER_SLACK = 29  # of prctl(2)
 _TIMER_SLACK_NS = 1000
-"""How late a thread may be woken; Linux takes 50 µs where nothing is said."""
+"""How late Linux may wake a thread; the default is 50 µs."""
 _ITEM_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class BoardEntry:
-    """What will be noted of a step that is under way.
+    """The entry that a step under way will make.
 
     Attributes:
-        slots: int64, of the rows that are sampled; none where nobody goes on with them.
-        ends: int64, the positions that their tokens are for.
+        slots: int64, of the rows that are sampled; none if no other worker continues them.
+        ends: int64, the positions of their tokens.
     """
 
     cell: int
@@ -43,12 +44,12 @@ class BoardEntry:
 
 
 class StepBoard:
-    """One process' view of it. The thread that makes it launches and waits; another collects results and notes them.
+    """A board as one process sees it. Its main thread launches and waits; its collector thread notes results.
 
     Args:
         memory: uint8 ``[num_bytes]``, zeros at first.
-        samples: whether this worker's tokens are for others to go on with. Not prefill's: a slot may have a new
-            sequence there while a step of the old one is still under way elsewhere.
+        samples: whether other workers continue with this worker's tokens. A prefill worker's tokens they do not: its
+            slot may have a new sequence while a step of the old one is still under way on another worker.
     """
 
     def __init__(self, memory: torch.Tensor, max_num_seqs: int, samples: bool) -> None:
@@ -64,11 +65,11 @@ class StepBoard:
 
     @staticmethod
     def num_bytes(max_num_seqs: int) -> int:
-        """The size of its memory."""
+        """Return the size of a board's memory."""
         return _ITEM_BYTES * (NUM_BOARD_CELLS + 2 * max_num_seqs)
 
     def entry(self, plan: StepPlan) -> BoardEntry | None:
-        """What to `note` when a plan's step is done; None: nobody wants to know."""
+        """Return the entry to `note` when a plan's step is done; None if no worker waits for it."""
         if plan.cell is None:
             return None
         sampled = [row for row in plan.rows if row.sample] if self._samples else []
@@ -77,26 +78,26 @@ class StepBoard:
         return BoardEntry(plan.cell, plan.step_id, slots, ends)
 
     def note(self, entry: BoardEntry, token_ids: list[int]) -> None:
-        """A step is done, and has sampled these tokens. Somebody may be waiting: all else comes later."""
+        """Note that a step is done and has sampled these tokens. Do it first: another worker may be waiting."""
         if entry.slots.size:
             self._token_ids[entry.slots] = token_ids
             self._positions[entry.slots] = entry.ends
         self._done[entry.cell] = entry.step_id
 
     def on_step_lost(self, step: StepRef) -> None:
-        """The worker of that cell has ended; who waits for the step need not."""
+        """End the wait for a step of a worker that has ended. Called in the event loop's thread."""
         self._lost[step.cell] = step.step_id
 
     def limit_waits(self, seconds: float) -> None:
-        """Nobody waits for longer than that from now on. Callable from any thread."""
+        """Let `wait` last at most so long from now on. Callable from any thread."""
         self._deadline = time.monotonic() + seconds
 
     def wait(self, step: StepRef) -> None:
         """Wait until a step is done, or known to be lost.
 
         Raises:
-            TimeoutError: in the end, see `limit_waits`; until then it is whoever watches the worker's steps that
-                has a deadline.
+            TimeoutError: after the time of `limit_waits`. Without that, the event loop's watch over steps has a
+                deadline.
         """
         while self._done[step.cell] < step.step_id:
             if self._lost.get(step.cell, 0) >= step.step_id:
@@ -108,9 +109,9 @@ class StepBoard:
         self._tokens_may_be_wrong = False
 
     def tokens(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What others have sampled for these slots at these positions.
+        """Return what other workers have sampled for these slots at these positions.
 
-        After a lost step that may be any tokens that were sampled once: what is made of them counts for nothing.
+        After a lost step these may be old tokens; the scheduler ignores what is computed from them.
         """
         is_there = self._tokens_may_be_wrong or (self._positions[slots] == positions).all()
         assert is_there, "the board has no token for the position that a row starts at"
@@ -118,7 +119,7 @@ class StepBoard:
         return token_ids
 
     def with_tokens(self, rows: list[PlanRow]) -> list[PlanRow]:
-        """The rows with `tokens` in those that need some."""
+        """Return the rows, with `tokens` in the rows that were sampled elsewhere."""
         waiting = [row for row in rows if row.sampled_elsewhere]
         if not waiting:
             return rows
