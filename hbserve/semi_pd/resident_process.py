@@ -35,8 +35,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
     """
     import torch
 
-    from hbserve.engine.arenas import share_arenas
-    from hbserve.engine.kv_sizing import KVSize
+    from hbserve.engine.arenas import KVSize, share_arenas
     from hbserve.layers.parallel import TensorParallel
     from hbserve.model_spec import ModelSpec
     from hbserve.platform import make_platform
