@@ -187,15 +187,7 @@ def main() -> None:
         Connection(orders["plans_fd"]),
         socket.socket(fileno=orders["control_fd"]),
     )
-    code = 1
-    try:
-        code = worker.run(wake_up["port"])
-    except HBServeError as error:
-        child.report_status({"error": str(error)})
-        logger.error("%s", error)
-    except BaseException:
-        logger.exception("rank %d failed", tp_rank)
-    child.exit_now(code)
+    child.exit_after(lambda: worker.run(wake_up["port"]))
 
 
 if __name__ == "__main__":

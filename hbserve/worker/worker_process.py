@@ -156,11 +156,8 @@ class WorkerProcess:
             stopwatch.lap("other_ranks")
             logger.info(
                 "ready in %.1f s: %s on %s, %d KV blocks of %d tokens",
-                time.monotonic() - started,
-                self.instance.instance_type,
-                self._platform.describe(),
-                self._runner.num_blocks,
-                self._runner.layout.block_size,
+                *(time.monotonic() - started, self.instance.instance_type, self._platform.describe()),
+                *(self._runner.num_blocks, self._runner.layout.block_size),
             )
             self._model = rank.model_fingerprint
             self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
@@ -169,14 +166,9 @@ class WorkerProcess:
             pipeline = StepPipeline(self._runner, self._events.post)
             stopwatch.lap("threads")
             child.freeze_heap()
-            child.report_status(
-                {
-                    "ready": True,
-                    "start_s": stopwatch.parts,
-                    "memory_bytes": self._platform.held_memory_bytes(),
-                    "rank_pids": ranks.pids,
-                }
-            )
+            memory_bytes = self._platform.held_memory_bytes()
+            status = {"start_s": stopwatch.parts, "memory_bytes": memory_bytes, "rank_pids": ranks.pids}
+            child.report_status({"ready": True, **status})
             self._launch_steps(pipeline)
         ranks.end_plans()
         pipeline.close()
