@@ -106,18 +106,15 @@ class SplitBounds:
     min_window_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_percentage <= 100:
-            raise ConfigError(f"min_percentage: must be in 1..100, got {self.min_percentage}", "min_percentage")
-        if not 2 * self.min_percentage <= self.max_total_percentage <= 200:
-            raise ConfigError(
-                f"max_total_percentage: must be in {2 * self.min_percentage}..200, got {self.max_total_percentage}",
-                "max_total_percentage",
-            )
-        if not 1 <= self.adjustment_step <= 50:
-            raise ConfigError(f"adjustment_step: must be in 1..50, got {self.adjustment_step}", "adjustment_step")
-        for name in ("hysteresis", "min_confidence_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: must be in 0..1, got {getattr(self, name)}", name)
+        for name, low, high in (
+            ("min_percentage", 1, 100),
+            ("max_total_percentage", 2 * self.min_percentage, 200),
+            ("adjustment_step", 1, 50),
+            ("hysteresis", 0, 1),
+            ("min_confidence_threshold", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name}: must be in {low}..{high}, got {getattr(self, name)}", name)
 
     def allows(self, prefill_percentage: int, decode_percentage: int) -> bool:
         """Whether a split is within the bounds."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
@@ -108,52 +107,45 @@ class SplitPolicy:
         self._learn(window, workload, current)
         violations = self._violations(window)
 
-        def stay(reason: str, **numbers: object) -> Decision:
-            decision = Decision(
-                time=window.end,
-                current=current,
-                chosen=current,
-                reason=reason,
-                workload=workload,
-                violations=violations,
-                confidence=self.model.confidence,
-            )
-            return dataclasses.replace(decision, **numbers)  # type: ignore[arg-type]
-
+        stay = Decision(
+            time=window.end,
+            current=current,
+            chosen=current,
+            reason="the window is too short",
+            workload=workload,
+            violations=violations,
+            confidence=self.model.confidence,
+        )
         if window.end - window.start < self.bounds.min_window_s:
-            return stay("the window is too short")
+            return stay
         if workload.arrival_rate <= 0 and not workload.running and not workload.backlog_tokens:
             self._wanted = None
-            return stay("nothing to do")
+            return replace(stay, reason="nothing to do")
         if window.end - self._moved_at < self.bounds.cooldown_s:
-            return stay("cooling down")
+            return replace(stay, reason="cooling down")
         candidates = self._candidates(current, violations, warm, window.end)
-        predicted = self.model.predict(workload, current)
-        predictions = {candidate: self.model.predict(workload, candidate) for candidate in candidates}
-        predictions[current] = predicted
+        predictions = {split: self.model.predict(workload, split) for split in (*candidates, current)}
+        predicted = predictions[current]
         best = max(predictions, key=lambda split: (*self._rank(predictions[split], split == current), _key(split)))
-        numbers = {
-            "predicted": predicted,
-            "candidate": best,
-            "best": predictions[best],
-            "num_candidates": len(predictions),
-        }
+        stay = replace(
+            stay, predicted=predicted, candidate=best, best=predictions[best], num_candidates=len(predictions)
+        )
         if best == current:
             self._wanted = None
-            return stay("the current split is the best", **numbers)
+            return replace(stay, reason="the current split is the best")
         changes_kind = best.mixed is not current.mixed
         why = self._why_move(predicted, predictions[best], violations, best.mixed, changes_kind)
         if why is None:
             self._wanted = None
-            return stay("too little to gain", **numbers)
+            return replace(stay, reason="too little to gain")
         if self._is_reversal(best, workload, window, violations):
-            return stay("it was left under this load", **numbers)
+            return replace(stay, reason="it was left under this load")
         # Two windows in a row must want a move, unless the service is bad already: one window may be chance.
         urgent = max(violations.values(), default=0.0) > 1.5 or predicted.attainment < 0.5
         if self._wanted is None and not urgent:
             self._wanted = best
-            return stay("to be confirmed by the next window", **numbers)
-        return dataclasses.replace(stay(why, **numbers), chosen=best)
+            return replace(stay, reason="to be confirmed by the next window")
+        return replace(stay, reason=why, chosen=best)
 
     def moved(self, decision: Decision, rotated: bool) -> None:
         """Note that a decision has been carried out.
@@ -208,7 +200,7 @@ class SplitPolicy:
         if only_warm is not None:
             splits = [split for split in splits if only_warm.has(split)]
         # Mixing keeps the workers of the current percentages ready.
-        mixed = dataclasses.replace(current, mixed=True)
+        mixed = replace(current, mixed=True)
         return [*splits, mixed] if warm is not None and warm.has(mixed) else splits
 
     def _rank(self, prediction: Prediction, is_current: bool) -> tuple[bool, float, float]:
