@@ -92,12 +92,10 @@ class Floor:
 
     @property
     def seconds(self) -> float:
-        """Time of prefill, then decode."""
         return self.prefill_s + self.decode_s
 
     @property
     def flops(self) -> int:
-        """FLOPs of the whole batch."""
         return self.prefill_flops + self.decode_flops
 
 

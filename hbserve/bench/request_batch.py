@@ -94,17 +94,14 @@ class RequestBatch:
 
     @property
     def input_lens(self) -> list[int]:
-        """Tokens of each prompt."""
         return [len(prompt) for prompt in self.prompts]
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Prompt tokens of all requests."""
         return sum(self.input_lens)
 
     @property
     def num_output_tokens(self) -> int:
-        """Output tokens of all requests."""
         return sum(self.output_lens)
 
     @property

@@ -37,7 +37,6 @@ class RequestRecord:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that came."""
         return sum(count for _, count in self.token_times)
 
     @property

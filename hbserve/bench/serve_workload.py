@@ -58,7 +58,6 @@ class ServeWorkload:
 
     @property
     def mean_input_len(self) -> int:
-        """Mean prompt tokens."""
         return round(sum(request.input_len for request in self.requests) / len(self.requests))
 
     @property

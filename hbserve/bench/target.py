@@ -122,7 +122,6 @@ class _Usage(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     text: str | None = None
-    finish_reason: str | None = None
 
 
 class _Error(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from hbserve.metrics.window_metrics import AggregatedMetrics
@@ -56,11 +57,7 @@ class SimulatedRotation:
         """See `hbserve.semi_pd.slo_algorithm.RotationManager`."""
         now = self._unit.allocation
         return {
-            "current_sm_allocation": {
-                "prefill_percentage": now.prefill_percentage,
-                "decode_percentage": now.decode_percentage,
-                "mixed": now.mixed,
-            },
+            "current_sm_allocation": asdict(now),
             "switch_requested": self.rotating,
             "warm_percentages": {
                 "prefill": sorted({*self._warm, now.prefill_percentage}),

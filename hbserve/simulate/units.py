@@ -147,7 +147,7 @@ class Unit(ABC):
     @property
     @abstractmethod
     def num_decoding(self) -> int:
-        """Decoding sequences."""
+        """Number of decoding sequences."""
 
     def _without_token(self) -> list[SimulatedRequest]:
         """Return the requests that wait for their first token."""
