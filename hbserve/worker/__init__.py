@@ -10,7 +10,7 @@
     │   ▼                                           │         │    ▼                                  │
     │ io         event loop: RPC,   worker_process  │         │  io         event loop: commands,     │
     │            KV transfers       rank_group ◄────┼─ replies┼─            KV transfers              │
-    │ rank-1...  one watcher a rank rank_group      │         │  life-line  ends the process with     │
+    │ watchers   one for each rank  rank_group      │         │  life-line  ends the process with     │
     │ signals    SIGTERM, SIGINT    process         │         │             rank 0                    │
     │ life-line  its launcher                       │         │                                       │
     └───────────────────────────────────────────────┘         └───────────────────────────────────────┘

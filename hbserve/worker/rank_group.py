@@ -50,13 +50,13 @@ class _Rank:
         self.status_end, write_end = os.pipe()
         plans_fd, control_fd = rank_plans.fileno(), rank_control.fileno()
         # All ranks inherit rank 0's status pipe: its parent sees the pipe's end only when all ranks have ended.
-        inherited = [int(os.environ[name]) for name in (child.STATUS_FD_VARIABLE,) if name in os.environ]
+        status_fd = os.environ.get(child.STATUS_FD_VARIABLE)
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hbserve.worker.rank_process"],
                 stdin=subprocess.PIPE,
                 env=child.environment(write_end),
-                pass_fds=[write_end, plans_fd, control_fd, *inherited],
+                pass_fds=[write_end, plans_fd, control_fd, *([] if status_fd is None else [int(status_fd)])],
             )
         finally:
             os.close(write_end)
@@ -94,7 +94,6 @@ class RankGroup:
         self._num_plans = 0
         self._is_ending = False
         self._beginnings: dict[int, asyncio.Future[Peer]] = {}
-        self._ranks: list[_Rank] = []
         self.port = 0
         orders = {"name": name, "standby": msgspec.to_builtins(how)}
         self._ranks = [_Rank(number, orders) for number in range(1, self.size)]

@@ -40,11 +40,11 @@ def make_runner(folder: Path, device: str = "cpu", num_blocks: int | None = 200,
     return runner
 
 
-def some_prompt(length: int, seed: int = 0) -> list[int]:
+def make_prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(f"{length} {seed}").choices(range(VOCAB_SIZE), k=length)
 
 
-def their_greedy(model: PreTrainedModel, prompt: list[int], num_new: int, **options: Any) -> list[int]:
+def transformers_greedy(model: PreTrainedModel, prompt: list[int], num_new: int, **options: Any) -> list[int]:
     """What transformers generates."""
     ids = torch.tensor([prompt], device=model.device)
     mask = torch.ones_like(ids)
@@ -60,8 +60,8 @@ def their_greedy(model: PreTrainedModel, prompt: list[int], num_new: int, **opti
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, name)
     runner = make_runner(tmp_path)
-    prompts = [some_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600)]
-    expected = [their_greedy(model, prompt, 24) for prompt in prompts]
+    prompts = [make_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600)]
+    expected = [transformers_greedy(model, prompt, 24) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 20, "the model repeats itself"
     batched = Driver(runner, chunk=16)
     assert batched.run(*(batched.add(prompt, 24, slot) for slot, prompt in enumerate(prompts))) == expected
@@ -74,17 +74,17 @@ def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
 def test_any_block_size_gives_the_same_tokens(block_size: int, tmp_path: Path) -> None:
     model = save_model(tmp_path, "qwen2_window")
     driver = Driver(make_runner(tmp_path, block_size=block_size, num_blocks=2048 // block_size), chunk=16)
-    prompts = [some_prompt(70), some_prompt(33)]
+    prompts = [make_prompt(70), make_prompt(33)]
     outputs = driver.run(*(driver.add(prompt, 8, slot) for slot, prompt in enumerate(prompts)))
-    assert outputs == [their_greedy(model, prompt, 8) for prompt in prompts]
+    assert outputs == [transformers_greedy(model, prompt, 8) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 def test_a_prompt_longer_than_a_mask_tile_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
     """Chunks above the backend's tile size, at the start of a prompt and behind a prefix."""
     model = save_model(tmp_path, name, max_position_embeddings=4096)
-    prompt = some_prompt(2600)
-    expected = their_greedy(model, prompt, 4)
+    prompt = make_prompt(2600)
+    expected = transformers_greedy(model, prompt, 4)
     for chunk in (1300, 4096):
         driver = Driver(make_runner(tmp_path), chunk=chunk)
         assert driver.run(driver.add(prompt, 4)) == [expected]
@@ -95,8 +95,8 @@ def test_sequences_that_share_a_prefix_share_its_blocks(together: bool, tmp_path
     """The second sequence computes only what follows; even in the very step that fills the shared blocks."""
     model = save_model(tmp_path, "qwen3")
     driver = Driver(make_runner(tmp_path))
-    prefix = some_prompt(48)
-    prompts = [prefix + some_prompt(5, seed) for seed in (1, 2)]
+    prefix = make_prompt(48)
+    prompts = [prefix + make_prompt(5, seed) for seed in (1, 2)]
     first = driver.add(prompts[0], 12, slot=0)
     second = driver.add(prompts[1], 12, slot=1)
     second.computed = 48
@@ -108,14 +108,14 @@ def test_sequences_that_share_a_prefix_share_its_blocks(together: bool, tmp_path
         outputs = driver.run(first)
         second.block_ids = first.block_ids[:3] + second.block_ids
         outputs += driver.run(second)
-    assert outputs == [their_greedy(model, prompt, 12) for prompt in prompts]
+    assert outputs == [transformers_greedy(model, prompt, 12) for prompt in prompts]
 
 
 def test_a_sequence_goes_on_elsewhere_from_its_blocks(tmp_path: Path) -> None:
     """Prefill on one runner, bytes of its blocks to other blocks of another, decode there: as a hand-over does."""
     model = save_model(tmp_path, "llama")
     here, there = Driver(make_runner(tmp_path)), Driver(make_runner(tmp_path))
-    prompt = some_prompt(50)
+    prompt = make_prompt(50)
     sequence = here.add(prompt, 1, slot=2)
     here.run(sequence)
     target = [there.free.pop() for _ in sequence.block_ids]
@@ -123,7 +123,7 @@ def test_a_sequence_goes_on_elsewhere_from_its_blocks(tmp_path: Path) -> None:
     moved = Sequence(prompt, 20, slot=5, block_ids=target, computed=50, output=list(sequence.output))
     there.feedback = False
     there.depth = 1
-    assert there.run(moved) == [their_greedy(model, prompt, 20)]
+    assert there.run(moved) == [transformers_greedy(model, prompt, 20)]
 
 
 def test_a_slot_is_reused_without_a_trace(tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_a_slot_is_reused_without_a_trace(tmp_path: Path) -> None:
     driver = Driver(make_runner(tmp_path))
     driver.run(
         driver.add(
-            some_prompt(30),
+            make_prompt(30),
             10,
             end_token_ids=[1],
             sampling=SamplingParams(seed=1, repetition_penalty=2.0, min_tokens=5, max_tokens=None, logprobs=3),
         )
     )
-    again = driver.add(some_prompt(40), 10)
-    assert driver.run(again) == [their_greedy(model, some_prompt(40), 10)]
+    again = driver.add(make_prompt(40), 10)
+    assert driver.run(again) == [transformers_greedy(model, make_prompt(40), 10)]
     assert again.logprobs == [None] * 10
 
 
@@ -146,9 +146,9 @@ def test_rows_may_come_in_any_order(tmp_path: Path) -> None:
     """Results are in the plan's order, though the step computes short rows first."""
     model = save_model(tmp_path, "qwen2")
     driver = Driver(make_runner(tmp_path), chunk=16)
-    prompts = [some_prompt(length) for length in (40, 3, 90, 1, 17)]
+    prompts = [make_prompt(length) for length in (40, 3, 90, 1, 17)]
     sequences = [driver.add(prompt, 9, slot) for slot, prompt in zip((7, 1, 5, 0, 3), prompts, strict=True)]
-    assert driver.run(*sequences) == [their_greedy(model, prompt, 9) for prompt in prompts]
+    assert driver.run(*sequences) == [transformers_greedy(model, prompt, 9) for prompt in prompts]
 
 
 # --- sampling through plans ---
@@ -166,15 +166,15 @@ def test_seeded_samples_do_not_depend_on_the_batch(tmp_path: Path) -> None:
         SamplingParams(temperature=1.0, seed=-5, max_tokens=None),
     ]
     batched = Driver(runner, chunk=16)
-    sequences = [batched.add(some_prompt(20 + i), 15, i, sampling=s) for i, s in enumerate(samplings)]
+    sequences = [batched.add(make_prompt(20 + i), 15, i, sampling=s) for i, s in enumerate(samplings)]
     together = batched.run(*sequences)
     for i, sampling in enumerate(samplings):
         for feedback in (True, False):
             alone = Driver(runner, feedback=feedback)
-            assert alone.run(alone.add(some_prompt(20 + i), 15, 3, sampling=sampling)) == [together[i]]
+            assert alone.run(alone.add(make_prompt(20 + i), 15, 3, sampling=sampling)) == [together[i]]
     other_seed = Driver(runner)
     changed = SamplingParams(temperature=0.8, seed=99, max_tokens=None)
-    assert other_seed.run(other_seed.add(some_prompt(20), 15, sampling=changed)) != [together[0]]
+    assert other_seed.run(other_seed.add(make_prompt(20), 15, sampling=changed)) != [together[0]]
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -183,36 +183,36 @@ def test_repetition_penalty_equals_transformers(feedback: bool, tmp_path: Path) 
     model = save_model(tmp_path, "qwen3")
     driver = Driver(make_runner(tmp_path), chunk=16, feedback=feedback)
     sampling = SamplingParams(temperature=0, repetition_penalty=1.7, max_tokens=None)
-    prompts = [some_prompt(length) for length in (30, 64)]
-    expected = [their_greedy(model, prompt, 30, repetition_penalty=1.7) for prompt in prompts]
-    assert expected != [their_greedy(model, prompt, 30) for prompt in prompts], "the penalty changes nothing"
+    prompts = [make_prompt(length) for length in (30, 64)]
+    expected = [transformers_greedy(model, prompt, 30, repetition_penalty=1.7) for prompt in prompts]
+    assert expected != [transformers_greedy(model, prompt, 30) for prompt in prompts], "the penalty changes nothing"
     sequences = [driver.add(prompt, 30, slot, sampling=sampling) for slot, prompt in enumerate(prompts)]
     assert driver.run(*sequences) == expected
 
 
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
 def test_counts_on_the_device_equal_those_of_a_fresh_state(penalty: str, tmp_path: Path) -> None:
-    """A worker that has seen every token agrees with one that is told the history at every step."""
+    """A worker that has seen every token agrees with one that gets the history at every step."""
     save_model(tmp_path, "qwen3")
     sampling = SamplingParams(temperature=0, max_tokens=None, **{penalty: 2.0})
     kept = Driver(make_runner(tmp_path))
-    expected = kept.run(kept.add(some_prompt(25), 40, sampling=sampling))
-    told = Driver(make_runner(tmp_path), feedback=False)
-    sequence = told.add(some_prompt(25), 40, sampling=sampling)
+    expected = kept.run(kept.add(make_prompt(25), 40, sampling=sampling))
+    stateless = Driver(make_runner(tmp_path), feedback=False)
+    sequence = stateless.add(make_prompt(25), 40, sampling=sampling)
     while not sequence.done:
         sequence.installed = False
-        plan, _ = told.plan([sequence])
-        sequence.output += told.runner.launch(plan).result().token_ids
+        plan, _ = stateless.plan([sequence])
+        sequence.output += stateless.runner.launch(plan).result().token_ids
     assert [sequence.output] == expected
     plain = Driver(make_runner(tmp_path))
-    assert plain.run(plain.add(some_prompt(25), 40)) != expected, "the penalty changes nothing"
+    assert plain.run(plain.add(make_prompt(25), 40)) != expected, "the penalty changes nothing"
 
 
 def test_no_end_token_before_min_tokens(tmp_path: Path) -> None:
     model = save_model(tmp_path, "qwen3")
     runner = make_runner(tmp_path)
-    prompt = some_prompt(10)
-    free = their_greedy(model, prompt, 12)
+    prompt = make_prompt(10)
+    free = transformers_greedy(model, prompt, 12)
     end, other_end = free[5], free[2]
     assert end not in free[:5]
     for min_tokens in (5, 6):  # it comes as the sixth token, if it may
@@ -223,7 +223,7 @@ def test_no_end_token_before_min_tokens(tmp_path: Path) -> None:
         driver = Driver(runner, chunk=4)
         (output,) = driver.run(driver.add(prompt, 12, end_token_ids=[end, other_end], sampling=sampling))
         assert not {end, other_end} & set(output[:min_tokens])
-        expected = their_greedy(model, prompt, 12, eos_token_id=[end, other_end], min_new_tokens=min_tokens)
+        expected = transformers_greedy(model, prompt, 12, eos_token_id=[end, other_end], min_new_tokens=min_tokens)
         assert output[: len(expected)] == expected
 
 
@@ -232,10 +232,10 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path) -> None:
     model = save_model(tmp_path, "qwen2")
     driver = Driver(make_runner(tmp_path))
     asks = driver.add(
-        some_prompt(12), 5, 1, sampling=SamplingParams(temperature=2.0, seed=5, logprobs=4, max_tokens=None)
+        make_prompt(12), 5, 1, sampling=SamplingParams(temperature=2.0, seed=5, logprobs=4, max_tokens=None)
     )
-    barely = driver.add(some_prompt(9), 5, 2, sampling=SamplingParams(temperature=0, logprobs=0, max_tokens=None))
-    silent = driver.add(some_prompt(9), 5, 0)
+    barely = driver.add(make_prompt(9), 5, 2, sampling=SamplingParams(temperature=0, logprobs=0, max_tokens=None))
+    silent = driver.add(make_prompt(9), 5, 0)
     driver.run(silent, asks, barely)
     assert silent.logprobs == [None] * 5
     with torch.inference_mode():
@@ -370,7 +370,7 @@ def test_dummy_weights_serve_from_config_alone(tmp_path: Path) -> None:
     outputs = []
     for seed in (0, 0):
         driver = Driver(make_runner(tmp_path, load_format="dummy", seed=seed))
-        outputs.append(driver.run(driver.add(some_prompt(20), 5)))
+        outputs.append(driver.run(driver.add(make_prompt(20), 5)))
     assert outputs[0] == outputs[1]
 
 
@@ -396,12 +396,12 @@ def test_greedy_tokens_equal_transformers_on_cuda(name: str, tmp_path: Path) -> 
     """
     model = save_model(tmp_path, name).cuda()
     runner = make_runner(tmp_path, device="cuda", attention_backend="sdpa")
-    prompts = [some_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600)]
+    prompts = [make_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600)]
     driver = Driver(runner, chunk=16)
     outputs = driver.run(*(driver.add(prompt, 24, slot) for slot, prompt in enumerate(prompts)))
     compared = 0
     for prompt, output in zip(prompts, outputs, strict=True):
-        expected = their_greedy(model, prompt, 24)
+        expected = transformers_greedy(model, prompt, 24)
         sure = first_near_tie(model, prompt, expected, gap=1e-2)
         assert output[:sure] == expected[:sure]
         compared += sure
@@ -424,7 +424,7 @@ def test_short_dtypes_serve_on_cuda(dtype: str, tmp_path: Path) -> None:
             make_runner(tmp_path, device="cuda", dtype=dtype, num_blocks=None, memory_fraction=0.01), chunk=16
         )
         sequences = [
-            driver.add(some_prompt(40 + i), 30, i, sampling=s, end_token_ids=[7]) for i, s in enumerate(samplings)
+            driver.add(make_prompt(40 + i), 30, i, sampling=s, end_token_ids=[7]) for i, s in enumerate(samplings)
         ]
         outputs.append(driver.run(*sequences))
         assert all(logprobs is not None for logprobs in sequences[1].logprobs)
@@ -432,7 +432,7 @@ def test_short_dtypes_serve_on_cuda(dtype: str, tmp_path: Path) -> None:
     assert all(0 <= token < VOCAB_SIZE for output in outputs[0] for token in output)
 
 
-def test_a_group_of_layers_is_told_of_when_it_is_in_the_cache_and_the_next_one_is_not(tmp_path: Path) -> None:
+def test_a_group_of_layers_is_reported_when_it_is_in_the_cache_and_the_next_one_is_not(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3")
     runner = make_runner(tmp_path)
     groups = [LayerGroup(index=index, count=3) for index in range(3)]
@@ -443,7 +443,7 @@ def test_a_group_of_layers_is_told_of_when_it_is_in_the_cache_and_the_next_one_i
     plan = StepPlan(
         epoch=0,
         step_id=1,
-        rows=[PlanRow(slot=0, start=0, num_tokens=32, token_ids=some_prompt(32), new_block_ids=[], sample=True)],
+        rows=[PlanRow(slot=0, start=0, num_tokens=32, token_ids=make_prompt(32), new_block_ids=[], sample=True)],
         new_sequences=[state],
         sends=[SendBlocks(transfer_id="t", target_block_ids=[0], layers=layers, **order) for layers in groups],
     )
