@@ -112,15 +112,19 @@ class TextStream:
     Args:
         num_samples: number of samples; the stream ends when all have a finish reason.
         on_close: called once, when the stream is closed.
+        on_end: called with the index of a sample that its reader ends.
 
     Attributes:
         prompt_token_ids: one list per prompt.
     """
 
-    def __init__(self, num_samples: int, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, num_samples: int, on_close: Callable[[], None], on_end: Callable[[int], None] = lambda index: None
+    ) -> None:
         self.prompt_token_ids: list[list[int]] = []
         self._num_open = num_samples
-        self._on_close = on_close
+        self._on_close, self._on_end = on_close, on_end
+        self._ended: set[int] = set()
         self._unread: dict[int, SampleDelta] = {}
         self._error: HBServeError | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -128,11 +132,22 @@ class TextStream:
 
     def push(self, delta: SampleDelta) -> None:
         """Add a delta."""
+        if delta.index in self._ended:
+            return
         before = self._unread.get(delta.index)
         self._unread[delta.index] = delta if before is None else _merge(before, delta)
         if delta.finish_reason is not None:
             self._num_open -= 1
+            self._ended.add(delta.index)
         self._wake()
+
+    def end_sample(self, index: int) -> None:
+        """End a sample whose output so far is all that the reader needs; it gets no more deltas of it."""
+        if index not in self._ended:
+            self._ended.add(index)
+            self._num_open -= 1
+            self._on_end(index)
+        self._unread.pop(index, None)
 
     def fail(self, error: HBServeError) -> None:
         """End the stream with an error, which the reader gets after all earlier deltas."""

@@ -108,7 +108,7 @@ class TextEngine:
             for sample in samples:
                 sample.close()
 
-        stream = opened.stream = TextStream(num_samples, close)
+        stream = opened.stream = TextStream(num_samples, close, lambda index: samples[index].close("stop"))
         try:
             await self._check_sampling(sampling)
             for prompt in prompts:
@@ -306,9 +306,9 @@ class _OpenSample:
         self._has_ended = True
         self._push([], OutputText(text="", num_tokens=0), "abort", None)
 
-    def close(self) -> None:
-        """End the sample: its stream is closed."""
-        self._end()
+    def close(self, finish_reason: str = "abort") -> None:
+        """End the sample: its stream is closed, or its reader needs no more of it."""
+        self._end(finish_reason)
         if self._check is not None:
             self._check.cancel()
 

@@ -39,12 +39,15 @@ class ChatCompletion(Generation):
         if body.grammar is None:
             self.param_names["grammar"] = "tool_choice" if body.response_format is None else "response_format"
         self._parsers: list[ToolCallParser | None] = [None] * self._num_choices
+        self._watched: list[ToolCallParser] = []  # of choices that end with their first call
         if body.offered_tools and form is not None:
             names = {tool.function.name for tool in body.tools or ()}
             only_one = body.parallel_tool_calls is False
             self._parsers = [
                 ToolCallParser(form, names, forced=body.forces_calls, only_one=only_one) for _ in self._parsers
             ]
+            if only_one and not body.forces_calls:  # a forced answer ends with its grammar
+                self._watched = [ToolCallParser(form, names, only_one=True) for _ in self._parsers]
 
     @staticmethod
     async def create(engine: TextEngine, body: ChatCompletionRequest, deadline: Deadline) -> ChatCompletion:
@@ -60,6 +63,13 @@ class ChatCompletion(Generation):
             prompt = await engine.text.encode_chat(messages, body.offered_tools, body.chat_template_kwargs)
         return ChatCompletion(engine, body, prompt, sampling, deadline, form)
 
+    def _is_complete(self, delta: SampleDelta) -> bool:
+        if not self._watched:
+            return False
+        parser = self._watched[delta.index]
+        parser.feed(delta.text, last=delta.finish_reason is not None)
+        return parser.num_complete_calls > 0
+
     def _choice(self, sample: Sample) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": sample.text}
         finish_reason = sample.finish_reason
@@ -69,7 +79,8 @@ class ChatCompletion(Generation):
             message["content"] = text if text or not calls else None
             if calls:
                 message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
-                finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+            if finish_reason == "stop" and parser.ends_with_calls:
+                finish_reason = "tool_calls"
         return {
             "index": sample.index,
             "message": message,
@@ -85,7 +96,7 @@ class ChatCompletion(Generation):
         parser = self._parsers[delta.index]
         if parser is not None:
             text, calls = parser.feed(text, last=finish_reason is not None)
-            if finish_reason == "stop" and parser.num_calls:
+            if finish_reason == "stop" and parser.ends_with_calls:
                 finish_reason = "tool_calls"
         if not text and not calls and finish_reason is None and not delta.logprobs:
             return choices

@@ -124,6 +124,19 @@ class FunctionDefinition(Body):
     parameters: AnyJson | None = None
     strict: bool | None = None
 
+    def schema_of_arguments(self) -> dict[str, Any]:
+        """Return ``parameters`` with the type that arguments always have, which many clients leave out.
+
+        Raises:
+            InvalidRequestError: the parameters are of another type.
+        """
+        parameters = self.parameters or {}
+        kind = parameters.get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            what = f"the parameters of {self.name!r} are of type {json.dumps(kind)}"
+            raise InvalidRequestError(f"tools: {what}; the arguments of a call are an object", "tools")
+        return parameters | {"type": "object"}
+
 
 class Tool(Body):
     """A tool that the model may call: always a function."""
@@ -263,9 +276,6 @@ class ChatCompletionRequest(GenerationRequest):
             more["grammar"] = tool_format.grammar(forced, several, token_id)
         elif requested:
             more["grammar"] = grammars[requested[0]]
-        elif self.offered_tools and tool_format and tool_format.end_of_call and self.parallel_tool_calls is False:
-            stops = SamplingParams(stop=self.stop).stop_strings
-            more["stop"] = [*stops, tool_format.end_of_call]  # end the answer after the first call
         return self._sampling(**more)
 
     def _forced_functions(self) -> dict[str, dict[str, Any] | None]:
@@ -280,4 +290,4 @@ class ChatCompletionRequest(GenerationRequest):
             tools = [tool for tool in tools if tool.function.name == name]
             if not tools:
                 raise InvalidRequestError(f"tool_choice: there is no tool {name!r}", "tool_choice")
-        return {tool.function.name: tool.function.parameters for tool in tools}
+        return {tool.function.name: tool.function.schema_of_arguments() for tool in tools}

@@ -102,6 +102,10 @@ class Generation(ABC):
             is_first: whether the choice begins with it.
         """
 
+    def _is_complete(self, delta: SampleDelta) -> bool:
+        """Return whether a choice is complete with this growth, so that it ends here; called once for each growth."""
+        return False
+
     async def respond(self, receive: Receive) -> Response:
         """Answer the request, streamed or whole.
 
@@ -163,7 +167,10 @@ class Generation(ABC):
             if (name := self.param_names.get(error.param or "")) is None:
                 raise
             raise type(error)(str(error), name) from error
-        for delta in deltas:
+        for number, delta in enumerate(deltas):
+            if self._is_complete(delta) and delta.finish_reason in (None, "length"):
+                self._stream.end_sample(delta.index)
+                deltas[number] = msgspec.structs.replace(delta, finish_reason="stop")
             self._completion_tokens += len(delta.token_ids)
             prompt, sample = divmod(delta.index, self._sampling.n)
             if sample == 0:  # the other samples may find the first one's prompt in the cache

@@ -7,9 +7,10 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from hbserve.server.tool_formats import ToolFormat
+from hbserve.server.tool_formats import ARGUMENTS_KEYS, ToolFormat
 
 _STRUCTURE = re.compile(r'["\\{}\[\]]')
+_KEYS_OF_CALLS = {"name", "type", "id"}  # besides the arguments
 _MAX_HEAD_LENGTH = 200  # characters; a longer text that may still become a name is taken for ordinary text
 
 
@@ -32,7 +33,8 @@ class ToolCallParser:
         only_one: ignore everything after the first call.
 
     Attributes:
-        num_calls: number of calls found so far.
+        num_calls: number of calls found so far, with one that has only begun.
+        num_complete_calls: number of calls whose objects have ended.
     """
 
     def __init__(
@@ -52,6 +54,12 @@ class ToolCallParser:
         self._arguments_at: int | None = None  # where the arguments begin in the text; None: not found yet
         self._num_sent = 0  # characters of the text up to the last argument passed on
         self.num_calls = 0
+        self.num_complete_calls = 0
+
+    @property
+    def ends_with_calls(self) -> bool:
+        """Whether there are calls, and the last one is not cut off: the finish reason is then ``tool_calls``."""
+        return 0 < self.num_calls == self.num_complete_calls
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
         """Add text.
@@ -143,6 +151,7 @@ class ToolCallParser:
         elif not self._read_whole(self._text[:end]):
             return self._no_call(end)
         self._text, self._prefix = self._text[end:], ""
+        self.num_complete_calls += 1
         self._after_call = True
         self._state = self._after
         return True
@@ -201,15 +210,32 @@ class ToolCallParser:
             document = json.loads(text, strict=False)
         except (ValueError, RecursionError):
             return False
-        name = document.get("name")
-        if not isinstance(name, str) or (self._form.knows_names and name not in self._names):
-            return False
-        arguments = document.get(self._form.arguments_key, None if self._form.knows_names else {})
-        if arguments is None and self._form.knows_names:
+        if isinstance(document.get("function"), dict):  # OpenAI's form
+            document = document["function"]
+        name, arguments = document.get("name"), self._arguments_of(document)
+        if not isinstance(name, str) or arguments is None or (self._form.knows_names and name not in self._names):
             return False
         self._begin_change(name)
-        self._grow(arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+        self._grow(arguments)
         return True
+
+    def _arguments_of(self, document: dict[str, Any]) -> str | None:
+        """Return the arguments in the object of a call, as the text of an object; None if that is no call's object.
+
+        A call without arguments says null, or has no further key.
+        """
+        keys = [key for key in (self._form.arguments_key, *ARGUMENTS_KEYS) if key in document]
+        if not keys:
+            return None if self._form.knows_names or document.keys() - _KEYS_OF_CALLS else "{}"
+        arguments = document[keys[0]]
+        if arguments is None or arguments == "":
+            return "{}"
+        if not isinstance(arguments, str):
+            return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else None
+        try:
+            return arguments if isinstance(json.loads(arguments, strict=False), dict) else None
+        except (ValueError, RecursionError):
+            return None
 
     def _begin_change(self, name: str) -> None:
         function = {"name": name, "arguments": ""}

@@ -15,6 +15,7 @@ from hbserve.grammar import json_rule
 
 TokenId = Callable[[str], int | None]
 Functions = Mapping[str, dict[str, Any] | None]
+ARGUMENTS_KEYS = ("arguments", "parameters")
 
 
 class ToolFormat(ABC):
@@ -27,8 +28,8 @@ class ToolFormat(ABC):
         mark_is_optional: an answer that begins like a call is a call, also without the mark.
         opening, separator, closing: text before the first call, between two calls, and after the last.
         head: pattern of a call up to its arguments, with a group ``name``.
-        arguments_key: key of the arguments in the object of a call; None: they stand alone, after the head.
-        end_of_call: text that comes after each call and nowhere else, if there is one.
+        arguments_key: key of the arguments in the object of a call; None: they stand alone, after the head. Models
+            also write another of `ARGUMENTS_KEYS`.
         knows_names: only names of the offered tools make a call, because the form alone could be another answer.
     """
 
@@ -38,12 +39,11 @@ class ToolFormat(ABC):
     separator = ""
     closing = ""
     arguments_key: str | None = "arguments"
-    end_of_call: str | None = None
     knows_names = False
 
     @property
     def head(self) -> re.Pattern[str]:
-        return _HEADS[self.arguments_key]
+        return _HEAD if self.arguments_key else _HEAD_WITHOUT_OBJECT
 
     def new_id(self) -> str:
         """Make an id for a call, in a form that the chat template accepts later."""
@@ -54,7 +54,7 @@ class ToolFormat(ABC):
         """Return the grammar of outputs that consist of one call or more.
 
         Args:
-            functions: JSON schema of the arguments by name of the function; None: any object.
+            functions: JSON schema of the arguments by name of the function, of type object; None: any object.
             several: whether more than one call is allowed.
             token_id: function from a mark to its token; it returns None for a mark that is ordinary text.
         """
@@ -73,17 +73,15 @@ class ToolFormat(ABC):
 
 
 _NAME = r'"(?P<name>[^"\\]+)"'
-_HEADS = {
-    key: re.compile(rf'\s*\{{\s*"name"\s*:\s*{_NAME}\s*,\s*"{key}"\s*:\s*(?=\{{)')
-    for key in ("arguments", "parameters")
-} | {None: re.compile(r"\s*(?P<name>[\w.-]{1,64})\s*(?:\[CALL_ID\]\s*\w+\s*)?\[ARGS\]\s*(?=\{)")}
+_HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*{_NAME}\s*,\s*"(?:{"|".join(ARGUMENTS_KEYS)})"\s*:\s*(?=\{{)')
+_HEAD_WITHOUT_OBJECT = re.compile(r"\s*(?P<name>[\w.-]{1,64})\s*(?:\[CALL_ID\]\s*\w+\s*)?\[ARGS\]\s*(?=\{)")
 
 
 class HermesFormat(ToolFormat):
     """Hermes, Qwen 2.5 and 3: each call between marks, ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``."""
 
     mark = "<tool_call>"
-    closing = end_of_call = "</tool_call>"
+    closing = "</tool_call>"
 
     def grammar(self, functions: Functions, several: bool, token_id: TokenId) -> str:
         begin, end = _mark(self.mark, token_id), _mark(self.closing, token_id)

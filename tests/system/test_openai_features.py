@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
-from hbserve.grammar import json_schema
+from hbserve.grammar import Vocabulary, json_schema
 from hbserve.pd_disagg import LLM
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
@@ -120,6 +120,103 @@ async def test_no_parallel_tool_calls_means_one(
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content is None
     assert len(choice.message.tool_calls or []) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_ends_where_its_object_ends(
+    api: openai.AsyncOpenAI, scheduler: ScriptedScheduler, tokenizer: Tokenizer, stream: bool
+) -> None:
+    """With one call at most: not at the mark inside an argument, and nothing is generated after the call."""
+    arguments = '{"place": "</tool_call>", "text": "}{"}'
+    call = f'<tool_call>{{"name": "get_weather", "arguments": {arguments}}}'
+    scheduler.script = tokens(*letters(tokenizer, call), end=None)  # a model that goes on for ever
+    answer: Any = await api.chat.completions.create(
+        model=MODEL, messages=USER, tools=[WEATHER], parallel_tool_calls=False, stream=stream
+    )
+    found = await _calls(answer)
+    assert found == ([("get_weather", arguments)], "tool_calls")
+    await scheduler.wait_for_aborts(1)
+
+
+async def _calls(answer: Any) -> tuple[list[tuple[str, str]], str | None]:
+    """Return the calls of a whole or streamed answer, and its finish reason."""
+    if not hasattr(answer, "__aiter__"):
+        [choice] = answer.choices
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
+        return calls, choice.finish_reason
+    names, arguments, reason = {}, {}, None
+    async for chunk in answer:
+        [choice] = chunk.choices
+        reason = choice.finish_reason or reason
+        for call in choice.delta.tool_calls or []:
+            names.setdefault(call.index, call.function.name)
+            arguments[call.index] = arguments.get(call.index, "") + call.function.arguments
+    return [(names[index], arguments[index]) for index in names], reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "max_tokens", "reason"), [("Os", 100, "stop"), (None, 60, "length"), (["days"], 100, "stop")]
+)
+async def test_a_cut_call_does_not_end_with_tool_calls(
+    api: openai.AsyncOpenAI,
+    scheduler: ScriptedScheduler,
+    tokenizer: Tokenizer,
+    stream: bool,
+    stop: str | list[str] | None,
+    max_tokens: int,
+    reason: str,
+) -> None:
+    """Also after a call that is whole: the last one counts."""
+    for text in (CALL, CALL.replace("Oslo", "Rome").replace("days", "weeks") + CALL):
+        size = max_tokens + text.index(CALL)
+        ids = letters(tokenizer, text)[:size]
+        scheduler.script = tokens(*ids, end="length" if size == len(ids) else "stop")
+        answer: Any = await api.chat.completions.create(
+            model=MODEL, messages=USER, tools=[WEATHER], stop=stop, stream=stream
+        )
+        calls, finish_reason = await _calls(answer)
+        assert len(calls) == (2 if text != CALL else 1)
+        assert finish_reason == reason
+
+
+FORCED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"x": {"type": "integer"}}, "required": ["x"]},
+        {"$ref": "#/$defs/A", "$defs": {"A": {"required": ["x"], "properties": {"x": {"const": 1}}}}},
+        {"anyOf": [{"type": "string"}, {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}]},
+        {"type": ["null", "object"], "required": ["x"]},
+        {},
+        {"description": "anything"},
+        {"type": "object"},
+    ],
+)
+async def test_forced_calls_have_an_object_of_arguments(
+    api: openai.AsyncOpenAI, scheduler: ScriptedScheduler, tokenizer: Tokenizer, parameters: dict[str, Any]
+) -> None:
+    """Whatever the schema says or leaves out about the type."""
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    await api.chat.completions.create(model=MODEL, messages=USER, tools=[tool], tool_choice=FORCED)  # type: ignore[list-item, arg-type]
+    grammar = scheduler.requests[-1].sampling.grammar
+    assert grammar is not None
+    vocabulary = Vocabulary(tokenizer.path, tokenizer.vocab_size + 1)
+    for arguments in ("4", "null", '"x"', "[]", "true", '{"x": 1}'):
+        text = CALL[: CALL.index('{"place')] + arguments + "}\n</tool_call>"
+        ids = [token for part in text.split("\n") for token in (*letters(tokenizer, part), *letters(tokenizer, "\n"))]
+        problem = vocabulary.problem_of(grammar, ids[:-1])
+        assert (problem is None) == arguments.startswith("{"), (arguments, problem)
+
+
+@pytest.mark.parametrize("kind", ["string", "array", ["null", "integer"]])
+async def test_parameters_that_are_no_object_cannot_be_forced(api: openai.AsyncOpenAI, kind: object) -> None:
+    tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": kind}}}
+    with pytest.raises(openai.BadRequestError, match="the arguments of a call are an object") as caught:
+        await api.chat.completions.create(model=MODEL, messages=USER, tools=[tool], tool_choice="required")
+    assert caught.value.body["param"] == "tools"
 
 
 # --- other parameters ----------------------------------------------------------------------------

@@ -154,3 +154,42 @@ def test_templates_without_calls_or_with_unknown_forms() -> None:
     xml = "{{ tools }}<tool_call><function={{ name }}><parameter=x>1</parameter></function></tool_call>"
     for template in ("", "{{ messages }}", "{{ tools }} nothing", xml, "{{ tools }}<tool_call>f<arg_key>x</arg_key>"):
         assert tool_format(template) is None
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ('{"name": "f", "parameters": {"city": "Cadiz"}}', '{"city": "Cadiz"}'),
+        ('{"parameters": {"city": "Cadiz"}, "name": "f"}', '{"city": "Cadiz"}'),
+        ('{"name": "f", "arguments": null}', "{}"),
+        ('{"name": "f", "parameters": null}', "{}"),
+        ('{"name": "f"}', "{}"),
+        ('{"type": "function", "name": "f", "id": "1"}', "{}"),
+        ('{"name": "f", "arguments": ""}', "{}"),
+        ('{"name": "f", "arguments": "{\\"city\\": 1}"}', '{"city": 1}'),
+        ('{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}', '{"a": 1}'),
+        ('{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 1}}', '{"a": 1}'),
+        ('{"name": "f", "arguments": [1]}', None),
+        ('{"name": "f", "arguments": 4}', None),
+        ('{"name": "f", "arguments": false}', None),
+        ('{"name": "f", "arguments": "Cadiz"}', None),
+        ('{"name": "f", "arguments": "[1]"}', None),
+        ('{"name": "f", "args": {"city": "Cadiz"}}', None),
+        ('{"name": "f", "city": "Cadiz"}', None),
+        ('{"function": {"arguments": {}}}', None),
+    ],
+)
+def test_arguments_are_an_object_under_either_key_or_the_text_is_no_call(
+    call: str, arguments: str | None, size: int
+) -> None:
+    form = tool_format(TEMPLATES["hermes"])
+    assert form is not None
+    text = f"<tool_call>{call}</tool_call>"
+    expected = (text, []) if arguments is None else ("", [("f", arguments)])
+    assert parse(ToolCallParser(form, {"f"}), text, size) == expected
+    llama = tool_format(TEMPLATES["llama"])
+    assert llama is not None
+    named_arguments = arguments is not None and ("arg" in call or "param" in call)
+    shown, calls = parse(ToolCallParser(llama, {"f"}), call, size)
+    assert (shown, calls) == (("", [("f", arguments)]) if named_arguments else (call, []))
