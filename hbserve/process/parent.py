@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
@@ -43,6 +44,8 @@ class ChildProcess:
         orders: first line on the child's standard input, as JSON.
         arguments: command line of the child.
         environment: variables besides those of this process.
+        pass_fds: descriptors that the child inherits under the same numbers.
+        has_own_group: False keeps the child in this process's group, so that one signal ends both.
         on_status: called in the watcher thread with each status that the child reports.
         on_exit: called in the watcher thread with the exit code, once per start, when the child can touch nothing any
             more: the child has ended, and so has every process that has inherited its end of the status pipe.
@@ -55,12 +58,15 @@ class ChildProcess:
         orders: dict[str, Any],
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        has_own_group: bool = True,
         on_status: Callable[[dict[str, Any]], object] = lambda _: None,
         on_exit: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.name = name
         self._command = [sys.executable, "-m", module, *arguments]
         self._orders, self._environment = orders, dict(environment or {})
+        self._pass_fds, self._has_own_group = pass_fds, has_own_group
         self._on_status, self._on_exit = on_status, on_exit
         self._send_lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -77,8 +83,9 @@ class ChildProcess:
                 self._command,
                 stdin=subprocess.PIPE,
                 env=child_environment(write_end) | self._environment,
-                pass_fds=[write_end],
-                start_new_session=True,  # Ctrl-C is for the launcher, which then ends its children in order
+                pass_fds=[write_end, *self._pass_fds],
+                # A group of its own keeps Ctrl-C from the child: the launcher ends its children in order.
+                start_new_session=self._has_own_group,
             )
         except BaseException:
             os.close(read_end)
@@ -125,13 +132,17 @@ class ChildProcess:
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the child, and the processes of its process group, now.
+        """End the child now, and the other processes of its own group.
 
         On a GPU this may end other processes of the device too: only for a child that does not answer.
         """
         if self._process is not None and not self._exited.done():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL) if self._has_own_group else self._process.kill()
+
+    def wait_exit(self, timeout_s: float) -> bool:
+        """Wait until the child has ended, but not for ``on_exit``; False if that takes longer. Any thread may wait."""
+        return self._process is None or bool(futures.wait([self._exited], timeout_s).done)
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the child has ended and ``on_exit`` has returned; False if that takes longer."""

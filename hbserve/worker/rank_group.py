@@ -8,11 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
 from hbserve.process import child
+from hbserve.process.parent import ChildProcess
 from hbserve.rpc.rank_channel import RankLine
 from hbserve.worker.events import RankFailed, TransferReplied
 
@@ -40,44 +38,49 @@ END_OF_PLANS = b""
 
 
 class _Rank:
-    """One other rank: its process, on standby at first, and rank 0's ends of the lines to it."""
+    """One other rank: its process, on standby at first, and rank 0's ends of the lines to it.
 
-    def __init__(self, number: int, orders: dict[str, Any]) -> None:
+    The process is in the group of rank 0, so one signal can kill them all.
+    """
+
+    def __init__(self, number: int, orders: dict[str, Any], on_exit: Callable[[_Rank, int], None]) -> None:
         self.number = number
         self.ready = threading.Event()
+        self.error: str | None = None
         plans, rank_plans = socket.socketpair()
         control, rank_control = socket.socketpair()
-        self.status_end, write_end = os.pipe()
+        self._inherited = (rank_plans, rank_control)
         plans_fd, control_fd = rank_plans.fileno(), rank_control.fileno()
         # All ranks inherit rank 0's status pipe: its parent sees the pipe's end only when all ranks have ended.
         status_fd = os.environ.get(child.STATUS_FD_VARIABLE)
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "hbserve.worker.rank_process"],
-                stdin=subprocess.PIPE,
-                env=child.environment(write_end),
-                pass_fds=[write_end, plans_fd, control_fd, *([] if status_fd is None else [int(status_fd)])],
-            )
-        finally:
-            os.close(write_end)
-            rank_plans.close()
-            rank_control.close()
+        self.process = ChildProcess(
+            f"rank {number}",
+            "hbserve.worker.rank_process",
+            orders | {"tp_rank": number, "plans_fd": plans_fd, "control_fd": control_fd},
+            pass_fds=[plans_fd, control_fd] + ([] if status_fd is None else [int(status_fd)]),
+            has_own_group=False,
+            on_status=self._on_status,
+            on_exit=lambda code: on_exit(self, code),
+        )
         self.plans = Connection(plans.detach())
         self.control: RankLine[RankReply] = RankLine(control, RankReply)
-        self.tell(orders | {"tp_rank": number, "plans_fd": plans_fd, "control_fd": control_fd})
 
-    def tell(self, orders: dict[str, Any]) -> None:
-        """Write one line to the rank's standard input."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already, and its watcher reports that
-            self.process.stdin.write(json.dumps(orders).encode() + b"\n")
-            self.process.stdin.flush()
+    def start(self) -> None:
+        """Start the process."""
+        try:
+            self.process.start()
+        finally:
+            for end in self._inherited:
+                end.close()
+
+    def _on_status(self, status: dict[str, Any]) -> None:
+        self.error = status.get("error")
+        if "ready" in status:
+            self.ready.set()
 
 
 class RankGroup:
     """The ranks 1, 2, ... of an instance; none if it has only one rank. They are on standby until `wake`.
-
-    They are in the process group of rank 0, so one signal can kill them all.
 
     Args:
         size: how many ranks there are, with rank 0.
@@ -96,10 +99,9 @@ class RankGroup:
         self._beginnings: dict[int, asyncio.Future[Peer]] = {}
         self.port = 0
         orders = {"name": name, "standby": msgspec.to_builtins(how)}
-        self._ranks = [_Rank(number, orders) for number in range(1, self.size)]
-        self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._ranks]
-        for watcher in self._watchers:
-            watcher.start()
+        self._ranks = [_Rank(number, orders, self._on_exit) for number in range(1, self.size)]
+        for rank in self._ranks:
+            rank.start()
 
     def wake(
         self,
@@ -129,7 +131,7 @@ class RankGroup:
         }
         for rank in self._ranks:
             attachment = None if attachments is None else msgspec.to_builtins(attachments[rank.number])
-            rank.tell(orders | {"attachment": attachment})
+            rank.process.send(orders | {"attachment": attachment})  # False if it has ended, which its watcher reports
 
     @property
     def pids(self) -> list[int]:
@@ -178,11 +180,10 @@ class RankGroup:
         """Wait for the other ranks to exit, and kill those that do not."""
         deadline = time.monotonic() + _EXIT_TIMEOUT_S
         for rank in self._ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.process.wait(max(0.0, deadline - time.monotonic()))
+            rank.process.wait_exit(max(0.0, deadline - time.monotonic()))
         self.kill()
-        for watcher in self._watchers:
-            watcher.join()
+        for rank in self._ranks:
+            rank.process.join()
 
     # --- any thread ------------------------------------------------------------------------------
 
@@ -192,21 +193,13 @@ class RankGroup:
         for rank in self._ranks:
             rank.process.kill()
         for rank in self._ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.process.wait(_EXIT_TIMEOUT_S)
+            rank.process.wait_exit(_EXIT_TIMEOUT_S)
 
     # --- watchers' threads -----------------------------------------------------------------------
 
-    def _watch(self, rank: _Rank) -> None:
-        status: dict[str, Any] = {}
-        with os.fdopen(rank.status_end, "rb") as pipe:
-            for line in pipe:
-                status = json.loads(line)
-                if "ready" in status:
-                    rank.ready.set()
-        code = rank.process.wait()
+    def _on_exit(self, rank: _Rank, code: int) -> None:
         if not self._is_ending:
-            self.on_lost(status.get("error") or f"rank {rank.number} ended with exit code {code}")
+            self.on_lost(rank.error or f"rank {rank.number} ended with exit code {code}")
 
     # --- event loop thread -----------------------------------------------------------------------
 

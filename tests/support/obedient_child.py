@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ def main() -> None:
     orders = child.read_orders()
     if "exit_code" in orders:
         child.exit_now(orders["exit_code"])
+    if "write_fd" in orders:
+        os.write(orders["write_fd"], b"hello")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set() if not orders.get("is_deaf") else None)

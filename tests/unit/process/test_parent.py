@@ -100,6 +100,20 @@ def test_threads_hear_every_status_and_then_the_exit() -> None:
     child.kill()  # of an ended child: nothing happens
 
 
+def test_a_child_may_share_the_group_and_inherit_descriptors() -> None:
+    read_end, write_end = os.pipe()
+    child = new_child({"status": {"ready": True}, "write_fd": write_end}, pass_fds=[write_end], has_own_group=False)
+    child.start()
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        assert pipe.read(5) == b"hello"
+    assert os.getpgid(child.pid) == os.getpgid(0)
+    assert not child.wait_exit(0.01)
+    child.kill()  # the child alone
+    assert child.wait_exit(DEADLINE_S)
+    assert child.exit_code == -signal.SIGKILL
+
+
 def test_a_budget_allows_restarts_again_after_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(parent.time, "monotonic", lambda: now)
