@@ -57,7 +57,7 @@ def ask_to_join(scheduler: str, join: Join, key: ClusterKey | None, patience_s: 
 
 
 class JoinClient:
-    """The membership of a worker in a system whose configuration does not have it.
+    """The client that keeps a worker in a running system whose configuration does not have the worker.
 
     Args:
         scheduler: where the scheduler listens for clients.
