@@ -6,8 +6,8 @@ sliding windows, and the rotary embedding. `_FAMILIES` holds what ``config.json`
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,10 @@ import msgspec
 import torch
 
 from hbserve.errors import ModelError
+from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown, whole_number
+
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names in a checkpoint of the two tensors that may be tied."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,12 @@ _FAMILIES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Serving dtypes by their name in the configuration."""
 
+_SAFETENSORS_DTYPES = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Serving dtype for weights of a dtype, if config.json names none."""
+
+_MAX_ROPE_NUMBER = 1e12
+"""Bound of all numbers of a rotary embedding: float32 computes with their products."""
+
 _ROPE_PARAMETERS = {
     "default": (),
     "linear": ("factor",),
@@ -127,24 +137,23 @@ class ModelSpec:
         Raises:
             ModelError: the file cannot be read, or names something that is not supported.
         """
-        path = Path(folder) / "config.json"
-        try:
-            document = json.loads(path.read_text())
-        except OSError as error:
-            raise ModelError(f"cannot read {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from None
-        from transformers import AutoConfig  # takes seconds, and most processes get a ready spec
+        folder = Path(folder)
+        path = folder / "config.json"
+        document = read_config(folder)
+        from transformers import CONFIG_MAPPING  # takes seconds, and most processes get a ready spec
 
         try:
-            # These checks come first: AutoConfig's message for an unknown model does not say what is supported.
-            family = _family(document)
+            # These checks come first: transformers' message for an unknown model does not say what is supported.
+            model_type, family = _family(document)
             _refuse_quantised(document)
+            # Special tokens and dtype have other rules here, see `hbserve.tokenizer` and `_dtype`.
+            left_out = ("architectures", "auto_map", "dtype", "torch_dtype", "model_type")
+            given = {key: value for key, value in document.items() if key not in left_out and "_token_id" not in key}
             try:
-                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                config = CONFIG_MAPPING[model_type].from_dict(given)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception
-                raise ModelError(f"transformers cannot read it: {error}") from error
-            return _from_config(family, config)
+                raise ModelError(f"transformers cannot read it: {_first_lines(error)}") from error
+            return _from_config(family, config, _dtype(document, folder), _has_tied_head(config, folder))
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error.__cause__
 
@@ -159,52 +168,75 @@ class ModelSpec:
         return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
 
 
-def _family(document: dict[str, Any]) -> _Family:
+def _family(document: dict[str, Any]) -> tuple[str, _Family]:
+    """Find the row of `_FAMILIES`; ``architectures`` and ``model_type`` must agree where both are given."""
     supported = ", ".join(family.name for family in _FAMILIES.values())
     model_type, architectures = document.get("model_type"), document.get("architectures")
+    for key, value in (("model_type", [model_type or ""]), ("architectures", architectures or [])):
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ModelError(f"{key} {shown(document[key])} is not {'a list of names' if key[0] == 'a' else 'a name'}")
     if not architectures:
         if model_type not in _FAMILIES:
             raise ModelError(f"model_type {model_type!r} is not supported; supported are {supported}")
-        return _FAMILIES[model_type]
-    family = next((family for family in _FAMILIES.values() if family.name == architectures[0]), None)
-    if family is None:
+        return model_type, _FAMILIES[model_type]
+    found = next(((kind, family) for kind, family in _FAMILIES.items() if family.name == architectures[0]), None)
+    if found is None:
         raise ModelError(f"architecture {architectures[0]!r} is not supported; supported are {supported}")
-    return family
+    if model_type and model_type != found[0]:
+        raise ModelError(
+            f"architectures names {architectures[0]}, which is of model_type {found[0]!r}, but model_type is "
+            f"{model_type!r}; correct the wrong one"
+        )
+    return found
+
+
+def _first_lines(error: Exception) -> str:
+    """Shorten an error of transformers to one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _refuse_quantised(document: dict[str, Any]) -> None:
     quantization = document.get("quantization_config") or document.get("compression_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown")
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ModelError(
             f"the checkpoint is quantised ({method}); supported are unquantised ones in {', '.join(DTYPES)}"
         )
 
 
-def _from_config(family: _Family, config: Any) -> ModelSpec:
-    if config.hidden_act != "silu":
+def _from_config(family: _Family, config: Any, dtype: torch.dtype, tied_embeddings: bool) -> ModelSpec:
+    if config.hidden_act not in ("silu", "swish"):  # two names of one function
         raise ModelError(f"hidden_act {config.hidden_act!r} is not supported; supported is silu")
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    if head_dim % 2:
-        raise ModelError(f"head_dim {head_dim} is odd; the rotary embedding needs an even one")
-    if num_heads % config.num_key_value_heads:
+    sizes = {key: _size(config, key) for key in SIZES if key != "head_dim"}
+    num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if getattr(config, "head_dim", None) is None:
+        head_dim = sizes["hidden_size"] // num_heads
+    else:
+        head_dim = _size(config, "head_dim")
+    if head_dim < 2 or head_dim % 2:
         raise ModelError(
-            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
+            f"head_dim {head_dim} is odd or 0; the rotary embedding needs an even one. Without head_dim it is "
+            "hidden_size / num_attention_heads"
         )
+    if num_heads % num_kv_heads:
+        raise ModelError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    if not 0 <= config.rms_norm_eps <= 1:
+        raise ModelError(f"rms_norm_eps must be in [0, 1], got {config.rms_norm_eps}")
     attention_bias = family.reads_attention_bias and config.attention_bias
     rope = _rope(config)
-    max_positions = config.max_position_embeddings
+    max_positions = sizes["max_position_embeddings"]
     if rope.kind == "yarn":  # only some checkpoints state the stretched context here
-        max_positions = max(max_positions, int(rope.factor * rope.original_max_position_embeddings))
+        stretched = int(rope.factor * rope.original_max_position_embeddings)
+        max_positions = min(max(max_positions, stretched), SIZES["max_position_embeddings"])
     return ModelSpec(
         architecture=family.name,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
         num_heads=num_heads,
-        num_kv_heads=config.num_key_value_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=max_positions,
@@ -213,40 +245,89 @@ def _from_config(family: _Family, config: Any) -> ModelSpec:
         o_bias=attention_bias,
         mlp_bias=family.reads_mlp_bias and config.mlp_bias,
         qk_norm=family.qk_norm,
-        tied_embeddings=config.tie_word_embeddings,
+        tied_embeddings=tied_embeddings,
         sliding_windows=_sliding_windows(family, config),
-        dtype=_dtype(config),
+        dtype=dtype,
     )
 
 
+def _size(config: Any, key: str) -> int:
+    """Read a size; `read_config` has checked it if config.json has it, and else it is transformers' default."""
+    value = getattr(config, key)
+    if not isinstance(value, int):
+        raise ModelError(f"{key} must be an integer, got {shown(value)}")
+    return value
+
+
+def _has_tied_head(config: Any, folder: Path) -> bool:
+    """Whether the LM head is the embedding matrix.
+
+    As in transformers 5, a head in the files that differs from the embeddings is the model's own, whatever
+    ``tie_word_embeddings`` says. Files that cannot be read are left to the loader.
+    """
+    if not config.tie_word_embeddings:
+        return False
+    try:
+        tensors = checkpoint_tensors(folder)
+        if EMBEDDING not in tensors or LM_HEAD not in tensors:
+            return True
+        return have_equal_bytes(tensors[EMBEDDING], tensors[LM_HEAD])
+    except (ModelError, OSError):
+        return True
+
+
 def _rope(config: Any) -> RopeSpec:
-    # transformers 5 converts the older keys rope_theta and rope_scaling to rope_parameters
+    # transformers 5 converts the older keys rope_theta and rope_scaling to rope_parameters. Some keys at the top level
+    # of config.json are set after it has done so once.
+    try:
+        if getattr(config, "original_max_position_embeddings", 0) is None:
+            del config.original_max_position_embeddings
+        config.standardize_rope_params()
+    except Exception as error:  # it does not check types
+        raise ModelError(f"rope_parameters {shown(config.rope_parameters)} cannot be read: {error}") from None
     parameters = config.rope_parameters
-    kind = parameters["rope_type"]
-    if kind not in _ROPE_PARAMETERS:
+    nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
+    if nested:
+        raise ModelError(
+            f"rope_parameters by layer type ({', '.join(nested)}) are not supported, only one for all layers"
+        )
+    kind = parameters.get("rope_type")
+    if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
         raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if parameters.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise ModelError("partial_rotary_factor is not supported; supported is 1")
     names = _ROPE_PARAMETERS[kind]
-    missing = [name for name in names if parameters.get(name) is None]
+    missing = [name for name in ("rope_theta", *names) if parameters.get(name) is None]
     if missing:
         raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
     given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
+    if kind == "yarn":
+        optional = ("beta_fast", "beta_slow")  # 0 means the default, as in transformers
+        given |= {name: parameters[name] for name in optional if parameters.get(name)}
+        given["truncate"] = parameters.get("truncate", True)
+    original = whole_number(given.get("original_max_position_embeddings", 1))
+    if original is not None:
+        given["original_max_position_embeddings"] = original
+    coefficients = ("attention_factor", "mscale", "mscale_all_dim")
+    for name, value in (given | {name: parameters.get(name) for name in coefficients}).items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not 0 < value <= _MAX_ROPE_NUMBER and not (name in coefficients and value == 0):
+            raise ModelError(f"rope parameters: {name} must be positive and at most {_MAX_ROPE_NUMBER:g}, got {value}")
+        if not is_number and value is not None and name not in ("kind", "truncate"):
+            raise ModelError(f"rope parameters: {name} must be a number, got {shown(value)}")
+    if kind == "yarn":
+        given["magnitude"] = _yarn_magnitude(parameters)
+        if given["theta"] <= 1:
+            raise ModelError(f"rope parameters: theta must be greater than 1 for yarn, got {given['theta']}")
+    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ModelError("rope parameters: low_freq_factor must be less than high_freq_factor")
     try:
-        if kind == "yarn":
-            optional = ("beta_fast", "beta_slow")  # 0 means the default, as in transformers
-            given |= {name: parameters[name] for name in optional if parameters.get(name)}
-            given["truncate"] = parameters.get("truncate", True)
-            given["magnitude"] = _yarn_magnitude(parameters)
-        rope = msgspec.convert(given, RopeSpec)  # also turns whole numbers into floats
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        return msgspec.convert(given, RopeSpec)  # also turns whole numbers into floats
+    except msgspec.ValidationError as error:
         raise ModelError(f"rope parameters: {error}") from None
-    if min(rope.theta, rope.factor, rope.original_max_position_embeddings) <= 0:
-        raise ModelError("rope parameters: theta, factor and original_max_position_embeddings must be positive")
-    return rope
 
 
-def _yarn_magnitude(parameters: dict[str, Any]) -> float:
+def _yarn_magnitude(parameters: Mapping[str, Any]) -> float:
     """Compute the factor of cosines and sines: YaRN, section 3.3, with DeepSeek's two coefficients of the logarithm."""
 
     def magnitude(coefficient: float) -> float:
@@ -263,6 +344,12 @@ def _sliding_windows(family: _Family, config: Any) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     full, sliding = "full_attention", "sliding_attention"
     layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and not (
+        isinstance(layer_types, list) and all(isinstance(layer_type, str) for layer_type in layer_types)
+    ):
+        raise ModelError(f"layer_types must be a list of names, got {shown(layer_types)}")
+    if layer_types is not None and len(layer_types) != config.num_hidden_layers:
+        raise ModelError(f"layer_types has {len(layer_types)} entries, num_hidden_layers is {config.num_hidden_layers}")
     if family.is_uniform:
         # transformers runs all layers alike here, whatever layer_types says
         same = sliding if window is not None else full
@@ -274,14 +361,26 @@ def _sliding_windows(family: _Family, config: Any) -> tuple[int | None, ...]:
     unknown = sorted(set(layer_types) - {full, sliding})
     if unknown:
         raise ModelError(f"layer_types {', '.join(unknown)} not supported; supported are {full}, {sliding}")
-    if sliding in layer_types and window is None:
-        raise ModelError("layer_types has sliding_attention, but sliding_window is not set")
+    if sliding in layer_types:
+        if window is None:
+            raise ModelError("layer_types has sliding_attention, but sliding_window is not set")
+        bound = SIZES["max_position_embeddings"]
+        if not isinstance(window, int) or not 1 <= window <= bound:
+            raise ModelError(f"sliding_window must be in 1..{bound}, or null for none, got {shown(window)}")
     return tuple(window if layer_type == sliding else None for layer_type in layer_types)
 
 
-def _dtype(config: Any) -> torch.dtype:
-    dtype = config.dtype if config.dtype is not None else torch.float32
-    if dtype not in DTYPES.values():
-        raise ModelError(f"dtype {dtype} is not supported; supported are {', '.join(DTYPES)}")
-    assert isinstance(dtype, torch.dtype)
+def _dtype(document: dict[str, Any], folder: Path) -> torch.dtype:
+    """Read the dtype; where config.json leaves it open, the first float tensor of the weights decides."""
+    name = document.get("dtype") or document.get("torch_dtype") or "auto"
+    if name == "auto":
+        try:
+            stored = (entry.dtype for entry in checkpoint_tensors(folder).values())
+            name = next((_SAFETENSORS_DTYPES[dtype] for dtype in stored if dtype in _SAFETENSORS_DTYPES), "float32")
+        except ModelError:  # there are no weights, or the loader will say what is wrong with them
+            name = "float32"
+    dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if dtype is None:
+        shown_name = name if isinstance(name, str) else shown(name)
+        raise ModelError(f"dtype {shown_name} is not supported; supported are {', '.join(DTYPES)}")
     return dtype

@@ -21,7 +21,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import DTYPES, ModelSpec
-from hbserve.models.loader import fill_dummy_weights, load_weights
+from hbserve.models.loader import check_weights, fill_dummy_weights, load_weights
 from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
 
@@ -198,8 +198,11 @@ def _make(
     dtype = dtype_of(config, spec)
     backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
     table = WeightTable.build(spec, dtype, parallel.rank, parallel.size)
+    is_dummy = config.model.load_format == "dummy"
+    if not is_dummy:
+        check_weights(config.model.path, spec)  # before memory of the size that config.json asks for is allocated
     weights = allocate_weights(table.num_bytes, "the model's weights")
-    if config.model.load_format == "dummy":
+    if is_dummy:
         fill_dummy_weights(table, weights, config.model.seed)
     else:
         load_weights(config.model.path, spec, table, weights, parallel.rank, parallel.size)
@@ -270,8 +273,14 @@ def _layout(config: Config, spec: ModelSpec, block_size: int, parallel: TensorPa
 
 @contextmanager
 def _explaining_out_of_memory(platform: Platform, num_bytes: int, what: str) -> Iterator[None]:
-    """Say what the memory was for, which torch's own message does not."""
+    """Say what the memory was for, which torch's own message does not.
+
+    On the CPU the kernel grants memory that it does not have, and kills the process later. So the size is compared with
+    the free memory first.
+    """
     try:
+        if platform.name == "cpu" and num_bytes > platform.free_memory_bytes():
+            raise RuntimeError("more than is free")
         yield
     except RuntimeError:
         needed, free = (f"{x / (1 << 30):.1f} GiB" for x in (num_bytes, platform.free_memory_bytes()))

@@ -68,6 +68,8 @@ class TextEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.text = text or LocalText(tokenizer)
+        # Files may name ids that the model does not have, such as -1 for none.
+        self._end_token_ids = frozenset(id_ for id_ in tokenizer.end_token_ids if 0 <= id_ < vocab_size)
         self._client = client
         self._open: dict[str, _OpenRequest] = {}
         self._serial = itertools.count()
@@ -241,7 +243,7 @@ class TextEngine:
         if sampling.stop_strings and not self.tokenizer.has_text:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none", "stop")
         if sampling.grammar is not None:
-            if not self.tokenizer.end_token_ids:
+            if not self._end_token_ids:
                 raise InvalidRequestError("the model names no end token, which a grammar needs", "grammar")
             await self.text.check_grammar(sampling.grammar, self.vocab_size)
 
@@ -258,7 +260,7 @@ class TextEngine:
             )
         end_token_ids = set(sampling.stop_token_ids or ())
         if not sampling.ignore_eos:
-            end_token_ids |= {token_id for token_id in self.tokenizer.end_token_ids if token_id < self.vocab_size}
+            end_token_ids |= self._end_token_ids
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return [
             AddRequest(

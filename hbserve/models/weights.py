@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
-from hbserve.model_spec import DTYPES, ModelSpec
+from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
 
 ALIGNMENT_BYTES = 256
 """Alignment of every parameter in the arena: it suits vectorised loads and the tensor memory accelerator."""
@@ -123,13 +123,13 @@ class _Sharding:
     def parameters(self) -> Iterator[_Parameter]:
         spec = self.spec
         vocab = vocab_shard(spec.vocab_size, self.rank, self.size)
-        yield "embedding", (_part("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
+        yield "embedding", (_part(EMBEDDING, (spec.vocab_size, spec.hidden_size), *vocab),)
         for layer in range(spec.num_layers):
             for name, parts in self._layer(f"model.layers.{layer}."):
                 yield f"layers.{layer}.{name}", parts
         yield "final_norm", (_part("model.norm.weight", (spec.hidden_size,)),)
         if not spec.tied_embeddings:
-            yield "lm_head", (_part("lm_head.weight", (spec.vocab_size, spec.hidden_size), *vocab),)
+            yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 
     def _layer(self, prefix: str) -> Iterator[_Parameter]:
         spec, hidden, head_dim = self.spec, self.spec.hidden_size, self.spec.head_dim

@@ -16,6 +16,7 @@ import jinja2
 
 from hbserve.errors import InvalidRequestError, ModelError
 from hbserve.grammar import Vocabulary
+from hbserve.model_files import read_config, read_json, shown, whole_number
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
@@ -23,8 +24,13 @@ ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templa
 SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>"})
 """Tokens shown even if they are special: without them a call of a tool would look like other text."""
 
+_NO_BYTES = frozenset("ÀÁõö÷øùúûüýþÿ")
+"""Letters of the byte alphabet whose bytes, C0, C1 and F5 to FF, are in no UTF-8 text: only a text can mean them."""
+
 _IMPORTING = threading.Lock()
 """transformers imports its parts at their first use, and fails if two threads do this at once."""
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MAX_REASON_CHARACTERS = 500
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -56,7 +62,8 @@ class Tokenizer:
         model_path: folder of the model, if it is another: its configuration names end tokens too.
 
     Attributes:
-        end_token_ids: all tokens that the model, its generation configuration or its tokenizer names as an end.
+        end_token_ids: all tokens that the model, its generation configuration or its tokenizer names as an end; some
+            may be outside the model's vocabulary.
         has_text: False for a folder without a tokenizer.
 
     Raises:
@@ -67,6 +74,7 @@ class Tokenizer:
         self.path = Path(path)
         self.has_text = any((self.path / name).is_file() for name in _FILES)
         self._special: frozenset[int] = frozenset()
+        self._plain_text: dict[int, str] = {}  # added tokens that are text, whatever the alphabet of the vocabulary
         self._added_ids: dict[str, int] = {}
         self._tools_template = ""
         self._bytes_of_piece: BytesOfPiece | None = None
@@ -75,7 +83,17 @@ class Tokenizer:
         self._vocabularies: dict[int, Vocabulary] = {}
         end_token_ids = _configured_end_tokens(Path(model_path or path))
         if self.has_text:
-            end_token_ids |= self._load()
+            if model_path is not None and (self.path / "config.json").is_file():
+                read_config(self.path)  # transformers reads it for the tokenizer's class
+            try:
+                end_token_ids |= self._load()
+            except ModelError:
+                raise
+            except BaseException as error:
+                if not _is_of_library(error):
+                    raise
+                reason = " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
+                raise ModelError(f"cannot load the tokenizer in {self.path}: {reason}") from error
         self.end_token_ids = frozenset(end_token_ids)
 
     def _load(self) -> set[int]:
@@ -84,13 +102,14 @@ class Tokenizer:
         with _IMPORTING:
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        try:
-            self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
-            if self._uses_file_unchanged() and type(self._hf) is not PreTrainedTokenizerFast:
-                # For some models (Qwen2) AutoTokenizer returns the model's class, which splits words by other rules.
-                self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise ModelError(f"cannot load the tokenizer in {self.path}: {error}") from error
+        for name in _JSON_FILES:
+            if (self.path / name).exists():
+                read_json(self.path / name)
+        options = {"local_files_only": True, "trust_remote_code": False}  # it would ask at the terminal
+        self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), **options)
+        if self._uses_file_unchanged() and type(self._hf) is not PreTrainedTokenizerFast:
+            # For some models (Qwen2) AutoTokenizer returns the model's class, which splits words by other rules.
+            self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
         backend = getattr(self._hf, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(f"the tokenizer in {self.path} is not a fast tokenizer; it needs a tokenizer.json")
@@ -103,9 +122,18 @@ class Tokenizer:
         self._special = frozenset(
             token_id for token_id, token in added.items() if token.special and token.content not in SHOWN_MARKS
         )
+        # An added token that is also an ordinary one is written as those are, in Gemma for example.
+        vocabulary_size = backend.get_vocab_size(with_added_tokens=False)
+        self._plain_text = {
+            token_id: token.content
+            for token_id, token in added.items()
+            if token.special or token_id >= vocabulary_size or token.content in _NO_BYTES
+        }
         if self._hf.chat_template:  # one template, or several by name
             templates = self._hf.chat_template
             named = templates if isinstance(templates, dict) else {"default": templates}
+            if not all(isinstance(template, str) for template in named.values()):
+                raise ModelError(f"the chat template of the tokenizer in {self.path} is not text")
             self._tools_template = named.get("tool_use") or named.get("default", "")
         if backend.decoder is not None:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
@@ -116,8 +144,7 @@ class Tokenizer:
         config = self.path / "tokenizer_config.json"
         if not config.is_file() or not (self.path / "tokenizer.json").is_file():
             return False
-        document = json.loads(config.read_text(encoding="utf-8"))
-        return document.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        return read_json(config).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
     @property
     def vocab_size(self) -> int:
@@ -148,6 +175,10 @@ class Tokenizer:
             raise InvalidRequestError(
                 "the prompt contains a lone surrogate, which is not a character", "prompt"
             ) from None
+        except BaseException as error:
+            if not _is_of_library(error):
+                raise
+            raise InvalidRequestError(f"the model's tokenizer cannot encode the prompt: {error}", "prompt") from error
         return ids
 
     @property
@@ -209,7 +240,13 @@ class Tokenizer:
         if not self.has_text:
             return ""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        if self._bytes_of_piece is None or not any(token_id in self._plain_text for token_id in token_ids):
+            return text
+        # The library reads added tokens in the alphabet of the others.
+        decoder = self.text_decoder(skip_special_tokens)
+        exact = "".join(map(decoder.feed, token_ids)) + decoder.flush()
+        starts_without_space = exact.startswith(" ") and not text.startswith(" ")  # SentencePiece drops it
+        return exact[1:] if starts_without_space else exact
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token (UTF-8, perhaps a part of a character)."""
@@ -238,6 +275,8 @@ class Tokenizer:
         return shown
 
     def _find_bytes(self, token_id: int) -> bytes:
+        if token_id in self._plain_text:
+            return self._plain_text[token_id].encode()
         token = self._backend.id_to_token(token_id) if self.has_text else None
         if token is None:
             return b""
@@ -246,19 +285,25 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False).encode()
 
 
+def _is_of_library(error: BaseException) -> bool:
+    """Whether an error may come from transformers or tokenizers: they raise many kinds, and a panic is no Exception."""
+    return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
+
+
 def _configured_end_tokens(folder: Path) -> set[int]:
     """Read the end tokens in config.json (or its text part) and generation_config.json, each one id or a list."""
     found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
+    for name, read in (("config.json", lambda path: read_config(path.parent)), ("generation_config.json", read_json)):
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from None
-        for section in (document, document.get("text_config") or {}):
-            value = section.get("eos_token_id")
-            ids = value if isinstance(value, list) else [value]
-            found.update(token_id for token_id in ids if isinstance(token_id, int))
+        document = read(path)
+        for section in (document, document.get("text_config")):
+            value = section.get("eos_token_id") if isinstance(section, dict) else None
+            for entry in value if isinstance(value, list) else [value]:
+                token_id = whole_number(entry)
+                if token_id is not None:
+                    found.add(token_id)
+                elif entry is not None:
+                    raise ModelError(f"{path}: eos_token_id must be a token id or a list of them, got {shown(value)}")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -92,6 +93,27 @@ async def test_generate_gives_the_whole_output(
     assert (result["num_prompt_tokens"], result["num_cached_tokens"]) == (3, 2)
     assert result["logprobs"] == [{token_id: -0.5, token_id + 1: -1.5} for token_id in ids]
     assert [sample["text"] for sample in result["samples"]] == ["abc"]
+
+
+async def test_end_tokens_outside_the_vocabulary_are_ignored(
+    client: EngineClient, scheduler: ScriptedScheduler, tmp_path: Path
+) -> None:
+    """Every file may name them: some say -1 for none, and some belong to a larger vocabulary."""
+    folder = tiny_tokenizers.byte_level(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [-1, 9, VOCAB_SIZE, 2**70]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -(2**31)}))
+    engine = TextEngine(client, Tokenizer(folder), MAX_MODEL_LEN, VOCAB_SIZE)
+    scheduler.script = tokens(70, 71)
+    for sampling in (SamplingParams(), SamplingParams(ignore_eos=True), SamplingParams(stop_token_ids=[5])):
+        await collect(engine, [5], sampling)
+    assert [request.end_token_ids for request in scheduler.requests] == [[2, 9], [], [2, 5, 9]]
+
+
+async def test_a_grammar_needs_an_end_token_in_the_vocabulary(client: EngineClient, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": -1}))
+    engine = TextEngine(client, Tokenizer(tmp_path), MAX_MODEL_LEN, VOCAB_SIZE)
+    with pytest.raises(InvalidRequestError, match="names no end token"):
+        await collect(engine, [5], SamplingParams(grammar='start: "a"'))
 
 
 async def test_end_token_is_counted_but_not_shown(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hbserve.attention import AttentionBatch, select_attention_backend
 from hbserve.attention.base import AttentionBackend
@@ -278,6 +279,19 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("llama", {"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported; .*Qwen3For"),
         ("llama", {"architectures": None, "model_type": "gpt9"}, "model_type 'gpt9' is not supported; .*LlamaFor"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised \\(gptq\\)"),
+        ("mistral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM, .* but model_type is 'mistral'"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, 'architectures "LlamaForCausalLM" is not a list of names'),
+        ("llama", {"architectures": None, "model_type": ["llama"]}, "model_type .* is not a name"),
+        ("llama", {"quantization_config": "int8"}, "quantised"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be in 1..2147483647, or null for none, got 0"),
+        ("qwen2_window", {"sliding_window": -1}, "sliding_window must be in"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("qwen2", {"layer_types": [1, 2, 3]}, "layer_types"),
+        ("llama", {"dtype": 7}, "dtype 7 is not supported"),
+        ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention.* not supported"),
+        ("llama", {"rope_parameters": {"rope_type": ["default"], "rope_theta": 1e4}}, "rope_type"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
         ("llama", {"head_dim": 15}, "15"),
         ("qwen3", {"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
@@ -318,6 +332,35 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
         ModelSpec.load(tmp_path)
 
 
+def test_architecture_or_model_type_alone_is_enough(tmp_path: Path) -> None:
+    save_model(tmp_path, "mistral")
+    spec = ModelSpec.load(tmp_path)
+    for key in ("model_type", "architectures"):
+        document = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in document.items() if k != key}))
+        assert ModelSpec.load(tmp_path) == spec
+        (tmp_path / "config.json").write_text(json.dumps(document))
+
+
+def test_whole_numbers_may_be_written_with_a_fraction(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama3_rope")
+    spec = ModelSpec.load(tmp_path)
+    edit_config(tmp_path, num_hidden_layers=3.0, vocab_size=320.0, rope_theta=10000, eos_token_id=2.0)
+    assert ModelSpec.load(tmp_path) == spec
+
+
+@pytest.mark.parametrize("name", [None, "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_weights_tell_a_dtype_that_the_configuration_leaves_open(
+    name: str | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    save_model(tmp_path, "llama", dtype=dtype)
+    edit_config(tmp_path, dtype=name)
+    assert ModelSpec.load(tmp_path).dtype == dtype
+    (tmp_path / "model.safetensors").unlink()
+    assert ModelSpec.load(tmp_path).dtype == torch.float32
+
+
 def test_older_config_files_mean_the_same(tmp_path: Path) -> None:
     save_model(tmp_path, "llama3_rope")
     spec = ModelSpec.load(tmp_path)
@@ -335,6 +378,14 @@ def load(folder: Path) -> None:
     spec = ModelSpec.load(folder)
     table = WeightTable.build(spec, torch.float32)
     load_weights(folder, spec, table, cpu().allocate_arena(table.num_bytes))
+
+
+@torch.inference_mode()
+def expect_transformers_logits(folder: Path) -> None:
+    token_ids = random_tokens(150)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(token_ids[None]).logits[0]
+    logits = our_logits(folder, token_ids, torch.float32, cpu())
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
 
 
 def edit_weights(folder: Path, removed: str = "", **added: torch.Tensor) -> None:
@@ -389,6 +440,66 @@ def test_known_leftovers_are_ignored(tmp_path: Path) -> None:
         },
     )
     load(tmp_path)
+
+
+def test_a_head_of_its_own_is_used_although_the_configuration_ties_it(tmp_path: Path) -> None:
+    """transformers 5 ties head and embeddings only if the checkpoint has no head that differs."""
+    save_model(tmp_path, "qwen3")
+    head = torch.randn(VOCAB_SIZE, 64, generator=torch.Generator().manual_seed(3))
+    edit_weights(tmp_path, **{"lm_head.weight": head})
+    assert not ModelSpec.load(tmp_path).tied_embeddings
+    expect_transformers_logits(tmp_path)
+    # the last element alone differs
+    embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
+    embeddings[-1, -1] += 1
+    edit_weights(tmp_path, **{"lm_head.weight": embeddings})
+    expect_transformers_logits(tmp_path)
+
+
+def test_a_tied_model_may_be_saved_with_its_head_alone(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3")
+    embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
+    edit_weights(tmp_path, removed="model.embed_tokens.weight", **{"lm_head.weight": embeddings})
+    assert ModelSpec.load(tmp_path).tied_embeddings
+    expect_transformers_logits(tmp_path)
+
+
+@pytest.mark.parametrize("first_sharded", [True, False])
+def test_the_whole_file_wins_over_an_index_of_another_save(first_sharded: bool, tmp_path: Path) -> None:
+    """save_pretrained leaves the files of an earlier save of another size; transformers reads model.safetensors."""
+    save_model(tmp_path, "qwen3", sharded=first_sharded)
+    whole = make_model("qwen3")
+    with torch.no_grad():
+        whole.model.norm.weight += 1
+    whole.save_pretrained(tmp_path, max_shard_size="5GB" if first_sharded else "100KB")
+    assert len([*tmp_path.glob("model.safetensors*")]) == 2
+    expect_transformers_logits(tmp_path)
+    for shard in tmp_path.glob("model-*.safetensors"):  # nor need the stale shards be there
+        shard.unlink()
+    expect_transformers_logits(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+@pytest.mark.parametrize("inner", [None, 512])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_the_original_context_may_stand_at_the_top_level(
+    kind: str, inner: int | None, key: str, tmp_path: Path
+) -> None:
+    """There it has priority, as in transformers."""
+    save_model(tmp_path, "llama3_rope")
+    scaling = {"rope_type": kind, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "yarn":
+        scaling = {"rope_type": kind, "factor": 4.0, "beta_fast": 16}
+    scaling |= {} if inner is None else {"original_max_position_embeddings": inner}
+    if key == "rope_scaling":
+        edit_config(tmp_path, rope_parameters=None)
+    edit_config(tmp_path, rope_theta=1e4, original_max_position_embeddings=64, **{key: scaling})
+    spec = ModelSpec.load(tmp_path)
+    assert spec.rope.original_max_position_embeddings == 64
+    assert spec.max_position_embeddings == 1024
+    expect_transformers_logits(tmp_path)
+    edit_config(tmp_path, original_max_position_embeddings=None)
+    assert ModelSpec.load(tmp_path).rope.original_max_position_embeddings == (inner or 1024)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

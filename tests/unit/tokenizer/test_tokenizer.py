@@ -103,6 +103,21 @@ def test_end_tokens_come_from_the_models_folder_if_the_tokenizer_has_another(tmp
     assert Tokenizer(folder, model).end_token_ids == {2, 11}
 
 
+@pytest.mark.parametrize("value", ["2", {"id": 2}, [[2]], 2.5, True, [True]])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_tokens_that_are_no_ids_are_refused_by_file_and_key(file: str, value: object, tmp_path: Path) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path)
+    (folder / file).write_text(json.dumps({"model_type": "llama", "eos_token_id": value}))
+    with pytest.raises(ModelError, match=f"{file}: eos_token_id must be a token id"):
+        Tokenizer(folder)
+
+
+def test_end_tokens_may_be_written_as_any_json_number(tmp_path: Path) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7.0, 9, None]}))
+    assert Tokenizer(folder).end_token_ids == {2, 7, 9}
+
+
 def test_training_time_truncation_and_padding_are_off(tmp_path: Path) -> None:
     folder = tiny_tokenizers.byte_level(tmp_path)
     document = json.loads((folder / "tokenizer.json").read_text())
@@ -127,6 +142,39 @@ def test_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=str(tmp_path)):
         Tokenizer(tmp_path)
+
+
+def test_added_tokens_are_text_whatever_the_alphabet_of_the_vocabulary(tmp_path: Path) -> None:
+    """Byte-level vocabularies write byte F6 as ö, and SentencePiece writes a space as ▁; added tokens do neither."""
+    for kind, words in (
+        (tiny_tokenizers.byte_level, ["schön", "naïve", "ö", "Ġx", "plain"]),
+        (tiny_tokenizers.byte_fallback, ["a▁b", "<0x41>x", "schön"]),
+        (tiny_tokenizers.metaspace, ["a▁b", "schön"]),
+    ):
+        folder = kind(tmp_path / kind.__name__)
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.add_tokens(words)
+        backend.add_special_tokens(["<|größe▁|>"])
+        backend.save(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer(folder)
+        for word in [*words, "<|größe▁|>"]:
+            token_id = tokenizer.added_token_id(word)
+            assert token_id is not None
+            assert tokenizer.token_bytes(token_id) == word.encode()
+            assert tokenizer.decode([token_id], skip_special_tokens=False) == word
+            assert "".join(deltas(tokenizer, [token_id], skip_special_tokens=False)) == word
+        text = "the cat"
+        ids = [*tokenizer.encode(text), tokenizer.added_token_id(words[0]), *tokenizer.encode(" sat")]
+        assert tokenizer.decode(ids).startswith(f"{text}{words[0]}")  # type: ignore[arg-type]
+
+
+def test_texts_that_the_tokenizer_cannot_encode_are_refused(tmp_path: Path) -> None:
+    folder = tiny_tokenizers.word_pieces(tmp_path)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["unk_token"] = "[none]"
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(InvalidRequestError, match="cannot encode the prompt"):
+        Tokenizer(folder).encode("☃")
 
 
 def test_lone_surrogate_is_refused(byte_level: Tokenizer) -> None:

@@ -1,0 +1,180 @@
+"""Files of a model folder: JSON documents and headers of safetensors files, read with limits.
+
+A folder may come from anywhere. Every function here ends in a `ModelError` that names the file, and reads no more than
+a stated number of bytes before it has checked them. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hbserve.errors import ModelError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+MAX_JSON_BYTES = 128 << 20
+"""The largest tokenizer.json known has 35 MB."""
+
+SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": (1 << 31) - 1,
+}
+"""Sizes in a config.json and their upper bounds; each is at least 1. The bounds are far above every published model:
+they keep a wrong number from taking memory before the weights are compared with it."""
+
+_COMPARED_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        dtype: safetensors' name, such as ``BF16``.
+        begin, end: its bytes in the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: the file cannot be read, is too large, or holds something else.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"cannot read {path}: it is not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} has {status.st_size} bytes; at most {MAX_JSON_BYTES} are read")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise ModelError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} is not a JSON object, but {shown(document)}")
+    return document
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json, and check the sizes in it.
+
+    Raises:
+        ModelError: naming file and key.
+    """
+    path = folder / "config.json"
+    document = read_json(path)
+    for key, bound in SIZES.items():
+        value = document.get(key)
+        if value is not None:
+            number = whole_number(value)
+            if number is None or not 1 <= number <= bound:
+                raise ModelError(f"{path}: {key} must be an integer in 1..{bound}, got {shown(value)}")
+            document[key] = number
+    return document
+
+
+def whole_number(value: object) -> int | None:
+    """Return a JSON number without a fraction as an integer (5.0 is 5), and None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def shown(value: object) -> str:
+    """Show a value from a file in an error, in a few dozen characters."""
+    try:
+        text = json.dumps(value)
+    except (RecursionError, ValueError, TypeError):  # an integer may have more digits than Python writes
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a model folder.
+
+    If there is a ``model.safetensors``, it is the whole model, as for transformers: an index beside it is left from
+    an earlier save.
+
+    Raises:
+        ModelError: the folder has none, or its index names a file that is not there.
+    """
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ModelError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors files are read")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} is not a safetensors index: weight_map must name a file for each tensor")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or not (folder / name).is_file():
+            raise ModelError(f"{index} names {name if isinstance(name, str) else shown(name)}, not a file of {folder}")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, TensorEntry]:
+    """List the tensors of a model folder, by name.
+
+    Raises:
+        ModelError: naming the file that cannot be read.
+    """
+    return {name: entry for path in checkpoint_files(folder) for name, entry in _header(path)}
+
+
+def _header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+    """Read a safetensors file's header: 8 bytes of header length, a JSON header, and the data."""
+    try:
+        with safe_open(path, framework="np"):
+            pass  # the library has checked the header, its offsets, and the size of the file
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            yield name, TensorEntry(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise ModelError(f"{path} cannot be read: its header is nested too deeply") from None
+
+
+def have_equal_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+    """Compare two tensors byte by byte, up to the first difference."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.path.open("rb") as first_file, second.path.open("rb") as second_file:
+        first_file.seek(first.begin)
+        second_file.seek(second.begin)
+        remaining = first.end - first.begin
+        while remaining > 0:
+            num_bytes = min(remaining, _COMPARED_BYTES)
+            if first_file.read(num_bytes) != second_file.read(num_bytes):
+                return False
+            remaining -= num_bytes
+    return True
