@@ -22,7 +22,8 @@ Memory is freed in `BlockPool.free`, or, if the owner has pins, in the `BlockPoo
 call `BlockPool._free_now`. Each block that becomes free or cached there begins a new *generation*, so that an older
 `BlockHandle` is recognized as stale.
 
-Only the scheduler uses the pool and from one thread, so no operation needs a lock and each one is atomic.
+Only the scheduler uses the pool and from one thread, so no operation needs a lock and each one is atomic. For programs
+with threads there is `hbserve.semi_pd.unified_storage_manager`.
 """
 
 from __future__ import annotations
@@ -264,8 +265,11 @@ class BlockPool:
             self._hash[block] = block_hash
             self._block_of_hash[block_hash] = block
 
-    def share_blocks(self, source: str, target: str) -> list[int]:
+    def share_blocks(self, source: str, target: str, *, only_sealed: bool = True) -> list[int]:
         """Give a new owner the leading sealed blocks of another.
+
+        Args:
+            only_sealed: False shares all blocks; the caller then sees to it that one owner at most writes them.
 
         Returns:
             The shared block ids, in order; empty if the source has sealed none.
@@ -275,7 +279,7 @@ class BlockPool:
         """
         shared: list[int] = []
         for block in self._holdings[source].block_ids:
-            if self._hash[block] is None:
+            if only_sealed and self._hash[block] is None:
                 break
             shared.append(block)
         assert target not in self._holdings or not self._holdings[target].block_ids, f"{target} has blocks already"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hbserve.locking import synchronized
 from hbserve.metrics.distribution import CountWindow, Histogram, SlidingWindow
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.metrics.window_metrics import LATENCIES, AggregatedMetrics, RoleMetrics, SystemMetrics
@@ -35,11 +37,12 @@ _BUCKETS = {
 }
 
 
+@synchronized
 class SemiPDMetricsCollector:
     """The life of requests and the work of workers: over a sliding window, and since the start.
 
-    The owner reports every event, and the collector times it by its one clock. It is not thread-safe: one event loop
-    or one thread owns it.
+    The owner reports every event, and the collector times it by its one clock. Any thread may report or read: in a
+    user's program the SLO controller reads while the program's threads report.
 
     Args:
         window_size_seconds: length of the window that `get_current_window_metrics` returns.
@@ -48,6 +51,7 @@ class SemiPDMetricsCollector:
         clock: seconds, monotonic.
 
     Attributes:
+        lock: held during every call.
         open_requests: by id.
         history: requests that have ended, oldest first.
         system_metrics: the last state that was recorded.
@@ -61,6 +65,7 @@ class SemiPDMetricsCollector:
         max_history_size: int = 1000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.lock = threading.RLock()
         self.window_size_seconds = window_size_seconds
         self.clock = clock
         self.open_requests: dict[str, RequestMetrics] = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from hbserve.locking import synchronized
 from hbserve.metrics.distribution import Distribution
 
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "prefill_queue", "decode_queue")
@@ -171,14 +173,17 @@ class AggregatedMetrics:
         return numbers
 
 
+@synchronized
 class MetricsAggregator:
-    """The sum of the latest windows of several collectors: of several processes, or of several instances.
+    """The sum of the latest windows of several collectors: of several processes, or of several instances. Any thread
+    may call its methods.
 
     A request must be reported by one source only; where prefill and decode are measured apart, each of its events by
     one. Percentiles of the whole are those of all samples together. All windows must use the same clock.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._latest: dict[tuple[str, str], AggregatedMetrics] = {}
 
     def update_prefill_metrics(self, metrics: AggregatedMetrics, instance_id: str = "prefill") -> None:

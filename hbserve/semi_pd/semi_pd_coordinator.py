@@ -26,7 +26,7 @@ __all__ = ["SemiPDCoordinator", "create_semi_pd_coordinator"]
 
 
 class SemiPDCoordinator:
-    """Coordinator that starts, joins and ends the parts.
+    """Coordinator that starts, joins and ends the parts. Any thread may call its methods.
 
     Args:
         rotation_manager: not started yet.
@@ -98,9 +98,10 @@ class SemiPDCoordinator:
             EngineDeadError: if the coordinator is not running.
         """
         pool = self._pool()
-        if pool.allocate_blocks(request_id, num_blocks, requester_role) is None:
-            raise OverloadedError(f"{num_blocks} KV blocks are asked for, and {pool.num_free_blocks} are free")
-        return pool.get_block_handles(request_id)
+        with pool.lock:  # so that the handles are those of this allocation
+            if pool.allocate_blocks(request_id, num_blocks, requester_role) is None:
+                raise OverloadedError(f"{num_blocks} KV blocks are asked for, and {pool.num_free_blocks} are free")
+            return pool.get_block_handles(request_id)
 
     def deallocate_kv_blocks(self, request_id: str) -> None:
         """Free a request's blocks."""
