@@ -26,12 +26,14 @@ class PdDisaggConfig:
     """Settings of a system as flat, changeable fields; `freeze` validates them into a `Config`.
 
     Each field is a key of the YAML file under a flat name; the sections in `hbserve.config` explain the keys.
-    A field that is None takes its section's default. The fields are listed here, because only a written list gives
-    type checkers and editors their names and types; `KEYS` follows from the sections by a rule.
+    A field that is None takes its section's default. ``mode`` then follows from ``gpu_instances``, and is
+    ``disaggregated`` without these. ``model_path`` must be given when the configuration is used. The fields are listed
+    here, because only a written list gives type checkers and editors their names and types; `KEYS` follows from the
+    sections by a rule.
     """
 
-    model_path: str
-    mode: str = "disaggregated"
+    model_path: str | None = None
+    mode: str | None = None
     launcher: str | None = None
     served_name: str | None = None
     tokenizer_path: str | None = None
@@ -110,7 +112,9 @@ class PdDisaggConfig:
         Raises:
             ConfigError: naming the field at fault.
         """
-        document: dict[str, Any] = {}
+        if self.model_path is None:
+            raise ConfigError("model_path: give the path of the model's folder", "model_path")
+        document: dict[str, Any] = {} if self.gpu_instances else {"mode": "disaggregated"}
         for field, key in KEYS.items():
             value = getattr(self, field)
             if value is not None:

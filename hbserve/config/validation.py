@@ -6,6 +6,7 @@ its messages into ours.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from enum import Enum
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from hbserve.config.fields import IMPORT_PATH, NAME_RULE, Section, nearest
+from hbserve.config.fields import IMPORT_PATH, NAME_RULE, Section, nearest, shown
 from hbserve.config.sections import Config, InstanceConfig, InstanceRole, Mode
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
@@ -23,10 +24,15 @@ BACKENDS = ("nccl", "mooncake", "shm")
 """Names of the built-in backends that move KV."""
 _NUM_RANKS = (1, 2, 4, 8)
 _MAX_NAME_LENGTH = 64
+_MAX_KEY_LENGTH = 100  # in an error
+_MAX_INT_BITS = 63
+"""Size of integers that messages between processes can carry."""
 _SHARES = {
     "prefill_percentage": ("SEMI_PD_PREFILL_SM_PERCENTILE", 80),
     "decode_percentage": ("SEMI_PD_DECODE_SM_PERCENTILE", 100),
 }
+_LOG_LEVELS = {"WARN": "WARNING", "CRITICAL": "ERROR", "FATAL": "ERROR", "TRACE": "DEBUG"}
+"""Names of levels in other programs that read LOG_LEVEL."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -42,6 +48,7 @@ def from_dict(document: Any, base_dir: Path | None = None) -> Config:
     if not isinstance(document, dict):
         raise _error("", "the configuration must be a mapping of sections")
     _check_keys(document)
+    document = _with_log_level(_with_mode(document))
     try:
         config = msgspec.convert(document, Config)
     except msgspec.ValidationError as error:
@@ -92,10 +99,43 @@ def is_loopback(host: str) -> bool:
 # --- defaults that depend on other keys, files or the environment ----------------------------------
 
 
+def _with_mode(document: dict[str, Any]) -> dict[str, Any]:
+    """Let the mode follow from the types of the instances where it is not given."""
+    instances = document.get("gpu_instances")
+    if document.get("mode") is not None or not isinstance(instances, list | tuple):
+        return {key: value for key, value in document.items() if key != "mode" or value is not None}
+    roles = [values.get("instance_type") for values in instances if isinstance(values, dict)]
+    phases = [InstanceRole.PREFILL, InstanceRole.DECODE]
+    mode: Mode = "unified"
+    if InstanceRole.SEMI_PD in roles:
+        mode = "semi_pd"
+    elif any(role in phases for role in roles):
+        mode = "disaggregated"
+    return document | {"mode": mode}
+
+
+def _with_log_level(document: dict[str, Any]) -> dict[str, Any]:
+    """Take the environment's LOG_LEVEL where no ``logging.level`` is given, in any case of letters."""
+    given = document.get("logging", {})
+    text = os.environ.get("LOG_LEVEL", "").strip()
+    if not text or not isinstance(given, dict) or given.get("level") is not None:
+        return document
+    words = _words_at("logging.level")
+    level = _LOG_LEVELS.get(text.upper(), text.upper())
+    if level not in words:
+        what = f"the environment's LOG_LEVEL has the unknown value {shown(text)}{nearest(text.upper(), words)}"
+        raise _error("logging.level", what)
+    return document | {"logging": given | {"level": level}}
+
+
 def _complete(given: Config, base_dir: Path | None) -> Config:
     replace = msgspec.structs.replace
     model, rpc = given.model, given.rpc
-    model = replace(model, path=_find_folder(model.path, base_dir, "model.path"))
+    folder = _find_folder(model.path, base_dir, "model.path")
+    name = os.path.basename(os.path.normpath(model.path))
+    if model.served_name is None and name not in ("", ".", "..", "~", Path(folder).name):
+        model = replace(model, served_name=name)  # of a link to the folder: the name that the user knows
+    model = replace(model, path=folder)
     if model.tokenizer_path is not None:
         model = replace(model, tokenizer_path=_find_folder(model.tokenizer_path, base_dir, "model.tokenizer_path"))
     size = model.tensor_parallel_size
@@ -124,9 +164,9 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
     shares = {name: getattr(given, name) for name in _SHARES}
     for name, (variable, default) in _SHARES.items():
         if shares[name] is None:
-            text = os.environ.get(variable, str(default))
-            if not text.isdecimal() or not 1 <= int(text) <= 100:
-                raise _error(f"semi_pd.{name}", f"the environment's {variable} must be in 1..100, got {text!r}")
+            text = os.environ.get(variable, str(default)).strip()
+            if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
+                raise _error(f"semi_pd.{name}", f"the environment's {variable} must be in 1..100, got {shown(text)}")
             shares[name] = int(text)
     ladder = given.ladder
     if ladder.unified is None:
@@ -137,24 +177,36 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
 
 
 def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
-    expanded = Path(path).expanduser()
+    """Return a folder's path without links: a link that is changed later must not change what a restart loads."""
+    if not path:
+        raise _error(key, "give the path of the model's folder; it is empty")
+    expanded = _expand(path, key)
     candidates = [expanded]
     if base_dir is not None and not expanded.is_absolute():
         candidates += [base_dir / expanded, base_dir.parent / expanded]
     for candidate in candidates:
         if os.path.isdir(candidate):  # unlike Path's own method, False for an impossible name
             return str(candidate.resolve())
-    what = f"there is no folder {path!r} (looked at {', '.join(str(c.absolute()) for c in candidates)})"
+    what = (
+        f"there is no folder {shown(path)} (looked at {', '.join(shown(str(c.absolute()))[1:-1] for c in candidates)})"
+    )
     if _HUB_NAME.fullmatch(path):
         what += f"; models are not downloaded by themselves: hf download {path} --local-dir FOLDER"
     raise _error(key, what)
 
 
+def _expand(path: str, key: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # the home of a user who does not exist
+        raise _error(key, f"{error} (in {shown(path)})") from None
+
+
 def _find_key_file(path: str, base_dir: Path | None) -> str:
-    for candidate in (Path(path).expanduser(), (base_dir or Path()) / path):
+    for candidate in (_expand(path, "rpc.key_file"), (base_dir or Path()) / path):
         if os.path.isfile(candidate):
             return str(candidate.resolve())
-    raise _error("rpc.key_file", f"there is no file {path!r}; make one with python -m hbserve.rpc.cluster_key")
+    raise _error("rpc.key_file", f"there is no file {shown(path)}; make one with python -m hbserve.rpc.cluster_key")
 
 
 # --- keys and types, with messages of ours ---------------------------------------------------------
@@ -164,16 +216,24 @@ def _error(key: str, what: str) -> ConfigError:
     return ConfigError(f"{key}: {what}" if key else what, key)
 
 
+@functools.cache
+def _types(section: type[msgspec.Struct]) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(section)}
+
+
 def _check_keys(document: dict[str, Any]) -> None:
     """Refuse unknown keys before types are checked: msgspec would not name the nearest valid key."""
 
     def check(section: type[msgspec.Struct], values: Any, prefix: str) -> None:
         if not isinstance(values, dict):
             return  # a wrong type: msgspec's message is right
-        fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+        fields = _types(section)
         for key, value in values.items():
             if key not in fields:
-                raise _error(f"{prefix}{key}", f"unknown key{nearest(str(key), list(fields))}")
+                name = key if isinstance(key, str) else shown(key)
+                raise _error(f"{prefix}{name}"[:_MAX_KEY_LENGTH], f"unknown key{nearest(name, list(fields))}")
+            if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+                raise _error(f"{prefix}{key}", f"must be below 2**{_MAX_INT_BITS}, got {shown(value)}")
             for kind in (fields[key], *get_args(fields[key])):  # a section, or an optional one
                 if isinstance(kind, type) and issubclass(kind, Section):
                     check(kind, value, f"{prefix}{key}.")
@@ -196,13 +256,13 @@ def _from_msgspec(error: msgspec.ValidationError, values: Any, prefix: str = "")
     key = prefix + path
     if what.startswith("Invalid enum value"):
         wrong = what.partition(" value ")[2].strip("'")
-        return _error(key, f"unknown value {wrong!r}{nearest(wrong, _words_at(key))}")
+        return _error(key, f"unknown value {shown(wrong)}{nearest(wrong, _words_at(key))}")
     if re.match(r"Expected `\w+` ([<>]=? |matching |of length )", what):
         limits = [member for member in _types_at(key) if isinstance(member, msgspec.Meta)]
         limit = limits[0] if key.endswith("]") else limits[-1]  # of an item, or of the value itself
         for part in re.findall(r"[^.\[\]]+", path):
             values = values[int(part)] if isinstance(values, list | tuple) else values[part]
-        return _error(key, f"must be {limit.description}, got {values!r}")
+        return _error(key, f"must be {limit.description}, got {shown(values)}")
     return _error(key, what.replace("`", ""))
 
 
@@ -225,7 +285,7 @@ def _types_at(key: str) -> list[Any]:
     kind: Any = Config
     for name in re.sub(r"\[[^]]*\]", "", key).split("."):
         struct = next(part for part in parts(kind) if isinstance(part, type) and issubclass(part, msgspec.Struct))
-        kind = next(field.type for field in msgspec.structs.fields(struct) if field.name == name)
+        kind = _types(struct)[name]
     return parts(kind)
 
 
@@ -282,12 +342,15 @@ def _validate_roles(config: Config) -> None:
     }[config.mode]
     for role in InstanceRole:
         if role in needed and role not in roles:
-            raise _error("gpu_instances", f"mode {config.mode} needs at least one {role} instance")
+            what = f"mode {config.mode} needs at least one {role} instance; add one with instance_type: {role}"
+            raise _error("gpu_instances", what)
     if config.mode == "semi_pd" and len(phases.intersection(roles)) == 1:
         raise _error("gpu_instances", "beside semi_pd instances, prefill and decode instances need each other")
     for index, role in enumerate(roles):
         if role not in allowed:
-            raise _error(f"gpu_instances[{index}].instance_type", f"mode {config.mode} has no {role} instances")
+            what = f"mode {config.mode} has no {role} instances, only {' and '.join(sorted(allowed))}"
+            hint = "without a mode it follows from the types of the instances"
+            raise _error(f"gpu_instances[{index}].instance_type", f"{what}; {hint}")
 
 
 def _validate_addresses(config: Config) -> None:

@@ -2,54 +2,140 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hbserve.config.fields import shown
 from hbserve.config.sections import Config
 from hbserve.config.validation import from_dict
 from hbserve.errors import ConfigError
 
+_MAX_BYTES = 1 << 20
+_MAX_VALUES = 100_000
+"""Values of a document with every alias written out; a configuration has some hundred."""
+_UNDEFINED_VALUE = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+"""Errors of PyYAML's own constructors for a scalar that its tag does not allow, such as ``!!int abc``."""
 
-def load(path: str | Path) -> Config:
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration from a YAML file.
+
+    Args:
+        overrides: values that replace those of the file, by dotted key such as ``server.port``.
 
     Raises:
         ConfigError: naming key, file and line of what cannot be honoured.
     """
-    path = Path(path).expanduser()
+    text = _read(path)
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text in UTF-8") from None
-    try:
-        document = yaml.safe_load(text)
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        duplicate = _duplicate_key(tree)
+        document, tree = _parse(text, str(path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path} holds itself, or is nested too deeply") from None
-    if duplicate is not None:
-        raise ConfigError(f"{path}:{duplicate[1]}: {duplicate[0]} is given twice")
-    _add_log_level(document)
+    for key, value in (overrides or {}).items():
+        _override(document, key, value)
     try:
-        return from_dict(document, base_dir=path.parent)
+        return from_dict(document, base_dir=Path(path).expanduser().parent)
     except ConfigError as error:
-        line = _line_of(tree, error.key)
-        raise ConfigError(f"{path}:{line}: {error}") from None
+        if error.key in (overrides or {}):
+            raise
+        raise ConfigError(f"{path}:{_line_of(tree, error.key)}: {error}", error.key) from None
 
 
-def _add_log_level(document: Any) -> None:
-    """Take the environment's LOG_LEVEL where the file gives no ``logging.level``."""
-    level = os.environ.get("LOG_LEVEL")
-    if level and isinstance(document, dict) and isinstance(section := document.setdefault("logging", {}), dict):
-        section.setdefault("level", level.upper())
+def _read(path: str | Path) -> str:
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (ValueError, RuntimeError) as error:  # a null character; an unknown user's home
+        raise ConfigError(f"cannot read the configuration {str(path)!a}: {error}") from None
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes, which no configuration is")
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose every error is a `yaml.YAMLError` with the line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except _UNDEFINED_VALUE:
+            kind = node.tag.rpartition(":")[2]
+            what = f"{shown(node.value)} is not a value of the type {kind}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
+
+def _parse(text: str, path: str) -> tuple[Any, yaml.Node | None]:
+    loader = _Loader(text)
+    try:
+        tree = loader.get_single_node()
+        if tree is None:
+            return None, None
+        _check_tree(tree, path)  # before the merges (<<) of the construction write aliases out
+        return loader.construct_document(tree), tree
+    finally:
+        loader.dispose()
+
+
+def _check_tree(tree: yaml.Node, path: str) -> None:
+    """Refuse a document that holds itself, whose aliases make it too large, or that has a key twice."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size_of(node: yaml.Node) -> int:
+        known = sizes.get(id(node))
+        if known is not None:
+            return known
+        if id(node) in open_nodes:
+            raise RecursionError
+        open_nodes.add(id(node))
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node, path)
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        size = 1 + sum(size_of(child) for child in children)
+        if size > _MAX_VALUES:
+            line = node.start_mark.line + 1
+            raise ConfigError(f"{path}:{line}: has more than {_MAX_VALUES} values when its aliases are written out")
+        open_nodes.remove(id(node))
+        sizes[id(node)] = size
+        return size
+
+    size_of(tree)
+
+
+def _check_keys(node: yaml.MappingNode, path: str) -> None:
+    """Refuse a key that stands twice in a mapping: YAML would keep the last value without an error."""
+    keys: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in keys:
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice")
+            keys.add(key.value)
+
+
+def _override(document: Any, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(document, dict):
+            return  # from_dict says what is wrong with it
+        if document.get(section) is None:
+            document[section] = {}
+        document = document[section]
+    if isinstance(document, dict):
+        document[name] = value
 
 
 def _line_of(tree: yaml.Node | None, key: str) -> int:
@@ -67,22 +153,3 @@ def _line_of(tree: yaml.Node | None, key: str) -> int:
         else:
             break
     return line
-
-
-def _duplicate_key(node: yaml.Node | None) -> tuple[str, int] | None:
-    """Return the first key that a mapping has twice, and its line: YAML would keep the last value without an error."""
-    if isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, value in node.value:
-            if key.value in keys:
-                return key.value, key.start_mark.line + 1
-            keys.add(key.value)
-            found = _duplicate_key(value)
-            if found:
-                return found
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            found = _duplicate_key(item)
-            if found:
-                return found
-    return None

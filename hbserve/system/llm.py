@@ -30,7 +30,8 @@ class LLM:
 
     Args:
         model: folder in Hugging Face layout.
-        mode: ``unified``, ``disaggregated`` or ``semi_pd``.
+        mode: ``unified``, ``disaggregated`` or ``semi_pd``. Default: from the types of ``gpu_instances``, else
+            ``disaggregated``.
         arguments: any field of `PdDisaggConfig`.
 
     Raises:
@@ -38,7 +39,7 @@ class LLM:
         ConfigError, ModelError, StartupError: naming the setting at fault, or the part that did not start.
     """
 
-    def __init__(self, model: str, *, mode: str = "disaggregated", **arguments: Any) -> None:
+    def __init__(self, model: str, *, mode: str | None = None, **arguments: Any) -> None:
         self._llm = DisaggregatedLLM(PdDisaggConfig.from_arguments(str(model), mode=mode, **arguments))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-llm", daemon=True)

@@ -225,5 +225,88 @@ def test_the_environment_sets_the_log_level_where_the_file_does_not(
     assert load(write(tmp_path, text + "logging: {format: json}\n")).logging.level == "DEBUG"
     assert load(write(tmp_path, text + "logging: {level: ERROR}\n")).logging.level == "ERROR"
     monkeypatch.setenv("LOG_LEVEL", "loud")
-    with pytest.raises(ConfigError, match="unknown value 'LOUD'"):
+    with pytest.raises(ConfigError, match="LOG_LEVEL has the unknown value 'loud'; valid are: DEBUG"):
         load(write(tmp_path, text))
+
+
+INSTANCES = "gpu_instances: [{instance_id: a, instance_type: %s}, {instance_id: b, instance_type: %s}]\n"
+
+
+@pytest.mark.parametrize(
+    ("types", "mode"),
+    [
+        (("prefill", "decode"), "disaggregated"),
+        (("decode", "prefill"), "disaggregated"),
+        (("unified", "unified"), "unified"),
+        (("semi_pd", "semi_pd"), "semi_pd"),
+    ],
+)
+def test_the_mode_follows_from_the_types_of_the_instances(tmp_path: Path, types: tuple[str, str], mode: str) -> None:
+    assert load(write(tmp_path, MODEL + INSTANCES % types)).mode == mode
+    assert load(write(tmp_path, MODEL + "mode:\n" + INSTANCES % types)).mode == mode
+    instances = [{"instance_id": name, "instance_type": kind} for name, kind in zip("ab", types, strict=True)]
+    assert PdDisaggConfig(str(tmp_path), gpu_instances=instances).freeze().mode == mode
+    assert load(write(tmp_path, MODEL)).mode == "unified"
+    assert load(write(tmp_path, MODEL + "gpu_instances: []\n")).mode == "unified"
+    assert PdDisaggConfig(str(tmp_path)).freeze().mode == "disaggregated"
+
+
+@pytest.mark.parametrize(
+    ("types", "why"),
+    [
+        (("prefill", "prefill"), "gpu_instances: mode disaggregated needs at least one decode instance; add one with"),
+        (("unified", "decode"), "mode disaggregated needs at least one prefill instance; add one with"),
+        (("semi_pd", "unified"), r"gpu_instances\[1\].instance_type: mode semi_pd has no unified instances, only"),
+        (("semi_pd", "decode"), "prefill and decode instances need each other"),
+    ],
+)
+def test_instances_of_no_mode_are_refused_with_what_to_add(tmp_path: Path, types: tuple[str, str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load(write(tmp_path, MODEL + INSTANCES % types))
+
+
+def test_a_mode_that_contradicts_the_instances_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="follows from the types of the instances"):
+        load(write(tmp_path, MODEL + "mode: unified\n" + INSTANCES % ("prefill", "decode")))
+
+
+def test_a_linked_model_folder_is_served_under_the_name_of_the_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "snapshot-0c54").mkdir()
+    (tmp_path / "my-model").symlink_to("snapshot-0c54")
+    monkeypatch.chdir(tmp_path)
+    for path in ("my-model", "my-model/", "./my-model", str(tmp_path / "my-model"), "snapshot-0c54/../my-model"):
+        config = PdDisaggConfig(path).freeze()
+        assert config.served_name == "my-model"
+        assert config.model.path == str(tmp_path / "snapshot-0c54"), "a moved link must not change a restart's weights"
+    assert PdDisaggConfig("my-model", served_name="other").freeze().served_name == "other"
+    assert PdDisaggConfig("snapshot-0c54").freeze().served_name == "snapshot-0c54"
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert PdDisaggConfig(".").freeze().served_name == "snapshot-0c54"
+
+
+def test_a_flat_configuration_needs_its_model_only_when_it_is_used(tmp_path: Path) -> None:
+    flat = PdDisaggConfig()
+    flat.chunk_size = 256
+    with pytest.raises(ConfigError, match="model_path: give the path"):
+        flat.freeze()
+    flat.model_path = str(tmp_path)
+    assert flat.freeze().chunked_prefill.chunk_size == 256
+
+
+def test_overrides_replace_the_values_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, MODEL + "server: {port: 1}\nperformance:\n")
+    config = load(path, {"server.port": 2, "performance.max_num_seqs": 3})
+    assert (config.server.port, config.performance.max_num_seqs) == (2, 3)
+    with pytest.raises(ConfigError, match=r"^server.port: must be in 0..65535, got 70000"):
+        load(path, {"server.port": 70000})
+
+
+@pytest.mark.parametrize(("text", "level"), [("warn", "WARNING"), (" Info ", "INFO"), ("critical", "ERROR")])
+def test_the_environment_sets_the_log_level_of_python_users_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, level: str
+) -> None:
+    monkeypatch.setenv("LOG_LEVEL", text)
+    assert PdDisaggConfig(str(tmp_path)).freeze().logging.level == level
+    assert PdDisaggConfig(str(tmp_path), log_level="DEBUG").freeze().logging.level == "DEBUG"
