@@ -23,7 +23,7 @@ from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.outputs import GenerationOutput, Sample, SampleDelta, TextStream
 from hbserve.messages.client import AddRequest, RequestOutput
-from hbserve.messages.text import OutputText, TextStreamOptions
+from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import ChatMessage, Tokenizer
 from hbserve.tokenizer.text_service import LocalText, TextService
@@ -177,9 +177,10 @@ class TextEngine:
         sampling: SamplingParams,
         request_id: str | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        options: ChatOptions = DEFAULT_CHAT,
     ) -> GenerationOutput:
         """Generate the answer to a conversation, by the model's chat template. Errors as in `stream`."""
-        return await self.generate(await self.text.encode_chat(messages, tools), sampling, request_id)
+        return await self.generate(await self.text.encode_chat(messages, tools, options), sampling, request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request; its samples finish with ``abort``. Unknown ids are ignored: the request may have ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -11,7 +11,16 @@ import zmq
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError
 from hbserve.frontend.text_process import TextProcess
-from hbserve.messages.text import Checked, CheckGrammar, EncodeChat, Encoded, EncodeText, TextStreamOptions
+from hbserve.messages.text import (
+    DEFAULT_CHAT,
+    ChatOptions,
+    Checked,
+    CheckGrammar,
+    EncodeChat,
+    Encoded,
+    EncodeText,
+    TextStreamOptions,
+)
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
@@ -69,15 +78,14 @@ class TextProcesses:
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[dict[str, Any]] | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
-        plain: list[dict[str, Any]] = [dict(message) for message in messages]
         reply = await self._tokenizer().ask(
             lambda number: EncodeChat(
                 query_id=number,
-                messages=plain,
+                messages=list(messages),
                 tools=list(tools) if tools else None,
-                template_options=dict(template_options or {}),
+                options=options,
             ),
             "messages",
         )

@@ -75,7 +75,7 @@ class TextWorker:
             decoding.feed(request.token_ids, len(request.token_ids), False)
         elif isinstance(request, CloseText):
             self._streams.pop(request.stream, None)
-        elif _size(request) < LONG_TEXT and not isinstance(request, CheckGrammar):
+        elif _size(request) < LONG_TEXT and not _may_take_long(request):
             self._replies.append(self._reply_to(request))
         else:  # in a thread, so that other requests do not wait for it
             task = asyncio.create_task(self._answer_later(request))
@@ -102,7 +102,7 @@ class TextWorker:
                 ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
                 return Encoded(query_id=number, token_ids=ids)
             if isinstance(request, EncodeChat):
-                ids = self._tokenizer.encode_chat(request.messages, request.tools, request.template_options)
+                ids = self._tokenizer.encode_chat(request.messages, request.tools, request.options)
                 return Encoded(query_id=number, token_ids=ids)
             vocabulary = self._tokenizer.vocabulary(request.vocab_size)
             if request.token_ids is None:
@@ -120,6 +120,13 @@ class TextWorker:
         if self._replies:
             self._socket.send([self._encoder.encode(self._replies)])
             self._replies.clear()
+
+
+def _may_take_long(request: EncodeText | EncodeChat | CheckGrammar) -> bool:
+    """Return whether even a short request may take long: a grammar, or a template that a client wrote."""
+    return isinstance(request, CheckGrammar) or (
+        isinstance(request, EncodeChat) and request.options.template is not None
+    )
 
 
 def _size(request: EncodeText | EncodeChat | CheckGrammar) -> int:

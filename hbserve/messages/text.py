@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from hbserve.messages.base import Message, Value
 
@@ -17,6 +20,27 @@ class TextStreamOptions(Value, frozen=True):
     min_tokens: int
 
 
+class ChatOptions(Value, frozen=True):
+    """How a conversation becomes a prompt; see `hbserve.tokenizer.Tokenizer.encode_chat`.
+
+    Attributes:
+        variables: further variables of the chat template, by name, such as ``enable_thinking`` for Qwen 3.
+        reasoning_effort: a variable that only templates which name it get.
+        template: chat template in place of the model's.
+        add_generation_prompt: the prompt ends with the beginning of an answer.
+        continue_final_message: the prompt ends within the last message, which the answer continues.
+    """
+
+    variables: dict[str, Any] = msgspec.field(default_factory=dict)
+    reasoning_effort: str | None = None
+    template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+DEFAULT_CHAT = ChatOptions()
+
+
 class EncodeText(Message, frozen=True):
     """Tokenize a text. Answered by `Encoded` or `TextFailed`."""
 
@@ -29,14 +53,13 @@ class EncodeChat(Message, frozen=True):
     """Tokenize a chat. Answered by `Encoded` or `TextFailed`.
 
     Attributes:
-        messages, tools: plain data, as chat templates take them.
-        template_options: further arguments of the template, by name.
+        messages, tools: plain data, as clients send them.
     """
 
     query_id: int
-    messages: list[dict[str, Any]]
+    messages: list[Mapping[str, Any]]
     tools: list[dict[str, Any]] | None
-    template_options: dict[str, Any]
+    options: ChatOptions
 
 
 class CheckGrammar(Message, frozen=True):

@@ -81,7 +81,7 @@ def create_app(
     }
 
     def check_model(name: str | None) -> None:
-        if name not in (None, served_name):
+        if name not in (None, "", served_name):
             raise errors.ModelNotFoundError(f"there is no model {name!r}; this server has {served_name!r}", "model")
 
     def deadline_of(request: Request) -> Deadline:
@@ -91,11 +91,13 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
+        body.model = served_name
         return await Completion(engine, body, deadline_of(request)).respond(request.receive)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model)
+        body.model = served_name
         chat = await ChatCompletion.create(engine, body, deadline_of(request))
         return await chat.respond(request.receive)
 
@@ -107,7 +109,7 @@ def create_app(
         if body.prompt is not None:
             tokens = await engine.text.encode(body.prompt, body.add_special_tokens)
         else:
-            tokens = await engine.text.encode_chat(body.messages or [])
+            tokens = await engine.text.encode_chat(body.messages, body.offered_tools, body.chat_options())
         return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
 
     @app.post("/detokenize")

@@ -59,8 +59,7 @@ class ChatCompletion(Generation):
         form = tool_format(engine.tokenizer.tools_template)
         sampling = body.sampling(form, engine.tokenizer.added_token_id)
         async with deadline.applied():
-            messages = [message.as_in_templates() for message in body.messages]
-            prompt = await engine.text.encode_chat(messages, body.offered_tools, body.chat_template_kwargs)
+            prompt = await engine.text.encode_chat(body.messages, body.offered_tools, body.chat_options())
         return ChatCompletion(engine, body, prompt, sampling, deadline, form)
 
     def _is_complete(self, delta: SampleDelta) -> bool:

@@ -1,169 +1,27 @@
-"""Body of a chat completion: messages, tools, and the required form of the answer."""
+"""Body of a chat completion: limits, tools, and the required form of the answer."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import ANY_JSON_OBJECT, json_schema
 from hbserve.sampling_params import MAX_LOGPROBS, SamplingParams
-from hbserve.server.protocol import AnyJson, Body, GenerationRequest, all_of, not_too_deep
+from hbserve.server.bodies.border import AnyJson, Body
+from hbserve.server.bodies.conversation import Conversation, ToolChoice
+from hbserve.server.protocol import GenerationRequest
 from hbserve.server.tool_formats import TokenId, ToolFormat
-
-
-class CalledFunction(Body):
-    """Attributes: arguments: a JSON object, as text; parsed_arguments: the client's copy of it, ignored."""
-
-    name: str
-    arguments: str
-    parsed_arguments: Any = None
-
-
-class ToolCall(Body):
-    """A call that the model made in an earlier turn."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-    def as_in_templates(self) -> dict[str, Any]:
-        """Return the call for the chat template, with its arguments as an object."""
-        function = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
-        return {"id": self.id, "type": self.type, "function": function}
-
-
-class ChatMessage(Body):
-    """One turn of a conversation. Its content is text, or a list of text parts, which are joined."""
-
-    role: str
-    content: str | None = None
-    name: Any = None
-    refusal: Any = None
-    audio: Any = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: Any = None
-    parsed: Any = None  # the client's copy of the content, ignored
-
-    @field_validator("role")
-    @classmethod
-    def _check_role(cls, value: str) -> str:
-        if value not in ("system", "developer", "user", "assistant", "tool"):
-            raise ValueError(f"must be system, developer, user, assistant or tool, got {value!r}")
-        return "system" if value == "developer" else value  # OpenAI's newer name; chat templates know the older
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        texts = []
-        for part in value:
-            if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise ValueError("parts must be {'type': 'text', 'text': ...}; other kinds are not supported")
-            texts.append(part["text"])
-        if not all_of(texts, str):
-            raise ValueError("the text of a part must be a string")
-        return "".join(texts)
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, value: object, info: ValidationInfo) -> object:
-        if value is None or (info.data.get("role") == "tool" and isinstance(value, str)):
-            return value
-        raise ValueError("must be text, and is supported in messages of role tool only")
-
-    @field_validator("refusal", "audio", "function_call")
-    @classmethod
-    def _refuse(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError("is not supported in messages")
-        return value
-
-    @model_validator(mode="after")
-    def _check_whole(self) -> ChatMessage:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls are supported in messages of role assistant only")
-        if self.tool_call_id is not None and self.role != "tool":
-            raise ValueError("tool_call_id is supported in messages of role tool only")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        return self
-
-    def as_in_templates(self) -> dict[str, Any]:
-        """Return the message for the chat template, with the arguments of calls as objects instead of text.
-
-        Raises:
-            InvalidRequestError: arguments are not a JSON object.
-        """
-        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
-        if self.tool_calls:
-            message["tool_calls"] = [call.as_in_templates() for call in self.tool_calls]
-        others = {"tool_call_id": self.tool_call_id, "name": self.name}
-        return message | {name: value for name, value in others.items() if value is not None}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        arguments = not_too_deep(json.loads(text or "{}"))
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequestError("messages: the arguments of a tool call must be a JSON object, as text", "messages")
-    return arguments
-
-
-class FunctionDefinition(Body):
-    """A function that the model may call. ``strict`` changes nothing: forced calls always fit the schema."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: AnyJson | None = None
-    strict: bool | None = None
-
-    def schema_of_arguments(self) -> dict[str, Any]:
-        """Return ``parameters`` with the type that arguments always have, which many clients leave out.
-
-        Raises:
-            InvalidRequestError: the parameters are of another type.
-        """
-        parameters = self.parameters or {}
-        kind = parameters.get("type", "object")
-        if "object" not in (kind if isinstance(kind, list) else [kind]):
-            what = f"the parameters of {self.name!r} are of type {json.dumps(kind)}"
-            raise InvalidRequestError(f"tools: {what}; the arguments of a call are an object", "tools")
-        return parameters | {"type": "object"}
-
-
-class Tool(Body):
-    """A tool that the model may call: always a function."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class ChosenFunction(Body):
-    """The function of a `ToolChoice`."""
-
-    name: str
-
-
-class ToolChoice(Body):
-    """One function that must be called."""
-
-    type: Literal["function"]
-    function: ChosenFunction
 
 
 class JsonSchema(Body):
     """The schema of an answer. ``name``, ``description`` and ``strict`` change nothing: the answer always fits."""
 
     model_config = Body.model_config | {"populate_by_name": True}
+    KEEPS_EMPTY = frozenset({"schema"})
 
-    name: str
+    name: str | None = None
     description: str | None = None
     schema_: AnyJson | None = Field(default=None, alias="schema")
     strict: bool | None = None
@@ -189,48 +47,15 @@ class ResponseFormat(Body):
         return json_schema(ANY_JSON_OBJECT if self.json_schema is None else self.json_schema.schema_ or {})
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(Conversation, GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-
-    @field_validator("tool_choice", mode="before")
-    @classmethod
-    def _check_tool_choice(cls, value: object) -> object:
-        function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-        if value in (None, "none", "auto", "required") or (isinstance(function, dict) and "name" in function):
-            return value
-        raise ValueError("must be none, auto, required, or {'type': 'function', 'function': {'name': ...}}")
-
-    chat_template_kwargs: AnyJson | None = None
-
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    service_tier: Any = None
-    store: bool | None = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-    @property
-    def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools for the chat template; None if the model is told of none."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
     @property
     def forces_calls(self) -> bool:
@@ -247,7 +72,7 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             InvalidRequestError: a parameter cannot be honoured; ``param`` names it.
         """
-        self._refuse_unsupported()
+        self._check_stream_options()
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidRequestError("max_tokens and max_completion_tokens differ; send one", "max_tokens")
@@ -256,7 +81,7 @@ class ChatCompletionRequest(GenerationRequest):
             logprobs = self.top_logprobs or 0
             if not 0 <= logprobs <= MAX_LOGPROBS:
                 raise InvalidRequestError(f"top_logprobs must be in 0..{MAX_LOGPROBS}", "top_logprobs")
-        elif self.top_logprobs is not None:
+        elif self.top_logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
         more: dict[str, Any] = {"max_tokens": limits.pop() if limits else None, "logprobs": logprobs}
         forced = self._forced_functions()

@@ -24,10 +24,10 @@ from hbserve.errors import (
     ShuttingDownError,
     UnknownInstanceError,
 )
+from hbserve.server.bodies.border import Body, unsupported
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import (
     AllocationRequest,
-    Body,
     CompletionRequest,
     DetokenizeRequest,
     RoleRequest,
@@ -151,6 +151,8 @@ def _validation_error(error: RequestValidationError, known: list[str]) -> ApiErr
             message = "a parameter's name contains a lone surrogate, which is not a character"
         case _ if param is None:
             message = "the body must be a JSON object, with Content-Type: application/json"
+        case "extra_forbidden" if len(path) == 1 and (reason := unsupported(path[0])) is not None:
+            message = reason
         case "extra_forbidden":
             message = f"unknown parameter {param!r}{nearest(path[0], known) if len(path) == 1 else ''}"
         case "missing":

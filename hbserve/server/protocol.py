@@ -1,67 +1,22 @@
-"""Bodies of the HTTP API's requests. Every parameter is honoured, or refused by name.
+"""Bodies of completions and other routes: OpenAI's parameters, vLLM's, and HBServe's own.
 
-Accepted without effect: ``user``, ``metadata``, ``safety_identifier``, ``prompt_cache_key`` (labels for the provider's
-bookkeeping), and of the parameters in `NEUTRAL` the values listed there, which ask for nothing special. Any other value
-of those parameters is refused.
+Every parameter is honoured, or refused by name; `hbserve.server.bodies.border` has the rule of the border.
+`GenerationRequest` also lists what is accepted without effect: labels for bookkeeping, and hints that change no answer.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from hbserve.errors import InvalidRequestError
 from hbserve.sampling_params import SamplingParams
+from hbserve.server.bodies.border import Body, all_of, whole
+from hbserve.server.bodies.conversation import Conversation
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "prediction": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""OpenAI's parameters that are not supported, with the values that ask for nothing."""
 _TOKEN_ID = re.compile("[0-9]{1,18}")
-_REASONS = {
-    "suffix": ": insertion needs a model trained for it",
-    "functions": "; send tools",
-    "function_call": "; send tool_choice",
-    "store": ": the server stores no answers",
-}
-MAX_DEPTH = 64
-
-
-def not_too_deep(value: Any) -> Any:
-    """Refuse JSON that is nested so deeply that a recursive program may fail on it.
-
-    Raises:
-        ValueError
-    """
-    containers = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        inner = [item for c in containers for item in (c.values() if isinstance(c, dict) else c)]
-        containers = [item for item in inner if isinstance(item, dict | list)]
-        if not containers:
-            return value
-    raise ValueError(f"must not be nested more than {MAX_DEPTH} levels deep")
-
-
-AnyJson = Annotated[dict[str, Any], AfterValidator(not_too_deep)]
-
-
-class Body(BaseModel):
-    """Base of all bodies: unknown names are refused, and types are not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Body):
@@ -90,7 +45,7 @@ class GenerationRequest(Body):
     Names and meanings are OpenAI's; those from ``top_k`` to ``tpot_ms`` are HBServe's, as in `SamplingParams`.
     """
 
-    model: str
+    model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -113,15 +68,26 @@ class GenerationRequest(Body):
     ttft_ms: float | None = None
     tpot_ms: float | None = None
 
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
     logit_bias: dict[str, float] | None = None
+
+    user: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _check_stop(cls, value: object) -> object:
-        if value is None or isinstance(value, str) or (isinstance(value, list) and all_of(value, str)):
+        if value is None or isinstance(value, str):
             return value
+        if isinstance(value, list) and all_of(value, str):
+            return [stop for stop in value if stop] or None
         raise ValueError("must be a string or a list of strings")
 
     def _sampling(self, **more: Any) -> SamplingParams:
@@ -132,13 +98,10 @@ class GenerationRequest(Body):
             given["logit_bias"] = _biases(self.logit_bias)
         return SamplingParams(**given | more)
 
-    def _refuse_unsupported(self) -> None:
-        if self.stream_options is not None and not self.stream:
+    def _check_stream_options(self) -> None:
+        options = self.stream_options
+        if options is not None and not self.stream and (options.include_usage or options.continuous_usage_stats):
             raise InvalidRequestError("stream_options needs stream: true", "stream_options")
-        for name, neutral in NEUTRAL.items():
-            value = getattr(self, name, None)
-            if value is not None and value not in neutral:
-                raise InvalidRequestError(f"{name} is not supported{_REASONS.get(name, '')}", name)
 
 
 class CompletionRequest(GenerationRequest):
@@ -148,7 +111,6 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
     best_of: int | None = None
     echo: bool | None = None
-    suffix: str | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -156,9 +118,11 @@ class CompletionRequest(GenerationRequest):
         if isinstance(value, str):
             return value
         if isinstance(value, list) and value:
-            if all_of(value, str) or all_of(value, int):
-                return value
-            if all_of(value, list) and all(all_of(token_ids, int) for token_ids in value):
+            if all_of(value, list):
+                value = [_with_integers(token_ids) for token_ids in value]
+                if all(all_of(token_ids, int) for token_ids in value):
+                    return value
+            elif all_of(value, str) or all_of(value := _with_integers(value), int):
                 return value
         raise ValueError("must be a string, a list of token ids, or a list of one of these, and not empty")
 
@@ -174,7 +138,7 @@ class CompletionRequest(GenerationRequest):
         Raises:
             InvalidRequestError: a parameter cannot be honoured; ``param`` names it.
         """
-        self._refuse_unsupported()
+        self._check_stream_options()
         if self.echo and self.logprobs is not None:
             raise InvalidRequestError("echo is not supported with logprobs: the prompt's logprobs are not kept", "echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -182,16 +146,17 @@ class CompletionRequest(GenerationRequest):
         return self._sampling()
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Conversation):
     """Body of POST /tokenize: a text, or a conversation, which gets the beginning of its answer.
 
     Attributes:
         add_special_tokens: for texts only: add the special tokens with which the model expects a prompt to begin.
     """
 
+    KEEPS_EMPTY = frozenset({"prompt", "messages"})
+
     model: str | None = None
     prompt: str | None = None
-    messages: list[AnyJson] | None = None
     add_special_tokens: bool = True
 
 
@@ -229,6 +194,5 @@ def _biases(values: dict[str, float]) -> dict[int, float]:
     return {int(key): bias for key, bias in values.items()}
 
 
-def all_of(values: list[Any], kind: type) -> bool:
-    """Return whether all values are of the type ``kind``; a bool does not count as an int."""
-    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+def _with_integers(values: list[Any]) -> list[Any]:
+    return [whole(value) if isinstance(value, float) else value for value in values]

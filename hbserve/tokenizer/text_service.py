@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from hbserve.errors import EngineDeadError, HBServeError
-from hbserve.messages.text import OutputText, TextStreamOptions
+from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
 
@@ -46,7 +46,7 @@ class TextService(Protocol):
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[dict[str, Any]] | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
         """Return the token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
 
@@ -100,9 +100,9 @@ class LocalText:
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[dict[str, Any]] | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, template_options)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> None:
         await asyncio.to_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))

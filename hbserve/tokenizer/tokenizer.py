@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import jinja2
 
 from hbserve.errors import InvalidRequestError, ModelError
 from hbserve.grammar import Vocabulary
+from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
 from hbserve.model_files import read_config, read_json, shown, whole_number
+from hbserve.tokenizer import conversation
+from hbserve.tokenizer.chat_template import ContentForms, render_request_template
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
@@ -26,6 +30,8 @@ SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "
 
 _NO_BYTES = frozenset("ÀÁõö÷øùúûüýþÿ")
 """Letters of the byte alphabet whose bytes, C0, C1 and F5 to FF, are in no UTF-8 text: only a text can mean them."""
+
+_TRIAL_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
 
 _IMPORTING = threading.Lock()
 """transformers imports its parts at their first use, and fails if two threads do this at once."""
@@ -77,6 +83,7 @@ class Tokenizer:
         self._plain_text: dict[int, str] = {}  # added tokens that are text, whatever the alphabet of the vocabulary
         self._added_ids: dict[str, int] = {}
         self._tools_template = ""
+        self._content_forms: dict[bool, ContentForms] = {}  # by whether there are tools
         self._bytes_of_piece: BytesOfPiece | None = None
         self._bytes: dict[int, bytes] = {}  # filled when a token is first seen
         self._shown_bytes: dict[int, bytes] = {}  # the same, but special tokens are empty
@@ -194,46 +201,77 @@ class Tokenizer:
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
         """Return the token ids of a conversation and the beginning of its answer, by the model's chat template.
 
         Args:
+            messages: in any form that `conversation.normalise` takes.
             tools: functions that the model may call, in OpenAI's form.
-            template_options: further variables of the template, such as ``enable_thinking`` for Qwen 3.
 
         Raises:
             InvalidRequestError: the model has no chat template, or the template rejects the messages or options.
         """
-        if not self.has_chat_template:
+        turns = conversation.normalise(messages)
+        if not self.has_text or not (self.has_chat_template or options.template):
             raise InvalidRequestError(
                 f"the model in {self.path} has no chat template; use completions with a plain prompt", "messages"
             )
-        if not messages:
-            raise InvalidRequestError("messages must not be empty", "messages")
-        if not all(isinstance(message, Mapping) for message in messages):
-            raise InvalidRequestError("messages must be a list of dictionaries with role and content", "messages")
+        template = options.template or self._tools_template
+        variables = dict(options.variables)
         reserved = {"messages", *inspect.signature(self._hf.apply_chat_template).parameters}
-        for name in template_options or ():
-            if name in reserved or not re.search(rf"\b{re.escape(name)}\b", self._tools_template):
+        for name in variables:
+            if name in reserved or not _names(template, name):
                 raise InvalidRequestError(
                     f"chat_template_kwargs: the model's chat template has no option {name!r}", "chat_template_kwargs"
                 )
-        try:
-            text = self._hf.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=True,
-                **(template_options or {}),
+        effort = options.reasoning_effort
+        if effort is not None and _names(template, "reasoning_effort"):
+            variables.setdefault("reasoning_effort", effort)
+        if effort is not None and variables.get("reasoning_effort", effort) != effort:
+            raise InvalidRequestError(
+                "reasoning_effort differs from the one in chat_template_kwargs; send one", "reasoning_effort"
             )
+        try:
+            text = self._render_chat(turns, list(tools) if tools else None, options, variables)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # A template is a program that comes with the model; it rejects messages with any of these errors.
-            raise InvalidRequestError(f"the model's chat template rejects the messages: {error}", "messages") from error
+            which, param = (
+                ("chat_template", "chat_template") if options.template else ("the model's chat template", "messages")
+            )
+            raise InvalidRequestError(f"{which} rejects the messages: {error}", param) from error
         try:
             return self.encode(text, add_special_tokens=False)  # the template writes special tokens itself
         except InvalidRequestError as error:
             raise InvalidRequestError(str(error), "messages") from None
+
+    def _render_chat(
+        self,
+        turns: list[dict[str, Any]],
+        tools: list[Mapping[str, Any]] | None,
+        options: ChatOptions,
+        variables: dict[str, Any],
+    ) -> str:
+        if options.template is not None:
+            variables = self._hf.special_tokens_map | variables
+            variables |= {"tools": tools, "documents": None, "add_generation_prompt": options.add_generation_prompt}
+            return render_request_template(
+                options.template, turns, variables, continue_final_message=options.continue_final_message
+            )
+
+        forms = self._content_forms.get(tools is not None)  # a model may have another template for tools
+        if forms is None:
+            trial = partial(self._hf.apply_chat_template, tools=[_TRIAL_TOOL] if tools else None, tokenize=False)
+            forms = self._content_forms[tools is not None] = ContentForms(trial)
+        text: str = self._hf.apply_chat_template(
+            forms.fit(turns),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **variables,
+        )
+        return text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids have no text."""
@@ -288,6 +326,10 @@ class Tokenizer:
 def _is_of_library(error: BaseException) -> bool:
     """Whether an error may come from transformers or tokenizers: they raise many kinds, and a panic is no Exception."""
     return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
+
+
+def _names(template: str, variable: str) -> bool:
+    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
 
 def _configured_end_tokens(folder: Path) -> set[int]:

@@ -17,8 +17,9 @@ from hbserve.config import Config, InstanceConfig, from_dict, load
 from hbserve.config.fields import Section
 from hbserve.config.flat import KEYS
 from hbserve.sampling_params import SamplingParams
+from hbserve.server.bodies.border import NEUTRAL
 from hbserve.server.chat_protocol import ChatCompletionRequest
-from hbserve.server.protocol import NEUTRAL, CompletionRequest
+from hbserve.server.protocol import CompletionRequest
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
