@@ -25,8 +25,9 @@ from hbserve.messages.client import (
     SchedulerReply,
     SubscribeReady,
 )
-from hbserve.rpc.async_socket import AsyncSocket
+from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES, AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.rpc.inbox import Inbox
 
 OutputSink = Callable[[RequestOutput | errors.HBServeError], None]
 
@@ -62,7 +63,6 @@ class EngineClient:
         self._answer_timeout_s = answer_timeout_s
         self._last_heard = time.monotonic()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(SchedulerReply)
         self._sinks: dict[str, OutputSink] = {}
         self._queries: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._query_ids = itertools.count(1)
@@ -75,6 +75,7 @@ class EngineClient:
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
         if self._key is not None:
             self._key.for_connecting(self._socket.socket, self._address)
+        self._inbox: Inbox[SchedulerReply] = Inbox(self._socket, SchedulerReply, "the scheduler")
         self._socket.socket.connect(self._address)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_scheduler())]
 
@@ -116,8 +117,12 @@ class EngineClient:
             raise self._dead
         if request.request_id in self._sinks:
             raise errors.InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        encoded = self._encoder.encode(request)
+        if len(encoded) > MAX_MESSAGE_BYTES:  # the scheduler's socket would close the connection
+            what = f"the request has {len(encoded)} bytes; the scheduler takes at most {MAX_MESSAGE_BYTES}"
+            raise errors.InvalidRequestError(what, "prompt")
         self._sinks[request.request_id] = sink
-        self._send(request)
+        self._socket.send([encoded])
 
     def close_request(self, request_id: str, finish_reason: str = "abort") -> None:
         """End a request, if it has not ended, and discard its further outputs."""
@@ -224,9 +229,9 @@ class EngineClient:
     async def _receive(self) -> None:
         while True:
             await asyncio.sleep(0)  # a queue of messages must not block the loop's other work
-            (payload,) = await self._socket.receive()
+            _, reply = await self._inbox.receive()
             self._last_heard = time.monotonic()
-            match self._decoder.decode(payload):
+            match reply:
                 case OutputBatch(outputs=outputs):
                     for output in outputs:
                         self._on_output(output)

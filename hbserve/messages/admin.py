@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hbserve.config import InstanceRole
-from hbserve.messages.base import Message
+from hbserve.messages.base import Message, Seconds
 
 
 class GetStats(Message, frozen=True):
@@ -26,7 +26,7 @@ class GetWindowMetrics(Message, frozen=True):
     """Ask for the `WindowMetrics` of the last ``seconds``."""
 
     query_id: int
-    seconds: float
+    seconds: Seconds
 
 
 class WindowMetrics(Message, frozen=True):
@@ -43,7 +43,7 @@ class SetRole(Message, frozen=True):
     query_id: int
     instance_id: str
     role: InstanceRole
-    deadline_s: float
+    deadline_s: Seconds
 
 
 class RemoveInstance(Message, frozen=True):
@@ -52,7 +52,7 @@ class RemoveInstance(Message, frozen=True):
 
     query_id: int
     instance_id: str
-    deadline_s: float
+    deadline_s: Seconds
 
 
 class InstanceChanged(Message, frozen=True):

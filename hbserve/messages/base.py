@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""A time that a message asks for: never a NaN or infinite."""
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True, kw_only=True):

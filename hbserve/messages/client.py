@@ -11,7 +11,7 @@ from hbserve.messages.admin import (
     Stats,
     WindowMetrics,
 )
-from hbserve.messages.base import Message, TokenLogprobs, Value
+from hbserve.messages.base import Message, Seconds, TokenLogprobs, Value
 from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
 from hbserve.sampling_params import SamplingParams
@@ -44,7 +44,7 @@ class AbortRequest(Message, frozen=True):
 class SubscribeReady(Message, frozen=True):
     """Ask for `Ready` when all instances are registered, or `NotReady` at the deadline."""
 
-    deadline_s: float
+    deadline_s: Seconds
 
 
 # --- scheduler -> client --------------------------------------------------------------------------

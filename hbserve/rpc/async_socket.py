@@ -13,6 +13,15 @@ from typing import cast
 
 import zmq
 
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""Limit of one frame that a listening socket receives. ZeroMQ applies it to every connection, also before its login."""
+
+LOGIN_TIMEOUT_MS = 5000
+"""Time for a connection to log in; ZeroMQ then closes it."""
+
+_MAX_FRAMES = 8
+"""Limit of the frames of one message. The protocols use at most three."""
+
 
 class SocketClosed(Exception):
     """Error of a receive whose socket was closed meanwhile."""
@@ -47,14 +56,16 @@ class AsyncSocket:
             self.look()
 
     async def receive(self) -> list[bytes]:
-        """Wait for the next message and return it; only one task may wait at a time.
+        """Wait for the next message and return its frames; only one task may wait at a time.
+
+        A message of too many frames is read to its end, in pieces, and returned as an empty list.
 
         Raises:
             SocketClosed: if the socket is closed meanwhile.
         """
         while True:
             with contextlib.suppress(zmq.Again):
-                return self.socket.recv_multipart(zmq.NOBLOCK)
+                return await self._frames(self.socket.recv(zmq.NOBLOCK))
             if self._loop is None:
                 self._loop = asyncio.get_running_loop()
                 self._loop.add_reader(self.socket.FD, self._wake)
@@ -64,6 +75,18 @@ class AsyncSocket:
                 await self._waiter
             finally:
                 self._waiter = None
+
+    async def _frames(self, first: bytes) -> list[bytes]:
+        """Read the rest of a message; ZeroMQ delivers a message only as a whole, so no read waits."""
+        frames, num_frames = [first], 1
+        while self.socket.getsockopt(zmq.RCVMORE):
+            frames.append(self.socket.recv(zmq.NOBLOCK))
+            num_frames += 1
+            if num_frames > _MAX_FRAMES:
+                frames.clear()
+                if num_frames % 1000 == 0:
+                    await asyncio.sleep(0)  # the loop's other work must not wait for it
+        return frames if num_frames <= _MAX_FRAMES else []
 
     def look(self) -> None:
         """Wake the task that waits to receive, if a message is there."""

@@ -18,8 +18,9 @@ from zmq.utils.monitor import parse_monitor_message
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages.worker import InstanceCommand, InstanceReply
-from hbserve.rpc.async_socket import AsyncSocket, SocketClosed
+from hbserve.rpc.async_socket import LOGIN_TIMEOUT_MS, MAX_MESSAGE_BYTES, AsyncSocket, SocketClosed
 from hbserve.rpc.cluster_key import ClusterKey, Doorkeeper
+from hbserve.rpc.inbox import Inbox
 
 _MAX_SOCKET_PATH_BYTES = 107
 """Limit of Linux, see unix(7)."""
@@ -59,7 +60,7 @@ def _private_socket(key: str, name: str, run_dir: str | None) -> str:
 
 
 def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
-    """Bind a listener; over TCP it accepts only holders of ``key``.
+    """Bind a listener; over TCP it accepts only holders of ``key``, and no message over `MAX_MESSAGE_BYTES`.
 
     Returns:
         Authenticator to be closed after the socket; None without TCP or key.
@@ -67,6 +68,8 @@ def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None)
     Raises:
         StartupError: naming the listening part (``what``) and the address.
     """
+    listener.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    listener.socket.setsockopt(zmq.HANDSHAKE_IVL, LOGIN_TIMEOUT_MS)
     doorkeeper = key.for_binding(listener.socket, address) if key is not None else None
     try:
         listener.socket.bind(_numeric(address))
@@ -99,7 +102,6 @@ class RpcClient:
         self._context = context
         self._key = key
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(InstanceReply)
         self._open()
 
     def _open(self) -> None:
@@ -109,6 +111,7 @@ class RpcClient:
         """
         self._is_connected = False
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
+        self._inbox: Inbox[InstanceReply] = Inbox(self._socket, InstanceReply, self.address)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         if self._key is not None:
@@ -141,17 +144,12 @@ class RpcClient:
         return self._is_connected
 
     async def receive(self) -> InstanceReply:
-        """Wait for the next reply.
-
-        Raises:
-            msgspec.DecodeError: if the message is not a reply.
-        """
+        """Wait for the next reply."""
         while True:
             try:
-                (payload,) = await self._socket.receive()
+                _, reply = await self._inbox.receive()
             except SocketClosed:
                 continue  # the next connection has another socket
-            reply: InstanceReply = self._decoder.decode(payload)
             return reply
 
     def close(self) -> None:
@@ -170,24 +168,23 @@ class RpcServer:
 
     def __init__(self, address: str, key: ClusterKey | None = None) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(InstanceCommand)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.ROUTER))
         self._doorkeeper = bind(self._socket, address, "the instance", key)
+        self._inbox: Inbox[InstanceCommand] = Inbox(self._socket, InstanceCommand, "a scheduler")
         self._peer: bytes | None = None
 
     async def receive(self) -> tuple[bytes, InstanceCommand]:
-        """Wait for the next command; returns its sender and the command.
-
-        Raises:
-            msgspec.DecodeError: if the message is not a command.
-        """
-        peer, payload = await self._socket.receive()
-        return peer, self._decoder.decode(payload)
+        """Wait for the next command; returns its sender and the command."""
+        return await self._inbox.receive()
 
     def answer_to(self, peer: bytes) -> None:
         """Send replies to this scheduler from now on."""
         self._peer = peer
+
+    def is_answering(self, peer: bytes) -> bool:
+        """Whether replies go to this peer. Only its commands count: the scheduler pings before any other command."""
+        return peer == self._peer
 
     def send(self, reply: InstanceReply) -> None:
         """Send a reply; dropped if no scheduler has spoken yet, or if it has disconnected."""

@@ -24,6 +24,7 @@ from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import MarkRotation, SetWorkers
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.rpc.inbox import Inbox
 from hbserve.rpc.instance_line import bind
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.readiness import Readiness
@@ -50,8 +51,15 @@ def validate(request: AddRequest, readiness: Readiness, id_is_in_use: bool) -> R
         return _refuse(request, "InvalidRequestError", error, "prompt")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         return _refuse(request, "InvalidRequestError", f"token ids must be in 0..{vocab_size - 1}", "prompt")
-    if request.sampling.max_tokens is None:
+    sampling = request.sampling
+    others = [*request.end_token_ids, *(sampling.stop_token_ids or ()), *(sampling.logit_bias or ())]
+    if others and (min(others) < 0 or max(others) >= vocab_size):  # a worker would fail at such a row
+        error = f"the ids of end tokens, stop tokens and biases must be in 0..{vocab_size - 1}"
+        return _refuse(request, "InvalidRequestError", error, "stop_token_ids")
+    if sampling.max_tokens is None:
         return _refuse(request, "InvalidRequestError", "max_tokens is not resolved", "max_tokens")
+    if sampling.seed is None and not sampling.greedy:
+        return _refuse(request, "InvalidRequestError", "seed is not resolved", "seed")
     return None
 
 
@@ -94,7 +102,7 @@ class ClientServer:
         self._socket.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left raises an error
         self._doorkeeper = bind(self._socket, address, "the scheduler", ClusterKey.of(config))
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._inbox: Inbox[ClientMessage] = Inbox(self._socket, ClientMessage, "a client")
         self._outputs: defaultdict[bytes, list[RequestOutput]] = defaultdict(list)
         self._on_client_gone = on_client_gone
         self._num_arrivals = 0
@@ -112,12 +120,7 @@ class ClientServer:
     ) -> None:
         """Receive messages until cancelled; ``wake`` makes the scheduler plan after each."""
         while True:
-            client, payload = await self._socket.receive()
-            try:
-                message = self._decoder.decode(payload)
-            except msgspec.DecodeError as error:
-                logger.error("dropped a message that is no client message: %s", error)
-                continue
+            client, message = await self._inbox.receive()
             if isinstance(message, AddRequest):
                 self._on_request(client, message, requests, readiness)
             elif isinstance(message, AbortRequest):

@@ -8,8 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 
-import msgspec
-
 from hbserve.config import RpcConfig
 from hbserve.messages.worker import InstanceReply, Ping
 from hbserve.scheduler.instance import InstanceHandle
@@ -81,11 +79,7 @@ class WorkerConnections:
 
     async def _receive_from(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         while True:
-            try:
-                reply = await worker.rpc.receive()
-            except msgspec.DecodeError as error:
-                logger.error("dropped a message of %s that is no reply: %s", worker.id, error)
-                continue
+            reply = await worker.rpc.receive()
             worker.last_seen = time.monotonic()
             self._on_reply(instance, worker, reply)
             self._wake()

@@ -286,10 +286,10 @@ class WorkerProcess:
                 peer, command = await self._rpc.receive()
                 if isinstance(command, Ping):
                     await self._on_ping(peer, command)
-                else:
+                elif self._rpc.is_answering(peer):
                     self._events.handle(command)
-            except msgspec.DecodeError as error:
-                logger.error("dropped a message that is no command: %s", error)
+                else:
+                    logger.error("dropped a %s of a peer that has sent no Ping", type(command).__name__)
             except HBServeError as error:
                 self._fail(str(error))
 

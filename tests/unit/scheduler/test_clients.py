@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.transfer_tracker import TransferTracker
 
 
-def request(prompt: list[int], max_tokens: int | None = 5) -> AddRequest:
-    sampling = SamplingParams(max_tokens=max_tokens)
-    return AddRequest(request_id="r", prompt_token_ids=prompt, end_token_ids=[], sampling=sampling)
+def request(prompt: list[int], end_token_ids: Sequence[int] = (), **sampling: Any) -> AddRequest:
+    params = SamplingParams(**{"max_tokens": 5, "seed": 1} | sampling)
+    return AddRequest(request_id="r", prompt_token_ids=prompt, end_token_ids=list(end_token_ids), sampling=params)
 
 
 @pytest.fixture
@@ -34,6 +35,11 @@ def readiness() -> Readiness:
         ([1, 50], {}, "prompt", "token ids must be in 0..49"),
         ([-1], {}, "prompt", "token ids must be in 0..49"),
         ([1], {"max_tokens": None}, "max_tokens", "max_tokens is not resolved"),
+        ([1], {"seed": None}, "seed", "seed is not resolved"),
+        *(
+            ([1], more, "stop_token_ids", "the ids of end tokens, stop tokens and biases must be in 0..49")
+            for more in ({"end_token_ids": [-1]}, {"stop_token_ids": [3, 50]}, {"logit_bias": {50: 1.0}})
+        ),
     ],
 )
 def test_a_request_that_can_never_be_computed_is_refused(

@@ -1,0 +1,59 @@
+"""Receiver of typed messages: whatever the frames of a message are, decoding them cannot end the process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+
+from hbserve.rpc.async_socket import AsyncSocket
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_LOG_INTERVAL_S = 10.0
+
+
+class Inbox(Generic[T]):
+    """Receiver of the typed messages of one socket. It drops every other message, and logs this from time to time.
+
+    Args:
+        receives: union of the types of the messages that arrive here.
+        sender: name of the other side, for the log.
+    """
+
+    def __init__(self, socket: AsyncSocket, receives: Any, sender: str) -> None:
+        self._socket, self._sender = socket, sender
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
+        self._num_frames = 2 if socket.socket.type == zmq.ROUTER else 1
+        self._num_dropped = 0
+        self._logged_at = -_LOG_INTERVAL_S
+
+    async def receive(self) -> tuple[bytes, T]:
+        """Wait for the next message; returns the identity of its sender, which is empty unless this is a ROUTER.
+
+        Raises:
+            SocketClosed: if the socket is closed meanwhile.
+        """
+        while True:
+            frames = await self._socket.receive()
+            if len(frames) == self._num_frames:
+                try:
+                    return (frames[0] if self._num_frames > 1 else b""), self._decoder.decode(frames[-1])
+                except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as error:
+                    self._on_dropped(str(error) or type(error).__name__)
+            else:
+                self._on_dropped("a wrong number of frames")
+            await asyncio.sleep(0)  # a flood of such messages must not block the loop's other work
+
+    def _on_dropped(self, reason: str) -> None:
+        self._num_dropped += 1
+        now = time.monotonic()
+        if now - self._logged_at >= _LOG_INTERVAL_S:
+            logger.error("dropped %d invalid message(s) of %s: %s", self._num_dropped, self._sender, reason)
+            self._num_dropped, self._logged_at = 0, now
