@@ -7,6 +7,7 @@ a stated number of bytes before it has checked them. Nothing here needs torch.
 from __future__ import annotations
 
 import json
+import os
 import stat
 import struct
 from collections.abc import Iterator
@@ -64,17 +65,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"cannot read {path}: it is not a regular file")
+        problem = "" if stat.S_ISREG(status.st_mode) else "it is not a regular file"
         if status.st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path} has {status.st_size} bytes; at most {MAX_JSON_BYTES} are read")
-        document = json.loads(path.read_bytes())
+            problem = f"it has {status.st_size} bytes, more than {MAX_JSON_BYTES}"
+        document = None if problem else json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:
         raise ModelError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if problem:
+        raise ModelError(f"cannot read {path}: {problem}")
     if not isinstance(document, dict):
         raise ModelError(f"{path} is not a JSON object, but {shown(document)}")
     return document
@@ -96,6 +98,11 @@ def read_config(folder: Path) -> dict[str, Any]:
                 raise ModelError(f"{path}: {key} must be an integer in 1..{bound}, got {shown(value)}")
             document[key] = number
     return document
+
+
+def is_there(path: Path) -> bool:
+    """Whether a folder has an entry of that name; a link to nowhere is one, and reading it an error."""
+    return os.path.lexists(path)
 
 
 def whole_number(value: object) -> int | None:
@@ -132,9 +139,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} is not a safetensors index: weight_map must name a file for each tensor")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name or not (folder / name).is_file():
-            raise ModelError(f"{index} names {name if isinstance(name, str) else shown(name)}, not a file of {folder}")
+        is_name = isinstance(name, str) and Path(name).name == name
+        if not is_name or not _is_file(folder / name):
+            raise ModelError(f"{index} names {shown(name)}, which is not a file of {folder}")
     return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # such as a name that is too long, or holds half a surrogate pair
+        return False
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, TensorEntry]:

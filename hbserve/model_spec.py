@@ -85,6 +85,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _SAFETENSORS_DTYPES = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Serving dtype for weights of a dtype, if config.json names none."""
 
+_ROPE_COEFFICIENTS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor")
+
+_CONFIG_KEYS = (
+    *SIZES,
+    *("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+)
+"""Keys of config.json that the forward pass depends on. The others stay unread: transformers would allocate a name for
+each of ``num_labels``, for example."""
+
 _MAX_ROPE_NUMBER = 1e12
 """Bound of all numbers of a rotary embedding: float32 computes with their products."""
 
@@ -146,9 +157,8 @@ class ModelSpec:
             # These checks come first: transformers' message for an unknown model does not say what is supported.
             model_type, family = _family(document)
             _refuse_quantised(document)
-            # Special tokens and dtype have other rules here, see `hbserve.tokenizer` and `_dtype`.
-            left_out = ("architectures", "auto_map", "dtype", "torch_dtype", "model_type")
-            given = {key: value for key, value in document.items() if key not in left_out and "_token_id" not in key}
+            given = {key: document[key] for key in _CONFIG_KEYS if key in document}
+            _check_rope_numbers(given)
             try:
                 config = CONFIG_MAPPING[model_type].from_dict(given)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception
@@ -276,6 +286,25 @@ def _has_tied_head(config: Any, folder: Path) -> bool:
         return True
 
 
+def _check_rope_numbers(document: dict[str, Any]) -> None:
+    """Check the types of rotary parameters, which transformers computes with before it checks them."""
+    places: dict[str, Any] = {"": document}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = document.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ModelError(f"{key} must be an object, got {shown(value)}")
+        places[f"{key}."] = value or {}
+    names = {"rope_theta", *_ROPE_COEFFICIENTS, *(name for names in _ROPE_PARAMETERS.values() for name in names)}
+    for prefix, place in places.items():
+        for name in sorted(names & set(place)):
+            value = place[name]
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and abs(value) <= _MAX_ROPE_NUMBER):  # NaN is not
+                raise ModelError(
+                    f"{prefix}{name}: rope parameters must be numbers up to {_MAX_ROPE_NUMBER:g}, got {shown(value)}"
+                )
+
+
 def _rope(config: Any) -> RopeSpec:
     # transformers 5 converts the older keys rope_theta and rope_scaling to rope_parameters. Some keys at the top level
     # of config.json are set after it has done so once.
@@ -283,7 +312,7 @@ def _rope(config: Any) -> RopeSpec:
         if getattr(config, "original_max_position_embeddings", 0) is None:
             del config.original_max_position_embeddings
         config.standardize_rope_params()
-    except Exception as error:  # it does not check types
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"rope_parameters {shown(config.rope_parameters)} cannot be read: {error}") from None
     parameters = config.rope_parameters
     nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
@@ -308,13 +337,9 @@ def _rope(config: Any) -> RopeSpec:
     original = whole_number(given.get("original_max_position_embeddings", 1))
     if original is not None:
         given["original_max_position_embeddings"] = original
-    coefficients = ("attention_factor", "mscale", "mscale_all_dim")
-    for name, value in (given | {name: parameters.get(name) for name in coefficients}).items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and not 0 < value <= _MAX_ROPE_NUMBER and not (name in coefficients and value == 0):
-            raise ModelError(f"rope parameters: {name} must be positive and at most {_MAX_ROPE_NUMBER:g}, got {value}")
-        if not is_number and value is not None and name not in ("kind", "truncate"):
-            raise ModelError(f"rope parameters: {name} must be a number, got {shown(value)}")
+    for name, value in given.items():
+        if isinstance(value, int | float) and not value > 0 and name != "truncate":
+            raise ModelError(f"rope parameters: {name} must be positive, got {value}")
     if kind == "yarn":
         given["magnitude"] = _yarn_magnitude(parameters)
         if given["theta"] <= 1:

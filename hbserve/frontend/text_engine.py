@@ -205,6 +205,12 @@ class TextEngine:
     async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             token_ids = await self.text.encode(prompt)
+            if token_ids and max(token_ids) >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"the tokenizer writes the prompt with token id {max(token_ids)}, which is not in the model's "
+                    f"vocabulary of {self.vocab_size} tokens",
+                    "prompt",
+                )
         elif not isinstance(prompt, Iterable):
             raise InvalidRequestError(f"the prompt must be text or token ids, got {prompt!r}", "prompt")
         else:

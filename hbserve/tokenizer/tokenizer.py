@@ -18,7 +18,7 @@ import jinja2
 from hbserve.errors import InvalidRequestError, ModelError
 from hbserve.grammar import Vocabulary
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
-from hbserve.model_files import read_config, read_json, shown, whole_number
+from hbserve.model_files import is_there, read_config, read_json, shown, whole_number
 from hbserve.tokenizer import conversation
 from hbserve.tokenizer.chat_template import ContentForms, render_request_template
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
@@ -78,7 +78,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, model_path: str | Path | None = None) -> None:
         self.path = Path(path)
-        self.has_text = any((self.path / name).is_file() for name in _FILES)
+        self.has_text = any(is_there(self.path / name) for name in _FILES)
         self._special: frozenset[int] = frozenset()
         self._plain_text: dict[int, str] = {}  # added tokens that are text, whatever the alphabet of the vocabulary
         self._added_ids: dict[str, int] = {}
@@ -90,8 +90,6 @@ class Tokenizer:
         self._vocabularies: dict[int, Vocabulary] = {}
         end_token_ids = _configured_end_tokens(Path(model_path or path))
         if self.has_text:
-            if model_path is not None and (self.path / "config.json").is_file():
-                read_config(self.path)  # transformers reads it for the tokenizer's class
             try:
                 end_token_ids |= self._load()
             except ModelError:
@@ -99,21 +97,30 @@ class Tokenizer:
             except BaseException as error:
                 if not _is_of_library(error):
                     raise
-                reason = " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
-                raise ModelError(f"cannot load the tokenizer in {self.path}: {reason}") from error
+                raise ModelError(f"cannot load the tokenizer in {self.path}: {self._diagnosis(error)}") from error
         self.end_token_ids = frozenset(end_token_ids)
 
     def _load(self) -> set[int]:
         """Load the files; return the end tokens that the tokenizer names."""
         # Imported here, because it takes seconds and only a tokenizer needs it.
         with _IMPORTING:
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast
+            from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
         for name in _JSON_FILES:
-            if (self.path / name).exists():
+            if is_there(self.path / name):
                 read_json(self.path / name)
+        # The tokenizer's class depends on three keys of config.json. transformers would read the whole of it, and
+        # allocate what it says.
+        document = read_config(self.path) if is_there(self.path / "config.json") else {}
+        keys = ("model_type", "model_name", "tokenizer_class")
+        names = {key: document[key] for key in keys if isinstance(document.get(key), str)}
+        model_type = names.get("model_type")
+        config: Any = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else PreTrainedConfig()
+        names["_name_or_path"] = str(self.path)
+        for key, name in names.items():
+            setattr(config, key, name)
         options = {"local_files_only": True, "trust_remote_code": False}  # it would ask at the terminal
-        self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), **options)
+        self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), config=config, **options)
         if self._uses_file_unchanged() and type(self._hf) is not PreTrainedTokenizerFast:
             # For some models (Qwen2) AutoTokenizer returns the model's class, which splits words by other rules.
             self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
@@ -145,6 +152,29 @@ class Tokenizer:
         if backend.decoder is not None:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+
+    def _diagnosis(self, error: BaseException) -> str:
+        """Say which file and key make the tokenizer fail; the libraries' own errors often do not."""
+        path = self.path / "tokenizer.json"
+        if not is_there(path):
+            return f"there is no tokenizer.json: {_one_line(error)}"
+        document = read_json(path)
+        if "added_tokens" not in document:
+            return "tokenizer.json: there is no added_tokens"
+        problem = _load_problem(document)
+        if problem:
+            neutral = dict.fromkeys(
+                ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+            )
+            sections = neutral | {
+                "version": "1.0",
+                "added_tokens": [],
+                "model": {"type": "BPE", "vocab": {}, "merges": []},
+            }
+            culprit = next((key for key, value in sections.items() if not _load_problem(document | {key: value})), None)
+            return f"tokenizer.json: {f'{culprit}: ' if culprit else ''}{problem}"
+        config = "tokenizer_config.json" if is_there(self.path / "tokenizer_config.json") else "tokenizer.json"
+        return f"{config}: {_one_line(error)}"
 
     def _uses_file_unchanged(self) -> bool:
         """Return whether the folder names the class that uses tokenizer.json without changes."""
@@ -323,6 +353,23 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False).encode()
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
+
+
+def _load_problem(document: dict[str, Any]) -> str:
+    """Load a tokenizer.json as the library itself does; return its error, or nothing."""
+    import tokenizers
+
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(document))
+    except BaseException as error:
+        if not _is_of_library(error):
+            raise
+        return _one_line(error)
+    return ""
+
+
 def _is_of_library(error: BaseException) -> bool:
     """Whether an error may come from transformers or tokenizers: they raise many kinds, and a panic is no Exception."""
     return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
@@ -337,7 +384,7 @@ def _configured_end_tokens(folder: Path) -> set[int]:
     found: set[int] = set()
     for name, read in (("config.json", lambda path: read_config(path.parent)), ("generation_config.json", read_json)):
         path = folder / name
-        if not path.is_file():
+        if not is_there(path):
             continue
         document = read(path)
         for section in (document, document.get("text_config")):
