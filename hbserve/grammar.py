@@ -3,12 +3,20 @@
 A grammar is text: llguidance's Lark dialect, or what `json_schema` makes of a schema. The API server or the embedding
 program checks it (`Vocabulary.check`). Every worker that samples for the request follows it with a `Matcher`, whose
 whole state is the grammar and the output so far.
+
+A grammar is a stranger's program. Limits of the parser bound the work for one token. `start_thread` starts a thread
+with the stack that llguidance needs for deep grammars: on a smaller one its recursion ends the process.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +24,28 @@ import numpy as np
 import numpy.typing as npt
 
 from hbserve.errors import InvalidRequestError
+from hbserve.json_schemas import NUM_BYTES, byte_matcher, followable, problem_of
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_GRAMMAR_CHARACTERS = 200_000
 
 _MAX_PROBLEM_CHARACTERS = 300
 _NO_FORCING = '%llguidance {"no_forcing": true}'
 _WHITE_SPACE = r"( |\n {0,64})?"
+
+_RULE_OF_JSON = re.compile(r"^(?P<head>\w+(?:\[[^\]\n]*\])?: %json )(?P<schema>\{.*\})$", re.MULTILINE)
+_CAPTURED_JSON = re.compile(r"^(?P<name>\w+)\[capture\]: %json (?P<schema>\{.*\})$", re.MULTILINE)
+_STACK_BYTES = 256 << 20  # reserved, not used: enough for the recursion of a grammar of `MAX_GRAMMAR_CHARACTERS`
+
+_MAX_CHECK_CPU_S = 2.0
+_MAX_TRIAL_CPU_S = 0.3
+_MAX_TRIAL_MASK_CPU_S = 0.25
+_NUM_TRIALS = 24
+_TRIAL_TOKENS = 24
+_TRIAL_BYTES = 64
+_STRUCTURAL_BYTES = np.frombuffer(b'"{}[],:0', np.uint8)
 
 ANY_JSON_OBJECT = '{"type": "object"}'
 
@@ -91,35 +112,80 @@ class Vocabulary:
                 f"structured output does not work with this tokenizer: {error}", "grammar"
             ) from None
 
-    def check(self, grammar: str) -> None:
-        """Compile a grammar.
+    def check(self, grammar: str) -> str:
+        """Compile a grammar, and try it out: some outputs are begun at random.
+
+        Takes up to `_MAX_CHECK_CPU_S` for a grammar that is accepted, and has no limit for one that is refused.
+
+        Returns:
+            The grammar to follow: of the same outputs, without what llguidance cannot follow to an end.
 
         Raises:
-            InvalidRequestError: if the grammar is wrong or too complex; the message says why.
+            InvalidRequestError: if the grammar is wrong, too complex, or leads into a dead end; the message says which.
         """
-        from llguidance import LLMatcher
-
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise InvalidRequestError(f"the grammar has more than {MAX_GRAMMAR_CHARACTERS} characters", "grammar")
-        matcher = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0)
-        problem = matcher.get_error() or _problem_at_start(matcher)
+        started = time.thread_time()
+        followed = self._unforced(_without_dead_ends(grammar))
+        matcher = self._matcher(followed)
+        problem = matcher.get_error() or _problem_at_start(matcher.deep_copy())
+        if not problem and time.thread_time() - started > _MAX_CHECK_CPU_S:
+            problem = "it is too complex: it takes too long to compile; make it smaller"
+        problem = problem or self._problem_in_trials(matcher, followed)
         if problem:
-            reason = " ".join(problem.split())[:_MAX_PROBLEM_CHARACTERS]
-            raise InvalidRequestError(f"the grammar cannot be followed: {reason}", "grammar")
+            reason = " ".join(problem.replace("<non-verbose/>", "").split())
+            raise InvalidRequestError(f"the grammar cannot be followed: {reason[:_MAX_PROBLEM_CHARACTERS]}", "grammar")
+        return followed
+
+    def _problem_in_trials(self, matcher: LLMatcher, grammar: str) -> str | None:
+        """Begin some outputs at random, and say why one of them cannot go on; None if all can.
+
+        Trials with the model's tokens find masks that take too long; trials with single bytes, which are cheap, find
+        dead ends.
+        """
+        chance = random.Random(0)
+        deadline = time.thread_time() + _MAX_TRIAL_CPU_S
+        problem = _trial(matcher.deep_copy(), self.vocab_size, _TRIAL_TOKENS, chance, deadline)
+        by_bytes = byte_matcher(grammar, _limits())
+        if problem is not None or by_bytes.is_error():  # it names tokens of the model
+            return problem
+        deadline = time.thread_time() + _MAX_TRIAL_CPU_S
+        for _ in range(_NUM_TRIALS):
+            if time.thread_time() > deadline:
+                break
+            problem = _trial(by_bytes.deep_copy(), NUM_BYTES, _TRIAL_BYTES, chance, deadline)
+            if problem is not None:
+                return problem
+        return None
 
     def problem_of(self, grammar: str, token_ids: Sequence[int]) -> str | None:
-        """Say why a finished output, without its end token, does not match the grammar; None if it does."""
-        matcher = self.follow(grammar, [])
+        """Say why a finished output, without its end token, does not match the grammar; None if it does.
+
+        JSON documents are also checked against their schemas, by another library.
+        """
+        matcher = self.follow(_without_dead_ends(grammar), [])
         matcher.advance(token_ids)
-        return matcher.problem
+        if matcher.problem is not None:
+            return matcher.problem
+        if grammar.startswith("{"):
+            text = self._tokenizer.decode_bytes(list(token_ids)).decode(errors="replace")
+            return next((why for schema in _schemas(grammar) if (why := problem_of(schema, text)) is not None), None)
+        schemas = {found["name"]: found["schema"] for found in _CAPTURED_JSON.finditer(grammar)}
+        for name, document in matcher.captures() if schemas else ():
+            problem = problem_of(schemas[name], document.decode(errors="replace")) if name in schemas else None
+            if problem is not None:
+                return problem
+        return None
 
     def follow(self, grammar: str, end_token_ids: Sequence[int]) -> Matcher:
         """Make a matcher at the beginning of an output; the grammar must have been checked."""
+        matcher = self._matcher(self._unforced(grammar))
+        return Matcher(matcher, self.vocab_size, end_token_ids, self._tokenizer.eos_tokens)
+
+    def _matcher(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        tokenizer_ends = self._tokenizer.eos_tokens
-        matcher = LLMatcher(self._tokenizer, self._unforced(grammar), log_level=0)
-        return Matcher(matcher, self.vocab_size, end_token_ids, tokenizer_ends)
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
 
     def _unforced(self, grammar: str) -> str:
         """Return the grammar, with the option not to force tokens if it contains the text of an added token.
@@ -157,6 +223,11 @@ class Matcher:
         """Move on past these sampled tokens."""
         self._matcher.consume_tokens(list(token_ids))
 
+    def captures(self) -> list[tuple[str, bytes]]:
+        """Return the parts of the output that the grammar names, in their order."""
+        captures: list[tuple[str, bytes]] = self._matcher.get_captures()
+        return captures
+
     def mask(self) -> npt.NDArray[np.int32]:
         """Return the tokens that may come next, ``[ceil(vocab / 32)]``: bit i of word w is token ``32 * w + i``."""
         words = np.zeros(self._num_words, np.int32)
@@ -170,10 +241,15 @@ class Matcher:
         return words
 
     @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed any more; None if it can."""
+        return self.problem if self._matcher.is_error() else None
+
+    @property
     def problem(self) -> str | None:
         """Why the output would not match the grammar if it ended here; None if it would."""
         if self._matcher.is_error():
-            return f"the grammar could not be followed to the end: {self._matcher.get_error().strip().splitlines()[0]}"
+            return f"the grammar could not be followed to the end: {_reason(self._matcher.get_error())}"
         return None if self._matcher.is_accepting() else "the output ends before the grammar does"
 
 
@@ -189,6 +265,83 @@ def _problem_at_start(matcher: LLMatcher) -> str | None:
         matcher.consume_token(int(np.unpackbits(words, bitorder="little").argmax()))
     problem: str = matcher.get_error().partition("\n")[0]
     return "it admits no text" if problem == "NoExtensionBias" else problem or None
+
+
+def _trial(matcher: LLMatcher, num_tokens: int, length: int, chance: random.Random, deadline: float) -> str | None:
+    """Begin an output of random tokens; say why it cannot go on, None if it can."""
+    for _ in range(length):
+        began = time.thread_time()
+        if began > deadline or matcher.is_stopped():
+            break
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:num_tokens]
+        if time.thread_time() - began > _MAX_TRIAL_MASK_CPU_S:
+            return "it is too complex: one token takes too long; make it smaller or less ambiguous"
+        if matcher.is_error():
+            break
+        allowed = np.flatnonzero(bits)
+        if not allowed.size:
+            break
+        structural = allowed[np.isin(allowed, _STRUCTURAL_BYTES)] if num_tokens == NUM_BYTES else allowed
+        if structural.size and chance.random() < 0.5:  # else most trials would not leave their first string
+            allowed = structural
+        matcher.consume_token(int(allowed[chance.randrange(allowed.size)]))
+    return _reason(matcher.get_error()) if matcher.is_error() else None
+
+
+def _reason(error: str) -> str:
+    """Say in words what llguidance found."""
+    if error.startswith("NoExtensionBias"):
+        return "it leads into a dead end, from which no output can be finished"
+    first = error.strip().splitlines()[0]
+    return f"it is too complex: {first}" if re.search("Too many items|too many|row has|fuel", first) else first
+
+
+def _without_dead_ends(grammar: str) -> str:
+    """Return the grammar with `followable` schemas in place of its schemas."""
+    if not grammar.startswith("{"):
+        return _RULE_OF_JSON.sub(_followable_rule, grammar)
+    try:  # a result of `json_schema`
+        document = json.loads(grammar)
+        parts = [part for part in document["grammars"] if "json_schema" in part]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return grammar  # llguidance says what is wrong
+    for part in parts:
+        part["json_schema"] = followable(part["json_schema"])
+    return json.dumps(document)
+
+
+def _followable_rule(found: re.Match[str]) -> str:
+    try:
+        schema = json.loads(found["schema"])
+    except (ValueError, RecursionError):
+        return found[0]
+    return found["head"] + json.dumps(followable(schema))
+
+
+def _schemas(grammar: str) -> list[Any]:
+    try:
+        return [part["json_schema"] for part in json.loads(grammar)["grammars"] if "json_schema" in part]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+@cache
+def _limits() -> LLParserLimits:
+    """Return the limits of the work for one token: within them it takes up to some tenths of a second."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(step_max_items=10_000, max_lexer_states=50_000, max_grammar_size=50_000, verbose_errors=False)
+
+
+def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """Start a daemon thread in which grammars of any depth can be compiled and followed."""
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    return thread
 
 
 def _set(words: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64], allowed: bool) -> None:

@@ -112,12 +112,12 @@ class TextEngine:
 
         stream = opened.stream = TextStream(num_samples, close, lambda index: samples[index].close("stop"))
         try:
-            await self._check_sampling(sampling)
+            grammar = await self._check_sampling(sampling)
             for prompt in prompts:
                 token_ids = await self._prompt_token_ids(prompt)
                 first = len(stream.prompt_token_ids) * sampling.n
                 stream.prompt_token_ids.append(token_ids)
-                requests = self._requests(token_ids, sampling, opened.sample_ids[first : first + sampling.n])
+                requests = self._requests(token_ids, sampling, grammar, opened.sample_ids[first : first + sampling.n])
                 for index, request in enumerate(requests, start=first):
                     samples.append(_OpenSample(self, index, request, sampling, stream))
             if self._ended is not None:
@@ -244,17 +244,21 @@ class TextEngine:
                     f"{param}: token id {token_id} is not in the vocabulary of {self.vocab_size} tokens", param
                 )
 
-    async def _check_sampling(self, sampling: SamplingParams) -> None:
+    async def _check_sampling(self, sampling: SamplingParams) -> str | None:
+        """Check parameters that need the tokenizer; return the grammar to follow, which may differ from the given."""
         self.check_token_ids(sampling.stop_token_ids or (), "stop_token_ids")
         self.check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
         if sampling.stop_strings and not self.tokenizer.has_text:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none", "stop")
-        if sampling.grammar is not None:
-            if not self._end_token_ids:
-                raise InvalidRequestError("the model names no end token, which a grammar needs", "grammar")
-            await self.text.check_grammar(sampling.grammar, self.vocab_size)
+        if sampling.grammar is None:
+            return None
+        if not self._end_token_ids:
+            raise InvalidRequestError("the model names no end token, which a grammar needs", "grammar")
+        return await self.text.check_grammar(sampling.grammar, self.vocab_size)
 
-    def _requests(self, token_ids: list[int], sampling: SamplingParams, sample_ids: list[str]) -> list[AddRequest]:
+    def _requests(
+        self, token_ids: list[int], sampling: SamplingParams, grammar: str | None, sample_ids: list[str]
+    ) -> list[AddRequest]:
         """Make one request per sample, with all defaults resolved."""
         max_output = self.max_model_len - len(token_ids)
         max_tokens = max_output if sampling.max_tokens is None else sampling.max_tokens
@@ -280,6 +284,7 @@ class TextEngine:
                     seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
                     max_tokens=max_tokens,
                     stop=None,  # the scheduler handles no text
+                    grammar=grammar,
                 ),
             )
             for index, sample_id in enumerate(sample_ids)

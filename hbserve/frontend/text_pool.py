@@ -95,17 +95,20 @@ class TextProcesses:
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return self._detokenizer.open(options, on_text)
 
-    async def check_grammar(self, grammar: str, vocab_size: int) -> None:
-        await self.check_output(grammar, vocab_size, None)
+    async def check_grammar(self, grammar: str, vocab_size: int) -> str:
+        return (await self._check(grammar, vocab_size, None)).grammar
 
-    async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> str | None:
+    async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
+        return (await self._check(grammar, vocab_size, token_ids)).problem
+
+    async def _check(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> Checked:
         # All checks go to one process, because the vocabulary that it makes for grammars is large.
         reply = await self._processes[-1].ask(
             lambda number: CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids),
             "grammar",
         )
         assert isinstance(reply, Checked)
-        return reply.problem
+        return reply
 
     def _tokenizer(self) -> TextProcess:
         if not self._tokenizers:

@@ -33,7 +33,7 @@ from hbserve.messages.text import (
 from hbserve.process import child, event_loop
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer import Tokenizer, leave_out_torch
-from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding
+from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding, in_grammar_thread
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,11 @@ class TextWorker:
         self._replies.append(StreamText(stream=request.stream, output=output))
 
     async def _answer_later(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
-        self._replies.append(await asyncio.to_thread(self._reply_to, request))
+        if isinstance(request, CheckGrammar):
+            reply = await in_grammar_thread(lambda: self._reply_to(request))
+        else:
+            reply = await asyncio.to_thread(self._reply_to, request)
+        self._replies.append(reply)
         self._flush()
 
     def _reply_to(self, request: EncodeText | EncodeChat | CheckGrammar) -> TextReply:
@@ -106,8 +110,7 @@ class TextWorker:
                 return Encoded(query_id=number, token_ids=ids)
             vocabulary = self._tokenizer.vocabulary(request.vocab_size)
             if request.token_ids is None:
-                vocabulary.check(request.grammar)
-                return Checked(query_id=number)
+                return Checked(query_id=number, grammar=vocabulary.check(request.grammar))
             return Checked(query_id=number, problem=vocabulary.problem_of(request.grammar, request.token_ids))
         except InvalidRequestError as error:
             return TextFailed(query_id=number, error=str(error), param=error.param)

@@ -110,10 +110,16 @@ class Encoded(Message, frozen=True):
 
 
 class Checked(Message, frozen=True):
-    """Answer to `CheckGrammar`. ``problem``: why the output does not follow the grammar."""
+    """Answer to `CheckGrammar`.
+
+    Attributes:
+        problem: why the output does not follow the grammar.
+        grammar: the grammar to follow, if no output was to be checked; see `hbserve.grammar.Vocabulary.check`.
+    """
 
     query_id: int
     problem: str | None = None
+    grammar: str = ""
 
 
 class TextFailed(Message, frozen=True):

@@ -64,7 +64,7 @@ class ToolFormat(ABC):
         for number, (name, parameters) in enumerate(functions.items()):
             rules += [f"call_{number}: {head(name)} arguments_{number} {tail}".rstrip()]
             # A rule of its own, because references within a schema start at its root.
-            rules += [f"arguments_{number}: {json_rule(parameters or {'type': 'object'})}"]
+            rules += [f"arguments_{number}[capture]: {json_rule(parameters or {'type': 'object'})}"]
         calls = " | ".join(f"call_{number}" for number in range(len(functions)))
         return "\n".join(["%llguidance {}", f"start: {start}", f"call: {calls}", *rules])
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 from hbserve.errors import EngineDeadError, HBServeError
+from hbserve.grammar import start_thread
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
@@ -14,6 +16,7 @@ from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
 LONG_TEXT = 20_000
 """Characters. A longer prompt takes milliseconds to encode, and must not block an event loop."""
 
+T = TypeVar("T")
 OnText = Callable[[OutputText | HBServeError], None]
 
 
@@ -50,14 +53,29 @@ class TextService(Protocol):
     ) -> list[int]:
         """Return the token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
 
-    async def check_grammar(self, grammar: str, vocab_size: int) -> None:
-        """Compile a grammar. Errors as in `Vocabulary.check`."""
+    async def check_grammar(self, grammar: str, vocab_size: int) -> str:
+        """Compile a grammar, and return the one to follow. Errors as in `Vocabulary.check`."""
 
     async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
         """Return why a finished output, without its end token, does not fit its grammar; None if it fits."""
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         """Begin to decode one output; ``on_text`` gets each answer to `OutputStream.feed`, or an error."""
+
+
+async def in_grammar_thread(work: Callable[[], T]) -> T:
+    """Run work on a grammar in a thread with a stack for deep grammars; a cancelled caller leaves it running."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        outcome.set_running_or_notify_cancel()
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    start_thread(run, "grammar-check")
+    return await asyncio.wrap_future(outcome)
 
 
 class TextDecoding:
@@ -104,11 +122,11 @@ class LocalText:
     ) -> list[int]:
         return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options)
 
-    async def check_grammar(self, grammar: str, vocab_size: int) -> None:
-        await asyncio.to_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))
+    async def check_grammar(self, grammar: str, vocab_size: int) -> str:
+        return await in_grammar_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))
 
     async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
-        return await asyncio.to_thread(lambda: self._tokenizer.vocabulary(vocab_size).problem_of(grammar, token_ids))
+        return await in_grammar_thread(lambda: self._tokenizer.vocabulary(vocab_size).problem_of(grammar, token_ids))
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return _LocalStream(TextDecoding(self._tokenizer, options), on_text)
