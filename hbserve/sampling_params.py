@@ -37,9 +37,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         stop_token_ids: end on any of these tokens, in addition to the model's own end tokens.
         ignore_eos: do not end on the model's end tokens (``stop_token_ids`` still end it).
         min_tokens: sample no end or stop token before this many output tokens.
-        max_tokens: limit of the output tokens; None: as many as the context holds.
+        max_tokens: limit of the output tokens; None: as many as the context holds; 0, with ``prompt_logprobs`` only:
+            no output.
         logprobs: report the log-probabilities of the chosen token and of this many most likely tokens per position (0
             to 20), taken before temperature and truncation; None: none.
+        prompt_logprobs: report the log-probabilities of each prompt token after the first, likewise. The prompt is then
+            computed anew: cached KV has no logits.
         skip_special_tokens: leave special tokens out of the text.
         ttft_ms, tpot_ms: targets for the time to the first token and the mean time per later token, at most; they
             decide when the request is computed, never its tokens (``scheduler.policy``).
@@ -63,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0
     max_tokens: int | None = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -95,13 +99,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._require(1 <= self.n <= MAX_N, "n", f"must be in 1..{MAX_N}")
         self._require(self.min_tokens >= 0, "min_tokens", "must not be negative")
         if self.max_tokens is not None:
-            self._require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
+            least = 1 if self.prompt_logprobs is None else 0
+            rule = "must be at least 1, or 0 with prompt_logprobs" if least else "must not be negative"
+            self._require(self.max_tokens >= least, "max_tokens", rule)
             self._require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")
         for name in ("ttft_ms", "tpot_ms"):
             target = getattr(self, name)
             self._require(target is None or 0 < target < float("inf"), name, "must be positive")
-        if self.logprobs is not None:
-            self._require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"must be in 0..{MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            self._require(number is None or 0 <= number <= MAX_LOGPROBS, name, f"must be in 0..{MAX_LOGPROBS}")
         self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")
         self._require(all(self.stop_strings), "stop", "must not hold an empty string")
         for text, param in [*((stop, "stop") for stop in self.stop_strings), (self.grammar or "", "grammar")]:

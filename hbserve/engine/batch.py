@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from hbserve.attention.base import AttentionBatch
+from hbserve.engine.prompt_scores import ScoredTokens
 from hbserve.engine.sampler import SamplingBatch
 from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
@@ -30,6 +31,7 @@ class StepBatch:
         sampled_slots: int64 ``[N]``, their slots.
         num_logprobs: ``[N]``, on the host: as `SamplingParams.logprobs`, -1 for none.
         sampling: how to sample them; its row i belongs to ``sampled_tokens[i]``.
+        scored: the places whose next tokens' log-probabilities are reported; None: there are none.
     """
 
     token_ids: torch.Tensor
@@ -39,6 +41,7 @@ class StepBatch:
     sampled_slots: torch.Tensor
     num_logprobs: list[int]
     sampling: SamplingBatch
+    scored: ScoredTokens | None = None
 
 
 def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, device: torch.device) -> StepBatch:
@@ -80,6 +83,9 @@ def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, devi
         "sampled_slots": sampled_slots,
         **sampling_arrays(table, sampled_slots, ends[sampled]),
     }
+    scoring = [row for row in rows if row.next_token_ids is not None]
+    if scoring:
+        arrays.update(_scored_arrays(rows, query_starts[place]))
     tensors = to_device(arrays, device)
     token_ids = tensors["token_ids"]
     if fed_back.size:
@@ -99,7 +105,25 @@ def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, devi
         sampled_slots=tensors["sampled_slots"],
         num_logprobs=table.num_logprobs[sampled_slots].tolist(),
         sampling=sampling_batch(table, sampled_slots, tensors),
+        scored=ScoredTokens(
+            tensors["scored_tokens"],
+            tensors["next_token_ids"],
+            [(len(row.next_token_ids or ()), int(table.num_prompt_logprobs[row.slot])) for row in scoring],
+        )
+        if scoring
+        else None,
     )
+
+
+def _scored_arrays(rows: list[PlanRow], begins: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.generic]]:
+    """Return the places in the flat batch that are scored, and the tokens after them; ``begins``: of each row."""
+    places, token_ids = [], []
+    for row, begin in zip(rows, begins.tolist(), strict=True):
+        if row.next_token_ids is not None:
+            assert len(row.next_token_ids) <= row.num_tokens, "a row scores more tokens than it computes"
+            places.append(np.arange(begin, begin + len(row.next_token_ids)))
+            token_ids += row.next_token_ids
+    return {"scored_tokens": np.concatenate(places), "next_token_ids": np.array(token_ids, np.int64)}
 
 
 def _token_ids(rows: list[PlanRow], num_tokens: int, vocab_size: int) -> npt.NDArray[np.int64]:

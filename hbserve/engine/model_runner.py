@@ -17,6 +17,7 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
 from hbserve.engine.pending_step import PendingStep, StepTimer
+from hbserve.engine.prompt_scores import score
 from hbserve.engine.sampler import sample
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import reserve_pinned_memory
@@ -229,11 +230,14 @@ class ModelRunner:
         else:
             decoder, attention = self._decoder, self._attention
             hidden = decoder.forward(batch.token_ids, batch.positions, attention, on_stored, self._layers)
+        scores = None
+        if batch.scored is not None:
+            scores = score(hidden, batch.scored, self._decoder.logits, self.spec.vocab_size)
         if not batch.num_logprobs:
-            return PendingStep(plan, None, [], timer)
+            return PendingStep(plan, None, [], timer, scores)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
-        return PendingStep(plan, sampled, batch.num_logprobs, timer)
+        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores)
 
     def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
         """Wait for the other worker's step that must come first; return the board with the tokens sampled elsewhere."""

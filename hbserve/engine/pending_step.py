@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from hbserve.engine.prompt_scores import PromptScores
 from hbserve.engine.sampler import Sampled
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.worker import StepPlan, StepResult
@@ -52,12 +53,20 @@ class PendingStep:
         sampled: None if the step sampled nothing.
         num_logprobs: per sampled row, as `SamplingParams.logprobs`, -1 for none.
         timer: started with the step; stopped here, after the copies of the results.
+        scores: of the prompts' tokens; None: no row asks for them.
 
     Attributes:
         ready_at: when the host had prepared the step, on `time.perf_counter`.
     """
 
-    def __init__(self, plan: StepPlan, sampled: Sampled | None, num_logprobs: list[int], timer: StepTimer) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        sampled: Sampled | None,
+        num_logprobs: list[int],
+        timer: StepTimer,
+        scores: PromptScores | None = None,
+    ) -> None:
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs
         self._timer = timer
@@ -67,6 +76,7 @@ class PendingStep:
         if sampled is not None and sampled.logprobs is not None:
             logprobs = sampled.logprobs
             self._logprobs = _to_host(logprobs.token), _to_host(logprobs.top_ids), _to_host(logprobs.top)
+        self._scores = None if scores is None else scores.map(_to_host)
         timer.stop()
 
     def result(self) -> StepResult:
@@ -78,6 +88,7 @@ class PendingStep:
             token_ids=[] if self._token_ids is None else self._token_ids.tolist(),
             logprobs=self._read_logprobs(),
             busy_s=busy_s,
+            prompt_logprobs=None if self._scores is None else self._scores.to_lists(),
         )
 
     def _read_logprobs(self) -> list[TokenLogprobs | None] | None:

@@ -158,8 +158,13 @@ def _truncate(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
 
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> SampledLogprobs:
     logprobs = logits.float().log_softmax(-1)
+    return SampledLogprobs(logprobs.gather(1, token_ids[:, None])[:, 0], *most_likely(logprobs, num_top))
+
+
+def most_likely(logprobs: torch.Tensor, num_top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and log-probabilities ``[rows, num_top]`` of the most likely tokens, best first."""
     top, top_ids = logprobs.topk(num_top, dim=-1)
     # topk does not define the order of equal values: put the lowest token id first
     top_ids, order = top_ids.sort(dim=-1)
     top, best_first = top.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    return SampledLogprobs(logprobs.gather(1, token_ids[:, None])[:, 0], top_ids.gather(1, best_first), top)
+    return top_ids.gather(1, best_first), top

@@ -30,7 +30,7 @@ class SequenceTable:
             ``padding_slot``, the slot of padding rows.
         plain_sampling: whether there are no penalties, biases, grammar, truncation or logprobs, only a temperature.
         next_positions: the position of that token, or `UNKNOWN_POSITION`.
-        num_logprobs: as `SamplingParams.logprobs`, -1 for none.
+        num_logprobs: as `SamplingParams.logprobs`, -1 for none; num_prompt_logprobs: likewise, 0 for none.
         end_token_ids: per slot; they are not sampled for positions before ``min_end_positions``.
         token_counts: of the slots that have penalties.
         logit_bias: per slot, by token id.
@@ -62,6 +62,7 @@ class SequenceTable:
         self.presence = np.zeros(max_num_seqs, np.float32)
         self.frequency = np.zeros(max_num_seqs, np.float32)
         self.num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self.num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
         self.plain_sampling = np.zeros(max_num_seqs, np.bool_)
         self.min_end_positions = np.zeros(max_num_seqs, np.int64)
         self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
@@ -90,6 +91,7 @@ class SequenceTable:
         self.presence[slot] = sampling.presence_penalty
         self.frequency[slot] = sampling.frequency_penalty
         self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.num_prompt_logprobs[slot] = sampling.prompt_logprobs or 0
         self.min_end_positions[slot] = state.min_end_position
         self.end_token_ids[slot] = state.end_token_ids
         truncates = self.top_k[slot] < self.vocab_size or sampling.top_p < 1 or sampling.min_p > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypedDict
 
 import msgspec
@@ -24,6 +24,7 @@ class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
         stop_reason: stop string or stop token of the request that ended the sample; None if the model's
             own end token did.
         num_cached_tokens: prompt tokens whose KV was in the prefix cache (first delta only).
+        prompt_logprobs: of the next prompt tokens, from the second on, if the request asks for them.
     """
 
     index: int
@@ -34,6 +35,7 @@ class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class SampleOutput(TypedDict):
@@ -52,7 +54,10 @@ class SampleOutput(TypedDict):
 
 
 class GenerationOutput(TypedDict):
-    """Finished request, for Python users: the first sample's values, and all ``samples``."""
+    """Finished request, for Python users: the first sample's values, and all ``samples``.
+
+    ``prompt_logprobs`` has one entry per prompt token, as ``logprobs`` has; the first token's is None.
+    """
 
     request_id: str
     text: str
@@ -62,6 +67,7 @@ class GenerationOutput(TypedDict):
     logprobs: list[dict[int, float]] | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_logprobs: list[dict[int, float] | None] | None
     samples: list[SampleOutput]
 
 
@@ -74,6 +80,7 @@ class Sample(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str = ""
     stop_reason: str | int | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     def add(self, delta: SampleDelta) -> None:
         """Append a delta."""
@@ -82,6 +89,9 @@ class Sample(msgspec.Struct, kw_only=True):
         if delta.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = self.prompt_logprobs or []
+            self.prompt_logprobs += delta.prompt_logprobs
         self.finish_reason = delta.finish_reason or ""
         self.stop_reason = delta.stop_reason
 
@@ -89,10 +99,7 @@ class Sample(msgspec.Struct, kw_only=True):
         """Return the sample as plain data, for Python users."""
         logprobs = None
         if self.logprobs is not None:
-            logprobs = [
-                {**dict(zip(entry.top_ids, entry.top, strict=True)), token_id: entry.token}
-                for token_id, entry in zip(self.token_ids, self.logprobs, strict=True)
-            ]
+            logprobs = logprobs_by_id(self.token_ids, self.logprobs)
         return {
             "index": self.index,
             "text": self.text,
@@ -101,6 +108,14 @@ class Sample(msgspec.Struct, kw_only=True):
             "stop_reason": self.stop_reason,
             "logprobs": logprobs,
         }
+
+
+def logprobs_by_id(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[dict[int, float]]:
+    """Return, for each token, the log-probabilities by token id: of the most likely tokens and of the token itself."""
+    return [
+        {**dict(zip(entry.top_ids, entry.top, strict=True)), token_id: entry.token}
+        for token_id, entry in zip(token_ids, logprobs, strict=True)
+    ]
 
 
 class TextStream:
@@ -199,10 +214,14 @@ def _merge(first: SampleDelta, second: SampleDelta) -> SampleDelta:
     logprobs = first.logprobs
     if second.logprobs is not None:
         logprobs = [*(first.logprobs or []), *second.logprobs]
+    prompt_logprobs = first.prompt_logprobs
+    if second.prompt_logprobs is not None:
+        prompt_logprobs = [*(first.prompt_logprobs or []), *second.prompt_logprobs]
     return msgspec.structs.replace(
         second,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=logprobs,
         num_cached_tokens=first.num_cached_tokens + second.num_cached_tokens,
+        prompt_logprobs=prompt_logprobs,
     )

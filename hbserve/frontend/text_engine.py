@@ -21,7 +21,7 @@ import msgspec
 
 from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError, RequestFailedError
 from hbserve.frontend.engine_client import EngineClient
-from hbserve.frontend.outputs import GenerationOutput, Sample, SampleDelta, TextStream
+from hbserve.frontend.outputs import GenerationOutput, Sample, SampleDelta, TextStream, logprobs_by_id
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
 from hbserve.sampling_params import SamplingParams
@@ -153,12 +153,18 @@ class TextEngine:
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         samples = [Sample(index=index) for index in range(sampling.n)]
         num_prompt_tokens = num_cached_tokens = 0
-        async with aclosing(self.stream(prompt, sampling, request_id)) as deltas:
+        stream = await self.open([prompt], sampling, request_id)
+        async with aclosing(stream.deltas()) as deltas:
             async for delta in deltas:
                 samples[delta.index].add(delta)
                 num_prompt_tokens = delta.num_prompt_tokens
                 num_cached_tokens += delta.num_cached_tokens if delta.index == 0 else 0
         outputs = [sample.to_output() for sample in samples]
+        prompt_logprobs: list[dict[int, float] | None] | None = None
+        if sampling.prompt_logprobs is not None:
+            (token_ids,) = stream.prompt_token_ids
+            scored = samples[0].prompt_logprobs or []  # fewer than the prompt's tokens if the request was aborted
+            prompt_logprobs = [None, *logprobs_by_id(token_ids[1 : 1 + len(scored)], scored)]
         return GenerationOutput(
             request_id=request_id,
             text=outputs[0]["text"],
@@ -168,6 +174,7 @@ class TextEngine:
             logprobs=outputs[0]["logprobs"],
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=num_cached_tokens,
+            prompt_logprobs=prompt_logprobs,
             samples=outputs,
         )
 
@@ -282,7 +289,7 @@ class TextEngine:
                     sampling,
                     n=1,
                     seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
-                    max_tokens=max_tokens,
+                    max_tokens=max(max_tokens, 1),  # with 0 the one token is dropped: see `_OpenSample`
                     stop=None,  # the scheduler handles no text
                     grammar=grammar,
                 ),
@@ -337,7 +344,12 @@ class _OpenSample:
         if isinstance(output, HBServeError):
             self._end()
             self._stream.fail(output)
+        elif output.prompt_logprobs is not None:
+            if not self._has_ended:
+                self._push([], OutputText(text="", num_tokens=0), None, None, output)
         else:
+            if self._sampling.max_tokens == 0 and output.token_ids:
+                output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
             self._outputs.append(output)
             # An end token counts as a token, but has no text.
             shown = len(output.token_ids) - (output.finish_reason == "stop")
@@ -399,5 +411,6 @@ class _OpenSample:
                 stop_reason=stop_reason,
                 num_prompt_tokens=len(self._request.prompt_token_ids),
                 num_cached_tokens=0 if output is None else output.num_cached_tokens,
+                prompt_logprobs=None if output is None else output.prompt_logprobs,
             )
         )

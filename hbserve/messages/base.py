@@ -19,13 +19,15 @@ class Value(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(Value, frozen=True):
-    """Log-probabilities at one output position.
+    """Log-probabilities at one position.
 
     Attributes:
-        token: log-probability of the chosen token.
+        token: log-probability of the token there.
         top_ids, top: the most likely tokens, best first, and their log-probabilities.
+        rank: of a prompt's token: its place among all tokens, 1 for the most likely; 0: not determined.
     """
 
     token: float
     top_ids: list[int]
     top: list[float]
+    rank: int = 0

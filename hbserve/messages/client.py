@@ -58,6 +58,7 @@ class RequestOutput(Value, frozen=True):
             None while the request goes on.
         error: what went wrong; ``error_kind`` names the class in `hbserve.errors` that the client raises.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache (first output only).
+        prompt_logprobs: of the next prompt tokens, from the second on; such an output has no tokens and is no end.
         retry_after_s: time after which a refused request may be accepted.
     """
 
@@ -70,6 +71,7 @@ class RequestOutput(Value, frozen=True):
     error_param: str | None = None
     num_cached_tokens: int = 0
     retry_after_s: float | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class OutputBatch(Message, frozen=True):

@@ -53,6 +53,7 @@ class PlanRow(Value, frozen=True):
         new_block_ids: blocks appended to the slot's table before the step.
         sample: whether the token for position ``start + num_tokens`` is sampled.
         sampled_elsewhere: whether another worker sampled that last token; it is on the board.
+        next_token_ids: the tokens after the row's first positions whose log-probabilities are reported; None: none.
     """
 
     slot: int
@@ -62,6 +63,7 @@ class PlanRow(Value, frozen=True):
     new_block_ids: list[int]
     sample: bool
     sampled_elsewhere: bool = False
+    next_token_ids: list[int] | None = None
 
 
 class StepRef(Value, frozen=True):
@@ -152,6 +154,7 @@ class StepResult(Message, frozen=True):
     Attributes:
         token_ids: sampled tokens, one for each plan row with ``sample``, in the plan's order.
         logprobs: likewise, None where not asked for.
+        prompt_logprobs: one list for each plan row with ``next_token_ids``, in the plan's order, one entry per token.
         busy_s: time the device worked on it, seconds.
         host_s: time the host took to prepare and launch it; on a CPU that is the step itself.
         early_s: how long the step was ready before the device could begin it; negative: how long the device waited for
@@ -167,6 +170,7 @@ class StepResult(Message, frozen=True):
     host_s: float = 0.0
     early_s: float = 0.0
     error: str | None = None
+    prompt_logprobs: list[list[TokenLogprobs]] | None = None
 
 
 class InstanceFailed(Message, frozen=True):

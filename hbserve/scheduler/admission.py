@@ -133,7 +133,7 @@ class Admission:
         num_tokens = len(sequence.tokens)
         for instance in decode_instances if self._local_prefill_tokens else ():
             block_size = instance.pool.block_size
-            hashes = sequence.hashes(block_size)[: (num_tokens - 1) // block_size]
+            hashes = self._prefix_hashes(sequence, instance, prefills=True)
             uncached = num_tokens - instance.pool.count_cached_prefix(hashes) * block_size
             if uncached <= self._local_prefill_tokens:
                 allocation = self._allocate(sequence, instance, num_tokens + 1, prefills=True)
@@ -188,12 +188,15 @@ class Admission:
     def _prefix_hashes(self, sequence: Sequence, instance: InstanceHandle, prefills: bool) -> list[bytes]:
         """Return the hashes of the blocks that may come from the cache, and update the pool's headroom for decode.
 
-        An instance that prefills must compute the last token, or there are no logits to sample from.
+        An instance that prefills must compute the last token, or there are no logits to sample from. Likewise it must
+        compute every prompt token before one whose log-probabilities the client still waits for.
         """
         pool = instance.pool
         num_running = instance.num_sequences if instance.role.decodes else 0
         pool.decode_headroom_blocks = num_running * -(-self._headroom_tokens // pool.block_size)
         usable_tokens = len(sequence.tokens) - 1 if prefills else len(sequence.tokens)
+        if prefills and sequence.lacks_prompt_logprobs:
+            usable_tokens = sequence.num_scored
         return sequence.hashes(pool.block_size)[: usable_tokens // pool.block_size]
 
     def _start_prefill(

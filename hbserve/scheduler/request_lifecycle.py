@@ -165,12 +165,16 @@ class RequestLifecycle:
         now = time.monotonic()
         step = worker.end_step(result, now)
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
+        scores = iter(result.prompt_logprobs or [])
         last_token_times: list[float | None] = []
         for row in step.rows:
             sample = next(samples) if row.samples else None
+            prompt_logprobs = next(scores) if row.scores else None
             sequence, allocation = row.sequence, row.allocation
             if not row.is_void and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
                 self._advance(sequence, allocation, row.end)
+                if prompt_logprobs is not None:
+                    self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
                 if sample is not None:
                     worker.work.num_tokens += 1
                     last_token_times.append(sequence.last_token_time)
@@ -192,6 +196,15 @@ class RequestLifecycle:
             for index in range(allocation.num_sealed, full):
                 allocation.pool.seal_block(allocation.owner, index, hashes[index])
             allocation.num_sealed = full
+
+    def _on_prompt_logprobs(self, sequence: Sequence, start: int, prompt_logprobs: list[TokenLogprobs]) -> None:
+        """Send on what the client does not have yet: a row that is computed again reports the same tokens again."""
+        assert start <= sequence.num_scored, "log-probabilities of a part of the prompt are missing"
+        new = prompt_logprobs[sequence.num_scored - start :]
+        if new:
+            sequence.num_scored += len(new)
+            output = RequestOutput(request_id=sequence.id, token_ids=[], prompt_logprobs=new)
+            self._push(sequence.client, output)
 
     def _on_token(
         self, sequence: Sequence, allocation: KVAllocation, token: int, logprobs: TokenLogprobs | None

@@ -50,6 +50,7 @@ class InflightRow:
 
     Attributes:
         end: positions below this have KV once the step is confirmed.
+        scores: whether the step reports log-probabilities of the prompt.
         is_void: the row continues a row that was lost; both are planned again.
     """
 
@@ -59,6 +60,7 @@ class InflightRow:
     start: int
     end: int
     samples: bool
+    scores: bool = False
     is_void: bool = False
 
 
@@ -172,6 +174,7 @@ class Sequence:
         num_tokens_at_failure: number of tokens at the last failure.
         num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after a failure, on the monotonic clock.
+        num_scored: prompt tokens whose log-probabilities the client has, not counting the first token, which has none.
         rank: its place in the queue, see `QueuePolicy.rank`.
         metrics: its times; `SchedulerMetrics.on_arrived` sets it.
     """
@@ -194,6 +197,7 @@ class Sequence:
     num_tokens_at_failure: int = 0
     num_setbacks: int = 0
     retry_at: float = 0.0
+    num_scored: int = 0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
@@ -229,6 +233,17 @@ class Sequence:
     def has_grammar(self) -> bool:
         """Whether a token must be known before the next one can be chosen."""
         return self.request.sampling.grammar is not None
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether its client still waits for log-probabilities of the prompt."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
+
+    def next_prompt_tokens(self, start: int, end: int) -> list[int] | None:
+        """Return the prompt tokens that follow positions ``start .. end - 1`` if their log-probabilities are needed."""
+        if not self.lacks_prompt_logprobs:
+            return None
+        return self.tokens[start + 1 : min(end + 1, self.num_prompt_tokens)] or None
 
     @property
     def allocations(self) -> list[KVAllocation]:

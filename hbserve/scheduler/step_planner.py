@@ -290,22 +290,32 @@ class _StepBuilder:
         sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker_id
         allocation.begin_row(self._worker_id, sequence.keeps_state)
         new_block_ids = self.tell(sequence, allocation)
+        start = allocation.num_planned
+        next_token_ids = sequence.next_prompt_tokens(start, start + num_tokens)
         self.rows.append(
             PlanRow(
                 slot=allocation.slot,
-                start=allocation.num_planned,
+                start=start,
                 num_tokens=num_tokens,
                 token_ids=token_ids,
                 new_block_ids=new_block_ids,
                 sample=samples,
                 sampled_elsewhere=sampled_elsewhere,
+                next_token_ids=next_token_ids,
             )
         )
-        start = allocation.num_planned
         allocation.num_planned += num_tokens
         self.num_tokens += num_tokens
         self.inflight.append(
-            InflightRow(sequence, sequence.attempt, allocation, start, allocation.num_planned, samples)
+            InflightRow(
+                sequence,
+                sequence.attempt,
+                allocation,
+                start,
+                allocation.num_planned,
+                samples,
+                next_token_ids is not None,
+            )
         )
 
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:

@@ -88,8 +88,13 @@ class ChatCompletion(Generation):
             "stop_reason": sample.stop_reason,
         }
 
+    def _prompt_part(self, sample: Sample) -> dict[str, Any]:
+        return self._prompt_logprobs(sample)
+
     def _chunk_choices(self, delta: SampleDelta, is_first: bool) -> list[dict[str, Any]]:
-        choices = [_chunk_choice(delta.index, {"role": "assistant", "content": ""})] if is_first else []
+        choices = []
+        if is_first:
+            choices = [_chunk_choice(delta.index, {"role": "assistant", "content": ""}) | self._prompt_logprobs(delta)]
         text, finish_reason = delta.text, delta.finish_reason
         calls: list[dict[str, Any]] = []
         parser = self._parsers[delta.index]

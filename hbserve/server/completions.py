@@ -6,8 +6,9 @@ from typing import Any
 
 from hbserve.frontend.outputs import Sample, SampleDelta
 from hbserve.frontend.text_engine import TextEngine
+from hbserve.messages.base import TokenLogprobs
 from hbserve.server.generation import Deadline, Generation
-from hbserve.server.logprobs import CompletionLogprobs
+from hbserve.server.logprobs import CompletionLogprobs, with_top
 from hbserve.server.protocol import CompletionRequest
 
 
@@ -24,25 +25,32 @@ class Completion(Generation):
         ]
 
     def _choice(self, sample: Sample) -> dict[str, Any]:
-        return self._part(sample, self._echo(sample.index) + sample.text)
+        return self._part(sample, self._echo(sample.index) + sample.text, True)
 
     def _chunk_choices(self, delta: SampleDelta, is_first: bool) -> list[dict[str, Any]]:
         text = self._echo(delta.index) + delta.text if is_first else delta.text
-        if not (text or delta.finish_reason or delta.logprobs or self._stream_options.continuous_usage_stats):
+        has_news = text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs
+        if not (has_news or self._stream_options.continuous_usage_stats):
             return []
-        return [self._part(delta, text)]
+        return [self._part(delta, text, is_first)]
 
-    def _part(self, part: Sample | SampleDelta, text: str) -> dict[str, Any]:
-        logprobs = None
+    def _part(self, part: Sample | SampleDelta, text: str, is_first: bool) -> dict[str, Any]:
+        token_ids: list[int] = []
+        entries: list[TokenLogprobs | None] = []
+        if self._logprobs and self._body.echo and is_first:
+            entries += [None, *with_top(part.prompt_logprobs or (), self._sampling.logprobs or 0)]
+            token_ids += self._prompt_token_ids(part)[: len(entries)]
         if part.logprobs:
-            logprobs = self._logprobs[part.index].add(part.token_ids, part.logprobs)
+            token_ids += part.token_ids
+            entries += part.logprobs
+        logprobs = self._logprobs[part.index].add(token_ids, entries) if entries else None
         return {
             "index": part.index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
-        }
+        } | (self._prompt_logprobs(part) if is_first else {})
 
     def _echo(self, index: int) -> str:
         """Return the text of a choice's prompt if the client wants it before the output; else an empty string."""

@@ -20,8 +20,10 @@ from starlette.types import Receive
 from hbserve.errors import InvalidRequestError, RequestTimeoutError
 from hbserve.frontend.outputs import Sample, SampleDelta, TextStream
 from hbserve.frontend.text_engine import Prompt, TextEngine
+from hbserve.messages.base import TokenLogprobs
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.connection import EventStream, while_connected
+from hbserve.server.logprobs import prompt_logprobs, with_top
 from hbserve.server.protocol import GenerationRequest, StreamOptions
 
 
@@ -89,6 +91,7 @@ class Generation(ABC):
         self._timer: asyncio.TimerHandle | None = None
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
+        self._held_scores: list[list[TokenLogprobs]] = [[] for _ in range(self._num_choices)]
 
     @abstractmethod
     def _choice(self, sample: Sample) -> dict[str, Any]:
@@ -118,9 +121,35 @@ class Generation(ABC):
         if self._body.stream:
             return EventStream(self._events())
         samples = await while_connected(receive, self._collect())
-        choices = [self._choice(sample) for sample in samples]
-        answer = msgspec.json.encode(self._head | {"choices": choices, "usage": self._usage()})
+        # With every token of a long prompt in it, an answer takes long to write: other requests must not wait for it.
+        answer = await asyncio.to_thread(self._answer, samples) if self._scores_prompt else self._answer(samples)
         return Response(answer, media_type="application/json")
+
+    def _answer(self, samples: list[Sample]) -> bytes:
+        choices = [self._choice(sample) for sample in samples]
+        return msgspec.json.encode(
+            self._head | {"choices": choices, "usage": self._usage()} | self._prompt_part(samples[0])
+        )
+
+    def _prompt_part(self, sample: Sample) -> dict[str, Any]:
+        """Write what a whole answer says of the prompt beside its choices."""
+        return {}
+
+    @property
+    def _scores_prompt(self) -> bool:
+        return self._sampling.prompt_logprobs is not None
+
+    def _prompt_logprobs(self, part: Sample | SampleDelta) -> dict[str, Any]:
+        """Write ``prompt_logprobs`` if the client asks for them; ``part`` is a choice, or its first growth."""
+        number = self._body.prompt_logprobs
+        if number is None:
+            return {}
+        entries = with_top(part.prompt_logprobs or (), number)
+        return {"prompt_logprobs": prompt_logprobs(self._engine.tokenizer, self._prompt_token_ids(part), entries)}
+
+    def _prompt_token_ids(self, part: Sample | SampleDelta) -> list[int]:
+        assert self._stream is not None
+        return self._stream.prompt_token_ids[part.index // self._sampling.n]
 
     async def _events(self) -> AsyncGenerator[list[dict[str, Any]]]:
         options = self._stream_options
@@ -130,7 +159,11 @@ class Generation(ABC):
             while deltas := await self._read():
                 chunks = []
                 for delta in deltas:
-                    choices = self._chunk_choices(delta, delta.index not in begun)
+                    is_first = delta.index not in begun
+                    if delta.prompt_logprobs:
+                        choices = await asyncio.to_thread(self._chunk_choices, delta, is_first)
+                    else:
+                        choices = self._chunk_choices(delta, is_first)
                     begun.add(delta.index)
                     chunks += [head | {"choices": [choice]} for choice in choices]
                 if options.continuous_usage_stats:
@@ -162,7 +195,8 @@ class Generation(ABC):
                     self._stream = await self._engine.open(self._prompts, self._sampling, self._head["id"])
                 if deadline.at is not None:
                     self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)
-            deltas = await self._stream.read()
+            while (deltas := await self._stream.read()) and not (deltas := self._with_whole_prompts(deltas)):
+                pass
         except InvalidRequestError as error:
             if (name := self.param_names.get(error.param or "")) is None:
                 raise
@@ -176,6 +210,20 @@ class Generation(ABC):
             if sample == 0:  # the other samples may find the first one's prompt in the cache
                 self._cached_tokens[prompt] += delta.num_cached_tokens
         return deltas
+
+    def _with_whole_prompts(self, deltas: list[SampleDelta]) -> list[SampleDelta]:
+        """Hold back log-probabilities of a prompt until all are there; a choice's first growth then has them."""
+        if not self._scores_prompt:
+            return deltas
+        ready = []
+        for delta in deltas:
+            held = self._held_scores[delta.index]
+            held += delta.prompt_logprobs or []
+            is_whole = len(held) == len(self._prompt_token_ids(delta)) - 1
+            if is_whole or delta.finish_reason is not None:  # it may be aborted before
+                news = list(held) if delta.prompt_logprobs and is_whole else None
+                ready.append(msgspec.structs.replace(delta, prompt_logprobs=news))
+        return ready
 
     def _close(self) -> None:
         """Abort the samples that are still open."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from hbserve.messages.base import TokenLogprobs
 from hbserve.tokenizer import Tokenizer
 
@@ -23,24 +25,27 @@ class CompletionLogprobs:
         self._decoder = tokenizer.text_decoder(skip_special_tokens)
         self._offset = 0
 
-    def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Return the object for these tokens, which follow those of earlier calls."""
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
+        """Return the object for these tokens, which follow those of earlier calls. None: a prompt's first token."""
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)
             self._offset += len(self._decoder.feed(token_id))
         return {
             "tokens": [self._name(token_id) for token_id in token_ids],
-            "token_logprobs": [max(entry.token, MIN_LOGPROB) for entry in logprobs],
+            "token_logprobs": [None if entry is None else max(entry.token, MIN_LOGPROB) for entry in logprobs],
             "top_logprobs": [
-                {
-                    self._name(top_id): max(logprob, MIN_LOGPROB)
-                    for top_id, logprob in [*zip(entry.top_ids, entry.top, strict=True), (token_id, entry.token)]
-                }
+                None if entry is None else self._top(token_id, entry)
                 for token_id, entry in zip(token_ids, logprobs, strict=True)
             ],
             "text_offset": offsets,
         }
+
+    def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
+        named: dict[str, float] = {}
+        for top_id, logprob in [*zip(entry.top_ids, entry.top, strict=True), (token_id, entry.token)]:
+            named.setdefault(self._name(top_id), max(logprob, MIN_LOGPROB))  # of tokens with one text, the likeliest
+        return named
 
     def _name(self, token_id: int) -> str:
         """Return a token's text, or ``bytes:\\xe2\\x82`` as OpenAI does if the token is a part of a character."""
@@ -49,6 +54,31 @@ class CompletionLogprobs:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def with_top(logprobs: Sequence[TokenLogprobs], num_top: int) -> list[TokenLogprobs]:
+    """Return the entries with at most so many most likely tokens."""
+    return [replace(entry, top_ids=entry.top_ids[:num_top], top=entry.top[:num_top]) for entry in logprobs]
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return vLLM's ``prompt_logprobs``: an object by token id for each token of a prompt, None for the first.
+
+    An aborted request may have fewer ``logprobs`` than its prompt has tokens.
+    """
+
+    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": text}
+
+    answer: list[dict[str, dict[str, Any]] | None] = [None]
+    for token_id, token in zip(token_ids[1 : 1 + len(logprobs)], logprobs, strict=True):
+        top = enumerate(zip(token.top_ids, token.top, strict=True), start=1)
+        ranked = {str(top_id): entry(top_id, logprob, rank) for rank, (top_id, logprob) in top}
+        answer.append({str(token_id): entry(token_id, token.token, token.rank)} | ranked)
+    return answer
 
 
 def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     grammar: str | None = None
     ttft_ms: float | None = None
@@ -139,10 +140,10 @@ class CompletionRequest(GenerationRequest):
             InvalidRequestError: a parameter cannot be honoured; ``param`` names it.
         """
         self._check_stream_options()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo is not supported with logprobs: the prompt's logprobs are not kept", "echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError("best_of is not supported, unless it equals n", "best_of")
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            return self._sampling(prompt_logprobs=max(self.logprobs or 0, self.prompt_logprobs or 0))
         return self._sampling()
 
 

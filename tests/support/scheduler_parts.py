@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import zmq
 
@@ -34,9 +35,11 @@ class SchedulerParts:
         instance, worker: the first instance and its worker.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], mode: str = "unified") -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], mode: str = "unified", **arguments: Any) -> None:
         self.context = context
-        config = PdDisaggConfig.from_arguments(str(DEMO), mode=mode, num_blocks=200, max_num_seqs=8).freeze()
+        config = PdDisaggConfig.from_arguments(
+            str(DEMO), mode=mode, num_blocks=200, max_num_seqs=8, **arguments
+        ).freeze()
         self.instances = {
             instance.instance_id: InstanceHandle(instance, config, context, f"inproc://none-{instance.instance_id}")
             for instance in config.gpu_instances
@@ -96,7 +99,12 @@ class SchedulerParts:
         request = AddRequest(
             request_id=name, prompt_token_ids=[1] * 20, end_token_ids=[], sampling=SamplingParams(max_tokens=max_tokens)
         )
-        sequence = Sequence(b"c", request, len(self.requests), [1] * 20, frozenset(), 20 + max_tokens)
+        return self.add_request(request)
+
+    def add_request(self, request: AddRequest) -> Sequence:
+        tokens, max_tokens = list(request.prompt_token_ids), request.sampling.max_tokens
+        assert max_tokens is not None
+        sequence = Sequence(b"c", request, len(self.requests), tokens, frozenset(), len(tokens) + max_tokens)
         self.requests.add(sequence)
         return sequence
 
@@ -141,10 +149,10 @@ class SchedulerParts:
 
 
 @contextmanager
-def scheduler_parts(mode: str = "unified") -> Iterator[SchedulerParts]:
+def scheduler_parts(mode: str = "unified", **arguments: Any) -> Iterator[SchedulerParts]:
     """Parts whose connections, which lead nowhere, are closed at the end."""
     with zmq.Context() as context:
-        parts = SchedulerParts(context, mode)
+        parts = SchedulerParts(context, mode, **arguments)
         workers = [worker for instance in parts.instances.values() for worker in instance.workers.values()]
         yield parts
         for worker in workers:

@@ -331,7 +331,10 @@ REFUSED_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"hot": 1}}, "logit_bias"),
     ({"logit_bias": {"5_0": 1}}, "logit_bias"),
     ({"top_k": 2**64}, "top_k"),
-    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"echo": True, "logprobs": 21}, "logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"max_tokens": -1, "prompt_logprobs": 1}, "max_tokens"),
     ({"grammar": "start: ("}, "grammar"),
     ({"grammar": "start: /a{1000000}/"}, "grammar"),  # compiles, but cannot be followed
     ({"grammar": "start: /[a&&b]/"}, "grammar"),  # allows no text

@@ -12,7 +12,10 @@ import zmq
 
 from hbserve.config import InstanceRole
 from hbserve.engine.step_board import StepBoard
+from hbserve.messages.base import TokenLogprobs
+from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import InstanceCommand, PlanRow, StepPlan, StepRef
+from hbserve.sampling_params import SamplingParams
 from hbserve.scheduler.sequence import Phase
 from hbserve.scheduler.worker import WorkerHandle
 from tests.support.scheduler_parts import SchedulerParts, scheduler_parts
@@ -21,6 +24,13 @@ from tests.support.scheduler_parts import SchedulerParts, scheduler_parts
 @pytest.fixture
 def parts() -> Iterator[SchedulerParts]:
     with scheduler_parts() as parts:
+        yield parts
+
+
+@pytest.fixture
+def chunked_parts() -> Iterator[SchedulerParts]:
+    """Prompts are computed in chunks of 40 tokens."""
+    with scheduler_parts(chunk_size=40) as parts:
         yield parts
 
 
@@ -48,6 +58,54 @@ async def test_a_request_that_loses_the_memory_repeatedly_fails(parts: Scheduler
     assert waiting.num_failures == 0
     errors = [output.error for output in parts.outputs if output.error]
     assert errors == ["gave up after 3 attempts; the last: it burnt"]
+
+
+async def test_prompt_logprobs_are_sent_once_through_losses_and_preemption(chunked_parts: SchedulerParts) -> None:
+    parts = chunked_parts
+
+    def confirm() -> None:
+        result = parts.result(parts.worker, 0)
+        step = parts.worker.inflight[0]
+        lists = [
+            [
+                TokenLogprobs(token=-float(position), top_ids=[], top=[])
+                for position in range(row.start + 1, row.end + 1)
+            ]
+            for row in step.rows
+            if row.scores
+        ]
+        for entries in lists:
+            del entries[99 - round(-entries[0].token) + 1 :]  # the last position's next token is not in the prompt
+        parts.requests.on_step_done(parts.worker, msgspec.structs.replace(result, prompt_logprobs=lists))
+
+    prompt = [1] * 100
+    sampling = SamplingParams(max_tokens=5, prompt_logprobs=0)
+    request = AddRequest(request_id="a", prompt_token_ids=prompt, end_token_ids=[], sampling=sampling)
+    cached = parts.add_request(msgspec.structs.replace(request, request_id="b", sampling=SamplingParams(max_tokens=1)))
+    assert parts.requests.admit(cached)
+    while cached.phase is not Phase.FINISHED:
+        parts.steps(1)
+    parts.outputs.clear()
+    sequence = parts.add_request(request)
+    cached_tokens = []
+    for end in ("lost", "preempted", "preempted", None):
+        assert parts.requests.admit(sequence)
+        assert sequence.prefill_allocation is not None
+        cached_tokens.append(sequence.prefill_allocation.num_planned)
+        assert parts.plan()
+        if end != "lost":
+            confirm()
+        if end == "lost":
+            parts.lose_memory(parts.instance)
+        elif end == "preempted":
+            parts.requests.preempt(sequence)
+    while sequence.phase is not Phase.FINISHED:
+        assert parts.plan()
+        confirm()
+    assert cached_tokens == [0, 0, 32, 64]  # what the client has already need not be computed again
+    values = [entry.token for output in parts.outputs for entry in output.prompt_logprobs or ()]
+    assert values == [-float(position) for position in range(1, 100)]
+    assert all(not output.prompt_logprobs for output in parts.outputs if output.token_ids)
 
 
 class RecordingWorker(WorkerHandle):
