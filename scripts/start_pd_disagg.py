@@ -9,27 +9,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-import msgspec
-
-from hbserve.config import load
+from hbserve.config.options import add_options, load_with_options, refuse_server_options
 from hbserve.errors import HBServeError
 
 
 def main() -> int:
     """Parse the arguments and run until SIGTERM or Ctrl-C; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the system")
+    add_options(parser)
     parser.add_argument("--instance-id", help="start only this instance; the scheduler is started elsewhere")
-    parser.add_argument("--port", type=int, help="of the HTTP server, instead of server.port; 0: any free one")
-    parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="instead of logging.level")
     arguments = parser.parse_args()
-    if arguments.instance_id is not None and arguments.port is not None:
-        parser.error("--port is for the HTTP server, which --instance-id does not start")
+    if arguments.instance_id is not None:
+        refuse_server_options(parser, arguments)
     try:
-        config = load(arguments.config)
-        if arguments.log_level is not None:
-            logging = msgspec.structs.replace(config.logging, level=arguments.log_level)
-            config = msgspec.structs.replace(config, logging=logging)
+        config = load_with_options(arguments)
         if arguments.instance_id is not None:
             from hbserve.process.child import exit_now
             from hbserve.rpc.instance_line import instance_address
@@ -39,7 +32,7 @@ def main() -> int:
             exit_now(run_instance(config, instance, instance_address(instance, None)))
         from hbserve.server.launch import serve_system
 
-        return serve_system(config, with_instances=True, port=arguments.port)
+        return serve_system(config, with_instances=True)
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

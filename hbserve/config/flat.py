@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hbserve.config.fields import Section, nearest
+from hbserve.config.fields import Section, nearest, shown
 from hbserve.config.sections import Config
 from hbserve.config.validation import from_dict
 from hbserve.errors import ConfigError
+from hbserve.import_path import path_of_class
 
 
 class KVTransferBackend(StrEnum):
@@ -32,7 +35,7 @@ class PdDisaggConfig:
     sections by a rule.
     """
 
-    model_path: str | None = None
+    model_path: str | os.PathLike[str] | None = None
     mode: str | None = None
     launcher: str | None = None
     served_name: str | None = None
@@ -54,12 +57,12 @@ class PdDisaggConfig:
     placement: str | None = None
     pipeline_depth: int | None = None
     max_waiting_requests: int | None = None
-    scheduler: str | None = None
+    scheduler: str | type[Any] | None = None
     scheduling_policy: str | None = None
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
     max_queue_s: float | None = None
-    kv_transfer_backend: KVTransferBackend | str | None = None
+    kv_transfer_backend: KVTransferBackend | str | type[Any] | None = None
     kv_buffer_size: int | None = None
     kv_ip: str | None = None
     kv_port: int | None = None
@@ -89,22 +92,30 @@ class PdDisaggConfig:
 
     if not TYPE_CHECKING:  # type checkers would take a class with __setattr__ to have every attribute
 
+        def __new__(cls, *_: Any, **fields: Any) -> PdDisaggConfig:
+            cls._check_names(fields)
+            return super().__new__(cls)
+
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in KEYS:
                 raise AttributeError(f"PdDisaggConfig has no field {name!r}{nearest(name, list(KEYS))}")
             super().__setattr__(name, value)
 
     @classmethod
-    def from_arguments(cls, model_path: str, **arguments: Any) -> PdDisaggConfig:
+    def from_arguments(cls, model_path: str | os.PathLike[str], **arguments: Any) -> PdDisaggConfig:
         """Make a configuration from keyword arguments.
 
         Raises:
             TypeError: naming an unknown argument and the nearest valid one.
         """
+        cls._check_names(arguments)
+        return cls(model_path, **arguments)
+
+    @staticmethod
+    def _check_names(arguments: Iterable[str]) -> None:
         for name in arguments:
             if name not in KEYS:
                 raise TypeError(f"unknown argument {name!r}{nearest(name, list(KEYS))}")
-        return cls(model_path, **arguments)
 
     def freeze(self) -> Config:
         """Return the configuration that every process gets.
@@ -120,7 +131,7 @@ class PdDisaggConfig:
             if value is not None:
                 section, _, name = key.rpartition(".")
                 values = document.setdefault(section, {}) if section else document
-                values[name] = msgspec.to_builtins(value)
+                values[name] = _plain(field, value)
         try:
             return from_dict(document)
         except ConfigError as error:
@@ -129,6 +140,23 @@ class PdDisaggConfig:
                 raise
             name = flat[error.key]
             raise ConfigError(f"{name}: {str(error).removeprefix(error.key + ': ')}", name) from None
+
+
+_CLASS_FIELDS = ("scheduler", "kv_transfer_backend")
+
+
+def _plain(field: str, value: Any) -> Any:
+    """Turn a field's value into plain data: a class into its import path, a path and a torch dtype into text."""
+    if isinstance(value, type) and field in _CLASS_FIELDS:
+        return path_of_class(value, field)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    try:
+        return msgspec.to_builtins(value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise ConfigError(f"{field}: must be plain data, got {shown(value)}", field) from None
 
 
 _IRREGULAR_KEYS = {

@@ -25,7 +25,8 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     """Read a configuration from a YAML file.
 
     Args:
-        overrides: values that replace those of the file, by dotted key such as ``server.port``.
+        overrides: values that replace those of the file, by dotted key such as ``server.port``. A size for
+            ``model.tensor_parallel_size`` replaces those of the instances too.
 
     Raises:
         ConfigError: naming key, file and line of what cannot be honoured.
@@ -39,6 +40,8 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
         raise ConfigError(f"{path} holds itself, or is nested too deeply") from None
     for key, value in (overrides or {}).items():
         _override(document, key, value)
+    if "model.tensor_parallel_size" in (overrides or {}):
+        _drop_sizes_of_instances(document)
     try:
         return from_dict(document, base_dir=Path(path).expanduser().parent)
     except ConfigError as error:
@@ -136,6 +139,13 @@ def _override(document: Any, key: str, value: Any) -> None:
         document = document[section]
     if isinstance(document, dict):
         document[name] = value
+
+
+def _drop_sizes_of_instances(document: Any) -> None:
+    instances = document.get("gpu_instances") if isinstance(document, dict) else None
+    for instance in instances if isinstance(instances, list) else ():
+        if isinstance(instance, dict):
+            instance.pop("tensor_parallel_size", None)
 
 
 def _line_of(tree: yaml.Node | None, key: str) -> int:

@@ -53,7 +53,7 @@ class ProcessRotationManager:
 
     Args:
         server_args: the system's configuration.
-        port_args: None: processes find each other by private sockets.
+        port_args: see `hbserve.semi_pd.utils.semi_pd_system`.
         initial_sm_allocation: default: the configuration's.
         gpu_id: of the instance's first rank; the others' follow.
         tp_rank: 0: one manager has all ranks.
@@ -71,15 +71,13 @@ class ProcessRotationManager:
     def __init__(
         self,
         server_args: Config | PdDisaggConfig,
-        port_args: None = None,
+        port_args: Any = None,
         initial_sm_allocation: SMAllocation | None = None,
         gpu_id: int = 0,
         tp_rank: int = 0,
     ) -> None:
-        config, instance = semi_pd_system(server_args, gpu_id)
+        config, instance = semi_pd_system(server_args, gpu_id, port_args)
         self._build(config, instance, initial_sm_allocation)
-        if port_args is not None:
-            raise TypeError("port_args: there are no ports to choose; give None")
         if tp_rank != 0:
             raise ConfigError(f"tp_rank: one manager has all ranks of an instance, and is rank 0's; got {tp_rank}")
 

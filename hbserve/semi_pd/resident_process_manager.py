@@ -10,19 +10,34 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError, StartupError
+from hbserve.lazy import lazy_attributes
 from hbserve.process.parent import ChildProcess
 from hbserve.semi_pd.switching import AsynchronousSwitchingController, DelayedSwitchingController
 from hbserve.semi_pd.utils import semi_pd_system
 from hbserve.slo.constraints import SMAllocation
 
-__all__ = ["AsynchronousSwitchingController", "DelayedSwitchingController", "ResidentProcessManager", "SMAllocation"]
+if TYPE_CHECKING:
+    from hbserve.platform.ipc import convert_ipc_handle_to_tensor, get_ipc_handle
+
+__all__ = [
+    "AsynchronousSwitchingController",
+    "DelayedSwitchingController",
+    "ResidentProcessManager",
+    "SMAllocation",
+    "convert_ipc_handle_to_tensor",
+    "get_ipc_handle",
+]
+
+__getattr__: Any = lazy_attributes(
+    {name: "hbserve.platform.ipc" for name in ("convert_ipc_handle_to_tensor", "get_ipc_handle")}, __name__
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +126,7 @@ class ResidentProcessManager:
 
     Args:
         server_args: the system's configuration.
-        port_args: None: processes find each other by private sockets.
+        port_args: see `hbserve.semi_pd.utils.semi_pd_system`.
         gpu_id: of the instance's first rank; the others' follow.
         tp_rank: the rank whose memory is held.
         on_lost: called from a thread with the reason when the process has ended on its own or does not answer; the
@@ -130,15 +145,13 @@ class ResidentProcessManager:
     def __init__(
         self,
         server_args: Config | PdDisaggConfig,
-        port_args: None = None,
+        port_args: Any = None,
         gpu_id: int = 0,
         tp_rank: int = 0,
         *,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
-        if port_args is not None:
-            raise TypeError("port_args: there are no ports to choose; give None")
-        self.config, self.instance = semi_pd_system(server_args, gpu_id)
+        self.config, self.instance = semi_pd_system(server_args, gpu_id, port_args)
         if not 0 <= tp_rank < self.instance.num_ranks:
             raise ConfigError(f"tp_rank: there are {self.instance.num_ranks} ranks, got {tp_rank}")
         self.tp_rank = tp_rank

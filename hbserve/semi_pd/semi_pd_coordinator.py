@@ -17,6 +17,7 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints
+from hbserve.semi_pd.slo_aware_resource_manager import ReportedMetrics, WorkloadMetrics
 from hbserve.semi_pd.slo_service import check_slo
 from hbserve.semi_pd.unified_storage_manager import UnifiedStorageManager
 from hbserve.semi_pd.utils import semi_pd_system
@@ -50,6 +51,7 @@ class SemiPDCoordinator:
     ) -> None:
         self.rotation_manager = rotation_manager
         self.metrics_collector = SemiPDMetricsCollector(window_size_seconds=window_size_seconds)
+        self._reports = ReportedMetrics(self.metrics_collector)
         self.slo_controller: SLOAwareResourceController | None = None
         rotation_manager.mark_rotation = self._mark_rotation
         configured = rotation_manager.config.semi_pd.slo
@@ -63,7 +65,7 @@ class SemiPDCoordinator:
         if slo_constraints is not None:
             self.slo_controller = SLOAwareResourceController(
                 slo_constraints=slo_constraints,
-                metrics_collector=self.metrics_collector,
+                metrics_collector=self._reports,
                 process_rotation_manager=rotation_manager,
             )
             rotation_manager.attach_controller(self.slo_controller)
@@ -111,9 +113,16 @@ class SemiPDCoordinator:
         """See `ProcessRotationManager.request_sm_reallocation`."""
         return self.rotation_manager.request_sm_reallocation(new_allocation)
 
-    def report_workload_metrics(self, metrics: SystemMetrics) -> None:
-        """Report the state of the program's queues; report single requests to `metrics_collector`."""
-        self.metrics_collector.record_system_metrics(metrics)
+    def report_workload_metrics(self, metrics: SystemMetrics | WorkloadMetrics) -> None:
+        """Report the state of the program's queues; report single requests to `metrics_collector`.
+
+        A program that does not report single requests reports `WorkloadMetrics`, by whose latencies the controller
+        then judges.
+        """
+        if isinstance(metrics, WorkloadMetrics):
+            self._reports.report(metrics)
+        else:
+            self.metrics_collector.record_system_metrics(metrics)
 
     def get_comprehensive_status(self) -> dict[str, Any]:
         """Return ``processes``, ``storage`` and ``slo_controller``, each as its part reports it."""
@@ -144,9 +153,9 @@ class SemiPDCoordinator:
 
     def _mark_rotation(self, begins: bool) -> None:
         if begins:
-            self.metrics_collector.begin_exclusion()
+            self._reports.begin_exclusion()
         else:
-            self.metrics_collector.end_exclusion()
+            self._reports.end_exclusion()
 
     def _pool(self) -> UnifiedStorageManager:
         if self.storage_manager is None:
@@ -156,7 +165,7 @@ class SemiPDCoordinator:
 
 def create_semi_pd_coordinator(
     server_args: Config | PdDisaggConfig,
-    port_args: None = None,
+    port_args: Any = None,
     prefill_sm_percentage: int | None = None,
     decode_sm_percentage: int | None = None,
     ttft_target_ms: float | None = None,
@@ -167,7 +176,7 @@ def create_semi_pd_coordinator(
 
     Args:
         server_args: the system's configuration.
-        port_args: None: processes find each other by private sockets.
+        port_args: see `hbserve.semi_pd.utils.semi_pd_system`.
         prefill_sm_percentage, decode_sm_percentage: default: the configuration's.
         ttft_target_ms, tpot_target_ms: targets of a controller; default: the configuration's ``semi_pd.slo``, if any.
 
@@ -175,7 +184,7 @@ def create_semi_pd_coordinator(
         ConfigError: naming what cannot be honoured.
         TypeError: if only one target is given.
     """
-    settings = semi_pd_system(server_args, gpu_id)[0].semi_pd
+    settings = semi_pd_system(server_args, gpu_id, port_args)[0].semi_pd
     prefill = settings.prefill_percentage if prefill_sm_percentage is None else prefill_sm_percentage
     decode = settings.decode_percentage if decode_sm_percentage is None else decode_sm_percentage
     assert prefill is not None

@@ -10,8 +10,6 @@ import logging
 import signal
 import ssl
 
-import msgspec
-
 from hbserve.config import Config, ServerConfig
 from hbserve.errors import ConfigError, ShuttingDownError
 from hbserve.process import child, event_loop, exit_core
@@ -27,20 +25,15 @@ from hbserve.tokenizer import leave_out_torch
 logger = logging.getLogger(__name__)
 
 
-def serve_system(config: Config, with_instances: bool, port: int | None = None) -> int:
+def serve_system(config: Config, with_instances: bool) -> int:
     """Start all processes, serve HTTP until SIGTERM or SIGINT, and end all processes; return the exit code.
 
     Args:
         with_instances: False if the instances are started elsewhere.
-        port: replaces ``server.port``.
 
     Raises:
         HBServeError: if the system cannot start.
     """
-    if port is not None:
-        if not 0 <= port <= 65535:
-            raise ConfigError(f"--port must be in 0..65535, got {port}", "server.port")
-        config = msgspec.structs.replace(config, server=msgspec.structs.replace(config.server, port=port))
     child.set_process_title("hbserve-api")
     child.configure_logging(config.logging, "api")
     leave_out_torch()

@@ -17,6 +17,7 @@ from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.outputs import GenerationOutput, SampleDelta
 from hbserve.frontend.text_engine import Prompt, TextEngine
 from hbserve.frontend.text_pool import TextProcesses
+from hbserve.import_path import check_not_importing
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
 from hbserve.rpc.cluster_key import ClusterKey
@@ -61,6 +62,7 @@ class DisaggregatedLLM:
         """
         if self._client is not None:
             raise StartupError("already started")
+        check_not_importing()
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         loading = asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
         tokenizer = asyncio.create_task(loading)

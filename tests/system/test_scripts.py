@@ -298,5 +298,8 @@ def test_a_port_in_use_is_named(site: Site, model: tuple[Path, Any]) -> None:
         errors = site.fail("start_pd_disagg.py", "--config", config, "--instance-id", "prefill-0")
         assert f"127.0.0.1:{port}: Address already in use" in errors
         errors = site.fail("start_cpu_scheduler.py", "--config", config, "--port", str(port))
+        assert f"address 127.0.0.1:{port} is already taken by server.port" in errors
+        config = site.write(configuration(model[0], "disaggregated", free_ports(2)))
+        errors = site.fail("start_cpu_scheduler.py", "--config", config, "--port", str(port))
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in errors
     assert site.leftovers() == []

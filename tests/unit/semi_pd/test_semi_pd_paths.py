@@ -16,7 +16,15 @@ hbserve.semi_pd.resident_process_manager: DelayedSwitchingController Asynchronou
 hbserve.semi_pd.semi_pd_coordinator: create_semi_pd_coordinator SemiPDCoordinator
 hbserve.semi_pd.slo_algorithm: SLOAwareResourceController SLOConstraints
 hbserve.semi_pd.unified_storage_manager: UnifiedStorageManager
-hbserve.semi_pd.utils: InstanceRole
+hbserve.semi_pd.utils: InstanceRole get_ipc_handle convert_ipc_handle_to_tensor
+hbserve.semi_pd.resident_process_manager: get_ipc_handle convert_ipc_handle_to_tensor
+hbserve.semi_pd.slo_aware_resource_manager: SLOAwareResourceManager SLOTarget WorkloadMetrics
+hbserve.srt.server_args: ServerArgs SemiPDPortArgs
+hbserve.srt.metrics.collector: SchedulerMetricsCollector SchedulerStats
+hbserve.pd_disagg: LLM DisaggregatedLLM PdDisaggConfig KVTransferBackend
+hbserve.pd_disagg.cpu_scheduler: CpuScheduler
+hbserve.pd_disagg.kv_transfer.base: KVTransferBase
+hbserve.sampling_params: SamplingParams
 """
 
 

@@ -1,0 +1,1 @@
+"""Signposts to HBServe's own names, for programs written for SGLang's module paths."""

@@ -1,0 +1,1 @@
+"""Signposts to the metrics."""
