@@ -33,6 +33,7 @@ from hbserve.slo.constraints import SMAllocation
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 5.0
+_LOSS_TIMEOUT_S = 10.0
 ShareLevel = tuple[InstanceRole, int]
 
 
@@ -190,32 +191,41 @@ class InstanceState:
             StartupError: naming the worker that failed, or was not ready in time.
         """
         with self.changed:
-            assert self.pool is not None
-            attachments = self.residents.attachments
-            for phase, percentage in sorted(self.levels(allocation)):
-                if not self.pool.at_level((phase, percentage)):
-                    self.pool.wake(phase, percentage, attachments)
-            preparing = [w for w in self.pool.workers.values() if w.state is WorkerState.PREPARING]
+            while not self._prepare_once(allocation, deadline):
+                pass
 
-            def is_over() -> bool:
-                return (
-                    all(worker.state is not WorkerState.PREPARING for worker in preparing)
-                    or any(worker.state is WorkerState.ENDED for worker in preparing)
-                    or self.memory_lost is not None
-                    or self.is_told_to_stop
-                )
+    def _prepare_once(self, allocation: SMAllocation, deadline: float) -> bool:
+        """Do `prepare`; returns False to be called again, because a worker was killed meanwhile. With the lock held."""
+        assert self.pool is not None
+        attachments = self.residents.attachments
+        for phase, percentage in sorted(self.levels(allocation)):
+            if not self.pool.at_level((phase, percentage)):
+                self.pool.wake(phase, percentage, attachments)
+        preparing = [w for w in self.pool.workers.values() if w.state is WorkerState.PREPARING]
 
-            in_time = self.changed.wait_for(is_over, max(0.0, deadline - time.monotonic()))
-            self.check_going()
-            for worker in preparing:
-                if worker.state is WorkerState.ENDED:
-                    why = worker.error or f"ended with exit code {worker.process.exit_code}; see its log"
-                    raise StartupError(f"{worker.spec.worker_id}: {why}")
-            if self.memory_lost is not None:
-                raise StartupError(self.memory_lost)
-            if not in_time:
-                late = ", ".join(w.spec.worker_id for w in preparing if w.state is WorkerState.PREPARING)
-                raise StartupError(f"{late} not ready in time")
+        def is_over() -> bool:
+            return (
+                all(worker.state is not WorkerState.PREPARING for worker in preparing)
+                or any(worker.state is WorkerState.ENDED for worker in preparing)
+                or self.memory_lost is not None
+                or self.is_told_to_stop
+            )
+
+        in_time = self.changed.wait_for(is_over, max(0.0, deadline - time.monotonic()))
+        self.check_going()
+        if self.memory_lost is not None:
+            raise StartupError(self.memory_lost)
+        for worker in preparing:
+            if worker.state is WorkerState.ENDED:
+                why = worker.error or f"ended with exit code {worker.process.exit_code}; see its log"
+                if worker.error is None and self.is_serving() and self.may_try_again():
+                    logger.warning("%s: %s; starting another one", worker.spec.worker_id, why)
+                    return False
+                raise StartupError(f"{worker.spec.worker_id}: {why}")
+        if not in_time:
+            late = ", ".join(w.spec.worker_id for w in preparing if w.state is WorkerState.PREPARING)
+            raise StartupError(f"{late} not ready in time")
+        return True
 
     def discard(self) -> None:
         """End prepared workers that the split in force does not want.
@@ -346,6 +356,17 @@ class InstanceState:
     def is_serving(self) -> bool:
         """Whether the instance runs and has its memory. With the lock held."""
         return self.lifecycle is Lifecycle.RUNNING and self.memory_lost is None
+
+    def await_loss(self) -> None:
+        """Wait until the loss of the memory is noted, if a resident process has ended: its workers may notice first."""
+        if not self.residents.is_healthy():
+            with self.changed:
+                self.changed.wait_for(lambda: self.memory_lost is not None or self.is_told_to_stop, _LOSS_TIMEOUT_S)
+
+    def is_settled(self, allocation: SMAllocation) -> bool:
+        """Whether nothing is left to do for a requested split: it is in force, or has failed with the memory there."""
+        with self.changed:
+            return self.memory_lost is None or self.allocation == allocation
 
     def begin_recovery(self, why: str) -> list[Worker]:
         """Take all workers out of service; returns those to kill."""

@@ -254,7 +254,8 @@ class ProcessRotationManager:
     def request_sm_reallocation(self, new_allocation: SMAllocation) -> bool:
         """Ask for another split; the change happens in the background.
 
-        While a change is under way, the latest request waits for its end and replaces earlier ones. A change between
+        While a change is under way, the latest request waits for its end and replaces earlier ones. A request is kept
+        while the instance recovers from the loss of its memory. A change between
         warm percentages, or between mixing and side by side, is one message and starts no process.
 
         Returns:
@@ -341,12 +342,13 @@ class ProcessRotationManager:
                 if state.is_told_to_stop:
                     return
                 lost, requested = state.memory_lost, self._requested
+            is_settled = lost is None
             try:
                 if lost is not None:
                     self._recovery.recover(lost)
                 else:
                     assert requested is not None
-                    self._rotation.rotate(requested)
+                    is_settled = self._rotate(requested)
             except StartupError as error:
                 state.on_error(str(error))
             except Exception as error:
@@ -354,9 +356,21 @@ class ProcessRotationManager:
                 state.on_error(repr(error))
             with state.changed:
                 # A recovery starts the workers of the split in force; a requested split comes after it.
-                if lost is None and self._requested is requested:
+                if is_settled and self._requested is requested:
                     self._requested = None
                 state.changed.notify_all()
+
+    def _rotate(self, requested: SMAllocation) -> bool:
+        """Try a requested split; returns False if it must be tried again after a recovery.
+
+        A split whose preparation takes the memory with it each time is given up after ``rpc.max_restarts``.
+        """
+        if self._rotation.rotate(requested):
+            return True
+        if self._state.may_try_again():
+            return False
+        self._rotation.give_up(requested, "the memory was lost too often while it was prepared (rpc.max_restarts)")
+        return True
 
     def _mark_rotation(self, begins: bool) -> None:
         link = self._state.link

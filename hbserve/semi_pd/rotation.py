@@ -49,13 +49,18 @@ class Rotation:
         self.num_done = self.num_failed = 0
         self.last_s: float | None = None
 
-    def rotate(self, allocation: SMAllocation) -> None:
-        """Change to a split; if its workers do not get ready, the split in force stays."""
+    def rotate(self, allocation: SMAllocation) -> bool:
+        """Change to a split; if its workers do not get ready, the split in force stays.
+
+        Returns:
+            False if the memory was lost before the split was in force: a recovery comes first, and then another try.
+        """
         started = time.monotonic()
         self._mark(True)
         try:
             if self._prepare(allocation, started + self._delayed.preparation_timeout):
                 self._switch_over(allocation)
+            return self._state.is_settled(allocation)
         finally:
             self.last_s = time.monotonic() - started
             self._mark(False)
@@ -64,10 +69,16 @@ class Rotation:
         state = self._state
         if self._delayed.prepare(lambda: state.prepare(allocation, deadline)):
             return True
-        self.num_failed += 1
-        state.on_error(f"no rotation to {allocation}: {self._delayed.error}")
+        state.await_loss()
+        if state.is_settled(allocation):
+            self.give_up(allocation, self._delayed.error or "its workers were not ready")
         state.discard()
         return False
+
+    def give_up(self, allocation: SMAllocation, why: str) -> None:
+        """Record a rotation that does not take place."""
+        self.num_failed += 1
+        self._state.on_error(f"no rotation to {allocation}: {why}")
 
     def _switch_over(self, allocation: SMAllocation) -> None:
         state = self._state

@@ -277,6 +277,33 @@ def test_a_preparation_that_fails_leaves_serving_as_it_is(running: LLM) -> None:
     assert len(running.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)[0]["token_ids"]) == 4
 
 
+@pytest.mark.parametrize("victim", ["resident", "new worker"])
+def test_an_accepted_split_comes_into_force_although_a_process_dies_while_it_is_prepared(
+    running: LLM, victim: str
+) -> None:
+    manager = running.supervisors["semi-0"]
+    assert isinstance(manager, ProcessRotationManager)
+    before = manager.get_status()
+    split = SMAllocation(30, 50) if victim == "resident" else SMAllocation(70, 20)
+    assert manager.request_sm_reallocation(split)
+
+    def preparing() -> list[int]:
+        return [worker["pid"] for worker in manager.get_status()["workers"] if worker["state"] == "preparing"]
+
+    pid = wait_for(preparing)[0]
+    os.kill(pid if victim == "new worker" else before["resident_manager"]["resident_process"]["pid"], signal.SIGKILL)
+    assert manager.wait_until_settled(DEADLINE_S)
+    status = manager.get_status()
+    assert manager.current_sm_allocation == split
+    assert not status["switch_requested"]
+    counts, counts_before = status["statistics"], before["statistics"]
+    assert counts["recoveries"] == counts_before["recoveries"] + (victim == "resident")
+    assert counts["failed_rotations"] == counts_before["failed_rotations"]
+    assert counts["rotations"] == counts_before["rotations"] + 1
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    assert len(running.generate([1, 2, 3], sampling, use_tqdm=False)[0]["token_ids"]) == 4
+
+
 def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, short_path: Path) -> None:
     """The manager alone, as a user's program has it; that program is killed."""
     program = short_path / "program.py"
