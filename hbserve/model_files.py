@@ -17,7 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hbserve.errors import ModelError
+from hbserve.errors import InvalidRequestError, ModelError
+from hbserve.sampling_params import SamplingParams
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,6 +38,9 @@ SIZES = {
 }
 """Sizes in a config.json and their upper bounds; each is at least 1. The bounds are far above every published model:
 they keep a wrong number from taking memory before the weights are compared with it."""
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Keys of generation_config.json that are defaults of requests; `SamplingParams` gives them the same meaning."""
 
 _COMPARED_BYTES = 8 << 20
 
@@ -98,6 +102,29 @@ def read_config(folder: Path) -> dict[str, Any]:
                 raise ModelError(f"{path}: {key} must be an integer in 1..{bound}, got {shown(value)}")
             document[key] = number
     return document
+
+
+def read_sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Read the sampling parameters that the model's authors recommend, from generation_config.json.
+
+    The result holds those of `SAMPLING_DEFAULTS` that the file has; it is empty without a file.
+
+    Raises:
+        ModelError: naming file and key.
+    """
+    path = folder / "generation_config.json"
+    document = read_json(path) if is_there(path) else {}
+    defaults: dict[str, Any] = {}
+    for key in SAMPLING_DEFAULTS:
+        value = document.get(key)
+        if value is not None:
+            number = whole_number(value)
+            defaults[key] = value if number is None else number
+            try:
+                SamplingParams(**{key: defaults[key]})
+            except InvalidRequestError as error:
+                raise ModelError(f"{path}: {error}; correct it, or set model.generation_config: none") from None
+    return defaults
 
 
 def is_there(path: Path) -> bool:

@@ -110,11 +110,12 @@ class LocalBackend:
 
         config = PdDisaggConfig.from_arguments(model, mode=mode, log_level="WARNING")
         self.name = Path(model).name
-        self._sampling = SamplingParams(**({"max_tokens": None} | sampling))
         self._runner = asyncio.Runner()  # at Ctrl-C, run() cancels its work before it raises KeyboardInterrupt
         self._llm = DisaggregatedLLM(config)
         try:
             self._runner.run(self._llm.start())
+            defaults = self._llm.engine.sampling_defaults
+            self._sampling = SamplingParams(**({"max_tokens": None} | defaults | sampling))
         except BaseException:
             self.close()
             raise

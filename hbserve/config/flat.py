@@ -42,6 +42,7 @@ class PdDisaggConfig:
     tokenizer_path: str | None = None
     device: str | None = None
     dtype: str | None = None
+    generation_config: str | None = None
     load_format: str | None = None
     tensor_parallel_size: int | None = None
     max_model_len: int | None = None

@@ -59,6 +59,7 @@ class ModelConfig(Section, frozen=True):
         path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
         served_name, tokenizer_path: name in the HTTP API, and folder of the tokenizer; default: from ``path``.
         device, dtype: ``auto`` takes CUDA where there is a GPU, and the checkpoint's dtype.
+        generation_config: ``auto`` takes default sampling parameters from the model's generation_config.json.
         load_format: ``dummy`` makes random weights from config.json alone, from ``seed``.
         tensor_parallel_size: ranks of an instance: 1, 2, 4 or 8; an instance may override it.
         max_model_len: longest prompt plus output, in tokens; default: the limit of the model or of the KV pool.
@@ -70,6 +71,7 @@ class ModelConfig(Section, frozen=True):
     tokenizer_path: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    generation_config: Literal["auto", "none"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     tensor_parallel_size: int = 1
     max_model_len: PositiveInt | None = None

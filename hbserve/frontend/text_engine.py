@@ -13,7 +13,7 @@ import itertools
 import secrets
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -52,6 +52,7 @@ class TextEngine:
         text: service that encodes and decodes; default: this process.
         max_prompt_tokens: longer prompts are refused; default: the context length.
         max_samples: requests with more samples are refused, since not all could wait; default: no limit.
+        sampling_defaults: sampling parameters, by name, of requests that do not give them.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class TextEngine:
         text: TextService | None = None,
         max_prompt_tokens: int | None = None,
         max_samples: int | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.sampling_defaults = dict(sampling_defaults or {})
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.text = text or LocalText(tokenizer)
@@ -76,6 +79,11 @@ class TextEngine:
         self._max_prompt_tokens = max_prompt_tokens
         self._max_samples = max_samples
         self._ended: HBServeError | None = None
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """Sampling parameters of a request that gives none."""
+        return SamplingParams(**self.sampling_defaults)
 
     async def open(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, request_id: str | None = None

@@ -57,7 +57,7 @@ class ChatCompletion(Generation):
             InvalidRequestError, RequestTimeoutError, EngineDeadError
         """
         form = tool_format(engine.tokenizer.tools_template)
-        sampling = body.sampling(form, engine.tokenizer.added_token_id)
+        sampling = body.sampling(engine.sampling_defaults, form, engine.tokenizer.added_token_id)
         async with deadline.applied():
             prompt = await engine.text.encode_chat(body.messages, body.offered_tools, body.chat_options())
         return ChatCompletion(engine, body, prompt, sampling, deadline, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -62,10 +63,13 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
         """Whether the answer must consist of calls."""
         return self.tool_choice not in (None, "none", "auto")
 
-    def sampling(self, tool_format: ToolFormat | None, token_id: TokenId) -> SamplingParams:
+    def sampling(
+        self, defaults: Mapping[str, Any], tool_format: ToolFormat | None, token_id: TokenId
+    ) -> SamplingParams:
         """Make the request's sampling parameters; without a limit the output may fill the context.
 
         Args:
+            defaults: the model's, for parameters that the body does not give.
             tool_format: how the model writes calls; None: it cannot.
             token_id: see `ToolFormat.grammar`.
 
@@ -101,7 +105,7 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
             more["grammar"] = tool_format.grammar(forced, several, token_id)
         elif requested:
             more["grammar"] = grammars[requested[0]]
-        return self._sampling(**more)
+        return self._sampling(defaults, **more)
 
     def _forced_functions(self) -> dict[str, dict[str, Any] | None]:
         """Return the functions of which one must be called: parameters by name; empty if none must be."""

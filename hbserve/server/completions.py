@@ -18,7 +18,9 @@ class Completion(Generation):
     _body: CompletionRequest
 
     def __init__(self, engine: TextEngine, body: CompletionRequest, deadline: Deadline) -> None:
-        super().__init__(engine, body, body.prompts, body.sampling(), deadline, "cmpl", "text_completion")
+        super().__init__(
+            engine, body, body.prompts, body.sampling(engine.sampling_defaults), deadline, "cmpl", "text_completion"
+        )
         self._logprobs = [
             CompletionLogprobs(engine.tokenizer, self._sampling.skip_special_tokens)
             for _ in range(self._num_choices if self._sampling.logprobs is not None else 0)

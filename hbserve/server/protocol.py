@@ -7,6 +7,7 @@ Every parameter is honoured, or refused by name; `hbserve.server.bodies.border` 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator
@@ -91,13 +92,17 @@ class GenerationRequest(Body):
             return [stop for stop in value if stop] or None
         raise ValueError("must be a string or a list of strings")
 
-    def _sampling(self, **more: Any) -> SamplingParams:
-        """Make sampling parameters from the fields of the same names and from ``more``; the others have defaults."""
+    def _sampling(self, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
+        """Make sampling parameters from the fields of the same names and from ``more``.
+
+        Args:
+            defaults: the model's, for fields that are not given; the others have those of `SamplingParams`.
+        """
         names = [name for name in SamplingParams.__struct_fields__ if name in type(self).model_fields]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
-        return SamplingParams(**given | more)
+        return SamplingParams(**{**defaults, **given, **more})
 
     def _check_stream_options(self) -> None:
         options = self.stream_options
@@ -133,8 +138,11 @@ class CompletionRequest(GenerationRequest):
         is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return cast(list[str | list[int]], [self.prompt] if is_single else self.prompt)
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Make the request's sampling parameters.
+
+        Args:
+            defaults: the model's, for parameters that the body does not give.
 
         Raises:
             InvalidRequestError: a parameter cannot be honoured; ``param`` names it.
@@ -143,8 +151,8 @@ class CompletionRequest(GenerationRequest):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError("best_of is not supported, unless it equals n", "best_of")
         if self.echo and (self.logprobs is not None or self.max_tokens == 0):
-            return self._sampling(prompt_logprobs=max(self.logprobs or 0, self.prompt_logprobs or 0))
-        return self._sampling()
+            return self._sampling(defaults, prompt_logprobs=max(self.logprobs or 0, self.prompt_logprobs or 0))
+        return self._sampling(defaults)
 
 
 class TokenizeRequest(Conversation):

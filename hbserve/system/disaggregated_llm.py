@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -20,6 +21,7 @@ from hbserve.frontend.text_pool import TextProcesses
 from hbserve.import_path import check_not_importing
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
+from hbserve.model_files import read_sampling_defaults
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
@@ -58,12 +60,14 @@ class DisaggregatedLLM:
 
         Raises:
             StartupError: naming what is missing at ``rpc.start_timeout_s``, or what failed and why.
-            ModelError: if the tokenizer cannot be loaded.
+            ModelError: if the tokenizer or generation_config.json cannot be loaded.
         """
         if self._client is not None:
             raise StartupError("already started")
         check_not_importing()
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        folder = Path(self.config.model.path)
+        sampling_defaults = {} if self.config.model.generation_config == "none" else read_sampling_defaults(folder)
         loading = asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
         tokenizer = asyncio.create_task(loading)
         text: asyncio.Task[None] | None = None
@@ -86,6 +90,7 @@ class DisaggregatedLLM:
                 self._text,
                 self.config.server.max_prompt_tokens if self._text_in_processes else None,
                 self.config.performance.max_waiting_requests,
+                sampling_defaults,
             )
         except BaseException:
             tokenizer.cancel()
@@ -163,13 +168,13 @@ class DisaggregatedLLM:
         self, messages: Sequence[ChatMessage], sampling_params: SamplingParams | None = None
     ) -> GenerationOutput:
         """Answer a conversation, by the model's chat template. Errors as in `generate`."""
-        return await self.engine.generate_chat(messages, sampling_params or SamplingParams())
+        return await self.engine.generate_chat(messages, sampling_params or self.engine.default_sampling)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[SampleDelta]:
         """Iterate over the deltas of one request; leaving the loop early aborts it. Errors as in `generate`."""
-        return self.engine.stream(prompt, sampling_params or SamplingParams(), request_id)
+        return self.engine.stream(prompt, sampling_params or self.engine.default_sampling, request_id)
 
     def abort(self, request_id: str) -> None:
         """End a streamed request by its id; unknown ids are ignored."""

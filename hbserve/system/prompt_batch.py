@@ -31,7 +31,7 @@ async def generate_all(
         TypeError, ValueError: if ``sampling_params`` have another type or number.
         HBServeError: if one prompt fails; the others are then aborted.
     """
-    samplings = _per_prompt(sampling_params, len(prompts))
+    samplings = _per_prompt(sampling_params, engine.default_sampling, len(prompts))
     max_samples = max((sampling.n for sampling in samplings), default=1)
     slots = asyncio.Semaphore(max(1, max_waiting // max_samples))
 
@@ -64,9 +64,9 @@ def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     return [batch] if batch and all(isinstance(item, int) for item in batch) else batch
 
 
-def _per_prompt(sampling_params: Samplings, num_prompts: int) -> list[SamplingParams]:
+def _per_prompt(sampling_params: Samplings, default: SamplingParams, num_prompts: int) -> list[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * num_prompts
+        return [sampling_params or default] * num_prompts
     if not all(isinstance(sampling, SamplingParams) for sampling in sampling_params):
         raise TypeError(f"sampling_params must be SamplingParams, or one of them per prompt, got {sampling_params!r}")
     if len(sampling_params) != num_prompts:
