@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import NoneType
 from typing import Any, get_args
@@ -14,6 +15,10 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 128
+
+
+_BEYOND_WORDS = re.compile(r"[^A-Za-z0-9]")  # characters that may mean something in an expression
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +54,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         logit_bias: added to the logits of these token ids, in [-100, 100]; the two limits ban and force a token.
         grammar: grammar that the output follows, and ends with: llguidance's Lark dialect, or what
             `hbserve.grammar.json_schema` makes of a JSON schema. Not with ``ignore_eos`` or ``min_tokens``.
+        bad_words: strings that the text never contains, whatever the tokens; kept by a grammar, so with its limits.
+        allowed_token_ids: sample no other tokens. The model's end tokens must be among them if they may end the output.
+        include_stop_str_in_output: the text ends with the stop string, or with the text of the end token, if it is
+            shown.
+        truncate_prompt_tokens: keep so many tokens from the end of the prompt; -1: as many as fit beside
+            ``max_tokens``; 0 or None: refuse a prompt that is too long.
+        cache_salt: the request shares cached KV only with requests of the same salt.
     """
 
     temperature: float = 1.0
@@ -72,6 +84,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tpot_ms: float | None = None
     logit_bias: dict[int, float] | None = None
     grammar: str | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be honoured.
@@ -111,13 +128,28 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self._require(number is None or 0 <= number <= MAX_LOGPROBS, name, f"must be in 0..{MAX_LOGPROBS}")
         self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")
         self._require(all(self.stop_strings), "stop", "must not hold an empty string")
-        for text, param in [*((stop, "stop") for stop in self.stop_strings), (self.grammar or "", "grammar")]:
+        texts = [(self.grammar or "", "grammar"), (self.cache_salt or "", "cache_salt")]
+        texts += [(stop, "stop") for stop in self.stop_strings] + [(word, "bad_words") for word in self.bad_words or ()]
+        for text, param in texts:
             self._require(_is_unicode(text), param, "must not hold a lone surrogate, which is no character")
         self._require(all(t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "must not be negative")
         biases = self.logit_bias or {}
         self._require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"takes at most {MAX_LOGIT_BIASES} tokens")
         self._require(all(t >= 0 for t in biases), "logit_bias", "must name token ids")
         self._require(all(-100 <= bias <= 100 for bias in biases.values()), "logit_bias", "must be in [-100, 100]")
+        if self.truncate_prompt_tokens is not None:
+            self._require(self.truncate_prompt_tokens >= -1, "truncate_prompt_tokens", "must be at least -1")
+        if self.allowed_token_ids is not None:
+            self._require(bool(self.allowed_token_ids), "allowed_token_ids", "must not be empty")
+            self._require(all(t >= 0 for t in self.allowed_token_ids), "allowed_token_ids", "must not be negative")
+            self._require(self.grammar is None, "allowed_token_ids", "cannot be combined with a grammar")
+        if self.bad_words:
+            self._require(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"takes at most {MAX_BAD_WORDS}")
+            self._require(all(self.bad_words), "bad_words", "must not hold an empty string")
+            self._require(self.grammar is None, "bad_words", "cannot be combined with a grammar")
+            self._require(self.allowed_token_ids is None, "bad_words", "cannot be combined with allowed_token_ids")
+            self._require(not self.ignore_eos, "bad_words", "cannot be combined with ignore_eos")
+            self._require(self.min_tokens == 0, "bad_words", "cannot be combined with min_tokens")
         if self.grammar is not None:
             self._require(bool(self.grammar.strip()), "grammar", "must not be empty")
             self._require(not self.ignore_eos, "ignore_eos", "must be false with a grammar, which has an end")
@@ -133,6 +165,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    @property
+    def steering_grammar(self) -> str | None:
+        """The grammar that the output follows: ``grammar``, or that of all texts without ``bad_words``."""
+        if not self.bad_words:
+            return self.grammar
+        words = "|".join(_BEYOND_WORDS.sub(lambda found: rf"\x{{{ord(found[0]):x}}}", word) for word in self.bad_words)
+        return f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)({words})(?s:.*)/"
 
     @property
     def greedy(self) -> bool:

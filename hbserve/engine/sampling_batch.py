@@ -49,8 +49,12 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
         arrays["biased"] = np.array([rows, token_ids], np.int64)
         arrays["biases"] = np.array(values, np.float32)
     constrained = np.flatnonzero(table.grammars.has_grammar[slots])
-    if constrained.size:
-        arrays.update(constrained_rows=constrained, allowed_tokens=table.grammars.masks(slots[constrained]))
+    restricted = [row for row, slot in enumerate(slots.tolist()) if slot in table.allowed_words]
+    if constrained.size or restricted:
+        words = [table.allowed_words[slot][None] for slot in slots[restricted].tolist()]
+        words += [table.grammars.masks(slots[constrained])] if constrained.size else []
+        arrays.update(constrained_rows=np.array([*restricted, *constrained], np.int64))
+        arrays.update(allowed_tokens=np.concatenate(words))
     reported = np.flatnonzero(table.num_logprobs[slots] >= 0)
     if reported.size:
         arrays["logprob_rows"] = reported

@@ -28,12 +28,15 @@ class SequenceTable:
         block_tables: int32 ``[slots, max_blocks_per_seq]``, valid up to ``num_table_blocks``.
         last_token_ids: int64 ``[slots + 1]``, on the device: the token sampled last. The last entry is for
             ``padding_slot``, the slot of padding rows.
-        plain_sampling: whether there are no penalties, biases, grammar, truncation or logprobs, only a temperature.
+        plain_sampling: whether there are no penalties, biases, masks, grammar, truncation or logprobs; only a
+            temperature.
         next_positions: the position of that token, or `UNKNOWN_POSITION`.
         num_logprobs: as `SamplingParams.logprobs`, -1 for none; num_prompt_logprobs: likewise, 0 for none.
         end_token_ids: per slot; they are not sampled for positions before ``min_end_positions``.
         token_counts: of the slots that have penalties.
         logit_bias: per slot, by token id.
+        allowed_words: bit masks by slot, of slots that may sample only some tokens: bit i of word w is token
+            ``32 * w + i``.
         grammars: of the slots that have one.
     """
 
@@ -68,6 +71,7 @@ class SequenceTable:
         self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.token_counts = TokenCounts(max_num_seqs, vocab_size, device)
         self.logit_bias: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]
+        self.allowed_words: dict[int, npt.NDArray[np.int32]] = {}
         self.grammars = GrammarTable(max_num_seqs, vocab_size, tokenizer_folder)
 
     def install(self, state: SequenceState) -> None:
@@ -98,7 +102,8 @@ class SequenceTable:
         self.logit_bias[slot] = sampling.logit_bias or {}
         assert all(token < self.vocab_size for token in self.logit_bias[slot]), f"slot {slot}: a bias has no token"
         self.grammars.install(state)
-        steered = bool(sampling.logit_bias) or sampling.grammar is not None
+        self._install_allowed(slot, sampling.allowed_token_ids)
+        steered = bool(sampling.logit_bias) or sampling.grammar is not None or slot in self.allowed_words
         self.plain_sampling[slot] = not truncates and not steered and sampling.logprobs is None
         if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0:
             self.token_counts.forget(slot)
@@ -106,6 +111,15 @@ class SequenceTable:
             self.plain_sampling[slot] = False
             assert state.history is not None, f"slot {slot}: penalties need the history"
             self.token_counts.install(slot, state.history, state.num_prompt_tokens)
+
+    def _install_allowed(self, slot: int, token_ids: list[int] | None) -> None:
+        """Note the only tokens that may be sampled, as a bit mask; None: all."""
+        self.allowed_words.pop(slot, None)
+        if token_ids is not None:
+            assert all(0 <= token < self.vocab_size for token in token_ids), f"slot {slot}: an allowed id has no token"
+            bits = np.zeros(-(-self.vocab_size // 32) * 32, np.uint8)
+            bits[token_ids] = 1
+            self.allowed_words[slot] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
 
     def append_blocks(self, slot: int, block_ids: list[int]) -> None:
         """Append blocks to a slot's block table."""

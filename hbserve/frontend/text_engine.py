@@ -122,7 +122,7 @@ class TextEngine:
         try:
             grammar = await self._check_sampling(sampling)
             for prompt in prompts:
-                token_ids = await self._prompt_token_ids(prompt)
+                token_ids = await self._prompt_token_ids(prompt, sampling)
                 first = len(stream.prompt_token_ids) * sampling.n
                 stream.prompt_token_ids.append(token_ids)
                 requests = self._requests(token_ids, sampling, grammar, opened.sample_ids[first : first + sampling.n])
@@ -217,7 +217,7 @@ class TextEngine:
         """Number of requests that have not ended."""
         return len(self._open)
 
-    async def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
+    async def _prompt_token_ids(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
         if isinstance(prompt, str):
             token_ids = await self.text.encode(prompt)
             if token_ids and max(token_ids) >= self.vocab_size:
@@ -233,6 +233,11 @@ class TextEngine:
             self.check_token_ids(token_ids, "prompt")
         if not token_ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")
+        num_kept = sampling.truncate_prompt_tokens
+        if num_kept == -1:
+            num_kept = max(1, self.max_model_len - (sampling.max_tokens or 1))
+        if num_kept:
+            token_ids = token_ids[-num_kept:]
         if self._max_prompt_tokens is not None and len(token_ids) > self._max_prompt_tokens:
             raise InvalidRequestError(
                 f"the prompt has {len(token_ids)} tokens; this server takes at most {self._max_prompt_tokens}", "prompt"
@@ -265,11 +270,22 @@ class TextEngine:
         self.check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
         if sampling.stop_strings and not self.tokenizer.has_text:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none", "stop")
-        if sampling.grammar is None:
+        allowed = sampling.allowed_token_ids or ()
+        self.check_token_ids(allowed, "allowed_token_ids")
+        ends = self._end_token_ids | set(sampling.stop_token_ids or ())
+        if allowed and sampling.min_tokens and ends.issuperset(allowed):
+            rule = "must hold more than end tokens, because of min_tokens"
+            raise InvalidRequestError(f"allowed_token_ids {rule}", "allowed_token_ids")
+        grammar = sampling.steering_grammar
+        if grammar is None:
             return None
+        param = "bad_words" if sampling.bad_words else "grammar"
         if not self._end_token_ids:
-            raise InvalidRequestError("the model names no end token, which a grammar needs", "grammar")
-        return await self.text.check_grammar(sampling.grammar, self.vocab_size)
+            raise InvalidRequestError(f"the model names no end token, which {param} needs", param)
+        try:
+            return await self.text.check_grammar(grammar, self.vocab_size)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error), param) from error
 
     def _requests(
         self, token_ids: list[int], sampling: SamplingParams, grammar: str | None, sample_ids: list[str]
@@ -300,6 +316,7 @@ class TextEngine:
                     max_tokens=max(max_tokens, 1),  # with 0 the one token is dropped: see `_OpenSample`
                     stop=None,  # the scheduler handles no text
                     grammar=grammar,
+                    bad_words=None,
                 ),
             )
             for index, sample_id in enumerate(sample_ids)
@@ -324,7 +341,10 @@ class _OpenSample:
         """Send the request to the scheduler."""
         sampling = self._sampling
         options = TextStreamOptions(
-            skip_special_tokens=sampling.skip_special_tokens, stop=sampling.stop_strings, min_tokens=sampling.min_tokens
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop_strings,
+            min_tokens=sampling.min_tokens,
+            include_stop=sampling.include_stop_str_in_output,
         )
         self._text = self._engine.text.open(options, self._on_text)
         self._client = client
@@ -359,8 +379,9 @@ class _OpenSample:
             if self._sampling.max_tokens == 0 and output.token_ids:
                 output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
             self._outputs.append(output)
-            # An end token counts as a token, but has no text.
-            shown = len(output.token_ids) - (output.finish_reason == "stop")
+            # An end token counts as a token, but has no text unless the request wants it.
+            hides_end = output.finish_reason == "stop" and not self._sampling.include_stop_str_in_output
+            shown = len(output.token_ids) - hides_end
             self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
 
     def _on_text(self, text: OutputText | HBServeError) -> None:
@@ -379,7 +400,7 @@ class _OpenSample:
             stop_reason = token_ids[-1]
         if finish_reason is not None:
             self._end("stop")
-        if self._sampling.grammar is not None:
+        if self._sampling.steering_grammar is not None:
             self._all_token_ids += token_ids
             if finish_reason == "stop" and stop_reason is None:
                 self._check = asyncio.create_task(self._finish_checked(output, text))
@@ -388,7 +409,7 @@ class _OpenSample:
 
     async def _finish_checked(self, output: RequestOutput, text: OutputText) -> None:
         """Finish a sample that follows its grammar, and fail any other: a grammar may become too complex on the way."""
-        grammar = self._sampling.grammar
+        grammar = self._sampling.steering_grammar
         assert grammar is not None
         try:
             token_ids = self._all_token_ids[:-1]

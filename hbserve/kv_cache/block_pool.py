@@ -351,14 +351,21 @@ class BlockPool:
         assert all(holding.pins for holding in freed), "a freed owner without pins still has blocks"
 
 
-def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+def extend_block_hashes(
+    hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str | None = None
+) -> None:
     """Append to ``hashes`` the hashes of the full blocks of ``token_ids`` that it lacks.
 
     A block's hash covers its tokens and, through the hash of the block before it, all tokens before them, because KV
     depends on the whole prefix. A collision would serve the KV of another prompt. With 128 bits of BLAKE2b it does not
-    happen, and cannot be made to happen on purpose.
+    happen, and cannot be made to happen on purpose. Two prompts with different ``salt`` have no hash in common.
     """
     for index in range(len(hashes), len(token_ids) // block_size):
         block = array("i", token_ids[index * block_size : (index + 1) * block_size])
-        parent = hashes[index - 1] if index else b""
+        parent = hashes[index - 1] if index else _salt_hash(salt)
         hashes.append(blake2b(parent + block.tobytes(), digest_size=16).digest())
+
+
+def _salt_hash(salt: str | None) -> bytes:
+    """Return what precedes the first block: nothing, or a hash that no tokens can have, whatever the salt."""
+    return b"" if salt is None else blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest()

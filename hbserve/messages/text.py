@@ -18,6 +18,7 @@ class TextStreamOptions(Value, frozen=True):
     skip_special_tokens: bool
     stop: list[str]
     min_tokens: int
+    include_stop: bool = False
 
 
 class ChatOptions(Value, frozen=True):

@@ -255,7 +255,7 @@ class Sequence:
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Return the hashes of all full blocks of its tokens."""
-        extend_block_hashes(self.block_hashes, self.tokens, block_size)
+        extend_block_hashes(self.block_hashes, self.tokens, block_size, self.request.sampling.cache_salt)
         return self.block_hashes
 
     @property

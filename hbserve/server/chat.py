@@ -33,11 +33,9 @@ class ChatCompletion(Generation):
     ) -> None:
         object_name = "chat.completion.chunk" if body.stream else "chat.completion"
         super().__init__(engine, body, [prompt], sampling, deadline, "chatcmpl", object_name)
-        self.param_names = {"prompt": "messages"}
+        self.param_names = {"prompt": "messages", "grammar": body.grammar_param}
         if body.max_tokens is None:
             self.param_names["max_tokens"] = "max_completion_tokens"
-        if body.grammar is None:
-            self.param_names["grammar"] = "tool_choice" if body.response_format is None else "response_format"
         self._parsers: list[ToolCallParser | None] = [None] * self._num_choices
         self._watched: list[ToolCallParser] = []  # of choices that end with their first call
         if body.offered_tools and form is not None:
@@ -69,6 +67,10 @@ class ChatCompletion(Generation):
         parser.feed(delta.text, last=delta.finish_reason is not None)
         return parser.num_complete_calls > 0
 
+    def _head_of_prompt(self) -> dict[str, Any]:
+        assert self._stream is not None, "the prompt is known once the request has been opened"
+        return {"prompt_token_ids": self._stream.prompt_token_ids[0]} if self._body.return_token_ids else {}
+
     def _choice(self, sample: Sample) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": sample.text}
         finish_reason = sample.finish_reason
@@ -80,7 +82,8 @@ class ChatCompletion(Generation):
                 message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
             if finish_reason == "stop" and parser.ends_with_calls:
                 finish_reason = "tool_calls"
-        return {
+        token_ids = {"token_ids": sample.token_ids} if self._body.return_token_ids else {}
+        return token_ids | {
             "index": sample.index,
             "message": message,
             "logprobs": sample.logprobs and chat_logprobs(self._engine.tokenizer, sample.token_ids, sample.logprobs),
@@ -102,13 +105,16 @@ class ChatCompletion(Generation):
             text, calls = parser.feed(text, last=finish_reason is not None)
             if finish_reason == "stop" and parser.ends_with_calls:
                 finish_reason = "tool_calls"
-        if not text and not calls and finish_reason is None and not delta.logprobs:
+        has_ids = bool(self._body.return_token_ids and delta.token_ids)
+        if not text and not calls and finish_reason is None and not delta.logprobs and not has_ids:
             return choices
         choice = _chunk_choice(delta.index, {"content": text} if text else {})
         if calls:
             choice["delta"]["tool_calls"] = calls
         if delta.logprobs:
             choice["logprobs"] = chat_logprobs(self._engine.tokenizer, delta.token_ids, delta.logprobs)
+        if has_ids:
+            choice["token_ids"] = delta.token_ids
         if finish_reason is not None:
             choice |= {"finish_reason": finish_reason, "stop_reason": delta.stop_reason}
         return [*choices, choice]

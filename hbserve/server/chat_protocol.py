@@ -59,6 +59,13 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
     parallel_tool_calls: bool | None = None
 
     @property
+    def grammar_param(self) -> str:
+        """The parameter that errors of a grammar are about."""
+        if self.grammar is not None or self.structured_outputs is not None:
+            return super().grammar_param
+        return "tool_choice" if self.response_format is None else "response_format"
+
+    @property
     def forces_calls(self) -> bool:
         """Whether the answer must consist of calls."""
         return self.tool_choice not in (None, "none", "auto")
@@ -89,11 +96,11 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
             raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
         more: dict[str, Any] = {"max_tokens": limits.pop() if limits else None, "logprobs": logprobs}
         forced = self._forced_functions()
-        grammars = {"grammar": self.grammar, "response_format": self.response_format and self.response_format.grammar}
-        requested = [name for name, grammar in grammars.items() if grammar is not None]
-        requested += ["tool_choice"] if forced else []
-        if len(requested) > 1:
-            raise InvalidRequestError(f"{requested[1]} and {requested[0]} cannot be combined; send one", requested[1])
+        form = None if self.response_format is None else self.response_format.grammar
+        grammars = {"grammar": self.grammar, "response_format": form}
+        grammar = self._only_grammar(grammars, *(["tool_choice"] if forced else []))
+        if self.bad_words and self.offered_tools:
+            raise InvalidRequestError("bad_words cannot be combined with tools", "bad_words")
         if self.offered_tools and tool_format is None:
             raise InvalidRequestError(
                 "the model's chat template has no tool calls, or has them in a form that this server does not know; "
@@ -103,8 +110,8 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
         if forced and tool_format is not None:
             several = self.tool_choice == "required" and self.parallel_tool_calls is not False
             more["grammar"] = tool_format.grammar(forced, several, token_id)
-        elif requested:
-            more["grammar"] = grammars[requested[0]]
+        elif grammar is not None:
+            more["grammar"] = grammar
         return self._sampling(defaults, **more)
 
     def _forced_functions(self) -> dict[str, dict[str, Any] | None]:

@@ -21,18 +21,19 @@ class Completion(Generation):
         super().__init__(
             engine, body, body.prompts, body.sampling(engine.sampling_defaults), deadline, "cmpl", "text_completion"
         )
+        self.param_names = {"grammar": body.grammar_param}
         self._logprobs = [
             CompletionLogprobs(engine.tokenizer, self._sampling.skip_special_tokens)
             for _ in range(self._num_choices if self._sampling.logprobs is not None else 0)
         ]
 
     def _choice(self, sample: Sample) -> dict[str, Any]:
-        return self._part(sample, self._echo(sample.index) + sample.text, True)
+        return self._part(sample, self._echo(sample) + sample.text, True)
 
     def _chunk_choices(self, delta: SampleDelta, is_first: bool) -> list[dict[str, Any]]:
-        text = self._echo(delta.index) + delta.text if is_first else delta.text
+        text = self._echo(delta) + delta.text if is_first else delta.text
         has_news = text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs
-        if not (has_news or self._stream_options.continuous_usage_stats):
+        if not (has_news or self._stream_options.continuous_usage_stats or self._body.return_token_ids):
             return []
         return [self._part(delta, text, is_first)]
 
@@ -46,19 +47,29 @@ class Completion(Generation):
             token_ids += part.token_ids
             entries += part.logprobs
         logprobs = self._logprobs[part.index].add(token_ids, entries) if entries else None
-        return {
-            "index": part.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": part.finish_reason,
-            "stop_reason": part.stop_reason,
-        } | (self._prompt_logprobs(part) if is_first else {})
+        ids: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            ids["token_ids"] = part.token_ids
+            if is_first:
+                ids["prompt_token_ids"] = self._prompt_token_ids(part)
+        return (
+            ids
+            | {
+                "index": part.index,
+                "text": text,
+                "logprobs": logprobs,
+                "finish_reason": part.finish_reason,
+                "stop_reason": part.stop_reason,
+            }
+            | (self._prompt_logprobs(part) if is_first else {})
+        )
 
-    def _echo(self, index: int) -> str:
+    def _echo(self, part: Sample | SampleDelta) -> str:
         """Return the text of a choice's prompt if the client wants it before the output; else an empty string."""
         if not self._body.echo:
             return ""
-        prompt = self._prompts[index // self._sampling.n]
-        if isinstance(prompt, str):
+        prompt = self._prompts[part.index // self._sampling.n]
+        if isinstance(prompt, str) and not self._sampling.truncate_prompt_tokens:
             return prompt
-        return self._engine.tokenizer.decode(prompt, skip_special_tokens=self._sampling.skip_special_tokens)
+        kept = self._prompt_token_ids(part)
+        return self._engine.tokenizer.decode(kept, skip_special_tokens=self._sampling.skip_special_tokens)

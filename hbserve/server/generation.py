@@ -105,6 +105,10 @@ class Generation(ABC):
             is_first: whether the choice begins with it.
         """
 
+    def _head_of_prompt(self) -> dict[str, Any]:
+        """Return what the response, or the first chunk of each choice, says of the prompt beside the choices."""
+        return {}
+
     def _is_complete(self, delta: SampleDelta) -> bool:
         """Return whether a choice is complete with this growth, so that it ends here; called once for each growth."""
         return False
@@ -128,7 +132,10 @@ class Generation(ABC):
     def _answer(self, samples: list[Sample]) -> bytes:
         choices = [self._choice(sample) for sample in samples]
         return msgspec.json.encode(
-            self._head | {"choices": choices, "usage": self._usage()} | self._prompt_part(samples[0])
+            self._head
+            | self._head_of_prompt()
+            | {"choices": choices, "usage": self._usage()}
+            | self._prompt_part(samples[0])
         )
 
     def _prompt_part(self, sample: Sample) -> dict[str, Any]:
@@ -165,7 +172,10 @@ class Generation(ABC):
                     else:
                         choices = self._chunk_choices(delta, is_first)
                     begun.add(delta.index)
-                    chunks += [head | {"choices": [choice]} for choice in choices]
+                    new = [head | {"choices": [choice]} for choice in choices]
+                    if is_first and new:
+                        new[0] |= self._head_of_prompt()
+                    chunks += new
                 if options.continuous_usage_stats:
                     for chunk in chunks:
                         chunk["usage"] = self._usage()
@@ -200,7 +210,8 @@ class Generation(ABC):
         except InvalidRequestError as error:
             if (name := self.param_names.get(error.param or "")) is None:
                 raise
-            raise type(error)(str(error), name) from error
+            message = str(error) if name in str(error) else f"{name}: {error}"
+            raise type(error)(message, name) from error
         for number, delta in enumerate(deltas):
             if self._is_complete(delta) and delta.finish_reason in (None, "length"):
                 self._stream.end_sample(delta.index)

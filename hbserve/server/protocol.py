@@ -16,6 +16,7 @@ from hbserve.errors import InvalidRequestError
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.bodies.border import Body, all_of, whole
 from hbserve.server.bodies.conversation import Conversation
+from hbserve.server.bodies.structured import StructuredOutputs
 
 _TOKEN_ID = re.compile("[0-9]{1,18}")
 
@@ -43,7 +44,11 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """The parameters that completions and chat completions share.
 
-    Names and meanings are OpenAI's; those from ``top_k`` to ``tpot_ms`` are HBServe's, as in `SamplingParams`.
+    Names and meanings are OpenAI's; those from ``top_k`` to ``tpot_ms`` are HBServe's, those from
+    ``structured_outputs`` to ``cache_salt`` vLLM's, as in `SamplingParams`.
+
+    Attributes:
+        return_token_ids: the answer has the ids of the prompt's tokens and of its own.
     """
 
     model: str | None = None
@@ -69,6 +74,14 @@ class GenerationRequest(Body):
     grammar: str | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+
+    structured_outputs: StructuredOutputs | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
 
     logit_bias: dict[str, float] | None = None
 
@@ -103,6 +116,28 @@ class GenerationRequest(Body):
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
         return SamplingParams(**{**defaults, **given, **more})
+
+    def _only_grammar(self, grammars: dict[str, str | None], *others: str) -> str | None:
+        """Return the one grammar that the request asks for; None: it asks for none.
+
+        Args:
+            grammars: by the parameter that asks for it, beside ``structured_outputs``.
+            others: parameters that will become a grammar, and so exclude the first ones.
+
+        Raises:
+            InvalidRequestError: several parameters ask for one.
+        """
+        if self.structured_outputs is not None:
+            grammars["structured_outputs"] = self.structured_outputs.as_grammar()
+        requested = [*(name for name, grammar in grammars.items() if grammar is not None), *others]
+        if len(requested) > 1:
+            raise InvalidRequestError(f"{requested[1]} and {requested[0]} cannot be combined; send one", requested[1])
+        return grammars.get(requested[0]) if requested else None
+
+    @property
+    def grammar_param(self) -> str:
+        """The parameter that errors of a grammar are about."""
+        return "grammar" if self.structured_outputs is None else "structured_outputs"
 
     def _check_stream_options(self) -> None:
         options = self.stream_options
@@ -150,9 +185,11 @@ class CompletionRequest(GenerationRequest):
         self._check_stream_options()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError("best_of is not supported, unless it equals n", "best_of")
+        grammar = self._only_grammar({"grammar": self.grammar})
         if self.echo and (self.logprobs is not None or self.max_tokens == 0):
-            return self._sampling(defaults, prompt_logprobs=max(self.logprobs or 0, self.prompt_logprobs or 0))
-        return self._sampling(defaults)
+            scores = max(self.logprobs or 0, self.prompt_logprobs or 0)
+            return self._sampling(defaults, grammar=grammar, prompt_logprobs=scores)
+        return self._sampling(defaults, grammar=grammar)
 
 
 class TokenizeRequest(Conversation):

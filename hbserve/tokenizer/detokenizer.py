@@ -16,7 +16,7 @@ class IncrementalDetokenizer:
 
     Args:
         skip_special_tokens: leave special tokens out of the text.
-        stop: strings that end the text; they are not part of it.
+        stop: strings that end the text; they are part of it only with ``include_stop``.
         min_tokens: a stop string counts only if it begins in this token (counted from 1) or later.
 
     Attributes:
@@ -24,11 +24,18 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self._decoder = tokenizer.text_decoder(skip_special_tokens)
         self._stop = stop
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._num_tokens = 0
         self._held = ""
         self.stop_string: str | None = None
@@ -56,8 +63,8 @@ class IncrementalDetokenizer:
         self._held = ""
         found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
-            _, start, self.stop_string = min(found)
-            return text[:start]
+            end, start, self.stop_string = min(found)
+            return text[: end if self._include_stop else start]
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         if num_held:
             text, self._held = text[:-num_held], text[-num_held:]

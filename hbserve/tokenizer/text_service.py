@@ -83,7 +83,11 @@ class TextDecoding:
 
     def __init__(self, tokenizer: Tokenizer, options: TextStreamOptions) -> None:
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, skip_special_tokens=options.skip_special_tokens, stop=options.stop, min_tokens=options.min_tokens
+            tokenizer,
+            skip_special_tokens=options.skip_special_tokens,
+            stop=options.stop,
+            min_tokens=options.min_tokens,
+            include_stop=options.include_stop,
         )
 
     def feed(self, token_ids: list[int], shown: int, last: bool) -> OutputText:

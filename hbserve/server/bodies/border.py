@@ -30,7 +30,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (),
     "num_beams": (1,),
     "priority": (),
-    "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
     "suffix": (),
     "typical_p": (1,),
