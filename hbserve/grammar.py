@@ -43,8 +43,10 @@ _MAX_CHECK_CPU_S = 2.0
 _MAX_TRIAL_CPU_S = 0.3
 _MAX_TRIAL_MASK_CPU_S = 0.25
 _NUM_TRIALS = 24
-_TRIAL_TOKENS = 24
+_TRIAL_TOKENS = 64
+_MAX_MEAN_CPU_S = 0.03  # per token; workers allow no more in the long run
 _TRIAL_BYTES = 64
+_DEAD_END = "it leads into a dead end, from which no output can be finished"
 _STRUCTURAL_BYTES = np.frombuffer(b'"{}[],:0', np.uint8)
 
 ANY_JSON_OBJECT = '{"type": "object"}'
@@ -263,14 +265,19 @@ def _problem_at_start(matcher: LLMatcher) -> str | None:
         if matcher.is_stopped():
             break
         matcher.consume_token(int(np.unpackbits(words, bitorder="little").argmax()))
-    problem: str = matcher.get_error().partition("\n")[0]
-    return "it admits no text" if problem == "NoExtensionBias" else problem or None
+    if not matcher.is_error():
+        return None
+    reason = _reason(matcher.get_error())
+    return "it admits no text" if reason == _DEAD_END else reason
 
 
 def _trial(matcher: LLMatcher, num_tokens: int, length: int, chance: random.Random, deadline: float) -> str | None:
     """Begin an output of random tokens; say why it cannot go on, None if it can."""
-    for _ in range(length):
+    started = time.thread_time()
+    for number in range(length):
         began = time.thread_time()
+        if began > deadline and number >= 4 and (began - started) / number > _MAX_MEAN_CPU_S:
+            return "it is too complex: its tokens take too long; make it smaller or less ambiguous"
         if began > deadline or matcher.is_stopped():
             break
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:num_tokens]
@@ -291,7 +298,7 @@ def _trial(matcher: LLMatcher, num_tokens: int, length: int, chance: random.Rand
 def _reason(error: str) -> str:
     """Say in words what llguidance found."""
     if error.startswith("NoExtensionBias"):
-        return "it leads into a dead end, from which no output can be finished"
+        return _DEAD_END
     first = error.strip().splitlines()[0]
     return f"it is too complex: {first}" if re.search("Too many items|too many|row has|fuel", first) else first
 

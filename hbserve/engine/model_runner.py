@@ -125,6 +125,7 @@ class ModelRunner:
         if arenas.spare_block is not None:
             self._warm_up(config, instance.instance_type, arenas.spare_block)
         stopwatch.lap("warm_up")
+        self._table.grammars.wait_until_read()
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
@@ -219,7 +220,7 @@ class ModelRunner:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(plan.rows):
             sampled, num_logprobs = self._graphs.launch(plan.rows, functools.partial(self._wait_for_turn, plan), timer)
-            return PendingStep(plan, sampled, num_logprobs, timer)
+            return PendingStep(plan, sampled, num_logprobs, timer, None, self._table.grammars.take_missing())
         board = self._wait_for_turn(plan)
         rows = plan.rows if board is None else board.with_tokens(plan.rows)
         batch = build_batch(rows, self._table, self.layout.block_size, self.platform.device)
@@ -237,7 +238,8 @@ class ModelRunner:
             return PendingStep(plan, None, [], timer, scores)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
-        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores)
+        missing = self._table.grammars.take_missing()
+        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores, missing)
 
     def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
         """Wait for the other worker's step that must come first; return the board with the tokens sampled elsewhere."""

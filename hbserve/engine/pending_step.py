@@ -9,7 +9,7 @@ import torch
 from hbserve.engine.prompt_scores import PromptScores
 from hbserve.engine.sampler import Sampled
 from hbserve.messages.base import TokenLogprobs
-from hbserve.messages.worker import StepPlan, StepResult
+from hbserve.messages.worker import NO_TOKEN, StepPlan, StepResult
 
 
 class StepTimer:
@@ -54,6 +54,7 @@ class PendingStep:
         num_logprobs: per sampled row, as `SamplingParams.logprobs`, -1 for none.
         timer: started with the step; stopped here, after the copies of the results.
         scores: of the prompts' tokens; None: no row asks for them.
+        missing: slots whose tokens could not be sampled, and why they never can; see `GrammarTable.take_missing`.
 
     Attributes:
         ready_at: when the host had prepared the step, on `time.perf_counter`.
@@ -66,7 +67,10 @@ class PendingStep:
         num_logprobs: list[int],
         timer: StepTimer,
         scores: PromptScores | None = None,
+        missing: dict[int, str | None] | None = None,
     ) -> None:
+        slots = [row.slot for row in plan.rows if row.sample] if missing else []
+        self._missing = {index: (missing or {})[slot] for index, slot in enumerate(slots) if slot in (missing or {})}
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs
         self._timer = timer
@@ -82,13 +86,18 @@ class PendingStep:
     def result(self) -> StepResult:
         """Wait for the device and return the step's result."""
         busy_s = self._timer.wait()
+        token_ids = [] if self._token_ids is None else self._token_ids.tolist()
+        for index in self._missing:
+            token_ids[index] = NO_TOKEN
+        errors = {index: error for index, error in self._missing.items() if error is not None}
         return StepResult(
             epoch=self._epoch,
             step_id=self._step_id,
-            token_ids=[] if self._token_ids is None else self._token_ids.tolist(),
+            token_ids=token_ids,
             logprobs=self._read_logprobs(),
             busy_s=busy_s,
             prompt_logprobs=None if self._scores is None else self._scores.to_lists(),
+            row_errors=errors or None,
         )
 
     def _read_logprobs(self) -> list[TokenLogprobs | None] | None:

@@ -22,6 +22,8 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
         slots, positions: of the N rows that are sampled, in the order of their logits.
     """
     arrays: Arrays = {}
+    constrained = np.flatnonzero(table.grammars.has_grammar[slots])
+    masks = table.grammars.masks(slots[constrained])
     random = np.flatnonzero(table.temperature[slots] > 0)
     if random.size:
         random_slots = slots[random]
@@ -33,7 +35,8 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
             truncated_slots = random_slots[truncated]
             arrays.update(truncated=truncated, top_k=table.top_k[truncated_slots], top_p=table.top_p[truncated_slots])
     count_rows = table.token_counts.row_of_slot[slots]
-    penalised = np.flatnonzero(count_rows >= 0)
+    # The token of a row without its mask does not count.
+    penalised = np.flatnonzero((count_rows >= 0) & ~table.grammars.missing(slots))
     if penalised.size:
         penalised_slots = slots[penalised]
         arrays.update(penalised_rows=penalised, count_rows=count_rows[penalised])
@@ -48,13 +51,11 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
         rows, token_ids, values = zip(*biases, strict=True)
         arrays["biased"] = np.array([rows, token_ids], np.int64)
         arrays["biases"] = np.array(values, np.float32)
-    constrained = np.flatnonzero(table.grammars.has_grammar[slots])
     restricted = [row for row, slot in enumerate(slots.tolist()) if slot in table.allowed_words]
     if constrained.size or restricted:
         words = [table.allowed_words[slot][None] for slot in slots[restricted].tolist()]
-        words += [table.grammars.masks(slots[constrained])] if constrained.size else []
         arrays.update(constrained_rows=np.array([*restricted, *constrained], np.int64))
-        arrays.update(allowed_tokens=np.concatenate(words))
+        arrays.update(allowed_tokens=np.concatenate([*words, masks] if constrained.size else words))
     reported = np.flatnonzero(table.num_logprobs[slots] >= 0)
     if reported.size:
         arrays["logprob_rows"] = reported

@@ -10,6 +10,9 @@ from hbserve.sampling_params import SamplingParams
 NUM_BOARD_CELLS = 256
 """Workers that can be told apart on a `hbserve.engine.step_board.StepBoard`."""
 
+NO_TOKEN = -1
+"""Stands in `StepResult.token_ids` for a row whose token could not be sampled: its mask of a grammar was not there."""
+
 # --- scheduler -> worker --------------------------------------------------------------------------
 
 
@@ -152,7 +155,8 @@ class StepResult(Message, frozen=True):
     """Result of one step.
 
     Attributes:
-        token_ids: sampled tokens, one for each plan row with ``sample``, in the plan's order.
+        token_ids: sampled tokens, one for each plan row with ``sample``, in the plan's order; `NO_TOKEN` if the row has
+            to be planned again.
         logprobs: likewise, None where not asked for.
         prompt_logprobs: one list for each plan row with ``next_token_ids``, in the plan's order, one entry per token.
         busy_s: time the device worked on it, seconds.
@@ -160,6 +164,7 @@ class StepResult(Message, frozen=True):
         early_s: how long the step was ready before the device could begin it; negative: how long the device waited for
             it.
         error: the step failed; the worker exits after this message.
+        row_errors: why sequences can get no token any more, by index in ``token_ids``.
     """
 
     epoch: int
@@ -171,6 +176,7 @@ class StepResult(Message, frozen=True):
     early_s: float = 0.0
     error: str | None = None
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
+    row_errors: dict[int, str] | None = None
 
 
 class InstanceFailed(Message, frozen=True):

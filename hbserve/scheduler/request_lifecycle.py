@@ -24,12 +24,12 @@ from hbserve.config import Config
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
-from hbserve.messages.worker import StepResult
+from hbserve.messages.worker import NO_TOKEN, StepResult
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.admission import Admission
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
-from hbserve.scheduler.sequence import InflightStep, KVAllocation, Phase, Sequence
+from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
 from hbserve.scheduler.transfer_tracker import Transfer, TransferTracker
 from hbserve.scheduler.waiting_queue import WaitingQueue
 from hbserve.scheduler.worker import WorkerHandle
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_DELAY_S = 0.1
 _MAX_RETRY_DELAY_S = 5.0
+_MASK_DELAY_S = 0.01
 _TOKENS_TO_FORGIVE = 16
 """Tokens after which a failed attempt no longer counts. A request that kills workers gets one token at most, from
 its prefill."""
@@ -167,11 +168,19 @@ class RequestLifecycle:
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         scores = iter(result.prompt_logprobs or [])
         last_token_times: list[float | None] = []
+        num_samples = 0
         for row in step.rows:
             sample = next(samples) if row.samples else None
             prompt_logprobs = next(scores) if row.scores else None
+            row_error = (result.row_errors or {}).get(num_samples)
+            num_samples += row.samples
             sequence, allocation = row.sequence, row.allocation
-            if not row.is_void and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
+            counts = not row.is_void and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED
+            if counts and sample is not None and sample[0] == NO_TOKEN:
+                if prompt_logprobs is not None:
+                    self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
+                self._on_no_token(sequence, allocation, row, row_error)
+            elif counts:
                 self._advance(sequence, allocation, row.end)
                 if prompt_logprobs is not None:
                     self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
@@ -184,6 +193,20 @@ class RequestLifecycle:
         assert next(samples, None) is None, "more samples than rows that sample"
         self._queue.on_step_done(step, result.busy_s)
         self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times)
+
+    def _on_no_token(self, sequence: Sequence, allocation: KVAllocation, row: InflightRow, error: str | None) -> None:
+        """A worker has computed a row, but not the mask of its grammar: plan the last position again, a little later.
+
+        Args:
+            error: why there will never be a mask; None: there may be.
+        """
+        if error is not None:
+            self.finish(sequence, "error", error, "InvalidRequestError", "grammar")
+            return
+        self._advance(sequence, allocation, row.end - 1)
+        allocation.num_planned = row.end - 1
+        sequence.planned_from = time.monotonic() + _MASK_DELAY_S
+        asyncio.get_running_loop().call_later(_MASK_DELAY_S, self._wake)
 
     def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
         """Note that KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -370,7 +393,14 @@ class RequestLifecycle:
 
     # --- ends ------------------------------------------------------------------------------------
 
-    def finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: str,
+        error: str | None = None,
+        error_kind: str = "RequestFailedError",
+        error_param: str | None = None,
+    ) -> None:
         """End a request for another reason than its tokens, and tell its client."""
         self._close(sequence, {"abort": "aborted", "error": "failed"}.get(reason, "completed"), error or reason)
         self._push(
@@ -380,7 +410,8 @@ class RequestLifecycle:
                 token_ids=[],
                 finish_reason=reason,
                 error=error,
-                error_kind=None if error is None else "RequestFailedError",
+                error_kind=None if error is None else error_kind,
+                error_param=error_param,
             ),
         )
 

@@ -54,7 +54,9 @@ class StepPlanner:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
         step = _StepBuilder(worker)
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
-        allocations = sorted(instance.allocations.items(), key=lambda item: item[0].arrival)
+        now = time.monotonic()
+        items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
+        allocations = sorted(items, key=lambda item: item[0].arrival)
         limit_s = instance.choice.mixed_limit_s(worker, phases, self._prompt_budget)
         if InstanceRole.DECODE in phases and limit_s != math.inf:
             self._plan_decodes(step, instance, allocations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
@@ -392,3 +393,30 @@ async def test_the_clients_own_helpers(
     async with api.chat.completions.with_streaming_response.create(**chat, stream=True) as response:
         lines = [line async for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
+
+
+async def test_a_costly_grammar_ends_alone(real_api: openai.AsyncOpenAI, llm: LLM) -> None:
+    """It is refused at the border, or ends with an error that says so; others beside it get their right tokens."""
+    plain: Any = {"model": MODEL, "messages": USER, "max_tokens": 60, "temperature": 0}
+    document: Any = {"model": MODEL, "messages": USER, "max_tokens": 200, "response_format": Animal, "seed": 3}
+    alone = (await real_api.chat.completions.create(**plain)).choices[0].message.content
+    animal = (await real_api.chat.completions.parse(**document)).choices[0].message.parsed
+
+    async def attack(grammar: str) -> None:
+        body = {"model": MODEL, "messages": USER, "max_tokens": 400, "seed": 1, "extra_body": {"grammar": grammar}}
+        with pytest.raises(openai.APIStatusError, match="grammar") as caught:
+            await real_api.chat.completions.create(**body)  # type: ignore[call-overload]
+        assert caught.value.status_code == 400
+
+    attacks = [asyncio.create_task(attack(grammar)) for grammar in (AT_ONCE, LATER, LATER)]
+    others = [asyncio.create_task(real_api.chat.completions.create(**plain)) for _ in range(3)]
+    documents = [asyncio.create_task(real_api.chat.completions.parse(**document)) for _ in range(2)]
+    async with asyncio.timeout(200):
+        assert {(await task).choices[0].message.content for task in others} == {alone}
+        assert [(await task).choices[0].message.parsed for task in documents] == [animal, animal]
+        await asyncio.gather(*attacks)
+    assert_no_leaks(llm)
+
+
+AT_ONCE = "start: s\ns: s s | s s s | /[a-z ]/"
+LATER = "start: /[a-z ]{30}/ s\ns: s s | s s s | /[a-z ]/"

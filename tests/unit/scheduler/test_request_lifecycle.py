@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from hbserve.config import InstanceRole
 from hbserve.engine.step_board import StepBoard
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import AddRequest
-from hbserve.messages.worker import InstanceCommand, PlanRow, StepPlan, StepRef
+from hbserve.messages.worker import NO_TOKEN, InstanceCommand, PlanRow, StepPlan, StepRef
 from hbserve.sampling_params import SamplingParams
 from hbserve.scheduler.sequence import Phase
 from hbserve.scheduler.worker import WorkerHandle
@@ -267,3 +268,47 @@ def test_a_wait_on_the_board_ends_when_the_step_is_done_or_lost() -> None:
     reader.limit_waits(0.0)
     with pytest.raises(TimeoutError):
         reader.wait(StepRef(cell=3, step_id=52))
+
+
+def answer(parts: SchedulerParts, *token_ids: int, errors: dict[int, str] | None = None) -> None:
+    """The first worker has done its oldest step, with these tokens."""
+    result = msgspec.structs.replace(parts.result(parts.worker, 0), token_ids=list(token_ids), row_errors=errors)
+    parts.requests.on_step_done(parts.worker, result)
+
+
+async def test_a_row_without_a_token_is_planned_again_and_others_go_on(parts: SchedulerParts) -> None:
+    """A worker has no mask of a grammar yet: after the prompt, and after a token."""
+    late, other = parts.add("late"), parts.add("other")
+    assert parts.requests.admit(late)
+    assert parts.requests.admit(other)
+    allocation = parts.instance.allocations[late]
+    for length in (20, 21):
+        async with asyncio.timeout(30):
+            assert parts.plan()
+            answer(parts, NO_TOKEN, 7)
+            assert len(late.tokens) == length
+            assert (allocation.num_planned, allocation.num_computed) == (length - 1, length - 1)
+            while late not in [row.sequence for step in parts.worker.inflight for row in step.rows]:
+                await asyncio.sleep(0.001)
+                assert parts.plan()  # the other one alone, until the late one's time has come
+                if len(parts.worker.inflight[-1].rows) == 1:
+                    answer(parts, 7)
+        [row] = [row for row in parts.worker.inflight[-1].rows if row.sequence is late]
+        assert (row.start, row.end, row.samples) == (length - 1, length, True)
+        answer(parts, 7, 7)
+        assert len(late.tokens) == length + 1
+    assert len(other.tokens) > 24
+
+
+async def test_a_row_that_can_get_no_token_ends_its_request_alone(parts: SchedulerParts) -> None:
+    bad, other = parts.add("bad"), parts.add("other")
+    assert parts.requests.admit(bad)
+    assert parts.requests.admit(other)
+    assert parts.plan()
+    answer(parts, NO_TOKEN, 7, errors={0: "the grammar is too complex"})
+    assert bad.phase is Phase.FINISHED
+    assert [(output.request_id, output.error) for output in parts.outputs if output.error] == [
+        ("bad", "the grammar is too complex")
+    ]
+    parts.steps(3)
+    assert len(other.tokens) == 24
