@@ -44,6 +44,8 @@ from hbserve.server.completions import Completion
 from hbserve.server.generation import Deadline
 from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
+from hbserve.server.responses import routes as response_routes
+from hbserve.server.responses.body import ResponsesRequest
 
 STATS_TIMEOUT_S = 5.0
 _DEFAULTS = ServerConfig()
@@ -70,7 +72,7 @@ def create_app(
         docs_url=None,  # FastAPI's own pages load their scripts from other hosts
         redoc_url=None,
     )
-    errors.install(app)
+    errors.install(app, {"/v1/responses": ResponsesRequest})
     semi_pd_routes.install(app, supervisors)
     model = {
         "id": served_name,
@@ -100,6 +102,8 @@ def create_app(
         body.model = served_name
         chat = await ChatCompletion.create(engine, body, deadline_of(request))
         return await chat.respond(request.receive)
+
+    response_routes.install(app, engine, served_name, check_model, deadline_of)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:

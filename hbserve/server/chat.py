@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from hbserve.frontend.outputs import Sample, SampleDelta
 from hbserve.frontend.text_engine import TextEngine
@@ -47,8 +47,8 @@ class ChatCompletion(Generation):
             if only_one and not body.forces_calls:  # a forced answer ends with its grammar
                 self._watched = [ToolCallParser(form, names, only_one=True) for _ in self._parsers]
 
-    @staticmethod
-    async def create(engine: TextEngine, body: ChatCompletionRequest, deadline: Deadline) -> ChatCompletion:
+    @classmethod
+    async def create(cls, engine: TextEngine, body: ChatCompletionRequest, deadline: Deadline) -> Self:
         """Check the body, and encode the conversation by the model's chat template.
 
         Raises:
@@ -58,7 +58,7 @@ class ChatCompletion(Generation):
         sampling = body.sampling(engine.sampling_defaults, form, engine.tokenizer.added_token_id)
         async with deadline.applied():
             prompt = await engine.text.encode_chat(body.messages, body.offered_tools, body.chat_options())
-        return ChatCompletion(engine, body, prompt, sampling, deadline, form)
+        return cls(engine, body, prompt, sampling, deadline, form)
 
     def _is_complete(self, delta: SampleDelta) -> bool:
         if not self._watched:
@@ -71,17 +71,22 @@ class ChatCompletion(Generation):
         assert self._stream is not None, "the prompt is known once the request has been opened"
         return {"prompt_token_ids": self._stream.prompt_token_ids[0]} if self._body.return_token_ids else {}
 
+    def _parse(self, index: int, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """Take the calls out of a choice's new text; return text, growth of calls, and the finish reason."""
+        parser = self._parsers[index]
+        if parser is None:
+            return text, [], finish_reason
+        text, calls = parser.feed(text, last=finish_reason is not None)
+        if finish_reason == "stop" and parser.ends_with_calls:
+            finish_reason = "tool_calls"
+        return text, calls, finish_reason
+
     def _choice(self, sample: Sample) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": sample.text}
-        finish_reason = sample.finish_reason
-        parser = self._parsers[sample.index]
-        if parser is not None:
-            text, calls = parser.feed(sample.text, last=True)  # all at once: every call is whole
-            message["content"] = text if text or not calls else None
-            if calls:
-                message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
-            if finish_reason == "stop" and parser.ends_with_calls:
-                finish_reason = "tool_calls"
+        # all at once: every call is whole
+        text, calls, finish_reason = self._parse(sample.index, sample.text, sample.finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
+        if calls:
+            message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
         token_ids = {"token_ids": sample.token_ids} if self._body.return_token_ids else {}
         return token_ids | {
             "index": sample.index,
@@ -98,13 +103,7 @@ class ChatCompletion(Generation):
         choices = []
         if is_first:
             choices = [_chunk_choice(delta.index, {"role": "assistant", "content": ""}) | self._prompt_logprobs(delta)]
-        text, finish_reason = delta.text, delta.finish_reason
-        calls: list[dict[str, Any]] = []
-        parser = self._parsers[delta.index]
-        if parser is not None:
-            text, calls = parser.feed(text, last=finish_reason is not None)
-            if finish_reason == "stop" and parser.ends_with_calls:
-                finish_reason = "tool_calls"
+        text, calls, finish_reason = self._parse(delta.index, delta.text, delta.finish_reason)
         has_ids = bool(self._body.return_token_ids and delta.token_ids)
         if not text and not calls and finish_reason is None and not delta.logprobs and not has_ids:
             return choices

@@ -52,21 +52,22 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], early:
 
 
 class EventStream(Response):
-    """A response of server-sent events, ``data: <JSON>``, ended by ``data: [DONE]``.
+    """A response of server-sent events, ``data: <JSON>``, ended by ``data: [DONE]`` or by an event that says so.
 
     The headers are sent with the first event, so an error before that is an ordinary error response. A later error is
     sent as an event and ends the stream. If the client disconnects, the generator is closed.
 
     Args:
         events: the JSON documents, in lists that are sent together.
+        has_names: events are named by their ``type``, and the last of them says that it is the last.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[list[dict[str, Any]]]) -> None:
+    def __init__(self, events: AsyncGenerator[list[dict[str, Any]]], has_names: bool = False) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]  # of the empty body that the base class has made
-        self._events = events
+        self._events, self._has_names = events, has_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, as ASGI prescribes."""
@@ -84,10 +85,14 @@ class EventStream(Response):
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                         started = True
-                    await send_chunk(b"".join([b"data: " + msgspec.json.encode(event) + b"\n\n" for event in batch]))
+                    await send_chunk(b"".join(map(self._encode, batch)))
             except Exception as error:
                 if not started:
                     raise
                 await send_chunk(b"data: " + msgspec.json.encode(api_error(error).body()) + b"\n\n", more=False)
             else:
-                await send_chunk(b"data: [DONE]\n\n", more=False)
+                await send_chunk(b"" if self._has_names else b"data: [DONE]\n\n", more=False)
+
+    def _encode(self, event: dict[str, Any]) -> bytes:
+        name = b"event: " + event["type"].encode() + b"\n" if self._has_names else b""
+        return name + b"data: " + msgspec.json.encode(event) + b"\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -48,6 +49,14 @@ class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
 
 
+class ResponseNotFoundError(InvalidRequestError):
+    """There is no stored response of that id."""
+
+
+class PreviousResponseNotFoundError(InvalidRequestError):
+    """The response that a request continues is not stored."""
+
+
 class UnauthorizedError(HBServeError):
     """The request has no key, or an unknown one."""
 
@@ -90,6 +99,8 @@ class ApiError(msgspec.Struct, frozen=True):
 
 _ANSWERS: dict[type, tuple[int, str, str | None]] = {
     ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
+    ResponseNotFoundError: (404, "invalid_request_error", "response_not_found"),
+    PreviousResponseNotFoundError: (404, "invalid_request_error", "previous_response_not_found"),
     UnknownInstanceError: (404, "invalid_request_error", "instance_not_found"),
     ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequestError: (400, "invalid_request_error", None),
@@ -118,15 +129,20 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; see the server's log", "server_error", None, "internal_error")
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error in OpenAI's shape: those of the application and those of the framework."""
+def install(app: FastAPI, bodies: Mapping[str, type[Body]]) -> None:
+    """Answer every error in OpenAI's shape: those of the application and those of the framework.
+
+    Args:
+        bodies: by path, of routes that are installed apart.
+    """
+    bodies = _BODIES | dict(bodies)
 
     async def handle(request: Request, error: Exception) -> Response:
         return api_error(error).response()
 
     async def handle_invalid_body(request: Request, error: RequestValidationError) -> Response:
         path = request.url.path
-        body = RoleRequest if path.startswith("/v1/instances/") else _BODIES.get(path, CompletionRequest)
+        body = RoleRequest if path.startswith("/v1/instances/") else bodies.get(path, CompletionRequest)
         return _validation_error(error, list(body.model_fields)).response()
 
     async def handle_client_gone(request: Request, error: ClientGone) -> Response:

@@ -28,7 +28,7 @@ from hbserve.server.keys import Keys
 
 access = logging.getLogger("hbserve.access")
 
-GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
+GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
 OPEN = frozenset({"/health", "/ready", "/"})
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
 INSTANCES_FOLDER = "/v1/instances/"
@@ -66,7 +66,7 @@ class Guard:
         response = _Response(send, request_id)
         name = NO_KEY
         try:
-            name = self._authenticate(scope, headers)
+            name = scope["key_name"] = self._authenticate(scope, headers)
             await self._serve(scope, _Body(receive, headers, self._config.max_body_bytes), response, name)
         except ClientGone:
             pass
