@@ -25,6 +25,7 @@ from hbserve.messages.client import (
     SchedulerReply,
     SubscribeReady,
 )
+from hbserve.messages.supervisor import EventKind, ReportEvent
 from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES, AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.inbox import Inbox
@@ -186,6 +187,10 @@ class EngineClient:
             raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None
         finally:
             del self._queries[message.query_id]
+
+    def report_event(self, kind: EventKind, subject: str, text: str) -> None:
+        """Add an event of this process to the system's events; see `hbserve.messages.supervisor.ReportEvent`."""
+        self._send(ReportEvent(kind=kind, subject=subject, text=text))
 
     def declare_dead(self, reason: str) -> None:
         """End every request and query with `EngineDeadError`, because the scheduler has ended or does not answer."""

@@ -10,7 +10,7 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError
-from hbserve.frontend.text_process import TextProcess
+from hbserve.frontend.text_process import OnEvent, TextProcess
 from hbserve.messages.text import (
     DEFAULT_CHAT,
     ChatOptions,
@@ -31,13 +31,14 @@ class TextProcesses:
     Args:
         config: ``server.num_tokenizers`` processes encode; with 0 the detokenizer encodes too.
         run_dir: folder for the sockets.
+        on_event: called with kind, subject and text when a process is replaced, or given up.
     """
 
-    def __init__(self, config: Config, run_dir: str) -> None:
+    def __init__(self, config: Config, run_dir: str, on_event: OnEvent = lambda *_: None) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._detokenizer = TextProcess("detokenizer", config, run_dir, self._context)
+        self._detokenizer = TextProcess("detokenizer", config, run_dir, self._context, on_event)
         self._tokenizers = [
-            TextProcess(f"tokenizer-{number}", config, run_dir, self._context)
+            TextProcess(f"tokenizer-{number}", config, run_dir, self._context, on_event)
             for number in range(config.server.num_tokenizers)
         ]
 

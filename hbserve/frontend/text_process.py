@@ -21,6 +21,7 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
+from hbserve.messages.supervisor import EventKind
 from hbserve.messages.text import (
     Checked,
     CloseText,
@@ -73,11 +74,23 @@ class _RemoteStream:
         self._process.close_stream(self)
 
 
+OnEvent = Callable[[EventKind, str, str], object]
+"""Takes kind, subject and text of an event."""
+
+
 class TextProcess:
     """One process, its socket, and what it has to do. Arguments as in `TextProcesses`."""
 
-    def __init__(self, name: str, config: Config, run_dir: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        run_dir: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        on_event: OnEvent = lambda *_: None,
+    ) -> None:
         self.name = name
+        self._on_event = on_event
         self._config, self._run_dir, self._context = config, run_dir, context
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[TextReply])
@@ -278,7 +291,8 @@ class TextProcess:
             if not was_at_work and not budget.take():
                 self._give_up(f"the {self.name} ended with exit code {code}, too often to be replaced again")
                 return
-            logger.warning("the %s ended with exit code %d; replacing it", self.name, code)
+            logger.warning("text_restarted: %s: it ended with exit code %d; replacing it", self.name, code)
+            self._on_event("text_restarted", self.name, f"it ended with exit code {code}")
             try:
                 await self._start(time.monotonic() + self._config.rpc.start_timeout_s)
             except StartupError as error:
@@ -301,7 +315,8 @@ class TextProcess:
                 stream.on_text(RequestFailedError(f"the {self.name} died of the output, or beside it"))
 
     def _give_up(self, reason: str) -> None:
-        logger.error("%s", reason)
+        logger.error("given_up: %s: %s", self.name, reason)
+        self._on_event("given_up", self.name, reason)
         self._dead = EngineDeadError(reason)
         for query in self._queries.values():
             if not query.answer.done():

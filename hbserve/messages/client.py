@@ -13,7 +13,7 @@ from hbserve.messages.admin import (
 )
 from hbserve.messages.base import Message, Seconds, TokenLogprobs, Value
 from hbserve.messages.membership import Join, Joined
-from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
+from hbserve.messages.supervisor import MarkRotation, ReportEvent, SetWorkers, WorkerLost
 from hbserve.sampling_params import SamplingParams
 
 # --- client -> scheduler --------------------------------------------------------------------------
@@ -104,6 +104,7 @@ ClientMessage = (
     | Join
     | SetWorkers
     | MarkRotation
+    | ReportEvent
 )
 """Messages that arrive at the scheduler's client port, from clients, operators, supervisors and new instances."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hbserve.config import InstanceRole
 from hbserve.messages.base import Message, Value
 
@@ -51,6 +53,36 @@ class WorkerLost(Message, frozen=True):
 
     worker_id: str
     reason: str
+
+
+EventKind = Literal[
+    "ready",
+    "retired",
+    "left",
+    "role",
+    "rotation",
+    "lost",
+    "memory_lost",
+    "recovery_failed",
+    "rotation_failed",
+    "transfer_failed",
+    "join_refused",
+    "text_restarted",
+    "given_up",
+]
+"""Kinds of events of a system; from ``lost`` on they are faults. docs/failures.md explains them."""
+
+
+class ReportEvent(Message, frozen=True):
+    """Something has happened that the scheduler cannot see: it keeps and counts the events of all processes.
+
+    Attributes:
+        subject: the instance, worker or process that it is about.
+    """
+
+    kind: EventKind
+    subject: str
+    text: str
 
 
 class MarkRotation(Message, frozen=True):

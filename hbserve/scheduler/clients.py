@@ -21,7 +21,7 @@ from hbserve.messages.client import (
     SubscribeReady,
 )
 from hbserve.messages.membership import Join
-from hbserve.messages.supervisor import MarkRotation, SetWorkers
+from hbserve.messages.supervisor import MarkRotation, ReportEvent, SetWorkers
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.inbox import Inbox
@@ -143,6 +143,8 @@ class ClientServer:
                 workers.set_workers(client, message)
             elif isinstance(message, MarkRotation):
                 stats.mark_rotation(message.begins)
+            elif isinstance(message, ReportEvent):
+                stats.report_event(message)
             wake()
 
     def _on_request(self, client: bytes, request: AddRequest, requests: RequestLifecycle, readiness: Readiness) -> None:

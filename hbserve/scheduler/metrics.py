@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from hbserve.config import SchedulerConfig
+from hbserve.messages.supervisor import EventKind
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.metrics.window_metrics import SystemMetrics
@@ -16,7 +18,11 @@ from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightStep, Phase, Sequence
 
+logger = logging.getLogger(__name__)
+
 MAX_EVENTS = 200
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
+_FIRST_FAULT = EVENT_KINDS.index("lost")
 
 
 class EventLog:
@@ -25,14 +31,20 @@ class EventLog:
     def __init__(self) -> None:
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._numbers = itertools.count(1)
+        self.counts = dict.fromkeys(EVENT_KINDS, 0)
+        """Number of events since the start, by kind."""
 
-    def note(self, kind: str, subject: str, text: str) -> None:
-        """Add an event.
+    def note(self, kind: EventKind, subject: str, text: str, is_logged: bool = False) -> None:
+        """Add an event, and log it.
 
         Args:
-            kind: ``ready``, ``lost``, ``retired``, ``left``, ``role``, ``rotation`` or ``fault``.
             subject: the instance, worker or link that it is about.
+            is_logged: the process that reports it has logged it.
         """
+        self.counts[kind] += 1
+        if not is_logged:
+            level = logging.WARNING if EVENT_KINDS.index(kind) >= _FIRST_FAULT else logging.INFO
+            logger.log(level, "%s: %s: %s", kind, subject, text)
         self._events.append(
             {"number": next(self._numbers), "time": time.time(), "kind": kind, "subject": subject, "text": text}
         )

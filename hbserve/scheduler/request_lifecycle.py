@@ -311,8 +311,7 @@ class RequestLifecycle:
         if outcome.failed:
             link = outcome.failed[0].link
             where = f"{link.source.id} to {link.target.id}"
-            logger.warning("KV transfer %s from %s failed: %s", result.transfer_id, where, result.error)
-            self._events.note("fault", f"KV transfer from {where}", result.error or "")
+            self._events.note("transfer_failed", f"KV transfer from {where}", f"{result.transfer_id}: {result.error}")
             self._retry_all(outcome.failed, f"KV transfer: {result.error}")
             self._transfers.connect(self._instances.values())
         transfer = outcome.arrived

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from hbserve.config import InstanceRole
+from hbserve.messages.supervisor import ReportEvent
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.scheduler.instance import InstanceHandle
@@ -58,7 +59,7 @@ _WINDOW_VALUES = 256
 
 
 class SystemStats:
-    """Reads the records of the other parts, and changes none of them."""
+    """Reads the records of the other parts; clients report rotations and events through it."""
 
     def __init__(
         self,
@@ -89,7 +90,8 @@ class SystemStats:
             ``cpu_scheduler``: request and token counts since the start, and what is open now;
             ``gpu_instances``: per instance its status, load, KV blocks and work done;
             ``metrics``: latencies, rates and queues, see docs/metrics.md;
-            ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures.
+            ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures;
+            ``events``: their numbers since the start, by kind.
         """
         self.observe()
         metrics = self._metrics.collector.as_dict()
@@ -100,6 +102,7 @@ class SystemStats:
             },
             "metrics": metrics,
             "kv_transfer": self._kv_transfer(),
+            "events": dict(self._events.counts),
         }
         if recent:
             requests = recent_requests(self._metrics.collector)
@@ -112,6 +115,10 @@ class SystemStats:
         window = self._metrics.collector.get_current_window_metrics(seconds).thinned(_WINDOW_VALUES)
         plain: dict[str, Any] = msgspec.to_builtins(window)
         return plain
+
+    def report_event(self, event: ReportEvent) -> None:
+        """Keep an event that another process has seen."""
+        self._events.note(event.kind, event.subject, event.text, is_logged=True)
 
     def mark_rotation(self, begins: bool) -> None:
         """Leave what happens from now on out of windows; or, if not ``begins``, end that."""

@@ -135,7 +135,8 @@ class WorkerRegistry:
         problem = self._misfit(instance, worker, hello)
         if problem is not None:
             if not worker.is_told_to_end:
-                logger.error("%s", problem)
+                if instance.why_lost != problem:
+                    self._events.note("join_refused", worker.id, problem)
                 instance.why_lost = problem
             if self._membership.is_member(instance) and not worker.is_told_to_end:
                 worker.is_told_to_end = True
@@ -152,7 +153,6 @@ class WorkerRegistry:
         instance.register(worker, hello)
         self._transfers.connect(self._instances.values())
         self._readiness.on_hello(hello)
-        logger.info("%s registered: %s, %d KV blocks", worker.id, hello.device, hello.num_blocks)
         self._events.note("ready", worker.id, f"{hello.device}, {hello.num_blocks} KV blocks")
         self._readiness.announce()
 
@@ -181,9 +181,7 @@ class WorkerRegistry:
             if self._membership.is_member(instance):
                 self._on_instance_gone(instance)
             return
-        is_expected = worker.is_draining or self._drains.has_let_go(instance)
-        logger.log(logging.INFO if is_expected else logging.WARNING, "lost %s: %s", worker.id, reason)
-        self._events.note("retired" if is_expected else "lost", worker.id, reason)
+        self._note_end(instance, worker, reason)
         if worker.owns_memory:
             worker.hello = None
             worker.drop_steps()
@@ -199,6 +197,12 @@ class WorkerRegistry:
         if not worker.is_draining:
             self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=reason))
 
+    def _note_end(self, instance: InstanceHandle, worker: WorkerHandle, reason: str) -> None:
+        if worker.is_told_to_end or self._drains.has_let_go(instance):
+            self._events.note("retired", worker.id, "it has finished its work, and ended as it was told to")
+        else:
+            self._events.note("lost", worker.id, f"{reason} while it drained" if worker.is_draining else reason)
+
     def _on_instance_gone(self, instance: InstanceHandle, for_good: bool = False) -> None:
         """Forget an instance that is not there, unless the configuration says where it will come back.
 
@@ -210,8 +214,7 @@ class WorkerRegistry:
             self._last_departure = time.monotonic()
             self._transfers.forget(instance)
             self._readiness.announce()
-            self._events.note("left", instance.id, instance.why_lost)
-            logger.info("%s is no instance of the system any more", instance.id)
+            self._events.note("left", instance.id, instance.why_lost or "it is no instance of the system any more")
         elif not was_member:
             return
         self._forget_workers(instance)
@@ -244,7 +247,7 @@ class WorkerRegistry:
         answer, instance = self._membership.join(message)
         self._reply(client, answer)
         if answer.error is not None:
-            logger.warning("%s cannot join: %s", message.instance_id, answer.error)
+            self._events.note("join_refused", message.instance_id, answer.error)
         if instance is None:
             return
         logger.info("%s joins as %s, at %s", instance.id, instance.role, message.address)
@@ -274,12 +277,12 @@ class WorkerRegistry:
         self._supervisors[instance.id] = supervisor
         self._set_shares(instance, message)
         if instance.arena_epoch not in (0, message.arena_epoch):
-            logger.warning("lost the memory of %s: %s", instance.id, message.reason)
+            self._events.note("memory_lost", instance.id, message.reason)
             self._forget_workers(instance)
             self._requests.on_memory_lost(instance, f"the memory of {instance.id} was lost: {message.reason}")
         for worker_id in message.gone:
             if worker_id in instance.workers:
-                self._on_worker_ended(instance, instance.workers[worker_id])
+                self._on_worker_ended(instance, instance.workers[worker_id], message.reason)
         named = {spec.worker_id for spec in message.workers}
         for worker in instance.workers.values():
             worker.is_draining = worker.id not in named
@@ -293,8 +296,10 @@ class WorkerRegistry:
             split = "mixed" if message.mixed else ", ".join(f"{phase} {share} %" for phase, share in shares.items())
             self._events.note("rotation", instance.id, f"{split}: {message.reason}" if message.reason else split)
 
-    def _on_worker_ended(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+    def _on_worker_ended(self, instance: InstanceHandle, worker: WorkerHandle, reason: str) -> None:
         """A worker's process has ended: plan its steps again, and let no other worker wait for them."""
+        if worker.ready:
+            self._note_end(instance, worker, reason)
         self._requests.on_worker_lost(instance, worker)  # the supervisor may know of its end before the connection
         unconfirmed = instance.forget_worker(worker)
         self._requests.on_steps_lost(unconfirmed)

@@ -22,7 +22,7 @@ from enum import StrEnum
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
-from hbserve.messages.supervisor import SetWorkers
+from hbserve.messages.supervisor import EventKind, ReportEvent, SetWorkers
 from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.semi_pd.resident_process_manager import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
@@ -131,10 +131,16 @@ class InstanceState:
         before, self.allocation = self.allocation, allocation
         return before
 
-    def on_error(self, error: str) -> None:
-        """Log an error and keep it for the status."""
-        self.last_error = error
-        logger.error("%s: %s", self.instance.instance_id, error)
+    def on_error(self, kind: EventKind, error: str, subject: str | None = None) -> None:
+        """Log an error, keep it for the status, and report it to the scheduler as an event.
+
+        Args:
+            subject: default: the instance.
+        """
+        self.last_error, subject = error, subject or self.instance.instance_id
+        logger.error("%s: %s: %s", kind, subject, error)
+        if self.link is not None:
+            self.link.send(ReportEvent(kind=kind, subject=subject, text=error))
 
     def check_going(self) -> None:
         """Check that the instance may go on.
@@ -304,7 +310,7 @@ class InstanceState:
             if not self.may_try_again():
                 phase, percentage = level
                 why = "was lost, too often to start it again (rpc.max_restarts)"
-                self.on_error(f"the {phase} worker at {percentage} % {why}")
+                self.on_error("given_up", f"the {phase} worker at {percentage} % {why}")
                 continue
             self.num_replaced += 1
             self.pool.wake(*level, self.residents.attachments)
@@ -343,7 +349,11 @@ class InstanceState:
                 if self.is_serving():
                     self.publish("a drained worker has ended")
                 return
-            logger.error("%s ended with exit code %d (%s)", worker.spec.worker_id, code, worker.error or before)
+            why = f"ended with exit code {code} ({worker.error or before})"
+            if before is WorkerState.ACTIVE:
+                logger.error("%s %s", worker.spec.worker_id, why)  # the scheduler knows it, and makes the event
+            else:
+                self.on_error("lost", why, worker.spec.worker_id)
         # On a GPU its end may have ended every process on the device.
         if self._on_gpu and not self.residents.is_healthy():
             self.on_memory_lost(f"{worker.spec.worker_id} ended with exit code {code} and took the memory with it")
@@ -393,8 +403,12 @@ class InstanceState:
     def on_restart_failed(self, error: str) -> None:
         """Let the supervisor try again, as long as ``rpc.max_restarts`` allows."""
         with self.changed:
-            if self.lifecycle is Lifecycle.RUNNING and self.may_try_again():
+            if self.lifecycle is not Lifecycle.RUNNING:
+                return
+            if self.may_try_again():
                 self.memory_lost = error
+            else:
+                self.on_error("given_up", f"the memory cannot be loaded again, after rpc.max_restarts tries: {error}")
 
     def on_memory_lost(self, why: str) -> None:
         """Note that a resident process has ended, or the device has failed."""

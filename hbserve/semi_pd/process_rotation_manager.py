@@ -350,10 +350,10 @@ class ProcessRotationManager:
                     assert requested is not None
                     is_settled = self._rotate(requested)
             except StartupError as error:
-                state.on_error(str(error))
+                state.on_error("rotation_failed" if lost is None else "recovery_failed", str(error))
             except Exception as error:
                 logger.exception("%s: the supervisor failed", self.instance.instance_id)
-                state.on_error(repr(error))
+                state.on_error("rotation_failed" if lost is None else "recovery_failed", repr(error))
             with state.changed:
                 # A recovery starts the workers of the split in force; a requested split comes after it.
                 if is_settled and self._requested is requested:

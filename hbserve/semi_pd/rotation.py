@@ -78,7 +78,7 @@ class Rotation:
     def give_up(self, allocation: SMAllocation, why: str) -> None:
         """Record a rotation that does not take place."""
         self.num_failed += 1
-        self._state.on_error(f"no rotation to {allocation}: {why}")
+        self._state.on_error("rotation_failed", f"no rotation to {allocation}: {why}")
 
     def _switch_over(self, allocation: SMAllocation) -> None:
         state = self._state

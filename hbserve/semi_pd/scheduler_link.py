@@ -16,7 +16,7 @@ import zmq
 
 from hbserve.messages.admin import GetWindowMetrics, WindowMetrics
 from hbserve.messages.client import SchedulerReply
-from hbserve.messages.supervisor import MarkRotation, SetWorkers, WorkerLost
+from hbserve.messages.supervisor import MarkRotation, ReportEvent, SetWorkers, WorkerLost
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.rpc.cluster_key import ClusterKey
 
@@ -34,14 +34,14 @@ class SchedulerLink:
 
     def __init__(self, address: str, on_worker_lost: Callable[[str, str], None], key: ClusterKey | None) -> None:
         self._address, self._on_worker_lost, self._key = address, on_worker_lost, key
-        self._outgoing: deque[SetWorkers | GetWindowMetrics | MarkRotation | None] = deque()
+        self._outgoing: deque[SetWorkers | GetWindowMetrics | MarkRotation | ReportEvent | None] = deque()
         self._windows: queue.SimpleQueue[WindowMetrics] = queue.SimpleQueue()
         self._num_queries = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="semi-pd-link", daemon=True)
         self._thread.start()
 
-    def send(self, message: SetWorkers | GetWindowMetrics | MarkRotation) -> None:
+    def send(self, message: SetWorkers | GetWindowMetrics | MarkRotation | ReportEvent) -> None:
         """Queue a message; messages are sent in order."""
         self._outgoing.append(message)
         os.eventfd_write(self._wake, 1)

@@ -91,6 +91,9 @@ class _Snapshot(Collector):
         yield from _requests(self._stats.get("cpu_scheduler", {}), metrics)
         yield from _instances(instances)
         yield from _links(self._stats.get("kv_transfer", {}).get("links", {}))
+        if "events" in self._stats:
+            kinds = [([kind], number) for kind, number in self._stats["events"].items()]
+            yield _counter("events", "Events of the system, by kind.", ["kind"], kinds)
         if self._rotations:
             yield from _shared_devices(self._rotations, instances)
         for name, histogram in metrics.get("histograms", {}).items():

@@ -21,6 +21,7 @@ from hbserve.frontend.text_pool import TextProcesses
 from hbserve.import_path import check_not_importing
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
+from hbserve.messages.supervisor import EventKind
 from hbserve.model_files import read_sampling_defaults
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
@@ -49,7 +50,7 @@ class DisaggregatedLLM:
     ) -> None:
         self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
         self._key = ClusterKey.of(self.config)
-        self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit)
+        self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit, self._report_event)
         self._client: EngineClient | None = None
         self._engine: TextEngine | None = None
         self._text_in_processes = text_in_processes
@@ -74,7 +75,7 @@ class DisaggregatedLLM:
         try:
             await asyncio.to_thread(self._launcher.set_core_apart)
             if self._text_in_processes:
-                self._text = TextProcesses(self.config, self._launcher.make_run_dir())
+                self._text = TextProcesses(self.config, self._launcher.make_run_dir(), self._report_event)
                 text = asyncio.create_task(self._text.start(deadline))
             self._address = await self._launcher.start()
             self._client = EngineClient(self._address, key=self._key)
@@ -201,6 +202,10 @@ class DisaggregatedLLM:
             reply = msgspec.msgpack.decode(socket.recv(), type=SchedulerReply)
         assert isinstance(reply, Stats)
         return reply.stats
+
+    def _report_event(self, kind: EventKind, subject: str, text: str) -> None:
+        if self._client is not None and self._client.dead is None:
+            self._client.report_event(kind, subject, text)
 
     def _on_scheduler_exit(self, reason: str) -> None:
         if self._client is not None:

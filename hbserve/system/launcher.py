@@ -37,6 +37,7 @@ import msgspec
 from hbserve.config import Config, InstanceRole
 from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
+from hbserve.messages.supervisor import EventKind
 from hbserve.platform import mps
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED
@@ -80,8 +81,15 @@ class Launcher:
         on_scheduler_exit: called with the reason if the scheduler ends on its own.
     """
 
-    def __init__(self, config: Config, with_instances: bool, on_scheduler_exit: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        with_instances: bool,
+        on_scheduler_exit: Callable[[str], None],
+        on_event: Callable[[EventKind, str, str], object] = lambda *_: None,
+    ) -> None:
         self.config = config
+        self._on_event = on_event
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
         self._run_dir: str | None = None
@@ -182,7 +190,9 @@ class Launcher:
                 logger.info("%s has left", child.name)
                 return
             if not budget.take():
-                logger.error("%s ended with exit code %d, too often to restart it again", child.name, code)
+                why = f"it ended with exit code {code}, too often to restart it again (rpc.max_restarts)"
+                logger.error("given_up: %s: %s", child.name, why)
+                self._on_event("given_up", child.name, why)
                 return
             logger.warning("%s ended with exit code %d; restarting it", child.name, code)
             await asyncio.sleep(budget.delay_s)

@@ -110,6 +110,7 @@ async def test_instances_join_and_leave_while_the_system_serves(tmp_path: Path) 
             )
             for text, part in zip(said, ("has no unified instances", "there is decode-0", "model"), strict=True):
                 assert part in text
+            assert (await llm.client.stats())["events"]["join_refused"] == 3
             await until(llm, everybody)
             await answer()
             assert all(each["steps"] > 0 for each in (await llm.client.stats())["gpu_instances"].values())

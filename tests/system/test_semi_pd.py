@@ -207,6 +207,19 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
     assert not arena_mappings() & seen
 
 
+def events_of(llm: LLM) -> list[dict[str, Any]]:
+    """As the live page shows them, oldest first."""
+    recent: list[dict[str, Any]] = llm._run(llm._llm.client.stats(recent=True))["recent"]["events"]
+    return recent
+
+
+def new_kinds(llm: LLM, before: dict[str, int]) -> dict[str, int]:
+    """Numbers of the faults since ``before``, by kind."""
+    usual = ("ready", "retired", "rotation")
+    counts = llm.get_system_stats()["events"]
+    return {kind: counts[kind] - before[kind] for kind in counts if counts[kind] > before[kind] and kind not in usual}
+
+
 def workers_of(llm: LLM) -> list[dict[str, Any]]:
     """As the scheduler knows them."""
     return list(llm.get_system_stats()["gpu_instances"]["semi-0"]["workers"].values())
@@ -256,12 +269,17 @@ def test_a_split_between_warm_levels_costs_no_process(running: LLM) -> None:
     assert manager.wait_until_settled(DEADLINE_S)
     assert manager.current_sm_allocation == SMAllocation(80, 100)
     assert pids_of(manager) < before  # the decode worker of 40 % has ended, and no process has started
+    wait_for(lambda: sum(event["kind"] == "retired" for event in events_of(running)) == 2)
+    for event in events_of(running):
+        assert event["kind"] in ("ready", "retired", "rotation"), "a rotation is no fault"
+        assert "connection" not in event["text"]
 
 
 def test_a_preparation_that_fails_leaves_serving_as_it_is(running: LLM) -> None:
     manager = running.supervisors["semi-0"]
     assert isinstance(manager, ProcessRotationManager)
     before, split = pids_of(manager), manager.current_sm_allocation
+    events = running.get_system_stats()["events"]
     manager.delayed_switching.preparation_timeout = 0.01
     try:
         manager.request_sm_reallocation(SMAllocation(33, 33))
@@ -270,6 +288,9 @@ def test_a_preparation_that_fails_leaves_serving_as_it_is(running: LLM) -> None:
         manager.delayed_switching.preparation_timeout = 60.0
     status = manager.get_status()
     assert status["statistics"]["failed_rotations"] == 1
+    wait_for(lambda: new_kinds(running, events))
+    assert new_kinds(running, events) == {"rotation_failed": 1}
+    assert "no rotation to (33, 33)" in events_of(running)[-1]["text"]
     assert "33" in status["last_error"]
     assert "in time" in status["last_error"] or "within" in status["last_error"]
     assert manager.current_sm_allocation == split
@@ -283,7 +304,7 @@ def test_an_accepted_split_comes_into_force_although_a_process_dies_while_it_is_
 ) -> None:
     manager = running.supervisors["semi-0"]
     assert isinstance(manager, ProcessRotationManager)
-    before = manager.get_status()
+    before, events = manager.get_status(), running.get_system_stats()["events"]
     split = SMAllocation(30, 50) if victim == "resident" else SMAllocation(70, 20)
     assert manager.request_sm_reallocation(split)
 
@@ -300,8 +321,29 @@ def test_an_accepted_split_comes_into_force_although_a_process_dies_while_it_is_
     assert counts["recoveries"] == counts_before["recoveries"] + (victim == "resident")
     assert counts["failed_rotations"] == counts_before["failed_rotations"]
     assert counts["rotations"] == counts_before["rotations"] + 1
+    assert new_kinds(running, events) == ({"memory_lost": 1} if victim == "resident" else {"lost": 1})
+    assert (
+        f'hbserve_events_total{{kind="memory_lost"}} {float(running.get_system_stats()["events"]["memory_lost"])}'
+        in (render(running.get_system_stats(), "", {})[0].decode())
+    )
     sampling = SamplingParams(max_tokens=4, ignore_eos=True)
     assert len(running.generate([1, 2, 3], sampling, use_tqdm=False)[0]["token_ids"]) == 4
+
+
+def test_a_killed_worker_is_one_event(running: LLM) -> None:
+    manager = running.supervisors["semi-0"]
+    assert isinstance(manager, ProcessRotationManager)
+    assert manager.wait_until_settled(DEADLINE_S)
+    events = running.get_system_stats()["events"]
+    victim = next(worker for worker in manager.get_status()["workers"] if worker["role"] == "prefill")
+    os.kill(victim["pid"], signal.SIGKILL)
+    wait_for(lambda: new_kinds(running, events))
+    assert manager.wait_until_settled(DEADLINE_S)
+    assert new_kinds(running, events) == {"lost": 1}
+    [lost] = [
+        event for event in events_of(running) if event["subject"] == victim["worker_id"] and event["kind"] == "lost"
+    ]
+    assert lost["text"]
 
 
 def test_no_process_and_no_memory_outlives_a_killed_parent(model: str, short_path: Path) -> None:

@@ -316,7 +316,7 @@ async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
         outputs = await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), DEADLINE_S)
         assert outputs[0]["token_ids"] == expected
         assert llm.get_system_stats()["gpu_instances"]["unified-0"]["restarts"] == 1
-    assert "lost unified-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
+    assert "lost: unified-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
 
 
 class CannotStartOnRank1(StreamKVTransfer):

@@ -148,7 +148,8 @@ async def test_a_fatal_request_fails_alone_and_health_reports_a_process_that_is_
 ) -> None:
     rpc = {"max_restarts": 0}
     config = from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}, "rpc": rpc})
-    processes = TextProcesses(config, str(tmp_path))
+    events: list[tuple[str, str]] = []
+    processes = TextProcesses(config, str(tmp_path), lambda kind, subject, _: events.append((kind, subject)))
     await processes.start(time.monotonic() + DEADLINE_S)
     with pytest.raises(RequestFailedError, match="see the server's log"):  # only a bug could send this
         await processes.check_grammar("start: /a/", -1)
@@ -183,3 +184,4 @@ async def test_a_fatal_request_fails_alone_and_health_reports_a_process_that_is_
         answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     await processes.stop()
+    assert events == [*[("text_restarted", "detokenizer")] * 3, ("given_up", "detokenizer")]
