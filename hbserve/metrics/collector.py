@@ -54,7 +54,7 @@ class SemiPDMetricsCollector:
         lock: held during every call.
         open_requests: by id.
         history: requests that have ended, oldest first.
-        system_metrics: the last state that was recorded.
+        system_metrics: the last state that was recorded. Until one is, windows have that of the open requests.
         histograms: since the start, by Prometheus' name without ``hbserve_``.
         num_with_targets: completed requests since the start that kept all their targets, or missed one.
     """
@@ -72,6 +72,7 @@ class SemiPDMetricsCollector:
         self.history: deque[RequestMetrics] = deque(maxlen=max_history_size)
         self._start = clock()
         self.system_metrics = SystemMetrics(timestamp=self._start)
+        self._knows_system = False
         self._excluded: deque[tuple[float, float]] = deque(maxlen=64)
         self._exclusion_start: float | None = None
 
@@ -241,7 +242,21 @@ class SemiPDMetricsCollector:
         """
         if not isinstance(system, SystemMetrics):
             raise TypeError(f"system metrics must be a SystemMetrics, got {type(system).__name__}")
-        self.system_metrics = system
+        self.system_metrics, self._knows_system = system, True
+
+    def _state_of_open_requests(self, now: float) -> SystemMetrics:
+        """Derive the state of a system that reports only its requests."""
+        requests = list(self.open_requests.values())
+        waiting = [request for request in requests if request.prefill_start_time is None]
+        decoding = sum(request.first_token_time is not None for request in requests)
+        return SystemMetrics(
+            timestamp=now,
+            prefill_queue_length=len(waiting),
+            prefill_queue_tokens=sum(request.input_length for request in waiting),
+            oldest_wait_s=max((now - request.arrival_time for request in waiting), default=0.0),
+            running_prefill=len(requests) - len(waiting) - decoding,
+            running_decode=decoding,
+        )
 
     # --- exclusion and reset ---------------------------------------------------------------------
 
@@ -299,7 +314,7 @@ class SemiPDMetricsCollector:
             window_end_time=now,
             prefill=_role_metrics("prefill", counts, now - start),
             decode=_role_metrics("decode", counts, now - start),
-            system=self.system_metrics,
+            system=self.system_metrics if self._knows_system else self._state_of_open_requests(now),
             worker_busy=worker_busy,
             **numbers,
             **samples,

@@ -14,6 +14,7 @@ from hbserve.slo.workload import ObservedWindow, WorkloadEstimator
 _MARGIN = 0.9  # share of a target that the prediction for a new split must meet
 _HARM_WEIGHT = 0.1  # of a log ratio over a target, relative to a share of attainment
 _REVERSAL_GUARD_S = 60.0
+_MIN_RELIEF = 0.95  # of a violation that a move must leave at most, if the model is not trusted
 _SIMILAR = 1.25  # loads whose token rates differ by a smaller factor count as the same
 
 
@@ -82,7 +83,8 @@ class SplitPolicy:
 
     A move needs a reason: a target is violated or predicted to be, or the gain exceeds the hysteresis. There is no move
     during the cool-down, none back to a split that was left under the same load unless the present one is worse, and
-    none beyond neighbours while confidence is low.
+    none beyond neighbours while confidence is low. Then an observed violation is a reason to move although the model
+    predicts none (`_relief`): its times are wrong.
     """
 
     def __init__(self, model: LatencyModel, constraints: SLOConstraints, bounds: SplitBounds | None = None) -> None:
@@ -130,14 +132,20 @@ class SplitPolicy:
         stay = replace(
             stay, predicted=predicted, candidate=best, best=predictions[best], num_candidates=len(predictions)
         )
-        if best == current:
+        why = "the current split is the best" if best == current else None
+        moves = False
+        if best != current:
+            changes_kind = best.mixed is not current.mixed
+            why = self._why_move(predicted, predictions[best], violations, best.mixed, changes_kind)
+            moves = why is not None
+        relief = None if moves else self._relief(predictions, current, window)
+        if relief is not None:
+            best, moves, why = relief, True, f"{' and '.join(violations)} violated"
+            stay = replace(stay, candidate=best, best=predictions[best])
+        if not moves:
             self._wanted = None
-            return replace(stay, reason="the current split is the best")
-        changes_kind = best.mixed is not current.mixed
-        why = self._why_move(predicted, predictions[best], violations, best.mixed, changes_kind)
-        if why is None:
-            self._wanted = None
-            return replace(stay, reason="too little to gain")
+            return replace(stay, reason=why or "too little to gain")
+        assert why is not None
         if self._is_reversal(best, workload, window, violations):
             return replace(stay, reason="it was left under this load")
         # Two windows in a row must want a move, unless the service is bad already: one window may be chance.
@@ -170,14 +178,37 @@ class SplitPolicy:
         self._learnt_until = window.end
         self.model.observe(workload, current, window.ttft, window.tpot)
 
+    def _seen(self, window: ObservedWindow) -> dict[str, float]:
+        """Return the observed latencies as multiples of their targets."""
+        slo = self.constraints
+        seen = (("ttft", window.ttft, slo.ttft_target_ms), ("tpot", window.tpot, slo.tpot_target_ms))
+        return {name: latency.percentile_ms / target for name, latency, target in seen if latency is not None}
+
     def _violations(self, window: ObservedWindow) -> dict[str, float]:
         slo = self.constraints
-        seen = (
-            ("ttft", window.ttft, slo.ttft_target_ms, slo.ttft_violation_threshold),
-            ("tpot", window.tpot, slo.tpot_target_ms, slo.tpot_violation_threshold),
-        )
-        ratios = {name: latency.percentile_ms / target for name, latency, target, _ in seen if latency is not None}
-        return {name: ratios[name] for name, _, _, threshold in seen if ratios.get(name, 0.0) > threshold}
+        thresholds = {"ttft": slo.ttft_violation_threshold, "tpot": slo.tpot_violation_threshold}
+        return {name: ratio for name, ratio in self._seen(window).items() if ratio > thresholds[name]}
+
+    def _relief(
+        self, predictions: dict[SMAllocation, Prediction], current: SMAllocation, window: ObservedWindow
+    ) -> SMAllocation | None:
+        """Find the neighbour that relieves a violated target most, while the model is known to be wrong.
+
+        Its latencies are those observed, scaled as the model scales them from the current split: where the model's
+        times are those of another device, only their ratios are of use.
+        """
+        is_trusted = self.model.confidence >= self.bounds.min_confidence_threshold
+        if is_trusted or current.mixed or not self._violations(window):
+            return None
+        seen = self._seen(window)
+
+        def worst(split: SMAllocation) -> float:
+            scaled = zip(self._ratios(predictions[split]), self._ratios(predictions[current]), strict=True)
+            factors = dict(zip(("ttft", "tpot"), (new / old for new, old in scaled), strict=True))
+            return max(ratio * factors[name] for name, ratio in seen.items())
+
+        best = min(predictions, key=lambda split: (split.mixed, worst(split)))
+        return best if worst(best) <= _MIN_RELIEF * worst(current) else None
 
     def _candidates(
         self, current: SMAllocation, violations: dict[str, float], warm: WarmPercentages | None, now: float

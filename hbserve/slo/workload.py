@@ -160,7 +160,9 @@ def _ttft(metrics: AggregatedMetrics, constraints: SLOConstraints) -> ObservedLa
 
 def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float) -> ObservedLatency | None:
     gaps = metrics.itl
-    if metrics.tpot.count >= 10 * _MIN_SAMPLES:
+    # Without gaps, requests are reported by their ends alone, and few of them must do.
+    needed = 10 * _MIN_SAMPLES if gaps.count >= _MIN_SAMPLES else _MIN_SAMPLES
+    if metrics.tpot.count >= needed:
         percentile = metrics.tpot.percentile(constraints.tpot_percentile)
     elif gaps.count < _MIN_SAMPLES:
         return None
@@ -171,7 +173,7 @@ def _tpot(metrics: AggregatedMetrics, constraints: SLOConstraints, spread: float
 
 
 def _output_tokens(metrics: AggregatedMetrics) -> float:
-    if metrics.output_length.count >= _MIN_SAMPLES:
+    if metrics.output_length.count >= _MIN_SAMPLES or not metrics.output_tokens:
         return metrics.output_length.mean
     return metrics.output_tokens / metrics.num_arrivals if metrics.num_arrivals else 0.0
 
