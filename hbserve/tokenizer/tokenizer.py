@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -21,6 +22,7 @@ from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
 from hbserve.model_files import is_there, read_config, read_json, shown, whole_number
 from hbserve.tokenizer import conversation
 from hbserve.tokenizer.chat_template import ContentForms, render_request_template
+from hbserve.tokenizer.mistral_files import INSTALL, find_mistral_file, load_mistral_file
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
@@ -78,7 +80,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, model_path: str | Path | None = None) -> None:
         self.path = Path(path)
-        self.has_text = any(is_there(self.path / name) for name in _FILES)
+        self.has_text = any(is_there(self.path / name) for name in _FILES) or find_mistral_file(self.path) is not None
         self._special: frozenset[int] = frozenset()
         self._plain_text: dict[int, str] = {}  # added tokens that are text, whatever the alphabet of the vocabulary
         self._added_ids: dict[str, int] = {}
@@ -119,8 +121,15 @@ class Tokenizer:
         names["_name_or_path"] = str(self.path)
         for key, name in names.items():
             setattr(config, key, name)
-        options = {"local_files_only": True, "trust_remote_code": False}  # it would ask at the terminal
-        self._hf: Any = AutoTokenizer.from_pretrained(str(self.path), config=config, **options)
+        # transformers would ask at the terminal about foreign code, and hand Mistral's files to a class without a
+        # backend.
+        options = {"local_files_only": True, "trust_remote_code": False, "mistral_format": False}
+        mistral_file = find_mistral_file(self.path)
+        self._hf: Any
+        if mistral_file is not None:
+            self._hf = load_mistral_file(mistral_file)
+        else:
+            self._hf = AutoTokenizer.from_pretrained(str(self.path), config=config, **options)
         if self._uses_file_unchanged() and type(self._hf) is not PreTrainedTokenizerFast:
             # For some models (Qwen2) AutoTokenizer returns the model's class, which splits words by other rules.
             self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
@@ -157,6 +166,8 @@ class Tokenizer:
         """Say which file and key make the tokenizer fail; the libraries' own errors often do not."""
         path = self.path / "tokenizer.json"
         if not is_there(path):
+            if is_there(self.path / "tokenizer.model") and importlib.util.find_spec("sentencepiece") is None:
+                return f"tokenizer.model needs the package sentencepiece: {INSTALL}"
             return f"there is no tokenizer.json: {_one_line(error)}"
         document = read_json(path)
         if "added_tokens" not in document:
@@ -313,8 +324,8 @@ class Tokenizer:
         # The library reads added tokens in the alphabet of the others.
         decoder = self.text_decoder(skip_special_tokens)
         exact = "".join(map(decoder.feed, token_ids)) + decoder.flush()
-        starts_without_space = exact.startswith(" ") and not text.startswith(" ")  # SentencePiece drops it
-        return exact[1:] if starts_without_space else exact
+        num_spaces, num_kept = (len(x) - len(x.lstrip(" ")) for x in (exact, text))
+        return exact[1:] if num_spaces == num_kept + 1 else exact  # SentencePiece drops a space at the start
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token (UTF-8, perhaps a part of a character)."""
