@@ -23,7 +23,7 @@ def main() -> int:
         config = load_with_options(arguments)
         from hbserve.server.launch import serve_system
 
-        return serve_system(config, with_instances=False)
+        return serve_system(config, with_instances=False, read_again=lambda: load_with_options(arguments))
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ def main() -> int:
             exit_now(run_instance(config, instance, instance_address(instance, None)))
         from hbserve.server.launch import serve_system
 
-        return serve_system(config, with_instances=True)
+        return serve_system(config, with_instances=True, read_again=lambda: load_with_options(arguments))
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

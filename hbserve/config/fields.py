@@ -29,6 +29,13 @@ NAME_RULE = "1 to 64 letters, digits, '_', '.' or '-'"
 InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z", description=NAME_RULE)]
 """Name of an instance; `hbserve.config.validation` checks the length, since workers add a suffix to it."""
 ImportPath = Annotated[str, Meta(pattern=IMPORT_PATH, description="'package.module:Class'")]
+Origin = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+)\Z",
+        description="'*', or an origin like https://example.org, without a path",
+    ),
+]
 TraceUrl = Annotated[
     str, Meta(pattern=r"^https?://[^/\s]+/\S+\Z", description="a URL with a path, like http://127.0.0.1:4318/v1/traces")
 ]

@@ -14,6 +14,7 @@ from hbserve.config.fields import (
     ImportPath,
     InstanceName,
     NonNegativeInt,
+    Origin,
     Port,
     PositiveFloat,
     PositiveInt,
@@ -253,6 +254,7 @@ class ServerConfig(Section, frozen=True):
         num_tokenizers: processes that encode prompts; 0: the detokenizer encodes them too.
         api_keys_file: one key per line, with an optional name before it; without keys the API is open.
         admin_key_file: file with the key for administration; without it administration is off.
+        cors_origins: origins of web pages whose scripts may use the API from a browser; ``*``: of all pages.
         tls_cert_file, tls_key_file: PEM files; with both the server speaks HTTPS.
         max_open_requests: requests that are with the scheduler at once; others wait, and keys take turns.
         max_requests_per_key, requests_per_minute_per_key: requests that one key may have open, or begin.
@@ -265,6 +267,7 @@ class ServerConfig(Section, frozen=True):
     num_tokenizers: NonNegativeInt = 0
     api_keys_file: str | None = None
     admin_key_file: str | None = None
+    cors_origins: tuple[Origin, ...] = ()
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
     max_body_bytes: PositiveInt = 33554432

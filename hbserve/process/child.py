@@ -57,13 +57,16 @@ def configure_logging(config: LoggingConfig, process_name: str) -> None:
     handler.setFormatter((JsonFormatter if config.format == "json" else TextFormatter)(process_name))
     logging.basicConfig(level=config.level, handlers=[handler], force=True)
     # Only the level DEBUG shows the libraries' frequent messages.
-    if config.level != "DEBUG":
-        for name in ("httpx", "asyncio", "transformers", "uvicorn.access", "uvicorn.error"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("httpx", "asyncio", "transformers", "uvicorn.access", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.NOTSET if config.level == "DEBUG" else logging.WARNING)
 
 
 def read_orders() -> dict[str, Any]:
-    """Read the parent's line of orders; end this process if the parent has already ended."""
+    """Read the parent's line of orders; end this process if the parent has already ended.
+
+    The parent decides when this process ends, so a SIGHUP to the whole process group does not end it.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     exit_core.keep_off()
     line = sys.stdin.buffer.readline()
     if not line:

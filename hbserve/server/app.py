@@ -31,7 +31,9 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
+from hbserve import __version__
 from hbserve.config import InstanceRole, ServerConfig
 from hbserve.errors import EngineDeadError, InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
@@ -41,6 +43,7 @@ from hbserve.server import errors, semi_pd_routes
 from hbserve.server.chat import ChatCompletion
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import Completion
+from hbserve.server.connection import AnswerHead
 from hbserve.server.generation import Deadline
 from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
@@ -73,6 +76,7 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app, {"/v1/responses": ResponsesRequest})
+    app.add_middleware(AnswerHead)
     semi_pd_routes.install(app, supervisors)
     model = {
         "id": served_name,
@@ -123,6 +127,18 @@ def create_app(
         decode = partial(engine.tokenizer.decode, skip_special_tokens=False)
         return {"prompt": await asyncio.to_thread(decode, body.tokens)}
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Return the tokenizer's configuration, with its class and its chat template."""
+        if not engine.tokenizer.has_text:
+            raise HTTPException(404, "the model has no tokenizer")
+        return await asyncio.to_thread(engine.tokenizer.describe)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/v1/models/")
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
@@ -134,6 +150,8 @@ def create_app(
 
     @app.get("/health")
     @app.get("/ready")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> JSONResponse:
         """Report whether the system can serve. While the server ends, `Guard` answers 503 on ``/ready`` instead."""
         try:

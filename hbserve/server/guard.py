@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hbserve.config import ServerConfig
@@ -29,7 +30,7 @@ from hbserve.server.keys import Keys
 access = logging.getLogger("hbserve.access")
 
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
-OPEN = frozenset({"/health", "/ready", "/"})
+OPEN = frozenset({"/health", "/ready", "/ping", "/"})
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
 INSTANCES_FOLDER = "/v1/instances/"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -45,16 +46,32 @@ class Guard:
         keys: the keys of clients and of the administrator.
         gate: queue for the routes that generate text.
         is_draining: set while the server ends and refuses new work.
+
+    Attributes:
+        keys: may be replaced at any time; the next request is checked by the new ones.
     """
 
     def __init__(
         self, app: ASGIApp, config: ServerConfig, keys: Keys, gate: FairGate, is_draining: asyncio.Event
     ) -> None:
-        self._app, self._config, self._keys, self._gate = app, config, keys, gate
+        self._app, self._config, self.keys, self._gate = app, config, keys, gate
         self._is_draining = is_draining
+        # Outermost: a browser must be allowed to read errors too, and its preflight requests have no key.
+        self._entry: ASGIApp = self._guarded
+        if config.cors_origins:
+            self._entry = CORSMiddleware(
+                self._guarded,
+                allow_origins=config.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "Retry-After"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, as ASGI prescribes."""
+        await self._entry(scope, receive, send)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -90,14 +107,14 @@ class Guard:
             return NO_KEY
         scheme, _, value = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         key = value.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", b"").decode("latin-1")
-        name = self._keys.name_of(key) if key else None
+        name = self.keys.name_of(key) if key else None
         changes_the_split = path.startswith(SEMI_PD_FOLDER) and scope["method"] not in ("GET", "HEAD")
         if path.startswith((ADMIN_FOLDER, INSTANCES_FOLDER)) or changes_the_split:
-            if not self._keys.has_admin:
+            if not self.keys.has_admin:
                 raise ForbiddenError("administration is off: there is no admin key (server.admin_key_file)")
             if name != "admin":
                 raise UnauthorizedError("this needs the admin key, as 'Authorization: Bearer <key>'")
-        elif self._keys.are_required and name is None:
+        elif self.keys.are_required and name is None:
             raise UnauthorizedError("this needs an API key, as 'Authorization: Bearer <key>'")
         return name or NO_KEY
 

@@ -9,9 +9,10 @@ import asyncio
 import logging
 import signal
 import ssl
+from collections.abc import Callable
 
 from hbserve.config import Config, ServerConfig
-from hbserve.errors import ConfigError, ShuttingDownError
+from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
 from hbserve.process import child, event_loop, exit_core
 from hbserve.server import live_page
 from hbserve.server.app import create_app
@@ -25,11 +26,12 @@ from hbserve.tokenizer import leave_out_torch
 logger = logging.getLogger(__name__)
 
 
-def serve_system(config: Config, with_instances: bool) -> int:
+def serve_system(config: Config, with_instances: bool, read_again: Callable[[], Config] | None = None) -> int:
     """Start all processes, serve HTTP until SIGTERM or SIGINT, and end all processes; return the exit code.
 
     Args:
         with_instances: False if the instances are started elsewhere.
+        read_again: reads the configuration anew, at SIGHUP; default: ``config`` stays.
 
     Raises:
         HBServeError: if the system cannot start.
@@ -37,15 +39,53 @@ def serve_system(config: Config, with_instances: bool) -> int:
     child.set_process_title("hbserve-api")
     child.configure_logging(config.logging, "api")
     leave_out_torch()
-    return event_loop.run(_serve(config, with_instances))
+    return event_loop.run(_serve(config, with_instances, read_again or (lambda: config)))
 
 
-async def _serve(config: Config, with_instances: bool) -> int:
+class _Reload:
+    """What the server reads anew at SIGHUP: API keys, certificates, and the level of its own log.
+
+    Everything is read before anything changes. If a part cannot be used, the log says why, and all stays as it was.
+
+    Attributes:
+        keys: the present keys.
+        guard, tls: set once the server serves.
+    """
+
+    def __init__(self, config: Config, read_again: Callable[[], Config]) -> None:
+        self._read_again = read_again
+        self.keys = Keys.load(config.server)
+        self.guard: Guard | None = None
+        self.tls: ssl.SSLContext | None = None
+
+    def set_tls(self, context: ssl.SSLContext) -> None:
+        """Take the context of the server's connections."""
+        self.tls = context
+
+    def on_signal(self) -> None:
+        """Read everything anew."""
+        try:
+            config = self._read_again()
+            keys, tls = Keys.load(config.server), _tls_files(config.server)
+        except HBServeError as error:
+            logger.error("SIGHUP: nothing is changed: %s", error)
+            return
+        self.keys = keys
+        if self.guard is not None:
+            self.guard.keys = keys
+        if self.tls is not None and tls is not None:
+            self.tls.load_cert_chain(*tls)
+        child.configure_logging(config.logging, "api")
+        logger.info("SIGHUP: read keys, certificates and log level anew")
+
+
+async def _serve(config: Config, with_instances: bool, read_again: Callable[[], Config]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    keys = Keys.load(config.server)
+    reload = _Reload(config, read_again)
+    loop.add_signal_handler(signal.SIGHUP, reload.on_signal)
     tls = _tls_files(config.server)
     listener = bind(config.server)
     llm = DisaggregatedLLM(config, with_instances, text_in_processes=True)
@@ -82,8 +122,8 @@ async def _serve(config: Config, with_instances: bool) -> int:
                 ShuttingDownError("the server is shutting down, and this request was not finished in time")
             )
 
-        guard = Guard(app, server, keys, gate, stop)
-        await serve(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back, tls)
+        guard = reload.guard = Guard(app, server, reload.keys, gate, stop)
+        await serve(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back, tls, reload.set_tls)
         return 0
     finally:
         stopped.cancel()

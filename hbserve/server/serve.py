@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -46,6 +47,7 @@ async def serve(
     drain_timeout_s: float = 10.0,
     on_deadline: Callable[[], None] = lambda: None,
     tls: tuple[str, str] | None = None,
+    on_tls: Callable[[ssl.SSLContext], None] = lambda context: None,
 ) -> None:
     """Serve until ``stop`` is set or this call is cancelled; both end it in the same way.
 
@@ -55,6 +57,7 @@ async def serve(
         drain_timeout_s: time for open requests to finish at the end, while no new connections are accepted.
         on_deadline: called after that time. It must end the open requests; those left are cut off a moment later.
         tls: certificate chain and private key, PEM files.
+        on_tls: called with the context that has them; others may be loaded into it at any time.
 
     Raises:
         StartupError: if the server cannot listen on the address; the text names it.
@@ -79,6 +82,9 @@ async def serve(
         ssl_certfile=None if tls is None else tls[0],
         ssl_keyfile=None if tls is None else tls[1],
     )
+    settings.load()
+    if settings.ssl is not None:
+        on_tls(settings.ssl)
     server = _Server(settings, lambda: on_ready(port))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="hbserve-http")
     stopping = asyncio.create_task(stop.wait())

@@ -234,6 +234,13 @@ class Tokenizer:
         """The chat template for conversations with tools; empty if there is none."""
         return self._tools_template
 
+    def describe(self) -> dict[str, Any]:
+        """Return tokenizer_config.json, with class and chat template, which may come from elsewhere."""
+        path = self.path / "tokenizer_config.json"
+        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = {"tokenizer_class": document.get("tokenizer_class") or type(self._hf).__name__}
+        return {**document, **found, "chat_template": self._hf.chat_template}
+
     def added_token_id(self, text: str) -> int | None:
         """Return the added token of this text, such as a mark in chat templates; None if ordinary tokens write it."""
         return self._added_ids.get(text)

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hbserve.config import ServerConfig
+from hbserve.config import ServerConfig, from_dict
 from hbserve.errors import ConfigError, RateLimitedError, ShuttingDownError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
@@ -291,3 +291,60 @@ async def test_tls(client: EngineClient, tokenizer: Tokenizer, tmp_path: Path) -
     async with guarded(client, tokenizer, tls=(str(cert), str(key))) as server:
         answer = await server.http.post("/v1/completions", json=BODY)
         assert (answer.status_code, answer.url.scheme) == (200, "https")
+
+
+PAGE = "https://page.example"
+
+
+async def test_web_pages_of_allowed_origins_may_read_every_answer(
+    client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler
+) -> None:
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+    keys = Keys({ANN: "ann"}, ADMIN)
+    async with guarded(client, tokenizer, keys, cors_origins=(PAGE, "http://localhost:3000")) as server:
+        http = server.http
+        for path in ("/v1/chat/completions", "/v1/models", "/admin/drain"):
+            answer = await http.options(path, headers={"Origin": PAGE, **preflight})
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["Access-Control-Allow-Origin"] == PAGE
+            assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+            assert "authorization" in answer.headers["Access-Control-Allow-Headers"]
+        other = await http.options("/v1/models", headers={"Origin": "https://evil.example", **preflight})
+        assert "Access-Control-Allow-Origin" not in other.headers
+        for headers, body, status in (
+            (bearer(ANN), BODY, 200),
+            (bearer(ANN), BODY | {"stream": True}, 200),
+            (bearer(ANN), BODY | {"temprature": 1}, 400),
+            (bearer(ANN), BODY | {"model": "other"}, 404),
+            ({}, BODY, 401),
+            (bearer(ANN), None, 400),
+        ):
+            answer = await http.post("/v1/completions", json=body, headers={"Origin": PAGE, **headers})
+            assert answer.status_code == status
+            assert answer.headers["Access-Control-Allow-Origin"] == PAGE
+            assert "X-Request-Id" in answer.headers["Access-Control-Expose-Headers"]
+        answer = await http.post(
+            "/v1/completions", json=BODY, headers={"Origin": "https://evil.example", **bearer(ANN)}
+        )
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    async with guarded(client, tokenizer, cors_origins=("*",)) as server:
+        answer = await server.http.get("/v1/models", headers={"Origin": "null"})
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    async with guarded(client, tokenizer) as server:
+        assert (await server.http.options("/v1/models", headers={"Origin": PAGE, **preflight})).status_code == 405
+        answer = await server.http.get("/v1/models", headers={"Origin": PAGE})
+        assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_origins_are_checked_in_the_configuration() -> None:
+    document: dict[str, Any] = {
+        "mode": "unified",
+        "model": {"path": "."},
+        "gpu_instances": [{"instance_id": "u", "instance_type": "unified"}],
+    }
+    for origin in ("https://page.example/", "page.example", "https://", "https://a b"):
+        with pytest.raises(ConfigError, match=r"server\.cors_origins"):
+            from_dict(document | {"server": {"cors_origins": [origin]}})

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hbserve import __version__
 from hbserve.errors import InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
@@ -365,3 +366,31 @@ async def test_the_effort_of_reasoning_goes_to_templates_that_name_it(
     ):
         await chat(other, reasoning_effort="high")
         assert scheduler.requests[-1].prompt_token_ids == plain.encode_chat(USER)
+
+
+# --- small routes --------------------------------------------------------------------------------
+
+
+async def test_routes_that_probes_and_clients_of_other_servers_ask_for(
+    http: httpx.AsyncClient, tokenizer: Tokenizer
+) -> None:
+    for path in (
+        "/health",
+        "/ready",
+        "/ping",
+        "/metrics",
+        "/v1/models",
+        "/v1/models/",
+        f"/v1/models/{MODEL}",
+        "/version",
+    ):
+        got, head = await http.get(path), await http.head(path)
+        assert (got.status_code, head.status_code, head.content) == (200, 200, b"")
+        assert head.headers["content-type"] == got.headers["content-type"]
+    assert (await http.head("/v1/models/other")).status_code == 404
+    assert (await http.post("/ping")).status_code == 200
+    assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+    assert (await http.get("/version")).json() == {"version": __version__}
+    info = (await http.get("/tokenizer_info")).json()
+    assert (info["tokenizer_class"], info["chat_template"]) == ("PreTrainedTokenizerFast", TEMPLATE)
+    assert info["eos_token"] == "<|im_end|>"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -223,6 +225,49 @@ def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: si
     assert site.leftovers(), "the private sockets are not where this test looks for them"
     system.end(number)
     assert site.leftovers() == []
+
+
+def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: tuple[Path, Any]) -> None:
+    keys, cert, key = (site.files / name for name in ("keys", "cert.pem", "key.pem"))
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+
+    def rotate(number: int) -> str:
+        """Write a new key and a new certificate; returns the certificate."""
+        keys.write_text(f"sk-number-{number}\n")
+        keys.chmod(0o600)
+        subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+        return cert.read_text()
+
+    def served() -> tuple[str, list[int]]:
+        """Return the certificate in use, and the statuses of requests with the first and the second key."""
+        address = (url.host, url.port or 0)
+        with httpx.Client(base_url=url, verify=False, timeout=DEADLINE_S) as http:
+            keyed = [{"Authorization": f"Bearer sk-number-{number}"} for number in (1, 2)]
+            statuses = [http.get("/v1/models", headers=headers).status_code for headers in keyed]
+        return ssl.get_server_certificate(address), statuses
+
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    first = rotate(1)
+    document = configuration(model[0], "unified")
+    files = {"api_keys_file": str(keys), "tls_cert_file": str(cert), "tls_key_file": str(key)}
+    config = site.write(document | {"server": files})
+    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
+    url = httpx.URL(system.url())
+    assert served() == (first, [200, 401])
+    second = rotate(2)
+    site.write(document | {"server": files, "logging": {"level": "INFO"}})
+    os.kill(system.process.pid, signal.SIGHUP)
+    poll(lambda: "read keys, certificates and log level anew" in system.errors, lambda: system.errors)
+    assert served() == (second, [401, 200])
+    cert.write_text("no certificate")
+    keys.write_text("sk-number-1\n")
+    os.kill(system.process.pid, signal.SIGHUP)
+    poll(lambda: "SIGHUP: nothing is changed" in system.errors, lambda: system.errors)
+    assert served() == (second, [401, 200])
+    for pid in descendants(system.process.pid):  # as when a terminal closes
+        os.kill(pid, signal.SIGHUP)
+    system.end()
 
 
 def test_a_signal_during_the_start_ends_the_system(site: Site, model: tuple[Path, Any]) -> None:
