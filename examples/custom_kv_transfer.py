@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from hbserve.errors import KVTransferError
-from hbserve.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.pd_disagg import LLM
+from hbserve.pd_disagg.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "hbserve-demo"

@@ -12,8 +12,8 @@ from contextlib import aclosing
 from pathlib import Path
 
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
 from hbserve.sampling_params import SamplingParams
-from hbserve.scheduler.scheduler import CpuScheduler
 
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "hbserve-demo"
 TOKENS_PER_SECOND = 100

@@ -86,7 +86,7 @@ class KVTransferConfig(Section, frozen=True):
     Attributes:
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where one end has no GPU; ``mooncake`` writes
             into the receiver's arena; ``shm`` maps that arena (shared memory, CUDA IPC), on one host;
-            ``package.module:Class`` is a subclass of `hbserve.kv_transfer.base.KVTransferBase`.
+            ``package.module:Class`` is a subclass of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait when it is full.
         ip: address that instances announce for transfers; default: the instance's host.
         port: base port; rank t of the instance with KV rank r listens on port + r * s + t, where s is the largest
