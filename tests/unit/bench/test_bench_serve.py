@@ -323,6 +323,7 @@ async def test_a_run_that_cannot_be_good_any_more_is_cut_short() -> None:
     assert (summary["attainment"], summary["errors"]) == (0, {"unfinished": 1000})
 
 
+@pytest.mark.slow
 async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_break(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = PacedTarget(0.003, capacity=4)

@@ -31,6 +31,7 @@ def is_clean(path: Path, text: str | bytes) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_generated_configurations_are_valid_or_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     generator = random.Random(20)

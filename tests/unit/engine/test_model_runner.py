@@ -56,6 +56,7 @@ def transformers_greedy(model: PreTrainedModel, prompt: list[int], num_new: int,
 # --- the same tokens as transformers, in float32 ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, name)

@@ -108,6 +108,7 @@ def test_events_older_than_the_window_do_not_count(clock: Clock) -> None:
     assert 60 <= metrics.duration_s <= 61  # begins at the border of a slice
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(clock: Clock) -> None:
     collector = SemiPDMetricsCollector(window_size_seconds=60.0, max_history_size=10, clock=clock)
     for number in range(500):

@@ -56,6 +56,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_malformed_folders_are_served_or_refused_by_file(tmp_path: Path) -> None:
     """Wrong types, signs, sizes, missing and extra keys, broken files: no other error, no hang, little memory."""

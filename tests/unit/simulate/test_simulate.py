@@ -123,6 +123,7 @@ def test_the_highest_rate_of_two_replicas_is_more_than_that_of_one() -> None:
     assert one.attainment >= 0.9
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_the_targets_and_begins_with_the_cheapest() -> None:
     systems = [System.parse("semi_pd@100-100"), System.parse("2p1d")]
     found = plan(systems, SETTING, source(20), 1, 40.0)
@@ -131,6 +132,7 @@ def test_a_plan_keeps_the_targets_and_begins_with_the_cheapest() -> None:
     assert all(outcome.attainment >= 0.9 for _, outcome in found)
 
 
+@pytest.mark.slow
 def test_a_plan_finds_the_ratio_of_prefill_to_decode() -> None:
     even, best = (plan([System.parse(name)], SETTING, source(5), 1, 120.0)[0] for name in ("1p1d", "xpyd"))
     assert best[1].attainment >= 0.9

@@ -256,6 +256,7 @@ SIZES_2048 = Sizes(chunk_size=2048, max_chunk_prefill_tokens=2048)
 WARM = WarmPercentages([80, 100], [50, 100], [100])
 
 
+@pytest.mark.slow
 def test_each_kind_of_sharing_is_left_if_it_is_slower_than_predicted_and_the_other_is_possible() -> None:
     slo = SLOConstraints(ttft_target_ms=300, tpot_target_ms=40, ttft_percentile=90, tpot_percentile=90)
 
@@ -373,6 +374,7 @@ def test_the_throttle_leaves_prefill_more_of_the_device_and_keeps_tpot_within_it
 SLOW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.slow
 @SLOW
 @given(st.sampled_from([10, 20, 30, 50, 70, 100]), st.sampled_from([20, 30, 70, 100]), st.integers(6, 11))
 def test_from_any_split_it_converges_and_stays(prefill: int, decode: int, rate: int) -> None:
@@ -397,6 +399,7 @@ def test_it_stays_within_its_bounds(min_percentage: int, max_total: int, rate: i
     assert all(later - earlier >= bounds.cooldown_s for earlier, later in itertools.pairwise(times[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "throttled"), [(SMAllocation(30, 70), False), (SMAllocation(80, 100, mixed=True), True)], ids=str
 )

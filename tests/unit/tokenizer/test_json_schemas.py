@@ -124,6 +124,7 @@ def test_a_grammar_that_leads_into_a_dead_end_is_refused(grammar: str, vocabular
         vocabulary.check(grammar)
 
 
+@pytest.mark.slow
 def test_bounds_of_numbers_are_held(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     """No grammar that is accepted allows a number out of bounds, however it is written."""
     values = [None, -1, 0, 0.5, 1, 2.5, -0.5, 10, 0.1]

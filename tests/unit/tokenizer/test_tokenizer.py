@@ -316,6 +316,7 @@ def test_tokenizer_json_is_used_unchanged_for_every_model(tmp_path: Path, model_
     assert tokenizer.decode(token_ids) == "the cat"
 
 
+@pytest.mark.slow
 def test_several_threads_may_load_the_first_tokenizers_of_a_process(tmp_path: Path) -> None:
     program = (
         "import sys; from concurrent.futures import ThreadPoolExecutor; from hbserve.tokenizer import Tokenizer\n"
