@@ -36,7 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             (Keskar et al. 2019, CTRL, section 4.1).
         presence_penalty: subtracted once from every token that is in the output.
         frequency_penalty: subtracted once per occurrence in the output.
-        seed: makes the request reproducible; with None each request gets a random one.
+        seed: makes the request reproducible: in float32 on the CPU always, in shorter dtypes or on a GPU if it runs in
+            the same batches; with None each request gets a random one.
         n: number of independent samples.
         stop: end the text before the first of these strings.
         stop_token_ids: end on any of these tokens, in addition to the model's own end tokens.
