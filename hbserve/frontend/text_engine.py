@@ -270,6 +270,14 @@ class TextEngine:
         self.check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
         if sampling.stop_strings and not self.tokenizer.has_text:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none", "stop")
+        for stop in sampling.stop_strings if sampling.skip_special_tokens else ():
+            hidden = None if self.tokenizer.hidden_token_id(stop) is not None else self.tokenizer.hidden_text_in(stop)
+            if hidden is not None:
+                raise InvalidRequestError(
+                    f"stop: {stop!r} can never match, because the special token {hidden!r} is not part of the text; "
+                    f"stop at {hidden!r} alone, or set skip_special_tokens to false",
+                    "stop",
+                )
         allowed = sampling.allowed_token_ids or ()
         self.check_token_ids(allowed, "allowed_token_ids")
         ends = self._end_token_ids | set(sampling.stop_token_ids or ())

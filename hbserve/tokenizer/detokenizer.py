@@ -12,7 +12,8 @@ class IncrementalDetokenizer:
 
     The concatenated deltas are the decoded text, or its part before the first stop string. The first stop string is
     the one that is complete first, whatever the token boundaries. Text that may be the beginning of a stop string is
-    held back until this is decided.
+    held back until this is decided. A stop string that is the text of a special token also ends the text at that token,
+    which is not shown.
 
     Args:
         skip_special_tokens: leave special tokens out of the text.
@@ -34,6 +35,8 @@ class IncrementalDetokenizer:
     ) -> None:
         self._decoder = tokenizer.text_decoder(skip_special_tokens)
         self._stop = stop
+        hidden = {tokenizer.hidden_token_id(text): text for text in stop} if skip_special_tokens else {}
+        self._stop_tokens = {token_id: text for token_id, text in hidden.items() if token_id is not None}
         self._min_tokens = min_tokens
         self._include_stop = include_stop
         self._num_tokens = 0
@@ -44,6 +47,10 @@ class IncrementalDetokenizer:
         """Add a token; return the text that may be shown now, often an empty one."""
         assert self.stop_string is None, "the text has ended"
         self._num_tokens += 1
+        if token_id in self._stop_tokens and self._num_tokens >= self._min_tokens:
+            self.stop_string = self._stop_tokens[token_id]
+            text, self._held = self._held + self._decoder.flush(), ""
+            return text + self.stop_string if self._include_stop else text
         text = self._decoder.feed(token_id)
         if not self._stop or not text or self._num_tokens < self._min_tokens:
             return text

@@ -341,6 +341,16 @@ class Tokenizer:
             token_bytes = self._bytes[token_id] = self._find_bytes(token_id)
         return token_bytes
 
+    def hidden_token_id(self, text: str) -> int | None:
+        """Return the special token of this text, which ``skip_special_tokens`` leaves out; None if there is none."""
+        token_id = self._added_ids.get(text)
+        return token_id if token_id in self._special else None
+
+    def hidden_text_in(self, text: str) -> str | None:
+        """Return the text of a special token that is a part of ``text``, but not the whole; None if there is none."""
+        found = (token for token, token_id in self._added_ids.items() if token_id in self._special and token in text)
+        return next((token for token in found if token and token != text), None)
+
     def text_decoder(self, skip_special_tokens: bool) -> TextDecoder:
         """Make a decoder for one output; `IncrementalDetokenizer` adds stop strings to it."""
         if self.has_text and self._bytes_of_piece is None:

@@ -95,6 +95,26 @@ async def test_generate_gives_the_whole_output(
     assert [sample["text"] for sample in result["samples"]] == ["abc"]
 
 
+async def test_a_special_token_as_a_stop_string_ends_the_request(
+    engine: TextEngine, scheduler: ScriptedScheduler, tokenizer: Tokenizer
+) -> None:
+    start = tokenizer.added_token_id("<|im_start|>")
+    assert start is not None
+    scheduler.script = tokens(*letters(tokenizer, "hi"), start, *letters(tokenizer, "there"))
+    deltas = await collect(engine, "the cat", SamplingParams(stop=["<|im_start|>"]))
+    assert "".join(delta.text for delta in deltas) == "hi"
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "<|im_start|>")
+
+
+async def test_a_stop_string_that_can_never_match_is_refused(engine: TextEngine, scheduler: ScriptedScheduler) -> None:
+    """It contains a special token, which is not part of the text."""
+    with pytest.raises(InvalidRequestError, match=r"can never match.*skip_special_tokens") as caught:
+        await collect(engine, "the cat", SamplingParams(stop=["\n<|im_end|>"]))
+    assert caught.value.param == "stop"
+    await collect(engine, "the cat", SamplingParams(stop=["\n<|im_end|>"], skip_special_tokens=False))
+    assert len(scheduler.requests) == 1
+
+
 async def test_end_tokens_outside_the_vocabulary_are_ignored(
     client: EngineClient, scheduler: ScriptedScheduler, tmp_path: Path
 ) -> None:

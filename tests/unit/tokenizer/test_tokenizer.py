@@ -289,6 +289,33 @@ def test_stop_strings_do_not_count_before_min_tokens(byte_level: Tokenizer) -> N
     assert "".join(deltas(byte_level, ids, stop=["ab"], min_tokens=4)) == "abab"
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace", "word_pieces"])
+def test_a_stop_string_may_be_the_text_of_a_special_token(kind: str, request: pytest.FixtureRequest) -> None:
+    """Special tokens are not part of the text, so the token itself ends it."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    special = {"byte_level": "<|im_start|>", "word_pieces": "[SEP]"}.get(kind, "<s>")
+    special_id = tokenizer.added_token_id(special)
+    assert special_id is not None
+    cat, dog = tokenizer.encode("the cat"), tokenizer.encode(" dog")
+    ids = [*cat, special_id, *dog]
+    text = "".join(deltas(tokenizer, cat))
+    assert "".join(deltas(tokenizer, ids, stop=["the x", special])) == text
+    assert "".join(deltas(tokenizer, ids, stop=[special], include_stop=True)) == text + special
+    assert "".join(deltas(tokenizer, ids, stop=[special], min_tokens=len(cat) + 1)) == text
+    assert "".join(deltas(tokenizer, ids, stop=[special], min_tokens=len(cat) + 2)) == "".join(deltas(tokenizer, ids))
+    assert "".join(deltas(tokenizer, ids, stop=[special], skip_special_tokens=False)).rstrip() == text
+    detokenizer = IncrementalDetokenizer(tokenizer, stop=[special])
+    assert [detokenizer.push(token_id) and "" for token_id in [*cat, special_id]][-1] == ""
+    assert detokenizer.stop_string == special
+
+
+def test_text_held_back_is_shown_when_a_special_token_ends_the_text(byte_level: Tokenizer) -> None:
+    special_id = byte_level.added_token_id("<|im_start|>")
+    assert special_id is not None
+    ids = [*single_bytes(byte_level, "ab"), special_id]
+    assert deltas(byte_level, ids, stop=["abc", "<|im_start|>"]) == ["", "", "ab"]
+
+
 def test_long_output_costs_no_more_per_token(word_pieces: Tokenizer) -> None:
     sizes: list[int] = []
     decode = word_pieces.decode
