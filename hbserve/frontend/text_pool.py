@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
 
 from hbserve.config import Config
-from hbserve.errors import EngineDeadError
+from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
 from hbserve.frontend.text_process import OnEvent, TextProcess
 from hbserve.messages.text import (
     DEFAULT_CHAT,
@@ -23,6 +24,9 @@ from hbserve.messages.text import (
 )
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import OnText, OutputStream
+
+MAX_CHECK_S = 10.0
+"""Time in which a grammar is checked, while others' grammars are checked too."""
 
 
 class TextProcesses:
@@ -41,7 +45,10 @@ class TextProcesses:
             TextProcess(f"tokenizer-{number}", config, run_dir, self._context, on_event)
             for number in range(config.server.num_tokenizers)
         ]
-
+        self._checker = TextProcess("grammar-checker", config, run_dir, self._context, on_event)
+        self._checker_start: asyncio.Task[None] | None = None
+        self._start_timeout_s = config.rpc.start_timeout_s
+        self._checks: set[asyncio.Task[Checked]] = set()
         self._processes = [self._detokenizer, *self._tokenizers]
 
     @property
@@ -61,12 +68,18 @@ class TextProcesses:
 
     async def stop(self) -> None:
         """End all processes. May be called twice."""
+        tasks = [*self._checks, *([] if self._checker_start is None else [self._checker_start])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._checker.stop()
         await asyncio.gather(*(process.stop() for process in self._processes))
         self._context.term()
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Return the pid, the restarts and the open work of each process, by its name."""
-        return {process.name: process.report() for process in self._processes}
+        checkers = [self._checker] if self._checker_start is not None else []
+        return {process.name: process.report() for process in [*self._processes, *checkers]}
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         reply = await self._tokenizer().ask(
@@ -103,13 +116,55 @@ class TextProcesses:
         return (await self._check(grammar, vocab_size, token_ids)).problem
 
     async def _check(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> Checked:
-        # All checks go to one process, because the vocabulary that it makes for grammars is large.
-        reply = await self._processes[-1].ask(
-            lambda number: CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids),
-            "grammar",
-        )
+        # A task of its own: a client that leaves does not keep the process from being replaced in time.
+        check = asyncio.create_task(self._check_in_time(grammar, vocab_size, token_ids))
+        self._checks.add(check)
+        check.add_done_callback(self._on_checked)
+        return await asyncio.shield(check)
+
+    def _on_checked(self, check: asyncio.Task[Checked]) -> None:
+        self._checks.discard(check)
+        if not check.cancelled():
+            check.exception()  # the client may have left; this marks it as read
+
+    async def _check_in_time(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> Checked:
+        """Check in a process of its own, which is replaced if it takes too long or dies: a grammar is a program."""
+        checker = await self._started_checker()
+        numbers: list[int] = []
+
+        def make(number: int) -> CheckGrammar:
+            numbers.append(number)
+            return CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids)
+
+        answer = asyncio.create_task(checker.ask(make, "grammar"))
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=MAX_CHECK_S / 8)
+                if not answer.done() and checker.seconds_with(numbers[0]) > MAX_CHECK_S:
+                    checker.restart()
+                    what = f"the grammar is too complex: its check takes longer than {MAX_CHECK_S:g} s; make it smaller"
+                    raise InvalidRequestError(what, "grammar")
+            reply = answer.result()
+        finally:
+            answer.cancel()
         assert isinstance(reply, Checked)
         return reply
+
+    async def _started_checker(self) -> TextProcess:
+        """Return the process that checks grammars, which starts with the first of them.
+
+        Raises:
+            RequestFailedError: if it does not start; the next request tries again.
+        """
+        if self._checker_start is None:
+            deadline = time.monotonic() + self._start_timeout_s
+            self._checker_start = asyncio.create_task(self._checker.start(deadline))
+        try:
+            await asyncio.shield(self._checker_start)
+        except StartupError as error:
+            self._checker_start = None
+            raise RequestFailedError(str(error)) from None
+        return self._checker
 
     def _tokenizer(self) -> TextProcess:
         if not self._tokenizers:

@@ -105,6 +105,7 @@ class TextProcess:
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
         self._last_heard = 0.0
+        self._is_restarted = False  # killed by `restart`, and not replaced yet
         self._to_ask_again: deque[int] = deque()  # questions that were open at a death
         self._suspect: int | None = None  # the one of these that the process has now
 
@@ -276,6 +277,19 @@ class TextProcess:
                 self.send(query.request)
                 return
 
+    def seconds_with(self, number: int) -> float:
+        """Return how long the process has had a question; 0 while it is being replaced, or has another one first."""
+        query = self._queries.get(number)
+        if query is None or self._socket is None or number in self._to_ask_again:
+            return 0.0
+        return time.monotonic() - query.asked_at
+
+    def restart(self) -> None:
+        """Replace the process, because it does work that cannot be interrupted; other questions are asked again."""
+        if self._socket is not None and self._child is not None:
+            self._is_restarted = True
+            self._child.kill()
+
     async def _keep_alive(self) -> None:
         """Replace the process when it ends on its own."""
         budget = RestartBudget(self._config.rpc.max_restarts)
@@ -285,10 +299,11 @@ class TextProcess:
             # A request may have caused a death at work, and no request may end the service. Only deaths at the start,
             # or without work, count against the budget.
             was_at_work = self._socket is not None and self._is_at_work
-            if was_at_work:
+            was_restarted, self._is_restarted = self._is_restarted, False
+            if was_at_work and not was_restarted:
                 self._count_deaths()
             await self._disconnect()
-            if not was_at_work and not budget.take():
+            if not (was_at_work or was_restarted) and not budget.take():
                 self._give_up(f"the {self.name} ended with exit code {code}, too often to be replaced again")
                 return
             logger.warning("text_restarted: %s: it ended with exit code %d; replacing it", self.name, code)

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 _RETRY_DELAY_S = 0.1
 _MAX_RETRY_DELAY_S = 5.0
 _MASK_DELAY_S = 0.01
+_MAX_MASK_DELAY_S = 0.16
 _TOKENS_TO_FORGIVE = 16
 """Tokens after which a failed attempt no longer counts. A request that kills workers gets one token at most, from
 its prefill."""
@@ -205,8 +206,10 @@ class RequestLifecycle:
             return
         self._advance(sequence, allocation, row.end - 1)
         allocation.num_planned = row.end - 1
-        sequence.planned_from = time.monotonic() + _MASK_DELAY_S
-        asyncio.get_running_loop().call_later(_MASK_DELAY_S, self._wake)
+        delay_s = min(_MASK_DELAY_S * 2**sequence.num_late_masks, _MAX_MASK_DELAY_S)
+        sequence.num_late_masks += 1
+        sequence.planned_from = time.monotonic() + delay_s
+        asyncio.get_running_loop().call_later(delay_s, self._wake)
 
     def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
         """Note that KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -234,7 +237,7 @@ class RequestLifecycle:
     ) -> None:
         assert allocation.num_computed == len(sequence.tokens), "a token for another position than the next"
         sequence.tokens.append(token)
-        sequence.num_setbacks = 0
+        sequence.num_setbacks = sequence.num_late_masks = 0
         if sequence.num_failures and len(sequence.tokens) - sequence.num_tokens_at_failure >= _TOKENS_TO_FORGIVE:
             sequence.num_failures = 0
         self.counts["generated_tokens"] += 1

@@ -175,6 +175,7 @@ class Sequence:
         num_setbacks: how often steps of it have been lost since its last token.
         retry_at: when it may be admitted again after a failure, on the monotonic clock.
         num_scored: prompt tokens whose log-probabilities the client has, not counting the first token, which has none.
+        num_late_masks: steps since its last token in which the mask of its grammar was not there.
         planned_from: when it may be in a plan again after a step without the mask of its grammar, on the same clock.
         rank: its place in the queue, see `QueuePolicy.rank`.
         metrics: its times; `SchedulerMetrics.on_arrived` sets it.
@@ -200,6 +201,7 @@ class Sequence:
     retry_at: float = 0.0
     num_scored: int = 0
     planned_from: float = 0.0
+    num_late_masks: int = 0
     num_cached_tokens: int | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None

@@ -408,7 +408,7 @@ async def test_a_costly_grammar_ends_alone(real_api: openai.AsyncOpenAI, llm: LL
             await real_api.chat.completions.create(**body)  # type: ignore[call-overload]
         assert caught.value.status_code == 400
 
-    attacks = [asyncio.create_task(attack(grammar)) for grammar in (AT_ONCE, LATER, LATER)]
+    attacks = [asyncio.create_task(attack(grammar)) for grammar in (AT_ONCE, LATER)]
     others = [asyncio.create_task(real_api.chat.completions.create(**plain)) for _ in range(3)]
     documents = [asyncio.create_task(real_api.chat.completions.parse(**document)) for _ in range(2)]
     async with asyncio.timeout(200):

@@ -15,9 +15,11 @@ import pytest
 
 from hbserve.config import from_dict
 from hbserve.errors import InvalidRequestError, RequestFailedError
+from hbserve.frontend import text_pool
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
+from hbserve.grammar import json_schema
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.process.parent import ChildProcess
 from hbserve.sampling_params import SamplingParams
@@ -185,3 +187,30 @@ async def test_a_fatal_request_fails_alone_and_health_reports_a_process_that_is_
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     await processes.stop()
     assert events == [*[("text_restarted", "detokenizer")] * 3, ("given_up", "detokenizer")]
+
+
+async def test_a_grammar_whose_check_takes_too_long_is_refused_and_others_are_checked(
+    processes: TextProcesses, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is replaced; the questions of others that it had are asked again. Text goes on meanwhile."""
+    monkeypatch.setattr(text_pool, "MAX_CHECK_S", 3.0)
+    size = tokenizer.vocab_size
+    patterns = {f"^p{number}.*x{number}$": {"type": "integer"} for number in range(1500)}  # compared pair by pair
+    costly = json_schema({"type": "object", "patternProperties": patterns, "additionalProperties": False})
+    async with asyncio.timeout(DEADLINE_S):
+        assert await processes.check_grammar("start: /a/", size) == "start: /a/"
+        pid = processes.report()["grammar-checker"]["pid"]
+        left = asyncio.create_task(processes.check_grammar(costly + " ", size))
+        attack = asyncio.create_task(processes.check_grammar(costly, size))
+        await asyncio.sleep(0)
+        left.cancel()
+        assert await processes.encode("the cat") == tokenizer.encode("the cat")
+        with pytest.raises(InvalidRequestError, match="too complex"):
+            await attack
+        assert await processes.check_grammar("start: /b/", size) == "start: /b/"
+        assert processes.report()["grammar-checker"]["pid"] != pid
+        await until(lambda: not processes._checks)
+    assert processes.dead is None
+    deep = "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(9000)) + '\na9000: "y"'
+    with pytest.raises(InvalidRequestError, match="cannot be followed"):  # and its recursion ends no process
+        await processes.check_grammar(deep, size)
