@@ -101,6 +101,11 @@ class CpuScheduler:
         return self._requests.waiting
 
     @property
+    def metrics(self) -> SchedulerMetrics:
+        """Measurements; their ``collector`` has the window and the histograms, and a policy may read it."""
+        return self._metrics
+
+    @property
     def counts(self) -> defaultdict[str, int]:
         """Counts of what has happened since the start, by name; a policy may count, too."""
         return self._requests.counts

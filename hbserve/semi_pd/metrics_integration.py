@@ -16,7 +16,10 @@ __all__ = ["MetricsAggregator", "SemiPDMetricsHooks", "integrate_semi_pd_metrics
 
 
 class MeasuredRequest(Protocol):
-    """Request as the hooks need it; `hbserve.messages.client.AddRequest` is one."""
+    """Request as the hooks need it; `hbserve.messages.client.AddRequest` is one.
+
+    SGLang's names of the two attributes, ``rid`` and ``origin_input_ids``, do as well.
+    """
 
     @property
     def request_id(self) -> str:
@@ -48,32 +51,42 @@ class SemiPDMetricsHooks:
 
     def semi_pd_on_request_arrival(self, req: MeasuredRequest) -> None:
         """Note that a request has arrived."""
-        self._collector.record_request_arrival(req.request_id, len(req.prompt_token_ids))
+        self._collector.record_request_arrival(_name(req), len(_prompt(req)))
 
     def semi_pd_on_batch_prefill_start(self, batch: MeasuredBatch) -> None:
         """Note that a prefill batch begins."""
         for req in batch.reqs:
-            self._collector.record_prefill_start(req.request_id)
+            self._collector.record_prefill_start(_name(req))
 
     def semi_pd_on_batch_prefill_end(self, batch: MeasuredBatch) -> None:
         """Note that a prefill batch has ended."""
         for req in batch.reqs:
-            self._collector.record_prefill_end(req.request_id)
+            self._collector.record_prefill_end(_name(req))
 
     def semi_pd_on_first_token_generated(self, req: MeasuredRequest) -> None:
         """Note a request's first token."""
-        self._collector.record_first_token(req.request_id)
+        self._collector.record_first_token(_name(req))
 
     def semi_pd_on_batch_decode_start(self, batch: MeasuredBatch) -> None:
         """Note that a decode batch begins."""
         for req in batch.reqs:
-            if self._role is InstanceRole.DECODE and req.request_id not in self._collector.open_requests:
+            if self._role is InstanceRole.DECODE and _name(req) not in self._collector.open_requests:
                 self.semi_pd_on_request_arrival(req)
-            self._collector.record_decode_start(req.request_id)
+            self._collector.record_decode_start(_name(req))
 
     def semi_pd_on_request_completion(self, req: MeasuredRequest, output_length: int, success: bool = True) -> None:
         """Note that a request has ended."""
-        self._collector.record_request_completion(req.request_id, output_length, success)
+        self._collector.record_request_completion(_name(req), output_length, success)
+
+
+def _name(req: Any) -> str:
+    name: str = req.request_id if hasattr(req, "request_id") else req.rid
+    return name
+
+
+def _prompt(req: Any) -> Sequence[int]:
+    prompt: Sequence[int] = req.prompt_token_ids if hasattr(req, "prompt_token_ids") else req.origin_input_ids
+    return prompt
 
 
 def integrate_semi_pd_metrics_with_scheduler(

@@ -6,6 +6,10 @@ import importlib
 
 import pytest
 
+from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
+from hbserve.scheduler.metrics import SchedulerMetrics
+from hbserve.semi_pd.metrics_collector import SemiPDMetricsCollector
+
 PATHS = """
 hbserve.semi_pd: ProcessRotationManager ResidentProcessManager SMAllocation
 hbserve.semi_pd.metrics_collector: SemiPDMetricsCollector RequestMetrics SystemMetrics AggregatedMetrics
@@ -34,6 +38,12 @@ def test_a_public_path_has_its_names(line: str) -> None:
     module = importlib.import_module(path)
     for name in names.split():
         assert isinstance(getattr(module, name), type) or callable(getattr(module, name))
+
+
+def test_the_scheduler_has_the_collector_that_the_docs_name() -> None:
+    scheduler = CpuScheduler.__new__(CpuScheduler)
+    scheduler._metrics = SchedulerMetrics(SemiPDMetricsCollector())
+    assert scheduler.metrics.collector.get_real_time_metrics()["arrival_rate"] == 0.0
 
 
 def test_every_path_has_the_same_split() -> None:
