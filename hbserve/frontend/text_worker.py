@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import zmq
@@ -33,9 +34,14 @@ from hbserve.messages.text import (
 from hbserve.process import child, event_loop
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer import Tokenizer, leave_out_torch
+from hbserve.tokenizer.chat_template import MAX_AT_ONCE
 from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding, in_grammar_thread
 
 logger = logging.getLogger(__name__)
+
+_MAX_TEMPLATES = 4 * MAX_AT_ONCE
+"""Requests with a template of their own, waiting ones included: the last must be answered before the API server gives
+up the process."""
 
 
 class TextWorker:
@@ -56,6 +62,9 @@ class TextWorker:
         self._streams: dict[int, TextDecoding] = {}
         self._replies: list[TextReply] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # Threads of their own: such a template may take seconds, and long texts must not wait for it.
+        self._template_threads = ThreadPoolExecutor(MAX_AT_ONCE, "template")
+        self._num_templates = 0
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -75,9 +84,13 @@ class TextWorker:
             decoding.feed(request.token_ids, len(request.token_ids), False)
         elif isinstance(request, CloseText):
             self._streams.pop(request.stream, None)
-        elif _size(request) < LONG_TEXT and not _may_take_long(request):
+        elif _has_template(request) and self._num_templates >= _MAX_TEMPLATES:
+            error = "too many requests with a chat_template of their own are open; send it again later"
+            self._replies.append(TextFailed(query_id=request.query_id, error=error, param="chat_template"))
+        elif _size(request) < LONG_TEXT and not isinstance(request, CheckGrammar) and not _has_template(request):
             self._replies.append(self._reply_to(request))
         else:  # in a thread, so that other requests do not wait for it
+            self._num_templates += _has_template(request)
             task = asyncio.create_task(self._answer_later(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -94,6 +107,10 @@ class TextWorker:
     async def _answer_later(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
         if isinstance(request, CheckGrammar):
             reply = await in_grammar_thread(lambda: self._reply_to(request))
+        elif _has_template(request):
+            loop = asyncio.get_running_loop()
+            reply = await loop.run_in_executor(self._template_threads, self._reply_to, request)
+            self._num_templates -= 1
         else:
             reply = await asyncio.to_thread(self._reply_to, request)
         self._replies.append(reply)
@@ -125,11 +142,9 @@ class TextWorker:
             self._replies.clear()
 
 
-def _may_take_long(request: EncodeText | EncodeChat | CheckGrammar) -> bool:
-    """Return whether even a short request may take long: a grammar, or a template that a client wrote."""
-    return isinstance(request, CheckGrammar) or (
-        isinstance(request, EncodeChat) and request.options.template is not None
-    )
+def _has_template(request: TextRequest) -> bool:
+    """Return whether the request brings a chat template that its client wrote."""
+    return isinstance(request, EncodeChat) and request.options.template is not None
 
 
 def _size(request: EncodeText | EncodeChat | CheckGrammar) -> int:

@@ -7,6 +7,7 @@ nothing but jinja2 and the standard library), in jinja's sandbox, with limits of
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -26,12 +27,12 @@ TIMEOUT_S = 5.0
 """Time that a request's template may take, with the start of its process."""
 _MAX_MEMORY_BYTES = 1 << 30
 _MAX_TEXT = 10_000_000  # characters of a rendered conversation
-_MAX_AT_ONCE = 4
+MAX_AT_ONCE = 4
 
 _ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template raises: it is a program, and rejects messages with any of these."""
 
-_turns = threading.BoundedSemaphore(_MAX_AT_ONCE)
+_turns = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 
 # --- forms of content ----------------------------------------------------------------------------
@@ -40,7 +41,7 @@ _turns = threading.BoundedSemaphore(_MAX_AT_ONCE)
 class ContentForms:
     """The forms in which a template shows the content of a message, by role.
 
-    Templates are programs, and the one way to know is to try: each role's content is rendered as text, and as parts.
+    Templates are programs, and the one way to know is to try: each role's content is rendered as text and as parts.
 
     Args:
         render: function from messages to the prompt.
@@ -48,7 +49,7 @@ class ContentForms:
 
     def __init__(self, render: Render) -> None:
         self._shows = {
-            role: (_shows(render, make, False), _shows(render, make, True)) for role, make in _TRIALS.items()
+            role: tuple(_shows(render, make, content) for content in _CONTENTS) for role, make in _TRIALS.items()
         }
 
     def fit(self, turns: Sequence[Mapping[str, Any]]) -> Turns:
@@ -56,12 +57,14 @@ class ContentForms:
         return [{**turn, "content": self._fitting(turn["role"], turn["content"])} for turn in turns]
 
     def _fitting(self, role: str, content: Any) -> Any:
-        shows_text, shows_parts = self._shows.get(role, (False, False))
-        if not (shows_text or shows_parts):  # the trial was rejected: the role has other rules, but the same macros
-            shows_text, shows_parts = self._shows["user"]
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}] if shows_parts and not shows_text else content
-        return content if shows_parts else "".join(part["text"] for part in content)
+        shows = self._shows.get(role, ())
+        if not any(shows):  # the trial was rejected: the role has other rules, but the same macros
+            shows = self._shows["user"]
+        shows_text, shows_parts, shows_one_part = shows
+        if shows_parts and not isinstance(content, str):
+            return content
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        return [{"type": "text", "text": text}] if shows_one_part and not shows_text else text
 
 
 _FIRST, _SECOND, _MARK = "Qzfirstzq", "Qzsecondzq", "Qzmarkzq"
@@ -79,10 +82,17 @@ _TRIALS: dict[str, Callable[[Any], Turns]] = {
 }
 
 
-def _shows(render: Render, make: Callable[[Any], Turns], as_parts: bool) -> bool:
-    parts = [{"type": "text", "text": text, "mark": _MARK} for text in (_FIRST, _SECOND)]
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text, "mark": _MARK}
+
+
+_CONTENTS: tuple[Any, ...] = (_FIRST + _SECOND, [_part(_FIRST), _part(_SECOND)], [_part(_FIRST + _SECOND)])
+"""Contents on trial: text, several parts, and one part, because some templates show only the first."""
+
+
+def _shows(render: Render, make: Callable[[Any], Turns], content: Any) -> bool:
     try:
-        text = render(make(parts if as_parts else _FIRST + _SECOND))
+        text = render(make(content))
     except _ERRORS:
         return False
     return _FIRST in text and _SECOND in text and _MARK not in text  # the mark: the list was printed as it is
@@ -118,7 +128,7 @@ def render_request_template(
             input=json.dumps(order).encode(),
             capture_output=True,
             timeout=TIMEOUT_S,
-            env={},
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # no secrets
             cwd="/",
             check=False,
         )

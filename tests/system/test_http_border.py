@@ -232,6 +232,8 @@ TEXT, PARTS = "one two", [{"type": "text", "text": "one "}, {"type": "text", "te
         tiny_tokenizers.CHAT_TEMPLATE,
         PARTS_TEMPLATE,
         PARTS_TEMPLATE.replace("if p['type'] == 'text'", ""),
+        # only the first part
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}",
         # both forms, in a macro; the system prompt only as text
         "{% macro show(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}{{ p.text }}{% endfor %}{% endif %}"
         "{% endmacro %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -302,6 +304,7 @@ async def test_values_that_ask_for_nothing_are_taken_for_every_parameter(
             {"stop": [""]},
             {"logprobs": False, "echo": False} if "prompt" in start else {"logprobs": 0, "top_logprobs": 0},
             {"stream": 0, "stream_options": {"include_usage": False, "include_all": None}},
+            {"response_format": {"type": "text"}, "tool_choice": "auto", "parallel_tool_calls": True},
             {"use_beam_search": False, "length_penalty": 1.0, "best_of": 1, "spaces_between_special_tokens": True},
             {"functions": [], "function_call": "auto", "modalities": ["text"], "web_search_options": None},
             {"store": True, "service_tier": "flex", "verbosity": "low", "prediction": {"type": "content"}, "user": 5},

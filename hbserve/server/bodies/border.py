@@ -29,15 +29,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "no_repeat_ngram_size": (),
     "num_beams": (1,),
+    "parallel_tool_calls": (True,),
     "priority": (),
+    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
     "suffix": (),
+    "tool_choice": ("none", "auto"),
     "typical_p": (1,),
     "use_beam_search": (),
     "web_search_options": (),
 }
 """Parameters of OpenAI and other servers that are not supported, with documented defaults beside `_is_nothing`."""
 _REASONS = {
+    "response_format": " here; send structured_outputs",
     "suffix": ": insertion needs a model trained for it",
     "functions": "; send tools",
     "function_call": "; send tool_choice",

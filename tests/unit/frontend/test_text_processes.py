@@ -21,6 +21,7 @@ from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
 from hbserve.grammar import json_schema
 from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.messages.text import ChatOptions
 from hbserve.process.parent import ChildProcess
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
@@ -214,3 +215,22 @@ async def test_a_grammar_whose_check_takes_too_long_is_refused_and_others_are_ch
     deep = "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(9000)) + '\na9000: "y"'
     with pytest.raises(InvalidRequestError, match="cannot be followed"):  # and its recursion ends no process
         await processes.check_grammar(deep, size)
+
+
+async def test_a_chat_template_of_a_request_that_never_ends_delays_nobody_else(
+    processes: TextProcesses, tokenizer: Tokenizer
+) -> None:
+    upper = ChatOptions(template="{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    assert await processes.encode_chat(USER, None, upper) == tokenizer.encode("HI")
+    if "tokenizer-0" in processes.report():
+        pytest.skip("one process is enough for the slow part")
+    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    slow = asyncio.create_task(processes.encode_chat(USER, None, ChatOptions(template=loops)))
+    for _ in range(3):
+        assert await processes.encode_chat(USER, None, upper) == tokenizer.encode("HI")
+        assert await processes.encode("the cat " * 5000) == tokenizer.encode("the cat " * 5000)
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(InvalidRequestError, match=r"took more than|too much time") as caught:
+            await slow
+    assert caught.value.param == "chat_template"
+    assert all(one["restarts"] == 0 for one in processes.report().values())
