@@ -79,7 +79,8 @@ class HttpBackend:
                 new = event["usage"]["completion_tokens"] - num_tokens
                 num_tokens += new
                 for choice in event["choices"]:
-                    yield choice["delta"].get("content") or "", new
+                    delta = choice["delta"]
+                    yield (delta.get("reasoning_content") or "") + (delta.get("content") or ""), new
 
     def stats(self) -> dict[str, Any]:
         """Return the scheduler's statistics."""

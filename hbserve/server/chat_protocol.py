@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import ANY_JSON_OBJECT, json_schema
 from hbserve.sampling_params import MAX_LOGPROBS, SamplingParams
+from hbserve.server.answers.tool_formats import TokenId, ToolFormat
 from hbserve.server.bodies.border import AnyJson, Body
 from hbserve.server.bodies.conversation import Conversation, ToolChoice
 from hbserve.server.protocol import GenerationRequest
-from hbserve.server.tool_formats import TokenId, ToolFormat
 
 
 class JsonSchema(Body):
@@ -57,6 +57,7 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     @property
     def grammar_param(self) -> str:

@@ -27,8 +27,10 @@ from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecode
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
 
-SHOWN_MARKS = frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>"})
-"""Tokens shown even if they are special: without them a call of a tool would look like other text."""
+SHOWN_MARKS = frozenset(
+    {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>", "<think>", "</think>"}
+)
+"""Tokens shown even if they are special: without them a call of a tool, or reasoning, would look like other text."""
 
 _NO_BYTES = frozenset("ÀÁõö÷øùúûüýþÿ")
 """Letters of the byte alphabet whose bytes, C0, C1 and F5 to FF, are in no UTF-8 text: only a text can mean them."""

@@ -81,9 +81,9 @@ class ResponseGeneration(ChatCompletion):
     def _answer(self, samples: list[Sample]) -> bytes:
         (sample,) = samples
         output = OutputItems()
-        text, calls, finish_reason = self._parse(0, sample.text, sample.finish_reason)
-        output.add(text, calls, self._text_logprobs(sample.token_ids, sample.logprobs))
-        status, _ = self._end(output, finish_reason or "stop")
+        new = self._parse(sample)
+        output.add(new, self._text_logprobs(sample.token_ids, sample.logprobs))
+        status, _ = self._end(output, new.finish_reason or "stop")
         return msgspec.json.encode(self._finish(output, status))
 
     async def _events(self) -> AsyncGenerator[list[Event]]:
@@ -102,10 +102,10 @@ class ResponseGeneration(ChatCompletion):
                     events += [{"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")]
                     has_begun = True
                 for delta in deltas:
-                    text, calls, finish_reason = self._parse(0, delta.text, delta.finish_reason)
-                    events += output.add(text, calls, self._text_logprobs(delta.token_ids, delta.logprobs))
-                    if finish_reason is not None:
-                        status, ends = self._end(output, finish_reason)
+                    new = self._parse(delta)
+                    events += output.add(new, self._text_logprobs(delta.token_ids, delta.logprobs))
+                    if new.finish_reason is not None:
+                        status, ends = self._end(output, new.finish_reason)
                         kind = "completed" if status == "completed" else "incomplete"
                         events += [*ends, {"type": f"response.{kind}", "response": self._finish(output, status)}]
                 if events:
@@ -189,7 +189,7 @@ class ResponseGeneration(ChatCompletion):
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": usage.get("completion_tokens_details", {"reasoning_tokens": 0}),
             "total_tokens": usage["total_tokens"],
         }
 

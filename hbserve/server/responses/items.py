@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hbserve.errors import InvalidRequestError
+from hbserve.server.chat import AnswerGrowth
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
@@ -83,6 +84,8 @@ class OutputItems:
 
     ::
 
+        reasoning:      output_item.added ─ content_part.added ─ reasoning_text.delta … ─ reasoning_text.done
+                        ─ content_part.done ─ output_item.done
         message:        output_item.added ─ content_part.added ─ output_text.delta … ─ output_text.done
                         ─ content_part.done ─ output_item.done
         function_call:  output_item.added ─ function_call_arguments.delta … ─ function_call_arguments.done
@@ -101,11 +104,12 @@ class OutputItems:
         self._logprobs: list[dict[str, Any]] = []
         self._new_logprobs: list[dict[str, Any]] = []  # of tokens whose text has not come yet
 
-    def add(self, text: str, calls: list[dict[str, Any]], logprobs: list[dict[str, Any]]) -> list[Event]:
-        """Add text, then growth of calls as `ToolCallParser.feed` returns it; return the events."""
+    def add(self, new: AnswerGrowth, logprobs: list[dict[str, Any]]) -> list[Event]:
+        """Add reasoning, then text, then growth of calls; return the events."""
         self._new_logprobs += logprobs
-        events = self._add_text(text) if text else []
-        for change in calls:
+        events = self._add_reasoning(new.reasoning) if new.reasoning else []
+        events += self._add_text(new.text) if new.text else []
+        for change in new.calls:
             if "id" in change:
                 events += self._begin_call(change)
             events += self._add_arguments(change["function"]["arguments"])
@@ -117,7 +121,8 @@ class OutputItems:
         Args:
             status: ``completed`` or ``incomplete``.
         """
-        events = [] if self.items else self._begin_message()
+        has_answer = any(item["type"] != "reasoning" for item in self.items)
+        events = [] if has_answer or (self.items and status != "completed") else self._begin_message()
         return events + self._close(status)
 
     def _begin(self, item: dict[str, Any]) -> list[Event]:
@@ -133,6 +138,16 @@ class OutputItems:
         item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "status": "in_progress", "role": "assistant"}
         events = self._begin(item | {"content": []})
         return [*events, self._at("response.content_part.added", content_index=0, part=_part("", []))]
+
+    def _add_reasoning(self, text: str) -> list[Event]:
+        events = []
+        if self._open is None:
+            item = {"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "status": "in_progress", "summary": []}
+            events = self._begin(item | {"content": []})
+            part = {"type": "reasoning_text", "text": ""}
+            events.append(self._at("response.content_part.added", content_index=0, part=part))
+        self._pieces.append(text)
+        return [*events, self._at("response.reasoning_text.delta", content_index=0, delta=text)]
 
     def _add_text(self, text: str) -> list[Event]:
         events = []
@@ -158,7 +173,14 @@ class OutputItems:
         if item is None:
             return []
         item["status"] = status
-        if item["type"] == "message":
+        if item["type"] == "reasoning":
+            part = {"type": "reasoning_text", "text": text}
+            item["content"] = [part]
+            events = [
+                self._at("response.reasoning_text.done", content_index=0, text=text),
+                self._at("response.content_part.done", content_index=0, part=part),
+            ]
+        elif item["type"] == "message":
             self._logprobs += self._new_logprobs
             self._new_logprobs = []
             part = _part(text, self._logprobs)

@@ -12,8 +12,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from hbserve.grammar import Vocabulary, json_schema
-from hbserve.server.tool_calls import ToolCallParser
-from hbserve.server.tool_formats import tool_format
+from hbserve.server.answers.tool_calls import ToolCallParser
+from hbserve.server.answers.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 

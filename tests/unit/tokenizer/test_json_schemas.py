@@ -13,7 +13,7 @@ import pytest
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import Matcher, Vocabulary, json_schema
 from hbserve.json_schemas import problem_of
-from hbserve.server.tool_formats import tool_format
+from hbserve.server.answers.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 

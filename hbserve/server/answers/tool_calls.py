@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from hbserve.server.tool_formats import ARGUMENTS_KEYS, ToolFormat
+from hbserve.server.answers.tool_formats import ARGUMENTS_KEYS, ToolFormat
 
 _STRUCTURE = re.compile(r'["\\{}\[\]]')
 _KEYS_OF_CALLS = {"name", "type", "id"}  # besides the arguments
