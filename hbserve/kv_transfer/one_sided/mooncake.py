@@ -9,12 +9,15 @@ has the arena mapped by CUDA IPC: see `leases`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import importlib
 import json
 import math
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,10 @@ CONFIG_PATH_VARIABLE = "MOONCAKE_CONFIG_PATH"
 _HANDSHAKE = "P2PHANDSHAKE"  # no metadata service: two engines exchange their metadata
 _PROTOCOLS = ("tcp", "rdma", "nvlink")
 _MAX_RUNS = 128  # in one call; thousands fail
+_LOG_LEVEL_VARIABLE = "MC_LOG_LEVEL"
+_LOG_LEVEL = "ERROR"
+_FATAL = 3  # among glog's levels
+_log_lock = threading.Lock()
 _NEVER_SET = {
     "MC_TRANSFER_TIMEOUT": "the engine gives up on a transfer, but its bytes may arrive later",
     "MC_LOG_DIR": "with it the engine ends the process",
@@ -94,7 +101,7 @@ class MooncakeSettings:
         for name, why in _NEVER_SET.items():
             if name in os.environ:
                 raise StartupError(f"kv_transfer.backend mooncake: unset {name}: {why}")
-        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        os.environ.setdefault(_LOG_LEVEL_VARIABLE, _LOG_LEVEL)
         for name in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
             os.environ.setdefault(name, str(math.ceil(timeout_s)))
         if first_port is not None:
@@ -106,6 +113,27 @@ class MooncakeSettings:
                     os.environ[name] = "1"
                 else:
                     os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _without_log(library: Any) -> Iterator[None]:
+    """Keep an engine's start from logging errors: a good one logs that its own metadata are not there yet.
+
+    A user who sets ``MC_LOG_LEVEL`` to another level sees all lines. The level is one for the whole process.
+    """
+    level = None
+    if os.environ.get(_LOG_LEVEL_VARIABLE) == _LOG_LEVEL:
+        with contextlib.suppress(OSError, ValueError):  # a build without glog's symbol
+            level = ctypes.c_int.in_dll(ctypes.CDLL(library.__file__), "_ZN3fLI17FLAGS_minloglevelE")
+    if level is None:
+        yield
+        return
+    with _log_lock:
+        before, level.value = level.value, _FATAL
+        try:
+            yield
+        finally:
+            level.value = before
 
 
 class MooncakeKVTransfer(OneSidedKVTransfer):
@@ -159,9 +187,11 @@ class MooncakeKVTransfer(OneSidedKVTransfer):
         self._enter_device()
         engine = library.TransferEngine()
         protocol = "rdma" if self._settings.protocol == "rdma" else "tcp"
-        code = engine.initialize(self._host, _HANDSHAKE, protocol, self._settings.device_name)
+        with _without_log(library):
+            code = engine.initialize(self._host, _HANDSHAKE, protocol, self._settings.device_name)
         if code != 0:
-            raise StartupError(f"kv_transfer.backend mooncake: no engine at {self._host} over {protocol} (code {code})")
+            what = f"no engine at {self._host} over {protocol} (code {code}); MC_LOG_LEVEL=INFO tells why"
+            raise StartupError(f"kv_transfer.backend mooncake: {what}")
         self._register(engine, self.kv_blocks)
         return engine
 
