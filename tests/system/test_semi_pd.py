@@ -392,6 +392,8 @@ def test_the_coordinator_joins_processes_and_pool(model: str) -> None:
         status = coordinator.get_comprehensive_status()
         assert status["storage"]["free_blocks"] == status["storage"]["total_blocks"] - 10
         assert status["slo_controller"]["running"]
+        assert coordinator.slo_controller is not None
+        coordinator.slo_controller.stop_monitoring()  # it would move the split for a request that waits below
         coordinator.deallocate_kv_blocks("a")
         # Alone, without a scheduler, a rotation works as well; what overlaps it says nothing about either split.
         collector = coordinator.metrics_collector
@@ -426,7 +428,7 @@ def test_a_split_has_one_controller(model: str, caplog: pytest.LogCaptureFixture
 
 async def test_status_and_split_over_http(running: LLM) -> None:
     app = FastAPI()
-    errors.install(app)
+    errors.install(app, {})
     semi_pd_routes.install(app, running.supervisors)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         status = (await client.get("/v1/semi_pd/status")).json()["instances"]["semi-0"]
