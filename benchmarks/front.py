@@ -80,12 +80,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         address = urlsplit(arguments.url)
         _run_short(arguments, _Target(address.hostname or HOST, address.port or 80, arguments.served_model), note)
     else:
-        with _front(arguments, arguments.step_ms / 1000) as (port, pids):
+        with front(arguments.model, arguments.step_ms / 1000, arguments.num_tokenizers) as (port, pids):
             _run_short(arguments, _Target(HOST, port, "bench"), note)
             note({"rss_mb": _rss_mb(pids)})
         if arguments.open_streams:
             # Each stream has few tokens: the load is many connections, not much text.
-            with _front(arguments, arguments.hold_s / STEPS_OF_HOLD) as (port, pids):
+            with front(arguments.model, arguments.hold_s / STEPS_OF_HOLD, arguments.num_tokenizers) as (port, pids):
                 note(event_loop.run(_hold(arguments, _Target(HOST, port, "bench"), pids)))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if arguments.json is not None:
@@ -197,30 +197,30 @@ def _prompt_of(model: str, num_tokens: int) -> str:
 
 
 @contextmanager
-def _front(arguments: argparse.Namespace, step_s: float) -> Iterator[tuple[int, dict[str, int]]]:
-    """Start engine stub and API server as processes; yield the port and the pids."""
-    vocab_size = json.loads((Path(arguments.model) / "config.json").read_text())["vocab_size"]
+def front(model: str, step_s: float, num_tokenizers: int, **server: Any) -> Iterator[tuple[int, dict[str, int]]]:
+    """Start engine stub and API server as processes; yield the port and the pids. ``server``: more of that section."""
+    vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     config = {
-        "model": {"path": arguments.model, "served_name": "bench"},
-        "server": {"port": 0, "num_tokenizers": arguments.num_tokenizers},
+        "model": {"path": model, "served_name": "bench"},
+        "server": {"port": 0, "num_tokenizers": num_tokenizers, **server},
         "logging": {"level": "WARNING"},
     }
     with tempfile.TemporaryDirectory(prefix="hbserve-") as folder:
         address = f"ipc://{folder}/stub"
         python = [sys.executable, "-m"]
         stub = subprocess.Popen([*python, "benchmarks.front_stub", address, str(step_s), str(vocab_size)])
-        server = subprocess.Popen(
+        api = subprocess.Popen(
             [*python, "benchmarks.front_server", address, json.dumps(config)], stdout=subprocess.PIPE
         )
         try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
+            assert api.stdout is not None
+            line = api.stdout.readline()
             if not line:
                 raise RuntimeError("the API server did not start; see above")
             ready = json.loads(line)
-            yield ready["port"], {"api": server.pid, **ready["pids"]}
+            yield ready["port"], {"api": api.pid, **ready["pids"]}
         finally:
-            for process in (server, stub):
+            for process in (api, stub):
                 process.terminate()
                 process.wait(30)
 

@@ -45,7 +45,7 @@ async def run(address: str, config: Config) -> None:
                 print(json.dumps({"port": port, "pids": pids}), flush=True)
 
             app = create_app(engine, client, config.served_name)
-            guard = Guard(app, config.server, Keys.load(config.server), FairGate(), stop)
+            guard = Guard(app, config.server, Keys.load(config.server), FairGate(config.server.max_open_requests), stop)
             await serve(guard, config.server, stop, on_ready, 1)
         finally:
             await text.stop()

@@ -30,6 +30,9 @@ from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES, AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.inbox import Inbox
 
+_OUTPUTS_PER_TURN = 256
+"""Outputs that are handled in one turn of the event loop: one request may have thousands of samples."""
+
 OutputSink = Callable[[RequestOutput | errors.HBServeError], None]
 
 
@@ -238,8 +241,10 @@ class EngineClient:
             self._last_heard = time.monotonic()
             match reply:
                 case OutputBatch(outputs=outputs):
-                    for output in outputs:
+                    for number, output in enumerate(outputs, start=1):
                         self._on_output(output)
+                        if number % _OUTPUTS_PER_TURN == 0:
+                            await asyncio.sleep(0)
                 case Stats(query_id=query_id, stats=stats):
                     self._on_answer(query_id, stats)
                 case InstanceChanged() as changed:

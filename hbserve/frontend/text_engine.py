@@ -33,6 +33,12 @@ Prompt = str | list[int]
 SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: spreads the seeds of n samples
 
 
+_MIN_MAX_CHARS = 1_000_000
+"""Characters that any prompt may have: encoding them takes about a second."""
+_STARTS_PER_TURN = 32
+"""Samples of one request that start in one turn of the event loop."""
+
+
 class _OpenRequest:
     """Request that has not ended, with the ids that its samples have at the scheduler."""
 
@@ -71,6 +77,7 @@ class TextEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.text = text or LocalText(tokenizer)
+        self.text.max_chars = max(_MIN_MAX_CHARS, max_model_len * tokenizer.longest_token)
         # Files may name ids that the model does not have, such as -1 for none.
         self._end_token_ids = frozenset(id_ for id_ in tokenizer.end_token_ids if 0 <= id_ < vocab_size)
         self._client = client
@@ -123,6 +130,8 @@ class TextEngine:
             grammar = await self._check_sampling(sampling)
             for prompt in prompts:
                 token_ids = await self._prompt_token_ids(prompt, sampling)
+                if len(prompts) > 1:
+                    await asyncio.sleep(0)  # many prompts must not block the loop's other work
                 first = len(stream.prompt_token_ids) * sampling.n
                 stream.prompt_token_ids.append(token_ids)
                 requests = self._requests(token_ids, sampling, grammar, opened.sample_ids[first : first + sampling.n])
@@ -130,7 +139,9 @@ class TextEngine:
                     samples.append(_OpenSample(self, index, request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
-            for sample in samples:
+            for number, sample in enumerate(samples, start=1):
+                if number % _STARTS_PER_TURN == 0:
+                    await asyncio.sleep(0)
                 if opened.is_aborted:  # before the scheduler knows the request
                     sample.abort_unstarted()
                 else:
@@ -230,7 +241,6 @@ class TextEngine:
             raise InvalidRequestError(f"the prompt must be text or token ids, got {prompt!r}", "prompt")
         else:
             token_ids = list(prompt)
-            self.check_token_ids(token_ids, "prompt")
         if not token_ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")
         num_kept = sampling.truncate_prompt_tokens
@@ -248,6 +258,8 @@ class TextEngine:
                 "and at least one is for the output",
                 "prompt",
             )
+        if not isinstance(prompt, str):
+            self.check_token_ids(token_ids, "prompt")  # last, because it takes longest
         return token_ids
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:

@@ -1,4 +1,13 @@
-"""Text service of an API server by other processes: one detokenizer, and tokenizers if configured."""
+"""Text service of an API server by other processes.
+
+    detokenizer           outputs of all requests; short prompts, if there is no other tokenizer
+    tokenizer-0, -1, ...  short prompts and short chats, if configured
+    tokenizer-large       what a request can make long: long prompts and chats, large bodies; all chats, if there is no
+                          other tokenizer
+    grammar-checker       grammars, from the first one on
+
+Streams run in the detokenizer, and nothing else there takes more than a few milliseconds: a chat template may loop.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
 from hbserve.config import Config
@@ -14,16 +24,18 @@ from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedEr
 from hbserve.frontend.text_process import OnEvent, TextProcess
 from hbserve.messages.text import (
     DEFAULT_CHAT,
+    BodyRead,
     ChatOptions,
     Checked,
     CheckGrammar,
     EncodeChat,
     Encoded,
     EncodeText,
+    ReadBody,
     TextStreamOptions,
 )
 from hbserve.tokenizer import ChatMessage
-from hbserve.tokenizer.text_service import OnText, OutputStream
+from hbserve.tokenizer.text_service import LONG_TEXT, OnText, OutputStream
 
 MAX_CHECK_S = 10.0
 """Time in which a grammar is checked, while others' grammars are checked too."""
@@ -33,12 +45,16 @@ class TextProcesses:
     """`TextService` whose work is done in other processes.
 
     Args:
-        config: ``server.num_tokenizers`` processes encode; with 0 the detokenizer encodes too.
+        config: ``server.num_tokenizers`` processes encode short prompts and chats.
         run_dir: folder for the sockets.
         on_event: called with kind, subject and text when a process is replaced, or given up.
+
+    Attributes:
+        max_chars: see `TextService`.
     """
 
     def __init__(self, config: Config, run_dir: str, on_event: OnEvent = lambda *_: None) -> None:
+        self.max_chars: int | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._detokenizer = TextProcess("detokenizer", config, run_dir, self._context, on_event)
         self._tokenizers = [
@@ -49,11 +65,16 @@ class TextProcesses:
         self._checker_start: asyncio.Task[None] | None = None
         self._start_timeout_s = config.rpc.start_timeout_s
         self._checks: set[asyncio.Task[Checked]] = set()
-        self._processes = [self._detokenizer, *self._tokenizers]
+        self._large = TextProcess("tokenizer-large", config, run_dir, self._context, on_event)
+        self._processes = [self._detokenizer, *self._tokenizers, self._large]
 
     @property
     def dead(self) -> EngineDeadError | None:
         return next((process.dead for process in self._processes if process.dead is not None), None)
+
+    @property
+    def missing(self) -> list[str]:
+        return [process.name for process in self._processes if not process.is_connected]
 
     async def start(self, deadline: float) -> None:
         """Start all processes and return when they are ready.
@@ -82,8 +103,12 @@ class TextProcesses:
         return {process.name: process.report() for process in [*self._processes, *checkers]}
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        reply = await self._tokenizer().ask(
-            lambda number: EncodeText(query_id=number, text=text, add_special_tokens=add_special_tokens), "prompt"
+        process = self._large if len(text) >= LONG_TEXT else self._tokenizer(self._detokenizer)
+        reply = await process.ask(
+            lambda number: EncodeText(
+                query_id=number, text=text, add_special_tokens=add_special_tokens, max_chars=self.max_chars
+            ),
+            "prompt",
         )
         assert isinstance(reply, Encoded)
         return reply.token_ids
@@ -94,17 +119,31 @@ class TextProcesses:
         tools: Sequence[dict[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
-        reply = await self._tokenizer().ask(
-            lambda number: EncodeChat(
-                query_id=number,
-                messages=list(messages),
-                tools=list(tools) if tools else None,
-                options=options,
-            ),
-            "messages",
+        chat = EncodeChat(
+            query_id=0,
+            messages=list(messages),
+            tools=list(tools) if tools else None,
+            options=options,
+            max_chars=self.max_chars,
         )
+        try:
+            size = len(msgspec.msgpack.encode(chat))
+        except UnicodeEncodeError:  # JSON can write half a surrogate pair
+            raise InvalidRequestError("messages holds a lone surrogate, which is no character", "messages") from None
+        is_large = size >= LONG_TEXT or options.template is not None
+        process = self._large if is_large else self._tokenizer(self._large)
+        reply = await process.ask(lambda number: msgspec.structs.replace(chat, query_id=number), "messages")
         assert isinstance(reply, Encoded)
         return reply.token_ids
+
+    async def read_json(self, body: bytes, max_token_ids: int) -> Any:
+        reply = await self._large.ask(
+            lambda number: ReadBody(query_id=number, body=body, max_token_ids=max_token_ids, max_chars=self.max_chars),
+            "body",
+        )
+        assert isinstance(reply, BodyRead)
+        await asyncio.sleep(0)
+        return msgspec.msgpack.decode(reply.value)
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return self._detokenizer.open(options, on_text)
@@ -166,7 +205,8 @@ class TextProcesses:
             raise RequestFailedError(str(error)) from None
         return self._checker
 
-    def _tokenizer(self) -> TextProcess:
+    def _tokenizer(self, otherwise: TextProcess) -> TextProcess:
+        """Return the tokenizer with the least work; ``otherwise`` if there is none."""
         if not self._tokenizers:
-            return self._detokenizer
-        return min(self._tokenizers, key=lambda process: process.num_open)
+            return otherwise
+        return min(self._tokenizers, key=lambda process: (not process.is_connected, process.num_open))

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,11 +21,14 @@ import msgspec
 import zmq
 
 from hbserve.config import Config
-from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
+from hbserve.errors import ContextLengthError, EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
 from hbserve.messages.supervisor import EventKind
 from hbserve.messages.text import (
+    BodyRead,
     Checked,
+    CheckGrammar,
     CloseText,
+    EncodeChat,
     Encoded,
     FeedText,
     OpenText,
@@ -40,17 +44,27 @@ from hbserve.tokenizer.text_service import OnText, OutputStream
 
 logger = logging.getLogger(__name__)
 
+_MODULE = "hbserve.frontend.text_worker"
 _ANSWER_TIMEOUT_S = 30.0
 _MAX_ATTEMPTS = 3
+_REPLIES_PER_TURN = 256
 
 
 class _Query:
-    """Question that is not answered yet."""
+    """Question that is not answered yet.
+
+    Attributes:
+        is_job: whether the process answers it after those before it; else in a thread of its own.
+        was_at_work: whether the process worked on it when it ended, or was killed: then it is asked again last.
+    """
 
     def __init__(self, request: TextRequest, answer: asyncio.Future[TextReply]) -> None:
         self.request, self.answer = request, answer
         self.num_deaths = 0
         self.asked_at = time.monotonic()
+        runs_in_thread = isinstance(request, EncodeChat) and request.options.template is not None
+        self.is_job = not (runs_in_thread or isinstance(request, CheckGrammar))
+        self.was_at_work = False
 
 
 class _RemoteStream:
@@ -104,12 +118,17 @@ class TextProcess:
         self._receiver: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
-        self._last_heard = 0.0
+        self._last_heard = self._last_job_answer = 0.0
         self._is_restarted = False  # killed by `restart`, and not replaced yet
         self._to_ask_again: deque[int] = deque()  # questions that were open at a death
         self._suspect: int | None = None  # the one of these that the process has now
 
     # --- requests --------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the process is there; False while it starts or is being replaced."""
+        return self._socket is not None
 
     @property
     def num_open(self) -> int:
@@ -139,6 +158,8 @@ class TextProcess:
             raise InvalidRequestError(f"{param} holds a lone surrogate, which is no character", param) from None
         finally:
             self._queries.pop(number, None)
+            if not query.answer.done() or query.answer.cancelled():  # the client has gone: spare the process the work
+                self.send(CloseText(stream=number))
 
     @property
     def dead(self) -> EngineDeadError | None:
@@ -182,7 +203,9 @@ class TextProcess:
         while True:
             (payload,) = await socket.receive()
             self._last_heard = time.monotonic()
-            for reply in self._decoder.decode(payload):
+            for number, reply in enumerate(self._decoder.decode(payload), start=1):
+                if number % _REPLIES_PER_TURN == 0:
+                    await asyncio.sleep(0)  # one request may have thousands of outputs
                 if isinstance(reply, StreamText):
                     self._on_stream_text(reply)
                 else:
@@ -201,16 +224,20 @@ class TextProcess:
             del self._streams[reply.stream]
         stream.on_text(reply.output)
 
-    def _on_answer(self, reply: Encoded | Checked | TextFailed) -> None:
+    def _on_answer(self, reply: Encoded | BodyRead | Checked | TextFailed) -> None:
         if reply.query_id == self._suspect:
             self._ask_again()
         query = self._queries.get(reply.query_id)
+        if query is None or query.is_job:
+            self._last_job_answer = time.monotonic()
         if query is None or query.answer.done():
             return
         if not isinstance(reply, TextFailed):
             query.answer.set_result(reply)
         elif reply.is_bug:
             query.answer.set_exception(RequestFailedError(reply.error))
+        elif reply.is_too_long:
+            query.answer.set_exception(ContextLengthError(reply.error, reply.param))
         else:
             query.answer.set_exception(InvalidRequestError(reply.error, reply.param))
 
@@ -242,14 +269,11 @@ class TextProcess:
         socket = AsyncSocket(self._context.socket(zmq.DEALER))
         socket.socket.bind(address)
         orders = {"config": msgspec.to_builtins(self._config), "name": self.name, "address": address}
-        self._child = ChildProcess(f"the {self.name}", "hbserve.frontend.text_worker", orders)
+        self._child = ChildProcess(f"the {self.name}", _MODULE, orders)
         try:
             self._child.start()
             await self._child.wait_ready(deadline)
-            await asyncio.wait_for(socket.receive(), max(1.0, deadline - time.monotonic()))  # greeting
-        except TimeoutError:
-            socket.close()
-            raise StartupError(f"the {self.name} was not ready in time (rpc.start_timeout_s)") from None
+            await self._wait_for_greeting(socket, self._child)
         except BaseException:
             socket.close()
             raise
@@ -262,9 +286,26 @@ class TextProcess:
                 self.send(request)
         self._flush()  # outputs first: a question may end this process too
         for query in self._queries.values():
-            query.asked_at = time.monotonic()
-        self._to_ask_again = deque(self._queries)
+            query.asked_at = math.inf  # not yet, see `_ask_again`
+        self._to_ask_again = deque(sorted(self._queries, key=lambda number: self._queries[number].was_at_work))
         self._ask_again()
+
+    async def _wait_for_greeting(self, socket: AsyncSocket, child: ChildProcess) -> None:
+        """Wait for the first message of a process that is ready, or for its end, whichever comes first."""
+        greeting, end = asyncio.create_task(socket.receive()), asyncio.create_task(child.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {greeting, end}, timeout=_ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if greeting in done:
+                return
+            if end in done:
+                raise StartupError(f"the {self.name} ended after its start with exit code {end.result()}; see its log")
+            raise StartupError(f"the {self.name} was started and sent no message within {_ANSWER_TIMEOUT_S:g} s")
+        finally:
+            for task in (greeting, end):
+                task.cancel()
+            await asyncio.gather(greeting, end, return_exceptions=True)
 
     def _ask_again(self) -> None:
         """Send the next question that was open at a death, alone, so that the next death has one cause."""
@@ -319,6 +360,9 @@ class TextProcess:
 
     def _count_deaths(self) -> None:
         """Fail the questions and outputs that were open at too many deaths: they may be the cause."""
+        jobs = [query for query in self._queries.values() if query.is_job]
+        if jobs:
+            min(jobs, key=lambda query: query.asked_at).was_at_work = True
         for number, query in list(self._queries.items()):
             query.num_deaths += self._suspect in (None, number)
             if query.num_deaths >= _MAX_ATTEMPTS and not query.answer.done():
@@ -345,12 +389,23 @@ class TextProcess:
         while True:
             await asyncio.sleep(_ANSWER_TIMEOUT_S / 4)
             late = time.monotonic() - _ANSWER_TIMEOUT_S
-            is_late = any(query.asked_at < late for query in self._queries.values())
+            is_late = self._has_late_question(late)
             if self._last_heard < late:  # else other streams get answers, and this one is in a long queue
                 is_late |= any(stream.pending and stream.waits_since < late for stream in self._streams.values())
             if is_late and self._socket is not None and self._child is not None:
                 logger.error("the %s has not answered for %g s; ending it", self.name, _ANSWER_TIMEOUT_S)
                 self._child.kill()
+
+    def _has_late_question(self, late: float) -> bool:
+        """Return whether a question was to be answered since ``late``, and mark the questions that may be the cause."""
+        jobs = [query for query in self._queries.values() if query.is_job]
+        causes = [query for query in self._queries.values() if not query.is_job and query.asked_at < late]
+        oldest = min(jobs, key=lambda query: query.asked_at, default=None)
+        if oldest is not None and max(oldest.asked_at, self._last_job_answer) < late:  # one is answered after the other
+            causes.append(oldest)
+        for query in causes:
+            query.was_at_work = True
+        return bool(causes)
 
     async def _disconnect(self) -> None:
         socket, self._socket = self._socket, None

@@ -1,7 +1,13 @@
 """Text process: encodes prompts and decodes outputs for an API server.
 
-It keeps no state that the API server cannot send again; see `hbserve.frontend.text_process`. Threads handle long texts
-and grammars; the event loop handles all other requests.
+It keeps no state that the API server cannot send again; see `hbserve.frontend.text_process`.
+
+    event loop, in a thread   sockets; outputs; short prompts
+    main thread               chats, long prompts and large bodies, one after the other, each with a limit of time
+    threads                   grammars; templates of requests, which run in processes of their own
+
+The main thread does the work that a request can make long, because only there can a signal interrupt Python code: a
+chat template is a program, and may loop.
 """
 
 from __future__ import annotations
@@ -9,15 +15,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import queue
+import resource
 import signal
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
 
+from hbserve import bounded_json
 from hbserve.config import Config
-from hbserve.errors import InvalidRequestError
+from hbserve.errors import ContextLengthError, InvalidRequestError
 from hbserve.messages.text import (
+    BodyRead,
     Checked,
     CheckGrammar,
     CloseText,
@@ -26,6 +40,7 @@ from hbserve.messages.text import (
     EncodeText,
     FeedText,
     OpenText,
+    ReadBody,
     StreamText,
     TextFailed,
     TextReply,
@@ -42,6 +57,20 @@ logger = logging.getLogger(__name__)
 _MAX_TEMPLATES = 4 * MAX_AT_ONCE
 """Requests with a template of their own, waiting ones included: the last must be answered before the API server gives
 up the process."""
+MAX_CPU_S = 5.0
+"""Processor time of this process for one chat, long prompt or large body."""
+MAX_MEMORY_BYTES = 4 * 2**30
+"""Memory for requests, besides that of the loaded tokenizer."""
+
+_Question = EncodeText | EncodeChat | ReadBody | CheckGrammar
+
+
+class _TooLong(BaseException):
+    """The work took too long. Not an Exception, so that no library takes it for its own."""
+
+
+class _Stopped(BaseException):
+    """SIGTERM has come."""
 
 
 class TextWorker:
@@ -65,9 +94,57 @@ class TextWorker:
         # Threads of their own: such a template may take seconds, and long texts must not wait for it.
         self._template_threads = ThreadPoolExecutor(MAX_AT_ONCE, "template")
         self._num_templates = 0
+        self._jobs: queue.SimpleQueue[_Question] = queue.SimpleQueue()
+        self._waiting: set[int] = set()  # numbers of jobs that have not begun, and whose clients are there
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._until_s = 0.0
+        self._is_limited = False  # only while it is set, the alarm interrupts the main thread
+
+    # --- main thread -----------------------------------------------------------------------------
+
+    def work(self) -> NoReturn:
+        """Do one job after the other, until SIGTERM."""
+        signal.signal(signal.SIGPROF, self._on_alarm)
+        while True:
+            request = self._jobs.get()
+            if request.query_id not in self._waiting:
+                continue  # its client has gone
+            self._waiting.discard(request.query_id)
+            try:
+                with self._limited(MAX_CPU_S):
+                    reply = self._reply_to(request)
+            except _TooLong:
+                what = "its chat template" if isinstance(request, EncodeChat) else "reading it"
+                param = {EncodeChat: "messages", EncodeText: "prompt"}.get(type(request))
+                error = f"the request took more than {MAX_CPU_S:g} s of processor time for {what}"
+                reply = TextFailed(query_id=request.query_id, error=error, param=param)
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._answer, reply)
+
+    @contextmanager
+    def _limited(self, seconds: float) -> Iterator[None]:
+        self._until_s = time.thread_time() + seconds
+        self._is_limited = True
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            yield
+        finally:
+            self._is_limited = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _on_alarm(self, *_: Any) -> None:
+        left_s = self._until_s - time.thread_time()  # the alarm counts the time of all threads
+        if self._is_limited and left_s > 0:
+            signal.setitimer(signal.ITIMER_PROF, left_s)
+        elif self._is_limited:
+            self._is_limited = False
+            raise _TooLong
+
+    # --- event loop ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve for ever."""
+        self._loop = asyncio.get_running_loop()
         self._socket.send([self._encoder.encode(self._replies)])  # a greeting: the connection works
         while True:
             (payload,) = await self._socket.receive()
@@ -84,16 +161,21 @@ class TextWorker:
             decoding.feed(request.token_ids, len(request.token_ids), False)
         elif isinstance(request, CloseText):
             self._streams.pop(request.stream, None)
+            if request.stream in self._waiting:
+                self._waiting.remove(request.stream)
         elif _has_template(request) and self._num_templates >= _MAX_TEMPLATES:
             error = "too many requests with a chat_template of their own are open; send it again later"
             self._replies.append(TextFailed(query_id=request.query_id, error=error, param="chat_template"))
-        elif _size(request) < LONG_TEXT and not isinstance(request, CheckGrammar) and not _has_template(request):
+        elif isinstance(request, EncodeText) and len(request.text) < LONG_TEXT:
             self._replies.append(self._reply_to(request))
-        else:  # in a thread, so that other requests do not wait for it
+        elif isinstance(request, CheckGrammar) or _has_template(request):
             self._num_templates += _has_template(request)
             task = asyncio.create_task(self._answer_later(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        else:
+            self._waiting.add(request.query_id)
+            self._jobs.put(request)
 
     def _feed(self, request: FeedText) -> None:
         decoding = self._streams.get(request.stream)
@@ -104,33 +186,45 @@ class TextWorker:
             del self._streams[request.stream]
         self._replies.append(StreamText(stream=request.stream, output=output))
 
-    async def _answer_later(self, request: EncodeText | EncodeChat | CheckGrammar) -> None:
+    async def _answer_later(self, request: _Question) -> None:
         if isinstance(request, CheckGrammar):
             reply = await in_grammar_thread(lambda: self._reply_to(request))
-        elif _has_template(request):
+        else:
             loop = asyncio.get_running_loop()
             reply = await loop.run_in_executor(self._template_threads, self._reply_to, request)
             self._num_templates -= 1
-        else:
-            reply = await asyncio.to_thread(self._reply_to, request)
+        self._answer(reply)
+
+    def _answer(self, reply: TextReply) -> None:
         self._replies.append(reply)
         self._flush()
 
-    def _reply_to(self, request: EncodeText | EncodeChat | CheckGrammar) -> TextReply:
+    # --- any thread ------------------------------------------------------------------------------
+
+    def _reply_to(self, request: _Question) -> TextReply:
         number = request.query_id
         try:
             if isinstance(request, EncodeText):
-                ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
+                ids = self._tokenizer.encode(
+                    request.text, add_special_tokens=request.add_special_tokens, max_chars=request.max_chars
+                )
                 return Encoded(query_id=number, token_ids=ids)
             if isinstance(request, EncodeChat):
-                ids = self._tokenizer.encode_chat(request.messages, request.tools, request.options)
+                ids = self._tokenizer.encode_chat(request.messages, request.tools, request.options, request.max_chars)
                 return Encoded(query_id=number, token_ids=ids)
+            if isinstance(request, ReadBody):
+                value = bounded_json.read(request.body, request.max_token_ids, request.max_chars)
+                return BodyRead(query_id=number, value=_packed(value))
             vocabulary = self._tokenizer.vocabulary(request.vocab_size)
             if request.token_ids is None:
                 return Checked(query_id=number, grammar=vocabulary.check(request.grammar))
             return Checked(query_id=number, problem=vocabulary.problem_of(request.grammar, request.token_ids))
         except InvalidRequestError as error:
-            return TextFailed(query_id=number, error=str(error), param=error.param)
+            is_too_long = isinstance(error, ContextLengthError)
+            return TextFailed(query_id=number, error=str(error), param=error.param, is_too_long=is_too_long)
+        except (MemoryError, RecursionError) as error:  # the request's, not this program's
+            error_text = f"the request takes too much {'memory' if isinstance(error, MemoryError) else 'recursion'}"
+            return TextFailed(query_id=number, error=error_text, param=None)
         except Exception:  # concerns one request; the process must serve the others
             logger.exception("bug while encoding or checking")
             error_text = f"the {type(request).__name__} failed; see the server's log"
@@ -147,13 +241,18 @@ def _has_template(request: TextRequest) -> bool:
     return isinstance(request, EncodeChat) and request.options.template is not None
 
 
-def _size(request: EncodeText | EncodeChat | CheckGrammar) -> int:
-    """Return the approximate number of characters."""
-    if isinstance(request, EncodeText):
-        return len(request.text)
-    if isinstance(request, EncodeChat):
-        return sum(len(str(message.get("content", ""))) for message in request.messages)
-    return len(request.grammar)
+def _packed(value: Any) -> bytes:
+    """Write a JSON document in msgpack.
+
+    Raises:
+        InvalidRequestError: it has what msgpack has not.
+    """
+    try:
+        return msgspec.msgpack.encode(value)
+    except UnicodeEncodeError:
+        raise InvalidRequestError("the body holds a lone surrogate, which is no character") from None
+    except OverflowError:
+        raise InvalidRequestError("the body holds an integer of more than 64 bits") from None
 
 
 def main() -> None:
@@ -163,24 +262,35 @@ def main() -> None:
     child.set_process_title(f"hbserve-{orders['name']}")
     child.configure_logging(config.logging, orders["name"])
     leave_out_torch()
-    child.exit_after(lambda: event_loop.run(_serve(config, orders["address"])))
+    child.exit_after(lambda: _serve(config, orders["address"]))
 
 
-async def _serve(config: Config, address: str) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is for the API server
+def _serve(config: Config, address: str) -> int:
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API server
     child.watch_parent(lambda: os._exit(1))
-    worker = TextWorker(Tokenizer(config.tokenizer_path, config.model.path), address)
-    serving = asyncio.create_task(worker.run())
-    stopped = asyncio.create_task(stop.wait())
-    child.freeze_heap()
-    child.report_status({"ready": True})
-    done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    if serving in done:
-        serving.result()
-    return 0
+    try:
+        worker = TextWorker(Tokenizer(config.tokenizer_path, config.model.path), address)
+        _limit_memory()
+        child.freeze_heap()
+        event_loop.start_thread(event_loop.new(), worker.run)
+        child.report_status({"ready": True})
+        worker.work()
+    except _Stopped:
+        return 0
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise _Stopped
+
+
+def _limit_memory() -> None:
+    """Bound what requests may allocate. Python raises a MemoryError then; a library may end this process."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        [used_kib] = [int(line.split()[1]) for line in file if line.startswith("VmData:")]
+    limit, most = used_kib * 1024 + MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if most == resource.RLIM_INFINITY or limit < most:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
 if __name__ == "__main__":

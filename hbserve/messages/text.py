@@ -43,11 +43,12 @@ DEFAULT_CHAT = ChatOptions()
 
 
 class EncodeText(Message, frozen=True):
-    """Tokenize a text. Answered by `Encoded` or `TextFailed`."""
+    """Tokenize a text. Answered by `Encoded` or `TextFailed`. ``max_chars``: see `Tokenizer.encode`."""
 
     query_id: int
     text: str
     add_special_tokens: bool
+    max_chars: int | None = None
 
 
 class EncodeChat(Message, frozen=True):
@@ -55,12 +56,23 @@ class EncodeChat(Message, frozen=True):
 
     Attributes:
         messages, tools: plain data, as clients send them.
+        max_chars: see `Tokenizer.encode`.
     """
 
     query_id: int
     messages: list[Mapping[str, Any]]
     tools: list[dict[str, Any]] | None
     options: ChatOptions
+    max_chars: int | None = None
+
+
+class ReadBody(Message, frozen=True):
+    """Read the JSON body of an HTTP request, as `hbserve.bounded_json.read`. Answered by `BodyRead` or `TextFailed`."""
+
+    query_id: int
+    body: bytes
+    max_token_ids: int
+    max_chars: int | None
 
 
 class CheckGrammar(Message, frozen=True):
@@ -95,7 +107,7 @@ class FeedText(Message, frozen=True):
 
 
 class CloseText(Message, frozen=True):
-    """Forget a stream; not answered."""
+    """Forget a stream, or a question that has not begun; not answered."""
 
     stream: int
 
@@ -124,12 +136,23 @@ class Checked(Message, frozen=True):
 
 
 class TextFailed(Message, frozen=True):
-    """A query that can never be answered: an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`."""
+    """A query that can never be answered: an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`.
+
+    ``is_too_long``: it is a `ContextLengthError`.
+    """
 
     query_id: int
     error: str
     param: str | None
     is_bug: bool = False
+    is_too_long: bool = False
+
+
+class BodyRead(Message, frozen=True):
+    """Answer to `ReadBody`. ``value``: the document, in msgpack, which the event loop reads much faster."""
+
+    query_id: int
+    value: bytes
 
 
 class OutputText(Value, frozen=True):
@@ -153,5 +176,5 @@ class StreamText(Message, frozen=True):
     output: OutputText
 
 
-TextRequest = EncodeText | EncodeChat | CheckGrammar | OpenText | FeedText | CloseText
-TextReply = Encoded | Checked | TextFailed | StreamText
+TextRequest = EncodeText | EncodeChat | ReadBody | CheckGrammar | OpenText | FeedText | CloseText
+TextReply = Encoded | BodyRead | Checked | TextFailed | StreamText

@@ -14,13 +14,18 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run like `asyncio.run`, on uvloop where it is installed: the same behaviour, a third less time per event."""
+def new() -> asyncio.AbstractEventLoop:
+    """Make a loop, of uvloop where it is installed: the same behaviour, a third less time per event."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run like `asyncio.run`, on a loop of `new`."""
+    with asyncio.Runner(loop_factory=new) as runner:
         return runner.run(main)
 
 

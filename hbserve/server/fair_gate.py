@@ -40,31 +40,52 @@ class FairGate:
         """Number of requests that wait here."""
         return sum(map(len, self._queues.values()))
 
-    async def enter(self, key: str) -> None:
-        """Wait for the key's turn. The caller must call `leave` once after each `enter` that returns.
+    def begin(self, key: str) -> None:
+        """Count a request whose body has not come. The caller must call `end` once after each `begin` that returns.
 
         Raises:
             RateLimitedError: the key has too many requests, or began too many in the last minute.
-            OverloadedError: too many requests wait.
         """
         if self._max_per_key is not None and self._num_requests.get(key, 0) >= self._max_per_key:
             raise RateLimitedError(f"{self._max_per_key} requests of this key are open (server.max_requests_per_key)")
         self._count(key)
         self._num_requests[key] = self._num_requests.get(key, 0) + 1
+
+    def end(self, key: str) -> None:
+        """Forget a request that has begun, and has left if it has entered."""
+        self._num_requests[key] -= 1
+        if not self._num_requests[key]:
+            del self._num_requests[key]
+
+    async def wait_turn(self, key: str) -> None:
+        """Wait for the key's turn. The caller must call `give_back` once after each `wait_turn` that returns.
+
+        Raises:
+            OverloadedError: too many requests wait.
+        """
+        if self._max_open is not None and (self._num_open >= self._max_open or self._queues):
+            await self._wait(key)
+        else:
+            self._num_open += 1
+
+    def give_back(self) -> None:
+        """End a turn."""
+        self._num_open -= 1
+        self._admit()
+
+    async def enter(self, key: str) -> None:
+        """Begin, and wait for the turn. The caller must call `leave` once after each `enter` that returns."""
+        self.begin(key)
         try:
-            if self._max_open is not None and (self._num_open >= self._max_open or self._queues):
-                await self._wait(key)
-            else:
-                self._num_open += 1
+            await self.wait_turn(key)
         except BaseException:
-            self._forget(key)
+            self.end(key)
             raise
 
     def leave(self, key: str) -> None:
-        """End a request that has entered."""
-        self._num_open -= 1
-        self._forget(key)
-        self._admit()
+        """Undo `enter`."""
+        self.give_back()
+        self.end(key)
 
     async def _wait(self, key: str) -> None:
         if self.num_waiting >= self._max_waiting:
@@ -109,8 +130,3 @@ class FairGate:
                 (1 - saved) * 60 / self._rate,
             )
         self._allowance[key] = saved - 1, now
-
-    def _forget(self, key: str) -> None:
-        self._num_requests[key] -= 1
-        if not self._num_requests[key]:
-            del self._num_requests[key]

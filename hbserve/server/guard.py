@@ -36,7 +36,10 @@ INSTANCES_FOLDER = "/v1/instances/"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 NO_KEY = "-"
 """Name in logs, and queue, of requests without a key."""
-_BODY_TIMEOUT_S = 30.0  # between two parts of a body
+BODY_PART_TIMEOUT_S = 30.0
+"""Time between two parts of a body."""
+BODY_TIMEOUT_S = 120.0
+"""Time for a whole body."""
 
 
 class Guard:
@@ -126,12 +129,17 @@ class Guard:
             await self._app(scope, body.receive, response)
             return
         scope["deadline"] = deadline = Deadline(self._config.request_timeout_s)
-        async with deadline.applied():
-            await body.while_connected(self._gate.enter(name))
+        self._gate.begin(name)
         try:
-            await self._app(scope, body.receive, response)
+            async with deadline.applied():
+                await body.read()  # before the turn: a client that sends slowly must not hold one
+                await body.while_connected(self._gate.wait_turn(name))
+            try:
+                await self._app(scope, body.receive, response)
+            finally:
+                self._gate.give_back()
         finally:
-            self._gate.leave(name)
+            self._gate.end(name)
 
     def _log(self, scope: Scope, status: int | None, name: str, seconds: float) -> None:
         if not access.isEnabledFor(logging.INFO) or scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
@@ -169,6 +177,7 @@ class _Body:
         self._receive, self._max_bytes = receive, max_bytes
         self._num_bytes = 0
         self._complete = False
+        self._deadline = time.monotonic() + BODY_TIMEOUT_S
         self._early: deque[Message] = deque()  # received before the application asked
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > max_bytes:
@@ -181,16 +190,31 @@ class _Body:
     async def _next(self) -> Message:
         if self._complete:
             return await self._receive()
+        left_s = self._deadline - time.monotonic()
         try:
-            async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async with asyncio.timeout(min(BODY_PART_TIMEOUT_S, left_s)):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
+            if left_s > BODY_PART_TIMEOUT_S:
+                raise HTTPException(408, f"no part of the body arrived within {BODY_PART_TIMEOUT_S:g} s") from None
+            raise HTTPException(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
         self._complete = not message.get("more_body", False)
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             raise self._too_large()
         return message
+
+    async def read(self) -> None:
+        """Receive the whole body.
+
+        Raises:
+            ClientGone: the client disconnects before that.
+        """
+        while not self._complete:
+            message = await self._next()
+            self._early.append(message)
+            if message["type"] == "http.disconnect":
+                raise ClientGone
 
     async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
         """Await ``work``, which may take long; cancel it when the client disconnects. Raises `ClientGone` then."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from hbserve import bounded_json
 from hbserve.errors import EngineDeadError, HBServeError
 from hbserve.grammar import start_thread
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
@@ -36,7 +38,18 @@ class OutputStream(Protocol):
 
 
 class TextService(Protocol):
-    """An encoder of prompts and decoder of outputs."""
+    """An encoder of prompts and decoder of outputs.
+
+    Attributes:
+        max_chars: limit of a prompt's characters, set by the engine that knows the context length; see
+            `Tokenizer.encode`.
+    """
+
+    max_chars: int | None
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Processes without which some requests wait now: they are being replaced."""
 
     @property
     def dead(self) -> EngineDeadError | None:
@@ -52,6 +65,9 @@ class TextService(Protocol):
         options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
         """Return the token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
+
+    async def read_json(self, body: bytes, max_token_ids: int) -> Any:
+        """Return the value of a body of any size. Errors as in `bounded_json.read`."""
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> str:
         """Compile a grammar, and return the one to follow. Errors as in `Vocabulary.check`."""
@@ -108,15 +124,23 @@ class LocalText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.max_chars: int | None = None
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Always empty."""
+        return ()
 
     @property
     def dead(self) -> None:
         """Always None: the service lives as long as its process."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if len(text) < LONG_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        encode = partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens, max_chars=self.max_chars)
+        return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
+
+    async def read_json(self, body: bytes, max_token_ids: int) -> Any:
+        return await asyncio.to_thread(bounded_json.read, body, max_token_ids, self.max_chars)
 
     async def encode_chat(
         self,
@@ -124,7 +148,7 @@ class LocalText:
         tools: Sequence[dict[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options, self.max_chars)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> str:
         return await in_grammar_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))

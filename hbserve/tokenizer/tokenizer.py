@@ -10,13 +10,13 @@ import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from hbserve.errors import InvalidRequestError, ModelError
+from hbserve.errors import ContextLengthError, InvalidRequestError, ModelError
 from hbserve.grammar import Vocabulary
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
 from hbserve.model_files import is_there, read_config, read_json, shown, whole_number
@@ -37,6 +37,8 @@ _NO_BYTES = frozenset("ÀÁõö÷øùúûüýþÿ")
 
 _TRIAL_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
 
+_MIN_LONGEST_TOKEN = 128
+"""Characters that one token may stand for in any tokenizer: some have a token for every unknown word."""
 _IMPORTING = threading.Lock()
 """transformers imports its parts at their first use, and fails if two threads do this at once."""
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -206,15 +208,27 @@ class Tokenizer:
         """Whether the model has a chat template, which `encode_chat` needs."""
         return self.has_text and bool(self._hf.chat_template)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    @cached_property
+    def longest_token(self) -> int:
+        """Bound for the characters of a token. A text has at least ``len(text) / longest_token`` tokens."""
+        pieces = self._backend.get_vocab(with_added_tokens=True) if self.has_text else ()
+        return max(_MIN_LONGEST_TOKEN, max(map(len, pieces), default=0))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_chars: int | None = None) -> list[int]:
         """Return the token ids of a text.
 
         Args:
             add_special_tokens: add the tokens with which the model expects a prompt to begin (and end).
+            max_chars: a longer text cannot fit into the context, and is refused before it costs time and memory.
 
         Raises:
             InvalidRequestError: the model has no tokenizer, or the text is not Unicode.
+            ContextLengthError: the text has more than ``max_chars`` characters.
         """
+        if max_chars is not None and len(text) > max_chars:
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters; the model's context holds at most {max_chars}", "prompt"
+            )
         if not self.has_text:
             raise InvalidRequestError(f"{self.path} has no tokenizer: send the prompt as token ids", "prompt")
         try:
@@ -252,12 +266,14 @@ class Tokenizer:
         messages: Sequence[ChatMessage],
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
+        max_chars: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation and the beginning of its answer, by the model's chat template.
 
         Args:
             messages: in any form that `conversation.normalise` takes.
             tools: functions that the model may call, in OpenAI's form.
+            max_chars: limit of the rendered text; see `encode`.
 
         Raises:
             InvalidRequestError: the model has no chat template, or the template rejects the messages or options.
@@ -291,9 +307,10 @@ class Tokenizer:
             )
             raise InvalidRequestError(f"{which} rejects the messages: {error}", param) from error
         try:
-            return self.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+            # The template writes special tokens itself.
+            return self.encode(text, add_special_tokens=False, max_chars=max_chars)
         except InvalidRequestError as error:
-            raise InvalidRequestError(str(error), "messages") from None
+            raise type(error)(str(error), "messages") from None
 
     def _render_chat(
         self,

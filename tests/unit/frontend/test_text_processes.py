@@ -14,14 +14,14 @@ import msgspec
 import pytest
 
 from hbserve.config import from_dict
-from hbserve.errors import InvalidRequestError, RequestFailedError
+from hbserve.errors import HBServeError, InvalidRequestError, RequestFailedError, StartupError
 from hbserve.frontend import text_pool
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
 from hbserve.grammar import json_schema
 from hbserve.messages.client import AddRequest, RequestOutput
-from hbserve.messages.text import ChatOptions
+from hbserve.messages.text import ChatOptions, OutputText, TextStreamOptions
 from hbserve.process.parent import ChildProcess
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
@@ -67,6 +67,10 @@ async def test_a_process_without_an_api_server_ends_at_sigterm(folder: Path, tmp
     await child.wait_ready(time.monotonic() + DEADLINE_S)
     await child.stop()
     assert child.exit_code == 0  # not killed, with its greeting still on the way
+
+
+def chat(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"the cat {number}"}]
 
 
 def title_of(pid: int) -> str:
@@ -157,23 +161,24 @@ async def test_a_fatal_request_fails_alone_and_health_reports_a_process_that_is_
     with pytest.raises(RequestFailedError, match="see the server's log"):  # only a bug could send this
         await processes.check_grammar("start: /a/", -1)
 
-    # Kill each process that has the long question, while other questions wait.
-    detokenizer = processes._detokenizer
-    asked = [asyncio.create_task(processes.encode(f"the cat {number}")) for number in range(8)]
-    fatal = asyncio.create_task(processes.encode("one two three " * 100_000))
+    # Kill each process that has the fatal question, while others wait.
+    large = processes._large
+    fatal = asyncio.create_task(processes.encode_chat([{"role": "user", "content": "fatal " * 100_000}]))
+    asked = [asyncio.create_task(processes.encode_chat(chat(number))) for number in range(8)]
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.sleep(0)
-        assert detokenizer.num_open == 9
+        assert large.num_open == 9
         for num_open in (9, 1, 1):
-            await until(lambda limit=num_open: detokenizer._socket is not None and detokenizer.num_open <= limit)  # type: ignore[misc]
-            pid = processes.report()["detokenizer"]["pid"]
+            await until(lambda limit=num_open: large.is_connected and large.num_open <= limit)  # type: ignore[misc]
+            pid = processes.report()["tokenizer-large"]["pid"]
             os.kill(pid, signal.SIGKILL)
             # None: the process has ended, and its watcher may not know yet
-            await until(lambda pid=pid: processes.report()["detokenizer"]["pid"] not in (None, pid))  # type: ignore[misc]
+            await until(lambda pid=pid: processes.report()["tokenizer-large"]["pid"] not in (None, pid))  # type: ignore[misc]
+            if num_open == 9:  # the one that was at work is asked last from here on
+                assert await asyncio.gather(*asked) == [tokenizer.encode_chat(chat(number)) for number in range(8)]
         with pytest.raises(RequestFailedError, match="died of the request"):
             await fatal
-        assert await asyncio.gather(*asked) == [tokenizer.encode(f"the cat {number}") for number in range(8)]
-        await until(lambda: detokenizer._socket is not None)
+        await until(lambda: large.is_connected)
 
     ready = await client.wait_ready(DEADLINE_S)
     engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
@@ -187,7 +192,7 @@ async def test_a_fatal_request_fails_alone_and_health_reports_a_process_that_is_
         answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     await processes.stop()
-    assert events == [*[("text_restarted", "detokenizer")] * 3, ("given_up", "detokenizer")]
+    assert events == [*[("text_restarted", "tokenizer-large")] * 3, ("given_up", "detokenizer")]
 
 
 async def test_a_grammar_whose_check_takes_too_long_is_refused_and_others_are_checked(
@@ -234,3 +239,73 @@ async def test_a_chat_template_of_a_request_that_never_ends_delays_nobody_else(
             await slow
     assert caught.value.param == "chat_template"
     assert all(one["restarts"] == 0 for one in processes.report().values())
+
+
+async def test_a_process_that_ends_between_its_start_and_its_greeting_is_replaced_at_once(
+    folder: Path, tmp_path: Path, tokenizer: Tokenizer, client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the first start, which fails at once; and /ready says 503 while a process is missing."""
+    marker = tmp_path / "ends"
+    monkeypatch.setenv("LEAVING_WORKER_FILE", str(marker))
+    monkeypatch.setattr("hbserve.frontend.text_process._MODULE", "tests.support.leaving_text_worker")
+    config = from_dict({"model": {"path": str(folder)}, "server": {"num_tokenizers": 0}})
+    marker.write_text("detokenizer 1")
+    processes = TextProcesses(config, str(tmp_path))
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(StartupError, match="the detokenizer ended after its start with exit code 3"):
+            await processes.start(time.monotonic() + 1000)
+    await processes.stop()
+
+    marker.write_text("")
+    processes = TextProcesses(config, str(tmp_path))
+    await processes.start(time.monotonic() + 1000)
+    ready = await client.wait_ready(DEADLINE_S)
+    engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, processes)
+    async with served(engine, client) as address, httpx.AsyncClient(base_url=address, timeout=DEADLINE_S) as http:
+        for name in ("detokenizer", "tokenizer-large"):
+            assert (await http.get("/ready")).status_code == 200
+            marker.write_text(f"{name} 2")
+            os.kill(processes.report()[name]["pid"], signal.SIGKILL)
+            await until(lambda name=name: name in processes.missing)  # type: ignore[misc]
+            answer = await http.get("/ready")
+            assert (answer.status_code, answer.json()["status"]) == (503, "starting")
+            assert name in answer.json()["reason"]
+            async with asyncio.timeout(DEADLINE_S):
+                assert await processes.encode("the cat") == tokenizer.encode("the cat")
+                assert await processes.encode_chat(USER) == tokenizer.encode_chat(USER)
+            await until(lambda: not processes.missing)
+            assert processes.report()[name]["restarts"] == 3
+        assert (await http.get("/ready")).status_code == 200
+    await processes.stop()
+
+
+async def test_a_template_that_loops_is_stopped_and_others_are_answered(tmp_path: Path) -> None:
+    """One that loops in Python is interrupted; the process stays, and the client is told why."""
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if enable_thinking == 'loop' %}}{loop}{{% endif %}}{tiny_tokenizers.CHAT_TEMPLATE}"
+    folder = tiny_tokenizers.byte_level(tmp_path / "model", template)
+    (folder / "config.json").write_text("{}")
+    processes = TextProcesses(from_dict({"model": {"path": str(folder)}}), str(tmp_path))
+    await processes.start(time.monotonic() + DEADLINE_S)
+    looping = asyncio.create_task(
+        processes.encode_chat(USER, options=ChatOptions(variables={"enable_thinking": "loop"}))
+    )
+    await asyncio.sleep(0)
+    async with asyncio.timeout(120):  # 5 s of processor time, on a busy machine
+        forgotten = asyncio.create_task(
+            processes.encode_chat(USER, options=ChatOptions(variables={"enable_thinking": "loop"}))
+        )
+        await asyncio.sleep(0)
+        forgotten.cancel()  # its client has gone: it costs no time
+        texts: list[OutputText | HBServeError] = []
+        stream = processes.open(TextStreamOptions(skip_special_tokens=True, stop=[], min_tokens=0), texts.append)
+        assert await processes.encode("the cat") == Tokenizer(folder).encode("the cat")
+        stream.feed([70], 1, True)
+        await until(lambda: bool(texts))
+        assert not looping.done()
+        with pytest.raises(InvalidRequestError, match="processor time for its chat template") as caught:
+            await looping
+        assert caught.value.param == "messages"
+        assert await processes.encode_chat(USER) == Tokenizer(folder).encode_chat(USER)
+    assert all(report["restarts"] == 0 for report in processes.report().values())
+    await processes.stop()
