@@ -65,7 +65,7 @@ def convert_ipc_handle_to_tensor(
     if kind == "cpu":
         memory = CpuPlatform(1).attach_shared_host(*parts)
     else:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *parts[1:])
         memory = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     num_bytes = math.prod(shape) * dtype.itemsize
