@@ -25,6 +25,10 @@ from hbserve.tokenizer import leave_out_torch
 
 logger = logging.getLogger(__name__)
 
+EXIT_PART_LOST = 1
+"""Exit code of a server whose scheduler, or one of whose text processes, has ended for good."""
+_WATCH_INTERVAL_S = 0.2
+
 
 def serve_system(config: Config, with_instances: bool, read_again: Callable[[], Config] | None = None) -> int:
     """Start all processes, serve HTTP until SIGTERM or SIGINT, and end all processes; return the exit code.
@@ -123,12 +127,22 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
             )
 
         guard = reload.guard = Guard(app, server, reload.keys, gate, stop)
+        watching = asyncio.create_task(_watch_parts(llm, stop))
         await serve(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back, tls, reload.set_tls)
-        return 0
+        watching.cancel()
+        return EXIT_PART_LOST if watching.done() else 0
     finally:
         stopped.cancel()
         await llm.stop()
         listener.close()
+
+
+async def _watch_parts(llm: DisaggregatedLLM, stop: asyncio.Event) -> None:
+    """Return when a part without which nothing is served has ended for good, and end the server then."""
+    while (dead := llm.client.dead or llm.engine.text.dead) is None:  # noqa: ASYNC110 - several parts, no event
+        await asyncio.sleep(_WATCH_INTERVAL_S)
+    logger.error("the server ends: %s", dead)
+    stop.set()
 
 
 def _tls_files(config: ServerConfig) -> tuple[str, str] | None:

@@ -221,10 +221,22 @@ def unanswered_request(url: str) -> Iterator[None]:
 def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
     system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], mode)), "--port", "0")
     ask_and_check(system.url(), model)
-    assert len(descendants(system.process.pid)) == (4 if mode == "disaggregated" else 3)
+    assert len(descendants(system.process.pid)) == (5 if mode == "disaggregated" else 4)
     assert site.leftovers(), "the private sockets are not where this test looks for them"
     system.end(number)
     assert site.leftovers() == []
+
+
+def test_the_loss_of_the_scheduler_ends_the_whole_with_an_exit_code(site: Site, model: tuple[Path, Any]) -> None:
+    """A supervisor, such as systemd, can then start it again: answering 503 for ever would help no client."""
+    system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], "unified")), "--port", "0")
+    system.url()
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(system.process.pid)}
+    [scheduler] = [pid for pid, title in titles.items() if title.startswith("hbserve-scheduler")]
+    os.kill(scheduler, signal.SIGKILL)
+    assert system.wait() == 1
+    assert "the server ends: the scheduler ended with exit code" in system.errors
+    assert not any(map(is_running, titles))
 
 
 def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: tuple[Path, Any]) -> None:
