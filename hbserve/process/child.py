@@ -27,13 +27,18 @@ from hbserve.process.log_format import JsonFormatter, TextFormatter
 logger = logging.getLogger(__name__)
 
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
+_SECRETS = frozenset(
+    {"HBSERVE_API_KEY", "HBSERVE_API_KEYS", "HBSERVE_ADMIN_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"}
+    | {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+)
+"""Variables that no child needs: the API server alone checks keys, and nothing is downloaded."""
 EXIT_DISMISSED = 69
 """Exit code of an instance that the scheduler has released: its launcher does not start it again."""
 
 
 def environment(status_fd: int) -> dict[str, str]:
     """Return the environment for a child that inherits this end of the status pipe; called by the parent."""
-    values = dict(os.environ) | exit_core.environment()
+    values = {name: value for name, value in os.environ.items() if name not in _SECRETS} | exit_core.environment()
     values[STATUS_FD_VARIABLE] = str(status_fd)
     # The child imports users' own classes from the same folders as the user's program.
     values["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)

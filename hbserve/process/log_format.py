@@ -11,6 +11,10 @@ request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request
 """Id of the HTTP request that the current task serves."""
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+"""Characters that a terminal obeys, and texts of requests may hold."""
+
+
 class TextFormatter(logging.Formatter):
     """Text line: time, level, process and message, and the request in brackets."""
 
@@ -18,7 +22,9 @@ class TextFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname).1s {process_name}: %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
+        message = record.getMessage().translate(_CONTROLS).replace("\n", "\\n")
+        plain = logging.makeLogRecord(record.__dict__ | {"msg": message, "args": None, "exc_text": None})
+        line = super().format(plain).translate(_CONTROLS)  # an exception has lines of its own
         request = request_id.get()
         return line if request is None else f"{line} [{request}]"
 

@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 
 from hbserve.config import Config, ServerConfig
+from hbserve.config.validation import is_loopback
 from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
 from hbserve.process import child, event_loop, exit_core
 from hbserve.server import live_page
@@ -92,6 +93,8 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
     loop.add_signal_handler(signal.SIGHUP, reload.on_signal)
     tls = _tls_files(config.server)
     listener = bind(config.server)
+    if not is_loopback(config.server.host) and not reload.keys.are_required:
+        logger.warning("other hosts can reach %s, and no API key is set (server.api_keys_file)", config.server.host)
     llm = DisaggregatedLLM(config, with_instances, text_in_processes=True)
     starting = asyncio.create_task(llm.start())
     stopped = asyncio.create_task(stop.wait())
