@@ -30,7 +30,7 @@ debian-packages:
 demo: $(VENV)/.installed ## Start a system on this machine and ask it a few questions over HTTP
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (about 7 minutes)
+test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (about 12 minutes)
 	$(PYTEST)
 
 test-fast: $(VENV)/.installed ## Run the quick tests only (at most 90 seconds)
