@@ -29,6 +29,8 @@ from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, USER, letters, served, until
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output, tokens
 
+pytestmark = pytest.mark.slow  # each test starts processes of its own
+
 TEXT = "hé 你好 🙂 and on it goes, to its STOP and beyond"
 
 
