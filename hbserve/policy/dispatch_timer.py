@@ -41,8 +41,8 @@ class DispatchTimer:
 
     Time is passed in, in seconds of any clock. The *lead* is the time from a plan to the expected end of the step
     before it. Each step reports how early its plan came, and so which lead would have been just enough for it. The lead
-    in use is enough for all of the last steps but a few. It so covers every cause of late plans: scheduling, travel,
-    preparation on the worker, and wrong predictions.
+    in use is enough for all of the last steps but a few. It therefore covers every cause of late plans:
+    scheduling, travel, preparation on the worker, and wrong predictions.
 
     Args:
         predecessor: timer of a worker of the same phase. Its lead is taken over, because the lead depends on the host

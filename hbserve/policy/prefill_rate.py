@@ -6,7 +6,8 @@ _FORGET = 0.98
 """Weight of the past at each step: about the last fifty steps count."""
 _MANY_KEYS = 2**20
 _MIN_INDEPENDENCE = 1e-3
-"""Of tokens and pairs over the steps. If all steps have both in one proportion, their costs cannot be told apart."""
+"""Bound of how independent tokens and pairs are over the steps. If all steps have both in one proportion, their costs
+cannot be told apart."""
 
 
 class PrefillRate:
