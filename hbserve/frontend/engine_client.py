@@ -111,6 +111,11 @@ class EngineClient:
                 f"no scheduler answered at {self._address} within {deadline_s:g} s; is it running?"
             ) from None
 
+    def give_up_waiting(self, reason: str) -> None:
+        """Make `wait_ready` raise `StartupError`, because a process that it waits for does not come any more."""
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(errors.StartupError(reason))
+
     def open(self, request: AddRequest, sink: OutputSink) -> None:
         """Send a request; its outputs, and at most one error, go to ``sink`` until the request ends or is closed.
 
@@ -250,8 +255,7 @@ class EngineClient:
                 case InstanceChanged() as changed:
                     self._on_answer(changed.query_id, {"error": changed.error, "is_unknown": changed.is_unknown})
                 case NotReady(reason=reason):
-                    if self._ready is not None and not self._ready.done():
-                        self._ready.set_exception(errors.StartupError(reason))
+                    self.give_up_waiting(reason)
                 case Ready() as ready:
                     if self._ready is not None and not self._ready.done():
                         self._ready.set_result(ready)

@@ -31,15 +31,18 @@ class Readiness:
         self._transfers = transfers
         self._reply = reply
         self._subscribers: dict[bytes, float] = {}
+        self._failures: dict[str, str] = {}  # of instances that cannot start, until they register after all
 
     def on_hello(self, hello: Hello) -> None:
         """An instance has registered; the smallest ``max_model_len`` of all counts."""
+        self._failures.pop(hello.instance_id, None)
         self.max_model_len = min(hello.max_model_len, self.max_model_len or hello.max_model_len)
         self.vocab_size = hello.vocab_size
 
     def subscribe(self, client: bytes, deadline_s: float) -> None:
         """Add a client; it gets its answer by the deadline."""
         self._subscribers[client] = time.monotonic() + deadline_s
+        self._deny_if_failed()
         self.announce()
 
     def on_client_gone(self, client: bytes) -> None:
@@ -54,9 +57,15 @@ class Readiness:
             return
         self._tell(list(self._subscribers), Ready(max_model_len=self.max_model_len, vocab_size=self.vocab_size))
 
-    def deny(self, reason: str) -> None:
-        """Send `NotReady` to all subscribers."""
-        self._tell(list(self._subscribers), NotReady(reason=reason))
+    def on_failed(self, instance_id: str, error: str) -> None:
+        """An instance cannot start. Clients that subscribe later learn it too: the failure may come before them."""
+        self._failures[instance_id] = error
+        self._deny_if_failed()
+
+    def _deny_if_failed(self) -> None:
+        failures = [f"{name}: {error}" for name, error in self._failures.items() if name in self._instances]
+        if failures:
+            self._tell(list(self._subscribers), NotReady(reason="; ".join(failures)))
 
     def check_deadlines(self, now: float) -> None:
         """Send `NotReady` to subscribers whose deadline has passed."""

@@ -101,7 +101,7 @@ class WorkerRegistry:
             self._register(instance, worker, reply)
         elif isinstance(reply, InstanceFailed):
             self._on_worker_lost(instance, worker, reply.error)
-            self._readiness.deny(f"{instance.id}: {reply.error}")
+            self._readiness.on_failed(instance.id, reply.error)
         elif reply.epoch != worker.epoch:
             pass  # from an incarnation that has been given up
         elif isinstance(reply, StepResult):

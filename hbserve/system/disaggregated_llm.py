@@ -55,6 +55,7 @@ class DisaggregatedLLM:
         self._engine: TextEngine | None = None
         self._text_in_processes = text_in_processes
         self._text: TextProcesses | None = None
+        self._given_up: str | None = None
 
     async def start(self) -> None:
         """Start all processes and return when the system can serve requests.
@@ -66,6 +67,7 @@ class DisaggregatedLLM:
         if self._client is not None:
             raise StartupError("already started")
         check_not_importing()
+        self._given_up = None
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)
         sampling_defaults = {} if self.config.model.generation_config == "none" else read_sampling_defaults(folder)
@@ -80,6 +82,8 @@ class DisaggregatedLLM:
             self._address = await self._launcher.start()
             self._client = EngineClient(self._address, key=self._key)
             await self._client.connect()
+            if self._given_up is not None:
+                raise StartupError(self._given_up)
             ready = await self._client.wait_ready(max(1.0, deadline - time.monotonic()))
             if text is not None:
                 await text
@@ -204,6 +208,10 @@ class DisaggregatedLLM:
         return reply.stats
 
     def _report_event(self, kind: EventKind, subject: str, text: str) -> None:
+        if kind == "given_up" and self._engine is None:  # `start` must not wait for what cannot come any more
+            self._given_up = f"{subject}: {text}"
+            if self._client is not None:
+                self._client.give_up_waiting(self._given_up)
         if self._client is not None and self._client.dead is None:
             self._client.report_event(kind, subject, text)
 
