@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from hbserve.config import from_dict
 from hbserve.engine.model_runner import ModelRunner
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
+from hbserve.model_source import SHAPES
 from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
 
-SHAPES = Path(__file__).resolve().parent.parent / "configs" / "models"
 NUM_STEPS = 10
 NUM_IN_FLIGHT = 3
 WARM_UP_STEPS = 20

@@ -8,8 +8,8 @@ from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.attention.flash_attn import FlashAttnBackend
 from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.attention.sdpa import SdpaBackend
-from hbserve.config.fields import nearest
 from hbserve.errors import ConfigError
+from hbserve.hints import nearest
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 

@@ -14,9 +14,8 @@ from hbserve import PdDisaggConfig
 from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.serve_workload import DEFAULT_INPUT_LEN, DEFAULT_OUTPUT_LEN
 from hbserve.errors import ConfigError, HBServeError
+from hbserve.model_source import SHAPES, resolve_model
 
-SHAPES = Path(__file__).resolve().parents[2] / "configs" / "models"
-"""Folder of the shapes that come with the repository: a config.json each, no weights."""
 _ENGINE_FLAGS = (
     *("mode", "device", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("chunk_size", "num_blocks", "memory_fraction", "attention_backend"),
@@ -25,16 +24,21 @@ _ENGINE_FLAGS = (
 
 
 def find_model(name: str) -> Path:
-    """Return a model's folder: ``name`` itself if it is one, else the shape of that name.
+    """Return a model's folder, or the shape of that name.
 
     Raises:
         ConfigError: naming the shapes there are.
     """
-    for folder in (Path(name).expanduser(), SHAPES / name):
-        if (folder / "config.json").is_file():
-            return folder.resolve()
-    shapes = ", ".join(sorted(path.parent.name for path in SHAPES.glob("*/config.json"))) or f"none in {SHAPES}"
-    raise ConfigError(f"--model: {name!r} is neither a folder with a config.json nor a known shape ({shapes})", "model")
+    if (SHAPES / name / "config.json").is_file() and not Path(name).exists():
+        return SHAPES / name
+    try:
+        folder = resolve_model(name)
+    except ConfigError as error:
+        shapes = ", ".join(sorted(path.parent.name for path in SHAPES.glob("*/config.json")))
+        raise ConfigError(f"--model: {error}; shapes without weights: {shapes}", "model") from None
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model: {folder} has no config.json", "model")
+    return folder
 
 
 def default_load_format(folder: Path) -> str:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hbserve.config.fields import Section, nearest, shown
+from hbserve.config.fields import Section
 from hbserve.config.sections import Config
 from hbserve.config.validation import from_dict
 from hbserve.errors import ConfigError
+from hbserve.hints import nearest, shown
 from hbserve.import_path import path_of_class
 
 

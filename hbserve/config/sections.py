@@ -21,10 +21,10 @@ from hbserve.config.fields import (
     Section,
     ServerPort,
     TraceUrl,
-    nearest,
 )
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
+from hbserve.hints import nearest
 
 
 class InstanceRole(StrEnum):

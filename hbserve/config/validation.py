@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from hbserve.config.fields import IMPORT_PATH, NAME_RULE, Section, nearest, shown
+from hbserve.config.fields import IMPORT_PATH, NAME_RULE, Section
 from hbserve.config.sections import Config, InstanceConfig, InstanceRole, Mode
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
+from hbserve.hints import nearest, shown
+from hbserve.model_source import expand_user, resolve_model
 
 BACKENDS = ("nccl", "mooncake", "shm")
 """Names of the built-in backends that move KV."""
@@ -33,7 +35,6 @@ _SHARES = {
 }
 _LOG_LEVELS = {"WARN": "WARNING", "CRITICAL": "ERROR", "FATAL": "ERROR", "TRACE": "DEBUG"}
 """Names of levels in other programs that read LOG_LEVEL."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def from_dict(document: Any, base_dir: Path | None = None) -> Config:
@@ -177,33 +178,18 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
 
 
 def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
-    """Return a folder's path without links: a link that is changed later must not change what a restart loads."""
-    if not path:
-        raise _error(key, "give the path of the model's folder; it is empty")
-    expanded = _expand(path, key)
-    candidates = [expanded]
-    if base_dir is not None and not expanded.is_absolute():
-        candidates += [base_dir / expanded, base_dir.parent / expanded]
-    for candidate in candidates:
-        if os.path.isdir(candidate):  # unlike Path's own method, False for an impossible name
-            return str(candidate.resolve())
-    what = (
-        f"there is no folder {shown(path)} (looked at {', '.join(shown(str(c.absolute()))[1:-1] for c in candidates)})"
-    )
-    if _HUB_NAME.fullmatch(path):
-        what += f"; models are not downloaded by themselves: hf download {path} --local-dir FOLDER"
-    raise _error(key, what)
-
-
-def _expand(path: str, key: str) -> Path:
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # the home of a user who does not exist
-        raise _error(key, f"{error} (in {shown(path)})") from None
+        return str(resolve_model(path, () if base_dir is None else (base_dir, base_dir.parent)))
+    except ConfigError as error:
+        raise _error(key, str(error)) from None
 
 
 def _find_key_file(path: str, base_dir: Path | None) -> str:
-    for candidate in (_expand(path, "rpc.key_file"), (base_dir or Path()) / path):
+    try:
+        expanded = expand_user(path)
+    except ConfigError as error:
+        raise _error("rpc.key_file", str(error)) from None
+    for candidate in (expanded, (base_dir or Path()) / path):
         if os.path.isfile(candidate):
             return str(candidate.resolve())
     raise _error("rpc.key_file", f"there is no file {shown(path)}; make one with python -m hbserve.rpc.cluster_key")

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from hbserve.config.fields import shown
 from hbserve.config.sections import Config
 from hbserve.config.validation import from_dict
 from hbserve.errors import ConfigError
+from hbserve.hints import shown
 
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 100_000

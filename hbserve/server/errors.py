@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from hbserve.config.fields import nearest
 from hbserve.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -25,6 +24,7 @@ from hbserve.errors import (
     ShuttingDownError,
     UnknownInstanceError,
 )
+from hbserve.hints import nearest
 from hbserve.server.bodies.border import Body, unsupported
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import (

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from hbserve.bench.arguments import SHAPES, find_model
+from hbserve.bench.arguments import find_model
 from hbserve.bench.floor import ModelCost, compute_floor
 from hbserve.bench.offline import OfflineOptions, add_arguments
 from hbserve.bench.request_batch import PRESETS, LengthRange, RequestBatch
 from hbserve.errors import ConfigError, InvalidRequestError
+from hbserve.model_source import SHAPES
 from hbserve.model_spec import ModelSpec, RopeSpec
 from hbserve.models.weights import WeightTable
 from tests.support.model_zoo import VOCAB_SIZE, save_model
