@@ -19,6 +19,20 @@ from hbserve.sampling_params import SamplingParams
 # --- client -> scheduler --------------------------------------------------------------------------
 
 
+class Resumed(Value, frozen=True):
+    """What the client has of a request that an earlier scheduler served; the new one goes on from there.
+
+    Attributes:
+        token_ids: output tokens.
+        num_scored: prompt tokens whose log-probabilities it has, not counting the first token, which has none.
+        first_token_age_s: time since the first output token came; None: there is none.
+    """
+
+    token_ids: list[int]
+    num_scored: int = 0
+    first_token_age_s: Seconds | None = None
+
+
 class AddRequest(Message, frozen=True):
     """Generate tokens after a prompt. ``sampling.n`` is 1 here, because the client makes n requests of it.
 
@@ -26,12 +40,16 @@ class AddRequest(Message, frozen=True):
         request_id: unique among the client's open requests.
         end_token_ids: tokens that end the output: the model's, unless they are ignored, and the request's.
         sampling: with ``seed`` and ``max_tokens`` resolved.
+        age_s: time that the request has waited at its client, which counts as if it had waited at the scheduler.
+        resumed: progress under an earlier scheduler; None: no scheduler had the request.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     end_token_ids: list[int]
     sampling: SamplingParams
+    age_s: Seconds = 0.0
+    resumed: Resumed | None = None
 
 
 class AbortRequest(Message, frozen=True):

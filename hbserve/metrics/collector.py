@@ -90,11 +90,13 @@ class SemiPDMetricsCollector:
         input_length: int,
         ttft_target_ms: float | None = None,
         tpot_target_ms: float | None = None,
+        is_new: bool = True,
     ) -> RequestMetrics:
         """Record that a request has arrived.
 
         Args:
             input_length: prompt tokens.
+            is_new: False if an earlier collector has counted the arrival.
 
         Returns:
             The request's record, which later events complete.
@@ -106,11 +108,12 @@ class SemiPDMetricsCollector:
         if len(self.open_requests) >= _MAX_OPEN_REQUESTS:
             del self.open_requests[next(iter(self.open_requests))]
         self.open_requests[request_id] = request
-        self._samples["input_length"].add(input_length)
-        self.histograms["prompt_length_tokens"].observe(input_length)
-        counts = self._counts.at(now)
-        counts["arrivals"] += 1
-        counts["input_tokens"] += input_length
+        if is_new:
+            self._samples["input_length"].add(input_length)
+            self.histograms["prompt_length_tokens"].observe(input_length)
+            counts = self._counts.at(now)
+            counts["arrivals"] += 1
+            counts["input_tokens"] += input_length
         return request
 
     def record_prefill_start(self, request_id: str, cached_tokens: int = 0) -> None:

@@ -63,7 +63,7 @@ class QueuePolicy:
 
     def rank(self, sequence: Prompt) -> tuple[int, float, float]:
         """Compute the rank of a sequence that begins to wait now; the smallest goes first."""
-        return _NEW, 0.0, sequence.arrival
+        return _NEW, sequence.arrival_time, sequence.arrival
 
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         """Put a queue that is sorted by rank in the order of admission.

@@ -17,6 +17,7 @@ from hbserve.messages.client import (
     ClientMessage,
     OutputBatch,
     RequestOutput,
+    Resumed,
     SchedulerReply,
     SubscribeReady,
 )
@@ -60,6 +61,25 @@ def validate(request: AddRequest, readiness: Readiness, id_is_in_use: bool) -> R
         return _refuse(request, "InvalidRequestError", "max_tokens is not resolved", "max_tokens")
     if sampling.seed is None and not sampling.greedy:
         return _refuse(request, "InvalidRequestError", "seed is not resolved", "seed")
+    if request.resumed is not None:
+        return _validate_resumed(
+            request, request.resumed, min(len(prompt) + sampling.max_tokens, max_model_len), vocab_size
+        )
+    return None
+
+
+def _validate_resumed(
+    request: AddRequest, resumed: Resumed, max_total_tokens: int, vocab_size: int
+) -> RequestOutput | None:
+    """Return the output that refuses a request whose progress cannot be true."""
+    num_prompt_tokens, token_ids = len(request.prompt_token_ids), resumed.token_ids
+    if num_prompt_tokens + len(token_ids) >= max_total_tokens:
+        error = f"{len(token_ids)} output tokens leave nothing to generate"
+        return _refuse(request, "InvalidRequestError", error, "resumed")
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        return _refuse(request, "InvalidRequestError", f"token ids must be in 0..{vocab_size - 1}", "resumed")
+    if not 0 <= resumed.num_scored < num_prompt_tokens or bool(token_ids) != (resumed.first_token_age_s is not None):
+        return _refuse(request, "InvalidRequestError", "the progress contradicts itself", "resumed")
     return None
 
 
@@ -153,7 +173,8 @@ class ClientServer:
         refusal = validate(request, readiness, requests.get(client, request.request_id) is not None)
         if refusal is None:
             sequence = self._new_sequence(client, request, readiness)
-            refusal = self._overload(sequence, requests)
+            if request.resumed is None:  # else an earlier scheduler has accepted it
+                refusal = self._overload(sequence, requests)
         if refusal is None:
             requests.add(sequence)
             return
@@ -163,17 +184,8 @@ class ClientServer:
 
     def _new_sequence(self, client: bytes, request: AddRequest, readiness: Readiness) -> Sequence:
         self._num_arrivals += 1
-        max_model_len, max_tokens = readiness.max_model_len, request.sampling.max_tokens
-        assert max_model_len is not None
-        assert max_tokens is not None
-        return Sequence(
-            client=client,
-            request=request,
-            arrival=self._num_arrivals,
-            tokens=list(request.prompt_token_ids),
-            end_token_ids=frozenset(request.end_token_ids),
-            max_total_tokens=min(len(request.prompt_token_ids) + max_tokens, max_model_len),
-        )
+        assert readiness.max_model_len is not None
+        return Sequence.of_request(client, request, self._num_arrivals, readiness.max_model_len)
 
     def _overload(self, sequence: Sequence, requests: RequestLifecycle) -> RequestOutput | None:
         """Return the output that refuses a request because too many wait already, or it would wait for too long."""

@@ -83,7 +83,10 @@ class SchedulerMetrics:
             sequence.num_prompt_tokens,
             sampling.ttft_ms or self._targets.ttft_ms,
             sampling.tpot_ms or self._targets.tpot_ms,
+            is_new=sequence.request.resumed is None,
         )
+        sequence.metrics.arrival_time = sequence.arrival_time
+        sequence.metrics.first_token_time = sequence.first_token_time
 
     def on_admitted(self, sequence: Sequence) -> None:
         """A request has its allocations, and may be computed."""

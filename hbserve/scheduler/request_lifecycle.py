@@ -126,7 +126,7 @@ class RequestLifecycle:
         """Have a new request wait."""
         self._sequences[sequence.client, sequence.id] = sequence
         if not self.waiting:
-            self._queue.on_first_waiting(sequence.arrival_time)
+            self._queue.on_first_waiting(time.monotonic())
             self._admission.is_full = False
         self._queue.insert(self.waiting, sequence)
         self._metrics.on_arrived(sequence)

@@ -209,6 +209,33 @@ class Sequence:
     metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
 
+    @classmethod
+    def of_request(cls, client: bytes, request: AddRequest, arrival: int, max_model_len: int) -> Sequence:
+        """Make the records of a request that has just come.
+
+        If an earlier scheduler had the request, it goes on from the tokens that the client has, as if it had been
+        preempted after them.
+        """
+        now, prompt, max_tokens = time.monotonic(), request.prompt_token_ids, request.sampling.max_tokens
+        assert max_tokens is not None, "clients resolve it"
+        sequence = cls(
+            client=client,
+            request=request,
+            arrival=arrival,
+            tokens=list(prompt),
+            end_token_ids=frozenset(request.end_token_ids),
+            max_total_tokens=min(len(prompt) + max_tokens, max_model_len),
+            arrival_time=now - request.age_s,
+        )
+        resumed = request.resumed
+        if resumed is not None:
+            sequence.num_scored = resumed.num_scored
+        if resumed is not None and resumed.first_token_age_s is not None:
+            sequence.tokens += resumed.token_ids
+            sequence.first_token_time = now - resumed.first_token_age_s
+            sequence.num_cached_tokens = 0  # the client has been told, with the first token
+        return sequence
+
     def enter(self, phase: Phase) -> None:
         """Change the phase; an illegal transition is a bug."""
         assert phase in TRANSITIONS[self.phase], f"request {self.id}: {self.phase} -> {phase} is no transition"

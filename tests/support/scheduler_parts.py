@@ -102,9 +102,7 @@ class SchedulerParts:
         return self.add_request(request)
 
     def add_request(self, request: AddRequest) -> Sequence:
-        tokens, max_tokens = list(request.prompt_token_ids), request.sampling.max_tokens
-        assert max_tokens is not None
-        sequence = Sequence(b"c", request, len(self.requests), tokens, frozenset(), len(tokens) + max_tokens)
+        sequence = Sequence.of_request(b"c", request, len(self.requests), max_model_len=1000)
         self.requests.add(sequence)
         return sequence
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from hbserve import SamplingParams
-from hbserve.messages.client import AddRequest
+from hbserve.messages.client import AddRequest, Resumed
 from hbserve.scheduler.clients import validate
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.transfer_tracker import TransferTracker
@@ -49,6 +50,23 @@ def test_a_request_that_can_never_be_computed_is_refused(
     assert refusal is not None
     assert (refusal.finish_reason, refusal.error_kind) == ("error", "InvalidRequestError")
     assert (refusal.error_param, refusal.error) == (param, error)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "error"),
+    [
+        (Resumed(token_ids=[1] * 5, first_token_age_s=1.0), "5 output tokens leave nothing to generate"),
+        (Resumed(token_ids=[50], first_token_age_s=1.0), "token ids must be in 0..49"),
+        (Resumed(token_ids=[1]), "the progress contradicts itself"),
+        (Resumed(token_ids=[], first_token_age_s=1.0), "the progress contradicts itself"),
+        (Resumed(token_ids=[], num_scored=3), "the progress contradicts itself"),
+        (Resumed(token_ids=[], num_scored=-1), "the progress contradicts itself"),
+    ],
+)
+def test_progress_that_cannot_be_true_is_refused(readiness: Readiness, resumed: Resumed, error: str) -> None:
+    refusal = validate(msgspec.structs.replace(request([1] * 3), resumed=resumed), readiness, id_is_in_use=False)
+    assert refusal is not None
+    assert (refusal.error_kind, refusal.error_param, refusal.error) == ("InvalidRequestError", "resumed", error)
 
 
 def test_an_id_in_use_and_a_system_that_starts_are_reasons_too(readiness: Readiness) -> None:

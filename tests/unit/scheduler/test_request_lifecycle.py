@@ -14,7 +14,7 @@ import zmq
 from hbserve.config import InstanceRole
 from hbserve.engine.step_board import StepBoard
 from hbserve.messages.base import TokenLogprobs
-from hbserve.messages.client import AddRequest
+from hbserve.messages.client import AddRequest, Resumed
 from hbserve.messages.worker import NO_TOKEN, InstanceCommand, PlanRow, StepPlan, StepRef
 from hbserve.sampling_params import SamplingParams
 from hbserve.scheduler.sequence import Phase
@@ -107,6 +107,41 @@ async def test_prompt_logprobs_are_sent_once_through_losses_and_preemption(chunk
     values = [entry.token for output in parts.outputs for entry in output.prompt_logprobs or ()]
     assert values == [-float(position) for position in range(1, 100)]
     assert all(not output.prompt_logprobs for output in parts.outputs if output.token_ids)
+
+
+async def test_a_request_of_an_earlier_scheduler_goes_on_after_the_tokens_that_its_client_has(
+    parts: SchedulerParts,
+) -> None:
+    waiting = parts.add("waiting")
+    sampling = SamplingParams(max_tokens=10, min_tokens=4, repetition_penalty=1.5, prompt_logprobs=0)
+    resumed = Resumed(token_ids=[7, 8, 9], num_scored=19, first_token_age_s=2.0)
+    request = AddRequest(
+        request_id="resumed",
+        prompt_token_ids=[1] * 20,
+        end_token_ids=[5],
+        sampling=sampling,
+        age_s=3.0,
+        resumed=resumed,
+    )
+    sequence = parts.add_request(request)
+    assert parts.requests.in_order(0.0) == [sequence, waiting]  # it is the older one
+    assert parts.requests.admit(sequence)
+    state = sequence.state_for(sequence.allocations[0])
+    assert (state.history, state.num_prompt_tokens, state.min_end_position) == ([1] * 20 + [7, 8, 9], 20, 24)
+    assert not sequence.lacks_prompt_logprobs
+    parts.steps(7)
+    assert sequence.phase is Phase.FINISHED
+    outputs = [output for output in parts.outputs if output.request_id == "resumed"]
+    assert [output.token_ids for output in outputs] == [[7]] * 7
+    assert [output.finish_reason for output in outputs] == [None] * 6 + ["length"]
+    assert sequence.metrics.ttft_ms == pytest.approx(1000.0)
+    e2e_ms, tpot_ms = sequence.metrics.e2e_ms, sequence.metrics.tpot_ms
+    assert e2e_ms is not None
+    assert tpot_ms is not None
+    assert e2e_ms >= 3000.0
+    assert tpot_ms >= 2000.0 / 9
+    assert parts.requests.counts["generated_tokens"] == 7
+    assert parts.requests.counts["prompt_tokens"] == 0  # the earlier scheduler has counted them
 
 
 class RecordingWorker(WorkerHandle):
