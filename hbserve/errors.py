@@ -67,6 +67,10 @@ class EngineDeadError(HBServeError):
     """The scheduler has died, or an instance that the system needs."""
 
 
+class SupersededError(HBServeError):
+    """A scheduler whose workers obey a newer one; it must end."""
+
+
 class ShuttingDownError(HBServeError):
     """A request that the server returns unfinished because it shuts down; safe to send again, to another server."""
 

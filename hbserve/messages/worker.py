@@ -20,7 +20,8 @@ class Ping(Message, frozen=True):
     """Ask for a sign of life.
 
     Attributes:
-        scheduler_epoch: epoch of the scheduler that asks. A new one means that all state here is void.
+        scheduler_epoch: epoch of the scheduler that asks. A newer one means that all state here is void; an older one
+            is answered by `Superseded`.
         known_epoch: the instance epoch that it knows, so that the answer can be `Hello` or `Pong`.
     """
 
@@ -151,6 +152,12 @@ class Pong(Message, frozen=True):
     epoch: int
 
 
+class Superseded(Message, frozen=True):
+    """Answer to a `Ping` of a scheduler that is not the newest: the worker obeys another one."""
+
+    scheduler_epoch: int
+
+
 class StepResult(Message, frozen=True):
     """Result of one step.
 
@@ -199,4 +206,4 @@ class Leaving(Message, frozen=True):
 
 
 InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | Shutdown
-InstanceReply = Hello | Pong | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving
+InstanceReply = Hello | Pong | Superseded | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving

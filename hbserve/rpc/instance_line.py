@@ -189,7 +189,11 @@ class RpcServer:
     def send(self, reply: InstanceReply) -> None:
         """Send a reply; dropped if no scheduler has spoken yet, or if it has disconnected."""
         if self._peer is not None:
-            self._socket.send([self._peer, self._encoder.encode(reply)])
+            self.send_to(self._peer, reply)
+
+    def send_to(self, peer: bytes, reply: InstanceReply) -> None:
+        """Send a reply to a peer, whether replies go there or not."""
+        self._socket.send([peer, self._encoder.encode(reply)])
 
     def close(self) -> None:
         """Close; replies that were just sent still leave."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable
 
@@ -38,7 +37,7 @@ class WorkerConnections:
         self._on_reply = on_reply
         self._on_lost = on_lost
         self._wake = wake
-        self._scheduler_epoch = secrets.randbits(62) + 1
+        self._scheduler_epoch = time.time_ns()  # workers obey the scheduler that was started last
         self._tasks: dict[WorkerHandle, list[asyncio.Task[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 

@@ -12,12 +12,15 @@ import sys
 import msgspec
 
 from hbserve.config import Config
-from hbserve.errors import HBServeError
+from hbserve.errors import HBServeError, SupersededError
 from hbserve.import_path import load_class
 from hbserve.process import child
 from hbserve.scheduler.scheduler import CpuScheduler
 
 logger = logging.getLogger(__name__)
+
+EXIT_SUPERSEDED = 73
+"""Exit code of a scheduler whose workers obey a newer one: its launcher must not start it again."""
 
 
 async def run_scheduler(config: Config, client_address: str, instance_addresses: dict[str, str]) -> None:
@@ -46,7 +49,7 @@ def main() -> None:
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)
-        sys.exit(1)
+        sys.exit(EXIT_SUPERSEDED if isinstance(error, SupersededError) else 1)
     except BaseException:
         logger.exception("the scheduler failed")
         os._exit(1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import zmq
 
 from hbserve.config import Config, InstanceRole
+from hbserve.errors import SupersededError
 from hbserve.messages.admin import InstanceChanged, RemoveInstance
 from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
@@ -22,6 +23,7 @@ from hbserve.messages.worker import (
     StepLost,
     StepRef,
     StepResult,
+    Superseded,
     WantsToLeave,
 )
 from hbserve.rpc.cluster_key import ClusterKey
@@ -102,6 +104,8 @@ class WorkerRegistry:
         elif isinstance(reply, InstanceFailed):
             self._on_worker_lost(instance, worker, reply.error)
             self._readiness.on_failed(instance.id, reply.error)
+        elif isinstance(reply, Superseded):
+            self._on_superseded(instance, worker)
         elif reply.epoch != worker.epoch:
             pass  # from an incarnation that has been given up
         elif isinstance(reply, StepResult):
@@ -121,6 +125,17 @@ class WorkerRegistry:
             self._drains.on_wants_to_leave(instance)
         elif isinstance(reply, Leaving):
             self._on_worker_lost(instance, worker, "it is ending")
+
+    def _on_superseded(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """A worker obeys another scheduler. One that never obeyed this one may do so later, if the other is silent.
+
+        Raises:
+            SupersededError: if the worker obeyed this one before.
+        """
+        reason = f"{worker.id} at {worker.rpc.address} obeys a scheduler that was started later"
+        if worker.ready:
+            raise SupersededError(f"this scheduler ends, because {reason}")
+        instance.why_lost = reason
 
     def _confirm_steps(self, instance: InstanceHandle) -> None:
         """Confirm results of several workers in the order of their steps, whichever result comes first."""

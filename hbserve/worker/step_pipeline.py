@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import torch
 
-from hbserve.messages.worker import StepPlan
+from hbserve.messages.worker import StepPlan, StepRef
 from hbserve.worker.events import LayersStored, StepDone, StepEvent, StepFailed
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class UnfinishedSteps:
 
     def __init__(self) -> None:
         self._since: dict[tuple[int, int], float] = {}  # (epoch, step) -> when it became the first
+        self._after: dict[tuple[int, int], StepRef] = {}
         self._none_left = asyncio.Event()
         self._none_left.set()
 
@@ -42,14 +43,22 @@ class UnfinishedSteps:
         """Note a plan that has come."""
         self._none_left.clear()
         self._since[plan.epoch, plan.step_id] = time.monotonic()
+        if plan.after is not None:
+            self._after[plan.epoch, plan.step_id] = plan.after
 
     def end(self, plan: StepPlan) -> None:
         """Note that a plan's step is done, or that the plan was dropped."""
         del self._since[plan.epoch, plan.step_id]
+        self._after.pop((plan.epoch, plan.step_id), None)
         if self._since:  # the time of the next step counts from now: it could not begin before
             self._since[next(iter(self._since))] = time.monotonic()
         else:
             self._none_left.set()
+
+    @property
+    def awaited(self) -> list[StepRef]:
+        """Steps of other workers that the plans wait for."""
+        return list(self._after.values())
 
     async def wait_until_none(self) -> None:
         """Return when no plan is left."""

@@ -4,7 +4,7 @@ The scheduler sends plans and commands, and the worker answers with tokens. With
 children of this process and end with it, so the scheduler sees one worker.
 
 A worker holds nothing that the scheduler could not send again. A scheduler that does not know the worker's epoch gets
-a new epoch, with empty tables.
+a new epoch, with empty tables. If several schedulers ping, the worker obeys the one that was started last.
 
 `run` is in the main thread; a comment above each group of methods names the thread of the others. The package's
 docstring has a picture of the threads.
@@ -38,6 +38,7 @@ from hbserve.messages.worker import (
     StepLost,
     StepPlan,
     StepResult,
+    Superseded,
     WantsToLeave,
 )
 from hbserve.process import child, event_loop
@@ -294,20 +295,33 @@ class WorkerProcess:
                 self._fail(str(error))
 
     async def _on_ping(self, peer: bytes, ping: Ping) -> None:
+        silence_s = time.monotonic() - self._last_ping
+        # A silent newer scheduler may have ended. Or the clock, which orders schedulers, has been put back.
+        if ping.scheduler_epoch < self._scheduler_epoch and silence_s < self.config.rpc.heartbeat_timeout_s:
+            self._rpc.send_to(peer, Superseded(scheduler_epoch=self._scheduler_epoch))
+            return
         self._rpc.answer_to(peer)
         self._last_ping = time.monotonic()
         if ping.scheduler_epoch == self._scheduler_epoch and ping.known_epoch == self._epoch:
             self._rpc.send(Pong(epoch=self._epoch))
             return
-        if ping.scheduler_epoch != self._scheduler_epoch or self._is_used:
-            await self._begin_epoch()
-            self._scheduler_epoch = ping.scheduler_epoch
+        is_another = ping.scheduler_epoch != self._scheduler_epoch
+        self._scheduler_epoch = ping.scheduler_epoch
+        if is_another or self._is_used:
+            await self._begin_epoch(is_another)
         self._send_hello()
 
-    async def _begin_epoch(self) -> None:
-        """Forget everything, as soon as nothing of the old epoch can touch the arena any more."""
+    async def _begin_epoch(self, for_another: bool) -> None:
+        """Forget everything, as soon as nothing of the old epoch can touch the arena any more.
+
+        Args:
+            for_another: the scheduler of the old epoch has ended, or is not obeyed any more.
+        """
         self._epoch = time.time_ns()
-        # The main thread drops plans of the old epoch from here on; launched steps finish.
+        # The main thread drops plans of the old epoch from here on; launched steps finish. They must not wait for
+        # steps of other workers: the old scheduler may have ended before it sent those.
+        for step in self._unfinished.awaited if for_another else ():
+            self._events.handle(StepLost(step=step))
         await self._unfinished.wait_until_none()
         peer = await self._transfers.begin_epoch(self._epoch)
         self._peers = [peer, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]

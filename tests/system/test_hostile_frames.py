@@ -17,7 +17,7 @@ import zmq
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.config import InstanceRole, from_dict
 from hbserve.messages.admin import GetStats, GetWindowMetrics, RemoveInstance, SetRole
-from hbserve.messages.client import AbortRequest, AddRequest, SubscribeReady
+from hbserve.messages.client import AbortRequest, AddRequest, Resumed, SubscribeReady
 from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import SetWorkers, WorkerSpec
 from hbserve.messages.transfer import OpenLink, Peer
@@ -45,6 +45,19 @@ def messages() -> list[Any]:
         AddRequest(request_id="\n", prompt_token_ids=[], end_token_ids=[], sampling=SAMPLING),
         AddRequest(request_id="r" * 100_000, prompt_token_ids=[1], end_token_ids=[-1, huge], sampling=SAMPLING),
         AddRequest(request_id="seed", prompt_token_ids=[1], end_token_ids=[], sampling=SamplingParams(max_tokens=huge)),
+        *(
+            AddRequest(
+                request_id=f"resumed-{number}",
+                prompt_token_ids=[1, 2],
+                end_token_ids=[],
+                sampling=SAMPLING,
+                age_s=age_s,
+                resumed=Resumed(token_ids=tokens, num_scored=num_scored, first_token_age_s=first_token_age_s),
+            )
+            for number, (tokens, num_scored, age_s, first_token_age_s) in enumerate(
+                [([3], 0, 1e9, 1e9), ([huge], -huge, nan, -1.0), ([3] * 500, 1, 0.0, 1.0), ([], huge, 1.0, None)]
+            )
+        ),
         *(
             AddRequest(request_id=str(number), prompt_token_ids=[1], end_token_ids=[], sampling=sampling)
             for number, sampling in enumerate(
