@@ -26,13 +26,15 @@ class WorkerSpec(Value, frozen=True):
 class SetWorkers(Message, frozen=True):
     """Set the workers of an instance; sent by the supervisor that starts and ends them.
 
-    A worker that the scheduler knows but the message does not name is drained. It gets no more plans once another
-    worker can compute its phase, and is told to exit when it has nothing in flight.
+    The message names every process that may write to the memory. A worker that the scheduler knows but the message
+    does not name has ended. A scheduler that has just started therefore learns from one message which workers must
+    have finished the steps of the scheduler before it.
 
     Attributes:
         arena_epoch: epoch of the memory that the workers are attached to, or 0 while there is none. If it has changed,
             the old memory and all KV in it are lost.
-        gone: names of workers whose processes have ended; they can write nothing any more.
+        draining: workers that get no more plans once another worker can compute their phase, and that are told to exit
+            when they have nothing in flight.
         prefill_percentage, decode_percentage: each phase's share while both are busy.
         mixed: both phases go to the unified worker, in the same steps.
         reason: why, in words.
@@ -41,7 +43,7 @@ class SetWorkers(Message, frozen=True):
     instance_id: str
     arena_epoch: int
     workers: list[WorkerSpec]
-    gone: list[str]
+    draining: list[WorkerSpec]
     prefill_percentage: int
     decode_percentage: int
     mixed: bool = False

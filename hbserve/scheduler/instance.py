@@ -37,6 +37,8 @@ class InstanceHandle:
         reserved: of sequences that are still prefilled elsewhere.
         arena_epoch: identifies the pool's memory; an allocation of another epoch is void. 0: there is no memory.
         is_draining: it is given no more requests.
+        unsettled: workers that may still do steps of an earlier scheduler on memory of which this one knows nothing
+            yet, with the time by which they must register. Until then no block of the memory is given out.
         choice: decides which worker computes next.
     """
 
@@ -58,6 +60,7 @@ class InstanceHandle:
         self.reserved: dict[Sequence, KVAllocation] = {}
         self.choice = WorkerChoice(self.role, self.workers, self.allocations, config)
         self.is_draining = False
+        self.unsettled: dict[str, float] = {}
         self.lost_since: float | None = time.monotonic()
         self.why_lost = "has not started yet"
         self.num_restarts = -1
@@ -86,10 +89,12 @@ class InstanceHandle:
 
     @property
     def ready(self) -> bool:
-        """Whether every phase of this instance has a worker."""
+        """Whether every phase of this instance has a worker, and its memory may be used."""
         roles = [worker.role for worker in self.workers.values() if worker.ready]
-        return (not self.role.prefills or any(role.prefills for role in roles)) and (
-            not self.role.decodes or any(role.decodes for role in roles)
+        return (
+            not self.unsettled
+            and (not self.role.prefills or any(role.prefills for role in roles))
+            and (not self.role.decodes or any(role.decodes for role in roles))
         )
 
     @property
@@ -125,12 +130,17 @@ class InstanceHandle:
             self.num_restarts += 1
             sharing = self._performance.enable_prefix_caching
             self.pool = BlockPool(hello.num_blocks, hello.block_size, enable_prefix_caching=sharing)
-        if self.ready:
-            self.lost_since = None
+        self._settle(worker)
 
     def _free_cell(self, worker: WorkerHandle) -> int | None:
         taken = {other.cell for other in self.workers.values() if other is not worker}
         return next((cell for cell in range(NUM_BOARD_CELLS) if cell not in taken), None)
+
+    def _settle(self, worker: WorkerHandle) -> None:
+        """Note that a worker can do no steps of an earlier scheduler any more."""
+        self.unsettled.pop(worker.id, None)
+        if self.ready:
+            self.lost_since = None
 
     def note_lost(self, reason: str) -> None:
         """Remember why a worker was lost and, if a phase now has no worker, since when."""
@@ -144,6 +154,7 @@ class InstanceHandle:
         self.workers.pop(worker.id, None)
         self._work_of_ended.add(worker.work)
         self.choice.forget(worker)
+        self._settle(worker)
         for allocation in self.allocations.values():
             allocation.blocks_sent.pop(worker.id, None)
         return worker.drop_steps()

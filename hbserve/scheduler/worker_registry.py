@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -68,6 +69,7 @@ class WorkerRegistry:
         wake: Callable[[], None],
     ) -> None:
         self._recovery_timeout_s = config.rpc.recovery_timeout_s
+        self._step_timeout_s = config.rpc.step_timeout_s
         self._key = ClusterKey.of(config)
         self._context = context
         self._instances = instances
@@ -94,6 +96,12 @@ class WorkerRegistry:
     def check_heartbeats(self, now: float, was_asleep: bool) -> None:
         """Give up on workers that are silent and on instances that did not come; see `WorkerConnections`."""
         self._connections.check_heartbeats(self._all(), now, was_asleep)
+        for instance in self._instances.values():
+            for worker_id, deadline in instance.unsettled.items():
+                if now > deadline:
+                    instance.unsettled[worker_id] = math.inf
+                    reason = "it does not finish the steps of the scheduler before this one"
+                    self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker_id, reason=reason))
         for instance in self._membership.overdue(now):
             logger.warning("%s wanted to join and did not come", instance.id)
             self._on_instance_gone(instance)
@@ -295,15 +303,15 @@ class WorkerRegistry:
             self._events.note("memory_lost", instance.id, message.reason)
             self._forget_workers(instance)
             self._requests.on_memory_lost(instance, f"the memory of {instance.id} was lost: {message.reason}")
-        for worker_id in message.gone:
-            if worker_id in instance.workers:
-                self._on_worker_ended(instance, instance.workers[worker_id], message.reason)
-        named = {spec.worker_id for spec in message.workers}
-        for worker in instance.workers.values():
-            worker.is_draining = worker.id not in named
-        for spec in message.workers:
-            if spec.worker_id not in instance.workers:
-                self._add_worker(instance, spec)
+        named = {spec.worker_id for spec in (*message.workers, *message.draining)}
+        for worker in list(instance.workers.values()):
+            if worker.id not in named:
+                self._on_worker_ended(instance, worker, message.reason)
+        for is_draining, specs in ((False, message.workers), (True, message.draining)):
+            for spec in specs:
+                if spec.worker_id not in instance.workers:
+                    self._add_worker(instance, spec)
+                instance.workers[spec.worker_id].is_draining = is_draining
 
     def _set_shares(self, instance: InstanceHandle, message: SetWorkers) -> None:
         shares = {InstanceRole.PREFILL: message.prefill_percentage, InstanceRole.DECODE: message.decode_percentage}
@@ -325,10 +333,13 @@ class WorkerRegistry:
                 if other.ready and other.role is worker.role:
                     other.send(lost)
         self._confirm_steps(instance)
+        self._readiness.announce()
 
     def _add_worker(self, instance: InstanceHandle, spec: WorkerSpec) -> None:
         worker = WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address, self._key)
         instance.workers[worker.id] = worker
+        if not instance.arena_epoch:
+            instance.unsettled[worker.id] = time.monotonic() + self._step_timeout_s
         self._connections.open(instance, worker)
         self._connections.greet(worker)
 

@@ -88,7 +88,6 @@ class InstanceState:
         self.last_error: str | None = None
         self.num_replaced = 0
         self._on_gpu = False
-        self._gone: list[str] = []
         self._restarts = RestartBudget(config.rpc.max_restarts)
 
     # --- life --------------------------------------------------------------------------------------
@@ -282,18 +281,16 @@ class InstanceState:
         self.changed.notify_all()
 
     def publish(self, reason: str) -> None:
-        """Name the active workers to the scheduler."""
+        """Name the workers that serve or drain to the scheduler."""
         if self.link is None or self.pool is None:
             return
-        active = [w.spec for w in self.pool.workers.values() if w.state is WorkerState.ACTIVE]
-        is_lost = self.memory_lost is not None
-        gone, self._gone = self._gone, []
+        workers = [] if self.memory_lost is not None else list(self.pool.workers.values())
         self.link.send(
             SetWorkers(
                 instance_id=self.instance.instance_id,
-                arena_epoch=0 if is_lost else self.residents.attachments[0]["epoch"],
-                workers=[] if is_lost else active,
-                gone=gone,
+                arena_epoch=self.residents.attachments[0]["epoch"] if self.memory_lost is None else 0,
+                workers=[w.spec for w in workers if w.state is WorkerState.ACTIVE],
+                draining=[w.spec for w in workers if w.state is WorkerState.DRAINING and w.has_served],
                 prefill_percentage=self._shares[InstanceRole.PREFILL],
                 decode_percentage=self._shares[InstanceRole.DECODE],
                 mixed=self.allocation.mixed,
@@ -343,7 +340,6 @@ class InstanceState:
             worker.enter(WorkerState.ENDED)
             if self.pool is not None:
                 self.pool.workers.pop(worker.spec.worker_id, None)
-            self._gone.append(worker.spec.worker_id)
             self.changed.notify_all()
             if self.lifecycle is not Lifecycle.RUNNING or before is WorkerState.DRAINING:
                 if self.is_serving():
@@ -416,6 +412,12 @@ class InstanceState:
             if self.is_serving():
                 self.memory_lost = self.last_error = why
             self.changed.notify_all()
+
+    def on_scheduler_disconnected(self) -> None:
+        """Name the workers to the scheduler that comes next, unless there was nothing to name yet."""
+        with self.changed:
+            if self.lifecycle is Lifecycle.RUNNING:
+                self.publish("the scheduler was started again")
 
     def on_worker_lost(self, worker_id: str, why: str) -> None:
         """End a worker that has failed or is silent, as the scheduler says: only then may others use its blocks."""

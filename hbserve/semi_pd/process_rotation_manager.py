@@ -184,7 +184,9 @@ class ProcessRotationManager:
         state.start_workers(self._run_dir, environment, self._device.on_gpu)
         if self._scheduler_address is not None:
             key = ClusterKey.of(self.config)
-            state.link = SchedulerLink(self._scheduler_address, state.on_worker_lost, key)
+            state.link = SchedulerLink(
+                self._scheduler_address, state.on_worker_lost, state.on_scheduler_disconnected, key
+            )
         state.start_memory(deadline)
         state.prepare(state.allocation, deadline)
         with state.changed:

@@ -22,18 +22,34 @@ from hbserve.rpc.cluster_key import ClusterKey
 
 logger = logging.getLogger(__name__)
 
+_RECONNECT_DELAY_S = 0.05
+
 
 class SchedulerLink:
     """Client of the scheduler; its thread is the only user of the socket.
 
+    When the connection breaks, the scheduler has usually ended, and a new one starts, which knows nothing. What was
+    sent last may be lost.
+
     Args:
         address: of the scheduler's client socket.
         on_worker_lost: called from the thread with a worker's name and the reason.
+        on_disconnected: called from the thread after the connection broke; messages that it sends go to the scheduler
+            that comes next.
         key: of the cluster, if there is one.
     """
 
-    def __init__(self, address: str, on_worker_lost: Callable[[str, str], None], key: ClusterKey | None) -> None:
-        self._address, self._on_worker_lost, self._key = address, on_worker_lost, key
+    def __init__(
+        self,
+        address: str,
+        on_worker_lost: Callable[[str, str], None],
+        on_disconnected: Callable[[], None],
+        key: ClusterKey | None,
+    ) -> None:
+        self._address, self._key = address, key
+        self._on_worker_lost, self._on_disconnected = on_worker_lost, on_disconnected
+        self._encoder: msgspec.msgpack.Encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[SchedulerReply] = msgspec.msgpack.Decoder(SchedulerReply)
         self._outgoing: deque[SetWorkers | GetWindowMetrics | MarkRotation | ReportEvent | None] = deque()
         self._windows: queue.SimpleQueue[WindowMetrics] = queue.SimpleQueue()
         self._num_queries = 0
@@ -72,15 +88,26 @@ class SchedulerLink:
         os.close(self._wake)
 
     def _run(self) -> None:
-        encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(SchedulerReply)
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        with zmq.Context() as context:
+            while self._serve_connection(context):
+                logger.warning("the connection to the scheduler broke")
+                time.sleep(_RECONNECT_DELAY_S)  # a key that is not the cluster's breaks every connection at once
+                self._on_disconnected()
+
+    def _serve_connection(self, context: zmq.Context[zmq.Socket[bytes]]) -> bool:
+        """Send and receive until the connection breaks; returns False at the end of the link."""
+        socket = context.socket(zmq.DEALER)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
             socket.setsockopt(zmq.LINGER, 200)
+            socket.setsockopt(zmq.RECONNECT_IVL, 50)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
             if self._key is not None:
                 self._key.for_connecting(socket, self._address)
             socket.connect(self._address)
             poller = zmq.Poller()
-            poller.register(socket, zmq.POLLIN)
-            poller.register(self._wake, zmq.POLLIN)
+            for source in (socket, monitor, self._wake):
+                poller.register(source, zmq.POLLIN)
             while True:
                 ready = dict(poller.poll())
                 if self._wake in ready:
@@ -89,11 +116,18 @@ class SchedulerLink:
                 while self._outgoing:
                     message = self._outgoing.popleft()
                     if message is None:
-                        return
-                    socket.send(encoder.encode(message))
-                if socket in ready:
-                    reply = decoder.decode(socket.recv())
-                    if isinstance(reply, WorkerLost):
-                        self._on_worker_lost(reply.worker_id, reply.reason)
-                    elif isinstance(reply, WindowMetrics):
-                        self._windows.put(reply)
+                        return False
+                    socket.send(self._encoder.encode(message))
+                while socket.poll(0):
+                    self._on_reply(self._decoder.decode(socket.recv()))
+                if monitor in ready:
+                    return True
+        finally:
+            socket.disable_monitor()
+            socket.close()
+
+    def _on_reply(self, reply: SchedulerReply) -> None:
+        if isinstance(reply, WorkerLost):
+            self._on_worker_lost(reply.worker_id, reply.reason)
+        elif isinstance(reply, WindowMetrics):
+            self._windows.put(reply)

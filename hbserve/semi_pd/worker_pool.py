@@ -49,6 +49,7 @@ class Worker:
     Attributes:
         spec: name, role, share and address, for the scheduler.
         state: ``ready``: has attached, warmed up and listens; ``active``: named to the scheduler.
+        has_served: it is or was ``active``, so a scheduler may have sent it steps.
         error: its report if it could not start.
         start_s: seconds of each part of its start; their sum is the time from the order to its answer.
         memory_bytes: device memory of its own when it was ready.
@@ -59,6 +60,7 @@ class Worker:
         self.spec = spec
         self.process = process
         self.state = WorkerState.PREPARING
+        self.has_served = False
         self.error: str | None = None
         self.start_s: dict[str, float] = {}
         self.ordered_at = time.monotonic()
@@ -74,6 +76,7 @@ class Worker:
         """Change the state."""
         assert state in NEXT_STATES[self.state], f"{self.spec.worker_id}: {self.state} -> {state}"
         self.state = state
+        self.has_served |= state is WorkerState.ACTIVE
 
     def note_start(self, parts: dict[str, float]) -> None:
         """Note its account of the start; the rest is ``orders``: their travel, and the end of its imports."""

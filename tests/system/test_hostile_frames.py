@@ -89,7 +89,7 @@ def messages() -> list[Any]:
                 ("", huge, -huge),
             )
         ),
-        SetWorkers(instance_id="unified-0", arena_epoch=-1, workers=[worker], gone=["unified-0"], **shares),
+        SetWorkers(instance_id="unified-0", arena_epoch=-1, workers=[worker], draining=[worker], **shares),
         plan,
         msgspec.structs.replace(plan, rows=[row]),
         StepLost(step=StepRef(cell=huge, step_id=-1)),
