@@ -13,6 +13,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,10 +26,10 @@ from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.worker.join_client import JoinClient, ask_to_join, config_of, free_port, host_seen_by
 
 
-def main() -> int:
-    """Entry of ``python -m``; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.join") -> int:
+    """Parse the arguments and run until the instance ends; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m hbserve.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("scheduler", help="where the scheduler listens: tcp://host:port")
     parser.add_argument("--role", required=True, choices=["prefill", "decode", "unified"])
@@ -42,9 +43,9 @@ def main() -> int:
     parser.add_argument("--port", type=int, help="port to listen on; default: any free one")
     parser.add_argument("--kv-ip", help="address for KV transfers; default: that of --host")
     parser.add_argument("--patience-s", type=float, default=0.0, help="how long to wait for scheduler or name")
-    arguments = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     try:
-        exit_now(_join(arguments))
+        exit_now(_join(parsed))
     except HBServeError as error:
         report_status({"error": str(error)})
         print(f"error: {error}", file=sys.stderr)

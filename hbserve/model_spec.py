@@ -79,6 +79,12 @@ _FAMILIES = {
 }
 """Supported architectures by transformers' ``model_type``."""
 
+
+def supported_architectures() -> dict[str, str]:
+    """Return transformers' class names of the supported architectures, by ``model_type``."""
+    return {model_type: family.name for model_type, family in _FAMILIES.items()}
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Serving dtypes by their name in the configuration."""
 

@@ -1,6 +1,6 @@
-"""Chat in the terminal: ``python -m hbserve.shell --url http://127.0.0.1:8000``, or ``--model FOLDER``.
+"""Chat in the terminal: ``hbserve chat --url http://127.0.0.1:8000``, or ``hbserve chat MODEL``.
 
-With ``--model`` the shell starts a system, and ends it at its own end. Lines that begin with a slash are commands;
+With a model the shell starts a system, and ends it at its own end. Lines that begin with a slash are commands;
 Ctrl-C ends an answer, Ctrl-D the shell.
 """
 
@@ -15,7 +15,7 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -247,25 +247,27 @@ def _lines() -> Generator[str, None, None]:
             readline.write_history_file(history)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.shell") -> int:
     """Parse the arguments and chat until the end of input; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hbserve.shell", description="Chat in the terminal.", epilog=HELP)
+    parser = argparse.ArgumentParser(prog=prog, description="Chat in the terminal.", epilog=HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--url", help="address of a running server")
-    target.add_argument("--model", help="folder of a model; the shell starts a system for it")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("model", nargs="?", metavar="MODEL", help="folder of a model; the shell starts a system for it")
+    target.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="address of a running server (default: %(default)s)"
+    )
     parser.add_argument("--mode", default="unified", help="mode of that system (default: unified)")
     parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
     parser.add_argument("--max-tokens", type=int, help="length limit of an answer (default: the rest of the context)")
     parser.add_argument("--seed", type=int, help="makes answers reproducible")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     names = ("temperature", "max_tokens", "seed")
-    sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    sampling = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     local: LocalBackend | None = None
     try:
-        if arguments.url is None:
-            local = LocalBackend(arguments.model, arguments.mode, sampling)
-        backend = local or HttpBackend(arguments.url, os.environ.get("HBSERVE_API_KEY"), sampling)
+        if given.model is not None:
+            local = LocalBackend(given.model, given.mode, sampling)
+        backend = local or HttpBackend(given.url, os.environ.get("HBSERVE_API_KEY"), sampling)
         print(f"{backend.name}. /help shows the commands.")
         shell = Shell(backend)
         with contextlib.closing(_lines()) as lines:

@@ -1,7 +1,8 @@
-"""A running server in the terminal: ``python -m hbserve.top [--url http://127.0.0.1:8000]``.
+"""A running server in the terminal: ``hbserve top [--url http://127.0.0.1:8000]``.
 
 It reads requests, latencies and instances from ``/stats``, and the split and rotations of ``semi_pd`` instances from
-``/v1/semi_pd/status``. It draws them every second until Ctrl-C.
+``/v1/semi_pd/status``. It draws them every second until Ctrl-C. Once it has drawn a picture, it waits for a server that
+does not answer: it may be restarting.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 _CLEAR = "\x1b[H\x1b[2J"
@@ -90,34 +92,40 @@ def _get(url: str, key: str | None) -> dict[str, Any]:
         return json.load(response)  # type: ignore[no-any-return]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.top") -> int:
     """Draw until Ctrl-C; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hbserve.top", description="A running server in the terminal.")
+    parser = argparse.ArgumentParser(prog=prog, description="A running server in the terminal.")
     parser.add_argument(
         "--url", default="http://127.0.0.1:8000", help="address of the server; HBSERVE_API_KEY holds the key"
     )
     parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between pictures")
     parser.add_argument("--once", action="store_true", help="one picture, without clearing the screen")
-    arguments = parser.parse_args()
-    if not arguments.url.startswith(("http://", "https://")):
+    given = parser.parse_args(arguments)
+    if not given.url.startswith(("http://", "https://")):
         parser.error("--url must begin with http:// or https://")
-    if not 0 < arguments.interval_s < float("inf"):
+    if not 0 < given.interval_s < float("inf"):
         parser.error("--interval-s must be positive")
-    base, key = arguments.url.rstrip("/"), os.environ.get("HBSERVE_API_KEY")
+    base, key = given.url.rstrip("/"), os.environ.get("HBSERVE_API_KEY")
+    has_answered = False
     try:
         while True:
-            picture = draw(_get(f"{base}/stats", key), _get(f"{base}/v1/semi_pd/status", key))
-            sys.stdout.write(picture if arguments.once else _CLEAR + picture)
+            try:
+                picture = draw(_get(f"{base}/stats", key), _get(f"{base}/v1/semi_pd/status", key))
+            except (OSError, ValueError, LookupError) as error:  # no server, no JSON, or other JSON than HBServe's
+                reason = getattr(error, "reason", None) or repr(error)
+                problem = f"{base} does not answer like a server of HBServe: {reason}"
+                if not has_answered:
+                    print(f"error: {problem}", file=sys.stderr)
+                    return 1
+                picture = f"{problem}\nwaiting for it; Ctrl-C ends\n"
+            has_answered = True
+            sys.stdout.write(picture if given.once else _CLEAR + picture)
             sys.stdout.flush()
-            if arguments.once:
+            if given.once:
                 return 0
-            time.sleep(arguments.interval_s)
+            time.sleep(given.interval_s)
     except KeyboardInterrupt:
         return 0
-    except (OSError, ValueError, LookupError) as error:  # no server, no JSON, or other JSON than HBServe's
-        reason = getattr(error, "reason", None) or repr(error)
-        print(f"error: {base} does not answer like a server of HBServe: {reason}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

@@ -2,32 +2,12 @@
 
     python scripts/start_cpu_scheduler.py --config configs/pd_disagg_config.yaml
 
-Instances and scheduler may start in any order.
+Instances and scheduler may start in any order. This is the same as ``hbserve serve --no-instances``.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from hbserve.config.options import add_options, load_with_options
-from hbserve.errors import HBServeError
-
-
-def main() -> int:
-    """Parse the arguments and run until SIGTERM or Ctrl-C; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    arguments = parser.parse_args()
-    try:
-        config = load_with_options(arguments)
-        from hbserve.server.launch import serve_system
-
-        return serve_system(config, with_instances=False, read_again=lambda: load_with_options(arguments))
-    except HBServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
+from hbserve.cli.serve import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["--no-instances", *sys.argv[1:]], "start_cpu_scheduler.py"))

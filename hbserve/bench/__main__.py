@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 
 from hbserve.bench import offline, serve, serve_options
 from hbserve.bench.arguments import run_command
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.bench") -> int:
     """Parse the arguments and run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hbserve.bench", description="Benchmarks of HBServe.")
+    parser = argparse.ArgumentParser(prog=prog, description="Benchmarks of HBServe.")
     commands = parser.add_subparsers(dest="command", required=True)
     offline.add_arguments(
         commands.add_parser(
@@ -24,9 +25,9 @@ def main() -> int:
             "serve", help="latency under open-loop load, and the highest rate at which latency targets are kept"
         )
     )
-    arguments = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that started processes are ended
-    return run_command(_run, arguments)
+    return run_command(_run, parsed)
 
 
 def _run(arguments: argparse.Namespace) -> None:

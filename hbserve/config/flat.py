@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hbserve.config.fields import Section
+from hbserve.config.foreign_names import unknown_name
 from hbserve.config.sections import Config
 from hbserve.config.validation import from_dict
 from hbserve.errors import ConfigError
-from hbserve.hints import nearest, shown
+from hbserve.hints import shown
 from hbserve.import_path import path_of_class
 
 
@@ -100,7 +101,8 @@ class PdDisaggConfig:
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in KEYS:
-                raise AttributeError(f"PdDisaggConfig has no field {name!r}{nearest(name, list(KEYS))}")
+                hint = unknown_name(name, list(KEYS), _in_python)
+                raise AttributeError(f"PdDisaggConfig has no field {name!r}{hint}")
             super().__setattr__(name, value)
 
     @classmethod
@@ -117,7 +119,7 @@ class PdDisaggConfig:
     def _check_names(arguments: Iterable[str]) -> None:
         for name in arguments:
             if name not in KEYS:
-                raise TypeError(f"unknown argument {name!r}{nearest(name, list(KEYS))}")
+                raise TypeError(f"unknown argument {name!r}{unknown_name(name, list(KEYS), _in_python)}")
 
     def freeze(self) -> Config:
         """Return the configuration that every process gets.
@@ -142,6 +144,12 @@ class PdDisaggConfig:
                 raise
             name = flat[error.key]
             raise ConfigError(f"{name}: {str(error).removeprefix(error.key + ': ')}", name) from None
+
+
+def _in_python(key: str) -> str:
+    """Return the flat field of a key, or say where the key stands."""
+    flat = {key: field for field, key in KEYS.items()}
+    return flat.get(key, f"{key} in a YAML file")
 
 
 _CLASS_FIELDS = ("scheduler", "kv_transfer_backend")

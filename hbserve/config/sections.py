@@ -51,6 +51,7 @@ class InstanceRole(StrEnum):
 
 
 Mode = Literal["unified", "disaggregated", "semi_pd"]
+DEFAULT_MODE: Mode = "unified"
 
 
 class ModelConfig(Section, frozen=True):
@@ -300,7 +301,7 @@ class Config(Section, frozen=True):
     """
 
     model: ModelConfig
-    mode: Mode = "unified"
+    mode: Mode = DEFAULT_MODE
     launcher: Literal["local", "ray"] = "local"
     gpu_instances: tuple[InstanceConfig, ...] = ()
     kv_transfer: KVTransferConfig = KVTransferConfig()

@@ -39,7 +39,7 @@ class SLOConfig(Section, frozen=True):
         ttft_target_ms, tpot_target_ms: targets of every request.
         ttft_percentile, tpot_percentile: percentile of the requests that is compared with the target.
         ttft_violation_threshold, tpot_violation_threshold: multiple of the target that counts as a violation.
-        profile: file of step times, from ``python -m hbserve.profile``; default: a built-in one.
+        profile: file of step times, from ``hbserve profile``; default: a built-in one.
         monitoring_interval_s: time between two measurements.
         window_s: age of the oldest request in a measurement.
         min_percentage, max_total_percentage, adjustment_step: limits of the splits that may be chosen.

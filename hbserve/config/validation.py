@@ -6,7 +6,6 @@ its messages into ours.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from enum import Enum
@@ -15,8 +14,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from hbserve.config.fields import IMPORT_PATH, NAME_RULE, Section
-from hbserve.config.sections import Config, InstanceConfig, InstanceRole, Mode
+from hbserve.config.fields import IMPORT_PATH, NAME_RULE
+from hbserve.config.foreign_names import unknown_name
+from hbserve.config.keys import parts_of, section_in, types_of
+from hbserve.config.sections import DEFAULT_MODE, Config, InstanceConfig, InstanceRole, Mode, ModelConfig
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
 from hbserve.hints import nearest, shown
@@ -29,10 +30,13 @@ _MAX_NAME_LENGTH = 64
 _MAX_KEY_LENGTH = 100  # in an error
 _MAX_INT_BITS = 63
 """Size of integers that messages between processes can carry."""
-_SHARES = {
-    "prefill_percentage": ("SEMI_PD_PREFILL_SM_PERCENTILE", 80),
-    "decode_percentage": ("SEMI_PD_DECODE_SM_PERCENTILE", 100),
+ENVIRONMENT = {
+    "logging.level": "LOG_LEVEL",
+    "semi_pd.prefill_percentage": "SEMI_PD_PREFILL_SM_PERCENTILE",
+    "semi_pd.decode_percentage": "SEMI_PD_DECODE_SM_PERCENTILE",
 }
+"""Variables of the environment that give a key's value where nothing else does."""
+_DEFAULT_SHARES = {"prefill_percentage": 80, "decode_percentage": 100}
 _LOG_LEVELS = {"WARN": "WARNING", "CRITICAL": "ERROR", "FATAL": "ERROR", "TRACE": "DEBUG"}
 """Names of levels in other programs that read LOG_LEVEL."""
 
@@ -101,24 +105,27 @@ def is_loopback(host: str) -> bool:
 
 
 def _with_mode(document: dict[str, Any]) -> dict[str, Any]:
-    """Let the mode follow from the types of the instances where it is not given."""
+    return document if document.get("mode") is not None else document | {"mode": mode_of(document)}
+
+
+def mode_of(document: dict[str, Any]) -> Any:
+    """Return the mode of plain data: as it is given, else by the types of the instances, else the default."""
     instances = document.get("gpu_instances")
-    if document.get("mode") is not None or not isinstance(instances, list | tuple):
-        return {key: value for key, value in document.items() if key != "mode" or value is not None}
+    if document.get("mode") is not None:
+        return document["mode"]
+    if not isinstance(instances, list | tuple):
+        return DEFAULT_MODE
     roles = [values.get("instance_type") for values in instances if isinstance(values, dict)]
     phases = [InstanceRole.PREFILL, InstanceRole.DECODE]
-    mode: Mode = "unified"
     if InstanceRole.SEMI_PD in roles:
-        mode = "semi_pd"
-    elif any(role in phases for role in roles):
-        mode = "disaggregated"
-    return document | {"mode": mode}
+        return "semi_pd"
+    return "disaggregated" if any(role in phases for role in roles) else DEFAULT_MODE
 
 
 def _with_log_level(document: dict[str, Any]) -> dict[str, Any]:
     """Take the environment's LOG_LEVEL where no ``logging.level`` is given, in any case of letters."""
     given = document.get("logging", {})
-    text = os.environ.get("LOG_LEVEL", "").strip()
+    text = os.environ.get(ENVIRONMENT["logging.level"], "").strip()
     if not text or not isinstance(given, dict) or given.get("level") is not None:
         return document
     words = _words_at("logging.level")
@@ -162,9 +169,10 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
 
 
 def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
-    shares = {name: getattr(given, name) for name in _SHARES}
-    for name, (variable, default) in _SHARES.items():
+    shares = {name: getattr(given, name) for name in _DEFAULT_SHARES}
+    for name, default in _DEFAULT_SHARES.items():
         if shares[name] is None:
+            variable = ENVIRONMENT[f"semi_pd.{name}"]
             text = os.environ.get(variable, str(default)).strip()
             if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
                 raise _error(f"semi_pd.{name}", f"the environment's {variable} must be in 1..100, got {shown(text)}")
@@ -202,27 +210,24 @@ def _error(key: str, what: str) -> ConfigError:
     return ConfigError(f"{key}: {what}" if key else what, key)
 
 
-@functools.cache
-def _types(section: type[msgspec.Struct]) -> dict[str, Any]:
-    return {field.name: field.type for field in msgspec.structs.fields(section)}
-
-
 def _check_keys(document: dict[str, Any]) -> None:
     """Refuse unknown keys before types are checked: msgspec would not name the nearest valid key."""
 
     def check(section: type[msgspec.Struct], values: Any, prefix: str) -> None:
+        if section is ModelConfig and isinstance(values, str):
+            raise _error("model", f"is a section; write it as {{path: {shown(values)}}}")
         if not isinstance(values, dict):
             return  # a wrong type: msgspec's message is right
-        fields = _types(section)
+        fields = types_of(section)
         for key, value in values.items():
             if key not in fields:
                 name = key if isinstance(key, str) else shown(key)
-                raise _error(f"{prefix}{name}"[:_MAX_KEY_LENGTH], f"unknown key{nearest(name, list(fields))}")
+                raise _error(f"{prefix}{name}"[:_MAX_KEY_LENGTH], f"unknown key{unknown_name(name, list(fields), str)}")
             if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
                 raise _error(f"{prefix}{key}", f"must be below 2**{_MAX_INT_BITS}, got {shown(value)}")
-            for kind in (fields[key], *get_args(fields[key])):  # a section, or an optional one
-                if isinstance(kind, type) and issubclass(kind, Section):
-                    check(kind, value, f"{prefix}{key}.")
+            inner = section_in(fields[key])
+            if inner is not None:
+                check(inner, value, f"{prefix}{key}.")
 
     check(Config, document, "")
     instances = document.get("gpu_instances")
@@ -262,17 +267,12 @@ def _words_at(key: str) -> list[str]:
 
 
 def _types_at(key: str) -> list[Any]:
-    """Return the type of a key with its parts: members of a union, items of a tuple, limits of an annotated type."""
-
-    def parts(kind: Any) -> list[Any]:
-        inner = get_args(kind) if get_origin(kind) is not Literal else ()
-        return [kind, *(part for member in inner for part in parts(member))]
-
+    """Return the type of a key with its parts; see `parts_of`."""
     kind: Any = Config
     for name in re.sub(r"\[[^]]*\]", "", key).split("."):
-        struct = next(part for part in parts(kind) if isinstance(part, type) and issubclass(part, msgspec.Struct))
-        kind = _types(struct)[name]
-    return parts(kind)
+        struct = next(part for part in parts_of(kind) if isinstance(part, type) and issubclass(part, msgspec.Struct))
+        kind = types_of(struct)[name]
+    return parts_of(kind)
 
 
 # --- limits that concern several keys --------------------------------------------------------------

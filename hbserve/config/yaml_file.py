@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,65 @@ _UNDEFINED_VALUE = (ValueError, LookupError, AttributeError, TypeError, Arithmet
 """Errors of PyYAML's own constructors for a scalar that its tag does not allow, such as ``!!int abc``."""
 
 
+PRESETS = Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the configurations that come with HBServe; in a clone a link to the top folder of that name."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A configuration as plain data, before it is checked, with the lines of its keys.
+
+    Attributes:
+        path: the file, as errors name it; None: there is no file.
+        folder: folder from which relative paths count.
+        values: plain data; whatever a YAML file may hold.
+    """
+
+    path: str | None = None
+    folder: Path | None = None
+    values: Any = None
+    tree: yaml.Node | None = None
+
+    def line_of(self, key: str) -> int:
+        """Return the line of a dotted key such as ``gpu_instances[1].port``, or of its nearest enclosing key."""
+        return _line_of(self.tree, key)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Any:
+        """Return the values with some replaced, by dotted key; those of outer keys first."""
+        values = {} if self.values is None and self.path is None else copy.deepcopy(self.values)
+        for key in sorted(overrides, key=lambda key: key.count(".")):
+            _override(values, key, copy.deepcopy(overrides[key]))
+        if "model.tensor_parallel_size" in overrides:
+            _drop_sizes_of_instances(values)
+        return values
+
+    def build(self, overrides: Mapping[str, Any]) -> Config:
+        """Check the values and make the configuration; arguments and errors as in `load`."""
+        try:
+            return from_dict(self.with_overrides(overrides), base_dir=self.folder)
+        except ConfigError as error:
+            if self.path is None or nearest_key(error.key, overrides) is not None:
+                raise
+            raise ConfigError(f"{self.path}:{self.line_of(error.key)}: {error}", error.key) from None
+
+
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration from a YAML file.
 
     Args:
+        path: a file, or the name of one in `PRESETS`, with or without its ending.
         overrides: values that replace those of the file, by dotted key such as ``server.port``. A size for
             ``model.tensor_parallel_size`` replaces those of the instances too.
 
     Raises:
         ConfigError: naming key, file and line of what cannot be honoured.
     """
+    return read(path).build(overrides or {})
+
+
+def read(path: str | Path) -> Document:
+    """Read a YAML file without a check of its keys; arguments and errors as in `load`."""
+    path = _find(path)
     text = _read(path)
     try:
         document, tree = _parse(text, str(path))
@@ -38,16 +90,35 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path} holds itself, or is nested too deeply") from None
-    for key, value in (overrides or {}).items():
-        _override(document, key, value)
-    if "model.tensor_parallel_size" in (overrides or {}):
-        _drop_sizes_of_instances(document)
+    return Document(str(path), Path(path).expanduser().parent, document, tree)
+
+
+def parse_value(text: str) -> Any:
+    """Read one value in YAML's notation, such as ``[60, 100]``.
+
+    Raises:
+        ConfigError: the text is not valid YAML.
+    """
     try:
-        return from_dict(document, base_dir=Path(path).expanduser().parent)
-    except ConfigError as error:
-        if error.key in (overrides or {}):
-            raise
-        raise ConfigError(f"{path}:{_line_of(tree, error.key)}: {error}", error.key) from None
+        return _parse(text, "the value")[0]
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{shown(text)} is not valid YAML: {error}") from None
+
+
+def nearest_key(key: str, among: Collection[str]) -> str | None:
+    """Return the key, or the nearest key around it, that is among some."""
+    while key and key not in among:
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+    return key or None
+
+
+def _find(path: str | Path) -> str | Path:
+    name = str(path)
+    if "/" not in name and "\0" not in name and not os.path.exists(name):
+        for preset in (PRESETS / name, PRESETS / f"{name}.yaml"):
+            if preset.suffix == ".yaml" and preset.is_file():
+                return preset.resolve()
+    return path
 
 
 def _read(path: str | Path) -> str:
@@ -55,7 +126,9 @@ def _read(path: str | Path) -> str:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        hint = f"; shipped are: {presets}" if isinstance(error, FileNotFoundError) and "/" not in str(path) else ""
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{hint}") from None
     except (ValueError, RuntimeError) as error:  # a null character; an unknown user's home
         raise ConfigError(f"cannot read the configuration {str(path)!a}: {error}") from None
     if len(data) > _MAX_BYTES:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePl
 from hbserve.slo.step_profile import StepProfile
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.profile") -> int:
     """Parse the arguments and run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hbserve.profile", description=__doc__)
-    parser.add_argument("--model", required=True, help="a model folder, or a shape under configs/models")
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("--model", required=True, help="a model folder, or the name of a shape, such as qwen3-8b")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="write the JSON to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture too (.png, .svg)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="measured time per point")
     parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
     parser.add_argument("--short", action="store_true", help="few points, for a first look")
-    return run_command(_run, parser.parse_args())
+    return run_command(_run, parser.parse_args(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:

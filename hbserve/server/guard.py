@@ -31,6 +31,8 @@ access = logging.getLogger("hbserve.access")
 
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
 OPEN = frozenset({"/health", "/ready", "/ping", "/"})
+POLLED = OPEN | {"/metrics", "/stats", "/live", "/v1/semi_pd/status"}
+"""Paths that probes, collectors and pages ask for every few seconds; the access log shows them at DEBUG only."""
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
 INSTANCES_FOLDER = "/v1/instances/"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -142,7 +144,9 @@ class Guard:
             self._gate.end(name)
 
     def _log(self, scope: Scope, status: int | None, name: str, seconds: float) -> None:
-        if not access.isEnabledFor(logging.INFO) or scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
+        is_polled = scope["path"] in POLLED or scope["path"].startswith(OPEN_FOLDER)
+        level = logging.DEBUG if is_polled else logging.INFO
+        if not access.isEnabledFor(level):
             return
         fields = {
             "method": scope["method"],
@@ -152,7 +156,7 @@ class Guard:
             "ms": round(seconds * 1000, 1),
         }
         text = "{method} {path} {status} {key} {ms} ms".format(**fields)
-        access.info("%s", text.replace("\n", " "), extra={"fields": fields})
+        access.log(level, "%s", text.replace("\n", " "), extra={"fields": fields})
 
 
 class _Response:

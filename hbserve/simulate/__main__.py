@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hbserve.bench.arguments import add_load_arguments, check_new_file, positive, positive_float, run_command
@@ -40,14 +40,21 @@ _HEADER = (
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.simulate") -> int:
     """Parse the arguments and run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hbserve.simulate", description=__doc__)
-    _add_arguments(parser)
-    return run_command(_run, parser.parse_args())
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument(
+        "--rate", type=positive_float, metavar="PER_S", help="requests per second (default: the trace's)"
+    )
+    question.add_argument("--sweep", action="store_true", help="find each system's highest rate")
+    question.add_argument("--plan", type=positive_float, metavar="PER_S", help="find the cheapest system for this rate")
+    add_system_arguments(parser)
+    return run_command(run, parser.parse_args(arguments))
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_system_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the systems, their targets and their load; the caller declares ``rate``, ``sweep`` and ``plan``."""
     parser.add_argument(
         "--system",
         action="append",
@@ -58,12 +65,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times (default: built in, 8B on an H200)")
     parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
-    question = parser.add_mutually_exclusive_group()
-    question.add_argument(
-        "--rate", type=positive_float, metavar="PER_S", help="requests per second (default: the trace's)"
-    )
-    question.add_argument("--sweep", action="store_true", help="find each system's highest rate")
-    question.add_argument("--plan", type=positive_float, metavar="PER_S", help="find the cheapest system for this rate")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
     add_load_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,7 +80,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to this file")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Simulate, print a table, write the JSON file.
 
     Raises:

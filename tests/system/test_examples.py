@@ -122,7 +122,7 @@ def test_openai_client(tmp_path: Path, url: str) -> None:
 
 @pytest.mark.parametrize("local", [False, True], ids=["url", "model"])
 def test_shell(url: str, local: bool) -> None:
-    where = ["--model", str(EXAMPLES / "models" / "hbserve-demo")] if local else ["--url", url]
+    where = [str(EXAMPLES / "models" / "hbserve-demo")] if local else ["--url", url]
     lines = [
         "Remember: dog parrot, eagle maple.",
         "What is eagle?",

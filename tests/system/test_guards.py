@@ -183,6 +183,20 @@ async def test_request_ids(client: EngineClient, tokenizer: Tokenizer, caplog: p
     assert all(line["process"] == "api" and line["ms"] > 0 for line in lines)
 
 
+async def test_polled_paths_are_logged_at_debug_only(
+    client: EngineClient, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for level in (logging.INFO, logging.DEBUG):
+        caplog.clear()
+        caplog.set_level(level, "hbserve.access")
+        async with guarded(client, tokenizer) as server:
+            for path in ("/health", "/ready", "/ping", "/metrics", "/stats", "/v1/semi_pd/status", "/v1/models"):
+                await server.http.get(path)
+        paths = [record.getMessage().split()[1] for record in caplog.records if record.name == "hbserve.access"]
+        assert paths[-1] == "/v1/models"
+        assert len(paths) == (1 if level == logging.INFO else 7)
+
+
 async def test_limits_of_a_key(client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler) -> None:
     keys, gate = Keys({ANN: "ann", BOB: "bob"}, None), FairGate(max_per_key=2, rate_per_minute=4)
     async with guarded(client, tokenizer, keys, gate) as server:
