@@ -17,6 +17,7 @@ _EXPERIMENTS = {
     "front": "what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing",
     "isolation": "what large, slow and malformed requests of one client do to the streams of others",
     "compare": "the highest rates of several systems, beside the simulator's",
+    "scheduler": "what the scheduler's core costs: CPU time of a step, by the size of the batch",
     "transfer": "how fast KV moves between two processes, and how fast the library could move it",
     "semi_pd": "prefill and decode that share a device: rotations, losses, gaps",
 }

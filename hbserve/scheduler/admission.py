@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 
 from hbserve.config import Config, InstanceRole
 from hbserve.policy.queue_policy import QueuePolicy
+from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.waiting_queue import prefill_budget
@@ -74,11 +74,13 @@ class Admission:
         self,
         instances: Mapping[str, InstanceHandle],
         config: Config,
+        clock: Clock,
         policy: QueuePolicy,
         can_send: Callable[[str, str], bool],
     ) -> None:
         self._placement = PLACEMENTS[config.performance.placement]
         self._instances = instances
+        self._clock = clock
         self._can_send = can_send
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
@@ -142,7 +144,7 @@ class Admission:
         return False
 
     def _has_enough(self, instance: InstanceHandle, sequence: Sequence) -> bool:
-        num_tokens, now = 0, time.monotonic()
+        num_tokens, now = 0, self._clock.now
         key = self._policy.key(sequence, 0, now)
         for admitted, allocation in instance.allocations.items():
             remaining = allocation.num_tokens_at_entry - allocation.num_planned

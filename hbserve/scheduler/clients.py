@@ -1,13 +1,8 @@
-"""The border to clients, operators and supervisors: what they may ask, which part answers, and what is sent back."""
+"""The border to clients, operators and supervisors: what they may ask, and which part answers."""
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable
-
-import msgspec
-import zmq
 
 from hbserve.config import Config
 from hbserve.messages.admin import GetStats, GetWindowMetrics, RemoveInstance, SetRole, Stats, WindowMetrics
@@ -15,18 +10,13 @@ from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
     ClientMessage,
-    OutputBatch,
     RequestOutput,
     Resumed,
-    SchedulerReply,
     SubscribeReady,
 )
 from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import MarkRotation, ReportEvent, SetWorkers
-from hbserve.rpc.async_socket import AsyncSocket
-from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.rpc.inbox import Inbox
-from hbserve.rpc.instance_line import bind
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
@@ -98,102 +88,89 @@ def _refuse(
     )
 
 
-class ClientServer:
-    """Receives from any number of clients, hands each message to the part that it is for, and batches the output.
-
-    Args:
-        address: where clients connect.
-        on_client_gone: called with the identity of a client that can no longer be reached.
-
-    Raises:
-        StartupError: if the address cannot be had.
-    """
+class ClientMessages:
+    """Hands each message of a client, an operator or a supervisor to the part that it is for."""
 
     def __init__(
         self,
         config: Config,
-        context: zmq.Context[zmq.Socket[bytes]],
-        address: str,
-        on_client_gone: Callable[[bytes], None],
-    ) -> None:
-        self._max_waiting_requests = config.performance.max_waiting_requests
-        self._max_queue_s = config.scheduler.max_queue_s
-        self._socket = AsyncSocket(context.socket(zmq.ROUTER))
-        self._socket.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left raises an error
-        self._doorkeeper = bind(self._socket, address, "the scheduler", ClusterKey.of(config))
-        self._encoder = msgspec.msgpack.Encoder()
-        self._inbox: Inbox[ClientMessage] = Inbox(self._socket, ClientMessage, "a client")
-        self._outputs: defaultdict[bytes, list[RequestOutput]] = defaultdict(list)
-        self._on_client_gone = on_client_gone
-        self._num_arrivals = 0
-
-    # --- messages in -----------------------------------------------------------------------------
-
-    async def serve(
-        self,
+        clock: Clock,
+        outbox: OutboxWriter,
         requests: RequestLifecycle,
         readiness: Readiness,
         stats: SystemStats,
         drains: Drains,
         workers: WorkerRegistry,
-        wake: Callable[[], None],
     ) -> None:
-        """Receive messages until cancelled; ``wake`` makes the scheduler plan after each."""
-        while True:
-            client, message = await self._inbox.receive()
-            if isinstance(message, AddRequest):
-                self._on_request(client, message, requests, readiness)
-            elif isinstance(message, AbortRequest):
-                sequence = requests.get(client, message.request_id)
-                if sequence is not None:
-                    requests.finish(sequence, message.finish_reason)
-            elif isinstance(message, SubscribeReady):
-                readiness.subscribe(client, message.deadline_s)
-            elif isinstance(message, GetStats):
-                self.reply(client, Stats(query_id=message.query_id, stats=stats.collect(message.recent)))
-            elif isinstance(message, GetWindowMetrics):
-                self.reply(client, WindowMetrics(query_id=message.query_id, metrics=stats.window(message.seconds)))
-            elif isinstance(message, SetRole):
-                drains.set_role(client, message)
-            elif isinstance(message, RemoveInstance):
-                workers.remove(client, message)
-            elif isinstance(message, Join):
-                workers.join(client, message)
-            elif isinstance(message, SetWorkers):
-                workers.set_workers(client, message)
-            elif isinstance(message, MarkRotation):
-                stats.mark_rotation(message.begins)
-            elif isinstance(message, ReportEvent):
-                stats.report_event(message)
-            wake()
+        self._max_waiting_requests = config.performance.max_waiting_requests
+        self._max_queue_s = config.scheduler.max_queue_s
+        self._clock = clock
+        self._outbox = outbox
+        self._requests = requests
+        self._readiness = readiness
+        self._stats = stats
+        self._drains = drains
+        self._workers = workers
+        self._num_arrivals = 0
 
-    def _on_request(self, client: bytes, request: AddRequest, requests: RequestLifecycle, readiness: Readiness) -> None:
+    def on_message(self, client: bytes, message: ClientMessage) -> None:
+        """Have a message answered, now or later."""
+        if isinstance(message, AddRequest):
+            self._on_request(client, message)
+        elif isinstance(message, AbortRequest):
+            sequence = self._requests.get(client, message.request_id)
+            if sequence is not None:
+                self._requests.finish(sequence, message.finish_reason)
+        elif isinstance(message, SubscribeReady):
+            self._readiness.subscribe(client, message.deadline_s)
+        elif isinstance(message, GetStats):
+            self._outbox.reply(client, Stats(query_id=message.query_id, stats=self._stats.collect(message.recent)))
+        elif isinstance(message, GetWindowMetrics):
+            self._outbox.reply(
+                client, WindowMetrics(query_id=message.query_id, metrics=self._stats.window(message.seconds))
+            )
+        elif isinstance(message, SetRole):
+            self._drains.set_role(client, message)
+        elif isinstance(message, RemoveInstance):
+            self._workers.remove(client, message)
+        elif isinstance(message, Join):
+            self._workers.join(client, message)
+        elif isinstance(message, SetWorkers):
+            self._workers.set_workers(client, message)
+        elif isinstance(message, MarkRotation):
+            self._stats.mark_rotation(message.begins)
+        elif isinstance(message, ReportEvent):
+            self._stats.report_event(message)
+
+    def _on_request(self, client: bytes, request: AddRequest) -> None:
         """Take a new request, or tell its client why not."""
+        requests = self._requests
         requests.counts["requests"] += 1
-        refusal = validate(request, readiness, requests.get(client, request.request_id) is not None)
+        refusal = validate(request, self._readiness, requests.get(client, request.request_id) is not None)
         if refusal is None:
-            sequence = self._new_sequence(client, request, readiness)
+            sequence = self._new_sequence(client, request)
             if request.resumed is None:  # else an earlier scheduler has accepted it
-                refusal = self._overload(sequence, requests)
+                refusal = self._overload(sequence)
         if refusal is None:
             requests.add(sequence)
             return
         requests.counts["refused"] += 1
         logger.debug("request %s: refused: %s", request.request_id, refusal.error)
-        self.push(client, refusal)
+        self._outbox.push(client, refusal)
 
-    def _new_sequence(self, client: bytes, request: AddRequest, readiness: Readiness) -> Sequence:
+    def _new_sequence(self, client: bytes, request: AddRequest) -> Sequence:
         self._num_arrivals += 1
-        assert readiness.max_model_len is not None
-        return Sequence.of_request(client, request, self._num_arrivals, readiness.max_model_len)
+        max_model_len = self._readiness.max_model_len
+        assert max_model_len is not None
+        return Sequence.of_request(client, request, self._num_arrivals, max_model_len, self._clock.now)
 
-    def _overload(self, sequence: Sequence, requests: RequestLifecycle) -> RequestOutput | None:
+    def _overload(self, sequence: Sequence) -> RequestOutput | None:
         """Return the output that refuses a request because too many wait already, or it would wait for too long."""
         limit, max_queue_s = self._max_waiting_requests, self._max_queue_s
-        is_full = len(requests.waiting) >= limit
+        is_full = len(self._requests.waiting) >= limit
         if not is_full and max_queue_s is None:
             return None
-        wait_s = requests.predicted_ttft_s(sequence)
+        wait_s = self._requests.predicted_ttft_s(sequence)
         if is_full:
             error = f"{limit} requests are waiting (performance.max_waiting_requests)"
             return _refuse(sequence.request, "OverloadedError", error, retry_after_s=wait_s)
@@ -201,29 +178,3 @@ class ClientServer:
             error = f"the first token would take about {wait_s:.1f} s (scheduler.max_queue_s is {max_queue_s:g})"
             return _refuse(sequence.request, "OverloadedError", error, retry_after_s=wait_s - max_queue_s)
         return None
-
-    # --- messages out ----------------------------------------------------------------------------
-
-    def push(self, client: bytes, output: RequestOutput) -> None:
-        """Add to the client's next batch."""
-        self._outputs[client].append(output)
-
-    def flush(self) -> None:
-        """Send every client its batch."""
-        while self._outputs:
-            client, outputs = self._outputs.popitem()
-            self.reply(client, OutputBatch(outputs=outputs))
-
-    def reply(self, client: bytes, reply: SchedulerReply) -> None:
-        """Send at once."""
-        try:
-            self._socket.send([client, self._encoder.encode(reply)])
-        except zmq.ZMQError:  # EHOSTUNREACH
-            self._outputs.pop(client, None)
-            self._on_client_gone(client)
-
-    def close(self) -> None:
-        """Close; what was just sent may still leave."""
-        self._socket.close(linger_ms=200)
-        if self._doorkeeper is not None:
-            self._doorkeeper.close()

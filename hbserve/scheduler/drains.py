@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hbserve.config import InstanceRole
 from hbserve.messages.admin import InstanceChanged, RemoveInstance, SetRole
 from hbserve.messages.worker import Shutdown
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.step_planner import StepPlanner
 from hbserve.scheduler.transfer_tracker import TransferTracker
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -41,7 +39,6 @@ class Drains:
     Args:
         transfers: opens and closes the links that the roles need.
         planner: tells workers of their new roles.
-        reply: sends to a client.
     """
 
     def __init__(
@@ -50,13 +47,15 @@ class Drains:
         transfers: TransferTracker,
         planner: StepPlanner,
         events: EventLog,
-        reply: Callable[[bytes, InstanceChanged], None],
+        clock: Clock,
+        outbox: OutboxWriter,
     ) -> None:
         self._instances = instances
         self._transfers = transfers
         self._planner = planner
         self._events = events
-        self._reply = reply
+        self._clock = clock
+        self._outbox = outbox
         self._drains: dict[str, _Drain] = {}
 
     def set_role(self, client: bytes, message: SetRole) -> None:
@@ -69,9 +68,11 @@ class Drains:
         if instance.role not in plain or message.role not in plain:
             problem = f"{instance.id} is {instance.role}: only prefill and decode instances change, into each other"
         elif instance.role is message.role:
-            self._reply(client, InstanceChanged(query_id=message.query_id))
+            self._outbox.reply(client, InstanceChanged(query_id=message.query_id))
             return
-        self._begin(instance, problem, _Drain((client, message.query_id), message.role, _after(message.deadline_s)))
+        self._begin(
+            instance, problem, _Drain((client, message.query_id), message.role, self._clock.now + message.deadline_s)
+        )
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """Begin to remove an instance, or tell the client why not."""
@@ -81,7 +82,7 @@ class Drains:
         problem = self._problem(instance)
         if problem is None and instance.role is InstanceRole.SEMI_PD:
             problem = f"{instance.id} is {instance.role}: it ends with the system"
-        self._begin(instance, problem, _Drain((client, message.query_id), None, _after(message.deadline_s)))
+        self._begin(instance, problem, _Drain((client, message.query_id), None, self._clock.now + message.deadline_s))
 
     def on_wants_to_leave(self, instance: InstanceHandle) -> None:
         """An instance was told to end and waits until it has nothing left. It may ask again."""
@@ -109,7 +110,7 @@ class Drains:
         instance = self._instances.get(message.instance_id)
         if instance is None:
             error = f"there is no instance {message.instance_id!r}; there are {', '.join(self._instances)}"
-            self._reply(client, InstanceChanged(query_id=message.query_id, error=error, is_unknown=True))
+            self._outbox.reply(client, InstanceChanged(query_id=message.query_id, error=error, is_unknown=True))
         return instance
 
     def _problem(self, instance: InstanceHandle) -> str | None:
@@ -125,7 +126,7 @@ class Drains:
         if problem is not None:
             assert drain.asked_by is not None
             client, query_id = drain.asked_by
-            self._reply(client, InstanceChanged(query_id=query_id, error=problem))
+            self._outbox.reply(client, InstanceChanged(query_id=query_id, error=problem))
             return
         instance.is_draining = True
         self._drains[instance.id] = drain
@@ -140,7 +141,7 @@ class Drains:
             is_empty = not (instance.num_sequences or instance.num_steps_in_flight)
             if is_empty and not self._transfers.touches(instance):
                 self._go_on(instance, drain)
-            elif drain.deadline is not None and time.monotonic() > drain.deadline and not drain.is_prepared:
+            elif drain.deadline is not None and self._clock.now > drain.deadline and not drain.is_prepared:
                 left = instance.num_sequences
                 self._end(name, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
 
@@ -159,7 +160,7 @@ class Drains:
         self._transfers.disconnect(instance)
         instance.change_role(drain.role)
         self._transfers.connect(self._instances.values())
-        logger.info("%s is %s now", instance.id, drain.role)
+        self._outbox.log(logging.INFO, f"{instance.id} is {drain.role} now")
         self._end(instance.id, None)
 
     def _end(self, name: str, error: str | None) -> None:
@@ -168,8 +169,4 @@ class Drains:
             self._instances[name].is_draining = False
         if drain.asked_by is not None:
             client, query_id = drain.asked_by
-            self._reply(client, InstanceChanged(query_id=query_id, error=error))
-
-
-def _after(seconds: float) -> float:
-    return time.monotonic() + seconds
+            self._outbox.reply(client, InstanceChanged(query_id=query_id, error=error))

@@ -9,15 +9,12 @@ so a sequence can change workers between two steps.
 from __future__ import annotations
 
 import heapq
-import time
-
-import zmq
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.worker import NUM_BOARD_CELLS, Hello, InstanceCommand
 from hbserve.policy.dispatch_timer import DispatchTimer
-from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import Work, WorkerHandle
 from hbserve.scheduler.worker_choice import WorkerChoice
@@ -46,22 +43,23 @@ class InstanceHandle:
         self,
         instance: InstanceConfig,
         config: Config,
-        context: zmq.Context[zmq.Socket[bytes]],
         address: str | None,
-        key: ClusterKey | None = None,
+        clock: Clock,
+        outbox: OutboxWriter,
     ) -> None:
         self.config = instance
+        self._clock = clock
         self.id = instance.instance_id
         self.role: InstanceRole = instance.instance_type
         self.workers: dict[str, WorkerHandle] = {}
         if address is not None:
-            self.workers[self.id] = WorkerHandle(self.id, self.role, 100, context, address, key)
+            self.workers[self.id] = WorkerHandle(self.id, self.role, 100, address, clock, outbox)
         self.allocations: dict[Sequence, KVAllocation] = {}
         self.reserved: dict[Sequence, KVAllocation] = {}
-        self.choice = WorkerChoice(self.role, self.workers, self.allocations, config)
+        self.choice = WorkerChoice(self.role, self.workers, self.allocations, config, clock)
         self.is_draining = False
         self.unsettled: dict[str, float] = {}
-        self.lost_since: float | None = time.monotonic()
+        self.lost_since: float | None = clock.now
         self.why_lost = "has not started yet"
         self.num_restarts = -1
         self._work_of_ended = Work()
@@ -146,7 +144,7 @@ class InstanceHandle:
         """Remember why a worker was lost and, if a phase now has no worker, since when."""
         self.why_lost = reason
         if self.lost_since is None and not self.ready:
-            self.lost_since = time.monotonic()
+            self.lost_since = self._clock.now
 
     def forget_worker(self, worker: WorkerHandle) -> list[InflightStep]:
         """Forget a worker that has ended; returns its steps that will never be confirmed."""

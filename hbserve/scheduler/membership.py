@@ -6,17 +6,15 @@ left. After that it is unknown here and may join again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 import msgspec
-import zmq
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.config.validation import with_instance
 from hbserve.errors import ConfigError
 from hbserve.messages.membership import Join, Joined
-from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.worker import WorkerHandle
 
@@ -25,16 +23,15 @@ class InstanceMembership:
     """Decides which instances may join; owner of which are joining and which have joined.
 
     Args:
-        context: ZeroMQ's, for connections to instances.
         instances: of the system, by id; those that have joined are added here.
     """
 
     def __init__(
-        self, config: Config, context: zmq.Context[zmq.Socket[bytes]], instances: dict[str, InstanceHandle]
+        self, config: Config, instances: dict[str, InstanceHandle], clock: Clock, outbox: OutboxWriter
     ) -> None:
         self._config = config
-        self._key = ClusterKey.of(config)
-        self._context = context
+        self._clock = clock
+        self._outbox = outbox
         self._instances = instances
         self._configured = {instance.instance_id: instance for instance in config.gpu_instances}
         self._joining: dict[str, tuple[InstanceHandle, float]] = {}
@@ -54,23 +51,23 @@ class InstanceMembership:
         there = self._instances.get(join.instance_id)
         worker = None if there is None else there.workers.get(there.id)
         if there is not None and worker is not None and worker.ready:
-            if worker.rpc.address == join.address and there.id in self._joined:
+            if worker.address == join.address and there.id in self._joined:
                 return self._answer(there), None  # it did not hear the scheduler for a while, and has missed nothing
-            return _refuse(f"there is {join.instance_id} already, at {worker.rpc.address}", is_taken=True), None
+            return _refuse(f"there is {join.instance_id} already, at {worker.address}", is_taken=True), None
         if worker is not None and join.instance_id not in self._joined:
-            return _refuse(f"the configuration has {join.instance_id}, at {worker.rpc.address}"), None
+            return _refuse(f"the configuration has {join.instance_id}, at {worker.address}"), None
         try:
             config = self._checked(join)
         except ConfigError as error:
             return _refuse(str(error).removeprefix(f"{error.key}: ")), None
         address = join.address
         if there is not None:
-            there.workers[there.id] = WorkerHandle(there.id, join.role, 100, self._context, address, self._key)
+            there.workers[there.id] = WorkerHandle(there.id, join.role, 100, address, self._clock, self._outbox)
             there.workers[there.id].role = there.role  # which may have been changed
             self._joined.add(there.id)
             return self._answer(there), there
-        new = InstanceHandle(config, self._config, self._context, address, self._key)
-        self._joining[new.id] = new, time.monotonic() + self._config.rpc.start_timeout_s
+        new = InstanceHandle(config, self._config, address, self._clock, self._outbox)
+        self._joining[new.id] = new, self._clock.now + self._config.rpc.start_timeout_s
         return self._answer(new), new
 
     def _checked(self, join: Join) -> InstanceConfig:
@@ -121,9 +118,9 @@ class InstanceMembership:
             self._instances[instance.id] = instance
             self._joined.add(instance.id)
 
-    def overdue(self, now: float) -> list[InstanceHandle]:
+    def overdue(self) -> list[InstanceHandle]:
         """Return instances that asked to join and did not come in time."""
-        return [instance for instance, deadline in self._joining.values() if now > deadline]
+        return [instance for instance, deadline in self._joining.values() if self._clock.now > deadline]
 
     def on_gone(self, instance: InstanceHandle, for_good: bool = False) -> bool:
         """An instance was lost, has left or did not come; returns whether it is no part of the system any more.

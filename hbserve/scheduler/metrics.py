@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -12,13 +11,11 @@ from typing import Any, get_args
 from hbserve.config import SchedulerConfig
 from hbserve.messages.supervisor import EventKind
 from hbserve.metrics.collector import SemiPDMetricsCollector
-from hbserve.metrics.tracing import RequestTracer
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.policy.queue_policy import QueuePolicy
+from hbserve.scheduler.core_io import Clock, EndedRequest, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightStep, Phase, Sequence
-
-logger = logging.getLogger(__name__)
 
 MAX_EVENTS = 200
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
@@ -28,7 +25,9 @@ _FIRST_FAULT = EVENT_KINDS.index("lost")
 class EventLog:
     """The last events of a system: instances that come and go, roles, rotations, faults."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock, outbox: OutboxWriter) -> None:
+        self._clock = clock
+        self._outbox = outbox
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._numbers = itertools.count(1)
         self.counts = dict.fromkeys(EVENT_KINDS, 0)
@@ -44,9 +43,10 @@ class EventLog:
         self.counts[kind] += 1
         if not is_logged:
             level = logging.WARNING if EVENT_KINDS.index(kind) >= _FIRST_FAULT else logging.INFO
-            logger.log(level, "%s: %s: %s", kind, subject, text)
+            self._outbox.log(level, f"{kind}: {subject}: {text}")
+        now = self._clock.unix_time
         self._events.append(
-            {"number": next(self._numbers), "time": time.time(), "kind": kind, "subject": subject, "text": text}
+            {"number": next(self._numbers), "time": now, "kind": kind, "subject": subject, "text": text}
         )
 
     def as_list(self) -> list[dict[str, Any]]:
@@ -60,18 +60,17 @@ class SchedulerMetrics:
     Args:
         collector: keeps the sliding window; its clock times everything.
         targets: holds the targets of requests that come without.
-        tracer: gets every request that has ended; `close` closes it.
     """
 
     def __init__(
         self,
         collector: SemiPDMetricsCollector,
-        targets: SchedulerConfig | None = None,
-        tracer: RequestTracer | None = None,
+        targets: SchedulerConfig,
+        outbox: OutboxWriter,
     ) -> None:
         self.collector = collector
-        self._tracer = tracer
-        self._targets = targets or SchedulerConfig()
+        self._targets = targets
+        self._outbox = outbox
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -116,13 +115,7 @@ class SchedulerMetrics:
         """A request has ended: ``completed``, ``aborted`` or ``failed``."""
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
         self.collector.record_request_completion(_name(sequence), num_tokens, outcome == "completed")
-        if self._tracer is not None:
-            self._tracer.record(sequence.id, sequence.metrics, outcome)
-
-    def close(self) -> None:
-        """Send the traces that are left."""
-        if self._tracer is not None:
-            self._tracer.close()
+        self._outbox.on_ended(EndedRequest(sequence.id, sequence.metrics, outcome))
 
     # --- steps -----------------------------------------------------------------------------------
 

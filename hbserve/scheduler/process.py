@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import msgspec
 
@@ -15,7 +16,9 @@ from hbserve.config import Config
 from hbserve.errors import HBServeError, SupersededError
 from hbserve.import_path import load_class
 from hbserve.process import child
+from hbserve.scheduler.core_io import Start
 from hbserve.scheduler.scheduler import CpuScheduler
+from hbserve.scheduler.shell import SchedulerShell
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +31,16 @@ async def run_scheduler(config: Config, client_address: str, instance_addresses:
     scheduler_class: type[CpuScheduler] = CpuScheduler
     if config.performance.scheduler is not None:
         scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
-    scheduler = scheduler_class(config, client_address, instance_addresses)
+    start = Start(now=time.monotonic(), time_ns=time.time_ns())
+    scheduler = scheduler_class(config, instance_addresses, start)
+    shell = SchedulerShell(scheduler, config, client_address)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, scheduler.stop)
-    child.watch_parent(lambda: loop.call_soon_threadsafe(scheduler.stop))
+        loop.add_signal_handler(number, shell.stop)
+    child.watch_parent(lambda: loop.call_soon_threadsafe(shell.stop))
     child.freeze_heap()
     child.report_status({"ready": True})
-    await scheduler.run()
+    await shell.run()
 
 
 def main() -> None:

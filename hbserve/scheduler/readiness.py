@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from hbserve.messages.client import NotReady, Ready
 from hbserve.messages.worker import Hello
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 
@@ -23,13 +23,15 @@ class Readiness:
         self,
         instances: Mapping[str, InstanceHandle],
         transfers: TransferTracker,
-        reply: Callable[[bytes, Ready | NotReady], None],
+        clock: Clock,
+        outbox: OutboxWriter,
     ) -> None:
         self.max_model_len: int | None = None
         self.vocab_size = 0
         self._instances = instances
         self._transfers = transfers
-        self._reply = reply
+        self._clock = clock
+        self._outbox = outbox
         self._subscribers: dict[bytes, float] = {}
         self._failures: dict[str, str] = {}  # of instances that cannot start, until they register after all
 
@@ -41,7 +43,7 @@ class Readiness:
 
     def subscribe(self, client: bytes, deadline_s: float) -> None:
         """Add a client; it gets its answer by the deadline."""
-        self._subscribers[client] = time.monotonic() + deadline_s
+        self._subscribers[client] = self._clock.now + deadline_s
         self._deny_if_failed()
         self.announce()
 
@@ -67,9 +69,9 @@ class Readiness:
         if failures:
             self._tell(list(self._subscribers), NotReady(reason="; ".join(failures)))
 
-    def check_deadlines(self, now: float) -> None:
+    def check_deadlines(self) -> None:
         """Send `NotReady` to subscribers whose deadline has passed."""
-        late = [client for client, deadline in self._subscribers.items() if now > deadline]
+        late = [client for client, deadline in self._subscribers.items() if self._clock.now > deadline]
         if late:
             self._tell(late, NotReady(reason=f"not ready in time: {self.name_missing()}"))
 
@@ -78,7 +80,7 @@ class Readiness:
         missing = []
         for instance in self._instances.values():
             if not instance.ready:
-                at = "".join(f" at {worker.rpc.address}" for worker in instance.workers.values())
+                at = "".join(f" at {worker.address}" for worker in instance.workers.values())
                 missing.append(f"{instance.id}{at} ({instance.why_lost})")
         missing += [f"the KV link {source}->{target} (not open yet)" for source, target in self._transfers.connecting]
         return ", ".join(missing) or "nothing"
@@ -86,4 +88,4 @@ class Readiness:
     def _tell(self, clients: list[bytes], reply: Ready | NotReady) -> None:
         for client in clients:
             del self._subscribers[client]
-            self._reply(client, reply)
+            self._outbox.reply(client, reply)

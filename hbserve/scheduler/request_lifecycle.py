@@ -12,12 +12,10 @@ The path of memory: `_enter` decides that an allocation goes, and is the only ca
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config
@@ -27,6 +25,7 @@ from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import NO_TOKEN, StepResult
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.admission import Admission
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
@@ -52,11 +51,8 @@ class RequestLifecycle:
         instances: by id; an instance that has left is not in it.
         transfers: bring KV from one allocation to the other.
         events: told of transfers that failed.
-        push: sends a request's output to its client.
-        wake: makes the scheduler plan again.
 
     Attributes:
-        waiting: requests that are not yet admitted, in the order of the policy.
         counts: of what has happened since the start, by name.
     """
 
@@ -67,25 +63,29 @@ class RequestLifecycle:
         transfers: TransferTracker,
         metrics: SchedulerMetrics,
         events: EventLog,
-        push: Callable[[bytes, RequestOutput], None],
-        wake: Callable[[], None],
+        clock: Clock,
+        outbox: OutboxWriter,
     ) -> None:
-        self.waiting: list[Sequence] = []
         self.counts: defaultdict[str, int] = defaultdict(int)
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
         self._instances = instances
         self._transfers = transfers
         self._metrics = metrics
         self._events = events
-        self._push = push
-        self._wake = wake
+        self._clock = clock
+        self._outbox = outbox
         self._queue = WaitingQueue(config)
-        self._admission = Admission(instances, config, self._queue.policy, transfers.is_open)
+        self._admission = Admission(instances, config, clock, self._queue.policy, transfers.is_open)
         self._max_attempts = config.kv_transfer.max_attempts
         self._shares_prefixes = config.performance.enable_prefix_caching
 
     def __len__(self) -> int:
         return len(self._sequences)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Requests that are not yet admitted, in the order of the policy."""
+        return self._queue.waiting
 
     @property
     def policy(self) -> QueuePolicy:
@@ -126,27 +126,27 @@ class RequestLifecycle:
         """Have a new request wait."""
         self._sequences[sequence.client, sequence.id] = sequence
         if not self.waiting:
-            self._queue.on_first_waiting(time.monotonic())
+            self._queue.on_first_waiting(self._clock.now)
             self._admission.is_full = False
-        self._queue.insert(self.waiting, sequence)
+        self._queue.insert(sequence)
         self._metrics.on_arrived(sequence)
         logger.debug("request %s: taken, %d prompt tokens", sequence.id, sequence.num_prompt_tokens)
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:
         """Predict how long a request that has just come would wait for its first token."""
         return self._queue.predicted_ttft_s(
-            sequence, self.waiting, self._instances.values(), self._admission.is_full, time.monotonic()
+            sequence, self._instances.values(), self._admission.is_full, self._clock.now
         )
 
-    def in_order(self, now: float) -> Items[Sequence]:
+    def in_order(self) -> Items[Sequence]:
         """Return the waiting requests in the order of admission."""
-        return self._queue.in_order(self.waiting, self._instances.values(), now)
+        return self._queue.in_order(self._instances.values(), self._clock.now)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a waiting request its allocations for prefill and decode, both or neither; False if nothing fits now."""
         if not self._admission.allocate(sequence):
             return False
-        self.waiting.remove(sequence)
+        self._queue.remove(sequence)
         self._enter(sequence, Phase.PREFILLING)
         allocation = sequence.prefill_allocation
         assert allocation is not None
@@ -164,7 +164,7 @@ class RequestLifecycle:
 
     def on_step_done(self, worker: WorkerHandle, result: StepResult) -> None:
         """A worker has computed its oldest step in flight: KV has grown, and tokens are here."""
-        now = time.monotonic()
+        now = self._clock.now
         step = worker.end_step(result, now)
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         scores = iter(result.prompt_logprobs or [])
@@ -208,8 +208,8 @@ class RequestLifecycle:
         allocation.num_planned = row.end - 1
         delay_s = min(_MASK_DELAY_S * 2**sequence.num_late_masks, _MAX_MASK_DELAY_S)
         sequence.num_late_masks += 1
-        sequence.planned_from = time.monotonic() + delay_s
-        asyncio.get_running_loop().call_later(delay_s, self._wake)
+        sequence.planned_from = self._clock.now + delay_s
+        self._clock.call_at(sequence.planned_from)
 
     def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
         """Note that KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -230,7 +230,7 @@ class RequestLifecycle:
         if new:
             sequence.num_scored += len(new)
             output = RequestOutput(request_id=sequence.id, token_ids=[], prompt_logprobs=new)
-            self._push(sequence.client, output)
+            self._outbox.push(sequence.client, output)
 
     def _on_token(
         self, sequence: Sequence, allocation: KVAllocation, token: int, logprobs: TokenLogprobs | None
@@ -243,7 +243,7 @@ class RequestLifecycle:
         self.counts["generated_tokens"] += 1
         is_first = sequence.first_token_time is None
         if is_first:
-            sequence.first_token_time = time.monotonic()
+            sequence.first_token_time = self._clock.now
             self._metrics.on_first_token(sequence)
             logger.debug("request %s: first token, from %s", sequence.id, allocation.instance_id)
         finish_reason = None
@@ -251,7 +251,7 @@ class RequestLifecycle:
             finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.max_total_tokens:
             finish_reason = "length"
-        self._push(
+        self._outbox.push(
             sequence.client,
             RequestOutput(
                 request_id=sequence.request.request_id,
@@ -305,7 +305,7 @@ class RequestLifecycle:
     def _on_prefilled(self, sequence: Sequence) -> None:
         """The prompt is computed; transfers pin its blocks here until they have arrived at the decode instance."""
         self._enter(sequence, Phase.TRANSFERRING)
-        sequence.prefilled_at = time.monotonic()
+        sequence.prefilled_at = self._clock.now
         self._start_decoding_if_arrived(sequence)
 
     def on_transfer_ended(self, result: TransferResult) -> None:
@@ -325,7 +325,7 @@ class RequestLifecycle:
         num_blocks = len(transfer.target_blocks)
         logger.debug("request %s: transfer %s arrived, %d blocks", sequence.id, transfer.transfer_id, num_blocks)
         if sequence.phase is Phase.TRANSFERRING and not sequence.open_transfers:
-            self._transfers.count_exposed(transfer, time.monotonic() - sequence.prefilled_at)
+            self._transfers.count_exposed(transfer, self._clock.now - sequence.prefilled_at)
         self._start_decoding_if_arrived(sequence)
 
     def _start_decoding_if_arrived(self, sequence: Sequence) -> None:
@@ -377,8 +377,8 @@ class RequestLifecycle:
         self._count_retry(sequence, reason)
         # Not at once: what made it fail may take a moment to be noticed.
         delay_s = min(_RETRY_DELAY_S * 2 ** (sequence.num_failures - 1), _MAX_RETRY_DELAY_S)
-        sequence.retry_at = time.monotonic() + delay_s
-        asyncio.get_running_loop().call_later(delay_s, self._wake)
+        sequence.retry_at = self._clock.now + delay_s
+        self._clock.call_at(sequence.retry_at)
 
     def _count_retry(self, sequence: Sequence, reason: str) -> None:
         logger.debug("request %s: retried, attempt %d: %s", sequence.id, sequence.attempt + 1, reason)
@@ -391,7 +391,7 @@ class RequestLifecycle:
         sequence.attempt += 1
         sequence.num_blocks_dispatched = 0
         sequence.open_transfers.clear()
-        self._queue.insert(self.waiting, sequence)
+        self._queue.insert(sequence)
 
     # --- ends ------------------------------------------------------------------------------------
 
@@ -405,7 +405,7 @@ class RequestLifecycle:
     ) -> None:
         """End a request for another reason than its tokens, and tell its client."""
         self._close(sequence, {"abort": "aborted", "error": "failed"}.get(reason, "completed"), error or reason)
-        self._push(
+        self._outbox.push(
             sequence.client,
             RequestOutput(
                 request_id=sequence.id,
@@ -433,11 +433,11 @@ class RequestLifecycle:
             outcome: ``completed``, ``aborted`` or ``failed``.
         """
         if sequence.phase is Phase.WAITING:
-            self.waiting.remove(sequence)
+            self._queue.remove(sequence)
         self._enter(sequence, Phase.FINISHED)
         del self._sequences[sequence.client, sequence.id]
         self.counts[outcome] += 1
-        self._queue.on_request_ended(time.monotonic())
+        self._queue.on_request_ended(self._clock.now)
         self._metrics.on_ended(sequence, outcome)
         num_tokens = len(sequence.tokens) - sequence.num_prompt_tokens
         logger.debug("request %s: finished, %s (%s), %d tokens", sequence.id, outcome, cause, num_tokens)

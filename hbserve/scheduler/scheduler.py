@@ -1,21 +1,22 @@
 """The CPU scheduler: sole owner of every request and every block table.
 
-It runs in a process of its own (`hbserve.scheduler.process`): one thread, one event loop, no locks. Messages change
-the scheduler's records. After each batch of messages `CpuScheduler` plans.
+`CpuScheduler` is a state machine. Each `step` takes what has happened, decides everything, and returns what is to be
+done. It runs in a process of its own (`hbserve.scheduler.process`): one thread, one event loop, no locks. There
+`hbserve.scheduler.shell` receives the messages, calls `step`, sends what it returns, and keeps its timer.
 
 A request's life, in order; each step runs in the function that is named:
 
-1.  A client's `AddRequest` comes: `ClientServer.serve`. `validate` refuses what can never be computed.
+1.  A client's `AddRequest` comes: `ClientMessages.on_message`. `validate` refuses what can never be computed.
 2.  The request waits in the order of ``scheduler.policy``: `RequestLifecycle.add`, `WaitingQueue.insert`.
 3.  It is admitted: `CpuScheduler._schedule_waiting_requests` -> `Admission.allocate` takes a slot and KV blocks for
     prefill and for decode, both or neither.
 4.  Its prompt is planned in chunks: `CpuScheduler._fill_pipelines` -> `WorkerChoice.choose_workers` says which worker
     computes, `StepPlanner.plan_step` sends that worker a `StepPlan`.
 5.  The KV of each chunk moves to the decode instance, if that is another one: `TransferTracker.open`.
-6.  Results come: `WorkerConnections` -> `WorkerRegistry` -> `RequestLifecycle.on_step_done`. The last chunk brings the
-    first token. The prefill allocation is freed; transfers keep its blocks pinned.
+6.  Results come: `WorkerRegistry.on_reply` -> `RequestLifecycle.on_step_done`. The last chunk brings the first token.
+    The prefill allocation is freed; transfers keep its blocks pinned.
 7.  The last transfer has arrived: `RequestLifecycle.on_transfer_ended`. The request decodes.
-8.  One token is planned in each step (as 4) and comes as a result (as 6). `ClientServer.flush` sends all new tokens.
+8.  One token is planned in each step (as 4) and comes as a result (as 6). `OutboxWriter.take` batches all new tokens.
 9.  The last token ends it: `RequestLifecycle._close`; its memory is freed: `RequestLifecycle.free_allocation`.
 
 On the way it can go back to step 2: `RequestLifecycle.preempt` (an older request needs its blocks), `on_memory_lost`
@@ -27,19 +28,24 @@ allocation?", never "which mode is this?".
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from collections import defaultdict
-from typing import Any
-
-import zmq
 
 from hbserve.config import Config
 from hbserve.metrics.collector import SemiPDMetricsCollector
-from hbserve.metrics.tracing import RequestTracer
-from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.scheduler.clients import ClientServer
+from hbserve.scheduler.clients import ClientMessages
+from hbserve.scheduler.core_io import (
+    ClientGone,
+    Clock,
+    ConnectionBroke,
+    FromClient,
+    FromWorker,
+    Inbox,
+    InboxEvent,
+    Outbox,
+    OutboxWriter,
+    Start,
+)
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
@@ -53,47 +59,45 @@ from hbserve.scheduler.worker_registry import WorkerRegistry
 
 
 class CpuScheduler:
-    """Takes requests, plans steps, and sends tokens back.
+    """The scheduler's core: takes requests, plans steps, and answers, one `step` after the other.
+
+    It does nothing but compute: it reads no clock and touches no socket, and the same inboxes at the same times give
+    the same outboxes. `hbserve.scheduler.shell` connects it to the world.
 
     To schedule by another policy, subclass it, override `_schedule_waiting_requests` and name the
     class in the configuration as ``performance.scheduler: package.module:Class``.
 
     Args:
-        client_address: where clients connect.
         instance_addresses: where each instance listens, by id; the workers of an instance without an address are
             announced by `SetWorkers`.
-
-    Raises:
-        StartupError: if the client address cannot be had.
     """
 
-    def __init__(self, config: Config, client_address: str, instance_addresses: dict[str, str]) -> None:
+    def __init__(self, config: Config, instance_addresses: dict[str, str], start: Start) -> None:
         self.config = config
-        self._wake = asyncio.Event()
-        self._stop = asyncio.Event()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context = context
-        key, wake = ClusterKey.of(config), self._wake.set
-        self._clients = clients = ClientServer(config, context, client_address, self._on_client_gone)
+        self._clock = clock = Clock(start)
+        self._outbox = outbox = OutboxWriter()
+        self._next_tick = start.now
+        self._has_settled = False
         self.instances = instances = {
             instance.instance_id: InstanceHandle(
-                instance, config, context, instance_addresses.get(instance.instance_id), key
+                instance, config, instance_addresses.get(instance.instance_id), clock, outbox
             )
             for instance in config.gpu_instances
         }
-        endpoint = config.telemetry.otlp_endpoint
-        tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)
-        self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, tracer)
-        events = EventLog()
+        self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
+        events = EventLog(clock, outbox)
         transfers = TransferTracker(config.kv_transfer.verify)
-        self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, clients.push, wake)
-        self._planner = StepPlanner(config, transfers, requests.preempt, requests.policy)
-        self._readiness = readiness = Readiness(instances, transfers, clients.reply)
-        self._drains = drains = Drains(instances, transfers, self._planner, events, clients.reply)
-        self._stats = SystemStats(instances, requests, transfers, metrics, events)
-        self._workers = WorkerRegistry(
-            config, context, instances, transfers, requests, readiness, drains, events, clients.reply, wake
+        self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, clock, outbox)
+        self._planner = planner = StepPlanner(
+            config, clock, transfers, requests.preempt, requests.policy, last_step_id=start.time_ns
         )
+        self._readiness = readiness = Readiness(instances, transfers, clock, outbox)
+        self._drains = drains = Drains(instances, transfers, planner, events, clock, outbox)
+        self._stats = stats = SystemStats(instances, requests, transfers, metrics, events, clock)
+        self._workers = workers = WorkerRegistry(
+            config, instances, transfers, requests, readiness, drains, events, clock, outbox, start.time_ns
+        )
+        self._clients = ClientMessages(config, clock, outbox, requests, readiness, stats, drains, workers)
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -110,59 +114,76 @@ class CpuScheduler:
         """Counts of what has happened since the start, by name; a policy may count, too."""
         return self._requests.counts
 
-    # --- the process' life -----------------------------------------------------------------------
+    @property
+    def now(self) -> float:
+        """The time of the step under way, on the clock of `Sequence.arrival_time`."""
+        return self._clock.now
 
-    async def run(self) -> None:
-        """Serve until `stop`."""
-        clients = self._clients.serve(
-            self._requests, self._readiness, self._stats, self._drains, self._workers, self._wake.set
-        )
-        loops = (self._workers.serve(), clients, self._tick(), self._run_schedule())
-        tasks = [asyncio.create_task(loop) for loop in loops]
-        stopped = asyncio.create_task(self._stop.wait())
-        ends: list[asyncio.Task[Any]] = [stopped, *tasks]
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in ends:
-            task.cancel()
-        await asyncio.gather(*ends, return_exceptions=True)
-        self._clients.close()
-        self._context.term()
-        self._metrics.close()
-        for end in done:
-            if end is not stopped:
-                end.result()  # raises: a loop ends only by an error
+    # --- a step ----------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Make `run` return."""
-        self._stop.set()
+    def step(self, now: float, inbox: Inbox = ()) -> Outbox:
+        """Take in what has happened, decide, and return what is to be done.
 
-    def _on_client_gone(self, client: bytes) -> None:
-        self._readiness.on_client_gone(client)
-        self._requests.abort_all_of(client)
+        Args:
+            now: seconds, on the clock of `Start`; never less than in the step before. The scheduler takes it that it
+                was asleep itself if ``now`` is long after the time to which the last outbox asked to be called.
 
-    # --- scheduling ------------------------------------------------------------------------------
-
-    async def _run_schedule(self) -> None:
-        """Plan whenever something has changed: admit, fill every worker's pipeline, send clients their tokens."""
-        loop = asyncio.get_running_loop()
-        alarm: asyncio.TimerHandle | None = None
+        Raises:
+            SupersededError: a worker obeys a scheduler that was started later; this one must end.
+            RuntimeError: an override of `_schedule_waiting_requests` waits, which only `step_async` allows.
+        """
+        step = self.step_async(now, inbox)
         try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                if alarm is not None:
-                    alarm.cancel()
-                await self._schedule_waiting_requests()
-                wait_s = math.inf
-                for instance in self.instances.values():
-                    wait_s = min(wait_s, self._fill_pipelines(instance))
-                    self._workers.end_drained(instance)
-                alarm = loop.call_later(wait_s, self._wake.set) if wait_s < math.inf else None
-                self._drains.proceed()
-                self._clients.flush()
-        finally:
-            if alarm is not None:
-                alarm.cancel()
+            step.send(None)
+        except StopIteration as end:
+            outbox: Outbox = end.value
+            return outbox
+        step.close()
+        raise RuntimeError(f"{type(self).__name__}._schedule_waiting_requests waits for something: use step_async")
+
+    async def step_async(self, now: float, inbox: Inbox = ()) -> Outbox:
+        """Do a `step`. It waits only if an override of `_schedule_waiting_requests` does."""
+        self._clock.advance(now)
+        for event in inbox:
+            self._receive(event)
+        self._expire_deadlines()
+        plan_at, self._has_settled = math.inf, False
+        while not self._has_settled:
+            self._has_settled = True
+            await self._schedule_waiting_requests()
+            plan_at = min((self._fill_pipelines(instance) for instance in self.instances.values()), default=math.inf)
+        self._workers.end_drained()
+        self._drains.proceed()
+        return self._outbox.take(call_at=min(plan_at, self._clock.next_call))
+
+    def _receive(self, event: InboxEvent) -> None:
+        """Change the records by what has happened."""
+        match event:
+            case FromWorker(connection, reply):
+                self._workers.on_reply(connection, reply)
+            case FromClient(client, message):
+                self._clients.on_message(client, message)
+            case ClientGone(client):
+                self._readiness.on_client_gone(client)
+                self._requests.abort_all_of(client)
+            case ConnectionBroke(connection):
+                self._workers.on_connection_broke(connection)
+
+    def _expire_deadlines(self) -> None:
+        """Greet new workers; at every heartbeat interval, ping all workers and give up what is overdue."""
+        self._workers.greet()
+        now, interval_s = self._clock.now, self.config.rpc.heartbeat_interval_s
+        if now < self._next_tick:
+            return
+        was_asleep = now - self._next_tick > 3 * interval_s + 1.0  # workers may seem silent only because this one was
+        self._next_tick = now + interval_s
+        self._clock.call_at(self._next_tick)
+        self._workers.check_heartbeats(was_asleep)
+        self._readiness.check_deadlines()
+        if (reason := self._workers.missing_phase()) is not None:
+            for sequence in list(self.waiting):
+                self._requests.fail(sequence, reason)
+        self._stats.observe()
 
     async def _schedule_waiting_requests(self) -> None:
         """Admit waiting requests in the order of ``scheduler.policy``: the hook for other policies.
@@ -170,8 +191,8 @@ class CpuScheduler:
         An override may reorder ``self.waiting`` and calls ``self._admit(sequence)``, which gives a
         request its allocations and removes it from ``self.waiting``, or returns False if nothing fits now.
         """
-        now = time.monotonic()
-        for sequence in list(self._requests.in_order(now)):
+        now = self._clock.now
+        for sequence in list(self._requests.in_order()):
             if sequence.retry_at <= now and not self._admit(sequence):
                 break
 
@@ -181,10 +202,10 @@ class CpuScheduler:
     def _fill_pipelines(self, instance: InstanceHandle) -> float:
         """Send an instance's workers steps until each has enough in flight, or there is nothing to do.
 
-        While a worker computes a long step, its next step is planned as late as possible. Returns after how many
-        seconds the next plan of the instance is due; infinity: no plan waits for that.
+        While a worker computes a long step, its next step is planned as late as possible. Returns when the next plan
+        of the instance is due; infinity: no plan waits for that.
         """
-        next_plan_s = math.inf
+        next_plan_at, now = math.inf, self._clock.now
         choice = instance.choice
         for worker in instance.workers.values():
             if worker.ready and not worker.is_introduced:
@@ -195,31 +216,14 @@ class CpuScheduler:
                 continue
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
             ahead = choice.steps_ahead(worker)
-            timings = {worker.timing, *(other.timing for other, _ in ahead)}
+            timings = [worker.timing, *dict.fromkeys(other.timing for other, _ in ahead)]
             while len(worker.inflight) + len(ahead) < choice.max_in_flight(phases, depth):
-                if (wait_s := max(timing.wait_s(time.monotonic()) for timing in timings)) > 0:
-                    next_plan_s = min(next_plan_s, wait_s)
+                if (wait_s := max([timing.wait_s(now) for timing in timings])) > 0:
+                    next_plan_at = min(next_plan_at, now + wait_s)
                     break
                 if not self._planner.plan_step(instance, worker, phases):
                     break
                 choice.on_planned(worker, phases)
                 if self.waiting:
-                    self._wake.set()  # what this step took may leave room for more
-        return next_plan_s
-
-    async def _tick(self) -> None:
-        """Check heartbeats and deadlines, at every heartbeat interval."""
-        interval_s = self.config.rpc.heartbeat_interval_s
-        last = time.monotonic()
-        while True:
-            now = time.monotonic()
-            was_asleep = now - last > 4 * interval_s + 1.0  # the workers may seem silent only because this process was
-            last = now
-            self._workers.check_heartbeats(now, was_asleep)
-            self._readiness.check_deadlines(now)
-            if (reason := self._workers.missing_phase(now)) is not None:
-                for sequence in list(self.waiting):
-                    self._requests.fail(sequence, reason)
-            self._stats.observe()
-            self._wake.set()  # plan again what was lost, and send what was given up
-            await asyncio.sleep(interval_s)
+                    self._has_settled = False  # what this step took may leave room for more
+        return next_plan_at

@@ -14,7 +14,6 @@ sequences, so an object reference would close an import circle. `RequestLifecycl
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -162,7 +161,7 @@ class Sequence:
     Attributes:
         client: ZeroMQ identity of the client that sent the request.
         arrival: a number that grows with every request.
-        arrival_time: on the monotonic clock; for policies that weigh how long it has waited.
+        arrival_time: on the scheduler's clock; for policies that weigh how long it has waited.
         tokens: prompt and output so far.
         attempt: how often it has been put back; results of earlier attempts are void.
         prefill_allocation, decode_allocation: the same object where one instance does both; the decode
@@ -173,7 +172,7 @@ class Sequence:
         num_failures: attempts in a row that ended in a failure; progress resets it.
         num_tokens_at_failure: number of tokens at the last failure.
         num_setbacks: how often steps of it have been lost since its last token.
-        retry_at: when it may be admitted again after a failure, on the monotonic clock.
+        retry_at: when it may be admitted again after a failure, on the scheduler's clock.
         num_scored: prompt tokens whose log-probabilities the client has, not counting the first token, which has none.
         num_late_masks: steps since its last token in which the mask of its grammar was not there.
         planned_from: when it may be in a plan again after a step without the mask of its grammar, on the same clock.
@@ -187,7 +186,7 @@ class Sequence:
     tokens: list[int]
     end_token_ids: frozenset[int]
     max_total_tokens: int
-    arrival_time: float = field(default_factory=time.monotonic)
+    arrival_time: float
     phase: Phase = Phase.WAITING
     attempt: int = 0
     prefill_allocation: KVAllocation | None = None
@@ -210,13 +209,13 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of_request(cls, client: bytes, request: AddRequest, arrival: int, max_model_len: int) -> Sequence:
+    def of_request(cls, client: bytes, request: AddRequest, arrival: int, max_model_len: int, now: float) -> Sequence:
         """Make the records of a request that has just come.
 
         If an earlier scheduler had the request, it goes on from the tokens that the client has, as if it had been
         preempted after them.
         """
-        now, prompt, max_tokens = time.monotonic(), request.prompt_token_ids, request.sampling.max_tokens
+        prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
         assert max_tokens is not None, "clients resolve it"
         sequence = cls(
             client=client,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -13,6 +12,7 @@ from hbserve.config import InstanceRole
 from hbserve.messages.supervisor import ReportEvent
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
@@ -68,13 +68,15 @@ class SystemStats:
         transfers: TransferTracker,
         metrics: SchedulerMetrics,
         events: EventLog,
+        clock: Clock,
     ) -> None:
         self._instances = instances
         self._requests = requests
         self._transfers = transfers
         self._metrics = metrics
         self._events = events
-        self._start_time = time.monotonic()
+        self._clock = clock
+        self._start_time = clock.now
 
     def observe(self) -> None:
         """Record the queues and pools as they are now."""
@@ -144,7 +146,7 @@ class SystemStats:
             "prompt_tokens": counts["prompt_tokens"],
             "cached_prompt_tokens": counts["cached_prompt_tokens"],
             "generated_tokens": counts["generated_tokens"],
-            "uptime_s": time.monotonic() - self._start_time,
+            "uptime_s": self._clock.now - self._start_time,
         }
 
     def _kv_transfer(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork
+from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.transfer_tracker import TransferTracker
@@ -34,10 +34,17 @@ class StepPlanner:
         transfers: opens the transfers of computed chunks.
         preempt: puts a sequence back to waiting, because an older one needs its blocks.
         policy: says which prompt goes first.
+        last_step_id: number before the first step's.
     """
 
     def __init__(
-        self, config: Config, transfers: TransferTracker, preempt: Callable[[Sequence], None], policy: QueuePolicy
+        self,
+        config: Config,
+        clock: Clock,
+        transfers: TransferTracker,
+        preempt: Callable[[Sequence], None],
+        policy: QueuePolicy,
+        last_step_id: int,
     ) -> None:
         self._policy = policy
         self._chunked = config.chunked_prefill
@@ -47,14 +54,14 @@ class StepPlanner:
         self._preempt = preempt
         self._logs_plans = logger.isEnabledFor(logging.DEBUG)
         self._layer_group_bytes = config.kv_transfer.layer_group_bytes
-        # Larger than any id of an earlier scheduler: workers compare ids, and may outlive their scheduler.
-        self._last_step_id = time.time_ns()
+        self._clock = clock
+        self._last_step_id = last_step_id
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
         step = _StepBuilder(worker)
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
-        now = time.monotonic()
+        now = self._clock.now
         items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
         allocations = sorted(items, key=lambda item: item[0].arrival)
         limit_s = instance.choice.mixed_limit_s(worker, phases, self._prompt_budget)
@@ -69,7 +76,7 @@ class StepPlanner:
             return False
         self._open_transfers(instance, step)
         if time_budget is not None:
-            instance.choice.on_mixed_step(time.monotonic(), bool(step.prefill_rows))
+            instance.choice.on_mixed_step(self._clock.now, bool(step.prefill_rows))
         self._send(instance, worker, step, worker.role)
         return True
 
@@ -128,7 +135,7 @@ class StepPlanner:
 
     def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
         self._last_step_id += 1
-        step_id, now, after = self._last_step_id, time.monotonic(), None
+        step_id, now, after = self._last_step_id, self._clock.now, None
         ahead = instance.choice.steps_ahead(worker) if step.rows else []
         ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
         last = max(ahead, key=lambda item: item[1].step_id, default=None)
@@ -164,7 +171,7 @@ class StepPlanner:
         prefills = [item for item in allocations if item[1].num_planned < item[1].num_tokens_at_entry]
         if len(prefills) < 2:
             return prefills
-        now = time.monotonic()
+        now = self._clock.now
         return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
 
     def _plan_decode(

@@ -17,23 +17,32 @@ _MAX_ENDS = 64
 
 
 class WaitingQueue:
-    """Applies ``scheduler.policy`` to the list of waiting sequences, which `RequestLifecycle` holds."""
+    """The waiting sequences, in the order of ``scheduler.policy``.
+
+    Attributes:
+        waiting: the sequences; a user's policy may reorder the list, and nothing else changes it.
+    """
 
     def __init__(self, config: Config) -> None:
+        self.waiting: list[Sequence] = []
         self._tokens_per_step = prefill_budget(config)
         self._rate = PrefillRate()
         self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
         self.policy = make_policy(config.scheduler, self._rate.prompt_s, lambda: self._rate.step_s)
 
-    def insert(self, waiting: list[Sequence], sequence: Sequence) -> None:
+    def insert(self, sequence: Sequence) -> None:
         """Insert a sequence that begins to wait."""
         sequence.rank = self.policy.rank(sequence)
-        if waiting and sequence.rank < waiting[-1].rank:
-            bisect.insort(waiting, sequence, key=lambda other: other.rank)
+        if self.waiting and sequence.rank < self.waiting[-1].rank:
+            bisect.insort(self.waiting, sequence, key=lambda other: other.rank)
         else:
-            waiting.append(sequence)
+            self.waiting.append(sequence)
 
-    def in_order(self, waiting: list[Sequence], instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence that waits no more."""
+        self.waiting.remove(sequence)
+
+    def in_order(self, instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
         """Return the waiting sequences in the order of admission."""
 
         def admitted() -> tuple[list[tuple[Sequence, int]], int]:
@@ -46,7 +55,7 @@ class WaitingQueue:
             ]
             return prompts, max(1, len(prefilling))
 
-        return self.policy.order(waiting, now, admitted)
+        return self.policy.order(self.waiting, now, admitted)
 
     # --- predictions -----------------------------------------------------------------------------
 
@@ -67,7 +76,6 @@ class WaitingQueue:
     def predicted_ttft_s(
         self,
         sequence: Sequence,
-        waiting: list[Sequence],
         instances: Iterable[InstanceHandle],
         slots_are_full: bool,
         now: float,
@@ -81,7 +89,7 @@ class WaitingQueue:
         for other lengths only.
         """
         rank = self.policy.rank(sequence)
-        before = waiting[: bisect.bisect_left(waiting, rank, key=lambda other: other.rank)]
+        before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]
         prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
         num_tokens = sum(len(other.tokens) for other in before) + sum(
             instance.num_tokens_to_prefill for instance in prefilling

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
-
-import zmq
 
 from hbserve.config import InstanceRole
 from hbserve.messages.worker import Hello, InstanceCommand, StepResult
 from hbserve.policy.dispatch_timer import DispatchTimer
 from hbserve.policy.step_time_predictor import StepWork
-from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.rpc.instance_line import RpcClient
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep
 
 _SHORT_STEP_S = 2e-3
@@ -47,7 +43,8 @@ class WorkerHandle:
         started_as: the role in the configuration of its process, which its `Hello` names.
         prepared_for: the role that it prepared for last.
         percentage: its share of the device.
-        last_seen: when its last message came; `WorkerConnections` sets it.
+        address: where it listens; ``connection``: the number of the connection to it.
+        last_seen: when its last message came; `WorkerRegistry` sets it.
         inflight: steps that were sent and are not confirmed, oldest first.
         timing: says when the next step is to be planned.
         is_draining: it gets no more plans where another worker can do its phase, and is told to end when it has
@@ -63,16 +60,18 @@ class WorkerHandle:
         worker_id: str,
         role: InstanceRole,
         percentage: int,
-        context: zmq.Context[zmq.Socket[bytes]],
         address: str,
-        key: ClusterKey | None = None,
+        clock: Clock,
+        outbox: OutboxWriter,
     ) -> None:
         self.id = worker_id
         self.role = self.started_as = self.prepared_for = role
         self.percentage = percentage
-        self.rpc = RpcClient(context, address, key)
+        self.address = address
+        self.connection = outbox.connect(address)
+        self._outbox = outbox
         self.hello: Hello | None = None
-        self.last_seen = time.monotonic()
+        self.last_seen = clock.now
         self.inflight: deque[InflightStep] = deque()
         self.timing = DispatchTimer()
         self.is_draining = False
@@ -109,7 +108,7 @@ class WorkerHandle:
 
     def send(self, command: InstanceCommand) -> None:
         """Send a message. If it does not arrive, the worker's silence shows that."""
-        self.rpc.send(command)
+        self._outbox.send(self.connection, command)
 
     # --- steps in flight -------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ the first step at a new worker waits on the device's side for the last one at th
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 
 from hbserve.config import Config, InstanceRole
@@ -18,6 +17,7 @@ from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
 from hbserve.policy.mixed_step_budget import MixedStepBudget, slack_s
 from hbserve.policy.step_time_predictor import StepWork
+from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import WorkerHandle
 
@@ -43,10 +43,12 @@ class WorkerChoice:
         workers: Mapping[str, WorkerHandle],
         allocations: Mapping[Sequence, KVAllocation],
         config: Config,
+        clock: Clock,
     ) -> None:
         self.shares = dict.fromkeys(PHASES, 100)
         self.is_mixed = False
         self._role = role
+        self._clock = clock
         self._workers = workers
         self._allocations = allocations
         self._current: dict[InstanceRole, WorkerHandle] = {}
@@ -89,9 +91,9 @@ class WorkerChoice:
         alone = {phase: not busy[_other(phase)] for phase in PHASES}
         if self._throttle is not None:
             if all(busy.values()) and mixing is None:
-                alone[InstanceRole.PREFILL] = not self._update_throttle(self._throttle, time.monotonic())
+                alone[InstanceRole.PREFILL] = not self._update_throttle(self._throttle, self._clock.now)
             else:
-                self._throttle.on_idle(time.monotonic())
+                self._throttle.on_idle(self._clock.now)
         for phase in PHASES:
             target = mixing or self._worker_at_share(phase, alone[phase])
             if target is None:
@@ -232,7 +234,7 @@ class WorkerChoice:
         interval_s = self._mixed_interval_s(worker, phases)
         if interval_s is None:
             return None
-        now, waiting_tokens, min_slack_s = time.monotonic(), 0, math.inf
+        now, waiting_tokens, min_slack_s = self._clock.now, 0, math.inf
         for sequence, allocation in self._allocations.items():
             if allocation.num_planned >= allocation.num_tokens_at_entry:
                 min_slack_s = min(min_slack_s, self._slack_s(sequence, allocation, interval_s, now))

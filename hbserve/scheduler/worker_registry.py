@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable
-
-import zmq
 
 from hbserve.config import Config, InstanceRole
 from hbserve.errors import SupersededError
 from hbserve.messages.admin import InstanceChanged, RemoveInstance
-from hbserve.messages.membership import Join, Joined
+from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
 from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
 from hbserve.messages.worker import (
@@ -20,6 +16,7 @@ from hbserve.messages.worker import (
     InstanceFailed,
     InstanceReply,
     Leaving,
+    Ping,
     Shutdown,
     StepLost,
     StepRef,
@@ -27,8 +24,7 @@ from hbserve.messages.worker import (
     Superseded,
     WantsToLeave,
 )
-from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.scheduler.connections import WorkerConnections
+from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.membership import InstanceMembership
@@ -38,75 +34,120 @@ from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 
-logger = logging.getLogger(__name__)
+_GREETING_INTERVAL_S = 0.02
 
 
 class WorkerRegistry:
     """Knows which workers can be given plans, and tells the other parts of the scheduler what workers report.
 
+    Owner of the connections to workers and of `WorkerHandle.last_seen`.
+
     Args:
-        context: ZeroMQ's, for connections to workers that are announced later.
         instances: by id; instances that join or leave are added and removed here.
         requests: told of steps, transfers and losses.
         readiness: told which workers have registered, and which cannot.
         drains: told which instances want to leave, and which are gone.
         events: told the same, for operators.
-        reply: sends to a supervisor of workers, an operator, or an instance that joins.
-        wake: makes the scheduler plan again.
+        scheduler_epoch: number of this scheduler; a worker whose last scheduler had another one drops its state.
     """
 
     def __init__(
         self,
         config: Config,
-        context: zmq.Context[zmq.Socket[bytes]],
         instances: dict[str, InstanceHandle],
         transfers: TransferTracker,
         requests: RequestLifecycle,
         readiness: Readiness,
         drains: Drains,
         events: EventLog,
-        reply: Callable[[bytes, WorkerLost | InstanceChanged | Joined], None],
-        wake: Callable[[], None],
+        clock: Clock,
+        outbox: OutboxWriter,
+        scheduler_epoch: int,
     ) -> None:
+        self._heartbeat_timeout_s = config.rpc.heartbeat_timeout_s
         self._recovery_timeout_s = config.rpc.recovery_timeout_s
         self._step_timeout_s = config.rpc.step_timeout_s
-        self._key = ClusterKey.of(config)
-        self._context = context
         self._instances = instances
         self._transfers = transfers
         self._requests = requests
         self._readiness = readiness
         self._drains = drains
         self._events = events
-        self._reply = reply
-        self._connections = WorkerConnections(config.rpc, self._on_reply, self._on_worker_lost, wake)
-        self._membership = InstanceMembership(config, context, instances)
+        self._clock = clock
+        self._outbox = outbox
+        self._scheduler_epoch = scheduler_epoch
+        self._membership = InstanceMembership(config, instances, clock, outbox)
+        self._by_connection: dict[int, tuple[InstanceHandle, WorkerHandle]] = {}
+        self._greetings: dict[WorkerHandle, float] = {}  # when each worker that was just announced gets its next ping
         self._first_hello: Hello | None = None
         self._last_departure = 0.0
         self._supervisors: dict[str, bytes] = {}
+        for instance in instances.values():
+            for worker in instance.workers.values():
+                self._listen(instance, worker)
 
-    def _all(self) -> list[tuple[InstanceHandle, WorkerHandle]]:
-        instances = (*self._instances.values(), *self._membership.joining)
-        return [(instance, worker) for instance in instances for worker in instance.workers.values()]
+    # --- connections and heartbeats --------------------------------------------------------------
 
-    async def serve(self) -> None:
-        """Listen to all workers until cancelled."""
-        await self._connections.serve(self._all())
+    def _listen(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """Take messages from a worker; heartbeats find out when it is there."""
+        self._by_connection[worker.connection] = instance, worker
 
-    def check_heartbeats(self, now: float, was_asleep: bool) -> None:
-        """Give up on workers that are silent and on instances that did not come; see `WorkerConnections`."""
-        self._connections.check_heartbeats(self._all(), now, was_asleep)
+    def _close(self, worker: WorkerHandle) -> None:
+        """Close the connection to a worker."""
+        if self._by_connection.pop(worker.connection, None) is not None:
+            self._greetings.pop(worker, None)
+            self._outbox.disconnect(worker.connection)
+
+    def _ping(self, worker: WorkerHandle) -> None:
+        worker.send(Ping(scheduler_epoch=self._scheduler_epoch, known_epoch=worker.epoch))
+
+    def check_heartbeats(self, was_asleep: bool) -> None:
+        """Ping every worker, and give up on workers that were silent for too long and on instances that did not come.
+
+        Args:
+            was_asleep: the scheduler itself was suspended, so no silence counts this time.
+        """
+        for instance, worker in list(self._by_connection.values()):
+            self._ping(worker)
+            silence_s = self._clock.now - worker.last_seen
+            if worker.ready and silence_s > self._heartbeat_timeout_s and not was_asleep:
+                self._on_worker_lost(instance, worker, f"no sign of life for {silence_s:.1f} s")
         for instance in self._instances.values():
             for worker_id, deadline in instance.unsettled.items():
-                if now > deadline:
+                if self._clock.now > deadline:
                     instance.unsettled[worker_id] = math.inf
                     reason = "it does not finish the steps of the scheduler before this one"
-                    self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker_id, reason=reason))
-        for instance in self._membership.overdue(now):
-            logger.warning("%s wanted to join and did not come", instance.id)
+                    self._outbox.reply(self._supervisors[instance.id], WorkerLost(worker_id=worker_id, reason=reason))
+        for instance in self._membership.overdue():
+            self._outbox.log(logging.WARNING, f"{instance.id} wanted to join and did not come")
             self._on_instance_gone(instance)
 
-    def _on_reply(self, instance: InstanceHandle, worker: WorkerHandle, reply: InstanceReply) -> None:
+    def greet(self) -> None:
+        """Ping workers that were just announced until they introduce themselves, which is sooner than heartbeats do."""
+        now = self._clock.now
+        for worker, next_ping_at in list(self._greetings.items()):
+            if worker.ready:
+                del self._greetings[worker]
+            elif next_ping_at <= now:
+                self._ping(worker)
+                self._greetings[worker] = now + _GREETING_INTERVAL_S
+                self._clock.call_at(now + _GREETING_INTERVAL_S)
+
+    def on_connection_broke(self, connection: int) -> None:
+        """A connection broke, which reveals the end of a process sooner than its silence does."""
+        if connection in self._by_connection:
+            instance, worker = self._by_connection[connection]
+            if worker.ready:  # otherwise it has been lost already, with its own reason
+                self._on_worker_lost(instance, worker, "its connection broke")
+
+    # --- what workers report ---------------------------------------------------------------------
+
+    def on_reply(self, connection: int, reply: InstanceReply) -> None:
+        """A worker has sent a message."""
+        if connection not in self._by_connection:
+            return  # closed meanwhile
+        instance, worker = self._by_connection[connection]
+        worker.last_seen = self._clock.now
         if isinstance(reply, Hello):
             self._register(instance, worker, reply)
         elif isinstance(reply, InstanceFailed):
@@ -140,7 +181,7 @@ class WorkerRegistry:
         Raises:
             SupersededError: if the worker obeyed this one before.
         """
-        reason = f"{worker.id} at {worker.rpc.address} obeys a scheduler that was started later"
+        reason = f"{worker.id} at {worker.address} obeys a scheduler that was started later"
         if worker.ready:
             raise SupersededError(f"this scheduler ends, because {reason}")
         instance.why_lost = reason
@@ -182,7 +223,7 @@ class WorkerRegistry:
     def _misfit(self, instance: InstanceHandle, worker: WorkerHandle, hello: Hello) -> str | None:
         """Return why a worker cannot work with the others, those that are to come back included."""
         if hello.instance_id != worker.id or hello.role != worker.started_as:
-            return f"{worker.rpc.address} is {hello.role} {hello.instance_id!r}, not {worker.started_as} {worker.id!r}"
+            return f"{worker.address} is {hello.role} {hello.instance_id!r}, not {worker.started_as} {worker.id!r}"
         first = self._first_hello
         if first is None:
             return None
@@ -218,7 +259,7 @@ class WorkerRegistry:
         self._confirm_steps(instance)
         instance.note_lost(reason)
         if not worker.is_draining:
-            self._reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=reason))
+            self._outbox.reply(self._supervisors[instance.id], WorkerLost(worker_id=worker.id, reason=reason))
 
     def _note_end(self, instance: InstanceHandle, worker: WorkerHandle, reason: str) -> None:
         if worker.is_told_to_end or self._drains.has_let_go(instance):
@@ -234,7 +275,7 @@ class WorkerRegistry:
         """
         was_member = self._membership.is_member(instance)
         if self._membership.on_gone(instance, for_good):
-            self._last_departure = time.monotonic()
+            self._last_departure = self._clock.now
             self._transfers.forget(instance)
             self._readiness.announce()
             self._events.note("left", instance.id, instance.why_lost or "it is no instance of the system any more")
@@ -245,19 +286,15 @@ class WorkerRegistry:
     def _forget_workers(self, instance: InstanceHandle) -> None:
         for worker in list(instance.workers.values()):
             instance.forget_worker(worker)
-            self._connections.close_later(worker)
+            self._close(worker)
 
-    def missing_phase(self, now: float) -> str | None:
-        """Return, in words, a phase that had no worker for longer than requests shall wait for one; None: all is well.
-
-        Args:
-            now: on the monotonic clock.
-        """
+    def missing_phase(self) -> str | None:
+        """Return, in words, a phase that had no worker for longer than requests wait for one; None: all is well."""
         for does in ("prefills", "decodes"):
             instances = [instance for instance in self._instances.values() if getattr(instance.role, does)]
             since = [instance.lost_since for instance in instances if instance.lost_since is not None]
             last = max(since, default=self._last_departure)
-            if len(since) == len(instances) and now - last >= self._recovery_timeout_s:
+            if len(since) == len(instances) and self._clock.now - last >= self._recovery_timeout_s:
                 return f"no instance that {does} came back: {self._readiness.name_missing()}"
         return None
 
@@ -268,16 +305,16 @@ class WorkerRegistry:
         known = {instance.id: instance for instance in (*self._membership.joining, *self._instances.values())}
         before = list(known[message.instance_id].workers.values()) if message.instance_id in known else []
         answer, instance = self._membership.join(message)
-        self._reply(client, answer)
+        self._outbox.reply(client, answer)
         if answer.error is not None:
             self._events.note("join_refused", message.instance_id, answer.error)
         if instance is None:
             return
-        logger.info("%s joins as %s, at %s", instance.id, instance.role, message.address)
+        self._outbox.log(logging.INFO, f"{instance.id} joins as {instance.role}, at {message.address}")
         for worker in before:
-            self._connections.close_later(worker)
+            self._close(worker)
         for worker in instance.workers.values():
-            self._connections.open(instance, worker)  # it has to load the model: heartbeats find it soon enough
+            self._listen(instance, worker)  # it has to load the model: heartbeats find it soon enough
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """Have an instance leave: at once if it is not there, else when it has nothing left to do."""
@@ -287,7 +324,7 @@ class WorkerRegistry:
             return
         self._drains.on_gone(instance)
         self._on_instance_gone(instance, for_good=True)
-        self._reply(client, InstanceChanged(query_id=message.query_id))
+        self._outbox.reply(client, InstanceChanged(query_id=message.query_id))
 
     # --- workers on memory that another process holds --------------------------------------------
 
@@ -295,7 +332,8 @@ class WorkerRegistry:
         """Set which workers an instance has: connect to new ones, drain those not named, forget those that ended."""
         instance = self._instances.get(message.instance_id)
         if instance is None or instance.id in instance.workers:
-            logger.error("dropped a list of workers for %r, which is no such instance", message.instance_id)
+            text = f"dropped a list of workers for {message.instance_id!r}, which is no such instance"
+            self._outbox.log(logging.ERROR, text)
             return
         self._supervisors[instance.id] = supervisor
         self._set_shares(instance, message)
@@ -326,7 +364,7 @@ class WorkerRegistry:
         self._requests.on_worker_lost(instance, worker)  # the supervisor may know of its end before the connection
         unconfirmed = instance.forget_worker(worker)
         self._requests.on_steps_lost(unconfirmed)
-        self._connections.close_later(worker)
+        self._close(worker)
         if unconfirmed and worker.cell is not None:
             lost = StepLost(step=StepRef(cell=worker.cell, step_id=unconfirmed[-1].step_id))
             for other in instance.workers.values():
@@ -336,16 +374,16 @@ class WorkerRegistry:
         self._readiness.announce()
 
     def _add_worker(self, instance: InstanceHandle, spec: WorkerSpec) -> None:
-        worker = WorkerHandle(spec.worker_id, spec.role, spec.percentage, self._context, spec.address, self._key)
+        worker = WorkerHandle(spec.worker_id, spec.role, spec.percentage, spec.address, self._clock, self._outbox)
         instance.workers[worker.id] = worker
         if not instance.arena_epoch:
-            instance.unsettled[worker.id] = time.monotonic() + self._step_timeout_s
-        self._connections.open(instance, worker)
-        self._connections.greet(worker)
+            instance.unsettled[worker.id] = self._clock.now + self._step_timeout_s
+        self._listen(instance, worker)
+        self._greetings[worker] = self._clock.now
 
-    def end_drained(self, instance: InstanceHandle) -> None:
+    def end_drained(self) -> None:
         """Tell draining workers to end that have nothing in flight, where others can do their phase."""
-        for worker in instance.workers.values():
+        for instance, worker in self._by_connection.values():
             if worker.ready and worker.is_draining and not worker.is_told_to_end and not worker.inflight:
                 others = [other for other in instance.workers.values() if other.ready and not other.is_draining]
                 are_there = any(other.role in (worker.role, InstanceRole.UNIFIED) for other in others)

@@ -103,6 +103,39 @@ def test_the_scheduler_needs_neither_torch_nor_workers_nor_transfers() -> None:
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+SHELL = {"hbserve.scheduler.shell", "hbserve.scheduler.process"}
+EFFECTS = {"asyncio", "os", "pathlib", "random", "secrets", "socket", "subprocess", "threading", "time", "torch", "zmq"}
+"""Libraries that read a clock, draw numbers, wait, or reach out of the process."""
+BORROWED = {
+    # Reads the configuration's file and finds the model. The core only checks instances that join, which needs neither.
+    "hbserve.model_source": {"os", "pathlib"},
+    "hbserve.config.sections": {"pathlib"},
+    "hbserve.config.validation": {"os", "pathlib"},
+    "hbserve.config.yaml_file": {"pathlib"},
+    # Users' programs share them between threads, and may leave out the clock. The core gives its own.
+    "hbserve.locking": {"threading"},
+    "hbserve.metrics.collector": {"threading", "time"},
+    "hbserve.metrics.window_metrics": {"threading"},
+    "hbserve.kv_cache.block_pool": {"torch"},  # for type checking only
+}
+"""Modules outside `hbserve.scheduler` that its core reaches and that import one of them."""
+
+
+def test_the_core_of_the_scheduler_reaches_nothing_with_an_effect() -> None:
+    """Nor does what it imports, however many steps away; see `hbserve.scheduler.core_io`."""
+    core = {name for name in MODULES if name.startswith("hbserve.scheduler.")} - SHELL
+    reached: set[str] = set()
+    ahead = set(core)
+    while ahead:
+        name = ahead.pop()
+        reached.add(name)
+        ahead |= {other for other in imported(name) if other in MODULES} - reached
+    assert not reached & SHELL
+    assert not [name for name in reached if name.startswith(("hbserve.worker", "hbserve.kv_transfer", "hbserve.rpc"))]
+    used = {name: EFFECTS & {library.split(".")[0] for library in imported(name)} for name in reached}
+    assert {name: libraries for name, libraries in used.items() if libraries} == BORROWED
+
+
 def test_the_api_server_starts_without_torch() -> None:
     """It never touches a tensor; torch would cost each API server seconds at its start, and memory."""
     program = "import sys, hbserve.server.app; print([m for m in ('torch', 'transformers') if m in sys.modules])"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import zmq
 
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
-from hbserve.messages.client import AddRequest, RequestOutput
+from hbserve.messages.client import AddRequest, OutputBatch, RequestOutput
 from hbserve.messages.transfer import LinkOpened, Peer, TransferResult
-from hbserve.messages.worker import Hello, StepResult
+from hbserve.messages.worker import Hello, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
@@ -31,34 +28,29 @@ class SchedulerParts:
     """Requests, plans and transfers of the instances of a mode; each instance has one worker.
 
     Attributes:
-        outputs: all that clients were sent.
+        clock: its ``now`` is the time, which stands still unless a test changes it.
         instance, worker: the first instance and its worker.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], mode: str = "unified", **arguments: Any) -> None:
-        self.context = context
+    def __init__(self, mode: str = "unified", **arguments: Any) -> None:
+        self.clock = clock = Clock(Start(now=100.0, time_ns=0))
+        self.outbox = outbox = OutboxWriter()
         config = PdDisaggConfig.from_arguments(
             str(DEMO), mode=mode, num_blocks=200, max_num_seqs=8, **arguments
         ).freeze()
         self.instances = {
-            instance.instance_id: InstanceHandle(instance, config, context, f"inproc://none-{instance.instance_id}")
+            instance.instance_id: InstanceHandle(instance, config, "nowhere", clock, outbox)
             for instance in config.gpu_instances
         }
         self.instance = next(iter(self.instances.values()))
         [self.worker] = self.instance.workers.values()
         self.transfers = TransferTracker(False)
-        metrics = SchedulerMetrics(SemiPDMetricsCollector(), config.scheduler, None)
-        self.outputs: list[RequestOutput] = []
-        self.requests = RequestLifecycle(
-            config,
-            self.instances,
-            self.transfers,
-            metrics,
-            EventLog(),
-            lambda client, output: self.outputs.append(output),
-            lambda: None,
-        )
-        self.planner = StepPlanner(config, self.transfers, self.requests.preempt, self.requests.policy)
+        metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
+        events = EventLog(clock, outbox)
+        self.requests = RequestLifecycle(config, self.instances, self.transfers, metrics, events, clock, outbox)
+        self.planner = StepPlanner(config, clock, self.transfers, self.requests.preempt, self.requests.policy, 0)
+        self._outputs: list[RequestOutput] = []
+        self._plans: list[tuple[int, StepPlan]] = []
         self._epochs = itertools.count(1)
         for instance in self.instances.values():
             self.begin(instance)
@@ -67,6 +59,24 @@ class SchedulerParts:
             peers = [Peer(rank=1, epoch=1, endpoint="")]
             opened = LinkOpened(epoch=1, source_id=source, link_epoch=number, peers=peers)
             self.transfers.on_link_opened(self.instances[target], opened)
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """All that clients were sent."""
+        self._read_outbox()
+        return self._outputs
+
+    def plans(self, worker: WorkerHandle) -> list[StepPlan]:
+        """All plans that a worker was sent."""
+        self._read_outbox()
+        return [plan for connection, plan in self._plans if connection == worker.connection]
+
+    def _read_outbox(self) -> None:
+        outbox = self.outbox.take(0.0)
+        for _, reply in outbox.to_clients:
+            if isinstance(reply, OutputBatch):
+                self._outputs += reply.outputs
+        self._plans += [(to, command) for to, command in outbox.to_workers if isinstance(command, StepPlan)]
 
     def begin(self, instance: InstanceHandle) -> None:
         """An instance's worker registers with new memory."""
@@ -102,7 +112,7 @@ class SchedulerParts:
         return self.add_request(request)
 
     def add_request(self, request: AddRequest) -> Sequence:
-        sequence = Sequence.of_request(b"c", request, len(self.requests), max_model_len=1000)
+        sequence = Sequence.of_request(b"c", request, len(self.requests), max_model_len=1000, now=self.clock.now)
         self.requests.add(sequence)
         return sequence
 
@@ -144,14 +154,3 @@ class SchedulerParts:
             worker.drop_steps()
         self.requests.on_memory_lost(instance, "it burnt")
         self.begin(instance)
-
-
-@contextmanager
-def scheduler_parts(mode: str = "unified", **arguments: Any) -> Iterator[SchedulerParts]:
-    """Parts whose connections, which lead nowhere, are closed at the end."""
-    with zmq.Context() as context:
-        parts = SchedulerParts(context, mode, **arguments)
-        workers = [worker for instance in parts.instances.values() for worker in instance.workers.values()]
-        yield parts
-        for worker in workers:
-            worker.rpc.close()

@@ -11,6 +11,7 @@ import pytest
 from hbserve import SamplingParams
 from hbserve.messages.client import AddRequest, Resumed
 from hbserve.scheduler.clients import validate
+from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.transfer_tracker import TransferTracker
 
@@ -23,7 +24,7 @@ def request(prompt: list[int], end_token_ids: Sequence[int] = (), **sampling: An
 @pytest.fixture
 def readiness() -> Readiness:
     """A system whose model takes 10 tokens of a vocabulary of 50."""
-    readiness = Readiness({}, TransferTracker(), lambda client, reply: None)
+    readiness = Readiness({}, TransferTracker(), Clock(Start(0.0, 0)), OutboxWriter())
     readiness.max_model_len, readiness.vocab_size = 10, 50
     return readiness
 

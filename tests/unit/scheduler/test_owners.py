@@ -15,9 +15,10 @@ OWNERS = {
     "phases": (r"\.phase = ", {"sequence.py"}),
     "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"request_lifecycle.py"}),
     "the choice of workers": (r"\._current\b", {"worker_choice.py"}),
-    "connections": (r"rpc\.(?:receive|wait_disconnected|close)\(|\.last_seen = ", {"connections.py"}),
+    "connections": (r"(?:by_connection\[.*\] = |\.last_seen = )", {"worker_registry.py"}),
+    "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"waiting_queue.py"}),
 }
-FIRST_VALUE = r"        self\.last_seen = time\.monotonic\(\)"
+FIRST_VALUE = r"        self\.last_seen = clock\.now"
 """In the constructor of `WorkerHandle`."""
 
 

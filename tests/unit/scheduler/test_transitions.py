@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 
 from hbserve.scheduler.sequence import TRANSITIONS, Phase, Sequence
-from tests.support.scheduler_parts import SchedulerParts, scheduler_parts
+from tests.support.scheduler_parts import SchedulerParts
 
 WAITING, PREFILLING, TRANSFERRING, DECODING, FINISHED = Phase
 Event = Callable[[SchedulerParts, Sequence], object]
@@ -65,34 +65,34 @@ def test_every_legal_transition_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), list(CASES), ids=str)
-async def test_a_legal_transition_and_the_memory_held_after_it(before: Phase, after: Phase) -> None:
+def test_a_legal_transition_and_the_memory_held_after_it(before: Phase, after: Phase) -> None:
     mode, event = CASES[before, after]
-    with scheduler_parts(mode) as parts:
-        sequence = parts.add("a", max_tokens=3)
-        for phase, end in PATH:
-            if sequence.phase is before:
-                break
-            assert sequence.phase is phase
-            end(parts, sequence)
-        assert sequence.phase is before
-        event(parts, sequence)
-        assert sequence.phase is after
-        held = {allocation.instance_id for allocation in sequence.allocations}
-        everywhere = set(parts.instances)
-        expected = {PREFILLING: everywhere, TRANSFERRING: {"decode-0"}, DECODING: everywhere - {"prefill-0"}}
-        assert held == expected.get(after, set())
-        parts.end_transfers(sequence)
-        for instance in parts.instances.values():
-            slots = instance.allocations.keys() | instance.reserved.keys()
-            assert (sequence in slots) is (instance.id in held)
-            instance.pool.check_consistency()
+    parts = SchedulerParts(mode)
+    sequence = parts.add("a", max_tokens=3)
+    for phase, end in PATH:
+        if sequence.phase is before:
+            break
+        assert sequence.phase is phase
+        end(parts, sequence)
+    assert sequence.phase is before
+    event(parts, sequence)
+    assert sequence.phase is after
+    held = {allocation.instance_id for allocation in sequence.allocations}
+    everywhere = set(parts.instances)
+    expected = {PREFILLING: everywhere, TRANSFERRING: {"decode-0"}, DECODING: everywhere - {"prefill-0"}}
+    assert held == expected.get(after, set())
+    parts.end_transfers(sequence)
+    for instance in parts.instances.values():
+        slots = instance.allocations.keys() | instance.reserved.keys()
+        assert (sequence in slots) is (instance.id in held)
+        instance.pool.check_consistency()
 
 
 @pytest.mark.parametrize(("before", "after"), sorted(set(product(Phase, Phase)) - set(LEGAL)), ids=str)
 def test_an_illegal_transition_is_an_assertion_error(before: Phase, after: Phase) -> None:
-    with scheduler_parts() as parts:
-        sequence = parts.add("a")
-        sequence.phase = before
-        with pytest.raises(AssertionError, match=f"{before} -> {after} is no transition"):
-            sequence.enter(after)
-        assert sequence.phase is before
+    parts = SchedulerParts()
+    sequence = parts.add("a")
+    sequence.phase = before
+    with pytest.raises(AssertionError, match=f"{before} -> {after} is no transition"):
+        sequence.enter(after)
+    assert sequence.phase is before

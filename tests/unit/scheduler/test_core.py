@@ -1,0 +1,127 @@
+"""The scheduler's core without any process: a test plays the client, the worker and the clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from hbserve import PdDisaggConfig, SamplingParams
+from hbserve.config import InstanceRole
+from hbserve.messages.client import AddRequest, OutputBatch, Ready, SubscribeReady
+from hbserve.messages.worker import Hello, InstanceCommand, Ping, Pong, StepPlan, StepResult
+from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, Outbox, Start
+from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.paths import ROOT
+
+DEMO = ROOT / "examples" / "models" / "hbserve-demo"
+START = Start(now=50.0, time_ns=1000)
+HELLO = Hello(
+    instance_id="unified-0",
+    role=InstanceRole.UNIFIED,
+    epoch=1,
+    arena_epoch=1,
+    pid=1,
+    model="m",
+    dtype="float32",
+    num_blocks=64,
+    block_size=16,
+    block_bytes=16,
+    num_layers=1,
+    head_bytes=16,
+    max_model_len=1000,
+    vocab_size=1024,
+    device="cpu",
+    peers=[],
+)
+REQUEST = AddRequest(
+    request_id="a",
+    prompt_token_ids=[1, 2, 3],
+    end_token_ids=[],
+    sampling=SamplingParams(temperature=0, max_tokens=2),
+)
+
+
+def make_scheduler(scheduler_class: type[CpuScheduler] = CpuScheduler) -> CpuScheduler:
+    config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu").freeze()
+    return scheduler_class(config, {"unified-0": "tcp://worker:1"}, START)
+
+
+def commands(outbox: Outbox) -> list[InstanceCommand]:
+    assert {connection for connection, _ in outbox.to_workers} <= {1}
+    return [command for _, command in outbox.to_workers]
+
+
+def test_a_request_from_its_arrival_to_its_end() -> None:
+    scheduler = make_scheduler()
+    # The first step asks the shell to connect, greets the worker, and says when it wants to be called again.
+    outbox = scheduler.step(50.0)
+    assert outbox.connects == [(1, "tcp://worker:1")]
+    assert commands(outbox) == [Ping(scheduler_epoch=1000, known_epoch=0)]
+    assert outbox.call_at == 50.0 + scheduler.config.rpc.heartbeat_interval_s
+    # A client waits for the system; the worker registers.
+    outbox = scheduler.step(50.1, [FromClient(b"c", SubscribeReady(deadline_s=9.0)), FromWorker(1, HELLO)])
+    assert outbox.to_clients == [(b"c", Ready(max_model_len=1000, vocab_size=1024))]
+    assert [text for _, text in outbox.log] == ["ready: unified-0: cpu, 64 KV blocks"]
+    # A request is admitted and planned in the step in which it comes: its prompt, and the step after that.
+    outbox = scheduler.step(50.2, [FromClient(b"c", REQUEST)])
+    prompt, decode = (command for command in commands(outbox) if isinstance(command, StepPlan))
+    assert [row.token_ids for row in prompt.rows] == [[1, 2, 3]]
+    assert (prompt.step_id, decode.step_id) == (1001, 1002)
+    # Its tokens go to its client, step by step.
+    for token, step in ((8, prompt), (9, decode)):
+        result = StepResult(epoch=1, step_id=step.step_id, token_ids=[token], logprobs=None, busy_s=0.001)
+        outbox = scheduler.step(50.3, [FromWorker(1, result)])
+        [(client, batch)] = outbox.to_clients
+        assert isinstance(batch, OutputBatch)
+        assert (client, [output.token_ids for output in batch.outputs]) == (b"c", [[token]])
+    assert batch.outputs[0].finish_reason == "length"
+    assert [(request.request_id, request.outcome) for request in outbox.ended] == [("a", "completed")]
+    assert scheduler.counts["completed"] == 1
+
+
+def test_a_request_survives_the_loss_of_its_worker() -> None:
+    scheduler = make_scheduler()
+    scheduler.step(50.0, [FromWorker(1, HELLO), FromClient(b"c", REQUEST)])
+    outbox = scheduler.step(51.0, [ConnectionBroke(1)])
+    assert [text for _, text in outbox.log] == ["lost: unified-0: its connection broke"]
+    outbox = scheduler.step(51.05, [FromWorker(1, msgspec.structs.replace(HELLO, epoch=2, arena_epoch=2))])
+    assert not any(isinstance(command, StepPlan) for command in commands(outbox))
+    assert outbox.call_at == 51.1  # a retry is not made at once
+    outbox = scheduler.step(outbox.call_at)
+    [prompt, *_] = (command for command in commands(outbox) if isinstance(command, StepPlan))
+    assert (prompt.epoch, [row.token_ids for row in prompt.rows]) == (2, [[1, 2, 3]])
+
+
+def test_silence_counts_unless_the_scheduler_itself_was_asleep() -> None:
+    scheduler = make_scheduler()
+    outbox = scheduler.step(50.0, [FromWorker(1, HELLO), FromClient(b"c", REQUEST)])
+    outbox = scheduler.step(outbox.call_at + 1000.0)
+    assert commands(outbox) == [Ping(scheduler_epoch=1000, known_epoch=1)]
+    assert not outbox.log
+    outbox = scheduler.step(outbox.call_at, [FromWorker(1, Pong(epoch=1))])
+    answered_at = scheduler.now
+    while not outbox.log:
+        outbox = scheduler.step(outbox.call_at)
+    silence_s = scheduler.now - answered_at
+    assert [text for _, text in outbox.log] == [f"lost: unified-0: no sign of life for {silence_s:.1f} s"]
+    timeout_s, interval_s = scheduler.config.rpc.heartbeat_timeout_s, scheduler.config.rpc.heartbeat_interval_s
+    assert timeout_s < silence_s <= timeout_s + 2 * interval_s
+
+
+class Waits(CpuScheduler):
+    """A user's policy that waits for something."""
+
+    async def _schedule_waiting_requests(self) -> None:
+        await _Forever()
+
+
+class _Forever:
+    def __await__(self) -> Any:
+        yield
+
+
+def test_a_policy_that_waits_cannot_run_in_a_plain_step() -> None:
+    with pytest.raises(RuntimeError, match=r"Waits\._schedule_waiting_requests waits for something: use step_async"):
+        make_scheduler(Waits).step(50.0)
