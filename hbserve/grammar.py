@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,31 +83,27 @@ class Vocabulary:
     To make one takes about a second for a vocabulary of 150,000 tokens.
 
     Args:
-        folder: folder with a ``tokenizer.json``.
+        tokenizer: content of a tokenizer.json.
         vocab_size: columns of the model's logits, which may be more than there are tokens.
 
     Raises:
         InvalidRequestError: if grammars do not work with this model or on this machine.
     """
 
-    def __init__(self, folder: str | Path, vocab_size: int) -> None:
+    def __init__(self, tokenizer: str, vocab_size: int) -> None:
         _library()
         from llguidance import LLTokenizer
 
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise InvalidRequestError(f"structured output needs a tokenizer.json, and {folder} has none", "grammar")
         self.vocab_size = vocab_size
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text)
+        document = json.loads(tokenizer)
         self._added_texts = [token["content"] for token in document.get("added_tokens", ())]
         decoder = document.get("decoder") or {}
         if decoder.get("type") == "Metaspace":  # in the form that llguidance understands
             space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
             document["decoder"] = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
-            text = json.dumps(document)
+            tokenizer = json.dumps(document)
         try:
-            self._tokenizer: LLTokenizer = LLTokenizer(text, n_vocab=vocab_size)
+            self._tokenizer: LLTokenizer = LLTokenizer(tokenizer, n_vocab=vocab_size)
         except ValueError as error:
             raise InvalidRequestError(
                 f"structured output does not work with this tokenizer: {error}", "grammar"

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hbserve.errors import InvalidRequestError
+from hbserve.errors import InvalidRequestError, ModelError
 from hbserve.grammar import Matcher, Vocabulary, start_thread
 from hbserve.messages.worker import PlanRow, SequenceState
+from hbserve.tokenizer_files import read_vocabulary
 
 _MAX_WAIT_S = 0.02
 """Time that a step waits for the masks of all its rows."""
@@ -243,7 +244,7 @@ class _Vocabulary:
     """The vocabulary, or the reason why grammars do not work here, for the first request that has one."""
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
-        self._folder, self._vocab_size = folder, vocab_size
+        self._folder, self._vocab_size = Path(folder), vocab_size
         self._is_read = threading.Event()
         self._vocabulary: Vocabulary | None = None
         self._error = "the tokenizer could not be read; see the log of the worker"
@@ -251,8 +252,8 @@ class _Vocabulary:
     def read(self) -> None:
         """Make the vocabulary."""
         try:
-            self._vocabulary = Vocabulary(self._folder, self._vocab_size)
-        except InvalidRequestError as error:
+            self._vocabulary = Vocabulary(read_vocabulary(self._folder), self._vocab_size)
+        except (InvalidRequestError, ModelError) as error:
             self._error = str(error)
         finally:
             self._is_read.set()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +20,8 @@ from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
 from hbserve.model_files import is_there, read_config, read_json, shown, whole_number
 from hbserve.tokenizer import conversation
 from hbserve.tokenizer.chat_template import ContentForms, render_request_template
-from hbserve.tokenizer.mistral_files import INSTALL, find_mistral_file, load_mistral_file
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
+from hbserve.tokenizer_files import has_tokenizer, is_of_library, load_tokenizer, naming_faults, read_vocabulary
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
 
@@ -39,11 +37,6 @@ _TRIAL_TOOL = {"type": "function", "function": {"name": "f", "description": "", 
 
 _MIN_LONGEST_TOKEN = 128
 """Characters that one token may stand for in any tokenizer: some have a token for every unknown word."""
-_IMPORTING = threading.Lock()
-"""transformers imports its parts at their first use, and fails if two threads do this at once."""
-_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_MAX_REASON_CHARACTERS = 500
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def leave_out_torch() -> None:
@@ -84,7 +77,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, model_path: str | Path | None = None) -> None:
         self.path = Path(path)
-        self.has_text = any(is_there(self.path / name) for name in _FILES) or find_mistral_file(self.path) is not None
+        self.has_text = has_tokenizer(self.path)
         self._special: frozenset[int] = frozenset()
         self._plain_text: dict[int, str] = {}  # added tokens that are text, whatever the alphabet of the vocabulary
         self._added_ids: dict[str, int] = {}
@@ -96,54 +89,19 @@ class Tokenizer:
         self._vocabularies: dict[int, Vocabulary] = {}
         end_token_ids = _configured_end_tokens(Path(model_path or path))
         if self.has_text:
-            try:
+            with naming_faults(self.path):
                 end_token_ids |= self._load()
-            except ModelError:
-                raise
-            except BaseException as error:
-                if not _is_of_library(error):
-                    raise
-                raise ModelError(f"cannot load the tokenizer in {self.path}: {self._diagnosis(error)}") from error
         self.end_token_ids = frozenset(end_token_ids)
 
     def _load(self) -> set[int]:
         """Load the files; return the end tokens that the tokenizer names."""
-        # Imported here, because it takes seconds and only a tokenizer needs it.
-        with _IMPORTING:
-            from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
-
-        for name in _JSON_FILES:
-            if is_there(self.path / name):
-                read_json(self.path / name)
-        # The tokenizer's class depends on three keys of config.json. transformers would read the whole of it, and
-        # allocate what it says.
-        document = read_config(self.path) if is_there(self.path / "config.json") else {}
-        keys = ("model_type", "model_name", "tokenizer_class")
-        names = {key: document[key] for key in keys if isinstance(document.get(key), str)}
-        model_type = names.get("model_type")
-        config: Any = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else PreTrainedConfig()
-        names["_name_or_path"] = str(self.path)
-        for key, name in names.items():
-            setattr(config, key, name)
-        # transformers would ask at the terminal about foreign code, and hand Mistral's files to a class without a
-        # backend.
-        options = {"local_files_only": True, "trust_remote_code": False, "mistral_format": False}
-        mistral_file = find_mistral_file(self.path)
-        self._hf: Any
-        if mistral_file is not None:
-            self._hf = load_mistral_file(mistral_file)
-        else:
-            self._hf = AutoTokenizer.from_pretrained(str(self.path), config=config, **options)
-        if self._uses_file_unchanged() and type(self._hf) is not PreTrainedTokenizerFast:
-            # For some models (Qwen2) AutoTokenizer returns the model's class, which splits words by other rules.
-            self._hf = PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
-        backend = getattr(self._hf, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(f"the tokenizer in {self.path} is not a fast tokenizer; it needs a tokenizer.json")
+        self._loaded = load_tokenizer(self.path)
+        self._hf = self._loaded.hf
+        backend = self._hf.backend_tokenizer
         # A tokenizer.json may contain the truncation and padding of training; a server must do neither.
         backend.no_truncation()
         backend.no_padding()
-        self._backend: Any = backend
+        self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self._special = frozenset(
@@ -165,38 +123,6 @@ class Tokenizer:
         if backend.decoder is not None:
             self._bytes_of_piece = bytes_of_piece(json.loads(backend.decoder.__getstate__()))
         return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
-
-    def _diagnosis(self, error: BaseException) -> str:
-        """Say which file and key make the tokenizer fail; the libraries' own errors often do not."""
-        path = self.path / "tokenizer.json"
-        if not is_there(path):
-            if is_there(self.path / "tokenizer.model") and importlib.util.find_spec("sentencepiece") is None:
-                return f"tokenizer.model needs the package sentencepiece: {INSTALL}"
-            return f"there is no tokenizer.json: {_one_line(error)}"
-        document = read_json(path)
-        if "added_tokens" not in document:
-            return "tokenizer.json: there is no added_tokens"
-        problem = _load_problem(document)
-        if problem:
-            neutral = dict.fromkeys(
-                ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-            )
-            sections = neutral | {
-                "version": "1.0",
-                "added_tokens": [],
-                "model": {"type": "BPE", "vocab": {}, "merges": []},
-            }
-            culprit = next((key for key, value in sections.items() if not _load_problem(document | {key: value})), None)
-            return f"tokenizer.json: {f'{culprit}: ' if culprit else ''}{problem}"
-        config = "tokenizer_config.json" if is_there(self.path / "tokenizer_config.json") else "tokenizer.json"
-        return f"{config}: {_one_line(error)}"
-
-    def _uses_file_unchanged(self) -> bool:
-        """Return whether the folder names the class that uses tokenizer.json without changes."""
-        config = self.path / "tokenizer_config.json"
-        if not config.is_file() or not (self.path / "tokenizer.json").is_file():
-            return False
-        return read_json(config).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
     @property
     def vocab_size(self) -> int:
@@ -231,6 +157,8 @@ class Tokenizer:
             )
         if not self.has_text:
             raise InvalidRequestError(f"{self.path} has no tokenizer: send the prompt as token ids", "prompt")
+        if self._loaded.adds_space and text and not text.startswith(tuple(self._added_ids)):
+            text = f" {text}"
         try:
             # "fast" leaves out the positions of tokens in the text, which saves a third of the time or more
             [encoded] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -240,7 +168,7 @@ class Tokenizer:
                 "the prompt contains a lone surrogate, which is not a character", "prompt"
             ) from None
         except BaseException as error:
-            if not _is_of_library(error):
+            if not is_of_library(error):
                 raise
             raise InvalidRequestError(f"the model's tokenizer cannot encode the prompt: {error}", "prompt") from error
         return ids
@@ -280,8 +208,10 @@ class Tokenizer:
         """
         turns = conversation.normalise(messages)
         if not self.has_text or not (self.has_chat_template or options.template):
+            reason = f": {self._loaded.no_template}" if self.has_text and self._loaded.no_template else ""
             raise InvalidRequestError(
-                f"the model in {self.path} has no chat template; use completions with a plain prompt", "messages"
+                f"the model in {self.path} has no chat template{reason}; use completions with a plain prompt",
+                "messages",
             )
         template = options.template or self._tools_template
         variables = dict(options.variables)
@@ -380,7 +310,9 @@ class Tokenizer:
     def vocabulary(self, vocab_size: int) -> Vocabulary:
         """Return the vocabulary for grammars of a model whose logits have ``vocab_size`` entries; made at first use."""
         if vocab_size not in self._vocabularies:
-            self._vocabularies[vocab_size] = Vocabulary(self.path, vocab_size)
+            if not self.has_text:
+                raise InvalidRequestError(f"structured output needs a tokenizer, and {self.path} has none", "grammar")
+            self._vocabularies[vocab_size] = Vocabulary(read_vocabulary(self.path, self._loaded), vocab_size)
         return self._vocabularies[vocab_size]
 
     def _shown_token_bytes(self, token_id: int) -> bytes:
@@ -398,28 +330,6 @@ class Tokenizer:
         if self._bytes_of_piece is not None:
             return self._bytes_of_piece(token)
         return self.decode([token_id], skip_special_tokens=False).encode()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
-
-
-def _load_problem(document: dict[str, Any]) -> str:
-    """Load a tokenizer.json as the library itself does; return its error, or nothing."""
-    import tokenizers
-
-    try:
-        tokenizers.Tokenizer.from_str(json.dumps(document))
-    except BaseException as error:
-        if not _is_of_library(error):
-            raise
-        return _one_line(error)
-    return ""
-
-
-def _is_of_library(error: BaseException) -> bool:
-    """Whether an error may come from transformers or tokenizers: they raise many kinds, and a panic is no Exception."""
-    return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
 
 
 def _names(template: str, variable: str) -> bool:

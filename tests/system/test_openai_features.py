@@ -17,6 +17,7 @@ from hbserve.grammar import Vocabulary, json_schema
 from hbserve.pd_disagg import LLM
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 from tests.support.engines import assert_no_leaks
 from tests.support.http_server import MODEL, USER, letters, served
@@ -204,7 +205,7 @@ async def test_forced_calls_have_an_object_of_arguments(
     await api.chat.completions.create(model=MODEL, messages=USER, tools=[tool], tool_choice=FORCED)  # type: ignore[list-item, arg-type]
     grammar = scheduler.requests[-1].sampling.grammar
     assert grammar is not None
-    vocabulary = Vocabulary(tokenizer.path, tokenizer.vocab_size + 1)
+    vocabulary = Vocabulary(read_vocabulary(tokenizer.path), tokenizer.vocab_size + 1)
     for arguments in ("4", "null", '"x"', "[]", "true", '{"x": 1}'):
         text = CALL[: CALL.index('{"place')] + arguments + "}\n</tool_call>"
         ids = [token for part in text.split("\n") for token in (*letters(tokenizer, part), *letters(tokenizer, "\n"))]

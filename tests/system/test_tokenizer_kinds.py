@@ -19,6 +19,7 @@ from hbserve.errors import InvalidRequestError
 from hbserve.grammar import Vocabulary, json_schema
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, USER
 from tests.support.scripted_scheduler import ScriptedScheduler, output
@@ -127,7 +128,7 @@ def test_every_kind_can_write_json(tokenizer: Tokenizer) -> None:
     schema = {"type": "object", "properties": {"kind": {"enum": ["cat", "dög"]}}, "required": ["kind"]}
     schema["additionalProperties"] = False
     end = tokenizer.vocab_size
-    matcher = Vocabulary(tokenizer.path, end + 8).follow(json_schema(schema), [end])
+    matcher = Vocabulary(read_vocabulary(tokenizer.path), end + 8).follow(json_schema(schema), [end])
     rng, ids = random.Random(1), []
     while not ids or ids[-1] != end:
         words = matcher.mask()
@@ -140,4 +141,4 @@ def test_every_kind_can_write_json(tokenizer: Tokenizer) -> None:
 
 def test_a_tokenizer_that_grammars_cannot_follow(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="structured output does not work with this tokenizer"):
-        Vocabulary(tiny_tokenizers.word_pieces(tmp_path), 200)
+        Vocabulary(read_vocabulary(tiny_tokenizers.word_pieces(tmp_path)), 200)

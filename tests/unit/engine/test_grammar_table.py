@@ -16,6 +16,7 @@ from hbserve.engine.grammar_table import GrammarTable
 from hbserve.grammar import Matcher, Vocabulary
 from hbserve.messages.worker import NO_TOKEN, PlanRow, SequenceState
 from hbserve.sampling_params import SamplingParams
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 from tests.support.model_zoo import save_model
 from tests.unit.engine.test_model_runner import launch, make_runner
@@ -68,6 +69,10 @@ def state(slot: int, grammar: str, history: list[int], **sampling: Any) -> Seque
     )
 
 
+def vocabulary(folder: Path) -> Vocabulary:
+    return Vocabulary(read_vocabulary(folder), 400)
+
+
 def until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not holds():
@@ -87,14 +92,12 @@ def test_a_mask_that_is_late_delays_no_other_row(folder: Path, gate: tuple[threa
     table.install(state(1, QUICK, [2, 3]))
     until(lambda: has_mask(table, 1))
     masks = table.masks(np.array([0, 1]))  # returns although the first waits
-    assert (masks[1] == Vocabulary(folder, 400).follow(QUICK, [1]).mask()).all()
+    assert (masks[1] == vocabulary(folder).follow(QUICK, [1]).mask()).all()
     assert table.missing(np.array([0, 1])).tolist() == [True, False]
     assert table.take_missing() == {0: None}
     opened.set()
     until(lambda: has_mask(table, 0))
-    assert (
-        table.masks(np.array([0]))[0] == Vocabulary(folder, 400).follow('start: "slow" /[a-z]+/ ', [1]).mask()
-    ).all()
+    assert (table.masks(np.array([0]))[0] == vocabulary(folder).follow('start: "slow" /[a-z]+/ ', [1]).mask()).all()
 
 
 def test_nothing_more_is_computed_for_a_sequence_that_has_left(
@@ -117,9 +120,7 @@ def test_a_grammar_that_takes_too_much_time_says_so(folder: Path, monkeypatch: p
     monkeypatch.setattr(grammar_table, "_CPU_S_AT_START", 0.2)
     monkeypatch.setattr(grammar_table, "_CPU_S_PER_TOKEN", 0.0)
     table = GrammarTable(4, 400, folder)
-    letter = next(
-        i for i in range(400) if Vocabulary(folder, 400).follow("start: /a/", []).mask()[i // 32] >> i % 32 & 1
-    )
+    letter = next(i for i in range(400) if vocabulary(folder).follow("start: /a/", []).mask()[i // 32] >> i % 32 & 1)
     table.install(state(0, AMBIGUOUS, [2]))
     table.install(state(1, QUICK, [2]))
     error, position = None, 1

@@ -15,6 +15,7 @@ from hbserve.grammar import Vocabulary, json_schema
 from hbserve.server.answers.tool_calls import ToolCallParser
 from hbserve.server.answers.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 
 # The parts of these families' templates that concern calls.
@@ -108,7 +109,7 @@ def test_the_parser_finds_every_call_that_a_grammar_allows(family: str, marks: s
     schema: dict[str, Any] = {"type": "object", "properties": {"x": {"enum": ["ab", 7]}}, "required": ["x"]}
     functions = {"f": schema | {"additionalProperties": False}, "f_2": schema | {"additionalProperties": False}}
     end = tokenizer.vocab_size
-    vocabulary = Vocabulary(folder, end + 1)
+    vocabulary = Vocabulary(read_vocabulary(folder), end + 1)
     grammar = form.grammar(functions, True, tokenizer.added_token_id)
     vocabulary.check(grammar)
     for seed in range(3):
@@ -137,7 +138,7 @@ def test_grammars_may_name_the_text_of_an_added_token(tmp_path: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = Tokenizer(folder)
     end = tokenizer.vocab_size
-    vocabulary = Vocabulary(folder, end + 1)
+    vocabulary = Vocabulary(read_vocabulary(folder), end + 1)
     grammars = ['start: "<think>x"', '%llguidance {}\nstart: "<think>x"', json_schema({"const": "<think>x"})]
     for grammar in grammars:
         vocabulary.check(grammar)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hbserve.errors import InvalidRequestError
-from hbserve.grammar import Matcher, Vocabulary, json_schema
+from hbserve.grammar import Vocabulary, json_schema
 from hbserve.json_schemas import problem_of
 from hbserve.server.answers.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
+from tests.support.grammar_walk import random_output
 
 pytest.importorskip("llguidance")
 
 INTEGER = {"type": "integer"}
 NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "required": ["next"]}
-CLOSING, OPENING = set(b'"}]:0'), set(b"{[, \n")
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +30,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    return Vocabulary(tokenizer.path, tokenizer.vocab_size + 1)
+    return Vocabulary(read_vocabulary(tokenizer.path), tokenizer.vocab_size + 1)
 
 
 def finished(vocabulary: Vocabulary, tokenizer: Tokenizer, grammar: str, seed: int) -> list[int]:
-    """Follow a grammar with random tokens to its end; prefer those that lead there."""
-    end, chance, ids = tokenizer.vocab_size, random.Random(seed), []
-    matcher: Matcher = vocabulary.follow(grammar, [end])
-    text_of = [tokenizer.token_bytes(token_id) for token_id in range(end)]
-    for step in range(4000):
-        allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist()
-        assert matcher.problem is None or end not in allowed, matcher.problem
-        if end in allowed and (len(allowed) == 1 or step > 100 or chance.random() < 0.5):
-            return ids
-        allowed = [token_id for token_id in allowed if token_id != end]
-        if step > 30 or chance.random() < 0.6:
-            closing = [token_id for token_id in allowed if text_of[token_id] and set(text_of[token_id]) <= CLOSING]
-            allowed = closing or [i for i in allowed if not set(text_of[i]) & OPENING] or allowed
-        ids.append(chance.choice(allowed))
-        matcher.advance(ids[-1:])
-    raise AssertionError("no end in 4000 tokens")
+    return random_output(vocabulary, tokenizer, grammar, tokenizer.vocab_size, seed)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +204,7 @@ def test_arguments_of_forced_calls_are_schemas_like_others(tokenizer: Tokenizer)
         "required": ["share"],
         "additionalProperties": False,
     }
-    vocabulary = Vocabulary(tokenizer.path, tokenizer.vocab_size + 1)
+    vocabulary = Vocabulary(read_vocabulary(tokenizer.path), tokenizer.vocab_size + 1)
     original = form.grammar({"f": parameters}, False, tokenizer.added_token_id)
     grammar = vocabulary.check(original)
     for seed in range(8):

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from hbserve.errors import ModelError
+from hbserve.errors import InvalidRequestError, ModelError
+from hbserve.grammar import Vocabulary, json_schema
 from hbserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
+from tests.support.grammar_walk import random_output
 from tests.support.paths import ROOT
 
 TEXTS = [
@@ -25,8 +28,42 @@ TEXTS = [
     "def f(a):\n    return  a\n\n\tb",
     "émigré ñandú 12,345.67 don't",
     "end  ",
+    " " * 200,
+    "a" * 100 + "\n" * 50 + "-" * 75 + " \n" * 40,
     (ROOT / "docs" / "sampling.md").read_text(),
 ]
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a place ☀",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Köln"}'}}
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "question": [{"role": "user", "content": "Hi there"}],
+    "system": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi\n\nthere  "},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": " ok?"},
+    ],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]}],
+}
+CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "get_weather", "content": "rain"},
+    {"role": "assistant", "content": "It rains."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+def mistral_data(name: str) -> Path:
+    return Path(pytest.importorskip("mistral_common").__file__).parent / "data" / name
 
 
 def folder_with(data: Path, tmp_path: Path, name: str) -> Path:
@@ -47,15 +84,19 @@ def decoded(tokenizer: Tokenizer, token_ids: list[int]) -> str:
         ("tekken_240911.json", "tekken.json"),  # lists its special tokens
         ("tekken_240718.json", "tekken.json"),  # does not
         ("tokenizer.model.v1", "tokenizer.model"),
+        ("mistral_instruct_tokenizer_240216.model.v2", "tokenizer.model"),
         ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model.v3"),
+        ("mistral_instruct_tokenizer_241114.model.v7", "tokenizer.model"),
     ],
 )
-def test_real_files_encode_as_mistral_common_does(data: str, name: str, tmp_path: Path) -> None:
-    mistral_common = pytest.importorskip("mistral_common")
+def test_real_files_do_as_mistral_common_does(data: str, name: str, tmp_path: Path) -> None:
+    """Texts, conversations with tools, and grammars."""
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    source = Path(mistral_common.__file__).parent / "data" / data
-    reference: Any = MistralTokenizer.from_file(str(source)).instruct_tokenizer.tokenizer
+    source = mistral_data(data)
+    mistral: Any = MistralTokenizer.from_file(str(source))
+    reference = mistral.instruct_tokenizer.tokenizer
     tokenizer = Tokenizer(folder_with(source, tmp_path, name))
     assert tokenizer.vocab_size == reference.n_words
     assert tokenizer.end_token_ids == {reference.eos_id}
@@ -67,9 +108,19 @@ def test_real_files_encode_as_mistral_common_does(data: str, name: str, tmp_path
         space = " " if name != "tekken.json" and text else ""  # an output continues its prompt
         assert decoded(tokenizer, expected) == space + text
     inst = tokenizer.added_token_id("[INST]")
-    if data != "tokenizer.model.v1":  # where it is no token
+    has_tools = data != "tokenizer.model.v1"
+    if has_tools:
         assert inst == 3
         assert decoded(tokenizer, [inst]) == ""
+        after_mark = reference.encode(" a" if name == "tekken.json" else "a", False, False)
+        assert tokenizer.encode("[INST] a") == [1, 3, *after_mark]  # SentencePiece's space is only added to a text
+    for chat, tools in [*((chat, None) for chat in CHATS.values()), *([(CALLS, [TOOL])] if has_tools else [])]:
+        request = ChatCompletionRequest.from_openai(messages=chat, tools=tools)
+        assert tokenizer.encode_chat(chat, tools) == mistral.encode_chat_completion(request).tokens
+    vocabulary = Vocabulary(read_vocabulary(tmp_path), tokenizer.vocab_size)  # as a worker reads it
+    (end,) = tokenizer.end_token_ids
+    ids = random_output(vocabulary, tokenizer, json_schema({"enum": ["dög 🙂"]}), end, seed=0)
+    assert decoded(tokenizer, ids).strip() == '"dög 🙂"'
 
 
 def small_tekken(folder: Path, **changes: Any) -> Path:
@@ -94,14 +145,18 @@ def small_tekken(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_tekken_file_needs_no_other_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("mistral_common", "sentencepiece", "tiktoken"):
+    loaded = [name for name in sys.modules if name.startswith("mistral_common.")]
+    for name in ("mistral_common", "sentencepiece", "tiktoken", *loaded):
         monkeypatch.setitem(sys.modules, name, None)
     tokenizer = Tokenizer(small_tekken(tmp_path))
     assert tokenizer.encode("the cat") == [1, 30 + 257, 30 + 260]
     assert tokenizer.decode(tokenizer.encode("the ca☃")) == "the ca☃"
     assert tokenizer.added_token_id("[TOOL_CALLS]") == 9
     assert tokenizer.added_token_id("<SPECIAL_29>") == 29
-    assert not tokenizer.has_chat_template
+    with pytest.raises(
+        InvalidRequestError, match=r"tekken\.json needs the package mistral-common .*hbserve\[mistral\]"
+    ):
+        tokenizer.encode_chat([{"role": "user", "content": "the cat"}])
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
     assert Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "the cat"}]) == [1, 30 + 257, 30 + 260]
 
@@ -125,6 +180,14 @@ def test_a_tekken_file_needs_no_other_library(tmp_path: Path, monkeypatch: pytes
 def test_broken_tekken_files_are_named(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tekken\.json"):
         Tokenizer(small_tekken(tmp_path, **changes))
+
+
+def test_another_models_sentencepiece_file_has_no_chat_template(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    folder = folder_with(mistral_data("tokenizer.model.v1"), tmp_path, "tokenizer.model")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(InvalidRequestError, match=r"a llama model needs a file chat_template\.jinja"):
+        Tokenizer(folder).encode_chat([{"role": "user", "content": "hi"}])
 
 
 def test_a_tokenizer_json_beside_mistrals_files_is_used(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Tokenizers of folders in Mistral's own layout: ``tekken.json``, or a SentencePiece ``tokenizer.model`` alone.
 
 Both become a tokenizer of the `tokenizers` library, which everything else here works with. Prompts begin with the
-model's begin token, as in mistral-common.
+model's begin token, as in mistral-common. `hbserve.tokenizer_files` calls this.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,24 @@ _OLD_SPECIAL_TOKENS = (
 """Special tokens of a tekken.json that does not list them (mistral-common: ``DEPRECATED_SPECIAL_TOKENS``)."""
 
 _MAX_SPECIAL_TOKENS = 100_000
+_MISTRALS = ("mistral", "mixtral", "ministral", "pixtral", "voxtral")
+_FIRST_WITH = {"[SYSTEM_PROMPT]": "v7", "[IMG]": "v3", "[INST]": "v2"}
+"""Versions of Mistral's tokenizer by a special token that they are the first to have, the newest first."""
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer, and what its files say beside it.
+
+    Attributes:
+        hf: transformers' ``PreTrainedTokenizerFast``.
+        adds_space: whether a text begins with a space that the tokenizer adds.
+        no_template: why there is no chat template.
+    """
+
+    hf: Any
+    adds_space: bool = False
+    no_template: str = ""
 
 
 def find_mistral_file(folder: Path) -> Path | None:
@@ -36,25 +57,44 @@ def find_mistral_file(folder: Path) -> Path | None:
         return folder / "tekken.json"
     if is_there(folder / "tokenizer_config.json"):
         return None
-    return next(iter([*folder.glob("tokenizer.model"), *sorted(folder.glob("tokenizer.model.v*"))]), None)
+    # The name of a file with a version tells which chat template belongs to it.
+    return next(iter([*sorted(folder.glob("tokenizer.model.v*")), *folder.glob("tokenizer.model")]), None)
 
 
-def load_mistral_file(path: Path) -> Any:
-    """Load a result of `find_mistral_file` as transformers' ``PreTrainedTokenizerFast``.
+def load_mistral_file(path: Path, model_type: str | None) -> LoadedTokenizer:
+    """Load a result of `find_mistral_file`.
+
+    Args:
+        model_type: what config.json says of the model.
 
     Raises:
         ModelError: the file cannot be read, or a library that it needs is missing.
     """
     from transformers import PreTrainedTokenizerFast
 
+    adds_space = False
     try:
-        backend, bos, eos = _tekken(path) if path.name == "tekken.json" else _sentence_piece(path)
+        if path.name == "tekken.json":
+            backend, bos, eos = _tekken(path)
+        else:
+            backend, bos, eos, adds_space = _sentence_piece(path)
     except ModelError:
         raise
     except Exception as error:  # the file may hold anything, and the libraries raise bare Exception
         raise ModelError(f"{path} is not a tokenizer that can be read: {type(error).__name__}: {error}") from None
-    template = _chat_template(path)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=template)
+    template, problem = _chat_template(path, backend, model_type)
+    hf = PreTrainedTokenizerFast(tokenizer_object=_Given(backend), bos_token=bos, eos_token=eos, chat_template=template)
+    return LoadedTokenizer(hf, adds_space, problem)
+
+
+class _Given:
+    """A tokenizer that transformers uses as it is: it would copy one by writing it as JSON and reading that again."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+
+    def __deepcopy__(self, _: Any) -> Tokenizer:
+        return self._backend
 
 
 def _tekken(path: Path) -> tuple[Tokenizer, str, str]:
@@ -72,28 +112,39 @@ def _tekken(path: Path) -> tuple[Tokenizer, str, str]:
         special[token["rank"]] = token["token_str"]
     size = config.get("default_vocab_size")
     entries = document["vocab"] if size is None else document["vocab"][: size - num_special]
-    ranks = {base64.b64decode(entry["token_bytes"], validate=True): rank for rank, entry in enumerate(entries)}
-    text_of = {token: _byte_text(token) for token in ranks}
-    vocab = {text_of[token]: num_special + rank for token, rank in ranks.items()}
+    words = [_byte_text(base64.b64decode(entry["token_bytes"], validate=True)) for entry in entries]
+    vocab = {word: num_special + rank for rank, word in enumerate(words)}
+    merges = [pair for word in words for pair in _splits(word, vocab)]
     vocab |= {text: rank for rank, text in enumerate(special)}
-    merges = []
-    for token in ranks:  # in the order of ranks
-        splits = [(token[:end], token[end:]) for end in range(1, len(token))]
-        found = [split for split in splits if split[0] in ranks and split[1] in ranks]
-        found.sort(key=lambda split: (ranks[split[0]], ranks[split[1]]))
-        merges += [(text_of[first], text_of[second]) for first, second in found]
     tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
-    words = pre_tokenizers.Split(Regex(config["pattern"]), "isolated")
+    cut = pre_tokenizers.Split(Regex(config["pattern"]), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     _add_special(tokenizer, special)
     return _begun(tokenizer, "<s>"), "<s>", "</s>"
 
 
-def _sentence_piece(path: Path) -> tuple[Tokenizer, str, str]:
-    """Convert SentencePiece BPE: the scores of the pieces are the order of merges."""
+def _splits(word: str, vocab: Container[str]) -> list[tuple[str, str]]:
+    """List the pairs of tokens that make a word, the longest first token first.
+
+    The libraries give all pairs of one word the same rank, and merge the leftmost. `tokenizers` gives each pair a rank
+    of its own. In a run of equal letters the leftmost pair is the one whose first token is longer.
+    """
+    return [
+        (first, second)
+        for end in range(len(word) - 1, 0, -1)
+        if (first := word[:end]) in vocab and (second := word[end:]) in vocab
+    ]
+
+
+def _sentence_piece(path: Path) -> tuple[Tokenizer, str, str, bool]:
+    """Convert SentencePiece BPE: the scores of the pieces are the order of merges.
+
+    The space that SentencePiece puts before a text is not part of the tokenizer here, which would put one after each
+    special token too.
+    """
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -109,30 +160,23 @@ def _sentence_piece(path: Path) -> tuple[Tokenizer, str, str]:
             f"{path} is a SentencePiece model of type unigram; only BPE is read. Convert it to tokenizer.json"
         )
     vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
-    merges = []
     mergeable = {
         piece: token_id
         for piece, token_id in vocab.items()
         if not (processor.IsControl(token_id) or processor.IsUnknown(token_id) or processor.IsByte(token_id))
     }
-    for piece, token_id in mergeable.items():
-        for end in range(1, len(piece)):
-            first, second = piece[:end], piece[end:]
-            if first in mergeable and second in mergeable:
-                merges.append((-scores[token_id], vocab[first], vocab[second], (first, second)))
-    merges.sort()
+    by_score = sorted(mergeable, key=lambda piece: -scores[mergeable[piece]])
+    merges = [pair for piece in by_score for pair in _splits(piece, mergeable)]
     unknown, bos, eos = (processor.IdToPiece(token_id) for token_id in _ids(processor, path))
-    ordered = [pair for *_, pair in merges]
-    tokenizer = Tokenizer(models.BPE(vocab, ordered, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    starts_with_space = processor.EncodeAsPieces("a")[0].startswith("▁")
-    steps = [normalizers.Prepend("▁")] if starts_with_space else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if starts_with_space else []
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    adds_space = processor.EncodeAsPieces("a")[0].startswith("▁")
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     _add_special(tokenizer, [pieces[token_id] for token_id in special])
-    return _begun(tokenizer, bos), bos, eos
+    return _begun(tokenizer, bos), bos, eos, adds_space
 
 
 def _ids(processor: Any, path: Path) -> tuple[int, int, int]:
@@ -143,7 +187,7 @@ def _ids(processor: Any, path: Path) -> tuple[int, int, int]:
 
 
 def _byte_text(token: bytes) -> str:
-    return "".join(map(_BYTE_ALPHABET.__getitem__, token))
+    return token.decode("latin-1").translate(_BYTE_ALPHABET)
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -153,7 +197,7 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-_BYTE_ALPHABET: Mapping[int, str] = _byte_alphabet()
+_BYTE_ALPHABET = _byte_alphabet()
 
 
 def _add_special(tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -166,20 +210,47 @@ def _begun(tokenizer: Tokenizer, bos: str) -> Tokenizer:
     return tokenizer
 
 
-def _chat_template(path: Path) -> str | None:
-    """Find the chat template: a file of the folder, or what mistral-common makes of the tokenizer's file."""
+def _chat_template(path: Path, tokenizer: Tokenizer, model_type: str | None) -> tuple[str | None, str]:
+    """Find the chat template: a file of the folder, or what mistral-common makes of the tokenizer's file.
+
+    Returns:
+        The template, or None and why there is none.
+    """
     jinja, plain = path.with_name("chat_template.jinja"), path.with_name("chat_template.json")
     if is_there(jinja):
-        return jinja.read_text(encoding="utf-8")
+        return jinja.read_text(encoding="utf-8"), ""
     if is_there(plain):
         template = read_json(plain).get("chat_template")
-        return template if isinstance(template, str) else None
+        return (template, "") if isinstance(template, str) else (None, f"{plain} has none that is text")
+    if path.name != "tekken.json" and model_type is not None and not model_type.startswith(_MISTRALS):
+        return None, f"a {model_type} model needs a file chat_template.jinja"
     try:
         from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
     except ImportError:
-        return None
+        return None, f"{path.name} needs the package mistral-common for one: {INSTALL}"
     try:
-        template = convert_tokenizer_to_chat_template(path)
-    except Exception:  # it does not know the version of the file
-        return None
-    return template if isinstance(template, str) else None
+        with tempfile.TemporaryDirectory() as folder:
+            return str(convert_tokenizer_to_chat_template(_as_mistral_common_reads(path, tokenizer, Path(folder)))), ""
+    except Exception as error:  # it does not know the version of the file
+        return None, f"mistral-common makes none of {path.name}: {error}"
+
+
+def _as_mistral_common_reads(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
+    """Return the file with its version in its name, and without the words, which no template needs.
+
+    mistral-common takes a second to read the words of a tekken.json.
+    """
+    if path.name == "tekken.json":
+        document = read_json(path)
+        config, vocab = document["config"], document["vocab"][:256]
+        sizes = {"default_vocab_size": len(vocab) + config["default_num_special_tokens"]}
+        short = document | {"vocab": vocab, "config": config | sizes}
+        copy = folder / path.name
+        copy.write_text(json.dumps(short), encoding="utf-8")
+        return copy
+    if path.name != "tokenizer.model":
+        return path
+    version = next((version for text, version in _FIRST_WITH.items() if tokenizer.token_to_id(text) is not None), "v1")
+    copy = folder / f"{path.name}.{version}"
+    copy.symlink_to(path.absolute())
+    return copy
