@@ -57,6 +57,10 @@ class PreviousResponseNotFoundError(InvalidRequestError):
     """The response that a request continues is not stored."""
 
 
+class ItemNotFoundError(InvalidRequestError):
+    """The item that a request refers to is not stored."""
+
+
 class UnauthorizedError(HBServeError):
     """The request has no key, or an unknown one."""
 
@@ -101,6 +105,7 @@ _ANSWERS: dict[type, tuple[int, str, str | None]] = {
     ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
     ResponseNotFoundError: (404, "invalid_request_error", "response_not_found"),
     PreviousResponseNotFoundError: (404, "invalid_request_error", "previous_response_not_found"),
+    ItemNotFoundError: (404, "invalid_request_error", "item_not_found"),
     UnknownInstanceError: (404, "invalid_request_error", "instance_not_found"),
     ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequestError: (400, "invalid_request_error", None),

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-from hbserve.server.responses.store import ResponseStore, StoredResponse
+from hbserve.server.responses.store import ResponseStore, StoredResponse, by_id
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, letters
@@ -279,7 +279,7 @@ async def test_stored_responses_can_be_continued_read_and_deleted(
 
 def test_the_store_is_bounded_in_number_and_bytes_and_divided_by_key() -> None:
     def stored(size: int, key: str = "a") -> StoredResponse:
-        return StoredResponse(key, b"x" * size, b"", 0, 0)
+        return StoredResponse(key, b"x" * size, [], {}, {})
 
     store = ResponseStore(max_responses=3, max_bytes=100)
     for number in range(5):
@@ -293,6 +293,22 @@ def test_the_store_is_bounded_in_number_and_bytes_and_divided_by_key() -> None:
     store.delete("large")
     store.put("next", stored(90))
     assert len(store) == 2
+
+
+def test_items_are_found_by_id_and_key_until_their_last_response_goes() -> None:
+    store = ResponseStore()
+    history = [b'{"id": "before"}']
+    store.put("1", StoredResponse("a", b"", history, {"q": b"1"}, {"msg": b"2"}))
+    assert [store.item(name, "a") for name in ("q", "msg", "before", "1")] == [b"1", b"2", None, None]
+    assert store.item("msg", "b") is None
+    store.put("2", StoredResponse("a", b"", history, {"msg": b"2"}, {"next": b"3"}))
+    store.delete("1")
+    assert [store.item(name, "a") for name in ("q", "msg", "next")] == [None, b"2", b"3"]
+    store.delete("2")
+    assert store.item("msg", "a") is None
+    first, *others = by_id([{"id": "x"}, {"id": "x"}, {"id": 7}, {}])
+    assert first == "x"
+    assert len(others) == 3
 
 
 async def test_logprobs(api: openai.AsyncOpenAI, scheduler: ScriptedScheduler, tokenizer: Tokenizer) -> None:
@@ -313,7 +329,7 @@ async def test_logprobs(api: openai.AsyncOpenAI, scheduler: ScriptedScheduler, t
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]}, "input.0.content.0"),
         ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input.0"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0"),
+        ({"input": [{"type": "item_reference"}]}, "input.0"),
         ({"input": [{"role": "wizard", "content": "x"}]}, "input.0.role"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input.0"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0"),

@@ -81,6 +81,8 @@ class ResponsesRequest(GenerationRequest):
     truncation: str | None = None
     chat_template_kwargs: AnyJson | None = None
 
+    client_metadata: Any = None  # Codex says in it which of its turns sends the request
+
     background: Any = None
     context_management: Any = None
     conversation: Any = None
@@ -139,7 +141,7 @@ class ResponsesRequest(GenerationRequest):
     def _check_tools(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         for number, tool in enumerate(value or ()):
             if tool.get("type", "function") != "function":
-                raise ValueError(f"{number}: tools of type {tool['type']!r} are not supported; send functions")
+                raise ValueError(f"number {number} is of type {tool['type']!r}, which is not supported; send functions")
             not_too_deep(tool)
         return value
 

@@ -23,8 +23,8 @@ from hbserve.server.errors import PreviousResponseNotFoundError, api_error
 from hbserve.server.generation import Deadline
 from hbserve.server.logprobs import chat_logprobs
 from hbserve.server.responses.body import PARAM_NAMES, ResponsesRequest
-from hbserve.server.responses.items import Event, OutputItems
-from hbserve.server.responses.store import ResponseStore, StoredResponse
+from hbserve.server.responses.items import Event, OutputItems, resolved
+from hbserve.server.responses.store import ResponseStore, StoredResponse, by_id
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class ResponseGeneration(ChatCompletion):
     _request: ResponsesRequest
     _store: ResponseStore
     _key: str
-    _history: list[dict[str, Any]]
+    _history: list[bytes]
 
     @classmethod
     async def begin(
@@ -47,13 +47,13 @@ class ResponseGeneration(ChatCompletion):
         """Check the body, and encode the conversation.
 
         Args:
-            store: has the response that this one continues, and gets this one.
+            store: has the response that this one continues and the items that it refers to, and gets this one.
             key: name of the client's key.
 
         Raises:
-            PreviousResponseNotFoundError, InvalidRequestError, RequestTimeoutError, EngineDeadError
+            PreviousResponseNotFoundError, ItemNotFoundError, InvalidRequestError, RequestTimeoutError, EngineDeadError
         """
-        history: list[dict[str, Any]] = []
+        history: list[bytes] = []
         if request.previous_response_id is not None:
             previous = store.get(request.previous_response_id, key)
             if previous is None:
@@ -63,8 +63,9 @@ class ResponseGeneration(ChatCompletion):
                     "previous_response_id",
                 )
             history = previous.conversation()
+        request.input = resolved(request.new_items(), lambda item_id: store.item(item_id, key))
         with _own_names():
-            chat = request.as_chat(history)
+            chat = request.as_chat([msgspec.json.decode(item) for item in history])
             response = await cls.create(engine, chat, deadline)
         names = {name: PARAM_NAMES.get(given, given) for name, given in response.param_names.items()}
         response.param_names = PARAM_NAMES | names
@@ -138,12 +139,8 @@ class ResponseGeneration(ChatCompletion):
         """Return the finished response, and store it."""
         response = self._snapshot(status, output.items)
         if self._request.store is not False:
-            new = self._request.new_items()
-            items = [*self._history, *new, *output.items]
-            first = len(self._history)
-            stored = StoredResponse(
-                self._key, msgspec.json.encode(response), msgspec.json.encode(items), first, first + len(new)
-            )
+            own = by_id(self._request.new_items()), by_id(output.items)
+            stored = StoredResponse(self._key, msgspec.json.encode(response), self._history, *own)
             self._store.put(response["id"], stored)
         return response
 

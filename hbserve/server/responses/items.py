@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import msgspec
 
 from hbserve.errors import InvalidRequestError
 from hbserve.server.chat import AnswerGrowth
+from hbserve.server.errors import ItemNotFoundError
+
+MAX_REFERENCED_BYTES = 16 << 20
+"""Items that one request may refer to; they are decoded in the event loop."""
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 Event = dict[str, Any]
+
+
+def resolved(items: list[dict[str, Any]], find: Callable[[str], bytes | None]) -> list[dict[str, Any]]:
+    """Return the items with stored ones in the place of references to them.
+
+    Args:
+        find: function from the id of an item to the stored item, as JSON.
+
+    Raises:
+        ItemNotFoundError, InvalidRequestError: ``param`` names the reference.
+    """
+    referenced: set[str] = set()
+    num_bytes = 0
+    whole = []
+    for number, item in enumerate(items):
+        if not _is_reference(item):
+            whole.append(item)
+            continue
+        where, item_id = f"input.{number}", item.get("id")
+        if not isinstance(item_id, str):
+            raise InvalidRequestError(f"{where}: an item_reference needs the id of an item", where)
+        if item_id in referenced:
+            raise InvalidRequestError(f"{where}: the item {item_id!r} is referred to twice", where)
+        found = find(item_id)
+        if found is None:
+            reason = "its response was made with store: false, or with another key, or it was dropped for later ones"
+            raise ItemNotFoundError(f"{where}: there is no item {item_id!r}: {reason}", where)
+        num_bytes += len(found)
+        if num_bytes > MAX_REFERENCED_BYTES:
+            raise InvalidRequestError(f"{where}: the referenced items have over {MAX_REFERENCED_BYTES} bytes", where)
+        referenced.add(item_id)
+        whole.append(msgspec.json.decode(found))
+    return whole
+
+
+def _is_reference(item: dict[str, Any]) -> bool:
+    """Return whether an item refers to a stored one; the type of a reference may be missing."""
+    return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item and "id" in item)
 
 
 def as_messages(items: Iterable[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
@@ -51,7 +95,7 @@ def as_messages(items: Iterable[dict[str, Any]], first: int = 0) -> list[dict[st
             text = _text(item.get("output"), f"{where}.output")
             messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
         else:
-            known = "message, function_call, function_call_output, reasoning"
+            known = "message, function_call, function_call_output, reasoning, item_reference"
             raise InvalidRequestError(f"{where}: items of type {kind!r} are not supported; send {known}", where)
         if reasoning and messages and kind in ("message", "function_call"):
             if messages[-1]["role"] == "assistant":

@@ -56,9 +56,8 @@ def install(
     @app.get("/v1/responses/{response_id}/input_items")
     async def input_items(response_id: str, request: Request) -> Response:
         """List the items of the response's input, the latest first; all at once."""
-        response = stored(response_id, request)
-        inputs = response.conversation()[response.first_input : response.first_output]
-        data = [{"id": f"item_{number}"} | item for number, item in enumerate(inputs)][::-1]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        items = stored(response_id, request).input
+        ids, data = list(reversed(items)), [msgspec.Raw(item) for item in reversed(items.values())]
+        ends = {"first_id": ids[0], "last_id": ids[-1]} if ids else {"first_id": None, "last_id": None}
         answer = {"object": "list", "data": data, "has_more": False} | ends
         return Response(msgspec.json.encode(answer), media_type="application/json")
