@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --n
 # Tests wait as much as they compute: two files at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-gpu bench format lint types docs clean debian-packages
+.PHONY: help demo test test-fast test-clients test-gpu bench format lint types docs clean debian-packages
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -35,6 +35,9 @@ test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (abou
 
 test-fast: $(VENV)/.installed ## Run the quick tests only (at most 90 seconds)
 	$(PYTEST) -m 'not gpu and not slow' tests/docs tests/unit
+
+test-clients: $(VENV)/.installed ## Run unmodified clients of other projects; needs npm and Chromium (a minute)
+	$(BIN)/python -m tests.clients $(CLIENTS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the interpreter in PYTHON
 	$(PYTHON) -m pytest -m gpu
