@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -84,9 +85,16 @@ class EffectiveConfig:
         if given is None:
             return f"environment {variable}" if os.environ.get(variable, "").strip() else "default"
         flag = nearest_key(key, self.flags)
+        if flag is None and self._is_moved(key, given):
+            flag = "model.tensor_parallel_size"
         if flag is not None:
             return f"flag {self.flags[flag].name}"
         return f"file {self.document.path}:{self.document.line_of(key)}"
+
+    def _is_moved(self, key: str, given: Any) -> bool:
+        """Return whether another number of ranks has moved the GPUs of an instance of the file."""
+        found = re.fullmatch(r"gpu_instances\[(\d+)\]\.gpu_id", key)
+        return found is not None and self.document.values["gpu_instances"][int(found[1])]["gpu_id"] != given
 
 
 def _values(flags: Mapping[str, Flag]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Document:
         for key in sorted(overrides, key=lambda key: key.count(".")):
             _override(values, key, copy.deepcopy(overrides[key]))
         if "model.tensor_parallel_size" in overrides:
-            _drop_sizes_of_instances(values)
+            _resize_instances(values, overrides["model.tensor_parallel_size"])
         return values
 
     def build(self, overrides: Mapping[str, Any]) -> Config:
@@ -72,7 +72,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     Args:
         path: a file, or the name of one in `PRESETS`, with or without its ending.
         overrides: values that replace those of the file, by dotted key such as ``server.port``. A size for
-            ``model.tensor_parallel_size`` replaces those of the instances too.
+            ``model.tensor_parallel_size`` replaces those of the instances too, and moves their GPUs apart.
 
     Raises:
         ConfigError: naming key, file and line of what cannot be honoured.
@@ -214,11 +214,34 @@ def _override(document: Any, key: str, value: Any) -> None:
         document[name] = value
 
 
-def _drop_sizes_of_instances(document: Any) -> None:
-    instances = document.get("gpu_instances") if isinstance(document, dict) else None
-    for instance in instances if isinstance(instances, list) else ():
+def _resize_instances(document: Any, size: Any) -> None:
+    """Give all instances the same number of ranks.
+
+    The GPUs of an instance begin at its ``gpu_id``, or behind those of the instance before it on its host if these
+    reach so far now. Instances with the same ``gpu_id`` go on sharing their GPUs.
+    """
+    given = document.get("gpu_instances") if isinstance(document, dict) else None
+    if not isinstance(given, list):
+        return
+    places = {place for instance in given if (place := _place(instance)) is not None}
+    moved: dict[tuple[str, int], int] = {}
+    free: dict[str, int] = {}  # by host: the first GPU behind those that are taken
+    for host, gpu_id in sorted(places):
+        moved[host, gpu_id] = max(gpu_id, free.get(host, 0))
+        free[host] = moved[host, gpu_id] + (size if isinstance(size, int) else 0)
+    for index, instance in enumerate(given):
         if isinstance(instance, dict):
-            instance.pop("tensor_parallel_size", None)
+            given[index] = {key: value for key, value in instance.items() if key != "tensor_parallel_size"}
+            place = _place(instance)
+            if place is not None and "gpu_id" in instance:
+                given[index]["gpu_id"] = moved[place]
+
+
+def _place(instance: Any) -> tuple[str, int] | None:
+    """Return host and first GPU of an instance; None: its values are not valid."""
+    values = instance if isinstance(instance, dict) else {"gpu_id": None}
+    gpu_id, host = values.get("gpu_id", 0), values.get("host", "")
+    return (host, gpu_id) if isinstance(host, str) and type(gpu_id) is int and gpu_id >= 0 else None
 
 
 def _line_of(tree: yaml.Node | None, key: str) -> int:

@@ -142,6 +142,49 @@ def test_the_number_of_ranks_is_that_of_every_instance(name: str) -> None:
     assert [instance.num_ranks for instance in with_file(name, "2").gpu_instances] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("size", "gpus", "moved"),
+    [
+        (2, [0, 1], [0, 2]),
+        (4, [1, 0, 2], [4, 0, 8]),
+        (2, [2, 3], [2, 4]),
+        (2, [0, 0, 1], [0, 0, 2]),  # two share a GPU, and share both of them now
+        (2, [0, "1 on b", 1], [0, 1, 2]),
+        (1, [0, 2], [0, 2]),
+        (2, ["none", 1], [0, 2]),
+    ],
+)
+def test_another_number_of_ranks_moves_the_gpus_of_instances_apart(
+    size: int, gpus: list[Any], moved: list[int]
+) -> None:
+    instances = []
+    for number, gpu in enumerate(gpus):
+        gpu_id, _, host = str(gpu).partition(" on ")
+        instance = {"instance_id": f"i{number}", "instance_type": "unified", "tensor_parallel_size": 8}
+        instance |= {"host": host, "port": 1, "bind": "localhost"} if host else {}
+        instances.append(instance if gpu == "none" else instance | {"gpu_id": int(gpu_id)})
+    Path("system.yaml").write_text(yaml.safe_dump({"model": {"path": "model"}, "gpu_instances": instances}))
+    given = effective("--config", "system.yaml", "--tp-size", str(size))
+    assert [instance.gpu_id for instance in given.config.gpu_instances] == moved
+    for instance, gpu in zip(given.config.gpu_instances, gpus, strict=True):
+        is_moved = gpu not in ("none", instance.gpu_id, f"{instance.gpu_id} on b")
+        assert ("  # flag --tp-size" in _line(given.as_yaml(), instance.instance_id, "gpu_id")) is is_moved
+
+
+def _line(text: str, instance_id: str, name: str) -> str:
+    """Return the line of an instance's key in a printed configuration."""
+    return next(
+        line for line in text.partition(f"- instance_id: {instance_id} ")[2].splitlines() if f" {name}: " in line
+    )
+
+
+@pytest.mark.parametrize("gpu_id", ["true", "-1", "x", "1.5", "[0]"])
+def test_a_gpu_that_is_none_is_refused_with_another_number_of_ranks_too(gpu_id: str) -> None:
+    Path("system.yaml").write_text(FILE.replace("type: decode", f"type: decode, gpu_id: {gpu_id}"))
+    with pytest.raises(ConfigError, match="gpu_id"):
+        with_file("--tp-size", "2")
+
+
 def test_short_names_replace_their_values() -> None:
     options = "--num-tokenizer 3 --max-running-requests 7 --memory-ratio 0.5 --port 0 --host ::1 --log-level debug"
     config = with_file(*options.split())

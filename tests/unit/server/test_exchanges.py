@@ -75,8 +75,18 @@ async def test_a_turn_of_codex_with_its_functions(
     request: dict[str, Any] = {
         "instructions": "",
         "input": [
-            {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "Code."}]},
-            {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "list them"}]},
+            {
+                "type": "message",
+                "id": "msg_1",
+                "role": "developer",
+                "content": [{"type": "input_text", "text": "Code."}],
+            },
+            {
+                "type": "message",
+                "id": "msg_2",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "list them"}],
+            },
         ],
         "tools": [function("exec_command"), function("write_stdin")],
         "tool_choice": "auto",
