@@ -84,7 +84,6 @@ class TextWorker:
         self._tokenizer = tokenizer
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
-        self._socket.socket.linger = 0  # at the end the process does not wait for an API server that has ended
         self._socket.socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[TextRequest])

@@ -38,6 +38,8 @@ class AsyncSocket:
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
+        # A socket that an error has left open must not keep the program from ending, whatever is still unsent.
+        self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
