@@ -9,7 +9,19 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in our child processes; before anything imports torch
 
+from tests.support.fork_server import ForkServer
 from tests.support.http_server import api, client, http, max_model_len, scheduler, tokenizer, url  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Children of systems that tests start are forked, not started: see `tests.support.fork_server`."""
+    if request.config.option.markexpr == "gpu":  # a GPU's workers start as users start them
+        yield
+        return
+    server = ForkServer()
+    yield
+    server.close()
 
 
 @pytest.fixture
