@@ -55,14 +55,15 @@ def poll(what: Callable[[], T | None], why_not: Callable[[], str]) -> T:
 
 
 class Program:
-    """Running script; its output goes to files, so that the test need not read pipes."""
+    """Running script, or subcommand of ``hbserve``; its output goes to files, so that the test need not read pipes."""
 
     def __init__(self, folder: Path, script: str, *arguments: str) -> None:
+        program = [str(SCRIPTS / script)] if script.endswith(".py") else ["-m", "hbserve", script]
         name = f"{len(list(folder.iterdir()))}-{script}"
         self._output, self._errors = folder / f"{name}.out", folder / f"{name}.err"
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPTS / script), *arguments],
+                [sys.executable, *program, *arguments],
                 stdout=output,
                 stderr=errors,
                 env=os.environ | {"TMPDIR": str(folder.parent)},
@@ -292,21 +293,28 @@ def test_a_signal_during_the_start_ends_the_system(site: Site, model: tuple[Path
 
 
 def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
+    """``hbserve top`` watches the server over its restart."""
+    [port] = free_ports(1)
     document = configuration(model[0], "disaggregated", free_ports(2))
     document["kv_transfer"] = {"timeout_s": 10 * DEADLINE_S}
     config = site.write(document)
-    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", str(port))
     poll(lambda: descendants(scheduler.process.pid), lambda: scheduler.errors)
     decode, prefill = (
         site.start("start_pd_disagg.py", "--config", config, "--instance-id", name)
         for name in ("decode-0", "prefill-0")
     )
     ask_and_check(scheduler.url(), model)
+    top = site.start("top", "--url", scheduler.url(), "--interval-s", "0.1")
+    poll(lambda: "prefill-0 (prefill, ready)" in top.output, lambda: top.errors)
     scheduler.end(signal.SIGINT)
+    poll(lambda: "waiting for it" in top.output, lambda: top.errors)
     # Now the instances are up before the scheduler.
-    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", "0")
+    scheduler = site.start("start_cpu_scheduler.py", "--config", config, "--port", str(port))
     url = scheduler.url()
     ask_and_check(url, model)
+    poll(lambda: "ready" in top.output.rpartition("waiting for it")[2], lambda: top.errors)
+    top.end(signal.SIGINT)
     # The decode instance must not wait for the KV of a prefill instance that does not send it.
     os.kill(prefill.process.pid, signal.SIGSTOP)
     with unanswered_request(url):
