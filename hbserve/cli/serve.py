@@ -19,14 +19,7 @@ from hbserve.errors import HBServeError
 
 def main(arguments: Sequence[str] | None = None, prog: str = "hbserve serve") -> int:
     """Parse the arguments and run until a signal; return the exit code."""
-    parser = SystemParser(prog, __doc__)
-    parts = parser.add_mutually_exclusive_group()
-    parts.add_argument("--instance-id", help="start only this instance; the scheduler is started elsewhere")
-    parts.add_argument(
-        "--no-instances",
-        action="store_true",
-        help="start scheduler and HTTP server; the instances are started elsewhere",
-    )
+    parser = make_parser(prog)
     given = parser.parse(arguments)
     if given.instance_id is not None:
         _refuse_server_flags(parser, given)
@@ -47,6 +40,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "hbserve serve") ->
     except HBServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def make_parser(prog: str) -> SystemParser:
+    """Return the parser of the command."""
+    parser = SystemParser(prog, __doc__)
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--instance-id", help="start only this instance; the scheduler is started elsewhere")
+    parts.add_argument(
+        "--no-instances",
+        action="store_true",
+        help="start scheduler and HTTP server; the instances are started elsewhere",
+    )
+    return parser
 
 
 def _refuse_server_flags(parser: SystemParser, given: argparse.Namespace) -> None:
