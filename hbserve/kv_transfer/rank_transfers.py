@@ -12,7 +12,7 @@ import torch
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
-from hbserve.kv_transfer.head_split import Shard
+from hbserve.kv_transfer.head_split import Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager, Report
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
 from hbserve.kv_transfer.one_sided.mooncake import MooncakeKVTransfer
@@ -20,7 +20,7 @@ from hbserve.kv_transfer.one_sided.shared_memory import SharedMemoryKVTransfer
 from hbserve.kv_transfer.one_sided.transfers import DirectTransfers
 from hbserve.kv_transfer.two_sided.staged_transfers import StagedTransfers, make_backend
 from hbserve.kv_transfer.two_sided.torch_transfers import TorchTransfers
-from hbserve.messages.transfer import Peer, SendBlocks
+from hbserve.messages.transfer import Peer, ReceiveBlocks, SendBlocks
 
 
 def make_manager(
@@ -50,6 +50,31 @@ def make_manager(
     return StagedTransfers(make_backend(name, context), kv_blocks, report, shard)
 
 
+class NoTransfers(KVTransferManager):
+    """The manager of mode ``unified``, in which no KV moves: it listens nowhere and holds no buffers."""
+
+    one_sided = False
+    endpoint = ""
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def _send(self, command: SendBlocks, target: Peer, route: Route) -> float:
+        raise AssertionError("a unified instance sends nothing")
+
+    async def _receive(self, command: ReceiveBlocks, source: Peer, route: Route) -> None:
+        raise AssertionError("a unified instance receives nothing")
+
+    async def _open_receive_window(self, sources: list[Peer], routes: list[Route]) -> str:
+        raise AssertionError("a unified instance has no links")
+
+    async def _close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
+        raise AssertionError("a unified instance has no links")
+
+
 class RankTransfers:
     """Owner of the current epoch's transfer manager; each epoch gets a new one.
 
@@ -75,6 +100,7 @@ class RankTransfers:
         self._sharing = sharing
         assert instance.kv_rank is not None
         self._config, self._instance, self._shard = config.kv_transfer, instance, shard
+        self._are_needed = config.mode != "unified"
         self._rank = instance.kv_rank * config.max_ranks + shard.rank
         self._kv_blocks = kv_blocks
         self._report = report
@@ -100,7 +126,11 @@ class RankTransfers:
             mooncake_protocol=config.mooncake_protocol,
             mooncake_device=config.mooncake_device,
         )
-        manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._shard, self._sharing)
+        manager: KVTransferManager
+        if self._are_needed:
+            manager = make_manager(config.backend, context, self._kv_blocks, self._report, self._shard, self._sharing)
+        else:
+            manager = NoTransfers(context, self._kv_blocks, self._report, self._shard)
         try:
             async with asyncio.timeout(config.timeout_s):
                 await manager.start()

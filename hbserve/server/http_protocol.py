@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
+import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -14,7 +16,14 @@ HEAD_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
 """Time for a client to read a full buffer of its connection (64 KiB, beside the operating system's buffer)."""
 
+SPARE_DESCRIPTORS = 16
+"""So near the limit of file descriptors the log warns: beyond it, the event loop closes connections without a word."""
+
+_WARNING_INTERVAL_S = 60.0
+
 logger = logging.getLogger(__name__)
+
+_next_warning_s = 0.0  # of this process, by `time.monotonic`
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -31,6 +40,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
+        _warn_near_limit(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer("head")
@@ -73,3 +83,21 @@ class HttpProtocol(HttpToolsProtocol):
     def _cut_off(self, reason: str) -> None:
         logger.info("cut off a client that %s", reason)
         self.transport.abort()
+
+
+def _warn_near_limit(transport: asyncio.Transport) -> None:
+    """Warn if few file descriptors are left. A new one has the lowest free number, so it tells how many are in use."""
+    global _next_warning_s
+    sock = transport.get_extra_info("socket")
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if sock is None or limit == resource.RLIM_INFINITY or sock.fileno() < limit - SPARE_DESCRIPTORS:
+        return
+    now = time.monotonic()
+    if now >= _next_warning_s:
+        _next_warning_s = now + _WARNING_INTERVAL_S
+        logger.warning(
+            "%d file descriptors are in use, and the limit is %d: the server cannot take many more connections; raise "
+            "the limit (ulimit -n, or LimitNOFILE of systemd)",
+            sock.fileno(),
+            limit,
+        )

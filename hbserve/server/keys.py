@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,7 +66,22 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def refuse_public(path: str, key: str) -> None:
+    """Refuse a file of a secret that every user of this host may read; a group may, because an operator chose it.
+
+    Raises:
+        ConfigError: for such a file, or if there is no file.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error}", key) from None
+    if mode & stat.S_IRWXO:
+        raise ConfigError(f"{key}: every user of this host may read {path}; chmod 600 it", key)
+
+
 def _read(path: str, key: str) -> list[str]:
+    refuse_public(path, key)
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

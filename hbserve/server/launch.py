@@ -19,7 +19,7 @@ from hbserve.server import live_page
 from hbserve.server.app import create_app
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
-from hbserve.server.keys import Keys
+from hbserve.server.keys import Keys, refuse_public
 from hbserve.server.serve import bind, serve
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 from hbserve.tokenizer import leave_out_torch
@@ -154,6 +154,7 @@ def _tls_files(config: ServerConfig) -> tuple[str, str] | None:
         return None
     if cert is None or key is None:
         raise ConfigError("server.tls_cert_file and server.tls_key_file must be set together", "server.tls_key_file")
+    refuse_public(key, "server.tls_key_file")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:

@@ -117,6 +117,8 @@ def test_sources_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     users, admin = tmp_path / "keys", tmp_path / "admin"
     users.write_text(f"# who may\nann {ANN}\n\n{BOB}\n")
     admin.write_text(ADMIN + "\n")
+    users.chmod(0o600)
+    admin.chmod(0o640)  # a group may read it
     monkeypatch.setenv("HBSERVE_API_KEYS", "sk-carl-12345,sk-dora-12345")
     keys = Keys.load(ServerConfig(api_keys_file=str(users), admin_key_file=str(admin)))
     assert [keys.name_of(key) for key in (ANN, "sk-carl-12345", ADMIN, "sk-nobody")] == ["ann", "key-1", "admin", None]
@@ -126,12 +128,16 @@ def test_sources_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match=r"server\.api_keys_file"):
         Keys.load(ServerConfig(api_keys_file=str(tmp_path / "missing")))
     (tmp_path / "empty").write_text("# nobody yet\n\n")
+    (tmp_path / "empty").chmod(0o600)
     with pytest.raises(ConfigError, match="there is no key in"):
         Keys.load(ServerConfig(api_keys_file=str(tmp_path / "empty")))
     users.write_text("short\n")
     with pytest.raises(ConfigError, match="8 or more") as caught:
         Keys.load(ServerConfig(api_keys_file=str(users)))
     assert "short" not in str(caught.value)
+    users.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"every user of this host may read .*; chmod 600 it"):
+        Keys.load(ServerConfig(api_keys_file=str(users)))
 
 
 async def test_limits_of_a_request(client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler) -> None:

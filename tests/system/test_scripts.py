@@ -285,10 +285,11 @@ def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: 
 
 def test_a_signal_during_the_start_ends_the_system(site: Site, model: tuple[Path, Any]) -> None:
     config = site.write(configuration(model[0], "disaggregated"))
-    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
+    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0", "--host", "0.0.0.0")
     poll(lambda: len(descendants(system.process.pid)) >= 2, lambda: system.errors)
     system.end()
     assert system.output == ""
+    assert "other hosts can reach 0.0.0.0, and no API key is set (server.api_keys_file)" in system.errors
     assert site.leftovers() == []
 
 
