@@ -53,6 +53,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+        tests = ast.parse((ROOT / path).read_text()).body
+        assert name in [test.name for test in tests if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef)], name
+
+
 def definitions() -> dict[str, set[str]]:
     """Names of all classes, functions, methods and constants of the package: by file, methods as ``Class.method``."""
     found: dict[str, set[str]] = {}
