@@ -1,32 +1,140 @@
-"""Admission of a waiting request: which instances it goes to, with a slot and blocks on each, all or none."""
+"""The waiting requests, and their admission: which instances each goes to, with a slot and blocks on each.
+
+`WaitingQueue` says which request is next, `Admission` where it goes, all or nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as List
+import bisect
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
-from hbserve.policy.queue_policy import QueuePolicy
+from hbserve.policy.prefill_rate import PrefillRate
+from hbserve.policy.queue_policy import QueuePolicy, make_policy
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.sequence import KVAllocation, Sequence
-from hbserve.scheduler.waiting_queue import prefill_budget
+from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 
-Placement = Callable[[Sequence, List[InstanceHandle], bool], list[InstanceHandle]]
+_MAX_ENDS = 64
+
+
+def prefill_budget(config: Config) -> int:
+    """Return the largest number of prompt tokens in a step."""
+    budget = config.performance.max_num_batched_tokens
+    if config.chunked_prefill.enabled:
+        budget = min(budget, config.chunked_prefill.max_chunk_prefill_tokens)
+    return budget
+
+
+# --- the queue ----------------------------------------------------------------------------------
+
+
+class WaitingQueue:
+    """The waiting sequences, in the order of ``scheduler.policy``.
+
+    Attributes:
+        waiting: the sequences; a user's policy may reorder the list, and nothing else changes it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.waiting: list[Sequence] = []
+        self._tokens_per_step = prefill_budget(config)
+        self._rate = PrefillRate()
+        self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
+        self.policy = make_policy(config.scheduler, self._rate.prompt_s, lambda: self._rate.step_s)
+
+    def insert(self, sequence: Sequence) -> None:
+        """Insert a sequence that begins to wait."""
+        sequence.rank = self.policy.rank(sequence)
+        if self.waiting and sequence.rank < self.waiting[-1].rank:
+            bisect.insort(self.waiting, sequence, key=lambda other: other.rank)
+        else:
+            self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence that waits no more."""
+        self.waiting.remove(sequence)
+
+    def in_order(self, instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
+        """Return the waiting sequences in the order of admission."""
+
+        def admitted() -> tuple[list[tuple[Sequence, int]], int]:
+            prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
+            prompts = [
+                (sequence, allocation.num_planned)
+                for instance in prefilling
+                for sequence, allocation in instance.allocations.items()
+                if allocation.num_planned < allocation.num_tokens_at_entry
+            ]
+            return prompts, max(1, len(prefilling))
+
+        return self.policy.order(self.waiting, now, admitted)
+
+    # --- predictions -----------------------------------------------------------------------------
+
+    def on_step_done(self, step: InflightStep, busy_s: float) -> None:
+        """Learn the rate of prefill from a step."""
+        if step.prefill_rows:
+            self._rate.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
+
+    def on_request_ended(self, now: float) -> None:
+        """A request has ended and freed its allocations."""
+        self._ends.append(now)
+
+    def on_first_waiting(self, now: float) -> None:
+        """The queue is no longer empty: start to measure how fast allocations become free."""
+        self._ends.clear()
+        self._ends.append(now)
+
+    def predicted_ttft_s(
+        self,
+        sequence: Sequence,
+        instances: Iterable[InstanceHandle],
+        slots_are_full: bool,
+        now: float,
+    ) -> float:
+        """Predict how long a new request would wait for its first token.
+
+        The longer of two waits: the time to compute the prompts before it and its own, at the learnt rate; and, where
+        requests wait for allocations, the time until as many requests have ended as are before it.
+
+        Returns 0 without data or for an empty queue: a single request is never overload, and the rate may be known
+        for other lengths only.
+        """
+        rank = self.policy.rank(sequence)
+        before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]
+        prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
+        num_tokens = sum(len(other.tokens) for other in before) + sum(
+            instance.num_tokens_to_prefill for instance in prefilling
+        )
+        if not prefilling or not num_tokens:
+            return 0.0
+        # The instances share the prompts before it; its own is computed by one.
+        prefill_s = self._rate.seconds(num_tokens // len(prefilling) + len(sequence.tokens), self._tokens_per_step)
+        if not slots_are_full or not before or len(self._ends) < 2:
+            return prefill_s
+        return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
+
+
+# --- admission ----------------------------------------------------------------------------------
+
+Placement = Callable[[Sequence, Items[InstanceHandle], bool], list[InstanceHandle]]
 """Orders instances, given in the order of the configuration, for a request; the flag: to prefill it there."""
 
 
-def fcfs(sequence: Sequence, instances: List[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
+def fcfs(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
     """Take the first in the configuration that has room: later ones stay idle until they are needed."""
     return list(instances)
 
 
-def least_loaded(sequence: Sequence, instances: List[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
+def least_loaded(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
     """Prefill where the fewest prompt tokens are still to be computed, decode where the fewest sequences are."""
     return sorted(instances, key=lambda instance: _load(instance, prefills))
 
 
-def prefix_aware(sequence: Sequence, instances: List[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
+def prefix_aware(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
     """Prefer instances that have the prompt in their prefix cache, unless too much else waits there.
 
     Prefill: where the fewest tokens are to be computed until the prompt is done, counting requests before it and its

@@ -24,13 +24,13 @@ from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import NO_TOKEN, StepResult
 from hbserve.policy.queue_policy import QueuePolicy
-from hbserve.scheduler.admission import Admission
+from hbserve.scheduler.admission import Admission, WaitingQueue
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
-from hbserve.scheduler.transfer_tracker import Transfer, TransferTracker
-from hbserve.scheduler.waiting_queue import WaitingQueue
+from hbserve.scheduler.transfer import Transfer
+from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 
 logger = logging.getLogger(__name__)

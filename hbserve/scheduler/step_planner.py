@@ -13,11 +13,11 @@ from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork
+from hbserve.scheduler.admission import prefill_budget
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.transfer_tracker import TransferTracker
-from hbserve.scheduler.waiting_queue import prefill_budget
 from hbserve.scheduler.worker import WorkerHandle
 
 logger = logging.getLogger(__name__)

@@ -20,63 +20,15 @@ from hbserve.messages.transfer import (
     LinkClosed,
     LinkOpened,
     OpenLink,
-    Peer,
     ReceiveBlocks,
     SendBlocks,
     TransferResult,
 )
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import KVAllocation, Sequence
+from hbserve.scheduler.transfer import Link, LinkState, Receiver, Sender, Transfer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """The link from one instance to another, from its opening to its end. It fails as a whole and is never repaired.
-
-    Attributes:
-        epoch: tells it from earlier and later links between the same two instances.
-        addressed: the target's ranks, as they name the link while they open it.
-        targets: the same with their endpoints; empty until the link is open.
-        transfers: transfers that at least one side has not confirmed.
-        broken: no transfer starts over it. The target's blocks stay pinned until the target confirms that nothing is
-            written to them any more.
-        sender_lost: a sender was lost and never confirmed.
-    """
-
-    source: InstanceHandle
-    target: InstanceHandle
-    epoch: int
-    sources: list[Peer]
-    addressed: list[Peer]
-    targets: list[Peer] = field(default_factory=list)
-    transfers: dict[str, Transfer] = field(default_factory=dict)
-    broken: bool = False
-    sender_lost: bool = False
-    close_sent: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Transfer:
-    """The transfer of one chunk's blocks, with all their layers or a group of them.
-
-    Each side's blocks stay pinned until that side can no longer touch them.
-    """
-
-    transfer_id: str
-    sequence: Sequence
-    attempt: int
-    source: KVAllocation
-    target: KVAllocation
-    target_blocks: list[int]
-    layers: LayerGroup
-    link: Link
-    sender_open: bool = True
-    receiver_open: bool = True
-    delivered: bool = False
-    finishing: bool = False
-    checksums: list[list[int]] | None = None
 
 
 @dataclass(slots=True)
@@ -179,17 +131,20 @@ class TransferTracker:
     def is_open(self, source_id: str, target_id: str) -> bool:
         """Whether blocks can go from one instance to the other."""
         link = self._links.get((source_id, target_id))
-        return link is not None and bool(link.targets)
+        return link is not None and link.state is LinkState.OPEN
 
     @property
     def connecting(self) -> list[tuple[str, str]]:
         """Links that are not open yet, by source and target."""
-        return [key for key, link in self._links.items() if not link.targets]
+        return [key for key, link in self._links.items() if link.state is LinkState.OPENING]
 
     def on_link_opened(self, target: InstanceHandle, opened: LinkOpened) -> None:
         """The receiver is ready: have the sender connect."""
         link = self._links.get((opened.source_id, target.id))
-        if link is not None and link.epoch == opened.link_epoch:
+        if opened.error is not None:
+            return  # the receiver exits
+        if link is not None and link.epoch == opened.link_epoch and link.state is LinkState.OPENING:
+            link.enter(LinkState.OPEN)
             link.targets = opened.peers
             link.source.send(ConnectLink(targets=link.targets))
 
@@ -197,7 +152,7 @@ class TransferTracker:
         """The receiver confirms that nothing is written over a broken link any more: unpin its blocks."""
         for link in list(self._ending):
             if (link.source.id, link.target, link.epoch) == (closed.source_id, target, closed.link_epoch):
-                self._close_all_receivers(link)
+                self._end_receivers(link)
 
     # --- transfers -------------------------------------------------------------------------------
 
@@ -223,8 +178,6 @@ class TransferTracker:
         transfer = Transfer(transfer_id, sequence, sequence.attempt, source, target, target_blocks, layers, link)
         self._open[transfer_id] = link.transfers[transfer_id] = transfer
         sequence.open_transfers.add(transfer_id)
-        for allocation in (source, target):
-            allocation.begin_transfer()
         num_blocks = len(target_blocks)
         logger.debug(
             "request %s: transfer %s started, %d blocks from %s to %s", sequence.id, transfer_id, num_blocks, *ends
@@ -254,13 +207,15 @@ class TransferTracker:
     def on_result(self, result: TransferResult) -> ResultEffect:
         """Take one side's result."""
         transfer = self._open.get(result.transfer_id)
-        if transfer is None or not (transfer.sender_open if result.sent else transfer.receiver_open):
+        if transfer is None:
+            return ResultEffect()
+        if (transfer.sender is Sender.ENDED) if result.sent else (transfer.receiver is Receiver.ENDED):
             return ResultEffect()
         link = transfer.link
         if result.sent:
-            self._close_sender(transfer)
-        if link.broken:
-            self._end_if_senders_are_done(link)
+            self._end_sender(transfer)
+        if link.is_broken:
+            self._proceed(link)
             return ResultEffect()
         if result.error is not None:
             self._stats(link).failures[result.error_kind or "backend"] += 1
@@ -269,11 +224,12 @@ class TransferTracker:
             self._count_sent(link, result)
             transfer.checksums = result.checksums
         if not result.sent or _is_one_sided(link):
-            if transfer.finishing or not (self._verify or _needs_merging(link)):
-                self._close_receiver(transfer)
+            if transfer.receiver is Receiver.FINISHING or not (self._verify or _needs_merging(link)):
+                self._end_receiver(transfer)
                 return ResultEffect(arrived=transfer)
-            transfer.delivered = True
-        if transfer.delivered and (transfer.checksums is not None or not self._verify):
+            if transfer.receiver is Receiver.RECEIVING:
+                transfer.enter(Receiver.DELIVERED)
+        if transfer.receiver is Receiver.DELIVERED and (transfer.checksums is not None or not self._verify):
             self._ask_to_finish(transfer)
         return ResultEffect()
 
@@ -283,49 +239,60 @@ class TransferTracker:
         for link in (*self._links.values(), *self._ending):
             if instance not in (link.source, link.target):
                 continue
-            if link.transfers and not link.broken:
+            if link.transfers and not link.is_broken:
                 self._stats(link).failures["lost"] += 1
             if instance is link.target:
-                link.close_sent = True  # there is no receiver to tell
+                link.target_lost = True
                 failed += self._break(link)
-                self._close_all_receivers(link)
+                self._end_receivers(link)
             else:
-                link.sender_lost = True
+                link.source_lost = True
                 failed += self._break(link)
                 for transfer in list(link.transfers.values()):
-                    if transfer.sender_open:
-                        self._close_sender(transfer)
-                self._end_if_senders_are_done(link)
+                    if transfer.sender is not Sender.ENDED:
+                        self._end_sender(transfer)
+                self._proceed(link)
         return failed
 
     def _break(self, link: Link) -> list[Transfer]:
-        """Mark a link as broken; returns its transfers that have not arrived, which have failed."""
-        if link.broken:
+        """Break a link; returns its transfers that have not arrived, which have failed."""
+        if link.is_broken:
             return []
-        link.broken = True
+        link.enter(LinkState.BREAKING)
         del self._links[link.source.id, link.target.id]
         self._ending.append(link)
-        for transfer in list(link.transfers.values()):
-            if transfer.sender_open and not link.sender_lost:
-                link.source.send(CancelTransfer(transfer_id=transfer.transfer_id))
-        if not link.sender_lost:
+        failed = [transfer for transfer in link.transfers.values() if transfer.receiver is not Receiver.ENDED]
+        if not link.source_lost:
+            for transfer in link.transfers.values():
+                if transfer.sender is not Sender.ENDED:
+                    link.source.send(CancelTransfer(transfer_id=transfer.transfer_id))
             link.source.send(DisconnectLink(targets=link.targets or link.addressed))
-        self._end_if_senders_are_done(link)
-        return [transfer for transfer in link.transfers.values() if transfer.receiver_open]
+        self._proceed(link)
+        return failed
 
-    def _end_if_senders_are_done(self, link: Link) -> None:
-        """Once no sender is active any more, have the target make sure that nothing comes later."""
-        if link.close_sent or any(transfer.sender_open for transfer in link.transfers.values()):
-            return
-        link.close_sent = True
-        link.target.send(
-            CloseLink(
-                source_id=link.source.id, link_epoch=link.epoch, sources=link.sources, senders_done=not link.sender_lost
-            )
-        )
+    def _proceed(self, link: Link) -> None:
+        """Continue the end of a broken link.
+
+        Once no sender is active any more, the target must make sure that nothing comes later.
+        """
+        transfers = link.transfers.values()
+        if link.state is LinkState.BREAKING and all(transfer.sender is Sender.ENDED for transfer in transfers):
+            link.enter(LinkState.CLOSING)
+            if not link.target_lost:
+                link.target.send(
+                    CloseLink(
+                        source_id=link.source.id,
+                        link_epoch=link.epoch,
+                        sources=link.sources,
+                        senders_done=not link.source_lost,
+                    )
+                )
+        if link.state is LinkState.CLOSING and not transfers:
+            link.enter(LinkState.ENDED)
+            self._ending.remove(link)
 
     def _ask_to_finish(self, transfer: Transfer) -> None:
-        transfer.finishing = True
+        transfer.enter(Receiver.FINISHING)
         pool = transfer.target.pool
         transfer.link.target.send(
             FinishBlocks(
@@ -338,31 +305,26 @@ class TransferTracker:
             )
         )
 
-    # --- pins ------------------------------------------------------------------------------------
+    # --- ends ------------------------------------------------------------------------------------
 
-    def _close_sender(self, transfer: Transfer) -> None:
-        transfer.sender_open = False
-        transfer.source.end_transfer()
+    def _end_sender(self, transfer: Transfer) -> None:
+        transfer.end_sender()
         self._forget_if_over(transfer)
 
-    def _close_receiver(self, transfer: Transfer) -> None:
-        transfer.receiver_open = False
-        transfer.target.end_transfer()
+    def _end_receiver(self, transfer: Transfer) -> None:
+        transfer.enter(Receiver.ENDED)
         self._forget_if_over(transfer)
 
-    def _close_all_receivers(self, link: Link) -> None:
+    def _end_receivers(self, link: Link) -> None:
+        """Nothing is written over a broken link any more."""
         for transfer in list(link.transfers.values()):
-            if transfer.receiver_open:
-                self._close_receiver(transfer)
-        if not link.transfers and link in self._ending:
-            self._ending.remove(link)
+            if transfer.receiver is not Receiver.ENDED:
+                self._end_receiver(transfer)
+        self._proceed(link)
 
     def _forget_if_over(self, transfer: Transfer) -> None:
-        link = transfer.link
-        if not (transfer.sender_open or transfer.receiver_open):
-            del self._open[transfer.transfer_id], link.transfers[transfer.transfer_id]
-            if link.broken and link.close_sent and not link.transfers and link in self._ending:
-                self._ending.remove(link)
+        if transfer.is_over:
+            del self._open[transfer.transfer_id], transfer.link.transfers[transfer.transfer_id]
 
     # --- statistics ------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from typing import Any
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.messages.client import AddRequest, OutputBatch, RequestOutput
-from hbserve.messages.transfer import LinkOpened, Peer, TransferResult
-from hbserve.messages.worker import Hello, StepPlan, StepResult
+from hbserve.messages.transfer import CloseLink, LinkClosed, LinkOpened, OpenLink, Peer, TransferResult
+from hbserve.messages.worker import Hello, InstanceCommand, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.instance import InstanceHandle
@@ -44,21 +44,43 @@ class SchedulerParts:
         }
         self.instance = next(iter(self.instances.values()))
         [self.worker] = self.instance.workers.values()
-        self.transfers = TransferTracker(False)
+        self.transfers = TransferTracker(config.kv_transfer.verify)
         metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
         events = EventLog(clock, outbox)
         self.requests = RequestLifecycle(config, self.instances, self.transfers, metrics, events, clock, outbox)
         self.planner = StepPlanner(config, clock, self.transfers, self.requests.preempt, self.requests.policy, 0)
         self._outputs: list[RequestOutput] = []
         self._plans: list[tuple[int, StepPlan]] = []
+        self._commands: list[tuple[int, InstanceCommand]] = []
         self._epochs = itertools.count(1)
         for instance in self.instances.values():
             self.begin(instance)
         self.transfers.connect(self.instances.values())
-        for number, (source, target) in enumerate(self.transfers.connecting, 1):
-            peers = [Peer(rank=1, epoch=1, endpoint="")]
-            opened = LinkOpened(epoch=1, source_id=source, link_epoch=number, peers=peers)
-            self.transfers.on_link_opened(self.instances[target], opened)
+        self.open_links()
+
+    def open_links(self) -> None:
+        """All receivers that were asked to open a link report that it is ready."""
+        for instance, command in self.commands():
+            if isinstance(command, OpenLink):
+                peers = [Peer(rank=1, epoch=1, endpoint="")]
+                opened = LinkOpened(epoch=1, source_id=command.source_id, link_epoch=command.link_epoch, peers=peers)
+                self.transfers.on_link_opened(instance, opened)
+
+    def close_links(self) -> None:
+        """All receivers that were asked to close a link report that nothing comes over it any more."""
+        for instance, command in self.commands():
+            if isinstance(command, CloseLink):
+                closed = LinkClosed(epoch=1, source_id=command.source_id, link_epoch=command.link_epoch)
+                self.transfers.on_link_closed(instance, closed)
+
+    def commands(self) -> list[tuple[InstanceHandle, InstanceCommand]]:
+        """What was sent to the instances' own workers since this was called last; not what `plans` returns."""
+        self._read_outbox()
+        commands, self._commands = self._commands, []
+        by_connection = {
+            w.connection: instance for instance in self.instances.values() for w in instance.workers.values()
+        }
+        return [(by_connection[to], command) for to, command in commands if to in by_connection]
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -76,7 +98,11 @@ class SchedulerParts:
         for _, reply in outbox.to_clients:
             if isinstance(reply, OutputBatch):
                 self._outputs += reply.outputs
-        self._plans += [(to, command) for to, command in outbox.to_workers if isinstance(command, StepPlan)]
+        for to, command in outbox.to_workers:
+            if isinstance(command, StepPlan):
+                self._plans.append((to, command))
+            else:
+                self._commands.append((to, command))
 
     def begin(self, instance: InstanceHandle) -> None:
         """An instance's worker registers with new memory."""

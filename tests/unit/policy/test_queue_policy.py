@@ -18,8 +18,8 @@ from hbserve.errors import OverloadedError
 from hbserve.messages.client import AddRequest
 from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import SAFETY_FACTOR, QueuePolicy, make_policy
+from hbserve.scheduler.admission import WaitingQueue
 from hbserve.scheduler.sequence import Sequence
-from hbserve.scheduler.waiting_queue import WaitingQueue
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT
 
@@ -169,7 +169,10 @@ def test_the_rate_of_freed_slots_counts_from_when_a_request_waits() -> None:
 
     def predicted(now: float) -> float:
         one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
-        return queue.predicted_ttft_s(another, [one], [worker], slots_are_full=True, now=now)
+        queue.insert(one)
+        predicted_s = queue.predicted_ttft_s(another, [worker], slots_are_full=True, now=now)
+        queue.remove(one)
+        return predicted_s
 
     for begin in (0.0, 1000.0):  # no request waits in between
         queue.on_first_waiting(begin)

@@ -12,11 +12,12 @@ SOURCES = {path.name: path.read_text() for path in (ROOT / "hbserve" / "schedule
 OWNERS = {
     "steps in flight": (r"(?:self|worker|other)\.inflight\.(?:append|popleft|pop|clear|extend)\(", {"worker.py"}),
     "pins": (r"pool\.(?:pin|unpin)\(", {"sequence.py"}),
+    "a transfer's states": (r"\.(?:sender|receiver) = |\.state = ", {"transfer.py"}),
     "phases": (r"\.phase = ", {"sequence.py"}),
     "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"request_lifecycle.py"}),
     "the choice of workers": (r"\._current\b", {"worker_choice.py"}),
     "connections": (r"(?:by_connection\[.*\] = |\.last_seen = )", {"worker_registry.py"}),
-    "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"waiting_queue.py"}),
+    "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"admission.py"}),
 }
 FIRST_VALUE = r"        self\.last_seen = clock\.now"
 """In the constructor of `WorkerHandle`."""
