@@ -17,9 +17,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from hbserve.config import SchedulerConfig
 from hbserve.messages.client import AddRequest
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.sampling_params import SamplingParams
+from hbserve.scheduler.core_io import OutboxWriter
 from hbserve.scheduler.metrics import SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, Sequence
 from tests.support.paths import ROOT
@@ -204,7 +206,7 @@ class Clock:
         return self.now
 
 
-def sequence(arrival: int, num_prompt_tokens: int) -> Sequence:
+def sequence(arrival: int, num_prompt_tokens: int, arrival_time: float) -> Sequence:
     """Make a request as the scheduler keeps it."""
     request = AddRequest(
         request_id="r", prompt_token_ids=[1] * num_prompt_tokens, end_token_ids=[], sampling=SamplingParams()
@@ -216,14 +218,17 @@ def sequence(arrival: int, num_prompt_tokens: int) -> Sequence:
         tokens=[1] * num_prompt_tokens,
         end_token_ids=frozenset(),
         max_total_tokens=99,
+        arrival_time=arrival_time,
     )
 
 
 def test_a_schedule_counted_by_hand() -> None:
     """Two requests on one worker: a is alone for two steps, then b's prompt joins its third one."""
     clock = Clock()
-    metrics = SchedulerMetrics(SemiPDMetricsCollector(window_size_seconds=60.0, clock=clock))
-    a, b = sequence(1, 10), sequence(2, 30)
+    metrics = SchedulerMetrics(
+        SemiPDMetricsCollector(window_size_seconds=60.0, clock=clock), SchedulerConfig(), OutboxWriter()
+    )
+    a, b = sequence(1, 10, 0.0), sequence(2, 30, 3.75)
 
     def step(now: float, prefill: list[Sequence], decode: list[Sequence], busy_s: float) -> None:
         clock.now = now

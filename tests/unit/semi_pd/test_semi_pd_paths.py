@@ -6,9 +6,11 @@ import importlib
 
 import pytest
 
+from hbserve.config import from_dict
 from hbserve.pd_disagg.cpu_scheduler import CpuScheduler
-from hbserve.scheduler.metrics import SchedulerMetrics
+from hbserve.scheduler.core_io import Start
 from hbserve.semi_pd.metrics_collector import SemiPDMetricsCollector
+from tests.support.scheduler_parts import DEMO
 
 PATHS = """
 hbserve.semi_pd: ProcessRotationManager ResidentProcessManager SMAllocation
@@ -41,8 +43,8 @@ def test_a_public_path_has_its_names(line: str) -> None:
 
 
 def test_the_scheduler_has_the_collector_that_the_docs_name() -> None:
-    scheduler = CpuScheduler.__new__(CpuScheduler)
-    scheduler._metrics = SchedulerMetrics(SemiPDMetricsCollector())
+    scheduler = CpuScheduler(from_dict({"model": {"path": str(DEMO)}}), {}, Start(now=0.0, time_ns=0))
+    assert isinstance(scheduler.metrics.collector, SemiPDMetricsCollector)
     assert scheduler.metrics.collector.get_real_time_metrics()["arrival_rate"] == 0.0
 
 
