@@ -1,0 +1,94 @@
+"""The shell around the core, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from hbserve import PdDisaggConfig
+from hbserve.errors import SupersededError
+from hbserve.messages.admin import GetStats, Stats
+from hbserve.messages.client import ClientMessage, SchedulerReply
+from hbserve.messages.worker import InstanceReply, Ping, Superseded
+from hbserve.rpc.instance_line import RpcServer
+from hbserve.scheduler.core_io import Start
+from hbserve.scheduler.scheduler import CpuScheduler
+from hbserve.scheduler.shell import SchedulerShell
+from tests.support.scheduler_parts import DEMO
+from tests.unit.scheduler.test_core import HELLO
+
+DEADLINE_S = 30.0
+
+
+class Client:
+    """A client on a socket of its own."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.connect(address)
+
+    async def ask(self, message: ClientMessage) -> SchedulerReply:
+        await self.socket.send(msgspec.msgpack.encode(message))
+        return msgspec.msgpack.decode(await self.socket.recv(), type=SchedulerReply)
+
+
+@asynccontextmanager
+async def running(
+    scheduler_class: type[CpuScheduler], folder: Path
+) -> AsyncIterator[tuple[SchedulerShell, asyncio.Task[None], Client]]:
+    config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu").freeze()
+    start = Start(now=time.monotonic(), time_ns=time.time_ns())
+    scheduler = scheduler_class(config, {"unified-0": f"ipc://{folder}/worker"}, start)
+    shell = SchedulerShell(scheduler, config, f"ipc://{folder}/scheduler")
+    serving = asyncio.create_task(shell.run())
+    async with asyncio.timeout(DEADLINE_S):
+        with zmq.asyncio.Context() as context:
+            client = Client(context, f"ipc://{folder}/scheduler")
+            yield shell, serving, client
+            client.socket.close(linger=0)
+        shell.stop()
+        await asyncio.wait([serving])
+
+
+class Waits(CpuScheduler):
+    """A user's policy that waits for something in every step."""
+
+    async def _schedule_waiting_requests(self) -> None:
+        await asyncio.sleep(0.001)
+        self.counts["refused"] += 1
+        await super()._schedule_waiting_requests()
+
+
+async def test_a_policy_may_wait(short_path: Path) -> None:
+    async with running(Waits, short_path) as (_, _, client):
+        reply = await client.ask(GetStats(query_id=1))
+        assert isinstance(reply, Stats)
+        assert reply.stats["cpu_scheduler"]["refused_requests"] >= 1
+
+
+async def test_an_error_of_the_core_ends_the_shell_with_that_error(short_path: Path) -> None:
+    """Here a worker obeys this scheduler first, and then a newer one."""
+    server = RpcServer(f"ipc://{short_path}/worker")
+    async with running(CpuScheduler, short_path) as (_, serving, _):
+        replies: list[InstanceReply] = [HELLO, Superseded(scheduler_epoch=1 << 62)]
+        while not serving.done():
+            receiving = asyncio.create_task(server.receive())
+            await asyncio.wait([serving, receiving], return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done():
+                receiving.cancel()
+                break
+            peer, command = receiving.result()
+            assert isinstance(command, Ping)
+            server.answer_to(peer)
+            server.send(replies[command.known_epoch != 0])
+        with pytest.raises(SupersededError, match="obeys a scheduler that was started later"):
+            await serving
+    server.close()
