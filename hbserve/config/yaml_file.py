@@ -114,7 +114,7 @@ def nearest_key(key: str, among: Collection[str]) -> str | None:
 
 def _find(path: str | Path) -> str | Path:
     name = str(path)
-    if "/" not in name and "\0" not in name and not os.path.exists(name):
+    if "/" not in name and not os.path.isfile(name):
         for preset in (PRESETS / name, PRESETS / f"{name}.yaml"):
             if preset.suffix == ".yaml" and preset.is_file():
                 return preset.resolve()
