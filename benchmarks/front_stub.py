@@ -16,6 +16,8 @@ from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
+    Attach,
+    Attached,
     ClientMessage,
     OutputBatch,
     Ready,
@@ -74,6 +76,9 @@ class EngineStub:
                         request_id=message.request_id, token_ids=[], finish_reason=message.finish_reason
                     )
                     self._send([end])
+            elif isinstance(message, Attach):
+                attached = Attached(scheduler_epoch=1, takes_requests=True)
+                self._socket.send([self._client, self._encoder.encode(attached)])
             elif isinstance(message, SubscribeReady):
                 ready = Ready(max_model_len=MAX_MODEL_LEN, vocab_size=self._vocab_size)
                 self._socket.send([self._client, self._encoder.encode(ready)])

@@ -88,6 +88,7 @@ class _Worker:
         self._hello = Hello(
             instance_id="unified-0",
             role=InstanceRole.UNIFIED,
+            serves_as=InstanceRole.UNIFIED,
             epoch=1,
             arena_epoch=1,
             pid=1,

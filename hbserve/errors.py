@@ -71,6 +71,10 @@ class SupersededError(HBServeError):
     """A scheduler whose workers obey a newer one; it must end."""
 
 
+class SchedulerRestartingError(HBServeError):
+    """A question to a scheduler that has ended and is being started again; safe to ask again."""
+
+
 class ShuttingDownError(HBServeError):
     """A request that the server returns unfinished because it shuts down; safe to send again, to another server."""
 

@@ -229,10 +229,11 @@ class RpcConfig(Section, frozen=True):
             accept only holders of the key. Without a key, processes listen on this host alone.
         heartbeat_interval_s: time between two pings from the scheduler to an instance.
         heartbeat_timeout_s, step_timeout_s: an instance that does not answer, or finish a step, for so long is lost.
+            So is a scheduler that does not answer its clients.
         start_timeout_s: the system must be ready within this time, else the error names the missing parts.
-        recovery_timeout_s: requests wait so long for a lost instance to come back, then fail.
+        recovery_timeout_s: requests wait so long for a lost instance, or a lost scheduler, to come back, then fail.
         drain_timeout_s: an instance that is told to end on its own has so long to finish its requests.
-        max_restarts: restarts of one instance within ten minutes; after one more exit it stays down.
+        max_restarts: restarts of one process within ten minutes; after one more exit it stays down.
     """
 
     host: str = "127.0.0.1"

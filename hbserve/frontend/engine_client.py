@@ -1,10 +1,23 @@
-"""Client of the CPU scheduler: token ids in, token ids out. Runs in the event loop of the API server or the program."""
+"""Client of the CPU scheduler: token ids in, token ids out. Runs in the event loop of the API server or the program.
+
+The scheduler may end and be started again. The client then connects again, and sends its open requests with the tokens
+that it has of them (`hbserve.frontend.open_requests`): their readers notice a pause only. The states of the line:
+
+    connecting ──► connected ──► attached        Attached(takes_requests=False), then True
+        ▲   │          │             │
+        │   └──────────┴─────────────┤           the connection breaks, or the scheduler is silent
+        └────────────────────────────┘
+    every state ──► dead                         the scheduler does not come back
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +25,15 @@ import msgspec
 import zmq
 
 from hbserve import errors
-from hbserve.config import InstanceRole
+from hbserve.config import InstanceRole, RpcConfig
+from hbserve.frontend.open_requests import OpenRequest, OpenRequests, OutputSink
+from hbserve.frontend.questions import Question, Questions
 from hbserve.messages.admin import GetStats, InstanceChanged, RemoveInstance, SetRole, Stats
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
-    ClientMessage,
+    Attach,
+    Attached,
     NotReady,
     OutputBatch,
     Ready,
@@ -26,14 +42,17 @@ from hbserve.messages.client import (
     SubscribeReady,
 )
 from hbserve.messages.supervisor import EventKind, ReportEvent
-from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES, AsyncSocket
+from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES
 from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.rpc.inbox import Inbox
+from hbserve.rpc.instance_line import RpcClient
+
+logger = logging.getLogger(__name__)
 
 _OUTPUTS_PER_TURN = 256
 """Outputs that are handled in one turn of the event loop: one request may have thousands of samples."""
-
-OutputSink = Callable[[RequestOutput | errors.HBServeError], None]
+_MAX_UNSENT_EVENTS = 100
+_RECONNECT_DELAY_S = 0.05
+_DEFAULTS = RpcConfig()
 
 
 def error_of(output: RequestOutput) -> errors.HBServeError:
@@ -56,42 +75,61 @@ class EngineClient:
 
     Args:
         address: ZeroMQ address of the scheduler's client socket.
-        answer_timeout_s: a scheduler that is silent for so long while requests are open, and then does
-            not answer a query for as long again, is declared dead.
+        rpc: a scheduler that is silent for ``heartbeat_timeout_s`` is given up; one that has not come back after
+            ``recovery_timeout_s`` is dead.
         key: cluster key, if the system has one.
+        on_silent: called when the scheduler is given up for its silence, with what it did, in words that follow its
+            name. It may still run.
+        on_given_up: called with the id of a request that has ended one scheduler after the other.
     """
 
-    def __init__(self, address: str, answer_timeout_s: float = 15.0, key: ClusterKey | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        rpc: RpcConfig = _DEFAULTS,
+        key: ClusterKey | None = None,
+        on_silent: Callable[[str], None] = lambda what: None,
+        on_given_up: Callable[[str], None] = lambda request_id: None,
+    ) -> None:
         self._key = key
         self._address = address
-        self._answer_timeout_s = answer_timeout_s
-        self._last_heard = time.monotonic()
+        self._rpc = rpc
+        self._on_silent, self._on_given_up = on_silent, on_given_up
         self._encoder = msgspec.msgpack.Encoder()
-        self._sinks: dict[str, OutputSink] = {}
-        self._queries: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._client_id = uuid.uuid4().hex
+        self._requests = OpenRequests()
+        self._questions = Questions(lambda question: self._is_connected and self._line.send(question))
         self._query_ids = itertools.count(1)
+        self._unsent_events: deque[ReportEvent] = deque(maxlen=_MAX_UNSENT_EVENTS)
         self._ready: asyncio.Future[Ready] | None = None
+        self._ready_deadline = 0.0
         self._dead: errors.EngineDeadError | None = None
+        # The line to the scheduler: see the module's docstring.
+        self._is_connected = self._is_attached = False
+        self._last_heard = time.monotonic()
+        self._scheduler_epoch: int | None = None  # of the scheduler that was attached last
+        self._num_losses = 0
+        self._lost_since: float | None = None
+        self._why_lost = ""
+        self._next_send: asyncio.TimerHandle | None = None
 
     async def connect(self) -> None:
-        """Open the socket. The scheduler may start later."""
+        """Open the line. The scheduler may start later."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
-        if self._key is not None:
-            self._key.for_connecting(self._socket.socket, self._address)
-        self._inbox: Inbox[SchedulerReply] = Inbox(self._socket, SchedulerReply, "the scheduler")
-        self._socket.socket.connect(self._address)
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_scheduler())]
+        self._line: RpcClient[SchedulerReply] = RpcClient(self._context, self._address, self._key, SchedulerReply)
+        self._line.on_connected = self._on_connected
+        work = (self._receive(), self._watch_connection(), self._watch_scheduler())
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
 
     async def close(self) -> None:
-        """Abort the open requests and close the socket."""
-        for request_id in list(self._sinks):
-            self.abort(request_id)
+        """Abort the open requests and close the line."""
+        for request in self._requests:
+            self._line.send(AbortRequest(request_id=request.id))
         self._fail_all(errors.EngineDeadError("the engine client was closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close(linger_ms=200)  # the aborts above must still leave
+        self._line.close(linger_ms=200)  # the aborts above must still leave
         self._context.term()
 
     async def wait_ready(self, deadline_s: float) -> Ready:
@@ -102,7 +140,8 @@ class EngineClient:
             EngineDeadError: if the engine was declared dead meanwhile.
         """
         self._ready = asyncio.get_running_loop().create_future()
-        self._send(SubscribeReady(deadline_s=deadline_s))
+        self._ready_deadline = time.monotonic() + deadline_s
+        self._subscribe()
         try:
             # The scheduler answers at the deadline; this later one is for a scheduler that does not exist.
             return await asyncio.wait_for(asyncio.shield(self._ready), deadline_s + 5.0)
@@ -116,42 +155,80 @@ class EngineClient:
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(errors.StartupError(reason))
 
+    # --- requests --------------------------------------------------------------------------------
+
     def open(self, request: AddRequest, sink: OutputSink) -> None:
         """Send a request; its outputs, and at most one error, go to ``sink`` until the request ends or is closed.
+
+        While there is no scheduler, the request waits here.
 
         Raises:
             InvalidRequestError, EngineDeadError
         """
         if self._dead is not None:
             raise self._dead
-        if request.request_id in self._sinks:
+        if request.request_id in self._requests:
             raise errors.InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
         encoded = self._encoder.encode(request)
         if len(encoded) > MAX_MESSAGE_BYTES:  # the scheduler's socket would close the connection
             what = f"the request has {len(encoded)} bytes; the scheduler takes at most {MAX_MESSAGE_BYTES}"
             raise errors.InvalidRequestError(what, "prompt")
-        self._sinks[request.request_id] = sink
-        self._socket.send([encoded])
+        new = OpenRequest(request, sink, time.monotonic())
+        self._requests.add(new)
+        self._send_requests(new, encoded)
 
     def close_request(self, request_id: str, finish_reason: str = "abort") -> None:
         """End a request, if it has not ended, and discard its further outputs."""
-        if self._sinks.pop(request_id, None) is not None:
-            self.abort(request_id, finish_reason)
+        request = self._requests.pop(request_id)
+        if request is not None:
+            if request.is_sent:
+                self._line.send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
+            self._send_requests()
 
     def abort(self, request_id: str, finish_reason: str = "abort") -> None:
         """End a request; its last output has ``finish_reason``. Unknown ids are ignored."""
-        self._send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        request.end_reason = finish_reason
+        if request.is_sent:
+            self._line.send(AbortRequest(request_id=request_id, finish_reason=finish_reason))
+        else:
+            self._requests.pop(request_id)
+            asyncio.get_running_loop().call_soon(request.sink, _end_of(request))
+
+    def _send_requests(self, new: OpenRequest | None = None, encoded: bytes = b"") -> None:
+        """Send the requests that the present scheduler does not have, those whose turn it is.
+
+        Args:
+            new: a request that has just come, with its encoded message.
+        """
+        if not self._is_attached or not self._requests.has_held:
+            return
+        if self._next_send is not None:
+            self._next_send.cancel()
+        now = time.monotonic()
+        sendable, wait_s = self._requests.take_sendable(now)
+        for request in sendable:
+            message = request.to_message(now)
+            self._line.send_encoded(encoded if request is new else self._encoder.encode(message))
+        self._next_send = None
+        if wait_s is not None:
+            self._next_send = asyncio.get_running_loop().call_later(wait_s, self._send_requests)
+
+    # --- questions to the scheduler --------------------------------------------------------------
 
     async def stats(self, timeout_s: float = 10.0, recent: bool = False) -> dict[str, Any]:
-        """Ask the scheduler for the state of the system.
+        """Ask the scheduler for the state of the system. While it is started again, the question waits.
 
         Args:
             recent: include ``recent``, the last requests and events; see `hbserve.scheduler.stats`.
 
         Raises:
-            EngineDeadError: if the scheduler does not answer in time.
+            SchedulerRestartingError: if the scheduler does not come back in time.
+            EngineDeadError: if the scheduler does not answer in time, or has ended for good.
         """
-        return await self._query(GetStats(query_id=next(self._query_ids), recent=recent), timeout_s)
+        return await self._ask(GetStats(query_id=next(self._query_ids), recent=recent), timeout_s)
 
     async def set_role(self, instance_id: str, role: InstanceRole, deadline_s: float = 120.0) -> None:
         """Change an instance between prefill and decode; returns when it has changed.
@@ -162,6 +239,7 @@ class EngineClient:
         Raises:
             UnknownInstanceError: if no instance has that name.
             InvalidRequestError: if the instance cannot change, or has not finished in time; saying why.
+            SchedulerRestartingError: if the scheduler has ended meanwhile; then it is unknown what has changed.
             EngineDeadError: if the scheduler does not answer.
         """
         query_id = next(self._query_ids)
@@ -178,82 +256,163 @@ class EngineClient:
         await self._change(RemoveInstance(query_id=query_id, instance_id=instance_id, deadline_s=deadline_s))
 
     async def _change(self, message: SetRole | RemoveInstance) -> None:
-        answer = await self._query(message, message.deadline_s + self._answer_timeout_s)
+        answer = await self._ask(message, message.deadline_s + self._rpc.heartbeat_timeout_s)
         if answer["is_unknown"]:
             raise errors.UnknownInstanceError(answer["error"], "instance_id")
         if answer["error"] is not None:
             raise errors.InvalidRequestError(answer["error"])
 
-    async def _query(self, message: GetStats | SetRole | RemoveInstance, timeout_s: float) -> dict[str, Any]:
+    async def _ask(self, message: Question, timeout_s: float) -> dict[str, Any]:
         if self._dead is not None:
             raise self._dead
-        future = self._queries[message.query_id] = asyncio.get_running_loop().create_future()
         try:
-            self._send(message)
-            return await asyncio.wait_for(future, timeout_s)
+            return await self._questions.ask(message, timeout_s)
         except TimeoutError:
+            if self.restarting is not None:
+                raise errors.SchedulerRestartingError(self.restarting) from None
             raise errors.EngineDeadError(f"the scheduler did not answer within {timeout_s:g} s") from None
-        finally:
-            del self._queries[message.query_id]
 
     def report_event(self, kind: EventKind, subject: str, text: str) -> None:
         """Add an event of this process to the system's events; see `hbserve.messages.supervisor.ReportEvent`."""
-        self._send(ReportEvent(kind=kind, subject=subject, text=text))
+        event = ReportEvent(kind=kind, subject=subject, text=text)
+        if not self._is_connected or not self._line.send(event):
+            self._unsent_events.append(event)
 
-    def declare_dead(self, reason: str) -> None:
-        """End every request and query with `EngineDeadError`, because the scheduler has ended or does not answer."""
-        self._dead = errors.EngineDeadError(reason)
-        self._fail_all(self._dead)
+    # --- the line to the scheduler ---------------------------------------------------------------
+
+    @property
+    def restarting(self) -> str | None:
+        """Why there is no scheduler just now, while one is awaited; None: there is one, or there never was."""
+        return None if self._lost_since is None else f"the scheduler is being started again: {self._why_lost}"
 
     @property
     def dead(self) -> errors.EngineDeadError | None:
-        """Reason why no more requests are served; None while the scheduler lives."""
+        """Reason why no more requests are served; None while the scheduler lives, or may come back."""
         return self._dead
 
     @property
     def num_open(self) -> int:
         """Number of requests that have not ended."""
-        return len(self._sinks)
+        return len(self._requests)
+
+    def declare_dead(self, reason: str) -> None:
+        """End every request and query with `EngineDeadError`, because the scheduler has ended for good."""
+        self._dead = errors.EngineDeadError(reason)
+        self._lost_since = None
+        self._fail_all(self._dead)
+
+    def _fail_requests(self, error: errors.HBServeError) -> None:
+        for request in self._requests.pop_all():
+            request.sink(error)
 
     def _fail_all(self, error: errors.EngineDeadError) -> None:
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink(error)
-        for query in self._queries.values():
-            if not query.done():
-                query.set_exception(error)
+        self._fail_requests(error)
+        self._questions.fail(error)
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
 
-    def _send(self, message: ClientMessage) -> None:
-        self._socket.send([self._encoder.encode(message)])
+    def _on_connected(self) -> None:
+        """There is a connection: find out whether a scheduler answers, and whether it takes requests."""
+        self._last_heard = time.monotonic()
+        self._line.send(Attach(client_id=self._client_id))
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._line.send(SubscribeReady(deadline_s=max(0.0, self._ready_deadline - time.monotonic())))
+
+    def _on_attached(self, attached: Attached) -> None:
+        if not self._is_connected:
+            self._is_connected = True
+            while self._unsent_events:
+                self._line.send(self._unsent_events.popleft())
+            self._questions.send_all()
+        if self._is_attached or not attached.takes_requests:
+            return
+        is_another = self._scheduler_epoch not in (None, attached.scheduler_epoch)
+        self._is_attached, self._lost_since = True, None
+        self._scheduler_epoch = attached.scheduler_epoch
+        given_up = self._requests.on_scheduler_back(is_another and attached.after_failure, time.monotonic())
+        if given_up is not None:
+            self._give_up(given_up)
+        self._send_requests()
+
+    def _give_up(self, request: OpenRequest) -> None:
+        what = f"the scheduler failed {request.num_failures} times in a row with this request"
+        self.report_event("given_up", f"request {request.id}", what)
+        request.sink(errors.RequestFailedError(f"given up: {what}"))
+        self._on_given_up(request.id)
+
+    def _on_lost(self, reason: str) -> None:
+        """The connection is broken; the next one leads to the next scheduler, or to the same one."""
+        self._is_connected = self._is_attached = False
+        self._num_losses += 1
+        if self._dead is not None:
+            return
+        if self._lost_since is None and self._scheduler_epoch is not None:
+            self._lost_since, self._why_lost = time.monotonic(), reason
+            logger.warning("%s; %d open requests wait for the next scheduler", reason, len(self._requests))
+        for request in self._requests.on_scheduler_lost():
+            request.sink(_end_of(request))
+        self._questions.on_scheduler_lost(reason)
+
+    async def _watch_connection(self) -> None:
+        while True:
+            await self._line.wait_disconnected()
+            self._on_lost("the scheduler has ended")
+            await asyncio.sleep(_RECONNECT_DELAY_S)
 
     async def _watch_scheduler(self) -> None:
-        """Query a silent scheduler: one that hangs does not close its connection."""
+        """Give up a silent scheduler: one that hangs does not close its connection. Give up waiting for one, too."""
+        interval_s, timeout_s = self._rpc.heartbeat_interval_s, self._rpc.heartbeat_timeout_s
+        last = time.monotonic()
         while self._dead is None:
-            await asyncio.sleep(self._answer_timeout_s / 4)
-            if not self._sinks or time.monotonic() - self._last_heard < self._answer_timeout_s:
-                continue
-            try:
-                await self.stats(self._answer_timeout_s)
-            except errors.EngineDeadError as error:
-                self.declare_dead(str(error))
+            await asyncio.sleep(interval_s)
+            now = time.monotonic()
+            if now - last > 4 * interval_s + 1.0:  # this process was suspended, and has not read what has come
+                self._last_heard = now
+            last = now
+            silence_s = now - self._last_heard
+            if self._line.is_connected and silence_s > timeout_s:
+                what = f"gave no sign of life for {silence_s:.1f} s"
+                self._line.reconnect()
+                self._on_lost(f"the scheduler {what}")
+                self._on_silent(what)
+            elif self._line.is_connected:
+                self._line.send(Attach(client_id=self._client_id))
+            if self._lost_since is not None and now - self._lost_since > self._rpc.recovery_timeout_s:
+                self._on_overdue()
+
+    def _on_overdue(self) -> None:
+        late = f"within {self._rpc.recovery_timeout_s:g} s (rpc.recovery_timeout_s)"
+        if self._is_connected:
+            error = f"{self._why_lost}; the next one runs, and no instance has come to it {late}"
+            self._fail_requests(errors.RequestFailedError(error))
+        else:
+            self.declare_dead(f"{self._why_lost}, and did not come back {late}")
 
     async def _receive(self) -> None:
         while True:
             await asyncio.sleep(0)  # a queue of messages must not block the loop's other work
-            _, reply = await self._inbox.receive()
+            reply = await self._line.receive()
             self._last_heard = time.monotonic()
             match reply:
                 case OutputBatch(outputs=outputs):
                     for number, output in enumerate(outputs, start=1):
                         self._on_output(output)
                         if number % _OUTPUTS_PER_TURN == 0:
+                            num_losses = self._num_losses
                             await asyncio.sleep(0)
+                            if self._num_losses != num_losses:
+                                break  # the requests have gone on from the outputs before
+                    self._send_requests()  # an output may end a trial
+                case Attached():
+                    self._on_attached(reply)
                 case Stats(query_id=query_id, stats=stats):
-                    self._on_answer(query_id, stats)
+                    self._questions.on_answer(query_id, stats)
                 case InstanceChanged() as changed:
-                    self._on_answer(changed.query_id, {"error": changed.error, "is_unknown": changed.is_unknown})
+                    answer = {"error": changed.error, "is_unknown": changed.is_unknown}
+                    self._questions.on_answer(changed.query_id, answer)
                 case NotReady(reason=reason):
                     self.give_up_waiting(reason)
                 case Ready() as ready:
@@ -262,11 +421,13 @@ class EngineClient:
 
     def _on_output(self, output: RequestOutput) -> None:
         has_ended = output.finish_reason is not None
-        sink = self._sinks.pop(output.request_id, None) if has_ended else self._sinks.get(output.request_id)
-        if sink is not None:
-            sink(error_of(output) if output.finish_reason == "error" else output)
+        find = self._requests.pop if has_ended else self._requests.get
+        request = find(output.request_id)
+        if request is not None:
+            request.note(output, self._last_heard)
+            request.sink(error_of(output) if output.finish_reason == "error" else output)
 
-    def _on_answer(self, query_id: int, answer: dict[str, Any]) -> None:
-        query = self._queries.get(query_id)
-        if query is not None and not query.done():
-            query.set_result(answer)
+
+def _end_of(request: OpenRequest) -> RequestOutput:
+    """Return the last output of a request whose end was asked for while no scheduler had it."""
+    return RequestOutput(request_id=request.id, token_ids=[], finish_reason=request.end_reason)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from hbserve.messages.admin import (
     GetStats,
     GetWindowMetrics,
@@ -59,6 +63,16 @@ class AbortRequest(Message, frozen=True):
     finish_reason: str = "abort"
 
 
+class Attach(Message, frozen=True):
+    """Ask for `Attached`; the first message on a connection, and later a sign of life.
+
+    Attributes:
+        client_id: the same for all connections of a client. Its requests over an earlier connection end.
+    """
+
+    client_id: Annotated[str, msgspec.Meta(max_length=64)]
+
+
 class SubscribeReady(Message, frozen=True):
     """Ask for `Ready` when all instances are registered, or `NotReady` at the deadline."""
 
@@ -98,6 +112,20 @@ class OutputBatch(Message, frozen=True):
     outputs: list[RequestOutput]
 
 
+class Attached(Message, frozen=True):
+    """Answer to `Attach`, at once; and once more when the scheduler begins to take requests.
+
+    Attributes:
+        scheduler_epoch: differs at every start of the scheduler.
+        takes_requests: whether an instance has registered. Until then requests would be refused.
+        after_failure: whether the scheduler before this one failed on its own, so that a request may be the cause.
+    """
+
+    scheduler_epoch: int
+    takes_requests: bool
+    after_failure: bool = False
+
+
 class Ready(Message, frozen=True):
     """All instances are registered. ``max_model_len``: limit of the tokens of prompt and output together."""
 
@@ -114,6 +142,7 @@ class NotReady(Message, frozen=True):
 ClientMessage = (
     AddRequest
     | AbortRequest
+    | Attach
     | SubscribeReady
     | GetStats
     | GetWindowMetrics
@@ -126,5 +155,7 @@ ClientMessage = (
 )
 """Messages that arrive at the scheduler's client port, from clients, operators, supervisors and new instances."""
 
-SchedulerReply = OutputBatch | Ready | NotReady | Stats | WindowMetrics | InstanceChanged | Joined | WorkerLost
+SchedulerReply = (
+    OutputBatch | Attached | Ready | NotReady | Stats | WindowMetrics | InstanceChanged | Joined | WorkerLost
+)
 """Messages that the scheduler sends from that port."""

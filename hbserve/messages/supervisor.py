@@ -63,6 +63,8 @@ EventKind = Literal[
     "left",
     "role",
     "rotation",
+    "scheduler_restarted",
+    "scheduler_lost",
     "lost",
     "memory_lost",
     "recovery_failed",
@@ -72,7 +74,7 @@ EventKind = Literal[
     "text_restarted",
     "given_up",
 ]
-"""Kinds of events of a system; from ``lost`` on they are faults. docs/failures.md explains them."""
+"""Kinds of events of a system; from ``scheduler_lost`` on they are faults. docs/failures.md explains them."""
 
 
 class ReportEvent(Message, frozen=True):
@@ -85,6 +87,20 @@ class ReportEvent(Message, frozen=True):
     kind: EventKind
     subject: str
     text: str
+
+
+class Predecessor(Message, frozen=True):
+    """What a scheduler is told of the one before it, by the launcher that has started both.
+
+    Attributes:
+        reason: why it has ended, in words.
+        failed: whether it failed on its own, so that a request may be the cause.
+        num_restarts: restarts since the start of the system, this one included.
+    """
+
+    reason: str
+    failed: bool
+    num_restarts: int
 
 
 class MarkRotation(Message, frozen=True):

@@ -118,6 +118,8 @@ class Hello(Message, frozen=True):
     """An instance introduces itself: its pool is empty, its state is void.
 
     Attributes:
+        role: the instance's role in the configuration of its process.
+        serves_as: the role that it has prepared for last, which an operator may have changed.
         epoch: number of this incarnation, different at every start.
         arena_epoch: epoch of its KV memory: the same, or that of the process that holds the memory.
         model: identity of its weights, see `hbserve.models.loader.model_fingerprint`; dtype: of weights and KV.
@@ -129,6 +131,7 @@ class Hello(Message, frozen=True):
 
     instance_id: str
     role: InstanceRole
+    serves_as: InstanceRole
     epoch: int
     arena_epoch: int
     pid: int

@@ -34,6 +34,8 @@ _SECRETS = frozenset(
 """Variables that no child needs: the API server alone checks keys, and nothing is downloaded."""
 EXIT_DISMISSED = 69
 """Exit code of an instance that the scheduler has released: its launcher does not start it again."""
+EXIT_SUPERSEDED = 73
+"""Exit code of a scheduler whose workers obey a newer one: its launcher does not start it again."""
 
 
 def environment(status_fd: int) -> dict[str, str]:

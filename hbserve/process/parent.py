@@ -41,7 +41,7 @@ class ChildProcess:
     Args:
         name: name of the child in messages; may change.
         module: module that the child runs, as ``python -m``.
-        orders: first line on the child's standard input, as JSON.
+        orders: first line on the child's standard input, as JSON; may change between two starts.
         arguments: command line of the child.
         environment: variables besides those of this process.
         pass_fds: descriptors that the child inherits under the same numbers.
@@ -65,7 +65,7 @@ class ChildProcess:
     ) -> None:
         self.name = name
         self._command = [sys.executable, "-m", module, *arguments]
-        self._orders, self._environment = orders, dict(environment or {})
+        self.orders, self._environment = orders, dict(environment or {})
         self._pass_fds, self._has_own_group = pass_fds, has_own_group
         self._on_status, self._on_exit = on_status, on_exit
         self._send_lock = threading.Lock()
@@ -96,7 +96,7 @@ class ChildProcess:
         self._exited: Future[int] = Future()
         for future in (self._started, self._exited):
             future.set_running_or_notify_cancel()  # a coroutine that is cancelled must not cancel it
-        self.send(self._orders)
+        self.send(self.orders)
         self._watcher = threading.Thread(target=self._watch, args=(read_end,), name=f"watch-{self.name}", daemon=True)
         self._watcher.start()
 
@@ -237,6 +237,10 @@ class RestartBudget:
         if is_allowed:
             self._times.append(now)
         return is_allowed
+
+    def clear(self) -> None:
+        """Forget the restarts so far, because their cause is gone."""
+        self._times.clear()
 
     @property
     def delay_s(self) -> float:

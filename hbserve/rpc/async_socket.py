@@ -66,6 +66,8 @@ class AsyncSocket:
             SocketClosed: if the socket is closed meanwhile.
         """
         while True:
+            if self.socket.closed:  # between the message that has woken this task, and now
+                raise SocketClosed
             with contextlib.suppress(zmq.Again):
                 return await self._frames(self.socket.recv(zmq.NOBLOCK))
             if self._loop is None:

@@ -1,8 +1,9 @@
 """Line between the scheduler and an instance: typed messages over ZeroMQ, and the addresses of both.
 
 The instance listens and the scheduler connects, so both may start in any order, and each may be restarted.
-The scheduler speaks first (`Ping`); an instance answers the scheduler that spoke last.
-`RpcClient` runs in the scheduler's event loop, `RpcServer` in that of the instance's rank 0.
+The scheduler speaks first (`Ping`); an instance answers the scheduler that it obeys.
+`RpcClient` runs in the scheduler's event loop, `RpcServer` in that of the instance's rank 0. Clients of the scheduler
+(`hbserve.frontend.engine_client`) use `RpcClient`, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -21,6 +24,8 @@ from hbserve.messages.worker import InstanceCommand, InstanceReply
 from hbserve.rpc.async_socket import LOGIN_TIMEOUT_MS, MAX_MESSAGE_BYTES, AsyncSocket, SocketClosed
 from hbserve.rpc.cluster_key import ClusterKey, Doorkeeper
 from hbserve.rpc.inbox import Inbox
+
+T = TypeVar("T")
 
 _MAX_SOCKET_PATH_BYTES = 107
 """Limit of Linux, see unix(7)."""
@@ -94,14 +99,31 @@ def _numeric(address: str) -> str:
     return f"tcp://{found[0][4][0]}{colon}{port}"
 
 
-class RpcClient:
-    """Scheduler's end of the line to one instance."""
+class RpcClient(Generic[T]):
+    """Connecting end of a line: the scheduler's to an instance, or a client's to the scheduler.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, key: ClusterKey | None = None) -> None:
+    Each connection has a socket of its own, so that nothing that was sent on one arrives on the next.
+
+    Args:
+        receives: union of the types of the messages that arrive here.
+
+    Attributes:
+        on_connected: called when a connection is made.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        key: ClusterKey | None = None,
+        receives: Any = InstanceReply,
+    ) -> None:
         self.address = address
+        self._receives = receives
         self._context = context
         self._key = key
         self._encoder = msgspec.msgpack.Encoder()
+        self.on_connected: Callable[[], None] = lambda: None
         self._open()
 
     def _open(self) -> None:
@@ -111,9 +133,9 @@ class RpcClient:
         """
         self._is_connected = False
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
-        self._inbox: Inbox[InstanceReply] = Inbox(self._socket, InstanceReply, self.address)
+        self._inbox: Inbox[T] = Inbox(self._socket, self._receives, self.address)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         if self._key is not None:
             self._key.for_connecting(self._socket.socket, self.address)
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -127,23 +149,40 @@ class RpcClient:
         The caller must await this in a loop: it also notices new connections.
         """
         while True:
-            frames = await self._monitor.receive()
+            try:
+                frames = await self._monitor.receive()
+            except SocketClosed:
+                continue  # `reconnect` has made another
             event = parse_monitor_message(frames)["event"]
             self._is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if not self._is_connected:
                 break
+            self.on_connected()
         self._socket.look()
         await asyncio.sleep(0)
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """Give up the connection, if there is one, and connect anew. `wait_disconnected` does not return for that."""
         self.close()
         self._open()
 
-    def send(self, command: InstanceCommand) -> bool:
-        """Send without waiting; False if the instance is not connected."""
-        if self._is_connected:
-            self._socket.send([self._encoder.encode(command)])
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, as far as is known here."""
         return self._is_connected
 
-    async def receive(self) -> InstanceReply:
+    def send(self, message: msgspec.Struct) -> bool:
+        """Send without waiting; False if there is no connection."""
+        return self._is_connected and self.send_encoded(self._encoder.encode(message))
+
+    def send_encoded(self, payload: bytes) -> bool:
+        """Send an encoded message, as `send`."""
+        if self._is_connected:
+            self._socket.send([payload])
+        return self._is_connected
+
+    async def receive(self) -> T:
         """Wait for the next reply."""
         while True:
             try:
@@ -152,11 +191,11 @@ class RpcClient:
                 continue  # the next connection has another socket
             return reply
 
-    def close(self) -> None:
-        """Close at once; queued messages are dropped."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Close; messages that were sent before may still leave for ``linger_ms``."""
         self._socket.socket.disable_monitor()
         self._monitor.close()
-        self._socket.close()
+        self._socket.close(linger_ms)
 
 
 class RpcServer:

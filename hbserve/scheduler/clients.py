@@ -9,6 +9,7 @@ from hbserve.messages.admin import GetStats, GetWindowMetrics, RemoveInstance, S
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
+    Attach,
     ClientMessage,
     RequestOutput,
     Resumed,
@@ -112,6 +113,7 @@ class ClientMessages:
         self._drains = drains
         self._workers = workers
         self._num_arrivals = 0
+        self._connections: dict[str, bytes] = {}  # by client id
 
     def on_message(self, client: bytes, message: ClientMessage) -> None:
         """Have a message answered, now or later."""
@@ -121,6 +123,8 @@ class ClientMessages:
             sequence = self._requests.get(client, message.request_id)
             if sequence is not None:
                 self._requests.finish(sequence, message.finish_reason)
+        elif isinstance(message, Attach):
+            self._attach(client, message.client_id)
         elif isinstance(message, SubscribeReady):
             self._readiness.subscribe(client, message.deadline_s)
         elif isinstance(message, GetStats):
@@ -141,6 +145,14 @@ class ClientMessages:
             self._stats.mark_rotation(message.begins)
         elif isinstance(message, ReportEvent):
             self._stats.report_event(message)
+
+    def _attach(self, client: bytes, client_id: str) -> None:
+        """Answer a client; nothing goes over an earlier connection of the same client any more."""
+        before, self._connections[client_id] = self._connections.get(client_id, client), client
+        if before != client:
+            self._readiness.on_client_gone(before)
+            self._requests.abort_all_of(before)
+        self._readiness.attach(client)
 
     def _on_request(self, client: bytes, request: AddRequest) -> None:
         """Take a new request, or tell its client why not."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from hbserve.messages.client import ClientMessage, OutputBatch, RequestOutput, SchedulerReply
+from hbserve.messages.supervisor import Predecessor
 from hbserve.messages.worker import InstanceCommand, InstanceReply
 from hbserve.metrics.request_metrics import RequestMetrics
 
@@ -26,10 +27,12 @@ class Start(NamedTuple):
         now: the time, on the clock of all later steps.
         time_ns: the same moment in nanoseconds since 1970. It is also the scheduler's epoch, because workers obey the
             scheduler that was started last, and the number before the first step's id, because workers compare ids.
+        predecessor: the scheduler whose place this one takes; None: it is the system's first.
     """
 
     now: float
     time_ns: int
+    predecessor: Predecessor | None = None
 
 
 # --- in -------------------------------------------------------------------------------------------
@@ -55,13 +58,19 @@ class FromWorker(msgspec.Struct, frozen=True):
     reply: InstanceReply
 
 
+class ConnectionMade(msgspec.Struct, frozen=True):
+    """A connection to a worker is there."""
+
+    connection: int
+
+
 class ConnectionBroke(msgspec.Struct, frozen=True):
     """A connection to a worker broke; all messages from before that have been delivered. It connects again."""
 
     connection: int
 
 
-InboxEvent = FromClient | ClientGone | FromWorker | ConnectionBroke
+InboxEvent = FromClient | ClientGone | FromWorker | ConnectionMade | ConnectionBroke
 Inbox = Sequence[InboxEvent]
 """What has happened since the step before, in order."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from hbserve.config import SchedulerConfig
-from hbserve.messages.supervisor import EventKind
+from hbserve.messages.supervisor import EventKind, Predecessor
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.policy.queue_policy import QueuePolicy
@@ -19,7 +19,7 @@ from hbserve.scheduler.sequence import InflightStep, Phase, Sequence
 
 MAX_EVENTS = 200
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
-_FIRST_FAULT = EVENT_KINDS.index("lost")
+_FIRST_FAULT = EVENT_KINDS.index("scheduler_lost")
 
 
 class EventLog:
@@ -48,6 +48,12 @@ class EventLog:
         self._events.append(
             {"number": next(self._numbers), "time": now, "kind": kind, "subject": subject, "text": text}
         )
+
+    def note_predecessor(self, before: Predecessor) -> None:
+        """Add what has happened to the scheduler before this one, whose own events are forgotten."""
+        for kind in ("scheduler_lost", "scheduler_restarted"):
+            self.counts[kind] = before.num_restarts - 1  # so that the counters do not go back
+            self.note(kind, "the scheduler", before.reason, is_logged=True)
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return the events as plain data, oldest first; ``time`` in seconds since 1970."""

@@ -15,6 +15,7 @@ import msgspec
 from hbserve.config import Config
 from hbserve.errors import HBServeError, SupersededError
 from hbserve.import_path import load_class
+from hbserve.messages.supervisor import Predecessor
 from hbserve.process import child
 from hbserve.scheduler.core_io import Start
 from hbserve.scheduler.scheduler import CpuScheduler
@@ -22,25 +23,34 @@ from hbserve.scheduler.shell import SchedulerShell
 
 logger = logging.getLogger(__name__)
 
-EXIT_SUPERSEDED = 73
-"""Exit code of a scheduler whose workers obey a newer one: its launcher must not start it again."""
 
+async def run_scheduler(
+    config: Config, client_address: str, instance_addresses: dict[str, str], predecessor: Predecessor | None
+) -> bool:
+    """Run the configured scheduler until SIGTERM, SIGINT or the launcher's end; returns whether the launcher ended.
 
-async def run_scheduler(config: Config, client_address: str, instance_addresses: dict[str, str]) -> None:
-    """Run the configured scheduler until SIGTERM, SIGINT or the launcher's end."""
+    Args:
+        predecessor: the scheduler whose place it takes; None: it is the first.
+    """
     scheduler_class: type[CpuScheduler] = CpuScheduler
     if config.performance.scheduler is not None:
         scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
-    start = Start(now=time.monotonic(), time_ns=time.time_ns())
+    start = Start(time.monotonic(), time.time_ns(), predecessor)
     scheduler = scheduler_class(config, instance_addresses, start)
     shell = SchedulerShell(scheduler, config, client_address)
-    loop = asyncio.get_running_loop()
+    loop, launcher_ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_launcher_exit() -> None:
+        launcher_ended.set()
+        shell.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shell.stop)
-    child.watch_parent(lambda: loop.call_soon_threadsafe(shell.stop))
+    child.watch_parent(lambda: loop.call_soon_threadsafe(on_launcher_exit))
     child.freeze_heap()
     child.report_status({"ready": True})
     await shell.run()
+    return launcher_ended.is_set()
 
 
 def main() -> None:
@@ -50,16 +60,19 @@ def main() -> None:
     child.set_process_title("hbserve-scheduler")
     child.configure_logging(config.logging, "scheduler")
     try:
-        asyncio.run(run_scheduler(config, orders["client_address"], orders["instance_addresses"]))
+        predecessor = msgspec.convert(orders["predecessor"], Predecessor | None)
+        has_no_launcher = asyncio.run(
+            run_scheduler(config, orders["client_address"], orders["instance_addresses"], predecessor)
+        )
     except HBServeError as error:
         child.report_status({"error": str(error)})
         logger.error("%s", error)
-        sys.exit(EXIT_SUPERSEDED if isinstance(error, SupersededError) else 1)
+        sys.exit(child.EXIT_SUPERSEDED if isinstance(error, SupersededError) else 1)
     except BaseException:
         logger.exception("the scheduler failed")
         os._exit(1)
-    # The launcher removes it too, unless it was killed.
-    shutil.rmtree(orders["run_dir"], ignore_errors=True)
+    if has_no_launcher:  # else it removes the sockets, or starts another scheduler, which needs them
+        shutil.rmtree(orders["run_dir"], ignore_errors=True)
     sys.stderr.flush()
     os._exit(0)  # the life line's thread may be blocked in a read
 

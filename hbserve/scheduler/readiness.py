@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hbserve.messages.client import NotReady, Ready
+from hbserve.messages.client import Attached, NotReady, Ready
 from hbserve.messages.worker import Hello
-from hbserve.scheduler.core_io import Clock, OutboxWriter
+from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 
@@ -25,6 +25,7 @@ class Readiness:
         transfers: TransferTracker,
         clock: Clock,
         outbox: OutboxWriter,
+        start: Start,
     ) -> None:
         self.max_model_len: int | None = None
         self.vocab_size = 0
@@ -32,14 +33,32 @@ class Readiness:
         self._transfers = transfers
         self._clock = clock
         self._outbox = outbox
+        self._scheduler_epoch = start.time_ns
+        self._is_after_failure = start.predecessor is not None and start.predecessor.failed
+        self._attached_early: set[bytes] = set()  # before requests are taken
         self._subscribers: dict[bytes, float] = {}
         self._failures: dict[str, str] = {}  # of instances that cannot start, until they register after all
 
     def on_hello(self, hello: Hello) -> None:
         """An instance has registered; the smallest ``max_model_len`` of all counts."""
         self._failures.pop(hello.instance_id, None)
+        is_first = self.max_model_len is None
         self.max_model_len = min(hello.max_model_len, self.max_model_len or hello.max_model_len)
         self.vocab_size = hello.vocab_size
+        if is_first:
+            early, self._attached_early = self._attached_early, set()
+            for client in sorted(early):
+                self.attach(client)
+
+    def attach(self, client: bytes) -> None:
+        """Tell a client whether requests are taken; if not, it is told again when they are."""
+        takes_requests = self.max_model_len is not None
+        if not takes_requests:
+            self._attached_early.add(client)
+        attached = Attached(
+            scheduler_epoch=self._scheduler_epoch, takes_requests=takes_requests, after_failure=self._is_after_failure
+        )
+        self._outbox.reply(client, attached)
 
     def subscribe(self, client: bytes, deadline_s: float) -> None:
         """Add a client; it gets its answer by the deadline."""
@@ -49,6 +68,7 @@ class Readiness:
 
     def on_client_gone(self, client: bytes) -> None:
         """A client has gone."""
+        self._attached_early.discard(client)
         self._subscribers.pop(client, None)
 
     def announce(self) -> None:

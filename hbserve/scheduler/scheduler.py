@@ -38,6 +38,7 @@ from hbserve.scheduler.core_io import (
     ClientGone,
     Clock,
     ConnectionBroke,
+    ConnectionMade,
     FromClient,
     FromWorker,
     Inbox,
@@ -86,12 +87,14 @@ class CpuScheduler:
         }
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
         events = EventLog(clock, outbox)
+        if start.predecessor is not None:
+            events.note_predecessor(start.predecessor)
         transfers = TransferTracker(config.kv_transfer.verify)
         self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, clock, outbox)
         self._planner = planner = StepPlanner(
             config, clock, transfers, requests.preempt, requests.policy, last_step_id=start.time_ns
         )
-        self._readiness = readiness = Readiness(instances, transfers, clock, outbox)
+        self._readiness = readiness = Readiness(instances, transfers, clock, outbox, start)
         self._drains = drains = Drains(instances, transfers, planner, events, clock, outbox)
         self._stats = stats = SystemStats(instances, requests, transfers, metrics, events, clock)
         self._workers = workers = WorkerRegistry(
@@ -166,6 +169,8 @@ class CpuScheduler:
             case ClientGone(client):
                 self._readiness.on_client_gone(client)
                 self._requests.abort_all_of(client)
+            case ConnectionMade(connection):
+                self._workers.on_connection_made(connection)
             case ConnectionBroke(connection):
                 self._workers.on_connection_broke(connection)
 

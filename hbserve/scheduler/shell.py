@@ -19,12 +19,21 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.messages.client import ClientMessage, SchedulerReply
+from hbserve.messages.worker import InstanceReply
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.inbox import Inbox
 from hbserve.rpc.instance_line import RpcClient, bind
-from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, InboxEvent, Outbox
+from hbserve.scheduler.core_io import (
+    ClientGone,
+    ConnectionBroke,
+    ConnectionMade,
+    FromClient,
+    FromWorker,
+    InboxEvent,
+    Outbox,
+)
 from hbserve.scheduler.scheduler import CpuScheduler
 
 logger = logging.getLogger(__name__)
@@ -36,7 +45,7 @@ _FULL_INBOX = 256
 class _Line(NamedTuple):
     """The line to one worker, and the tasks that listen to it."""
 
-    rpc: RpcClient
+    rpc: RpcClient[InstanceReply]
     tasks: tuple[asyncio.Task[None], asyncio.Task[None]]
 
 
@@ -114,18 +123,21 @@ class SchedulerShell:
         while True:
             await self._put(FromClient(*await inbox.receive()))
 
-    async def _receive_from_worker(self, connection: int, rpc: RpcClient) -> None:
+    async def _receive_from_worker(self, connection: int, rpc: RpcClient[InstanceReply]) -> None:
         while True:
             await self._put(FromWorker(connection, await rpc.receive()))
 
-    async def _watch_connection(self, connection: int, rpc: RpcClient) -> None:
+    async def _watch_connection(self, connection: int, rpc: RpcClient[InstanceReply]) -> None:
         while True:
             await rpc.wait_disconnected()
             await self._put(ConnectionBroke(connection))
 
-    async def _put(self, event: InboxEvent) -> None:
+    def _note(self, event: InboxEvent) -> None:
         self._inbox.append(event)
         self._wake.set()
+
+    async def _put(self, event: InboxEvent) -> None:
+        self._note(event)
         if len(self._inbox) >= _FULL_INBOX:
             await asyncio.sleep(0)
 
@@ -148,7 +160,8 @@ class SchedulerShell:
                 self._tracer.record(*request)
 
     def _connect(self, connection: int, address: str) -> None:
-        rpc = RpcClient(self._context, address, self._key)
+        rpc: RpcClient[InstanceReply] = RpcClient(self._context, address, self._key)
+        rpc.on_connected = lambda: self._note(ConnectionMade(connection))
         work = self._receive_from_worker(connection, rpc), self._watch_connection(connection, rpc)
         receiving, watching = (self._tasks.create_task(listening) for listening in work)
         self._lines[connection] = _Line(rpc, (receiving, watching))
@@ -163,5 +176,4 @@ class SchedulerShell:
         try:
             self._clients.send([client, self._encoder.encode(reply)])
         except zmq.ZMQError:  # EHOSTUNREACH
-            self._inbox.append(ClientGone(client))
-            self._wake.set()
+            self._note(ClientGone(client))

@@ -48,7 +48,7 @@ class WorkerRegistry:
         readiness: told which workers have registered, and which cannot.
         drains: told which instances want to leave, and which are gone.
         events: told the same, for operators.
-        scheduler_epoch: number of this scheduler; a worker whose last scheduler had another one drops its state.
+        scheduler_epoch: number of this scheduler. Workers obey the largest, and drop their state when it changes.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class WorkerRegistry:
     # --- connections and heartbeats --------------------------------------------------------------
 
     def _listen(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
-        """Take messages from a worker; heartbeats find out when it is there."""
+        """Take messages from a worker; a new connection, or the next heartbeat, finds out when it is there."""
         self._by_connection[worker.connection] = instance, worker
 
     def _close(self, worker: WorkerHandle) -> None:
@@ -132,6 +132,11 @@ class WorkerRegistry:
                 self._ping(worker)
                 self._greetings[worker] = now + _GREETING_INTERVAL_S
                 self._clock.call_at(now + _GREETING_INTERVAL_S)
+
+    def on_connection_made(self, connection: int) -> None:
+        """There is a connection to a worker: ping it now, which is sooner than the next heartbeat."""
+        if connection in self._by_connection:
+            self._ping(self._by_connection[connection][1])
 
     def on_connection_broke(self, connection: int) -> None:
         """A connection broke, which reveals the end of a process sooner than its silence does."""
@@ -214,6 +219,8 @@ class WorkerRegistry:
             return  # it was lost, and other workers' steps wait until its process has ended
         self._first_hello = self._first_hello or hello
         self._membership.on_arrived(instance)
+        if worker.id == instance.id and instance.num_restarts < 0 and hello.serves_as is not instance.role:
+            instance.change_role(hello.serves_as)  # an earlier scheduler has changed it
         instance.register(worker, hello)
         self._transfers.connect(self._instances.values())
         self._readiness.on_hello(hello)

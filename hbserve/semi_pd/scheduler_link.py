@@ -90,7 +90,7 @@ class SchedulerLink:
     def _run(self) -> None:
         with zmq.Context() as context:
             while self._serve_connection(context):
-                logger.warning("the connection to the scheduler broke")
+                logger.info("the connection to the scheduler broke")
                 time.sleep(_RECONNECT_DELAY_S)  # a key that is not the cluster's breaks every connection at once
                 self._on_disconnected()
 

@@ -36,7 +36,7 @@ from starlette.exceptions import HTTPException
 
 from hbserve import __version__
 from hbserve.config import InstanceRole, ServerConfig
-from hbserve.errors import EngineDeadError, InvalidRequestError
+from hbserve.errors import EngineDeadError, InvalidRequestError, SchedulerRestartingError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
@@ -161,9 +161,13 @@ def create_app(
         try:
             if engine.text.dead is not None:
                 raise engine.text.dead
+            if client.restarting is not None:
+                raise SchedulerRestartingError(client.restarting)
             report = _with_text(_health(await client.stats(STATS_TIMEOUT_S)), engine.text.missing)
         except EngineDeadError as error:
             report = {"status": "dead", "reason": str(error)}
+        except SchedulerRestartingError as error:
+            report = {"status": "restarting", "reason": str(error)}
         return JSONResponse(report, 200 if report["status"] in ("ready", "degraded") else 503)
 
     @app.get("/stats")

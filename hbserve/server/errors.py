@@ -21,6 +21,7 @@ from hbserve.errors import (
     RateLimitedError,
     RequestFailedError,
     RequestTimeoutError,
+    SchedulerRestartingError,
     ShuttingDownError,
     UnknownInstanceError,
 )
@@ -114,6 +115,7 @@ _ANSWERS: dict[type, tuple[int, str, str | None]] = {
     RequestFailedError: (500, "server_error", "request_failed"),
     RequestTimeoutError: (504, "server_error", "request_timeout"),
     ShuttingDownError: (503, "server_error", "shutting_down"),
+    SchedulerRestartingError: (503, "server_error", "scheduler_restarting"),
     UnauthorizedError: (401, "authentication_error", "invalid_api_key"),
     ForbiddenError: (403, "permission_error", "forbidden"),
     EngineDeadError: (503, "server_error", "engine_dead"),
@@ -128,7 +130,8 @@ def api_error(error: Exception) -> ApiError:
     for kind in type(error).__mro__:
         if kind in _ANSWERS:
             status, type_, code = _ANSWERS[kind]
-            retry_after_s = 1.0 if kind is ShuttingDownError else getattr(error, "retry_after_s", None)
+            is_soon = kind in (ShuttingDownError, SchedulerRestartingError)
+            retry_after_s = 1.0 if is_soon else getattr(error, "retry_after_s", None)
             return ApiError(status, str(error), type_, getattr(error, "param", None), code, retry_after_s)
     logger.error("bug while serving a request", exc_info=error)
     return ApiError(500, "internal error; see the server's log", "server_error", None, "internal_error")

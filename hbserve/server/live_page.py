@@ -11,7 +11,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-from hbserve.errors import EngineDeadError
+from hbserve.errors import EngineDeadError, SchedulerRestartingError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
@@ -77,7 +77,7 @@ def install(
         }
         try:
             data["stats"] = await client.stats(STATS_TIMEOUT_S, recent=True)
-        except EngineDeadError as error:
+        except (EngineDeadError, SchedulerRestartingError) as error:
             data["error"] = str(error)
         return data
 

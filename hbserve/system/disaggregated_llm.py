@@ -13,7 +13,7 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.config.flat import PdDisaggConfig
-from hbserve.errors import EngineDeadError, StartupError
+from hbserve.errors import EngineDeadError, SchedulerRestartingError, StartupError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.outputs import GenerationOutput, SampleDelta
 from hbserve.frontend.text_engine import Prompt, TextEngine
@@ -30,7 +30,9 @@ from hbserve.system.launcher import Launcher
 from hbserve.system.prompt_batch import Samplings, as_batch, generate_all
 from hbserve.tokenizer import ChatMessage, Tokenizer
 
-_STATS_TIMEOUT_MS = 10_000
+_STATS_TIMEOUT_MS = 2_000
+_STATS_TRIES = 5
+"""A scheduler that ends takes the question with it."""
 
 
 class DisaggregatedLLM:
@@ -80,7 +82,13 @@ class DisaggregatedLLM:
                 self._text = TextProcesses(self.config, self._launcher.make_run_dir(), self._report_event)
                 text = asyncio.create_task(self._text.start(deadline))
             self._address = await self._launcher.start()
-            self._client = EngineClient(self._address, key=self._key)
+            self._client = EngineClient(
+                self._address,
+                self.config.rpc,
+                self._key,
+                self._launcher.replace_scheduler,
+                lambda request_id: self._launcher.forgive_scheduler(),
+            )
             await self._client.connect()
             if self._given_up is not None:
                 raise StartupError(self._given_up)
@@ -191,21 +199,26 @@ class DisaggregatedLLM:
         Uses a short synchronous exchange (about a millisecond), so that any code may call it.
 
         Raises:
+            SchedulerRestartingError: if the scheduler is being started again for longer than this waits.
             EngineDeadError: if the scheduler does not answer.
         """
-        if self.client.dead is not None:
-            raise self.client.dead
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            if self._key is not None:
-                self._key.for_connecting(socket, self._address)
-            socket.connect(self._address)
-            socket.send(msgspec.msgpack.encode(GetStats(query_id=0)))
-            if not socket.poll(_STATS_TIMEOUT_MS):
-                raise EngineDeadError("the scheduler does not answer")
-            reply = msgspec.msgpack.decode(socket.recv(), type=SchedulerReply)
-        assert isinstance(reply, Stats)
-        return reply.stats
+        with zmq.Context() as context:
+            for _ in range(_STATS_TRIES):
+                if self.client.dead is not None:
+                    raise self.client.dead
+                with context.socket(zmq.DEALER) as socket:
+                    socket.setsockopt(zmq.LINGER, 0)
+                    if self._key is not None:
+                        self._key.for_connecting(socket, self._address)
+                    socket.connect(self._address)
+                    socket.send(msgspec.msgpack.encode(GetStats(query_id=0)))
+                    if socket.poll(_STATS_TIMEOUT_MS):
+                        reply = msgspec.msgpack.decode(socket.recv(), type=SchedulerReply)
+                        assert isinstance(reply, Stats)
+                        return reply.stats
+        if self.client.restarting is not None:
+            raise SchedulerRestartingError(self.client.restarting)
+        raise EngineDeadError("the scheduler does not answer")
 
     def _report_event(self, kind: EventKind, subject: str, text: str) -> None:
         if kind == "given_up" and self._engine is None:  # `start` must not wait for what cannot come any more

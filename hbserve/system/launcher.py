@@ -24,8 +24,10 @@ This is the only module that knows every kind of instance; rooms below this one 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -37,15 +39,18 @@ import msgspec
 from hbserve.config import Config, InstanceRole
 from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
-from hbserve.messages.supervisor import EventKind
+from hbserve.messages.supervisor import EventKind, Predecessor
 from hbserve.platform import mps
 from hbserve.process import exit_core
-from hbserve.process.child import EXIT_DISMISSED
+from hbserve.process.child import EXIT_DISMISSED, EXIT_SUPERSEDED
 from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.rpc.instance_line import instance_address, scheduler_address
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
 logger = logging.getLogger(__name__)
+
+_FAULTS = frozenset(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT))
+"""Exit codes of a process that the kernel has ended for what it did; other signals come from outside."""
 
 
 def fit_to_gpus(config: Config) -> Config:
@@ -73,12 +78,12 @@ def fit_to_gpus(config: Config) -> Config:
 
 
 class Launcher:
-    """Launcher of the scheduler and, if they run here, the instances of one system.
+    """Launcher of the scheduler and, if they run here, the instances of one system. It restarts what ends on its own.
 
     Args:
         config: configuration of the system.
         with_instances: False if the instances are started elsewhere.
-        on_scheduler_exit: called with the reason if the scheduler ends on its own.
+        on_scheduler_exit: called with the reason when the scheduler has ended and is not started again.
     """
 
     def __init__(
@@ -92,6 +97,9 @@ class Launcher:
         self._on_event = on_event
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
+        self._scheduler_restarts = RestartBudget(config.rpc.max_restarts)
+        self._why_killed: str | None = None
+        self._dismissed: set[str] = set()
         self._run_dir: str | None = None
         self._children: list[ChildProcess] = []  # the scheduler first
         self._supervisors: dict[str, _SupervisorThread] = {}
@@ -147,7 +155,7 @@ class Launcher:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
         scheduler, *others = self._children
-        self._watchers.append(asyncio.create_task(self._watch_scheduler(scheduler)))
+        self._watchers.append(asyncio.create_task(self._keep_scheduler(scheduler)))
         self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in others]
         return client_address
 
@@ -160,7 +168,7 @@ class Launcher:
             for instance in self.config.gpu_instances
             if instance.instance_type is not InstanceRole.SEMI_PD and not by_ray
         }
-        orders = {"config": config, "client_address": client_address}
+        orders = {"config": config, "client_address": client_address, "predecessor": None}
         orders |= {"instance_addresses": addresses, "run_dir": run_dir}
         children = [ChildProcess("the scheduler", "hbserve.scheduler.process", orders)]
         if self._with_instances and by_ray:
@@ -177,9 +185,57 @@ class Launcher:
         """Rotation managers of the ``semi_pd`` instances, by instance name."""
         return {name: thread.manager for name, thread in self._supervisors.items()}
 
-    async def _watch_scheduler(self, scheduler: ChildProcess) -> None:
-        code = await scheduler.wait()
-        self._on_scheduler_exit(f"the scheduler ended with exit code {code}")
+    # --- the scheduler's restarts ----------------------------------------------------------------
+
+    def replace_scheduler(self, what: str) -> None:
+        """Kill a scheduler that does not answer, so that it is started again.
+
+        Args:
+            what: it did, in words that follow its name.
+        """
+        for scheduler in self._children[:1]:
+            if scheduler.is_alive():
+                self._why_killed = what
+                scheduler.kill()
+
+    def forgive_scheduler(self) -> None:
+        """Forget the scheduler's restarts so far: a request was their cause, and has been given up."""
+        self._scheduler_restarts.clear()
+
+    async def _keep_scheduler(self, scheduler: ChildProcess) -> None:
+        """Restart the scheduler when it ends on its own. Clients then send it their open requests again."""
+        for num_restarts in itertools.count(1):
+            code = await scheduler.wait()
+            how, failed = self._describe_end(code)
+            logger.error("scheduler_lost: the scheduler: it %s", how)
+            if code == EXIT_SUPERSEDED:
+                self._on_scheduler_exit("the instances obey another scheduler, which was started later")
+                return
+            if not self._scheduler_restarts.take():
+                why = f"{how}, too often to start it again (rpc.max_restarts)"
+                logger.error("given_up: the scheduler: it %s", why)
+                self._on_scheduler_exit(f"the scheduler {why}")
+                return
+            before = Predecessor(reason=f"it {how}", failed=failed, num_restarts=num_restarts)
+            instances = tuple(i for i in self.config.gpu_instances if i.instance_id not in self._dismissed)
+            config = msgspec.structs.replace(self.config, gpu_instances=instances)
+            scheduler.orders |= {"predecessor": msgspec.to_builtins(before), "config": msgspec.to_builtins(config)}
+            try:
+                scheduler.start()
+                await scheduler.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
+                logger.warning("scheduler_restarted: the scheduler: it %s", how)
+            except (StartupError, OSError) as error:
+                logger.error("the scheduler could not be started again: %s", error)
+                await scheduler.stop()
+                await asyncio.sleep(self._scheduler_restarts.delay_s)
+
+    def _describe_end(self, code: int) -> tuple[str, bool]:
+        """Return what the scheduler did, in words that follow its name, and whether it failed on its own."""
+        why_killed, self._why_killed = self._why_killed, None
+        if why_killed is not None:
+            return why_killed, True
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return how, code > 0 or code in _FAULTS
 
     async def _keep_alive(self, child: ChildProcess) -> None:
         """Restart an instance that ends on its own; the scheduler meanwhile keeps its requests."""
@@ -188,6 +244,7 @@ class Launcher:
             code = await child.wait()
             if code == EXIT_DISMISSED:
                 logger.info("%s has left", child.name)
+                self._dismissed.add(child.name)
                 return
             if not budget.take():
                 why = f"it ended with exit code {code}, too often to restart it again (rpc.max_restarts)"

@@ -117,6 +117,7 @@ class WorkerProcess:
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
         self._events: events.EventQueue[events.WorkerEvent] = events.EventQueue(self._on_event)
+        self._serves_as = instance.instance_type
         self._scheduler_epoch = 0
         self._epoch = 0
         self._is_used = False  # whether the scheduler has sent anything for this epoch
@@ -232,6 +233,7 @@ class WorkerProcess:
     def _on_event(self, event: events.WorkerEvent) -> None:
         match event:
             case events.StepDone(plan, result):
+                self._serves_as = plan.role or self._serves_as
                 self._rpc.send(result)
                 self._send_blocks(plan)
                 self._unfinished.end(plan)
@@ -334,6 +336,7 @@ class WorkerProcess:
             Hello(
                 instance_id=self.instance.instance_id,
                 role=self.instance.instance_type,
+                serves_as=self._serves_as,
                 epoch=self._epoch,
                 arena_epoch=self._epoch if self._shared is None else self._shared.attachments[0].epoch,
                 pid=os.getpid(),

@@ -114,6 +114,7 @@ class SchedulerParts:
         hello = Hello(
             instance_id=worker.id,
             role=worker.role,
+            serves_as=worker.role,
             epoch=epoch,
             arena_epoch=arena_epoch,
             pid=1,

@@ -16,6 +16,8 @@ from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
+    Attach,
+    Attached,
     ClientMessage,
     OutputBatch,
     Ready,
@@ -147,6 +149,8 @@ class ScriptedScheduler:
                 case GetStats():
                     if self.stats is not None:
                         await self._send(client, Stats(query_id=message.query_id, stats=self.stats))
+                case Attach():
+                    await self._send(client, Attached(scheduler_epoch=1, takes_requests=True))
                 case SubscribeReady():
                     await self._send(client, self._ready)
             async with self._came:

@@ -119,13 +119,15 @@ async def test_requests_fail_with_a_typed_error_when_an_instance_does_not_come_b
             os.kill(pid, signal.SIGCONT)
 
 
-async def test_a_dead_scheduler_ends_every_request_with_a_typed_error(model: tuple[str, Any]) -> None:
-    async with system(model[0], mode="unified") as llm:
+async def test_a_scheduler_that_is_not_started_again_ends_every_request_with_a_typed_error(
+    model: tuple[str, Any],
+) -> None:
+    async with system(model[0], mode="unified", max_restarts=0) as llm:
         work = asyncio.create_task(llm.generate([1, 2, 3], SamplingParams(max_tokens=600, ignore_eos=True)))
         await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["unified-0"]["steps"] >= 3)
         scheduler = next(child for child in llm._launcher._children if child.name == "the scheduler")
         os.kill(scheduler.pid, signal.SIGKILL)
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineDeadError, match="too often to start it again"):
             await asyncio.wait_for(work, DEADLINE_S)
         with pytest.raises(EngineDeadError):
             await llm.generate([1], GREEDY)

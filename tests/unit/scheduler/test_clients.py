@@ -24,7 +24,7 @@ def request(prompt: list[int], end_token_ids: Sequence[int] = (), **sampling: An
 @pytest.fixture
 def readiness() -> Readiness:
     """A system whose model takes 10 tokens of a vocabulary of 50."""
-    readiness = Readiness({}, TransferTracker(), Clock(Start(0.0, 0)), OutboxWriter())
+    readiness = Readiness({}, TransferTracker(), Clock(Start(0.0, 0)), OutboxWriter(), Start(0.0, 0))
     readiness.max_model_len, readiness.vocab_size = 10, 50
     return readiness
 

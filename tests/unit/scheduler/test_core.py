@@ -20,6 +20,7 @@ START = Start(now=50.0, time_ns=1000)
 HELLO = Hello(
     instance_id="unified-0",
     role=InstanceRole.UNIFIED,
+    serves_as=InstanceRole.UNIFIED,
     epoch=1,
     arena_epoch=1,
     pid=1,

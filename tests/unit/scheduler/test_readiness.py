@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from hbserve.messages.client import NotReady, Ready
+from hbserve.scheduler.core_io import Start
 from hbserve.scheduler.readiness import Readiness
 from tests.support.scheduler_parts import SchedulerParts
 
 
 def test_a_client_that_subscribes_after_a_failure_learns_of_it_until_the_instance_is_back() -> None:
     parts = SchedulerParts()
-    readiness = Readiness(parts.instances, parts.transfers, parts.clock, parts.outbox)
+    readiness = Readiness(parts.instances, parts.transfers, parts.clock, parts.outbox, Start(0.0, 0))
     readiness.on_failed(parts.instance.id, "no such backend")
     readiness.on_failed("one-that-left", "something else")
     readiness.subscribe(b"late", 60.0)
