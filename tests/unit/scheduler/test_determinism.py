@@ -68,7 +68,8 @@ class Worker:
         return TransferResult(epoch=self.epoch, transfer_id=transfer_id, sent=sent, num_bytes=1, seconds=0.1)
 
     def hello(self) -> Hello:
-        return Hello(instance_id=self.name, role=self.role, epoch=self.epoch, arena_epoch=self.epoch, **HELLO)
+        roles = {"role": self.role, "serves_as": self.role}
+        return Hello(instance_id=self.name, epoch=self.epoch, arena_epoch=self.epoch, **roles, **HELLO)
 
 
 def history() -> str:
