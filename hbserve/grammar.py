@@ -32,7 +32,7 @@ MAX_GRAMMAR_CHARACTERS = 200_000
 
 _MAX_PROBLEM_CHARACTERS = 300
 _NO_FORCING = '%llguidance {"no_forcing": true}'
-_WHITE_SPACE = r"( |\n {0,64})?"
+_WHITE_SPACE = r"( |\n {0,16})?"  # a small model fills it: every space may be a token
 
 _RULE_OF_JSON = re.compile(r"^(?P<head>\w+(?:\[[^\]\n]*\])?: %json )(?P<schema>\{.*\})$", re.MULTILINE)
 _CAPTURED_JSON = re.compile(r"^(?P<name>\w+)\[capture\]: %json (?P<schema>\{.*\})$", re.MULTILINE)
