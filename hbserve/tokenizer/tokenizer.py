@@ -20,15 +20,11 @@ from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
 from hbserve.model_files import is_there, read_config, read_json, shown, whole_number
 from hbserve.tokenizer import conversation
 from hbserve.tokenizer.chat_template import ContentForms, render_request_template
+from hbserve.tokenizer.marks import shown_marks
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 from hbserve.tokenizer_files import has_tokenizer, is_of_library, load_tokenizer, naming_faults, read_vocabulary
 
 ChatMessage = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates expect it
-
-SHOWN_MARKS = frozenset(
-    {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<tool_call>", "</tool_call>", "<|python_tag|>", "<think>", "</think>"}
-)
-"""Tokens shown even if they are special: without them a call of a tool, or reasoning, would look like other text."""
 
 _NO_BYTES = frozenset("ÀÁõö÷øùúûüýþÿ")
 """Letters of the byte alphabet whose bytes, C0, C1 and F5 to FF, are in no UTF-8 text: only a text can mean them."""
@@ -104,8 +100,9 @@ class Tokenizer:
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        shown = shown_marks(self._added_ids.keys())
         self._special = frozenset(
-            token_id for token_id, token in added.items() if token.special and token.content not in SHOWN_MARKS
+            token_id for token_id, token in added.items() if token.special and token.content not in shown
         )
         # An added token that is also an ordinary one is written as those are, in Gemma for example.
         vocabulary_size = backend.get_vocab_size(with_added_tokens=False)
