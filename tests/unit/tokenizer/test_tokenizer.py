@@ -81,6 +81,16 @@ def test_messages_that_the_template_rejects(byte_level: Tokenizer) -> None:
         byte_level.encode_chat([])
 
 
+def test_calls_are_written_in_the_form_that_the_template_takes(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "ö"}'}}
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for arguments in ("call.function.arguments | tojson", "'' + call.function.arguments"):
+        template = "{% for m in messages %}{{ m.role }}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        template += f"{{{{ call.function.name }}}}{{{{ {arguments} }}}}{{% endfor %}}{{% endfor %}}"
+        tokenizer = Tokenizer(tiny_tokenizers.byte_level(tmp_path / str(len(arguments)), template))
+        assert tokenizer.decode(tokenizer.encode_chat(chat)) == 'userxassistantf{"a": "ö"}'
+
+
 def test_model_without_chat_template(byte_fallback: Tokenizer) -> None:
     assert not byte_fallback.has_chat_template
     with pytest.raises(InvalidRequestError, match="no chat template") as caught:
