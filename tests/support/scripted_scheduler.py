@@ -25,6 +25,7 @@ from hbserve.messages.client import (
     SchedulerReply,
     SubscribeReady,
 )
+from hbserve.messages.supervisor import ReportEvent
 
 DEADLINE_S = 20.0
 
@@ -87,13 +88,27 @@ class ScriptedScheduler:
         script: what becomes of new requests; a test sets it.
         requests, aborts: what came in, in order.
         stats: the answer to `GetStats`; None: no answer.
+        events: reports that came in.
+        num_messages: all that came in.
+        is_silent: answers nothing.
     """
 
-    def __init__(self, folder: Path, max_model_len: int = 64, vocab_size: int = 400) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_model_len: int = 64,
+        vocab_size: int = 400,
+        epoch: int = 1,
+        takes_requests: bool = True,
+    ) -> None:
         self.address = f"ipc://{folder}/scheduler"
         self.script: Script = tokens(50, 51, 52)
         self.requests: list[AddRequest] = []
         self.aborts: list[AbortRequest] = []
+        self.events: list[ReportEvent] = []
+        self.num_messages = 0
+        self.is_silent = False
+        self._attached = Attached(scheduler_epoch=epoch, takes_requests=takes_requests)
         self.stats: dict[str, Any] | None = {"gpu_instances": {"unified-0": {"status": "ready", "role": "unified"}}}
         self._ready = Ready(max_model_len=max_model_len, vocab_size=vocab_size)
         self._came = asyncio.Condition()
@@ -133,6 +148,7 @@ class ScriptedScheduler:
         while True:
             client, frame = await self._socket.recv_multipart()
             message = decoder.decode(frame)
+            self.num_messages += 1
             match message:
                 case AddRequest():
                     self.requests.append(message)
@@ -150,7 +166,9 @@ class ScriptedScheduler:
                     if self.stats is not None:
                         await self._send(client, Stats(query_id=message.query_id, stats=self.stats))
                 case Attach():
-                    await self._send(client, Attached(scheduler_epoch=1, takes_requests=True))
+                    await self._send(client, self._attached)
+                case ReportEvent():
+                    self.events.append(message)
                 case SubscribeReady():
                     await self._send(client, self._ready)
             async with self._came:
@@ -162,4 +180,5 @@ class ScriptedScheduler:
         self._running.pop(request.request_id, None)
 
     async def _send(self, client: bytes, reply: SchedulerReply) -> None:
-        await self._socket.send_multipart([client, msgspec.msgpack.encode(reply)])
+        if not self.is_silent:
+            await self._socket.send_multipart([client, msgspec.msgpack.encode(reply)])

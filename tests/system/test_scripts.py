@@ -230,14 +230,26 @@ def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: si
 
 def test_the_loss_of_the_scheduler_ends_the_whole_with_an_exit_code(site: Site, model: tuple[Path, Any]) -> None:
     """A supervisor, such as systemd, can then start it again: answering 503 for ever would help no client."""
-    system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], "unified")), "--port", "0")
-    system.url()
-    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(system.process.pid)}
-    [scheduler] = [pid for pid, title in titles.items() if title.startswith("hbserve-scheduler")]
-    os.kill(scheduler, signal.SIGKILL)
+    config = site.write(configuration(model[0], "unified") | {"rpc": {"max_restarts": 1}})
+    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
+    url = system.url()
+
+    def schedulers() -> list[int]:
+        titles = {pid: Path(f"/proc/{pid}/cmdline") for pid in descendants(system.process.pid)}
+        return [pid for pid, title in titles.items() if title.exists() and "hbserve-scheduler" in title.read_text()]
+
+    [first] = schedulers()
+    os.kill(first, signal.SIGTERM)  # not by the server, so the server goes on
+    poll(lambda: first not in schedulers() and schedulers(), lambda: system.errors)
+    ask_and_check(url, model)
+    assert "scheduler_restarted: the scheduler: it ended with exit code 0" in system.errors
+    pids = descendants(system.process.pid)
+    [second] = schedulers()
+    os.kill(second, signal.SIGKILL)
     assert system.wait() == 1
-    assert "the server ends: the scheduler ended with exit code" in system.errors
-    assert not any(map(is_running, titles))
+    assert "the server ends: the scheduler was killed by SIGKILL, too often to start it again" in system.errors
+    assert not any(map(is_running, pids))
+    assert site.leftovers() == []
 
 
 def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: tuple[Path, Any]) -> None:
