@@ -36,7 +36,8 @@ test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (abou
 test-fast: $(VENV)/.installed ## Run the quick tests only (at most 90 seconds)
 	$(PYTEST) -m 'not gpu and not slow' tests/docs tests/unit
 
-test-clients: $(VENV)/.installed ## Run unmodified clients of other projects; needs npm and Chromium (a minute)
+test-clients: $(VENV)/.installed ## Run unmodified clients of other projects; needs npm (a minute)
+	scripts/install_debian_packages.sh --browser
 	$(BIN)/python -m tests.clients $(CLIENTS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the interpreter in PYTHON

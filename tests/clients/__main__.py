@@ -204,7 +204,7 @@ async def install_python(folder: Path, packages: tuple[str, ...]) -> Path:
 
 
 class Runner:
-    """Installs and runs clients, at most one per core at a time.
+    """Installs and runs clients, one more than there are cores at a time, because each also waits.
 
     Attributes:
         results: by name of the client, seconds of installation and of its run; and the failure, if it failed.
@@ -213,11 +213,11 @@ class Runner:
     def __init__(self, folder: Path, url: asyncio.Future[str], page_url: str, npm: asyncio.Future[None]) -> None:
         self.results: dict[str, tuple[float, float, Failure | None]] = {}
         self._folder, self._url, self._page_url, self._npm = folder, url, page_url, npm
-        self._cores = asyncio.Semaphore(os.cpu_count() or 1)
+        self._turns = asyncio.Semaphore((os.cpu_count() or 1) + 1)
 
     async def run(self, name: str, client: Client) -> None:
         """Install and run one client; print what it printed."""
-        async with self._cores:
+        async with self._turns:
             began = time.monotonic()
             installed = began
             try:
