@@ -117,9 +117,15 @@ class Drains:
         if instance.id in self._drains:
             leaves = self._drains[instance.id].role is None
             return f"{instance.id} is {'leaving' if leaves else 'changing its role'} already"
-        others = [other for other in self._instances.values() if other is not instance and other.ready]
-        if instance.ready and not any(other.role is instance.role and not other.is_draining for other in others):
+        others = [
+            other
+            for other in self._instances.values()
+            if other is not instance and other.role is instance.role and not other.is_draining
+        ]
+        if instance.ready and not any(other.ready for other in others):
             return f"{instance.id} is the only {instance.role} instance that is ready"
+        if not others:  # it is lost, and requests wait for it to come back
+            return f"{instance.id} is the only {instance.role} instance"
         return None
 
     def _begin(self, instance: InstanceHandle, problem: str | None, drain: _Drain) -> None:
