@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --n
 # Tests wait as much as they compute: two files at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-clients test-gpu bench format lint types docs clean debian-packages
+.PHONY: help demo test test-fast test-clients fault-search test-gpu bench format lint types docs clean debian-packages
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -39,6 +39,9 @@ test-fast: $(VENV)/.installed ## Run the quick tests only (at most 90 seconds)
 test-clients: $(VENV)/.installed ## Run unmodified clients of other projects; needs npm (a minute)
 	scripts/install_debian_packages.sh --browser
 	$(BIN)/python -m tests.clients $(CLIENTS)
+
+fault-search: $(VENV)/.installed ## Break simulated systems until one goes wrong; options in ARGS (--seconds, --seed)
+	$(BIN)/python -m tests.fault_search $(ARGS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the interpreter in PYTHON
 	$(PYTHON) -m pytest -m gpu

@@ -1,0 +1,42 @@
+"""What must hold of the scheduler's books: at every moment, and when nothing is open any more."""
+
+from __future__ import annotations
+
+from hbserve.scheduler.scheduler import CpuScheduler
+
+
+def check_books(core: CpuScheduler) -> None:
+    """Assert that the books of every pool agree with each other and with the allocations."""
+    for instance in core.instances.values():
+        if not instance.arena_epoch:
+            continue
+        instance.pool.check_consistency()
+        slots = [allocation.slot for allocation in (*instance.allocations.values(), *instance.reserved.values())]
+        assert len(set(slots)) == len(slots), f"two sequences have one slot of {instance.id}"
+        assert not set(slots) & set(instance._free_slots), f"a slot of {instance.id} is free and taken"
+        for allocation in (*instance.allocations.values(), *instance.reserved.values()):
+            assert allocation.num_computed <= allocation.num_planned or allocation in instance.reserved.values()
+
+
+def check_idle(core: CpuScheduler) -> str | None:
+    """Return what is not free although no request is open; None: all is free."""
+    if len(core._requests):
+        return f"{len(core._requests)} requests are open in the scheduler"
+    if core.waiting:
+        return "requests wait"
+    for instance in core.instances.values():
+        if not instance.ready:
+            return f"{instance.id} is not ready: {instance.why_lost}"
+        pool = instance.pool
+        if instance.allocations or instance.reserved:
+            return f"{instance.id} has allocations"
+        if pool.num_free_blocks != pool.total_blocks:
+            return f"{instance.id} has {pool.num_free_blocks} free blocks of {pool.total_blocks}"
+        if len(instance._free_slots) != core.config.performance.max_num_seqs:
+            return f"{instance.id} has {len(instance._free_slots)} free slots"
+        if instance.num_steps_in_flight:
+            return f"{instance.id} has steps in flight"
+    if len(core._requests._transfers):
+        return f"{len(core._requests._transfers)} transfers are open"
+    check_books(core)
+    return None

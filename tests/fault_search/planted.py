@@ -1,0 +1,296 @@
+"""Planted bugs: each one is switched on by patching the core, and the search must find it.
+
+A search that cannot fail shows nothing. Every function here plants one bug that a person could write. `FOUND_BY` names
+a seed that finds each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from hbserve.kv_cache import block_pool
+from hbserve.kv_cache.block_pool import BlockPool
+from hbserve.messages.client import RequestOutput
+from hbserve.messages.transfer import TransferResult
+from hbserve.messages.worker import StepLost, StepResult
+from hbserve.scheduler import sequence as sequence_module
+from hbserve.scheduler import transfer_tracker
+from hbserve.scheduler.core_io import OutboxWriter
+from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
+from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.transfer_tracker import TransferTracker
+from hbserve.scheduler.worker import WorkerHandle
+from hbserve.scheduler.worker_registry import WorkerRegistry
+
+Patch = pytest.MonkeyPatch
+PLANTED: dict[str, Callable[[Patch], None]] = {}
+
+
+def _plant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    PLANTED[function.__name__] = function
+    return function
+
+
+@_plant
+def steps_do_not_pin(patch: Patch) -> None:
+    def begin_row(self: KVAllocation, worker_id: str, keeps_state: bool) -> None:
+        begin(self, worker_id, keeps_state)
+        self.pool.unpin(self.owner)
+
+    def end_row(self: KVAllocation, row: Any) -> None:
+        if not row.is_void:
+            self.num_inflight -= 1
+
+    begin = KVAllocation.begin_row
+    patch.setattr(KVAllocation, "begin_row", begin_row)
+    patch.setattr(KVAllocation, "end_row", end_row)
+
+
+@_plant
+def transfers_do_not_pin(patch: Patch) -> None:
+    patch.setattr(KVAllocation, "begin_transfer", lambda self: None)
+    patch.setattr(KVAllocation, "end_transfer", lambda self: None)
+
+
+@_plant
+def blocks_are_free_one_pin_early(patch: Patch) -> None:
+    def unpin(self: BlockPool, owner: str) -> None:
+        holding = self._holdings.get(owner)
+        if holding is None:
+            return
+        holding.pins -= 1
+        if holding.is_freed and holding.pins <= 1:
+            self.num_pending_blocks -= len(holding.block_ids)
+            self._free_now(owner, holding)
+
+    patch.setattr(BlockPool, "unpin", unpin)
+
+
+@_plant
+def a_worker_of_an_earlier_epoch_is_believed(patch: Patch) -> None:
+    def on_reply(self: WorkerRegistry, connection: int, reply: Any) -> None:
+        if connection in self._by_connection and isinstance(reply, (StepResult, TransferResult)):
+            _, worker = self._by_connection[connection]
+            reply = msgspec.structs.replace(reply, epoch=worker.epoch)
+        original(self, connection, reply)
+
+    original = WorkerRegistry.on_reply
+    patch.setattr(WorkerRegistry, "on_reply", on_reply)
+
+
+@_plant
+def an_abort_is_forgotten_while_kv_is_on_its_way(patch: Patch) -> None:
+    def finish(self: RequestLifecycle, sequence: Sequence, reason: str, *others: Any) -> None:
+        if reason != "abort" or sequence.phase is not Phase.TRANSFERRING:
+            original(self, sequence, reason, *others)
+        else:
+            sequence.max_total_tokens = 10_000
+
+    original = RequestLifecycle.finish
+    patch.setattr(RequestLifecycle, "finish", finish)
+
+
+@_plant
+def a_retry_keeps_the_old_attempts_results(patch: Patch) -> None:
+    def put_back(self: RequestLifecycle, sequence: Sequence) -> None:
+        original(self, sequence)
+        sequence.attempt -= 1
+
+    original = RequestLifecycle._put_back
+    patch.setattr(RequestLifecycle, "_put_back", put_back)
+
+
+@_plant
+def a_result_is_delivered_twice(patch: Patch) -> None:
+    def push(self: OutboxWriter, client: bytes, output: RequestOutput) -> None:
+        original(self, client, output)
+        if output.finish_reason == "abort":
+            original(self, client, output)
+
+    original = OutboxWriter.push
+    patch.setattr(OutboxWriter, "push", push)
+
+
+@_plant
+def the_last_waiting_result_is_left(patch: Patch) -> None:
+    def confirm_steps(self: WorkerRegistry, instance: InstanceHandle) -> None:
+        worker = instance.choice.next_to_confirm()
+        if worker is not None:
+            self._requests.on_step_done(worker, worker.results.popleft())
+
+    patch.setattr(WorkerRegistry, "_confirm_steps", confirm_steps)
+
+
+@_plant
+def a_block_is_sealed_before_it_is_full(patch: Patch) -> None:
+    def advance(self: RequestLifecycle, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
+        original(self, sequence, allocation, num_computed)
+        full = -(-num_computed // allocation.pool.block_size)
+        hashes = sequence.hashes(allocation.pool.block_size)
+        if self._shares_prefixes and allocation.num_sealed < full <= len(hashes):
+            allocation.pool.seal_block(allocation.owner, full - 1, hashes[full - 1])
+
+    original = RequestLifecycle._advance
+    patch.setattr(RequestLifecycle, "_advance", advance)
+
+
+@_plant
+def a_prefix_hash_forgets_what_was_before_the_block(patch: Patch) -> None:
+    def extend(hashes: list[bytes], token_ids: Any, block_size: int, salt: str | None = None) -> None:
+        for index in range(len(hashes), len(token_ids) // block_size):
+            block = token_ids[index * block_size : (index + 1) * block_size]
+            alone: list[bytes] = []
+            block_pool.extend_block_hashes(alone, block, block_size, salt)
+            hashes += alone
+
+    patch.setattr(sequence_module, "extend_block_hashes", extend)
+
+
+@_plant
+def a_slot_is_freed_by_every_instance_that_knows_the_request(patch: Patch) -> None:
+    def free_slot(self: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> None:
+        original(self, sequence, allocation)
+        if sequence.attempt:
+            self._free_slots.append(allocation.slot)
+
+    original = InstanceHandle.free_slot
+    patch.setattr(InstanceHandle, "free_slot", free_slot)
+
+
+@_plant
+def rows_after_a_lost_row_count(patch: Patch) -> None:
+    patch.setattr(RequestLifecycle, "on_worker_lost", lambda *_: None)
+
+
+@_plant
+def the_steps_of_an_ended_worker_are_forgotten(patch: Patch) -> None:
+    def on_steps_lost(self: RequestLifecycle, steps: Any) -> None:
+        for step in steps:
+            for row in step.rows:
+                row.allocation.end_row(row)
+
+    patch.setattr(RequestLifecycle, "on_steps_lost", on_steps_lost)
+
+
+@_plant
+def sent_is_taken_for_received(patch: Patch) -> None:
+    patch.setattr(transfer_tracker, "_is_one_sided", lambda link: True)
+
+
+@_plant
+def a_broken_link_unpins_at_once(patch: Patch) -> None:
+    def break_link(self: TransferTracker, link: Any) -> Any:
+        failed = original(self, link)
+        self._end_receivers(link)
+        return failed
+
+    original = TransferTracker._break
+    patch.setattr(TransferTracker, "_break", break_link)
+
+
+@_plant
+def decoding_begins_before_the_last_transfer(patch: Patch) -> None:
+    def start(self: RequestLifecycle, sequence: Sequence) -> None:
+        if len(sequence.open_transfers) == 1:
+            sequence.open_transfers.clear()
+        original(self, sequence)
+
+    original = RequestLifecycle._start_decoding_if_arrived
+    patch.setattr(RequestLifecycle, "_start_decoding_if_arrived", start)
+
+
+@_plant
+def new_memory_keeps_the_old_prefix_cache(patch: Patch) -> None:
+    def register(self: InstanceHandle, worker: Any, hello: Any) -> None:
+        cached = dict(self.pool._block_of_hash) if hasattr(self, "pool") else {}
+        original(self, worker, hello)
+        for contents, block in cached.items():
+            if self.pool._hash[block] is None and block in self.pool._free_blocks and not self.pool._block_of_hash:
+                self.pool._free_blocks.remove(block)
+                self.pool._hash[block], self.pool._block_of_hash[contents] = contents, block
+                self.pool._cached[block] = None
+
+    original = InstanceHandle.register
+    patch.setattr(InstanceHandle, "register", register)
+
+
+@_plant
+def a_worker_gets_no_history(patch: Patch) -> None:
+    def state_for(self: Sequence, allocation: KVAllocation) -> Any:
+        state = original(self, allocation)
+        history = None if state.history is None else state.history[: self.num_prompt_tokens]
+        return msgspec.structs.replace(state, history=history)
+
+    original = Sequence.state_for
+    patch.setattr(Sequence, "state_for", state_for)
+
+
+@_plant
+def another_workers_state_is_taken_for_current(patch: Patch) -> None:
+    def begin_row(self: KVAllocation, worker_id: str, keeps_state: bool) -> None:
+        original(self, worker_id, False)
+
+    original = KVAllocation.begin_row
+    patch.setattr(KVAllocation, "begin_row", begin_row)
+
+
+@_plant
+def tokens_under_an_earlier_scheduler_are_forgotten(patch: Patch) -> None:
+    def of_request(client: bytes, request: Any, *others: Any) -> Sequence:
+        return original(client, msgspec.structs.replace(request, resumed=None), *others)
+
+    original = Sequence.of_request
+    patch.setattr(Sequence, "of_request", staticmethod(of_request))
+
+
+@_plant
+def no_worker_learns_of_a_lost_step(patch: Patch) -> None:
+    def send(self: WorkerHandle, command: Any) -> None:
+        if not isinstance(command, StepLost):
+            original(self, command)
+
+    original = WorkerHandle.send
+    patch.setattr(WorkerHandle, "send", send)
+
+
+@_plant
+def a_decode_does_not_grow_its_table(patch: Patch) -> None:
+    def grow(self: StepPlanner, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
+        if allocation.pool.num_free_blocks == 1:
+            return False
+        return original(self, instance, sequence, allocation)
+
+    original = StepPlanner._grow
+    patch.setattr(StepPlanner, "_grow", grow)
+
+
+FOUND_BY = {
+    "steps_do_not_pin": 5,
+    "transfers_do_not_pin": 3,
+    "blocks_are_free_one_pin_early": 3,
+    "a_worker_of_an_earlier_epoch_is_believed": 180,
+    "an_abort_is_forgotten_while_kv_is_on_its_way": 154,
+    "a_retry_keeps_the_old_attempts_results": 7,
+    "a_result_is_delivered_twice": 2,
+    "the_last_waiting_result_is_left": 24,
+    "a_block_is_sealed_before_it_is_full": 15,
+    "a_prefix_hash_forgets_what_was_before_the_block": 64,
+    "a_slot_is_freed_by_every_instance_that_knows_the_request": 2,
+    "rows_after_a_lost_row_count": 490,
+    "the_steps_of_an_ended_worker_are_forgotten": 10,
+    "sent_is_taken_for_received": 15,
+    "a_broken_link_unpins_at_once": 109,
+    "decoding_begins_before_the_last_transfer": 7,
+    "new_memory_keeps_the_old_prefix_cache": 27,
+    "a_worker_gets_no_history": 3,
+    "another_workers_state_is_taken_for_current": 148,
+    "tokens_under_an_earlier_scheduler_are_forgotten": 70,
+    "no_worker_learns_of_a_lost_step": 746,
+    "a_decode_does_not_grow_its_table": 129,
+}

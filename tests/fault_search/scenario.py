@@ -1,0 +1,226 @@
+"""What happens in one run: the system, the requests and the faults, all drawn from one seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import msgspec
+
+from hbserve import PdDisaggConfig
+from hbserve.config import Config
+from tests.support.paths import ROOT
+
+DEMO = ROOT / "examples" / "models" / "hbserve-demo"
+VOCAB_SIZE = 64
+BLOCK_SIZE = 4
+HEARTBEAT_TIMEOUT_S = 2.0
+TRANSFER_TIMEOUT_S = 3.0
+
+FaultKind = Literal[
+    "kill_worker",
+    "stop_worker",
+    "kill_scheduler",
+    "stop_scheduler",
+    "bad_wire",
+    "kill_client",
+    "rotate",
+    "rotate_mixed",
+    "kill_holder",
+    "set_role",
+]
+_EVERYWHERE: tuple[FaultKind, ...] = ("kill_worker", "stop_worker", "kill_scheduler", "stop_scheduler", "kill_client")
+_OF_MODE: dict[str, tuple[FaultKind, ...]] = {
+    "unified": (),
+    "disaggregated": ("bad_wire", "bad_wire", "set_role"),
+    "semi_pd": ("rotate", "rotate", "rotate_mixed", "kill_holder"),
+}
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """One request: when it comes, what it holds, and when its client gives it up, if it does.
+
+    Attributes:
+        keeps_state: it has a penalty, so workers hold a history of its tokens.
+        late_masks: it has a grammar, and one step in four ends without the mask for the next token.
+    """
+
+    at: float
+    client: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    keeps_state: bool = False
+    late_masks: bool = False
+    end_token: int | None = None
+    salt: str | None = None
+    abort_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong, or that an operator does. ``number`` chooses its victim among those that there are."""
+
+    at: float
+    kind: FaultKind
+    number: int
+    lasts_s: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything that one run depends on. ``has_ladder``: semi-PD has two workers of each phase, with other shares."""
+
+    seed: int
+    mode: Literal["unified", "disaggregated", "semi_pd"]
+    num_prefill: int
+    num_decode: int
+    one_sided: bool
+    verify: bool
+    num_blocks: int
+    max_num_seqs: int
+    chunk_size: int
+    pipeline_depth: int
+    shares_prefixes: bool
+    policy: str
+    placement: str
+    local_prefill_tokens: int
+    has_ladder: bool
+    requests: tuple[RequestSpec, ...]
+    faults: tuple[Fault, ...]
+
+    def config(self) -> Config:
+        """The configuration that the scheduler gets."""
+        return _config(
+            self.mode,
+            self.num_prefill,
+            self.num_decode,
+            self.verify,
+            self.max_num_seqs,
+            self.chunk_size,
+            self.pipeline_depth,
+            self.shares_prefixes,
+            self.policy,
+            self.placement,
+            self.local_prefill_tokens,
+        )
+
+
+@cache
+def _config(
+    mode: str,
+    num_prefill: int,
+    num_decode: int,
+    verify: bool,
+    max_num_seqs: int,
+    chunk_size: int,
+    pipeline_depth: int,
+    shares_prefixes: bool,
+    policy: str,
+    placement: str,
+    local_prefill_tokens: int,
+) -> Config:
+    instances = {
+        "unified": [{"instance_id": f"u{n}", "instance_type": "unified"} for n in range(num_prefill)],
+        "disaggregated": [{"instance_id": f"p{n}", "instance_type": "prefill"} for n in range(num_prefill)]
+        + [{"instance_id": f"d{n}", "instance_type": "decode"} for n in range(num_decode)],
+        "semi_pd": None,
+    }[mode]
+    config = PdDisaggConfig.from_arguments(
+        str(DEMO),
+        mode=mode,
+        device="cpu",
+        block_size=BLOCK_SIZE,
+        **({} if instances is None else {"gpu_instances": instances}),
+    ).freeze()
+    replace = msgspec.structs.replace
+    return replace(
+        config,
+        performance=replace(
+            config.performance,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=shares_prefixes,
+            decode_headroom_tokens=0,
+            pipeline_depth=pipeline_depth,
+            placement=placement,
+        ),
+        chunked_prefill=replace(config.chunked_prefill, chunk_size=chunk_size, max_chunk_prefill_tokens=3 * chunk_size),
+        scheduler=replace(config.scheduler, policy=policy),
+        kv_transfer=replace(
+            config.kv_transfer,
+            verify=verify,
+            max_attempts=10_000,
+            local_prefill_tokens=local_prefill_tokens,
+            timeout_s=TRANSFER_TIMEOUT_S,
+        ),
+        rpc=replace(
+            config.rpc, heartbeat_interval_s=0.25, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S, recovery_timeout_s=10_000.0
+        ),
+    )
+
+
+def draw(seed: int) -> Scenario:
+    """Draw a scenario."""
+    rng = random.Random(seed)
+    mode = rng.choice(("unified", "disaggregated", "disaggregated", "semi_pd", "semi_pd"))
+    max_tokens = rng.choice((4, 8, 16))
+    longest = rng.choice((8, 20, 40))
+    shared = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(longest)) for _ in range(2)]
+    needed = -(-(longest + max_tokens) // BLOCK_SIZE) + 1  # blocks that hold one request
+    lasts_s = rng.choice((0.3, 1.0, 3.0))  # over which requests and faults come
+    requests = []
+    for _ in range(rng.randint(3, 10)):
+        length = rng.randint(1, longest)
+        start = rng.choice(shared)[: rng.randint(0, length)] if rng.random() < 0.6 else ()
+        if len(start) > BLOCK_SIZE and rng.random() < 0.3:  # equal blocks after another first block
+            start = (*(rng.randrange(VOCAB_SIZE) for _ in range(BLOCK_SIZE)), *start[BLOCK_SIZE:])
+        prompt = (*start, *(rng.randrange(VOCAB_SIZE) for _ in range(length - len(start))))
+        at = rng.uniform(0.0, lasts_s)
+        requests.append(
+            RequestSpec(
+                at=at,
+                client=rng.randrange(2),
+                prompt=prompt,
+                max_tokens=rng.randint(1, max_tokens),
+                seed=rng.randrange(1000),
+                keeps_state=rng.random() < 0.2,
+                late_masks=rng.random() < 0.1,
+                end_token=rng.randrange(VOCAB_SIZE) if rng.random() < 0.3 else None,
+                salt="a" if rng.random() < 0.1 else None,
+                abort_at=at + rng.uniform(0.0, 0.5) if rng.random() < 0.15 else None,
+            )
+        )
+    kinds = _EVERYWHERE + 2 * _OF_MODE[mode]
+    faults = tuple(
+        sorted(
+            (
+                Fault(
+                    rng.uniform(0.0, lasts_s), rng.choice(kinds), rng.randrange(100), rng.choice((0.1, 0.5, 1.0, 4.0))
+                )
+                for _ in range(rng.randint(0, 6))
+            ),
+            key=lambda fault: fault.at,
+        )
+    )
+    return Scenario(
+        seed=seed,
+        mode=mode,  # type: ignore[arg-type]
+        num_prefill=rng.randint(1, 2),
+        num_decode=rng.randint(1, 2),
+        one_sided=rng.random() < 0.5,
+        verify=rng.random() < 0.3,
+        num_blocks=needed + rng.randint(0, 2 * needed),
+        max_num_seqs=rng.randint(1, 6),
+        chunk_size=rng.choice((3, 8, 64)),
+        pipeline_depth=rng.randint(1, 3),
+        shares_prefixes=rng.random() < 0.8,
+        policy=rng.choice(("fcfs", "shortest_prompt_first", "slo_aware")),
+        placement=rng.choice(("least_loaded", "fcfs", "prefix_aware")),
+        local_prefill_tokens=rng.choice((0, 0, 6)),
+        has_ladder=rng.random() < 0.7,
+        requests=tuple(sorted(requests, key=lambda request: request.at)),
+        faults=faults,
+    )

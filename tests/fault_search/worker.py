@@ -1,0 +1,298 @@
+"""A simulated worker process: it does its plans in order, on memory that may belong to another process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hbserve.config import InstanceRole
+from hbserve.messages.transfer import Peer
+from hbserve.messages.worker import (
+    NO_TOKEN,
+    Hello,
+    InstanceCommand,
+    InstanceReply,
+    Leaving,
+    Ping,
+    PlanRow,
+    Pong,
+    Shutdown,
+    StepLost,
+    StepPlan,
+    StepRef,
+    StepResult,
+    Superseded,
+)
+from hbserve.sampling_params import SamplingParams
+from tests.fault_search.memory import NOTHING, Arena, kv_of, next_token
+from tests.fault_search.scenario import BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
+from tests.fault_search.transfers import Transfers
+
+if TYPE_CHECKING:
+    from tests.fault_search.world import World
+
+MAX_MODEL_LEN = 64
+Line = tuple[int, int]
+"""A scheduler's connection: number of the scheduler's process, number of the connection."""
+
+
+@dataclass
+class _Slot:
+    """What a worker knows of a sequence."""
+
+    table: list[int]
+    sampling: SamplingParams
+    end_token_ids: list[int]
+    min_end_position: int
+    history: list[int] | None
+    last_token: int | None = None
+
+
+class Process:
+    """A process that can be killed, stopped and continued. Nothing happens in a stopped one until it continues."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.is_alive = True
+        self.is_stopped = False
+        self._backlog: list[Callable[[], None]] = []
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Do something in this process, if it lives; later, if it is stopped."""
+        if not self.is_alive:
+            return
+        if self.is_stopped:
+            self._backlog.append(work)
+        else:
+            work()
+
+    def after(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do something in this process after a time."""
+        self.world.after(seconds, lambda: self.do(work))
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+    def go_on(self) -> None:
+        self.is_stopped = False
+        backlog, self._backlog = self._backlog, []
+        for work in backlog:
+            self.do(work)
+
+
+class Worker(Process):
+    """One worker.
+
+    Args:
+        arena: the memory that it works on; with ``arena.epoch`` 0 it is the worker's own.
+        on_exit: called when it has ended, with whether the scheduler had told it to.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        worker_id: str,
+        role: InstanceRole,
+        address: str,
+        arena: Arena,
+        kv_rank: int,
+        on_exit: Callable[[Worker, bool], None],
+    ) -> None:
+        super().__init__(world, worker_id)
+        self.role = self._serves_as = role
+        self.address, self.arena, self.kv_rank = address, arena, kv_rank
+        self._on_exit = on_exit
+        self.epoch = world.new_number()
+        self.transfers = Transfers(self)
+        self._scheduler_epoch = 0
+        self._last_ping = world.now
+        self._line: Line | None = None
+        self.lines: dict[Line, None] = {}
+        self._is_used = self._is_dismissed = False
+        self._held: deque[tuple[Line, InstanceCommand]] | None = None  # commands that wait for an epoch to begin
+        self._plans: deque[StepPlan] = deque()
+        self._running: StepPlan | None = None
+        self._lost: set[StepRef] = set()
+        self._slots: dict[int, _Slot] = {}
+        world.listeners[address] = self
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def on_command(self, line: Line, command: InstanceCommand) -> None:
+        self.lines[line] = None
+        if self._held is not None:
+            self._held.append((line, command))
+        elif isinstance(command, Ping):
+            self._on_ping(line, command)
+        elif line == self._line:
+            self._handle(command)
+
+    def _on_ping(self, line: Line, ping: Ping) -> None:
+        silence_s = self.world.now - self._last_ping
+        if ping.scheduler_epoch < self._scheduler_epoch and silence_s < HEARTBEAT_TIMEOUT_S:
+            self.world.to_scheduler(self, line, Superseded(scheduler_epoch=self._scheduler_epoch))
+            return
+        self._line, self._last_ping = line, self.world.now
+        if ping.scheduler_epoch == self._scheduler_epoch and ping.known_epoch == self.epoch:
+            self.send(Pong(epoch=self.epoch))
+            return
+        is_another = ping.scheduler_epoch != self._scheduler_epoch
+        self._scheduler_epoch = ping.scheduler_epoch
+        if not (is_another or self._is_used):
+            self._send_hello()
+            return
+        self.epoch = self.world.new_number()
+        self._held = deque()
+        if is_another:
+            self._lost.update(plan.after for plan in self._plans if plan.after is not None)
+        self._start_next()
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """Introduce this worker anew once nothing of the old epoch touches the memory any more."""
+        if self._held is None or self._running is not None or self._plans:
+            return
+        self.transfers.forget_all()
+        self._slots.clear()
+        self._is_used = False
+        self._send_hello()
+        held, self._held = self._held, None
+        while held:
+            self.on_command(*held.popleft())
+            if self._held is not None:
+                self._held.extend(held)
+                return
+
+    def _send_hello(self) -> None:
+        scenario = self.world.scenario
+        self.send(
+            Hello(
+                instance_id=self.name,
+                role=self.role,
+                serves_as=self._serves_as,
+                epoch=self.epoch,
+                arena_epoch=self.arena.epoch or self.epoch,
+                pid=1,
+                model="m",
+                dtype="float32",
+                num_blocks=len(self.arena.blocks),
+                block_size=BLOCK_SIZE,
+                block_bytes=64,
+                num_layers=1,
+                head_bytes=16,
+                max_model_len=MAX_MODEL_LEN,
+                vocab_size=VOCAB_SIZE,
+                device="cpu",
+                peers=[Peer(rank=self.kv_rank, epoch=self.epoch, endpoint="")],
+                one_sided=scenario.one_sided,
+            )
+        )
+
+    def send(self, reply: InstanceReply) -> None:
+        if self._line is not None:
+            self.world.to_scheduler(self, self._line, reply)
+
+    def _handle(self, command: InstanceCommand) -> None:
+        match command:
+            case StepPlan():
+                self._is_used = True
+                self._plans.append(command)
+                self._start_next()
+            case StepLost(step):
+                self._lost.add(step)
+                self._start_next()
+            case Shutdown():
+                self._is_dismissed = True
+                self._start_next()
+            case Ping():
+                raise AssertionError
+            case _:
+                self._is_used = True
+                self.transfers.handle(command)
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def _start_next(self) -> None:
+        while self._running is None and self._plans:
+            plan, after = self._plans[0], self._plans[0].after
+            if plan.epoch != self.epoch:  # launched steps finish, others are dropped
+                self._plans.popleft()
+                continue
+            if after is not None and after not in self._lost and self.arena.cells.get(after.cell, 0) < after.step_id:
+                self.arena.waiters.append(lambda: self.do(self._start_next))
+                return
+            self._plans.popleft()
+            self._run(plan)
+        if self._is_dismissed and self._running is None and not self._plans:
+            self.send(Leaving(epoch=self.epoch))
+            self.end()
+
+    def _run(self, plan: StepPlan) -> None:
+        self._running = plan
+        self.after(self.world.rng.uniform(0.0005, 0.01), lambda: self._compute(plan))
+
+    def _compute(self, plan: StepPlan) -> None:
+        """Read and write the memory; the result leaves a little later."""
+        if plan.epoch == self.epoch or self._held is not None:
+            for state in plan.new_sequences:
+                history = None if state.history is None else list(state.history)
+                self._slots[state.slot] = _Slot(
+                    list(state.block_ids), state.sampling, state.end_token_ids, state.min_end_position, history
+                )
+        token_ids = [token for row in plan.rows if (token := self._compute_row(row)) is not None]
+        if plan.cell is not None:
+            self.arena.on_step_done(plan.cell, plan.step_id)
+        result = StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=token_ids, logprobs=None, busy_s=0.002)
+        self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._finish(plan, result))
+
+    def _compute_row(self, row: PlanRow) -> int | None:
+        slot = self._slots.get(row.slot)
+        if slot is None:
+            raise self.world.fault(f"{self.name} got a row for slot {row.slot}, of which it was told nothing")
+        slot.table += row.new_block_ids
+        tokens = row.token_ids
+        if tokens is None:
+            last = self.arena.last_tokens.get(row.slot) if row.sampled_elsewhere else slot.last_token
+            tokens = [0 if last is None else last]
+        for position, token in enumerate(tokens, row.start):
+            before = self.arena.read(slot.table, position - 1) if position else NOTHING
+            self.arena.write(slot.table[position // BLOCK_SIZE], position % BLOCK_SIZE, kv_of(before, token))
+        if not row.sample:
+            return None
+        if slot.sampling.grammar is not None and self.world.rng.random() < 0.25:
+            return NO_TOKEN
+        end = row.start + row.num_tokens
+        forbidden = slot.end_token_ids if end < slot.min_end_position else ()
+        contents = [self.arena.read(slot.table, position) for position in range(end)]
+        token = next_token(contents, slot.sampling.seed or 0, slot.history, forbidden)
+        slot.last_token = self.arena.last_tokens[row.slot] = token
+        if slot.history is not None:
+            slot.history.append(token)
+        return token
+
+    def _finish(self, plan: StepPlan, result: StepResult) -> None:
+        self._running = None
+        self._serves_as = plan.role or self._serves_as
+        self.send(result)
+        if plan.epoch == self.epoch:
+            for command in plan.sends:
+                self.transfers.send(command)
+        self._start_next()
+        if self.is_alive:
+            self._begin_epoch()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """End, or be killed: the memory of its own goes with it."""
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        if self.world.listeners.get(self.address) is self:
+            del self.world.listeners[self.address]
+        for line in self.lines:
+            self.world.break_connection(self, line)
+        self._on_exit(self, self._is_dismissed)
