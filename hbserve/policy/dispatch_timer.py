@@ -4,9 +4,9 @@ Runs in the scheduler's process, and on the simulator's clock. A plan that is ma
 cannot include requests that arrive during that step; after a long step they have waited long. So the scheduler times a
 worker's steps, and does not plan the next one while the current one is expected to go on for a while.
 
-The timer learns from the worker's own steps how long they take, and how long before the end of a step the next plan
-must leave. An error is cheap: the end of a step wakes the scheduler too, and a late plan leaves the device idle for one
-plan's travel, a millisecond or two.
+The timer learns from the worker's own steps how long they take (`StepTimePredictor`), and how long before the end of
+a step the next plan must leave. An error is cheap: the end of a step wakes the scheduler too, and a late plan leaves
+the device idle for one plan's travel, a millisecond or two.
 """
 
 from __future__ import annotations

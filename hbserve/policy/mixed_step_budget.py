@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 
 _MAX_AHEAD = 8.0
 """Intervals that decode can be ahead or behind by the account; more is forgotten."""
@@ -105,18 +105,12 @@ class StepTimeBudget:
         Args:
             start: tokens of the prompt before them.
         """
-        low, high = 0 if self._work.prompt_tokens else min(tokens, _MIN_TOKENS), tokens
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._predictor.estimate_s(self._with(middle, start)) <= self._limit_s:
-                low = middle
-            else:
-                high = middle - 1
-        self._work = self._with(low, start)
-        self.is_full = low < tokens
-        return low
-
-    def _with(self, tokens: int, start: int) -> StepWork:
         work = self._work
-        pairs = tokens * (start + tokens / 2)
-        return StepWork(work.decode_rows, work.decode_keys, work.prompt_tokens + tokens, work.prompt_keys + pairs)
+        min_tokens = 0 if work.prompt_tokens else _MIN_TOKENS
+        fits = max(min_tokens, self._predictor.tokens_within(work, start, self._limit_s))
+        taken = tokens if fits >= tokens else int(fits)
+        self.is_full = taken < tokens
+        self._work = work._replace(
+            prompt_tokens=work.prompt_tokens + taken, prompt_pairs=work.prompt_pairs + num_pairs(taken, start)
+        )
+        return taken

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from typing import Protocol, TypeVar
 
 from hbserve.config import SchedulerConfig
+from hbserve.policy.step_time_predictor import StepTimePredictor
 
 _RESUMED, _NEW = 0, 1
 SAFETY_FACTOR = 1.05
@@ -109,15 +110,12 @@ class SloAware(QueuePolicy):
     Least laxity alone would serve, under overload, the prompts that are about to be late, until all of them are.
 
     Args:
-        prefill_s: predicts the seconds for prompt tokens, from their number and that of the tokens before them.
-        step_s: says the recent mean duration of a step with prompts.
+        predictor: of steps with prompts, at all workers that take prompts from this queue.
         default_ttft_ms: target of requests that come without one.
     """
 
-    def __init__(
-        self, prefill_s: Callable[[int, int], float], step_s: Callable[[], float], default_ttft_ms: float | None
-    ) -> None:
-        self._prefill_s, self._step_s = prefill_s, step_s
+    def __init__(self, predictor: StepTimePredictor, default_ttft_ms: float | None) -> None:
+        self._predictor = predictor
         self._default_ttft_ms = default_ttft_ms or _DEFAULT_TTFT_MS
         self._deferred: set[Prompt] = set()  # admitted ones included
 
@@ -134,7 +132,7 @@ class SloAware(QueuePolicy):
         return [*(s for s in waiting if s not in deferred), *(s for s in waiting if s in deferred)]
 
     def _defer(self, prompts: list[tuple[Prompt, int]], now: float, num_workers: int) -> set[Prompt]:
-        end = now + _STEPS_WAITED * self._step_s()
+        end = now + _STEPS_WAITED * self._predictor.step_s
         chosen: list[tuple[float, float, Prompt]] = []  # a heap, most to compute first: (-seconds, arrival, prompt)
         deferred = set()
         for sequence, num_computed in sorted(prompts, key=lambda item: item[0].rank):
@@ -150,14 +148,14 @@ class SloAware(QueuePolicy):
         return deferred
 
     def _left_s(self, sequence: Prompt, num_computed: int) -> float:
-        return SAFETY_FACTOR * self._prefill_s(max(0, len(sequence.tokens) - num_computed), num_computed)
+        return SAFETY_FACTOR * self._predictor.prompt_s(max(0, len(sequence.tokens) - num_computed), num_computed)
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
         """See `QueuePolicy.key`. Prompts that can be in time go before late and deferred ones."""
         group, deadline, _ = sequence.rank
         if sequence in self._deferred:
             return True, sequence.rank
-        seconds = self._left_s(sequence, num_computed) + _STEPS_WAITED * self._step_s()
+        seconds = self._left_s(sequence, num_computed) + _STEPS_WAITED * self._predictor.step_s
         return group == _NEW and now + seconds > deadline, sequence.rank
 
     def has_missed_target(self, sequence: Prompt, now: float) -> bool:
@@ -165,14 +163,12 @@ class SloAware(QueuePolicy):
         return group == _NEW and now > deadline
 
 
-def make_policy(
-    config: SchedulerConfig, prefill_s: Callable[[int, int], float], step_s: Callable[[], float]
-) -> QueuePolicy:
-    """Make the configured policy; ``prefill_s`` and ``step_s`` are those of `SloAware`."""
+def make_policy(config: SchedulerConfig, predictor: StepTimePredictor) -> QueuePolicy:
+    """Make the configured policy; ``predictor`` is that of `SloAware`."""
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)
     if config.policy == "slo_aware":
-        return SloAware(prefill_s, step_s, config.ttft_ms)
+        return SloAware(predictor, config.ttft_ms)
     return QueuePolicy()
 
 

@@ -1,67 +1,203 @@
-"""Prediction of a step's duration, learnt from confirmed steps."""
+"""Prediction of step times, learnt from confirmed steps.
+
+Everything that must know how long a step or a prompt takes asks a `StepTimePredictor`: the order of prompts, the time
+of plans, the size of mixed steps, the throttle of decode and the refusal of requests. Time is passed in.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
-_RATE = 0.4
-"""Learning rate: share of a step's prediction error that the coefficients take over."""
+from hbserve.policy.least_squares import LeastSquares
 
+_MEMORY = 0.98
+"""Weight of the past at each step: about the last fifty steps of a kind count."""
+_LEVEL_RATE = 0.5
+"""Share of a step's relative error that the level takes over. Side by side with another phase, step times jump."""
+_NUM_FIRST = 4
+"""Steps of a kind that are believed whatever they took."""
+_FIRST_SPREAD = 0.5
+_MIN_SPREAD = 0.02
+_SPREAD_RATE = 0.1
+_MAX_DEVIATIONS = 4.0
+"""Mean relative errors by which a step may be off and still count in full."""
+_MAX_JUMP = 1.0
+"""Logarithm of the largest change of the level that one step is believed."""
 _FADING = 0.99
-"""Factor on the longest step seen, per step."""
+"""Factor on the longest step and the longest context seen, per step."""
+_EXTRAPOLATION = 4.0
+"""Multiple of the longest context seen that prompts are predicted for; longer ones cost as if they were that long.
+Short prompts hardly tell what a pair costs."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(NamedTuple):
     """Work of a step, as far as its duration depends on it.
 
     Attributes:
         decode_rows: sequences that get one more token.
         decode_keys: sum of the positions before them.
         prompt_tokens: tokens of all prompt chunks.
-        prompt_keys: query-key pairs of these tokens.
+        prompt_pairs: pairs of queries and keys of these tokens.
+        is_shared: another worker computes on the same device meanwhile.
     """
 
-    decode_rows: int
+    decode_rows: float
     decode_keys: float
-    prompt_tokens: int
-    prompt_keys: float
+    prompt_tokens: float = 0
+    prompt_pairs: float = 0.0
+    is_shared: bool = False
 
-    @property
-    def features(self) -> tuple[float, ...]:
-        """Terms that the duration is linear in, each about 1 in a large step."""
-        return (
-            1.0,
-            self.decode_rows / 64,
-            self.decode_keys / 65_536,
-            self.prompt_tokens / 1024,
-            self.prompt_keys / 1_048_576,
-        )
+
+def num_pairs(tokens: float, start: float) -> float:
+    """Compute the pairs of queries and keys of a prompt's tokens, with ``start`` tokens of it before them."""
+    return tokens * (start + tokens / 2)
 
 
 class StepTimePredictor:
-    """Predictor of a step's duration from its work: normalised least mean squares without negative coefficients.
+    """Predictor of one worker's step times, or of those of several workers that share a queue.
 
-    (B. Widrow and M. E. Hoff, Adaptive switching circuits, 1960.) A prediction errs on the short side: a kind of work
-    that has not been seen counts as free, and no step counts as longer than the longest recent one.
+    A step's time is linear in its work. Steps with prompts and steps without have coefficients of their own, learnt by
+    least squares that forget. A *level*, a factor on all of them, follows quickly what the work does not explain: the
+    other phase on the same device. It is one for steps that share the device and another one for steps that do not.
+
+    A step that takes much longer or shorter than its like counts only as far as steps usually differ: a process may
+    have been stopped meanwhile. A second such step in a row is a change, and counts in full.
+
+    Without data all times are 0, and no step is predicted to take longer than the longest recent one: an error on the
+    short side makes a plan early, an error on the long side makes it late.
     """
 
     def __init__(self) -> None:
-        self._coefficients = [0.0] * 5
+        self._decodes = _Fit(3)
+        self._prompts = _Fit(5)
         self._longest_s = 0.0
+        self._max_context = 0.0  # mean over the prompt tokens of a step
+        self._sum_s = self._sum_rest_s = self._weight = 0.0
+        self._rate: tuple[float, float] | None = (0.0, 0.0)
+
+    # --- a step ----------------------------------------------------------------------------------
 
     def seconds(self, work: StepWork) -> float:
-        """Predict the duration; 0 while nothing is known."""
+        """Predict the duration of a step; 0 if no step of its kind has been seen."""
         return min(self._longest_s, self.estimate_s(work))
 
     def estimate_s(self, work: StepWork) -> float:
         """Predict the duration without the bound of the longest recent step: it may be too long."""
-        return sum(c * x for c, x in zip(self._coefficients, work.features, strict=True))
+        rows, keys, tokens, pairs, is_shared = work
+        if tokens:
+            return self._prompts.predict((1.0, rows, keys, tokens, pairs), is_shared)
+        return self._decodes.predict((1.0, rows, keys), is_shared)
+
+    def tokens_within(self, work: StepWork, start: float, limit_s: float) -> float:
+        """Compute how many tokens of a prompt a step can take beside its other work and end within a time.
+
+        Args:
+            start: tokens of the prompt before them.
+
+        Returns:
+            At least 0; infinity while the cost of a prompt token is not known.
+        """
+        rows, keys, tokens, pairs, is_shared = work
+        base_s = self._prompts.predict((1.0, rows, keys, tokens, pairs), is_shared)
+        if base_s >= limit_s:
+            return 0.0
+        # The time grows by slope * n + curve * n²: the marginal cost of a token grows with those before it.
+        factor, (*_, per_token, per_pair) = self._prompts.levels[is_shared], self._prompts.sums.coefficients
+        slope, curve = factor * (per_token + per_pair * start), factor * per_pair / 2
+        room_s = limit_s - base_s
+        root = slope + math.sqrt(slope * slope + 4 * curve * room_s)
+        return 2 * room_s / root if root else math.inf
+
+    # --- prompts ---------------------------------------------------------------------------------
+
+    @property
+    def step_s(self) -> float:
+        """Recent mean duration of a step with prompts."""
+        return self._sum_s / self._weight if self._weight else 0.0
+
+    def prompt_s(self, tokens: float, start: float) -> float:
+        """Predict the time to compute tokens of a prompt after ``start`` others, in steps with the usual company.
+
+        Everything that recent steps with prompts took is attributed to their prompt tokens and pairs.
+        """
+        per_token, per_pair = self._rate or self._learn_rate()
+        context, limit = start + tokens / 2, self._max_context
+        return tokens * (per_token + per_pair * (context if context < limit else limit))
+
+    def queue_s(self, tokens: float, pairs: float, tokens_per_step: int) -> float:
+        """Predict the time to compute all of several prompts.
+
+        Args:
+            tokens_per_step: of a full step. Recent steps may not have been full, and then had more other work for each
+                prompt token.
+        """
+        per_token, per_pair = self._rate or self._learn_rate()
+        pairs = min(pairs, tokens * self._max_context)
+        as_lately_s = tokens * per_token + pairs * per_pair
+        _, _, _, per_token, per_pair = self._prompts.sums.coefficients
+        rest_s = self._sum_rest_s / self._weight if self._weight else 0.0
+        return min(as_lately_s, tokens * per_token + pairs * per_pair + math.ceil(tokens / tokens_per_step) * rest_s)
+
+    def _learn_rate(self) -> tuple[float, float]:
+        self._rate = rate = self._prompts.sums.through_origin(3, 4)
+        return rate
+
+    # --- learning --------------------------------------------------------------------------------
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a confirmed step."""
-        features = work.features
-        surprise = seconds - self.estimate_s(work)
-        correction = _RATE * surprise / sum(x * x for x in features)
-        self._coefficients = [max(0.0, c + correction * x) for c, x in zip(self._coefficients, features, strict=True)]
+        rows, keys, tokens, pairs, is_shared = work
+        if seconds <= 0:
+            return
+        if tokens:
+            seconds = self._prompts.observe((1.0, rows, keys, tokens, pairs), seconds, is_shared)
+            fixed_s, per_row, per_key, _, _ = self._prompts.sums.coefficients
+            self._weight = _MEMORY * self._weight + 1
+            self._sum_s = _MEMORY * self._sum_s + seconds
+            self._sum_rest_s = _MEMORY * self._sum_rest_s + fixed_s + per_row * rows + per_key * keys
+            self._max_context = max(_EXTRAPOLATION * pairs / tokens, _FADING * self._max_context)
+            self._rate = None
+        else:
+            seconds = self._decodes.observe((1.0, rows, keys), seconds, is_shared)
         self._longest_s = max(seconds, _FADING * self._longest_s)
+
+
+class _Fit:
+    """Fit of the steps of one kind.
+
+    Attributes:
+        levels: factors on the times of steps that have the device for themselves, and of those that share it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.sums = LeastSquares([0.0] * size, memory=_MEMORY)
+        self.levels = [1.0, 1.0]
+        self._spread = _FIRST_SPREAD  # mean of the absolute relative errors
+        self._side = 0  # on which side of the believed range the last step was: 1 above, -1 below, 0 within
+        self._num_seen = 0
+
+    def predict(self, features: tuple[float, ...], is_shared: bool) -> float:
+        return self.sums.predict(features) * self.levels[is_shared]
+
+    def observe(self, features: tuple[float, ...], seconds: float, is_shared: bool) -> float:
+        """Learn from a step; returns the seconds that it counts as."""
+        predicted_s = self.predict(features, is_shared)
+        self._num_seen += 1
+        if predicted_s and self._num_seen > _NUM_FIRST:
+            error = self._believed(math.log(seconds / predicted_s))
+            self.levels[is_shared] *= math.exp(_LEVEL_RATE * error)
+            seconds = predicted_s * math.exp(error)
+        self.sums.add(features, seconds, 1 / seconds)
+        self.sums.sweep()
+        return seconds
+
+    def _believed(self, error: float) -> float:
+        """Cut off a relative error that no step before had."""
+        limit = _MAX_DEVIATIONS * self._spread
+        side = (error > limit) - (error < -limit)
+        is_outlier, self._side = side not in (0, self._side), side
+        error = side * limit if is_outlier else min(max(error, -_MAX_JUMP), _MAX_JUMP)
+        self._spread += _SPREAD_RATE * (min(abs(error), 2 * limit) - self._spread)
+        self._spread = max(self._spread, _MIN_SPREAD)
+        return error

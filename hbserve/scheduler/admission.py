@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
-from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import QueuePolicy, make_policy
+from hbserve.policy.step_time_predictor import StepTimePredictor, num_pairs
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
@@ -41,9 +41,9 @@ class WaitingQueue:
     def __init__(self, config: Config) -> None:
         self.waiting: list[Sequence] = []
         self._tokens_per_step = prefill_budget(config)
-        self._rate = PrefillRate()
+        self._predictor = StepTimePredictor()
         self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
-        self.policy = make_policy(config.scheduler, self._rate.prompt_s, lambda: self._rate.step_s)
+        self.policy = make_policy(config.scheduler, self._predictor)
 
     def insert(self, sequence: Sequence) -> None:
         """Insert a sequence that begins to wait."""
@@ -61,23 +61,17 @@ class WaitingQueue:
         """Return the waiting sequences in the order of admission."""
 
         def admitted() -> tuple[list[tuple[Sequence, int]], int]:
-            prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
-            prompts = [
-                (sequence, allocation.num_planned)
-                for instance in prefilling
-                for sequence, allocation in instance.allocations.items()
-                if allocation.num_planned < allocation.num_tokens_at_entry
-            ]
-            return prompts, max(1, len(prefilling))
+            prompts, num_workers = _admitted(instances)
+            return prompts, max(1, num_workers)
 
         return self.policy.order(self.waiting, now, admitted)
 
     # --- predictions -----------------------------------------------------------------------------
 
     def on_step_done(self, step: InflightStep, busy_s: float) -> None:
-        """Learn the rate of prefill from a step."""
-        if step.prefill_rows:
-            self._rate.observe(step.prefill_tokens, busy_s, step.prefill_pairs)
+        """Learn from a step with prompts how long they take."""
+        if step.prefill_rows and step.work is not None:
+            self._predictor.observe(step.work, busy_s)
 
     def on_request_ended(self, now: float) -> None:
         """A request has ended and freed its allocations."""
@@ -97,25 +91,39 @@ class WaitingQueue:
     ) -> float:
         """Predict how long a new request would wait for its first token.
 
-        The longer of two waits: the time to compute the prompts before it and its own, at the learnt rate; and, where
-        requests wait for allocations, the time until as many requests have ended as are before it.
+        The longer of two waits: the predicted time to compute the prompts before it and its own; and, where requests
+        wait for allocations, the time until as many requests have ended as are before it.
 
-        Returns 0 without data or for an empty queue: a single request is never overload, and the rate may be known
+        Returns 0 without data or for an empty queue: a single request is never overload, and step times may be known
         for other lengths only.
         """
         rank = self.policy.rank(sequence)
         before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]
-        prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
-        num_tokens = sum(len(other.tokens) for other in before) + sum(
-            instance.num_tokens_to_prefill for instance in prefilling
-        )
-        if not prefilling or not num_tokens:
+        prompts, num_workers = _admitted(instances)
+        starts = [(len(other.tokens), start) for other, start in prompts] + [(len(other.tokens), 0) for other in before]
+        num_tokens = sum(end - start for end, start in starts)
+        if not num_workers or not num_tokens:
             return 0.0
         # The instances share the prompts before it; its own is computed by one.
-        prefill_s = self._rate.seconds(num_tokens // len(prefilling) + len(sequence.tokens), self._tokens_per_step)
+        pairs, own = sum(num_pairs(end - start, start) for end, start in starts), len(sequence.tokens)
+        prefill_s = self._predictor.queue_s(
+            num_tokens / num_workers + own, pairs / num_workers + num_pairs(own, 0), self._tokens_per_step
+        )
         if not slots_are_full or not before or len(self._ends) < 2:
             return prefill_s
         return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
+
+
+def _admitted(instances: Iterable[InstanceHandle]) -> tuple[list[tuple[Sequence, int]], int]:
+    """Return the prompts with an allocation, each with the tokens that are planned, and how many instances prefill."""
+    prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
+    prompts = [
+        (sequence, allocation.num_planned)
+        for instance in prefilling
+        for sequence, allocation in instance.allocations.items()
+        if allocation.num_planned < allocation.num_tokens_at_entry
+    ]
+    return prompts, len(prefilling)
 
 
 # --- admission ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from hbserve.kv_cache.block_pool import BlockPool, extend_block_hashes
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
 from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.policy.step_time_predictor import StepWork
 
 
 class Phase(StrEnum):
@@ -68,7 +69,7 @@ class InflightStep:
     """A step that has been sent and not confirmed.
 
     Attributes:
-        prefill_pairs: pairs of queries and keys in its prompt chunks.
+        work: of all its rows; None: it has none.
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
         after: id of another worker's step that this one waits for; 0: none.
     """
@@ -77,7 +78,7 @@ class InflightStep:
     rows: list[InflightRow]
     prefill_rows: int = 0
     prefill_tokens: int = 0
-    prefill_pairs: float = 0.0
+    work: StepWork | None = None
     beside_decode: bool = True
     after: int = 0
 

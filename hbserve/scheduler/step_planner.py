@@ -12,7 +12,7 @@ from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
-from hbserve.policy.step_time_predictor import StepWork
+from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.admission import prefill_budget
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
@@ -143,9 +143,9 @@ class StepPlanner:
             assert last[0].cell is not None, "a worker without a cell cannot be followed"
             after = StepRef(cell=last[0].cell, step_id=last[1].step_id)
             worker.has_waited_for = after.step_id
-        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.prefill_keys)
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.work)
         inflight.after = 0 if after is None else after.step_id
-        worker.begin_step(inflight, step.work, now, max(ends, default=-math.inf))
+        worker.begin_step(inflight, now, max(ends, default=-math.inf))
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
@@ -205,7 +205,7 @@ class StepPlanner:
         step.add(sequence, allocation, sequence.tokens[allocation.num_planned : end], chunk, last)
         step.prefill_rows += 1
         step.prefill_tokens += chunk
-        step.prefill_keys += chunk * (end - chunk / 2)
+        step.prefill_pairs += num_pairs(chunk, end - chunk)
         target = sequence.decode_allocation
         if target is None or target is allocation:
             return
@@ -277,7 +277,7 @@ class _StepBuilder:
         self.num_tokens = 0
         self.prefill_rows = 0
         self.prefill_tokens = 0
-        self.prefill_keys = 0.0
+        self.prefill_pairs = 0.0
         self.decode_keys = 0
 
     @property
@@ -286,12 +286,12 @@ class _StepBuilder:
         if not self.rows:
             return None
         decode_rows = len(self.rows) - self.prefill_rows
-        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_keys)
+        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs)
 
     @property
     def decode_work(self) -> StepWork:
         """The work of its decode rows, before prompts are added."""
-        return StepWork(len(self.rows), self.decode_keys, 0, 0.0)
+        return StepWork(len(self.rows), self.decode_keys)
 
     def add(
         self, sequence: Sequence, allocation: KVAllocation, token_ids: list[int] | None, num_tokens: int, samples: bool

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hbserve.config import InstanceRole
 from hbserve.messages.worker import Hello, InstanceCommand, StepResult
 from hbserve.policy.dispatch_timer import DispatchTimer
-from hbserve.policy.step_time_predictor import StepWork
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep
 
@@ -112,10 +111,10 @@ class WorkerHandle:
 
     # --- steps in flight -------------------------------------------------------------------------
 
-    def begin_step(self, step: InflightStep, work: StepWork | None, now: float, not_before: float) -> None:
-        """A step is on its way; for ``work`` and ``not_before`` see `DispatchTimer.on_planned`."""
+    def begin_step(self, step: InflightStep, now: float, not_before: float) -> None:
+        """A step is on its way; for ``not_before`` see `DispatchTimer.on_planned`."""
         self.inflight.append(step)
-        self.timing.on_planned(work, now, not_before)
+        self.timing.on_planned(step.work, now, not_before)
 
     def end_step(self, result: StepResult, now: float) -> InflightStep:
         """Confirm and return the oldest step in flight."""

@@ -48,7 +48,7 @@ class MixedPhase:
         self._on_stepped, self._on_computed, self._on_finished, self._pump = on_stepped, on_computed, on_finished, pump
         self._interval_s, self._budget = interval_s, MixedStepBudget()
         self._ahead = PlanAhead(clock, pump)
-        self._decodes: deque[bool] = deque()  # whether there are decode rows in the running and planned steps
+        self._works: deque[StepWork] = deque()  # of the running and planned steps
         self._chunks: Chunks | None = None
         self.running: dict[SimulatedRequest, int] = {}
         self.step: Progress | None = None
@@ -69,12 +69,12 @@ class MixedPhase:
         limit_s, time_budget = self._limit_s(budget), None
         batch, context = (0, 0) if limit_s == math.inf else (len(self.running), self._context)
         if batch and limit_s is not None:
-            time_budget = StepTimeBudget(self._ahead.predictor, StepWork(batch, context, 0, 0.0), limit_s)
+            time_budget = StepTimeBudget(self._ahead.predictor, StepWork(batch, context), limit_s)
         chunks = self._prompts.take(budget, None if time_budget is None else time_budget.take)
         if time_budget is not None:
             self._budget.on_decode_step(self._clock.now, bool(chunks.tokens))
-        self._ahead.on_planned(StepWork(batch, context, chunks.tokens, chunks.keys))
-        self._decodes.append(bool(batch))
+        self._works.append(StepWork(batch, context, chunks.tokens, chunks.pairs))
+        self._ahead.on_planned(self._works[-1])
         return chunks
 
     def _limit_s(self, budget: int) -> float | None:
@@ -99,10 +99,10 @@ class MixedPhase:
         chunks, self._ahead.chunks = self._ahead.chunks, None
         if chunks is not None and not (chunks.tokens or self.running):
             self._ahead.on_ended(self._clock.now, 0.0)
-            self._decodes.popleft()
+            self._works.popleft()
             chunks = None
         self._chunks = chunks = chunks or self._take()
-        batch = len(self.running) if self._decodes[0] else 0
+        batch = len(self.running) if self._works[0].decode_rows else 0
         prompt_context = chunks.context if chunks.tokens else 0.0
         context = self._context / batch if batch else 0.0
         milliseconds = self._steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
@@ -111,8 +111,8 @@ class MixedPhase:
     def _on_done(self) -> None:
         assert self.step is not None
         assert self._chunks is not None
-        seconds, chunks = self.step.total_s, self._chunks
-        batch = len(self.running) if self._decodes.popleft() else 0
+        seconds, chunks, work = self.step.total_s, self._chunks, self._works.popleft()
+        batch = len(self.running) if work.decode_rows else 0
         self._ahead.on_ended(self.step.started, seconds)
         self.step = None
         self._on_stepped(chunks, batch, seconds)
@@ -121,7 +121,7 @@ class MixedPhase:
             if not self.running[request]:
                 del self.running[request]
                 self._on_finished(request)
-        for request in self._prompts.on_computed(chunks, seconds):
+        for request in self._prompts.on_computed(chunks, work, seconds):
             if self._on_computed(request):
                 self.running[request] = request.output_tokens - 1
         self._pump()

@@ -128,7 +128,7 @@ class PrefillPhase:
 
     def _take(self) -> Chunks:
         chunks = self.prompts.take(self._sizes.max_chunk_prefill_tokens)
-        self._ahead.on_planned(StepWork(0, 0, chunks.tokens, chunks.keys))
+        self._ahead.on_planned(chunks.work)
         return chunks
 
     def _on_done(self) -> None:
@@ -138,7 +138,7 @@ class PrefillPhase:
         self.last_busy_s = self._clock.now - self.step.started
         self._ahead.on_ended(self.step.started, self.last_busy_s)
         self.step, chunks = None, self.chunks
-        for request in self.prompts.on_computed(chunks, self.last_busy_s):
+        for request in self.prompts.on_computed(chunks, chunks.work, self.last_busy_s):
             self._on_computed(request)
         self._pump()
 

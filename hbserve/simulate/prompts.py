@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hbserve.config import SchedulerConfig
-from hbserve.policy.prefill_rate import PrefillRate
 from hbserve.policy.queue_policy import QueuePolicy, make_policy
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.requests import SimulatedRequest
 
@@ -38,17 +38,22 @@ class Chunks:
 
     Attributes:
         parts: requests, and tokens of each.
-        keys: query-key pairs; a pair of tokens within the chunk counts half.
+        pairs: of queries and keys; a pair of tokens within the chunk counts half.
     """
 
     parts: tuple[tuple[SimulatedRequest, int], ...]
     tokens: int
-    keys: float
+    pairs: float
+
+    @property
+    def work(self) -> StepWork:
+        """Work of a step with nothing else in it."""
+        return StepWork(0, 0, self.tokens, self.pairs)
 
     @property
     def context(self) -> float:
         """Context of a single prompt with as many tokens that costs the same."""
-        return self.keys / self.tokens - self.tokens / 2
+        return self.pairs / self.tokens - self.tokens / 2
 
 
 class Prompts:
@@ -60,8 +65,8 @@ class Prompts:
 
     def __init__(self, clock: SimulatedClock, sizes: Sizes) -> None:
         self._clock, self._sizes = clock, sizes
-        self._rate = PrefillRate()
-        self.policy = make_policy(sizes.scheduler, self._rate.prompt_s, lambda: self._rate.step_s)
+        self._predictor = StepTimePredictor()
+        self.policy = make_policy(sizes.scheduler, self._predictor)
         self._is_fifo = type(self.policy) is QueuePolicy
         self.requests: list[SimulatedRequest] = []
 
@@ -94,7 +99,7 @@ class Prompts:
             budget: tokens that it may have.
             fit: limits a chunk by time: given its tokens and their start in the prompt, returns how many fit.
         """
-        parts, tokens, keys = [], 0, 0.0
+        parts, tokens, pairs = [], 0, 0.0
         ordered = self.requests if self._is_fifo else sorted(self.requests, key=self._key)
         for request in ordered:
             start = request.planned_tokens
@@ -105,15 +110,19 @@ class Prompts:
                 parts.append((request, chunk))
                 request.planned_tokens += chunk
                 tokens += chunk
-                keys += chunk * (start + chunk / 2)
+                pairs += num_pairs(chunk, start)
             if tokens >= budget or chunk < wanted:
                 break
-        return Chunks(tuple(parts), tokens, keys)
+        return Chunks(tuple(parts), tokens, pairs)
 
-    def on_computed(self, chunks: Chunks, seconds: float) -> list[SimulatedRequest]:
-        """Note that a step has computed these; remove and return the requests whose prompt is complete."""
+    def on_computed(self, chunks: Chunks, work: StepWork, seconds: float) -> list[SimulatedRequest]:
+        """Note that a step has computed these; remove and return the requests whose prompt is complete.
+
+        Args:
+            work: of the whole step.
+        """
         if chunks.tokens:
-            self._rate.observe(chunks.tokens, seconds, chunks.keys)
+            self._predictor.observe(work, seconds)
         complete = []
         for request, tokens in chunks.parts:
             request.computed_tokens += tokens

@@ -21,7 +21,7 @@ def decode(rows: int, context: int = 800) -> StepWork:
 def seconds(work: StepWork) -> float:
     """What an 8B model on a fast GPU takes, roughly."""
     read_s = 4e-3 + 3e-5 * work.decode_rows + 2.8e-8 * work.decode_keys
-    return read_s + 2.4e-5 * work.prompt_tokens + 4e-10 * work.prompt_keys
+    return read_s + 2.4e-5 * work.prompt_tokens + 4e-10 * work.prompt_pairs
 
 
 def drive(timer: DispatchTimer, steps: list[Step]) -> tuple[list[float], list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -12,19 +13,25 @@ from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, sl
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
 
+def seconds(work: StepWork) -> float:
+    return 0.002 + 5e-5 * work.decode_rows + 2e-5 * work.prompt_tokens + 1e-9 * work.prompt_pairs
+
+
+@cache
+def trained_predictor() -> StepTimePredictor:
+    """A predictor that has seen steps of all kinds."""
+    predictor = StepTimePredictor()
+    for size in range(1, 400):
+        work = StepWork(size % 64, 0.0, 37 * size % 2048, 1e6 * (size % 7))
+        predictor.observe(work, seconds(work))
+    return predictor
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 30000)), min_size=50, max_size=120), st.integers(1, 60))
 def test_a_batch_among_prompts_keeps_its_pace(prompts: list[tuple[int, int]], batch: int) -> None:
     """Whatever arrives, decode steps begin on average within the interval, but for the lead that is forgotten."""
-    interval_s, now, decoded, predictor, budget = 0.04, 0.0, 0, StepTimePredictor(), MixedStepBudget()
-
-    def seconds(work: StepWork) -> float:
-        return 0.002 + 5e-5 * work.decode_rows + 2e-5 * work.prompt_tokens + 1e-9 * work.prompt_keys
-
-    for size in range(1, 200):  # the predictor has seen steps of all kinds
-        work = StepWork(size % 64, 0.0, 37 * size % 2048, 1e6 * (size % 7))
-        for _ in range(20):
-            predictor.observe(work, seconds(work))
+    interval_s, now, decoded, predictor, budget = 0.04, 0.0, 0, trained_predictor(), MixedStepBudget()
     for waiting, start in prompts:
         full_step_s = seconds(StepWork(0, 0.0, 2048, 2048**2 / 2))
         limit_s = budget.limit_s(now, interval_s, math.inf, full_step_s, waiting >= 2048)
