@@ -41,11 +41,11 @@ from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
+from hbserve.policy.step_profile import BUILTIN_PROFILE, StepProfile
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
-from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
-from hbserve.slo.step_times import StepTimes
 
 _FACTOR = 1.15  # between the rates of a search that begins near its end
 _GIVE_UP = 0.1  # a run this far below the attainment asked for is given up
@@ -318,7 +318,7 @@ class Comparison:
         load.predicted = dict(zip(systems, found, strict=True))
 
     def _setting(self, targets: RequestTargets, kv_tokens: int) -> Setting:
-        steps = StepTimes(self._profile)
+        steps = StepTimePredictor.of_profile(self._profile)
         sizes = Sizes(
             chunk_size=int(self._engine.get("chunk_size", Sizes.chunk_size)),
             max_chunk_prefill_tokens=int(self._engine.get("max_chunk_prefill_tokens", Sizes.max_chunk_prefill_tokens)),

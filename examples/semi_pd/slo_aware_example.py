@@ -23,14 +23,14 @@ from pathlib import Path
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import HBServeError
+from hbserve.policy.step_profile import StepProfile
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.semi_pd.metrics_collector import AggregatedMetrics, SemiPDMetricsCollector
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints
 from hbserve.slo.constraints import SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.split_policy import Decision
-from hbserve.slo.step_profile import StepProfile
-from hbserve.slo.step_times import StepTimes
 
 WINDOW_S = 5.0
 MAX_CLIENTS = 64
@@ -80,7 +80,7 @@ async def run(arguments: argparse.Namespace, load_format: str) -> None:
         collector = SemiPDMetricsCollector(window_size_seconds=WINDOW_S)
         model = None
         if arguments.profile:
-            model = LatencyModel(StepTimes(StepProfile.load(arguments.profile)), constraints)
+            model = LatencyModel(StepTimePredictor.of_profile(StepProfile.load(arguments.profile)), constraints)
         controller = SLOAwareResourceController(
             constraints, collector, manager, monitoring_interval=WINDOW_S / 4, bounds=SplitBounds(), model=model
         )

@@ -7,7 +7,7 @@ from itertools import repeat
 from operator import add, mul, sub
 
 _MAX_SWEEPS = 20_000
-_TOLERANCE = 1e-12
+_TOLERANCE = 1e-10
 """Relative change of the coefficients in a sweep at which a solution is exact."""
 _MIN_INDEPENDENCE = 1e-3
 """Bound of how independent two features are. If all observations have both in one proportion, their coefficients cannot

@@ -1,4 +1,4 @@
-"""Prediction of step times, learnt from confirmed steps.
+"""Prediction of step times, from a profile and from confirmed steps.
 
 Everything that must know how long a step or a prompt takes asks a `StepTimePredictor`: the order of prompts, the time
 of plans, the size of mixed steps, the throttle of decode and the refusal of requests. Time is passed in.
@@ -7,9 +7,13 @@ of plans, the size of mixed steps, the throttle of decode and the refusal of req
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from hbserve.policy.least_squares import LeastSquares
+from hbserve.policy.profile_curves import ProfileCurves, Slowdown
+from hbserve.policy.step_profile import BUILTIN_PROFILE, StepProfile
 
 _MEMORY = 0.98
 """Weight of the past at each step: about the last fifty steps of a kind count."""
@@ -55,7 +59,10 @@ def num_pairs(tokens: float, start: float) -> float:
 
 
 class StepTimePredictor:
-    """Predictor of one worker's step times, or of those of several workers that share a queue.
+    """Predictor of step times at one share of a device, from a profile, from confirmed steps, or from both.
+
+    There is one for each worker, and one for the workers that share a queue of prompts. The simulator and the SLO
+    controller's model have one that never sees a step: it says what the profile says.
 
     A step's time is linear in its work. Steps with prompts and steps without have coefficients of their own, learnt by
     least squares that forget. A *level*, a factor on all of them, follows quickly what the work does not explain: the
@@ -64,17 +71,40 @@ class StepTimePredictor:
     A step that takes much longer or shorter than its like counts only as far as steps usually differ: a process may
     have been stopped meanwhile. A second such step in a row is a change, and counts in full.
 
-    Without data all times are 0, and no step is predicted to take longer than the longest recent one: an error on the
-    short side makes a plan early, an error on the long side makes it late.
+    With a profile, the sizes that were measured count as steps that have just been seen. Without one, all times are 0
+    at first, and no step is predicted to take longer than the longest recent one: an error on the short side makes a
+    plan early, an error on the long side makes it late.
+
+    Args:
+        curves: of a profile; None: there is none for this model and device.
+        percentage: share of the device.
     """
 
-    def __init__(self) -> None:
-        self._decodes = _Fit(3)
-        self._prompts = _Fit(5)
-        self._longest_s = 0.0
-        self._max_context = 0.0  # mean over the prompt tokens of a step
+    def __init__(self, curves: ProfileCurves | None = None, percentage: int = 100) -> None:
+        self.curves, self.percentage = curves, percentage
+        self._has_learnt = False
+        self._longest_s = 0.0 if curves is None else math.inf
+        self._max_context = 0.0 if curves is None else math.inf  # mean over the prompt tokens of a step
         self._sum_s = self._sum_rest_s = self._weight = 0.0
-        self._rate: tuple[float, float] | None = (0.0, 0.0)
+        self._rate: tuple[float, float] | None = None
+        self._at: dict[int, StepTimePredictor] = {percentage: self}
+
+    @staticmethod
+    def of_profile(profile: StepProfile | None = None, priority: bool = True) -> StepTimePredictor:
+        """Make a predictor from a profile; None: the built-in one. For ``priority`` see `ProfileCurves`."""
+        return StepTimePredictor(ProfileCurves(profile or StepProfile.load(BUILTIN_PROFILE), priority))
+
+    def at(self, percentage: int) -> StepTimePredictor:
+        """Return the predictor for another share, which starts from the same profile."""
+        found = self._at.get(percentage)
+        if found is None:
+            found = self._at[percentage] = StepTimePredictor(self.curves, percentage)
+        return found
+
+    def slowdown(self, prefill_percentage: int, decode_percentage: int, decode_s: float, tokens: float) -> Slowdown:
+        """Compute the slowdown of two phases side by side; see `ProfileCurves.slowdown`. There must be a profile."""
+        assert self.curves is not None, "only a profile says what one phase costs the other"
+        return self.curves.slowdown(prefill_percentage, decode_percentage, decode_s, tokens)
 
     # --- a step ----------------------------------------------------------------------------------
 
@@ -85,6 +115,8 @@ class StepTimePredictor:
     def estimate_s(self, work: StepWork) -> float:
         """Predict the duration without the bound of the longest recent step: it may be too long."""
         rows, keys, tokens, pairs, is_shared = work
+        if self.curves is not None and not self._has_learnt:
+            return self.curves.seconds(rows, keys, tokens, pairs, self.percentage)
         if tokens:
             return self._prompts.predict((1.0, rows, keys, tokens, pairs), is_shared)
         return self._decodes.predict((1.0, rows, keys), is_shared)
@@ -135,8 +167,9 @@ class StepTimePredictor:
         per_token, per_pair = self._rate or self._learn_rate()
         pairs = min(pairs, tokens * self._max_context)
         as_lately_s = tokens * per_token + pairs * per_pair
-        _, _, _, per_token, per_pair = self._prompts.sums.coefficients
-        rest_s = self._sum_rest_s / self._weight if self._weight else 0.0
+        rest_s, _, _, per_token, per_pair = self._prompts.sums.coefficients
+        if self._weight:
+            rest_s = self._sum_rest_s / self._weight
         return min(as_lately_s, tokens * per_token + pairs * per_pair + math.ceil(tokens / tokens_per_step) * rest_s)
 
     def _learn_rate(self) -> tuple[float, float]:
@@ -150,6 +183,7 @@ class StepTimePredictor:
         rows, keys, tokens, pairs, is_shared = work
         if seconds <= 0:
             return
+        self._has_learnt = True
         if tokens:
             seconds = self._prompts.observe((1.0, rows, keys, tokens, pairs), seconds, is_shared)
             fixed_s, per_row, per_key, _, _ = self._prompts.sums.coefficients
@@ -162,20 +196,38 @@ class StepTimePredictor:
             seconds = self._decodes.observe((1.0, rows, keys), seconds, is_shared)
         self._longest_s = max(seconds, _FADING * self._longest_s)
 
+    @cached_property
+    def _prompts(self) -> _Fit:
+        """Fit of the steps with prompts."""
+        samples = () if self.curves is None else self.curves.samples(self.percentage)
+        return _Fit(5, [((1.0, *work), seconds) for work, seconds in samples if work[2]])
+
+    @cached_property
+    def _decodes(self) -> _Fit:
+        """Fit of the steps without."""
+        samples = () if self.curves is None else self.curves.samples(self.percentage)
+        return _Fit(3, [((1.0, *work[:2]), seconds) for work, seconds in samples if not work[2]])
+
 
 class _Fit:
     """Fit of the steps of one kind.
+
+    Args:
+        samples: features and seconds of steps that it starts from.
 
     Attributes:
         levels: factors on the times of steps that have the device for themselves, and of those that share it.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, samples: Sequence[tuple[Sequence[float], float]]) -> None:
         self.sums = LeastSquares([0.0] * size, memory=_MEMORY)
         self.levels = [1.0, 1.0]
         self._spread = _FIRST_SPREAD  # mean of the absolute relative errors
         self._side = 0  # on which side of the believed range the last step was: 1 above, -1 below, 0 within
-        self._num_seen = 0
+        self._num_seen = len(samples)
+        for features, seconds in samples:
+            self.sums.add(features, seconds, 1 / seconds)
+        self.sums.solve()
 
     def predict(self, features: tuple[float, ...], is_shared: bool) -> float:
         return self.sums.predict(features) * self.levels[is_shared]

@@ -17,8 +17,8 @@ from hbserve.bench import plots
 from hbserve.bench.arguments import check_new_file, default_load_format, find_model, run_command
 from hbserve.config import Config
 from hbserve.errors import ConfigError
+from hbserve.policy.step_profile import StepProfile
 from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
-from hbserve.slo.step_profile import StepProfile
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.profile") -> int:
@@ -94,16 +94,18 @@ def _plot(profile: StepProfile, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    _lines(axes[0], "prefill alone", [(f"{p.tokens} after {p.context}", p.percentage, p.ms) for p in profile.prefill])
-    _lines(axes[1], "decode alone", [(f"{p.batch} of {p.context}", p.percentage, p.ms) for p in profile.decode])
-    max_tokens = max((point.tokens for point in profile.together), default=0)
-    for batch in sorted({point.batch for point in profile.together}):
-        points = [p for p in profile.together if p.batch == batch and p.tokens == max_tokens]
+    prefill = [(f"{p.prompt_tokens} after {p.prompt_context}", p.percentage, p.ms) for p in profile.prefill]
+    decode = [(f"{p.decode_rows} of {p.decode_context}", p.percentage, p.ms) for p in profile.decode]
+    _lines(axes[0], "prefill alone", prefill)
+    _lines(axes[1], "decode alone", decode)
+    max_tokens = max((point.prompt_tokens for point in profile.pairs), default=0)
+    for batch in sorted({point.decode_rows for point in profile.pairs}):
+        points = [p for p in profile.pairs if p.decode_rows == batch and p.prompt_tokens == max_tokens]
         axes[2].scatter([p.prefill_ms for p in points], [p.decode_ms for p in points], label=f"batch {batch}")
         for p in points:
             axes[2].annotate(f"{p.prefill_percentage},{p.decode_percentage}", (p.prefill_ms, p.decode_ms), fontsize=7)
     axes[2].set(title="side by side (prefill %, decode %)", xlabel="prefill step, ms", ylabel="decode step, ms")
-    if profile.together:
+    if profile.pairs:
         axes[2].legend()
     figure.suptitle(f"{profile.model} on {profile.device}")
     figure.savefig(path)

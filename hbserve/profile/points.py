@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hbserve.config import Config
+from hbserve.policy.step_profile import FORMAT, PairPoint, StepPoint, StepProfile
 from hbserve.profile.processes import ProfiledDevice, StepperProcess
 from hbserve.profile.stepper import Work
-from hbserve.slo.step_profile import DecodePoint, MixedPoint, PrefillPoint, StepProfile, TogetherPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +88,12 @@ def run_profile(config: Config, plan: ProfilePlan, show: Callable[[str], None]) 
     with ProfiledDevice(config, prefill, decode) as device:
         points = _Points(device, plan, show)
         return StepProfile(
+            format=FORMAT,
             model=Path(config.model.path).name,
             device=device.device,
             source="python -m hbserve.profile",
-            prefill=tuple(points.prefill()),
-            decode=tuple(points.decode()),
-            together=tuple(points.together()),
-            mixed=tuple(points.mixed()),
+            steps=(*points.prefill(), *points.decode(), *points.mixed()),
+            pairs=tuple(points.pairs()),
         )
 
 
@@ -123,7 +122,7 @@ class _Points:
         self._show(f"{name}: {ms:.2f} ms")
         return ms
 
-    def prefill(self) -> Iterator[PrefillPoint]:
+    def prefill(self) -> Iterator[StepPoint]:
         """Measure prefill alone."""
         plan = self._plan
         sizes = [(tokens, 0) for tokens in plan.prompts] + [(max(plan.prompts), plan.prompt_context)]
@@ -131,16 +130,16 @@ class _Points:
         for percentage, (tokens, context) in itertools.product(plan.percentages, sizes):
             name = f"prefill alone at {percentage} %, {tokens} tokens after {context}"
             ms = self._alone_ms(self._device.prefill(percentage), self._prefill_work(tokens, context), name)
-            yield PrefillPoint(percentage=percentage, tokens=tokens, context=context, ms=ms)
+            yield StepPoint(percentage=percentage, prompt_tokens=tokens, prompt_context=context, ms=ms)
 
-    def decode(self) -> Iterator[DecodePoint]:
+    def decode(self) -> Iterator[StepPoint]:
         """Measure decode alone."""
         for percentage, (batch, context) in itertools.product(self._plan.percentages, self._decode_sizes()):
             name = f"decode alone at {percentage} %, {batch} sequences of {context} tokens"
             ms = self._alone_ms(self._device.decode(percentage), self._decode_work(batch, context), name)
-            yield DecodePoint(percentage=percentage, batch=batch, context=context, ms=ms)
+            yield StepPoint(percentage=percentage, decode_rows=batch, decode_context=context, ms=ms)
 
-    def together(self) -> Iterator[TogetherPoint]:
+    def pairs(self) -> Iterator[PairPoint]:
         """Measure both phases side by side, each without a pause, for the same time."""
         longest = max(t for t in self._plan.prompts if t <= 2048 and self._fits(1, t) and t <= self._longest)
         # Side by side, short prompts slow down by another factor than long ones: their kernels fill less of the device.
@@ -160,18 +159,18 @@ class _Points:
                     f"side by side at ({prefill_percentage}, {decode_percentage}) %, {tokens} tokens and {batch} "
                     f"sequences of {context}: prefill {prefill_ms:.2f} ms, decode {decode_ms:.2f} ms"
                 )
-                yield TogetherPoint(
+                yield PairPoint(
                     prefill_percentage=prefill_percentage,
                     decode_percentage=decode_percentage,
                     priority=bool(self._device.config.semi_pd.prefill_priority),
-                    tokens=tokens,
-                    batch=batch,
-                    context=context,
+                    prompt_tokens=tokens,
+                    decode_rows=batch,
+                    decode_context=context,
                     prefill_ms=prefill_ms,
                     decode_ms=decode_ms,
                 )
 
-    def mixed(self) -> Iterator[MixedPoint]:
+    def mixed(self) -> Iterator[StepPoint]:
         """Measure prompt chunks in decode batches, in one process."""
         seconds, num_blocks = self._plan.seconds, 2 * self._half
         context = max(c for c in self._plan.contexts if self._fits(1, c))
@@ -182,7 +181,7 @@ class _Points:
             )
             name = f"one worker, {chunk} tokens among {batch} sequences of {context}"
             ms = self._alone_ms(self._device.mixed, work, name)
-            yield MixedPoint(chunk=chunk, batch=batch, context=context, ms=ms)
+            yield StepPoint(percentage=100, prompt_tokens=chunk, decode_rows=batch, decode_context=context, ms=ms)
 
     def _decode_sizes(self) -> list[tuple[int, int]]:
         sizes = itertools.product(self._plan.batches, self._plan.contexts)

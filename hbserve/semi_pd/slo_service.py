@@ -10,12 +10,12 @@ from hbserve.config import Config
 from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.policy.step_profile import BUILTIN_PROFILE, StepProfile
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
 from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
-from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
-from hbserve.slo.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def make_controller(
     ladder = config.semi_pd.ladder
     alone = SMAllocation(max(ladder.prefill), max(ladder.decode)) if ladder.prefill and ladder.decode else None
     model = LatencyModel(
-        StepTimes(profile, priority=bool(config.semi_pd.prefill_priority)),
+        StepTimePredictor.of_profile(profile, priority=bool(config.semi_pd.prefill_priority)),
         constraints,
         alone,
         config.performance.max_num_seqs,

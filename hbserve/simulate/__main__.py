@@ -18,6 +18,8 @@ from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
+from hbserve.policy.step_profile import StepProfile
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import (
@@ -30,8 +32,6 @@ from hbserve.simulate.systems import (
     plan,
     simulate,
 )
-from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile
-from hbserve.slo.step_times import StepTimes
 
 DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
 _HEADER = (
@@ -94,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--system: {ANY_RATIO} is for --plan; name a ratio, such as 2p1d")
     systems = [System.parse(name) for name in names]
     setting, source = _setting(arguments), _source(arguments)
-    profile = setting.steps.profile
+    assert setting.steps.curves is not None
+    profile = setting.steps.curves.profile
     print(
         f"targets {setting.targets} for {100 * setting.attainment:g} % of requests; {profile.model} on "
         f"{profile.device}\n\n{_HEADER}",
@@ -126,8 +127,8 @@ def _outcomes(
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
-    profile = StepProfile.load(BUILTIN_PROFILE if arguments.profile is None else arguments.profile)
-    steps = StepTimes(profile, priority=not arguments.no_priority)
+    profile = None if arguments.profile is None else StepProfile.load(arguments.profile)
+    steps = StepTimePredictor.of_profile(profile, priority=not arguments.no_priority)
     sizes = Sizes(
         chunk_size=arguments.chunk_size,
         max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens or Sizes.max_chunk_prefill_tokens,

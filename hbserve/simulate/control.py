@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from hbserve.metrics.window_metrics import AggregatedMetrics
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController
 from hbserve.simulate.units import SemiPDUnit
 from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.split_policy import WarmPercentages
-from hbserve.slo.step_times import StepTimes
 
 _ALL_PERCENTAGES = tuple(range(5, 101, 5))
 _PREPARATION_S = 5.0
@@ -78,7 +78,7 @@ class SimulatedController:
         self,
         unit: SemiPDUnit,
         constraints: SLOConstraints,
-        steps: StepTimes,
+        steps: StepTimePredictor,
         until: float,
         rotation: SimulatedRotation | None = None,
         bounds: SplitBounds | None = None,

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 from hbserve.config.semi_pd import MIXED_PACE
 from hbserve.policy.mixed_step_budget import MixedStepBudget, StepTimeBudget, slack_s
-from hbserve.policy.step_time_predictor import StepWork
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.phases import PlanAhead
 from hbserve.simulate.prompts import Chunks, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
-from hbserve.slo.step_times import StepTimes
 
 
 class MixedPhase:
@@ -35,7 +34,7 @@ class MixedPhase:
     def __init__(
         self,
         clock: SimulatedClock,
-        steps: StepTimes,
+        steps: StepTimePredictor,
         sizes: Sizes,
         prompts: Prompts,
         interval_s: float,
@@ -103,10 +102,8 @@ class MixedPhase:
             chunks = None
         self._chunks = chunks = chunks or self._take()
         batch = len(self.running) if self._works[0].decode_rows else 0
-        prompt_context = chunks.context if chunks.tokens else 0.0
-        context = self._context / batch if batch else 0.0
-        milliseconds = self._steps.mixed_ms(chunks.tokens, batch, context, prompt_context)
-        self.step = Progress(self._clock, milliseconds / 1000, self._on_done)
+        work = StepWork(batch, self._context if batch else 0, chunks.tokens, chunks.pairs)
+        self.step = Progress(self._clock, self._steps.seconds(work), self._on_done)
 
     def _on_done(self) -> None:
         assert self.step is not None

@@ -18,7 +18,6 @@ from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.prompts import Chunks, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
-from hbserve.slo.step_times import StepTimes
 
 _MAX_BURST_STEPS = 64  # the context grows during a burst
 PLAN_DELAY_S = 2e-3  # from a decision to a step that is ready on the device
@@ -81,7 +80,7 @@ class PrefillPhase:
     def __init__(
         self,
         clock: SimulatedClock,
-        steps: StepTimes,
+        steps: StepTimePredictor,
         sizes: Sizes,
         on_computed: Callable[[SimulatedRequest], None],
         pump: Callable[[], None],
@@ -102,7 +101,7 @@ class PrefillPhase:
         self.percentage = percentage
         self.chunks = chunks = self._ahead.chunks or self._take()
         self._ahead.chunks = None
-        seconds = self._steps.prefill_ms(chunks.tokens, chunks.context, percentage) / 1000
+        seconds = self._steps.at(percentage).seconds(chunks.work)
         # Another worker gets its plan only when the worker before has ended.
         self.step = Progress(self._clock, seconds + is_other_worker * PLAN_DELAY_S, self._on_done)
 
@@ -152,13 +151,13 @@ class DecodePhase:
         pump: called after that, to start the next burst.
 
     Attributes:
-        alone_ms: time of a step of the last burst if no prefill runs beside it.
+        alone_s: time of a step of the last burst if no prefill runs beside it.
     """
 
     def __init__(
         self,
         clock: SimulatedClock,
-        steps: StepTimes,
+        steps: StepTimePredictor,
         on_stepped: Callable[[int, int, float], None],
         on_finished: Callable[[SimulatedRequest], None],
         pump: Callable[[], None],
@@ -168,7 +167,7 @@ class DecodePhase:
         self.percentage = 100
         self.burst: Progress | None = None
         self._last_end = -math.inf
-        self._step_s = self.alone_ms = 0.0
+        self._step_s = self.alone_s = 0.0
         self._num_steps = 0
         self._by_end: list[tuple[int, int, SimulatedRequest]] = []
         self._count = 0
@@ -225,8 +224,8 @@ class DecodePhase:
         self._joining.clear()
         batch = len(self._by_end)
         steps = min(max_steps, self._by_end[0][0] - self._num_steps)
-        self.alone_ms = self._steps.decode_ms(batch, self._context / batch + steps / 2, percentage)
-        self._step_s = self.alone_ms / 1000
+        work = StepWork(batch, self._context + batch * steps / 2)
+        self._step_s = self.alone_s = self._steps.at(percentage).seconds(work)
         if is_late:
             self._step_s += _ROUND_TRIP_S / steps
         self.burst = Progress(self._clock, steps * self._step_s, self._on_done)

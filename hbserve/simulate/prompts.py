@@ -50,11 +50,6 @@ class Chunks:
         """Work of a step with nothing else in it."""
         return StepWork(0, 0, self.tokens, self.pairs)
 
-    @property
-    def context(self) -> float:
-        """Context of a single prompt with as many tokens that costs the same."""
-        return self.pairs / self.tokens - self.tokens / 2
-
 
 class Prompts:
     """Requests that have an allocation and whose prompt is not complete, in the order of the scheduler's policy.

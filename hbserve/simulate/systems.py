@@ -13,13 +13,13 @@ from hbserve.bench.request_record import RequestTargets, percentile
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
 from hbserve.errors import ConfigError
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController
 from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
 from hbserve.slo.constraints import SLOConstraints, SMAllocation
-from hbserve.slo.step_times import StepTimes
 
 FORMS = (
     "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "
@@ -90,8 +90,8 @@ class Setting:
         belief: step times as the controller believes them; they may differ from ``steps``.
     """
 
-    steps: StepTimes
-    belief: StepTimes
+    steps: StepTimePredictor
+    belief: StepTimePredictor
     sizes: Sizes
     targets: RequestTargets
     attainment: float = 0.9

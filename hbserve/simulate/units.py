@@ -19,13 +19,13 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
 from hbserve.policy.decode_throttle import DecodeThrottle
 from hbserve.policy.queue_policy import Prompt, QueuePolicy
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.mixing import MixedPhase
 from hbserve.simulate.phases import DecodePhase, PrefillPhase
 from hbserve.simulate.prompts import Chunks, PrefixCache, Prompts, Sizes
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.slo.constraints import SMAllocation
-from hbserve.slo.step_times import StepTimes
 
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
 _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
@@ -39,7 +39,7 @@ class Unit(ABC):
         load_tokens: prompt tokens that are here and not computed. Placement compares units by it.
     """
 
-    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes) -> None:
+    def __init__(self, clock: SimulatedClock, steps: StepTimePredictor, sizes: Sizes) -> None:
         self.clock, self.steps, self.sizes = clock, steps, sizes
         self.metrics = SemiPDMetricsCollector(_WINDOW_S, 4096, clock)
         self.waiting: list[SimulatedRequest] = []
@@ -157,7 +157,7 @@ class Unit(ABC):
 class UnifiedUnit(Unit):
     """One worker that mixes prompt chunks into its decode steps."""
 
-    def __init__(self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes) -> None:
+    def __init__(self, clock: SimulatedClock, steps: StepTimePredictor, sizes: Sizes) -> None:
         super().__init__(clock, steps, sizes)
         self._prompts = Prompts(clock, sizes)
         self._worker = self._mixing(self._prompts, 0.0)
@@ -186,7 +186,7 @@ class _PhasedUnit(Unit):
     """
 
     def __init__(
-        self, clock: SimulatedClock, steps: StepTimes, sizes: Sizes, num_prefill: int = 1, num_decode: int = 1
+        self, clock: SimulatedClock, steps: StepTimePredictor, sizes: Sizes, num_prefill: int = 1, num_decode: int = 1
     ) -> None:
         super().__init__(clock, steps, sizes)
         self._num_pools = num_decode
@@ -235,7 +235,7 @@ class SemiPDUnit(_PhasedUnit):
     def __init__(
         self,
         clock: SimulatedClock,
-        steps: StepTimes,
+        steps: StepTimePredictor,
         sizes: Sizes,
         allocation: SMAllocation,
         alone: SMAllocation | None = SMAllocation(100, 100),  # noqa: B008  (immutable)
@@ -326,8 +326,8 @@ class SemiPDUnit(_PhasedUnit):
         step, burst = self.prefill.step, self.decode.burst
         if step is not None and burst is not None:
             assert self.prefill.chunks is not None
-            split = SMAllocation(self.prefill.percentage, self.decode.percentage)
-            slowdown = self.steps.slowdown(split, self.decode.alone_ms, self.prefill.chunks.tokens)
+            split = self.prefill.percentage, self.decode.percentage
+            slowdown = self.steps.slowdown(*split, self.decode.alone_s, self.prefill.chunks.tokens)
             step.set_speed(1 / slowdown.prefill)
             burst.set_speed(1 / slowdown.decode)
         elif step is not None:

@@ -39,6 +39,11 @@ class SMAllocation:
     def __str__(self) -> str:
         return f"({self.prefill_percentage}, {self.decode_percentage})" + " mixed" * self.mixed
 
+    @property
+    def percentages(self) -> tuple[int, int]:
+        """Of prefill and of decode."""
+        return self.prefill_percentage, self.decode_percentage
+
     def share_of(self, phase: InstanceRole) -> int:
         """Return the percentage of ``prefill`` or ``decode``."""
         return self.prefill_percentage if phase is InstanceRole.PREFILL else self.decode_percentage

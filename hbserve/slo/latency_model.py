@@ -8,8 +8,9 @@ The forms are those of Semi-PD (arXiv 2504.19867, section 5), with terms for wha
 - A worker that mixes both phases is one queue. Its steps hold the batch, and the prompts that arrived during the step
   before; the mean step is the fixed point of both. A prompt waits for the rest of the step under way, and in a queue
   when prompts fill steps.
-- A decode step takes ``a₂/y + b₂`` alone (`StepTimes`), and longer by a factor for the share of time in which prefill
-  runs beside it. The batch follows from how long sequences stay in it (Little's law), so both are solved together.
+- A decode step takes ``a₂/y + b₂`` alone (`StepTimePredictor`), and longer by a factor for the share of time in which
+  prefill runs beside it. The batch follows from how long sequences stay in it (Little's law), so both are solved
+  together.
 
 The weights of the terms are learnt while serving: ``TTFT = c₁·wait + c₂·service`` and ``TPOT = d₁·alone + d₂·beside``,
 all 1 at first.
@@ -23,12 +24,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
 from hbserve.config.semi_pd import MIXED_PACE
+from hbserve.policy.least_squares import LeastSquares
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 from hbserve.slo.constraints import SLOConstraints, SMAllocation
-from hbserve.slo.least_squares import PriorLeastSquares
-from hbserve.slo.step_times import StepTimes
 
 _MEMORY = 0.9  # factor on the weight of an observation at each later one
 _HORIZON_S = 10.0  # a backlog counts by the wait that it adds to the requests of the next seconds
@@ -97,8 +96,8 @@ class _Fits:
     """Learnt weights of the terms, for one kind of sharing: side by side, or mixed."""
 
     def __init__(self) -> None:
-        self.ttft = PriorLeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
-        self.tpot = PriorLeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
+        self.ttft = LeastSquares((1.0, 1.0), (0.5, 0.3), _MEMORY)
+        self.tpot = LeastSquares((1.0, 1.0), (0.3, 0.3), _MEMORY)
 
     def tpot_ms(self, terms: tuple[float, float]) -> float:
         """Compute TPOT from its terms."""
@@ -136,7 +135,7 @@ class LatencyModel:
 
     def __init__(
         self,
-        steps: StepTimes,
+        steps: StepTimePredictor,
         targets: SLOConstraints,
         alone: SMAllocation | None = None,
         max_batch: int = 256,
@@ -163,7 +162,7 @@ class LatencyModel:
         for prefix, fits in (("", self._side_by_side), ("mixed_", self._mixed)):
             values = (*fits.ttft.coefficients, *fits.tpot.coefficients)
             for name, value in zip(("ttft_wait", "ttft_service", "tpot_alone", "tpot_beside"), values, strict=True):
-                terms[prefix + name] = float(value)
+                terms[prefix + name] = value
         return terms
 
     # --- prediction ------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ class LatencyModel:
 
             def step_ms(chunk: float, batch: float = batch) -> float:
                 context = workload.context_tokens + max(0.0, tokens - chunk) / 2
-                return self.steps.mixed_ms(chunk, batch, decode_context, context)
+                return self._step_ms(100, batch, decode_context, chunk, context)
 
             max_tokens = self._tokens_within(step_ms)
             full_ms, alone_ms = step_ms(max_tokens), step_ms(0.0)
@@ -219,8 +218,8 @@ class LatencyModel:
         for _ in range(4):  # the step's time depends on the batch, and the batch on the step's time
             step_tokens = max(1.0, min(workload.tokens_of_its_prompt, self._prefill_batch_tokens))
             context = workload.context_tokens + workload.prompt_tokens + workload.output_tokens / 2
-            step_ms = self.steps.decode_ms(batch, context, allocation.decode_percentage)
-            slowdown = self.steps.slowdown(allocation, step_ms, step_tokens)
+            step_ms = self._step_ms(allocation.decode_percentage, batch, context)
+            slowdown = self.steps.slowdown(*allocation.percentages, step_ms / 1000, step_tokens)
             step_ms *= slowdown.decode
             if step_ms < self._decode_interval_ms:
                 step_ms += _ROUND_TRIP_MS  # each throttled step waits for the result of the one before
@@ -228,7 +227,7 @@ class LatencyModel:
             beside = step_ms / shared_ms  # share of the time in which a decode step runs beside a prefill step
             load, service_s = self._service(workload, allocation, batch, slowdown.prefill, beside)
             busy = min(1.0, load)
-            alone_ms = self.steps.decode_ms(batch, context, decode_alone)
+            alone_ms = self._step_ms(decode_alone, batch, context)
             # Steps per second add up over the two kinds of time, not milliseconds per step.
             mean_ms = 1 / ((1 - busy) / alone_ms + busy / shared_ms)
             tpot_terms = (alone_ms, max(0.0, mean_ms - alone_ms))
@@ -263,13 +262,20 @@ class LatencyModel:
         service_s = (idle_decode_share * alone_ms + (1 - idle_decode_share) * shared_ms) / 1000
         return workload.arrival_rate * service_s, service_s
 
+    def _step_ms(
+        self, percentage: int, batch: float, context: float, tokens: float = 0.0, prompt_context: float = 0.0
+    ) -> float:
+        """Compute the time of a step: a batch of sequences of a context, and tokens of a prompt after others."""
+        work = StepWork(batch, batch * context, tokens, num_pairs(tokens, prompt_context))
+        return 1000 * self.steps.at(percentage).seconds(work)
+
     def _prompt_ms(self, tokens: float, context: float, percentage: int) -> float:
         """Compute the time of a prompt: several short ones share a step, a long one takes several steps."""
         step_tokens = self._prefill_batch_tokens
         if tokens <= step_tokens:
-            return self.steps.prefill_ms(tokens, context, percentage)
+            return self._step_ms(percentage, 0, 0, tokens, context)
         num_steps = tokens / step_tokens
-        return num_steps * self.steps.prefill_ms(step_tokens, context + (tokens - step_tokens) / 2, percentage)
+        return num_steps * self._step_ms(percentage, 0, 0, step_tokens, context + (tokens - step_tokens) / 2)
 
     def _predict_percentiles(
         self,
@@ -292,8 +298,8 @@ class LatencyModel:
         fit = fits.ttft.coefficients
         if fits is self._side_by_side:
             # Waits that are longer than predicted while phases are mixed come from the arrivals: expect them here too.
-            fit = np.array([max(fit[0], self._mixed.ttft.coefficients[0]), fit[1]])
-        mean_ms = max(1e-6, float(fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1]))
+            fit = [max(fit[0], self._mixed.ttft.coefficients[0]), fit[1]]
+        mean_ms = max(1e-6, fit[0] * ttft_terms[0] + fit[1] * ttft_terms[1])
         # The waits of requests that wait are about exponential; service varies as the prompts do.
         idle = max(0.0, 1 - load) if not backlog_s else 0.0
         wait_ms = fit[0] * ttft_terms[0]
@@ -336,11 +342,13 @@ class LatencyModel:
         if ttft is not None:
             error = max(error, self._error(ttft, predicted.ttft_ms, self.targets.ttft_target_ms))
             spread = max(0.1, 1 / math.sqrt(ttft.count)) * ttft.mean_ms + 0.5
-            fits.ttft.observe(predicted.ttft_terms, ttft.mean_ms, spread)
+            fits.ttft.add(predicted.ttft_terms, ttft.mean_ms, 1 / spread**2)
+            fits.ttft.solve()
         if tpot is not None:
             error = max(error, self._error(tpot, predicted.tpot_ms, self.targets.tpot_target_ms))
             spread = max(0.05, 0.3 / math.sqrt(tpot.count)) * tpot.mean_ms
-            fits.tpot.observe(predicted.tpot_terms, tpot.mean_ms, spread)
+            fits.tpot.add(predicted.tpot_terms, tpot.mean_ms, 1 / spread**2)
+            fits.tpot.solve()
         if ttft is not None or tpot is not None:
             self._errors.append(error)
         return error

@@ -10,10 +10,10 @@ import pytest
 
 from hbserve import LLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import ConfigError
+from hbserve.policy.step_profile import StepProfile
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.profile import __main__ as profile
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
-from hbserve.slo.step_profile import StepProfile
-from hbserve.slo.step_times import StepTimes
 from tests.support.engines import assert_no_leaks, random_prompt
 from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
@@ -31,10 +31,10 @@ def test_a_profile_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert measured.model == "hbserve-demo"
     assert {point.percentage for point in measured.prefill} == {100, 50}
     assert {(point.batch, point.context) for point in measured.decode} == {(1, 64), (1, 128), (8, 64), (8, 128)}
-    assert {(p.prefill_percentage, p.decode_percentage) for p in measured.together} == {(50, 50), (100, 100)}
-    assert all(point.priority for point in measured.together)
+    assert {(p.prefill_percentage, p.decode_percentage) for p in measured.pairs} == {(50, 50), (100, 100)}
+    assert all(point.priority for point in measured.pairs)
     assert measured.mixed
-    assert StepTimes(measured).prefill_ms(100, 0, 75) > 0
+    assert StepTimePredictor.of_profile(measured).at(75).seconds(StepWork(0, 0, 100, 5000.0)) > 0
     assert picture.stat().st_size > 1000
 
 

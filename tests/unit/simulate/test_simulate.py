@@ -14,6 +14,7 @@ from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.errors import ConfigError
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 from hbserve.simulate import __main__ as command
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.prompts import PrefixCache, Sizes
@@ -21,12 +22,19 @@ from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.systems import Setting, System, find_highest_rate, plan, simulate
 from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
 from hbserve.slo.constraints import SMAllocation
-from hbserve.slo.step_times import StepTimes
 from tests.support.simulated_load import poisson
 
-STEPS = StepTimes()
+STEPS = StepTimePredictor.of_profile()
 SIZES = Sizes(chunk_size=2048)
 SETTING = Setting(STEPS, STEPS, SIZES, RequestTargets(ttft_ms=400, tpot_ms=25))
+
+
+def prompt_ms(tokens: int, percentage: int) -> float:
+    return 1000 * STEPS.at(percentage).seconds(StepWork(0, 0, tokens, num_pairs(tokens, 0)))
+
+
+def decode_ms(context: int, percentage: int) -> float:
+    return 1000 * STEPS.at(percentage).seconds(StepWork(1, context))
 
 
 def test_work_takes_longer_while_it_is_slowed_down() -> None:
@@ -43,16 +51,16 @@ def test_a_lone_request_takes_what_its_steps_take() -> None:
         clock = SimulatedClock()
         request = SimulatedRequest(1.0, 2048, 11)
         serve(clock, [unit_of(clock, STEPS, SIZES)], [request])
-        assert request.ttft_ms == pytest.approx(STEPS.prefill_ms(2048, 0, 100))
-        assert request.tpot_ms == pytest.approx(STEPS.decode_ms(1, 2048 + 6, 100), rel=0.001)
+        assert request.ttft_ms == pytest.approx(prompt_ms(2048, 100))
+        assert request.tpot_ms == pytest.approx(decode_ms(2048 + 6, 100), rel=0.001)
 
 
 def test_without_a_ladder_the_share_stays_where_the_other_phase_is_idle() -> None:
     clock = SimulatedClock()
     request = SimulatedRequest(0.0, 2048, 11)
     serve(clock, [SemiPDUnit(clock, STEPS, SIZES, SMAllocation(50, 40), None)], [request])
-    assert request.ttft_ms == pytest.approx(STEPS.prefill_ms(2048, 0, 50))
-    assert request.tpot_ms == pytest.approx(STEPS.decode_ms(1, 2048 + 6, 40), rel=0.001)
+    assert request.ttft_ms == pytest.approx(prompt_ms(2048, 50))
+    assert request.tpot_ms == pytest.approx(decode_ms(2048 + 6, 40), rel=0.001)
 
 
 def test_side_by_side_both_are_slowed_down_as_measured() -> None:
@@ -60,8 +68,8 @@ def test_side_by_side_both_are_slowed_down_as_measured() -> None:
     unit = SemiPDUnit(clock, STEPS, SIZES, SMAllocation(80, 50))
     first, second = SimulatedRequest(0.0, 64, 5000), SimulatedRequest(1.0, 2048, 1)
     serve(clock, [unit], [first, second])
-    slowdown = STEPS.slowdown(SMAllocation(80, 50), STEPS.decode_ms(1, 0, 50), 2048)
-    assert second.ttft_ms == pytest.approx(STEPS.prefill_ms(2048, 0, 80) * slowdown.prefill, rel=0.01)
+    slowdown = STEPS.slowdown(80, 50, decode_ms(0, 50) / 1000, 2048)
+    assert second.ttft_ms == pytest.approx(prompt_ms(2048, 80) * slowdown.prefill, rel=0.01)
 
 
 def test_a_shared_prefix_is_computed_once() -> None:

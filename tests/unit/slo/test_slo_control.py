@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hbserve.errors import ConfigError
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
+from hbserve.policy.step_profile import BUILTIN_PROFILE, FORMAT, StepPoint, StepProfile
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController, SimulatedRotation
@@ -22,14 +24,11 @@ from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.units import SemiPDUnit, serve
 from hbserve.slo.constraints import SMAllocation
 from hbserve.slo.latency_model import LatencyModel, ObservedLatency, WorkloadEstimate
-from hbserve.slo.least_squares import PriorLeastSquares
 from hbserve.slo.split_policy import SplitPolicy, WarmPercentages
-from hbserve.slo.step_profile import BUILTIN_PROFILE, PrefillPoint, StepProfile
-from hbserve.slo.step_times import StepTimes
 from hbserve.slo.workload import ObservedWindow, observed_window
 from tests.support.simulated_load import poisson
 
-STEPS = StepTimes()
+STEPS = StepTimePredictor.of_profile()
 BUILTIN = StepProfile.load(BUILTIN_PROFILE)
 SLO = SLOConstraints(ttft_target_ms=800, tpot_target_ms=12, ttft_percentile=90, tpot_percentile=90)
 ALONE = SMAllocation(100, 100)
@@ -61,40 +60,32 @@ def run(
 # --- the model ---------------------------------------------------------------------------------
 
 
-def test_least_squares_begins_with_its_prior_and_ends_with_the_observations() -> None:
-    fit = PriorLeastSquares((1.0, 1.0), (0.5, 0.5))
-    assert fit.predict((2.0, 3.0)) == pytest.approx(5.0)
-    for x in range(1, 200):
-        fit.observe((1.0, x), 3.0 + 0.25 * x, 0.01)
-    assert fit.coefficients == pytest.approx([3.0, 0.25], rel=0.01)
-    for x in range(1, 200):
-        fit.observe((1.0, x), -5.0 - x, 0.01)
-    assert (fit.coefficients >= 0).all()  # more work never takes less time
+def step_ms(point: StepPoint) -> float:
+    pairs = num_pairs(point.prompt_tokens, point.prompt_context)
+    work = StepWork(point.decode_rows, point.decode_rows * point.decode_context, point.prompt_tokens, pairs)
+    return 1000 * STEPS.at(point.percentage).seconds(work)
 
 
 def test_step_times_go_through_the_measured_points() -> None:
-    for point in BUILTIN.prefill:
-        assert STEPS.prefill_ms(point.tokens, point.context, point.percentage) == pytest.approx(point.ms, rel=0.1)
-    for decode in BUILTIN.decode:
-        assert STEPS.decode_ms(decode.batch, decode.context, decode.percentage) == pytest.approx(decode.ms, rel=0.05)
-    for together in BUILTIN.together:
-        steps = StepTimes(priority=together.priority)
-        split = SMAllocation(together.prefill_percentage, together.decode_percentage)
-        decode_ms = steps.decode_ms(together.batch, together.context, split.decode_percentage)
-        slowdown = steps.slowdown(split, decode_ms, together.tokens)
-        prefill_ms = steps.prefill_ms(together.tokens, 0, split.prefill_percentage) * slowdown.prefill
-        decode_ms *= slowdown.decode
-        assert prefill_ms == pytest.approx(together.prefill_ms, rel=0.1)
-        assert decode_ms == pytest.approx(together.decode_ms, rel=0.15)
-    for mixed in BUILTIN.mixed:
-        assert STEPS.mixed_ms(mixed.chunk, mixed.batch, mixed.context) == pytest.approx(mixed.ms, rel=0.25)
+    for points, precision in ((BUILTIN.prefill, 0.1), (BUILTIN.decode, 0.05), (BUILTIN.mixed, 0.25)):
+        for point in points:
+            assert step_ms(point) == pytest.approx(point.ms, rel=precision)
+    for pair in BUILTIN.pairs:
+        steps = StepTimePredictor.of_profile(priority=pair.priority)
+        decode_work = StepWork(pair.decode_rows, pair.decode_rows * pair.decode_context)
+        decode_s = steps.at(pair.decode_percentage).seconds(decode_work)
+        prefill_work = StepWork(0, 0, pair.prompt_tokens, num_pairs(pair.prompt_tokens, 0))
+        prefill_s = steps.at(pair.prefill_percentage).seconds(prefill_work)
+        slowdown = steps.slowdown(pair.prefill_percentage, pair.decode_percentage, decode_s, pair.prompt_tokens)
+        assert 1000 * prefill_s * slowdown.prefill == pytest.approx(pair.prefill_ms, rel=0.1)
+        assert 1000 * decode_s * slowdown.decode == pytest.approx(pair.decode_ms, rel=0.15)
 
 
 @given(st.integers(1, 99), st.integers(1, 256), st.integers(1, 32768))
 def test_a_larger_share_is_hardly_ever_slower(percentage: int, batch: int, tokens: int) -> None:
     measured = 1.06  # decode at 80 % was not faster than at 60 %
-    assert STEPS.prefill_ms(tokens, 0, percentage + 1) <= measured * STEPS.prefill_ms(tokens, 0, percentage)
-    assert STEPS.decode_ms(batch, 1000, percentage + 1) <= measured * STEPS.decode_ms(batch, 1000, percentage)
+    for work in (StepWork(batch, 1000 * batch), StepWork(0, 0, tokens, num_pairs(tokens, 0))):
+        assert STEPS.at(percentage + 1).seconds(work) <= measured * STEPS.at(percentage).seconds(work)
 
 
 def test_a_profile_is_the_same_after_a_file(tmp_path: Path) -> None:
@@ -107,8 +98,10 @@ def test_a_profile_is_the_same_after_a_file(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "truncated"),
-        ('{"model": 1}', "Expected `str`"),
-        ('{"model":"m","device":"d","source":"s","prefill":[],"decode":[]}', "no prefill points"),
+        ('{"model": "m"}', "missing required field `format`"),
+        ('{"format": 1, "model": "m", "device": "d", "source": "s", "prefill": []}', "format 1, expected 2; make it"),
+        ('{"format": 2, "model": 1}', "Expected `str`"),
+        ('{"format": 2, "model": "m", "device": "d", "source": "s", "steps": []}', "no steps with prompts alone"),
     ],
 )
 def test_a_bad_profile_is_refused(tmp_path: Path, text: str | None, what: str) -> None:
@@ -119,11 +112,20 @@ def test_a_bad_profile_is_refused(tmp_path: Path, text: str | None, what: str) -
         StepProfile.load(path)
 
 
-def test_a_profile_with_an_impossible_time_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("point", "what"),
+    [
+        (StepPoint(percentage=100, prompt_tokens=1, ms=-1.0), "positive"),
+        (StepPoint(percentage=0, prompt_tokens=1, ms=1.0), "percentage"),
+        (StepPoint(percentage=100, prompt_tokens=1, prompt_context=-1, ms=1.0), "negative"),
+        (StepPoint(percentage=100, decode_rows=1, ms=1.0), "decode_context"),
+        (StepPoint(percentage=100, ms=1.0), "neither"),
+    ],
+)
+def test_a_profile_with_an_impossible_step_is_refused(tmp_path: Path, point: StepPoint, what: str) -> None:
     path = tmp_path / "profile.json"
-    prefill = (PrefillPoint(percentage=100, tokens=1, ms=-1.0),)
-    StepProfile(model="m", device="d", source="s", prefill=prefill, decode=BUILTIN.decode).save(path)
-    with pytest.raises(ConfigError, match="positive"):
+    StepProfile(format=FORMAT, model="m", device="d", source="s", steps=(*BUILTIN.steps, point)).save(path)
+    with pytest.raises(ConfigError, match=what):
         StepProfile.load(path)
 
 

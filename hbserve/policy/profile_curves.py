@@ -1,6 +1,6 @@
-"""Step times at any split, size and batch, from the points of a profile.
+"""Step times at any share of the device, size and batch, from the points of a profile.
 
-Alone, a step's time is linear in its work (``b + a · tokens + c · tokens · keys``), with coefficients for each measured
+Alone, a step's time is linear in its work (``b + a · tokens + c · pairs``), with coefficients for each measured
 percentage. Between two percentages it is interpolated in ``1 / percentage``: piece by piece the form ``a/y + b`` of
 Semi-PD's section 5 (arXiv 2504.19867). One such curve over the whole range would be 13 % off at half of an H200, whose
 bandwidth needs only half of its SMs.
@@ -17,15 +17,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hbserve.slo.constraints import SMAllocation
-from hbserve.slo.least_squares import PriorLeastSquares
-from hbserve.slo.step_profile import BUILTIN_PROFILE, StepProfile, TogetherPoint
+from hbserve.policy.least_squares import LeastSquares
+from hbserve.policy.step_profile import BUILTIN_PROFILE, PairPoint, StepPoint, StepProfile
 
 _MEASUREMENT_ERROR = 0.02  # of a point, relative
-# Prior shares of a large step's time: fixed, per token, and per key.
+# Prior shares of a large step's time: fixed, per token, and per pair of query and key.
 _PREFILL_SHARES = (0.1, 0.8, 0.1)
 _DECODE_SHARES = (0.5, 0.1, 0.4)
-_USUAL_DECODE = (64, 1024)  # batch and context
+_USUAL_DECODE = (64, 64 * 1024)  # rows and keys
 _STEPS_PER_OCTAVE = 8  # of a decode step's time alone; slowdowns are cached at each
 _Sample = tuple[tuple[float, ...], float]  # features, milliseconds
 
@@ -38,99 +37,113 @@ class Slowdown:
     decode: float
 
 
-class StepTimes:
-    """Step times in milliseconds.
+class ProfileCurves:
+    """Curves through the points of a profile.
 
     Args:
-        profile: of a model on a device; default: the built-in one. If it has no points side by side, the slowdowns of
-            the built-in one stand in.
+        profile: of a model on a device. If it has no points side by side, the slowdowns of the built-in one stand in.
         priority: prefill runs below decode's priority.
     """
 
-    def __init__(self, profile: StepProfile | None = None, priority: bool = True) -> None:
-        self.profile = profile = profile or StepProfile.load(BUILTIN_PROFILE)
-        self._prefill = _Curve(
-            [(p.percentage, (_prefill_features(p.tokens, p.context), p.ms)) for p in profile.prefill], _PREFILL_SHARES
-        )
-        self._decode = _Curve(
-            [(p.percentage, (_decode_features(p.batch, p.context), p.ms)) for p in profile.decode], _DECODE_SHARES
-        )
-        self._pairs = self._measured_pairs(priority)
+    def __init__(self, profile: StepProfile, priority: bool = True) -> None:
+        self.profile = profile
+        self._prefill = _Curve(profile.prefill, _PREFILL_SHARES)
+        self._decode = _Curve(profile.decode, _DECODE_SHARES)
         self._mixed = self._fit_mixed()
-        self._cache: dict[tuple[SMAllocation, int, int], Slowdown] = {}
+        self._pairs = self._measured_pairs(priority)
+        self._cache: dict[tuple[int, int, int, int], Slowdown] = {}
 
-    def prefill_ms(self, tokens: float, context: float, percentage: int) -> float:
-        """Compute a prefill step alone: ``tokens`` of prompts that have ``context`` tokens before them."""
-        min_ms = self._decode.ms(_decode_features(1, 0), percentage)  # any step reads the weights
-        return max(min_ms, self._prefill.ms(_prefill_features(tokens, context), percentage))
+    def samples(self, percentage: int) -> list[tuple[tuple[float, float, float, float], float]]:
+        """Compute the work and the seconds of each measured size of a step, at any percentage."""
+        works = dict.fromkeys(
+            (*_decode_features(point)[1:], *_prefill_features(point)[1:]) for point in self.profile.steps
+        )
+        return [(work, self.seconds(*work, percentage)) for work in works]
 
-    def decode_ms(self, batch: float, context: float, percentage: int) -> float:
-        """Compute a decode step alone: ``batch`` sequences of ``context`` tokens."""
-        return self._decode.ms(_decode_features(batch, context), percentage)
+    def seconds(self, rows: float, keys: float, tokens: float, pairs: float, percentage: int) -> float:
+        """Compute the time of a step alone; the numbers are those of a `StepWork`."""
+        if not tokens:
+            return self._decode_ms(rows, keys, percentage) / 1000
+        if not rows:
+            return self._prefill_ms(tokens, pairs, percentage) / 1000
+        features = (1.0, self._prefill_ms(tokens, pairs, percentage), self._decode_ms(rows, keys, percentage))
+        return self._mixed.predict(features) / 1000
 
-    def mixed_ms(self, chunk: float, batch: float, context: float, prompt_context: float = 0.0) -> float:
-        """Compute a step of one process on the whole device with a prompt chunk and a decode batch in it.
+    def _prefill_ms(self, tokens: float, pairs: float, percentage: int) -> float:
+        min_ms = self._decode_ms(1, 0, percentage)  # any step reads the weights
+        return max(min_ms, self._prefill.ms((1.0, tokens, pairs), percentage))
 
-        Args:
-            prompt_context: tokens of the prompt before the chunk.
-        """
-        if not chunk:
-            return self.decode_ms(batch, context, 100)
-        if not batch:
-            return self.prefill_ms(chunk, prompt_context, 100)
-        return self._mixed.predict(self._mixed_features(chunk, batch, context, prompt_context))
+    def _decode_ms(self, rows: float, keys: float, percentage: int) -> float:
+        return self._decode.ms((1.0, rows, keys), percentage)
+
+    def _fit_mixed(self) -> LeastSquares:
+        """Fit steps with both: they take less than the sum of both, because they read the weights once."""
+        fit = LeastSquares((0.0, 1.0, 0.8), (5.0, 0.2, 0.4))
+        samples = []
+        for point in self.profile.mixed:
+            _, rows, keys = _decode_features(point)
+            _, tokens, pairs = _prefill_features(point)
+            prefill_ms = self._prefill_ms(tokens, pairs, point.percentage)
+            samples.append(((1.0, prefill_ms, self._decode_ms(rows, keys, point.percentage)), point.ms))
+        return _fit(fit, samples)
+
+    # --- side by side ----------------------------------------------------------------------------
 
     def _measured_pairs(self, priority: bool) -> dict[int, list[_Pair]]:
         """Fit the splits that were measured side by side, by prompt tokens in a step."""
-        alone = self if self.profile.together else StepTimes()
-        together = alone.profile.together
-        points: dict[tuple[int, SMAllocation], list[TogetherPoint]] = {}
-        for point in [point for point in together if point.priority is priority] or together:
-            split = SMAllocation(point.prefill_percentage, point.decode_percentage)
-            points.setdefault((point.tokens, split), []).append(point)
+        alone = self if self.profile.pairs else ProfileCurves(StepProfile.load(BUILTIN_PROFILE))
+        measured = alone.profile.pairs
+        points: dict[tuple[int, int, int], list[PairPoint]] = {}
+        for point in [point for point in measured if point.priority is priority] or measured:
+            split = (point.prefill_percentage, point.decode_percentage)
+            points.setdefault((point.prompt_tokens, *split), []).append(point)
         pairs: dict[int, list[_Pair]] = {}
-        for (tokens, split), group in points.items():
-            prefill_ms = alone.prefill_ms(tokens, 0, split.prefill_percentage)
-            alone_ms = [alone.decode_ms(point.batch, point.context, split.decode_percentage) for point in group]
+        for (tokens, prefill_percentage, decode_percentage), group in points.items():
+            prefill_ms = alone._prefill_ms(tokens, tokens**2 / 2, prefill_percentage)
+            alone_ms = [
+                alone._decode_ms(point.decode_rows, point.decode_rows * point.decode_context, decode_percentage)
+                for point in group
+            ]
             pair = _Pair(
-                split=split,
-                decode_scale=alone.decode_ms(*_USUAL_DECODE, split.decode_percentage),
+                prefill_percentage=prefill_percentage,
+                decode_percentage=decode_percentage,
+                decode_scale=alone._decode_ms(*_USUAL_DECODE, decode_percentage),
                 decode=_line(alone_ms, [point.decode_ms for point in group], 1.0),
                 prefill=_line(alone_ms, [point.prefill_ms / prefill_ms for point in group], 0.0),
             )
             pairs.setdefault(tokens, []).append(pair)
         return pairs
 
-    def slowdown(self, allocation: SMAllocation, decode_ms: float, tokens: float) -> Slowdown:
+    def slowdown(self, prefill_percentage: int, decode_percentage: int, decode_s: float, tokens: float) -> Slowdown:
         """Compute the slowdown while both phases run.
 
         Args:
-            decode_ms: time of a decode step alone at its percentage.
+            decode_s: time of a decode step alone at its percentage.
             tokens: prompt tokens in a step.
         """
         sizes = sorted(self._pairs)
         below = max((size for size in sizes if size <= tokens), default=sizes[0])
         above = min((size for size in sizes if size >= tokens), default=sizes[-1])
-        step = round(_STEPS_PER_OCTAVE * math.log2(max(0.01, decode_ms)))
-        low = self._at_size(allocation, step, below)
+        split, step = (prefill_percentage, decode_percentage), _octave_step(1000 * decode_s)
+        low = self._at_size(*split, step, below)
         if below == above:
             return low
-        high = self._at_size(allocation, step, above)
+        high = self._at_size(*split, step, above)
         share = math.log(tokens / below) / math.log(above / below)
         return Slowdown(
             low.prefill * (high.prefill / low.prefill) ** share, low.decode * (high.decode / low.decode) ** share
         )
 
-    def _at_size(self, allocation: SMAllocation, step: int, size: int) -> Slowdown:
+    def _at_size(self, prefill_percentage: int, decode_percentage: int, step: int, size: int) -> Slowdown:
         """Compute the slowdown at a measured number of prompt tokens."""
-        found = self._cache.get((allocation, step, size))
+        found = self._cache.get((prefill_percentage, decode_percentage, step, size))
         if found is None:
-            load = 2 ** (step / _STEPS_PER_OCTAVE) / self.decode_ms(*_USUAL_DECODE, allocation.decode_percentage)
+            load = 2 ** (step / _STEPS_PER_OCTAVE) / self._decode_ms(*_USUAL_DECODE, decode_percentage)
             weights = prefill = decode = 0.0
             for pair in self._pairs[size]:
                 distance = math.hypot(
-                    (pair.split.prefill_percentage - allocation.prefill_percentage) / 100,
-                    (pair.split.decode_percentage - allocation.decode_percentage) / 100,
+                    (pair.prefill_percentage - prefill_percentage) / 100,
+                    (pair.decode_percentage - decode_percentage) / 100,
                 )
                 weight = 1 / (distance**2 + 1e-6) ** 2
                 slowdown = pair.slowdown(load)
@@ -138,29 +151,20 @@ class StepTimes:
                 prefill += weight * math.log(slowdown.prefill)
                 decode += weight * math.log(slowdown.decode)
             found = Slowdown(math.exp(prefill / weights), math.exp(decode / weights))
-            self._cache[allocation, step, size] = found
+            self._cache[prefill_percentage, decode_percentage, step, size] = found
         return found
 
-    def _mixed_features(
-        self, chunk: float, batch: float, context: float, prompt_context: float = 0.0
-    ) -> tuple[float, ...]:
-        return (1.0, self.prefill_ms(chunk, prompt_context, 100), self.decode_ms(batch, context, 100))
 
-    def _fit_mixed(self) -> PriorLeastSquares:
-        """Fit steps with both: they take less than the sum of both, because they read the weights once."""
-        fit = PriorLeastSquares((0.0, 1.0, 0.8), (5.0, 0.2, 0.4))
-        for point in self.profile.mixed:
-            features = self._mixed_features(point.chunk, point.batch, point.context)
-            fit.observe(features, point.ms, _MEASUREMENT_ERROR * point.ms)
-        return fit
+def _octave_step(ms: float) -> int:
+    return round(_STEPS_PER_OCTAVE * math.log2(max(0.01, ms)))
 
 
-def _prefill_features(tokens: float, context: float) -> tuple[float, ...]:
-    return (1.0, tokens, tokens * (context + tokens / 2))
+def _prefill_features(point: StepPoint) -> tuple[float, float, float]:
+    return 1.0, point.prompt_tokens, point.prompt_tokens * (point.prompt_context + point.prompt_tokens / 2)
 
 
-def _decode_features(batch: float, context: float) -> tuple[float, ...]:
-    return (1.0, batch, batch * context)
+def _decode_features(point: StepPoint) -> tuple[float, float, float]:
+    return 1.0, point.decode_rows, point.decode_rows * point.decode_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,8 @@ class _Pair:
         prefill: line of prefill's slowdown over the same time.
     """
 
-    split: SMAllocation
+    prefill_percentage: int
+    decode_percentage: int
     decode_scale: float
     decode: tuple[float, float]
     prefill: tuple[float, float]
@@ -203,10 +208,11 @@ def _line(x: list[float], y: list[float], slope_share: float) -> tuple[float, fl
 class _Curve:
     """Step time of one phase alone: coefficients at each measured percentage."""
 
-    def __init__(self, samples: Sequence[tuple[int, _Sample]], shares: tuple[float, ...]) -> None:
+    def __init__(self, points: Sequence[StepPoint], shares: tuple[float, ...]) -> None:
         by_percentage: dict[int, list[_Sample]] = {}
-        for percentage, sample in samples:
-            by_percentage.setdefault(percentage, []).append(sample)
+        for point in points:
+            features = _prefill_features(point) if point.prompt_tokens else _decode_features(point)
+            by_percentage.setdefault(point.percentage, []).append((features, point.ms))
         self._percentages = sorted(by_percentage)
         largest = self._percentages[-1]
         whole = _fit_freely(by_percentage[largest], shares)
@@ -217,7 +223,7 @@ class _Curve:
             ratio = math.exp(sum(math.log(ms / whole.predict(features)) for features, ms in group) / len(group))
             scaled = [ratio * coefficient for coefficient in whole.coefficients]
             deviations = [0.2 * coefficient + 1e-9 for coefficient in scaled]
-            self._fits[percentage] = _fit(PriorLeastSquares(scaled, deviations), group)
+            self._fits[percentage] = _fit(LeastSquares(scaled, deviations), group)
 
     def ms(self, features: tuple[float, ...], percentage: int) -> float:
         below = max((p for p in self._percentages if p <= percentage), default=self._percentages[0])
@@ -232,14 +238,15 @@ class _Curve:
         return low + share * (high - low)
 
 
-def _fit(fit: PriorLeastSquares, samples: Sequence[_Sample]) -> PriorLeastSquares:
+def _fit(fit: LeastSquares, samples: Sequence[_Sample]) -> LeastSquares:
     for features, ms in samples:
-        fit.observe(features, ms, _MEASUREMENT_ERROR * ms)
+        fit.add(features, ms, 1 / (_MEASUREMENT_ERROR * ms) ** 2)
+    fit.solve()
     return fit
 
 
-def _fit_freely(samples: Sequence[_Sample], shares: tuple[float, ...]) -> PriorLeastSquares:
+def _fit_freely(samples: Sequence[_Sample], shares: tuple[float, ...]) -> LeastSquares:
     """Fit with a weak prior: each coefficient may be twice the guess."""
     features, ms = max(samples, key=lambda sample: sample[1])
     guess = [share * ms / feature for share, feature in zip(shares, features, strict=True)]
-    return _fit(PriorLeastSquares(guess, guess), samples)
+    return _fit(LeastSquares(guess, guess), samples)
