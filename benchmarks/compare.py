@@ -41,8 +41,7 @@ from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
-from hbserve.policy.step_profile import BUILTIN_PROFILE, StepProfile
-from hbserve.policy.step_time_predictor import StepTimePredictor
+from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
@@ -136,7 +135,7 @@ class Comparison:
         self._options = arguments
         self._folder = find_model(arguments.model)
         self._engine = engine_arguments(arguments, self._folder)
-        self._profile = StepProfile.load(arguments.profile or BUILTIN_PROFILE)
+        self._profile = load_profile(arguments.profile)
         vocab_size = ModelSpec.load(self._folder).vocab_size
         self._loads = [
             _Load(
@@ -318,7 +317,7 @@ class Comparison:
         load.predicted = dict(zip(systems, found, strict=True))
 
     def _setting(self, targets: RequestTargets, kv_tokens: int) -> Setting:
-        steps = StepTimePredictor.of_profile(self._profile)
+        steps = profiled_predictor(self._profile)
         sizes = Sizes(
             chunk_size=int(self._engine.get("chunk_size", Sizes.chunk_size)),
             max_chunk_prefill_tokens=int(self._engine.get("max_chunk_prefill_tokens", Sizes.max_chunk_prefill_tokens)),

@@ -23,8 +23,7 @@ from pathlib import Path
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import HBServeError
-from hbserve.policy.step_profile import StepProfile
-from hbserve.policy.step_time_predictor import StepTimePredictor
+from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.semi_pd.metrics_collector import AggregatedMetrics, SemiPDMetricsCollector
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints
@@ -80,7 +79,7 @@ async def run(arguments: argparse.Namespace, load_format: str) -> None:
         collector = SemiPDMetricsCollector(window_size_seconds=WINDOW_S)
         model = None
         if arguments.profile:
-            model = LatencyModel(StepTimePredictor.of_profile(StepProfile.load(arguments.profile)), constraints)
+            model = LatencyModel(profiled_predictor(load_profile(arguments.profile)), constraints)
         controller = SLOAwareResourceController(
             constraints, collector, manager, monitoring_interval=WINDOW_S / 4, bounds=SplitBounds(), model=model
         )

@@ -45,15 +45,13 @@ class DispatchTimer:
     scheduling, travel, preparation on the worker, and wrong predictions.
 
     Args:
+        predictor: of the worker's step times; the timer teaches it. None: one that knows nothing.
         predecessor: timer of a worker of the same phase. Its lead is taken over, because the lead depends on the host
             more than on the worker. Its step times are not: the share of the device may differ.
-
-    Attributes:
-        predictor: of the worker's step times.
     """
 
-    def __init__(self, predecessor: DispatchTimer | None = None) -> None:
-        self.predictor = StepTimePredictor()
+    def __init__(self, predictor: StepTimePredictor | None = None, predecessor: DispatchTimer | None = None) -> None:
+        self.predictor = predictor or StepTimePredictor()
         self._steps: deque[_Step] = deque()
         self._needed_leads_s: deque[float] = deque(
             () if predecessor is None else predecessor._needed_leads_s, maxlen=_NUM_SAMPLES

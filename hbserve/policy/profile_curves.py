@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hbserve.policy.least_squares import LeastSquares
-from hbserve.policy.step_profile import BUILTIN_PROFILE, PairPoint, StepPoint, StepProfile
+from hbserve.policy.step_profile import PairPoint, StepPoint, StepProfile
 
 _MEASUREMENT_ERROR = 0.02  # of a point, relative
 # Prior shares of a large step's time: fixed, per token, and per pair of query and key.
@@ -41,16 +41,18 @@ class ProfileCurves:
     """Curves through the points of a profile.
 
     Args:
-        profile: of a model on a device. If it has no points side by side, the slowdowns of the built-in one stand in.
+        profile: of a model on a device.
         priority: prefill runs below decode's priority.
+        stand_in: another profile, for slowdowns if this one has no points side by side.
     """
 
-    def __init__(self, profile: StepProfile, priority: bool = True) -> None:
+    def __init__(self, profile: StepProfile, priority: bool = True, stand_in: StepProfile | None = None) -> None:
         self.profile = profile
         self._prefill = _Curve(profile.prefill, _PREFILL_SHARES)
         self._decode = _Curve(profile.decode, _DECODE_SHARES)
         self._mixed = self._fit_mixed()
-        self._pairs = self._measured_pairs(priority)
+        alone = self if profile.pairs or stand_in is None else ProfileCurves(stand_in, priority)
+        self._pairs = alone._measured_pairs(priority)
         self._cache: dict[tuple[int, int, int, int], Slowdown] = {}
 
     def samples(self, percentage: int) -> list[tuple[tuple[float, float, float, float], float]]:
@@ -91,23 +93,22 @@ class ProfileCurves:
 
     def _measured_pairs(self, priority: bool) -> dict[int, list[_Pair]]:
         """Fit the splits that were measured side by side, by prompt tokens in a step."""
-        alone = self if self.profile.pairs else ProfileCurves(StepProfile.load(BUILTIN_PROFILE))
-        measured = alone.profile.pairs
+        measured = self.profile.pairs
         points: dict[tuple[int, int, int], list[PairPoint]] = {}
         for point in [point for point in measured if point.priority is priority] or measured:
             split = (point.prefill_percentage, point.decode_percentage)
             points.setdefault((point.prompt_tokens, *split), []).append(point)
         pairs: dict[int, list[_Pair]] = {}
         for (tokens, prefill_percentage, decode_percentage), group in points.items():
-            prefill_ms = alone._prefill_ms(tokens, tokens**2 / 2, prefill_percentage)
+            prefill_ms = self._prefill_ms(tokens, tokens**2 / 2, prefill_percentage)
             alone_ms = [
-                alone._decode_ms(point.decode_rows, point.decode_rows * point.decode_context, decode_percentage)
+                self._decode_ms(point.decode_rows, point.decode_rows * point.decode_context, decode_percentage)
                 for point in group
             ]
             pair = _Pair(
                 prefill_percentage=prefill_percentage,
                 decode_percentage=decode_percentage,
-                decode_scale=alone._decode_ms(*_USUAL_DECODE, decode_percentage),
+                decode_scale=self._decode_ms(*_USUAL_DECODE, decode_percentage),
                 decode=_line(alone_ms, [point.decode_ms for point in group], 1.0),
                 prefill=_line(alone_ms, [point.prefill_ms / prefill_ms for point in group], 0.0),
             )
@@ -115,7 +116,7 @@ class ProfileCurves:
         return pairs
 
     def slowdown(self, prefill_percentage: int, decode_percentage: int, decode_s: float, tokens: float) -> Slowdown:
-        """Compute the slowdown while both phases run.
+        """Compute the slowdown while both phases run; the profile must have points side by side.
 
         Args:
             decode_s: time of a decode step alone at its percentage.

@@ -1,19 +1,13 @@
-"""Measured step times of one model on one device, and the only reader and writer of their JSON file.
-
-`python -m hbserve.profile` makes such a file; a `StepTimePredictor` can start from it.
-"""
+"""Measured step times of one model on one device, as plain data; see `hbserve.policy.profile_file` for their file."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import msgspec
 
 from hbserve.errors import ConfigError
 
 FORMAT = 2
-BUILTIN_PROFILE = Path(__file__).with_name("builtin_profile.json")
-"""Profile of an 8B shape on an H200. It stands in until there is one of the model and device at hand."""
+"""Version of the file format."""
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -60,7 +54,7 @@ class StepProfile(_Part, frozen=True, kw_only=True):
     """Measured steps of one model on one device.
 
     Attributes:
-        format: version of the file format; other versions are refused.
+        format: version of the file format.
         model: its name; device: in words; source: where the numbers are from.
     """
 
@@ -86,35 +80,6 @@ class StepProfile(_Part, frozen=True, kw_only=True):
         """Steps with both."""
         return [point for point in self.steps if point.prompt_tokens and point.decode_rows]
 
-    def save(self, path: Path) -> None:
-        """Write the profile as JSON."""
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-
-    @staticmethod
-    def load(path: str | Path) -> StepProfile:
-        """Read a file that `save` wrote.
-
-        Raises:
-            ConfigError: if the file is missing, or holds no usable profile.
-        """
-        try:
-            text = Path(path).read_bytes()
-            version = msgspec.json.decode(text, type=_Version).format
-            if version != FORMAT:
-                raise ConfigError(
-                    f"latency profile {path}: format {version}, expected {FORMAT}; make it anew with "
-                    "`python -m hbserve.profile`"
-                )
-            profile = msgspec.json.decode(text, type=StepProfile)
-        except OSError as error:
-            raise ConfigError(
-                f"latency profile {path}: {error.strerror}; `python -m hbserve.profile` makes one"
-            ) from None
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"latency profile {path}: {error}") from None
-        profile.check(str(path))
-        return profile
-
     def check(self, where: str) -> None:
         """Check that curves can be fitted to the points; raises `ConfigError` if not."""
         if any(not p.prompt_tokens and not p.decode_rows for p in self.steps):
@@ -133,7 +98,3 @@ class StepProfile(_Part, frozen=True, kw_only=True):
         times = [p.ms for p in self.steps] + [ms for pair in self.pairs for ms in (pair.prefill_ms, pair.decode_ms)]
         if not all(0 < ms < 1e7 for ms in times):
             raise ConfigError(f"latency profile {where}: a time is not a positive number of milliseconds")
-
-
-class _Version(msgspec.Struct):
-    format: int

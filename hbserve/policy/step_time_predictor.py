@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from hbserve.policy.least_squares import LeastSquares
 from hbserve.policy.profile_curves import ProfileCurves, Slowdown
-from hbserve.policy.step_profile import BUILTIN_PROFILE, StepProfile
 
 _MEMORY = 0.98
 """Weight of the past at each step: about the last fifty steps of a kind count."""
@@ -89,11 +88,6 @@ class StepTimePredictor:
         self._rate: tuple[float, float] | None = None
         self._at: dict[int, StepTimePredictor] = {percentage: self}
 
-    @staticmethod
-    def of_profile(profile: StepProfile | None = None, priority: bool = True) -> StepTimePredictor:
-        """Make a predictor from a profile; None: the built-in one. For ``priority`` see `ProfileCurves`."""
-        return StepTimePredictor(ProfileCurves(profile or StepProfile.load(BUILTIN_PROFILE), priority))
-
     def at(self, percentage: int) -> StepTimePredictor:
         """Return the predictor for another share, which starts from the same profile."""
         found = self._at.get(percentage)
@@ -102,7 +96,8 @@ class StepTimePredictor:
         return found
 
     def slowdown(self, prefill_percentage: int, decode_percentage: int, decode_s: float, tokens: float) -> Slowdown:
-        """Compute the slowdown of two phases side by side; see `ProfileCurves.slowdown`. There must be a profile."""
+        """Compute the slowdown of two phases side by side; see `ProfileCurves.slowdown`. There must be a profile with
+        points side by side."""
         assert self.curves is not None, "only a profile says what one phase costs the other"
         return self.curves.slowdown(prefill_percentage, decode_percentage, decode_s, tokens)
 

@@ -17,6 +17,7 @@ from hbserve.bench import plots
 from hbserve.bench.arguments import check_new_file, default_load_format, find_model, run_command
 from hbserve.config import Config
 from hbserve.errors import ConfigError
+from hbserve.policy.profile_file import save_profile
 from hbserve.policy.step_profile import StepProfile
 from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
 
@@ -41,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plots.require_matplotlib("--plot", arguments.plot)
     profile = _profile(arguments)
-    profile.save(arguments.out)
+    save_profile(profile, arguments.out)
     if arguments.plot is not None:
         _plot(profile, arguments.plot)
 

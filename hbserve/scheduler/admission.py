@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
+from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.queue_policy import QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, num_pairs
 from hbserve.scheduler.core_io import Clock
@@ -34,14 +35,17 @@ def prefill_budget(config: Config) -> int:
 class WaitingQueue:
     """The waiting sequences, in the order of ``scheduler.policy``.
 
+    Args:
+        curves: of the model's profile, if there is one.
+
     Attributes:
         waiting: the sequences; a user's policy may reorder the list, and nothing else changes it.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, curves: ProfileCurves | None = None) -> None:
         self.waiting: list[Sequence] = []
         self._tokens_per_step = prefill_budget(config)
-        self._predictor = StepTimePredictor()
+        self._predictor = StepTimePredictor(curves)
         self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
         self.policy = make_policy(config.scheduler, self._predictor)
 

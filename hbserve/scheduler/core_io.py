@@ -18,6 +18,7 @@ from hbserve.messages.client import ClientMessage, OutputBatch, RequestOutput, S
 from hbserve.messages.supervisor import Predecessor
 from hbserve.messages.worker import InstanceCommand, InstanceReply
 from hbserve.metrics.request_metrics import RequestMetrics
+from hbserve.policy.step_profile import StepProfile
 
 
 class Start(NamedTuple):
@@ -28,11 +29,13 @@ class Start(NamedTuple):
         time_ns: the same moment in nanoseconds since 1970. It is also the scheduler's epoch, because workers obey the
             scheduler that was started last, and the number before the first step's id, because workers compare ids.
         predecessor: the scheduler whose place this one takes; None: it is the system's first.
+        profile: step times of the model on the device, if they were measured.
     """
 
     now: float
     time_ns: int
     predecessor: Predecessor | None = None
+    profile: StepProfile | None = None
 
 
 # --- in -------------------------------------------------------------------------------------------

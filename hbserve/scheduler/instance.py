@@ -14,6 +14,8 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.worker import NUM_BOARD_CELLS, Hello, InstanceCommand
 from hbserve.policy.dispatch_timer import DispatchTimer
+from hbserve.policy.profile_curves import ProfileCurves
+from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import Work, WorkerHandle
@@ -27,6 +29,7 @@ class InstanceHandle:
         instance: its configuration.
         config: the system's.
         address: where its one worker listens; None: workers are announced later (`SetWorkers`).
+        curves: of its model's profile, if there is one.
 
     Attributes:
         workers: by id, in the order in which they came.
@@ -46,8 +49,10 @@ class InstanceHandle:
         address: str | None,
         clock: Clock,
         outbox: OutboxWriter,
+        curves: ProfileCurves | None = None,
     ) -> None:
         self.config = instance
+        self._curves = curves
         self._clock = clock
         self.id = instance.instance_id
         self.role: InstanceRole = instance.instance_type
@@ -120,7 +125,8 @@ class InstanceHandle:
         worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
         worker.has_waited_for = 0
         peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
-        worker.timing = DispatchTimer(max(peers, key=lambda timing: timing.num_samples, default=None))
+        predictor = StepTimePredictor(self._curves, worker.percentage)
+        worker.timing = DispatchTimer(predictor, max(peers, key=lambda timing: timing.num_samples, default=None))
         worker.prepared_for = worker.started_as
         if hello.arena_epoch != self.arena_epoch:
             self.reset()

@@ -16,6 +16,7 @@ from hbserve.config import Config
 from hbserve.errors import HBServeError, SupersededError
 from hbserve.import_path import load_class
 from hbserve.messages.supervisor import Predecessor
+from hbserve.policy.profile_file import load_profile
 from hbserve.process import child
 from hbserve.scheduler.core_io import Start
 from hbserve.scheduler.scheduler import CpuScheduler
@@ -35,7 +36,9 @@ async def run_scheduler(
     scheduler_class: type[CpuScheduler] = CpuScheduler
     if config.performance.scheduler is not None:
         scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
-    start = Start(time.monotonic(), time.time_ns(), predecessor)
+    slo = config.semi_pd.slo
+    profile = None if slo is None or slo.profile is None else load_profile(slo.profile)
+    start = Start(time.monotonic(), time.time_ns(), predecessor, profile)
     scheduler = scheduler_class(config, instance_addresses, start)
     shell = SchedulerShell(scheduler, config, client_address)
     loop, launcher_ended = asyncio.get_running_loop(), asyncio.Event()

@@ -23,6 +23,7 @@ from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import NO_TOKEN, StepResult
+from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.admission import Admission, WaitingQueue
 from hbserve.scheduler.core_io import Clock, OutboxWriter
@@ -65,6 +66,7 @@ class RequestLifecycle:
         events: EventLog,
         clock: Clock,
         outbox: OutboxWriter,
+        curves: ProfileCurves | None = None,
     ) -> None:
         self.counts: defaultdict[str, int] = defaultdict(int)
         self._sequences: dict[tuple[bytes, str], Sequence] = {}
@@ -74,7 +76,7 @@ class RequestLifecycle:
         self._events = events
         self._clock = clock
         self._outbox = outbox
-        self._queue = WaitingQueue(config)
+        self._queue = WaitingQueue(config, curves)
         self._admission = Admission(instances, config, clock, self._queue.policy, transfers.is_open)
         self._max_attempts = config.kv_transfer.max_attempts
         self._shares_prefixes = config.performance.enable_prefix_caching

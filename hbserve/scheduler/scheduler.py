@@ -33,6 +33,7 @@ from collections import defaultdict
 
 from hbserve.config import Config
 from hbserve.metrics.collector import SemiPDMetricsCollector
+from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.scheduler.clients import ClientMessages
 from hbserve.scheduler.core_io import (
     ClientGone,
@@ -77,11 +78,12 @@ class CpuScheduler:
         self.config = config
         self._clock = clock = Clock(start)
         self._outbox = outbox = OutboxWriter()
+        curves = None if start.profile is None else ProfileCurves(start.profile)
         self._next_tick = start.now
         self._has_settled = False
         self.instances = instances = {
             instance.instance_id: InstanceHandle(
-                instance, config, instance_addresses.get(instance.instance_id), clock, outbox
+                instance, config, instance_addresses.get(instance.instance_id), clock, outbox, curves
             )
             for instance in config.gpu_instances
         }
@@ -90,7 +92,9 @@ class CpuScheduler:
         if start.predecessor is not None:
             events.note_predecessor(start.predecessor)
         transfers = TransferTracker(config.kv_transfer.verify)
-        self._requests = requests = RequestLifecycle(config, instances, transfers, metrics, events, clock, outbox)
+        self._requests = requests = RequestLifecycle(
+            config, instances, transfers, metrics, events, clock, outbox, curves
+        )
         self._planner = planner = StepPlanner(
             config, clock, transfers, requests.preempt, requests.policy, last_step_id=start.time_ns
         )

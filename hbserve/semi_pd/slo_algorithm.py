@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any, Protocol
 
 from hbserve.metrics.window_metrics import AggregatedMetrics
-from hbserve.policy.step_time_predictor import StepTimePredictor
+from hbserve.policy.profile_file import profiled_predictor
 from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
 from hbserve.slo.latency_model import LatencyModel
 from hbserve.slo.split_policy import Decision, SplitPolicy, WarmPercentages
@@ -78,7 +78,7 @@ class SLOAwareResourceController:
         self.metrics_collector = metrics_collector
         self.process_rotation_manager = process_rotation_manager
         self.monitoring_interval = monitoring_interval
-        model = model or LatencyModel(StepTimePredictor.of_profile(), slo_constraints)
+        model = model or LatencyModel(profiled_predictor(), slo_constraints)
         self.policy = SplitPolicy(model, slo_constraints, bounds)
         self.decisions: deque[Decision] = deque(maxlen=_NUM_DECISIONS)
         self._pending: Decision | None = None

@@ -10,8 +10,8 @@ from hbserve.config import Config
 from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
 from hbserve.metrics.window_metrics import AggregatedMetrics
-from hbserve.policy.step_profile import BUILTIN_PROFILE, StepProfile
-from hbserve.policy.step_time_predictor import StepTimePredictor
+from hbserve.policy.profile_file import load_profile, profiled_predictor
+from hbserve.policy.step_profile import StepProfile
 from hbserve.semi_pd.scheduler_link import SchedulerLink
 from hbserve.semi_pd.slo_algorithm import RotationManager, SLOAwareResourceController
 from hbserve.slo.constraints import SLOConstraints, SMAllocation, SplitBounds
@@ -68,7 +68,7 @@ def make_controller(
     ladder = config.semi_pd.ladder
     alone = SMAllocation(max(ladder.prefill), max(ladder.decode)) if ladder.prefill and ladder.decode else None
     model = LatencyModel(
-        StepTimePredictor.of_profile(profile, priority=bool(config.semi_pd.prefill_priority)),
+        profiled_predictor(profile, priority=bool(config.semi_pd.prefill_priority)),
         constraints,
         alone,
         config.performance.max_num_seqs,
@@ -97,7 +97,7 @@ def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]
     if not bounds.min_window_s <= slo.window_s <= _MAX_WINDOW_S:
         what = f"must be in {bounds.min_window_s:g}..{_MAX_WINDOW_S:g}, got {slo.window_s:g}"
         raise ConfigError(f"semi_pd.slo.window_s: {what}", "semi_pd.slo.window_s")
-    return constraints, bounds, StepProfile.load(slo.profile or BUILTIN_PROFILE)
+    return constraints, bounds, load_profile(slo.profile)
 
 
 def _fields(slo: SLOConfig, kind: Any) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
-from hbserve.policy.step_profile import StepProfile
-from hbserve.policy.step_time_predictor import StepTimePredictor
+from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.prompts import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import (
@@ -127,8 +126,8 @@ def _outcomes(
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
-    profile = None if arguments.profile is None else StepProfile.load(arguments.profile)
-    steps = StepTimePredictor.of_profile(profile, priority=not arguments.no_priority)
+    profile = None if arguments.profile is None else load_profile(arguments.profile)
+    steps = profiled_predictor(profile, priority=not arguments.no_priority)
     sizes = Sizes(
         chunk_size=arguments.chunk_size,
         max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens or Sizes.max_chunk_prefill_tokens,

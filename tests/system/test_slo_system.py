@@ -10,8 +10,8 @@ import pytest
 
 from hbserve import LLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import ConfigError
-from hbserve.policy.step_profile import StepProfile
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
+from hbserve.policy.profile_file import load_profile, profiled_predictor
+from hbserve.policy.step_time_predictor import StepWork
 from hbserve.profile import __main__ as profile
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from tests.support.engines import assert_no_leaks, random_prompt
@@ -27,14 +27,14 @@ def test_a_profile_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     arguments = ["--model", str(DEMO_MODEL), "--device", "cpu", "--seconds", "0.02", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["profile", *arguments, "--plot", str(picture)])
     assert profile.main() == 0
-    measured = StepProfile.load(out)
+    measured = load_profile(out)
     assert measured.model == "hbserve-demo"
     assert {point.percentage for point in measured.prefill} == {100, 50}
     assert {(point.batch, point.context) for point in measured.decode} == {(1, 64), (1, 128), (8, 64), (8, 128)}
     assert {(p.prefill_percentage, p.decode_percentage) for p in measured.pairs} == {(50, 50), (100, 100)}
     assert all(point.priority for point in measured.pairs)
     assert measured.mixed
-    assert StepTimePredictor.of_profile(measured).at(75).seconds(StepWork(0, 0, 100, 5000.0)) > 0
+    assert profiled_predictor(measured).at(75).seconds(StepWork(0, 0, 100, 5000.0)) > 0
     assert picture.stat().st_size > 1000
 
 

@@ -14,7 +14,8 @@ from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.errors import ConfigError
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
+from hbserve.policy.profile_file import profiled_predictor
+from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.simulate import __main__ as command
 from hbserve.simulate.clock import Progress, SimulatedClock
 from hbserve.simulate.prompts import PrefixCache, Sizes
@@ -24,7 +25,7 @@ from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, U
 from hbserve.slo.constraints import SMAllocation
 from tests.support.simulated_load import poisson
 
-STEPS = StepTimePredictor.of_profile()
+STEPS = profiled_predictor()
 SIZES = Sizes(chunk_size=2048)
 SETTING = Setting(STEPS, STEPS, SIZES, RequestTargets(ttft_ms=400, tpot_ms=25))
 

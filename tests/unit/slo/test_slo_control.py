@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hbserve.errors import ConfigError
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.window_metrics import SystemMetrics
-from hbserve.policy.step_profile import BUILTIN_PROFILE, FORMAT, StepPoint, StepProfile
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
+from hbserve.policy.profile_file import load_profile, profiled_predictor, save_profile
+from hbserve.policy.step_profile import FORMAT, StepPoint, StepProfile
+from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.semi_pd.slo_algorithm import SLOAwareResourceController, SLOConstraints, SplitBounds, describe
 from hbserve.simulate.clock import SimulatedClock
 from hbserve.simulate.control import SimulatedController, SimulatedRotation
@@ -28,8 +29,8 @@ from hbserve.slo.split_policy import SplitPolicy, WarmPercentages
 from hbserve.slo.workload import ObservedWindow, observed_window
 from tests.support.simulated_load import poisson
 
-STEPS = StepTimePredictor.of_profile()
-BUILTIN = StepProfile.load(BUILTIN_PROFILE)
+STEPS = profiled_predictor()
+BUILTIN = load_profile(None)
 SLO = SLOConstraints(ttft_target_ms=800, tpot_target_ms=12, ttft_percentile=90, tpot_percentile=90)
 ALONE = SMAllocation(100, 100)
 
@@ -71,7 +72,7 @@ def test_step_times_go_through_the_measured_points() -> None:
         for point in points:
             assert step_ms(point) == pytest.approx(point.ms, rel=precision)
     for pair in BUILTIN.pairs:
-        steps = StepTimePredictor.of_profile(priority=pair.priority)
+        steps = profiled_predictor(priority=pair.priority)
         decode_work = StepWork(pair.decode_rows, pair.decode_rows * pair.decode_context)
         decode_s = steps.at(pair.decode_percentage).seconds(decode_work)
         prefill_work = StepWork(0, 0, pair.prompt_tokens, num_pairs(pair.prompt_tokens, 0))
@@ -89,8 +90,8 @@ def test_a_larger_share_is_hardly_ever_slower(percentage: int, batch: int, token
 
 
 def test_a_profile_is_the_same_after_a_file(tmp_path: Path) -> None:
-    BUILTIN.save(tmp_path / "profile.json")
-    assert StepProfile.load(tmp_path / "profile.json") == BUILTIN
+    save_profile(BUILTIN, tmp_path / "profile.json")
+    assert load_profile(tmp_path / "profile.json") == BUILTIN
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_a_bad_profile_is_refused(tmp_path: Path, text: str | None, what: str) -
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=what):
-        StepProfile.load(path)
+        load_profile(path)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +125,9 @@ def test_a_bad_profile_is_refused(tmp_path: Path, text: str | None, what: str) -
 )
 def test_a_profile_with_an_impossible_step_is_refused(tmp_path: Path, point: StepPoint, what: str) -> None:
     path = tmp_path / "profile.json"
-    StepProfile(format=FORMAT, model="m", device="d", source="s", steps=(*BUILTIN.steps, point)).save(path)
+    save_profile(StepProfile(format=FORMAT, model="m", device="d", source="s", steps=(*BUILTIN.steps, point)), path)
     with pytest.raises(ConfigError, match=what):
-        StepProfile.load(path)
+        load_profile(path)
 
 
 def load(rate: float = 8.0, prompt: float = 1000.0, output: float = 200.0, **more: float) -> WorkloadEstimate:
