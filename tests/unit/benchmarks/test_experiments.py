@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare, handover, transfer
+from benchmarks import compare, handover, scheduler, transfer
 from benchmarks.stream_load import StreamLoad
 from hbserve.bench.request_record import RequestTargets
 from hbserve.errors import ConfigError
@@ -137,3 +137,16 @@ def test_compared_systems_become_configurations(tmp_path: Path) -> None:
         assert [(i.instance_type.value, i.gpu_id) for i in instances] == list(zip(roles, (0, 1), strict=True))
     with pytest.raises(ConfigError, match="the first system has failed"):
         both.config_of(systems["slo@80-100"], None)
+
+
+def test_the_cost_of_the_schedulers_core_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    scheduler.add_arguments(parser)
+    model = str(ROOT / "examples" / "models" / "hbserve-demo")
+    scheduler.run(parser.parse_args(["--model", model, "--batch", "1", "3", "--steps", "3", "--rounds", "2"]))
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["batch", "step", "plan", "result"]
+    for line, batch in zip(lines, (1, 3), strict=True):
+        size, step, plan, result = map(float, line.split())
+        assert size == batch
+        assert 0 < plan + result < step
