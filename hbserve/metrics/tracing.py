@@ -90,7 +90,7 @@ class RequestTracer:
                 continue
             # the request ended in a phase that has no end
             ended = request.completion_time if end is None else end
-            if ended > start or end is None:
+            if ended > start or end is None or name != "handover":  # a worker that does both phases hands nothing over
                 span: Span = self._tracer.start_span(name, context=context, start_time=self._at(start))
                 span.end(self._at(ended))
             if end is None:

@@ -15,7 +15,7 @@ import msgspec
 
 from hbserve import SamplingParams
 from hbserve.config import InstanceRole, from_dict
-from hbserve.messages.client import AddRequest
+from hbserve.messages.client import AddRequest, Attach
 from hbserve.messages.transfer import LinkOpened, OpenLink, Peer, ReceiveBlocks, TransferResult
 from hbserve.messages.worker import Hello, InstanceCommand, InstanceReply, Ping, Pong, StepPlan, StepResult
 from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
@@ -96,11 +96,13 @@ def history() -> str:
     def happens(at: float, event: InboxEvent) -> None:
         heapq.heappush(events, (at, next(numbers), event))
 
+    for number in range(5):
+        happens(0.0, FromClient(b"c%d" % number, Attach(client_id=f"client {number}")))
     for number in range(NUM_REQUESTS):
         prompt = [number % 7] * 16 + [(number * 11 + position) % 50 for position in range(number % 5 * 20)]
         sampling = SamplingParams(max_tokens=30 + number % 9, temperature=0)
         request = AddRequest(request_id=str(number), prompt_token_ids=prompt, end_token_ids=[49], sampling=sampling)
-        happens(0.1 + number * 0.003, FromClient(b"c%d" % (number % 3), request))
+        happens(0.1 + number * 0.003, FromClient(b"c%d" % (number % 5), request))
     digest, num_ended, now, lost_at = sha256(), 0, 0.0, 0.25
     while num_ended < NUM_REQUESTS:
         inbox: list[InboxEvent] = []

@@ -69,7 +69,8 @@ class Waits(CpuScheduler):
 
 async def test_a_policy_may_wait(short_path: Path) -> None:
     async with running(Waits, short_path) as (_, _, client):
-        reply = await client.ask(GetStats(query_id=1))
+        await client.ask(GetStats(query_id=1))  # answered after a step
+        reply = await client.ask(GetStats(query_id=2))
         assert isinstance(reply, Stats)
         assert reply.stats["cpu_scheduler"]["refused_requests"] >= 1
 
