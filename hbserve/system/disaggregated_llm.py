@@ -159,6 +159,11 @@ class DisaggregatedLLM:
         return self._client
 
     @property
+    def launcher(self) -> Launcher:
+        """Launcher of the system's processes."""
+        return self._launcher
+
+    @property
     def supervisors(self) -> dict[str, ProcessRotationManager]:
         """Rotation managers of the ``semi_pd`` instances, by instance name."""
         return self._launcher.supervisors

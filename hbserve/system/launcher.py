@@ -181,6 +181,11 @@ class Launcher:
         return children
 
     @property
+    def scheduler(self) -> ChildProcess:
+        """The scheduler's process, once it was started; another process of this object takes its place if it ends."""
+        return self._children[0]
+
+    @property
     def supervisors(self) -> dict[str, ProcessRotationManager]:
         """Rotation managers of the ``semi_pd`` instances, by instance name."""
         return {name: thread.manager for name, thread in self._supervisors.items()}

@@ -125,8 +125,7 @@ async def test_a_scheduler_that_is_not_started_again_ends_every_request_with_a_t
     async with system(model[0], mode="unified", max_restarts=0) as llm:
         work = asyncio.create_task(llm.generate([1, 2, 3], SamplingParams(max_tokens=600, ignore_eos=True)))
         await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["unified-0"]["steps"] >= 3)
-        scheduler = next(child for child in llm._launcher._children if child.name == "the scheduler")
-        os.kill(scheduler.pid, signal.SIGKILL)
+        os.kill(llm.launcher.scheduler.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="too often to start it again"):
             await asyncio.wait_for(work, DEADLINE_S)
         with pytest.raises(EngineDeadError):

@@ -88,7 +88,7 @@ class System:
 
     @property
     def scheduler_pid(self) -> int:
-        return self.llm._launcher._children[0].pid
+        return self.llm.launcher.scheduler.pid
 
     async def until(self, holds: Callable[[], Any]) -> None:
         async with asyncio.timeout(DEADLINE_S):

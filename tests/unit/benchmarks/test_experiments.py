@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare, handover, scheduler, transfer
+from benchmarks import compare, handover, scheduler, scheduler_kills, transfer
 from benchmarks.stream_load import StreamLoad
 from hbserve.bench.request_record import RequestTargets
 from hbserve.errors import ConfigError
@@ -82,6 +82,20 @@ def test_front_benchmark_measures_what_it_says(tmp_path: Path) -> None:
     assert numbers["requests_per_s"] > 0
     assert 0 < numbers["ttft_p50_ms"] <= numbers["ttft_p95_ms"]
     assert "requests_per_s" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_death_of_the_scheduler_is_measured(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3")
+    parser = argparse.ArgumentParser()
+    scheduler_kills.add_arguments(parser)
+    command = f"--model {tmp_path} --modes unified --kills 1 --streams 2 --tokens 40 --json {tmp_path / 'out'}"
+    scheduler_kills.run(parser.parse_args(command.split()))
+    result = json.loads((tmp_path / "out").read_text())["unified"]
+    assert (result["kills"], result["problems"]) == (1, {})
+    parts = {name: values[0] for name, values in result["seconds"].items()}
+    assert min(parts.values()) > 0
+    assert parts["whole_s"] == pytest.approx(parts["process_s"] + parts["hello_s"] + parts["recompute_s"])
 
 
 def test_gaps_of_streams_in_a_window() -> None:
