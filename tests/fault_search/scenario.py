@@ -21,6 +21,7 @@ TRANSFER_TIMEOUT_S = 3.0
 
 FaultKind = Literal[
     "kill_worker",
+    "kill_awaited",
     "stop_worker",
     "kill_scheduler",
     "stop_scheduler",
@@ -30,12 +31,15 @@ FaultKind = Literal[
     "rotate_mixed",
     "kill_holder",
     "set_role",
+    "join",
+    "leave",
+    "remove",
 ]
 _EVERYWHERE: tuple[FaultKind, ...] = ("kill_worker", "stop_worker", "kill_scheduler", "stop_scheduler", "kill_client")
 _OF_MODE: dict[str, tuple[FaultKind, ...]] = {
-    "unified": (),
-    "disaggregated": ("bad_wire", "bad_wire", "set_role"),
-    "semi_pd": ("rotate", "rotate", "rotate_mixed", "kill_holder"),
+    "unified": ("join", "leave", "remove"),
+    "disaggregated": ("bad_wire", "bad_wire", "set_role", "join", "leave", "remove"),
+    "semi_pd": ("rotate", "rotate", "rotate_mixed", "kill_holder", "kill_worker", "kill_awaited"),
 }
 
 
@@ -89,6 +93,7 @@ class Scenario:
     placement: str
     local_prefill_tokens: int
     has_ladder: bool
+    max_step_s: float
     requests: tuple[RequestSpec, ...]
     faults: tuple[Fault, ...]
 
@@ -166,7 +171,7 @@ def draw(seed: int) -> Scenario:
     """Draw a scenario."""
     rng = random.Random(seed)
     mode = rng.choice(("unified", "disaggregated", "disaggregated", "semi_pd", "semi_pd"))
-    max_tokens = rng.choice((4, 8, 16))
+    max_tokens = rng.choice((4, 12, 20))
     longest = rng.choice((8, 20, 40))
     shared = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(longest)) for _ in range(2)]
     needed = -(-(longest + max_tokens) // BLOCK_SIZE) + 1  # blocks that hold one request
@@ -174,11 +179,11 @@ def draw(seed: int) -> Scenario:
     requests = []
     for _ in range(rng.randint(3, 10)):
         length = rng.randint(1, longest)
-        start = rng.choice(shared)[: rng.randint(0, length)] if rng.random() < 0.6 else ()
+        start = rng.choice(shared)[: rng.randint(0, length)] if rng.random() < 0.7 else ()
         if len(start) > BLOCK_SIZE and rng.random() < 0.3:  # equal blocks after another first block
             start = (*(rng.randrange(VOCAB_SIZE) for _ in range(BLOCK_SIZE)), *start[BLOCK_SIZE:])
         prompt = (*start, *(rng.randrange(VOCAB_SIZE) for _ in range(length - len(start))))
-        at = rng.uniform(0.0, lasts_s)
+        at = rng.uniform(0.0, lasts_s) * rng.choice((0.1, 1.0))
         requests.append(
             RequestSpec(
                 at=at,
@@ -198,7 +203,10 @@ def draw(seed: int) -> Scenario:
         sorted(
             (
                 Fault(
-                    rng.uniform(0.0, lasts_s), rng.choice(kinds), rng.randrange(100), rng.choice((0.1, 0.5, 1.0, 4.0))
+                    rng.uniform(0.0, lasts_s) * rng.choice((0.1, 1.0)),
+                    rng.choice(kinds),
+                    rng.randrange(100),
+                    rng.choice((0.1, 0.5, 1.0, 4.0)),
                 )
                 for _ in range(rng.randint(0, 6))
             ),
@@ -212,7 +220,7 @@ def draw(seed: int) -> Scenario:
         num_decode=rng.randint(1, 2),
         one_sided=rng.random() < 0.5,
         verify=rng.random() < 0.3,
-        num_blocks=needed + rng.randint(0, 2 * needed),
+        num_blocks=needed + rng.choice((0, 1, needed // 2, needed, 2 * needed)),
         max_num_seqs=rng.randint(1, 6),
         chunk_size=rng.choice((3, 8, 64)),
         pipeline_depth=rng.randint(1, 3),
@@ -220,7 +228,8 @@ def draw(seed: int) -> Scenario:
         policy=rng.choice(("fcfs", "shortest_prompt_first", "slo_aware")),
         placement=rng.choice(("least_loaded", "fcfs", "prefix_aware")),
         local_prefill_tokens=rng.choice((0, 0, 6)),
-        has_ladder=rng.random() < 0.7,
+        has_ladder=rng.random() < 0.8,
+        max_step_s=rng.choice((0.003, 0.01, 0.03)),
         requests=tuple(sorted(requests, key=lambda request: request.at)),
         faults=faults,
     )

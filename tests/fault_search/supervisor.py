@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hbserve.config import InstanceRole
 from hbserve.messages.client import SchedulerReply
+from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
 from tests.fault_search.memory import Arena
+from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S
 from tests.fault_search.worker import Worker
 
 if TYPE_CHECKING:
@@ -40,6 +42,47 @@ class Launcher:
     @property
     def workers(self) -> list[Worker]:
         return [self.worker] if self.worker.is_alive else []
+
+
+class Joiner:
+    """Starts an instance that the configuration does not name, and has it join the system.
+
+    It asks again when its worker does not hear the scheduler, and when its worker has ended without being told to.
+    """
+
+    def __init__(self, world: World, number: int, role: InstanceRole) -> None:
+        self.world, self.role = world, role
+        self.instance_id, self.address = f"j{number}", f"tcp://127.0.0.1:{9000 + number}"
+        self.identity = self.instance_id.encode()
+        self.worker: Worker | None = None
+        self._has_left = False
+        self._keep_asking()
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [] if self.worker is None or not self.worker.is_alive else [self.worker]
+
+    def _keep_asking(self) -> None:
+        if self._has_left:
+            return
+        if not self.workers or self.world.now - self.workers[0].last_ping > HEARTBEAT_TIMEOUT_S:
+            message = Join(
+                instance_id=self.instance_id, role=self.role, address=self.address, kv_rank=None, num_ranks=None
+            )
+            self.world.from_client(self.identity, self.world.scheduler.number, message)
+        self.world.after(1.0, self._keep_asking)
+
+    def on_reply(self, session: int, reply: SchedulerReply) -> None:
+        if isinstance(reply, Joined) and reply.error is None and not self.workers and not self._has_left:
+            arena = Arena(self.instance_id, self.world.scenario.num_blocks, 0, self.world.check_write)
+            self.worker = Worker(
+                self.world, self.instance_id, self.role, self.address, arena, reply.kv_rank, self._on_exit
+            )
+            arena.owner = self.worker  # type: ignore[attr-defined]
+
+    def _on_exit(self, worker: Worker, is_dismissed: bool) -> None:
+        self.world.trace(f"{self.instance_id} has ended")
+        self._has_left |= is_dismissed
 
 
 class Split(NamedTuple):

@@ -24,6 +24,7 @@ from hbserve.messages.worker import (
     StepRef,
     StepResult,
     Superseded,
+    WantsToLeave,
 )
 from hbserve.sampling_params import SamplingParams
 from tests.fault_search.memory import NOTHING, Arena, kv_of, next_token
@@ -108,9 +109,10 @@ class Worker(Process):
         self.epoch = world.new_number()
         self.transfers = Transfers(self)
         self._scheduler_epoch = 0
-        self._last_ping = world.now
+        self.last_ping = world.now
         self._line: Line | None = None
         self.lines: dict[Line, None] = {}
+        self.wants_to_leave = False
         self._is_used = self._is_dismissed = False
         self._held: deque[tuple[Line, InstanceCommand]] | None = None  # commands that wait for an epoch to begin
         self._plans: deque[StepPlan] = deque()
@@ -131,11 +133,13 @@ class Worker(Process):
             self._handle(command)
 
     def _on_ping(self, line: Line, ping: Ping) -> None:
-        silence_s = self.world.now - self._last_ping
+        silence_s = self.world.now - self.last_ping
         if ping.scheduler_epoch < self._scheduler_epoch and silence_s < HEARTBEAT_TIMEOUT_S:
             self.world.to_scheduler(self, line, Superseded(scheduler_epoch=self._scheduler_epoch))
             return
-        self._line, self._last_ping = line, self.world.now
+        self._line, self.last_ping = line, self.world.now
+        if self.wants_to_leave:
+            self.send(WantsToLeave(epoch=self.epoch))
         if ping.scheduler_epoch == self._scheduler_epoch and ping.known_epoch == self.epoch:
             self.send(Pong(epoch=self.epoch))
             return
@@ -213,6 +217,11 @@ class Worker(Process):
                 self._is_used = True
                 self.transfers.handle(command)
 
+    def has_step(self, step: StepRef) -> bool:
+        """Whether it has not done this step yet."""
+        plans = [*self._plans, *([] if self._running is None else [self._running])]
+        return any((plan.cell, plan.step_id) == (step.cell, step.step_id) for plan in plans)
+
     # --- steps -----------------------------------------------------------------------------------
 
     def _start_next(self) -> None:
@@ -222,6 +231,7 @@ class Worker(Process):
                 self._plans.popleft()
                 continue
             if after is not None and after not in self._lost and self.arena.cells.get(after.cell, 0) < after.step_id:
+                self.world.on_awaited(after)
                 self.arena.waiters.append(lambda: self.do(self._start_next))
                 return
             self._plans.popleft()
@@ -232,7 +242,7 @@ class Worker(Process):
 
     def _run(self, plan: StepPlan) -> None:
         self._running = plan
-        self.after(self.world.rng.uniform(0.0005, 0.01), lambda: self._compute(plan))
+        self.after(self.world.rng.uniform(0.0005, self.world.scenario.max_step_s), lambda: self._compute(plan))
 
     def _compute(self, plan: StepPlan) -> None:
         """Read and write the memory; the result leaves a little later."""

@@ -7,23 +7,25 @@ import random
 from collections.abc import Callable
 
 from hbserve.config import InstanceRole
-from hbserve.messages.admin import SetRole
+from hbserve.messages.admin import RemoveInstance, SetRole
 from hbserve.messages.client import ClientMessage, SchedulerReply
 from hbserve.messages.transfer import Peer
-from hbserve.messages.worker import InstanceCommand, InstanceReply
+from hbserve.messages.worker import InstanceCommand, InstanceReply, StepRef
 from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
 from hbserve.scheduler.scheduler import CpuScheduler
 from tests.fault_search.checks import check_books, check_idle
 from tests.fault_search.client import Client, _Request
 from tests.fault_search.memory import NOTHING, Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S, Fault, Scenario
-from tests.fault_search.supervisor import Launcher, Split, Supervisor
+from tests.fault_search.supervisor import Joiner, Launcher, Split, Supervisor
 from tests.fault_search.worker import Line, Process, Worker
 
 _START = 1000.0
 _DEADLINE_S = 200.0
 """Simulated time after the last fault by which every request must have ended."""
 _STEPS_PER_CHECK = 8
+_MAX_JOINERS = 3
+_ROLES = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
 class FoundFault(AssertionError):
@@ -103,10 +105,10 @@ class World:
         self._last_delivery: dict[object, float] = {}
         self.listeners: dict[str, Worker] = {}
         self.requests: dict[str, _Request] = {}
-        self.is_wire_bad = self.is_wire_noisy = False
+        self.is_wire_bad = self.is_wire_noisy = self._kills_awaited = False
         self.scheduler = SchedulerProcess(self, 1)
         self.clients = {identity: Client(self, identity) for identity in (b"a", b"b")}
-        self.launchers: list[Launcher] = []
+        self.launchers: list[Launcher | Joiner] = []
         self.supervisor: Supervisor | None = None
         for kv_rank, instance in enumerate(self.config.gpu_instances):
             if instance.instance_type is InstanceRole.SEMI_PD:
@@ -182,7 +184,8 @@ class World:
             self._deliver((client, session, "in"), lambda: scheduler.post(FromClient(client, message)))
 
     def to_client(self, scheduler: SchedulerProcess, identity: bytes, reply: SchedulerReply) -> None:
-        client: Client | Supervisor | None = self.clients.get(identity) or self.supervisor
+        client: Client | Supervisor | Joiner | None = self.clients.get(identity) or self.supervisor
+        client = next((joiner for joiner in self._joiners if joiner.identity == identity), client)
         if client is None:
             return
         if isinstance(client, Client) and not client.is_alive:
@@ -238,6 +241,8 @@ class World:
                 worker = workers[number % len(workers)]
                 self.trace(f"kill {worker.name}")
                 worker.end()
+            case "kill_awaited":
+                self._kills_awaited = True
             case "stop_worker" if workers:
                 self._stop(workers[number % len(workers)], fault.lasts_s)
             case "kill_scheduler":
@@ -266,6 +271,29 @@ class World:
                     query_id=number, instance_id=launcher.instance_id, role=role, deadline_s=max(1.0, fault.lasts_s)
                 )
                 self.from_client(b"operator", self.scheduler.number, message)
+
+            case "join" if len(self._joiners) < _MAX_JOINERS:
+                roles = [self.launchers[0].role] if self.scenario.mode == "unified" else [*_ROLES]
+                self.launchers.append(Joiner(self, len(self._joiners), roles[number % len(roles)]))
+            case "leave" if self._joiners:
+                for worker in self._joiners[number % len(self._joiners)].workers:
+                    worker.wants_to_leave = True
+            case "remove" if self._joiners:
+                name = self._joiners[number % len(self._joiners)].instance_id
+                removal = RemoveInstance(query_id=number, instance_id=name, deadline_s=max(1.0, fault.lasts_s))
+                self.from_client(b"operator", self.scheduler.number, removal)
+
+    def on_awaited(self, step: StepRef) -> None:
+        """A worker waits for another one's step: the moment at which that other one is missed most."""
+        for worker in self.workers if self._kills_awaited else ():
+            if worker.has_step(step):
+                self._kills_awaited = False
+                self.trace(f"kill {worker.name}, which others wait for")
+                self.after(self.rng.choice((0.0, 0.001)), worker.end)
+
+    @property
+    def _joiners(self) -> list[Joiner]:
+        return [launcher for launcher in self.launchers if isinstance(launcher, Joiner)]
 
     def _stop(self, process: Process, lasts_s: float) -> None:
         self.trace(f"stop {process.name}")
