@@ -197,8 +197,15 @@ def _prompt_of(model: str, num_tokens: int) -> str:
 
 
 @contextmanager
-def front(model: str, step_s: float, num_tokenizers: int, **server: Any) -> Iterator[tuple[int, dict[str, int]]]:
-    """Start engine stub and API server as processes; yield the port and the pids. ``server``: more of that section."""
+def front(
+    model: str, step_s: float, num_tokenizers: int, max_num_seqs: int = 0, **server: Any
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Start engine stub and API server as processes; yield the port and the pids.
+
+    Args:
+        max_num_seqs: see `benchmarks.front_stub.EngineStub`.
+        server: more of that section of the configuration.
+    """
     vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     config = {
         "model": {"path": model, "served_name": "bench"},
@@ -208,7 +215,8 @@ def front(model: str, step_s: float, num_tokenizers: int, **server: Any) -> Iter
     with tempfile.TemporaryDirectory(prefix="hbserve-") as folder:
         address = f"ipc://{folder}/stub"
         python = [sys.executable, "-m"]
-        stub = subprocess.Popen([*python, "benchmarks.front_stub", address, str(step_s), str(vocab_size)])
+        engine = [address, str(step_s), str(vocab_size), str(max_num_seqs)]
+        stub = subprocess.Popen([*python, "benchmarks.front_stub", *engine])
         api = subprocess.Popen(
             [*python, "benchmarks.front_server", address, json.dumps(config)], stdout=subprocess.PIPE
         )
@@ -218,7 +226,7 @@ def front(model: str, step_s: float, num_tokenizers: int, **server: Any) -> Iter
             if not line:
                 raise RuntimeError("the API server did not start; see above")
             ready = json.loads(line)
-            yield ready["port"], {"api": api.pid, **ready["pids"]}
+            yield ready["port"], {"api": api.pid, "stub": stub.pid, **ready["pids"]}
         finally:
             for process in (api, stub):
                 process.terminate()

@@ -38,10 +38,12 @@ async def run(address: str, config: Config) -> None:
             await text.start(time.monotonic() + START_TIMEOUT_S)
             ready = await client.wait_ready(START_TIMEOUT_S)
             tokenizer = Tokenizer(config.tokenizer_path, config.model.path)
-            engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, text)
+            max_samples = config.performance.max_waiting_requests
+            engine = TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size, text, max_samples=max_samples)
             pids = {name: process["pid"] for name, process in text.report().items()}
 
             def on_ready(port: int) -> None:
+                child.freeze_heap()
                 print(json.dumps({"port": port, "pids": pids}), flush=True)
 
             app = create_app(engine, client, config.served_name)

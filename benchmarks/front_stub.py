@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import time
 
@@ -36,13 +37,14 @@ class EngineStub:
 
     Args:
         step_s: time between two steps; the first token of a request comes at once.
+        max_num_seqs: requests that get tokens in one step; others wait. 0: no limit, and no request waits for a step.
     """
 
-    def __init__(self, address: str, step_s: float, vocab_size: int) -> None:
+    def __init__(self, address: str, step_s: float, vocab_size: int, max_num_seqs: int = 0) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.ROUTER))
         self._socket.socket.bind(address)
-        self._step_s, self._vocab_size = step_s, vocab_size
+        self._step_s, self._vocab_size, self._max_num_seqs = step_s, vocab_size, max_num_seqs
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._left: dict[str, int] = {}
@@ -69,7 +71,8 @@ class EngineStub:
             message = self._decoder.decode(payload)
             if isinstance(message, AddRequest):
                 self._left[message.request_id] = message.sampling.max_tokens or 1
-                self._send([self._token(message.request_id)])
+                if not self._max_num_seqs:
+                    self._send([self._token(message.request_id)])
             elif isinstance(message, AbortRequest):
                 if self._left.pop(message.request_id, None) is not None:
                     end = RequestOutput(
@@ -95,7 +98,8 @@ class EngineStub:
             due = max(due + self._step_s, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
             if self._left:
-                self._send([self._token(request_id) for request_id in list(self._left)])
+                running = itertools.islice(self._left, self._max_num_seqs or None)
+                self._send([self._token(request_id) for request_id in list(running)])
 
     def _token(self, request_id: str) -> RequestOutput:
         left = self._left[request_id] = self._left[request_id] - 1
@@ -112,4 +116,4 @@ class EngineStub:
 
 
 if __name__ == "__main__":
-    event_loop.run(EngineStub(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])).run())
+    event_loop.run(EngineStub(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])).run())
