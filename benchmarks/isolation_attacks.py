@@ -108,13 +108,14 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
         "8000 prompts of one letter": (text, lambda: prompt(prompt=["a"] * 8000)),
         "30 prompts with 128 samples each": (text, lambda: prompt(prompt=["a"] * 30, n=128)),
         "128 samples of 3900 token ids": (text, lambda: prompt(prompt=[5] * 3900, n=128)),
+        "an echo of 3900 token ids, 128 times": (text, lambda: prompt(prompt=[305] * 3900, n=128, echo=True)),
         "16,000 biases": (text, lambda: prompt(logit_bias={str(i): 1 for i in range(16_000)})),
         "16,000 stop strings": (text, lambda: prompt(stop=[f"s{i}" for i in range(16_000)])),
         "16,000 bad words": (text, lambda: prompt(bad_words=[f"s{i}" for i in range(16_000)])),
         "16,000 allowed token ids": (text, lambda: prompt(allowed_token_ids=[5] * 16_000)),
         "a grammar of 190 kB": (text, lambda: prompt(grammar="start: " + " | ".join(['"abc"'] * 21_000))),
         "a grammar of 190 kB that is none": (text, lambda: prompt(grammar="start: " + "( " * 95_000)),
-        "metadata of 260,000 values": (text, lambda: prompt(metadata=[1] * int(260_000 * scale))),
+        "metadata of 65,000 values": (text, lambda: prompt(metadata=[1] * int(65_000 * scale))),
         "4000 messages": ("/v1/chat/completions", lambda: chat(messages=[_USER] * 4000)),
         "one message of 5000 parts": (
             "/v1/chat/completions",
@@ -129,17 +130,17 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
             "/v1/chat/completions",
             lambda: chat(tools=[tool(name=f"f{i}") for i in range(2000)], tool_choice="required"),
         ),
-        "a tool with a schema of 260,000 values": (
+        "a tool with a schema of 65,000 values": (
             "/v1/chat/completions",
-            lambda: chat(tools=[tool(parameters={"type": "object", "enum": list(range(int(260_000 * scale)))})]),
+            lambda: chat(tools=[tool(parameters={"type": "object", "enum": list(range(int(65_000 * scale)))})]),
         ),
-        "a tool to be called, with 87,000 properties": (
+        "a tool to be called, with 32,000 properties": (
             "/v1/chat/completions",
-            lambda: chat(tools=[tool(parameters=wide(int(87_000 * scale)))], tool_choice="required"),
+            lambda: chat(tools=[tool(parameters=wide(int(32_000 * scale)))], tool_choice="required"),
         ),
-        "an answer's schema of 87,000 properties": (
+        "an answer's schema of 32,000 properties": (
             "/v1/chat/completions",
-            lambda: chat(response_format=schema(wide(int(87_000 * scale)))),
+            lambda: chat(response_format=schema(wide(int(32_000 * scale)))),
         ),
         "an answer's schema of 2000 properties": (
             "/v1/chat/completions",
@@ -153,9 +154,9 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
             "/v1/chat/completions",
             lambda: chat(messages=[_USER, call(json.dumps({"a": [[]] * int(130_000 * scale)})), _USER]),
         ),
-        "template variables of 260,000 values": (
+        "template variables of 65,000 values": (
             "/v1/chat/completions",
-            lambda: chat(chat_template_kwargs={"enable_thinking": list(range(int(260_000 * scale)))}),
+            lambda: chat(chat_template_kwargs={"enable_thinking": list(range(int(65_000 * scale)))}),
         ),
         "a chat of a million letters": (
             "/v1/chat/completions",
@@ -173,6 +174,7 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
             "/detokenize",
             lambda: json.dumps({"tokens": [305] * int(131_000 * scale)}).encode(),
         ),
+        "130,000 tokens to /tokenize": ("/tokenize", lambda: json.dumps({"prompt": "a b " * (mb // 16)}).encode()),
         "a million letters to /tokenize": ("/tokenize", lambda: json.dumps({"prompt": "a b " * (mb // 4)}).encode()),
     }
 
@@ -197,7 +199,7 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
         10: "131,000 token ids",
         20: "16,000 unknown parameters",
         21: "5000 messages",
-        5: "a tool with a schema of 260,000 values",
+        5: "a tool with a schema of 65,000 values",
         4: "a prompt of 30 MB",
         8: "4000 prompts",
     }

@@ -1,7 +1,8 @@
 """Bounds of JSON documents that strangers send: how much work a document is, without and with reading it.
 
 Reading JSON takes a time that its values decide, not its bytes: 30 MB in one string take 30 ms, in a million values a
-second. An event loop reads light documents itself, and has another process read the others.
+second. An event loop reads light documents itself. A thread beside it reads moderate ones, which holds Python's lock
+for some milliseconds. Another process reads the others.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from typing import Any
 
 from hbserve.errors import ContextLengthError, InvalidRequestError
 
-LIGHT_VALUES = 16_384
-"""Values that an event loop may read and check in one go: at most some 50 ms, also if every one of them is wrong."""
-LIGHT_BYTES = 4 * 2**20
+LIGHT_VALUES = 512
+"""Values that an event loop may read and check in one go: about a millisecond, also if every one of them is wrong."""
+LIGHT_BYTES = 2**16
+MODERATE_VALUES = 16_384
+MODERATE_BYTES = 2**20
 MAX_VALUES = 16_384
 """Values of a body, without those of `_FREE` and `_NUMBERS`."""
-MAX_FREE_VALUES = 262_144
+MAX_FREE_VALUES = 65_536
 """Values of schemas, template variables and other JSON that no part of the server checks one by one."""
-MIN_TOKEN_IDS = 131_072
-"""Token ids that a body may have, in any case; with a longer context twice as many as the context holds."""
-
+MAX_WRITTEN_VALUES = 262_144
+"""Values of JSON within texts: the arguments of calls."""
 _FREE = frozenset({"parameters", "schema", "chat_template_kwargs", "metadata", "arguments"})
 _NUMBERS = frozenset({"prompt", "tokens"})
 
 
-def max_values(document: bytes) -> int:
+def max_values(document: bytes | bytearray) -> int:
     """Return a bound for the number of values, and of characters that are written in a longer form.
 
     Counts separators, also those inside of strings: takes about 1 ms per 10 MB.
@@ -34,16 +36,21 @@ def max_values(document: bytes) -> int:
     return sum(map(document.count, (b",", b":", b"[", b"{", b"\\"))) + 1
 
 
-def is_light(document: bytes) -> bool:
+def is_light(document: bytes | bytearray) -> bool:
     """Return whether an event loop may read the document."""
     return len(document) <= LIGHT_BYTES and max_values(document) <= LIGHT_VALUES
 
 
-def read(document: bytes, max_token_ids: int, max_chars: int | None = None) -> Any:
+def is_moderate(document: bytes | bytearray) -> bool:
+    """Return whether a thread beside an event loop may read the document."""
+    return len(document) <= MODERATE_BYTES and max_values(document) <= MODERATE_VALUES
+
+
+def read(document: bytes | bytearray, max_token_ids: int | None = None, max_chars: int | None = None) -> Any:
     """Read a document of any size.
 
     Args:
-        max_token_ids: context length of the model.
+        max_token_ids: limit of all token ids together.
         max_chars: limit of each prompt, and of all other texts together.
 
     Raises:
@@ -56,12 +63,12 @@ def read(document: bytes, max_token_ids: int, max_chars: int | None = None) -> A
         raise InvalidRequestError("the body is nested too deeply") from None
     except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-    _check(value, max(MIN_TOKEN_IDS, 2 * max_token_ids), math.inf if max_chars is None else max_chars)
+    _check(value, math.inf if max_token_ids is None else max_token_ids, math.inf if max_chars is None else max_chars)
     return value
 
 
-def _check(value: Any, max_token_ids: int, max_chars: float) -> None:
-    num_values = num_free = num_ids = num_chars = longest_prompt = 0
+def _check(value: Any, max_token_ids: float, max_chars: float) -> None:
+    num_values = num_free = num_written = num_ids = num_chars = longest_prompt = 0
     open_: list[tuple[Any, bool, bool]] = [(value, False, False)]  # a container; whether it is free, or of token ids
     while open_:
         container, is_free, has_ids = open_.pop()
@@ -86,12 +93,14 @@ def _check(value: Any, max_token_ids: int, max_chars: float) -> None:
                 else:
                     num_chars += len(item)
                 if key in _FREE and num_chars <= max_chars:  # arguments of a call: JSON as text
-                    num_free += max_values(item.encode("utf-8", "replace"))
+                    num_written += max_values(item.encode("utf-8", "replace"))
     if (longest := max(num_chars, longest_prompt)) > max_chars:
         raise ContextLengthError(f"the body has {longest} characters; the model's context holds at most {max_chars}")
     if num_ids > max_token_ids:
         raise InvalidRequestError(f"the body has more than {max_token_ids} token ids", "prompt")
     if num_free > MAX_FREE_VALUES:
-        raise InvalidRequestError(f"schemas, arguments and template variables have more than {MAX_FREE_VALUES} values")
+        raise InvalidRequestError(f"schemas and template variables have more than {MAX_FREE_VALUES} values")
+    if num_written > MAX_WRITTEN_VALUES:
+        raise InvalidRequestError(f"the arguments of calls have more than {MAX_WRITTEN_VALUES} values")
     if num_values > MAX_VALUES:
         raise InvalidRequestError(f"the body has more than {MAX_VALUES} values")

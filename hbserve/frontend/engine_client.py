@@ -42,14 +42,15 @@ from hbserve.messages.client import (
     SubscribeReady,
 )
 from hbserve.messages.supervisor import EventKind, ReportEvent
+from hbserve.process import event_loop
 from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcClient
 
 logger = logging.getLogger(__name__)
 
-_OUTPUTS_PER_TURN = 256
-"""Outputs that are handled in one turn of the event loop: one request may have thousands of samples."""
+_OUTPUTS_PER_LOOK = 16
+"""Outputs between two looks at the clock."""
 _MAX_UNSENT_EVENTS = 100
 _RECONNECT_DELAY_S = 0.05
 _DEFAULTS = RpcConfig()
@@ -398,11 +399,12 @@ class EngineClient:
             self._last_heard = time.monotonic()
             match reply:
                 case OutputBatch(outputs=outputs):
+                    turn = event_loop.Turn()
+                    num_losses = self._num_losses
                     for number, output in enumerate(outputs, start=1):
                         self._on_output(output)
-                        if number % _OUTPUTS_PER_TURN == 0:
-                            num_losses = self._num_losses
-                            await asyncio.sleep(0)
+                        if number % _OUTPUTS_PER_LOOK == 0 and turn.is_over:
+                            await turn.pass_on()
                             if self._num_losses != num_losses:
                                 break  # the requests have gone on from the outputs before
                     self._send_requests()  # an output may end a trial

@@ -12,18 +12,19 @@ import asyncio
 import itertools
 import secrets
 import uuid
-from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
-from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError, RequestFailedError
+from hbserve.errors import ContextLengthError, HBServeError, InvalidRequestError
 from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.open_sample import OpenSample, close_all
 from hbserve.frontend.outputs import GenerationOutput, Sample, SampleDelta, TextStream, logprobs_by_id
-from hbserve.messages.client import AddRequest, RequestOutput
-from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
+from hbserve.messages.client import AddRequest
+from hbserve.messages.text import DEFAULT_CHAT, ChatOptions
+from hbserve.process import event_loop
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer import ChatMessage, Tokenizer
 from hbserve.tokenizer.text_service import LocalText, TextService
@@ -35,8 +36,12 @@ SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: spreads the seeds 
 
 _MIN_MAX_CHARS = 1_000_000
 """Characters that any prompt may have: encoding them takes about a second."""
-_STARTS_PER_TURN = 32
-"""Samples of one request that start in one turn of the event loop."""
+_MAX_CHARS_PER_TOKEN = 32
+"""Characters per token of the context that a longer prompt may have. A few tokens of white space are longer."""
+_MIN_MAX_TOKENS = 131_072
+"""Tokens that the prompts of one body may have in any case; with a longer context twice as many as it holds."""
+_MAX_CLOSES_AT_ONCE = 64
+"""Samples of a closed request that end at once; ending them takes 20 µs each. The others end in later turns."""
 
 
 class _OpenRequest:
@@ -77,7 +82,9 @@ class TextEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.text = text or LocalText(tokenizer)
-        self.text.max_chars = max(_MIN_MAX_CHARS, max_model_len * tokenizer.longest_token)
+        chars_per_token = min(_MAX_CHARS_PER_TOKEN, tokenizer.longest_token)
+        self.text.max_chars = max(_MIN_MAX_CHARS, max_model_len * chars_per_token)
+        self.text.max_tokens = max(_MIN_MAX_TOKENS, 2 * max_model_len)
         # Files may name ids that the model does not have, such as -1 for none.
         self._end_token_ids = frozenset(id_ for id_ in tokenizer.end_token_ids if 0 <= id_ < vocab_size)
         self._client = client
@@ -86,6 +93,7 @@ class TextEngine:
         self._max_prompt_tokens = max_prompt_tokens
         self._max_samples = max_samples
         self._ended: HBServeError | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -118,30 +126,36 @@ class TextEngine:
         # The serial number keeps late outputs of an ended request out of a new request with the same id.
         opened = _OpenRequest([f"{request_id}-{index}-{next(self._serial)}" for index in range(num_samples)])
         self._open[request_id] = opened
-        samples: list[_OpenSample] = []
+        samples: list[OpenSample] = []
 
         def close() -> None:
             self._open.pop(request_id, None)
-            for sample in samples:
+            still_open = [sample for sample in samples if not sample.has_ended]
+            for sample in still_open[:_MAX_CLOSES_AT_ONCE]:
                 sample.close()
+            if len(still_open) > _MAX_CLOSES_AT_ONCE:
+                closing = asyncio.create_task(close_all(still_open[_MAX_CLOSES_AT_ONCE:]))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
 
         stream = opened.stream = TextStream(num_samples, close, lambda index: samples[index].close("stop"))
+        turn = event_loop.Turn()
         try:
             grammar = await self._check_sampling(sampling)
             for prompt in prompts:
                 token_ids = await self._prompt_token_ids(prompt, sampling)
-                if len(prompts) > 1:
-                    await asyncio.sleep(0)  # many prompts must not block the loop's other work
+                if turn.is_over:
+                    await turn.pass_on()
                 first = len(stream.prompt_token_ids) * sampling.n
                 stream.prompt_token_ids.append(token_ids)
                 requests = self._requests(token_ids, sampling, grammar, opened.sample_ids[first : first + sampling.n])
                 for index, request in enumerate(requests, start=first):
-                    samples.append(_OpenSample(self, index, request, sampling, stream))
+                    samples.append(OpenSample(self.text, self.vocab_size, index, request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
-            for number, sample in enumerate(samples, start=1):
-                if number % _STARTS_PER_TURN == 0:
-                    await asyncio.sleep(0)
+            for sample in samples:
+                if turn.is_over:
+                    await turn.pass_on()
                 if opened.is_aborted:  # before the scheduler knows the request
                     sample.abort_unstarted()
                 else:
@@ -268,6 +282,10 @@ class TextEngine:
         Raises:
             InvalidRequestError: naming ``param``.
         """
+        if not token_ids or (
+            set(map(type, token_ids)) == {int} and 0 <= min(token_ids) <= max(token_ids) < self.vocab_size
+        ):
+            return
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"{param}: token ids must be integers, got {token_id!r}", param)
@@ -333,7 +351,7 @@ class TextEngine:
                     sampling,
                     n=1,
                     seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
-                    max_tokens=max(max_tokens, 1),  # with 0 the one token is dropped: see `_OpenSample`
+                    max_tokens=max(max_tokens, 1),  # with 0 the one token is dropped: see `OpenSample`
                     stop=None,  # the scheduler handles no text
                     grammar=grammar,
                     bad_words=None,
@@ -341,125 +359,3 @@ class TextEngine:
             )
             for index, sample_id in enumerate(sample_ids)
         ]
-
-
-class _OpenSample:
-    """Sample between the scheduler, which gives tokens, and the text service, which gives text."""
-
-    def __init__(
-        self, engine: TextEngine, index: int, request: AddRequest, sampling: SamplingParams, stream: TextStream
-    ) -> None:
-        self._engine, self._index, self._request = engine, index, request
-        self._sampling, self._stream = sampling, stream
-        self._client: EngineClient | None = None
-        self._outputs: deque[RequestOutput] = deque()  # outputs whose text is not here yet
-        self._all_token_ids: list[int] = []  # only with a grammar
-        self._has_ended = False
-        self._check: asyncio.Task[None] | None = None
-
-    def start(self, client: EngineClient) -> None:
-        """Send the request to the scheduler."""
-        sampling = self._sampling
-        options = TextStreamOptions(
-            skip_special_tokens=sampling.skip_special_tokens,
-            stop=sampling.stop_strings,
-            min_tokens=sampling.min_tokens,
-            include_stop=sampling.include_stop_str_in_output,
-        )
-        self._text = self._engine.text.open(options, self._on_text)
-        self._client = client
-        client.open(self._request, self._on_output)
-
-    def abort_unstarted(self) -> None:
-        """Finish the sample, because the user has aborted the request before its start."""
-        self._has_ended = True
-        self._push([], OutputText(text="", num_tokens=0), "abort", None)
-
-    def close(self, finish_reason: str = "abort") -> None:
-        """End the sample: its stream is closed, or its reader needs no more of it."""
-        self._end(finish_reason)
-        if self._check is not None:
-            self._check.cancel()
-
-    def _end(self, finish_reason: str = "abort") -> None:
-        if not self._has_ended:
-            self._has_ended = True
-            if self._client is not None:
-                self._client.close_request(self._request.request_id, finish_reason)
-                self._text.close()
-
-    def _on_output(self, output: RequestOutput | HBServeError) -> None:
-        if isinstance(output, HBServeError):
-            self._end()
-            self._stream.fail(output)
-        elif output.prompt_logprobs is not None:
-            if not self._has_ended:
-                self._push([], OutputText(text="", num_tokens=0), None, None, output)
-        else:
-            if self._sampling.max_tokens == 0 and output.token_ids:
-                output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
-            self._outputs.append(output)
-            # An end token counts as a token, but has no text unless the request wants it.
-            hides_end = output.finish_reason == "stop" and not self._sampling.include_stop_str_in_output
-            shown = len(output.token_ids) - hides_end
-            self._text.feed(output.token_ids, max(shown, 0), output.finish_reason is not None)
-
-    def _on_text(self, text: OutputText | HBServeError) -> None:
-        if isinstance(text, HBServeError):
-            self._end()
-            self._stream.fail(text)
-            return
-        output = self._outputs.popleft()
-        if self._has_ended:
-            return
-        token_ids, finish_reason = output.token_ids[: text.num_tokens], output.finish_reason
-        stop_reason: str | int | None = None
-        if text.stop_string is not None:
-            finish_reason, stop_reason = "stop", text.stop_string
-        elif finish_reason == "stop" and token_ids and token_ids[-1] in (self._sampling.stop_token_ids or ()):
-            stop_reason = token_ids[-1]
-        if finish_reason is not None:
-            self._end("stop")
-        if self._sampling.steering_grammar is not None:
-            self._all_token_ids += token_ids
-            if finish_reason == "stop" and stop_reason is None:
-                self._check = asyncio.create_task(self._finish_checked(output, text))
-                return
-        self._push(token_ids, text, finish_reason, stop_reason, output)
-
-    async def _finish_checked(self, output: RequestOutput, text: OutputText) -> None:
-        """Finish a sample that follows its grammar, and fail any other: a grammar may become too complex on the way."""
-        grammar = self._sampling.steering_grammar
-        assert grammar is not None
-        try:
-            token_ids = self._all_token_ids[:-1]
-            problem = await self._engine.text.check_output(grammar, self._engine.vocab_size, token_ids)
-        except HBServeError as error:
-            problem = str(error)
-        if problem is None:
-            self._push(output.token_ids, text, "stop", None, output)
-        else:
-            self._stream.fail(RequestFailedError(problem))
-
-    def _push(
-        self,
-        token_ids: list[int],
-        text: OutputText,
-        finish_reason: str | None,
-        stop_reason: str | int | None,
-        output: RequestOutput | None = None,
-    ) -> None:
-        logprobs = None if output is None else output.logprobs
-        self._stream.push(
-            SampleDelta(
-                index=self._index,
-                text=text.text,
-                token_ids=token_ids,
-                logprobs=None if logprobs is None else logprobs[: len(token_ids)],
-                finish_reason=finish_reason,
-                stop_reason=stop_reason,
-                num_prompt_tokens=len(self._request.prompt_token_ids),
-                num_cached_tokens=0 if output is None else output.num_cached_tokens,
-                prompt_logprobs=None if output is None else output.prompt_logprobs,
-            )
-        )

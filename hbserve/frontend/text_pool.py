@@ -2,41 +2,52 @@
 
     detokenizer           outputs of all requests; short prompts, if there is no other tokenizer
     tokenizer-0, -1, ...  short prompts and short chats, if configured
-    tokenizer-large       what a request can make long: long prompts and chats, large bodies; all chats, if there is no
-                          other tokenizer
+    tokenizer-large       what a request can make long: long prompts and chats, large bodies, many tokens; all chats, if
+                          there is no other tokenizer
     grammar-checker       grammars, from the first one on
 
 Streams run in the detokenizer, and nothing else there takes more than a few milliseconds: a chat template may loop.
+In this process, the side thread writes and reads what is large.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
 
+from hbserve import bounded_json
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
 from hbserve.frontend.text_process import OnEvent, TextProcess
 from hbserve.messages.text import (
     DEFAULT_CHAT,
     BodyRead,
+    Chat,
     ChatOptions,
     Checked,
     CheckGrammar,
+    Decoded,
+    DecodeTokens,
     EncodeChat,
     Encoded,
     EncodeText,
     ReadBody,
     TextStreamOptions,
 )
+from hbserve.process.side_thread import SideThread
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import LONG_TEXT, OnText, OutputStream
 
+T = TypeVar("T")
+
+_NICENESS = 5
+"""Of the processes that no stream passes: the others get the cores first."""
 MAX_CHECK_S = 10.0
 """Time in which a grammar is checked, while others' grammars are checked too."""
 
@@ -50,22 +61,24 @@ class TextProcesses:
         on_event: called with kind, subject and text when a process is replaced, or given up.
 
     Attributes:
-        max_chars: see `TextService`.
+        max_chars, max_tokens: see `TextService`.
     """
 
     def __init__(self, config: Config, run_dir: str, on_event: OnEvent = lambda *_: None) -> None:
         self.max_chars: int | None = None
+        self.max_tokens: int | None = None
+        self._side = SideThread()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._detokenizer = TextProcess("detokenizer", config, run_dir, self._context, on_event)
         self._tokenizers = [
             TextProcess(f"tokenizer-{number}", config, run_dir, self._context, on_event)
             for number in range(config.server.num_tokenizers)
         ]
-        self._checker = TextProcess("grammar-checker", config, run_dir, self._context, on_event)
+        self._checker = TextProcess("grammar-checker", config, run_dir, self._context, on_event, _NICENESS)
         self._checker_start: asyncio.Task[None] | None = None
         self._start_timeout_s = config.rpc.start_timeout_s
         self._checks: set[asyncio.Task[Checked]] = set()
-        self._large = TextProcess("tokenizer-large", config, run_dir, self._context, on_event)
+        self._large = TextProcess("tokenizer-large", config, run_dir, self._context, on_event, _NICENESS)
         self._processes = [self._detokenizer, *self._tokenizers, self._large]
 
     @property
@@ -95,6 +108,7 @@ class TextProcesses:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._checker.stop()
         await asyncio.gather(*(process.stop() for process in self._processes))
+        self._side.close()
         self._context.term()
 
     def report(self) -> dict[str, dict[str, Any]]:
@@ -102,13 +116,24 @@ class TextProcesses:
         checkers = [self._checker] if self._checker_start is not None else []
         return {process.name: process.report() for process in [*self._processes, *checkers]}
 
+    async def aside(self, work: Callable[[], T]) -> T:
+        return await self._side.run(work)
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        process = self._large if len(text) >= LONG_TEXT else self._tokenizer(self._detokenizer)
+        try:
+            content = text.encode() if len(text) < LONG_TEXT else await self._side.run(text.encode)
+        except UnicodeEncodeError:  # JSON can write half a surrogate pair
+            raise InvalidRequestError("prompt holds a lone surrogate, which is no character", "prompt") from None
+        process = self._large if len(content) >= LONG_TEXT else self._tokenizer(self._detokenizer)
         reply = await process.ask(
-            lambda number: EncodeText(
-                query_id=number, text=text, add_special_tokens=add_special_tokens, max_chars=self.max_chars
+            lambda number, inline: EncodeText(
+                query_id=number,
+                content=inline,
+                add_special_tokens=add_special_tokens,
+                max_chars=self.max_chars,
+                max_tokens=self.max_tokens,
             ),
-            "prompt",
+            content,
         )
         assert isinstance(reply, Encoded)
         return reply.token_ids
@@ -118,32 +143,52 @@ class TextProcesses:
         messages: Sequence[ChatMessage],
         tools: Sequence[dict[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
+        is_light: bool = True,
     ) -> list[int]:
-        chat = EncodeChat(
-            query_id=0,
-            messages=list(messages),
-            tools=list(tools) if tools else None,
-            options=options,
-            max_chars=self.max_chars,
-        )
+        def written() -> bytes:
+            return msgspec.msgpack.encode(
+                Chat(messages=list(messages), tools=list(tools) if tools else None, options=options)
+            )
+
         try:
-            size = len(msgspec.msgpack.encode(chat))
-        except UnicodeEncodeError:  # JSON can write half a surrogate pair
+            content = written() if is_light else await self._side.run(written)
+        except UnicodeEncodeError:
             raise InvalidRequestError("messages holds a lone surrogate, which is no character", "messages") from None
-        is_large = size >= LONG_TEXT or options.template is not None
-        process = self._large if is_large else self._tokenizer(self._large)
-        reply = await process.ask(lambda number: msgspec.structs.replace(chat, query_id=number), "messages")
+        has_template = options.template is not None
+        process = self._large if len(content) >= LONG_TEXT or has_template else self._tokenizer(self._large)
+        reply = await process.ask(
+            lambda number, inline: EncodeChat(
+                query_id=number,
+                content=inline,
+                has_template=has_template,
+                max_chars=self.max_chars,
+                max_tokens=self.max_tokens,
+            ),
+            content,
+        )
         assert isinstance(reply, Encoded)
         return reply.token_ids
 
-    async def read_json(self, body: bytes, max_token_ids: int) -> Any:
+    async def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         reply = await self._large.ask(
-            lambda number: ReadBody(query_id=number, body=body, max_token_ids=max_token_ids, max_chars=self.max_chars),
-            "body",
+            lambda number, _: DecodeTokens(
+                query_id=number, token_ids=token_ids, skip_special_tokens=skip_special_tokens
+            )
+        )
+        assert isinstance(reply, Decoded)
+        return reply.text
+
+    async def read_json(self, body: bytes | bytearray) -> Any:
+        if bounded_json.is_moderate(body):
+            return await self._side.run(partial(bounded_json.read, body, self.max_tokens, self.max_chars))
+        reply = await self._large.ask(
+            lambda number, inline: ReadBody(
+                query_id=number, content=inline, max_token_ids=self.max_tokens, max_chars=self.max_chars
+            ),
+            body,
         )
         assert isinstance(reply, BodyRead)
-        await asyncio.sleep(0)
-        return msgspec.msgpack.decode(reply.value)
+        return await self._side.run(partial(msgspec.msgpack.decode, reply.value))
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return self._detokenizer.open(options, on_text)
@@ -171,11 +216,11 @@ class TextProcesses:
         checker = await self._started_checker()
         numbers: list[int] = []
 
-        def make(number: int) -> CheckGrammar:
+        def make(number: int, _: object) -> CheckGrammar:
             numbers.append(number)
             return CheckGrammar(query_id=number, grammar=grammar, vocab_size=vocab_size, token_ids=token_ids)
 
-        answer = asyncio.create_task(checker.ask(make, "grammar"))
+        answer = asyncio.create_task(checker.ask(make))
         try:
             while not answer.done():
                 await asyncio.wait({answer}, timeout=MAX_CHECK_S / 8)

@@ -24,20 +24,20 @@ from hbserve.config import Config
 from hbserve.errors import ContextLengthError, EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
 from hbserve.messages.supervisor import EventKind
 from hbserve.messages.text import (
-    BodyRead,
-    Checked,
+    Answer,
     CheckGrammar,
     CloseText,
     EncodeChat,
-    Encoded,
     FeedText,
     OpenText,
+    Question,
     StreamText,
     TextFailed,
     TextReply,
     TextRequest,
     TextStreamOptions,
 )
+from hbserve.process import event_loop
 from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer.text_service import OnText, OutputStream
@@ -47,22 +47,24 @@ logger = logging.getLogger(__name__)
 _MODULE = "hbserve.frontend.text_worker"
 _ANSWER_TIMEOUT_S = 30.0
 _MAX_ATTEMPTS = 3
-_REPLIES_PER_TURN = 256
+_MIN_FRAME_BYTES = 2**16
+"""Contents of questions from this size on are sent without a copy."""
 
 
 class _Query:
     """Question that is not answered yet.
 
     Attributes:
+        content: what does not fit into the request; see `hbserve.messages.text.EncodeText`.
         is_job: whether the process answers it after those before it; else in a thread of its own.
         was_at_work: whether the process worked on it when it ended, or was killed: then it is asked again last.
     """
 
-    def __init__(self, request: TextRequest, answer: asyncio.Future[TextReply]) -> None:
-        self.request, self.answer = request, answer
+    def __init__(self, request: Question, content: bytes | bytearray | None, answer: asyncio.Future[Answer]) -> None:
+        self.request, self.content, self.answer = request, content, answer
         self.num_deaths = 0
         self.asked_at = time.monotonic()
-        runs_in_thread = isinstance(request, EncodeChat) and request.options.template is not None
+        runs_in_thread = isinstance(request, EncodeChat) and request.has_template
         self.is_job = not (runs_in_thread or isinstance(request, CheckGrammar))
         self.was_at_work = False
 
@@ -93,7 +95,11 @@ OnEvent = Callable[[EventKind, str, str], object]
 
 
 class TextProcess:
-    """One process, its socket, and what it has to do. Arguments as in `TextProcesses`."""
+    """One process, its socket, and what it has to do. Arguments as in `TextProcesses`.
+
+    Args:
+        niceness: added to that of this process.
+    """
 
     def __init__(
         self,
@@ -102,8 +108,10 @@ class TextProcess:
         run_dir: str,
         context: zmq.Context[zmq.Socket[bytes]],
         on_event: OnEvent = lambda *_: None,
+        niceness: int = 0,
     ) -> None:
         self.name = name
+        self._niceness = niceness
         self._on_event = on_event
         self._config, self._run_dir, self._context = config, run_dir, context
         self._encoder = msgspec.msgpack.Encoder()
@@ -135,11 +143,13 @@ class TextProcess:
         """Number of questions that are not answered yet."""
         return len(self._queries)
 
-    async def ask(self, make: Callable[[int], TextRequest], param: str) -> TextReply:
-        """Send the question ``make(number)`` and wait for its answer.
+    async def ask(
+        self, make: Callable[[int, bytes | None], Question], content: bytes | bytearray | None = None
+    ) -> Answer:
+        """Send the question ``make(number, content)`` and wait for its answer.
 
         Args:
-            param: parameter of the request that the question is about.
+            make: gets None for a content that is too large for the request, and follows it.
 
         Raises:
             InvalidRequestError: if that is the answer.
@@ -149,13 +159,13 @@ class TextProcess:
         if self._dead is not None:
             raise self._dead
         number = next(self._numbers)
-        query = _Query(make(number), asyncio.get_running_loop().create_future())
+        inline = bytes(content) if content is not None and len(content) < _MIN_FRAME_BYTES else None
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        query = _Query(make(number, inline), content if inline is None else None, future)
         self._queries[number] = query
         try:
-            self.send(query.request)
+            self.send(query.request, query.content)
             return await query.answer
-        except UnicodeEncodeError:  # JSON can write half a surrogate pair
-            raise InvalidRequestError(f"{param} holds a lone surrogate, which is no character", param) from None
         finally:
             self._queries.pop(number, None)
             if not query.answer.done() or query.answer.cancelled():  # the client has gone: spare the process the work
@@ -184,14 +194,22 @@ class TextProcess:
         if self._streams.pop(stream.number, None) is not None:
             self.send(CloseText(stream=stream.number))
 
-    def send(self, request: TextRequest) -> None:
-        """Send a request, in one message with all others of this turn of the event loop."""
-        encoded = msgspec.Raw(self._encoder.encode(request))
+    def send(self, request: TextRequest, content: bytes | bytearray | None = None) -> None:
+        """Send a request, in one message with all others of this turn of the event loop.
+
+        Args:
+            content: sent along as a frame of its own, which is not copied and must not change.
+        """
         if self._socket is None:
             return  # the successor gets the whole state
+        if content is not None:
+            self._flush()
+            with contextlib.suppress(zmq.Again):
+                self._socket.send([self._encoder.encode([request]), content])
+            return
         if not self._batch:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._batch.append(encoded)
+        self._batch.append(msgspec.Raw(self._encoder.encode(request)))
 
     def _flush(self) -> None:
         if self._socket is not None and self._batch:
@@ -203,9 +221,10 @@ class TextProcess:
         while True:
             (payload,) = await socket.receive()
             self._last_heard = time.monotonic()
-            for number, reply in enumerate(self._decoder.decode(payload), start=1):
-                if number % _REPLIES_PER_TURN == 0:
-                    await asyncio.sleep(0)  # one request may have thousands of outputs
+            turn = event_loop.Turn()
+            for reply in self._decoder.decode(payload):
+                if turn.is_over:
+                    await turn.pass_on()
                 if isinstance(reply, StreamText):
                     self._on_stream_text(reply)
                 else:
@@ -224,7 +243,7 @@ class TextProcess:
             del self._streams[reply.stream]
         stream.on_text(reply.output)
 
-    def _on_answer(self, reply: Encoded | BodyRead | Checked | TextFailed) -> None:
+    def _on_answer(self, reply: Answer) -> None:
         if reply.query_id == self._suspect:
             self._ask_again()
         query = self._queries.get(reply.query_id)
@@ -269,6 +288,7 @@ class TextProcess:
         socket = AsyncSocket(self._context.socket(zmq.DEALER))
         socket.socket.bind(address)
         orders = {"config": msgspec.to_builtins(self._config), "name": self.name, "address": address}
+        orders["niceness"] = self._niceness
         self._child = ChildProcess(f"the {self.name}", _MODULE, orders)
         try:
             self._child.start()
@@ -315,7 +335,7 @@ class TextProcess:
             if query is not None and not query.answer.done():
                 self._suspect = number
                 query.asked_at = time.monotonic()
-                self.send(query.request)
+                self.send(query.request, query.content)
                 return
 
     def seconds_with(self, number: int) -> float:

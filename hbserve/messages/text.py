@@ -42,37 +42,62 @@ class ChatOptions(Value, frozen=True):
 DEFAULT_CHAT = ChatOptions()
 
 
+class Chat(Value, frozen=True):
+    """What `EncodeChat` is about. ``messages``, ``tools``: plain data, as clients send them."""
+
+    messages: list[Mapping[str, Any]]
+    tools: list[dict[str, Any]] | None
+    options: ChatOptions
+
+
 class EncodeText(Message, frozen=True):
-    """Tokenize a text. Answered by `Encoded` or `TextFailed`. ``max_chars``: see `Tokenizer.encode`."""
+    """Tokenize a text. Answered by `Encoded` or `TextFailed`.
+
+    Attributes:
+        content: the text in UTF-8; None: it is the second frame of the message, as in all questions with a ``content``.
+        max_chars, max_tokens: see `hbserve.tokenizer.Tokenizer.encode`.
+    """
 
     query_id: int
-    text: str
+    content: bytes | None
     add_special_tokens: bool
     max_chars: int | None = None
+    max_tokens: int | None = None
 
 
 class EncodeChat(Message, frozen=True):
     """Tokenize a chat. Answered by `Encoded` or `TextFailed`.
 
     Attributes:
-        messages, tools: plain data, as clients send them.
-        max_chars: see `Tokenizer.encode`.
+        content: a `Chat` in msgpack; see `EncodeText`.
+        has_template: the chat brings a template that its client wrote.
     """
 
     query_id: int
-    messages: list[Mapping[str, Any]]
-    tools: list[dict[str, Any]] | None
-    options: ChatOptions
+    content: bytes | None
+    has_template: bool
     max_chars: int | None = None
+    max_tokens: int | None = None
 
 
 class ReadBody(Message, frozen=True):
-    """Read the JSON body of an HTTP request, as `hbserve.bounded_json.read`. Answered by `BodyRead` or `TextFailed`."""
+    """Read the JSON body of an HTTP request, as `hbserve.bounded_json.read`. Answered by `BodyRead` or `TextFailed`.
+
+    ``content``: the body; see `EncodeText`.
+    """
 
     query_id: int
-    body: bytes
-    max_token_ids: int
+    content: bytes | None
+    max_token_ids: int | None
     max_chars: int | None
+
+
+class DecodeTokens(Message, frozen=True):
+    """Turn token ids into text. Answered by `Decoded` or `TextFailed`."""
+
+    query_id: int
+    token_ids: list[int]
+    skip_special_tokens: bool
 
 
 class CheckGrammar(Message, frozen=True):
@@ -135,6 +160,13 @@ class Checked(Message, frozen=True):
     grammar: str = ""
 
 
+class Decoded(Message, frozen=True):
+    """Answer to `DecodeTokens`."""
+
+    query_id: int
+    text: str
+
+
 class TextFailed(Message, frozen=True):
     """A query that can never be answered: an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`.
 
@@ -149,10 +181,10 @@ class TextFailed(Message, frozen=True):
 
 
 class BodyRead(Message, frozen=True):
-    """Answer to `ReadBody`. ``value``: the document, in msgpack, which the event loop reads much faster."""
+    """Answer to `ReadBody`. ``value``: the document in msgpack, which is read much faster; a view of the message."""
 
     query_id: int
-    value: bytes
+    value: memoryview
 
 
 class OutputText(Value, frozen=True):
@@ -176,5 +208,7 @@ class StreamText(Message, frozen=True):
     output: OutputText
 
 
-TextRequest = EncodeText | EncodeChat | ReadBody | CheckGrammar | OpenText | FeedText | CloseText
-TextReply = Encoded | BodyRead | Checked | TextFailed | StreamText
+Question = EncodeText | EncodeChat | ReadBody | DecodeTokens | CheckGrammar
+TextRequest = Question | OpenText | FeedText | CloseText
+Answer = Encoded | BodyRead | Decoded | Checked | TextFailed
+TextReply = Answer | StreamText

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import cast
 
 import zmq
@@ -18,6 +19,9 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 
 LOGIN_TIMEOUT_MS = 5000
 """Time for a connection to log in; ZeroMQ then closes it."""
+
+_MIN_SHARED_BYTES = 2**18
+"""A message whose last frame is at least so large is shared with ZeroMQ's threads in place of a copy."""
 
 _MAX_FRAMES = 8
 """Limit of the frames of one message. The protocols use at most three."""
@@ -45,15 +49,15 @@ class AsyncSocket:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def send(self, frames: list[bytes]) -> None:
-        """Send without waiting.
+    def send(self, frames: Sequence[bytes | bytearray]) -> None:
+        """Send without waiting. Large frames are not copied, and must not change.
 
         Raises:
             zmq.Again: if there is no peer (with ``zmq.IMMEDIATE``).
             zmq.ZMQError: with errno EHOSTUNREACH from a ROUTER whose peer has disconnected.
         """
         try:
-            self.socket.send_multipart(frames, zmq.NOBLOCK)
+            self.socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < _MIN_SHARED_BYTES)
         finally:
             self.look()
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -41,7 +40,7 @@ from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.server import errors, semi_pd_routes
-from hbserve.server.bodies.json_route import json_route
+from hbserve.server.bodies.json_route import beside_loop, json_route
 from hbserve.server.chat import ChatCompletion
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.completions import Completion
@@ -101,7 +100,8 @@ def create_app(
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
         body.model = served_name
-        return await Completion(engine, body, deadline_of(request)).respond(request.receive)
+        completion = await Completion.create(engine, body, deadline_of(request))
+        return await completion.respond(request.receive)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
@@ -120,7 +120,8 @@ def create_app(
         if body.prompt is not None:
             tokens = await engine.text.encode(body.prompt, body.add_special_tokens)
         else:
-            tokens = await engine.text.encode_chat(body.messages, body.offered_tools, body.chat_options())
+            tools, options = await beside_loop(engine, body, lambda: (body.offered_tools, body.chat_options()))
+            tokens = await engine.text.encode_chat(body.messages, tools, options, body.is_light)
         answer = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
         return Response(msgspec.json.encode(answer), media_type="application/json")  # FastAPI takes 1 µs per token
 
@@ -128,8 +129,7 @@ def create_app(
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         check_model(body.model)
         engine.check_token_ids(body.tokens, "tokens")
-        decode = partial(engine.tokenizer.decode, skip_special_tokens=False)
-        return {"prompt": await asyncio.to_thread(decode, body.tokens)}
+        return {"prompt": await engine.text.decode(body.tokens, skip_special_tokens=False)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

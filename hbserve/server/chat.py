@@ -7,10 +7,12 @@ from typing import Any, Self
 
 from hbserve.frontend.outputs import Sample, SampleDelta
 from hbserve.frontend.text_engine import TextEngine
+from hbserve.messages.text import ChatOptions
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.answers.reasoning import ReasoningParser, reasoning_parser
 from hbserve.server.answers.tool_calls import ToolCallParser
 from hbserve.server.answers.tool_formats import ToolFormat, tool_format
+from hbserve.server.bodies.json_route import beside_loop
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.generation import Deadline, Generation
 from hbserve.server.logprobs import chat_logprobs
@@ -54,7 +56,7 @@ class ChatCompletion(Generation):
         self._parsers: list[ToolCallParser | None] = [None] * self._num_choices
         self._watched: list[ToolCallParser] = []  # of choices that end with their first call
         self._watched_reasoning = [self._reasoning_parser(prompt) for _ in range(self._num_choices)]
-        if body.offered_tools and form is not None:
+        if body.offers_tools and form is not None:
             names = {tool.function.name for tool in body.tools or ()}
             only_one = body.parallel_tool_calls is False
             self._parsers = [
@@ -71,9 +73,14 @@ class ChatCompletion(Generation):
             InvalidRequestError, RequestTimeoutError, EngineDeadError
         """
         form = tool_format(engine.tokenizer.tools_template)
-        sampling = body.sampling(engine.sampling_defaults, form, engine.tokenizer.added_token_id)
+
+        def prepared() -> tuple[SamplingParams, list[dict[str, Any]] | None, ChatOptions]:
+            sampling = body.sampling(engine.sampling_defaults, form, engine.tokenizer.added_token_id)
+            return sampling, body.offered_tools, body.chat_options()
+
         async with deadline.applied():
-            prompt = await engine.text.encode_chat(body.messages, body.offered_tools, body.chat_options())
+            sampling, tools, options = await beside_loop(engine, body, prepared)
+            prompt = await engine.text.encode_chat(body.messages, tools, options, body.is_light)
         return cls(engine, body, prompt, sampling, deadline, form)
 
     def _is_complete(self, delta: SampleDelta) -> bool:

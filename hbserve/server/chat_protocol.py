@@ -100,9 +100,9 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
         form = None if self.response_format is None else self.response_format.grammar
         grammars = {"grammar": self.grammar, "response_format": form}
         grammar = self._only_grammar(grammars, *(["tool_choice"] if forced else []))
-        if self.bad_words and self.offered_tools:
+        if self.bad_words and self.offers_tools:
             raise InvalidRequestError("bad_words cannot be combined with tools", "bad_words")
-        if self.offered_tools and tool_format is None:
+        if self.offers_tools and tool_format is None:
             raise InvalidRequestError(
                 "the model's chat template has no tool calls, or has them in a form that this server does not know; "
                 "it knows those of Hermes and Qwen, Llama 3, and Mistral",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from hbserve.frontend.outputs import Sample, SampleDelta
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.messages.base import TokenLogprobs
+from hbserve.server.bodies.json_route import beside_loop
 from hbserve.server.generation import Deadline, Generation
 from hbserve.server.logprobs import CompletionLogprobs, with_top
 from hbserve.server.protocol import CompletionRequest
 
 
 class Completion(Generation):
-    """One completion request and its response."""
+    """One completion request and its response. `create` makes it."""
 
     _body: CompletionRequest
+
+    @classmethod
+    async def create(cls, engine: TextEngine, body: CompletionRequest, deadline: Deadline) -> Self:
+        """Check the body. Raises `InvalidRequestError`."""
+        return await beside_loop(engine, body, lambda: cls(engine, body, deadline))
 
     def __init__(self, engine: TextEngine, body: CompletionRequest, deadline: Deadline) -> None:
         super().__init__(

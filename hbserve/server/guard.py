@@ -10,9 +10,6 @@ import logging
 import re
 import time
 import uuid
-from collections import deque
-from collections.abc import Coroutine
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -20,12 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hbserve.config import ServerConfig
 from hbserve.errors import HBServeError, ShuttingDownError
-from hbserve.process import log_format
-from hbserve.server.connection import while_connected
+from hbserve.process import event_loop, log_format
 from hbserve.server.errors import ClientGone, ForbiddenError, UnauthorizedError, api_error
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.generation import Deadline
 from hbserve.server.keys import Keys
+from hbserve.server.received_body import ReceivedBody
 
 access = logging.getLogger("hbserve.access")
 
@@ -36,12 +33,10 @@ POLLED = OPEN | {"/metrics", "/stats", "/live", "/v1/semi_pd/status"}
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
 INSTANCES_FOLDER = "/v1/instances/"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUESTS_PER_TURN = 8
+"""Requests that begin in one turn of the event loop. Each takes about half a millisecond, and streams must not wait."""
 NO_KEY = "-"
 """Name in logs, and queue, of requests without a key."""
-BODY_PART_TIMEOUT_S = 30.0
-"""Time between two parts of a body."""
-BODY_TIMEOUT_S = 120.0
-"""Time for a whole body."""
 
 
 class Guard:
@@ -61,6 +56,7 @@ class Guard:
     ) -> None:
         self._app, self._config, self.keys, self._gate = app, config, keys, gate
         self._is_draining = is_draining
+        self._pace = event_loop.Pace(_REQUESTS_PER_TURN)
         # Outermost: a browser must be allowed to read errors too, and its preflight requests have no key.
         self._entry: ASGIApp = self._guarded
         if config.cors_origins:
@@ -89,7 +85,8 @@ class Guard:
         name = NO_KEY
         try:
             name = scope["key_name"] = self._authenticate(scope, headers)
-            await self._serve(scope, _Body(receive, headers, self._config.max_body_bytes), response, name)
+            body = scope["body"] = ReceivedBody(receive, headers, self._config.max_body_bytes)
+            await self._serve(scope, body, response, name)
         except ClientGone:
             pass
         except (HBServeError, HTTPException) as error:
@@ -123,11 +120,12 @@ class Guard:
             raise UnauthorizedError("this needs an API key, as 'Authorization: Bearer <key>'")
         return name or NO_KEY
 
-    async def _serve(self, scope: Scope, body: _Body, response: _Response, name: str) -> None:
+    async def _serve(self, scope: Scope, body: ReceivedBody, response: _Response, name: str) -> None:
         generates = scope["path"] in GENERATING and scope["method"] == "POST"
         if self._is_draining.is_set() and (generates or scope["path"] == "/ready"):
             raise ShuttingDownError("the server is shutting down")
         if not generates:
+            await self._pace.wait()
             await self._app(scope, body.receive, response)
             return
         scope["deadline"] = deadline = Deadline(self._config.request_timeout_s)
@@ -137,6 +135,7 @@ class Guard:
                 await body.read()  # before the turn: a client that sends slowly must not hold one
                 await body.while_connected(self._gate.wait_turn(name))
             try:
+                await self._pace.wait()
                 await self._app(scope, body.receive, response)
             finally:
                 self._gate.give_back()
@@ -172,57 +171,3 @@ class _Response:
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), self._header]}
         await self._send(message)
-
-
-class _Body:
-    """The receiving side of a request: refuses a body that is too large, and watches the connection meanwhile."""
-
-    def __init__(self, receive: Receive, headers: dict[bytes, bytes], max_bytes: int) -> None:
-        self._receive, self._max_bytes = receive, max_bytes
-        self._num_bytes = 0
-        self._complete = False
-        self._deadline = time.monotonic() + BODY_TIMEOUT_S
-        self._early: deque[Message] = deque()  # received before the application asked
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > max_bytes:
-            raise self._too_large()
-
-    async def receive(self) -> Message:
-        """Return the next message, as ASGI prescribes."""
-        return self._early.popleft() if self._early else await self._next()
-
-    async def _next(self) -> Message:
-        if self._complete:
-            return await self._receive()
-        left_s = self._deadline - time.monotonic()
-        try:
-            async with asyncio.timeout(min(BODY_PART_TIMEOUT_S, left_s)):
-                message = await self._receive()
-        except TimeoutError:
-            if left_s > BODY_PART_TIMEOUT_S:
-                raise HTTPException(408, f"no part of the body arrived within {BODY_PART_TIMEOUT_S:g} s") from None
-            raise HTTPException(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
-        self._complete = not message.get("more_body", False)
-        self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._max_bytes:
-            raise self._too_large()
-        return message
-
-    async def read(self) -> None:
-        """Receive the whole body.
-
-        Raises:
-            ClientGone: the client disconnects before that.
-        """
-        while not self._complete:
-            message = await self._next()
-            self._early.append(message)
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-
-    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await ``work``, which may take long; cancel it when the client disconnects. Raises `ClientGone` then."""
-        await while_connected(self._next, work, self._early)
-
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body has more than {self._max_bytes} bytes (server.max_body_bytes)")

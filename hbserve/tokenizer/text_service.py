@@ -16,7 +16,7 @@ from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
 
 LONG_TEXT = 20_000
-"""Characters. A longer prompt takes milliseconds to encode, and must not block an event loop."""
+"""Bytes. A longer prompt takes milliseconds to encode, and must not block an event loop."""
 
 T = TypeVar("T")
 OnText = Callable[[OutputText | HBServeError], None]
@@ -41,11 +41,12 @@ class TextService(Protocol):
     """An encoder of prompts and decoder of outputs.
 
     Attributes:
-        max_chars: limit of a prompt's characters, set by the engine that knows the context length; see
+        max_chars, max_tokens: limits of a prompt, set by the engine that knows the context length; see
             `Tokenizer.encode`.
     """
 
     max_chars: int | None
+    max_tokens: int | None
 
     @property
     def missing(self) -> Sequence[str]:
@@ -55,6 +56,9 @@ class TextService(Protocol):
     def dead(self) -> EngineDeadError | None:
         """Why the service has ended; None while it works."""
 
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do work of a request that takes longer than some milliseconds, beside the event loop."""
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a prompt. Errors as in `Tokenizer.encode`."""
 
@@ -63,10 +67,18 @@ class TextService(Protocol):
         messages: Sequence[ChatMessage],
         tools: Sequence[dict[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
+        is_light: bool = True,
     ) -> list[int]:
-        """Return the token ids of a conversation. Errors as in `Tokenizer.encode_chat`."""
+        """Return the token ids of a conversation. Errors as in `Tokenizer.encode_chat`.
 
-    async def read_json(self, body: bytes, max_token_ids: int) -> Any:
+        Args:
+            is_light: the event loop may write it down in one go.
+        """
+
+    async def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """Return the text of any number of tokens. Errors as in `Tokenizer.decode`."""
+
+    async def read_json(self, body: bytes | bytearray) -> Any:
         """Return the value of a body of any size. Errors as in `bounded_json.read`."""
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> str:
@@ -125,6 +137,7 @@ class LocalText:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.max_chars: int | None = None
+        self.max_tokens: int | None = None
 
     @property
     def missing(self) -> Sequence[str]:
@@ -135,20 +148,34 @@ class LocalText:
     def dead(self) -> None:
         """Always None: the service lives as long as its process."""
 
+    async def aside(self, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(work)
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        encode = partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens, max_chars=self.max_chars)
+        encode = partial(
+            self._tokenizer.encode,
+            text,
+            add_special_tokens=add_special_tokens,
+            max_chars=self.max_chars,
+            max_tokens=self.max_tokens,
+        )
         return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
-    async def read_json(self, body: bytes, max_token_ids: int) -> Any:
-        return await asyncio.to_thread(bounded_json.read, body, max_token_ids, self.max_chars)
+    async def read_json(self, body: bytes | bytearray) -> Any:
+        return await asyncio.to_thread(bounded_json.read, body, self.max_tokens, self.max_chars)
 
     async def encode_chat(
         self,
         messages: Sequence[ChatMessage],
         tools: Sequence[dict[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
+        is_light: bool = True,
     ) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options, self.max_chars)
+        limits = self.max_chars, self.max_tokens
+        return await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options, *limits)
+
+    async def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return await asyncio.to_thread(self._tokenizer.decode, token_ids, skip_special_tokens)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> str:
         return await in_grammar_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))

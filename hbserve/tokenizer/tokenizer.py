@@ -137,16 +137,24 @@ class Tokenizer:
         pieces = self._backend.get_vocab(with_added_tokens=True) if self.has_text else ()
         return max(_MIN_LONGEST_TOKEN, max(map(len, pieces), default=0))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, max_chars: int | None = None) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        max_chars: int | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         """Return the token ids of a text.
 
         Args:
             add_special_tokens: add the tokens with which the model expects a prompt to begin (and end).
             max_chars: a longer text cannot fit into the context, and is refused before it costs time and memory.
+            max_tokens: more tokens are refused.
 
         Raises:
             InvalidRequestError: the model has no tokenizer, or the text is not Unicode.
-            ContextLengthError: the text has more than ``max_chars`` characters.
+            ContextLengthError: the text has more than ``max_chars`` characters, or than ``max_tokens`` tokens.
         """
         if max_chars is not None and len(text) > max_chars:
             raise ContextLengthError(
@@ -168,6 +176,8 @@ class Tokenizer:
             if not is_of_library(error):
                 raise
             raise InvalidRequestError(f"the model's tokenizer cannot encode the prompt: {error}", "prompt") from error
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise ContextLengthError(f"the prompt has {len(ids)} tokens; at most {max_tokens} are encoded", "prompt")
         return ids
 
     @property
@@ -192,13 +202,14 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: ChatOptions = DEFAULT_CHAT,
         max_chars: int | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation and the beginning of its answer, by the model's chat template.
 
         Args:
             messages: in any form that `conversation.normalise` takes.
             tools: functions that the model may call, in OpenAI's form.
-            max_chars: limit of the rendered text; see `encode`.
+            max_chars, max_tokens: limits of the rendered text; see `encode`.
 
         Raises:
             InvalidRequestError: the model has no chat template, or the template rejects the messages or options.
@@ -235,7 +246,7 @@ class Tokenizer:
             raise InvalidRequestError(f"{which} rejects the messages: {error}", param) from error
         try:
             # The template writes special tokens itself.
-            return self.encode(text, add_special_tokens=False, max_chars=max_chars)
+            return self.encode(text, add_special_tokens=False, max_chars=max_chars, max_tokens=max_tokens)
         except InvalidRequestError as error:
             raise type(error)(str(error), "messages") from None
 
@@ -267,7 +278,7 @@ class Tokenizer:
         )
         return text
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids have no text."""
         if not self.has_text:
             return ""

@@ -61,6 +61,17 @@ class Body(BaseModel):
     KEEPS_EMPTY: ClassVar[frozenset[str]] = frozenset()
     """Optional parameters whose empty text, list or object means something."""
 
+    _is_light: bool = True
+
+    @property
+    def is_light(self) -> bool:
+        """Whether an event loop may do the work that the body decides."""
+        return self._is_light
+
+    @is_light.setter
+    def is_light(self, value: bool) -> None:
+        self._is_light = value
+
     @model_validator(mode="before")
     @classmethod
     def _leave_out_nothing(cls, data: Any) -> Any:
@@ -68,11 +79,13 @@ class Body(BaseModel):
             return data
         fields = _fields_of(cls)
         kept = {}
+        is_refused = False
         for name, value in data.items():
             field = fields.get(name)
             if field is None:
-                if not _is_nothing(value) and not _is_default(value, NEUTRAL.get(name, ())):
+                if not (is_refused or _is_nothing(value) or _is_default(value, NEUTRAL.get(name, ()))):
                     kept[name] = value
+                    is_refused = True  # one is enough: there may be thousands, and the client is told of the first
             elif not field.is_optional or not field.is_nothing(value, name in cls.KEEPS_EMPTY):
                 kept[name] = field.with_integers(value)
         return kept

@@ -99,9 +99,14 @@ class Conversation(Body):
         return value
 
     @property
+    def offers_tools(self) -> bool:
+        """Whether the model is told of tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools for the chat template; None if the model is told of none."""
-        if not self.tools or self.tool_choice == "none":
+        if not self.tools or not self.offers_tools:
             return None
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 

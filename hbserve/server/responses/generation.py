@@ -8,22 +8,25 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive
 
+from hbserve import bounded_json
 from hbserve.errors import HBServeError, InvalidRequestError
 from hbserve.frontend.outputs import Sample
 from hbserve.frontend.text_engine import TextEngine
+from hbserve.server.bodies.json_route import beside_loop
 from hbserve.server.chat import ChatCompletion
+from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.connection import EventStream
 from hbserve.server.errors import PreviousResponseNotFoundError, api_error
 from hbserve.server.generation import Deadline
 from hbserve.server.logprobs import chat_logprobs
 from hbserve.server.responses.body import PARAM_NAMES, ResponsesRequest
-from hbserve.server.responses.items import Event, OutputItems, resolved
+from hbserve.server.responses.items import Event, OutputItems, is_reference, resolved
 from hbserve.server.responses.store import ResponseStore, StoredResponse, by_id
 
 logger = logging.getLogger(__name__)
@@ -32,13 +35,28 @@ _STATUSES = {"length": "incomplete", "abort": "cancelled"}
 """Status of a response by the finish reason of its output; for all others it is ``completed``."""
 
 
+class _Parts(NamedTuple):
+    """What a body becomes, in one piece of work.
+
+    Attributes:
+        history: items of the responses before.
+        input: items of the input by id, if they are to be stored.
+        text: form of the answer, as the response repeats it.
+    """
+
+    chat: ChatCompletionRequest
+    history: list[bytes]
+    input: dict[str, bytes]
+    text: dict[str, Any]
+
+
 class ResponseGeneration(ChatCompletion):
     """One response. `begin` makes it."""
 
     _request: ResponsesRequest
     _store: ResponseStore
     _key: str
-    _history: list[bytes]
+    _parts: _Parts
 
     @classmethod
     async def begin(
@@ -53,7 +71,7 @@ class ResponseGeneration(ChatCompletion):
         Raises:
             PreviousResponseNotFoundError, ItemNotFoundError, InvalidRequestError, RequestTimeoutError, EngineDeadError
         """
-        history: list[bytes] = []
+        previous: StoredResponse | None = None
         if request.previous_response_id is not None:
             previous = store.get(request.previous_response_id, key)
             if previous is None:
@@ -62,15 +80,27 @@ class ResponseGeneration(ChatCompletion):
                     "another key, or it was dropped for later ones",
                     "previous_response_id",
                 )
-            history = previous.conversation()
-        request.input = resolved(request.new_items(), lambda item_id: store.item(item_id, key))
+            request.is_light = request.is_light and previous.num_bytes <= bounded_json.LIGHT_BYTES
+        request.is_light = request.is_light and not any(map(is_reference, request.new_items()))
+
+        def parts() -> _Parts:
+            history = [] if previous is None else previous.conversation()
+            text = {"format": {"type": "text"}}
+            if request.text is not None:
+                text |= request.text.model_dump(by_alias=True, exclude_none=True)
+            request.input = resolved(request.new_items(), lambda item_id: store.item(item_id, key))
+            with _own_names():
+                chat = request.as_chat([msgspec.json.decode(item) for item in history])
+            return _Parts(chat, history, {} if request.store is False else by_id(request.input), text)
+
+        made = await beside_loop(engine, request, parts)
+        made.chat.is_light = request.is_light
         with _own_names():
-            chat = request.as_chat([msgspec.json.decode(item) for item in history])
-            response = await cls.create(engine, chat, deadline)
+            response = await cls.create(engine, made.chat, deadline)
         names = {name: PARAM_NAMES.get(given, given) for name, given in response.param_names.items()}
         response.param_names = PARAM_NAMES | names
         response._head["id"] = f"resp_{uuid.uuid4().hex}"
-        response._request, response._store, response._key, response._history = request, store, key, history
+        response._request, response._store, response._key, response._parts = request, store, key, made
         return response
 
     async def respond(self, receive: Receive) -> Response:
@@ -139,17 +169,16 @@ class ResponseGeneration(ChatCompletion):
         """Return the finished response, and store it."""
         response = self._snapshot(status, output.items)
         if self._request.store is not False:
-            own = by_id(self._request.new_items()), by_id(output.items)
-            stored = StoredResponse(self._key, msgspec.json.encode(response), self._history, *own)
+            parts = self._parts
+            stored = StoredResponse(
+                self._key, msgspec.json.encode(response), parts.history, parts.input, by_id(output.items)
+            )
             self._store.put(response["id"], stored)
         return response
 
     def _snapshot(self, status: str, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Write the response as it is now."""
         request, sampling = self._request, self._sampling
-        text = {"format": {"type": "text"}}
-        if request.text is not None:
-            text |= request.text.model_dump(by_alias=True, exclude_none=True)
         return {
             "id": self._head["id"],
             "object": "response",
@@ -169,7 +198,7 @@ class ResponseGeneration(ChatCompletion):
             "service_tier": "default",
             "store": request.store is not False,
             "temperature": sampling.temperature,
-            "text": text,
+            "text": self._parts.text,
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
             "top_logprobs": request.top_logprobs or 0,

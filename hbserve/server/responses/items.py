@@ -33,7 +33,7 @@ def resolved(items: list[dict[str, Any]], find: Callable[[str], bytes | None]) -
     num_bytes = 0
     whole = []
     for number, item in enumerate(items):
-        if not _is_reference(item):
+        if not is_reference(item):
             whole.append(item)
             continue
         where, item_id = f"input.{number}", item.get("id")
@@ -53,7 +53,7 @@ def resolved(items: list[dict[str, Any]], find: Callable[[str], bytes | None]) -
     return whole
 
 
-def _is_reference(item: dict[str, Any]) -> bool:
+def is_reference(item: dict[str, Any]) -> bool:
     """Return whether an item refers to a stored one; the type of a reference may be missing."""
     return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item and "id" in item)
 

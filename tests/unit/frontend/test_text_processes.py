@@ -63,7 +63,7 @@ async def engine(client: EngineClient, tokenizer: Tokenizer, processes: TextProc
 
 async def test_a_process_without_an_api_server_ends_at_sigterm(folder: Path, tmp_path: Path) -> None:
     config = msgspec.to_builtins(from_dict({"model": {"path": str(folder)}}))
-    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/no-listener"}
+    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/no-listener", "niceness": 0}
     child = ChildProcess("the detokenizer", "hbserve.frontend.text_worker", orders)
     child.start()
     await child.wait_ready(time.monotonic() + DEADLINE_S)
@@ -305,7 +305,7 @@ async def test_a_template_that_loops_is_stopped_and_others_are_answered(tmp_path
         stream.feed([70], 1, True)
         await until(lambda: bool(texts))
         assert not looping.done()
-        with pytest.raises(InvalidRequestError, match="processor time for its chat template") as caught:
+        with pytest.raises(InvalidRequestError, match=r"processor time, or .* for its chat template") as caught:
             await looping
         assert caught.value.param == "messages"
         assert await processes.encode_chat(USER) == Tokenizer(folder).encode_chat(USER)
