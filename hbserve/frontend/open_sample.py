@@ -41,6 +41,7 @@ class OpenSample:
         self._sampling, self._stream = sampling, stream
         self._client: EngineClient | None = None
         self._outputs: deque[RequestOutput] = deque()  # outputs whose text is not here yet
+        self._grammar = sampling.steering_grammar
         self._all_token_ids: list[int] = []  # only with a grammar
         self._has_ended = False
         self._check: asyncio.Task[None] | None = None
@@ -113,7 +114,7 @@ class OpenSample:
             stop_reason = token_ids[-1]
         if finish_reason is not None:
             self._end("stop")
-        if self._sampling.steering_grammar is not None:
+        if self._grammar is not None:
             self._all_token_ids += token_ids
             if finish_reason == "stop" and stop_reason is None:
                 self._check = asyncio.create_task(self._finish_checked(output, text))
@@ -122,11 +123,10 @@ class OpenSample:
 
     async def _finish_checked(self, output: RequestOutput, text: OutputText) -> None:
         """Finish a sample that follows its grammar, and fail any other: a grammar may become too complex on the way."""
-        grammar = self._sampling.steering_grammar
-        assert grammar is not None
+        assert self._grammar is not None
         try:
             token_ids = self._all_token_ids[:-1]
-            problem = await self._service.check_output(grammar, self._vocab_size, token_ids)
+            problem = await self._service.check_output(self._grammar, self._vocab_size, token_ids)
         except HBServeError as error:
             problem = str(error)
         if problem is None:

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 _MODULE = "hbserve.frontend.text_worker"
 _ANSWER_TIMEOUT_S = 30.0
 _MAX_ATTEMPTS = 3
+_REPLIES_PER_LOOK = 16
+"""Replies between two looks at the clock."""
 _MIN_FRAME_BYTES = 2**16
 """Contents of questions from this size on are sent without a copy."""
 
@@ -119,7 +121,7 @@ class TextProcess:
         self._numbers = itertools.count(1)
         self._queries: dict[int, _Query] = {}
         self._streams: dict[int, _RemoteStream] = {}
-        self._batch: list[msgspec.Raw] = []
+        self._batch: list[TextRequest] = []
         self._num_starts = 0
         self._child: ChildProcess | None = None
         self._socket: AsyncSocket | None = None
@@ -209,7 +211,7 @@ class TextProcess:
             return
         if not self._batch:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._batch.append(msgspec.Raw(self._encoder.encode(request)))
+        self._batch.append(request)
 
     def _flush(self) -> None:
         if self._socket is not None and self._batch:
@@ -222,8 +224,8 @@ class TextProcess:
             (payload,) = await socket.receive()
             self._last_heard = time.monotonic()
             turn = event_loop.Turn()
-            for reply in self._decoder.decode(payload):
-                if turn.is_over:
+            for number, reply in enumerate(self._decoder.decode(payload), start=1):
+                if number % _REPLIES_PER_LOOK == 0 and turn.is_over:
                     await turn.pass_on()
                 if isinstance(reply, StreamText):
                     self._on_stream_text(reply)

@@ -64,6 +64,7 @@ class ChatCompletion(Generation):
             ]
             if only_one and not body.forces_calls:  # a forced answer ends with its grammar
                 self._watched = [ToolCallParser(form, names, only_one=True) for _ in self._parsers]
+                self._may_end_early = True
 
     @classmethod
     async def create(cls, engine: TextEngine, body: ChatCompletionRequest, deadline: Deadline) -> Self:
@@ -84,8 +85,6 @@ class ChatCompletion(Generation):
         return cls(engine, body, prompt, sampling, deadline, form)
 
     def _is_complete(self, delta: SampleDelta) -> bool:
-        if not self._watched:
-            return False
         parser, reasoning, last = self._watched[delta.index], self._watched_reasoning[delta.index], delta.finish_reason
         text = delta.text if reasoning is None else reasoning.feed(delta.text, (), last is not None)[1]
         parser.feed(text, last=last is not None)

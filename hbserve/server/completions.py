@@ -52,23 +52,18 @@ class Completion(Generation):
         if part.logprobs:
             token_ids += part.token_ids
             entries += part.logprobs
-        logprobs = self._logprobs[part.index].add(token_ids, entries) if entries else None
-        ids: dict[str, Any] = {}
+        choice = {
+            "index": part.index,
+            "text": text,
+            "logprobs": self._logprobs[part.index].add(token_ids, entries) if entries else None,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
         if self._body.return_token_ids:
-            ids["token_ids"] = part.token_ids
+            choice["token_ids"] = part.token_ids
             if is_first:
-                ids["prompt_token_ids"] = self._prompt_token_ids(part)
-        return (
-            ids
-            | {
-                "index": part.index,
-                "text": text,
-                "logprobs": logprobs,
-                "finish_reason": part.finish_reason,
-                "stop_reason": part.stop_reason,
-            }
-            | (self._prompt_logprobs(part) if is_first else {})
-        )
+                choice["prompt_token_ids"] = self._prompt_token_ids(part)
+        return choice | self._prompt_logprobs(part) if is_first else choice
 
     def _echo(self, part: Sample | SampleDelta) -> str:
         """Return the text of a choice's prompt if the client wants it before the output; else an empty string."""

@@ -85,11 +85,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, as ASGI prescribes."""
         with suppress(ClientGone):
-            await while_connected(receive, self._send_events(send))
+            await while_connected(receive, self._send_events(send, scope.get("send", send)))
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, send: Send, send_body: Send) -> None:
+        """Send the head by ``send``; the events by ``send_body``, which no middleware delays."""
+
         async def send_chunk(chunk: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+            await send_body({"type": "http.response.body", "body": chunk, "more_body": more})
 
         started = False
         async with aclosing(self._events) as events:

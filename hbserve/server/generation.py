@@ -79,6 +79,8 @@ class Generation(ABC):
     ) -> None:
         self._engine, self._body, self._prompts, self._sampling = engine, body, prompts, sampling
         self._stream_options = body.stream_options or StreamOptions()
+        self._scores_prompt = sampling.prompt_logprobs is not None
+        self._may_end_early = False
         self._num_choices = len(prompts) * sampling.n
         self._head: dict[str, Any] = {
             "id": f"{id_prefix}-{uuid.uuid4().hex}",
@@ -110,7 +112,10 @@ class Generation(ABC):
         return {}
 
     def _is_complete(self, delta: SampleDelta) -> bool:
-        """Return whether a choice is complete with this growth, so that it ends here; called once for each growth."""
+        """Return whether a choice is complete with this growth, so that it ends here.
+
+        Called once for each growth, if a subclass has set ``_may_end_early``.
+        """
         return False
 
     async def respond(self, receive: Receive) -> Response:
@@ -142,10 +147,6 @@ class Generation(ABC):
         """Write what a whole answer says of the prompt beside its choices."""
         return {}
 
-    @property
-    def _scores_prompt(self) -> bool:
-        return self._sampling.prompt_logprobs is not None
-
     def _prompt_logprobs(self, part: Sample | SampleDelta) -> dict[str, Any]:
         """Write ``prompt_logprobs`` if the client asks for them; ``part`` is a choice, or its first growth."""
         number = self._body.prompt_logprobs
@@ -171,10 +172,11 @@ class Generation(ABC):
                         choices = await asyncio.to_thread(self._chunk_choices, delta, is_first)
                     else:
                         choices = self._chunk_choices(delta, is_first)
-                    begun.add(delta.index)
                     new = [head | {"choices": [choice]} for choice in choices]
-                    if is_first and new:
-                        new[0] |= self._head_of_prompt()
+                    if is_first:
+                        begun.add(delta.index)
+                        if new:
+                            new[0] |= self._head_of_prompt()
                     chunks += new
                 if options.continuous_usage_stats:
                     for chunk in chunks:
@@ -205,27 +207,27 @@ class Generation(ABC):
                     self._stream = await self._engine.open(self._prompts, self._sampling, self._head["id"])
                 if deadline.at is not None:
                     self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)
-            while (deltas := await self._stream.read()) and not (deltas := self._with_whole_prompts(deltas)):
-                pass
+            deltas = await self._stream.read()
+            while self._scores_prompt and deltas and not (deltas := self._with_whole_prompts(deltas)):
+                deltas = await self._stream.read()
         except InvalidRequestError as error:
             if (name := self.param_names.get(error.param or "")) is None:
                 raise
             message = str(error) if name in str(error) else f"{name}: {error}"
             raise type(error)(message, name) from error
         for number, delta in enumerate(deltas):
-            if self._is_complete(delta) and delta.finish_reason in (None, "length"):
+            if self._may_end_early and self._is_complete(delta) and delta.finish_reason in (None, "length"):
                 self._stream.end_sample(delta.index)
                 deltas[number] = msgspec.structs.replace(delta, finish_reason="stop")
             self._completion_tokens += len(delta.token_ids)
-            prompt, sample = divmod(delta.index, self._sampling.n)
-            if sample == 0:  # the other samples may find the first one's prompt in the cache
-                self._cached_tokens[prompt] += delta.num_cached_tokens
+            if delta.num_cached_tokens:
+                prompt, sample = divmod(delta.index, self._sampling.n)
+                if sample == 0:  # the other samples may find the first one's prompt in the cache
+                    self._cached_tokens[prompt] += delta.num_cached_tokens
         return deltas
 
     def _with_whole_prompts(self, deltas: list[SampleDelta]) -> list[SampleDelta]:
         """Hold back log-probabilities of a prompt until all are there; a choice's first growth then has them."""
-        if not self._scores_prompt:
-            return deltas
         ready = []
         for delta in deltas:
             held = self._held_scores[delta.index]

@@ -85,6 +85,7 @@ class Guard:
         name = NO_KEY
         try:
             name = scope["key_name"] = self._authenticate(scope, headers)
+            scope["send"] = send
             body = scope["body"] = ReceivedBody(receive, headers, self._config.max_body_bytes)
             await self._serve(scope, body, response, name)
         except ClientGone:
