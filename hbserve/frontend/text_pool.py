@@ -98,7 +98,13 @@ class TextProcesses:
         Raises:
             StartupError: naming the process that failed and why.
         """
-        await asyncio.gather(*(process.start(deadline) for process in self._processes))
+        starts = [asyncio.create_task(process.start(deadline)) for process in self._processes]
+        try:
+            await asyncio.gather(*starts)
+        finally:
+            for start in starts:  # one that goes on would keep its socket open
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
 
     async def stop(self) -> None:
         """End all processes. May be called twice."""
