@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in our child processes; before anything imports torch
 
+from tests.support import fetched  # noqa: F401  sets the cache folder, for child processes too
 from tests.support.fork_server import ForkServer
 from tests.support.http_server import api, client, http, max_model_len, scheduler, tokenizer, url  # noqa: F401
 

@@ -15,6 +15,7 @@ from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.serve_workload import DEFAULT_INPUT_LEN, DEFAULT_OUTPUT_LEN
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_source import SHAPES, resolve_model
+from hbserve.model_store import fetch_model
 
 _ENGINE_FLAGS = (
     *("mode", "device", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
@@ -32,10 +33,11 @@ def find_model(name: str) -> Path:
     if (SHAPES / name / "config.json").is_file() and not Path(name).exists():
         return SHAPES / name
     try:
-        folder = resolve_model(name)
+        source = resolve_model(name)
     except ConfigError as error:
         shapes = ", ".join(sorted(path.parent.name for path in SHAPES.glob("*/config.json")))
         raise ConfigError(f"--model: {error}; shapes without weights: {shapes}", "model") from None
+    folder = fetch_model(source)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--model: {folder} has no config.json", "model")
     return folder

@@ -6,6 +6,7 @@ Nothing but the subcommand's own module is imported: ``hbserve --help`` must not
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hbserve: error: unknown command {name!r}{nearest(name, list(COMMANDS))}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[name].module)
-    code: int = module.main(others, f"hbserve {name}")
+    try:
+        code: int = module.main(others, f"hbserve {name}")
+    except KeyboardInterrupt:  # such as during a download
+        return 128 + signal.SIGINT
     return code
 
 

@@ -50,7 +50,7 @@ class SystemParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.set_defaults(flags={})
-        self.add_argument("model", nargs="?", metavar="MODEL", help="the model's folder; replaces model.path")
+        self.add_argument("model", nargs="?", metavar="MODEL", help="the model's folder or name; replaces model.path")
         self.add_argument("--config", metavar="FILE", help="YAML file of the system, or the name of a shipped one")
         self.add_argument("--ttft-ms", type=float, metavar="MS", help="target for the time to the first token")
         self.add_argument("--tpot-ms", type=float, metavar="MS", help="target for the time per token after the first")
@@ -95,7 +95,7 @@ def effective_config(arguments: argparse.Namespace) -> EffectiveConfig:
             raise ConfigError("MODEL and --model.path are the same; give one", "model.path")
         flags["model.path"] = Flag("MODEL", arguments.model)
     if arguments.config is None and "model.path" not in flags:
-        raise ConfigError("give MODEL, the folder of a model, or --config FILE", "model.path")
+        raise ConfigError("give MODEL, the folder or name of a model, or --config FILE", "model.path")
     document = Document() if arguments.config is None else read(arguments.config)
     shortcuts = Shortcuts(ttft_ms=arguments.ttft_ms, tpot_ms=arguments.tpot_ms, gpus=arguments.gpus)
     return EffectiveConfig.build(document, flags | shortcuts.flags(document, flags))

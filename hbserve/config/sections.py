@@ -58,7 +58,7 @@ class ModelConfig(Section, frozen=True):
     """Model, and how it is loaded.
 
     Attributes:
-        path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
+        path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files), or a name to fetch.
         served_name, tokenizer_path: name in the HTTP API, and folder of the tokenizer; default: from ``path``.
         device, dtype: ``auto`` takes CUDA where there is a GPU, and the checkpoint's dtype.
         generation_config: ``auto`` takes default sampling parameters from the model's generation_config.json.

@@ -139,13 +139,13 @@ def _with_log_level(document: dict[str, Any]) -> dict[str, Any]:
 def _complete(given: Config, base_dir: Path | None) -> Config:
     replace = msgspec.structs.replace
     model, rpc = given.model, given.rpc
-    folder = _find_folder(model.path, base_dir, "model.path")
+    source = _resolve(model.path, base_dir, "model.path")
     name = os.path.basename(os.path.normpath(model.path))
-    if model.served_name is None and name not in ("", ".", "..", "~", Path(folder).name):
+    if model.served_name is None and name not in ("", ".", "..", "~", Path(source).name):
         model = replace(model, served_name=name)  # of a link to the folder: the name that the user knows
-    model = replace(model, path=folder)
+    model = replace(model, path=source)
     if model.tokenizer_path is not None:
-        model = replace(model, tokenizer_path=_find_folder(model.tokenizer_path, base_dir, "model.tokenizer_path"))
+        model = replace(model, tokenizer_path=_resolve(model.tokenizer_path, base_dir, "model.tokenizer_path"))
     size = model.tensor_parallel_size
     instances = tuple(
         replace(
@@ -185,9 +185,9 @@ def _complete_semi_pd(given: SemiPDConfig) -> SemiPDConfig:
     return msgspec.structs.replace(given, **shares, ladder=ladder, mixed=mixed)
 
 
-def _find_folder(path: str, base_dir: Path | None, key: str) -> str:
+def _resolve(path: str, base_dir: Path | None, key: str) -> str:
     try:
-        return str(resolve_model(path, () if base_dir is None else (base_dir, base_dir.parent)))
+        return resolve_model(path, () if base_dir is None else (base_dir, base_dir.parent))
     except ConfigError as error:
         raise _error(key, str(error)) from None
 

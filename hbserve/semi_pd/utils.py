@@ -11,6 +11,7 @@ from hbserve.config import Config, InstanceConfig, InstanceRole, from_dict
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError
 from hbserve.lazy import lazy_attributes
+from hbserve.model_store import with_model_folder
 from hbserve.platform import Partition
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def semi_pd_system(
     if not isinstance(server_args, Config | PdDisaggConfig):
         raise TypeError(f"server_args must be a PdDisaggConfig or a Config, got {type(server_args).__name__}")
     config = server_args.freeze() if isinstance(server_args, PdDisaggConfig) else server_args
-    config = _with_ports(config, port_args)
+    config = _with_ports(with_model_folder(config), port_args)
     for instance in config.gpu_instances:
         if instance.instance_type is InstanceRole.SEMI_PD and instance.gpu_id == gpu_id:
             return config, instance

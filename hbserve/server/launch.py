@@ -14,6 +14,7 @@ from collections.abc import Callable
 from hbserve.config import Config, ServerConfig
 from hbserve.config.validation import is_loopback
 from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
+from hbserve.model_store import with_model_folder
 from hbserve.process import child, event_loop, exit_core
 from hbserve.server import live_page
 from hbserve.server.app import create_app
@@ -41,6 +42,7 @@ def serve_system(config: Config, with_instances: bool, read_again: Callable[[], 
     Raises:
         HBServeError: if the system cannot start.
     """
+    config = with_model_folder(config)
     child.set_process_title("hbserve-api")
     child.configure_logging(config.logging, "api")
     leave_out_torch()

@@ -23,6 +23,7 @@ from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
 from hbserve.messages.supervisor import EventKind
 from hbserve.model_files import read_sampling_defaults
+from hbserve.model_store import with_model_folder
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
@@ -43,14 +44,18 @@ class DisaggregatedLLM:
         with_instances: False if the instances are started elsewhere and will connect.
         text_in_processes: encode and decode text in separate processes, as servers do.
 
+    A model that is given by name is fetched here, at its first use.
+
     Raises:
         ConfigError: naming the field that cannot be honoured.
+        ModelError: the model cannot be fetched.
     """
 
     def __init__(
         self, config: PdDisaggConfig | Config, with_instances: bool = True, text_in_processes: bool = False
     ) -> None:
-        self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
+        frozen = config.freeze() if isinstance(config, PdDisaggConfig) else config
+        self.config = with_model_folder(frozen)
         self._key = ClusterKey.of(self.config)
         self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit, self._report_event)
         self._client: EngineClient | None = None

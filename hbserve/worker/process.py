@@ -7,6 +7,7 @@ import os
 import msgspec
 
 from hbserve.config import Config, InstanceConfig
+from hbserve.model_store import with_model_folder
 from hbserve.process import child
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.worker_process import SharedDevice, WorkerProcess
@@ -23,6 +24,7 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, join_cl
         HBServeError: if it cannot start.
     """
     is_launched = child.STATUS_FD_VARIABLE in os.environ
+    config = with_model_folder(config)
     _name_process(config, instance)
     worker = WorkerProcess(config, instance, address, join_client=join_client)
     if is_launched:

@@ -1,4 +1,4 @@
-"""The name of a model becomes a folder, or an error that says where was looked."""
+"""The name of a model is found, or an error that says where was looked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def test_a_folder_is_found_from_here_or_beside_and_links_are_followed(
     (tmp_path / "here").mkdir()
     (tmp_path / "beside" / "there").mkdir(parents=True)
     (tmp_path / "link").symlink_to("here")
-    assert resolve_model("here") == resolve_model("link") == resolve_model(str(tmp_path / "here")) == tmp_path / "here"
-    assert resolve_model("there", [tmp_path / "beside"]) == tmp_path / "beside" / "there"
+    here = str(tmp_path / "here")
+    assert resolve_model("here") == resolve_model("link") == resolve_model(here) == here
+    assert resolve_model("there", [tmp_path / "beside"]) == str(tmp_path / "beside" / "there")
 
 
 @pytest.mark.parametrize(

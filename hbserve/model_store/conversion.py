@@ -1,0 +1,48 @@
+"""Start of the process that converts a GGUF file into a folder: see `hbserve.model_store.gguf_process`.
+
+The conversion needs torch, which the API server does without, and much memory, which is free again at its end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from hbserve.errors import ModelError
+
+_TIMEOUT_S = 3600
+_MAX_REASON_CHARACTERS = 500
+
+
+def check_gguf_is_installed() -> None:
+    """Refuse before anything is downloaded.
+
+    Raises:
+        ModelError: the package ``gguf`` is missing.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("the model is in a GGUF file, which needs the package gguf: pip install 'hbserve[gguf]'")
+
+
+def convert_apart(gguf: Path, folder: Path, keep_float32: bool = False) -> None:
+    """Write configuration, weights and tokenizer of a GGUF file into a folder, in a process of its own.
+
+    Args:
+        keep_float32: write the weights in float32, whatever they are in the file.
+
+
+    Raises:
+        ModelError: naming the file, and what HBServe cannot read in it.
+    """
+    check_gguf_is_installed()
+    command = [sys.executable, "-m", "hbserve.model_store.gguf_process", str(gguf), str(folder)]
+    command += ["float32"] if keep_float32 else []
+    try:
+        done = subprocess.run(command, timeout=_TIMEOUT_S, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"the conversion of {gguf} took more than {_TIMEOUT_S} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"its process ended with exit code {done.returncode}"]
+        raise ModelError(f"cannot convert {gguf}: {lines[-1][:_MAX_REASON_CHARACTERS]}")

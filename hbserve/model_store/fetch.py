@@ -1,0 +1,36 @@
+"""A model's name becomes a folder. The process that starts a system does this, before it starts any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from hbserve.config import Config
+from hbserve.model_source import KNOWN_NAMES
+from hbserve.model_store.smollm2 import fetch_smollm2
+
+
+def with_model_folder(config: Config) -> Config:
+    """Return the configuration with its model's folder in place of a name; fetch the model if that is needed.
+
+    Raises:
+        ModelError: the model cannot be fetched; the text says what to do.
+    """
+    folder = str(fetch_model(config.model.path))
+    if folder == config.model.path:
+        return config
+    model = msgspec.structs.replace(config.model, path=folder, served_name=config.served_name)
+    return msgspec.structs.replace(config, model=model)
+
+
+def fetch_model(source: str) -> Path:
+    """Return the folder of a model; fetch it at its first use.
+
+    Args:
+        source: as `hbserve.model_source.resolve_model` returns it.
+
+    Raises:
+        ModelError: the model cannot be fetched; the text says what to do.
+    """
+    return fetch_smollm2() if source in KNOWN_NAMES else Path(source)
