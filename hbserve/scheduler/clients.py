@@ -150,9 +150,17 @@ class ClientMessages:
         """Answer a client; nothing goes over an earlier connection of the same client any more."""
         before, self._connections[client_id] = self._connections.get(client_id, client), client
         if before != client:
-            self._readiness.on_client_gone(before)
-            self._requests.abort_all_of(before)
+            self._end(before)
         self._readiness.attach(client)
+
+    def on_gone(self, client: bytes) -> None:
+        """A client cannot be reached any more."""
+        self._connections = {name: other for name, other in self._connections.items() if other != client}
+        self._end(client)
+
+    def _end(self, client: bytes) -> None:
+        self._readiness.on_client_gone(client)
+        self._requests.abort_all_of(client)
 
     def _on_request(self, client: bytes, request: AddRequest) -> None:
         """Take a new request, or tell its client why not."""

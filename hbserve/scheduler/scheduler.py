@@ -171,8 +171,7 @@ class CpuScheduler:
             case FromClient(client, message):
                 self._clients.on_message(client, message)
             case ClientGone(client):
-                self._readiness.on_client_gone(client)
-                self._requests.abort_all_of(client)
+                self._clients.on_gone(client)
             case ConnectionMade(connection):
                 self._workers.on_connection_made(connection)
             case ConnectionBroke(connection):

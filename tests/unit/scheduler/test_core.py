@@ -10,9 +10,9 @@ import pytest
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.messages.admin import InstanceChanged, SetRole
-from hbserve.messages.client import AddRequest, OutputBatch, Ready, SubscribeReady
+from hbserve.messages.client import AddRequest, Attach, OutputBatch, Ready, SubscribeReady
 from hbserve.messages.worker import Hello, InstanceCommand, Ping, Pong, StepPlan, StepResult
-from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, Outbox, Start
+from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, Outbox, Start
 from hbserve.scheduler.scheduler import CpuScheduler
 from tests.support.paths import ROOT
 
@@ -137,3 +137,16 @@ def test_the_only_instance_of_a_phase_keeps_its_role_even_while_it_is_lost() -> 
     [(client, answer)] = scheduler.step(50.0, [FromClient(b"operator", message)]).to_clients
     assert isinstance(answer, InstanceChanged)
     assert (client, answer.error) == (b"operator", "prefill-0 is the only prefill instance")
+
+
+def test_nothing_is_kept_of_clients_that_have_gone() -> None:
+    scheduler = make_scheduler()
+    scheduler.step(50.0, [FromWorker(1, HELLO)])
+    for number in range(3):
+        client = f"c{number}".encode()
+        scheduler.step(
+            51.0 + number, [FromClient(client, Attach(client_id=f"id{number}")), FromClient(client, REQUEST)]
+        )
+        scheduler.step(51.5 + number, [ClientGone(client)])
+    assert not scheduler._clients._connections
+    assert scheduler.counts["aborted"] == 3
