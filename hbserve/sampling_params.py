@@ -126,6 +126,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self._require(target is None or 0 < target < float("inf"), name, "must be positive")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name)
+            rule = f"must be in 0..{MAX_LOGPROBS}; -1, for all tokens of the vocabulary, is not supported"
+            self._require(number != -1, name, rule)
             self._require(number is None or 0 <= number <= MAX_LOGPROBS, name, f"must be in 0..{MAX_LOGPROBS}")
         self._require(len(self.stop_strings) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS}")
         self._require(all(self.stop_strings), "stop", "must not hold an empty string")

@@ -259,17 +259,18 @@ class TextEngine:
             raise InvalidRequestError("the prompt must not be empty", "prompt")
         num_kept = sampling.truncate_prompt_tokens
         if num_kept == -1:
-            num_kept = max(1, self.max_model_len - (sampling.max_tokens or 1))
+            num_output = 1 if sampling.max_tokens is None else sampling.max_tokens
+            num_kept = max(1, self.max_model_len - num_output)
         if num_kept:
             token_ids = token_ids[-num_kept:]
         if self._max_prompt_tokens is not None and len(token_ids) > self._max_prompt_tokens:
             raise InvalidRequestError(
                 f"the prompt has {len(token_ids)} tokens; this server takes at most {self._max_prompt_tokens}", "prompt"
             )
-        if len(token_ids) >= self.max_model_len:
+        if len(token_ids) >= self.max_model_len + (sampling.max_tokens == 0):
             raise ContextLengthError(
                 f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {len(token_ids)}, "
-                "and at least one is for the output",
+                "and at least one is for the output, unless max_tokens is 0",
                 "prompt",
             )
         if not isinstance(prompt, str):
@@ -351,7 +352,7 @@ class TextEngine:
                     sampling,
                     n=1,
                     seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
-                    max_tokens=max(max_tokens, 1),  # with 0 the one token is dropped: see `OpenSample`
+                    max_tokens=max_tokens,  # with 0 the scheduler gives one, which `OpenSample` drops
                     stop=None,  # the scheduler handles no text
                     grammar=grammar,
                     bad_words=None,

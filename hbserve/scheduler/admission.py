@@ -230,12 +230,13 @@ class Admission:
         if self._allocate_where_it_decodes(sequence, decode_instances):
             return True
         num_tokens = len(sequence.tokens)
+        is_last = num_tokens + 1 == sequence.max_total_tokens  # one token to go: prefill gives it, and it has no KV
         for prefill_instance in self._placement(sequence, hungry, True):
             if prefill_instance.role.decodes:
-                allocation = self._allocate(sequence, prefill_instance, num_tokens + 1)
+                allocation = self._allocate(sequence, prefill_instance, num_tokens + (not is_last))
                 if allocation is not None:
                     return self._start_prefill(sequence, allocation, allocation)
-            elif num_tokens + 1 == sequence.max_total_tokens:  # one token to go: prefill gives it
+            elif is_last:
                 allocation = self._allocate(sequence, prefill_instance, num_tokens)
                 if allocation is not None:
                     return self._start_prefill(sequence, allocation, None)
@@ -258,7 +259,8 @@ class Admission:
             hashes = self._prefix_hashes(sequence, instance, prefills=True)
             uncached = num_tokens - instance.pool.count_cached_prefix(hashes) * block_size
             if uncached <= self._local_prefill_tokens:
-                allocation = self._allocate(sequence, instance, num_tokens + 1, prefills=True)
+                num_positions = min(num_tokens + 1, sequence.max_total_tokens - 1)  # the last token has no KV
+                allocation = self._allocate(sequence, instance, num_positions, prefills=True)
                 if allocation is not None:
                     return self._start_prefill(sequence, allocation, allocation)
         return False

@@ -21,7 +21,7 @@ from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
-from hbserve.scheduler.sequence import Sequence
+from hbserve.scheduler.sequence import Sequence, max_total_tokens
 from hbserve.scheduler.stats import SystemStats
 from hbserve.scheduler.worker_registry import WorkerRegistry
 
@@ -38,7 +38,7 @@ def validate(request: AddRequest, readiness: Readiness, id_is_in_use: bool) -> R
     prompt = request.prompt_token_ids
     if not prompt:
         return _refuse(request, "InvalidRequestError", "the prompt is empty", "prompt")
-    if len(prompt) >= max_model_len:
+    if len(prompt) >= max_model_len + (request.sampling.max_tokens == 0):
         error = f"the prompt has {len(prompt)} tokens; at most {max_model_len - 1} leave room for an answer"
         return _refuse(request, "InvalidRequestError", error, "prompt")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -53,9 +53,8 @@ def validate(request: AddRequest, readiness: Readiness, id_is_in_use: bool) -> R
     if sampling.seed is None and not sampling.greedy:
         return _refuse(request, "InvalidRequestError", "seed is not resolved", "seed")
     if request.resumed is not None:
-        return _validate_resumed(
-            request, request.resumed, min(len(prompt) + sampling.max_tokens, max_model_len), vocab_size
-        )
+        most = max_total_tokens(len(prompt), sampling.max_tokens, max_model_len)
+        return _validate_resumed(request, request.resumed, most, vocab_size)
     return None
 
 

@@ -44,6 +44,17 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 """Every legal transition between phases."""
 
 
+def max_total_tokens(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> int:
+    """Return the tokens that a request ends with, at most.
+
+    A request of no tokens scores its prompt. It ends with the one token that a step samples, and that token may lie
+    beyond the context, because nothing is computed after it.
+    """
+    if max_tokens == 0:
+        return num_prompt_tokens + 1
+    return min(num_prompt_tokens + max_tokens, max_model_len)
+
+
 @dataclass(slots=True)
 class InflightRow:
     """One sequence's part of a step that has been sent and not confirmed.
@@ -224,7 +235,7 @@ class Sequence:
             arrival=arrival,
             tokens=list(prompt),
             end_token_ids=frozenset(request.end_token_ids),
-            max_total_tokens=min(len(prompt) + max_tokens, max_model_len),
+            max_total_tokens=max_total_tokens(len(prompt), max_tokens, max_model_len),
             arrival_time=now - request.age_s,
         )
         resumed = request.resumed

@@ -21,7 +21,7 @@ from tests.support.model_zoo import save_model
 from tests.support.scripted_scheduler import DEADLINE_S
 
 TOLERANCE = 1e-4
-LENGTHS = [1, 2, 16, 17, 33, 100, 257]
+LENGTHS = [1, 2, 16, 17, 33, 100, 257, 320]
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
@@ -84,6 +84,14 @@ def test_they_are_those_of_transformers_and_never_come_from_the_cache(llm: LLM, 
     outputs = llm.generate(prompts, only_prompt, use_tqdm=False)  # they seal the blocks of their prompts
     assert all(output["token_ids"] == [] and output["text"] == "" for output in outputs)
     assert {output["finish_reason"] for output in outputs} == {"length"}
+    whole = prompts.pop()  # a prompt that fills the context can only be scored
+    assert len(whole) == SETTINGS["max_model_len"]
+    check(outputs.pop()["prompt_logprobs"], whole, expected.pop(), 3)
+    for sampling in (with_output, SamplingParams(max_tokens=None, prompt_logprobs=0)):
+        with pytest.raises(InvalidRequestError, match="unless max_tokens is 0"):
+            llm.generate(whole, sampling, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="maximum context length is 320"):
+        llm.generate([*whole, 1], only_prompt, use_tqdm=False)
     again = llm.generate(prompts, with_output, use_tqdm=False)
     assert [output["num_cached_tokens"] for output in again] == [0] * len(prompts)
     for number, prompt in enumerate(prompts):
@@ -108,6 +116,9 @@ def test_limits() -> None:
     for wrong in ({"prompt_logprobs": 21}, {"prompt_logprobs": -1}, {"prompt_logprobs": True}):
         with pytest.raises(InvalidRequestError, match="prompt_logprobs"):
             SamplingParams(**wrong)
+    for name in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(InvalidRequestError, match="-1, for all tokens of the vocabulary, is not supported"):
+            SamplingParams(**{name: -1})
     with pytest.raises(InvalidRequestError, match="max_tokens must be at least 1, or 0 with prompt_logprobs"):
         SamplingParams(max_tokens=0)
 
