@@ -302,6 +302,7 @@ class Admission:
             epoch=instance.arena_epoch,
             pool=pool,
             owner=owner,
+            block_ids=pool.get_block_ids(owner),
             slot=instance.take_slot(),
             num_tokens_at_entry=len(sequence.tokens),
             num_planned=num_cached * pool.block_size,

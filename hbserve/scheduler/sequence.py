@@ -104,6 +104,7 @@ class KVAllocation:
     Attributes:
         epoch: identifies the pool's memory; once that memory is lost the allocation is void.
         owner: the name under which the pool knows the blocks.
+        block_ids: the block table: the pool's own list, which only the pool changes.
         num_tokens_at_entry: positions below this are prefilled (here or elsewhere), later ones decoded.
         num_planned: positions whose KV exists or is in a plan that has been sent.
         num_computed: positions whose KV is confirmed to be in the pool.
@@ -118,6 +119,7 @@ class KVAllocation:
     epoch: int
     pool: BlockPool
     owner: str
+    block_ids: list[int]
     slot: int
     num_tokens_at_entry: int
     num_planned: int
@@ -126,11 +128,6 @@ class KVAllocation:
     last_worker_id: str | None = None
     num_inflight: int = 0
     blocks_sent: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def block_ids(self) -> list[int]:
-        """The block table."""
-        return self.pool.get_block_ids(self.owner)
 
     def begin_row(self, worker_id: str, keeps_state: bool) -> None:
         """Pin the blocks for a row that goes to a worker.
@@ -190,6 +187,8 @@ class Sequence:
         planned_from: when it may be in a plan again after a step without the mask of its grammar, on the same clock.
         rank: its place in the queue, see `QueuePolicy.rank`.
         metrics: its times; `SchedulerMetrics.on_arrived` sets it.
+        has_grammar: a token must be known before the next one can be chosen.
+        keeps_state: a worker's state of the sequence changes with every token: token counts and grammars do.
     """
 
     client: bytes
@@ -219,6 +218,18 @@ class Sequence:
     rank: tuple[int, float, float] = (0, 0.0, 0.0)
     metrics: RequestMetrics = field(init=False)
     block_hashes: list[bytes] = field(default_factory=list)
+    has_grammar: bool = field(init=False)
+    keeps_state: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.has_grammar = sampling.grammar is not None
+        self.keeps_state = (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or self.has_grammar
+        )
 
     @classmethod
     def of_request(cls, client: bytes, request: AddRequest, arrival: int, max_model_len: int, now: float) -> Sequence:
@@ -272,11 +283,6 @@ class Sequence:
         return self.request.sampling.tpot_ms
 
     @property
-    def has_grammar(self) -> bool:
-        """Whether a token must be known before the next one can be chosen."""
-        return self.request.sampling.grammar is not None
-
-    @property
     def lacks_prompt_logprobs(self) -> bool:
         """Whether its client still waits for log-probabilities of the prompt."""
         return self.request.sampling.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
@@ -299,17 +305,6 @@ class Sequence:
         """Return the hashes of all full blocks of its tokens."""
         extend_block_hashes(self.block_hashes, self.tokens, block_size, self.request.sampling.cache_salt)
         return self.block_hashes
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether a worker's state of the sequence changes with every token: token counts and grammars do."""
-        sampling = self.request.sampling
-        return (
-            sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-            or self.has_grammar
-        )
 
     def state_for(self, allocation: KVAllocation) -> SequenceState:
         """Return all that a worker needs to continue the sequence."""

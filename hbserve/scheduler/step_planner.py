@@ -331,6 +331,8 @@ class _StepBuilder:
         """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""
         block_ids = allocation.block_ids
         num_sent = allocation.blocks_sent.get(self._worker_id)
+        if num_sent == len(block_ids):
+            return []
         allocation.blocks_sent[self._worker_id] = len(block_ids)
         if num_sent is None:
             self.new_sequences.append(sequence.state_for(allocation))
