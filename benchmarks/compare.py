@@ -42,7 +42,7 @@ from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
 from hbserve.policy.profile_file import load_profile, profiled_predictor
-from hbserve.simulate.prompts import Sizes
+from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 

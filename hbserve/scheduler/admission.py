@@ -142,8 +142,12 @@ def fcfs(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -
 
 
 def least_loaded(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
-    """Prefill where the fewest prompt tokens are still to be computed, decode where the fewest sequences are."""
-    return sorted(instances, key=lambda instance: _load(instance, prefills))
+    """Prefill where the fewest prompt tokens are still to be computed, decode where the fewest sequences are.
+
+    Between instances without prompts, those with fewer sequences go first: where one worker does both phases, these
+    decode, and all requests of a light load would else go to the first instance.
+    """
+    return sorted(instances, key=lambda instance: (_load(instance, prefills), instance.num_sequences))
 
 
 def prefix_aware(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
@@ -154,7 +158,11 @@ def prefix_aware(sequence: Sequence, instances: Items[InstanceHandle], prefills:
     sequences than the least loaded one.
     """
     if prefills:
-        return sorted(instances, key=lambda instance: _load(instance, True) - _cached_tokens(sequence, instance))
+
+        def cost(instance: InstanceHandle) -> tuple[int, int]:
+            return _load(instance, True) - _cached_tokens(sequence, instance), instance.num_sequences
+
+        return sorted(instances, key=cost)
     if not instances:
         return []
     bound = 1.25 * min(_load(instance, False) for instance in instances) + 1

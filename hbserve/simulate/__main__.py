@@ -19,7 +19,8 @@ from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import load_profile, profiled_predictor
-from hbserve.simulate.prompts import Sizes
+from hbserve.simulate.config import Sizes
+from hbserve.simulate.planning import plan
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import (
     ANY_RATIO,
@@ -28,7 +29,6 @@ from hbserve.simulate.systems import (
     SimulatedOutcome,
     System,
     find_highest_rate,
-    plan,
     simulate,
 )
 
@@ -141,7 +141,11 @@ def _setting(arguments: argparse.Namespace) -> Setting:
 def _source(arguments: argparse.Namespace) -> WorkloadSource:
     trace = None if arguments.trace is None else load_trace(arguments.trace)
     duration_s = arguments.duration
-    if duration_s is None and arguments.num_requests is None and (trace is None or arguments.sweep):
+    if (
+        duration_s is None
+        and arguments.num_requests is None
+        and (trace is None or arguments.sweep or arguments.plan is not None)
+    ):
         duration_s = 120.0
     return WorkloadSource(
         trace=trace,

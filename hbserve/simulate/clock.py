@@ -38,12 +38,16 @@ class SimulatedClock:
         heapq.heappush(self._events, (max(time, self.now), self._count, event))
         return event
 
+    def advance(self) -> None:
+        """Go to the next event and run it."""
+        self.now, _, event = heapq.heappop(self._events)
+        if event.action is not None:
+            event.action()
+
     def run(self, until: float = math.inf) -> None:
         """Run all events up to a time, also those that other events add."""
         while self._events and self._events[0][0] <= until:
-            self.now, _, event = heapq.heappop(self._events)
-            if event.action is not None:
-                event.action()
+            self.advance()
         if until != math.inf:
             self.now = max(self.now, until)
 
@@ -54,39 +58,25 @@ class Progress:
     Args:
         seconds: time that the work takes at speed 1.
         on_done: called at its end.
+
+    Attributes:
+        started: when it began.
     """
+
+    __slots__ = ("_clock", "_event", "_left_s", "_on_done", "_since", "_speed", "started")
 
     def __init__(self, clock: SimulatedClock, seconds: float, on_done: Callable[[], None]) -> None:
         self._clock, self._on_done = clock, on_done
-        self.total_s = seconds
         self._left_s = seconds
         self._speed = 1.0
         self._since = self.started = clock.now
         self._event = clock.at(clock.now + seconds, on_done)
 
-    @property
-    def done_s(self) -> float:
-        """Seconds of work that have been done."""
-        return self.total_s - self._left_s + (self._clock.now - self._since) * self._speed
-
     def set_speed(self, speed: float) -> None:
         """Set how many seconds of work a second does from now on."""
         if speed != self._speed:
-            self._settle()
-            self._speed = speed
-            self._reschedule()
-
-    def shorten(self, total_s: float) -> None:
-        """Reduce the work to a smaller total."""
-        self._settle()
-        self._left_s = max(0.0, self._left_s - (self.total_s - total_s))
-        self.total_s = total_s
-        self._reschedule()
-
-    def _settle(self) -> None:
-        self._left_s = max(0.0, self._left_s - (self._clock.now - self._since) * self._speed)
-        self._since = self._clock.now
-
-    def _reschedule(self) -> None:
-        self._event.cancel()
-        self._event = self._clock.at(self._clock.now + self._left_s / self._speed, self._on_done)
+            now = self._clock.now
+            self._left_s = max(0.0, self._left_s - (now - self._since) * self._speed)
+            self._since, self._speed = now, speed
+            self._event.cancel()
+            self._event = self._clock.at(now + self._left_s / speed, self._on_done)

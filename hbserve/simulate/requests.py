@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hbserve.bench.serve_workload import ServeWorkload
 from hbserve.bench.traces import BLOCK_TOKENS
+
+VOCAB_SIZE = 1 << 30
+"""Token ids are below it: an id stands for a whole block of a prompt."""
+_FIRST_OWN_TOKEN = 1 << 29
 
 
 @dataclass(slots=True, eq=False)
@@ -17,10 +21,7 @@ class SimulatedRequest:
         prefix_blocks: names of the leading blocks of its prompt; equal contents have equal names.
         block_tokens: tokens per name.
         cached_tokens: prompt tokens that the prefix cache had at admission.
-        computed_tokens: prompt tokens that are computed, cached ones included.
-        planned_tokens: prompt tokens that are computed, in the running step, or in the planned one.
-        ttft_target_ms: target that the request carries, for the order of the queue.
-        rank: its place in the queue.
+        num_preemptions: how often it gave its place to an older one.
     """
 
     arrival: float
@@ -28,25 +29,23 @@ class SimulatedRequest:
     output_tokens: int
     prefix_blocks: tuple[int, ...] = ()
     block_tokens: int = BLOCK_TOKENS
-    request_id: str = ""
     cached_tokens: int = 0
-    computed_tokens: int = 0
-    planned_tokens: int = 0
+    num_preemptions: int = 0
     first_token_time: float | None = None
     completion_time: float | None = None
-    finish_step: int = field(default=0, repr=False)
-    ttft_target_ms: float | None = None
-    rank: tuple[int, float, float] = field(default=(0, 0.0, 0.0), repr=False)
 
-    @property
-    def tokens(self) -> range:
-        """Stand for the prompt's tokens: the queue policy asks for their number."""
-        return range(self.prompt_tokens)
+    def tokens(self, number: int) -> list[int]:
+        """Return token ids for the prompt: all tokens of a named block have its name as their id.
 
-    @property
-    def arrival_time(self) -> float:
-        """Arrival, under the queue policy's name for it."""
-        return self.arrival
+        Args:
+            number: of the request; its tokens outside of named blocks are those of no other request.
+        """
+        tokens: list[int] = []
+        for name in self.prefix_blocks:
+            tokens += [name] * self.block_tokens
+        if len(tokens) < self.prompt_tokens:
+            tokens += [_FIRST_OWN_TOKEN + number] * (self.prompt_tokens - len(tokens))
+        return tokens[: self.prompt_tokens]
 
     @property
     def ttft_ms(self) -> float:
@@ -66,8 +65,6 @@ class SimulatedRequest:
 def requests_of(workload: ServeWorkload) -> list[SimulatedRequest]:
     """Make fresh requests from a workload of the serving benchmark."""
     return [
-        SimulatedRequest(
-            request.arrival_s, request.input_len, request.output_len, request.block_ids, request_id=str(number)
-        )
-        for number, request in enumerate(workload.requests)
+        SimulatedRequest(request.arrival_s, request.input_len, request.output_len, request.block_ids)
+        for request in workload.requests
     ]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hbserve.bench.request_record import RequestTargets, percentile
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.sweep import RateSearch
+from hbserve.config import InstanceRole, LadderConfig, SemiPDConfig, SLOConfig
 from hbserve.errors import ConfigError
 from hbserve.policy.step_time_predictor import StepTimePredictor
-from hbserve.simulate.clock import SimulatedClock
-from hbserve.simulate.control import SimulatedController
-from hbserve.simulate.prompts import Sizes
+from hbserve.simulate.config import Sizes, make_config
+from hbserve.simulate.control import SimulatedController, SimulatedRotation
 from hbserve.simulate.requests import SimulatedRequest, requests_of
-from hbserve.simulate.units import DisaggregatedUnit, SemiPDUnit, UnifiedUnit, Unit, serve
+from hbserve.simulate.world import SimulatedSystem
 from hbserve.slo.constraints import SLOConstraints, SMAllocation
 
 FORMS = (
@@ -28,7 +26,7 @@ FORMS = (
 """The forms of systems, as help text."""
 ANY_RATIO = "xpyd"
 """Name of the system whose numbers of prefill and decode GPUs a plan finds."""
-_FIRST_RATE = 4.0
+FIRST_RATE = 4.0
 """First rate of a search, requests per second and GPU."""
 _LONE = 0.05
 """Mean number of open requests below which they do not disturb each other."""
@@ -76,9 +74,17 @@ class System:
         return dataclasses.replace(self, name=f"{self.name.split('*')[0]}*{replicas}", replicas=replicas)
 
     @property
+    def roles(self) -> list[InstanceRole]:
+        """Roles of its instances, one for each GPU."""
+        if self.form == "disaggregated":
+            numbers = self.replicas * self.num_prefill, self.replicas * self.num_decode
+            return [InstanceRole.PREFILL] * numbers[0] + [InstanceRole.DECODE] * numbers[1]
+        return [InstanceRole.UNIFIED if self.form == "unified" else InstanceRole.SEMI_PD] * self.replicas
+
+    @property
     def num_gpus(self) -> int:
         """GPUs of all replicas."""
-        return self.replicas * (self.num_prefill + self.num_decode if self.form == "disaggregated" else 1)
+        return len(self.roles)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,11 @@ class Setting:
         percent = min(99.9, 100 * self.attainment)
         return SLOConstraints(self.targets.ttft_ms, self.targets.tpot_ms, percent, percent)
 
+    def is_met(self, request: SimulatedRequest) -> bool:
+        """Whether a request has ended and kept both targets."""
+        slo = self.constraints
+        return request.ttft_ms <= slo.ttft_target_ms and request.tpot_ms <= slo.tpot_target_ms
+
 
 @dataclass(frozen=True)
 class SimulatedOutcome:
@@ -135,8 +146,13 @@ class SimulatedOutcome:
     moves: int
 
 
-def simulate(system: System, setting: Setting, requests: list[SimulatedRequest]) -> SimulatedOutcome:
+def simulate(
+    system: System, setting: Setting, requests: list[SimulatedRequest], gives_up: bool = False
+) -> SimulatedOutcome:
     """Serve fresh requests with a system.
+
+    Args:
+        gives_up: end as soon as too many requests have missed a target; those that have not ended then count as missed.
 
     Raises:
         ConfigError: if a request is larger than the KV pool.
@@ -147,22 +163,18 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
             f"the longest request has {longest} tokens, prompt and output; a KV pool holds {setting.sizes.kv_tokens}. "
             "Cut with --max-input-len, or raise --kv-tokens"
         )
-    clock = SimulatedClock()
-    for request in requests:
-        request.ttft_target_ms = setting.targets.ttft_ms
-    units = [_unit(system, setting, clock) for _ in range(system.replicas)]
-    controllers = [
-        SimulatedController(unit, setting.constraints, setting.belief, requests[-1].arrival)
-        for unit in units
-        if system.form == "slo" and isinstance(unit, SemiPDUnit)
-    ]
-    serve(clock, units, requests)
+    shares_prefixes = any(request.prefix_blocks for request in requests)
+    world, controllers = build(system, setting, requests[-1].arrival, shares_prefixes)
+    num_missed, allowed = 0, math.floor((1 - setting.attainment) * len(requests)) + 1
+
+    def goes_on(request: SimulatedRequest) -> bool:
+        nonlocal num_missed
+        num_missed += not setting.is_met(request)
+        return num_missed <= allowed
+
+    world.serve(requests, goes_on if gives_up else None)
     span = max(requests[-1].arrival - requests[0].arrival, 1e-9)
-    constraints = setting.constraints
-    met = sum(
-        request.ttft_ms <= constraints.ttft_target_ms and request.tpot_ms <= constraints.tpot_target_ms
-        for request in requests
-    )
+    met = sum(map(setting.is_met, requests))
     times_ms = {
         "ttft": sorted(request.ttft_ms for request in requests),
         "tpot": sorted(request.tpot_ms for request in requests if request.output_tokens > 1) or [0.0],
@@ -180,104 +192,62 @@ def simulate(system: System, setting: Setting, requests: list[SimulatedRequest])
     )
 
 
-def _unit(system: System, setting: Setting, clock: SimulatedClock) -> Unit:
-    steps, sizes = setting.steps, setting.sizes
+def build(
+    system: System, setting: Setting, until: float, shares_prefixes: bool = True
+) -> tuple[SimulatedSystem, list[SimulatedController]]:
+    """Start a system, with a controller of each instance where it has one.
+
+    Args:
+        until: end of the arrivals.
+        shares_prefixes: some prompts have equal prefixes.
+    """
+    sizes, slo = setting.sizes, setting.constraints
     if system.form == "unified":
-        chunked = dataclasses.replace(
+        sizes = dataclasses.replace(
             sizes,
             chunk_size=system.chunk,
             max_chunk_prefill_tokens=system.chunk,
             max_num_batched_tokens=max(sizes.max_num_batched_tokens, system.chunk + sizes.max_num_seqs),
         )
-        return UnifiedUnit(clock, steps, chunked)
-    if system.form == "disaggregated":
-        return DisaggregatedUnit(clock, steps, sizes, system.num_prefill, system.num_decode)
-    assert system.allocation is not None
-    alone = None if system.form == "no_ladder" else SMAllocation(100, 100)
-    is_paced = system.form == "slo" or system.allocation.mixed
-    interval_ms = setting.constraints.decode_interval_ms if is_paced else 0.0
-    return SemiPDUnit(clock, steps, sizes, system.allocation, alone, decode_interval_s=interval_ms / 1000)
+    config = make_config(system.roles, sizes, _semi_pd(system, slo), shares_prefixes)
+    world = SimulatedSystem(config, setting.steps, sizes.num_blocks, slo.ttft_target_ms, slo.tpot_target_ms)
+    if system.allocation is None:
+        return world, []
+    rotations = [SimulatedRotation(world, name, system.allocation) for name in world.devices]
+    if system.form != "slo":
+        return world, []
+    return world, [SimulatedController(world, rotation, slo, setting.belief, until) for rotation in rotations]
+
+
+def _semi_pd(system: System, slo: SLOConstraints) -> SemiPDConfig | None:
+    if system.allocation is None:
+        return None
+    levels = () if system.form == "no_ladder" else (100,)
+    with_mixing = system.form == "slo" or system.allocation.mixed
+    return SemiPDConfig(
+        prefill_percentage=system.allocation.prefill_percentage,
+        decode_percentage=system.allocation.decode_percentage,
+        mixed=system.allocation.mixed,
+        ladder=LadderConfig(prefill=levels, decode=levels, unified=(100,) if with_mixing else ()),
+        slo=SLOConfig(ttft_target_ms=slo.ttft_target_ms, tpot_target_ms=slo.tpot_target_ms)
+        if system.form == "slo"
+        else None,
+    )
 
 
 def find_highest_rate(
     system: System, setting: Setting, source: WorkloadSource, seed: int, precision: float = 0.03
 ) -> SimulatedOutcome | None:
     """Return the run at the highest rate at which enough requests keep both targets; None if even lone ones miss."""
-    search = RateSearch(_FIRST_RATE * system.num_gpus, precision)
+    search = RateSearch(FIRST_RATE * system.num_gpus, precision)
     best: SimulatedOutcome | None = None
     while (rate := search.next_rate()) is not None:
-        outcome = simulate(system, setting, requests := requests_of(source.workload(rate, seed)))
+        outcome = simulate(system, setting, requests := requests_of(source.workload(rate, seed)), gives_up=True)
         good = outcome.attainment >= setting.attainment
-        open_s = sum(request.ttft_ms + request.tpot_ms * (request.output_tokens - 1) for request in requests) / 1000
-        if not good and rate * open_s < _LONE * len(requests):
+        open_s = [r.completion_time - r.arrival for r in requests if r.completion_time is not None]
+        if not good and rate * sum(open_s) < _LONE * len(open_s):
             return None
         search.add(rate, good)
         if good and (best is None or outcome.rate > best.rate):
             best = outcome
     return best
-
-
-def plan(
-    systems: list[System], setting: Setting, source: WorkloadSource, seed: int, rate: float
-) -> list[tuple[System, SimulatedOutcome]]:
-    """Find for each system the fewest replicas that keep the targets at a rate; sort by GPUs, the fewest first.
-
-    Systems that cannot keep the targets at any rate are left out.
-    """
-    found = []
-    for system in systems:
-        trial = _Trial(setting, source, seed, rate)
-        best = _fewest_replicas(system, trial)
-        if best is not None and system.name == ANY_RATIO:
-            best = _best_ratio(best, trial)
-        if best is not None:
-            found.append((best, trial.outcomes[best.name]))
-    return sorted(found, key=lambda pair: (pair[0].num_gpus, -pair[1].attainment))
-
-
-@dataclass
-class _Trial:
-    """Simulations of systems at the rate of a plan, one for each system."""
-
-    setting: Setting
-    source: WorkloadSource
-    seed: int
-    rate: float
-    outcomes: dict[str, SimulatedOutcome] = field(default_factory=dict)
-
-    def keeps(self, system: System) -> bool:
-        if system.name not in self.outcomes:
-            requests = requests_of(self.source.workload(self.rate, self.seed))
-            self.outcomes[system.name] = simulate(system, self.setting, requests)
-        return self.outcomes[system.name].attainment >= self.setting.attainment
-
-
-def _fewest_replicas(system: System, trial: _Trial) -> System | None:
-    single = find_highest_rate(system.replicated(1), trial.setting, trial.source, trial.seed)
-    if single is None:
-        return None
-    replicas = max(1, math.ceil(0.9 * trial.rate / single.rate))
-    while replicas <= 100 * max(1.0, trial.rate):  # a bound: with more replicas each has less work
-        candidate = _ratio(replicas, replicas) if system.name == ANY_RATIO else system.replicated(replicas)
-        if trial.keeps(candidate):
-            return candidate
-        replicas += max(1, replicas // 10)
-    return None
-
-
-def _ratio(num_prefill: int, num_decode: int) -> System:
-    return System.parse(f"{num_prefill}p{num_decode}d")
-
-
-def _best_ratio(even: System, trial: _Trial) -> System:
-    """Find the fewest GPUs of one phase, then of the other; try both orders and take the smaller system."""
-
-    def fewest(max_number: int, system: Callable[[int], System]) -> int:
-        return bisect_left(range(1, max_number), True, key=lambda number: trial.keeps(system(number))) + 1
-
-    size = even.num_prefill
-    decode = fewest(size, lambda number: _ratio(size, number))
-    first = _ratio(fewest(size, lambda number: _ratio(number, decode)), decode)
-    prefill = fewest(size, lambda number: _ratio(number, size))
-    second = _ratio(prefill, fewest(size, lambda number: _ratio(prefill, number)))
-    return min(first, second, key=lambda system: system.num_gpus)
