@@ -20,17 +20,17 @@ SHAPES = Path(__file__).resolve().parent / "configs" / "models"
 KNOWN_NAMES = ("smollm2",)
 """Models that HBServe fetches by a short name; `hbserve.model_store` has a module for each."""
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@\w[\w./-]*)?")
 
 
 def resolve_model(name: str, beside: Sequence[Path] = ()) -> str:
-    """Return the model's folder, as an absolute path without links; or a name that `fetch_model` takes.
+    """Return the absolute path of the model's folder or GGUF file, or else a name that `fetch_model` takes.
 
-    A link that is changed later must not change what a restart loads.
+    The path of a folder has no links: one that is changed later must not change what a restart loads.
 
     Args:
-        name: a folder in Hugging Face layout, or one of `KNOWN_NAMES`. A folder comes first. A relative path counts
-            from the working directory.
+        name: a folder in Hugging Face layout, a ``.gguf`` file, one of `KNOWN_NAMES`, or ``org/name[@revision]`` on the
+            Hugging Face hub. What exists comes first. A relative path counts from the working directory.
         beside: folders from which a relative path counts where the working directory has none.
 
     Raises:
@@ -43,15 +43,29 @@ def resolve_model(name: str, beside: Sequence[Path] = ()) -> str:
     for candidate in candidates:
         if os.path.isdir(candidate):  # unlike Path's own method, False for an impossible name
             return str(candidate.resolve())
-    if name in KNOWN_NAMES:
+        if is_gguf(name) and os.path.isfile(candidate):
+            return str(candidate.absolute())  # in a cache, the target of a link may have another kind of name
+    if name in KNOWN_NAMES or (_HUB_NAME.fullmatch(name) and not is_gguf(name)):
         return name
     places = ", ".join(shown(str(candidate.absolute()))[1:-1] for candidate in candidates)
-    what = f"there is no folder {shown(name)} (looked at {places})"
-    if _HUB_NAME.fullmatch(name):
-        what += f"; models are not downloaded by themselves: hf download {name} --local-dir FOLDER"
-    elif "/" not in name:
-        what += f"; models that are fetched by name: {', '.join(KNOWN_NAMES)}"
+    what = f"there is no {'file' if is_gguf(name) else 'folder'} {shown(name)} (looked at {places})"
+    if "/" not in name:
+        what += f"; models that are fetched by name are {', '.join(KNOWN_NAMES)}, and org/name of the Hugging Face hub"
     raise ConfigError(what)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def known_as(name: str) -> str:
+    """Return the name under which users know a model: a folder's or a file's own, or that on the hub."""
+    on_hub = _HUB_NAME.fullmatch(name)
+    if on_hub is not None and not os.path.exists(name) and not is_gguf(name):
+        return on_hub["repository"]
+    base = os.path.basename(os.path.normpath(name))
+    return base[: -len(".gguf")] if is_gguf(base) else base
 
 
 def expand_user(path: str) -> Path:

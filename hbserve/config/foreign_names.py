@@ -37,6 +37,8 @@ FOREIGN_NAMES = _table(
     (
         # the model
         ("model_path", _SGLANG, "model.path", "a folder"),
+        ("revision", _BOTH, "model.path", "write it behind the name: org/name@revision"),
+        ("download_dir", _BOTH, None, "HF_HOME is the folder of the hub's cache, HBSERVE_CACHE that of other models"),
         ("tokenizer", _VLLM, "model.tokenizer_path", "a folder"),
         ("served_model_name", _BOTH, "model.served_name", "one name"),
         ("context_length", _SGLANG, "model.max_model_len", "tokens of prompt and output together"),

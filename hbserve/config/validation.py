@@ -21,7 +21,7 @@ from hbserve.config.sections import DEFAULT_MODE, Config, InstanceConfig, Instan
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
 from hbserve.hints import nearest, shown
-from hbserve.model_source import expand_user, resolve_model
+from hbserve.model_source import expand_user, known_as, resolve_model
 
 BACKENDS = ("nccl", "mooncake", "shm")
 """Names of the built-in backends that move KV."""
@@ -140,7 +140,7 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
     replace = msgspec.structs.replace
     model, rpc = given.model, given.rpc
     source = _resolve(model.path, base_dir, "model.path")
-    name = os.path.basename(os.path.normpath(model.path))
+    name = known_as(model.path)
     if model.served_name is None and name not in ("", ".", "..", "~", Path(source).name):
         model = replace(model, served_name=name)  # of a link to the folder: the name that the user knows
     model = replace(model, path=source)

@@ -5,13 +5,16 @@ The conversion needs torch, which the API server does without, and much memory, 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 from hbserve.errors import ModelError
+from hbserve.model_store.cache import cache_folder, kept_folder, tell
 
+_VERSION = 1
 _TIMEOUT_S = 3600
 _MAX_REASON_CHARACTERS = 500
 
@@ -24,6 +27,23 @@ def check_gguf_is_installed() -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("the model is in a GGUF file, which needs the package gguf: pip install 'hbserve[gguf]'")
+
+
+def converted(gguf: Path) -> Path:
+    """Return the folder that a GGUF file was converted into; convert the file if it is new or has changed.
+
+    Raises:
+        ModelError: naming the file, and what HBServe cannot read in it.
+    """
+    status = gguf.stat()
+    identity = f"{gguf.resolve()} {status.st_size} {status.st_mtime_ns} {_VERSION}"
+    mark = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def make(folder: Path) -> None:
+        tell(f"converting {gguf} ({status.st_size / 1e9:.2f} GB), once; the result is kept in {cache_folder()}")
+        convert_apart(gguf, folder)
+
+    return kept_folder(f"gguf-{gguf.stem}-{mark}", make)
 
 
 def convert_apart(gguf: Path, folder: Path, keep_float32: bool = False) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
 
 from hbserve.config import Config
-from hbserve.model_source import KNOWN_NAMES
+from hbserve.model_source import KNOWN_NAMES, is_gguf
+from hbserve.model_store.conversion import converted
+from hbserve.model_store.hub import fetch_from_hub
 from hbserve.model_store.smollm2 import fetch_smollm2
 
 
@@ -33,4 +36,8 @@ def fetch_model(source: str) -> Path:
     Raises:
         ModelError: the model cannot be fetched; the text says what to do.
     """
-    return fetch_smollm2() if source in KNOWN_NAMES else Path(source)
+    if source in KNOWN_NAMES:
+        return fetch_smollm2()
+    if not os.path.isabs(source):
+        return fetch_from_hub(source)
+    return converted(Path(source)) if is_gguf(source) and os.path.isfile(source) else Path(source)

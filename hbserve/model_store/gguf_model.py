@@ -151,7 +151,7 @@ class GGUFModel:
     def _llama3_rope(self, document: dict[str, Any]) -> dict[str, Any]:
         """Find the parameters that give the divisors in the file; published models differ in one of them."""
         divisors = torch.from_numpy(_values(self._tensors[_ROPE_FREQUENCIES]))
-        factor = float(divisors.max())
+        factor = round(float(divisors.max()), 3)
         theta = document["rope_parameters"]["rope_theta"]
         turns = _LLAMA3_ROPE["original_max_position_embeddings"] / (2 * torch.pi)
         turns *= theta ** (-torch.arange(len(divisors), dtype=torch.float64) / len(divisors))

@@ -31,7 +31,7 @@ _SECRETS = frozenset(
     {"HBSERVE_API_KEY", "HBSERVE_API_KEYS", "HBSERVE_ADMIN_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"}
     | {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 )
-"""Variables that no child needs: the API server alone checks keys, and nothing is downloaded."""
+"""Variables that no child needs: the API server alone checks keys, and the process that starts a system downloads."""
 EXIT_DISMISSED = 69
 """Exit code of an instance that the scheduler has released: its launcher does not start it again."""
 EXIT_SUPERSEDED = 73

@@ -122,7 +122,7 @@ TWO = (
         (MODEL + "kv_transfer:\n  backend: ncc\n", 4, "did you mean 'nccl'"),
         (MODEL + "kv_transfer:\n  backend: moonc\n", 4, "did you mean 'mooncake'"),
         ("model:\n  path: nowhere\n", 2, "model.path: there is no folder 'nowhere'"),
-        ("model:\n  path: Qwen/Qwen3-0.6B\n", 2, "hf download Qwen/Qwen3-0.6B --local-dir FOLDER"),
+        ("model:\n  path: tiny.gguf\n", 2, "there is no file 'tiny.gguf'"),
         ("model:\n  path: model\n  path: model\n", 3, "path is given twice"),
         ("mode: unified\n", 1, "missing required field model"),
         (TWO, 6, "gpu_instances[1].port: address 127.0.0.1:6000 is already taken by gpu_instances[0].port"),

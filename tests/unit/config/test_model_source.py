@@ -28,7 +28,7 @@ def test_a_folder_is_found_from_here_or_beside_and_links_are_followed(
     [
         ("", "give the path"),
         ("nowhere", "there is no folder 'nowhere' (looked at "),
-        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir FOLDER"),
+        ("no/such.gguf", "there is no file 'no/such.gguf' (looked at "),
         ("~no-such-user/model", "home"),
         ("a\0b", "there is no folder 'a\\x00b'"),
     ],
