@@ -13,9 +13,17 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.installed: pyproject.toml constraints.txt scripts/install_debian_packages.sh
+# What serving needs; httpx is the demo's client.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"HBServe needs Python 3.11 or later; {sys.executable} is {sys.version.split()[0]}. Give another: make PYTHON=python3.12")'
+	@echo "Installing HBServe and torch into $(VENV), once. This takes minutes. It needs 1.2 GB of disk with torch for"
+	@echo "the CPU, and several GB with torch for CUDA; pip's index decides which one comes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
+	$(BIN)/python -m pip install --constraint constraints.txt setuptools torch
+	$(INSTALL) . httpx
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.runtime scripts/install_debian_packages.sh
 	$(INSTALL) '.[test]'
 	touch $@
 
@@ -27,7 +35,7 @@ $(VENV)/.docs: $(VENV)/.installed
 debian-packages:
 	scripts/install_debian_packages.sh
 
-demo: $(VENV)/.installed ## Start a system on this machine and ask it a few questions over HTTP
+demo: $(VENV)/.runtime ## Start a system on this machine and ask it a few questions over HTTP
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (about 12 minutes)
