@@ -4,7 +4,8 @@
     hbserve serve MODEL --mode semi_pd --ttft-ms 400 --tpot-ms 40 --port 8080
     hbserve serve --config system.yaml --performance.max_num_seqs 64
 
-The server runs until SIGTERM or Ctrl-C. SIGHUP reads keys, certificates and log level anew.
+The server runs until SIGTERM or Ctrl-C. SIGHUP reads keys, certificates and log level anew. An instance that is started
+alone reads its log level.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "hbserve serve") ->
             from hbserve.worker.process import run_instance
 
             instance = config.instance(given.instance_id)
-            exit_now(run_instance(config, instance, instance_address(instance, None)))
+            address = instance_address(instance, None)
+            exit_now(run_instance(config, instance, address, read_again=lambda: effective_config(given).config))
         from hbserve.server.launch import serve_system
 
         return serve_system(

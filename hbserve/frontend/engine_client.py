@@ -323,6 +323,9 @@ class EngineClient:
             self._line.send(SubscribeReady(deadline_s=max(0.0, self._ready_deadline - time.monotonic())))
 
     def _on_attached(self, attached: Attached) -> None:
+        if attached.ended is not None:
+            self.declare_dead(attached.ended)
+            return
         if not self._is_connected:
             self._is_connected = True
             while self._unsent_events:
@@ -340,6 +343,7 @@ class EngineClient:
 
     def _give_up(self, request: OpenRequest) -> None:
         what = f"the scheduler failed {request.num_failures} times in a row with this request"
+        logger.error("given_up: request %s: %s", request.id, what)
         self.report_event("given_up", f"request {request.id}", what)
         request.sink(errors.RequestFailedError(f"given up: {what}"))
         self._on_given_up(request.id)

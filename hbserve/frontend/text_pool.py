@@ -24,7 +24,7 @@ import zmq
 from hbserve import bounded_json
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
-from hbserve.frontend.text_process import OnEvent, TextProcess
+from hbserve.frontend.text_process import TextProcess
 from hbserve.messages.text import (
     DEFAULT_CHAT,
     BodyRead,
@@ -40,6 +40,7 @@ from hbserve.messages.text import (
     ReadBody,
     TextStreamOptions,
 )
+from hbserve.process.events import OnEvent, log_event
 from hbserve.process.side_thread import SideThread
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import LONG_TEXT, OnText, OutputStream
@@ -64,7 +65,7 @@ class TextProcesses:
         max_chars, max_tokens: see `TextService`.
     """
 
-    def __init__(self, config: Config, run_dir: str, on_event: OnEvent = lambda *_: None) -> None:
+    def __init__(self, config: Config, run_dir: str, on_event: OnEvent = log_event) -> None:
         self.max_chars: int | None = None
         self.max_tokens: int | None = None
         self._side = SideThread()
@@ -231,7 +232,7 @@ class TextProcesses:
             while not answer.done():
                 await asyncio.wait({answer}, timeout=MAX_CHECK_S / 8)
                 if not answer.done() and checker.seconds_with(numbers[0]) > MAX_CHECK_S:
-                    checker.restart()
+                    checker.restart(f"took longer than {MAX_CHECK_S:g} s for a grammar")
                     what = f"the grammar is too complex: its check takes longer than {MAX_CHECK_S:g} s; make it smaller"
                     raise InvalidRequestError(what, "grammar")
             reply = answer.result()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import math
 import time
 from collections import deque
@@ -22,7 +21,6 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.errors import ContextLengthError, EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
-from hbserve.messages.supervisor import EventKind
 from hbserve.messages.text import (
     Answer,
     CheckGrammar,
@@ -38,15 +36,15 @@ from hbserve.messages.text import (
     TextStreamOptions,
 )
 from hbserve.process import event_loop
+from hbserve.process.events import OnEvent, log_event
 from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
-logger = logging.getLogger(__name__)
-
 _MODULE = "hbserve.frontend.text_worker"
 _ANSWER_TIMEOUT_S = 30.0
 _MAX_ATTEMPTS = 3
+_DIED = f"the process died of it, or beside it, {_MAX_ATTEMPTS} times; it fails, and the others go on"
 _REPLIES_PER_LOOK = 16
 """Replies between two looks at the clock."""
 _MIN_FRAME_BYTES = 2**16
@@ -92,10 +90,6 @@ class _RemoteStream:
         self._process.close_stream(self)
 
 
-OnEvent = Callable[[EventKind, str, str], object]
-"""Takes kind, subject and text of an event."""
-
-
 class TextProcess:
     """One process, its socket, and what it has to do. Arguments as in `TextProcesses`.
 
@@ -109,7 +103,7 @@ class TextProcess:
         config: Config,
         run_dir: str,
         context: zmq.Context[zmq.Socket[bytes]],
-        on_event: OnEvent = lambda *_: None,
+        on_event: OnEvent = log_event,
         niceness: int = 0,
     ) -> None:
         self.name = name
@@ -130,6 +124,7 @@ class TextProcess:
         self._dead: EngineDeadError | None = None
         self._last_heard = self._last_job_answer = 0.0
         self._is_restarted = False  # killed by `restart`, and not replaced yet
+        self._why_killed: str | None = None  # if it was killed, in words that follow its name
         self._to_ask_again: deque[int] = deque()  # questions that were open at a death
         self._suspect: int | None = None  # the one of these that the process has now
 
@@ -256,6 +251,7 @@ class TextProcess:
         if not isinstance(reply, TextFailed):
             query.answer.set_result(reply)
         elif reply.is_bug:
+            self._on_event("bug", self.name, reply.error)
             query.answer.set_exception(RequestFailedError(reply.error))
         elif reply.is_too_long:
             query.answer.set_exception(ContextLengthError(reply.error, reply.param))
@@ -347,10 +343,14 @@ class TextProcess:
             return 0.0
         return time.monotonic() - query.asked_at
 
-    def restart(self) -> None:
-        """Replace the process, because it does work that cannot be interrupted; other questions are asked again."""
+    def restart(self, why: str) -> None:
+        """Replace the process, because it does work that cannot be interrupted; other questions are asked again.
+
+        Args:
+            why: in words that follow the name of the process.
+        """
         if self._socket is not None and self._child is not None:
-            self._is_restarted = True
+            self._why_killed, self._is_restarted = why, True
             self._child.kill()
 
     async def _keep_alive(self) -> None:
@@ -363,18 +363,18 @@ class TextProcess:
             # or without work, count against the budget.
             was_at_work = self._socket is not None and self._is_at_work
             was_restarted, self._is_restarted = self._is_restarted, False
+            how, self._why_killed = self._why_killed or f"ended with exit code {code}", None
             if was_at_work and not was_restarted:
                 self._count_deaths()
             await self._disconnect()
             if not (was_at_work or was_restarted) and not budget.take():
-                self._give_up(f"the {self.name} ended with exit code {code}, too often to be replaced again")
+                self._give_up(f"the {self.name} {how}, too often to be replaced again (rpc.max_restarts)")
                 return
-            logger.warning("text_restarted: %s: it ended with exit code %d; replacing it", self.name, code)
-            self._on_event("text_restarted", self.name, f"it ended with exit code {code}")
+            self._on_event("text_restarted", self.name, f"it {how} and is replaced")
             try:
                 await self._start(time.monotonic() + self._config.rpc.start_timeout_s)
             except StartupError as error:
-                logger.error("%s", error)
+                self._on_event("start_failed", self.name, f"{error}; it is tried again")
                 await self._child.stop()
             except OSError as error:
                 self._give_up(f"no process can be started in place of the {self.name}: {error}")
@@ -389,14 +389,15 @@ class TextProcess:
             query.num_deaths += self._suspect in (None, number)
             if query.num_deaths >= _MAX_ATTEMPTS and not query.answer.done():
                 query.answer.set_exception(RequestFailedError(f"the {self.name} died of the request, or beside it"))
+                self._on_event("given_up", f"a request at {self.name}", _DIED)
         for stream in list(self._streams.values()):
             stream.num_deaths += bool(stream.pending)
             if stream.num_deaths >= _MAX_ATTEMPTS:
                 del self._streams[stream.number]
                 stream.on_text(RequestFailedError(f"the {self.name} died of the output, or beside it"))
+                self._on_event("given_up", f"an output at {self.name}", _DIED)
 
     def _give_up(self, reason: str) -> None:
-        logger.error("given_up: %s: %s", self.name, reason)
         self._on_event("given_up", self.name, reason)
         self._dead = EngineDeadError(reason)
         for query in self._queries.values():
@@ -415,7 +416,7 @@ class TextProcess:
             if self._last_heard < late:  # else other streams get answers, and this one is in a long queue
                 is_late |= any(stream.pending and stream.waits_since < late for stream in self._streams.values())
             if is_late and self._socket is not None and self._child is not None:
-                logger.error("the %s has not answered for %g s; ending it", self.name, _ANSWER_TIMEOUT_S)
+                self._why_killed = f"did not answer for {_ANSWER_TIMEOUT_S:g} s"
                 self._child.kill()
 
     def _has_late_question(self, late: float) -> bool:

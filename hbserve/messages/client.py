@@ -119,11 +119,13 @@ class Attached(Message, frozen=True):
         scheduler_epoch: differs at every start of the scheduler.
         takes_requests: whether an instance has registered. Until then requests would be refused.
         after_failure: whether the scheduler before this one failed on its own, so that a request may be the cause.
+        ended: why no request can be served any more: instances without which nothing works have been given up.
     """
 
     scheduler_epoch: int
     takes_requests: bool
     after_failure: bool = False
+    ended: str | None = None
 
 
 class Ready(Message, frozen=True):

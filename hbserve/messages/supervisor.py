@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from hbserve.config import InstanceRole
 from hbserve.messages.base import Message, Value
 
@@ -69,16 +71,26 @@ EventKind = Literal[
     "memory_lost",
     "recovery_failed",
     "rotation_failed",
+    "slo_failed",
     "transfer_failed",
     "join_refused",
+    "unserved",
+    "instance_restarted",
     "text_restarted",
+    "start_failed",
     "given_up",
+    "message_dropped",
+    "descriptors_low",
+    "reload_failed",
+    "bug",
 ]
 """Kinds of events of a system; from ``scheduler_lost`` on they are faults. docs/failures.md explains them."""
 
 
 class ReportEvent(Message, frozen=True):
     """Something has happened that the scheduler cannot see: it keeps and counts the events of all processes.
+
+    ``given_up`` with an instance as its subject also tells the scheduler that this instance does not come back.
 
     Attributes:
         subject: the instance, worker or process that it is about.
@@ -96,11 +108,13 @@ class Predecessor(Message, frozen=True):
         reason: why it has ended, in words.
         failed: whether it failed on its own, so that a request may be the cause.
         num_restarts: restarts since the start of the system, this one included.
+        given_up: instances that do not come back, by id, and why.
     """
 
     reason: str
     failed: bool
     num_restarts: int
+    given_up: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class MarkRotation(Message, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hbserve.config import InstanceRole
 from hbserve.messages.base import Message, TokenLogprobs, Value
+from hbserve.messages.supervisor import ReportEvent
 from hbserve.messages.transfer import Peer, SendBlocks, TransferCommand, TransferReply
 from hbserve.sampling_params import SamplingParams
 
@@ -209,4 +210,6 @@ class Leaving(Message, frozen=True):
 
 
 InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | Shutdown
-InstanceReply = Hello | Pong | Superseded | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving
+InstanceReply = (
+    Hello | Pong | Superseded | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving | ReportEvent
+)

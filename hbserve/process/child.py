@@ -1,8 +1,9 @@
 """Child's side of every process that this package starts: take orders, report, end with the parent.
 
-The parent writes one JSON line of orders to the child's standard input and keeps the pipe open as a life line. When the
-pipe closes, the parent has ended, for whatever reason. The child writes JSON lines to a status pipe; the one about its
-start says that it is ready, or why not. `hbserve.process.parent` is the other side.
+The parent writes one JSON line of orders to the child's standard input and keeps the pipe open as a life line. Later
+lines are further orders, for example another log level. When the pipe closes, the parent has ended, however it ended.
+The child writes JSON lines to a status pipe; the one about its start says that it is ready, or why not.
+`hbserve.process.parent` is the other side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
+from weakref import WeakSet
 
 from hbserve.config import LoggingConfig
 from hbserve.errors import HBServeError
@@ -26,6 +28,7 @@ from hbserve.process.log_format import JsonFormatter, TextFormatter
 
 logger = logging.getLogger(__name__)
 
+_LOG_LEVEL = "log_level"
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
 _SECRETS = frozenset(
     {"HBSERVE_API_KEY", "HBSERVE_API_KEYS", "HBSERVE_ADMIN_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"}
@@ -57,15 +60,48 @@ def set_process_title(title: str) -> None:
     setproctitle.setproctitle(title)
 
 
+class Follower(Protocol):
+    """A child of this process."""
+
+    def send(self, order: dict[str, Any]) -> bool:
+        """Write an order to it."""
+
+
+_input = bytearray()  # read from the life line, and not returned yet
+_followers: WeakSet[Follower] = WeakSet()
+_new_level: str | None = None
+
+
 def configure_logging(config: LoggingConfig, process_name: str) -> None:
     """Log to standard error, each line with time, level and process; at SIGABRT the stack of every thread."""
     faulthandler.enable()
     handler = logging.StreamHandler()
     handler.setFormatter((JsonFormatter if config.format == "json" else TextFormatter)(process_name))
-    logging.basicConfig(level=config.level, handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler], force=True)
+    _apply_level(config.level if _new_level is None else _new_level)
+
+
+def set_log_level(level: str) -> None:
+    """Log at another level from now on, in this process and in all its children, also later ones."""
+    global _new_level
+    _new_level = level
+    _apply_level(level)
+    for follower in list(_followers):
+        follower.send({_LOG_LEVEL: level})
+
+
+def _apply_level(level: str) -> None:
+    logging.getLogger().setLevel(level)
     # Only the level DEBUG shows the libraries' frequent messages.
     for name in ("httpx", "asyncio", "transformers", "uvicorn.access", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.NOTSET if config.level == "DEBUG" else logging.WARNING)
+        logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.WARNING)
+
+
+def add_follower(follower: Follower) -> None:
+    """Have a child that has just started log at the level of this process; called by the parent."""
+    _followers.add(follower)
+    if _new_level is not None:
+        follower.send({_LOG_LEVEL: _new_level})
 
 
 def read_orders() -> dict[str, Any]:
@@ -75,12 +111,29 @@ def read_orders() -> dict[str, Any]:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     exit_core.keep_off()
-    line = sys.stdin.buffer.readline()
-    if not line:
+    orders = next_order()
+    if orders is None:
         exit_now(0)
-    orders = json.loads(line)
-    assert isinstance(orders, dict)
     return orders
+
+
+def next_order() -> dict[str, Any] | None:
+    """Wait for the parent's next order; None: the life line has closed. Log levels are obeyed here.
+
+    One thread at a time may wait. It reads without Python's buffer, whose lock a daemon thread would keep at the exit.
+    """
+    while True:
+        line, end, rest = _input.partition(b"\n")
+        if end:
+            _input[:] = rest
+            order: dict[str, Any] = json.loads(line)
+            if order.keys() != {_LOG_LEVEL}:
+                return order
+            set_log_level(order[_LOG_LEVEL])
+        elif part := os.read(sys.stdin.fileno(), 1 << 16):
+            _input.extend(part)
+        else:
+            return None
 
 
 def watch_parent(on_parent_exit: Callable[[], object]) -> None:
@@ -90,15 +143,18 @@ def watch_parent(on_parent_exit: Callable[[], object]) -> None:
     """
 
     def watch() -> None:
-        while os.read(sys.stdin.fileno(), 4096):
+        while next_order() is not None:
             pass
         on_parent_exit()
 
     threading.Thread(target=watch, name="life-line", daemon=True).start()
 
 
-def watch_signals(on_signal: Callable[[], object]) -> None:
+def watch_signals(on_signal: Callable[[], object], on_hangup: Callable[[], object] | None = None) -> None:
     """Call ``on_signal`` from another thread at every SIGTERM and SIGINT; must be called from the main thread.
+
+    Args:
+        on_hangup: called in the same way at SIGHUP; None: SIGHUP stays as it is.
 
     A Python handler would run only when the main thread is back in Python. The main thread may be waiting in C, for a
     lock or for a model to be loaded, and the kernel may have given the signal to another thread. The
@@ -107,12 +163,15 @@ def watch_signals(on_signal: Callable[[], object]) -> None:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *([] if on_hangup is None else [signal.SIGHUP])):
         signal.signal(number, lambda *_: None)
 
     def watch() -> None:
-        while os.read(read_end, 1):
-            on_signal()
+        while number := os.read(read_end, 1):
+            if number[0] == signal.SIGHUP:
+                (on_hangup or on_signal)()
+            elif number[0] in (signal.SIGTERM, signal.SIGINT):
+                on_signal()
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
 

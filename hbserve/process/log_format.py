@@ -11,6 +11,8 @@ request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request
 """Id of the HTTP request that the current task serves."""
 
 
+_CONTINUED = "\n  | "
+"""Begins each further line of a message, so that none of them looks like a message of its own."""
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 """Characters that a terminal obeys, and texts of requests may hold."""
 
@@ -22,11 +24,18 @@ class TextFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname).1s {process_name}: %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage().translate(_CONTROLS).replace("\n", "\\n")
-        plain = logging.makeLogRecord(record.__dict__ | {"msg": message, "args": None, "exc_text": None})
-        line = super().format(plain).translate(_CONTROLS)  # an exception has lines of its own
+        args = record.args
+        if isinstance(args, tuple):
+            args = tuple(_in_one_line(value) for value in args)
+        plain = logging.makeLogRecord(record.__dict__ | {"args": args, "exc_text": None})
+        line = _CONTINUED.join(super().format(plain).translate(_CONTROLS).split("\n"))
         request = request_id.get()
         return line if request is None else f"{line} [{request}]"
+
+
+def _in_one_line(value: object) -> object:
+    """Escape the line ends of a text, which may come from a request. Our own messages and errors may have several."""
+    return value.replace("\n", "\\n") if isinstance(value, str) else value
 
 
 class JsonFormatter(logging.Formatter):

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from hbserve.errors import StartupError
-from hbserve.process.child import environment as child_environment
+from hbserve.process import child
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
-                env=child_environment(write_end) | self._environment,
+                env=child.environment(write_end) | self._environment,
                 pass_fds=[write_end, *self._pass_fds],
                 # A group of its own keeps Ctrl-C from the child: the launcher ends its children in order.
                 start_new_session=self._has_own_group,
@@ -97,6 +97,7 @@ class ChildProcess:
         for future in (self._started, self._exited):
             future.set_running_or_notify_cancel()  # a coroutine that is cancelled must not cancel it
         self.send(self.orders)
+        child.add_follower(self)
         self._watcher = threading.Thread(target=self._watch, args=(read_end,), name=f"watch-{self.name}", daemon=True)
         self._watcher.start()
 

@@ -8,7 +8,6 @@ memory, so that one stepper per percentage fits on a device.
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -150,8 +149,8 @@ def _run(orders: Stepper) -> None:
             msgspec.structs.replace(orders.config, model=model), instance, platform, attachment=attachment
         )
         child.report_status({"ready": True, "device": platform.describe()}, is_last=False)
-        for line in sys.stdin.buffer:
-            result = measure(runner, msgspec.json.decode(line, type=Work))
+        while (order := child.next_order()) is not None:
+            result = measure(runner, msgspec.convert(order, Work))
             child.report_status(msgspec.to_builtins(result), is_last=False)
 
 

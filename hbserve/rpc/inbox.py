@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -13,6 +14,7 @@ import zmq
 from hbserve.rpc.async_socket import AsyncSocket
 
 T = TypeVar("T")
+OnDropped = Callable[[str, str], object]
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +22,18 @@ _LOG_INTERVAL_S = 10.0
 
 
 class Inbox(Generic[T]):
-    """Receiver of the typed messages of one socket. It drops every other message, and logs this from time to time.
+    """Receiver of the typed messages of one socket. It drops every other message, and reports this from time to time.
 
     Args:
         receives: union of the types of the messages that arrive here.
         sender: name of the other side, for the log.
+        on_dropped: called with the sender and with what was dropped, in words.
     """
 
-    def __init__(self, socket: AsyncSocket, receives: Any, sender: str) -> None:
-        self._socket, self._sender = socket, sender
+    def __init__(
+        self, socket: AsyncSocket, receives: Any, sender: str, on_dropped: OnDropped = lambda sender, what: None
+    ) -> None:
+        self._socket, self._sender, self._report = socket, sender, on_dropped
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
         self._num_frames = 2 if socket.socket.type == zmq.ROUTER else 1
         self._num_dropped = 0
@@ -55,5 +60,7 @@ class Inbox(Generic[T]):
         self._num_dropped += 1
         now = time.monotonic()
         if now - self._logged_at >= _LOG_INTERVAL_S:
-            logger.error("dropped %d invalid message(s) of %s: %s", self._num_dropped, self._sender, reason)
+            what = f"dropped {self._num_dropped} invalid message(s): {reason}"
+            logger.error("message_dropped: %s: %s", self._sender, what)
             self._num_dropped, self._logged_at = 0, now
+            self._report(self._sender, what)

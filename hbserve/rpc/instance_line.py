@@ -20,10 +20,11 @@ from zmq.utils.monitor import parse_monitor_message
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
+from hbserve.messages.supervisor import ReportEvent
 from hbserve.messages.worker import InstanceCommand, InstanceReply
 from hbserve.rpc.async_socket import LOGIN_TIMEOUT_MS, MAX_MESSAGE_BYTES, AsyncSocket, SocketClosed
 from hbserve.rpc.cluster_key import ClusterKey, Doorkeeper
-from hbserve.rpc.inbox import Inbox
+from hbserve.rpc.inbox import Inbox, OnDropped
 
 T = TypeVar("T")
 
@@ -109,6 +110,7 @@ class RpcClient(Generic[T]):
 
     Attributes:
         on_connected: called when a connection is made.
+        on_dropped: see `Inbox`.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class RpcClient(Generic[T]):
         self._key = key
         self._encoder = msgspec.msgpack.Encoder()
         self.on_connected: Callable[[], None] = lambda: None
+        self.on_dropped: OnDropped = lambda sender, what: None
         self._open()
 
     def _open(self) -> None:
@@ -133,7 +136,9 @@ class RpcClient(Generic[T]):
         """
         self._is_connected = False
         self._socket = AsyncSocket(self._context.socket(zmq.DEALER))
-        self._inbox: Inbox[T] = Inbox(self._socket, self._receives, self.address)
+        self._inbox: Inbox[T] = Inbox(
+            self._socket, self._receives, self.address, lambda *dropped: self.on_dropped(*dropped)
+        )
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         if self._key is not None:
@@ -201,21 +206,28 @@ class RpcClient(Generic[T]):
 class RpcServer:
     """Instance's end of the line to its scheduler, which needs ``key`` if it connects over TCP.
 
+    Args:
+        name: of the instance, for events.
+
     Raises:
         StartupError: if the address is not available.
     """
 
-    def __init__(self, address: str, key: ClusterKey | None = None) -> None:
+    def __init__(self, address: str, key: ClusterKey | None = None, name: str = "an instance") -> None:
+        self._name = name
         self._encoder = msgspec.msgpack.Encoder()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = AsyncSocket(self._context.socket(zmq.ROUTER))
         self._doorkeeper = bind(self._socket, address, "the instance", key)
-        self._inbox: Inbox[InstanceCommand] = Inbox(self._socket, InstanceCommand, "a scheduler")
+        self._inbox: Inbox[InstanceCommand] = Inbox(self._socket, InstanceCommand, "a scheduler", self._on_dropped)
         self._peer: bytes | None = None
 
     async def receive(self) -> tuple[bytes, InstanceCommand]:
         """Wait for the next command; returns its sender and the command."""
         return await self._inbox.receive()
+
+    def _on_dropped(self, sender: str, what: str) -> None:
+        self.send(ReportEvent(kind="message_dropped", subject=f"{sender} of {self._name}", text=what))
 
     def answer_to(self, peer: bytes) -> None:
         """Send replies to this scheduler from now on."""

@@ -37,6 +37,7 @@ class InstanceHandle:
         reserved: of sequences that are still prefilled elsewhere.
         arena_epoch: identifies the pool's memory; an allocation of another epoch is void. 0: there is no memory.
         is_draining: it is given no more requests.
+        given_up: why its launcher does not start it again; None: it may come back.
         unsettled: workers that may still do steps of an earlier scheduler on memory of which this one knows nothing
             yet, with the time by which they must register. Until then no block of the memory is given out.
         choice: decides which worker computes next.
@@ -66,6 +67,7 @@ class InstanceHandle:
         self.unsettled: dict[str, float] = {}
         self.lost_since: float | None = clock.now
         self.why_lost = "has not started yet"
+        self.given_up: str | None = None
         self.num_restarts = -1
         self._work_of_ended = Work()
         self._performance = config.performance
@@ -145,6 +147,11 @@ class InstanceHandle:
         self.unsettled.pop(worker.id, None)
         if self.ready:
             self.lost_since = None
+
+    @property
+    def why_missing(self) -> str:
+        """Why it is not there, in words."""
+        return self.why_lost if self.given_up is None else f"given up: {self.given_up}"
 
     def note_lost(self, reason: str) -> None:
         """Remember why a worker was lost and, if a phase now has no worker, since when."""

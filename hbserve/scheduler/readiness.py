@@ -17,6 +17,7 @@ class Readiness:
     Attributes:
         max_model_len: largest number of tokens of prompt and output; None until an instance has registered.
         vocab_size: of the model; 0 until then.
+        ended: why no request can be served any more; None while that may change. `WorkerRegistry` sets it.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Readiness:
     ) -> None:
         self.max_model_len: int | None = None
         self.vocab_size = 0
+        self.ended: str | None = None
         self._instances = instances
         self._transfers = transfers
         self._clock = clock
@@ -56,7 +58,10 @@ class Readiness:
         if not takes_requests:
             self._attached_early.add(client)
         attached = Attached(
-            scheduler_epoch=self._scheduler_epoch, takes_requests=takes_requests, after_failure=self._is_after_failure
+            scheduler_epoch=self._scheduler_epoch,
+            takes_requests=takes_requests,
+            after_failure=self._is_after_failure,
+            ended=self.ended,
         )
         self._outbox.reply(client, attached)
 
@@ -101,7 +106,7 @@ class Readiness:
         for instance in self._instances.values():
             if not instance.ready:
                 at = "".join(f" at {worker.address}" for worker in instance.workers.values())
-                missing.append(f"{instance.id}{at} ({instance.why_lost})")
+                missing.append(f"{instance.id}{at} ({instance.why_missing})")
         missing += [f"the KV link {source}->{target} (not open yet)" for source, target in self._transfers.connecting]
         return ", ".join(missing) or "nothing"
 

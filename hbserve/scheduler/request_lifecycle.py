@@ -300,7 +300,7 @@ class RequestLifecycle:
                 set_back.add(sequence)
                 sequence.num_setbacks += 1
                 if sequence.num_setbacks >= self._max_attempts:
-                    self.fail(sequence, f"{sequence.num_setbacks} workers in a row were lost in its steps")
+                    self._give_up(sequence, f"{sequence.num_setbacks} workers in a row were lost in its steps")
 
     # --- prefilling -> transferring -> decoding --------------------------------------------------
 
@@ -373,7 +373,7 @@ class RequestLifecycle:
         sequence.num_failures += 1
         sequence.num_tokens_at_failure = len(sequence.tokens)
         if sequence.num_failures >= self._max_attempts:
-            self.fail(sequence, f"gave up after {sequence.num_failures} attempts; the last: {reason}")
+            self._give_up(sequence, f"gave up after {sequence.num_failures} attempts; the last: {reason}")
             return
         self._put_back(sequence)
         self._count_retry(sequence, reason)
@@ -422,6 +422,11 @@ class RequestLifecycle:
     def fail(self, sequence: Sequence, error: str) -> None:
         """End a request that cannot be answered."""
         self.finish(sequence, "error", error)
+
+    def _give_up(self, sequence: Sequence, error: str) -> None:
+        """End a request that has failed too often."""
+        self._events.note("given_up", f"request {sequence.id}", error)
+        self.fail(sequence, error)
 
     def abort_all_of(self, client: bytes) -> None:
         """End all requests of a client that has gone."""

@@ -88,7 +88,7 @@ class CpuScheduler:
             for instance in config.gpu_instances
         }
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
-        events = EventLog(clock, outbox)
+        self._events = events = EventLog(clock, outbox)
         if start.predecessor is not None:
             events.note_predecessor(start.predecessor)
         transfers = TransferTracker(config.kv_transfer.verify)
@@ -104,6 +104,8 @@ class CpuScheduler:
         self._workers = workers = WorkerRegistry(
             config, instances, transfers, requests, readiness, drains, events, clock, outbox, start.time_ns
         )
+        for name, reason in ({} if start.predecessor is None else start.predecessor.given_up).items():
+            workers.on_given_up(name, reason)
         self._clients = ClientMessages(config, clock, outbox, requests, readiness, stats, drains, workers)
 
     @property
@@ -188,7 +190,9 @@ class CpuScheduler:
         self._clock.call_at(self._next_tick)
         self._workers.check_heartbeats(was_asleep)
         self._readiness.check_deadlines()
-        if (reason := self._workers.missing_phase()) is not None:
+        if (reason := self._workers.missing_phase()) is not None and self.waiting:
+            text = f"{reason}; {len(self.waiting)} waiting requests fail"
+            self._events.note("unserved", "the system", text)
             for sequence in list(self.waiting):
                 self._requests.fail(sequence, reason)
         self._stats.observe()

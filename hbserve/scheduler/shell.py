@@ -19,6 +19,7 @@ import zmq
 
 from hbserve.config import Config
 from hbserve.messages.client import ClientMessage, SchedulerReply
+from hbserve.messages.supervisor import ReportEvent
 from hbserve.messages.worker import InstanceReply
 from hbserve.metrics.tracing import RequestTracer
 from hbserve.rpc.async_socket import AsyncSocket
@@ -119,7 +120,7 @@ class SchedulerShell:
     # --- in --------------------------------------------------------------------------------------
 
     async def _receive_from_clients(self) -> None:
-        inbox: Inbox[ClientMessage] = Inbox(self._clients, ClientMessage, "a client")
+        inbox: Inbox[ClientMessage] = Inbox(self._clients, ClientMessage, "a client", self._on_dropped)
         while True:
             await self._put(FromClient(*await inbox.receive()))
 
@@ -131,6 +132,9 @@ class SchedulerShell:
         while True:
             await rpc.wait_disconnected()
             await self._put(ConnectionBroke(connection))
+
+    def _on_dropped(self, sender: str, what: str) -> None:
+        self._note(FromClient(b"", ReportEvent(kind="message_dropped", subject=sender, text=what)))
 
     def _note(self, event: InboxEvent) -> None:
         self._inbox.append(event)
@@ -154,7 +158,7 @@ class SchedulerShell:
         for connection in outbox.disconnects:
             self._disconnect(connection)
         for level, text in outbox.log:
-            logger.log(level, "%s", text)
+            logger.log(level, text)
         if self._tracer is not None:
             for request in outbox.ended:
                 self._tracer.record(*request)
@@ -162,6 +166,7 @@ class SchedulerShell:
     def _connect(self, connection: int, address: str) -> None:
         rpc: RpcClient[InstanceReply] = RpcClient(self._context, address, self._key)
         rpc.on_connected = lambda: self._note(ConnectionMade(connection))
+        rpc.on_dropped = self._on_dropped
         work = self._receive_from_worker(connection, rpc), self._watch_connection(connection, rpc)
         receiving, watching = (self._tasks.create_task(listening) for listening in work)
         self._lines[connection] = _Line(rpc, (receiving, watching))

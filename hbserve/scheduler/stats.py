@@ -189,7 +189,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         stats["is_mixed"] = instance.choice.is_mixed
         stats["workers"] = {worker.id: _worker(instance, worker) for worker in instance.workers.values()}
     if instance.hello is None:
-        stats["why_lost"] = instance.why_lost
+        stats["why_lost"] = instance.why_missing
     else:
         stats["device"] = instance.hello.device
         stats["pid"] = instance.hello.pid

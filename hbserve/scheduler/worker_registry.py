@@ -9,7 +9,7 @@ from hbserve.config import Config, InstanceRole
 from hbserve.errors import SupersededError
 from hbserve.messages.admin import InstanceChanged, RemoveInstance
 from hbserve.messages.membership import Join
-from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
+from hbserve.messages.supervisor import ReportEvent, SetWorkers, WorkerLost, WorkerSpec
 from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
 from hbserve.messages.worker import (
     Hello,
@@ -82,6 +82,8 @@ class WorkerRegistry:
         self._first_hello: Hello | None = None
         self._last_departure = 0.0
         self._supervisors: dict[str, bytes] = {}
+        self._configured = {instance.instance_id: instance.instance_type for instance in config.gpu_instances}
+        self._given_up: dict[str, str] = {}
         for instance in instances.values():
             for worker in instance.workers.values():
                 self._listen(instance, worker)
@@ -158,6 +160,8 @@ class WorkerRegistry:
         elif isinstance(reply, InstanceFailed):
             self._on_worker_lost(instance, worker, reply.error)
             self._readiness.on_failed(instance.id, reply.error)
+        elif isinstance(reply, ReportEvent):
+            self._events.note(reply.kind, reply.subject, reply.text, is_logged=True)
         elif isinstance(reply, Superseded):
             self._on_superseded(instance, worker)
         elif reply.epoch != worker.epoch:
@@ -218,6 +222,9 @@ class WorkerRegistry:
         if worker.inflight:
             return  # it was lost, and other workers' steps wait until its process has ended
         self._first_hello = self._first_hello or hello
+        if self._given_up.pop(instance.id, None) is not None:
+            instance.given_up = None
+            self._look_for_end()
         self._membership.on_arrived(instance)
         if worker.id == instance.id and instance.num_restarts < 0 and hello.serves_as is not instance.role:
             instance.change_role(hello.serves_as)  # an earlier scheduler has changed it
@@ -304,6 +311,27 @@ class WorkerRegistry:
             if len(since) == len(instances) and self._clock.now - last >= self._recovery_timeout_s:
                 return f"no instance that {does} came back: {self._readiness.name_missing()}"
         return None
+
+    def on_given_up(self, instance_id: str, reason: str) -> None:
+        """The launcher of an instance has given it up: it does not come back."""
+        if instance_id not in self._configured and instance_id not in self._instances:
+            return  # another process of the system
+        self._given_up[instance_id] = reason
+        if instance_id in self._instances:
+            self._instances[instance_id].given_up = reason
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        """Find out whether a phase has lost its last instance for good."""
+        present = {instance.id: instance.role for instance in (*self._membership.joining, *self._instances.values())}
+        roles = self._configured | present
+        self._readiness.ended = None
+        for does in ("prefills", "decodes"):
+            able = [name for name, role in roles.items() if getattr(role, does)]
+            if able and self._given_up.keys() >= set(able):
+                reasons = "; ".join(f"{name}: {self._given_up[name]}" for name in able)
+                self._readiness.ended = f"no instance that {does} comes back: {reasons}"
+                return
 
     # --- instances that come and go --------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class InstanceState:
         pool: the workers; None before the first start and after the end.
         link: to the scheduler; None: no scheduler learns of the workers.
         memory_lost: why the memory is lost, until a recovery begins; None if it is there.
+        given_up: why the instance is not recovered any more.
         last_error: the latest error.
         num_replaced: workers started in place of lost ones.
     """
@@ -85,6 +86,7 @@ class InstanceState:
         self.pool: WorkerPool | None = None
         self.link: SchedulerLink | None = None
         self.memory_lost: str | None = None
+        self.given_up: str | None = None
         self.last_error: str | None = None
         self.num_replaced = 0
         self._on_gpu = False
@@ -404,7 +406,8 @@ class InstanceState:
             if self.may_try_again():
                 self.memory_lost = error
             else:
-                self.on_error("given_up", f"the memory cannot be loaded again, after rpc.max_restarts tries: {error}")
+                self.given_up = f"the memory cannot be loaded again, after rpc.max_restarts tries: {error}"
+                self.on_error("given_up", self.given_up)
 
     def on_memory_lost(self, why: str) -> None:
         """Note that a resident process has ended, or the device has failed."""
@@ -418,6 +421,9 @@ class InstanceState:
         with self.changed:
             if self.lifecycle is Lifecycle.RUNNING:
                 self.publish("the scheduler was started again")
+            if self.given_up is not None and self.link is not None:
+                event = ReportEvent(kind="given_up", subject=self.instance.instance_id, text=self.given_up)
+                self.link.send(event)
 
     def on_worker_lost(self, worker_id: str, why: str) -> None:
         """End a worker that has failed or is silent, as the scheduler says: only then may others use its blocks."""

@@ -10,11 +10,9 @@ Its life:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import sys
 import time
 from typing import Any
 
@@ -42,10 +40,10 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
 
     def agree(size: KVSize) -> KVSize:
         child.report_status({"fits": {"num_blocks": size.num_blocks, "max_model_len": size.max_model_len}}, False)
-        line = sys.stdin.buffer.readline()
-        if not line:
+        order = child.next_order()
+        if order is None:
             child.exit_now(0)
-        return KVSize(**json.loads(line))
+        return KVSize(**order)
 
     started = time.monotonic()
     rank, size = orders["tp_rank"], orders["num_ranks"]
@@ -65,7 +63,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
         "seconds": time.monotonic() - started,
     }
     child.report_status(ready, is_last=False)
-    for _ in sys.stdin.buffer:
+    while child.next_order() is not None:
         try:
             platform.probe()
         except RuntimeError as error:

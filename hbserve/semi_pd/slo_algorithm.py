@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hbserve.metrics.window_metrics import AggregatedMetrics
@@ -73,8 +74,10 @@ class SLOAwareResourceController:
         monitoring_interval: float = 2.0,
         bounds: SplitBounds | None = None,
         model: LatencyModel | None = None,
+        on_error: Callable[[str], object] = lambda error: None,
     ) -> None:
         self.slo_constraints = slo_constraints
+        self._on_error, self._is_failing = on_error, False
         self.metrics_collector = metrics_collector
         self.process_rotation_manager = process_rotation_manager
         self.monitoring_interval = monitoring_interval
@@ -108,9 +111,13 @@ class SLOAwareResourceController:
         while not self._stop.wait(self.monitoring_interval):
             try:
                 self.step()
-            except Exception:
+                self._is_failing = False
+            except Exception as error:
                 # The split stays, and the next window may succeed.
-                logger.exception("the SLO controller could not judge the window")
+                logger.exception("slo_failed: the SLO controller: it could not judge the window")
+                if not self._is_failing:
+                    self._on_error(f"it could not judge the window, and the split stays: {error}")
+                self._is_failing = True
 
     # --- one look ----------------------------------------------------------------------------------
 

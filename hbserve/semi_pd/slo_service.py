@@ -9,6 +9,7 @@ from typing import Any
 from hbserve.config import Config
 from hbserve.config.semi_pd import SLOConfig
 from hbserve.errors import ConfigError, EngineDeadError
+from hbserve.messages.supervisor import ReportEvent
 from hbserve.metrics.window_metrics import AggregatedMetrics
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.policy.step_profile import StepProfile
@@ -80,7 +81,11 @@ def make_controller(
         "SLO control: TTFT %g ms, TPOT %g ms; step times of %s on %s",
         *(slo.ttft_target_ms, slo.tpot_target_ms, profile.model, profile.device),
     )
-    return SLOAwareResourceController(constraints, source, manager, slo.monitoring_interval_s, bounds, model)
+
+    def on_error(error: str) -> None:
+        link.send(ReportEvent(kind="slo_failed", subject="the SLO controller", text=error))
+
+    return SLOAwareResourceController(constraints, source, manager, slo.monitoring_interval_s, bounds, model, on_error)
 
 
 def check_slo(slo: SLOConfig) -> tuple[SLOConstraints, SplitBounds, StepProfile]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +25,7 @@ from hbserve.errors import (
     UnknownInstanceError,
 )
 from hbserve.hints import nearest
+from hbserve.process.events import bugs
 from hbserve.server.bodies.border import Body, unsupported
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import (
@@ -42,8 +42,6 @@ _BODIES: dict[str, type[Body]] = {
     "/detokenize": DetokenizeRequest,
     "/v1/semi_pd/allocation": AllocationRequest,
 }
-
-logger = logging.getLogger(__name__)
 
 
 class ModelNotFoundError(InvalidRequestError):
@@ -133,7 +131,7 @@ def api_error(error: Exception) -> ApiError:
             is_soon = kind in (ShuttingDownError, SchedulerRestartingError)
             retry_after_s = 1.0 if is_soon else getattr(error, "retry_after_s", None)
             return ApiError(status, str(error), type_, getattr(error, "param", None), code, retry_after_s)
-    logger.error("bug while serving a request", exc_info=error)
+    bugs.error("a request failed: %s", type(error).__name__, exc_info=error)
     return ApiError(500, "internal error; see the server's log", "server_error", None, "internal_error")
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from hbserve.messages.supervisor import EventKind
+from hbserve.process.events import OnEvent, log_event
+
 HEAD_TIMEOUT_S = 30.0
 """Time for a request's first line and headers to arrive; also from the connection to its first request."""
 
@@ -40,7 +43,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
-        _warn_near_limit(transport)
+        _warn_near_limit(transport, self.report_event)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer("head")
@@ -68,6 +71,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():  # it closes when the client has read the rest
             self._start_timer("write", WRITE_TIMEOUT_S, "did not read its answer")
 
+    def report_event(self, kind: EventKind, subject: str, text: str) -> None:
+        """Report an event of the server; `serve` makes a subclass that does it in its own way."""
+        log_event(kind, subject, text)
+
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # idle: only bytes that the client has not read are lost
 
@@ -85,7 +92,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-def _warn_near_limit(transport: asyncio.Transport) -> None:
+def _warn_near_limit(transport: asyncio.Transport, on_event: OnEvent) -> None:
     """Warn if few file descriptors are left. A new one has the lowest free number, so it tells how many are in use."""
     global _next_warning_s
     sock = transport.get_extra_info("socket")
@@ -95,9 +102,6 @@ def _warn_near_limit(transport: asyncio.Transport) -> None:
     now = time.monotonic()
     if now >= _next_warning_s:
         _next_warning_s = now + _WARNING_INTERVAL_S
-        logger.warning(
-            "%d file descriptors are in use, and the limit is %d: the server cannot take many more connections; raise "
-            "the limit (ulimit -n, or LimitNOFILE of systemd)",
-            sock.fileno(),
-            limit,
-        )
+        what = f"{sock.fileno()} file descriptors are in use, and the limit is {limit}"
+        then = "beyond it the server closes new connections, until others end; raise the limit"
+        on_event("descriptors_low", "the API server", f"{what}: {then} (ulimit -n, or LimitNOFILE of systemd)")

@@ -16,6 +16,7 @@ from hbserve.config.validation import is_loopback
 from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
 from hbserve.model_store import with_model_folder
 from hbserve.process import child, event_loop, exit_core
+from hbserve.process.events import BugEvents, OnEvent, bugs, log_event
 from hbserve.server import live_page
 from hbserve.server.app import create_app
 from hbserve.server.fair_gate import FairGate
@@ -50,17 +51,18 @@ def serve_system(config: Config, with_instances: bool, read_again: Callable[[], 
 
 
 class _Reload:
-    """What the server reads anew at SIGHUP: API keys, certificates, and the level of its own log.
+    """What the server reads anew at SIGHUP: API keys, certificates, and the log level of all processes on this host.
 
     Everything is read before anything changes. If a part cannot be used, the log says why, and all stays as it was.
 
     Attributes:
         keys: the present keys.
-        guard, tls: set once the server serves.
+        guard, tls, on_event: set once the server serves.
     """
 
     def __init__(self, config: Config, read_again: Callable[[], Config]) -> None:
         self._read_again = read_again
+        self.on_event: OnEvent = log_event
         self.keys = Keys.load(config.server)
         self.guard: Guard | None = None
         self.tls: ssl.SSLContext | None = None
@@ -75,14 +77,14 @@ class _Reload:
             config = self._read_again()
             keys, tls = Keys.load(config.server), _tls_files(config.server)
         except HBServeError as error:
-            logger.error("SIGHUP: nothing is changed: %s", error)
+            self.on_event("reload_failed", "the API server", f"SIGHUP changes nothing: {error}")
             return
         self.keys = keys
         if self.guard is not None:
             self.guard.keys = keys
         if self.tls is not None and tls is not None:
             self.tls.load_cert_chain(*tls)
-        child.configure_logging(config.logging, "api")
+        child.set_log_level(config.logging.level)
         logger.info("SIGHUP: read keys, certificates and log level anew")
 
 
@@ -98,6 +100,9 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
     if not is_loopback(config.server.host) and not reload.keys.are_required:
         logger.warning("other hosts can reach %s, and no API key is set (server.api_keys_file)", config.server.host)
     llm = DisaggregatedLLM(config, with_instances, text_in_processes=True)
+    reload.on_event = llm.report_event
+    bug_events = BugEvents(llm.report_event)
+    bugs.addHandler(bug_events)
     starting = asyncio.create_task(llm.start())
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -133,11 +138,17 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
 
         guard = reload.guard = Guard(app, server, reload.keys, gate, stop)
         watching = asyncio.create_task(_watch_parts(llm, stop))
-        await serve(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back, tls, reload.set_tls)
+        await serve(
+            *(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back),
+            tls=tls,
+            on_tls=reload.set_tls,
+            on_event=llm.report_event,
+        )
         watching.cancel()
         return EXIT_PART_LOST if watching.done() else 0
     finally:
         stopped.cancel()
+        bugs.removeHandler(bug_events)
         await llm.stop()
         listener.close()
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from hbserve.config import ServerConfig
 from hbserve.errors import StartupError
+from hbserve.process.events import OnEvent, log_event
 from hbserve.server.http_protocol import HttpProtocol
 
 _BACKLOG = 2048
@@ -48,6 +49,7 @@ async def serve(
     on_deadline: Callable[[], None] = lambda: None,
     tls: tuple[str, str] | None = None,
     on_tls: Callable[[ssl.SSLContext], None] = lambda context: None,
+    on_event: OnEvent = log_event,
 ) -> None:
     """Serve until ``stop`` is set or this call is cancelled; both end it in the same way.
 
@@ -58,6 +60,7 @@ async def serve(
         on_deadline: called after that time. It must end the open requests; those left are cut off a moment later.
         tls: certificate chain and private key, PEM files.
         on_tls: called with the context that has them; others may be loaded into it at any time.
+        on_event: called when few file descriptors are left.
 
     Raises:
         StartupError: if the server cannot listen on the address; the text names it.
@@ -70,7 +73,7 @@ async def serve(
         )  # only this makes the address ours: Linux lets several sockets bind while none listens
     settings = uvicorn.Config(
         app,
-        http=HttpProtocol,
+        http=type("HttpProtocol", (HttpProtocol,), {"report_event": staticmethod(on_event)}),
         interface="asgi3",
         lifespan="off",
         ws="none",

@@ -24,6 +24,7 @@ from hbserve.messages.client import SchedulerReply
 from hbserve.messages.supervisor import EventKind
 from hbserve.model_files import read_sampling_defaults
 from hbserve.model_store import with_model_folder
+from hbserve.process.events import log_event
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
@@ -57,7 +58,7 @@ class DisaggregatedLLM:
         frozen = config.freeze() if isinstance(config, PdDisaggConfig) else config
         self.config = with_model_folder(frozen)
         self._key = ClusterKey.of(self.config)
-        self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit, self._report_event)
+        self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit, self.report_event)
         self._client: EngineClient | None = None
         self._engine: TextEngine | None = None
         self._text_in_processes = text_in_processes
@@ -84,7 +85,7 @@ class DisaggregatedLLM:
         try:
             await asyncio.to_thread(self._launcher.set_core_apart)
             if self._text_in_processes:
-                self._text = TextProcesses(self.config, self._launcher.make_run_dir(), self._report_event)
+                self._text = TextProcesses(self.config, self._launcher.make_run_dir(), self.report_event)
                 text = asyncio.create_task(self._text.start(deadline))
             self._address = await self._launcher.start()
             self._client = EngineClient(
@@ -230,7 +231,9 @@ class DisaggregatedLLM:
             raise SchedulerRestartingError(self.client.restarting)
         raise EngineDeadError("the scheduler does not answer")
 
-    def _report_event(self, kind: EventKind, subject: str, text: str) -> None:
+    def report_event(self, kind: EventKind, subject: str, text: str) -> None:
+        """Log an event of this process, and tell the scheduler, which keeps it."""
+        log_event(kind, subject, text)
         if kind == "given_up" and self._engine is None:  # `start` must not wait for what cannot come any more
             self._given_up = f"{subject}: {text}"
             if self._client is not None:

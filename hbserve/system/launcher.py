@@ -33,21 +33,25 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 
 from hbserve.config import Config, InstanceRole
 from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
-from hbserve.messages.supervisor import EventKind, Predecessor
+from hbserve.messages.supervisor import Predecessor
 from hbserve.platform import mps
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED, EXIT_SUPERSEDED
+from hbserve.process.events import OnEvent, log_event
 from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.rpc.instance_line import instance_address, scheduler_address
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
 logger = logging.getLogger(__name__)
+
+_BUDGET = "rpc.max_restarts"
 
 _FAULTS = frozenset(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT))
 """Exit codes of a process that the kernel has ended for what it did; other signals come from outside."""
@@ -91,7 +95,7 @@ class Launcher:
         config: Config,
         with_instances: bool,
         on_scheduler_exit: Callable[[str], None],
-        on_event: Callable[[EventKind, str, str], object] = lambda *_: None,
+        on_event: OnEvent = log_event,
     ) -> None:
         self.config = config
         self._on_event = on_event
@@ -100,6 +104,7 @@ class Launcher:
         self._scheduler_restarts = RestartBudget(config.rpc.max_restarts)
         self._why_killed: str | None = None
         self._dismissed: set[str] = set()
+        self._given_up: dict[str, str] = {}
         self._run_dir: str | None = None
         self._children: list[ChildProcess] = []  # the scheduler first
         self._supervisors: dict[str, _SupervisorThread] = {}
@@ -173,7 +178,14 @@ class Launcher:
         children = [ChildProcess("the scheduler", "hbserve.scheduler.process", orders)]
         if self._with_instances and by_ray:
             orders = {"config": config, "scheduler": client_address}
-            children.append(ChildProcess("Ray's driver", "hbserve.system.ray_driver", orders))
+            loop = asyncio.get_running_loop()
+
+            def on_status(status: dict[str, Any]) -> None:
+                if "given_up" in status:
+                    loop.call_soon_threadsafe(self.give_up, status["given_up"], status["reason"])
+
+            module = "hbserve.system.ray_driver"
+            children.append(ChildProcess("Ray's driver", module, orders, on_status=on_status))
         elif self._with_instances:
             for name, address in addresses.items():
                 orders = {"config": config, "instance_id": name, "address": address}
@@ -217,11 +229,11 @@ class Launcher:
                 self._on_scheduler_exit("the instances obey another scheduler, which was started later")
                 return
             if not self._scheduler_restarts.take():
-                why = f"{how}, too often to start it again (rpc.max_restarts)"
+                why = f"{how}, too often to start it again ({_BUDGET})"
                 logger.error("given_up: the scheduler: it %s", why)
                 self._on_scheduler_exit(f"the scheduler {why}")
                 return
-            before = Predecessor(reason=f"it {how}", failed=failed, num_restarts=num_restarts)
+            before = Predecessor(reason=f"it {how}", failed=failed, num_restarts=num_restarts, given_up=self._given_up)
             instances = tuple(i for i in self.config.gpu_instances if i.instance_id not in self._dismissed)
             config = msgspec.structs.replace(self.config, gpu_instances=instances)
             scheduler.orders |= {"predecessor": msgspec.to_builtins(before), "config": msgspec.to_builtins(config)}
@@ -230,7 +242,7 @@ class Launcher:
                 await scheduler.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
                 logger.warning("scheduler_restarted: the scheduler: it %s", how)
             except (StartupError, OSError) as error:
-                logger.error("the scheduler could not be started again: %s", error)
+                self._on_event("start_failed", "the scheduler", f"{error}; it is tried again")
                 await scheduler.stop()
                 await asyncio.sleep(self._scheduler_restarts.delay_s)
 
@@ -252,18 +264,21 @@ class Launcher:
                 self._dismissed.add(child.name)
                 return
             if not budget.take():
-                why = f"it ended with exit code {code}, too often to restart it again (rpc.max_restarts)"
-                logger.error("given_up: %s: %s", child.name, why)
-                self._on_event("given_up", child.name, why)
+                self.give_up(child.name, f"it ended with exit code {code}, too often to start it again ({_BUDGET})")
                 return
-            logger.warning("%s ended with exit code %d; restarting it", child.name, code)
+            self._on_event("instance_restarted", child.name, f"it ended with exit code {code} and is started again")
             await asyncio.sleep(budget.delay_s)
-            child.start()
             try:
+                child.start()
                 await child.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
-            except StartupError as error:
-                logger.error("%s", error)
+            except (StartupError, OSError) as error:
+                self._on_event("start_failed", child.name, f"{error}; it is tried again")
                 await child.stop()
+
+    def give_up(self, instance_id: str, why: str) -> None:
+        """Note that an instance does not come back; also a scheduler that is started later learns it."""
+        self._given_up[instance_id] = why
+        self._on_event("given_up", instance_id, why)
 
     async def stop(self) -> None:
         """End all processes that were started here, and remove the sockets."""

@@ -157,7 +157,7 @@ class RayInstances:
                     self._ray.get(ref)
                     logger.info("%s has left", name)
                 except self._ray.exceptions.RayError as error:
-                    logger.error("%s is not started again: %s", name, error)
+                    child.report_status({"given_up": name, "reason": f"Ray does not start it again: {error}"}, False)
                 self._ray.util.remove_placement_group(running[ref].group)
                 self._placed.remove(running[ref])
 
@@ -203,7 +203,7 @@ def main() -> None:
             signal.signal(number, lambda *_: stop.set())
         try:
             instances.start(started + _START_SHARE * config.rpc.start_timeout_s, stop)
-            child.report_status({"ready": True})
+            child.report_status({"ready": True}, is_last=False)
             instances.watch(stop)
         finally:
             instances.close()

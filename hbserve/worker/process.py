@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 
 import msgspec
 
 from hbserve.config import Config, InstanceConfig
+from hbserve.errors import HBServeError
 from hbserve.model_store import with_model_folder
 from hbserve.process import child
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.worker_process import SharedDevice, WorkerProcess
 
+logger = logging.getLogger(__name__)
 
-def run_instance(config: Config, instance: InstanceConfig, address: str, join_client: JoinClient | None = None) -> int:
+
+def run_instance(
+    config: Config,
+    instance: InstanceConfig,
+    address: str,
+    join_client: JoinClient | None = None,
+    read_again: Callable[[], Config] | None = None,
+) -> int:
     """Run a worker that has this process for itself until it has to end; return the exit code.
 
     A worker that a launcher started stops with the launcher, and at SIGTERM and SIGINT. A worker that was started alone
-    leaves its system at these signals: it finishes its requests first, and stops at a second signal. Arguments as
-    `WorkerProcess`.
+    leaves its system at these signals: it finishes its requests first, and stops at a second signal. At SIGHUP it takes
+    the level of its log from ``read_again``. Other arguments as `WorkerProcess`.
 
     Raises:
         HBServeError: if it cannot start.
@@ -29,7 +40,9 @@ def run_instance(config: Config, instance: InstanceConfig, address: str, join_cl
     worker = WorkerProcess(config, instance, address, join_client=join_client)
     if is_launched:
         child.watch_parent(worker.stop)
-    child.watch_signals(worker.stop if is_launched else worker.leave)
+        child.watch_signals(worker.stop)
+    else:
+        child.watch_signals(worker.leave, lambda: _read_level(read_again or (lambda: config)))
     code = worker.run()
     return child.EXIT_DISMISSED if worker.was_dismissed and is_launched else code
 
@@ -46,6 +59,16 @@ def run_worker(config: Config, instance: InstanceConfig, address: str, shared: S
 def _name_process(config: Config, instance: InstanceConfig) -> None:
     child.set_process_title(f"hbserve-{instance.instance_id}-TP0")
     child.configure_logging(config.logging, instance.instance_id)
+
+
+def _read_level(read_again: Callable[[], Config]) -> None:
+    try:
+        level = read_again().logging.level
+    except HBServeError as error:
+        logger.error("SIGHUP: nothing is changed: %s", error)
+        return
+    child.set_log_level(level)
+    logger.info("SIGHUP: the log level is %s", level)
 
 
 def main() -> None:

@@ -8,10 +8,8 @@ still be chosen. The end of the input ends the process. `stand_by` is in the mai
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,12 +34,11 @@ def stand_by(how: Standby) -> dict[str, Any]:
     with ThreadPoolExecutor(1, "imports") as importer:
         importer.submit(_import_everything, how).result()
     child.report_status({"on_standby": True, "seconds": time.monotonic() - started}, is_last=False)
-    line = sys.stdin.buffer.readline()
-    if not line:
+    wake_up = child.next_order()
+    if wake_up is None:
         child.exit_now(0)
     from hbserve.platform import set_priority  # imports torch; the API server imports this module and needs none
 
-    wake_up: dict[str, Any] = json.loads(line)
     if wake_up["partition"] is not None:
         priority = Partition(**wake_up["partition"]).priority
         if priority and mps.is_driver_initialised():

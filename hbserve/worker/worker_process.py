@@ -113,7 +113,7 @@ class WorkerProcess:
         self._wants_to_leave = self._is_serving = False
         self._kill_ranks: Callable[[], None] = lambda: None
         self._shared = shared
-        self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config))
+        self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config), instance.instance_id)
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
         self._events: events.EventQueue[events.WorkerEvent] = events.EventQueue(self._on_event)

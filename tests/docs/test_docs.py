@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -16,12 +16,15 @@ import yaml
 from hbserve.config import Config, InstanceConfig, from_dict, load
 from hbserve.config.fields import Section
 from hbserve.config.flat import KEYS
+from hbserve.messages.supervisor import EventKind
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.bodies.border import NEUTRAL
 from hbserve.server.chat_protocol import ChatCompletionRequest
 from hbserve.server.protocol import CompletionRequest
 from tests.support.paths import ROOT
 
+EVENT_KINDS = get_args(EventKind)
+MAKERS_OF_EVENTS = ("note", "on_event", "_on_event", "report_event", "ReportEvent", "on_error")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -139,6 +142,25 @@ def test_every_key_is_documented_with_its_default_and_its_name_in_python() -> No
                 in_python.get(f"{name}.{field.name}"),
             )
     assert documented == expected
+
+
+def test_every_event_is_documented_and_happens() -> None:
+    page = (ROOT / "docs" / "failures.md").read_text()
+    table = page.partition("## Events\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(EVENT_KINDS), "the same kinds, in the same order"
+    named: set[str] = set()  # kinds in calls that make events
+    constants: set[str] = set()
+    for file in (ROOT / "hbserve").rglob("*.py"):
+        if file.name == "supervisor.py":
+            continue  # it lists them
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant):
+                constants.add(str(node.value))
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in MAKERS_OF_EVENTS:
+                kinds = [*node.args[:1], *(given.value for given in node.keywords if given.arg == "kind")]
+                parts = [part for kind in kinds for part in ast.walk(kind) if isinstance(part, ast.Constant)]
+                named |= {part.value for part in parts if isinstance(part.value, str)}
+    assert named <= set(EVENT_KINDS) <= constants
 
 
 def test_every_parameter_of_the_http_api_is_documented() -> None:

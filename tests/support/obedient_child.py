@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import signal
-import sys
 import threading
 
 from hbserve.process import child
@@ -23,8 +22,9 @@ def main() -> None:
     child.report_status({"asleep": True}, is_last=False)
     child.report_status(orders["status"], is_last=False)
     if orders.get("echoes"):
-        for line in sys.stdin:
-            child.report_status({"echo": json.loads(line)}, is_last=False)
+        while (order := child.next_order()) is not None:
+            level = {"level": logging.getLogger().level} if "asks_level" in order else {}
+            child.report_status({"echo": order} | level, is_last=False)
     while not stop.wait(0.05):
         pass
     child.exit_now(7)

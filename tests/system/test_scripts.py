@@ -281,14 +281,18 @@ def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: 
     url = httpx.URL(system.url())
     assert served() == (first, [200, 401])
     second = rotate(2)
-    site.write(document | {"server": files, "logging": {"level": "INFO"}})
+    site.write(document | {"server": files, "logging": {"level": "DEBUG"}})
     os.kill(system.process.pid, signal.SIGHUP)
     poll(lambda: "read keys, certificates and log level anew" in system.errors, lambda: system.errors)
     assert served() == (second, [401, 200])
+    with httpx.Client(base_url=url, verify=False, timeout=DEADLINE_S) as http:
+        headers = {"Authorization": "Bearer sk-number-2"}
+        assert http.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 200
+    poll(lambda: " D scheduler: request " in system.errors, lambda: system.errors)  # children follow the level
     cert.write_text("no certificate")
     keys.write_text("sk-number-1\n")
     os.kill(system.process.pid, signal.SIGHUP)
-    poll(lambda: "SIGHUP: nothing is changed" in system.errors, lambda: system.errors)
+    poll(lambda: "reload_failed: the API server: SIGHUP changes nothing" in system.errors, lambda: system.errors)
     assert served() == (second, [401, 200])
     for pid in descendants(system.process.pid):  # as when a terminal closes
         os.kill(pid, signal.SIGHUP)
@@ -318,6 +322,7 @@ def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
         for name in ("decode-0", "prefill-0")
     )
     ask_and_check(scheduler.url(), model)
+    decode.process.send_signal(signal.SIGHUP)  # which does not end it
     top = site.start("top", "--url", scheduler.url(), "--interval-s", "0.1")
     poll(lambda: "prefill-0 (prefill, ready)" in top.output, lambda: top.errors)
     scheduler.end(signal.SIGINT)

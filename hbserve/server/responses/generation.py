@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Generator
@@ -15,7 +14,7 @@ from fastapi import Response
 from starlette.types import Receive
 
 from hbserve import bounded_json
-from hbserve.errors import HBServeError, InvalidRequestError
+from hbserve.errors import InvalidRequestError
 from hbserve.frontend.outputs import Sample
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.server.bodies.json_route import beside_loop
@@ -28,8 +27,6 @@ from hbserve.server.logprobs import chat_logprobs
 from hbserve.server.responses.body import PARAM_NAMES, ResponsesRequest
 from hbserve.server.responses.items import Event, OutputItems, is_reference, resolved
 from hbserve.server.responses.store import ResponseStore, StoredResponse, by_id
-
-logger = logging.getLogger(__name__)
 
 _STATUSES = {"length": "incomplete", "abort": "cancelled"}
 """Status of a response by the finish reason of its output; for all others it is ``completed``."""
@@ -144,8 +141,6 @@ class ResponseGeneration(ChatCompletion):
         except Exception as error:
             if not has_begun:
                 raise
-            if not isinstance(error, HBServeError):
-                logger.error("bug while streaming a response", exc_info=error)
             told = api_error(error)
             output.end("incomplete")
             failed = self._snapshot("failed", output.items)

@@ -12,6 +12,8 @@ def test_control_characters_of_a_message_are_escaped(monkeypatch) -> None:  # ty
     )
     line = TextFormatter("api").format(record)
     assert line.endswith(r"I api: name a\n12:00 E api: forged\x1b[2J\x9b\x0d")
+    own = logging.makeLogRecord({"msg": "two\nlines: %s", "args": (ValueError("a\nb"),), "levelname": "I"})
+    assert TextFormatter("api").format(own).endswith("I api: two\n  | lines: a\n  | b")
     monkeypatch.setenv("HBSERVE_API_KEYS", "sk-secret-1")
     monkeypatch.setenv("OTHER", "kept")
     values = child.environment(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from hbserve.errors import StartupError
+from hbserve.process import child as child_side
 from hbserve.process import parent
 from hbserve.process.parent import ChildProcess, RestartBudget
 
@@ -77,6 +79,34 @@ async def test_a_child_that_does_not_end_logs_its_stacks_and_is_killed(
     await child.stop()
     assert child.exit_code == -signal.SIGABRT
     assert "obedient_child.py" in capfd.readouterr().err
+
+
+def test_children_log_at_the_level_of_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running child follows a new level, and one that is started later begins with it."""
+    monkeypatch.setattr(child_side, "_new_level", None)
+    root, before = logging.getLogger(), logging.getLogger().level
+    reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    orders = {"status": {"ready": True}, "echoes": True}
+    children = [new_child(orders, on_status=lambda status: reports.put(status.get("level"))) for _ in range(2)]
+
+    def level_of(child: ChildProcess) -> int:
+        assert child.send({"asks_level": True})
+        while (level := reports.get(timeout=DEADLINE_S)) is None:
+            pass
+        return int(level)
+
+    try:
+        children[0].start()
+        assert level_of(children[0]) == logging.WARNING
+        child_side.set_log_level("DEBUG")
+        children[1].start()
+        assert [level_of(child) for child in children] == [logging.DEBUG] * 2
+        assert root.level == logging.DEBUG
+    finally:
+        child_side.set_log_level(logging.getLevelName(before))
+        for child in children:
+            child.kill()
+            assert child.join(DEADLINE_S)
 
 
 def test_threads_hear_every_status_and_then_the_exit() -> None:
