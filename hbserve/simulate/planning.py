@@ -1,7 +1,7 @@
 """Plans: the fewest GPUs of each system that keep the targets at a rate.
 
 Replicas are alike, so one of them is simulated, under its share of the rate. Where prefill and decode have GPUs of
-their own, in any ratio, the phases are looked at one after the other: TTFT depends on prefill's GPUs, TPOT on decode's.
+their own, in any ratio, the phases are looked at one after the other, each beside more than enough of the other one.
 A small system of the ratio that was found is then simulated as a whole.
 """
 
@@ -24,14 +24,13 @@ from hbserve.simulate.systems import (
     simulate,
 )
 
-_MAX_REQUESTS = 1500
+_MAX_REQUESTS = 1000
 """Requests of one simulation; the attainment then has a standard error below one point."""
 _MAX_UNIT = 8
 """GPUs of the largest system that is simulated as a whole."""
 _PRECISION = 0.03
-_LONE_RATE = 0.1
+_LONE_RATE = 0.5
 """Requests per second at which they hardly disturb each other."""
-_NO_TARGET_MS = 1e9
 _GROWTH = 0.02
 """Share of replicas, or of a phase's GPUs, that is added when they are too few."""
 
@@ -91,12 +90,13 @@ class _Planner:
     # --- prefill and decode on GPUs of their own ---------------------------------------------------
 
     def _fewest_of_any_ratio(self) -> tuple[System, SimulatedOutcome] | None:
-        lone = [self._ttft_attainment(_LONE_RATE), self._tpot_attainment(_LONE_RATE, _LONE_RATE)]
-        if math.prod(lone) < self._setting.attainment:
+        lone = self._decode_attainment(_LONE_RATE, _LONE_RATE)
+        if lone < self._setting.attainment:
             return None
-        loss = math.sqrt(self._setting.attainment / math.prod(lone))  # by load, in each phase
-        prefill_rate = _highest_rate(lambda rate: self._ttft_attainment(rate) >= loss * lone[0])
-        decode_rate = _highest_rate(lambda rate: self._tpot_attainment(rate, prefill_rate) >= loss * lone[1])
+        # Each phase may lose half of what the load may cost.
+        needed = math.sqrt(self._setting.attainment * lone)
+        prefill_rate = self._highest_rate(lambda rate: self._ttft_attainment(rate) >= needed)
+        decode_rate = self._highest_rate(lambda rate: self._decode_attainment(rate, prefill_rate) >= needed)
         x, y = math.ceil(self._rate / prefill_rate), math.ceil(self._rate / decode_rate)
         while not self._keeps(outcome := self._of_ratio(x, y)):
             x, y = x + math.ceil(_GROWTH * x), y + math.ceil(_GROWTH * y)
@@ -108,6 +108,13 @@ class _Planner:
             else:
                 return _ratio(x, y), outcome
 
+    def _highest_rate(self, is_good: Callable[[float], bool]) -> float:
+        """Find the highest rate that one GPU of a phase bears, up to the plan's: one GPU is then enough."""
+        search = RateSearch(FIRST_RATE, _PRECISION)
+        while search.best < self._rate and (rate := search.next_rate()) is not None:
+            search.add(rate, is_good(rate))
+        return search.best or search.worst
+
     def _ttft_attainment(self, rate: float) -> float:
         """Return the share of requests whose TTFT is kept by one prefill GPU."""
         requests = self._requests(rate)
@@ -115,12 +122,13 @@ class _Planner:
             request.output_tokens = 1
         return simulate(_ratio(1, 1), self._setting, requests).attainment
 
-    def _tpot_attainment(self, rate: float, prefill_rate: float) -> float:
-        """Return the share of requests whose TPOT is kept by one decode GPU beside enough prefill GPUs."""
-        targets = dataclasses.replace(self._setting.targets, ttft_ms=_NO_TARGET_MS)
-        setting = dataclasses.replace(self._setting, targets=targets)
-        num_prefill = math.ceil(1.2 * rate / prefill_rate)
-        return simulate(_ratio(num_prefill, 1), setting, self._requests(rate)).attainment
+    def _decode_attainment(self, rate: float, prefill_rate: float) -> float:
+        """Return the share of requests for which one decode GPU suffices beside more than enough prefill GPUs.
+
+        Both targets count: where too many sequences decode, requests wait for a slot or for KV before their prefill.
+        """
+        num_prefill = math.ceil(1.5 * rate / prefill_rate)
+        return simulate(_ratio(num_prefill, 1), self._setting, self._requests(rate), gives_up=True).attainment
 
     def _of_ratio(self, x: int, y: int) -> SimulatedOutcome:
         """Simulate a system of this ratio: as a whole if it is small, else the most similar small one."""
@@ -130,14 +138,6 @@ class _Planner:
         small = [(a, size - a) for size in range(2, _MAX_UNIT + 1) for a in range(1, size)]
         a, b = min(small, key=lambda unit: (abs(math.log(unit[0] * y / unit[1] / x)), sum(unit)))
         return self._share_of(whole, _ratio(a, b), max(a / x, b / y))
-
-
-def _highest_rate(is_good: Callable[[float], bool]) -> float:
-    """Find the highest rate that one GPU of a phase bears."""
-    search = RateSearch(FIRST_RATE, _PRECISION)
-    while (rate := search.next_rate()) is not None:
-        search.add(rate, is_good(rate))
-    return search.best or search.worst
 
 
 def _ratio(num_prefill: int, num_decode: int) -> System:

@@ -26,8 +26,8 @@ FORMS = (
 """The forms of systems, as help text."""
 ANY_RATIO = "xpyd"
 """Name of the system whose numbers of prefill and decode GPUs a plan finds."""
-FIRST_RATE = 4.0
-"""First rate of a search, requests per second and GPU."""
+FIRST_RATE = 16.0
+"""First rate of a search, requests per second and GPU. One that is too high costs little: it is soon given up."""
 _LONE = 0.05
 """Mean number of open requests below which they do not disturb each other."""
 _PATTERN = re.compile(
