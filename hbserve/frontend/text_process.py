@@ -38,7 +38,7 @@ from hbserve.messages.text import (
 from hbserve.process import event_loop
 from hbserve.process.events import OnEvent, log_event
 from hbserve.process.parent import ChildProcess, RestartBudget
-from hbserve.rpc.async_socket import AsyncSocket
+from hbserve.rpc.async_socket import AsyncSocket, remove_file
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
 _MODULE = "hbserve.frontend.text_worker"
@@ -119,6 +119,7 @@ class TextProcess:
         self._num_starts = 0
         self._child: ChildProcess | None = None
         self._socket: AsyncSocket | None = None
+        self._address = ""
         self._receiver: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
@@ -294,8 +295,9 @@ class TextProcess:
             await self._wait_for_greeting(socket, self._child)
         except BaseException:
             socket.close()
+            remove_file(address)
             raise
-        self._socket = socket
+        self._socket, self._address = socket, address
         self._receiver = asyncio.create_task(self._receive(socket))
         for stream in self._streams.values():
             stream.waits_since = time.monotonic()
@@ -437,6 +439,7 @@ class TextProcess:
             receiver.cancel()
         if socket is not None:
             socket.close()  # before the first await: a cancel there must not leave the socket open
+            remove_file(self._address)
         if receiver is not None:
             await asyncio.gather(receiver, return_exceptions=True)
 

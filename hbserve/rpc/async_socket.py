@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import zmq
@@ -25,6 +26,13 @@ _MIN_SHARED_BYTES = 2**18
 
 _MAX_FRAMES = 8
 """Limit of the frames of one message. The protocols use at most three."""
+
+
+def remove_file(address: str) -> None:
+    """Remove the file of a listening socket that is closed, or whose process has ended: ZeroMQ leaves it there."""
+    scheme, _, path = address.partition("://")
+    if scheme == "ipc":
+        Path(path).unlink(missing_ok=True)
 
 
 class SocketClosed(Exception):

@@ -16,6 +16,7 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import WorkerSpec
 from hbserve.process.parent import ChildProcess
+from hbserve.rpc.async_socket import remove_file
 from hbserve.semi_pd.utils import partition_of
 from hbserve.semi_pd.worker_process import WakeUp
 
@@ -165,6 +166,7 @@ class WorkerPool:
             self._asleep.discard(process)
             worker = self._worker_of.pop(process, None)
             if worker is not None:
+                remove_file(worker.spec.address)
                 self._on_exit(worker, code)
 
         process = ChildProcess(

@@ -272,6 +272,10 @@ def test_a_split_between_warm_levels_costs_no_process(running: LLM) -> None:
     assert manager.current_sm_allocation == SMAllocation(80, 100)
     assert pids_of(manager) < before  # the decode worker of 40 % has ended, and no process has started
     wait_for(lambda: sum(event["kind"] == "retired" for event in events_of(running)) == 2)
+    run_dir = Path(running._llm._launcher.make_run_dir())
+    assert len(list(run_dir.glob("0.*.sock"))) == len(manager.get_status()["workers"]), (
+        "an ended worker left its socket"
+    )
     for event in events_of(running):
         assert event["kind"] in ("ready", "retired", "rotation"), "a rotation is no fault"
         assert "connection" not in event["text"]

@@ -81,9 +81,10 @@ def title_of(pid: int) -> str:
 
 
 async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
-    engine: TextEngine, scheduler: ScriptedScheduler, tokenizer: Tokenizer, processes: TextProcesses
+    engine: TextEngine, scheduler: ScriptedScheduler, tokenizer: Tokenizer, processes: TextProcesses, tmp_path: Path
 ) -> None:
     names = processes.report().keys()
+    num_files = len(os.listdir(tmp_path))
     assert {title_of(one["pid"]) for one in processes.report().values()} == {f"hbserve-{name}" for name in names}
     ids = letters(tokenizer, TEXT)
     go_on = asyncio.Event()
@@ -122,6 +123,7 @@ async def test_a_dead_process_is_replaced_and_no_stream_is_lost(
         assert result["num_prompt_tokens"] == len(tokenizer.encode("the cat"))
     assert [one["restarts"] for one in processes.report().values()] == [4] + [1] * (len(names) - 1)
     assert sum(one["open_streams"] + one["open_questions"] for one in processes.report().values()) == 0
+    assert len(os.listdir(tmp_path)) == num_files, "a dead process has left its socket"
 
 
 async def test_text_is_the_same_as_in_one_process(
