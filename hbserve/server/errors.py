@@ -10,6 +10,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hbserve.errors import (
     ContextLengthError,
@@ -43,6 +44,7 @@ _BODIES: dict[str, type[Body]] = {
     "/v1/semi_pd/allocation": AllocationRequest,
 }
 
+MAX_MESSAGE_CHARS = 1000
 
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
@@ -72,6 +74,14 @@ class ClientGone(Exception):
     """The client closed its connection before it got its answer."""
 
 
+def _shown(text: str) -> str:
+    """Return a text as the client gets it: the text may quote what the client has sent, of any length."""
+    if len(text) > MAX_MESSAGE_CHARS:
+        half = MAX_MESSAGE_CHARS // 2 - 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return text.encode("utf-8", "replace").decode()  # lone surrogates are no characters
+
+
 class ApiError(msgspec.Struct, frozen=True):
     """An error as the client sees it.
 
@@ -88,8 +98,8 @@ class ApiError(msgspec.Struct, frozen=True):
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body; it is also sent as an event when a stream breaks."""
-        message = self.message.encode("utf-8", "replace").decode()  # it may quote a lone surrogate
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _shown(self.param)
+        return {"error": {"message": _shown(self.message), "type": self.type, "param": param, "code": self.code}}
 
     def response(self) -> Response:
         """Return the HTTP response."""
@@ -151,12 +161,13 @@ def install(app: FastAPI, bodies: Mapping[str, type[Body]]) -> None:
         body = RoleRequest if path.startswith("/v1/instances/") else bodies.get(path, CompletionRequest)
         return _validation_error(error, list(body.model_fields)).response()
 
-    async def handle_client_gone(request: Request, error: ClientGone) -> Response:
+    async def handle_client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nginx's number for it; only logs show it
 
     app.add_exception_handler(HBServeError, handle)
     app.exception_handler(RequestValidationError)(handle_invalid_body)
-    app.exception_handler(ClientGone)(handle_client_gone)
+    app.add_exception_handler(ClientGone, handle_client_gone)
+    app.add_exception_handler(ClientDisconnect, handle_client_gone)  # amid its body
     app.add_exception_handler(HTTPException, handle)
     app.add_exception_handler(Exception, handle)
 

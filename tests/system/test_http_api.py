@@ -633,3 +633,29 @@ async def test_real_prefill_and_decode_instances_behind_the_api(tmp_path: Path) 
         assert llm.get_system_stats()["cpu_scheduler"]["aborted_requests"] == 1
         stop.set()
         await asyncio.wait_for(serving, DEADLINE_S)
+
+
+async def test_a_client_that_leaves_amid_its_body_is_no_error(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"):
+        for content_type in ("application/json", "text/plain"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: 99\r\n\r\n"
+            writer.write(head.encode() + b'{"prompt": ')
+            writer.write_eof()
+            async with asyncio.timeout(DEADLINE_S):
+                assert b" 5" not in (await reader.read())[:12]
+            writer.close()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_refusal_quotes_no_more_than_its_reader_can_use(http: httpx.AsyncClient) -> None:
+    for answer in (
+        await http.get(f"/v1/models/{'m' * 20_000}"),
+        await http.post("/v1/completions", json={"model": "m" * 20_000, "prompt": "x"}),
+        await http.post("/v1/completions", json={"model": MODEL, "prompt": "x", "n" * 20_000: 1}),
+    ):
+        assert answer.status_code in (400, 404)
+        error = answer.json()["error"]
+        assert 0 < len(error["message"]) <= 1000
+        assert len(error["param"] or "") <= 1000
