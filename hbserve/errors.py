@@ -97,3 +97,7 @@ class KVTransferError(HBServeError):
     def __init__(self, message: str, kind: str = "backend") -> None:
         super().__init__(message)
         self.kind = kind
+
+    def bare(self) -> KVTransferError:
+        """Return the error without the frames that raised it: they hold the link's connections and buffers."""
+        return KVTransferError(str(self), self.kind)

@@ -55,7 +55,7 @@ class SendQueue:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
         self._thread.submit(on_start)
         self._writer: asyncio.Task[None] | None = None
-        self._broken: KVTransferError | None = None
+        self._broken: KVTransferError | None = None  # never raised: its frames would hold the queue
 
     async def put(self, item: SendItem) -> float:
         """Send an item; return the seconds that it spent waiting for other items.
@@ -64,7 +64,7 @@ class SendQueue:
             KVTransferError: if this or an earlier write on the link has failed.
         """
         if self._broken is not None:
-            raise self._broken
+            raise self._broken.bare()
         self._waiting.append(item)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_batches())
@@ -92,7 +92,7 @@ class SendQueue:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
             except Exception as error:
-                self._break(error if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
+                self._break(error.bare() if isinstance(error, KVTransferError) else KVTransferError(repr(error)), batch)
                 return
             ended_s = time.monotonic()
             for item in batch:
@@ -102,7 +102,7 @@ class SendQueue:
     def _break(self, error: KVTransferError, batch: list[SendItem]) -> None:
         self._broken = error
         for item in (*batch, *self._waiting):
-            item.written.set_exception(error)
+            item.written.set_exception(error.bare())
             item.written.exception()  # mark it as seen: a cancelled transfer does not look at it
         self._waiting.clear()
 

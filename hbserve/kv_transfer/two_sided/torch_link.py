@@ -147,6 +147,8 @@ class _Link:
             self._has_joined = True
         if not self._has_joined:
             raise KVTransferError(f"KV link {self.name}: the two sides have not met")
+        if self._is_closed:
+            raise KVTransferError(f"KV link {self.name} was closed")
 
     def _make_groups(self) -> None:
         rank, (host, port, _) = self._rank, self._endpoint.split(" ")
@@ -200,9 +202,18 @@ class _Link:
             raise KVTransferError(f"KV link {self.name} was closed")
 
     def abort(self) -> None:
+        """End what is under way, as far as the library can. May be called in any thread, and twice."""
         if not self._is_closed:
             self._is_closed = True
             self._abort_groups()
+
+    def release(self) -> None:
+        """Give connections and buffers back. The last call in the link's thread, after `abort`.
+
+        Without it they would stay until the garbage collector finds the errors of the lost link, which refer to it.
+        """
+        self._headers = self._data = None
+        self._slots = [None] * _NUM_SLOTS
 
     def _abort_groups(self) -> None:
         for group in {id(group): group for group in (self._data, self._headers)}.values():
@@ -212,7 +223,7 @@ class _Link:
 
 
 class SendingLink(_Link):
-    """The sender's end. `send` is called in one thread, `abort` in any."""
+    """The sender's end. `send` and `release` are called in one thread, `abort` in any."""
 
     _rank = _SENDER
     _high_priority = True  # prefill fills the device for long; the other side's kernels spin then
@@ -384,7 +395,8 @@ class ReceivingLink(_Link):
         with self._writing:
             for stream in self._streams:
                 stream.synchronize()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.submit(self.release)
+        self._thread.shutdown(wait=False)
 
 
 def _cut(block_ids: Sequence[int], blocks_per_piece: int) -> Iterator[Sequence[int]]:

@@ -122,7 +122,7 @@ class TorchTransfers(KVTransferManager):
             link = SendingLink(name, self._context, uses_nccl, target.endpoint, self._parts, part)
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             # A send to a stopped peer lasts until the time limit; it only reads the arena.
-            self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, on_start=link.rendezvous)
+            self._outgoing[key] = link, SendQueue(link.send, batch_blocks, False, link.rendezvous, link.release)
         return self._outgoing[key]
 
     def _connect(self, target: Peer, route: Route) -> None:
@@ -159,7 +159,7 @@ class TorchTransfers(KVTransferManager):
                 if header is not None:
                     await self._receive_unrequested(link, header)
         except KVTransferError as error:
-            link.fail(error)
+            link.fail(error.bare())
         finally:
             # Not in a callback: a receive that starts before the callback runs would find the old task.
             self._receive_tasks.pop(link, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import socket
 
 import msgspec
@@ -69,6 +71,35 @@ async def test_unrequested_arrivals_free_their_space_when_their_link_ends() -> N
             await target.close(source.peer(epoch))
             for _ in sends:
                 assert (await source.result()).error is None
+
+
+async def test_a_lost_link_gives_its_connections_back_before_any_garbage_collection() -> None:
+    async with sides(timeout_s=2.0) as (source, target):
+
+        async def lose_a_link(epoch: int) -> None:
+            await target.open_link(source, epoch)
+            good, lost = (pair(f"{name}{epoch}", source, target, [1], [3], 0, epoch) for name in ("good", "lost"))
+            source.manager.send(good[0])
+            target.manager.handle(good[1])
+            assert [(await side.result()).error for side in (source, target)] == [None, None]
+            target.manager.handle(lost[1])
+            await asyncio.sleep(0.05)  # its receive waits for the sender
+            await target.close(source.peer(epoch))
+            assert (await target.result()).error is not None
+            source.manager.send(lost[0])
+            assert (await source.result()).error is not None
+
+        gc.disable()  # errors refer to what they happened in
+        try:
+            await lose_a_link(1)
+            before = len(os.listdir("/proc/self/fd"))
+            for epoch in range(2, 5):
+                await lose_a_link(epoch)
+            async with asyncio.timeout(DEADLINE_S):
+                while len(os.listdir("/proc/self/fd")) > before:  # noqa: ASYNC110 - descriptors have no event
+                    await asyncio.sleep(0.05)
+        finally:
+            gc.enable()
 
 
 async def test_a_configured_port_can_be_used_again_at_once() -> None:
