@@ -11,6 +11,8 @@ import json
 import math
 from typing import Any
 
+import msgspec
+
 from hbserve.errors import ContextLengthError, InvalidRequestError
 
 LIGHT_VALUES = 512
@@ -46,6 +48,17 @@ def is_moderate(document: bytes | bytearray) -> bool:
     return len(document) <= MODERATE_BYTES and max_values(document) <= MODERATE_VALUES
 
 
+def read_light(document: bytes | bytearray) -> Any:
+    """Read a light document, in an event loop.
+
+    Raises:
+        InvalidRequestError: it is no JSON, or has a value that no process can send on.
+    """
+    value = _parse(document)
+    _check_values(value)
+    return value
+
+
 def read(document: bytes | bytearray, max_token_ids: int | None = None, max_chars: int | None = None) -> Any:
     """Read a document of any size.
 
@@ -54,17 +67,43 @@ def read(document: bytes | bytearray, max_token_ids: int | None = None, max_char
         max_chars: limit of each prompt, and of all other texts together.
 
     Raises:
-        InvalidRequestError: it is no JSON, or has too many values.
+        InvalidRequestError: it is no JSON, has too many values, or one that no process can send on.
         ContextLengthError: its text cannot fit into the context.
     """
+    value = _parse(document)
+    _check(value, math.inf if max_token_ids is None else max_token_ids, math.inf if max_chars is None else max_chars)
+    _check_values(value)
+    return value
+
+
+def _parse(document: bytes | bytearray) -> Any:
     try:
-        value = json.loads(document)
+        return json.loads(document)
     except RecursionError:
         raise InvalidRequestError("the body is nested too deeply") from None
     except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-    _check(value, math.inf if max_token_ids is None else max_token_ids, math.inf if max_chars is None else max_chars)
-    return value
+
+
+def _check_values(value: Any) -> None:
+    """Refuse what JSON can write and msgpack cannot, and name the parameter: any part of a body may be sent on."""
+    problem = _problem(value)
+    if problem is not None:
+        items = value.items() if isinstance(value, dict) else ()
+        param = next((name for name, item in items if _problem(item) is not None), None)
+        raise InvalidRequestError(f"{param or 'the body'} holds {problem}", param)
+
+
+def _problem(value: Any) -> str | None:
+    try:
+        msgspec.msgpack.encode(value)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return "a lone surrogate, which is no character"
+    except OverflowError:
+        return "an integer of more than 64 bits"
+    except RecursionError:
+        return "too many levels"
+    return None
 
 
 def _check(value: Any, max_token_ids: float, max_chars: float) -> None:

@@ -270,7 +270,7 @@ class TextWorker:
         assert request.content is not None
         if isinstance(request, ReadBody):
             value = bounded_json.read(request.content, request.max_token_ids, request.max_chars)
-            return BodyRead(query_id=number, value=memoryview(_packed(value)))
+            return BodyRead(query_id=number, value=memoryview(msgspec.msgpack.encode(value)))
         if isinstance(request, EncodeText):
             ids = self._tokenizer.encode(
                 request.content.decode(),
@@ -288,20 +288,6 @@ class TextWorker:
         if self._replies:
             self._socket.send([self._encoder.encode(self._replies)])
             self._replies.clear()
-
-
-def _packed(value: Any) -> bytes:
-    """Write a JSON document in msgpack.
-
-    Raises:
-        InvalidRequestError: it has what msgpack has not.
-    """
-    try:
-        return msgspec.msgpack.encode(value)
-    except UnicodeEncodeError:
-        raise InvalidRequestError("the body holds a lone surrogate, which is no character") from None
-    except OverflowError:
-        raise InvalidRequestError("the body holds an integer of more than 64 bits") from None
 
 
 def main() -> None:

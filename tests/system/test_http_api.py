@@ -659,3 +659,23 @@ async def test_a_refusal_quotes_no_more_than_its_reader_can_use(http: httpx.Asyn
         error = answer.json()["error"]
         assert 0 < len(error["message"]) <= 1000
         assert len(error["param"] or "") <= 1000
+
+
+@pytest.mark.parametrize("odd", ["\ud83d", 2**64, -(2**63) - 1])
+async def test_a_value_that_no_process_can_send_on_is_refused_wherever_it_stands(
+    http: httpx.AsyncClient, odd: Any
+) -> None:
+    user = {"role": "user", "content": "hi"}
+    part = {"type": "input_text", "text": "hi"}
+    for path, param, body in (
+        ("/v1/chat/completions", "messages", {"messages": [{**user, "extra": [odd]}]}),
+        ("/v1/chat/completions", "metadata", {"messages": [user], "metadata": {"a": odd}}),
+        ("/v1/chat/completions", "chat_template_kwargs", {"messages": [user], "chat_template_kwargs": {"a": [odd]}}),
+        ("/tokenize", "messages", {"messages": [{**user, "extra": odd}]}),
+        ("/v1/completions", "user", {"prompt": "hi", "user": odd}),
+        ("/v1/responses", "input", {"input": [{"role": "user", "content": [{**part, "extra": odd}]}]}),
+        ("/v1/responses", "metadata", {"input": "hi", "metadata": {"a": odd}, "stream": True}),
+    ):
+        error = await error_of(http, path, 400, content=json.dumps(body), headers=JSON_BODY)
+        assert error["param"] == param
+        assert "lone surrogate" in error["message"] or "64 bits" in error["message"]

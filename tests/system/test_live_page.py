@@ -91,7 +91,15 @@ async def files_and_data(system: System) -> None:
         assert "default-src 'self'" in page.headers["Content-Security-Policy"]
         for name in ("app.js", "style.css", "icon.svg", "vendor/uPlot.min.js", "vendor/uPlot.min.css"):
             assert (await http.get(f"/page/{name}")).status_code == 200
-        for name in ("../live_page.py", "%2e%2e/live_page.py", "nothing", "..%2f..%2fconfig.py", ""):
+        for name in (
+            "../live_page.py",
+            "%2e%2e/live_page.py",
+            "nothing",
+            "..%2f..%2fconfig.py",
+            "",
+            "app.js%00",
+            "a" * 5000,
+        ):
             assert (await http.get(f"/page/{name}")).status_code in (401, 404)
         assert (await http.get("/live")).status_code == 401
         await ask(system.url)

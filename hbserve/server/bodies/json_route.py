@@ -48,11 +48,14 @@ async def _read(engine: TextEngine, request: Request, kind: type[Body]) -> None:
     """Put the body where FastAPI looks for it."""
     received = request.scope.get("body")  # of the guard
     content = await request.body() if received is None else await received.take()
-    if bounded_json.is_light(content) or "json" not in request.headers.get("content-type", ""):
+    if not content or "json" not in request.headers.get("content-type", ""):
         request._body = bytes(content)
         return
-    value = await engine.text.read_json(content)
     request._body = b"{}"  # FastAPI asks whether there is one
+    if bounded_json.is_light(content):
+        request._json = bounded_json.read_light(content)
+        return
+    value = await engine.text.read_json(content)
     request._json = await engine.text.aside(partial(_checked, kind, value))
 
 
