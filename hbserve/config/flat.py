@@ -102,7 +102,7 @@ class PdDisaggConfig:
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in KEYS:
                 hint = unknown_name(name, list(KEYS), _in_python)
-                raise AttributeError(f"PdDisaggConfig has no field {name!r}{hint}")
+                raise AttributeError(f"PdDisaggConfig has no field {shown(name)}{hint}")
             super().__setattr__(name, value)
 
     @classmethod
@@ -119,7 +119,7 @@ class PdDisaggConfig:
     def _check_names(arguments: Iterable[str]) -> None:
         for name in arguments:
             if name not in KEYS:
-                raise TypeError(f"unknown argument {name!r}{unknown_name(name, list(KEYS), _in_python)}")
+                raise TypeError(f"unknown argument {shown(name)}{unknown_name(name, list(KEYS), _in_python)}")
 
     def freeze(self) -> Config:
         """Return the configuration that every process gets.

@@ -24,7 +24,7 @@ from hbserve.config.fields import (
 )
 from hbserve.config.semi_pd import SemiPDConfig
 from hbserve.errors import ConfigError
-from hbserve.hints import nearest
+from hbserve.hints import nearest, shown
 
 
 class InstanceRole(StrEnum):
@@ -340,5 +340,5 @@ class Config(Section, frozen=True):
         names = [instance.instance_id for instance in self.gpu_instances]
         if instance_id not in names:
             hint = nearest(instance_id, names)
-            raise ConfigError(f"gpu_instances: no instance {instance_id!r}{hint}", "gpu_instances")
+            raise ConfigError(f"gpu_instances: no instance {shown(instance_id)}{hint}", "gpu_instances")
         return self.gpu_instances[names.index(instance_id)]

@@ -300,11 +300,11 @@ def _validate_kv_transfer(config: Config) -> None:
     given = config.kv_transfer
     if given.backend not in BACKENDS and not re.match(IMPORT_PATH, given.backend):
         hint = nearest(given.backend, list(BACKENDS))
-        what = f"{given.backend!r} is neither a built-in backend nor a 'package.module:Class'{hint}"
+        what = f"{shown(given.backend)} is neither a built-in backend nor a 'package.module:Class'{hint}"
         raise _error("kv_transfer.backend", what)
     for name in ("mooncake_protocol", "mooncake_device"):
         if given.backend != "mooncake" and getattr(given, name) is not None:
-            raise _error(f"kv_transfer.{name}", f"has no effect with backend {given.backend}; leave it out")
+            raise _error(f"kv_transfer.{name}", f"has no effect with backend {shown(given.backend)}; leave it out")
     if given.backend == "shm" and given.port is not None:
         raise _error("kv_transfer.port", "backend shm has no ports; leave it out")
 
@@ -346,7 +346,8 @@ def _validate_addresses(config: Config) -> None:
     def claim(kind: str, value: object, key: str) -> None:
         owner = owners.setdefault((kind, value), key)
         if owner != key:
-            raise _error(key, f"{kind} {value if kind == 'address' else repr(value)} is already taken by {owner}")
+            name = shown(value)[1:-1] if kind == "address" else shown(value)
+            raise _error(key, f"{kind} {name} is already taken by {owner}")
 
     def claim_address(host: str, port: int, key: str) -> None:
         claim("address", f"{'127.0.0.1' if host == 'localhost' else host}:{port}", key)
@@ -358,7 +359,7 @@ def _validate_addresses(config: Config) -> None:
     for index, instance in enumerate(config.gpu_instances):
         key = f"gpu_instances[{index}]"
         if len(instance.instance_id) > _MAX_NAME_LENGTH:
-            raise _error(f"{key}.instance_id", f"must be {NAME_RULE}, got {instance.instance_id!r}")
+            raise _error(f"{key}.instance_id", f"must be {NAME_RULE}, got {shown(instance.instance_id)}")
         claim("id", instance.instance_id, f"{key}.instance_id")
         claim("kv_rank", instance.kv_rank, f"{key}.kv_rank")
         if instance.port is not None:
@@ -381,11 +382,10 @@ def _require_key(config: Config) -> None:
         listeners.append((f"gpu_instances[{index}].{name}", instance.bind or instance.host, instance.port))
     for key, host, port in listeners:
         if port is not None and not is_loopback(host):
-            raise _error(
-                key,
-                f"{host} can be reached from other hosts; make a key with python -m hbserve.rpc.cluster_key FILE, "
-                "copy it to every host, and set rpc.key_file",
+            make_key = (
+                "make a key with python -m hbserve.rpc.cluster_key FILE, copy it to every host, and set rpc.key_file"
             )
+            raise _error(key, f"{shown(host)[1:-1]} can be reached from other hosts; {make_key}")
 
 
 def _validate_launcher(config: Config) -> None:
