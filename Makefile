@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --n
 # Tests wait as much as they compute: two files at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-clients fault-search test-gpu bench format lint types docs clean debian-packages
+.PHONY: help demo test test-fast test-clients fault-search test-gpu bench chaos format lint types docs clean debian-packages
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -56,6 +56,9 @@ test-gpu: ## Run the tests that need an NVIDIA GPU, with the interpreter in PYTH
 
 bench: ## Measure offline throughput with the interpreter in PYTHON; options in ARGS
 	$(PYTHON) -m hbserve.bench offline $(ARGS)
+
+chaos: $(VENV)/.installed debian-packages ## Kill processes and send malformed input for 20 minutes; options in ARGS
+	$(BIN)/python -m benchmarks chaos --minutes 5 $(ARGS)
 
 format: $(VENV)/.installed ## Lay the code out, and mend what can be mended by machine
 	$(BIN)/ruff check --fix .

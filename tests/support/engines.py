@@ -37,7 +37,8 @@ def greedy_reference(model: PreTrainedModel, prompt: list[int], num_tokens: int)
         eos_token_id=None,
         pad_token_id=0,
     )
-    return output[0, len(prompt) :].tolist()
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
 
 
 def leaks(stats: dict[str, Any]) -> list[str]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 # on busy cores more threads than one wait for each other longer than tiny tensors take
 torch.set_num_threads(1)
+logging.disable_progress_bar()
 
 VOCAB_SIZE = 320
 

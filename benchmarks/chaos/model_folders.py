@@ -1,4 +1,4 @@
-"""A generator of malformed model folders: each is a good small one with one or two things broken."""
+"""Malformed model folders: each is a good small one with one or two things broken."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.chaos.mutations import WRONG, mutate, mutate_bytes
 from tests.support import tiny_tokenizers
 from tests.support.model_zoo import save_model
-
-WRONG: list[Any] = [
-    *(None, True, False, -1, 0, 1, 3, 7, 2.5, -0.5, 1e308, float("nan"), float("inf"), -float("inf")),
-    *(10**7, 10**12, 2**31, 2**63, 2**64, -(2**63), 10**400, "", "64", "auto", "\0", "é", "x" * 100_000),
-    *([], [1], [None], ["a", "b"], [[]], list(range(10_000)), {}, {"a": 1}, {"type": "x"}, {"": None}),
-]
-"""Values that take the place of good ones."""
 
 CONFIG_KEYS = [
     *("model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -55,35 +49,34 @@ TOKENIZER_CONFIG_KEYS = [
 MODELS = ("llama", "qwen2_window", "qwen3", "mistral", "llama3_rope")
 
 
-class MalformedFolders:
-    """Folders of a seed.
+class ModelFolders:
+    """Good model folders, and one malformed folder at a time.
 
     Args:
-        folder: for the good models, and for one malformed folder at a time.
+        folder: where they are made.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._good = []
+    def __init__(self, folder: Path) -> None:
+        self._random = random.Random()
         self._target = folder / "malformed"
-        for name in MODELS:
+        self._good = []
+        for number, name in enumerate(MODELS):
             save_model(folder / name, name, hidden_size=32, head_dim=16, intermediate_size=24, vocab_size=352)
-            tokenizer = self._random.choice([tiny_tokenizers.byte_level, tiny_tokenizers.metaspace])
-            self._good.append(tokenizer(folder / name))
+            self._good.append((tiny_tokenizers.byte_level, tiny_tokenizers.metaspace)[number % 2](folder / name))
 
-    def generate(self, count: int) -> Iterator[tuple[str, Path]]:
-        """Yield what was broken, and the folder, which the next one replaces."""
-        kinds: list[Callable[[], str]] = [
-            self._break_config,
-            self._break_tokenizer,
-            self._break_weights,
-            self._break_file,
-        ]
-        for number in range(count):
-            shutil.rmtree(self._target, ignore_errors=True)
-            good = self._random.choice(self._good)
-            shutil.copytree(good, self._target)
-            yield f"{good.name}: {kinds[number % len(kinds)]()}", self._target
+    @property
+    def good(self) -> list[Path]:
+        """The good folders."""
+        return self._good
+
+    def make(self, chance: random.Random) -> tuple[str, Path]:
+        """Make a malformed folder in place of the last; return what was broken, and the folder."""
+        self._random = chance
+        shutil.rmtree(self._target, ignore_errors=True)
+        good = chance.choice(self._good)
+        shutil.copytree(good, self._target)
+        kinds = [self._break_config, self._break_tokenizer, self._break_weights, self._break_file, self._break_any_json]
+        return f"{good.name}: {chance.choice(kinds)()}", self._target
 
     def _wrong(self) -> Any:
         return self._random.choice(WRONG)
@@ -112,6 +105,18 @@ class MalformedFolders:
                 changes.append(f"{key}={document[key]!r:.40}")
         self._write(name, document)
         return f"{name}: {', '.join(changes)}"
+
+    def _break_any_json(self) -> str:
+        name = self._random.choice(["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+        path = self._target / name
+        data = path.read_bytes()
+        if self._random.random() < 0.3:
+            data, change = mutate_bytes(data, self._random)
+        else:
+            document, change = mutate(json.loads(data), self._random)
+            data = json.dumps(document).encode()
+        path.write_bytes(data)
+        return f"{name}: {change}"
 
     def _break_tokenizer(self) -> str:
         if self._random.random() < 0.3:
@@ -147,7 +152,7 @@ class MalformedFolders:
         weights = load_file(path)
         name = self._random.choice(sorted(weights))
         tensor = weights[name]
-        others = {
+        others: dict[str, Callable[[], torch.Tensor]] = {
             "nan": lambda: torch.full_like(tensor, float("nan")),
             "one infinity": lambda: tensor.clone().index_fill_(0, torch.tensor([len(tensor) - 1]), float("inf")),
             "transposed": lambda: tensor[None].mT.contiguous(),
