@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hbserve.errors import ModelError
-from hbserve.model_files import is_there, read_json, shown
+from hbserve.model_files import is_there, read_bytes, read_json, read_text, reason_of, shown
 
 INSTALL = "pip install 'hbserve[mistral]'"
 
@@ -81,7 +81,9 @@ def load_mistral_file(path: Path, model_type: str | None) -> LoadedTokenizer:
     except ModelError:
         raise
     except Exception as error:  # the file may hold anything, and the libraries raise bare Exception
-        raise ModelError(f"{path} is not a tokenizer that can be read: {type(error).__name__}: {error}") from None
+        raise ModelError(
+            f"{path} is not a tokenizer that can be read: {type(error).__name__}: {reason_of(error)}"
+        ) from None
     template, problem = _chat_template(path, backend, model_type)
     hf = PreTrainedTokenizerFast(tokenizer_object=_Given(backend), bos_token=bos, eos_token=eos, chat_template=template)
     return LoadedTokenizer(hf, adds_space, problem)
@@ -150,7 +152,7 @@ def _sentence_piece(path: Path) -> tuple[Tokenizer, str, str, bool]:
     except ImportError:
         raise ModelError(f"{path} needs the package sentencepiece: {INSTALL}") from None
     processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(path.read_bytes())
+    processor.LoadFromSerializedProto(read_bytes(path))
     size = processor.GetPieceSize()
     pieces = [processor.IdToPiece(token_id) for token_id in range(size)]
     scores = [processor.GetScore(token_id) for token_id in range(size)]
@@ -218,7 +220,7 @@ def _chat_template(path: Path, tokenizer: Tokenizer, model_type: str | None) -> 
     """
     jinja, plain = path.with_name("chat_template.jinja"), path.with_name("chat_template.json")
     if is_there(jinja):
-        return jinja.read_text(encoding="utf-8"), ""
+        return read_text(jinja), ""
     if is_there(plain):
         template = read_json(plain).get("chat_template")
         return (template, "") if isinstance(template, str) else (None, f"{plain} has none that is text")
@@ -232,7 +234,7 @@ def _chat_template(path: Path, tokenizer: Tokenizer, model_type: str | None) -> 
         with tempfile.TemporaryDirectory() as folder:
             return str(convert_tokenizer_to_chat_template(_as_mistral_common_reads(path, tokenizer, Path(folder)))), ""
     except Exception as error:  # it does not know the version of the file
-        return None, f"mistral-common makes none of {path.name}: {error}"
+        return None, f"mistral-common makes none of {path.name}: {reason_of(error)}"
 
 
 def _as_mistral_common_reads(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:

@@ -43,6 +43,7 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 """Keys of generation_config.json that are defaults of requests; `SamplingParams` gives them the same meaning."""
 
 _COMPARED_BYTES = 8 << 20
+_MAX_REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,49 @@ class TensorEntry:
     end: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_bytes(path: Path) -> bytes:
+    """Read a file that is no weights.
 
     Raises:
-        ModelError: the file cannot be read, is too large, or holds something else.
+        ModelError: the file cannot be read, is too large, or is none: a pipe would have no end.
     """
     try:
         status = path.stat()
         problem = "" if stat.S_ISREG(status.st_mode) else "it is not a regular file"
         if status.st_size > MAX_JSON_BYTES:
             problem = f"it has {status.st_size} bytes, more than {MAX_JSON_BYTES}"
-        document = None if problem else json.loads(path.read_bytes().decode("utf-8"))
+        if not problem:
+            return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+        problem = error.strerror or repr(error)
+    raise ModelError(f"cannot read {path}: {problem}")
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8.
+
+    Raises:
+        ModelError: as `read_bytes`, or if it is no such text.
+    """
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not text in UTF-8: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: as `read_bytes`, or if it holds something else.
+    """
+    data = read_bytes(path)
+    try:
+        document = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ModelError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if problem:
-        raise ModelError(f"cannot read {path}: {problem}")
     if not isinstance(document, dict):
         raise ModelError(f"{path} is not a JSON object, but {shown(document)}")
     return document
@@ -148,6 +172,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the text of a library's error in one line of bounded length: it may quote what a file holds."""
+    return " ".join(str(error)[: 2 * _MAX_REASON_CHARACTERS].split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """List the safetensors files of a model folder.
 
@@ -201,7 +230,7 @@ def _header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
             begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
             yield name, TensorEntry(path, entry["dtype"], tuple(entry["shape"]), begin, end)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {reason_of(error)}") from None
     except RecursionError:
         raise ModelError(f"{path} cannot be read: its header is nested too deeply") from None
 

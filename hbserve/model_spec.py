@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from hbserve.errors import ModelError
-from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown, whole_number
+from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown, whole_number
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
@@ -319,7 +319,9 @@ def _rope(config: Any) -> RopeSpec:
             del config.original_max_position_embeddings
         config.standardize_rope_params()
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"rope_parameters {shown(config.rope_parameters)} cannot be read: {error}") from None
+        raise ModelError(
+            f"rope_parameters {shown(config.rope_parameters)} cannot be read: {reason_of(error)}"
+        ) from None
     parameters = config.rope_parameters
     nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
     if nested:
@@ -355,7 +357,7 @@ def _rope(config: Any) -> RopeSpec:
     try:
         return msgspec.convert(given, RopeSpec)  # also turns whole numbers into floats
     except msgspec.ValidationError as error:
-        raise ModelError(f"rope parameters: {error}") from None
+        raise ModelError(f"rope parameters: {reason_of(error)}") from None
 
 
 def _yarn_magnitude(parameters: Mapping[str, Any]) -> float:

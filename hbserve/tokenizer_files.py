@@ -15,13 +15,14 @@ from typing import Any
 
 from hbserve.errors import ModelError
 from hbserve.mistral_files import INSTALL, LoadedTokenizer, find_mistral_file, load_mistral_file
-from hbserve.model_files import is_there, read_config, read_json
+from hbserve.model_files import is_there, read_bytes, read_config, read_json, read_text, reason_of
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_OTHER_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "*.model")
+"""Patterns of what the libraries read besides, and would wait for if it were a pipe."""
 _IMPORTING = threading.Lock()
 """transformers imports its parts at their first use, and fails if two threads do this at once."""
-_MAX_REASON_CHARACTERS = 500
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -70,7 +71,7 @@ def read_vocabulary(folder: Path, loaded: LoadedTokenizer | None = None) -> str:
     """
     path = folder / "tokenizer.json"
     if is_there(path):
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     if not has_tokenizer(folder):
         raise ModelError(f"there is no tokenizer in {folder}")
     written: str = (loaded or load_tokenizer(folder)).hf.backend_tokenizer.to_str()
@@ -90,6 +91,9 @@ def _load(folder: Path) -> LoadedTokenizer:
     for name in _JSON_FILES:
         if is_there(folder / name):
             read_json(folder / name)
+    for pattern in _OTHER_FILES:
+        for path in folder.glob(pattern):
+            read_bytes(path)
     # The tokenizer's class depends on three keys of config.json. transformers would read the whole of it, and
     # allocate what it says.
     document = read_config(folder) if is_there(folder / "config.json") else {}
@@ -130,7 +134,7 @@ def _diagnosis(folder: Path, error: BaseException) -> str:
     if not is_there(path):
         if is_there(folder / "tokenizer.model") and importlib.util.find_spec("sentencepiece") is None:
             return f"tokenizer.model needs the package sentencepiece: {INSTALL}"
-        return f"there is no tokenizer.json: {_one_line(error)}"
+        return f"there is no tokenizer.json: {reason_of(error)}"
     document = read_json(path)
     if "added_tokens" not in document:
         return "tokenizer.json: there is no added_tokens"
@@ -145,11 +149,7 @@ def _diagnosis(folder: Path, error: BaseException) -> str:
         culprit = next((key for key, value in sections.items() if not _load_problem(document | {key: value})), None)
         return f"tokenizer.json: {f'{culprit}: ' if culprit else ''}{problem}"
     config = "tokenizer_config.json" if is_there(folder / "tokenizer_config.json") else "tokenizer.json"
-    return f"{config}: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
+    return f"{config}: {reason_of(error)}"
 
 
 def _load_problem(document: dict[str, Any]) -> str:
@@ -161,5 +161,5 @@ def _load_problem(document: dict[str, Any]) -> str:
     except BaseException as error:
         if not is_of_library(error):
             raise
-        return _one_line(error)
+        return reason_of(error)
     return ""

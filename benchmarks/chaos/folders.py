@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.chaos.campaign import Campaign, ChaosError
-from benchmarks.chaos.model_folders import ModelFolders
+from benchmarks.chaos.model_folders import FILES, OTHER_FILES, ModelFolders
 
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 LOAD_S, SERVE_S = 60.0, 180.0
 _MAX_GROWTH_MB = 200.0
 _WHOLE_EVERY = 100
@@ -79,7 +78,7 @@ def problem(account: dict[str, Any] | str) -> str | None:
         return f"leaves processes {account['left']}"
     for step, outcome in account["outcomes"].items():
         # What a template or a tokenizer cannot do with a text is found when it gets one, not in a file.
-        names = (*FILES, "cannot encode", "template")
+        names = (*FILES, *OTHER_FILES, "cannot encode", "template")
         if outcome != "ok" and not any(name in outcome for name in names):
             return f"{step}: the refusal names no file: {outcome:.300}"
         if len(outcome) > 2000:

@@ -46,6 +46,19 @@ TOKENIZER_CONFIG_KEYS = [
     *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "add_bos_token", "auto_map"),
     *("clean_up_tokenization_spaces", "legacy", "add_prefix_space", "backend", "tokenizer_file", "vocab_file"),
 ]
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+OTHER_FILES = (
+    *("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *(
+        "merges.txt",
+        "vocab.txt",
+        "tekken.json",
+        "tokenizer.model",
+        "model.safetensors.index.json",
+        "processor_config.json",
+    ),
+)
+"""Files that some tokenizers and weights have besides."""
 MODELS = ("llama", "qwen2_window", "qwen3", "mistral", "llama3_rope")
 
 
@@ -75,7 +88,8 @@ class ModelFolders:
         shutil.rmtree(self._target, ignore_errors=True)
         good = chance.choice(self._good)
         shutil.copytree(good, self._target)
-        kinds = [self._break_config, self._break_tokenizer, self._break_weights, self._break_file, self._break_any_json]
+        kinds = [self._break_config, self._break_tokenizer, self._break_weights, self._break_any_json]
+        kinds += [self._break_file, self._add_file]
         return f"{good.name}: {chance.choice(kinds)()}", self._target
 
     def _wrong(self) -> Any:
@@ -214,14 +228,7 @@ class ModelFolders:
         return f"index, {change}"
 
     def _break_file(self) -> str:
-        names = [
-            "config.json",
-            "generation_config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "model.safetensors",
-        ]
-        path = self._target / self._random.choice(names)
+        path = self._target / self._random.choice(FILES)
         data = path.read_bytes()
         place = self._random.randrange(len(data))
         contents = {
@@ -238,17 +245,29 @@ class ModelFolders:
             "deep and whole": b'{"a":' * 900 + b"1" + b"}" * 900,
             "a huge number": b'{"vocab_size": ' + b"9" * 10_000 + b"}",
         }
-        changes = [*contents, "missing", "folder", "pipe", "loop", "device", "unreadable link"]
-        change = self._random.choice(changes)
-        if change in contents:
+        if self._random.random() < 0.7:
+            change = self._random.choice(list(contents))
             path.write_bytes(contents[change])
             return f"{path.name} {change}"
         path.unlink()
-        if change == "folder":
+        return f"{path.name} {'missing' if self._random.random() < 0.2 else self._put_no_file(path)}"
+
+    def _add_file(self) -> str:
+        path = self._target / self._random.choice(OTHER_FILES)
+        contents = [b"", b"{}", b"[]", b"null", b"\xff\xfe", bytes(range(256)), b'{"a":' * 100_000, b"x" * 1_000_000]
+        contents += [b"{{ messages }}", b"{% for %}", b"{{ 1 / 0 }}", b'{"<unk>": 0, "a": -1}', b'{"a": 1e400}']
+        if self._random.random() < 0.3:
+            return f"{path.name} besides, a {self._put_no_file(path)}"
+        content = self._random.choice(contents)
+        path.write_bytes(content)
+        return f"{path.name} besides: {content!r:.40}"
+
+    def _put_no_file(self, path: Path) -> str:
+        what = self._random.choice(["folder", "pipe", "loop", "device", "link to nowhere"])
+        if what == "folder":
             path.mkdir()
-        elif change == "pipe":
+        elif what == "pipe":
             os.mkfifo(path)
-        elif change != "missing":
-            targets = {"loop": path.name, "device": "/dev/zero", "unreadable link": "/nowhere"}
-            path.symlink_to(targets[change])
-        return f"{path.name} {change}"
+        else:
+            path.symlink_to({"loop": path.name, "device": "/dev/zero", "link to nowhere": "/nowhere"}[what])
+        return what

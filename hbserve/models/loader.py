@@ -20,6 +20,7 @@ from hbserve.model_files import (
     TensorEntry,
     checkpoint_files,
     checkpoint_tensors,
+    reason_of,
 )
 from hbserve.model_spec import EMBEDDING, LM_HEAD, ModelSpec
 from hbserve.models.weights import CheckpointPart, WeightTable, checkpoint_parts
@@ -133,7 +134,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
             for name in file.keys():  # noqa: SIM118, the file is no mapping
                 yield name, file.get_slice(name)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def _check_tensor(name: str, entry: TensorEntry, part: CheckpointPart) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hbserve.model_spec import ModelSpec
 from hbserve.models.loader import check_weights, load_weights, model_fingerprint
 from hbserve.models.weights import WeightTable
 from hbserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 from tests.support.model_zoo import save_model
 
@@ -127,3 +129,28 @@ def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_for(tmp_path:
     (folder / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": auto_map}))
     with pytest.raises(ModelError, match="trust_remote_code"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "tekken.json"])
+def test_a_pipe_is_no_file_to_wait_for(name: str, tmp_path: Path) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path)
+    if name == "tekken.json":
+        (folder / "tokenizer.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"cannot read .*{name}: it is not a regular file"):
+        Tokenizer(folder)
+    if name in ("tokenizer.json", "tekken.json"):
+        with pytest.raises(ModelError, match="it is not a regular file"):
+            read_vocabulary(folder)
+
+
+def test_a_refusal_does_not_repeat_the_file(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen2")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    header = json.dumps({"model.norm.weight": {"dtype": "x" * 100_000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + weights[-4:])
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    assert "model.safetensors cannot be read" in str(caught.value)
+    assert len(str(caught.value)) < 1000
