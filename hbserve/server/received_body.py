@@ -65,7 +65,10 @@ class ReceivedBody:
     async def receive(self) -> Message:
         """Return the next message, as ASGI prescribes: first the whole body, if nobody has taken it."""
         if not self._is_taken:
-            return {"type": "http.request", "body": bytes(await self.take()), "more_body": False}
+            try:
+                return {"type": "http.request", "body": bytes(await self.take()), "more_body": False}
+            except ClientGone:  # a response that has begun looks for the disconnect here
+                return {"type": "http.disconnect"}
         return self._early.popleft() if self._early else await self._receive()
 
     async def while_connected(self, work: Coroutine[object, object, None]) -> None:
