@@ -46,6 +46,7 @@ _BODIES: dict[str, type[Body]] = {
 
 MAX_MESSAGE_CHARS = 1000
 
+
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
 
