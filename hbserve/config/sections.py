@@ -322,6 +322,14 @@ class Config(Section, frozen=True):
         return max(instance.num_ranks for instance in self.gpu_instances)
 
     @property
+    def prefill_budget(self) -> int:
+        """Largest number of prompt tokens in a step."""
+        budget = self.performance.max_num_batched_tokens
+        if self.chunked_prefill.enabled:
+            budget = min(budget, self.chunked_prefill.max_chunk_prefill_tokens)
+        return budget
+
+    @property
     def served_name(self) -> str:
         """The model's name in the HTTP API."""
         return self.model.served_name or Path(self.model.path).name

@@ -26,23 +26,28 @@ class LeastSquares:
         deviation: standard deviation of each. Without new observations the coefficients return to the prior.
             None: the observations alone decide.
         memory: factor in (0, 1] on the weight of all earlier observations at each new one.
-
-    Attributes:
-        coefficients: the present ones.
     """
 
     def __init__(self, prior: Sequence[float], deviation: Sequence[float] | None = None, memory: float = 1.0) -> None:
         size = len(prior)
-        self.coefficients: list[float] = list(prior)
-        self._precision = [0.0] * size if deviation is None else [1 / d**2 for d in deviation]
-        self._pull = [p * c for p, c in zip(self._precision, prior, strict=True)]
+        self._values = [*prior, -1.0]  # a row of sums times these is 0 if the coefficients are right
         self._memory = memory
-        self._gram = [0.0] * size**2  # row by row
-        self._moments = [0.0] * size
+        self._sums = [0.0] * (size * (size + 1))  # for each feature: its products with all features, and with y
+        self._prior_sums: list[float] | None = None  # the same of the prior, which is not forgotten
+        if deviation is not None:
+            weights = [1 / d**2 for d in deviation]
+            self._prior_sums = [
+                weights[i] * (prior[i] if j == size else float(i == j)) for i in range(size) for j in range(size + 1)
+            ]
+
+    @property
+    def coefficients(self) -> list[float]:
+        """The present coefficients."""
+        return self._values[:-1]
 
     def predict(self, features: Sequence[float]) -> float:
         """Compute ``y`` at these features."""
-        return float(sum(map(mul, self.coefficients, features)))
+        return float(sum(map(mul, features, self._values)))
 
     def add(self, features: Sequence[float], y: float, weight: float) -> None:
         """Add an observation; the coefficients change with the next `sweep` or `solve`.
@@ -50,29 +55,30 @@ class LeastSquares:
         Args:
             weight: 1 / variance of ``y``.
         """
-        weighted = [weight * feature for feature in features]
-        products = [one * two for one in weighted for two in features]
-        self._gram = list(map(add, map(mul, self._gram, repeat(self._memory)), products))
-        self._moments = [self._memory * old + y * w for old, w in zip(self._moments, weighted, strict=True)]
+        row = [weight * feature for feature in features]
+        row.append(weight * y)
+        products = [one * two for one in features for two in row]
+        self._sums = list(map(add, map(mul, self._sums, repeat(self._memory)), products))
 
     def sweep(self) -> None:
         """Improve each coefficient once."""
-        coefficients, size = self.coefficients, len(self.coefficients)
-        for i, (moment, prior, pull) in enumerate(zip(self._moments, self._precision, self._pull, strict=True)):
-            row = self._gram[i * size : i * size + size]
-            precision = row[i] + prior
-            if precision > 0:
-                now = coefficients[i]
-                new = now + (moment + pull - prior * now - sum(map(mul, row, coefficients))) / precision
-                coefficients[i] = new if new > 0 else 0.0
+        values, sums, width, begin = self._values, self._sums, len(self._values), 0
+        if self._prior_sums is not None:
+            sums = list(map(add, sums, self._prior_sums))
+        for i in range(width - 1):
+            row = sums[begin : begin + width]
+            begin += width
+            if row[i] > 0:
+                value = values[i] - sum(map(mul, row, values)) / row[i]
+                values[i] = value if value > 0 else 0.0
 
     def solve(self) -> None:
         """Compute the coefficients exactly."""
         for _ in range(_MAX_SWEEPS):
-            before = self.coefficients.copy()
+            before = self._values.copy()
             self.sweep()
-            changes = map(abs, map(sub, self.coefficients, before))
-            if all(change <= _TOLERANCE * value for change, value in zip(changes, self.coefficients, strict=True)):
+            changes = map(abs, map(sub, self._values, before))
+            if all(change <= _TOLERANCE * abs(value) for change, value in zip(changes, self._values, strict=True)):
                 return
 
     def through_origin(self, first: int, second: int) -> tuple[float, float]:
@@ -80,9 +86,9 @@ class LeastSquares:
 
         It attributes everything to these two, and so tells what a unit of each costs in the company that it had.
         """
-        size, gram = len(self.coefficients), self._gram
-        one, two, both = gram[first * size + first], gram[second * size + second], gram[first * size + second]
-        y_one, y_two = self._moments[first], self._moments[second]
+        width, sums = len(self._values), self._sums
+        one, both, y_one = (sums[first * width + column] for column in (first, second, width - 1))
+        two, y_two = (sums[second * width + column] for column in (second, width - 1))
         determinant = one * two - both * both
         if determinant > _MIN_INDEPENDENCE * one * two:
             a, b = (y_one * two - y_two * both) / determinant, (y_two * one - y_one * both) / determinant

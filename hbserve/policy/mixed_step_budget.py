@@ -62,14 +62,14 @@ class MixedStepBudget:
         self._interval_s = 0.0
 
     def limit_s(
-        self, now: float, interval_s: float, min_slack_s: float, full_step_s: float, waits_for_more: bool
+        self, now: float, interval_s: float, min_slack_s: float, prompts_s: float, waits_for_more: bool
     ) -> float:
         """Compute how long the next step may take with decode rows in it; infinite: leave them out of it.
 
         Args:
             interval_s: mean time from one decode step to the next that the TPOT target allows.
             min_slack_s: smallest slack of the sequences that decode, see `slack_s`.
-            full_step_s: duration of a full step of prompts only.
+            prompts_s: duration of a step with the waiting prompts and without decode rows.
             waits_for_more: the waiting prompts fill such a step.
         """
         self._interval_s = interval_s
@@ -77,7 +77,7 @@ class MixedStepBudget:
         if min_slack_s < 0:
             return max(_MIN_LIMIT * interval_s, interval_s + min_slack_s / _STEPS_TO_CATCH_UP)
         ahead_s = max(0.0, self._due - now)
-        if ahead_s and waits_for_more and min_slack_s >= full_step_s:
+        if ahead_s and waits_for_more and min_slack_s >= prompts_s:
             return math.inf
         return interval_s + min(ahead_s, min_slack_s)
 

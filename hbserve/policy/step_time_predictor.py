@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 from hbserve.policy.least_squares import LeastSquares
@@ -81,11 +80,14 @@ class StepTimePredictor:
 
     def __init__(self, curves: ProfileCurves | None = None, percentage: int = 100) -> None:
         self.curves, self.percentage = curves, percentage
+        samples = () if curves is None else curves.samples(percentage)
+        self._prompts = _Fit(5, [((1.0, *work), seconds) for work, seconds in samples if work[2]])
+        self._decodes = _Fit(3, [((1.0, *work[:2]), seconds) for work, seconds in samples if not work[2]])
         self._has_learnt = False
         self._longest_s = 0.0 if curves is None else math.inf
         self._max_context = 0.0 if curves is None else math.inf  # mean over the prompt tokens of a step
         self._sum_s = self._sum_rest_s = self._weight = 0.0
-        self._rate: tuple[float, float] | None = None
+        self._rate = self._prompts.sums.through_origin(3, 4)
         self._at: dict[int, StepTimePredictor] = {percentage: self}
 
     def at(self, percentage: int) -> StepTimePredictor:
@@ -148,7 +150,7 @@ class StepTimePredictor:
 
         Everything that recent steps with prompts took is attributed to their prompt tokens and pairs.
         """
-        per_token, per_pair = self._rate or self._learn_rate()
+        per_token, per_pair = self._rate
         context, limit = start + tokens / 2, self._max_context
         return tokens * (per_token + per_pair * (context if context < limit else limit))
 
@@ -159,17 +161,13 @@ class StepTimePredictor:
             tokens_per_step: of a full step. Recent steps may not have been full, and then had more other work for each
                 prompt token.
         """
-        per_token, per_pair = self._rate or self._learn_rate()
+        per_token, per_pair = self._rate
         pairs = min(pairs, tokens * self._max_context)
         as_lately_s = tokens * per_token + pairs * per_pair
         rest_s, _, _, per_token, per_pair = self._prompts.sums.coefficients
         if self._weight:
             rest_s = self._sum_rest_s / self._weight
         return min(as_lately_s, tokens * per_token + pairs * per_pair + math.ceil(tokens / tokens_per_step) * rest_s)
-
-    def _learn_rate(self) -> tuple[float, float]:
-        self._rate = rate = self._prompts.sums.through_origin(3, 4)
-        return rate
 
     # --- learning --------------------------------------------------------------------------------
 
@@ -186,22 +184,10 @@ class StepTimePredictor:
             self._sum_s = _MEMORY * self._sum_s + seconds
             self._sum_rest_s = _MEMORY * self._sum_rest_s + fixed_s + per_row * rows + per_key * keys
             self._max_context = max(_EXTRAPOLATION * pairs / tokens, _FADING * self._max_context)
-            self._rate = None
+            self._rate = self._prompts.sums.through_origin(3, 4)
         else:
             seconds = self._decodes.observe((1.0, rows, keys), seconds, is_shared)
         self._longest_s = max(seconds, _FADING * self._longest_s)
-
-    @cached_property
-    def _prompts(self) -> _Fit:
-        """Fit of the steps with prompts."""
-        samples = () if self.curves is None else self.curves.samples(self.percentage)
-        return _Fit(5, [((1.0, *work), seconds) for work, seconds in samples if work[2]])
-
-    @cached_property
-    def _decodes(self) -> _Fit:
-        """Fit of the steps without."""
-        samples = () if self.curves is None else self.curves.samples(self.percentage)
-        return _Fit(3, [((1.0, *work[:2]), seconds) for work, seconds in samples if not work[2]])
 
 
 class _Fit:

@@ -21,14 +21,6 @@ from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 _MAX_ENDS = 64
 
 
-def prefill_budget(config: Config) -> int:
-    """Return the largest number of prompt tokens in a step."""
-    budget = config.performance.max_num_batched_tokens
-    if config.chunked_prefill.enabled:
-        budget = min(budget, config.chunked_prefill.max_chunk_prefill_tokens)
-    return budget
-
-
 # --- the queue ----------------------------------------------------------------------------------
 
 
@@ -44,7 +36,7 @@ class WaitingQueue:
 
     def __init__(self, config: Config, curves: ProfileCurves | None = None) -> None:
         self.waiting: list[Sequence] = []
-        self._tokens_per_step = prefill_budget(config)
+        self._tokens_per_step = config.prefill_budget
         self._predictor = StepTimePredictor(curves)
         self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
         self.policy = make_policy(config.scheduler, self._predictor)
@@ -213,7 +205,7 @@ class Admission:
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
         # Prompt tokens in the next step: of all prompts, and of one.
-        self._enough_tokens = self._max_tokens_of_one = prefill_budget(config)
+        self._enough_tokens = self._max_tokens_of_one = config.prefill_budget
         if config.chunked_prefill.enabled:
             self._max_tokens_of_one = config.chunked_prefill.chunk_size
         self._policy = policy

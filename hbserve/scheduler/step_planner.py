@@ -13,7 +13,6 @@ from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
-from hbserve.scheduler.admission import prefill_budget
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
@@ -49,7 +48,6 @@ class StepPlanner:
         self._policy = policy
         self._chunked = config.chunked_prefill
         self._max_num_batched_tokens = config.performance.max_num_batched_tokens
-        self._prompt_budget = prefill_budget(config)
         self._transfers = transfers
         self._preempt = preempt
         self._logs_plans = logger.isEnabledFor(logging.DEBUG)
@@ -59,12 +57,12 @@ class StepPlanner:
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
-        step = _StepBuilder(worker)
+        step = _StepBuilder(worker, instance.choice.is_shared(phases))
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
         now = self._clock.now
         items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
         allocations = sorted(items, key=lambda item: item[0].arrival)
-        limit_s = instance.choice.mixed_limit_s(worker, phases, self._prompt_budget)
+        limit_s = instance.choice.mixed_limit_s(worker, phases)
         if InstanceRole.DECODE in phases and limit_s != math.inf:
             self._plan_decodes(step, instance, allocations)
         time_budget = None
@@ -264,10 +262,15 @@ class _Leaving:
 
 
 class _StepBuilder:
-    """A step that is being planned: what is sent, and what is kept until it is confirmed."""
+    """A step that is being planned: what is sent, and what is kept until it is confirmed.
 
-    def __init__(self, worker: WorkerHandle) -> None:
+    Args:
+        is_shared: another worker computes on the same device meanwhile.
+    """
+
+    def __init__(self, worker: WorkerHandle, is_shared: bool = False) -> None:
         self.worker = worker
+        self._is_shared = is_shared
         self._worker_id = worker.id
         self.rows: list[PlanRow] = []
         self.new_sequences: list[SequenceState] = []
@@ -286,7 +289,7 @@ class _StepBuilder:
         if not self.rows:
             return None
         decode_rows = len(self.rows) - self.prefill_rows
-        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs)
+        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
 
     @property
     def decode_work(self) -> StepWork:

@@ -16,7 +16,7 @@ from hbserve.config import Config, InstanceRole
 from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
 from hbserve.policy.mixed_step_budget import MixedStepBudget, slack_s
-from hbserve.policy.step_time_predictor import StepWork
+from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import WorkerHandle
@@ -51,6 +51,8 @@ class WorkerChoice:
         self._clock = clock
         self._workers = workers
         self._allocations = allocations
+        self._prompt_budget = config.prefill_budget
+        self._is_side_by_side = False  # both phases are busy, at different workers
         self._current: dict[InstanceRole, WorkerHandle] = {}
         slo = config.semi_pd.slo
         # Applies to requests without a target of their own; None: no target.
@@ -89,6 +91,7 @@ class WorkerChoice:
         mixing = self._mixing_worker()
         busy = {phase: self._is_busy(phase) for phase in PHASES}
         alone = {phase: not busy[_other(phase)] for phase in PHASES}
+        self._is_side_by_side = all(busy.values()) and mixing is None and len(self._workers) > 1
         if self._throttle is not None:
             if all(busy.values()) and mixing is None:
                 alone[InstanceRole.PREFILL] = not self._update_throttle(self._throttle, self._clock.now)
@@ -185,7 +188,26 @@ class WorkerChoice:
         decoding = [item for item in self._allocations.items() if item[1].num_planned >= item[1].num_tokens_at_entry]
         slacks = (self._slack_s(sequence, allocation, throttle.interval_s, now) for sequence, allocation in decoding)
         prefill = self._current.get(InstanceRole.PREFILL)
-        return throttle.update(now, needed_s, min(slacks, default=math.inf), prefill.last_step_s if prefill else 0.0)
+        step_s = prefill.timing.predictor.seconds(self._next_prompts()) if prefill else 0.0
+        return throttle.update(now, needed_s, min(slacks, default=math.inf), step_s)
+
+    def _next_prompts(self) -> StepWork:
+        """Return the work of a step with as many of the waiting prompt tokens as it can have, and without decode rows.
+
+        The policy may choose others of them.
+        """
+        tokens, pairs = 0, 0.0
+        for allocation in self._allocations.values():
+            chunk = min(allocation.num_tokens_at_entry - allocation.num_planned, self._prompt_budget - tokens)
+            if chunk > 0:
+                tokens += chunk
+                pairs += num_pairs(chunk, allocation.num_planned)
+        return StepWork(0, 0, tokens, pairs)
+
+    def is_shared(self, phases: set[InstanceRole]) -> bool:
+        """Whether another worker computes on the device beside a step of these phases that is planned now."""
+        has_turn = self._throttle is None or self._throttle.is_open
+        return self._is_side_by_side and (has_turn or phases == {InstanceRole.DECODE})
 
     def _is_throttled(self, phases: set[InstanceRole]) -> bool:
         """Whether a worker of these phases computes decode steps that may have to wait for prefill's."""
@@ -225,12 +247,8 @@ class WorkerChoice:
 
     # --- the time of a mixed step ----------------------------------------------------------------
 
-    def mixed_limit_s(self, worker: WorkerHandle, phases: set[InstanceRole], prompt_budget: int) -> float | None:
-        """Return how long a step with decode rows may take; infinity: it must have none; None: any time.
-
-        Args:
-            prompt_budget: prompt tokens that a step of prompts can hold.
-        """
+    def mixed_limit_s(self, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
+        """Return how long a step with decode rows may take; infinity: it must have none; None: any time."""
         interval_s = self._mixed_interval_s(worker, phases)
         if interval_s is None:
             return None
@@ -240,9 +258,9 @@ class WorkerChoice:
                 min_slack_s = min(min_slack_s, self._slack_s(sequence, allocation, interval_s, now))
             elif self.can_take(worker, allocation):
                 waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
-        full_step_s = worker.timing.predictor.estimate_s(StepWork(0, 0, prompt_budget, prompt_budget**2 / 2))
-        fills_a_step = waiting_tokens >= prompt_budget
-        return self._mixed_steps.limit_s(now, interval_s, min_slack_s, full_step_s, fills_a_step)
+        prompts_s = worker.timing.predictor.estimate_s(self._next_prompts())
+        fills_a_step = waiting_tokens >= self._prompt_budget
+        return self._mixed_steps.limit_s(now, interval_s, min_slack_s, prompts_s, fills_a_step)
 
     def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned under a limit of time."""
