@@ -66,6 +66,8 @@ def from_dict(document: Any, base_dir: Path | None = None) -> Config:
 def with_instance(config: Config, instance: InstanceConfig) -> Config:
     """Return the configuration with one more instance, or with this one in the place of its namesake.
 
+    Roles that the others lack are no reason to refuse it: they may have changed, or come later.
+
     Raises:
         ConfigError: if the instance does not fit to the others.
     """
@@ -76,7 +78,7 @@ def with_instance(config: Config, instance: InstanceConfig) -> Config:
     except msgspec.ValidationError as error:
         raise _from_msgspec(error, values, f"gpu_instances[{len(others)}].") from None
     extended = msgspec.structs.replace(config, gpu_instances=(*others, instance))
-    _validate(extended)
+    _validate(extended, is_whole=False)
     return extended
 
 
@@ -278,7 +280,7 @@ def _types_at(key: str) -> list[Any]:
 # --- limits that concern several keys --------------------------------------------------------------
 
 
-def _validate(config: Config) -> None:
+def _validate(config: Config, is_whole: bool = True) -> None:
     sizes = {"model.tensor_parallel_size": config.model.tensor_parallel_size}
     for index, instance in enumerate(config.gpu_instances):
         sizes[f"gpu_instances[{index}].tensor_parallel_size"] = instance.num_ranks
@@ -290,7 +292,7 @@ def _validate(config: Config) -> None:
         raise _error("performance.block_size", f"must be a power of two, got {block_size}")
     _validate_kv_transfer(config)
     _validate_semi_pd(config)
-    _validate_roles(config)
+    _validate_roles(config, is_whole)
     _require_key(config)
     _validate_addresses(config)
     _validate_launcher(config)
@@ -318,7 +320,7 @@ def _validate_semi_pd(config: Config) -> None:
             raise _error(f"gpu_instances[{index}].port", what)
 
 
-def _validate_roles(config: Config) -> None:
+def _validate_roles(config: Config, is_whole: bool) -> None:
     roles = [instance.instance_type for instance in config.gpu_instances]
     phases = {InstanceRole.PREFILL, InstanceRole.DECODE}
     needed, allowed = {
@@ -327,10 +329,10 @@ def _validate_roles(config: Config) -> None:
         "semi_pd": ({InstanceRole.SEMI_PD}, {InstanceRole.SEMI_PD, *phases}),
     }[config.mode]
     for role in InstanceRole:
-        if role in needed and role not in roles:
+        if is_whole and role in needed and role not in roles:
             what = f"mode {config.mode} needs at least one {role} instance; add one with instance_type: {role}"
             raise _error("gpu_instances", what)
-    if config.mode == "semi_pd" and len(phases.intersection(roles)) == 1:
+    if is_whole and config.mode == "semi_pd" and len(phases.intersection(roles)) == 1:
         raise _error("gpu_instances", "beside semi_pd instances, prefill and decode instances need each other")
     for index, role in enumerate(roles):
         if role not in allowed:

@@ -51,7 +51,9 @@ logger = logging.getLogger(__name__)
 
 _OUTPUTS_PER_LOOK = 16
 """Outputs between two looks at the clock."""
-_MAX_UNSENT_EVENTS = 100
+_MAX_UNSENT = 100
+_NO_ANSWER = 0
+"""Id of a question whose answer is not needed."""
 _RECONNECT_DELAY_S = 0.05
 _DEFAULTS = RpcConfig()
 
@@ -101,7 +103,7 @@ class EngineClient:
         self._requests = OpenRequests()
         self._questions = Questions(lambda question: self._is_connected and self._line.send(question))
         self._query_ids = itertools.count(1)
-        self._unsent_events: deque[ReportEvent] = deque(maxlen=_MAX_UNSENT_EVENTS)
+        self._unsent: deque[ReportEvent | RemoveInstance] = deque(maxlen=_MAX_UNSENT)
         self._ready: asyncio.Future[Ready] | None = None
         self._ready_deadline = 0.0
         self._dead: errors.EngineDeadError | None = None
@@ -256,6 +258,10 @@ class EngineClient:
         query_id = next(self._query_ids)
         await self._change(RemoveInstance(query_id=query_id, instance_id=instance_id, deadline_s=deadline_s))
 
+    def forget_instance(self, instance_id: str) -> None:
+        """Have the scheduler forget an instance that was removed and has ended, if it still waits for it."""
+        self._send_later(RemoveInstance(query_id=_NO_ANSWER, instance_id=instance_id, deadline_s=0.0))
+
     async def _change(self, message: SetRole | RemoveInstance) -> None:
         answer = await self._ask(message, message.deadline_s + self._rpc.heartbeat_timeout_s)
         if answer["is_unknown"]:
@@ -275,9 +281,12 @@ class EngineClient:
 
     def report_event(self, kind: EventKind, subject: str, text: str) -> None:
         """Add an event of this process to the system's events; see `hbserve.messages.supervisor.ReportEvent`."""
-        event = ReportEvent(kind=kind, subject=subject, text=text)
-        if not self._is_connected or not self._line.send(event):
-            self._unsent_events.append(event)
+        self._send_later(ReportEvent(kind=kind, subject=subject, text=text))
+
+    def _send_later(self, message: ReportEvent | RemoveInstance) -> None:
+        """Send a message that is not answered, when there is a scheduler."""
+        if not self._is_connected or not self._line.send(message):
+            self._unsent.append(message)
 
     # --- the line to the scheduler ---------------------------------------------------------------
 
@@ -328,8 +337,8 @@ class EngineClient:
             return
         if not self._is_connected:
             self._is_connected = True
-            while self._unsent_events:
-                self._line.send(self._unsent_events.popleft())
+            while self._unsent:
+                self._line.send(self._unsent.popleft())
             self._questions.send_all()
         if self._is_attached or not attached.takes_requests:
             return

@@ -45,7 +45,8 @@ class Questions:
         self._open[message.query_id] = _Open(message, answer)
         self.send_all()
         try:
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` forgets a cancellation that comes with the answer
+                return await answer
         finally:
             del self._open[message.query_id]
 

@@ -109,12 +109,14 @@ class Predecessor(Message, frozen=True):
         failed: whether it failed on its own, so that a request may be the cause.
         num_restarts: restarts since the start of the system, this one included.
         given_up: instances that do not come back, by id, and why.
+        removed: instances of the configuration that operators have removed.
     """
 
     reason: str
     failed: bool
     num_restarts: int
     given_up: dict[str, str] = msgspec.field(default_factory=dict)
+    removed: list[str] = msgspec.field(default_factory=list)
 
 
 class MarkRotation(Message, frozen=True):

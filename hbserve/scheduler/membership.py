@@ -23,7 +23,7 @@ class InstanceMembership:
     """Decides which instances may join; owner of which are joining and which have joined.
 
     Args:
-        instances: of the system, by id; those that have joined are added here.
+        instances: of the system, by id, at first those of the configuration; those that have joined are added here.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class InstanceMembership:
         self._clock = clock
         self._outbox = outbox
         self._instances = instances
-        self._configured = {instance.instance_id: instance for instance in config.gpu_instances}
+        self._configured = {instance.id: instance.config for instance in instances.values()}
         self._joining: dict[str, tuple[InstanceHandle, float]] = {}
         self._joined: set[str] = set()
 

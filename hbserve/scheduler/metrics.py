@@ -29,7 +29,7 @@ class EventLog:
         self._clock = clock
         self._outbox = outbox
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(round(1000 * clock.unix_time))  # larger than those of earlier schedulers
         self.counts = dict.fromkeys(EVENT_KINDS, 0)
         """Number of events since the start, by kind."""
 

@@ -81,11 +81,13 @@ class CpuScheduler:
         curves = None if start.profile is None else ProfileCurves(start.profile)
         self._next_tick = start.now
         self._has_settled = False
+        removed = () if start.predecessor is None else start.predecessor.removed
         self.instances = instances = {
             instance.instance_id: InstanceHandle(
                 instance, config, instance_addresses.get(instance.instance_id), clock, outbox, curves
             )
             for instance in config.gpu_instances
+            if instance.instance_id not in removed
         }
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
         self._events = events = EventLog(clock, outbox)

@@ -191,7 +191,7 @@ class WorkerRegistry:
             SupersededError: if the worker obeyed this one before.
         """
         reason = f"{worker.id} at {worker.address} obeys a scheduler that was started later"
-        if worker.ready:
+        if worker.ready or instance.num_restarts >= 0:
             raise SupersededError(f"this scheduler ends, because {reason}")
         instance.why_lost = reason
 

@@ -68,13 +68,16 @@ def install(
                 "open_requests": engine.num_open,
                 "waiting_for_turn": gate.num_waiting,
                 "draining": stop.is_set(),
+                "restarting": client.restarting is not None,
                 "max_model_len": engine.max_model_len,
                 "text_processes": {} if text is None else text.report(),
             },
             "targets": {"ttft_ms": ttft_target_ms, "tpot_ms": tpot_target_ms},
             "stats": None,
-            "error": None,
+            "error": client.restarting,
         }
+        if client.restarting is not None:
+            return data
         try:
             data["stats"] = await client.stats(STATS_TIMEOUT_S, recent=True)
         except (EngineDeadError, SchedulerRestartingError) as error:

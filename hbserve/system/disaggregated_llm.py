@@ -58,7 +58,9 @@ class DisaggregatedLLM:
         frozen = config.freeze() if isinstance(config, PdDisaggConfig) else config
         self.config = with_model_folder(frozen)
         self._key = ClusterKey.of(self.config)
-        self._launcher = Launcher(self.config, with_instances, self._on_scheduler_exit, self.report_event)
+        self._launcher = Launcher(
+            self.config, with_instances, self._on_scheduler_exit, self._on_dismissed, self.report_event
+        )
         self._client: EngineClient | None = None
         self._engine: TextEngine | None = None
         self._text_in_processes = text_in_processes
@@ -240,6 +242,10 @@ class DisaggregatedLLM:
                 self._client.give_up_waiting(self._given_up)
         if self._client is not None and self._client.dead is None:
             self._client.report_event(kind, subject, text)
+
+    def _on_dismissed(self, instance_id: str) -> None:
+        if self._client is not None and self._client.dead is None:
+            self._client.forget_instance(instance_id)
 
     def _on_scheduler_exit(self, reason: str) -> None:
         if self._client is not None:

@@ -88,6 +88,8 @@ class Launcher:
         config: configuration of the system.
         with_instances: False if the instances are started elsewhere.
         on_scheduler_exit: called with the reason when the scheduler has ended and is not started again.
+        on_dismissed: called with the name of an instance that has ended because an operator has removed it. A scheduler
+            that was started again meanwhile does not know that.
     """
 
     def __init__(
@@ -95,10 +97,11 @@ class Launcher:
         config: Config,
         with_instances: bool,
         on_scheduler_exit: Callable[[str], None],
+        on_dismissed: Callable[[str], None],
         on_event: OnEvent = log_event,
     ) -> None:
         self.config = config
-        self._on_event = on_event
+        self._on_event, self._on_dismissed = on_event, on_dismissed
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
         self._scheduler_restarts = RestartBudget(config.rpc.max_restarts)
@@ -233,10 +236,14 @@ class Launcher:
                 logger.error("given_up: the scheduler: it %s", why)
                 self._on_scheduler_exit(f"the scheduler {why}")
                 return
-            before = Predecessor(reason=f"it {how}", failed=failed, num_restarts=num_restarts, given_up=self._given_up)
-            instances = tuple(i for i in self.config.gpu_instances if i.instance_id not in self._dismissed)
-            config = msgspec.structs.replace(self.config, gpu_instances=instances)
-            scheduler.orders |= {"predecessor": msgspec.to_builtins(before), "config": msgspec.to_builtins(config)}
+            before = Predecessor(
+                reason=f"it {how}",
+                failed=failed,
+                num_restarts=num_restarts,
+                given_up=self._given_up,
+                removed=sorted(self._dismissed),
+            )
+            scheduler.orders["predecessor"] = msgspec.to_builtins(before)
             try:
                 scheduler.start()
                 await scheduler.wait_ready(time.monotonic() + self.config.rpc.start_timeout_s)
@@ -262,6 +269,7 @@ class Launcher:
             if code == EXIT_DISMISSED:
                 logger.info("%s has left", child.name)
                 self._dismissed.add(child.name)
+                self._on_dismissed(child.name)
                 return
             if not budget.take():
                 self.give_up(child.name, f"it ended with exit code {code}, too often to start it again ({_BUDGET})")

@@ -153,6 +153,13 @@ async def test_page(system: System, page: Any) -> None:
     assert "decode-0" in await page.locator("#events .lost").first.inner_text()
     await page.locator("#events li.ready").nth(3).wait_for()
 
+    # So does the scheduler; what the page knew stays.
+    os.kill(system.llm.launcher.scheduler.pid, signal.SIGKILL)
+    await page.locator("#events .scheduler_lost", has_text="it was killed by SIGKILL").wait_for()
+    await page.locator("#events .scheduler_restarted").wait_for()
+    await page.locator("#status.ready").wait_for()
+    await page.locator("#events .lost").first.wait_for()
+
     # Administration needs its own key.
     await page.keyboard.press("Escape")
     await page.keyboard.press("a")

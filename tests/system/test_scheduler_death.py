@@ -272,7 +272,7 @@ async def test_instances_on_tcp_meet_the_new_scheduler_and_obey_no_other(tmp_pat
     key_file = tmp_path / "cluster.key"
     key = ClusterKey.generate()
     key.save(key_file)
-    port, *ports = free_ports(3)
+    port, joined_port, *ports = free_ports(4)
     instances = [
         {"instance_id": f"{role}-0", "instance_type": role, "num_threads": 1, "port": instance_port}
         for role, instance_port in zip(("prefill", "decode"), ports, strict=True)
@@ -284,6 +284,7 @@ async def test_instances_on_tcp_meet_the_new_scheduler_and_obey_no_other(tmp_pat
         client = system.llm.client
         command = [sys.executable, "-m", "hbserve.join", f"tcp://127.0.0.1:{port}", "--role", "decode"]
         command += ["--instance-id", "decode-1", "--num-threads", "1", "--key-file", str(key_file)]
+        command += ["--port", str(joined_port)]
         joined = await asyncio.create_subprocess_exec(*command)
         try:
 
@@ -313,13 +314,20 @@ async def test_instances_on_tcp_meet_the_new_scheduler_and_obey_no_other(tmp_pat
                 await change
             assert_same(await busy, expected)
             await until_whole("prefill")
+
+            # One that an operator has removed is not waited for.
+            await client.remove_instance("prefill-0")
+            await system.kill()
+            await until_whole("prefill")
+            assert set((await client.stats())["gpu_instances"]) == {"decode-0", "decode-1"}
+            assert_same(await system.generate(), expected)
             await system.assert_whole()
 
             # Another host's scheduler takes an instance: this one must not go on.
             with zmq.Context() as context, context.socket(zmq.DEALER) as other:
                 other.linger = 0
-                key.for_connecting(other, f"tcp://127.0.0.1:{ports[0]}")
-                other.connect(f"tcp://127.0.0.1:{ports[0]}")
+                key.for_connecting(other, f"tcp://127.0.0.1:{joined_port}")
+                other.connect(f"tcp://127.0.0.1:{joined_port}")
                 other.send(msgspec.msgpack.encode(Ping(scheduler_epoch=2**62, known_epoch=0)))
                 await system.until(lambda: client.dead is not None)
             assert "obey another scheduler" in str(client.dead)

@@ -170,6 +170,7 @@ function showStatus(data) {
   const missing = instances.filter((instance) => instance.status !== "ready").length;
   let state = "ready";
   if (data.server.draining) state = "draining";
+  else if (data.server.restarting) state = "restarting";
   else if (!data.stats) state = "dead";
   else if (missing) state = missing === instances.length ? "starting" : "degraded";
   by("status").textContent = state;

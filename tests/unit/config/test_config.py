@@ -178,6 +178,8 @@ def test_an_instance_that_joins_is_checked_like_one_of_the_file(tmp_path: Path) 
     config = load(write(tmp_path, "mode: disaggregated\nmodel: {path: model}\n"))
     joined = InstanceConfig("more", InstanceRole.DECODE, kv_rank=2, tensor_parallel_size=1)
     assert with_instance(config, joined).gpu_instances == (*config.gpu_instances, joined)
+    without_prefill = msgspec.structs.replace(config, gpu_instances=config.gpu_instances[1:])
+    assert with_instance(without_prefill, joined).gpu_instances == (*config.gpu_instances[1:], joined)
     for changes, key in (({"instance_id": "a b"}, "instance_id"), ({"kv_rank": -1}, "kv_rank"), ({"port": 0}, "port")):
         with pytest.raises(ConfigError, match=rf"gpu_instances\[2\]\.{key}: must be "):
             with_instance(config, msgspec.structs.replace(joined, **changes))
