@@ -6,7 +6,8 @@ from typing import Annotated
 
 import msgspec
 
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+MAX_SECONDS = 1e9
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 """A time that a message asks for: never a NaN or infinite."""
 
 

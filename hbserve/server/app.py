@@ -38,6 +38,7 @@ from hbserve.config import InstanceRole, ServerConfig
 from hbserve.errors import EngineDeadError, InvalidRequestError, SchedulerRestartingError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
+from hbserve.messages.base import MAX_SECONDS
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.server import errors, semi_pd_routes
 from hbserve.server.bodies.json_route import beside_loop, json_route
@@ -182,7 +183,9 @@ def create_app(
         return {"instance_id": instance_id, "role": body.role}
 
     @app.delete("/v1/instances/{instance_id}")
-    async def remove_instance(instance_id: str, timeout_s: Annotated[float, Query(gt=0)] = 120.0) -> dict[str, Any]:
+    async def remove_instance(
+        instance_id: str, timeout_s: Annotated[float, Query(gt=0, le=MAX_SECONDS)] = 120.0
+    ) -> dict[str, Any]:
         """Let an instance finish its requests and end; answer when it has ended."""
         await client.remove_instance(instance_id, timeout_s)
         return {"instance_id": instance_id, "removed": True}

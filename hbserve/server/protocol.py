@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from pydantic import Field, field_validator
 
 from hbserve.errors import InvalidRequestError
+from hbserve.messages.base import MAX_SECONDS
 from hbserve.sampling_params import SamplingParams
 from hbserve.server.bodies.border import Body, all_of, whole
 from hbserve.server.bodies.conversation import Conversation
@@ -217,7 +218,7 @@ class RoleRequest(Body):
     """Body of POST /v1/instances/{id}/role."""
 
     role: Literal["prefill", "decode"]
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0, le=MAX_SECONDS)
 
 
 class AllocationRequest(Body):

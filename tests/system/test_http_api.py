@@ -679,3 +679,13 @@ async def test_a_value_that_no_process_can_send_on_is_refused_wherever_it_stands
         error = await error_of(http, path, 400, content=json.dumps(body), headers=JSON_BODY)
         assert error["param"] == param
         assert "lone surrogate" in error["message"] or "64 bits" in error["message"]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, 1e10, 1e308, float("inf"), float("nan")])
+async def test_a_time_limit_that_no_message_can_have_is_refused(http: httpx.AsyncClient, timeout_s: float) -> None:
+    """The scheduler would drop the message, and the client wait for an answer until its limit."""
+    body = json.dumps({"role": "prefill", "timeout_s": timeout_s})
+    error = await error_of(http, "/v1/instances/unified-0/role", 400, content=body, headers=JSON_BODY)
+    assert error["param"] == "timeout_s"
+    answer = await http.delete(f"/v1/instances/unified-0?timeout_s={timeout_s}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "timeout_s")
