@@ -10,7 +10,8 @@ import msgspec
 
 from hbserve.errors import HBServeError, RequestFailedError
 from hbserve.frontend.engine_client import EngineClient
-from hbserve.frontend.outputs import SampleDelta, TextStream
+from hbserve.frontend.outputs import AT_DEAD_END, SampleDelta, TextStream
+from hbserve.grammar import DEAD_END
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.process import event_loop
@@ -131,6 +132,8 @@ class OpenSample:
             problem = str(error)
         if problem is None:
             self._push(output.token_ids, text, "stop", None, output)
+        elif problem == DEAD_END:
+            self._push(output.token_ids, text, "length", AT_DEAD_END, output)
         else:
             self._stream.fail(RequestFailedError(problem))
 

@@ -11,6 +11,9 @@ import msgspec
 from hbserve.errors import HBServeError
 from hbserve.messages.base import TokenLogprobs
 
+AT_DEAD_END = "grammar_dead_end"
+"""The ``stop_reason`` of an output whose grammar allows no further token, and no end either."""
+
 
 class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
     """Growth of one sample.
@@ -21,7 +24,7 @@ class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: new tokens, including the end token or the tokens of a stop string.
         logprobs: one per token, if the request asks for them.
         finish_reason: ``stop``, ``length``, ``abort``, or None while the sample is not finished.
-        stop_reason: stop string or stop token of the request that ended the sample; None if the model's
+        stop_reason: stop string or stop token of the request that ended it, or `AT_DEAD_END`; None if the model's
             own end token did.
         num_cached_tokens: prompt tokens whose KV was in the prefix cache (first delta only).
         prompt_logprobs: of the next prompt tokens, from the second on, if the request asks for them.

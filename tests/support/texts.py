@@ -29,5 +29,5 @@ TEXTS = [
     " " * 200,
     "a" * 100 + "\n" * 50 + "-" * 75 + " \n" * 40,
     (ROOT / "docs" / "sampling.md").read_text()[:8000],
-    (ROOT / "hbserve" / "grammar.py").read_text()[:4000],
+    (ROOT / "hbserve" / "grammar" / "vocabulary.py").read_text()[:4000],
 ]

@@ -419,5 +419,27 @@ async def test_a_costly_grammar_ends_alone(real_api: openai.AsyncOpenAI, llm: LL
     assert_no_leaks(llm)
 
 
+async def test_an_output_that_reaches_a_dead_end_is_cut_off_there(real_api: openai.AsyncOpenAI, llm: LLM) -> None:
+    """The way into it is too narrow for the random trials at the border."""
+    depth = 16
+    rules = [f'n{level}: "a" n{level + 1} | "b" "x"' for level in range(depth)]
+    grammar = "\n".join(["start: n0", *rules, f'n{depth}: "a" NEVER | "b" "x"', "NEVER: /x/ & /y/"])
+    [letter] = llm._llm.engine.tokenizer.encode("a")
+    extra = {"grammar": grammar, "logit_bias": {str(letter): 100}}
+    request: Any = {"model": MODEL, "temperature": 0, "extra_body": extra}
+    answer = await real_api.chat.completions.create(messages=USER, max_tokens=60, **request)
+    [choice] = answer.choices
+    assert (choice.finish_reason, choice.stop_reason) == ("length", "grammar_dead_end")
+    assert choice.message.content == "a" * (depth + 1)
+    stream = await real_api.chat.completions.create(messages=USER, max_tokens=60, stream=True, **request)
+    chunks = [chunk.choices[0] async for chunk in stream]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == choice.message.content
+    assert (chunks[-1].finish_reason, chunks[-1].stop_reason) == ("length", "grammar_dead_end")
+    response = await real_api.responses.create(input="hi", max_output_tokens=60, **request)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "grammar_dead_end")
+    assert response.output_text == choice.message.content
+    assert_no_leaks(llm)
+
+
 AT_ONCE = "start: s\ns: s s | s s s | /[a-z ]/"
 LATER = "start: /[a-z ]{30}/ s\ns: s s | s s s | /[a-z ]/"

@@ -15,7 +15,7 @@ from starlette.types import Receive
 
 from hbserve import bounded_json
 from hbserve.errors import InvalidRequestError
-from hbserve.frontend.outputs import Sample
+from hbserve.frontend.outputs import AT_DEAD_END, Sample
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.server.bodies.json_route import beside_loop
 from hbserve.server.chat import ChatCompletion
@@ -49,6 +49,8 @@ class _Parts(NamedTuple):
 
 class ResponseGeneration(ChatCompletion):
     """One response. `begin` makes it."""
+
+    _incomplete_reason = "max_output_tokens"
 
     _request: ResponsesRequest
     _store: ResponseStore
@@ -111,7 +113,7 @@ class ResponseGeneration(ChatCompletion):
         output = OutputItems()
         new = self._parse(sample)
         output.add(new, self._text_logprobs(sample.token_ids, sample.logprobs))
-        status, _ = self._end(output, new.finish_reason or "stop")
+        status, _ = self._end(output, new.finish_reason or "stop", sample.stop_reason)
         return msgspec.json.encode(self._finish(output, status))
 
     async def _events(self) -> AsyncGenerator[list[Event]]:
@@ -133,7 +135,7 @@ class ResponseGeneration(ChatCompletion):
                     new = self._parse(delta)
                     events += output.add(new, self._text_logprobs(delta.token_ids, delta.logprobs))
                     if new.finish_reason is not None:
-                        status, ends = self._end(output, new.finish_reason)
+                        status, ends = self._end(output, new.finish_reason, delta.stop_reason)
                         kind = "completed" if status == "completed" else "incomplete"
                         events += [*ends, {"type": f"response.{kind}", "response": self._finish(output, status)}]
                 if events:
@@ -155,8 +157,10 @@ class ResponseGeneration(ChatCompletion):
         content: list[dict[str, Any]] = chat_logprobs(self._engine.tokenizer, token_ids, logprobs)["content"]
         return content
 
-    def _end(self, output: OutputItems, finish_reason: str) -> tuple[str, list[Event]]:
+    def _end(self, output: OutputItems, finish_reason: str, stop_reason: str | int | None) -> tuple[str, list[Event]]:
         """End the output; return the status of the response, and the events."""
+        if stop_reason == AT_DEAD_END:
+            self._incomplete_reason = AT_DEAD_END
         status = _STATUSES.get(finish_reason, "completed")
         return status, output.end("completed" if status == "completed" else "incomplete")
 
@@ -182,7 +186,7 @@ class ResponseGeneration(ChatCompletion):
             "status": status,
             "background": False,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": self._incomplete_reason} if status == "incomplete" else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
             "model": self._head["model"],

@@ -1,32 +1,24 @@
-"""Grammars that an output must follow, by llguidance: they say which tokens may come next.
-
-A grammar is text: llguidance's Lark dialect, or what `json_schema` makes of a schema. The API server or the embedding
-program checks it (`Vocabulary.check`). Every worker that samples for the request follows it with a `Matcher`, whose
-whole state is the grammar and the output so far.
-
-A grammar is a stranger's program. Limits of the parser bound the work for one token. `start_thread` starts a thread
-with the stack that llguidance needs for deep grammars: on a smaller one its recursion ends the process.
-"""
+"""The tokens of a model as grammars see them, and the check of a grammar before it is followed."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hbserve.errors import InvalidRequestError
-from hbserve.json_schemas import NUM_BYTES, byte_matcher, followable, problem_of
+from hbserve.grammar.bytes import NUM_BYTES, byte_matcher
+from hbserve.grammar.documents import problem_of
+from hbserve.grammar.matcher import DEAD_END, Matcher, parser_limits, reason_of
+from hbserve.grammar.schemas import followable
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_GRAMMAR_CHARACTERS = 200_000
 
@@ -36,7 +28,6 @@ _WHITE_SPACE = r"( |\n {0,16})?"  # a small model fills it: every space may be a
 
 _RULE_OF_JSON = re.compile(r"^(?P<head>\w+(?:\[[^\]\n]*\])?: %json )(?P<schema>\{.*\})$", re.MULTILINE)
 _CAPTURED_JSON = re.compile(r"^(?P<name>\w+)\[capture\]: %json (?P<schema>\{.*\})$", re.MULTILINE)
-_STACK_BYTES = 256 << 20  # reserved, not used: enough for the recursion of a grammar of `MAX_GRAMMAR_CHARACTERS`
 
 _MAX_CHECK_CPU_S = 2.0
 _MAX_TRIAL_CPU_S = 0.3
@@ -45,7 +36,6 @@ _NUM_TRIALS = 24
 _TRIAL_TOKENS = 64
 _MAX_MEAN_CPU_S = 0.03  # per token; workers allow no more in the long run
 _TRIAL_BYTES = 64
-_DEAD_END = "it leads into a dead end, from which no output can be finished"
 _STRUCTURAL_BYTES = np.frombuffer(b'"{}[],:0', np.uint8)
 
 ANY_JSON_OBJECT = '{"type": "object"}'
@@ -130,6 +120,8 @@ class Vocabulary:
             problem = "it is too complex: it takes too long to compile; make it smaller"
         problem = problem or self._problem_in_trials(matcher, followed)
         if problem:
+            if "oneOf constraints are not supported" in problem:
+                problem = "the choices of a oneOf are not told apart by types, or constants of a property; use anyOf"
             reason = " ".join(problem.replace("<non-verbose/>", "").split())
             raise InvalidRequestError(f"the grammar cannot be followed: {reason[:_MAX_PROBLEM_CHARACTERS]}", "grammar")
         return followed
@@ -143,7 +135,7 @@ class Vocabulary:
         chance = random.Random(0)
         deadline = time.thread_time() + _MAX_TRIAL_CPU_S
         problem = _trial(matcher.deep_copy(), self.vocab_size, _TRIAL_TOKENS, chance, deadline)
-        by_bytes = byte_matcher(grammar, _limits())
+        by_bytes = byte_matcher(grammar, parser_limits())
         if problem is not None or by_bytes.is_error():  # it names tokens of the model
             return problem
         deadline = time.thread_time() + _MAX_TRIAL_CPU_S
@@ -182,7 +174,7 @@ class Vocabulary:
     def _matcher(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
 
     def _unforced(self, grammar: str) -> str:
         """Return the grammar, with the option not to force tokens if it contains the text of an added token.
@@ -201,55 +193,6 @@ class Vocabulary:
         return f"{_NO_FORCING}\n{rest}" if head.removeprefix("%llguidance").strip() == "{}" else grammar
 
 
-class Matcher:
-    """Position of an output in its grammar.
-
-    A grammar that becomes too complex during the output stays in an error: then only the end is allowed, and `problem`
-    says why.
-    """
-
-    def __init__(
-        self, matcher: Any, vocab_size: int, end_token_ids: Sequence[int], tokenizer_ends: Iterable[int]
-    ) -> None:
-        self._matcher = matcher
-        self._num_words = -(-vocab_size // 32)
-        self._end_token_ids = np.asarray(end_token_ids, np.int64)
-        self._tokenizer_ends = np.asarray([token for token in tokenizer_ends if token < vocab_size], np.int64)
-
-    def advance(self, token_ids: Sequence[int]) -> None:
-        """Move on past these sampled tokens."""
-        self._matcher.consume_tokens(list(token_ids))
-
-    def captures(self) -> list[tuple[str, bytes]]:
-        """Return the parts of the output that the grammar names, in their order."""
-        captures: list[tuple[str, bytes]] = self._matcher.get_captures()
-        return captures
-
-    def mask(self) -> npt.NDArray[np.int32]:
-        """Return the tokens that may come next, ``[ceil(vocab / 32)]``: bit i of word w is token ``32 * w + i``."""
-        words = np.zeros(self._num_words, np.int32)
-        if not self._matcher.is_stopped():  # stopped: complete, or in error
-            raw = self._matcher.compute_bitmask()
-            words[:] = np.frombuffer(raw, np.int32, count=self._num_words)
-        # The request names the end tokens of an output, not the tokenizer.
-        _set(words, self._tokenizer_ends, False)
-        if self._matcher.is_accepting() or not words.any():
-            _set(words, self._end_token_ids, True)
-        return words
-
-    @property
-    def error(self) -> str | None:
-        """Why the grammar cannot be followed any more; None if it can."""
-        return self.problem if self._matcher.is_error() else None
-
-    @property
-    def problem(self) -> str | None:
-        """Why the output would not match the grammar if it ended here; None if it would."""
-        if self._matcher.is_error():
-            return f"the grammar could not be followed to the end: {_reason(self._matcher.get_error())}"
-        return None if self._matcher.is_accepting() else "the output ends before the grammar does"
-
-
 def _problem_at_start(matcher: LLMatcher) -> str | None:
     """Say why no output of a compiled grammar can begin; None if one can.
 
@@ -262,8 +205,8 @@ def _problem_at_start(matcher: LLMatcher) -> str | None:
         matcher.consume_token(int(np.unpackbits(words, bitorder="little").argmax()))
     if not matcher.is_error():
         return None
-    reason = _reason(matcher.get_error())
-    return "it admits no text" if reason == _DEAD_END else reason
+    reason = reason_of(matcher.get_error())
+    return "it admits no text" if reason == DEAD_END else reason
 
 
 def _trial(matcher: LLMatcher, num_tokens: int, length: int, chance: random.Random, deadline: float) -> str | None:
@@ -287,15 +230,7 @@ def _trial(matcher: LLMatcher, num_tokens: int, length: int, chance: random.Rand
         if structural.size and chance.random() < 0.5:  # else most trials would not leave their first string
             allowed = structural
         matcher.consume_token(int(allowed[chance.randrange(allowed.size)]))
-    return _reason(matcher.get_error()) if matcher.is_error() else None
-
-
-def _reason(error: str) -> str:
-    """Say in words what llguidance found."""
-    if error.startswith("NoExtensionBias"):
-        return _DEAD_END
-    first = error.strip().splitlines()[0]
-    return f"it is too complex: {first}" if re.search("Too many items|too many|row has|fuel", first) else first
+    return reason_of(matcher.get_error()) if matcher.is_error() else None
 
 
 def _without_dead_ends(grammar: str) -> str:
@@ -325,31 +260,6 @@ def _schemas(grammar: str) -> list[Any]:
         return [part["json_schema"] for part in json.loads(grammar)["grammars"] if "json_schema" in part]
     except (ValueError, KeyError, TypeError):
         return []
-
-
-@cache
-def _limits() -> LLParserLimits:
-    """Return the limits of the work for one token: within them it takes up to some tenths of a second."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(step_max_items=10_000, max_lexer_states=50_000, max_grammar_size=50_000, verbose_errors=False)
-
-
-def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
-    """Start a daemon thread in which grammars of any depth can be compiled and followed."""
-    before = threading.stack_size(_STACK_BYTES)
-    try:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    return thread
-
-
-def _set(words: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64], allowed: bool) -> None:
-    for token in tokens.tolist():
-        bit = np.uint32(1 << (token % 32)).view(np.int32)
-        words[token // 32] = words[token // 32] | bit if allowed else words[token // 32] & ~bit
 
 
 def _library() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from hbserve.errors import InvalidRequestError
 from hbserve.grammar import Vocabulary, json_schema
-from hbserve.json_schemas import problem_of
+from hbserve.grammar.bytes import admits, schema_matcher
+from hbserve.grammar.documents import problem_of
+from hbserve.grammar.schemas import followable
 from hbserve.server.answers.tool_formats import tool_format
 from hbserve.tokenizer import Tokenizer
 from hbserve.tokenizer_files import read_vocabulary
@@ -215,3 +218,106 @@ def test_arguments_of_forced_calls_are_schemas_like_others(tokenizer: Tokenizer)
     letters = {tokenizer.token_bytes(token_id): token_id for token_id in reversed(range(tokenizer.vocab_size))}
     call = '<tool_call>\n{"name": "f", "arguments": {"share": 0}}\n</tool_call>'
     assert vocabulary.problem_of(original, [letters[bytes([byte])] for byte in call.encode()]) is not None
+
+
+# --- choices, and bounds in several places -------------------------------------------------------
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"] = "cat"
+    lives: int
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"] = "dog"
+    friends: list[Annotated[Cat | Dog, Field(discriminator="kind")]]
+
+
+class Owner(BaseModel):
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+
+
+SPREAD = {"$defs": {"positive": {"type": "number", "exclusiveMinimum": 0}, "small": {"maximum": 0.5}}}
+
+
+def test_a_discriminated_union_of_pydantic_is_followed(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+    """Also where it contains itself, and where its discriminator has a default."""
+    schema = Owner.model_json_schema()
+    assert "oneOf" in json.dumps(schema)
+    original = json_schema(schema)
+    grammar = vocabulary.check(original)
+    kinds = set()
+    for seed in range(12):
+        ids = finished(vocabulary, tokenizer, grammar, seed)
+        assert vocabulary.problem_of(original, ids) is None
+        kinds.add(Owner.model_validate_json(tokenizer.decode(ids)).pet.kind)
+    assert kinds == {"cat", "dog"}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"type": "string"}, INTEGER, {"type": "null"}],
+        [{"const": "a"}, {"enum": ["b", 1]}],
+        [{"type": "object", "properties": {"k": {"const": name}}, "required": ["k"]} for name in "ab"],
+    ],
+    ids=json.dumps,
+)
+def test_choices_that_are_told_apart_are_followed(
+    choices: list[Any], vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> None:
+    original = json_schema({"oneOf": choices})
+    grammar = vocabulary.check(original)
+    for seed in range(6):
+        assert vocabulary.problem_of(original, finished(vocabulary, tokenizer, grammar, seed)) is None
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"type": "number"}, INTEGER],
+        [{"type": "object", "properties": {"k": {"const": 1}}}, {"type": "object", "properties": {"k": INTEGER}}],
+        [{}, {"type": "string"}],
+    ],
+    ids=json.dumps,
+)
+def test_choices_that_are_not_told_apart_are_refused(choices: list[Any], vocabulary: Vocabulary) -> None:
+    discriminators: list[dict[str, Any]] = [{}, {"discriminator": {"propertyName": "k"}}]
+    for discriminator in discriminators:
+        with pytest.raises(InvalidRequestError, match="oneOf are not told apart"):
+            vocabulary.check(json_schema({"oneOf": choices} | discriminator))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number", "allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]},
+        {"allOf": [{"$ref": "#/$defs/positive"}, {"$ref": "#/$defs/small"}]},
+        {"$ref": "#/$defs/positive", "maximum": 0.5},
+        {"allOf": [{"type": "number", "minimum": -0.5}, {"exclusiveMaximum": 0}]},
+        {"type": "number", "exclusiveMinimum": 0, "anyOf": [{"maximum": 0.5}, {"minimum": 7}]},
+    ],
+    ids=json.dumps,
+)
+def test_bounds_in_several_places_are_held_or_refused(schema: dict[str, Any], vocabulary: Vocabulary) -> None:
+    schema = schema | SPREAD
+    if "anyOf" in schema:
+        with pytest.raises(InvalidRequestError, match="spread over choices"):
+            vocabulary.check(json_schema(schema))
+        return
+    vocabulary.check(json_schema(schema))
+    held = followable(schema)
+    assert isinstance(held, dict)
+    matcher = schema_matcher(held)
+    texts = ["0", "-0", "0.0", "-0.5", "0.5", "0.25", "-0.25", "0.51", "-0.51", "7", "1"]
+    taken = [text for text in texts if admits(matcher, text)]
+    assert taken
+    assert all(problem_of(schema, text) is None for text in taken)
+
+
+def test_values_of_patterns_are_checked_in_finished_documents() -> None:
+    schema = {"patternProperties": {"^a": INTEGER, "(x+x+)+y": {}}, "additionalProperties": False}
+    assert problem_of(schema, '{"a1": 3}') is None
+    assert "type at $" in (problem_of(schema, '{"a1": "no"}') or "")
+    assert problem_of(schema, '{"b": 3}') is not None
+    assert problem_of(schema, json.dumps({"x" * 60: 1})) is not None  # a pattern that takes Python for ever
