@@ -264,5 +264,5 @@ def test_what_cannot_start_says_why(model: tuple[str, Any], tmp_path: Path) -> N
 
 def test_a_worker_that_dies_without_a_word_ends_the_start_when_it_is_given_up(model: tuple[str, Any]) -> None:
     backend = "tests.support.vanishing_backend:VanishingBackend"
-    with pytest.raises(StartupError, match="exit code 70, too often to restart it again"):
+    with pytest.raises(StartupError, match="exit code 70, too often to start it again"):
         LLM(model[0], mode="disaggregated", kv_transfer_backend=backend, max_restarts=0, **SETTINGS)

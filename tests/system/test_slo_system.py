@@ -30,7 +30,12 @@ def test_a_profile_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     measured = load_profile(out)
     assert measured.model == "hbserve-demo"
     assert {point.percentage for point in measured.prefill} == {100, 50}
-    assert {(point.batch, point.context) for point in measured.decode} == {(1, 64), (1, 128), (8, 64), (8, 128)}
+    assert {(point.decode_rows, point.decode_context) for point in measured.decode} == {
+        (1, 64),
+        (1, 128),
+        (8, 64),
+        (8, 128),
+    }
     assert {(p.prefill_percentage, p.decode_percentage) for p in measured.pairs} == {(50, 50), (100, 100)}
     assert all(point.priority for point in measured.pairs)
     assert measured.mixed

@@ -312,11 +312,11 @@ async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
     monkeypatch.setenv("TEST_MARKER", str(tmp_path / "marker"))
     expected = greedy_reference(untied_model[1], [1, 2, 3], NUM_TOKENS)
     backend = f"{__name__}:BreaksOneStepOfRank1"
-    async with system(untied_model[0], kv_transfer_backend=backend, log_level="WARNING") as llm:
+    async with system(untied_model[0], mode="disaggregated", kv_transfer_backend=backend, log_level="WARNING") as llm:
         outputs = await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), DEADLINE_S)
         assert outputs[0]["token_ids"] == expected
-        assert llm.get_system_stats()["gpu_instances"]["unified-0"]["restarts"] == 1
-    assert "lost: unified-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
+        assert sum(each["restarts"] for each in llm.get_system_stats()["gpu_instances"].values()) == 1
+    assert "-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
 
 
 class CannotStartOnRank1(StreamKVTransfer):
@@ -327,8 +327,9 @@ class CannotStartOnRank1(StreamKVTransfer):
 
 
 async def test_a_rank_that_cannot_begin_is_named_at_start(untied_model: tuple[str, Any]) -> None:
-    with pytest.raises(StartupError, match="unified-0: rank 1: no wire is left"):
-        async with system(untied_model[0], kv_transfer_backend=f"{__name__}:CannotStartOnRank1"):
+    with pytest.raises(StartupError, match="-0: rank 1: no wire is left"):
+        backend = f"{__name__}:CannotStartOnRank1"
+        async with system(untied_model[0], mode="disaggregated", kv_transfer_backend=backend):
             pass
 
 
