@@ -327,8 +327,8 @@ class CannotStartOnRank1(StreamKVTransfer):
 
 
 async def test_a_rank_that_cannot_begin_is_named_at_start(untied_model: tuple[str, Any]) -> None:
+    backend = f"{__name__}:CannotStartOnRank1"
     with pytest.raises(StartupError, match="-0: rank 1: no wire is left"):
-        backend = f"{__name__}:CannotStartOnRank1"
         async with system(untied_model[0], mode="disaggregated", kv_transfer_backend=backend):
             pass
 
