@@ -15,11 +15,11 @@ from typing import Any
 
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.bench.arguments import find_model, positive
-from hbserve.config import InstanceRole
 from hbserve.messages.client import AddRequest
-from hbserve.messages.worker import Hello, StepPlan, StepResult
+from hbserve.messages.worker import StepPlan, StepResult
 from hbserve.scheduler.core_io import FromClient, FromWorker, InboxEvent, Outbox, Start
 from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.hellos import hello
 
 _STEP_S = 1e-3
 _PROMPT_TOKENS = 100
@@ -85,25 +85,7 @@ class _Worker:
         self._now = 1.0
         start = Start(now=self._now, time_ns=time.time_ns())
         self.scheduler = CpuScheduler(config, {"unified-0": "nowhere"}, start)
-        self._hello = Hello(
-            instance_id="unified-0",
-            role=InstanceRole.UNIFIED,
-            serves_as=InstanceRole.UNIFIED,
-            epoch=1,
-            arena_epoch=1,
-            pid=1,
-            model="",
-            dtype="",
-            num_blocks=num_blocks,
-            block_size=16,
-            block_bytes=1,
-            num_layers=1,
-            head_bytes=1,
-            max_model_len=4096,
-            vocab_size=1024,
-            device="",
-            peers=[],
-        )
+        self._hello = hello(num_blocks=num_blocks, max_model_len=4096)
         self._plans: list[StepPlan] = []
 
     def begin(self) -> None:

@@ -36,7 +36,7 @@ def _table(rows: Iterable[tuple[str, str, str | None, str]]) -> dict[str, Foreig
 FOREIGN_NAMES = _table(
     (
         # the model
-        ("model_path", _SGLANG, "model.path", "a folder"),
+        ("model_path", _SGLANG, "model.path", "a folder, a .gguf file, or a name such as org/name"),
         ("revision", _BOTH, "model.path", "write it behind the name: org/name@revision"),
         ("download_dir", _BOTH, None, "HF_HOME is the folder of the hub's cache, HBSERVE_CACHE that of other models"),
         ("tokenizer", _VLLM, "model.tokenizer_path", "a folder"),

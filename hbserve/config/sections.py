@@ -59,7 +59,8 @@ class ModelConfig(Section, frozen=True):
 
     Attributes:
         path: folder in Hugging Face layout (config.json, *.safetensors, tokenizer files), or a name to fetch.
-        served_name, tokenizer_path: name in the HTTP API, and folder of the tokenizer; default: from ``path``.
+        served_name: name in the HTTP API; default: from ``path``.
+        tokenizer_path: folder of the tokenizer; default: the model's.
         device, dtype: ``auto`` takes CUDA where there is a GPU, and the checkpoint's dtype.
         generation_config: ``auto`` takes default sampling parameters from the model's generation_config.json.
         load_format: ``dummy`` makes random weights from config.json alone, from ``seed``.
@@ -87,7 +88,7 @@ class KVTransferConfig(Section, frozen=True):
     Attributes:
         backend: ``nccl`` is torch.distributed: NCCL between GPUs, gloo where one end has no GPU; ``mooncake`` writes
             into the receiver's arena; ``shm`` maps that arena (shared memory, CUDA IPC), on one host;
-            ``package.module:Class`` is a subclass of `hbserve.pd_disagg.kv_transfer.base.KVTransferBase`.
+            ``package.module:Class`` is a subclass of `hbserve.kv_transfer.base.KVTransferBase`.
         buffer_size: bytes of staging memory per instance, shared evenly by its ranks; transfers wait when it is full.
         ip: address that instances announce for transfers; default: the instance's host.
         port: base port; rank t of the instance with KV rank r listens on port + r * s + t, where s is the largest

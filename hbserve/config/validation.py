@@ -147,7 +147,10 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         model = replace(model, served_name=name)  # of a link to the folder: the name that the user knows
     model = replace(model, path=source)
     if model.tokenizer_path is not None:
-        model = replace(model, tokenizer_path=_resolve(model.tokenizer_path, base_dir, "model.tokenizer_path"))
+        tokenizer_path = _resolve(model.tokenizer_path, base_dir, "model.tokenizer_path")
+        if not os.path.isdir(tokenizer_path):  # only `model.path` is fetched or converted
+            raise _error("model.tokenizer_path", f"must be a folder, and there is none at {shown(tokenizer_path)}")
+        model = replace(model, tokenizer_path=tokenizer_path)
     size = model.tensor_parallel_size
     instances = tuple(
         replace(

@@ -48,7 +48,7 @@ from hbserve.tokenizer.text_service import LONG_TEXT, OnText, OutputStream
 T = TypeVar("T")
 
 _NICENESS = 5
-"""Of the processes that no stream passes: the others get the cores first."""
+"""Niceness of the processes that carry no stream, so that the detokenizer and the API server get the cores first."""
 MAX_CHECK_S = 10.0
 """Time in which a grammar is checked, while others' grammars are checked too."""
 

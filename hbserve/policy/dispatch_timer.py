@@ -40,9 +40,9 @@ class DispatchTimer:
     """Timer of one worker's plans, over its steps in flight.
 
     Time is passed in, in seconds of any clock. The *lead* is the time from a plan to the expected end of the step
-    before it. Each step reports how early its plan came, and so which lead would have been just enough for it. The lead
-    in use is enough for all of the last steps but a few. It therefore covers every cause of late plans:
-    scheduling, travel, preparation on the worker, and wrong predictions.
+    before it. Each step reports how early its plan came, and so which lead would have been just enough for it. The
+    timer uses a lead that was enough for nearly all of the last `_NUM_SAMPLES` steps; `_NUM_LATE` of them may be late.
+    That lead covers every cause of late plans: scheduling, travel, preparation on the worker, and wrong predictions.
 
     Args:
         predictor: of the worker's step times; the timer teaches it. None: one that knows nothing.

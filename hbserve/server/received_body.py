@@ -63,7 +63,7 @@ class ReceivedBody:
         return content
 
     async def receive(self) -> Message:
-        """Return the next message, as ASGI prescribes: first the whole body, if nobody has taken it."""
+        """Return the next message as ASGI prescribes: first the whole body, unless `take` has returned it already."""
         if not self._is_taken:
             try:
                 return {"type": "http.request", "body": bytes(await self.take()), "more_body": False}

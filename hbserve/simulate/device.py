@@ -43,7 +43,8 @@ _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
 _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
 _NUM_LAYERS = 32
 ARENA_EPOCH = 1
-"""Of all memories: none is lost. A worker with another epoch works on the memory of a resident process."""
+"""Epoch of every simulated KV memory. No memory is lost here, so one number serves them all. A worker with another
+epoch works on the memory of a resident process."""
 Send = Callable[[InstanceReply], None]
 
 

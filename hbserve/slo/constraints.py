@@ -41,7 +41,7 @@ class SMAllocation:
 
     @property
     def percentages(self) -> tuple[int, int]:
-        """Of prefill and of decode."""
+        """The shares of prefill and of decode, in percent."""
         return self.prefill_percentage, self.decode_percentage
 
     def share_of(self, phase: InstanceRole) -> int:

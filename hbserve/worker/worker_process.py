@@ -295,6 +295,7 @@ class WorkerProcess:
                     logger.error("dropped a %s of a peer that has sent no Ping", type(command).__name__)
             except HBServeError as error:
                 self._fail(str(error))
+                return  # the epoch has no transfers, so no later command can be obeyed
 
     async def _on_ping(self, peer: bytes, ping: Ping) -> None:
         silence_s = time.monotonic() - self._last_ping
@@ -374,6 +375,7 @@ class WorkerProcess:
 
     def _fail(self, error: str) -> None:
         logger.error("%s; exiting", error)
+        child.report_status({"error": error})  # if the start is not over yet
         self._rpc.send(InstanceFailed(instance_id=self.instance.instance_id, error=error))
         self.stop(EXIT_STEP_FAILED)
 

@@ -9,7 +9,7 @@ from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.messages.client import AddRequest, OutputBatch, RequestOutput
 from hbserve.messages.transfer import CloseLink, LinkClosed, LinkOpened, OpenLink, Peer, TransferResult
-from hbserve.messages.worker import Hello, InstanceCommand, StepPlan, StepResult
+from hbserve.messages.worker import InstanceCommand, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.instance import InstanceHandle
@@ -19,6 +19,7 @@ from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.step_planner import StepPlanner
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
+from tests.support.hellos import hello
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "examples" / "models" / "hbserve-demo"
@@ -111,26 +112,8 @@ class SchedulerParts:
         self.register(instance, worker, epoch, arena_epoch=epoch)
 
     def register(self, instance: InstanceHandle, worker: WorkerHandle, epoch: int, arena_epoch: int) -> None:
-        hello = Hello(
-            instance_id=worker.id,
-            role=worker.role,
-            serves_as=worker.role,
-            epoch=epoch,
-            arena_epoch=arena_epoch,
-            pid=1,
-            model="m",
-            dtype="float32",
-            num_blocks=200,
-            block_size=16,
-            block_bytes=16,
-            num_layers=1,
-            head_bytes=16,
-            max_model_len=1000,
-            vocab_size=1024,
-            device="cpu",
-            peers=[],
-        )
-        instance.register(worker, hello)
+        introduction = hello(worker.role, instance_id=worker.id, epoch=epoch, arena_epoch=arena_epoch)
+        instance.register(worker, introduction)
 
     def add(self, name: str, max_tokens: int = 500) -> Sequence:
         request = AddRequest(

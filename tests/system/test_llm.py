@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from hbserve import LLM, SamplingParams
+from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import ConfigError, EngineDeadError, InvalidRequestError, StartupError
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import VOCAB_SIZE, save_model
@@ -260,6 +262,20 @@ def test_what_cannot_start_says_why(model: tuple[str, Any], tmp_path: Path) -> N
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(StartupError, match="safetensors"):
         LLM(str(tmp_path), mode="unified", **SETTINGS)
+
+
+def test_a_worker_whose_backend_cannot_be_imported_says_so_once_and_obeys_no_more(
+    model: tuple[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pings go on meanwhile; a worker that obeyed one of them would fail at the transfers that it does not have."""
+    settings = SETTINGS | {"kv_transfer_backend": "no.such:Backend", "max_restarts": 0}
+    config = PdDisaggConfig.from_arguments(model[0], mode="disaggregated", **settings).freeze()
+    rpc = msgspec.structs.replace(config.rpc, heartbeat_interval_s=0.001)
+    with pytest.raises(StartupError, match=r"cannot import 'no\.such:Backend'|too often to start it again"):
+        asyncio.run(DisaggregatedLLM(msgspec.structs.replace(config, rpc=rpc)).start())
+    log = capfd.readouterr().err
+    assert "cannot import 'no.such:Backend'" in log
+    assert "Traceback" not in log
 
 
 def test_a_worker_that_dies_without_a_word_ends_the_start_when_it_is_given_up(model: tuple[str, Any]) -> None:

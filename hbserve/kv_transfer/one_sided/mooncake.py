@@ -119,7 +119,7 @@ class MooncakeSettings:
 def _without_log(library: Any) -> Iterator[None]:
     """Keep an engine's start from logging errors: a good one logs that its own metadata are not there yet.
 
-    A user who sets ``MC_LOG_LEVEL`` to another level sees all lines. The level is one for the whole process.
+    With ``MC_LOG_LEVEL`` set to another level, all lines appear. The engine has one log level for the whole process.
     """
     level = None
     if os.environ.get(_LOG_LEVEL_VARIABLE) == _LOG_LEVEL:

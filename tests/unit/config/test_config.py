@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from hbserve import PdDisaggConfig
-from hbserve.config import Config, InstanceConfig, InstanceRole, load
+from hbserve.config import Config, InstanceConfig, InstanceRole, from_dict, load
 from hbserve.config.fields import Section
 from hbserve.config.validation import with_instance
 from hbserve.errors import ConfigError, StartupError
@@ -312,3 +312,9 @@ def test_the_environment_sets_the_log_level_of_python_users_too(
     monkeypatch.setenv("LOG_LEVEL", text)
     assert PdDisaggConfig(str(tmp_path)).freeze().logging.level == level
     assert PdDisaggConfig(str(tmp_path), log_level="DEBUG").freeze().logging.level == "DEBUG"
+
+
+def test_a_tokenizer_is_a_folder_because_only_models_are_fetched_by_name(tmp_path: Path) -> None:
+    for name in ("smollm2", "org/name"):
+        with pytest.raises(ConfigError, match=r"model\.tokenizer_path: must be a folder, and there is none at"):
+            from_dict({"model": {"path": str(tmp_path), "tokenizer_path": name}})

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.chaos.folder_loader import use_text
 from hbserve.errors import ModelError
 from hbserve.model_spec import ModelSpec
 from hbserve.models.loader import check_weights, load_weights, model_fingerprint
 from hbserve.models.weights import WeightTable
-from hbserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from hbserve.tokenizer import Tokenizer
 from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 from tests.support.model_zoo import save_model
@@ -31,19 +32,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     arena = torch.empty(table.num_bytes, dtype=torch.uint8)
     load_weights(folder, spec, table, arena)
     model_fingerprint(folder, spec)
-
-
-def use_text(folder: Path) -> None:
-    """Do what a text process does with a folder."""
-    tokenizer = Tokenizer(folder)
-    ids = tokenizer.encode("the cat") if tokenizer.has_text else [1]
-    tokenizer.decode(ids)
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    for token_id in ids:
-        detokenizer.push(token_id)
-    detokenizer.finish()
-    if tokenizer.has_chat_template:
-        tokenizer.encode_chat([{"role": "user", "content": "the cat"}])
 
 
 def max_memory_mb() -> float:

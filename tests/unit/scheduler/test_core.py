@@ -11,32 +11,15 @@ from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.messages.admin import InstanceChanged, SetRole
 from hbserve.messages.client import AddRequest, Attach, OutputBatch, Ready, SubscribeReady
-from hbserve.messages.worker import Hello, InstanceCommand, Ping, Pong, StepPlan, StepResult
+from hbserve.messages.worker import InstanceCommand, Ping, Pong, StepPlan, StepResult
 from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, Outbox, Start
 from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.hellos import hello
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "examples" / "models" / "hbserve-demo"
 START = Start(now=50.0, time_ns=1000)
-HELLO = Hello(
-    instance_id="unified-0",
-    role=InstanceRole.UNIFIED,
-    serves_as=InstanceRole.UNIFIED,
-    epoch=1,
-    arena_epoch=1,
-    pid=1,
-    model="m",
-    dtype="float32",
-    num_blocks=64,
-    block_size=16,
-    block_bytes=16,
-    num_layers=1,
-    head_bytes=16,
-    max_model_len=1000,
-    vocab_size=1024,
-    device="cpu",
-    peers=[],
-)
+HELLO = hello(num_blocks=64)
 REQUEST = AddRequest(
     request_id="a",
     prompt_token_ids=[1, 2, 3],

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from hashlib import sha256
-from typing import Any
 
 import msgspec
 
@@ -20,15 +19,12 @@ from hbserve.messages.transfer import LinkOpened, OpenLink, Peer, ReceiveBlocks,
 from hbserve.messages.worker import Hello, InstanceCommand, InstanceReply, Ping, Pong, StepPlan, StepResult
 from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
 from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.hellos import hello
 from tests.support.paths import ROOT
 from tests.support.scheduler_parts import DEMO
 
 NUM_REQUESTS = 40
 STEP_S = 0.004
-HELLO: dict[str, Any] = {
-    **{"pid": 1, "model": "m", "dtype": "d", "device": "none", "peers": [], "max_model_len": 300, "vocab_size": 50},
-    **{"num_blocks": 24, "block_size": 16, "block_bytes": 1, "num_layers": 1, "head_bytes": 1},
-}
 
 
 class Worker:
@@ -68,8 +64,15 @@ class Worker:
         return TransferResult(epoch=self.epoch, transfer_id=transfer_id, sent=sent, num_bytes=1, seconds=0.1)
 
     def hello(self) -> Hello:
-        roles = {"role": self.role, "serves_as": self.role}
-        return Hello(instance_id=self.name, epoch=self.epoch, arena_epoch=self.epoch, **roles, **HELLO)
+        return hello(
+            self.role,
+            instance_id=self.name,
+            epoch=self.epoch,
+            arena_epoch=self.epoch,
+            num_blocks=24,
+            max_model_len=300,
+            vocab_size=50,
+        )
 
 
 def history() -> str:
