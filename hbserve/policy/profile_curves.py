@@ -71,6 +71,14 @@ class ProfileCurves:
         features = (1.0, self._prefill_ms(tokens, pairs, percentage), self._decode_ms(rows, keys, percentage))
         return self._mixed.predict(features) / 1000
 
+    def added_prompt_s(self, tokens: float, pairs: float) -> float:
+        """Bound from below what prompt tokens add to the steps of a whole device, in whichever steps they are.
+
+        A step's fixed part counts as nothing: it may be shared by any number of prompts and sequences.
+        """
+        cheapest = min(1.0, self._mixed.coefficients[1])
+        return cheapest * self._prefill.ms((0.0, tokens, pairs), 100) / 1000
+
     def _prefill_ms(self, tokens: float, pairs: float, percentage: int) -> float:
         min_ms = self._decode_ms(1, 0, percentage)  # any step reads the weights
         return max(min_ms, self._prefill.ms((1.0, tokens, pairs), percentage))

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.config import Sizes
+from hbserve.simulate.misses import Miss
 from hbserve.simulate.planning import plan
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import (
@@ -34,7 +36,7 @@ from hbserve.simulate.systems import (
 
 DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
 _HEADER = (
-    f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'good/s':>7} {'per GPU':>7} "
+    f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'of bound':>8} {'good/s':>7} {'per GPU':>7} "
     f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5}"
 )
 
@@ -76,6 +78,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-num-seqs", type=positive, default=256)
     parser.add_argument("--kv-tokens", type=positive, default=800_000, help="tokens that a KV pool holds")
+    parser.add_argument("--misses", action="store_true", help="say which target was missed and why (with --rate)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to this file")
 
 
@@ -88,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_new_file("--json", arguments.json)
     if not 0 < arguments.attainment < 1:
         raise ConfigError(f"--attainment: must be in (0, 1), got {arguments.attainment}")
+    if arguments.misses and (arguments.sweep or arguments.plan is not None):
+        raise ConfigError("--misses: it is for one rate, not for a search")
     names = arguments.system or [*DEFAULT_SYSTEMS, "1p1d" if arguments.plan is None else ANY_RATIO]
     if ANY_RATIO in names and arguments.plan is None:
         raise ConfigError(f"--system: {ANY_RATIO} is for --plan; name a ratio, such as 2p1d")
@@ -104,6 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
     for outcome in _outcomes(arguments, systems, setting, source):
         outcomes.append(outcome)
         print(_row(outcome), flush=True)
+        if outcome.misses is not None:
+            print(_missed(outcome.misses), flush=True)
     if arguments.plan is not None and not outcomes:
         raise ConfigError("--plan: none of the systems keeps these targets at any rate")
     if arguments.json is not None:
@@ -118,11 +125,22 @@ def _outcomes(
         return
     for system in systems:
         if not arguments.sweep:
-            yield simulate(system, setting, requests_of(source.workload(arguments.rate, arguments.seed)))
+            requests = requests_of(source.workload(arguments.rate, arguments.seed))
+            yield simulate(system, setting, requests, records_misses=arguments.misses)
         elif (best := find_highest_rate(system, setting, source, arguments.seed)) is not None:
             yield best
         else:
             print(f"{system.name:20} keeps the targets at no rate", flush=True)
+
+
+def _missed(misses: list[Miss]) -> str:
+    """Return one line of counts for each target."""
+    lines = []
+    for target in ("TTFT", "TPOT"):
+        reasons = Counter(miss.reason for miss in misses if miss.target == target)
+        counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        lines.append(f"    missed {target}: {counts or 'none'}")
+    return "\n".join(lines)
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
@@ -162,6 +180,7 @@ def _source(arguments: argparse.Namespace) -> WorkloadSource:
 def _row(outcome: SimulatedOutcome) -> str:
     return (
         f"{outcome.system:20} {outcome.num_gpus:4} {outcome.rate:7.2f} {outcome.attainment:8.3f} "
+        f"{outcome.share_of_bound:8.3f} "
         f"{outcome.goodput:7.2f} {outcome.goodput / outcome.num_gpus:7.2f} "
         f"{outcome.ttft_p50_ms:8.0f} {outcome.ttft_p90_ms:7.0f} {outcome.ttft_p99_ms:7.0f} "
         f"{outcome.tpot_p50_ms:8.1f} {outcome.tpot_p90_ms:6.1f} {outcome.tpot_p99_ms:6.1f} {outcome.moves:5}"

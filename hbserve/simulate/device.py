@@ -72,12 +72,14 @@ class SimulatedDevice:
     Attributes:
         workers: that have not ended.
         sends_until, receives_until: when the transfers under way from and to it have ended.
+        on_step: called at the end of each step, before its result is sent, with its worker, its id and when it began.
     """
 
     def __init__(self, clock: SimulatedClock, steps: StepTimePredictor, num_blocks: int, number: int) -> None:
         self.clock, self.steps, self.num_blocks, self.number = clock, steps, num_blocks, number
         self.workers: list[SimulatedWorker] = []
         self.sends_until = self.receives_until = 0.0
+        self.on_step: Callable[[SimulatedWorker, int, float], None] | None = None
         self._done: dict[int, int] = {}  # last finished step, by cell of the step board
 
     def on_step_done(self, cell: int, step_id: int) -> None:
@@ -222,6 +224,8 @@ class SimulatedWorker:
         assert self.progress is not None
         now, began = self._clock.now, self.progress.started
         self.progress = None
+        if self.device.on_step is not None:
+            self.device.on_step(self, plan.step_id, began)
         self._send(
             StepResult(
                 epoch=self._epoch,

@@ -15,13 +15,15 @@ from hbserve.errors import ConfigError
 from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.simulate.config import Sizes, make_config
 from hbserve.simulate.control import SimulatedController, SimulatedRotation
+from hbserve.simulate.misses import Miss, MissRecorder
+from hbserve.simulate.oracle import serve_best
 from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.world import SimulatedSystem
 from hbserve.slo.constraints import SLOConstraints, SMAllocation
 
 FORMS = (
     "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "
-    "begin so, each with *N for N replicas; with --plan also xpyd, of any ratio"
+    "begin so, oracle (a bound), each with *N for N replicas; with --plan also xpyd, of any ratio"
 )
 """The forms of systems, as help text."""
 ANY_RATIO = "xpyd"
@@ -31,7 +33,7 @@ FIRST_RATE = 16.0
 _LONE = 0.05
 """Mean number of open requests below which they do not disturb each other."""
 _PATTERN = re.compile(
-    r"(?:(?P<unified>unified)(?:@(?P<chunk>[1-9]\d*))?"
+    r"(?:(?P<unified>unified)(?:@(?P<chunk>[1-9]\d*))?|(?P<oracle>oracle)"
     r"|(?P<x>[1-9]\d*)p(?P<y>[1-9]\d*)d"
     r"|(?P<split>semi_pd|no_ladder|slo)@(?P<prefill>\d+)-(?P<decode>\d+)(?P<mixed>\+mixed)?)(?:\*(?P<n>[1-9]\d*))?"
 )
@@ -64,6 +66,8 @@ class System:
         replicas = int(match["n"] or 1)
         if match["unified"]:
             return System(text, "unified", replicas, chunk=int(match["chunk"] or 512))
+        if match["oracle"]:
+            return System(text, "oracle", replicas)
         if match["x"]:
             return System(text, "disaggregated", replicas, num_prefill=int(match["x"]), num_decode=int(match["y"]))
         allocation = SMAllocation(int(match["prefill"]), int(match["decode"]), match["mixed"] is not None)
@@ -127,8 +131,10 @@ class SimulatedOutcome:
     Attributes:
         rate: rate of the workload, requests per second.
         attainment: share of requests within both targets.
+        bound: attainment that no schedule on as many of these GPUs exceeds, see `hbserve.simulate.oracle`.
         goodput: requests within both targets per second.
         moves: changes of the split by the controllers.
+        misses: what was missed and why, where that was asked for.
     """
 
     system: str
@@ -136,6 +142,7 @@ class SimulatedOutcome:
     rate: float
     num_requests: int
     attainment: float
+    bound: float
     goodput: float
     ttft_p50_ms: float
     ttft_p90_ms: float
@@ -144,15 +151,26 @@ class SimulatedOutcome:
     tpot_p90_ms: float
     tpot_p99_ms: float
     moves: int
+    misses: list[Miss] | None = None
+
+    @property
+    def share_of_bound(self) -> float:
+        """Attainment over the bound of any schedule's."""
+        return self.attainment / self.bound if self.bound else 1.0
 
 
 def simulate(
-    system: System, setting: Setting, requests: list[SimulatedRequest], gives_up: bool = False
+    system: System,
+    setting: Setting,
+    requests: list[SimulatedRequest],
+    gives_up: bool = False,
+    records_misses: bool = False,
 ) -> SimulatedOutcome:
     """Serve fresh requests with a system.
 
     Args:
         gives_up: end as soon as too many requests have missed a target; those that have not ended then count as missed.
+        records_misses: say of each request what it missed and why.
 
     Raises:
         ConfigError: if a request is larger than the KV pool.
@@ -163,16 +181,13 @@ def simulate(
             f"the longest request has {longest} tokens, prompt and output; a KV pool holds {setting.sizes.kv_tokens}. "
             "Cut with --max-input-len, or raise --kv-tokens"
         )
-    shares_prefixes = any(request.prefix_blocks for request in requests)
-    world, controllers = build(system, setting, requests[-1].arrival, shares_prefixes)
-    num_missed, allowed = 0, math.floor((1 - setting.attainment) * len(requests)) + 1
-
-    def goes_on(request: SimulatedRequest) -> bool:
-        nonlocal num_missed
-        num_missed += not setting.is_met(request)
-        return num_missed <= allowed
-
-    world.serve(requests, goes_on if gives_up else None)
+    best_ends = serve_best(requests, setting.steps, setting.constraints.ttft_target_ms, system.num_gpus)
+    misses, num_moves = None, 0
+    if system.form == "oracle":
+        for request, end in zip(requests, best_ends, strict=True):
+            request.first_token_time = request.completion_time = end
+    else:
+        misses, num_moves = _serve(system, setting, requests, gives_up, records_misses)
     span = max(requests[-1].arrival - requests[0].arrival, 1e-9)
     met = sum(map(setting.is_met, requests))
     times_ms = {
@@ -186,10 +201,32 @@ def simulate(
         rate=len(requests) / span,
         num_requests=len(requests),
         attainment=met / len(requests),
+        bound=sum(end is not None for end in best_ends) / len(requests),
         goodput=met / span,
-        moves=sum(len(controller.rotation.moves) for controller in controllers),
+        moves=num_moves,
+        misses=misses,
         **percentiles,
     )
+
+
+def _serve(
+    system: System, setting: Setting, requests: list[SimulatedRequest], gives_up: bool, records_misses: bool
+) -> tuple[list[Miss] | None, int]:
+    """Serve requests; returns what they missed, where that is asked for, and the changes of the split."""
+    shares_prefixes = any(request.prefix_blocks for request in requests)
+    world, controllers = build(system, setting, requests[-1].arrival, shares_prefixes)
+    recorder = MissRecorder(world, setting.steps) if records_misses else None
+    num_missed, allowed = 0, math.floor((1 - setting.attainment) * len(requests)) + 1
+
+    def goes_on(request: SimulatedRequest) -> bool:
+        nonlocal num_missed
+        num_missed += not setting.is_met(request)
+        return num_missed <= allowed
+
+    world.serve(requests, goes_on if gives_up else None)
+    slo = setting.constraints
+    misses = None if recorder is None else recorder.misses(requests, slo.ttft_target_ms, slo.tpot_target_ms)
+    return misses, sum(len(controller.rotation.moves) for controller in controllers)
 
 
 def build(
@@ -245,7 +282,7 @@ def find_highest_rate(
         outcome = simulate(system, setting, requests := requests_of(source.workload(rate, seed)), gives_up=True)
         good = outcome.attainment >= setting.attainment
         open_s = [r.completion_time - r.arrival for r in requests if r.completion_time is not None]
-        if not good and rate * sum(open_s) < _LONE * len(open_s):
+        if not good and rate * sum(open_s) <= _LONE * len(open_s):
             return None
         search.add(rate, good)
         if good and (best is None or outcome.rate > best.rate):
