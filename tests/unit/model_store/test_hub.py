@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hbserve.config import from_dict
+from hbserve.model_store import name_of
 from tests.support.hub_server import COMMIT, Hub, running_hub
 
 NOBODY = "http://127.0.0.1:9"
@@ -52,6 +53,8 @@ def test_what_serving_needs_is_downloaded_resumed_and_kept(hub: Hub, tmp_path: P
     assert any("hf_secret" in headers.get("Authorization", "") for headers in hub.requests)
     offline = fetch("org/tiny@main", tmp_path, NOBODY)
     assert offline.stdout == done.stdout, offline.stderr
+    assert name_of(str(folder)) == f"org/tiny@{COMMIT}"
+    assert name_of(str(tmp_path)) is None
 
 
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:

