@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,27 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tests.support import k_quants
+
 _CONTROL, _BYTE, _NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.BYTE, gguf.TokenType.NORMAL
 
 
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
-    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    quantization: gguf.GGMLQuantizationType | Sequence[gguf.GGMLQuantizationType] = gguf.GGMLQuantizationType.F32,
     tokenizer: dict[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
     """Write a model; matrices in the quantisation, vectors in float32.
 
     Args:
+        quantization: one, or several that the matrices have in turn.
         tokenizer: what `bpe_metadata` or `sentencepiece_metadata` returns.
         metadata: more values, by key with ``__`` for ``.``; those of the architecture without its name.
     """
     config = model.config
+    kinds = itertools.cycle(quantization if isinstance(quantization, Sequence) else [quantization])
     architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -60,13 +66,14 @@ def write_gguf(
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if architecture == "llama" and f".{part}." in name:
                 values = values.reshape(heads, 2, head_dim // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        stem, _, kind = name.rpartition(".")
+        stem, _, part = name.rpartition(".")
         array = values.contiguous().numpy().astype(np.float32)
-        gguf_name = f"{names.get_name(stem)}.{kind}"
+        gguf_name = f"{names.get_name(stem)}.{part}"
         if array.ndim == 1:
             writer.add_tensor(gguf_name, array)
         else:
-            writer.add_tensor(gguf_name, gguf.quantize(array, quantization), raw_dtype=quantization)
+            kind = next(kinds)
+            writer.add_tensor(gguf_name, k_quants.quantize(array, kind), raw_dtype=kind)
     frequencies = llama3_frequencies(model)
     if frequencies is not None:
         writer.add_tensor("rope_freqs.weight", frequencies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from hbserve.model_store.gguf_process import convert
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 from tests.support.gguf_files import bpe_metadata, sentencepiece_metadata, write_gguf
+from tests.support.k_quants import K_QUANTS
 from tests.support.model_zoo import VOCAB_SIZE, make_model
+from tests.support.plan_driver import Driver
+from tests.unit.engine.test_model_runner import make_runner, transformers_greedy
 
 Kind = gguf.GGMLQuantizationType
 TEXTS = ["the cat sat on the mat", "It's 12345 + 6 = ?\n\n  x", "héllo 你好 🙂", "<|im_start|>user\nhi<|im_end|>"]
@@ -36,6 +40,16 @@ CASES: dict[str, tuple[str, Kind, dict[str, Any]]] = {
 }
 MISREAD = ("llama_bias", "qwen3_head32")
 """Files that transformers reads without biases, or with a wrong size of heads."""
+MAX_ERRORS = {
+    Kind.Q2_K: 0.4,
+    Kind.Q3_K: 0.25,
+    Kind.Q4_K: 0.1,
+    Kind.Q5_K: 0.05,
+    Kind.Q6_K: 0.04,
+    Kind.Q4_1: 0.1,
+    Kind.Q8_0: 0.01,
+}
+"""Root mean square errors of the weights, in standard deviations of the weights."""
 STRETCHED = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
 
 
@@ -78,6 +92,30 @@ def test_every_family_has_the_weights_and_numbers_of_its_file(
         original = replace(original, architecture=spec.architecture)
     assert replace(spec, rms_norm_eps=original.rms_norm_eps) == original
     assert spec.rms_norm_eps == pytest.approx(original.rms_norm_eps, rel=1e-6)
+
+
+def test_a_file_that_mixes_quantisations_gives_the_tokens_that_transformers_gives(
+    tmp_path: Path, vocabulary: dict[str, Any]
+) -> None:
+    """As the files that people have: llama.cpp's Q4_K_M mixes Q4_K and Q6_K."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    model = make_model("llama", vocab_size=341, attention_bias=False, mlp_bias=False, **sizes)
+    kinds = (*K_QUANTS, Kind.Q4_1, Kind.Q8_0)
+    write_gguf(tmp_path / "model.gguf", model, kinds, vocabulary)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    convert(tmp_path / "model.gguf", folder, keep_float32=True)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    theirs, ours, original = read.state_dict(), load_file(folder / "model.safetensors"), model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    matrices = [name for name, weights in original.items() if weights.ndim == 2]
+    assert len(matrices) >= 2 * len(kinds)
+    for name, kind in zip(matrices, itertools.cycle(kinds), strict=False):
+        error = (ours[name] - original[name]).square().mean().sqrt() / original[name].std()
+        assert error < MAX_ERRORS[kind], f"{name} in {kind.name}"
+    prompt = list(range(60, 100))
+    driver = Driver(make_runner(folder))
+    assert driver.run(driver.add(prompt, 16)) == [transformers_greedy(read, prompt, 16)]
 
 
 def test_a_served_file_has_its_tokenizer_and_is_converted_again_when_it_changes(
