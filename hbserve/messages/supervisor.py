@@ -65,6 +65,7 @@ EventKind = Literal[
     "left",
     "role",
     "rotation",
+    "recovered",
     "scheduler_restarted",
     "scheduler_lost",
     "lost",

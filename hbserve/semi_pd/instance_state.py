@@ -140,8 +140,16 @@ class InstanceState:
         """
         self.last_error, subject = error, subject or self.instance.instance_id
         logger.error("%s: %s: %s", kind, subject, error)
+        self._report(kind, subject, error)
+
+    def on_recovered(self, text: str) -> None:
+        """Log the end of a recovery, and report it to the scheduler as an event."""
+        logger.warning("recovered: %s: %s", self.instance.instance_id, text)
+        self._report("recovered", self.instance.instance_id, text)
+
+    def _report(self, kind: EventKind, subject: str, text: str) -> None:
         if self.link is not None:
-            self.link.send(ReportEvent(kind=kind, subject=subject, text=error))
+            self.link.send(ReportEvent(kind=kind, subject=subject, text=text))
 
     def check_going(self) -> None:
         """Check that the instance may go on.

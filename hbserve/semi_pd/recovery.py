@@ -38,6 +38,7 @@ class Recovery:
         """
         state = self._state
         logger.warning("%s: %s; starting again", state.instance.instance_id, why)
+        began = time.monotonic()
         workers = state.begin_recovery(why)
         for worker in workers:
             worker.process.kill()  # its results would be of no use
@@ -58,3 +59,4 @@ class Recovery:
             state.activate(ROLES)
             self.num_done += 1
             state.keep_standbys()
+        state.on_recovered(f"memory and workers are there again after {time.monotonic() - began:.1f} s")

@@ -120,9 +120,7 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
             rate_per_minute=server.requests_per_minute_per_key,
         )
         app = create_app(llm.engine, llm.client, config.served_name, server, llm.supervisors)
-        slo, defaults = config.semi_pd.slo, config.scheduler
-        targets = (defaults.ttft_ms, defaults.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
-        live_page.install(app, llm.engine, llm.client, gate, llm.text_processes, stop, *targets)
+        live_page.install(app, llm.config, llm.engine, llm.client, gate, llm.text_processes, stop)
 
         def on_listening(actual_port: int) -> None:
             child.freeze_heap()

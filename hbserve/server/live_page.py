@@ -11,6 +11,8 @@ from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
+from hbserve import __version__
+from hbserve.config import Config
 from hbserve.errors import EngineDeadError, SchedulerRestartingError
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
@@ -30,21 +32,22 @@ _SECURITY = {
 
 def install(
     app: FastAPI,
+    config: Config,
     engine: TextEngine,
     client: EngineClient,
     gate: FairGate,
     text: TextProcesses | None,
     stop: asyncio.Event,
-    ttft_target_ms: float | None = None,
-    tpot_target_ms: float | None = None,
 ) -> None:
     """Add the page's routes to an application.
 
     Args:
+        config: the page shows its model, mode and latency targets.
         text: the tokenizer and detokenizer processes, if there are any.
         stop: setting it ends the server.
-        ttft_target_ms, tpot_target_ms: targets that the page compares with; None for no target.
     """
+    slo, defaults = config.semi_pd.slo, config.scheduler
+    ttft_ms, tpot_ms = (defaults.ttft_ms, defaults.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
     start = time.monotonic()
     files = {str(path.relative_to(FOLDER)): path for path in FOLDER.rglob("*") if path.is_file()}
 
@@ -64,6 +67,9 @@ def install(
         data: dict[str, Any] = {
             "time": time.time(),
             "server": {
+                "version": __version__,
+                "model": config.served_name,
+                "mode": config.mode,
                 "uptime_s": time.monotonic() - start,
                 "open_requests": engine.num_open,
                 "waiting_for_turn": gate.num_waiting,
@@ -72,7 +78,7 @@ def install(
                 "max_model_len": engine.max_model_len,
                 "text_processes": {} if text is None else text.report(),
             },
-            "targets": {"ttft_ms": ttft_target_ms, "tpot_ms": tpot_target_ms},
+            "targets": {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms},
             "stats": None,
             "error": client.restarting,
         }

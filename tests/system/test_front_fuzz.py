@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.front_stub import EngineStub
-from hbserve.config import ServerConfig
+from hbserve.config import ServerConfig, from_dict
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.messages.client import AddRequest, RequestOutput
@@ -34,6 +34,7 @@ from hbserve.server.protocol import CompletionRequest
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, USER, until
+from tests.support.scheduler_parts import DEMO
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -66,7 +67,7 @@ def address() -> Iterator[str]:
             engine = TextEngine(client, tokenizer, 200, 400)
             config = ServerConfig(port=0, max_body_bytes=100_000)
             app = create_app(engine, client, MODEL, config)
-            live_page.install(app, engine, client, FairGate(), None, stop)
+            live_page.install(app, from_dict({"model": {"path": str(DEMO)}}), engine, client, FairGate(), None, stop)
 
             def on_ready(port: int) -> None:
                 ready.append(f"http://127.0.0.1:{port}")

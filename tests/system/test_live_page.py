@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec import structs
 
-from hbserve.config import ServerConfig
+from hbserve import __version__
+from hbserve.config import SchedulerConfig, ServerConfig
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.server import create_app, live_page, serve
 from hbserve.server.fair_gate import FairGate
@@ -53,7 +55,8 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
     async with DisaggregatedLLM(config) as llm:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo", supervisors=llm.supervisors)
-        live_page.install(app, llm.engine, llm.client, FairGate(), None, system.stop, 5000.0, 0.001)
+        shown = structs.replace(llm.config, scheduler=SchedulerConfig(ttft_ms=5000.0, tpot_ms=0.001))
+        live_page.install(app, shown, llm.engine, llm.client, FairGate(), None, system.stop)
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))
@@ -84,12 +87,18 @@ async def ask(url: str) -> None:
         assert answer.status_code == 200, answer.text
 
 
-async def files_and_data(system: System) -> None:
+BEGIN_OF_BARS = "track => parseFloat(track.querySelector('i')?.style.left.match(/[0-9.]+/)[0] ?? '0')"
+CUT_OFF = """[...document.querySelectorAll('.tile *, header *, .card *, .events *, .requests *')].filter(
+    (element) => element.clientWidth && element.scrollWidth > element.clientWidth + 1
+).map((element) => element.outerHTML)"""
+
+
+async def files(system: System) -> None:
     async with httpx.AsyncClient(base_url=system.url, timeout=DEADLINE_S) as http:
         page = await http.get("/")
         assert page.status_code == 200
         assert "default-src 'self'" in page.headers["Content-Security-Policy"]
-        for name in ("app.js", "style.css", "icon.svg", "vendor/uPlot.min.js", "vendor/uPlot.min.css"):
+        for name in ("app.js", "charts.js", "style.css", "icon.svg", "vendor/uPlot.min.js", "vendor/uPlot.min.css"):
             assert (await http.get(f"/page/{name}")).status_code == 200
         for name in (
             "../live_page.py",
@@ -102,7 +111,11 @@ async def files_and_data(system: System) -> None:
         ):
             assert (await http.get(f"/page/{name}")).status_code in (401, 404)
         assert (await http.get("/live")).status_code == 401
-        await ask(system.url)
+        assert (await http.post("/admin/drain")).status_code == 401
+
+
+async def check_data(system: System) -> None:
+    async with httpx.AsyncClient(base_url=system.url, timeout=DEADLINE_S) as http:
         data = (await http.get("/live", headers={"Authorization": f"Bearer {KEY}"})).json()
         [request] = data["stats"]["recent"]["requests"]
         assert request["success"] is True
@@ -110,27 +123,32 @@ async def files_and_data(system: System) -> None:
         assert times == sorted(times, reverse=True)
         assert len(request["chunks"]) >= 1
         assert [event["kind"] for event in data["stats"]["recent"]["events"]] == ["ready"] * 3
-        assert (await http.post("/admin/drain")).status_code == 401
 
 
 async def test_page(system: System, page: Any) -> None:
-    await files_and_data(system)
+    await files(system)
     problems: list[str] = []
     asked: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     await page.goto(system.url)
 
-    # The page asks for the key, and then shows the system.
+    # The page asks for the key, and then shows the system. What has not been measured is no number.
     await page.get_by_label("Key", exact=True).fill(KEY)
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
-    assert await page.locator("#model").inner_text() == "demo"
+    header = await page.locator("body > header").inner_text()
+    assert all(word in header for word in ("demo", "disaggregated", f"HBServe {__version__}"))
     assert await page.locator(".card").count() == 3
     assert await page.locator(".u-wrap").count() == 5
+    assert await page.locator("#shares-title").inner_text() == "Busy share"
+    for name in ("TTFT", "TPOT"):
+        assert await page.locator(".tile", has_text=name).locator(".value").inner_text() == "–"
+    assert await page.locator(".tile.late").count() == 0
 
-    # A request's timeline, opened by keyboard.
+    # A request's timeline, opened by keyboard. All requests lie on one axis.
     await ask(system.url)
+    await check_data(system)
     row = page.locator("#requests button").first
     await row.wait_for()
     for phase in ("prefill", "transfer", "decode"):
@@ -142,9 +160,14 @@ async def test_page(system: System, page: Any) -> None:
     assert "TPOT" in await details.inner_text()
     await page.locator(".tile.late", has_text="target 0 ms").wait_for()  # TPOT; TTFT keeps its target
     assert await page.locator(".tile.late").count() == 1
+    await ask(system.url)
+    await page.locator("#requests button").nth(1).wait_for()
+    begins = [await page.locator("#requests .track").nth(index).evaluate(BEGIN_OF_BARS) for index in (0, 1)]
+    assert begins[0] > begins[1], "the newer request is further right"
 
-    # Nothing is wider than the phone.
+    # Nothing is wider than the phone, and no text is cut off.
     assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert await page.evaluate(CUT_OFF) == []
 
     # A worker dies and comes back: the page shows both, and the system goes on.
     pid = system.llm.get_system_stats()["gpu_instances"]["decode-0"]["pid"]
@@ -153,12 +176,18 @@ async def test_page(system: System, page: Any) -> None:
     assert "decode-0" in await page.locator("#events .lost").first.inner_text()
     await page.locator("#events li.ready").nth(3).wait_for()
 
-    # So does the scheduler; what the page knew stays.
+    # So does the scheduler; what the page knew stays, also when it is loaded again.
     os.kill(system.llm.launcher.scheduler.pid, signal.SIGKILL)
     await page.locator("#events .scheduler_lost", has_text="it was killed by SIGKILL").wait_for()
-    await page.locator("#events .scheduler_restarted").wait_for()
+    await page.locator("#events .scheduler_restarted", has_text="scheduler restarted").wait_for()
     await page.locator("#status.ready").wait_for()
     await page.locator("#events .lost").first.wait_for()
+    await page.reload()
+    await page.locator("#status.ready").wait_for()
+    await page.locator("#events .lost").first.wait_for()
+    assert "1970" not in await page.content()
+    history = await page.evaluate("JSON.parse(sessionStorage.history)")
+    assert any(value for value in history["ttft"]["values"]["p95"])
 
     # Administration needs its own key.
     await page.keyboard.press("Escape")
@@ -194,6 +223,7 @@ async def test_page_changes_the_split_and_shows_the_rotation(system: System, pag
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
     assert await page.locator(".level", has_text="25 %").count() == 0
+    assert await page.locator("#shares-title").inner_text() == "Split over time"
     await page.keyboard.press("a")
     await page.get_by_label("Admin key").fill(ADMIN)
     await page.get_by_label("Prefill, % of the SMs").fill("75")

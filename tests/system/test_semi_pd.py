@@ -327,7 +327,8 @@ def test_an_accepted_split_comes_into_force_although_a_process_dies_while_it_is_
     assert counts["recoveries"] == counts_before["recoveries"] + (victim == "resident")
     assert counts["failed_rotations"] == counts_before["failed_rotations"]
     assert counts["rotations"] == counts_before["rotations"] + 1
-    assert new_kinds(running, events) == ({"memory_lost": 1} if victim == "resident" else {"lost": 1})
+    expected = {"memory_lost": 1, "recovered": 1} if victim == "resident" else {"lost": 1}
+    wait_for(lambda: new_kinds(running, events) == expected)
     assert (
         f'hbserve_events_total{{kind="memory_lost"}} {float(running.get_system_stats()["events"]["memory_lost"])}'
         in (render(running.get_system_stats(), "", {})[0].decode())
