@@ -125,7 +125,6 @@ class ModelRunner:
         if arenas.spare_block is not None:
             self._warm_up(config, instance.instance_type, arenas.spare_block)
         stopwatch.lap("warm_up")
-        self._table.grammars.wait_until_read()
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),

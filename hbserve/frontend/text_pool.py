@@ -2,12 +2,13 @@
 
     detokenizer           outputs of all requests; short prompts, if there is no other tokenizer
     tokenizer-0, -1, ...  short prompts and short chats, if configured
-    tokenizer-large       what a request can make long: long prompts and chats, large bodies, many tokens; all chats, if
-                          there is no other tokenizer
+    tokenizer-large       long prompts and chats, many tokens; all chats, if there is no other tokenizer
+    tokenizer-slow        large bodies, and chats whose template takes long; from the first one on
     grammar-checker       grammars, from the first one on
 
-Streams run in the detokenizer, and nothing else there takes more than a few milliseconds: a chat template may loop.
-In this process, the side thread writes and reads what is large.
+Streams run in the detokenizer, and nothing else there takes more than a few milliseconds: a chat template may loop. A
+chat first gets a short time. A template that needs more begins again in tokenizer-slow, so that other chats do not
+wait for it. In this process, the side thread writes and reads what is large.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import zmq
 
 from hbserve import bounded_json
 from hbserve.config import Config
-from hbserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
-from hbserve.frontend.text_process import TextProcess
+from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError, StartupError
+from hbserve.frontend.text_process import TextProcess, TooSlowError
 from hbserve.messages.text import (
     DEFAULT_CHAT,
+    Answer,
     BodyRead,
     Chat,
     ChatOptions,
@@ -49,6 +51,12 @@ T = TypeVar("T")
 
 _NICENESS = 5
 """Niceness of the processes that carry no stream, so that the detokenizer and the API server get the cores first."""
+MAX_QUICK_CPU_S = 0.03
+"""Processor time for the template of a chat, while other chats wait. Most need a tenth of that."""
+MAX_SLOW_CPU_S = 5.0
+"""The same in the process for slow ones, which renders one after the other."""
+MAX_SLOW_CHATS = 4
+"""Slow chats at once: the last must be answered before its process counts as hung."""
 MAX_CHECK_S = 10.0
 """Time in which a grammar is checked, while others' grammars are checked too."""
 
@@ -72,19 +80,22 @@ class TextProcesses:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._detokenizer = TextProcess("detokenizer", config, run_dir, self._context, on_event)
         self._tokenizers = [
-            TextProcess(f"tokenizer-{number}", config, run_dir, self._context, on_event)
+            TextProcess(f"tokenizer-{number}", config, run_dir, self._context, on_event, renders_chats=True)
             for number in range(config.server.num_tokenizers)
         ]
         self._checker = TextProcess("grammar-checker", config, run_dir, self._context, on_event, _NICENESS)
-        self._checker_start: asyncio.Task[None] | None = None
+        self._slow = TextProcess("tokenizer-slow", config, run_dir, self._context, on_event, _NICENESS, True)
+        self._late_starts: dict[TextProcess, asyncio.Task[None]] = {}  # of processes that start when they are needed
+        self._num_slow_chats = 0
         self._start_timeout_s = config.rpc.start_timeout_s
         self._checks: set[asyncio.Task[Checked]] = set()
-        self._large = TextProcess("tokenizer-large", config, run_dir, self._context, on_event, _NICENESS)
+        self._large = TextProcess("tokenizer-large", config, run_dir, self._context, on_event, _NICENESS, True)
         self._processes = [self._detokenizer, *self._tokenizers, self._large]
 
     @property
     def dead(self) -> EngineDeadError | None:
-        return next((process.dead for process in self._processes if process.dead is not None), None)
+        needed = (*self._processes, self._slow)  # the grammar checker's end concerns grammars only
+        return next((process.dead for process in needed if process.dead is not None), None)
 
     @property
     def missing(self) -> list[str]:
@@ -109,19 +120,17 @@ class TextProcesses:
 
     async def stop(self) -> None:
         """End all processes. May be called twice."""
-        tasks = [*self._checks, *([] if self._checker_start is None else [self._checker_start])]
+        tasks = [*self._checks, *self._late_starts.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._checker.stop()
-        await asyncio.gather(*(process.stop() for process in self._processes))
+        await asyncio.gather(*(process.stop() for process in (*self._processes, self._checker, self._slow)))
         self._side.close()
         self._context.term()
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Return the pid, the restarts and the open work of each process, by its name."""
-        checkers = [self._checker] if self._checker_start is not None else []
-        return {process.name: process.report() for process in [*self._processes, *checkers]}
+        return {process.name: process.report() for process in (*self._processes, *self._late_starts)}
 
     async def aside(self, work: Callable[[], T]) -> T:
         return await self._side.run(work)
@@ -163,18 +172,33 @@ class TextProcesses:
             raise InvalidRequestError("messages holds a lone surrogate, which is no character", "messages") from None
         has_template = options.template is not None
         process = self._large if len(content) >= LONG_TEXT or has_template else self._tokenizer(self._large)
-        reply = await process.ask(
-            lambda number, inline: EncodeChat(
-                query_id=number,
-                content=inline,
-                has_template=has_template,
-                max_chars=self.max_chars,
-                max_tokens=self.max_tokens,
-            ),
-            content,
-        )
+        try:
+            reply = await process.ask(self._chat(has_template, MAX_QUICK_CPU_S), content)
+        except TooSlowError:
+            reply = await self._ask_slowly(content)
         assert isinstance(reply, Encoded)
         return reply.token_ids
+
+    def _chat(self, has_template: bool, max_cpu_s: float) -> Callable[[int, bytes | None], EncodeChat]:
+        return lambda number, inline: EncodeChat(
+            query_id=number,
+            content=inline,
+            has_template=has_template,
+            max_cpu_s=max_cpu_s,
+            max_chars=self.max_chars,
+            max_tokens=self.max_tokens,
+        )
+
+    async def _ask_slowly(self, content: bytes) -> Answer:
+        """Ask the process for chats whose template takes long."""
+        if self._num_slow_chats >= MAX_SLOW_CHATS:
+            raise OverloadedError("too many chats whose template takes long are open; send it again later")
+        self._num_slow_chats += 1
+        try:
+            slow = await self._started(self._slow)
+            return await slow.ask(self._chat(False, MAX_SLOW_CPU_S), content)
+        finally:
+            self._num_slow_chats -= 1
 
     async def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         reply = await self._large.ask(
@@ -188,7 +212,8 @@ class TextProcesses:
     async def read_json(self, body: bytes | bytearray) -> Any:
         if bounded_json.is_moderate(body):
             return await self._side.run(partial(bounded_json.read, body, self.max_tokens, self.max_chars))
-        reply = await self._large.ask(
+        slow = await self._started(self._slow)
+        reply = await slow.ask(
             lambda number, inline: ReadBody(
                 query_id=number, content=inline, max_token_ids=self.max_tokens, max_chars=self.max_chars
             ),
@@ -220,7 +245,7 @@ class TextProcesses:
 
     async def _check_in_time(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> Checked:
         """Check in a process of its own, which is replaced if it takes too long or dies: a grammar is a program."""
-        checker = await self._started_checker()
+        checker = await self._started(self._checker)
         numbers: list[int] = []
 
         def make(number: int, _: object) -> CheckGrammar:
@@ -241,21 +266,23 @@ class TextProcesses:
         assert isinstance(reply, Checked)
         return reply
 
-    async def _started_checker(self) -> TextProcess:
-        """Return the process that checks grammars, which starts with the first of them.
+    async def _started(self, process: TextProcess) -> TextProcess:
+        """Return a process that starts when it is first needed.
 
         Raises:
             RequestFailedError: if it does not start; the next request tries again.
         """
-        if self._checker_start is None:
+        if process not in self._late_starts:
             deadline = time.monotonic() + self._start_timeout_s
-            self._checker_start = asyncio.create_task(self._checker.start(deadline))
+            self._late_starts[process] = asyncio.create_task(process.start(deadline))
+        start = self._late_starts[process]
         try:
-            await asyncio.shield(self._checker_start)
-        except StartupError as error:
-            self._checker_start = None
-            raise RequestFailedError(str(error)) from None
-        return self._checker
+            await asyncio.shield(start)
+        except (StartupError, OSError, zmq.ZMQError) as error:
+            if self._late_starts.get(process) is start:
+                del self._late_starts[process]
+            raise RequestFailedError(f"the {process.name} does not start: {error}") from None
+        return process
 
     def _tokenizer(self, otherwise: TextProcess) -> TextProcess:
         """Return the tokenizer with the least work; ``otherwise`` if there is none."""

@@ -45,6 +45,9 @@ _MODULE = "hbserve.frontend.text_worker"
 _ANSWER_TIMEOUT_S = 30.0
 _MAX_ATTEMPTS = 3
 _DIED = f"the process died of it, or beside it, {_MAX_ATTEMPTS} times; it fails, and the others go on"
+_LANES = ("chats", "side")
+_RETRY_START_S = 1.0
+"""Time between two tries to start a process that the system refuses."""
 _REPLIES_PER_LOOK = 16
 """Replies between two looks at the clock."""
 _MIN_FRAME_BYTES = 2**16
@@ -56,7 +59,7 @@ class _Query:
 
     Attributes:
         content: what does not fit into the request; see `hbserve.messages.text.EncodeText`.
-        is_job: whether the process answers it after those before it; else in a thread of its own.
+        lane: thread of the process that answers it, after those before it in this lane; None: a thread of its own.
         was_at_work: whether the process worked on it when it ended, or was killed: then it is asked again last.
     """
 
@@ -64,9 +67,16 @@ class _Query:
         self.request, self.content, self.answer = request, content, answer
         self.num_deaths = 0
         self.asked_at = time.monotonic()
-        runs_in_thread = isinstance(request, EncodeChat) and request.has_template
-        self.is_job = not (runs_in_thread or isinstance(request, CheckGrammar))
+        self.lane: str | None = "side"
+        if isinstance(request, CheckGrammar):
+            self.lane = None
+        elif isinstance(request, EncodeChat):
+            self.lane = None if request.has_template else "chats"
         self.was_at_work = False
+
+
+class TooSlowError(InvalidRequestError):
+    """A chat whose template took longer than its share of processor time."""
 
 
 class _RemoteStream:
@@ -95,6 +105,7 @@ class TextProcess:
 
     Args:
         niceness: added to that of this process.
+        renders_chats: whether there will be chats, for which the process prepares at its start.
     """
 
     def __init__(
@@ -105,9 +116,10 @@ class TextProcess:
         context: zmq.Context[zmq.Socket[bytes]],
         on_event: OnEvent = log_event,
         niceness: int = 0,
+        renders_chats: bool = False,
     ) -> None:
         self.name = name
-        self._niceness = niceness
+        self._more_orders = {"niceness": niceness, "renders_chats": renders_chats}
         self._on_event = on_event
         self._config, self._run_dir, self._context = config, run_dir, context
         self._encoder = msgspec.msgpack.Encoder()
@@ -123,7 +135,8 @@ class TextProcess:
         self._receiver: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
-        self._last_heard = self._last_job_answer = 0.0
+        self._last_heard = 0.0
+        self._last_answers: dict[str | None, float] = {}  # by lane
         self._is_restarted = False  # killed by `restart`, and not replaced yet
         self._why_killed: str | None = None  # if it was killed, in words that follow its name
         self._to_ask_again: deque[int] = deque()  # questions that were open at a death
@@ -245,8 +258,10 @@ class TextProcess:
         if reply.query_id == self._suspect:
             self._ask_again()
         query = self._queries.get(reply.query_id)
-        if query is None or query.is_job:
-            self._last_job_answer = time.monotonic()
+        if query is None:  # its client has gone: whichever lane it had, that one works
+            self._last_answers.update(dict.fromkeys(_LANES, time.monotonic()))
+        else:
+            self._last_answers[query.lane] = time.monotonic()
         if query is None or query.answer.done():
             return
         if not isinstance(reply, TextFailed):
@@ -254,6 +269,8 @@ class TextProcess:
         elif reply.is_bug:
             self._on_event("bug", self.name, reply.error)
             query.answer.set_exception(RequestFailedError(reply.error))
+        elif reply.is_too_slow:
+            query.answer.set_exception(TooSlowError(reply.error, reply.param))
         elif reply.is_too_long:
             query.answer.set_exception(ContextLengthError(reply.error, reply.param))
         else:
@@ -285,11 +302,10 @@ class TextProcess:
         # Each process has an address of its own: no message to a dead process can reach its successor.
         address = f"ipc://{self._run_dir}/{self.name}.{self._num_starts}"
         socket = AsyncSocket(self._context.socket(zmq.DEALER))
-        socket.socket.bind(address)
         orders = {"config": msgspec.to_builtins(self._config), "name": self.name, "address": address}
-        orders["niceness"] = self._niceness
-        self._child = ChildProcess(f"the {self.name}", _MODULE, orders)
+        self._child = ChildProcess(f"the {self.name}", _MODULE, orders | self._more_orders)
         try:
+            socket.socket.bind(address)
             self._child.start()
             await self._child.wait_ready(deadline)
             await self._wait_for_greeting(socket, self._child)
@@ -373,20 +389,30 @@ class TextProcess:
                 self._give_up(f"the {self.name} {how}, too often to be replaced again (rpc.max_restarts)")
                 return
             self._on_event("text_restarted", self.name, f"it {how} and is replaced")
+            await self._replace()
+
+    async def _replace(self) -> None:
+        """Start a successor, which may end again at once; wait while the system has no process or descriptor for it."""
+        is_reported = False
+        while True:
             try:
                 await self._start(time.monotonic() + self._config.rpc.start_timeout_s)
+                return
             except StartupError as error:
                 self._on_event("start_failed", self.name, f"{error}; it is tried again")
+                assert self._child is not None
                 await self._child.stop()
-            except OSError as error:
-                self._give_up(f"no process can be started in place of the {self.name}: {error}")
                 return
+            except (OSError, zmq.ZMQError) as error:
+                if not is_reported:
+                    self._on_event("start_failed", self.name, f"{error}; it is tried again every second")
+                is_reported = True
+                await asyncio.sleep(_RETRY_START_S)
 
     def _count_deaths(self) -> None:
         """Fail the questions and outputs that were open at too many deaths: they may be the cause."""
-        jobs = [query for query in self._queries.values() if query.is_job]
-        if jobs:
-            min(jobs, key=lambda query: query.asked_at).was_at_work = True
+        for query in self._oldest_in_lanes():
+            query.was_at_work = True
         for number, query in list(self._queries.items()):
             query.num_deaths += self._suspect in (None, number)
             if query.num_deaths >= _MAX_ATTEMPTS and not query.answer.done():
@@ -421,13 +447,16 @@ class TextProcess:
                 self._why_killed = f"did not answer for {_ANSWER_TIMEOUT_S:g} s"
                 self._child.kill()
 
+    def _oldest_in_lanes(self) -> list[_Query]:
+        by_lane = [[query for query in self._queries.values() if query.lane == lane] for lane in _LANES]
+        return [min(queries, key=lambda query: query.asked_at) for queries in by_lane if queries]
+
     def _has_late_question(self, late: float) -> bool:
         """Return whether a question was to be answered since ``late``, and mark the questions that may be the cause."""
-        jobs = [query for query in self._queries.values() if query.is_job]
-        causes = [query for query in self._queries.values() if not query.is_job and query.asked_at < late]
-        oldest = min(jobs, key=lambda query: query.asked_at, default=None)
-        if oldest is not None and max(oldest.asked_at, self._last_job_answer) < late:  # one is answered after the other
-            causes.append(oldest)
+        causes = [query for query in self._queries.values() if query.lane is None and query.asked_at < late]
+        for oldest in self._oldest_in_lanes():  # one is answered after the other
+            if max(oldest.asked_at, self._last_answers.get(oldest.lane, 0.0)) < late:
+                causes.append(oldest)
         for query in causes:
             query.was_at_work = True
         return bool(causes)

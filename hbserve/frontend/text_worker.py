@@ -3,28 +3,31 @@
 It keeps no state that the API server cannot send again; see `hbserve.frontend.text_process`.
 
     event loop, in a thread   sockets; outputs; between them short prompts
-    main thread               chats, long prompts, large bodies, long outputs, one after the other, with a limit of time
+    main thread               chats, one after the other, each with a limit of time
+    side thread               long prompts, large bodies, long outputs, one after the other
     threads                   grammars; templates of requests, which run in processes of their own
 
-The main thread does the work that a request can make long, because only there can a signal interrupt Python code: a
-chat template is a program, and may loop.
+A chat template is a program, and may loop. It runs in the main thread, because only there can a signal interrupt Python
+code. What the side thread does takes a time that the limits of size bound.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
 import queue
-import resource
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import zmq
@@ -32,6 +35,7 @@ import zmq
 from hbserve import bounded_json
 from hbserve.config import Config
 from hbserve.errors import ContextLengthError, InvalidRequestError
+from hbserve.grammar import start_thread
 from hbserve.messages.text import (
     Answer,
     BodyRead,
@@ -56,18 +60,24 @@ from hbserve.messages.text import (
 from hbserve.process import child, event_loop
 from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer import Tokenizer, leave_out_torch
-from hbserve.tokenizer.chat_template import MAX_AT_ONCE
-from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding, in_grammar_thread
+from hbserve.tokenizer.chat_template import MAX_AT_ONCE, TEMPLATE_ERRORS
+from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_TEMPLATES = 4 * MAX_AT_ONCE
 """Requests with a template of their own, waiting ones included: the last must be answered before the API server gives
 up the process."""
-MAX_CPU_S = 5.0
-"""Processor time of this process for one chat, long prompt or large body."""
 _MAX_WALL_S = 25.0
-"""Time for the same on a busy machine: the API server replaces a process that has not answered for 30 s."""
+"""Time for one chat on a busy machine: the API server replaces a process that has not answered for 30 s."""
+_SWITCH_INTERVAL_S = 0.0005
+"""Time after which a thread that computes gives Python's lock to one that waits."""
+_MIN_TIMER_S = 0.001
+"""A timer of less than a microsecond would be none."""
+_MAX_TRIAL_S = 5.0
+"""Processor time for the model's chat templates at the start."""
 MAX_MEMORY_BYTES = 4 * 2**30
 """Memory for requests, besides that of the loaded tokenizer."""
 
@@ -78,10 +88,6 @@ _MESSAGES_PER_TURN = 16
 
 class _TooLong(BaseException):
     """The work took too long. Not an Exception, so that no library takes it for its own."""
-
-
-class _Stopped(BaseException):
-    """SIGTERM has come."""
 
 
 class TextWorker:
@@ -104,7 +110,8 @@ class TextWorker:
         # Threads of their own: such a template may take seconds, and long texts must not wait for it.
         self._template_threads = ThreadPoolExecutor(MAX_AT_ONCE, "template")
         self._num_templates = 0
-        self._jobs: queue.SimpleQueue[Question] = queue.SimpleQueue()
+        self._side_thread = ThreadPoolExecutor(1, "side")
+        self._chats: queue.SimpleQueue[EncodeChat] = queue.SimpleQueue()
         self._prompts: deque[EncodeText] = deque()  # short ones
         self._has_prompts = asyncio.Event()
         self._waiting: set[int] = set()  # numbers of jobs and prompts that have not begun, and whose clients are there
@@ -115,25 +122,33 @@ class TextWorker:
     # --- main thread -----------------------------------------------------------------------------
 
     def work(self) -> NoReturn:
-        """Do one job after the other, until SIGTERM."""
-        signal.signal(signal.SIGPROF, self._on_cpu_alarm)
-        signal.signal(signal.SIGALRM, self._on_alarm)
+        """Render one chat after the other, for ever."""
         while True:
-            request = self._jobs.get()
+            request = self._chats.get()
             if request.query_id not in self._waiting:
                 continue  # its client has gone
             self._waiting.discard(request.query_id)
             try:
-                with self._limited(MAX_CPU_S):
-                    reply = self._reply_to(request)
+                with self._limited(request.max_cpu_s):
+                    rendered = self._reply_or(partial(self._render, request), request)
             except _TooLong:
-                what = "its chat template" if isinstance(request, EncodeChat) else "reading it"
-                param = {EncodeChat: "messages", EncodeText: "prompt"}.get(type(request))
-                limits = f"{MAX_CPU_S:g} s of processor time, or {_MAX_WALL_S:g} s in all"
-                error = f"the request took more than {limits}, for {what}"
-                reply = TextFailed(query_id=request.query_id, error=error, param=param)
+                limits = f"{request.max_cpu_s:g} s of processor time, or {_MAX_WALL_S:g} s in all"
+                error = f"the request took more than {limits}, for its chat template"
+                rendered = TextFailed(query_id=request.query_id, error=error, param="messages", is_too_slow=True)
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._answer, reply)
+            self._loop.call_soon_threadsafe(self._on_rendered, request, rendered)
+
+    def prepare(self) -> None:
+        """Try the chat templates out, so that the first chat takes no longer than others."""
+        signal.signal(signal.SIGPROF, self._on_cpu_alarm)
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        with contextlib.suppress(_TooLong, *TEMPLATE_ERRORS), self._limited(_MAX_TRIAL_S):
+            self._tokenizer.prepare_chats()
+
+    def _render(self, request: EncodeChat) -> str:
+        assert request.content is not None
+        chat = msgspec.msgpack.decode(request.content, type=Chat)
+        return self._tokenizer.render_chat(chat.messages, chat.tools, chat.options)
 
     @contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
@@ -151,7 +166,7 @@ class TextWorker:
     def _on_cpu_alarm(self, *_: Any) -> None:
         left_s = self._until_s - time.thread_time()  # the alarm counts the time of all threads
         if self._is_limited and left_s > 0:
-            signal.setitimer(signal.ITIMER_PROF, left_s)
+            signal.setitimer(signal.ITIMER_PROF, max(left_s, _MIN_TIMER_S))
         else:
             self._on_alarm()
 
@@ -217,8 +232,10 @@ class TextWorker:
             if isinstance(request, EncodeText) and len(request.content or b"") < LONG_TEXT:
                 self._prompts.append(request)
                 self._has_prompts.set()
+            elif isinstance(request, EncodeChat):
+                self._chats.put(request)
             else:
-                self._jobs.put(request)
+                self._do_aside(request.query_id, partial(self._reply_to, request))
 
     def _feed(self, request: FeedText) -> None:
         decoding = self._streams.get(request.stream)
@@ -229,9 +246,31 @@ class TextWorker:
             del self._streams[request.stream]
         self._replies.append(StreamText(stream=request.stream, output=output))
 
+    def _on_rendered(self, request: EncodeChat, rendered: str | TextFailed) -> None:
+        if isinstance(rendered, TextFailed):
+            self._answer(rendered)
+            return
+        encode = partial(self._reply_or, lambda: self._encode_rendered(request, rendered), request)
+        if len(rendered) < LONG_TEXT:
+            self._answer(encode())
+        else:
+            self._waiting.add(request.query_id)
+            self._do_aside(request.query_id, encode)
+
+    def _do_aside(self, number: int, work: Callable[[], Answer]) -> None:
+        """Do work in the side thread, after the work before it, unless its client has gone by then."""
+
+        def run() -> None:
+            if number in self._waiting:
+                self._waiting.discard(number)
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._answer, work())
+
+        self._side_thread.submit(run)
+
     async def _answer_later(self, request: CheckGrammar | EncodeChat) -> None:
         if isinstance(request, CheckGrammar):
-            reply = await in_grammar_thread(lambda: self._reply_to(request))
+            reply = await _in_grammar_thread(lambda: self._reply_to(request))
         else:
             loop = asyncio.get_running_loop()
             reply = await loop.run_in_executor(self._template_threads, self._reply_to, request)
@@ -245,8 +284,12 @@ class TextWorker:
     # --- any thread ------------------------------------------------------------------------------
 
     def _reply_to(self, request: Question) -> Answer:
+        return self._reply_or(lambda: self._answer_to(request), request)
+
+    def _reply_or(self, work: Callable[[], T], request: Question) -> T | TextFailed:
+        """Do work of a request; if it fails, return why."""
         try:
-            return self._answer_to(request)
+            return work()
         except InvalidRequestError as error:
             is_too_long = isinstance(error, ContextLengthError)
             return TextFailed(query_id=request.query_id, error=str(error), param=error.param, is_too_long=is_too_long)
@@ -279,15 +322,31 @@ class TextWorker:
                 max_tokens=request.max_tokens,
             )
             return Encoded(query_id=number, token_ids=ids)
-        chat = msgspec.msgpack.decode(request.content, type=Chat)
-        limits = request.max_chars, request.max_tokens
-        ids = self._tokenizer.encode_chat(chat.messages, chat.tools, chat.options, *limits)
-        return Encoded(query_id=number, token_ids=ids)
+        return self._encode_rendered(request, self._render(request))
+
+    def _encode_rendered(self, request: EncodeChat, text: str) -> Encoded:
+        ids = self._tokenizer.encode_rendered(text, request.max_chars, request.max_tokens)
+        return Encoded(query_id=request.query_id, token_ids=ids)
 
     def _flush(self) -> None:
         if self._replies:
             self._socket.send([self._encoder.encode(self._replies)])
             self._replies.clear()
+
+
+async def _in_grammar_thread(work: Callable[[], T]) -> T:
+    """Run work on a grammar in a thread with a stack for deep grammars; a cancelled caller leaves it running."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        outcome.set_running_or_notify_cancel()
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    start_thread(run, "grammar-check")
+    return await asyncio.wrap_future(outcome)
 
 
 def main() -> None:
@@ -298,35 +357,22 @@ def main() -> None:
     child.configure_logging(config.logging, orders["name"])
     leave_out_torch()
     os.nice(orders["niceness"])
-    child.exit_after(lambda: _serve(config, orders["address"]))
+    child.exit_after(lambda: _serve(config, orders["address"], orders["renders_chats"]))
 
 
-def _serve(config: Config, address: str) -> int:
-    signal.signal(signal.SIGTERM, _stop)
+def _serve(config: Config, address: str, renders_chats: bool) -> NoReturn:
+    child.watch_signals(lambda: child.exit_now(0))  # whatever the main thread does: it may be in a library
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API server
     child.watch_parent(lambda: os._exit(1))
-    try:
-        worker = TextWorker(Tokenizer(config.tokenizer_path, config.model.path), address)
-        _limit_memory()
-        child.freeze_heap()
-        event_loop.start_thread(event_loop.new(), worker.run)
-        child.report_status({"ready": True})
-        worker.work()
-    except _Stopped:
-        return 0
-
-
-def _stop(*_: Any) -> NoReturn:
-    raise _Stopped
-
-
-def _limit_memory() -> None:
-    """Bound what requests may allocate. Python raises a MemoryError then; a library may end this process."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        [used_kib] = [int(line.split()[1]) for line in file if line.startswith("VmData:")]
-    limit, most = used_kib * 1024 + MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if most == resource.RLIM_INFINITY or limit < most:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    worker = TextWorker(Tokenizer(config.tokenizer_path, config.model.path), address)
+    child.limit_memory(MAX_MEMORY_BYTES)
+    if renders_chats:
+        worker.prepare()
+    child.freeze_heap()
+    event_loop.start_thread(event_loop.new(), worker.run)
+    child.report_status({"ready": True})
+    worker.work()
 
 
 if __name__ == "__main__":

@@ -71,11 +71,13 @@ class EncodeChat(Message, frozen=True):
     Attributes:
         content: a `Chat` in msgpack; see `EncodeText`.
         has_template: the chat brings a template that its client wrote.
+        max_cpu_s: processor time for the model's template.
     """
 
     query_id: int
     content: bytes | None
     has_template: bool
+    max_cpu_s: float
     max_chars: int | None = None
     max_tokens: int | None = None
 
@@ -170,7 +172,9 @@ class Decoded(Message, frozen=True):
 class TextFailed(Message, frozen=True):
     """A query that can never be answered: an `InvalidRequestError`, or if ``is_bug`` a `RequestFailedError`.
 
-    ``is_too_long``: it is a `ContextLengthError`.
+    Attributes:
+        is_too_long: it is a `ContextLengthError`.
+        is_too_slow: a chat's template took longer than ``max_cpu_s``.
     """
 
     query_id: int
@@ -178,6 +182,7 @@ class TextFailed(Message, frozen=True):
     param: str | None
     is_bug: bool = False
     is_too_long: bool = False
+    is_too_slow: bool = False
 
 
 class BodyRead(Message, frozen=True):

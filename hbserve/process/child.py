@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -70,10 +71,13 @@ class Follower(Protocol):
 _input = bytearray()  # read from the life line, and not returned yet
 _followers: WeakSet[Follower] = WeakSet()
 _new_level: str | None = None
+_logging = LoggingConfig(level="WARNING")  # of a program that embeds the engine, and does its own logging
 
 
 def configure_logging(config: LoggingConfig, process_name: str) -> None:
     """Log to standard error, each line with time, level and process; at SIGABRT the stack of every thread."""
+    global _logging
+    _logging = config
     faulthandler.enable()
     handler = logging.StreamHandler()
     handler.setFormatter((JsonFormatter if config.format == "json" else TextFormatter)(process_name))
@@ -95,6 +99,11 @@ def _apply_level(level: str) -> None:
     # Only the level DEBUG shows the libraries' frequent messages.
     for name in ("httpx", "asyncio", "transformers", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.WARNING)
+
+
+def logging_config() -> LoggingConfig:
+    """Return how this process logs, for a child that does not get the whole configuration."""
+    return _logging
 
 
 def add_follower(follower: Follower) -> None:
@@ -174,6 +183,18 @@ def watch_signals(on_signal: Callable[[], object], on_hangup: Callable[[], objec
                 on_signal()
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Bound what this process allocates besides what it has now.
+
+    Python then raises a MemoryError; a library may end the process.
+    """
+    with open("/proc/self/status", encoding="ascii") as file:
+        [used_kib] = [int(line.split()[1]) for line in file if line.startswith("VmData:")]
+    limit, most = used_kib * 1024 + num_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if most == resource.RLIM_INFINITY or limit < most:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
 def freeze_heap() -> None:

@@ -5,10 +5,12 @@ system, with the names that process lists show, in the order of their start:
 
     hbserve-api                         API server; with the Python API the user's program is in its place
     hbserve-detokenizer                 text to HTTP clients        } only behind the API server, by `TextProcesses`;
-    hbserve-tokenizer-0, -1, ...        text of HTTP clients        } they start while the others do
+    hbserve-tokenizer-0, -1, ...        text of HTTP clients        } they start while the others do, or
+    hbserve-grammar-checker, ...        grammars of HTTP clients    } when they are first needed
     hbserve-scheduler                   CPU scheduler
     hbserve-<instance>-TP0              rank 0 of each instance that has one worker
         hbserve-<instance>-TP1, ...     its other ranks, which rank 0 starts and ends
+        hbserve-grammars                of each rank: masks, from the first grammar on (`hbserve.grammar_process`)
     hbserve-ray                         with ``launcher: ray``, instead of these: Ray's actors start the instances
     for each semi_pd instance           by a thread of this process (`_SupervisorThread`):
         nvidia-cuda-mps-control         MPS daemon, on a GPU

@@ -30,7 +30,7 @@ _MAX_MEMORY_BYTES = 1 << 30
 _MAX_TEXT = 10_000_000  # characters of a rendered conversation
 MAX_AT_ONCE = 4
 
-_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template raises: it is a program, and rejects messages with any of these."""
 
 _turns = threading.BoundedSemaphore(MAX_AT_ONCE)
@@ -54,6 +54,10 @@ class MessageForms:
         self._shows = {
             role: tuple(_shows(render, make, content) for content in _CONTENTS) for role, make in _TRIALS.items()
         }
+
+    def prepare(self) -> None:
+        """Do the trial that only messages with calls need."""
+        _ = self._wants_text
 
     def fit(self, turns: Sequence[Mapping[str, Any]]) -> Turns:
         """Return the messages with each content and each call in a form that the template shows."""
@@ -102,7 +106,7 @@ _CONTENTS: tuple[Any, ...] = (_FIRST + _SECOND, [_part(_FIRST), _part(_SECOND)],
 def _shows(render: Render, make: Callable[[Any], Turns], content: Any) -> bool:
     try:
         text = render(make(content))
-    except _ERRORS:
+    except TEMPLATE_ERRORS:
         return False
     return _FIRST in text and _SECOND in text and _MARK not in text  # the mark: the list was printed as it is
 
@@ -124,7 +128,7 @@ def _shows_call(render: Render, form: Callable[[dict[str, Any]], dict[str, Any]]
     result = {"role": "tool", "content": "x", "tool_call_id": _CALL["id"], "name": _FIRST}
     try:
         text = render([_USER, form({"role": "assistant", "content": "", "tool_calls": [call]}), result])
-    except _ERRORS:
+    except TEMPLATE_ERRORS:
         return False
     return all(part in text for part in (_FIRST, _SECOND, _MARK))
 
@@ -229,7 +233,7 @@ def _main() -> None:
         answer = (
             {"text": text} if len(text) <= _MAX_TEXT else {"error": "the prompt that the template makes is too long"}
         )
-    except (*_ERRORS, RecursionError) as error:
+    except (*TEMPLATE_ERRORS, RecursionError) as error:
         answer = {"error": str(error) or type(error).__name__}
     except MemoryError:
         answer = {"error": "the template takes too much memory"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from hbserve import bounded_json
-from hbserve.errors import EngineDeadError, HBServeError
-from hbserve.grammar import start_thread
+from hbserve.errors import EngineDeadError, HBServeError, InvalidRequestError
+from hbserve.grammar_process.parent import GrammarProcess
+from hbserve.messages.grammar import OutputChecked
 from hbserve.messages.text import DEFAULT_CHAT, ChatOptions, OutputText, TextStreamOptions
 from hbserve.tokenizer.detokenizer import IncrementalDetokenizer
 from hbserve.tokenizer.tokenizer import ChatMessage, Tokenizer
@@ -91,21 +92,6 @@ class TextService(Protocol):
         """Begin to decode one output; ``on_text`` gets each answer to `OutputStream.feed`, or an error."""
 
 
-async def in_grammar_thread(work: Callable[[], T]) -> T:
-    """Run work on a grammar in a thread with a stack for deep grammars; a cancelled caller leaves it running."""
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        outcome.set_running_or_notify_cancel()
-        try:
-            outcome.set_result(work())
-        except Exception as error:
-            outcome.set_exception(error)
-
-    start_thread(run, "grammar-check")
-    return await asyncio.wrap_future(outcome)
-
-
 class TextDecoding:
     """The decoding state of one output, in a text process or in `LocalText`."""
 
@@ -132,10 +118,15 @@ class TextDecoding:
 
 
 class LocalText:
-    """The service in this process, for programs that embed the engine. Slow work runs in threads."""
+    """The service in this process, for programs that embed the engine.
+
+    Slow work runs in threads. Grammars are checked in a process that starts with the first of them, within its limits
+    of time and memory.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._grammars: GrammarProcess | None = None  # of one vocabulary: a service has one engine
         self.max_chars: int | None = None
         self.max_tokens: int | None = None
 
@@ -178,10 +169,20 @@ class LocalText:
         return await asyncio.to_thread(self._tokenizer.decode, token_ids, skip_special_tokens)
 
     async def check_grammar(self, grammar: str, vocab_size: int) -> str:
-        return await in_grammar_thread(lambda: self._tokenizer.vocabulary(vocab_size).check(grammar))
+        return (await self._check(grammar, vocab_size, None)).grammar
 
     async def check_output(self, grammar: str, vocab_size: int, token_ids: list[int]) -> str | None:
-        return await in_grammar_thread(lambda: self._tokenizer.vocabulary(vocab_size).problem_of(grammar, token_ids))
+        return (await self._check(grammar, vocab_size, token_ids)).problem
+
+    async def _check(self, grammar: str, vocab_size: int, token_ids: list[int] | None) -> OutputChecked:
+        if not self._tokenizer.has_text:
+            raise InvalidRequestError(
+                f"structured output needs a tokenizer, and {self._tokenizer.path} has none", "grammar"
+            )
+        if self._grammars is None:
+            self._grammars = GrammarProcess(self._tokenizer.path, vocab_size)
+            weakref.finalize(self, self._grammars.close)
+        return await asyncio.wrap_future(self._grammars.check(grammar, token_ids))
 
     def open(self, options: TextStreamOptions, on_text: OnText) -> OutputStream:
         return _LocalStream(TextDecoding(self._tokenizer, options), on_text)

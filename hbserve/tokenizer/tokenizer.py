@@ -206,10 +206,29 @@ class Tokenizer:
     ) -> list[int]:
         """Return the token ids of a conversation and the beginning of its answer, by the model's chat template.
 
+        Arguments and errors as in `render_chat` and `encode_rendered`.
+        """
+        return self.encode_rendered(self.render_chat(messages, tools, options), max_chars, max_tokens)
+
+    def encode_rendered(self, text: str, max_chars: int | None = None, max_tokens: int | None = None) -> list[int]:
+        """Return the token ids of a conversation's text. Arguments and errors as in `encode`."""
+        try:
+            # The template writes special tokens itself.
+            return self.encode(text, add_special_tokens=False, max_chars=max_chars, max_tokens=max_tokens)
+        except InvalidRequestError as error:
+            raise type(error)(str(error), "messages") from None
+
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: ChatOptions = DEFAULT_CHAT,
+    ) -> str:
+        """Return the text of a conversation and of the beginning of its answer, by the model's chat template.
+
         Args:
             messages: in any form that `conversation.normalise` takes.
             tools: functions that the model may call, in OpenAI's form.
-            max_chars, max_tokens: limits of the rendered text; see `encode`.
 
         Raises:
             InvalidRequestError: the model has no chat template, or the template rejects the messages or options.
@@ -237,18 +256,25 @@ class Tokenizer:
                 "reasoning_effort differs from the one in chat_template_kwargs; send one", "reasoning_effort"
             )
         try:
-            text = self._render_chat(turns, list(tools) if tools else None, options, variables)
+            return self._render_chat(turns, list(tools) if tools else None, options, variables)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # A template is a program that comes with the model; it rejects messages with any of these errors.
             which, param = (
                 ("chat_template", "chat_template") if options.template else ("the model's chat template", "messages")
             )
             raise InvalidRequestError(f"{which} rejects the messages: {error}", param) from error
-        try:
-            # The template writes special tokens itself.
-            return self.encode(text, add_special_tokens=False, max_chars=max_chars, max_tokens=max_tokens)
-        except InvalidRequestError as error:
-            raise type(error)(str(error), "messages") from None
+
+    def prepare_chats(self) -> None:
+        """Do now what the first chats would wait for: compile the model's chat templates, and try them out."""
+        for has_tools in (False, True) if self.has_text and self.has_chat_template else ():
+            self._forms(has_tools).prepare()
+
+    def _forms(self, has_tools: bool) -> MessageForms:
+        forms = self._message_forms.get(has_tools)  # a model may have another template for tools
+        if forms is None:
+            trial = partial(self._hf.apply_chat_template, tools=[_TRIAL_TOOL] if has_tools else None, tokenize=False)
+            forms = self._message_forms[has_tools] = MessageForms(trial)
+        return forms
 
     def _render_chat(
         self,
@@ -264,12 +290,8 @@ class Tokenizer:
                 options.template, turns, variables, continue_final_message=options.continue_final_message
             )
 
-        forms = self._message_forms.get(tools is not None)  # a model may have another template for tools
-        if forms is None:
-            trial = partial(self._hf.apply_chat_template, tools=[_TRIAL_TOOL] if tools else None, tokenize=False)
-            forms = self._message_forms[tools is not None] = MessageForms(trial)
         text: str = self._hf.apply_chat_template(
-            forms.fit(turns),
+            self._forms(tools is not None).fit(turns),
             tools=tools,
             tokenize=False,
             add_generation_prompt=options.add_generation_prompt,

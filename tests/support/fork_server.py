@@ -36,7 +36,7 @@ _READ_AT_START = ("LD_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_
 _NEEDS_ITS_OWN = -1
 """The server's answer to a request for such a child, instead of a process id."""
 _FIRST_FREE_DESCRIPTOR = 200
-_LIGHT_MODULES = ("hbserve.scheduler.process", "hbserve.frontend.text_worker")
+_LIGHT_MODULES = ("hbserve.scheduler.process", "hbserve.frontend.text_worker", "hbserve.grammar_process.worker")
 """They do not import torch. They are forked too, once there is a server."""
 
 
@@ -262,6 +262,7 @@ def _main() -> None:
     import torch  # noqa: F401
 
     import hbserve.frontend.text_worker
+    import hbserve.grammar_process.worker
     import hbserve.scheduler.process
     import hbserve.worker.process
     import hbserve.worker.worker_process  # noqa: F401

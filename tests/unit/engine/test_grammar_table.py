@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hbserve.engine import grammar_table
 from hbserve.engine.grammar_table import GrammarTable
-from hbserve.grammar import Matcher, Vocabulary
+from hbserve.grammar import Vocabulary
+from hbserve.grammar_process import parent
 from hbserve.messages.worker import NO_TOKEN, PlanRow, SequenceState
 from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer_files import read_vocabulary
@@ -26,30 +25,21 @@ pytest.importorskip("llguidance")
 DEADLINE_S = 60.0
 SLOW, QUICK = 'start: "slow" /[a-z]+/', 'start: "quick" /[a-z]+/'
 AMBIGUOUS = "start: s\ns: s s | s s s | /[a-z ]/"
-Computed = list[list[int]]
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, Computed]]:
-    """An event for which masks of the grammar `SLOW` wait; and the number of masks that were begun."""
-    opened, begun = threading.Event(), []
-    follow, mask = Vocabulary.follow, Matcher.mask
+def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file for which masks of the grammar `SLOW` wait; see `tests.support.odd_grammar_worker` for other grammars."""
+    file = tmp_path / "gate"
+    monkeypatch.setenv("ODD_GRAMMARS_FILE", str(file))
+    monkeypatch.setattr(parent, "_MODULE", "tests.support.odd_grammar_worker")
+    return file
 
-    def noted(self: Vocabulary, grammar: str, end_token_ids: list[int]) -> Matcher:
-        matcher = follow(self, grammar, end_token_ids)
-        matcher.is_slow = grammar == SLOW  # type: ignore[attr-defined]
-        return matcher
 
-    def held(self: Matcher) -> Any:
-        if self.is_slow:  # type: ignore[attr-defined]
-            begun.append([])
-            opened.wait(DEADLINE_S)
-        return mask(self)
-
-    monkeypatch.setattr(Vocabulary, "follow", noted)
-    monkeypatch.setattr(Matcher, "mask", held)
-    yield opened, begun
-    opened.set()
+def num_begun(gate: Path) -> int:
+    """Masks of `SLOW` that were begun."""
+    begun = gate.with_suffix(".begun")
+    return len(begun.read_text()) if begun.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +75,12 @@ def has_mask(table: GrammarTable, slot: int) -> bool:
     return not table.take_missing()
 
 
-def test_a_mask_that_is_late_delays_no_other_row(folder: Path, gate: tuple[threading.Event, Computed]) -> None:
-    opened, _ = gate
+def error_of(table: GrammarTable, slot: int) -> str | None:
+    table.masks(np.array([slot]))
+    return table.take_missing().get(slot)
+
+
+def test_a_mask_that_is_late_delays_no_other_row(folder: Path, gate: Path) -> None:
     table = GrammarTable(4, 400, folder)
     table.install(state(0, SLOW, [2, 3]))
     table.install(state(1, QUICK, [2, 3]))
@@ -95,30 +89,71 @@ def test_a_mask_that_is_late_delays_no_other_row(folder: Path, gate: tuple[threa
     assert (masks[1] == vocabulary(folder).follow(QUICK, [1]).mask()).all()
     assert table.missing(np.array([0, 1])).tolist() == [True, False]
     assert table.take_missing() == {0: None}
-    opened.set()
+    gate.touch()
     until(lambda: has_mask(table, 0))
     assert (table.masks(np.array([0]))[0] == vocabulary(folder).follow('start: "slow" /[a-z]+/ ', [1]).mask()).all()
 
 
-def test_nothing_more_is_computed_for_a_sequence_that_has_left(
-    folder: Path, gate: tuple[threading.Event, Computed]
-) -> None:
-    opened, begun = gate
+def test_nothing_more_is_computed_for_a_sequence_that_has_left(folder: Path, gate: Path) -> None:
     table = GrammarTable(4, 400, folder)
     table.install(state(0, SLOW, [2]))
-    until(lambda: len(begun) == 1)
+    until(lambda: num_begun(gate) == 1)
     for position, token_id in enumerate(b"slow", start=1):
         table.advance([PlanRow(0, position, 1, [token_id], [], True)])
     table.install(state(0, QUICK, [2]))
-    opened.set()
+    gate.touch()
     until(lambda: has_mask(table, 0))
-    assert len(begun) == 1
+    assert num_begun(gate) == 1
 
 
-def test_a_grammar_that_takes_too_much_time_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the time is spent: in one mask, or in many."""
-    monkeypatch.setattr(grammar_table, "_CPU_S_AT_START", 0.2)
-    monkeypatch.setattr(grammar_table, "_CPU_S_PER_TOKEN", 0.0)
+@pytest.mark.parametrize("oddity", ["hang", "die", "grow"])
+def test_a_grammar_that_cannot_be_computed_fails_alone(
+    folder: Path, gate: Path, monkeypatch: pytest.MonkeyPatch, oddity: str
+) -> None:
+    """Whatever it does: it never ends, it ends the process, or it takes more memory than there is."""
+    monkeypatch.setattr(parent, "MAX_WORK_S", 0.5 if oddity == "hang" else DEADLINE_S)
+    monkeypatch.setattr(parent, "_LOOK_S", 0.1)
+    table = GrammarTable(4, 400, folder)
+    table.install(state(0, QUICK, [2]))
+    until(lambda: has_mask(table, 0))
+    letter = next(i for i in range(400) if table.masks(np.array([0]))[0][i // 32] >> i % 32 & 1)
+    table.install(state(1, f'start: "{oddity}"', [2]))
+    until(lambda: error_of(table, 1) is not None)
+    assert "memory" in (error_of(table, 1) or "")
+    table.advance([PlanRow(0, 1, 1, [letter], [], True)])
+    until(lambda: has_mask(table, 0))  # by the process that has replaced the first, which got the whole output
+    expected = vocabulary(folder).follow(QUICK, [1])
+    expected.advance([letter])
+    assert (table.masks(np.array([0]))[0] == expected.mask()).all()
+
+
+def test_a_process_that_was_killed_costs_no_request_and_the_last_ends_with_its_owner(folder: Path) -> None:
+    tables = [GrammarTable(4, 400, folder)]
+    tables[0].install(state(0, QUICK, [2]))
+    until(lambda: has_mask(tables[0], 0))
+    killed = tables[0]._process._child
+    assert killed is not None
+    killed.kill()
+    tables[0].install(state(1, QUICK + " ", [2]))
+    until(lambda: has_mask(tables[0], 1))
+    assert has_mask(tables[0], 0)
+    current = tables[0]._process._child
+    assert current is not None
+    assert current is not killed
+    tables.clear()
+    until(lambda: not current.is_alive())
+
+
+def test_a_process_that_cannot_start_fails_what_waits_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "_MODULE", "tests.support.no_such_module")
+    monkeypatch.setattr(parent, "_MAX_FAILED_STARTS", 1)
+    table = GrammarTable(4, 400, folder)
+    table.install(state(0, QUICK, [2]))
+    until(lambda: "exit code 1, 1 times" in (error_of(table, 0) or ""))
+
+
+def test_a_grammar_that_takes_too_much_time_says_so(folder: Path, gate: Path) -> None:
+    """However the time is spent: in one mask, or in many. There the budget is small."""
     table = GrammarTable(4, 400, folder)
     letter = next(i for i in range(400) if vocabulary(folder).follow("start: /a/", []).mask()[i // 32] >> i % 32 & 1)
     table.install(state(0, AMBIGUOUS, [2]))
@@ -135,23 +170,23 @@ def test_a_grammar_that_takes_too_much_time_says_so(folder: Path, monkeypatch: p
     until(lambda: has_mask(table, 1))
 
 
-def test_a_row_without_its_mask_gets_no_token_and_leaves_no_trace(
-    tmp_path: Path, gate: tuple[threading.Event, Computed]
-) -> None:
+def test_a_row_without_its_mask_gets_no_token_and_leaves_no_trace(tmp_path: Path, gate: Path) -> None:
     """Its step is repeated when the mask is there, and gives what it would have given at first; penalties too."""
-    opened, _ = gate
-    save_model(tmp_path, "qwen3", vocab_size=400)
-    tiny_tokenizers.byte_level(tmp_path)
-    runner = make_runner(tmp_path)
+    save_model(tmp_path / "model", "qwen3", vocab_size=400)
+    tiny_tokenizers.byte_level(tmp_path / "model")
+    runner = make_runner(tmp_path / "model")
     prompt = [5, 6, 7]
     row = PlanRow(0, 0, 3, prompt, [], True)
     first = launch(runner, row, new_sequences=[state(0, SLOW, prompt, presence_penalty=1.5)])
     assert (first.token_ids, first.row_errors) == ([NO_TOKEN], None)
     repeated = PlanRow(0, 2, 1, prompt[2:], [], True)
     assert launch(runner, repeated).token_ids == [NO_TOKEN]
-    opened.set()
+    gate.touch()
     until(lambda: launch(runner, repeated).token_ids != [NO_TOKEN])
     again = launch(runner, repeated)
-    plain = launch(runner, PlanRow(1, 0, 3, prompt, [], True), new_sequences=[state(1, SLOW, prompt)])
+    plain_row = PlanRow(1, 0, 3, prompt, [], True)
+    plain = launch(runner, plain_row, new_sequences=[state(1, SLOW, prompt)])
+    while plain.token_ids == [NO_TOKEN]:
+        plain = launch(runner, PlanRow(1, 2, 1, prompt[2:], [], True))
     assert again.token_ids == plain.token_ids
     assert plain.token_ids[0] >= 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from hbserve.config import from_dict
 from hbserve.errors import HBServeError, InvalidRequestError, RequestFailedError, StartupError
-from hbserve.frontend import text_pool
+from hbserve.frontend import text_pool, text_process
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
@@ -63,7 +64,8 @@ async def engine(client: EngineClient, tokenizer: Tokenizer, processes: TextProc
 
 async def test_a_process_without_an_api_server_ends_at_sigterm(folder: Path, tmp_path: Path) -> None:
     config = msgspec.to_builtins(from_dict({"model": {"path": str(folder)}}))
-    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/no-listener", "niceness": 0}
+    orders = {"config": config, "name": "detokenizer", "address": f"ipc://{tmp_path}/no-listener"}
+    orders |= {"niceness": 0, "renders_chats": False}
     child = ChildProcess("the detokenizer", "hbserve.frontend.text_worker", orders)
     child.start()
     await child.wait_ready(time.monotonic() + DEADLINE_S)
@@ -291,33 +293,86 @@ async def test_a_process_that_ends_between_its_start_and_its_greeting_is_replace
     await processes.stop()
 
 
-async def test_a_template_that_loops_is_stopped_and_others_are_answered(tmp_path: Path) -> None:
-    """One that loops in Python is interrupted; the process stays, and the client is told why."""
+LOOP = ChatOptions(variables={"enable_thinking": "loop"})
+
+
+@pytest.fixture
+async def looping(tmp_path: Path) -> AsyncIterator[tuple[TextProcesses, Tokenizer]]:
+    """Processes of a model whose chat template loops with the options `LOOP`."""
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     template = f"{{% if enable_thinking == 'loop' %}}{loop}{{% endif %}}{tiny_tokenizers.CHAT_TEMPLATE}"
     folder = tiny_tokenizers.byte_level(tmp_path / "model", template)
     (folder / "config.json").write_text("{}")
     processes = TextProcesses(from_dict({"model": {"path": str(folder)}}), str(tmp_path))
     await processes.start(time.monotonic() + DEADLINE_S)
-    looping = asyncio.create_task(
-        processes.encode_chat(USER, options=ChatOptions(variables={"enable_thinking": "loop"}))
-    )
+    yield processes, Tokenizer(folder)
+    await processes.stop()
+
+
+async def test_a_template_that_loops_is_stopped_and_others_are_answered(
+    looping: tuple[TextProcesses, Tokenizer],
+) -> None:
+    """One that loops in Python is interrupted; the processes stay, and the client is told why."""
+    processes, tokenizer = looping
+    slow = asyncio.create_task(processes.encode_chat(USER, options=LOOP))
     await asyncio.sleep(0)
     async with asyncio.timeout(120):  # 5 s of processor time, on a busy machine
-        forgotten = asyncio.create_task(
-            processes.encode_chat(USER, options=ChatOptions(variables={"enable_thinking": "loop"}))
-        )
+        forgotten = asyncio.create_task(processes.encode_chat(USER, options=LOOP))
         await asyncio.sleep(0)
         forgotten.cancel()  # its client has gone: it costs no time
         texts: list[OutputText | HBServeError] = []
         stream = processes.open(TextStreamOptions(skip_special_tokens=True, stop=[], min_tokens=0), texts.append)
-        assert await processes.encode("the cat") == Tokenizer(folder).encode("the cat")
+        assert await processes.encode("the cat") == tokenizer.encode("the cat")
         stream.feed([70], 1, True)
         await until(lambda: bool(texts))
-        assert not looping.done()
-        with pytest.raises(InvalidRequestError, match=r"processor time, or .* for its chat template") as caught:
-            await looping
+        await until(lambda: "tokenizer-slow" in processes.report())
+        large = [{"role": "user", "content": "the cat " * 5000}]
+        for messages in (USER, large, USER):  # other chats do not wait for it
+            assert await processes.encode_chat(messages) == tokenizer.encode_chat(messages)
+        assert not slow.done()
+        with pytest.raises(InvalidRequestError, match=r"5 s of processor time, or .* for its chat template") as caught:
+            await slow
         assert caught.value.param == "messages"
-        assert await processes.encode_chat(USER) == Tokenizer(folder).encode_chat(USER)
     assert all(report["restarts"] == 0 for report in processes.report().values())
-    await processes.stop()
+
+
+async def test_templates_that_loop_fill_no_queue_without_end(
+    looping: tuple[TextProcesses, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes, tokenizer = looping
+    monkeypatch.setattr(text_pool, "MAX_SLOW_CHATS", 2)
+    monkeypatch.setattr(text_pool, "MAX_SLOW_CPU_S", 0.5)
+    async with asyncio.timeout(DEADLINE_S):
+        attacks = [asyncio.create_task(processes.encode_chat(USER, options=LOOP)) for _ in range(6)]
+        assert await processes.encode_chat(USER) == tokenizer.encode_chat(USER)
+        errors = await asyncio.gather(*attacks, return_exceptions=True)
+        assert sorted(type(error).__name__ for error in errors) == ["OverloadedError"] * 4 + ["TooSlowError"] * 2
+        big = b'{"a": "' + b"x" * (1 << 21) + b'"}'  # read in the process that the loops had
+        assert await processes.read_json(big) == {"a": "x" * (1 << 21)}
+
+
+async def test_a_process_that_the_system_refuses_is_tried_again(
+    looping: tuple[TextProcesses, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example because there are no file descriptors: they come back when connections end."""
+    processes, tokenizer = looping
+    events: list[str] = []
+    large = processes._large
+    monkeypatch.setattr(text_process, "_RETRY_START_S", 0.01)
+    monkeypatch.setattr(large, "_on_event", lambda kind, subject, text: events.append(kind))
+    refused = []
+
+    def start(self: ChildProcess) -> None:
+        refused.append(OSError(errno.EMFILE, "Too many open files"))
+        if len(refused) < 4:
+            raise refused[-1]
+        start_now(self)
+
+    start_now = ChildProcess.start
+    monkeypatch.setattr(ChildProcess, "start", start)
+    os.kill(processes.report()["tokenizer-large"]["pid"], signal.SIGKILL)
+    async with asyncio.timeout(DEADLINE_S):
+        await until(lambda: len(refused) == 4 and large.is_connected)
+        assert await processes.encode_chat(USER) == tokenizer.encode_chat(USER)
+    assert events == ["text_restarted", "start_failed"]
+    assert processes.dead is None

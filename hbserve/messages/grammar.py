@@ -1,0 +1,99 @@
+"""Messages between a process and the one beside it that works on grammars; see `hbserve.grammar_process`."""
+
+from __future__ import annotations
+
+from hbserve.messages.base import Message
+
+# --- to the grammar process -----------------------------------------------------------------------
+
+
+class FollowOutput(Message, frozen=True):
+    """Follow an output in its grammar. Answered by `Mask` or `GrammarFailed`, as each `FeedOutput` is.
+
+    Attributes:
+        number: name of the output in later messages.
+        token_ids: the output so far.
+        is_suspect: the grammar may have ended a process, so its work is done beside no other suspect's.
+    """
+
+    number: int
+    grammar: str
+    end_token_ids: list[int]
+    token_ids: list[int]
+    is_suspect: bool
+
+
+class FeedOutput(Message, frozen=True):
+    """Add tokens to an output."""
+
+    number: int
+    token_ids: list[int]
+
+
+class ForgetOutput(Message, frozen=True):
+    """Do no more work for this output; not answered."""
+
+    number: int
+
+
+class CheckOutput(Message, frozen=True):
+    """Check a grammar, or a finished output against it. Answered by `OutputChecked` or `GrammarFailed`.
+
+    Attributes:
+        token_ids: an output without its end token; None: check whether the grammar can be followed at all.
+    """
+
+    number: int
+    grammar: str
+    token_ids: list[int] | None
+
+
+GrammarCommand = FollowOutput | FeedOutput | ForgetOutput | CheckOutput
+
+
+# --- from the grammar process ---------------------------------------------------------------------
+
+
+class WorkBegun(Message, frozen=True):
+    """The process works on this output or check from now on, until its answer."""
+
+    number: int
+
+
+class Mask(Message, frozen=True):
+    """Tokens that may come next.
+
+    Attributes:
+        num_tokens: tokens that came before.
+        words: int32 ``[ceil(vocab / 32)]``, see `hbserve.grammar.Matcher.mask`.
+        is_slow: masks of this grammar take long; do not wait for the next.
+    """
+
+    number: int
+    num_tokens: int
+    words: bytes
+    is_slow: bool
+
+
+class OutputChecked(Message, frozen=True):
+    """Answer to `CheckOutput`.
+
+    Attributes:
+        grammar: the grammar to follow, if no output was to be checked; see `hbserve.grammar.Vocabulary.check`.
+        problem: why the output does not follow the grammar; None: it does.
+    """
+
+    number: int
+    grammar: str = ""
+    problem: str | None = None
+
+
+class GrammarFailed(Message, frozen=True):
+    """The grammar cannot be followed, or not any further. ``is_bug``: this program is at fault, not the grammar."""
+
+    number: int
+    error: str
+    is_bug: bool = False
+
+
+GrammarReply = WorkBegun | Mask | OutputChecked | GrammarFailed
