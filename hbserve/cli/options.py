@@ -23,7 +23,7 @@ class _Short(NamedTuple):
 
 
 _SHORT_NAMES = (
-    _Short((), "mode", "unified, disaggregated or semi_pd"),
+    _Short((), "mode", "auto (default), unified, disaggregated or semi_pd"),
     _Short(("--port",), "server.port", "of the HTTP server; 0: any free one"),
     _Short(("--host",), "server.host", "of the HTTP server"),
     _Short(("--tp-size", "--tensor-parallel-size"), "model.tensor_parallel_size", "GPUs of every instance"),
@@ -54,6 +54,7 @@ class SystemParser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="FILE", help="YAML file of the system, or the name of a shipped one")
         self.add_argument("--ttft-ms", type=float, metavar="MS", help="target for the time to the first token")
         self.add_argument("--tpot-ms", type=float, metavar="MS", help="target for the time per token after the first")
+        self.add_argument("--no-targets", action="store_true", help="no latency targets by default")
         self.add_argument("--gpus", type=gpu_list, metavar="0,1", help="GPUs to use, one instance for each")
         for option in _SHORT_NAMES:
             self._add_key(option.names, option.key, option.help)
@@ -97,7 +98,12 @@ def effective_config(arguments: argparse.Namespace) -> EffectiveConfig:
     if arguments.config is None and "model.path" not in flags:
         raise ConfigError("give MODEL, the folder or name of a model, or --config FILE", "model.path")
     document = Document() if arguments.config is None else read(arguments.config)
-    shortcuts = Shortcuts(ttft_ms=arguments.ttft_ms, tpot_ms=arguments.tpot_ms, gpus=arguments.gpus)
+    shortcuts = Shortcuts(
+        ttft_ms=arguments.ttft_ms,
+        tpot_ms=arguments.tpot_ms,
+        no_targets=arguments.no_targets,
+        gpus=arguments.gpus,
+    )
     return EffectiveConfig.build(document, flags | shortcuts.flags(document, flags))
 
 

@@ -23,12 +23,14 @@ class Shortcuts:
     Attributes:
         ttft_ms, tpot_ms: targets of requests. Prompts are then ordered by their targets, unless the order is given; in
             mode ``semi_pd``, both together also move the split.
+        no_targets: no targets for requests that have none, not even those of the machine.
         gpus: one instance on each, or on each group of ``model.tensor_parallel_size``. In mode ``disaggregated`` the
-            first half of the instances prefills (of an odd number, the smaller half).
+            first half of the instances prefills (of an odd number, the smaller half); mode ``auto`` chooses.
     """
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    no_targets: bool = False
     gpus: tuple[int, ...] | None = None
 
     def flags(self, document: Document, flags: Mapping[str, Flag]) -> dict[str, Flag]:
@@ -40,11 +42,15 @@ class Shortcuts:
         given = document.with_overrides({key: flag.value for key, flag in flags.items()})
         if not isinstance(given, dict):
             return {}  # no configuration, as its check says
-        return self._targets(given, flags) | self._instances(given)
+        return self._targets(given, flags) | self._instances(given, flags)
 
     def _targets(self, given: dict[str, Any], flags: Mapping[str, Flag]) -> dict[str, Flag]:
         targets = {"ttft": self.ttft_ms, "tpot": self.tpot_ms}
         found: dict[str, Flag] = {}
+        if self.no_targets:
+            if any(target is not None for target in targets.values()):
+                raise ConfigError("--no-targets: a target is given; leave one of them out")
+            found["scheduler.targets_by_default"] = Flag("--no-targets", False)
         for name, target in targets.items():
             if target is None:
                 continue
@@ -58,7 +64,7 @@ class Shortcuts:
                 found[f"semi_pd.slo.{name}_target_ms"] = flag
         return found
 
-    def _instances(self, given: dict[str, Any]) -> dict[str, Flag]:
+    def _instances(self, given: dict[str, Any], flags: Mapping[str, Flag]) -> dict[str, Flag]:
         if self.gpus is None:
             return {}
         if given.get("gpu_instances"):
@@ -78,12 +84,16 @@ class Shortcuts:
                     f"--gpus: the GPUs of an instance follow each other, {_text(group)} do not; set "
                     f"CUDA_VISIBLE_DEVICES={_text(self.gpus)} and number them from 0"
                 )
-        roles = _roles(mode_of(given), len(groups))
+        mode = mode_of(given)
+        roles = _roles(mode, len(groups))
         instances = [
             {"instance_id": f"{name}-{number}", "instance_type": role, "gpu_id": group[0]}
             for (name, number, role), group in zip(roles, groups, strict=True)
         ]
-        return {"gpu_instances": Flag("--gpus", instances)}
+        found = {"gpu_instances": Flag("--gpus", instances)}
+        if mode == "auto" and "mode" not in flags:
+            found["mode"] = Flag("--gpus", mode)  # else it would follow from the types of these instances
+        return found
 
 
 def gpu_list(text: str) -> tuple[int, ...]:

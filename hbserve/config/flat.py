@@ -32,9 +32,9 @@ class PdDisaggConfig:
 
     Each field is a key of the YAML file under a flat name; the sections in `hbserve.config` explain the keys.
     A field that is None takes its section's default. ``mode`` then follows from ``gpu_instances``, and is
-    ``disaggregated`` without these. ``model_path`` must be given when the configuration is used. The fields are listed
-    here, because only a written list gives type checkers and editors their names and types; `KEYS` follows from the
-    sections by a rule.
+    ``disaggregated`` without these; ``auto`` chooses it, and latency targets, when the system starts. ``model_path``
+    must be given when the configuration is used. The fields are listed here, because only a written list gives type
+    checkers and editors their names and types; `KEYS` follows from the sections by a rule.
     """
 
     model_path: str | os.PathLike[str] | None = None
@@ -136,6 +136,8 @@ class PdDisaggConfig:
                 section, _, name = key.rpartition(".")
                 values = document.setdefault(section, {}) if section else document
                 values[name] = _plain(field, value)
+        if document.get("mode") != "auto":
+            document.setdefault("scheduler", {})["targets_by_default"] = False
         try:
             return from_dict(document)
         except ConfigError as error:

@@ -13,6 +13,7 @@ from hbserve.config.fields import (
     Fraction,
     ImportPath,
     InstanceName,
+    NonNegativeFloat,
     NonNegativeInt,
     Origin,
     Port,
@@ -50,8 +51,8 @@ class InstanceRole(StrEnum):
         return self is not InstanceRole.PREFILL
 
 
-Mode = Literal["unified", "disaggregated", "semi_pd"]
-DEFAULT_MODE: Mode = "unified"
+Mode = Literal["auto", "unified", "disaggregated", "semi_pd"]
+DEFAULT_MODE: Mode = "auto"
 
 
 class ModelConfig(Section, frozen=True):
@@ -210,6 +211,9 @@ class SchedulerConfig(Section, frozen=True):
             start soonest to keep its TTFT target.
         ageing_tokens_per_s: under ``shortest_prompt_first``, tokens by which a prompt shrinks per second of waiting.
         ttft_ms, tpot_ms: targets of requests that have none of their own.
+        ttft_ms_per_1k_tokens: added to ``ttft_ms`` for every 1000 tokens of the prompt.
+        targets_by_default: without ``ttft_ms`` and ``tpot_ms`` they are multiples of what a lone request takes on this
+            machine (`hbserve.system.auto_plan`).
         max_queue_s: a request whose first token is predicted to take longer is refused at once, with the time after
             which to try again.
     """
@@ -217,8 +221,16 @@ class SchedulerConfig(Section, frozen=True):
     policy: Literal["fcfs", "shortest_prompt_first", "slo_aware"] = "fcfs"
     ageing_tokens_per_s: PositiveFloat = 1000.0
     ttft_ms: PositiveFloat | None = None
+    ttft_ms_per_1k_tokens: NonNegativeFloat = 0.0
     tpot_ms: PositiveFloat | None = None
+    targets_by_default: bool = True
     max_queue_s: PositiveFloat | None = None
+
+    def ttft_target_ms(self, num_prompt_tokens: int) -> float | None:
+        """Return the TTFT target of a request that has none of its own; None for no target."""
+        if self.ttft_ms is None:
+            return None
+        return self.ttft_ms + self.ttft_ms_per_1k_tokens * num_prompt_tokens / 1000
 
 
 class RpcConfig(Section, frozen=True):
@@ -299,6 +311,8 @@ class Config(Section, frozen=True):
     """Configuration of a system: frozen, validated, and the same in every process. The sections explain the keys.
 
     Attributes:
+        mode: ``auto`` until a system starts; `hbserve.system.auto_plan` then puts the mode that it chose in its place.
+            Its instances are ``unified`` until then.
         launcher: starter of the instances: the server itself, or a Ray cluster, on hosts of its choice.
     """
 

@@ -53,7 +53,7 @@ def from_dict(document: Any, base_dir: Path | None = None) -> Config:
     if not isinstance(document, dict):
         raise _error("", "the configuration must be a mapping of sections")
     _check_keys(document)
-    document = _with_log_level(_with_mode(document))
+    document = _with_log_level(_with_placement(_with_mode(document)))
     try:
         config = msgspec.convert(document, Config)
     except msgspec.ValidationError as error:
@@ -85,6 +85,7 @@ def with_instance(config: Config, instance: InstanceConfig) -> Config:
 def default_instances(mode: Mode, tensor_parallel_size: int) -> tuple[InstanceConfig, ...]:
     """Return the instances of a configuration without ``gpu_instances``."""
     defaults = {
+        "auto": (("unified-0", InstanceRole.UNIFIED, 0),),
         "unified": (("unified-0", InstanceRole.UNIFIED, 0),),
         "disaggregated": (
             ("prefill-0", InstanceRole.PREFILL, 0),
@@ -107,21 +108,35 @@ def is_loopback(host: str) -> bool:
 
 
 def _with_mode(document: dict[str, Any]) -> dict[str, Any]:
-    return document if document.get("mode") is not None else document | {"mode": mode_of(document)}
+    return document | {"mode": mode_of(document)}
 
 
 def mode_of(document: dict[str, Any]) -> Any:
-    """Return the mode of plain data: as it is given, else by the types of the instances, else the default."""
-    instances = document.get("gpu_instances")
-    if document.get("mode") is not None:
-        return document["mode"]
-    if not isinstance(instances, list | tuple):
+    """Return the mode of plain data: as it is given, else by the types of the instances, else the default.
+
+    A given ``auto`` stays for unified instances that this host starts: their roles may then change.
+    """
+    given, instances = document.get("mode"), document.get("gpu_instances")
+    if given not in (None, "auto"):
+        return given
+    if not instances or not isinstance(instances, list | tuple):
         return DEFAULT_MODE
-    roles = [values.get("instance_type") for values in instances if isinstance(values, dict)]
+    instances = [values for values in instances if isinstance(values, dict)]
+    roles = [values.get("instance_type") for values in instances]
     phases = [InstanceRole.PREFILL, InstanceRole.DECODE]
     if InstanceRole.SEMI_PD in roles:
         return "semi_pd"
-    return "disaggregated" if any(role in phases for role in roles) else DEFAULT_MODE
+    if any(role in phases for role in roles):
+        return "disaggregated"
+    return "unified" if given is None or any(values.get("port") is not None for values in instances) else given
+
+
+def _with_placement(document: dict[str, Any]) -> dict[str, Any]:
+    """Have mode ``auto`` place requests where most of their prompt is cached; it may start several instances."""
+    given = document.get("performance", {})
+    if document["mode"] != "auto" or not isinstance(given, dict) or given.get("placement") is not None:
+        return document
+    return document | {"performance": given | {"placement": "prefix_aware"}}
 
 
 def _with_log_level(document: dict[str, Any]) -> dict[str, Any]:
@@ -327,6 +342,7 @@ def _validate_roles(config: Config, is_whole: bool) -> None:
     roles = [instance.instance_type for instance in config.gpu_instances]
     phases = {InstanceRole.PREFILL, InstanceRole.DECODE}
     needed, allowed = {
+        "auto": (set(), {InstanceRole.UNIFIED}),
         "unified": (set(), {InstanceRole.UNIFIED}),
         "disaggregated": (phases, phases),
         "semi_pd": ({InstanceRole.SEMI_PD}, {InstanceRole.SEMI_PD, *phases}),

@@ -23,6 +23,7 @@ _VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"
 _NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 _QUERY_TIMEOUT_S = 10.0
+_TAKEN_SHARE = 0.1
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 40.0
 # The guard runs until its standard input closes. $1: the folder of pipes and logs.
@@ -51,6 +52,25 @@ def num_visible_gpus() -> int:
         return count
     names = [name.strip() for name in visible.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))
+
+
+def free_gpus() -> list[int]:
+    """Return the numbers of the GPUs to use: all that `CUDA_VISIBLE_DEVICES` names, else those that are not taken.
+
+    A GPU counts as taken if others hold more than a tenth of its memory.
+    """
+    numbers = list(range(num_visible_gpus()))
+    if os.environ.get(_VISIBLE_VARIABLE) is not None:
+        return numbers
+    result = _run(["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"])
+    lines = result.stdout.split("\n")[:-1] if result is not None and result.returncode == 0 else []
+    used = [[float(part) for part in line.split(",") if part.strip().isdecimal()] for line in lines]
+    return [number for number in numbers if not _is_taken(used[number : number + 1])]
+
+
+def _is_taken(used: list[list[float]]) -> bool:
+    """Whether the one line of used and total memory says so; one that cannot be read does not."""
+    return any(len(memory) == 2 and memory[0] > _TAKEN_SHARE * memory[1] for memory in used)
 
 
 def compute_capability(gpu_id: int) -> str | None:

@@ -18,6 +18,7 @@ from hbserve.bench.arguments import check_new_file, default_load_format, find_mo
 from hbserve.config import Config
 from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import save_profile
+from hbserve.policy.profile_store import ModelShape, checkpoint_dtype, profile_path
 from hbserve.policy.step_profile import StepProfile
 from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
 
@@ -26,7 +27,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.
     """Parse the arguments and run; return the exit code."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--model", required=True, help="a model folder, or the name of a shape, such as qwen3-8b")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="write the JSON to this file")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the JSON to this file (default: where mode auto looks for it)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture too (.png, .svg)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
@@ -42,7 +45,13 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plots.require_matplotlib("--plot", arguments.plot)
     profile = _profile(arguments)
-    save_profile(profile, arguments.out)
+    path = arguments.out or _path_in_cache(arguments)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_profile(profile, path)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {path}: {error.strerror}") from None
+    print(f"written to {path}")
     if arguments.plot is not None:
         _plot(profile, arguments.plot)
 
@@ -58,6 +67,19 @@ def _profile(arguments: argparse.Namespace) -> StepProfile:
     profile = run_profile(config, _within(plan, config), lambda line: print(line, flush=True))
     print(f"{profile.model} on {profile.device}: {time.monotonic() - started:.0f} s")
     return profile
+
+
+def _path_in_cache(arguments: argparse.Namespace) -> Path:
+    """Return where `hbserve.policy.profile_store` looks for a profile of this model on this device."""
+    from hbserve.platform import mps
+
+    folder = find_model(arguments.model)
+    shape = ModelShape.read(folder)
+    if shape is None:
+        raise ConfigError(f"--out: {folder}/config.json does not name the model's sizes; give a file")
+    gpus = [] if arguments.device == "cpu" else mps.gpus()
+    dtype = checkpoint_dtype(folder) if arguments.dtype == "auto" else arguments.dtype
+    return profile_path(shape, gpus[0] if gpus else "cpu", dtype, 1)
 
 
 def _config(arguments: argparse.Namespace) -> Config:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from hbserve.config import Config
 from hbserve.messages.admin import GetStats, GetWindowMetrics, RemoveInstance, SetRole, Stats, WindowMetrics
 from hbserve.messages.client import (
@@ -104,6 +106,7 @@ class ClientMessages:
     ) -> None:
         self._max_waiting_requests = config.performance.max_waiting_requests
         self._max_queue_s = config.scheduler.max_queue_s
+        self._targets = config.scheduler
         self._clock = clock
         self._outbox = outbox
         self._requests = requests
@@ -169,7 +172,7 @@ class ClientMessages:
         requests.counts["requests"] += 1
         refusal = validate(request, self._readiness, requests.get(client, request.request_id) is not None)
         if refusal is None:
-            sequence = self._new_sequence(client, request)
+            sequence = self._new_sequence(client, self._with_target(request))
             if request.resumed is None:  # else an earlier scheduler has accepted it
                 refusal = self._overload(sequence)
         if refusal is None:
@@ -178,6 +181,14 @@ class ClientMessages:
         requests.counts["refused"] += 1
         logger.debug("request %s: refused: %s", request.request_id, refusal.error)
         self._outbox.push(client, refusal)
+
+    def _with_target(self, request: AddRequest) -> AddRequest:
+        """Give a request without a TTFT target the default one for its prompt's length, if there is such a rule."""
+        targets, sampling = self._targets, request.sampling
+        if not targets.ttft_ms_per_1k_tokens or sampling.ttft_ms is not None:
+            return request
+        ttft_ms = targets.ttft_target_ms(len(request.prompt_token_ids))
+        return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, ttft_ms=ttft_ms))
 
     def _new_sequence(self, client: bytes, request: AddRequest) -> Sequence:
         self._num_arrivals += 1

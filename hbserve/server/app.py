@@ -51,6 +51,7 @@ from hbserve.server.prometheus import render
 from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
 from hbserve.server.responses import routes as response_routes
 from hbserve.server.responses.body import ResponsesRequest
+from hbserve.system.auto_plan import Plan
 
 STATS_TIMEOUT_S = 5.0
 _DEFAULTS = ServerConfig()
@@ -62,6 +63,7 @@ def create_app(
     served_name: str,
     config: ServerConfig = _DEFAULTS,
     supervisors: Mapping[str, ProcessRotationManager] = MappingProxyType({}),
+    plan: Plan | None = None,
 ) -> FastAPI:
     """Make the OpenAI-compatible application over one engine.
 
@@ -70,6 +72,7 @@ def create_app(
         served_name: the model's name, which requests must give.
         config: only ``request_timeout_s`` is used here; `hbserve.server.guard` applies the rest.
         supervisors: rotation managers of the system's ``semi_pd`` instances, by name.
+        plan: what the system consists of, and why, for ``GET /v1/plan``.
     """
     app = FastAPI(
         title="HBServe",
@@ -175,6 +178,14 @@ def create_app(
     async def stats() -> dict[str, Any]:
         """Return counts, instances and links; see `hbserve.scheduler.stats.SystemStats`."""
         return await client.stats(STATS_TIMEOUT_S)
+
+    @app.get("/v1/plan")
+    async def system_plan() -> dict[str, Any]:
+        """Return mode, instances and targets, why they were chosen, and what else was predicted."""
+        if plan is None:
+            raise HTTPException(404, "this server does not know what its system was planned for")
+        document: dict[str, Any] = msgspec.to_builtins(plan)
+        return document
 
     @app.post("/v1/instances/{instance_id}/role")
     async def set_role(instance_id: str, body: RoleRequest) -> dict[str, Any]:

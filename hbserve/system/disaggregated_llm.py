@@ -28,6 +28,7 @@ from hbserve.process.events import log_event
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+from hbserve.system.auto_plan import Plan, choose
 from hbserve.system.launcher import Launcher
 from hbserve.system.prompt_batch import Samplings, as_batch, generate_all
 from hbserve.tokenizer import ChatMessage, Tokenizer
@@ -46,7 +47,9 @@ class DisaggregatedLLM:
         text_in_processes: encode and decode text in separate processes, as servers do.
 
     Attributes:
-        config: what runs. A model that is given by name has its folder there from the first `start` on.
+        config: what runs. From the first `start` on, a model that is given by name has its folder there, and mode
+            ``auto`` has become the mode that it chose.
+        plan: what the system consists of, and why; None before the first `start`.
 
     Raises:
         ConfigError: naming the field that cannot be honoured.
@@ -56,6 +59,7 @@ class DisaggregatedLLM:
         self, config: PdDisaggConfig | Config, with_instances: bool = True, text_in_processes: bool = False
     ) -> None:
         self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
+        self.plan: Plan | None = None
         self._key = ClusterKey.of(self.config)
         self._launcher = Launcher(
             self.config, with_instances, self._on_scheduler_exit, self._on_dismissed, self.report_event
@@ -79,7 +83,10 @@ class DisaggregatedLLM:
             raise StartupError("already started")
         check_not_importing()
         self._given_up = None
-        self.config = self._launcher.config = await asyncio.to_thread(with_model_folder, self.config)
+        self.config = await asyncio.to_thread(with_model_folder, self.config)
+        if self.plan is None:
+            self.config, self.plan = await asyncio.to_thread(choose, self.config)
+        self._launcher.config = self.config
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)
         sampling_defaults = {} if self.config.model.generation_config == "none" else read_sampling_defaults(folder)

@@ -172,7 +172,7 @@ def site(short_path: Path) -> Iterator[Site]:
 
 def configuration(folder: Path, mode: str, ports: list[int | None] | None = None) -> dict[str, Any]:
     """Make a small system on the CPU; with ports its parts can be started separately."""
-    names = ["unified-0"] if mode == "unified" else ["prefill-0", "decode-0"]
+    names = ["prefill-0", "decode-0"] if mode == "disaggregated" else ["unified-0"]
     instances: list[dict[str, Any]] = [
         {"instance_id": name, "instance_type": name.split("-")[0], "num_threads": 1} for name in names
     ]
@@ -217,11 +217,15 @@ def unanswered_request(url: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "number"), [("disaggregated", signal.SIGTERM), ("unified", signal.SIGINT)], ids=["disagg", "unified"]
+    ("mode", "number"), [("disaggregated", signal.SIGTERM), ("auto", signal.SIGINT)], ids=["disagg", "auto"]
 )
 def test_whole_system(site: Site, model: tuple[Path, Any], mode: str, number: signal.Signals) -> None:
     system = site.start("start_pd_disagg.py", "--config", site.write(configuration(model[0], mode)), "--port", "0")
     ask_and_check(system.url(), model)
+    plan = httpx.get(f"{system.url()}/v1/plan", timeout=DEADLINE_S).json()
+    by = ("unified", "auto") if mode == "auto" else (mode, "configuration")
+    assert (plan["mode"], plan["chosen_by"]) == by
+    assert all(name.startswith(role) for name, role in plan["instances"].items())
     assert len(descendants(system.process.pid)) == (5 if mode == "disaggregated" else 4)
     assert site.leftovers(), "the private sockets are not where this test looks for them"
     system.end(number)

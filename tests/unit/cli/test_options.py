@@ -206,7 +206,7 @@ def test_short_names_replace_their_values() -> None:
         ("--memory-ratio 1.5", "--memory-ratio must be in (0, 1], got 1.5"),
         ("--port 70000", "--port must be in 0..65535, got 70000"),
         ("--server.port 70000", "--server.port must be in 0..65535, got 70000"),
-        ("--mode fast", "--mode: unknown value 'fast'; valid are: disaggregated, semi_pd, unified"),
+        ("--mode turbo", "--mode: unknown value 'turbo'; valid are: auto, disaggregated, semi_pd, unified"),
         ("--semi_pd.ladder.decode [100,101]", "--semi_pd.ladder.decode: semi_pd.ladder.decode[1]: must be in 1..100"),
         ("--semi_pd.slo {'ttft_target_ms':5}", "--semi_pd.slo: Object missing required field tpot_target_ms"),
         (
@@ -216,6 +216,7 @@ def test_short_names_replace_their_values() -> None:
         ("--model.path other", "MODEL and --model.path are the same"),
         ("--ttft-ms 1 --scheduler.ttft_ms 1", "--ttft-ms and --scheduler.ttft_ms are the same"),
         ("--ttft-ms -1", "--ttft-ms must be positive and finite, got -1.0"),
+        ("--no-targets --tpot-ms 5", "--no-targets: a target is given"),
         ("--gpus 0,1,2 --tp-size 2", "--gpus: an instance has 2 GPUs (model.tensor_parallel_size); 0,1,2 do not"),
         ("--gpus 0,2 --tp-size 2", "--gpus: the GPUs of an instance follow each other, 0,2 do not"),
         ("--gpus 0 --mode disaggregated", "--gpus: mode disaggregated needs GPUs for prefill and for decode"),
@@ -312,6 +313,8 @@ def test_targets_order_the_prompts_and_move_the_split() -> None:
     assert (config.semi_pd.slo.ttft_target_ms, config.semi_pd.slo.tpot_target_ms) == (400, 40)
     config = effective("model", "--ttft-ms", "400", "--mode", "semi_pd", "--scheduler.policy", "fcfs").config
     assert (config.scheduler.ttft_ms, config.scheduler.policy, config.semi_pd.slo) == (400, "fcfs", None)
+    assert config.scheduler.targets_by_default
+    assert not effective("model", "--no-targets").config.scheduler.targets_by_default
     config = effective("model", *SLO, "--ttft-ms", "400", "--mode", "semi_pd").config
     assert config.semi_pd.slo is not None
     assert (config.semi_pd.slo.ttft_target_ms, config.semi_pd.slo.tpot_target_ms) == (400, 1)
@@ -332,6 +335,7 @@ def test_targets_order_the_prompts_and_move_the_split() -> None:
 )
 def test_gpus_make_the_instances(words: str, instances: list[str]) -> None:
     config = effective("model", *words.split()).config
+    assert config.mode == (words.split()[-1] if "--mode" in words else "auto")
     assert [f"{i.instance_id} {i.instance_type} {i.gpu_id}" for i in config.gpu_instances] == instances
 
 

@@ -113,7 +113,7 @@ TWO = (
         (MODEL + "semi_pd:\n  ladder:\n    decode:\n      - 100\n      - 101\n", 7, "[1]: must be in 1..100, got 101"),
         (MODEL + "semi_pd: {ladder: {unified: [50, 100]}}\n", 3, "unified: must be one percentage"),
         (MODEL + "semi_pd: {slo: {ttft_target_ms: .nan, tpot_target_ms: 1}}\n", 3, "ttft_target_ms: must be positive"),
-        (MODEL + "mode: fast\n", 3, "mode: unknown value 'fast'; valid are: disaggregated, semi_pd, unified"),
+        (MODEL + "mode: turbo\n", 3, "mode: unknown value 'turbo'; valid are: auto, disaggregated, semi_pd, unified"),
         (
             MODEL + "performance:\n  placement: fcsf\n",
             4,
@@ -248,8 +248,9 @@ def test_the_mode_follows_from_the_types_of_the_instances(tmp_path: Path, types:
     assert load(write(tmp_path, MODEL + "mode:\n" + INSTANCES % types)).mode == mode
     instances = [{"instance_id": name, "instance_type": kind} for name, kind in zip("ab", types, strict=True)]
     assert PdDisaggConfig(str(tmp_path), gpu_instances=instances).freeze().mode == mode
-    assert load(write(tmp_path, MODEL)).mode == "unified"
-    assert load(write(tmp_path, MODEL + "gpu_instances: []\n")).mode == "unified"
+    assert load(write(tmp_path, MODEL + "mode: auto\n" + INSTANCES % types)).mode == {"unified": "auto"}.get(mode, mode)
+    assert load(write(tmp_path, MODEL)).mode == "auto"
+    assert load(write(tmp_path, MODEL + "gpu_instances: []\n")).mode == "auto"
     assert PdDisaggConfig(str(tmp_path)).freeze().mode == "disaggregated"
 
 

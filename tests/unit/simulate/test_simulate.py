@@ -100,6 +100,15 @@ def test_kv_arrives_at_the_decode_gpu_after_the_prompt() -> None:
     assert request.tpot_ms < 1.1 * decode_ms(2048 + 6, 100)
 
 
+def test_a_default_target_grows_with_the_prompt() -> None:
+    config = make_config([InstanceRole.UNIFIED], SIZES)
+    targets = msgspec.structs.replace(config.scheduler, ttft_ms=50.0, ttft_ms_per_1k_tokens=100.0)
+    for scheduler, expected in ((config.scheduler, [None, None]), (targets, [70.0, 250.0])):
+        system = SimulatedSystem(msgspec.structs.replace(config, scheduler=scheduler), STEPS, SIZES.num_blocks)
+        system.serve([SimulatedRequest(0.0, 200, 1), SimulatedRequest(1.0, 2000, 1)])
+        assert [request.ttft_target_ms for request in system.core.metrics.collector.history] == expected
+
+
 @pytest.mark.parametrize("placement", ["least_loaded", "prefix_aware"])
 def test_alike_gpus_share_a_light_load(placement: Literal["least_loaded", "prefix_aware"]) -> None:
     config = make_config([InstanceRole.UNIFIED] * 4, SIZES)

@@ -1,0 +1,45 @@
+"""Orders and report of the process that predicts what the candidates of mode ``auto`` would serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbserve.messages.base import Value
+
+
+class PredictionOrders(Value, frozen=True):
+    """Orders of that process, its first line.
+
+    Attributes:
+        profile: a `StepProfile` as plain data.
+        candidates: systems, by the simulator's names.
+        requests_per_gpu: of each load, on each GPU that is simulated.
+        ttft_ms, ttft_ms_per_1k_tokens: TTFT target of a request, by the length of its prompt; ``tpot_ms``: its TPOT
+            target.
+    """
+
+    profile: dict[str, Any]
+    candidates: list[str]
+    requests_per_gpu: int
+    ttft_ms: float
+    ttft_ms_per_1k_tokens: float
+    tpot_ms: float
+    max_num_seqs: int
+
+
+class CandidatePrediction(Value, frozen=True):
+    """Prediction for one system.
+
+    Attributes:
+        attainment: share of the requests of each load within both targets.
+        bound: share that no schedule on these GPUs exceeds.
+    """
+
+    system: str
+    attainment: dict[str, float]
+    bound: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean attainment over the loads."""
+        return sum(self.attainment.values()) / len(self.attainment)
