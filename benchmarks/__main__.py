@@ -16,6 +16,7 @@ from hbserve.bench.arguments import run_command
 _EXPERIMENTS = {
     "front": "what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing",
     "isolation": "what large, slow and malformed requests of one client do to the streams of others",
+    "auto": "mode auto on a simulated GPU beside hand-tuned workers, static splits and the bound",
     "compare": "the highest rates of several systems, beside the simulator's",
     "scheduler": "what the scheduler's core costs: CPU time of a step, by the size of the batch",
     "scheduler_kills": "the scheduler is killed under load: are the answers right, and how long is the pause",

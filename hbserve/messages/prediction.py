@@ -13,14 +13,14 @@ class PredictionOrders(Value, frozen=True):
     Attributes:
         profile: a `StepProfile` as plain data.
         candidates: systems, by the simulator's names.
-        requests_per_gpu: of each load, on each GPU that is simulated.
+        num_requests: of each load.
         ttft_ms, ttft_ms_per_1k_tokens: TTFT target of a request, by the length of its prompt; ``tpot_ms``: its TPOT
             target.
     """
 
     profile: dict[str, Any]
     candidates: list[str]
-    requests_per_gpu: int
+    num_requests: int
     ttft_ms: float
     ttft_ms_per_1k_tokens: float
     tpot_ms: float

@@ -43,7 +43,7 @@ def _predict(system: System, orders: PredictionOrders, steps: StepTimePredictor)
         sizes = Sizes(scheduler=SchedulerConfig(policy="slo_aware"), max_num_seqs=orders.max_num_seqs)
         setting = Setting(steps, steps, sizes, RequestTargets(ttft_ms=ttft_ms, tpot_ms=orders.tpot_ms))
         rate = _UTILISATION * num_gpus / _request_s(load, steps)
-        outcome = simulate(unit, setting, standard_load(load, rate, orders.requests_per_gpu * num_gpus, seed=1))
+        outcome = simulate(unit, setting, standard_load(load, rate, orders.num_requests, seed=1))
         attainment[load], bound[load] = round(outcome.attainment, 4), round(outcome.bound, 4)
     return CandidatePrediction(system=system.name, attainment=attainment, bound=bound)
 
@@ -72,7 +72,7 @@ def _request_s(load: str, steps: StepTimePredictor) -> float:
 
 def main() -> None:
     """Entry of the process: read the orders, report the predictions, end."""
-    orders = msgspec.convert(child.read_orders(), PredictionOrders)
+    orders = msgspec.convert(child.read_orders()["orders"], PredictionOrders)
     child.set_process_title("hbserve-auto-plan")
     child.report_status({"predictions": msgspec.to_builtins(predict(orders))})
 

@@ -43,7 +43,7 @@ PREDICTION_ERRORS = {"unified": 0.027, "slo": 0.019, "disaggregated": 0.414}
 _CHANCE = 0.03
 """Difference of two systems' attainments that the requests of the simulated loads cannot tell from chance."""
 _PREDICTION_TIMEOUT_S = 30.0
-_REQUESTS_PER_GPU = 80
+_NUM_REQUESTS = 100
 _LONE_PROMPT_TOKENS = 8192
 _LONE_CONTEXT = 1024
 _CONTROLLER = "slo@80-100+mixed"
@@ -209,7 +209,7 @@ def _orders(config: Config, found: FoundProfile, targets: Targets, candidates: l
     return PredictionOrders(
         profile=msgspec.to_builtins(found.profile),
         candidates=candidates,
-        requests_per_gpu=_REQUESTS_PER_GPU,
+        num_requests=_NUM_REQUESTS,
         ttft_ms=(targets if has_ttft else machine).ttft_ms or 0.0,
         ttft_ms_per_1k_tokens=(targets if has_ttft else machine).ttft_ms_per_1k_tokens,
         tpot_ms=targets.tpot_ms or machine.tpot_ms or 0.0,
@@ -223,7 +223,7 @@ def _predict_in_child(orders: PredictionOrders) -> list[CandidatePrediction]:
     process = ChildProcess(
         "auto-plan",
         "hbserve.simulate.prediction",
-        msgspec.to_builtins(orders),
+        {"orders": msgspec.to_builtins(orders)},
         on_status=reports.put,
         on_exit=lambda code: reports.put({"exit": code}),
     )
@@ -320,5 +320,5 @@ def _row(prediction: CandidatePrediction) -> dict[str, Any]:
         "mean": round(prediction.mean, 4),
         "attainment": prediction.attainment,
         "bound": prediction.bound,
-        "error": _error_of(prediction.system),
+        "error": round(_error_of(prediction.system), 4),
     }

@@ -154,6 +154,14 @@ def test_configured_modes_and_targets_stay(gpus: Callable[..., None]) -> None:
     assert choose(in_python, Predictions())[0].scheduler.tpot_ms is not None
 
 
+def test_a_child_process_predicts(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbserve.system.auto_plan._NUM_REQUESTS", 4)
+    gpus(0)
+    _, plan = choose(config())
+    assert {row["system"] for row in plan.predictions} == {"unified", "slo@80-100+mixed"}
+    assert all(set(row["attainment"]) == set(row["bound"]) == set(LOADS) for row in plan.predictions)
+
+
 def test_without_predictions_the_first_candidate_is_taken(gpus: Callable[..., None]) -> None:
     gpus(0, 0)
     chosen, plan = choose(config(), lambda _: [])
@@ -192,7 +200,7 @@ def test_the_simulator_predicts_what_candidates_serve() -> None:
     orders = PredictionOrders(
         profile=msgspec.to_builtins(load_profile(None)),
         candidates=["unified"],
-        requests_per_gpu=25,
+        num_requests=25,
         ttft_ms=90.0,
         ttft_ms_per_1k_tokens=220.0,
         tpot_ms=43.0,
