@@ -1,11 +1,12 @@
 """``python -m benchmarks isolation``: what one client's request does to the streams of others.
 
-A well-behaved client streams from the front over an engine that costs nothing, one token per step. Beside it one attack
-after the other runs: large, slow or malformed requests. Before each attack the client streams alone for a second. The
-columns of the table:
+A well-behaved client streams from the front over an engine that costs nothing, one token per step. Another one sends
+short chats, one after the other. Beside them one attack after the other runs: large, slow or malformed requests. Before
+each attack the two clients are alone for a second. The columns of the table:
 
     alone    longest time between two chunks while there was no attack, ms: the noise of the machine
     beside   the same during the attack
+    chat     longest time until a short chat was answered, with one token, alone and beside the attack, ms
     busy     most processor time that one process on the stream's way used between two chunks, ms, and its name
 
 A machine that has other work makes ``alone`` and ``beside`` longer, but not ``busy``: it shows a process that computes
@@ -65,12 +66,14 @@ class Found(NamedTuple):
         status: its answer.
         seconds: until then.
         gaps: of the other client's streams.
+        chat_s: longest time until a short chat was answered.
         cpu_s: processor time of each process during the attack.
     """
 
     status: str
     seconds: float
     gaps: Gaps
+    chat_s: float
     cpu_s: Mapping[str, float]
 
 
@@ -104,9 +107,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_new_file("--json", arguments.json)
     chosen = {name: one for name, one in attacks(arguments.scale).items() if (arguments.only or "") in name}
     found: dict[str, Any] = {}
-    print(
-        f"{'attack':44} {'status':>8} {'seconds':>8} {'alone, ms':>10} {'beside, ms':>10} {'busy, ms':>9}", flush=True
-    )
+    heads = ["attack".ljust(44), "status", "seconds", "alone, ms", "beside, ms", "chat alone", "beside, ms", "busy, ms"]
+    print("{} {:>8} {:>8} {:>10} {:>10} {:>10} {:>10} {:>9}".format(*heads), flush=True)
     with (
         model_with_template(arguments.model) as folder,
         front(folder, STEP_S, arguments.num_tokenizers, MAX_NUM_SEQS) as (port, pids),
@@ -115,18 +117,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         clocks = Clocks({name: pid for name, pid in pids.items() if name in _ON_THE_WAY})
         for name, make in chosen.items():
             attack = make()  # before the streams, which the same event loop reads
-            _, alone = event_loop.run(stream(port, clocks))
+            alone, chat_alone_s = event_loop.run(undisturbed(port, clocks))
             one = event_loop.run(disturb(port, attack, expected, clocks))
             found[name] = {
                 "status": one.status,
                 "seconds": round(one.seconds, 2),
                 "alone_ms": round(alone.longest_s * 1000),
                 "beside_ms": round(one.gaps.longest_s * 1000),
+                "chat_alone_ms": round(chat_alone_s * 1000),
+                "chat_beside_ms": round(one.chat_s * 1000),
                 "busy_ms": round(one.gaps.busy[0] * 1000),
                 "busy": one.gaps.busy[1],
                 "cpu_s": {name: round(seconds, 2) for name, seconds in one.cpu_s.items()},
             }
-            line = "{status:>8} {seconds:8.2f} {alone_ms:10} {beside_ms:10} {busy_ms:9} {busy}".format(**found[name])
+            form = "{status:>8} {seconds:8.2f} {alone_ms:10} {beside_ms:10} {chat_alone_ms:10} {chat_beside_ms:10} "
+            line = (form + "{busy_ms:9} {busy}").format(**found[name])
             print(f"{name:44} {line}", flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -146,6 +151,13 @@ def model_with_template(model: str) -> Iterator[str]:
         yield folder
 
 
+async def undisturbed(port: int, clocks: Clocks) -> tuple[Gaps, float]:
+    """Stream while nothing else but short chats runs; return the gaps, and the longest time of a chat."""
+    streaming = asyncio.create_task(stream(port, clocks))
+    chat_s = await _chats_until(port, streaming)
+    return (await streaming)[1], chat_s
+
+
 async def disturb(port: int, attack: Attack, expected: str, clocks: Clocks) -> Found:
     """Run an attack beside a client that streams ``expected``, again and again.
 
@@ -155,13 +167,14 @@ async def disturb(port: int, attack: Attack, expected: str, clocks: Clocks) -> F
     is_streaming = asyncio.Event()
     began, before = time.monotonic(), clocks.read()
     attacking = asyncio.create_task(_attack(port, attack, is_streaming))
+    chatting = asyncio.create_task(_chats_until(port, attacking))
     all_gaps = Gaps()
     while not attacking.done():
         text, gaps = await stream(port, clocks, is_streaming.set)
         assert text == expected, f"the other client's text is {text!r}, not {expected!r}"
         all_gaps = all_gaps.joined(gaps)
     status, ended = attacking.result()
-    return Found(status, ended - began, all_gaps, clocks.since(before))
+    return Found(status, ended - began, all_gaps, await chatting, clocks.since(before))
 
 
 async def stream(port: int, clocks: Clocks, on_token: Callable[[], object] = lambda: None) -> tuple[str, Gaps]:
@@ -181,6 +194,23 @@ async def stream(port: int, clocks: Clocks, on_token: Callable[[], object] = lam
         on_token()
     writer.close()
     return text, gaps
+
+
+async def _chats_until(port: int, other: asyncio.Task[Any]) -> float:
+    """Send short chats, one after the other, until another task is done; return the longest time of one."""
+    longest_s = 0.0
+    body = {"model": "bench", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    content = json.dumps(body).encode()
+    while not other.done():
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(_head("/v1/chat/completions", content) + content)
+        answer = await reader.read()
+        writer.close()
+        assert b" 200 " in answer[:20], answer
+        longest_s = max(longest_s, time.monotonic() - began)
+        await asyncio.sleep(0.05)
+    return longest_s
 
 
 async def _attack(port: int, attack: Attack, is_streaming: asyncio.Event) -> tuple[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import msgspec
 
 from hbserve.errors import InvalidRequestError
+from hbserve.hints import shown
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -160,7 +161,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _require(self, holds: bool, param: str, rule: str) -> None:
         if not holds:  # NaN fails every comparison above, so it is refused as well
-            raise InvalidRequestError(f"{param} {rule}, got {getattr(self, param)!r}", param)
+            raise InvalidRequestError(f"{param} {rule}, got {shown(getattr(self, param))}", param)
 
     @property
     def stop_strings(self) -> list[str]:

@@ -43,7 +43,7 @@ from hbserve.messages.client import (
 )
 from hbserve.messages.supervisor import EventKind, ReportEvent
 from hbserve.process import event_loop
-from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES
+from hbserve.rpc.async_socket import MAX_REQUEST_BYTES
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcClient
 
@@ -173,8 +173,8 @@ class EngineClient:
         if request.request_id in self._requests:
             raise errors.InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
         encoded = self._encoder.encode(request)
-        if len(encoded) > MAX_MESSAGE_BYTES:  # the scheduler's socket would close the connection
-            what = f"the request has {len(encoded)} bytes; the scheduler takes at most {MAX_MESSAGE_BYTES}"
+        if len(encoded) > MAX_REQUEST_BYTES:  # the scheduler's socket would close the connection
+            what = f"the request has {len(encoded)} bytes; the scheduler takes at most {MAX_REQUEST_BYTES}"
             raise errors.InvalidRequestError(what, "prompt")
         new = OpenRequest(request, sink, time.monotonic())
         self._requests.add(new)

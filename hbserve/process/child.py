@@ -185,6 +185,15 @@ def watch_signals(on_signal: Callable[[], object], on_hangup: Callable[[], objec
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
+def raise_descriptor_limit() -> None:
+    """Let this process, and its later children, have as many file descriptors as they may ask for.
+
+    The usual soft limit, 1024, is for programs that use ``select``; each connection needs a descriptor.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def limit_memory(num_bytes: int) -> None:
     """Bound what this process allocates besides what it has now.
 

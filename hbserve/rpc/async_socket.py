@@ -16,7 +16,11 @@ from typing import cast
 import zmq
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-"""Limit of one frame that a listening socket receives. ZeroMQ applies it to every connection, also before its login."""
+"""Limit of one frame between scheduler and instances. ZeroMQ applies it to every connection, also before its login."""
+
+MAX_REQUEST_BYTES = 16 * 2**20
+"""The same for what clients send to the scheduler, and the size of what it decodes in one piece. A request of a million
+tokens takes 5 MB."""
 
 LOGIN_TIMEOUT_MS = 5000
 """Time for a connection to log in; ZeroMQ then closes it."""

@@ -19,6 +19,7 @@ OnDropped = Callable[[str, str], object]
 logger = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 10.0
+_MAX_REASON_CHARACTERS = 300
 
 
 class Inbox(Generic[T]):
@@ -51,7 +52,7 @@ class Inbox(Generic[T]):
                 try:
                     return (frames[0] if self._num_frames > 1 else b""), self._decoder.decode(frames[-1])
                 except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as error:
-                    self._on_dropped(str(error) or type(error).__name__)
+                    self._on_dropped(str(error)[:_MAX_REASON_CHARACTERS] or type(error).__name__)
             else:
                 self._on_dropped("a wrong number of frames")
             await asyncio.sleep(0)  # a flood of such messages must not block the loop's other work

@@ -65,8 +65,10 @@ def _private_socket(key: str, name: str, run_dir: str | None) -> str:
     return f"ipc://{path}"
 
 
-def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None) -> Doorkeeper | None:
-    """Bind a listener; over TCP it accepts only holders of ``key``, and no message over `MAX_MESSAGE_BYTES`.
+def bind(
+    listener: AsyncSocket, address: str, what: str, key: ClusterKey | None, max_bytes: int = MAX_MESSAGE_BYTES
+) -> Doorkeeper | None:
+    """Bind a listener; over TCP it accepts only holders of ``key``, and no frame over ``max_bytes``.
 
     Returns:
         Authenticator to be closed after the socket; None without TCP or key.
@@ -74,7 +76,7 @@ def bind(listener: AsyncSocket, address: str, what: str, key: ClusterKey | None)
     Raises:
         StartupError: naming the listening part (``what``) and the address.
     """
-    listener.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    listener.socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     listener.socket.setsockopt(zmq.HANDSHAKE_IVL, LOGIN_TIMEOUT_MS)
     doorkeeper = key.for_binding(listener.socket, address) if key is not None else None
     try:
@@ -139,6 +141,7 @@ class RpcClient(Generic[T]):
         self._inbox: Inbox[T] = Inbox(
             self._socket, self._receives, self.address, lambda *dropped: self.on_dropped(*dropped)
         )
+        self._socket.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         if self._key is not None:

@@ -22,7 +22,7 @@ from hbserve.messages.client import ClientMessage, SchedulerReply
 from hbserve.messages.supervisor import ReportEvent
 from hbserve.messages.worker import InstanceReply
 from hbserve.metrics.tracing import RequestTracer
-from hbserve.rpc.async_socket import AsyncSocket
+from hbserve.rpc.async_socket import MAX_REQUEST_BYTES, AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.inbox import Inbox
 from hbserve.rpc.instance_line import RpcClient, bind
@@ -66,7 +66,7 @@ class SchedulerShell:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._clients = AsyncSocket(self._context.socket(zmq.ROUTER))
         self._clients.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left raises an error
-        self._doorkeeper = bind(self._clients, client_address, "the scheduler", self._key)
+        self._doorkeeper = bind(self._clients, client_address, "the scheduler", self._key, MAX_REQUEST_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
         endpoint = config.telemetry.otlp_endpoint
         self._tracer = None if endpoint is None else RequestTracer(endpoint, time.monotonic)

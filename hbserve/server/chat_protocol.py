@@ -105,7 +105,8 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
         if self.offers_tools and tool_format is None:
             raise InvalidRequestError(
                 "the model's chat template has no tool calls, or has them in a form that this server does not know; "
-                "it knows those of Hermes and Qwen, Llama 3, and Mistral",
+                "it knows those of Hermes and Qwen, Llama 3, and Mistral, "
+                "not those of DeepSeek, gpt-oss, Qwen3-Coder and GLM",
                 "tools",
             )
         if forced and tool_format is not None:

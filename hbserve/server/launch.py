@@ -45,6 +45,7 @@ def serve_system(config: Config, with_instances: bool, read_again: Callable[[], 
     """
     config = with_model_folder(config)
     child.set_process_title("hbserve-api")
+    child.raise_descriptor_limit()
     child.configure_logging(config.logging, "api")
     leave_out_torch()
     return event_loop.run(_serve(config, with_instances, read_again or (lambda: config)))

@@ -21,7 +21,7 @@ from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.process import log_format
-from hbserve.server import create_app, serve
+from hbserve.server import create_app, received_body, serve
 from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
@@ -368,3 +368,39 @@ def test_origins_are_checked_in_the_configuration() -> None:
     for origin in ("https://page.example/", "page.example", "https://", "https://a b"):
         with pytest.raises(ConfigError, match=r"server\.cors_origins"):
             from_dict(document | {"server": {"cors_origins": [origin]}})
+
+
+async def test_bodies_that_stall_or_drip_end_with_408_and_others_are_served(
+    client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has no byte after its first; the other gets a byte again and again."""
+    monkeypatch.setattr(received_body, "PART_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(received_body, "TIMEOUT_S", 0.8)
+
+    async def slow(port: int, drips: bool) -> tuple[bytes, str]:
+        reader, writer = await asyncio.open_connection("localhost", port)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+        )
+        writer.write(head.encode() + b"{")
+        head_of_answer = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+        while drips and not head_of_answer.done():
+            writer.write(b" ")
+            await asyncio.wait({head_of_answer}, timeout=0.05)
+        lines = (await head_of_answer).lower().split(b"\r\n")
+        length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
+        body = json.loads(await reader.readexactly(length))
+        writer.close()
+        return lines[0], body["error"]["message"]
+
+    async with guarded(client, tokenizer, gate=FairGate(max_open=1)) as server, asyncio.timeout(DEADLINE_S):
+        port = server.http.base_url.port
+        assert port is not None
+        attacks = [asyncio.create_task(slow(port, drips)) for drips in (False, True)]
+        num_served = 0
+        while not all(attack.done() for attack in attacks):
+            assert (await server.http.post("/v1/completions", json=BODY)).status_code == 200
+            num_served += 1
+        assert num_served > 2
+        assert await attacks[0] == (b"http/1.1 408 request timeout", "no part of the body arrived within 0.4 s")
+        assert await attacks[1] == (b"http/1.1 408 request timeout", "the body did not arrive within 0.8 s")

@@ -22,7 +22,7 @@ from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import SetWorkers, WorkerSpec
 from hbserve.messages.transfer import OpenLink, Peer
 from hbserve.messages.worker import PlanRow, StepLost, StepPlan, StepRef
-from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES
+from hbserve.rpc.async_socket import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
@@ -131,6 +131,22 @@ def raw_streams(chance: random.Random) -> Iterator[bytes]:
     yield from (chance.randbytes(200) for _ in range(30))
 
 
+def is_closed(port: int, size: int, with_key: bool = False) -> bool:
+    """Announce a frame and send its beginning; return whether the listener closes the connection."""
+    mechanism = b"CURVE" if with_key else b"NULL"
+    greeting = b"\xff" + b"\x00" * 8 + b"\x7f\x03\x00" + mechanism.ljust(20, b"\x00") + b"\x00" * 32
+    ready = b"" if with_key else b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+    frame = b"\x06" if with_key else b"\x02"
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as raw:
+        raw.sendall(greeting + ready + frame + size.to_bytes(8, "big") + b"x" * 1000)
+        try:
+            while raw.recv(4096):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+
 @pytest.fixture
 async def system(tmp_path: Path) -> AsyncIterator[tuple[DisaggregatedLLM, Any, list[int]]]:
     model = save_model(tmp_path / "model", "qwen3")
@@ -177,6 +193,7 @@ async def test_no_message_ends_the_scheduler_or_an_instance(system: Any) -> None
                 with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as raw:
                     raw.sendall(stream)
             await ask()
+        assert await asyncio.to_thread(is_closed, ports[0], MAX_REQUEST_BYTES + 1)
     finally:
         context.destroy(linger=0)
     await ask()
@@ -192,23 +209,7 @@ async def test_a_message_over_the_limit_closes_its_connection(with_key: bool) ->
     port = free_ports(1)[0]
     server = RpcServer(f"tcp://127.0.0.1:{port}", ClusterKey.generate() if with_key else None)
     receiving = asyncio.create_task(server.receive())
-    mechanism = b"CURVE" if with_key else b"NULL"
-    greeting = b"\xff" + b"\x00" * 8 + b"\x7f\x03\x00" + mechanism.ljust(20, b"\x00") + b"\x00" * 32
-    ready = b"" if with_key else b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-    frame = b"\x06" if with_key else b"\x02"
-
-    def is_closed(size: int) -> bool:
-        """Announce a frame and send its beginning; return whether the listener closes the connection."""
-        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as raw:
-            raw.sendall(greeting + ready + frame + size.to_bytes(8, "big") + b"x" * 1000)
-            try:
-                while raw.recv(4096):
-                    pass
-            except ConnectionError:
-                pass
-            return True
-
-    assert await asyncio.to_thread(is_closed, MAX_MESSAGE_BYTES + 1)
+    assert await asyncio.to_thread(is_closed, port, MAX_MESSAGE_BYTES + 1, with_key)
     assert not receiving.done()
     receiving.cancel()
     await asyncio.gather(receiving, return_exceptions=True)

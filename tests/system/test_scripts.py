@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -256,7 +257,10 @@ def test_the_loss_of_the_scheduler_ends_the_whole_with_an_exit_code(site: Site, 
     assert site.leftovers() == []
 
 
-def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: tuple[Path, Any]) -> None:
+def test_a_hangup_reads_keys_anew_and_the_loss_of_all_instances_is_an_exit_code(
+    site: Site, model: tuple[Path, Any]
+) -> None:
+    """One system for both; it also raises its limit of file descriptors."""
     keys, cert, key = (site.files / name for name in ("keys", "cert.pem", "key.pem"))
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
 
@@ -280,9 +284,16 @@ def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: 
     first = rotate(1)
     document = configuration(model[0], "unified")
     files = {"api_keys_file": str(keys), "tls_cert_file": str(cert), "tls_key_file": str(key)}
+    document["rpc"] = {"max_restarts": 0}
     config = site.write(document | {"server": files})
-    system = site.start("start_pd_disagg.py", "--config", config, "--port", "0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        system = site.start("serve", "--config", config, "--port", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     url = httpx.URL(system.url())
+    assert resource.prlimit(system.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     assert served() == (first, [200, 401])
     second = rotate(2)
     site.write(document | {"server": files, "logging": {"level": "DEBUG"}})
@@ -298,9 +309,15 @@ def test_a_hangup_reads_keys_certificates_and_log_level_anew(site: Site, model: 
     os.kill(system.process.pid, signal.SIGHUP)
     poll(lambda: "reload_failed: the API server: SIGHUP changes nothing" in system.errors, lambda: system.errors)
     assert served() == (second, [401, 200])
-    for pid in descendants(system.process.pid):  # as when a terminal closes
+    pids = descendants(system.process.pid)
+    for pid in pids:  # as when a terminal closes
         os.kill(pid, signal.SIGHUP)
-    system.end()
+    assert served() == (second, [401, 200])
+    [instance] = [pid for pid in pids if "hbserve-unified-0" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(instance, signal.SIGKILL)  # the only one, and it may not be started again
+    assert system.wait() == 1
+    assert "given_up: " in system.errors
+    assert not any(map(is_running, pids))
 
 
 def test_a_signal_during_the_start_ends_the_system(site: Site, model: tuple[Path, Any]) -> None:
