@@ -50,10 +50,10 @@ logger = logging.getLogger(__name__)
 _MODULE = "hbserve.grammar_process.worker"
 MAX_WORK_CPU_S = 5.0
 """Processor time of the process during one mask, or one check of a grammar."""
-MAX_WORK_S = 60.0
-"""Time for the same on a busy machine, or if the process does not compute at all."""
+MAX_WORK_S = 30.0
+"""Time for the same on a busy machine, or if the process does not compute at all; also until it begins some work."""
 _MAX_START_S = 120.0
-"""Time in which a process must begin its first work."""
+"""Time until a new process begins its first work."""
 _LOOK_S = 1.0
 _MAX_FAILED_STARTS = 3
 _TOO_COSTLY = "the grammar is too complex: its process took too much time or memory; make it smaller"
@@ -171,7 +171,8 @@ class GrammarProcess:
         self._line: socket.socket | None = None  # None: there is no process that could take commands
         self._unsent = bytearray()
         self._input = bytearray()
-        self._last_heard = 0.0
+        self._idle_until = 0.0  # when the process was last seen without work, or at work
+        self._is_new = True  # the process has not begun anything yet
         self._num_failed_starts = 0
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -268,7 +269,8 @@ class GrammarProcess:
             self._unsent.clear()
             self._input.clear()
             self._begun.clear()
-            self._last_heard = time.monotonic()
+            self._idle_until = time.monotonic()
+            self._is_new = True
             if self._is_closed:
                 process.kill()
             for work in self._work.values():
@@ -304,8 +306,9 @@ class GrammarProcess:
                     for number, (since, cpu_s_then) in self._begun.items()
                     if now - since > MAX_WORK_S or cpu_s - cpu_s_then > MAX_WORK_CPU_S
                 ]
-                is_waited_for = not self._begun and any(work.is_open for work in self._work.values())
-                if late or (is_waited_for and now - self._last_heard > _MAX_START_S):
+                if self._begun or not any(work.is_open for work in self._work.values()):
+                    self._idle_until = now
+                if late or now - self._idle_until > (_MAX_START_S if self._is_new else MAX_WORK_S):
                     return late
 
     def _cpu_s(self) -> float:
@@ -317,7 +320,8 @@ class GrammarProcess:
             return 0.0
 
     def _take(self, data: bytes) -> None:
-        self._last_heard = time.monotonic()
+        self._idle_until = time.monotonic()
+        self._is_new = False
         self._input += data
         while len(self._input) >= LENGTH_BYTES:
             end = LENGTH_BYTES + int.from_bytes(self._input[:LENGTH_BYTES], "little")

@@ -144,6 +144,19 @@ def test_a_process_that_was_killed_costs_no_request_and_the_last_ends_with_its_o
     until(lambda: not current.is_alive())
 
 
+def test_a_process_that_was_idle_is_not_late(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "MAX_WORK_S", 0.3)
+    monkeypatch.setattr(parent, "_LOOK_S", 0.05)
+    table = GrammarTable(4, 400, folder)
+    table.install(state(0, QUICK, [2]))
+    until(lambda: has_mask(table, 0))
+    process = table._process._child
+    time.sleep(0.5)
+    table.install(state(1, QUICK + " ", [2]))
+    until(lambda: has_mask(table, 1))
+    assert table._process._child is process
+
+
 def test_a_process_that_cannot_start_fails_what_waits_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parent, "_MODULE", "tests.support.no_such_module")
     monkeypatch.setattr(parent, "_MAX_FAILED_STARTS", 1)
