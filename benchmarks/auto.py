@@ -17,22 +17,28 @@ from pathlib import Path
 import msgspec
 
 from hbserve.bench.arguments import check_new_file
-from hbserve.bench.request_record import RequestTargets
+from hbserve.bench.request_record import RequestTargets, percentile
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import TraceEntry, load_trace
-from hbserve.config import SchedulerConfig
+from hbserve.config import InstanceRole, SchedulerConfig
 from hbserve.policy.profile_file import load_profile, profiled_predictor
-from hbserve.simulate.config import Sizes
+from hbserve.policy.profile_store import FoundProfile
+from hbserve.simulate.config import Sizes, make_config
 from hbserve.simulate.requests import SimulatedRequest, requests_of
 from hbserve.simulate.standard_loads import standard_load
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, simulate
+from hbserve.simulate.world import SimulatedSystem
+from hbserve.system.auto_plan import machine_targets
 
 AUTO = "unified"
 """What mode ``auto`` starts on one GPU."""
 TUNED = ("unified@512", "unified@1024", "unified@2048")
 SPLITS = ("semi_pd@100-100", "semi_pd@80-100")
-FIRST_COME = "unified@2048"
+_FIRST_COME_CHUNK = 2048
+FIRST_COME = f"unified@{_FIRST_COME_CHUNK}"
 """First come, first served, in chunks of 2048 tokens."""
+DEFAULT_RATES = {"chat": (10.0, 18.0, 22.0), "code": (4.0, 8.0, 12.0), "agents": (1.5, 2.5, 3.5)}
+"""Rates of the standard loads for the comparison without given targets."""
 _KV_TOKENS = 560_000
 _MAX_INPUT_LEN = 32_768
 _HEADER = (
@@ -78,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--azure", type=Path, metavar="FILE", help="Azure's conversation trace (.csv)")
     parser.add_argument("--mooncake", type=Path, metavar="FILE", help="Mooncake's conversation trace (.jsonl)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times (default: built in, 8B on an H200)")
+    parser.add_argument(
+        "--defaults", action="store_true", help="no targets given: latencies with the machine's, beside first come"
+    )
     parser.add_argument("--short", action="store_true", help="the first part of each load only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes to this file")
 
@@ -85,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Simulate, print a table with the means, and write the file."""
     check_new_file("--json", arguments.json)
+    if arguments.defaults:
+        _compare_defaults(arguments.profile)
+        return
     rows = []
     print(_HEADER, flush=True)
     for part in _parts(arguments):
@@ -114,7 +126,7 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
                 break
     for name, rates, seconds, targets in (
         ("code", (6.0, 9.0), 100.0, code),
-        ("agents", (2.8, 3.4), 120.0, agents),
+        ("agents", (3.4, 4.2), 120.0, agents),
     ):
         for seed, rate in ((seed, rate) for seed in (1, 2) for rate in rates):
             yield Part(f"{name} {seed}", rate, targets, _drawn(name, rate, round(rate * seconds), seed))
@@ -148,6 +160,34 @@ def _row(part: Part, profile: Path | None) -> Row:
     outcomes["fcfs"] = simulate(System.parse(FIRST_COME), fcfs, part.make())
     attainment = {name: outcome.attainment for name, outcome in outcomes.items()}
     return Row(part.load, part.rate, str(part.targets), outcomes["auto"].bound, attainment, outcomes)
+
+
+def _compare_defaults(profile: Path | None) -> None:
+    """Print latencies with the targets of the machine, and those of first come, first served without targets."""
+    measured = load_profile(profile)
+    steps = profiled_predictor(measured)
+    targets = machine_targets(FoundProfile(measured, "", True))
+    ours = SchedulerConfig(
+        ttft_ms=targets.ttft_ms, ttft_ms_per_1k_tokens=targets.ttft_ms_per_1k_tokens, tpot_ms=targets.tpot_ms
+    )
+    print(f"{'load':8} {'req/s':>5}  {'TTFT p50, p99 (ms)':>22} {'TPOT p50, p99 (ms)':>20}   the same, first come")
+    for load, rates in DEFAULT_RATES.items():
+        for rate in rates:
+            texts = []
+            for scheduler, chunk in ((ours, None), (SchedulerConfig(policy="fcfs"), _FIRST_COME_CHUNK)):
+                sizes = Sizes(
+                    chunk_size=chunk, max_chunk_prefill_tokens=chunk, kv_tokens=_KV_TOKENS, scheduler=scheduler
+                )
+                system = SimulatedSystem(make_config([InstanceRole.UNIFIED], sizes), steps, sizes.num_blocks)
+                requests = standard_load(load, rate, round(100 * rate), seed=1)
+                system.serve(requests)
+                ttfts = sorted(request.ttft_ms for request in requests)
+                tpots = sorted(request.tpot_ms for request in requests if request.output_tokens > 1)
+                texts.append(
+                    f"{percentile(ttfts, 50):10.0f} {percentile(ttfts, 99):10.0f} "
+                    f"{percentile(tpots, 50):10.1f} {percentile(tpots, 99):10.1f}"
+                )
+            print(f"{load:8} {rate:5.1f}  {'   '.join(texts)}", flush=True)
 
 
 def _text(row: Row) -> str:

@@ -48,6 +48,8 @@ def install(
     """
     slo, defaults = config.semi_pd.slo, config.scheduler
     ttft_ms, tpot_ms = (defaults.ttft_ms, defaults.tpot_ms) if slo is None else (slo.ttft_target_ms, slo.tpot_target_ms)
+    if defaults.ttft_ms_per_1k_tokens:
+        ttft_ms = None  # each request has its own, which no line can show
     start = time.monotonic()
     files = {str(path.relative_to(FOLDER)): path for path in FOLDER.rglob("*") if path.is_file()}
 

@@ -47,6 +47,9 @@ _NUM_REQUESTS = 100
 _LONE_PROMPT_TOKENS = 8192
 _LONE_CONTEXT = 1024
 _CONTROLLER = "slo@80-100+mixed"
+_CONTROLLER_PROMPT_TOKENS = 2000
+"""The controller has one TTFT target: that of a prompt of this length."""
+_CONFIGURATION = "the configuration"
 Predict = Callable[[PredictionOrders], list[CandidatePrediction]]
 
 
@@ -94,13 +97,11 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
         predict: returns the predictions; default: in a child process.
     """
     is_auto = config.mode == "auto"
-    gpus = [] if config.model.device == "cpu" or config.launcher == "ray" else mps.gpus()
-    found = None
-    if gpus:
-        model = config.model
-        found = find_profile(Path(model.path), gpus[0], model.dtype, model.tensor_parallel_size)
+    found, model = None, config.model
+    if model.device != "cpu" and config.launcher != "ray" and mps.num_visible_gpus():
+        found = find_profile(Path(model.path), mps.gpus()[0], model.dtype, model.tensor_parallel_size)
     targets = _targets(config, found)
-    if targets.source != "the configuration":
+    if targets.source != _CONFIGURATION:
         config = _with_targets(config, targets)
     if not is_auto:
         return config, _plan(config, "configuration", targets, "mode and instances are configured", found)
@@ -109,7 +110,7 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
         config = msgspec.structs.replace(config, mode="unified")
         return _told(config, _plan(config, "auto", targets, f"one unified worker: {where}", None))
     places = _places(config)
-    candidates = _candidates(len(places))
+    candidates = _candidates(len(places), targets)
     orders = _orders(config, found, targets, candidates)
     predictions = (predict or _predict_in_child)(orders)
     chosen, why = _best(predictions, candidates[0], found.is_measured)
@@ -142,9 +143,14 @@ def _told(config: Config, plan: Plan) -> tuple[Config, Plan]:
 
 def _targets(config: Config, found: FoundProfile | None) -> Targets:
     """Return the configured targets, else those of the machine."""
-    given = config.scheduler
+    given, slo = config.scheduler, config.semi_pd.slo
     if given.ttft_ms is not None or given.tpot_ms is not None:
-        return Targets(ttft_ms=given.ttft_ms, tpot_ms=given.tpot_ms, source="the configuration")
+        per_token = given.ttft_ms_per_1k_tokens
+        return Targets(
+            ttft_ms=given.ttft_ms, ttft_ms_per_1k_tokens=per_token, tpot_ms=given.tpot_ms, source=_CONFIGURATION
+        )
+    if slo is not None:
+        return Targets(ttft_ms=slo.ttft_target_ms, tpot_ms=slo.tpot_target_ms, source=_CONFIGURATION)
     if not given.targets_by_default:
         return Targets(source="none: scheduler.targets_by_default is false")
     if found is None:
@@ -194,10 +200,10 @@ def _places(config: Config) -> list[InstanceConfig]:
     ]
 
 
-def _candidates(num_places: int) -> list[str]:
+def _candidates(num_places: int, targets: Targets) -> list[str]:
     """Return the names of the candidates; the first is taken where nothing speaks against it."""
     if num_places == 1:
-        return ["unified", _CONTROLLER]
+        return ["unified"] if None in (targets.ttft_ms, targets.tpot_ms) else ["unified", _CONTROLLER]
     ratios = {max(1, num_places // 4), num_places // 2, num_places - max(1, num_places // 4)}
     return [f"unified*{num_places}", *(f"{x}p{num_places - x}d" for x in sorted(ratios))]
 
@@ -282,7 +288,8 @@ def _with_system(
     """Return the configuration of the chosen system."""
     replace = msgspec.structs.replace
     if chosen == _CONTROLLER:
-        slo: dict[str, Any] = {"ttft_target_ms": targets.ttft_ms, "tpot_target_ms": targets.tpot_ms}
+        ttft_ms = config.scheduler.ttft_target_ms(_CONTROLLER_PROMPT_TOKENS)
+        slo: dict[str, Any] = {"ttft_target_ms": ttft_ms, "tpot_target_ms": targets.tpot_ms}
         if found.path is not None:
             slo["profile"] = str(found.path)
         document = msgspec.to_builtins(config)

@@ -111,6 +111,7 @@ def test_another_system_is_taken_only_if_it_gains_more_than_its_predictions_are_
     assert chosen.semi_pd.slo is not None
     assert chosen.semi_pd.mixed
     assert chosen.semi_pd.slo.tpot_target_ms == chosen.scheduler.tpot_ms
+    assert chosen.semi_pd.slo.ttft_target_ms == chosen.scheduler.ttft_target_ms(2000)
 
 
 def test_a_guessed_profile_is_no_reason_to_leave_the_default(gpus: Callable[..., None]) -> None:
@@ -133,6 +134,9 @@ def test_gpus_that_others_use_are_left_alone(gpus: Callable[..., None], monkeypa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     chosen, _ = choose(config(), Predictions())
     assert len(chosen.gpu_instances) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CPU" in choose(config())[1].why
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     places = [{"instance_id": f"unified-{i}", "instance_type": "unified", "gpu_id": i + 4} for i in range(2)]
     chosen, _ = choose(config(mode="auto", gpu_instances=places), Predictions(**{"1p1d": 0.9}))
     assert roles(chosen) == [("prefill-0", "prefill", 4), ("decode-0", "decode", 5)]
@@ -148,6 +152,13 @@ def test_configured_modes_and_targets_stay(gpus: Callable[..., None]) -> None:
     assert chosen.scheduler.tpot_ms is not None  # nobody gave one
     chosen, plan = choose(config(scheduler={"targets_by_default": False}), Predictions())
     assert (chosen.scheduler.ttft_ms, chosen.scheduler.tpot_ms) == (None, None)
+    slo = {"slo": {"ttft_target_ms": 500, "tpot_target_ms": 50}}
+    chosen, plan = choose(given := config(mode="semi_pd", semi_pd=slo))
+    assert chosen == given
+    assert (plan.targets.ttft_ms, plan.targets.tpot_ms) == (500, 50)
+    gpus(0)
+    _, plan = choose(config(scheduler={"targets_by_default": False}), Predictions())
+    assert plan.runner_up is None  # the controller cannot do without targets
     in_python = Flat.from_arguments(str(SHAPES / "qwen3-8b"), mode="unified").freeze()
     assert choose(in_python)[0] == in_python
     in_python = PdDisaggConfig(str(SHAPES / "qwen3-8b"), mode="auto").freeze()
@@ -200,7 +211,7 @@ def test_the_simulator_predicts_what_candidates_serve() -> None:
     orders = PredictionOrders(
         profile=msgspec.to_builtins(load_profile(None)),
         candidates=["unified"],
-        num_requests=25,
+        num_requests=12,
         ttft_ms=90.0,
         ttft_ms_per_1k_tokens=220.0,
         tpot_ms=43.0,
