@@ -54,8 +54,8 @@ _CPU_S_AT_START = 3.0
 _CPU_S_PER_TOKEN = 0.03
 _MAX_MEMORY_BYTES = 2 * 2**30
 """Memory for grammars, besides that of the vocabulary."""
-_NICENESS = 10
-"""Of the slow lane and of checks."""
+_SLOW_NICENESS = 10
+_CHECK_NICENESS = 5
 _TOO_SLOW = "the grammar takes too much time to follow; make it smaller or less ambiguous"
 _TOO_LARGE = "the grammar takes too much memory; make it smaller"
 
@@ -106,7 +106,7 @@ class GrammarWorker:
         self._send_lock = threading.Lock()
         self.vocabulary = _Vocabulary(folder, vocab_size)
         self.begin, self.quick = _Lane("begin", 2), _Lane("quick", 2)
-        self.slow, self.check = _Lane("slow", 1, _NICENESS), _Lane("check", 2, _NICENESS)
+        self.slow, self.check = _Lane("slow", 1, _SLOW_NICENESS), _Lane("check", 2, _CHECK_NICENESS)
         self._followers: dict[int, _Follower] = {}
 
     def run(self) -> None:

@@ -120,6 +120,7 @@ def read_orders() -> dict[str, Any]:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     exit_core.keep_off()
+    raise_descriptor_limit()
     orders = next_order()
     if orders is None:
         exit_now(0)
