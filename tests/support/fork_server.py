@@ -3,7 +3,8 @@
 Importing torch costs 2 s of CPU, and tests start hundreds of workers. So `use` replaces ``subprocess.Popen`` in
 `hbserve.process.parent`: a child is forked from the server, gets the environment, folder, descriptors and command line
 that it would have been started with, and runs its module as ``__main__``. Children of children are forked too.
-Systems that a test starts by a script or a command are started as users start them, without this.
+`program` is the command line of a Python program whose children are forked. Other programs that a test starts are
+started as users start them, without this.
 
 Client and server talk over one connection for each child: a JSON line with descriptors to the server; the process id,
 and at the child's end its exit code, back.
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import threading
 import types
+from pathlib import Path
 from typing import IO, Any
 
 ADDRESS_VARIABLE = "HBSERVE_TEST_FORK_SERVER"
@@ -36,6 +38,7 @@ _READ_AT_START = ("LD_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_
 _NEEDS_ITS_OWN = -1
 """The server's answer to a request for such a child, instead of a process id."""
 _FIRST_FREE_DESCRIPTOR = 200
+_RUN = "run"
 _LIGHT_MODULES = ("hbserve.scheduler.process", "hbserve.frontend.text_worker", "hbserve.grammar_process.worker")
 """They do not import torch. They are forked too, once there is a server."""
 
@@ -69,8 +72,6 @@ class ForkedProcess:
 
 
 def _popen(command: list[str], **options: Any) -> Any:
-    if not options["start_new_session"]:  # a rank that one signal shall end together with rank 0
-        return subprocess.Popen(command, **options)
     if ForkServer.own is not None and command[2] not in _LIGHT_MODULES:
         ForkServer.own.start()
     address = os.environ.get(ADDRESS_VARIABLE)
@@ -86,6 +87,7 @@ def _popen(command: list[str], **options: Any) -> Any:
         "environment": options["env"],
         "folder": os.getcwd(),
         "targets": list(targets),
+        "group": 0 if options["start_new_session"] else os.getpgrp(),
     }
     socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], list(targets.values()))
     os.close(read_end)
@@ -105,6 +107,35 @@ def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
     while len(data) < num_bytes and (part := connection.recv(num_bytes - len(data))):
         data += part
     return data
+
+
+def program(*command: str | os.PathLike[str]) -> list[str]:
+    """Return the command line of a program whose children are forked: ``program(path, ...)``, ``program("-m", ...)``.
+
+    It must run with `environment`.
+    """
+    return [sys.executable, "-m", __name__, _RUN, *map(str, command)]
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of a `program`."""
+    assert ForkServer.own is not None
+    ForkServer.own.start()
+    return {ADDRESS_VARIABLE: os.environ[ADDRESS_VARIABLE], "PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
+def _run(command: list[str]) -> None:
+    use()
+    sys.argv = command[1:] if command[0] == "-m" else command
+    if command[0] == "-m":
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(command[0]).resolve().parent)
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def use() -> None:
@@ -136,8 +167,9 @@ class ForkServer:
         life_line, self._life_line = os.pipe()
         ready_end, write_end = os.pipe()
         command = [sys.executable, "-m", __name__, address, f"{life_line}", f"{write_end}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        self._process = subprocess.Popen(command, env=environment, pass_fds=[life_line, write_end])
+        self._process = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": _python_path()}, pass_fds=[life_line, write_end]
+        )
         os.close(life_line)
         os.close(write_end)
         with os.fdopen(ready_end, "rb") as ready:
@@ -185,6 +217,10 @@ def _serve(address: str, life_line: int, ready_end: int) -> dict[str, Any]:
                 request = _fork(connection, children)
                 if request is not None:
                     selector.close()
+                    # Objects that are deleted later must not close descriptors of the child that have their numbers.
+                    for end in (*wake, listener, connection, *children.values()):
+                        end.detach()
+                    _take_descriptors(request["targets"], request["descriptors"])
                     return request
 
 
@@ -208,7 +244,8 @@ def _fork(connection: socket.socket, children: dict[int, socket.socket]) -> dict
             return None
         data += part
     request: dict[str, Any] = json.loads(data)
-    pid = _NEEDS_ITS_OWN if _needs_its_own_libraries(request["environment"]) else os.fork()
+    is_possible = _can_join(request["group"]) and not _needs_its_own_libraries(request["environment"])
+    pid = os.fork() if is_possible else _NEEDS_ITS_OWN
     if pid:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -221,8 +258,14 @@ def _fork(connection: socket.socket, children: dict[int, socket.socket]) -> dict
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.default_int_handler)
-    _take_descriptors(request["targets"], list(descriptors))
-    return request
+    return request | {"descriptors": list(descriptors)}
+
+
+def _can_join(group: int) -> bool:
+    """Whether a process of this session may become one of the group; 0: a new group."""
+    with contextlib.suppress(ProcessLookupError):
+        return not group or os.getsid(group) == os.getsid(0)
+    return False
 
 
 def _needs_its_own_libraries(environment: dict[str, str]) -> bool:
@@ -242,7 +285,7 @@ def _take_descriptors(targets: list[int], descriptors: list[int]) -> None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    os.setsid()
+    os.setpgid(0, request["group"])  # in the server's session, so that a child's child can join the child's group
     os.chdir(request["folder"])
     for name in set(os.environ) - set(request["environment"]):
         del os.environ[name]
@@ -258,6 +301,9 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _main() -> None:
+    if sys.argv[1] == _RUN:
+        _run(sys.argv[2:])
+        return
     import setproctitle
     import torch  # noqa: F401
 
@@ -265,6 +311,7 @@ def _main() -> None:
     import hbserve.grammar_process.worker
     import hbserve.scheduler.process
     import hbserve.worker.process
+    import hbserve.worker.rank_process
     import hbserve.worker.worker_process  # noqa: F401
 
     setproctitle.getproctitle()  # finds the place of the title while the environment is as it was

@@ -7,12 +7,10 @@ import sys
 from typing import Any
 
 import pytest
-import torch
 
 from hbserve import LLM, SamplingParams
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT
-from tests.support.stream_transfer import StreamKVTransfer
 
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
 sys.path.insert(0, str(ROOT / "examples"))
@@ -49,23 +47,10 @@ def test_recall_of_held_out_pairs_in_every_mode(mode: str, dtype: str) -> None:
         assert_no_leaks(llm)
 
 
-class WipesThirdBlock(StreamKVTransfer):
-    """Loses one block of each prompt: the third one of the first chunk."""
-
-    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
-        buffer = await super().receive_kv_cache(request_id, source_rank)
-        if buffer.shape[0] == 4 * BLOCK_BYTES:  # a whole chunk of 64 tokens
-            buffer[2 * BLOCK_BYTES : 3 * BLOCK_BYTES] = 0
-        return buffer
-
-
-BLOCK_BYTES = 4 * 2 * 16 * 2 * 64 * 4  # layers, k and v, tokens, KV heads, head size, float32
-
-
 def test_a_corrupted_block_shows_in_the_answers() -> None:
     # About the tenth pair stands in the third block of 16 tokens.
     questions = recall_questions(20, position=10)  # which an intact system answers, see above
-    backend = f"{__name__}:WipesThirdBlock"
+    backend = "tests.support.faulty_transfers:WipesThirdBlock"
     with LLM(DEMO, mode="disaggregated", dtype="float32", kv_transfer_backend=backend, **SETTINGS) as llm:
         corrupted = share_right(llm, questions)
     assert corrupted <= 0.5

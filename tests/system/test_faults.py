@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import EngineDeadError, RequestFailedError
-from hbserve.scheduler.scheduler import CpuScheduler
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import save_model
-from tests.support.stream_transfer import StreamKVTransfer
 
 DEADLINE_S = 90.0
 NUM_TOKENS = 120
@@ -157,41 +154,10 @@ async def test_aborts_in_every_state_return_all_blocks(model: tuple[str, Any]) -
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
-class CorruptingKVTransfer(StreamKVTransfer):
-    """Delivers every second transfer with one byte in a thousand wrong."""
-
-    count = 0
-
-    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
-        buffer = await super().receive_kv_cache(request_id, source_rank)
-        type(self).count += 1
-        if self.count % 2:
-            buffer.view(-1)[::1001] ^= 0x7F  # 1001 is odd: it meets every byte of a float in turn
-        return buffer
-
-
-class FailingKVTransfer(StreamKVTransfer):
-    """Fails on the first link, delivers something else on the second, then works; but never for a single block."""
-
-    async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
-        if len(kv_buffer) == 1:
-            raise ConnectionError("the line is dead")
-        await super().send_kv_cache(request_id, kv_buffer, target_rank)
-
-    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
-        link = self.peers[source_rank].link_epoch
-        if link == 1:
-            raise ConnectionError("the cable was pulled")
-        buffer = await super().receive_kv_cache(request_id, source_rank)
-        if link == 2:
-            buffer[len(buffer) // 2] ^= 1
-        return buffer
-
-
 async def test_corrupted_blocks_would_be_seen_by_these_tests(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
-    async with system(model[0], kv_transfer_backend=f"{__name__}:CorruptingKVTransfer") as llm:
+    async with system(model[0], kv_transfer_backend="tests.support.faulty_transfers:CorruptingKVTransfer") as llm:
         some = references[:4]
         outputs = await asyncio.wait_for(llm.generate([prompt for prompt, _ in some], GREEDY), DEADLINE_S)
         wrong = sum(o["token_ids"] != tokens for o, (_, tokens) in zip(outputs, some, strict=True))
@@ -202,7 +168,10 @@ async def test_failed_transfers_are_done_again_and_end_in_a_typed_error_if_they_
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
     async with system(
-        model[0], kv_transfer_backend=f"{__name__}:FailingKVTransfer", kv_verify=True, kv_timeout_s=3.0
+        model[0],
+        kv_transfer_backend="tests.support.faulty_transfers:FailingKVTransfer",
+        kv_verify=True,
+        kv_timeout_s=3.0,
     ) as llm:
         prompt, expected = references[0]
         outputs = await asyncio.wait_for(llm.generate(prompt, GREEDY), DEADLINE_S)
@@ -216,19 +185,10 @@ async def test_failed_transfers_are_done_again_and_end_in_a_typed_error_if_they_
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
-class NewestFirst(CpuScheduler):
-    """A user's policy."""
-
-    async def _schedule_waiting_requests(self) -> None:
-        self.waiting.sort(key=lambda sequence: -sequence.arrival)
-        await super()._schedule_waiting_requests()
-        self.counts["newest_first"] += 1
-
-
 async def test_a_users_scheduling_policy_is_used(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
-    settings = {"mode": "unified", "max_num_seqs": 1, "scheduler": f"{__name__}:NewestFirst"}
+    settings = {"mode": "unified", "max_num_seqs": 1, "scheduler": "tests.support.newest_first:NewestFirst"}
     async with system(model[0], **settings) as llm:
         finished: list[int] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -18,17 +19,13 @@ import pytest
 import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
-from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.engine.process_group import join_group
-from hbserve.errors import ConfigError, KVTransferError, StartupError
-from hbserve.kv_transfer.base import KVTransferContext
-from hbserve.messages.worker import StepPlan
+from hbserve.errors import ConfigError, StartupError
 from hbserve.platform import make_platform
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from tests.support.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
 from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
-from tests.support.stream_transfer import StreamKVTransfer
 
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -85,22 +82,10 @@ def of_one_rank(model: tuple[str, Any]) -> list[Any]:
         return llm.generate(SEEDED_PROMPTS, SEEDED, use_tqdm=False)
 
 
-class FailsOnceOnRank1(StreamKVTransfer):
-    """The first receive of rank 1 fails, while that of rank 0 is fine."""
-
-    count = 0
-
-    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
-        type(self).count += 1
-        if self.context.rank % 2 == 1 and self.count == 1:
-            raise KVTransferError("the cable was pulled")
-        return await super().receive_kv_cache(request_id, source_rank)
-
-
 @pytest.fixture(scope="module", params=["unified", "disaggregated"])
 def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]:
     """Systems of two ranks per instance; nothing may be left behind in them."""
-    settings = SETTINGS | {"kv_transfer_backend": f"{__name__}:FailsOnceOnRank1"}
+    settings = SETTINGS | {"kv_transfer_backend": "tests.support.faulty_transfers:FailsOnceOnRank1"}
     with LLM(model[0], mode=request.param, tensor_parallel_size=2, **settings) as running:
         yield running
         assert_no_leaks(running)
@@ -191,8 +176,14 @@ def pid_of(llm: DisaggregatedLLM, instance: str) -> int:
 
 
 def other_ranks_of(pid: int) -> list[int]:
-    """Process ids of the ranks that are children of rank 0."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes in the group of rank 0."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == pid != int(entry.parent.name):
+                found.append(int(entry.parent.name))
+    return found
 
 
 def title_of(pid: int) -> str:
@@ -287,22 +278,6 @@ async def test_workers_that_share_devices_rotate_and_are_replaced_with_all_their
     assert not any(is_running(pid) for pid in everybody)
 
 
-class BreaksOneStepOfRank1(StreamKVTransfer):
-    """Has rank 1's next step fail, once: the file named in the environment tells that it has happened."""
-
-    def __init__(self, context: KVTransferContext) -> None:
-        super().__init__(context)
-        marker = Path(os.environ["TEST_MARKER"])
-        if context.rank % 2 == 0 or marker.exists():
-            return
-        marker.touch()
-
-        def launch(runner: ModelRunner, plan: StepPlan) -> PendingStep:
-            raise RuntimeError("a wire is loose")
-
-        ModelRunner.launch = launch  # type: ignore[method-assign]
-
-
 async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
     untied_model: tuple[str, Any],
     tmp_path: Path,
@@ -311,7 +286,7 @@ async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
 ) -> None:
     monkeypatch.setenv("TEST_MARKER", str(tmp_path / "marker"))
     expected = greedy_reference(untied_model[1], [1, 2, 3], NUM_TOKENS)
-    backend = f"{__name__}:BreaksOneStepOfRank1"
+    backend = "tests.support.faulty_transfers:BreaksOneStepOfRank1"
     async with system(untied_model[0], mode="disaggregated", kv_transfer_backend=backend, log_level="WARNING") as llm:
         outputs = await asyncio.wait_for(llm.generate([1, 2, 3], GREEDY), DEADLINE_S)
         assert outputs[0]["token_ids"] == expected
@@ -319,15 +294,8 @@ async def test_a_rank_whose_step_fails_says_why_and_its_instance_starts_again(
     assert "-0: a step failed: rank 1: RuntimeError('a wire is loose')" in capfd.readouterr().err
 
 
-class CannotStartOnRank1(StreamKVTransfer):
-    async def start(self) -> None:
-        if self.context.rank % 2 == 1:
-            raise StartupError("no wire is left")
-        await super().start()
-
-
 async def test_a_rank_that_cannot_begin_is_named_at_start(untied_model: tuple[str, Any]) -> None:
-    backend = f"{__name__}:CannotStartOnRank1"
+    backend = "tests.support.faulty_transfers:CannotStartOnRank1"
     with pytest.raises(StartupError, match="-0: rank 1: no wire is left"):
         async with system(untied_model[0], mode="disaggregated", kv_transfer_backend=backend):
             pass
