@@ -1,6 +1,6 @@
-"""A process that has imported torch once, and forks the children of the systems that tests start.
+"""A process that has imported torch and transformers once, and forks the children of the systems that tests start.
 
-Importing torch costs 2 s of CPU, and tests start hundreds of workers. So `use` replaces ``subprocess.Popen`` in
+These imports cost 3 s of CPU, and tests start hundreds of workers. So `use` replaces ``subprocess.Popen`` in
 `hbserve.process.parent`: a child is forked from the server, gets the environment, folder, descriptors and command line
 that it would have been started with, and runs its module as ``__main__``. Children of children are forked too.
 `program` is the command line of a Python program whose children are forked. Other programs that a test starts are
@@ -35,6 +35,7 @@ _MAX_REQUEST_BYTES = 1 << 20
 _MAX_DESCRIPTORS = 16
 _READ_AT_START = ("LD_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_", "TORCH_", "CUDA_", "PYTHON")
 """Variables that libraries read when they are loaded: a child that needs other values than the server is not forked."""
+_READ_LATER = {"PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
 _NEEDS_ITS_OWN = -1
 """The server's answer to a request for such a child, instead of a process id."""
 _FIRST_FREE_DESCRIPTOR = 200
@@ -269,7 +270,7 @@ def _can_join(group: int) -> bool:
 
 
 def _needs_its_own_libraries(environment: dict[str, str]) -> bool:
-    names = {name for name in (*environment, *os.environ) if name.startswith(_READ_AT_START)} - {"PYTHONPATH"}
+    names = {name for name in (*environment, *os.environ) if name.startswith(_READ_AT_START)} - _READ_LATER
     return any(environment.get(name) != os.environ.get(name) for name in names)
 
 
@@ -305,10 +306,12 @@ def _main() -> None:
         _run(sys.argv[2:])
         return
     import setproctitle
-    import torch  # noqa: F401
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+    import hbserve.engine.model_runner
     import hbserve.frontend.text_worker
     import hbserve.grammar_process.worker
+    import hbserve.kv_transfer.two_sided.torch_link
     import hbserve.scheduler.process
     import hbserve.worker.process
     import hbserve.worker.rank_process

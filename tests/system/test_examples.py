@@ -1,4 +1,7 @@
-"""The example programs, run as a reader would run them; what they print is right."""
+"""The example programs, run as a reader would run them; what they print is right.
+
+Most have their children forked, which saves their imports.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import fork_server
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -24,12 +28,13 @@ sys.path.insert(0, str(EXAMPLES))
 import demo_language  # noqa: E402
 
 
-def run(name: str, folder: Path, *arguments: str) -> str:
+def run(name: str, folder: Path, *arguments: str, forks: bool = True) -> str:
     """What an example prints, started from another folder."""
+    command = [str(EXAMPLES / name), *arguments]
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
+        fork_server.program(*command) if forks else [sys.executable, *command],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | fork_server.environment() if forks else ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -47,7 +52,7 @@ def answer_to(question: str) -> str:
 def test_program_in_the_readme(tmp_path: Path) -> None:
     [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "program.py").write_text(program)
-    assert run(str(tmp_path / "program.py"), ROOT) == "47 + 38 = 85.\n"
+    assert run(str(tmp_path / "program.py"), ROOT, forks=False) == "47 + 38 = 85.\n"
 
 
 def test_quick_start_async(tmp_path: Path) -> None:
@@ -57,7 +62,8 @@ def test_quick_start_async(tmp_path: Path) -> None:
 
 
 def test_quick_start_sync(tmp_path: Path) -> None:
-    assert run("quick_start_sync.py", tmp_path).splitlines() == [answer_to("Hello!"), answer_to("What is HBServe?")]
+    lines = run("quick_start_sync.py", tmp_path, forks=False).splitlines()
+    assert lines == [answer_to("Hello!"), answer_to("What is HBServe?")]
 
 
 def test_system_stats(tmp_path: Path) -> None:

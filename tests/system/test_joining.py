@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.config import from_dict
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.server.app import create_app
+from tests.support import fork_server
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import save_model
 from tests.support.ports import free_ports
@@ -31,8 +32,9 @@ class Joiner:
         self._arguments = arguments
 
     async def __aenter__(self) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "hbserve.join", *self._arguments]
-        self._process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        command = fork_server.program("-m", "hbserve.join", *self._arguments)
+        environment = os.environ | fork_server.environment()
+        self._process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=environment)
         return self._process
 
     async def __aexit__(self, *_: object) -> None:
