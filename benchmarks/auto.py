@@ -170,14 +170,16 @@ def _compare_defaults(profile: Path | None) -> None:
     ours = SchedulerConfig(
         ttft_ms=targets.ttft_ms, ttft_ms_per_1k_tokens=targets.ttft_ms_per_1k_tokens, tpot_ms=targets.tpot_ms
     )
+    limits = {"chunk_size": _FIRST_COME_CHUNK, "max_chunk_prefill_tokens": _FIRST_COME_CHUNK}
+    both = [
+        Sizes(kv_tokens=_KV_TOKENS, scheduler=ours),
+        Sizes(kv_tokens=_KV_TOKENS, scheduler=SchedulerConfig(policy="fcfs"), **limits),
+    ]
     print(f"{'load':8} {'req/s':>5}  {'TTFT p50, p99 (ms)':>22} {'TPOT p50, p99 (ms)':>20}   the same, first come")
     for load, rates in DEFAULT_RATES.items():
         for rate in rates:
             texts = []
-            for scheduler, chunk in ((ours, None), (SchedulerConfig(policy="fcfs"), _FIRST_COME_CHUNK)):
-                sizes = Sizes(
-                    chunk_size=chunk, max_chunk_prefill_tokens=chunk, kv_tokens=_KV_TOKENS, scheduler=scheduler
-                )
+            for sizes in both:
                 system = SimulatedSystem(make_config([InstanceRole.UNIFIED], sizes), steps, sizes.num_blocks)
                 requests = standard_load(load, rate, round(100 * rate), seed=1)
                 system.serve(requests)
