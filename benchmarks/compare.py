@@ -219,9 +219,11 @@ class Comparison:
         """
         arguments = dict(self._engine)
         if system.form == "unified":
-            largest = int(arguments.get("max_num_seqs", 256)) + system.chunk
-            arguments |= {"mode": "unified", "chunk_size": system.chunk, "max_chunk_prefill_tokens": system.chunk}
-            arguments["max_num_batched_tokens"] = max(int(arguments.get("max_num_batched_tokens", 8192)), largest)
+            arguments["mode"] = "unified"
+            if system.chunk is not None:
+                largest = int(arguments.get("max_num_seqs", 256)) + system.chunk
+                arguments |= {"chunk_size": system.chunk, "max_chunk_prefill_tokens": system.chunk}
+                arguments["max_num_batched_tokens"] = max(int(arguments.get("max_num_batched_tokens", 8192)), largest)
         elif system.form == "disaggregated":
             arguments["mode"] = "disaggregated"
         else:
@@ -319,11 +321,11 @@ class Comparison:
     def _setting(self, targets: RequestTargets, kv_tokens: int) -> Setting:
         steps = profiled_predictor(self._profile)
         sizes = Sizes(
-            chunk_size=int(self._engine.get("chunk_size", Sizes.chunk_size)),
-            max_chunk_prefill_tokens=int(self._engine.get("max_chunk_prefill_tokens", Sizes.max_chunk_prefill_tokens)),
+            chunk_size=_optional_int(self._engine.get("chunk_size")),
+            max_chunk_prefill_tokens=_optional_int(self._engine.get("max_chunk_prefill_tokens")),
             max_num_seqs=int(self._engine.get("max_num_seqs", Sizes.max_num_seqs)),
             kv_tokens=kv_tokens,
-            scheduler=SchedulerConfig(policy=self._engine.get("scheduling_policy", "fcfs")),
+            scheduler=SchedulerConfig(policy=self._engine.get("scheduling_policy", SchedulerConfig().policy)),
         )
         return Setting(steps, steps, sizes, targets, self._options.attainment)
 
@@ -371,6 +373,10 @@ def _instances(system: System) -> list[dict[str, Any]]:
 
 
 _PERCENTS = ("p50", "p90", "p99")
+
+
+def _optional_int(text: object) -> int | None:
+    return None if text is None else int(str(text))
 
 
 def _row(name: str, rate: float, met: float, times: list[float]) -> str:

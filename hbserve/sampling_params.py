@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -53,6 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         skip_special_tokens: leave special tokens out of the text.
         ttft_ms, tpot_ms: targets for the time to the first token and the mean time per later token, at most; they
             decide when the request is computed, never its tokens (``scheduler.policy``).
+        priority: ``batch`` marks best-effort work: it has no targets, takes only the time and the memory that other
+            requests leave, and gives its place to them; None: the request is one of these others.
         logit_bias: added to the logits of these token ids, in [-100, 100]; the two limits ban and force a token.
         grammar: grammar that the output follows, and ends with: llguidance's Lark dialect, or what
             `hbserve.grammar.json_schema` makes of a JSON schema. Not with ``ignore_eos`` or ``min_tokens``.
@@ -84,6 +86,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    priority: Literal["batch"] | None = None
     logit_bias: dict[int, float] | None = None
     grammar: str | None = None
     bad_words: list[str] | None = None
@@ -125,6 +128,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("ttft_ms", "tpot_ms"):
             target = getattr(self, name)
             self._require(target is None or 0 < target < float("inf"), name, "must be positive")
+            self._require(target is None or self.priority is None, name, "cannot be combined with priority, batch")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name)
             rule = f"must be in 0..{MAX_LOGPROBS}; -1, for all tokens of the vocabulary, is not supported"

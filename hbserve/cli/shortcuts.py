@@ -21,8 +21,7 @@ class Shortcuts:
     """The flags that were given; None for one that was not.
 
     Attributes:
-        ttft_ms, tpot_ms: targets of requests. Prompts are then ordered by their targets, unless the order is given; in
-            mode ``semi_pd``, both together also move the split.
+        ttft_ms, tpot_ms: targets of requests; in mode ``semi_pd``, both together also move the split.
         no_targets: no targets for requests that have none, not even those of the machine.
         gpus: one instance on each, or on each group of ``model.tensor_parallel_size``. In mode ``disaggregated`` the
             first half of the instances prefills (of an odd number, the smaller half); mode ``auto`` chooses.
@@ -58,8 +57,6 @@ class Shortcuts:
                 raise ConfigError(f"--{name}-ms and --scheduler.{name}_ms are the same; give one")
             flag = Flag(f"--{name}-ms", target)
             found[f"scheduler.{name}_ms"] = flag
-            if _value(given, "scheduler", "policy") is None:
-                found["scheduler.policy"] = Flag(flag.name, "slo_aware")
             if mode_of(given) == "semi_pd" and (None not in targets.values() or _value(given, "semi_pd", "slo")):
                 found[f"semi_pd.slo.{name}_target_ms"] = flag
         return found

@@ -120,12 +120,13 @@ class KVTransferConfig(Section, frozen=True):
 class ChunkedPrefillConfig(Section, frozen=True):
     """Chunks of prompts: at most ``chunk_size`` tokens of one prompt, ``max_chunk_prefill_tokens`` of all, in one step.
 
+    Without these limits the time that a step takes decides how many prompt tokens it has; see docs/scheduler.md.
     Without ``enabled`` each prompt is computed in one step, at any length.
     """
 
     enabled: bool = True
-    chunk_size: PositiveInt = 512
-    max_chunk_prefill_tokens: PositiveInt = 4096
+    chunk_size: PositiveInt | None = None
+    max_chunk_prefill_tokens: PositiveInt | None = None
 
 
 class CudaGraphConfig(Section, frozen=True):
@@ -207,8 +208,8 @@ class SchedulerConfig(Section, frozen=True):
     """Order of waiting prompts, and refusal of late ones.
 
     Attributes:
-        policy: ``fcfs``: first come, first served; ``shortest_prompt_first``; ``slo_aware``: the prompt that must
-            start soonest to keep its TTFT target.
+        policy: ``slo_aware``: as many prompts within their TTFT targets as possible, by arrival where there are no
+            targets; ``fcfs``: first come, first served; ``shortest_prompt_first``.
         ageing_tokens_per_s: under ``shortest_prompt_first``, tokens by which a prompt shrinks per second of waiting.
         ttft_ms, tpot_ms: targets of requests that have none of their own.
         ttft_ms_per_1k_tokens: added to ``ttft_ms`` for every 1000 tokens of the prompt.
@@ -218,7 +219,7 @@ class SchedulerConfig(Section, frozen=True):
             which to try again.
     """
 
-    policy: Literal["fcfs", "shortest_prompt_first", "slo_aware"] = "fcfs"
+    policy: Literal["slo_aware", "fcfs", "shortest_prompt_first"] = "slo_aware"
     ageing_tokens_per_s: PositiveFloat = 1000.0
     ttft_ms: PositiveFloat | None = None
     ttft_ms_per_1k_tokens: NonNegativeFloat = 0.0
@@ -339,10 +340,14 @@ class Config(Section, frozen=True):
     @property
     def prefill_budget(self) -> int:
         """Largest number of prompt tokens in a step."""
-        budget = self.performance.max_num_batched_tokens
-        if self.chunked_prefill.enabled:
-            budget = min(budget, self.chunked_prefill.max_chunk_prefill_tokens)
-        return budget
+        budget, chunked = self.performance.max_num_batched_tokens, self.chunked_prefill
+        return min(budget, (chunked.enabled and chunked.max_chunk_prefill_tokens) or budget)
+
+    @property
+    def max_chunk(self) -> int:
+        """Largest number of one prompt's tokens in a step."""
+        budget, chunked = self.prefill_budget, self.chunked_prefill
+        return min(budget, (chunked.enabled and chunked.chunk_size) or budget)
 
     @property
     def served_name(self) -> str:

@@ -39,6 +39,8 @@ __all__ = ["ModelRunner", "PendingStep"]
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 5e-3
+_MAX_CPU_REHEARSAL = 512
+"""Tokens of the longest rehearsed step on the CPU, where larger steps load nothing more."""
 
 
 class ModelRunner:
@@ -172,9 +174,9 @@ class ModelRunner:
         do, and would make them twice as long. So a rehearsal runs a few layers, one at a time. It writes all KV to one
         spare block.
         """
-        longest = min(
-            config.chunked_prefill.chunk_size, config.performance.max_num_batched_tokens, self.max_model_len - 1
-        )
+        longest = min(config.max_chunk, self.max_model_len - 1)
+        if self.platform.name == "cpu":
+            longest = min(longest, _MAX_CPU_REHEARSAL)
         self._layers = self._decoder.typical_layers
         with contextlib.nullcontext() if self._graphs is None else self._graphs.of_layers(self._layers):
             for length in [1, longest] if role.prefills else [1]:

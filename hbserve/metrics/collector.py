@@ -91,24 +91,32 @@ class SemiPDMetricsCollector:
         ttft_target_ms: float | None = None,
         tpot_target_ms: float | None = None,
         is_new: bool = True,
+        is_batch: bool = False,
     ) -> RequestMetrics:
         """Record that a request has arrived.
 
         Args:
             input_length: prompt tokens.
             is_new: False if an earlier collector has counted the arrival.
+            is_batch: it is best-effort: it counts when it ends, but its times are no latencies that a user waits for,
+                and its load is none that the system must be sized for.
 
         Returns:
             The request's record, which later events complete.
         """
         now = self.clock()
         request = RequestMetrics(
-            request_id, input_length, now, ttft_target_ms=ttft_target_ms, tpot_target_ms=tpot_target_ms
+            request_id,
+            input_length,
+            now,
+            ttft_target_ms=ttft_target_ms,
+            tpot_target_ms=tpot_target_ms,
+            is_batch=is_batch,
         )
         if len(self.open_requests) >= _MAX_OPEN_REQUESTS:
             del self.open_requests[next(iter(self.open_requests))]
         self.open_requests[request_id] = request
-        if is_new:
+        if is_new and not is_batch:
             self._samples["input_length"].add(input_length)
             self.histograms["prompt_length_tokens"].observe(input_length)
             counts = self._counts.at(now)
@@ -127,6 +135,8 @@ class SemiPDMetricsCollector:
             return
         now = request.prefill_start_time = self.clock()
         request.cached_tokens = cached_tokens
+        if request.is_batch:
+            return
         counts = self._counts.at(now)
         counts["admitted_tokens"] += request.input_length
         counts["cached_tokens"] += cached_tokens
@@ -142,7 +152,8 @@ class SemiPDMetricsCollector:
         if request is None or request.first_token_time is not None:
             return
         now = request.first_token_time = self.clock() if at is None else at
-        self._add_latency("ttft", request.ttft_ms, request.arrival_time, now)
+        if not request.is_batch:
+            self._add_latency("ttft", request.ttft_ms, request.arrival_time, now)
 
     def record_prefill_end(self, request_id: str, at: float | None = None) -> None:
         """Record that a request's prompt is computed; ``at`` as in `record_first_token`."""
@@ -157,7 +168,7 @@ class SemiPDMetricsCollector:
             return
         now = request.decode_start_time = self.clock() if at is None else at
         start = request.prefill_end_time
-        if start is not None:
+        if start is not None and not request.is_batch:
             self._add_latency("decode_queue", request.decode_queue_ms, start, now)
 
     def record_preemption(self, request_id: str) -> None:
@@ -179,6 +190,9 @@ class SemiPDMetricsCollector:
         now = request.completion_time = self.clock()
         request.output_length, request.success = output_length, success
         self.history.append(request)
+        if request.is_batch:
+            self._counts.at(now)["completed" if success else "failed"] += 1
+            return
         self._observe("time_to_first_token_seconds", request.ttft_ms)
         self._observe("prefill_queue_seconds", request.prefill_queue_ms)
         self._observe("decode_queue_seconds", request.decode_queue_ms)
@@ -334,6 +348,7 @@ class SemiPDMetricsCollector:
             "queues": {
                 "requests": {
                     "waiting": state.prefill_queue_length,
+                    "batch_waiting": state.batch_queue_length,
                     "prefilling": state.running_prefill,
                     "transferring": state.decode_queue_length,
                     "decoding": state.running_decode,

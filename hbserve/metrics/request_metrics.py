@@ -34,6 +34,7 @@ class RequestMetrics:
         num_preemptions: how often the request gave its place to an older one.
         num_retries: how often an attempt failed.
         ttft_target_ms, tpot_target_ms: latency targets; None for no target.
+        is_batch: it is best-effort.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class RequestMetrics:
     num_retries: int = 0
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
+    is_batch: bool = False
 
     ttft_ms = _Milliseconds("arrival_time", "first_token_time")
     prefill_queue_ms = _Milliseconds("arrival_time", "prefill_start_time")

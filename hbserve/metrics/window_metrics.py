@@ -19,6 +19,7 @@ class SystemMetrics:
 
     Attributes:
         timestamp: on the collector's clock, seconds.
+        batch_queue_length: best-effort requests that wait for an allocation; no other number here counts them.
         prefill_queue_length: requests that wait for an allocation.
         prefill_queue_tokens: tokens of those requests that must be computed.
         oldest_wait_s: wait of the oldest such request.
@@ -30,6 +31,7 @@ class SystemMetrics:
     """
 
     timestamp: float
+    batch_queue_length: int = 0
     prefill_queue_length: int = 0
     prefill_queue_tokens: int = 0
     oldest_wait_s: float = 0.0

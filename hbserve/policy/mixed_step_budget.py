@@ -14,14 +14,23 @@ to recover a delay. A step therefore uses at most the smallest slack of all sequ
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
+from collections.abc import Sequence
 
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 
 _MAX_AHEAD = 8.0
 """Intervals that decode can be ahead or behind by the account; more is forgotten."""
+_LEAD_KEPT = 0.75
+"""Part of the largest lead that best-effort work does not touch: it is for prompts that come all at once."""
 _MIN_TOKENS = 128
 """Prompt tokens in a step that has any, however long they take: prompts must make progress."""
+_MIN_TOKENS_ALONE = 512
+"""The same where there are no decode rows beside them: smaller steps take hardly less time."""
+_MIN_ROWS = 8
+"""Decode rows of best-effort work in a step without other work, however long they take."""
 _STEPS_TO_CATCH_UP = 4.0
 """Steps in which a late sequence recovers its delay."""
 _KEPT = 0.95
@@ -81,22 +90,29 @@ class MixedStepBudget:
             return math.inf
         return interval_s + min(ahead_s, min_slack_s)
 
+    def is_ahead(self, now: float) -> bool:
+        """Whether decode is so far ahead that time is left for best-effort work."""
+        return self._due - now >= _LEAD_KEPT * self._max_ahead * self._interval_s
+
     def on_decode_step(self, now: float, beside_prompts: bool) -> None:
         """Count a planned step with decode rows. While no prompts wait, a decode step is never late."""
         self._due = (self._due if beside_prompts else max(self._due, now)) + self._interval_s
 
 
 class StepTimeBudget:
-    """Time left in one step while prompts are put into it.
+    """Time left in one step while work is put into it.
 
     Args:
         predictor: of the worker's steps.
-        decode: the step's decode rows.
+        work: what is in the step already.
         limit_s: how long the step may take.
+        makes_progress: some work goes into it, however long that takes.
     """
 
-    def __init__(self, predictor: StepTimePredictor, decode: StepWork, limit_s: float) -> None:
-        self._predictor, self._work, self._limit_s = predictor, decode, limit_s
+    def __init__(
+        self, predictor: StepTimePredictor, work: StepWork, limit_s: float, makes_progress: bool = True
+    ) -> None:
+        self._predictor, self._work, self._limit_s, self._makes_progress = predictor, work, limit_s, makes_progress
         self.is_full = False
 
     def take(self, tokens: int, start: int) -> int:
@@ -105,8 +121,9 @@ class StepTimeBudget:
         Args:
             start: tokens of the prompt before them.
         """
-        work = self._work
-        min_tokens = 0 if work.prompt_tokens else _MIN_TOKENS
+        work, min_tokens = self._work, 0
+        if self._makes_progress and not work.prompt_tokens:
+            min_tokens = _MIN_TOKENS if work.decode_rows else _MIN_TOKENS_ALONE
         fits = max(min_tokens, self._predictor.tokens_within(work, start, self._limit_s))
         taken = tokens if fits >= tokens else int(fits)
         self.is_full = taken < tokens
@@ -114,3 +131,20 @@ class StepTimeBudget:
             prompt_tokens=work.prompt_tokens + taken, prompt_pairs=work.prompt_pairs + num_pairs(taken, start)
         )
         return taken
+
+    def rows_within(self, positions: Sequence[int]) -> int:
+        """Compute how many of some decode rows fit into the step, from the first on.
+
+        Args:
+            positions: tokens before each.
+        """
+        keys = [0, *itertools.accumulate(positions)]
+
+        def seconds(num_rows: int) -> float:
+            work = self._work
+            return self._predictor.estimate_s(
+                work._replace(decode_rows=work.decode_rows + num_rows, decode_keys=work.decode_keys + keys[num_rows])
+            )
+
+        fits = bisect.bisect_right(range(len(keys)), self._limit_s, key=seconds) - 1
+        return min(len(positions), max(fits, _MIN_ROWS if self._makes_progress else 0))

@@ -1,11 +1,15 @@
 """The order of prompts: of the waiting queue, and of the prompts that have a KV allocation.
 
-Runs in the scheduler's process, and on the simulator's clock.
+Runs in the scheduler's process, and on the simulator's clock. Best-effort prompts (``priority: batch``) come last under
+every policy.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
+import math
+from collections import deque
 from collections.abc import Callable, Sized
 from collections.abc import Sequence as Items
 from typing import Protocol, TypeVar
@@ -13,7 +17,7 @@ from typing import Protocol, TypeVar
 from hbserve.config import SchedulerConfig
 from hbserve.policy.step_time_predictor import StepTimePredictor
 
-_RESUMED, _NEW = 0, 1
+_RESUMED, _NEW, _BATCH = 0, 1, 2
 SAFETY_FACTOR = 1.05
 """Factor on predicted durations. Under overload each request is served at the last moment, so errors cost deadlines."""
 _STEPS_WAITED = 0.5
@@ -21,13 +25,24 @@ _STEPS_WAITED = 0.5
 _HORIZON = 256
 """Number of prompts at the head of a long queue that are looked at; the others are far from being served."""
 _DEFAULT_TTFT_MS = 10_000.0
-"""TTFT target of a request that has none; used for the order only."""
+"""Time after which a request without a target has its turn; used for the order only."""
+OVERDUE_TARGETS = 8.0
+"""Multiple of its TTFT target after which a prompt has a part in the guaranteed share."""
+OVERDUE_SHARE = 0.1
+"""Share of prefill's time that overdue prompts get, however many others could still keep their targets."""
+_MAX_OWED_S = 1.0
+_STEP_SHARE = 0.25
+"""Share of the TTFT target that a step may take: what comes while it runs waits for its end."""
+_NUM_TARGETS = 64
+"""Arrivals whose targets count as those of the requests that may come next."""
+
+Rank = tuple[int, float, float]
 
 
 class Prompt(Protocol):
     """A request as a policy sees it; see `hbserve.scheduler.sequence.Sequence`."""
 
-    rank: tuple[int, float, float]
+    rank: Rank
 
     @property
     def tokens(self) -> Sized:
@@ -49,6 +64,10 @@ class Prompt(Protocol):
     def ttft_target_ms(self) -> float | None:
         """TTFT target of the request, if it came with one."""
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether the request is best-effort."""
+
 
 _Prompt = TypeVar("_Prompt", bound=Prompt)
 Admitted = Callable[[], tuple[Items[tuple[Prompt, int]], int]]
@@ -62,9 +81,9 @@ class QueuePolicy:
     client has tokens already go first.
     """
 
-    def rank(self, sequence: Prompt) -> tuple[int, float, float]:
+    def rank(self, sequence: Prompt) -> Rank:
         """Compute the rank of a sequence that begins to wait now; the smallest goes first."""
-        return _NEW, sequence.arrival_time, sequence.arrival
+        return _BATCH if sequence.is_batch else _NEW, sequence.arrival_time, sequence.arrival
 
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         """Put a queue that is sorted by rank in the order of admission.
@@ -74,17 +93,29 @@ class QueuePolicy:
         """
         return waiting
 
-    def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
+    def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[int, Rank]:
         """Compute the sort key of a prompt that could be computed now; the smallest goes first.
 
         Args:
             num_computed: tokens of it that are computed already.
         """
-        return False, sequence.rank
+        return 0, sequence.rank
 
     def has_missed_target(self, sequence: Prompt, now: float) -> bool:
         """Whether a sequence has missed its target, so that others do not wait for it."""
         return False
+
+    def gives_way(self, sequence: Prompt, now: float) -> bool:
+        """Whether a waiting sequence leaves memory for others that may come."""
+        return sequence.is_batch
+
+    @property
+    def max_step_s(self) -> float:
+        """How long a step of prompts may take, so that the order can still change for what comes meanwhile."""
+        return math.inf
+
+    def on_planned(self, sequence: Prompt, num_tokens: int, start: int, now: float) -> None:
+        """Note that tokens of a prompt have been planned, after ``start`` others of it."""
 
 
 class ShortestPromptFirst(QueuePolicy):
@@ -96,9 +127,12 @@ class ShortestPromptFirst(QueuePolicy):
     def __init__(self, ageing_tokens_per_s: float) -> None:
         self._ageing = ageing_tokens_per_s
 
-    def rank(self, sequence: Prompt) -> tuple[int, float, float]:
+    def rank(self, sequence: Prompt) -> Rank:
         length = len(sequence.tokens) + self._ageing * sequence.arrival_time
         return _group(sequence), length, sequence.arrival
+
+
+_HAS_TURN, _IN_TIME, _DEFERRED, _LATE, _LAST = range(-1, 4)
 
 
 class SloAware(QueuePolicy):
@@ -109,6 +143,12 @@ class SloAware(QueuePolicy):
     defers the prompt with the most left to compute so far. Deferred prompts are computed when the others leave time.
     Least laxity alone would serve, under overload, the prompts that are about to be late, until all of them are.
 
+    Without targets nothing is deferred, and the order is that of arrival.
+
+    No prompt starves. One that has waited for `OVERDUE_TARGETS` times its target is *overdue*. Of the time in which
+    prompts are computed, overdue ones get `OVERDUE_SHARE`, the oldest first. An account says how much of that they are
+    owed; while it is positive, the oldest goes before all others.
+
     Args:
         predictor: of steps with prompts, at all workers that take prompts from this queue.
         default_ttft_ms: target of requests that come without one.
@@ -116,29 +156,64 @@ class SloAware(QueuePolicy):
 
     def __init__(self, predictor: StepTimePredictor, default_ttft_ms: float | None) -> None:
         self._predictor = predictor
-        self._default_ttft_ms = default_ttft_ms or _DEFAULT_TTFT_MS
+        self._default_ttft_ms = default_ttft_ms
         self._deferred: set[Prompt] = set()  # admitted ones included
+        self._owed_s = 0.0  # to overdue prompts
+        self._overdue: Prompt | None = None  # the one whose deadline was first
+        self._targets_ms: deque[float] = deque(maxlen=_NUM_TARGETS)  # of the last arrivals; infinite: none
+        self._has_targets = False
 
-    def rank(self, sequence: Prompt) -> tuple[int, float, float]:
-        target_ms = sequence.ttft_target_ms or self._default_ttft_ms
-        return _group(sequence), sequence.arrival_time + target_ms / 1000, sequence.arrival
+    def rank(self, sequence: Prompt) -> Rank:
+        target_ms = self._target_ms(sequence)
+        if not sequence.is_batch:
+            self._targets_ms.append(math.inf if target_ms is None else target_ms)
+            self._has_targets = min(self._targets_ms) < math.inf
+        due = sequence.arrival_time + (target_ms or _DEFAULT_TTFT_MS) / 1000
+        return _group(sequence), due, sequence.arrival
+
+    def _target_ms(self, sequence: Prompt) -> float | None:
+        return None if sequence.is_batch else sequence.ttft_target_ms or self._default_ttft_ms
+
+    @property
+    def max_step_s(self) -> float:
+        """A share of the tightest target among the last arrivals."""
+        return _STEP_SHARE * min(self._targets_ms, default=math.inf) / 1000
+
+    # --- the order -------------------------------------------------------------------------------
 
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
-        allocations, num_workers = admitted()
-        prompts: list[tuple[Prompt, int]] = [*allocations, *((sequence, 0) for sequence in waiting[:_HORIZON])]
-        self._deferred = deferred = self._defer(prompts, now, num_workers) if len(prompts) > 1 else set()
-        if deferred.isdisjoint(waiting):
+        if not self._has_targets:
+            self._deferred, self._overdue = set(), None
             return waiting
-        return [*(s for s in waiting if s not in deferred), *(s for s in waiting if s in deferred)]
+        allocations, num_workers = admitted()
+        # Resumed ones, late ones, others and best-effort ones stand in this order.
+        late, others, batch = (
+            bisect.bisect_left(waiting, rank, key=lambda sequence: sequence.rank[: len(rank)])
+            for rank in ((_NEW,), (_NEW, now), (_BATCH,))
+        )
+        looked_at = [*waiting[:late], *waiting[others : min(others + _HORIZON, batch)]]
+        prompts: list[tuple[Prompt, int]] = [*allocations, *((sequence, 0) for sequence in looked_at)]
+        self._deferred = deferred = self._defer(prompts, now, num_workers) if len(prompts) > 1 else set()
+        self._find_overdue([*(sequence for sequence, _ in allocations), *waiting[late : late + _HORIZON]], now)
+        if late == others and deferred.isdisjoint(looked_at):
+            return waiting
+        in_time = [sequence for sequence in waiting[others:batch] if sequence not in deferred]
+        ordered = [*waiting[:late], *in_time, *(s for s in looked_at if s in deferred), *waiting[late:others]]
+        first = self._overdue
+        if first is not None and self._owed_s > 0 and first in ordered:
+            ordered.sort(key=lambda sequence: sequence is not first)
+        return ordered + waiting[batch:]
 
     def _defer(self, prompts: list[tuple[Prompt, int]], now: float, num_workers: int) -> set[Prompt]:
         end = now + _STEPS_WAITED * self._predictor.step_s
         chosen: list[tuple[float, float, Prompt]] = []  # a heap, most to compute first: (-seconds, arrival, prompt)
         deferred = set()
         for sequence, num_computed in sorted(prompts, key=lambda item: item[0].rank):
+            group, deadline, arrival = sequence.rank
+            if group == _BATCH:
+                break
             seconds = self._left_s(sequence, num_computed)
             end += seconds / num_workers
-            group, deadline, arrival = sequence.rank
             if group == _NEW:
                 heapq.heappush(chosen, (-seconds, -arrival, sequence))
                 if end > deadline:
@@ -147,30 +222,69 @@ class SloAware(QueuePolicy):
                     end += seconds / num_workers
         return deferred
 
+    def _find_overdue(self, late: Items[Prompt], now: float) -> None:
+        """Find the overdue prompt whose deadline was first."""
+        overdue = (sequence for sequence in late if self._is_overdue(sequence, now))
+        self._overdue = min(overdue, key=lambda sequence: sequence.rank, default=None)
+        if self._overdue is None:
+            self._owed_s = 0.0
+
+    def _is_overdue(self, sequence: Prompt, now: float) -> bool:
+        group, deadline, _ = sequence.rank
+        wait_s = deadline - sequence.arrival_time
+        if self._target_ms(sequence) is not None:
+            wait_s *= OVERDUE_TARGETS
+        return group == _NEW and now - sequence.arrival_time > wait_s
+
+    def on_planned(self, sequence: Prompt, num_tokens: int, start: int, now: float) -> None:
+        """See `QueuePolicy.on_planned`. Overdue prompts earn a share of the time, and pay with it."""
+        if self._overdue is not None:
+            seconds = self._predictor.prompt_s(num_tokens, start)
+            self._owed_s = min(self._owed_s + OVERDUE_SHARE * seconds, _MAX_OWED_S)
+            if self._is_overdue(sequence, now):
+                self._owed_s -= seconds
+
     def _left_s(self, sequence: Prompt, num_computed: int) -> float:
         return SAFETY_FACTOR * self._predictor.prompt_s(max(0, len(sequence.tokens) - num_computed), num_computed)
 
-    def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[bool, tuple[int, float, float]]:
-        """See `QueuePolicy.key`. Prompts that can be in time go before late and deferred ones."""
-        group, deadline, _ = sequence.rank
-        if sequence in self._deferred:
-            return True, sequence.rank
+    def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[int, Rank]:
+        """See `QueuePolicy.key`. Prompts that can be in time go before deferred ones, and these before late ones."""
+        group, deadline, _ = rank = sequence.rank
+        if not self._has_targets or group != _NEW:
+            return _IN_TIME if group != _BATCH else _LAST, rank
+        if sequence is self._overdue and self._owed_s > 0:
+            return _HAS_TURN, rank
         seconds = self._left_s(sequence, num_computed) + _STEPS_WAITED * self._predictor.step_s
-        return group == _NEW and now + seconds > deadline, sequence.rank
+        if now + seconds > deadline:
+            return _LATE, rank
+        return _DEFERRED if sequence in self._deferred else _IN_TIME, rank
+
+    def gives_way(self, sequence: Prompt, now: float) -> bool:
+        """See `QueuePolicy.gives_way`. Late prompts do, except for the one that has its turn."""
+        return self.key(sequence, 0, now)[0] >= _LATE
 
     def has_missed_target(self, sequence: Prompt, now: float) -> bool:
         group, deadline, _ = sequence.rank
-        return group == _NEW and now > deadline
+        return group == _NEW and now > deadline and self._target_ms(sequence) is not None
 
 
-def make_policy(config: SchedulerConfig, predictor: StepTimePredictor) -> QueuePolicy:
-    """Make the configured policy; ``predictor`` is that of `SloAware`."""
+def make_policy(
+    config: SchedulerConfig, predictor: StepTimePredictor, controller_ttft_ms: float | None = None
+) -> QueuePolicy:
+    """Make the configured policy.
+
+    Args:
+        predictor: that of `SloAware`.
+        controller_ttft_ms: target of an SLO controller, for requests if the configuration has no other one for them.
+    """
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)
     if config.policy == "slo_aware":
-        return SloAware(predictor, config.ttft_ms)
+        return SloAware(predictor, config.ttft_ms or controller_ttft_ms)
     return QueuePolicy()
 
 
 def _group(sequence: Prompt) -> int:
+    if sequence.is_batch:
+        return _BATCH
     return _NEW if sequence.first_token_time is None else _RESUMED

@@ -28,6 +28,10 @@ _MAX_JUMP = 1.0
 """Logarithm of the largest change of the level that one step is believed."""
 _FADING = 0.99
 """Factor on the longest step and the longest context seen, per step."""
+_FIRST_TOKENS = 512
+"""Prompt tokens of a step while nothing is known of such steps."""
+_GROWTH = 2
+"""Multiple of the largest step seen that a step may have, where no profile says what larger ones take."""
 _EXTRAPOLATION = 4.0
 """Multiple of the longest context seen that prompts are predicted for; longer ones cost as if they were that long.
 Short prompts hardly tell what a pair costs."""
@@ -86,6 +90,7 @@ class StepTimePredictor:
         self._has_learnt = False
         self._longest_s = 0.0 if curves is None else math.inf
         self._max_context = 0.0 if curves is None else math.inf  # mean over the prompt tokens of a step
+        self._max_tokens = 0.0 if curves is None else math.inf
         self._sum_s = self._sum_rest_s = self._weight = 0.0
         self._rate = self._prompts.sums.through_origin(3, 4)
         self._at: dict[int, StepTimePredictor] = {percentage: self}
@@ -127,6 +132,8 @@ class StepTimePredictor:
         Returns:
             At least 0; infinity while the cost of a prompt token is not known.
         """
+        if limit_s == math.inf:
+            return math.inf
         rows, keys, tokens, pairs, is_shared = work
         base_s = self._prompts.predict((1.0, rows, keys, tokens, pairs), is_shared)
         if base_s >= limit_s:
@@ -137,6 +144,23 @@ class StepTimePredictor:
         room_s = limit_s - base_s
         root = slope + math.sqrt(slope * slope + 4 * curve * room_s)
         return 2 * room_s / root if root else math.inf
+
+    @property
+    def max_known_tokens(self) -> float:
+        """Prompt tokens up to which the time of a step can be predicted; infinite with a profile."""
+        return max(_FIRST_TOKENS, _GROWTH * self._max_tokens)
+
+    def efficient_tokens(self, max_overhead: float) -> float:
+        """Compute how many prompt tokens make what every step costs, whatever is in it, a small share of its time.
+
+        Args:
+            max_overhead: that share, in (0, 1).
+
+        Returns:
+            Infinity while the cost of a prompt token is not known.
+        """
+        fixed_s, _, _, per_token, _ = self._prompts.sums.coefficients
+        return fixed_s * (1 / max_overhead - 1) / per_token if per_token else math.inf
 
     # --- prompts ---------------------------------------------------------------------------------
 
@@ -184,6 +208,7 @@ class StepTimePredictor:
             self._sum_s = _MEMORY * self._sum_s + seconds
             self._sum_rest_s = _MEMORY * self._sum_rest_s + fixed_s + per_row * rows + per_key * keys
             self._max_context = max(_EXTRAPOLATION * pairs / tokens, _FADING * self._max_context)
+            self._max_tokens = max(self._max_tokens, tokens)
             self._rate = self._prompts.sums.through_origin(3, 4)
         else:
             seconds = self._decodes.observe((1.0, rows, keys), seconds, is_shared)

@@ -39,7 +39,8 @@ class WaitingQueue:
         self._tokens_per_step = config.prefill_budget
         self._predictor = StepTimePredictor(curves)
         self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
-        self.policy = make_policy(config.scheduler, self._predictor)
+        slo = config.semi_pd.slo
+        self.policy = make_policy(config.scheduler, self._predictor, None if slo is None else slo.ttft_target_ms)
 
     def insert(self, sequence: Sequence) -> None:
         """Insert a sequence that begins to wait."""
@@ -96,6 +97,7 @@ class WaitingQueue:
         rank = self.policy.rank(sequence)
         before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]
         prompts, num_workers = _admitted(instances)
+        prompts = [item for item in prompts if not item[0].is_batch or sequence.is_batch]
         starts = [(len(other.tokens), start) for other, start in prompts] + [(len(other.tokens), 0) for other in before]
         num_tokens = sum(end - start for end, start in starts)
         if not num_workers or not num_tokens:
@@ -170,6 +172,19 @@ PLACEMENTS: dict[str, Placement] = {"fcfs": fcfs, "least_loaded": least_loaded, 
 """Placements by their name in the configuration."""
 
 
+_KEPT_FREE = 8
+"""One of so many slots and blocks stays free of best-effort requests: what others need at once."""
+
+
+def _leaves_room(sequence: Sequence, instance: InstanceHandle) -> bool:
+    """Whether a best-effort request leaves room for others on an instance, or has it for itself."""
+    if not instance.num_sequences:
+        return True
+    blocks, slots = instance.pool.total_blocks // _KEPT_FREE, instance.num_slots // _KEPT_FREE
+    num_needed = -(-(len(sequence.tokens) + 1) // instance.pool.block_size)
+    return instance.pool.num_free_blocks - num_needed >= blocks and instance.num_free_slots > slots
+
+
 def _load(instance: InstanceHandle, prefills: bool) -> int:
     return instance.num_tokens_to_prefill if prefills else instance.num_sequences
 
@@ -205,9 +220,7 @@ class Admission:
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
         # Prompt tokens in the next step: of all prompts, and of one.
-        self._enough_tokens = self._max_tokens_of_one = config.prefill_budget
-        if config.chunked_prefill.enabled:
-            self._max_tokens_of_one = config.chunked_prefill.chunk_size
+        self._enough_tokens, self._max_tokens_of_one = config.prefill_budget, config.max_chunk
         self._policy = policy
         self.is_full = False
 
@@ -220,8 +233,10 @@ class Admission:
         instances = [
             instance
             for instance in self._instances.values()
-            if instance.ready and instance.has_free_slot and not instance.is_draining
+            if instance.ready and instance.num_free_slots and not instance.is_draining
         ]
+        if self._policy.gives_way(sequence, self._clock.now):
+            instances = [instance for instance in instances if _leaves_room(sequence, instance)]
         prefilling = [instance for instance in instances if instance.role.prefills]
         hungry = [instance for instance in prefilling if not self._has_enough(instance, sequence)]
         self.is_full = False

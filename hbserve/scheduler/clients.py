@@ -185,7 +185,7 @@ class ClientMessages:
     def _with_target(self, request: AddRequest) -> AddRequest:
         """Give a request without a TTFT target the default one for its prompt's length, if there is such a rule."""
         targets, sampling = self._targets, request.sampling
-        if not targets.ttft_ms_per_1k_tokens or sampling.ttft_ms is not None:
+        if not targets.ttft_ms_per_1k_tokens or sampling.ttft_ms is not None or sampling.priority is not None:
             return request
         ttft_ms = targets.ttft_target_ms(len(request.prompt_token_ids))
         return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, ttft_ms=ttft_ms))
@@ -199,8 +199,10 @@ class ClientMessages:
     def _overload(self, sequence: Sequence) -> RequestOutput | None:
         """Return the output that refuses a request because too many wait already, or it would wait for too long."""
         limit, max_queue_s = self._max_waiting_requests, self._max_queue_s
-        is_full = len(self._requests.waiting) >= limit
-        if not is_full and max_queue_s is None:
+        waiting, is_batch = self._requests.waiting, sequence.is_batch
+        # Each kind has its own limit: best-effort requests refuse no others.
+        is_full = len(waiting) >= limit and sum(other.is_batch is is_batch for other in waiting) >= limit
+        if not is_full and (max_queue_s is None or is_batch):
             return None
         wait_s = self._requests.predicted_ttft_s(sequence)
         if is_full:

@@ -183,9 +183,14 @@ class InstanceHandle:
         return len(self.allocations) + len(self.reserved)
 
     @property
-    def has_free_slot(self) -> bool:
-        """Whether one more sequence can be admitted."""
-        return bool(self._free_slots)
+    def num_slots(self) -> int:
+        """Sequences that it can hold."""
+        return self._performance.max_num_seqs
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that can still be admitted."""
+        return len(self._free_slots)
 
     @property
     def num_tokens_to_prefill(self) -> int:

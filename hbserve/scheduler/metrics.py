@@ -82,13 +82,14 @@ class SchedulerMetrics:
 
     def on_arrived(self, sequence: Sequence) -> None:
         """A request has been taken."""
-        sampling = sequence.request.sampling
+        is_batch, targets = sequence.is_batch, self._targets
         sequence.metrics = self.collector.record_request_arrival(
             _name(sequence),
             sequence.num_prompt_tokens,
-            sampling.ttft_ms or self._targets.ttft_ms,
-            sampling.tpot_ms or self._targets.tpot_ms,
+            None if is_batch else sequence.ttft_target_ms or targets.ttft_ms,
+            None if is_batch else sequence.tpot_target_ms or targets.tpot_ms,
             is_new=sequence.request.resumed is None,
+            is_batch=is_batch,
         )
         sequence.metrics.arrival_time = sequence.arrival_time
         sequence.metrics.first_token_time = sequence.first_token_time
@@ -126,7 +127,13 @@ class SchedulerMetrics:
     # --- steps -----------------------------------------------------------------------------------
 
     def on_step_done(
-        self, worker_id: str, step: InflightStep, busy_s: float, now: float, last_token_times: Iterable[float | None]
+        self,
+        worker_id: str,
+        step: InflightStep,
+        busy_s: float,
+        now: float,
+        last_token_times: Iterable[float | None],
+        num_batch_tokens: int = 0,
     ) -> None:
         """A step has been confirmed.
 
@@ -134,8 +141,9 @@ class SchedulerMetrics:
             busy_s: time of the device.
             now: the time of its tokens.
             last_token_times: for each sequence that got a token, the time of the token before; None: it is the first.
+            num_batch_tokens: tokens of best-effort requests, which have no gaps to measure.
         """
-        num_tokens = 0
+        num_tokens = num_batch_tokens
         for last, count in Counter(last_token_times).items():
             num_tokens += count
             if last is not None:
@@ -159,12 +167,15 @@ class SchedulerMetrics:
             phases[Phase.TRANSFERRING] += sum(s.phase is Phase.TRANSFERRING for s in instance.reserved)
             if instance.ready:
                 kv_usage = max(kv_usage, 1 - instance.pool.num_free_blocks / instance.pool.total_blocks)
+        num_batch = sum(sequence.is_batch for sequence in waiting)
+        waiting = [sequence for sequence in waiting if not sequence.is_batch]
         late = [sequence for sequence in waiting if policy.has_missed_target(sequence, now)]
         self.collector.record_system_metrics(
             SystemMetrics(
                 timestamp=now,
                 late_requests=len(late),
                 late_tokens=sum(len(sequence.tokens) for sequence in late),
+                batch_queue_length=num_batch,
                 prefill_queue_length=len(waiting),
                 prefill_queue_tokens=sum(len(sequence.tokens) for sequence in waiting),
                 oldest_wait_s=max((now - sequence.arrival_time for sequence in waiting), default=0.0),

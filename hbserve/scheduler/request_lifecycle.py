@@ -145,9 +145,13 @@ class RequestLifecycle:
         return self._queue.in_order(self._instances.values(), self._clock.now)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give a waiting request its allocations for prefill and decode, both or neither; False if nothing fits now."""
-        if not self._admission.allocate(sequence):
-            return False
+        """Give a waiting request its allocations for prefill and decode, both or neither; False if nothing fits now.
+
+        Best-effort requests give their place to others.
+        """
+        while not self._admission.allocate(sequence):
+            if sequence.is_batch or not self._make_room():
+                return False
         self._queue.remove(sequence)
         self._enter(sequence, Phase.PREFILLING)
         allocation = sequence.prefill_allocation
@@ -162,6 +166,17 @@ class RequestLifecycle:
         logger.debug("request %s: admitted to %s, %d cached tokens, %d blocks", sequence.id, instances, cached, blocks)
         return True
 
+    def _make_room(self) -> bool:
+        """Preempt the best-effort request that came last; False if there is none, or memory is about to be freed."""
+        if not self._admission.is_full or any(i.ready and i.pool.num_pending_blocks for i in self._instances.values()):
+            return False
+        victims = (s for s in self._sequences.values() if s.is_batch and s.allocations)
+        victim = max(victims, key=lambda sequence: sequence.arrival, default=None)
+        if victim is None:
+            return False
+        self.preempt(victim)
+        return True
+
     # --- steps -----------------------------------------------------------------------------------
 
     def on_step_done(self, worker: WorkerHandle, result: StepResult) -> None:
@@ -171,6 +186,7 @@ class RequestLifecycle:
         samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
         scores = iter(result.prompt_logprobs or [])
         last_token_times: list[float | None] = []
+        num_batch_tokens = 0
         num_samples = 0
         for row in step.rows:
             sample = next(samples) if row.samples else None
@@ -189,13 +205,16 @@ class RequestLifecycle:
                     self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
                 if sample is not None:
                     worker.work.num_tokens += 1
-                    last_token_times.append(sequence.last_token_time)
+                    if sequence.is_batch:
+                        num_batch_tokens += 1
+                    else:
+                        last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
                     self._on_token(sequence, allocation, *sample)
             allocation.end_row(row)
         assert next(samples, None) is None, "more samples than rows that sample"
         self._queue.on_step_done(step, result.busy_s)
-        self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times)
+        self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times, num_batch_tokens)
 
     def _on_no_token(self, sequence: Sequence, allocation: KVAllocation, row: InflightRow, error: str | None) -> None:
         """A worker has computed a row, but not the mask of its grammar: plan the last position again, a little later.

@@ -273,6 +273,11 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def is_batch(self) -> bool:
+        """Whether it is best-effort: it has no targets, and takes what others leave."""
+        return self.request.sampling.priority is not None
+
+    @property
     def ttft_target_ms(self) -> float | None:
         """The request's own target."""
         return self.request.sampling.ttft_ms

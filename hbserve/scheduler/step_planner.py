@@ -18,6 +18,7 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
+from hbserve.scheduler.worker_choice import StepLimit
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _Allocations = list[tuple[Sequence, KVAllocation]]
 
 
 class StepPlanner:
-    """Plans a worker's steps: decode rows first, then prompt chunks up to the budgets.
+    """Plans a worker's steps: decode rows first, then prompt chunks up to the budgets, then best-effort work.
 
     Args:
         transfers: opens the transfers of computed chunks.
@@ -46,7 +47,7 @@ class StepPlanner:
         last_step_id: int,
     ) -> None:
         self._policy = policy
-        self._chunked = config.chunked_prefill
+        self._is_chunked, self._max_chunk = config.chunked_prefill.enabled, config.max_chunk
         self._max_num_batched_tokens = config.performance.max_num_batched_tokens
         self._transfers = transfers
         self._preempt = preempt
@@ -61,57 +62,89 @@ class StepPlanner:
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
         now = self._clock.now
         items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
-        allocations = sorted(items, key=lambda item: item[0].arrival)
-        limit_s = instance.choice.mixed_limit_s(worker, phases)
-        if InstanceRole.DECODE in phases and limit_s != math.inf:
-            self._plan_decodes(step, instance, allocations)
-        time_budget = None
-        if limit_s is not None and step.rows:
-            time_budget = StepTimeBudget(worker.timing.predictor, step.decode_work, limit_s)
+        allocations = sorted(items, key=lambda item: (item[0].is_batch, item[0].arrival))
+        num_others = sum(not sequence.is_batch for sequence, _ in allocations)
+        others, batch = allocations[:num_others], allocations[num_others:]
+        limit = instance.choice.step_limit(worker, phases, self._policy.max_step_s)
+        predictor, has_decodes = worker.timing.predictor, False
+        if InstanceRole.DECODE in phases and limit.takes_decodes:
+            self._plan_decodes(step, instance, others)
+            has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
-            self._plan_prompts(step, instance, allocations, time_budget)
+            budget = StepTimeBudget(predictor, step.work, limit.seconds)
+            self._plan_prompts(step, instance, others, limit.prompt_tokens, budget)
+        if batch:
+            self._plan_batch(step, instance, batch, phases, limit)
         if not step.rows:
             return False
         self._open_transfers(instance, step)
-        if time_budget is not None:
-            instance.choice.on_mixed_step(self._clock.now, bool(step.prefill_rows))
+        if limit.is_accounted and has_decodes:
+            instance.choice.on_mixed_step(now, bool(step.prefill_rows))
         self._send(instance, worker, step, worker.role)
         return True
 
-    def _plan_decodes(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> None:
-        worker, can_take = step.worker, instance.choice.can_take
-        for sequence, allocation in allocations:
+    def _plan_decodes(
+        self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations, max_rows: int | None = None
+    ) -> None:
+        for sequence, allocation in self._decoding(step, instance, allocations)[:max_rows]:
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
-            if allocation.num_planned >= allocation.num_tokens_at_entry and can_take(worker, allocation):
-                self._plan_decode(step, instance, sequence, allocation)
+            self._plan_decode(step, instance, sequence, allocation)
+
+    def _decoding(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
+        worker, can_take = step.worker, instance.choice.can_take
+        return [
+            (sequence, allocation)
+            for sequence, allocation in allocations
+            if allocation.num_planned >= allocation.num_tokens_at_entry and can_take(worker, allocation)
+        ]
 
     def _plan_prompts(
         self,
         step: _StepBuilder,
         instance: InstanceHandle,
         allocations: _Allocations,
-        time_budget: StepTimeBudget | None,
+        max_tokens: int,
+        time_budget: StepTimeBudget,
     ) -> None:
         budget = self._max_num_batched_tokens - step.num_tokens
-        if self._chunked.enabled:
-            budget = min(budget, self._chunked.max_chunk_prefill_tokens)
+        if self._is_chunked:
+            budget = min(budget, max_tokens - step.prefill_tokens)
         for sequence, allocation in self._in_order(allocations):
             remaining = allocation.num_tokens_at_entry - allocation.num_planned
             if remaining <= 0 or sequence not in instance.allocations:
                 continue
             if not instance.choice.can_take(step.worker, allocation) or not self._can_leave(sequence, allocation):
                 continue
-            if self._chunked.enabled:
-                chunk = min(remaining, self._chunked.chunk_size, budget)
-                if time_budget is not None and chunk > 0:
+            if self._is_chunked:
+                chunk = min(remaining, self._max_chunk, budget)
+                if chunk > 0:
                     chunk = 0 if time_budget.is_full else time_budget.take(chunk, allocation.num_planned)
             else:  # whole prompts: the first goes even if it is longer than the budget
-                chunk = remaining if remaining <= budget or not step.rows else 0
+                chunk = remaining if (remaining <= budget and not sequence.is_batch) or not step.rows else 0
             if chunk <= 0:
                 break
             budget -= chunk
             self._plan_prefill(step, sequence, allocation, chunk)
+
+    def _plan_batch(
+        self,
+        step: _StepBuilder,
+        instance: InstanceHandle,
+        batch: _Allocations,
+        phases: set[InstanceRole],
+        limit: StepLimit,
+    ) -> None:
+        """Put best-effort work into the time that the other work of a step leaves; alone it may always go on."""
+        predictor, is_alone = step.worker.timing.predictor, not step.rows
+        if InstanceRole.DECODE in phases and limit.takes_decodes:
+            decoding = self._decoding(step, instance, batch)
+            budget = StepTimeBudget(predictor, step.work, limit.batch_s, is_alone)
+            num_rows = budget.rows_within([allocation.num_planned for _, allocation in decoding])
+            self._plan_decodes(step, instance, decoding, num_rows)
+        if InstanceRole.PREFILL in phases:
+            budget = StepTimeBudget(predictor, step.work, limit.batch_s, is_alone)
+            self._plan_prompts(step, instance, batch, limit.prompt_tokens, budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """Tell a new worker of the running sequences, by a step without rows.
@@ -141,7 +174,8 @@ class StepPlanner:
             assert last[0].cell is not None, "a worker without a cell cannot be followed"
             after = StepRef(cell=last[0].cell, step_id=last[1].step_id)
             worker.has_waited_for = after.step_id
-        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, step.work)
+        work = step.work if step.rows else None  # how long a worker prepares for a role is unknown
+        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, work)
         inflight.after = 0 if after is None else after.step_id
         worker.begin_step(inflight, now, max(ends, default=-math.inf))
         worker.send(
@@ -204,6 +238,7 @@ class StepPlanner:
         step.prefill_rows += 1
         step.prefill_tokens += chunk
         step.prefill_pairs += num_pairs(chunk, end - chunk)
+        self._policy.on_planned(sequence, chunk, end - chunk, self._clock.now)
         target = sequence.decode_allocation
         if target is None or target is allocation:
             return
@@ -236,11 +271,11 @@ class StepPlanner:
         return max((count for count in range(2, max_groups + 1) if hello.num_layers % count == 0), default=1)
 
     def _grow(self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
-        """Allocate one more block for a decode; preempts younger sequences if the pool has none."""
+        """Allocate one more block for a decode; preempts best-effort and younger sequences if the pool has none."""
         while allocation.pool.allocate_blocks(allocation.owner, 1) is None:
             if allocation.pool.num_pending_blocks:
                 return False  # blocks will be freed when their pins are dropped: sit this step out
-            victim = max(instance.allocations, key=lambda admitted: admitted.arrival)
+            victim = max(instance.allocations, key=lambda admitted: (admitted.is_batch, admitted.arrival))
             if victim is sequence and instance.reserved:
                 return False  # sequences that are about to arrive here hold the blocks; they can be preempted then
             self._preempt(victim)
@@ -284,17 +319,10 @@ class _StepBuilder:
         self.decode_keys = 0
 
     @property
-    def work(self) -> StepWork | None:
-        """The work of its rows; None without rows: how long a worker prepares for a role is unknown."""
-        if not self.rows:
-            return None
+    def work(self) -> StepWork:
+        """The work of its rows."""
         decode_rows = len(self.rows) - self.prefill_rows
         return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
-
-    @property
-    def decode_work(self) -> StepWork:
-        """The work of its decode rows, before prompts are added."""
-        return StepWork(len(self.rows), self.decode_keys)
 
     def add(
         self, sequence: Sequence, allocation: KVAllocation, token_ids: list[int] | None, num_tokens: int, samples: bool

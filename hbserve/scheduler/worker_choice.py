@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from hbserve.config import Config, InstanceRole
 from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
@@ -21,7 +22,31 @@ from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import WorkerHandle
 
+_MAX_OVERHEAD = 0.1
+"""Share of a step's time that does not depend on its work. Beside decode rows without a target, a step has no more
+prompt tokens than bring it down to this."""
+_MIN_EFFICIENT_TOKENS = 512
+_BATCH_SHARE = 0.4
+"""Part of the longest step of prompts that a step with best-effort work takes."""
 PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
+
+
+class StepLimit(NamedTuple):
+    """Limits of one step.
+
+    Attributes:
+        takes_decodes: it may have decode rows.
+        seconds: how long it may take, if it has prompts.
+        prompt_tokens: how many it may have.
+        batch_s: how long it may take with best-effort work in it.
+        is_accounted: decode keeps an account of its lead, which counts this step.
+    """
+
+    takes_decodes: bool
+    seconds: float
+    prompt_tokens: int
+    batch_s: float
+    is_accounted: bool
 
 
 class WorkerChoice:
@@ -52,6 +77,8 @@ class WorkerChoice:
         self._workers = workers
         self._allocations = allocations
         self._prompt_budget = config.prefill_budget
+        chunked = config.chunked_prefill
+        self._has_no_token_limit = chunked.enabled and chunked.max_chunk_prefill_tokens is None
         self._is_side_by_side = False  # both phases are busy, at different workers
         self._current: dict[InstanceRole, WorkerHandle] = {}
         slo = config.semi_pd.slo
@@ -245,38 +272,58 @@ class WorkerChoice:
         elif self._is_throttled(phases):
             self._throttle.on_decode_step()
 
-    # --- the time of a mixed step ----------------------------------------------------------------
+    # --- the size of a step ----------------------------------------------------------------------
 
-    def mixed_limit_s(self, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
-        """Return how long a step with decode rows may take; infinity: it must have none; None: any time."""
-        interval_s = self._mixed_interval_s(worker, phases)
-        if interval_s is None:
-            return None
-        now, waiting_tokens, min_slack_s = self._clock.now, 0, math.inf
+    def step_limit(self, worker: WorkerHandle, phases: set[InstanceRole], max_step_s: float) -> StepLimit:
+        """Return the limits of a worker's next step.
+
+        Args:
+            max_step_s: how long a step of prompts may take, so that their order can still change.
+        """
+        decoding: list[tuple[Sequence, KVAllocation]] = []
+        waiting_tokens = 0
         for sequence, allocation in self._allocations.items():
             if allocation.num_planned >= allocation.num_tokens_at_entry:
-                min_slack_s = min(min_slack_s, self._slack_s(sequence, allocation, interval_s, now))
+                if not sequence.is_batch:
+                    decoding.append((sequence, allocation))
             elif self.can_take(worker, allocation):
                 waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
-        prompts_s = worker.timing.predictor.estimate_s(self._next_prompts())
-        fills_a_step = waiting_tokens >= self._prompt_budget
-        return self._mixed_steps.limit_s(now, interval_s, min_slack_s, prompts_s, fills_a_step)
+        targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence)) is not None]
+        predictor, max_tokens = worker.timing.predictor, self._prompt_budget
+        known_tokens = int(min(predictor.max_known_tokens, max_tokens))
+        if not targets_ms:
+            if decoding and self._has_no_token_limit:
+                efficient = max(predictor.efficient_tokens(_MAX_OVERHEAD), _MIN_EFFICIENT_TOKENS)
+                max_tokens = int(min(efficient, known_tokens))
+            elif max_step_s < math.inf:
+                max_tokens = known_tokens
+            return StepLimit(True, max_step_s, max_tokens, max_step_s * _BATCH_SHARE, False)
+        max_tokens = known_tokens
+        now, interval_s = self._clock.now, MIXED_PACE * min(targets_ms) / 1000
+        if len(phases) < 2:
+            seconds = max_step_s if InstanceRole.PREFILL in phases else interval_s
+            return StepLimit(True, seconds, max_tokens, interval_s, False)
+        min_slack_s, prompts_s = math.inf, 0.0
+        if waiting_tokens:
+            min_slack_s = min(self._slack_s(sequence, a, interval_s, now) for sequence, a in decoding)
+            prompts_s = predictor.estimate_s(self._next_prompts())
+        fills_a_step = waiting_tokens >= self._prompt_budget or prompts_s >= max_step_s
+        limit_s = self._mixed_steps.limit_s(now, interval_s, min_slack_s, min(prompts_s, max_step_s), fills_a_step)
+        if limit_s == math.inf:
+            return StepLimit(False, max_step_s, max_tokens, 0.0, False)
+        batch_s = interval_s if self._mixed_steps.is_ahead(now) else 0.0
+        return StepLimit(True, min(limit_s, max(interval_s, max_step_s)), max_tokens, batch_s, True)
 
     def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned under a limit of time."""
         self._mixed_steps.on_decode_step(now, beside_prompts)
 
-    def _mixed_interval_s(self, worker: WorkerHandle, phases: set[InstanceRole]) -> float | None:
-        """Return the mean time between decode steps at a worker that mixes both phases now; None: any time."""
-        if not self.is_mixed or len(phases) < 2 or worker.role is not InstanceRole.UNIFIED:
-            return None
-        targets = (self._tpot_target_ms, self._tightest_tpot_ms())
-        target_ms = min((ms for ms in targets if ms is not None), default=None)
-        return None if target_ms is None else MIXED_PACE * target_ms / 1000
+    def _target_ms(self, sequence: Sequence) -> float | None:
+        return None if sequence.is_batch else sequence.tpot_target_ms or self._tpot_target_ms
 
     def _slack_s(self, sequence: Sequence, allocation: KVAllocation, interval_s: float, now: float) -> float:
         """Return the time that a decoding sequence can lose, see `slack_s`; infinity without a target."""
-        target_ms = sequence.tpot_target_ms or self._tpot_target_ms
+        target_ms = self._target_ms(sequence)
         if target_ms is None:
             return math.inf
         num_tokens = sequence.max_total_tokens - sequence.num_prompt_tokens - 1

@@ -73,7 +73,7 @@ def make_controller(
         constraints,
         alone,
         config.performance.max_num_seqs,
-        config.chunked_prefill.max_chunk_prefill_tokens,
+        config.prefill_budget,
         slo.decode_interval_ms,
     )
     source = SchedulerMetricsSource(link, slo.window_s)

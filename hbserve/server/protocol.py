@@ -45,7 +45,7 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """The parameters that completions and chat completions share.
 
-    Names and meanings are OpenAI's; those from ``top_k`` to ``tpot_ms`` are HBServe's, those from
+    Names and meanings are OpenAI's; those from ``top_k`` to ``priority`` are HBServe's, those from
     ``structured_outputs`` to ``cache_salt`` vLLM's, as in `SamplingParams`.
 
     Attributes:
@@ -75,6 +75,7 @@ class GenerationRequest(Body):
     grammar: str | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    priority: Literal["batch"] | None = None
 
     structured_outputs: StructuredOutputs | None = None
     bad_words: list[str] | None = None

@@ -34,7 +34,7 @@ from hbserve.simulate.systems import (
     simulate,
 )
 
-DEFAULT_SYSTEMS = ("unified@512", "unified@2048", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
+DEFAULT_SYSTEMS = ("unified", "unified@512", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
 _HEADER = (
     f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'of bound':>8} {'good/s':>7} {'per GPU':>7} "
     f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5}"
@@ -69,12 +69,13 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
     add_load_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chunk-size", type=positive, default=512, help="max tokens of a prompt in a step of semi-PD")
+    parser.add_argument("--chunk-size", type=positive, metavar="N", help="max tokens of a prompt in a step")
+    parser.add_argument("--max-chunk-prefill-tokens", type=positive, metavar="N", help="of all prompts in a step")
     parser.add_argument(
-        "--max-chunk-prefill-tokens", type=positive, metavar="N", help="of all prompts in a step (default: 4096)"
-    )
-    parser.add_argument(
-        "--policy", choices=["fcfs", "shortest_prompt_first", "slo_aware"], default="fcfs", help="order of the queue"
+        "--policy",
+        choices=["slo_aware", "fcfs", "shortest_prompt_first"],
+        default="slo_aware",
+        help="order of the queue",
     )
     parser.add_argument("--max-num-seqs", type=positive, default=256)
     parser.add_argument("--kv-tokens", type=positive, default=800_000, help="tokens that a KV pool holds")
@@ -148,7 +149,7 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     steps = profiled_predictor(profile, priority=not arguments.no_priority)
     sizes = Sizes(
         chunk_size=arguments.chunk_size,
-        max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens or Sizes.max_chunk_prefill_tokens,
+        max_chunk_prefill_tokens=arguments.max_chunk_prefill_tokens,
         max_num_seqs=arguments.max_num_seqs,
         kv_tokens=arguments.kv_tokens,
         scheduler=SchedulerConfig(policy=arguments.policy),

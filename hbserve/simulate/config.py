@@ -19,7 +19,7 @@ from hbserve.config import (
 
 BLOCK_SIZE = 64
 """Tokens per KV block."""
-_FCFS = SchedulerConfig()
+_DEFAULT_ORDER = SchedulerConfig()
 _NO_LIMIT = 1 << 30
 _HEARTBEAT_S = 10.0  # no worker is lost; each heartbeat costs a message of every worker
 
@@ -33,12 +33,12 @@ class Sizes:
         scheduler: order of its queue.
     """
 
-    chunk_size: int = 512
-    max_chunk_prefill_tokens: int = 4096
+    chunk_size: int | None = None
+    max_chunk_prefill_tokens: int | None = None
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     kv_tokens: int = 800_000
-    scheduler: SchedulerConfig = _FCFS
+    scheduler: SchedulerConfig = _DEFAULT_ORDER
 
     @property
     def num_blocks(self) -> int:

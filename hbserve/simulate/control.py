@@ -160,7 +160,7 @@ class SimulatedController:
             constraints,
             SMAllocation(max(ladder.prefill), max(ladder.decode)) if ladder.prefill and ladder.decode else None,
             config.performance.max_num_seqs,
-            config.chunked_prefill.max_chunk_prefill_tokens,
+            config.prefill_budget,
             0.0 if slo is None else slo.decode_interval_ms,
         )
         self.controller = SLOAwareResourceController(

@@ -22,8 +22,9 @@ from hbserve.simulate.world import SimulatedSystem
 from hbserve.slo.constraints import SLOConstraints, SMAllocation
 
 FORMS = (
-    "unified@CHUNK, XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D (controller), these with +mixed to "
-    "begin so, oracle (a bound), each with *N for N replicas; with --plan also xpyd, of any ratio"
+    "unified, unified@CHUNK (steps by tokens, not by time), XpYd, semi_pd@P-D (fixed split), no_ladder@P-D, slo@P-D "
+    "(controller), these with +mixed to begin so, oracle (a bound), each with *N for N replicas; with --plan also "
+    "xpyd, of any ratio"
 )
 """The forms of systems, as help text."""
 ANY_RATIO = "xpyd"
@@ -46,7 +47,7 @@ class System:
     name: str
     form: str
     replicas: int
-    chunk: int = 512
+    chunk: int | None = None
     num_prefill: int = 1
     num_decode: int = 1
     allocation: SMAllocation | None = None
@@ -65,7 +66,7 @@ class System:
             raise ConfigError(f"--system: {text!r} is none of {FORMS}")
         replicas = int(match["n"] or 1)
         if match["unified"]:
-            return System(text, "unified", replicas, chunk=int(match["chunk"] or 512))
+            return System(text, "unified", replicas, chunk=int(match["chunk"]) if match["chunk"] else None)
         if match["oracle"]:
             return System(text, "oracle", replicas)
         if match["x"]:
@@ -239,7 +240,9 @@ def build(
         shares_prefixes: some prompts have equal prefixes.
     """
     sizes, slo = setting.sizes, setting.constraints
-    if system.form == "unified":
+    tpot_ms: float | None = slo.tpot_target_ms
+    if system.chunk is not None:
+        tpot_ms = None  # it does not size its steps
         sizes = dataclasses.replace(
             sizes,
             chunk_size=system.chunk,
@@ -247,7 +250,7 @@ def build(
             max_num_batched_tokens=max(sizes.max_num_batched_tokens, system.chunk + sizes.max_num_seqs),
         )
     config = make_config(system.roles, sizes, _semi_pd(system, slo), shares_prefixes)
-    world = SimulatedSystem(config, setting.steps, sizes.num_blocks, slo.ttft_target_ms, slo.tpot_target_ms)
+    world = SimulatedSystem(config, setting.steps, sizes.num_blocks, slo.ttft_target_ms, tpot_ms)
     if system.allocation is None:
         return world, []
     rotations = [SimulatedRotation(world, name, system.allocation) for name in world.devices]

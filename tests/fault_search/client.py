@@ -76,6 +76,9 @@ class Client:
             repetition_penalty=1.5 if spec.keeps_state else 1.0,
             grammar="start: /a/" if spec.late_masks else None,
             cache_salt=spec.salt,
+            ttft_ms=spec.ttft_ms,
+            tpot_ms=spec.tpot_ms,
+            priority="batch" if spec.is_batch else None,
         )
         self._send(
             AddRequest(

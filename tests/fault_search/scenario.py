@@ -50,6 +50,8 @@ class RequestSpec:
     Attributes:
         keeps_state: it has a penalty, so workers hold a history of its tokens.
         late_masks: it has a grammar, and one step in four ends without the mask for the next token.
+        is_batch: it is best-effort.
+        ttft_ms, tpot_ms: its targets.
     """
 
     at: float
@@ -62,6 +64,9 @@ class RequestSpec:
     end_token: int | None = None
     salt: str | None = None
     abort_at: float | None = None
+    is_batch: bool = False
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ def _config(
 def draw(seed: int) -> Scenario:
     """Draw a scenario."""
     rng = random.Random(seed)
+    service = random.Random(-1 - seed)  # a generator of its own, so that all else stays what it was
+    has_batch, has_targets = service.random() < 0.4, service.random() < 0.5
     mode = rng.choice(("unified", "disaggregated", "disaggregated", "semi_pd", "semi_pd"))
     max_tokens = rng.choice((4, 12, 20))
     longest = rng.choice((8, 20, 40))
@@ -184,6 +191,9 @@ def draw(seed: int) -> Scenario:
             start = (*(rng.randrange(VOCAB_SIZE) for _ in range(BLOCK_SIZE)), *start[BLOCK_SIZE:])
         prompt = (*start, *(rng.randrange(VOCAB_SIZE) for _ in range(length - len(start))))
         at = rng.uniform(0.0, lasts_s) * rng.choice((0.1, 1.0))
+        is_batch = has_batch and service.random() < 0.5
+        targets_ms = service.choice((1.0, 30.0, 300.0)), service.choice((0.1, 20.0, 100.0))
+        keeps_targets = has_targets and not is_batch
         requests.append(
             RequestSpec(
                 at=at,
@@ -196,6 +206,9 @@ def draw(seed: int) -> Scenario:
                 end_token=rng.randrange(VOCAB_SIZE) if rng.random() < 0.3 else None,
                 salt="a" if rng.random() < 0.1 else None,
                 abort_at=at + rng.uniform(0.0, 0.5) if rng.random() < 0.15 else None,
+                is_batch=is_batch,
+                ttft_ms=targets_ms[0] if keeps_targets else None,
+                tpot_ms=targets_ms[1] if keeps_targets else None,
             )
         )
     kinds = _EVERYWHERE + 2 * _OF_MODE[mode]

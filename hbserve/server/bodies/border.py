@@ -30,7 +30,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (),
     "num_beams": (1,),
     "parallel_tool_calls": (True,),
-    "priority": (),
     "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
     "suffix": (),

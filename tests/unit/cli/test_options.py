@@ -375,7 +375,7 @@ def test_each_value_is_printed_with_its_source(monkeypatch: pytest.MonkeyPatch) 
         "- instance_id: a  # file system.yaml:5",
         "  tensor_parallel_size: 4  # file system.yaml:5",
         "  port: 2  # flag --port",
-        "  policy: slo_aware  # flag --ttft-ms",
+        "  ttft_ms: 400.0  # flag --ttft-ms",
         "  level: WARNING  # environment LOG_LEVEL",
         "  prefill_percentage: 80  # default",
         "  decode_percentage: 70  # environment SEMI_PD_DECODE_SM_PERCENTILE",

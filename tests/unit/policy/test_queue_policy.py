@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 from collections.abc import Sequence as Items
 from contextlib import aclosing
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
+
+import pytest
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole, SchedulerConfig, from_dict
-from hbserve.errors import OverloadedError
+from hbserve.errors import InvalidRequestError, OverloadedError
 from hbserve.messages.client import AddRequest
-from hbserve.policy.queue_policy import SAFETY_FACTOR, QueuePolicy, make_policy
+from hbserve.policy.queue_policy import OVERDUE_TARGETS, SAFETY_FACTOR, QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.scheduler.admission import WaitingQueue
 from hbserve.scheduler.sequence import Sequence
@@ -26,13 +29,19 @@ DEADLINE_S = 60.0
 arrivals = itertools.count(1)
 
 
-def waiting(policy: QueuePolicy, arrival_time: float, length: int, ttft_ms: float | None = None) -> Sequence:
+def waiting(
+    policy: QueuePolicy,
+    arrival_time: float,
+    length: int,
+    ttft_ms: float | None = None,
+    priority: Literal["batch"] | None = None,
+) -> Sequence:
     """A request that has just arrived, with this TTFT target."""
     request = AddRequest(
         request_id="r",
         prompt_token_ids=[1] * length,
         end_token_ids=[],
-        sampling=SamplingParams(ttft_ms=ttft_ms),
+        sampling=SamplingParams(ttft_ms=ttft_ms, priority=priority),
     )
     sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
     sequence.rank = policy.rank(sequence)
@@ -85,18 +94,66 @@ def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     requests = [relaxed, long, default, hopeless, resumed]
     assert served(slo, requests, 4.0) == [4, 2, 1, 0, 3]
     soon = waiting(slo, 3.0, 100, 3500.0)  # 1 s, due at 6.5
-    assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 3, 1]  # the longest of those in time gives way
+    # The longest of those in time gives way, but not to the late one.
+    assert served(slo, requests, 4.0, [(soon, 0)]) == [4, 2, 0, 1, 3]
     for computed, gives_way in (
         (0, True),
         (150, False),
     ):  # an admitted one gives way too, if most of it is still to compute
         assert served(slo, [default], 4.0, [(long, computed), (soon, 0), (resumed, 0)]) == [0]
-        assert slo.key(long, computed, 4.0)[0] is gives_way
+        assert bool(slo.key(long, computed, 4.0)[0]) is gives_way
         assert not slo.key(soon, 0, 4.0)[0]
     keyed = sorted(requests, key=lambda sequence: slo.key(sequence, 0, 6.1))
     assert [requests.index(sequence) for sequence in keyed] == [4, 2, 0, 3, 1]
     assert not slo.key(long, 100, 6.1)[0], "half is done: it can be there at 7.1"
     assert [slo.has_missed_target(sequence, 4.0) for sequence in requests] == [False, False, False, True, False]
+
+
+def test_without_targets_the_order_is_that_of_arrival() -> None:
+    slo = policy("slo_aware")
+    requests = [waiting(slo, float(second), length) for second, length in enumerate((9000, 1, 500, 20))]
+    assert served(slo, requests, 1000.0) == [0, 1, 2, 3]
+    assert sorted(requests, key=lambda sequence: slo.key(sequence, 0, 1000.0)) == requests
+    assert not any(slo.gives_way(sequence, 1000.0) for sequence in requests)
+    assert slo.max_step_s == math.inf
+
+
+def test_overdue_prompts_have_a_share_in_the_order_of_their_deadlines() -> None:
+    slo = policy("slo_aware", ttft_ms=1000.0)
+    overdue = [waiting(slo, 0.1 * number, 100) for number in range(3)]  # 1 s each
+    now, order = 0.1 + OVERDUE_TARGETS, []
+    for _ in range(100):
+        fresh = waiting(slo, now, 50)  # there is always one that can be in time
+        first = slo.order(sorted([*overdue, fresh], key=lambda s: s.rank), now, lambda: ((), 1))[0]
+        assert slo.key(first, 0, now) == min(slo.key(s, 0, now) for s in (*overdue, fresh))
+        assert slo.gives_way(overdue[-1], now) or overdue[-1] is first
+        slo.on_planned(first, len(first.tokens), 0, now)
+        order.append(first)
+        overdue = [sequence for sequence in overdue if sequence is not first]
+        now += 0.5
+        if not overdue:
+            break
+    places = [place for place, sequence in enumerate(order) if len(sequence.tokens) == 100]
+    assert [order[place].arrival_time for place in places] == pytest.approx([0.0, 0.1, 0.2])
+    # A prompt of 1 s is paid for by 10 s of others, in steps of 0.5 s.
+    assert all(later - sooner <= 21 for sooner, later in itertools.pairwise([-1, *places]))
+    assert max(later - sooner for sooner, later in itertools.pairwise(places)) >= 18
+
+
+def test_best_effort_comes_last_and_has_no_targets() -> None:
+    for name in ("slo_aware", "fcfs", "shortest_prompt_first"):
+        order = policy(name, ttft_ms=1000.0) if name == "slo_aware" else policy(name)
+        batch = waiting(order, 0.0, 1, priority="batch")
+        other = waiting(order, 5.0, 90)
+        assert served(order, [batch, other], 99.0) == [1, 0]
+        assert order.key(other, 0, 99.0) < order.key(batch, 0, 99.0)
+        assert order.gives_way(batch, 5.0)
+        assert not order.gives_way(other, 5.0)
+        assert not order.has_missed_target(batch, 99.0)
+    with pytest.raises(InvalidRequestError, match=r"^ttft_ms cannot be combined with priority"):
+        SamplingParams(priority="batch", ttft_ms=1.0)
+    with pytest.raises(InvalidRequestError, match=r"^priority: .*'urgent'"):
+        SamplingParams(priority="urgent")  # type: ignore[arg-type]
 
 
 def test_no_order_keeps_more_deadlines() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbserve.bench.request_record import RequestTargets
+from hbserve.config import SchedulerConfig
 from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.simulate import __main__ as command
@@ -120,7 +121,7 @@ def test_a_block_costs_the_first_request_that_begins_with_it() -> None:
 def test_a_miss_has_a_reason(
     target: tuple[float, float], requests: list[tuple[float, int, int]], reason: dict[str, str]
 ) -> None:
-    setting = Setting(STEPS, STEPS, Sizes(chunk_size=1024), RequestTargets(*target))
+    setting = Setting(STEPS, STEPS, Sizes(scheduler=SchedulerConfig(policy="fcfs")), RequestTargets(*target))
     load = [SimulatedRequest(*request) for request in requests]
     outcome = simulate(System.parse("unified@1024"), setting, load, records_misses=True)
     assert outcome.misses is not None

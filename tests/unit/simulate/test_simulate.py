@@ -31,7 +31,7 @@ from hbserve.slo.constraints import SLOConstraints, SMAllocation
 from tests.support.simulated_load import poisson, shared_gpu
 
 STEPS = profiled_predictor()
-SIZES = Sizes(chunk_size=2048)
+SIZES = Sizes(max_chunk_prefill_tokens=2048)
 SETTING = Setting(STEPS, STEPS, SIZES, RequestTargets(ttft_ms=400, tpot_ms=25))
 
 

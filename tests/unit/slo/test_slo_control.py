@@ -419,8 +419,8 @@ def test_a_load_that_flips_each_minute_is_back_within_targets_in_15_s(start: SMA
 
 
 def test_a_split_that_needs_processes_takes_effect_later_and_its_window_begins_then() -> None:
-    requests = poisson(8, 40, (300, 2500), (50, 400), seed=1)
-    control = run(requests, SMAllocation(30, 70), warm=(100,))
+    requests = poisson(16, 25, (300, 2500), (50, 400), seed=1)
+    control = run(requests, SMAllocation(20, 70), warm=(100,))
     assert control.rotation.moves
     decisions = control.controller.decisions
     moved = next(decision for decision in decisions if decision.moves)
