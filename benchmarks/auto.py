@@ -113,8 +113,8 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
     azure, mooncake = RequestTargets(ttft_ms=172, tpot_ms=43), RequestTargets(ttft_ms=2400, tpot_ms=48)
     code, agents = RequestTargets(ttft_ms=400, tpot_ms=40), RequestTargets(ttft_ms=3500, tpot_ms=45)
     for path, name, step, rates, seconds, targets in (
-        (arguments.azure, "azure", 4000, (18.0, 22.0), 45.0, azure),
-        (arguments.mooncake, "mooncake", 2500, (1.8, 2.2), 120.0, mooncake),
+        (arguments.azure, "azure", 4000, (18.0, 22.0), 24.0, azure),
+        (arguments.mooncake, "mooncake", 2500, (1.8, 2.2), 100.0, mooncake),
     ):
         if path is None:
             continue
@@ -125,8 +125,8 @@ def _parts(arguments: argparse.Namespace) -> Iterator[Part]:
             if arguments.short:
                 break
     for name, rates, seconds, targets in (
-        ("code", (6.0, 9.0), 100.0, code),
-        ("agents", (3.4, 4.2), 120.0, agents),
+        ("code", (9.0, 13.0), 60.0, code),
+        ("agents", (3.4, 4.2), 80.0, agents),
     ):
         for seed, rate in ((seed, rate) for seed in (1, 2) for rate in rates):
             yield Part(f"{name} {seed}", rate, targets, _drawn(name, rate, round(rate * seconds), seed))
