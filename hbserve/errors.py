@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE_CHARS = 1000
+
+
+def shortened(text: str) -> str:
+    """Return a text without its middle if it is long: it may quote what a stranger has sent, of any length."""
+    if len(text) <= MAX_MESSAGE_CHARS:
+        return text
+    half = MAX_MESSAGE_CHARS // 2 - 2
+    return f"{text[:half]} … {text[-half:]}"
+
 
 class HBServeError(Exception):
     """Base of every error that HBServe raises on purpose."""
@@ -20,7 +30,13 @@ class ConfigError(HBServeError, ValueError):
 
 
 class ModelError(HBServeError, ValueError):
-    """A model folder that cannot be served: unknown architecture, missing tensor, wrong shape."""
+    """A model folder that cannot be served: unknown architecture, missing tensor, wrong shape.
+
+    Its text is `shortened`, because names and values come from the folder.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 class InvalidRequestError(HBServeError, ValueError):

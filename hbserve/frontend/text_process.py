@@ -438,7 +438,10 @@ class TextProcess:
     async def _watch_answers(self) -> None:
         """Kill a process that does not answer; `_keep_alive` then replaces it."""
         while True:
+            began = time.monotonic()
             await asyncio.sleep(_ANSWER_TIMEOUT_S / 4)
+            if time.monotonic() - began > _ANSWER_TIMEOUT_S / 2:
+                continue  # this process did not run itself: first it reads what has come meanwhile
             late = time.monotonic() - _ANSWER_TIMEOUT_S
             is_late = self._has_late_question(late)
             if self._last_heard < late:  # else other streams get answers, and this one is in a long queue

@@ -281,6 +281,7 @@ class GrammarProcess:
         """Exchange messages with the process until it ends, or is late; returns what it worked on too long."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
+        now = time.monotonic()
         while True:
             poll.register(line, select.POLLIN | (select.POLLOUT if self._unsent else 0))
             ready = dict(poll.poll(_LOOK_S * 1000))
@@ -298,8 +299,11 @@ class GrammarProcess:
                     return []
                 with self.lock:
                     self._take(data)
-            now = time.monotonic()
+            before, now = now, time.monotonic()
             with self.lock:
+                if now - before > 2 * _LOOK_S:  # this process did not run itself: that time does not count
+                    self._idle_until += now - before
+                    self._begun = {number: (since + now - before, cpu) for number, (since, cpu) in self._begun.items()}
                 cpu_s = self._cpu_s() if self._begun else 0.0
                 late = [
                     number

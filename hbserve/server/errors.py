@@ -24,6 +24,7 @@ from hbserve.errors import (
     SchedulerRestartingError,
     ShuttingDownError,
     UnknownInstanceError,
+    shortened,
 )
 from hbserve.hints import nearest
 from hbserve.process.events import bugs
@@ -43,8 +44,6 @@ _BODIES: dict[str, type[Body]] = {
     "/detokenize": DetokenizeRequest,
     "/v1/semi_pd/allocation": AllocationRequest,
 }
-
-MAX_MESSAGE_CHARS = 1000
 
 
 class ModelNotFoundError(InvalidRequestError):
@@ -76,11 +75,8 @@ class ClientGone(Exception):
 
 
 def _shown(text: str) -> str:
-    """Return a text as the client gets it: the text may quote what the client has sent, of any length."""
-    if len(text) > MAX_MESSAGE_CHARS:
-        half = MAX_MESSAGE_CHARS // 2 - 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return text.encode("utf-8", "replace").decode()  # lone surrogates are no characters
+    """Return a text as the client gets it."""
+    return shortened(text).encode("utf-8", "replace").decode()  # lone surrogates are no characters
 
 
 class ApiError(msgspec.Struct, frozen=True):

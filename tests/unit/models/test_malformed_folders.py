@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.chaos.folder_loader import use_text
-from hbserve.errors import ModelError
+from hbserve.errors import MAX_MESSAGE_CHARS, ModelError
 from hbserve.model_spec import ModelSpec
 from hbserve.models.loader import check_weights, load_weights, model_fingerprint
 from hbserve.models.weights import WeightTable
@@ -142,3 +142,13 @@ def test_a_refusal_does_not_repeat_the_file(tmp_path: Path) -> None:
         load(tmp_path)
     assert "model.safetensors cannot be read" in str(caught.value)
     assert len(str(caught.value)) < 1000
+    for key, value in {
+        "architectures": ["x" * 100_000],
+        "layer_types": ["y" * 100_000],
+        "hidden_act": "z" * 9999,
+    }.items():
+        save_model(tmp_path, "qwen2")
+        edit_json(tmp_path / "config.json", **{key: value})
+        with pytest.raises(ModelError, match=r"config\.json") as caught:
+            load(tmp_path)
+        assert len(str(caught.value)) <= MAX_MESSAGE_CHARS
