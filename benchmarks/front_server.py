@@ -19,7 +19,8 @@ from hbserve.server.fair_gate import FairGate
 from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
 from hbserve.server.serve import serve
-from hbserve.tokenizer import Tokenizer, leave_out_torch
+from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer_files import leave_out_torch
 
 START_TIMEOUT_S = 60.0
 

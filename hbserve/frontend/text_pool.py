@@ -44,6 +44,7 @@ from hbserve.messages.text import (
 )
 from hbserve.process.events import OnEvent, log_event
 from hbserve.process.side_thread import SideThread
+from hbserve.process.stopwatch import Start
 from hbserve.tokenizer import ChatMessage
 from hbserve.tokenizer.text_service import LONG_TEXT, OnText, OutputStream
 
@@ -100,6 +101,11 @@ class TextProcesses:
     @property
     def missing(self) -> list[str]:
         return [process.name for process in self._processes if not process.is_connected]
+
+    @property
+    def latest_starts(self) -> list[Start | None]:
+        """The latest start of each process."""
+        return [process.latest_start for process in self._processes]
 
     async def start(self, deadline: float) -> None:
         """Start all processes and return when they are ready.

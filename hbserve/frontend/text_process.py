@@ -38,6 +38,7 @@ from hbserve.messages.text import (
 from hbserve.process import event_loop
 from hbserve.process.events import OnEvent, log_event
 from hbserve.process.parent import ChildProcess, RestartBudget
+from hbserve.process.stopwatch import Start
 from hbserve.rpc.async_socket import AsyncSocket, remove_file
 from hbserve.tokenizer.text_service import OnText, OutputStream
 
@@ -277,6 +278,11 @@ class TextProcess:
             query.answer.set_exception(InvalidRequestError(reply.error, reply.param))
 
     # --- start and replacement -------------------------------------------------------------------
+
+    @property
+    def latest_start(self) -> Start | None:
+        """The process's latest start that has succeeded."""
+        return None if self._child is None else self._child.latest_start
 
     def report(self) -> dict[str, Any]:
         """Return pid, restarts and open work, for the operator."""

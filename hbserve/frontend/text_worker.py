@@ -58,10 +58,12 @@ from hbserve.messages.text import (
     TextRequest,
 )
 from hbserve.process import child, event_loop
+from hbserve.process.stopwatch import Stopwatch, process_start
 from hbserve.rpc.async_socket import AsyncSocket
-from hbserve.tokenizer import Tokenizer, leave_out_torch
+from hbserve.tokenizer import Tokenizer
 from hbserve.tokenizer.chat_template import MAX_AT_ONCE, TEMPLATE_ERRORS
 from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding
+from hbserve.tokenizer_files import leave_out_torch
 
 logger = logging.getLogger(__name__)
 
@@ -352,15 +354,17 @@ async def _in_grammar_thread(work: Callable[[], T]) -> T:
 def main() -> None:
     """Entry point of the process that the API server starts."""
     orders = child.read_orders()
+    stopwatch = Stopwatch(process_start())
+    stopwatch.lap("imports")
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title(f"hbserve-{orders['name']}")
     child.configure_logging(config.logging, orders["name"])
     leave_out_torch()
     os.nice(orders["niceness"])
-    child.exit_after(lambda: _serve(config, orders["address"], orders["renders_chats"]))
+    child.exit_after(lambda: _serve(config, orders["address"], orders["renders_chats"], stopwatch))
 
 
-def _serve(config: Config, address: str, renders_chats: bool) -> NoReturn:
+def _serve(config: Config, address: str, renders_chats: bool, stopwatch: Stopwatch) -> NoReturn:
     child.watch_signals(lambda: child.exit_now(0))  # whatever the main thread does: it may be in a library
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API server
     child.watch_parent(lambda: os._exit(1))
@@ -371,7 +375,8 @@ def _serve(config: Config, address: str, renders_chats: bool) -> NoReturn:
         worker.prepare()
     child.freeze_heap()
     event_loop.start_thread(event_loop.new(), worker.run)
-    child.report_status({"ready": True})
+    stopwatch.lap("tokenizer")
+    child.report_status({"ready": True, "start_s": stopwatch.parts})
     worker.work()
 
 

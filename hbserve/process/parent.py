@@ -25,6 +25,7 @@ from typing import Any
 
 from hbserve.errors import StartupError
 from hbserve.process import child
+from hbserve.process.stopwatch import Start
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class ChildProcess:
         self._on_status, self._on_exit = on_status, on_exit
         self._send_lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._latest_start: Start | None = None
 
     def start(self) -> None:
         """Start the process; it becomes ready later.
@@ -77,6 +79,7 @@ class ChildProcess:
         Raises:
             OSError: if the system refuses another process.
         """
+        began = time.monotonic()
         read_end, write_end = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -92,6 +95,7 @@ class ChildProcess:
             raise
         finally:
             os.close(write_end)
+        self._began = began
         self._started: Future[dict[str, Any]] = Future()  # first status that tells how the start went; {}: none
         self._exited: Future[int] = Future()
         for future in (self._started, self._exited):
@@ -100,6 +104,11 @@ class ChildProcess:
         child.add_follower(self)
         self._watcher = threading.Thread(target=self._watch, args=(read_end,), name=f"watch-{self.name}", daemon=True)
         self._watcher.start()
+
+    @property
+    def latest_start(self) -> Start | None:
+        """The start that has ended last with a process that was ready; None before the first."""
+        return self._latest_start
 
     @property
     def pid(self) -> int:
@@ -202,7 +211,7 @@ class ChildProcess:
             self._process.send_signal(number)
 
     def _watch(self, read_end: int) -> None:
-        process, started, exited = self._process, self._started, self._exited
+        process, started, exited, began = self._process, self._started, self._exited, self._began
         assert process is not None
         assert process.stdin is not None
         with os.fdopen(read_end, "rb") as pipe:
@@ -211,6 +220,9 @@ class ChildProcess:
                     break  # the child was killed while it wrote
                 status = json.loads(line)
                 if ("ready" in status or "error" in status) and not started.done():
+                    if "ready" in status:
+                        parts = status.get("start_s", {})
+                        self._latest_start = Start(self.name, began, time.monotonic(), parts)
                     started.set_result(status)
                 self._on_status(status)
         code = process.wait()

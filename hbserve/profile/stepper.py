@@ -19,6 +19,7 @@ from hbserve.errors import HBServeError
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.process import child
 from hbserve.sampling_params import SamplingParams
+from hbserve.tokenizer_files import leave_out_torch
 
 if TYPE_CHECKING:
     from hbserve.engine.model_runner import ModelRunner, PendingStep
@@ -162,6 +163,7 @@ def main() -> None:
     child.set_process_title(f"hbserve-{name}")
     child.configure_logging(orders.config.logging, name)
     code = 0
+    leave_out_torch()
     try:
         _run(orders)
     except HBServeError as error:

@@ -18,6 +18,7 @@ from hbserve.import_path import load_class
 from hbserve.messages.supervisor import Predecessor
 from hbserve.policy.profile_file import load_profile
 from hbserve.process import child
+from hbserve.process.stopwatch import Stopwatch, process_start
 from hbserve.scheduler.core_io import Start
 from hbserve.scheduler.scheduler import CpuScheduler
 from hbserve.scheduler.shell import SchedulerShell
@@ -26,12 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 async def run_scheduler(
-    config: Config, client_address: str, instance_addresses: dict[str, str], predecessor: Predecessor | None
+    config: Config,
+    client_address: str,
+    instance_addresses: dict[str, str],
+    predecessor: Predecessor | None,
+    stopwatch: Stopwatch,
 ) -> bool:
     """Run the configured scheduler until SIGTERM, SIGINT or the launcher's end; returns whether the launcher ended.
 
     Args:
         predecessor: the scheduler whose place it takes; None: it is the first.
+        stopwatch: of the start of this process.
     """
     scheduler_class: type[CpuScheduler] = CpuScheduler
     if config.performance.scheduler is not None:
@@ -51,7 +57,8 @@ async def run_scheduler(
         loop.add_signal_handler(number, shell.stop)
     child.watch_parent(lambda: loop.call_soon_threadsafe(on_launcher_exit))
     child.freeze_heap()
-    child.report_status({"ready": True})
+    stopwatch.lap("scheduler")
+    child.report_status({"ready": True, "start_s": stopwatch.parts})
     await shell.run()
     return launcher_ended.is_set()
 
@@ -59,13 +66,15 @@ async def run_scheduler(
 def main() -> None:
     """Run the process that a launcher starts."""
     orders = child.read_orders()
+    stopwatch = Stopwatch(process_start())
+    stopwatch.lap("imports")
     config = msgspec.convert(orders["config"], Config)
     child.set_process_title("hbserve-scheduler")
     child.configure_logging(config.logging, "scheduler")
     try:
         predecessor = msgspec.convert(orders["predecessor"], Predecessor | None)
         has_no_launcher = asyncio.run(
-            run_scheduler(config, orders["client_address"], orders["instance_addresses"], predecessor)
+            run_scheduler(config, orders["client_address"], orders["instance_addresses"], predecessor, stopwatch)
         )
     except HBServeError as error:
         child.report_status({"error": str(error)})

@@ -21,6 +21,7 @@ import msgspec
 from hbserve.config import Config
 from hbserve.errors import HBServeError
 from hbserve.process import child
+from hbserve.tokenizer_files import leave_out_torch
 
 EXIT_DEVICE_FAILED = 73
 
@@ -80,6 +81,7 @@ def main() -> None:
     child.set_process_title(f"hbserve-{orders['name']}")
     child.configure_logging(config.logging, orders["name"])
     code = 0
+    leave_out_torch()
     try:
         hold(config, orders)
     except HBServeError as error:

@@ -1,15 +1,19 @@
 """Start of a whole system with its HTTP server in the foreground, for the start scripts.
 
-The calling process becomes the API server (``hbserve-api``). `DisaggregatedLLM` starts the other processes.
+The calling process becomes the API server (``hbserve-api``). `DisaggregatedLLM` starts the other processes. What takes
+long to import, and is not needed for that, is imported while they start.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 import ssl
+import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from hbserve.config import Config, ServerConfig
 from hbserve.config.validation import is_loopback
@@ -17,14 +21,16 @@ from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
 from hbserve.model_store import with_model_folder
 from hbserve.process import child, event_loop, exit_core
 from hbserve.process.events import BugEvents, OnEvent, bugs, log_event
-from hbserve.server import live_page
-from hbserve.server.app import create_app
+from hbserve.process.stopwatch import Start, Stopwatch, process_start, table
 from hbserve.server.fair_gate import FairGate
-from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys, refuse_public
 from hbserve.server.serve import bind, serve
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
-from hbserve.tokenizer import leave_out_torch
+from hbserve.tokenizer import Tokenizer
+from hbserve.tokenizer_files import leave_out_torch
+
+if TYPE_CHECKING:
+    from hbserve.server.guard import Guard
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +49,22 @@ def serve_system(config: Config, with_instances: bool, read_again: Callable[[], 
     Raises:
         HBServeError: if the system cannot start.
     """
+    stopwatch = Stopwatch(process_start())
+    stopwatch.lap("imports")
     config = with_model_folder(config)
+    stopwatch.lap("model")
     child.set_process_title("hbserve-api")
     child.raise_descriptor_limit()
     child.configure_logging(config.logging, "api")
+    return event_loop.run(_serve(config, with_instances, read_again or (lambda: config), stopwatch))
+
+
+def _load_tokenizer(folder: str, model_folder: str) -> Tokenizer:
+    """Load the tokenizer, and import the application; in a thread, while the other processes start."""
     leave_out_torch()
-    return event_loop.run(_serve(config, with_instances, read_again or (lambda: config)))
+    importlib.import_module("hbserve.server.live_page")
+    importlib.import_module("hbserve.server.guard")
+    return Tokenizer(folder, model_folder)
 
 
 class _Reload:
@@ -89,7 +105,7 @@ class _Reload:
         logger.info("SIGHUP: read keys, certificates and log level anew")
 
 
-async def _serve(config: Config, with_instances: bool, read_again: Callable[[], Config]) -> int:
+async def _serve(config: Config, with_instances: bool, read_again: Callable[[], Config], stopwatch: Stopwatch) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,7 +116,7 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
     listener = bind(config.server)
     if not is_loopback(config.server.host) and not reload.keys.are_required:
         logger.warning("other hosts can reach %s, and no API key is set (server.api_keys_file)", config.server.host)
-    llm = DisaggregatedLLM(config, with_instances, text_in_processes=True)
+    llm = DisaggregatedLLM(config, with_instances, text_in_processes=True, load_tokenizer=_load_tokenizer)
     reload.on_event = llm.report_event
     bug_events = BugEvents(llm.report_event)
     bugs.addHandler(bug_events)
@@ -113,6 +129,11 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         await starting
+        stopwatch.lap("processes")
+        from hbserve.server import live_page  # `_load_tokenizer` has imported them
+        from hbserve.server.app import create_app
+        from hbserve.server.guard import Guard
+
         server = config.server
         gate = FairGate(
             max_open=server.max_open_requests,
@@ -121,11 +142,15 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
             rate_per_minute=server.requests_per_minute_per_key,
         )
         app = create_app(llm.engine, llm.client, config.served_name, server, llm.supervisors, llm.plan)
-        live_page.install(app, llm.config, llm.engine, llm.client, gate, llm.text_processes, stop)
+        live_page.install(app, llm.config, llm.plan, llm.engine, llm.client, gate, llm.text_processes, stop)
 
         def on_listening(actual_port: int) -> None:
             child.freeze_heap()
             exit_core.keep_off()
+            stopwatch.lap("http")
+            own = Start("the API server", stopwatch.began, time.monotonic(), stopwatch.parts)
+            for line in table([own, *llm.latest_starts], stopwatch.began):
+                logger.debug("%s", line)
             # The only line on standard output: for people, and for programs that start the server.
             scheme = "http" if tls is None else "https"
             print(f"HBServe is ready: {scheme}://{server.host}:{actual_port} (model {config.served_name})", flush=True)

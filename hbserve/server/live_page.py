@@ -19,6 +19,7 @@ from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
 from hbserve.server.app import STATS_TIMEOUT_S
 from hbserve.server.fair_gate import FairGate
+from hbserve.system.auto_plan import Plan
 
 FOLDER = Path(__file__).parent / "page"
 _SECURITY = {
@@ -33,6 +34,7 @@ _SECURITY = {
 def install(
     app: FastAPI,
     config: Config,
+    plan: Plan | None,
     engine: TextEngine,
     client: EngineClient,
     gate: FairGate,
@@ -43,6 +45,7 @@ def install(
 
     Args:
         config: the page shows its model, mode and latency targets.
+        plan: what the system consists of, and why.
         text: the tokenizer and detokenizer processes, if there are any.
         stop: setting it ends the server.
     """
@@ -72,6 +75,7 @@ def install(
                 "version": __version__,
                 "model": config.served_name,
                 "mode": config.mode,
+                "plan": None if plan is None else {"chosen_by": plan.chosen_by, "why": plan.why},
                 "uptime_s": time.monotonic() - start,
                 "open_requests": engine.num_open,
                 "waiting_for_turn": gate.num_waiting,

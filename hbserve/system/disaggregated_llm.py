@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from hbserve.messages.supervisor import EventKind
 from hbserve.model_files import read_sampling_defaults
 from hbserve.model_store import with_model_folder
 from hbserve.process.events import log_event
+from hbserve.process.stopwatch import Start
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
@@ -45,6 +46,8 @@ class DisaggregatedLLM:
         config: flat or frozen configuration; frozen here, so that later changes have no effect.
         with_instances: False if the instances are started elsewhere and will connect.
         text_in_processes: encode and decode text in separate processes, as servers do.
+        load_tokenizer: makes the tokenizer of this process, from its folder and the model's; called in a thread, while
+            the other processes start.
 
     Attributes:
         config: what runs. From the first `start` on, a model that is given by name has its folder there, and mode
@@ -56,7 +59,11 @@ class DisaggregatedLLM:
     """
 
     def __init__(
-        self, config: PdDisaggConfig | Config, with_instances: bool = True, text_in_processes: bool = False
+        self,
+        config: PdDisaggConfig | Config,
+        with_instances: bool = True,
+        text_in_processes: bool = False,
+        load_tokenizer: Callable[[str, str], Tokenizer] = Tokenizer,
     ) -> None:
         self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
         self.plan: Plan | None = None
@@ -66,7 +73,7 @@ class DisaggregatedLLM:
         )
         self._client: EngineClient | None = None
         self._engine: TextEngine | None = None
-        self._text_in_processes = text_in_processes
+        self._text_in_processes, self._load_tokenizer = text_in_processes, load_tokenizer
         self._text: TextProcesses | None = None
         self._given_up: str | None = None
 
@@ -90,15 +97,16 @@ class DisaggregatedLLM:
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)
         sampling_defaults = {} if self.config.model.generation_config == "none" else read_sampling_defaults(folder)
-        loading = asyncio.to_thread(Tokenizer, self.config.tokenizer_path, self.config.model.path)
-        tokenizer = asyncio.create_task(loading)
-        text: asyncio.Task[None] | None = None
+        loading: list[asyncio.Task[Any]] = []
         try:
             await asyncio.to_thread(self._launcher.set_core_apart)
+            self._address = await self._launcher.start()  # first, because instances take longest
             if self._text_in_processes:
                 self._text = TextProcesses(self.config, self._launcher.make_run_dir(), self.report_event)
-                text = asyncio.create_task(self._text.start(deadline))
-            self._address = await self._launcher.start()
+                loading.append(asyncio.create_task(self._text.start(deadline)))
+            reading = asyncio.to_thread(self._load_tokenizer, self.config.tokenizer_path, self.config.model.path)
+            loading.append(asyncio.create_task(reading))
+            await self._launcher.wait_ready()
             self._client = EngineClient(
                 self._address,
                 self.config.rpc,
@@ -110,11 +118,10 @@ class DisaggregatedLLM:
             if self._given_up is not None:
                 raise StartupError(self._given_up)
             ready = await self._client.wait_ready(max(1.0, deadline - time.monotonic()))
-            if text is not None:
-                await text
+            *_, tokenizer = [await task for task in loading]
             self._engine = TextEngine(
                 self._client,
-                await tokenizer,
+                tokenizer,
                 ready.max_model_len,
                 ready.vocab_size,
                 self._text,
@@ -123,10 +130,9 @@ class DisaggregatedLLM:
                 sampling_defaults,
             )
         except BaseException:
-            tokenizer.cancel()
-            if text is not None:
-                text.cancel()
-                await asyncio.gather(text, return_exceptions=True)
+            for task in loading:
+                task.cancel()
+            await asyncio.gather(*loading, return_exceptions=True)
             await self.stop()
             raise
 
@@ -179,6 +185,12 @@ class DisaggregatedLLM:
     def launcher(self) -> Launcher:
         """Launcher of the system's processes."""
         return self._launcher
+
+    @property
+    def latest_starts(self) -> list[Start]:
+        """When and how the processes of the system were started last."""
+        starts = self._launcher.latest_starts + ([] if self._text is None else self._text.latest_starts)
+        return [start for start in starts if start is not None]
 
     @property
     def supervisors(self) -> dict[str, ProcessRotationManager]:

@@ -4,9 +4,6 @@ It runs in the event loop of the API server (`hbserve.server`), or of the user's
 system, with the names that process lists show, in the order of their start:
 
     hbserve-api                         API server; with the Python API the user's program is in its place
-    hbserve-detokenizer                 text to HTTP clients        } only behind the API server, by `TextProcesses`;
-    hbserve-tokenizer-0, -1, ...        text of HTTP clients        } they start while the others do, or
-    hbserve-grammar-checker, ...        grammars of HTTP clients    } when they are first needed
     hbserve-scheduler                   CPU scheduler
     hbserve-<instance>-TP0              rank 0 of each instance that has one worker
         hbserve-<instance>-TP1, ...     its other ranks, which rank 0 starts and ends
@@ -16,6 +13,9 @@ system, with the names that process lists show, in the order of their start:
         nvidia-cuda-mps-control         MPS daemon, on a GPU
         hbserve-<instance>-standby      standby processes, which import and then become workers
         hbserve-<instance>-resident     holder of weights and KV, one per rank
+    hbserve-detokenizer                 text to HTTP clients        } only behind the API server, by `TextProcesses`;
+    hbserve-tokenizer-0, -1, ...        text of HTTP clients        } they start while the others do, or
+    hbserve-grammar-checker, ...        grammars of HTTP clients    } when they are first needed
 
 They end in this order: text processes, scheduler, semi_pd instances, other instances. Every child also ends when its
 parent ends, however that happens: see `hbserve.process.child`.
@@ -48,6 +48,7 @@ from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED, EXIT_SUPERSEDED
 from hbserve.process.events import OnEvent, log_event
 from hbserve.process.parent import ChildProcess, RestartBudget
+from hbserve.process.stopwatch import Start
 from hbserve.rpc.instance_line import instance_address, scheduler_address
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 
@@ -116,19 +117,15 @@ class Launcher:
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
-        """Start all processes; returns the scheduler's address for clients.
+        """Start all processes, and return the scheduler's address for clients; `wait_ready` waits for the processes.
 
         Raises:
-            StartupError: naming the process that failed and why; all started processes are then ended.
+            StartupError: if an instance cannot be started here; `stop` then ends the others.
         """
-        deadline = time.monotonic() + self.config.rpc.start_timeout_s
+        self._deadline = time.monotonic() + self.config.rpc.start_timeout_s
         if self._with_instances:
             self.config = await asyncio.to_thread(fit_to_gpus, self.config)
-        try:
-            return await self._start(self.make_run_dir(), deadline)
-        except BaseException:
-            await self.stop()
-            raise
+        return self._start(self.make_run_dir())
 
     def set_core_apart(self) -> None:
         """Reserve the exit core if workers will end while others serve; before any start. Waits for nvidia-smi."""
@@ -142,7 +139,7 @@ class Launcher:
             self._run_dir = tempfile.mkdtemp(prefix="hbserve-")
         return self._run_dir
 
-    async def _start(self, run_dir: str, deadline: float) -> str:
+    def _start(self, run_dir: str) -> str:
         client_address = scheduler_address(self.config, run_dir)
         shared = [i for i in self.config.gpu_instances if i.instance_type is InstanceRole.SEMI_PD]
         if shared and not self._with_instances:
@@ -154,10 +151,18 @@ class Launcher:
         }
         for child in self._children:
             child.start()
-        waits = [asyncio.create_task(child.wait_ready(deadline)) for child in self._children]
         for name, manager in managers.items():
-            self._supervisors[name] = _SupervisorThread(manager, deadline)
-            waits.append(asyncio.create_task(self._supervisors[name].wait_ready()))
+            self._supervisors[name] = _SupervisorThread(manager, self._deadline)
+        return client_address
+
+    async def wait_ready(self) -> None:
+        """Wait until all processes are ready.
+
+        Raises:
+            StartupError: naming the process that failed and why; `stop` then ends the others.
+        """
+        waits = [asyncio.create_task(child.wait_ready(self._deadline)) for child in self._children]
+        waits += [asyncio.create_task(thread.wait_ready()) for thread in self._supervisors.values()]
         try:
             await asyncio.gather(*waits)
         finally:
@@ -167,7 +172,6 @@ class Launcher:
         scheduler, *others = self._children
         self._watchers.append(asyncio.create_task(self._keep_scheduler(scheduler)))
         self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in others]
-        return client_address
 
     def _new_children(self, client_address: str, run_dir: str) -> list[ChildProcess]:
         """Describe the scheduler and the instances that have one worker, or Ray's driver; nothing is started."""
@@ -206,6 +210,12 @@ class Launcher:
     def supervisors(self) -> dict[str, ProcessRotationManager]:
         """Rotation managers of the ``semi_pd`` instances, by instance name."""
         return {name: thread.manager for name, thread in self._supervisors.items()}
+
+    @property
+    def latest_starts(self) -> list[Start | None]:
+        """The latest start of each process, and of each ``semi_pd`` instance as a whole."""
+        shared = [thread.latest_start for thread in self._supervisors.values()]
+        return [child.latest_start for child in self._children] + shared
 
     # --- the scheduler's restarts ----------------------------------------------------------------
 
@@ -317,6 +327,7 @@ class _SupervisorThread:
     def __init__(self, manager: ProcessRotationManager, deadline: float) -> None:
         self.manager = manager
         self._deadline = deadline
+        self.latest_start: Start | None = None
         self._stop = threading.Event()
         self._started: Future[None] = Future()
         self._stopped: Future[None] = Future()
@@ -325,8 +336,10 @@ class _SupervisorThread:
         threading.Thread(target=self._run, name="semi-pd-start-stop", daemon=True).start()
 
     def _run(self) -> None:
+        began = time.monotonic()
         try:
             self.manager.start_or_raise(self._deadline)
+            self.latest_start = Start(self.manager.instance.instance_id, began, time.monotonic(), {})
             self._started.set_result(None)
         except BaseException as error:
             self._started.set_exception(error)

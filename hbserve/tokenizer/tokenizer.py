@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,23 +31,6 @@ _TRIAL_TOOL = {"type": "function", "function": {"name": "f", "description": "", 
 
 _MIN_LONGEST_TOKEN = 128
 """Characters that one token may stand for in any tokenizer: some have a token for every unknown word."""
-
-
-def leave_out_torch() -> None:
-    """Keep transformers from importing torch, which tokenizers do not need: saves half the start time and 180 MB.
-
-    For processes of HBServe only: in this process transformers will never find torch. Other code can still import it.
-    """
-    if "torch" in sys.modules or "transformers" in sys.modules:
-        return
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would warn that torch is missing
-    sys.modules["torch"] = None  # type: ignore[assignment]  # makes Python raise ImportError
-    try:
-        import transformers.utils
-
-        transformers.utils.is_torch_available()  # it remembers the answer
-    finally:
-        del sys.modules["torch"]
 
 
 class Tokenizer:

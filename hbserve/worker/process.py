@@ -12,6 +12,7 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.model_store import with_model_folder
 from hbserve.process import child
+from hbserve.tokenizer_files import leave_out_torch
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.worker_process import SharedDevice, WorkerProcess
 
@@ -34,6 +35,7 @@ def run_instance(
     Raises:
         HBServeError: if it cannot start.
     """
+    leave_out_torch()
     is_launched = child.STATUS_FD_VARIABLE in os.environ
     config = with_model_folder(config)
     _name_process(config, instance)

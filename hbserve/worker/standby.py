@@ -19,6 +19,7 @@ from hbserve.errors import HBServeError
 from hbserve.messages.rank import Standby
 from hbserve.platform import Partition, mps
 from hbserve.process import child
+from hbserve.tokenizer_files import leave_out_torch
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def _import_everything(how: Standby) -> None:
 
     This is in a thread of its own, because on Linux each thread has its own niceness, and cannot lower it again.
     """
+    leave_out_torch()  # of transformers
     if how.yields:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     import numpy.ma  # noqa: F401 - `numpy.unique` imports it at its first call

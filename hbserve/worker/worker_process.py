@@ -42,7 +42,7 @@ from hbserve.messages.worker import (
     WantsToLeave,
 )
 from hbserve.process import child, event_loop
-from hbserve.process.stopwatch import Stopwatch
+from hbserve.process.stopwatch import Stopwatch, process_start
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer, bind_address
 from hbserve.worker import events
@@ -132,7 +132,8 @@ class WorkerProcess:
         """
         started = time.monotonic()
         if self._shared is None:
-            stopwatch, attachments, partition = Stopwatch(), None, None
+            stopwatch, attachments, partition = Stopwatch(process_start()), None, None
+            stopwatch.lap("orders")
             how = Standby(model=self.config.model.path, on_gpu=False, yields=False)
             ranks = RankGroup(self.instance.num_ranks, self.instance.instance_id, how, self._on_rank_lost)
         else:

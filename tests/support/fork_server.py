@@ -306,6 +306,10 @@ def _main() -> None:
         _run(sys.argv[2:])
         return
     import setproctitle
+
+    from hbserve.tokenizer_files import leave_out_torch
+
+    leave_out_torch()
     from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     import hbserve.engine.model_runner
@@ -316,7 +320,10 @@ def _main() -> None:
     import hbserve.worker.process
     import hbserve.worker.rank_process
     import hbserve.worker.worker_process  # noqa: F401
+    from hbserve.model_spec import supported_architectures
 
+    for model_type in supported_architectures():
+        CONFIG_MAPPING[model_type]
     setproctitle.getproctitle()  # finds the place of the title while the environment is as it was
     use()
     request = _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

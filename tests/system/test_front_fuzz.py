@@ -67,7 +67,8 @@ def address() -> Iterator[str]:
             engine = TextEngine(client, tokenizer, 200, 400)
             config = ServerConfig(port=0, max_body_bytes=100_000)
             app = create_app(engine, client, MODEL, config)
-            live_page.install(app, from_dict({"model": {"path": str(DEMO)}}), engine, client, FairGate(), None, stop)
+            page_config = from_dict({"model": {"path": str(DEMO)}})
+            live_page.install(app, page_config, None, engine, client, FairGate(), None, stop)
 
             def on_ready(port: int) -> None:
                 ready.append(f"http://127.0.0.1:{port}")

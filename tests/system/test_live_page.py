@@ -56,7 +56,7 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo", supervisors=llm.supervisors)
         shown = structs.replace(llm.config, scheduler=SchedulerConfig(ttft_ms=5000.0, tpot_ms=0.001))
-        live_page.install(app, shown, llm.engine, llm.client, FairGate(), None, system.stop)
+        live_page.install(app, shown, llm.plan, llm.engine, llm.client, FairGate(), None, system.stop)
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))
@@ -138,7 +138,7 @@ async def test_page(system: System, page: Any) -> None:
     await page.keyboard.press("Enter")
     await page.locator("#status.ready").wait_for()
     header = await page.locator("body > header").inner_text()
-    assert all(word in header for word in ("demo", "disaggregated", f"HBServe {__version__}"))
+    assert all(word in header for word in ("demo", "disaggregated", "as configured", f"HBServe {__version__}"))
     assert await page.locator(".card").count() == 3
     assert await page.locator(".u-wrap").count() == 5
     assert await page.locator("#shares-title").inner_text() == "Busy share"

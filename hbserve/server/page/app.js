@@ -49,7 +49,9 @@ function showHeader(data) {
   by("status").textContent = state;
   by("status").className = `pill ${state}`;
   by("model").textContent = data.server.model;
-  by("mode").textContent = data.server.mode;
+  const plan = data.server.plan;
+  by("mode").textContent = data.server.mode + (plan == null ? "" : plan.chosen_by === "auto" ? ", chosen for this machine" : ", as configured");
+  by("mode").title = plan?.why ?? "";
   by("uptime").textContent = `HBServe ${data.server.version}, up ${duration(data.server.uptime_s)}`;
 }
 
