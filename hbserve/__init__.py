@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from hbserve.system.disaggregated_llm import DisaggregatedLLM
     from hbserve.system.llm import LLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+"""The one source of the version: of packages, ``/version`` and ``hbserve version``. CONTRIBUTING.md has the rules."""
 __all__ = ["LLM", "Config", "DisaggregatedLLM", "KVTransferBackend", "PdDisaggConfig", "SamplingParams"]
 
 __getattr__: Any = lazy_attributes(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +15,7 @@ import msgspec
 import pytest
 import yaml
 
+from hbserve import __version__
 from hbserve.config import Config, InstanceConfig, from_dict, load
 from hbserve.config.fields import Section
 from hbserve.config.flat import KEYS
@@ -178,3 +181,15 @@ def test_yaml_in_the_readme_is_a_system() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     load(path)
+
+
+def test_version_changelog_and_tag_agree() -> None:
+    sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    is_released = re.fullmatch(r"\d+\.\d+\.\d+", __version__) is not None
+    assert sections[0] == (__version__ if is_released else "Unreleased")
+    numbers = [tuple(map(int, name.removesuffix(".dev0").split("."))) for name in (__version__, sections[1])]
+    assert numbers[0] > numbers[1]
+    tags = [os.environ["GITHUB_REF_NAME"]] if os.environ.get("GITHUB_REF_TYPE") == "tag" else []
+    listed = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    tags += listed.stdout.split()  # none without a repository
+    assert {tag for tag in tags if tag.startswith("v")} <= {f"v{__version__}"}
