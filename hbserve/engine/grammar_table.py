@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hbserve.grammar_process.parent import Follower, GrammarProcess
 from hbserve.messages.worker import PlanRow, SequenceState
+from hbserve.process.events import OnEvent
 
 _MAX_WAIT_S = 0.02
 """Time that a step waits for the masks of all its rows."""
@@ -45,6 +46,10 @@ class GrammarTable:
         self._followers: dict[int, Follower] = {}
         self._num_known: dict[int, int] = {}  # per slot, tokens of prompt and output that the follower has
         self._missing: dict[int, str | None] = {}
+
+    def set_on_event(self, on_event: OnEvent) -> None:
+        """Have a function called, in another thread, when the grammar process is replaced; else that is logged."""
+        self._process.on_event = on_event
 
     def install(self, state: SequenceState) -> None:
         """Take a sequence in, in place of whatever the slot had."""

@@ -16,6 +16,7 @@ from hbserve.attention import select_attention_backend
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
+from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.prompt_scores import score
 from hbserve.engine.sampler import sample
@@ -132,6 +133,11 @@ class ModelRunner:
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
             *(self.layout.block_size, self.max_model_len, backend.name),
         )
+
+    @property
+    def grammars(self) -> GrammarTable:
+        """Grammars of the sequences."""
+        return self._table.grammars
 
     @torch.inference_mode()
     def _prepare_for(self, role: InstanceRole) -> None:

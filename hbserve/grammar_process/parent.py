@@ -43,6 +43,7 @@ from hbserve.messages.grammar import (
     WorkBegun,
 )
 from hbserve.process import child
+from hbserve.process.events import OnEvent, log_event
 from hbserve.process.parent import ChildProcess
 
 logger = logging.getLogger(__name__)
@@ -157,10 +158,14 @@ class GrammarProcess:
         folder: of the tokenizer.
         vocab_size: columns of the model's logits.
         starts_now: start at once, because a large vocabulary takes a second to read.
+
+    Attributes:
+        on_event: called in a thread when the process is replaced.
     """
 
     def __init__(self, folder: Path, vocab_size: int, starts_now: bool = False) -> None:
         self.lock = threading.RLock()
+        self.on_event: OnEvent = log_event
         self._orders = {"folder": str(folder), "vocab_size": vocab_size}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[GrammarReply] = msgspec.msgpack.Decoder(GrammarReply)
@@ -247,10 +252,13 @@ class GrammarProcess:
                 how = f"cannot be started: {error}"
                 time.sleep(_LOOK_S)
             else:
-                late = self._serve(line)
+                try:
+                    late = self._serve(line)
+                except Exception:
+                    logger.exception("bug while following grammars")
                 how = self._end()
             if not self._is_closed:
-                logger.warning("the grammar process %s; it is replaced", how)
+                self.on_event("grammar_restarted", "the grammar process", f"it {how} and is replaced")
                 self._judge(late, how)
         os.close(self._wake)
 

@@ -78,6 +78,7 @@ EventKind = Literal[
     "unserved",
     "instance_restarted",
     "text_restarted",
+    "grammar_restarted",
     "start_failed",
     "given_up",
     "message_dropped",

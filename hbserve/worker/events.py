@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from hbserve.messages.supervisor import ReportEvent
 from hbserve.messages.transfer import TransferCommand, TransferReply
 from hbserve.messages.worker import InstanceFailed, Shutdown, StepLost, StepPlan, StepResult
 
@@ -77,7 +78,7 @@ class RankFailed(NamedTuple):
 StepEvent = LayersStored | StepDone | StepFailed
 RankEvent = StepEvent | StepsEnded | TransferReplied | StepLost | TransferCommand
 """What the event loop of every rank handles."""
-WorkerEvent = RankEvent | StepDropped | RankFailed | StepPlan | Shutdown
+WorkerEvent = RankEvent | StepDropped | RankFailed | StepPlan | Shutdown | ReportEvent
 """What the event loop of rank 0 handles."""
 
 E = TypeVar("E")

@@ -27,6 +27,7 @@ from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.kv_transfer.joint_results import JointResults
 from hbserve.messages.rank import Standby
+from hbserve.messages.supervisor import EventKind, ReportEvent
 from hbserve.messages.transfer import CancelTransfer, LinkOpened, Peer, TransferReply
 from hbserve.messages.worker import (
     Hello,
@@ -42,6 +43,7 @@ from hbserve.messages.worker import (
     WantsToLeave,
 )
 from hbserve.process import child, event_loop
+from hbserve.process.events import log_event
 from hbserve.process.stopwatch import Stopwatch, process_start
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer, bind_address
@@ -155,6 +157,7 @@ class WorkerProcess:
             stopwatch,
         ) as rank:
             self._platform, self._runner, self._transfers = rank.platform, rank.runner, rank.transfers
+            self._runner.grammars.set_on_event(self._report_event)
             ranks.wait_ready(started + self.config.rpc.start_timeout_s)
             stopwatch.lap("other_ranks")
             logger.info(
@@ -229,6 +232,12 @@ class WorkerProcess:
         self._kill_ranks()
         child.exit_now(exit_code)
 
+    def _report_event(self, kind: EventKind, subject: str, text: str) -> None:
+        """Report an event to the scheduler, from any thread."""
+        subject = f"{subject} of {self.instance.instance_id}"
+        log_event(kind, subject, text)
+        self._events.post(ReportEvent(kind=kind, subject=subject, text=text))
+
     # --- event loop thread -----------------------------------------------------------------------
 
     def _on_event(self, event: events.WorkerEvent) -> None:
@@ -252,6 +261,8 @@ class WorkerProcess:
                     self._joint_results.add(rank, reply)
             case events.RankFailed(rank, report):
                 self._on_rank_failed(f"rank {rank}: {report.error}", report)
+            case ReportEvent():
+                self._rpc.send(event)
             case StepPlan():
                 self._is_used = True
                 self._unfinished.begin(event)

@@ -131,6 +131,8 @@ def test_a_process_that_was_killed_costs_no_request_and_the_last_ends_with_its_o
     tables = [GrammarTable(4, 400, folder)]
     tables[0].install(state(0, QUICK, [2]))
     until(lambda: has_mask(tables[0], 0))
+    events: list[str] = []
+    tables[0].set_on_event(lambda kind, subject, text: events.append(f"{kind}: {subject}: {text}"))
     killed = tables[0]._process._child
     assert killed is not None
     killed.kill()
@@ -140,6 +142,7 @@ def test_a_process_that_was_killed_costs_no_request_and_the_last_ends_with_its_o
     current = tables[0]._process._child
     assert current is not None
     assert current is not killed
+    assert events == ["grammar_restarted: the grammar process: it ended with exit code -9 and is replaced"]
     tables.clear()
     until(lambda: not current.is_alive())
 
