@@ -37,8 +37,9 @@ SPLITS = ("semi_pd@100-100", "semi_pd@80-100")
 _FIRST_COME_CHUNK = 2048
 FIRST_COME = f"unified@{_FIRST_COME_CHUNK}"
 """First come, first served, in chunks of 2048 tokens."""
-DEFAULT_RATES = {"chat": (10.0, 18.0, 22.0), "code": (4.0, 8.0, 12.0), "agents": (1.5, 2.5, 3.5)}
+DEFAULT_RATES = {"chat": (8.0, 14.0, 20.0), "code": (4.0, 8.0, 12.0), "agents": (1.5, 2.5, 3.5)}
 """Rates of the standard loads for the comparison without given targets."""
+_DEFAULTS_S = 40.0
 _KV_TOKENS = 560_000
 _MAX_INPUT_LEN = 32_768
 _HEADER = (
@@ -170,18 +171,16 @@ def _compare_defaults(profile: Path | None) -> None:
     ours = SchedulerConfig(
         ttft_ms=targets.ttft_ms, ttft_ms_per_1k_tokens=targets.ttft_ms_per_1k_tokens, tpot_ms=targets.tpot_ms
     )
-    limits = {"chunk_size": _FIRST_COME_CHUNK, "max_chunk_prefill_tokens": _FIRST_COME_CHUNK}
-    both = [
-        Sizes(kv_tokens=_KV_TOKENS, scheduler=ours),
-        Sizes(kv_tokens=_KV_TOKENS, scheduler=SchedulerConfig(policy="fcfs"), **limits),
-    ]
+    chunk = _FIRST_COME_CHUNK
+    first_come = Sizes(chunk_size=chunk, max_chunk_prefill_tokens=chunk, scheduler=SchedulerConfig(policy="fcfs"))
+    both = [replace(sizes, kv_tokens=_KV_TOKENS) for sizes in (Sizes(scheduler=ours), first_come)]
     print(f"{'load':8} {'req/s':>5}  {'TTFT p50, p99 (ms)':>22} {'TPOT p50, p99 (ms)':>20}   the same, first come")
     for load, rates in DEFAULT_RATES.items():
         for rate in rates:
             texts = []
             for sizes in both:
                 system = SimulatedSystem(make_config([InstanceRole.UNIFIED], sizes), steps, sizes.num_blocks)
-                requests = standard_load(load, rate, round(100 * rate), seed=1)
+                requests = standard_load(load, rate, round(_DEFAULTS_S * rate), seed=1)
                 system.serve(requests)
                 ttfts = sorted(request.ttft_ms for request in requests)
                 tpots = sorted(request.tpot_ms for request in requests if request.output_tokens > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from hbserve.config import (
     ChunkedPrefillConfig,
@@ -31,6 +32,7 @@ class Sizes:
     Attributes:
         kv_tokens: tokens that its KV pool holds.
         scheduler: order of its queue.
+        placement: choice of the instance for a request, see `PerformanceConfig`.
     """
 
     chunk_size: int | None = None
@@ -39,6 +41,7 @@ class Sizes:
     max_num_seqs: int = 256
     kv_tokens: int = 800_000
     scheduler: SchedulerConfig = _DEFAULT_ORDER
+    placement: Literal["least_loaded", "fcfs", "prefix_aware"] = "least_loaded"
 
     @property
     def num_blocks(self) -> int:
@@ -77,6 +80,7 @@ def make_config(
             max_num_batched_tokens=sizes.max_num_batched_tokens,
             block_size=BLOCK_SIZE,
             enable_prefix_caching=shares_prefixes,
+            placement=sizes.placement,
             max_waiting_requests=_NO_LIMIT,
         ),
         semi_pd=semi_pd or SemiPDConfig(),

@@ -10,7 +10,6 @@ import math
 import msgspec
 
 from hbserve.bench.request_record import RequestTargets
-from hbserve.config import SchedulerConfig
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.step_profile import StepProfile
@@ -40,7 +39,7 @@ def _predict(system: System, orders: PredictionOrders, steps: StepTimePredictor)
     for load in LOADS:
         prompt_tokens = MEAN_LENGTHS[load][0]
         ttft_ms = orders.ttft_ms + orders.ttft_ms_per_1k_tokens * prompt_tokens / 1000
-        sizes = Sizes(scheduler=SchedulerConfig(policy="slo_aware"), max_num_seqs=orders.max_num_seqs)
+        sizes = Sizes(max_num_seqs=orders.max_num_seqs, placement="prefix_aware")
         setting = Setting(steps, steps, sizes, RequestTargets(ttft_ms=ttft_ms, tpot_ms=orders.tpot_ms))
         rate = _UTILISATION * num_gpus / _request_s(load, steps)
         outcome = simulate(unit, setting, standard_load(load, rate, orders.num_requests, seed=1))

@@ -5,6 +5,8 @@
 | chat | 1,150 tokens in the mean, log-normal | 210 in the mean | Poisson |
 | code | 2,200 in the mean, log-normal | 25 in the mean | bursts of 4 in the mean, 0.3 s apart |
 | agents | 12,000 in the mean, 64 % from the prompt before | 190 in the mean | sessions of 4, 8 s between prompts |
+
+In a load of less than a minute the prompts of a session come in shorter gaps, so that most of them have one before.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ _BURST = 4.0
 _BURST_GAP_S = 0.3
 _TURNS = 4
 _TURN_GAP_S = 8.0
+_MAX_TURN_GAP = 1 / 8
+"""Gap between the prompts of a session over the length of the load, at most."""
 _FIRST_PROMPT, _TURN_TOKENS, _SYSTEM_TOKENS = 6_000, 4_000, 1_024
 _BLOCK_TOKENS = 512
 _WARM_UP_GAPS = 4.0
@@ -72,7 +76,8 @@ def _requests(rng: np.random.Generator, times: np.ndarray, name: str, spread: fl
 def _agents(rng: np.random.Generator, rate: float, count: int) -> list[SimulatedRequest]:
     """Sessions whose prompts each hold the prompt before; all begin with the same instructions."""
     sessions_per_s = rate / _TURNS
-    begin = -_WARM_UP_GAPS * _TURN_GAP_S
+    turn_gap_s = min(_TURN_GAP_S, _MAX_TURN_GAP * count / rate)
+    begin = -_WARM_UP_GAPS * turn_gap_s
     num_sessions = count + int(-begin * sessions_per_s) + _TURNS
     starts = begin + np.cumsum(rng.exponential(1 / sessions_per_s, num_sessions))
     requests = []
@@ -81,7 +86,7 @@ def _agents(rng: np.random.Generator, rate: float, count: int) -> list[Simulated
         for output in _lognormal(rng, MEAN_LENGTHS["agents"][1], 0.8, _TURNS).clip(1, _MAX_OUTPUT_TOKENS):
             length = int(min(tokens, _MAX_PROMPT_TOKENS))
             requests.append(SimulatedRequest(time, length, int(output), _blocks(session, length)))
-            time += rng.exponential(_TURN_GAP_S)
+            time += rng.exponential(turn_gap_s)
             tokens += _lognormal(rng, _TURN_TOKENS, 0.4, 1)[0]
     return [request for request in requests if request.arrival >= 0]
 

@@ -4,6 +4,7 @@ It runs in the event loop of the API server (`hbserve.server`), or of the user's
 system, with the names that process lists show, in the order of their start:
 
     hbserve-api                         API server; with the Python API the user's program is in its place
+    hbserve-auto-plan                   predictions for mode auto, on GPUs; ends before the others start
     hbserve-scheduler                   CPU scheduler
     hbserve-<instance>-TP0              rank 0 of each instance that has one worker
         hbserve-<instance>-TP1, ...     its other ranks, which rank 0 starts and ends
