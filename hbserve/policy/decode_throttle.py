@@ -31,6 +31,8 @@ _HYSTERESIS_STEPS = 1.0
 prefill's worker, which costs some milliseconds."""
 _MAX_DEFICIT_STEPS = 8.0
 """Decode steps. A larger deficit is cut to this one, and decode at this deficit is overdue."""
+_MARGIN_S = 1e-3
+"""Added to the time at which decode is overdue, so that it certainly is then, whatever is rounded."""
 
 
 class DecodeThrottle:
@@ -57,6 +59,7 @@ class DecodeThrottle:
         is_open: decode steps may run beside prefill. False while only one phase is busy: decode need not wait then.
         is_overdue: decode has waited too long: for a prefill step that is very long or does not end, or for one that a
             sequence with few tokens left has no slack for.
+        overdue_at: when `update` makes it overdue at the latest; infinity while only one phase is busy.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -64,10 +67,12 @@ class DecodeThrottle:
         self._due = 0.0  # when the next decode step should begin
         self._deficit = 0.0
         self.is_open = self.is_overdue = False
+        self.overdue_at = math.inf
 
     def on_idle(self, now: float) -> None:
         """Note that at least one phase has nothing to do."""
         self.is_open = self.is_overdue = False
+        self.overdue_at = math.inf
         self._deficit = 0.0
         self._due = min(max(self._due, now), now + _HYSTERESIS_STEPS * self.interval_s)
 
@@ -88,6 +93,8 @@ class DecodeThrottle:
         self._deficit = deficit = min((now - self._due) / self.interval_s, _MAX_DEFICIT_STEPS)
         self._due = now - deficit * self.interval_s
         self.is_overdue = deficit == _MAX_DEFICIT_STEPS or min_slack_s < 0
+        left_s = min((_MAX_DEFICIT_STEPS - deficit) * self.interval_s, min_slack_s)
+        self.overdue_at = now + max(0.0, left_s) + _MARGIN_S
         self.is_open = deficit > -_HYSTERESIS_STEPS if self.is_open else deficit >= _HYSTERESIS_STEPS
         self.is_open |= min_slack_s < step_s
         return self.is_open

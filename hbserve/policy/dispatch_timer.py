@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 
@@ -26,8 +27,7 @@ _SHORTEST_WAIT_S = 1e-3
 """Resolution of timers. With the shortest lead, steps below 4 ms are all planned at once."""
 
 
-@dataclass(slots=True)
-class _Step:
+class _Step(msgspec.Struct, eq=False):
     """A step in flight; ``begin``: when it was expected to begin, None if its plan came to an idle worker."""
 
     work: StepWork | None
@@ -56,6 +56,7 @@ class DispatchTimer:
         self._needed_leads_s: deque[float] = deque(
             () if predecessor is None else predecessor._needed_leads_s, maxlen=_NUM_SAMPLES
         )
+        self._lead_s: float | None = None  # to be computed from the needed ones
         self._last_end = float("-inf")
         self._due: float | None = None
         self._overtaken: float | None = None
@@ -70,11 +71,12 @@ class DispatchTimer:
         end = self.expected_end()
         if end is None or len(self._needed_leads_s) < _MIN_SAMPLES or end - now < _MIN_LEAD_S + _SHORTEST_WAIT_S:
             return 0.0
-        lead_s = max(_MIN_LEAD_S, sorted(self._needed_leads_s)[-_NUM_LATE] + _SHORTEST_WAIT_S)
-        wait_s = end - lead_s - now
+        if self._lead_s is None:
+            self._lead_s = max(_MIN_LEAD_S, sorted(self._needed_leads_s)[-_NUM_LATE] + _SHORTEST_WAIT_S)
+        wait_s = end - self._lead_s - now
         if wait_s < _SHORTEST_WAIT_S:
             return 0.0
-        self._due = end - lead_s
+        self._due = end - self._lead_s
         return wait_s
 
     def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
@@ -103,11 +105,17 @@ class DispatchTimer:
         self._last_end, self._due = now, None
         if step.begin is not None:
             self._needed_leads_s.append(step.begin - step.planned_at - early_s)
+            self._lead_s = None
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
 
     def expected_end(self) -> float | None:
         """When all steps in flight should have ended; None if none is in flight, or one cannot be predicted."""
-        if not self._steps or any(not step.seconds for step in self._steps):
+        if not self._steps:
             return None
-        return max(self._last_end, self._steps[0].planned_at) + sum(step.seconds for step in self._steps)
+        end = max(self._last_end, self._steps[0].planned_at)
+        for step in self._steps:
+            if not step.seconds:
+                return None
+            end += step.seconds
+        return end

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -89,8 +88,7 @@ class EndedRequest(NamedTuple):
     outcome: str
 
 
-@dataclass(slots=True)
-class Outbox:
+class Outbox(msgspec.Struct):
     """What is to be done after a step, in the order of the fields.
 
     Attributes:
@@ -104,12 +102,12 @@ class Outbox:
         call_at: when the next step must come, if nothing happens before.
     """
 
-    connects: list[tuple[int, str]] = field(default_factory=list)
-    to_workers: list[tuple[int, InstanceCommand]] = field(default_factory=list)
-    to_clients: list[tuple[bytes, SchedulerReply]] = field(default_factory=list)
-    disconnects: list[int] = field(default_factory=list)
-    log: list[tuple[int, str]] = field(default_factory=list)
-    ended: list[EndedRequest] = field(default_factory=list)
+    connects: list[tuple[int, str]] = []
+    to_workers: list[tuple[int, InstanceCommand]] = []
+    to_clients: list[tuple[bytes, SchedulerReply]] = []
+    disconnects: list[int] = []
+    log: list[tuple[int, str]] = []
+    ended: list[EndedRequest] = []
     call_at: float = math.inf
 
 

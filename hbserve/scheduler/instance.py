@@ -9,6 +9,7 @@ so a sequence can change workers between two steps.
 from __future__ import annotations
 
 import heapq
+import math
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.kv_cache.block_pool import BlockPool
@@ -41,6 +42,7 @@ class InstanceHandle:
         unsettled: workers that may still do steps of an earlier scheduler on memory of which this one knows nothing
             yet, with the time by which they must register. Until then no block of the memory is given out.
         choice: decides which worker computes next.
+        plan_at: when the next steps of its workers are looked at, see `wake` and `wake_at`.
     """
 
     def __init__(
@@ -71,7 +73,24 @@ class InstanceHandle:
         self.num_restarts = -1
         self._work_of_ended = Work()
         self._performance = config.performance
+        self.plan_at = -math.inf
         self.reset()
+
+    # --- when its next steps are looked at -------------------------------------------------------
+
+    def wake(self) -> None:
+        """Look at the workers' next steps in this step of the scheduler: something has changed that may allow a plan.
+
+        No other instance is looked at. So whatever a plan depends on must call this when it changes: workers, their
+        results, allocations, free blocks, links.
+        """
+        self.plan_at = -math.inf
+
+    def wake_at(self, at: float) -> None:
+        """Look at the workers' next steps at a time, if nothing changes before."""
+        self.plan_at = min(self.plan_at, at)
+
+    # --- memory ----------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget the pool's memory, which is gone, and all allocations in it."""
@@ -80,6 +99,7 @@ class InstanceHandle:
         self.reserved.clear()
         self._free_slots = list(range(self._performance.max_num_seqs))
         self.choice.reset()
+        self.wake()
 
     # --- workers ---------------------------------------------------------------------------------
 
@@ -91,6 +111,7 @@ class InstanceHandle:
         for worker in self.workers.values():
             worker.role = role
         self.choice.reset(role)
+        self.wake()
 
     @property
     def ready(self) -> bool:
@@ -147,6 +168,7 @@ class InstanceHandle:
         self.unsettled.pop(worker.id, None)
         if self.ready:
             self.lost_since = None
+        self.wake()
 
     @property
     def why_missing(self) -> str:
@@ -209,6 +231,7 @@ class InstanceHandle:
         """Have the sequence take part from the next plan on."""
         self.reserved.pop(sequence, None)
         self.allocations[sequence] = allocation
+        self.wake()
 
     def free_slot(self, sequence: Sequence, allocation: KVAllocation) -> None:
         """Free an allocation's slot. Steps in flight may still name it; a worker works in order, so no harm."""
@@ -217,3 +240,4 @@ class InstanceHandle:
         self.allocations.pop(sequence, None)
         self.reserved.pop(sequence, None)
         heapq.heappush(self._free_slots, allocation.slot)
+        self.wake()

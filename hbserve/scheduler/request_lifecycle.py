@@ -183,36 +183,32 @@ class RequestLifecycle:
         """A worker has computed its oldest step in flight: KV has grown, and tokens are here."""
         now = self._clock.now
         step = worker.end_step(result, now)
-        samples = iter(zip(result.token_ids, result.logprobs or [None] * len(result.token_ids), strict=True))
-        scores = iter(result.prompt_logprobs or [])
+        token_ids, logprobs, scores = result.token_ids, result.logprobs, iter(result.prompt_logprobs or ())
         last_token_times: list[float | None] = []
         num_batch_tokens = 0
-        num_samples = 0
+        index = 0  # of the next sample
         for row in step.rows:
-            sample = next(samples) if row.samples else None
-            prompt_logprobs = next(scores) if row.scores else None
-            row_error = (result.row_errors or {}).get(num_samples)
-            num_samples += row.samples
             sequence, allocation = row.sequence, row.allocation
             counts = not row.is_void and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED
-            if counts and sample is not None and sample[0] == NO_TOKEN:
-                if prompt_logprobs is not None:
-                    self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
-                self._on_no_token(sequence, allocation, row, row_error)
+            prompt_logprobs = next(scores) if row.scores else None
+            if counts and prompt_logprobs is not None:
+                self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
+            if counts and row.samples and token_ids[index] == NO_TOKEN:
+                self._on_no_token(sequence, allocation, row, (result.row_errors or {}).get(index))
             elif counts:
                 self._advance(sequence, allocation, row.end)
-                if prompt_logprobs is not None:
-                    self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
-                if sample is not None:
-                    worker.work.num_tokens += 1
+                if row.samples:
                     if sequence.is_batch:
                         num_batch_tokens += 1
                     else:
                         last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
-                    self._on_token(sequence, allocation, *sample)
+                    self._on_token(sequence, allocation, token_ids[index], logprobs[index] if logprobs else None)
+            index += row.samples
             allocation.end_row(row)
-        assert next(samples, None) is None, "more samples than rows that sample"
+        num_tokens = len(last_token_times) + num_batch_tokens
+        worker.work.num_tokens += num_tokens
+        self.counts["generated_tokens"] += num_tokens
         self._queue.on_step_done(step, result.busy_s)
         self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times, num_batch_tokens)
 
@@ -230,7 +226,6 @@ class RequestLifecycle:
         delay_s = min(_MASK_DELAY_S * 2**sequence.num_late_masks, _MAX_MASK_DELAY_S)
         sequence.num_late_masks += 1
         sequence.planned_from = self._clock.now + delay_s
-        self._clock.call_at(sequence.planned_from)
 
     def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
         """Note that KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -261,7 +256,6 @@ class RequestLifecycle:
         sequence.num_setbacks = sequence.num_late_masks = 0
         if sequence.num_failures and len(sequence.tokens) - sequence.num_tokens_at_failure >= _TOKENS_TO_FORGIVE:
             sequence.num_failures = 0
-        self.counts["generated_tokens"] += 1
         is_first = sequence.first_token_time is None
         if is_first:
             sequence.first_token_time = self._clock.now

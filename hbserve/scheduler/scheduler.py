@@ -158,13 +158,15 @@ class CpuScheduler:
         for event in inbox:
             self._receive(event)
         self._expire_deadlines()
-        plan_at, self._has_settled = math.inf, False
+        self._drains.proceed()
+        self._has_settled = False
         while not self._has_settled:
             self._has_settled = True
             await self._schedule_waiting_requests()
-            plan_at = min((self._fill_pipelines(instance) for instance in self.instances.values()), default=math.inf)
-        self._workers.end_drained()
-        self._drains.proceed()
+            for instance in self.instances.values():
+                if instance.plan_at <= now:  # the others have nothing new to plan, however many there are
+                    self._fill_pipelines(instance)
+        plan_at = min([instance.plan_at for instance in self.instances.values()], default=math.inf)
         return self._outbox.take(call_at=min(plan_at, self._clock.next_call))
 
     def _receive(self, event: InboxEvent) -> None:
@@ -213,31 +215,31 @@ class CpuScheduler:
     def _admit(self, sequence: Sequence) -> bool:
         return self._requests.admit(sequence)
 
-    def _fill_pipelines(self, instance: InstanceHandle) -> float:
+    def _fill_pipelines(self, instance: InstanceHandle) -> None:
         """Send an instance's workers steps until each has enough in flight, or there is nothing to do.
 
-        While a worker computes a long step, its next step is planned as late as possible. Returns when the next plan
-        of the instance is due; infinity: no plan waits for that.
+        While a worker computes a long step, its next step is planned as late as possible (`InstanceHandle.wake_at`).
         """
-        next_plan_at, now = math.inf, self._clock.now
-        choice = instance.choice
+        now, choice = self._clock.now, instance.choice
+        instance.plan_at = math.inf
         for worker in instance.workers.values():
             if worker.ready and not worker.is_introduced:
                 self._planner.introduce(instance, worker)
                 worker.is_introduced = True
         for worker, phases in choice.choose_workers().items():
             if not choice.may_plan(phases):
+                instance.wake_at(choice.overdue_at)
                 continue
             depth = worker.pipeline_depth(self.config.performance.pipeline_depth)
             ahead = choice.steps_ahead(worker)
             timings = [worker.timing, *dict.fromkeys(other.timing for other, _ in ahead)]
             while len(worker.inflight) + len(ahead) < choice.max_in_flight(phases, depth):
                 if (wait_s := max([timing.wait_s(now) for timing in timings])) > 0:
-                    next_plan_at = min(next_plan_at, now + wait_s)
+                    instance.wake_at(now + wait_s)
                     break
                 if not self._planner.plan_step(instance, worker, phases):
                     break
                 choice.on_planned(worker, phases)
                 if self.waiting:
                     self._has_settled = False  # what this step took may leave room for more
-        return next_plan_at
+        self._workers.end_drained(instance)

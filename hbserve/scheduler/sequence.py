@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from hbserve.kv_cache.block_pool import BlockPool, extend_block_hashes
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
@@ -55,8 +57,7 @@ def max_total_tokens(num_prompt_tokens: int, max_tokens: int, max_model_len: int
     return min(num_prompt_tokens + max_tokens, max_model_len)
 
 
-@dataclass(slots=True)
-class InflightRow:
+class InflightRow(msgspec.Struct, eq=False):
     """One sequence's part of a step that has been sent and not confirmed.
 
     Attributes:
@@ -75,11 +76,12 @@ class InflightRow:
     is_void: bool = False
 
 
-@dataclass(slots=True)
-class InflightStep:
+class InflightStep(msgspec.Struct, eq=False):
     """A step that has been sent and not confirmed.
 
     Attributes:
+        num_samples: rows that sample.
+        num_scores: of how many tokens it reports log-probabilities, for each prompt of which it does.
         work: of all its rows; None: it has none.
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
         after: id of another worker's step that this one waits for; 0: none.
@@ -87,6 +89,8 @@ class InflightStep:
 
     step_id: int
     rows: list[InflightRow]
+    num_samples: int = 0
+    num_scores: list[int] = []
     prefill_rows: int = 0
     prefill_tokens: int = 0
     work: StepWork | None = None

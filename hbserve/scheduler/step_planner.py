@@ -62,6 +62,8 @@ class StepPlanner:
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
         now = self._clock.now
         items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
+        if len(items) < len(instance.allocations):
+            instance.wake_at(min(at for sequence in instance.allocations if (at := sequence.planned_from) > now))
         allocations = sorted(items, key=lambda item: (item[0].is_batch, item[0].arrival))
         num_others = sum(not sequence.is_batch for sequence, _ in allocations)
         others, batch = allocations[:num_others], allocations[num_others:]
@@ -96,7 +98,8 @@ class StepPlanner:
         return [
             (sequence, allocation)
             for sequence, allocation in allocations
-            if allocation.num_planned >= allocation.num_tokens_at_entry and can_take(worker, allocation)
+            if allocation.num_planned >= allocation.num_tokens_at_entry
+            and (allocation.last_worker_id == worker.id or can_take(worker, allocation))
         ]
 
     def _plan_prompts(
@@ -166,18 +169,27 @@ class StepPlanner:
 
     def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
         self._last_step_id += 1
-        step_id, now, after = self._last_step_id, self._clock.now, None
+        step_id, after, not_before = self._last_step_id, None, -math.inf
         ahead = instance.choice.steps_ahead(worker) if step.rows else []
-        ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
-        last = max(ahead, key=lambda item: item[1].step_id, default=None)
-        if last is not None and last[1].step_id > worker.has_waited_for:
-            assert last[0].cell is not None, "a worker without a cell cannot be followed"
-            after = StepRef(cell=last[0].cell, step_id=last[1].step_id)
-            worker.has_waited_for = after.step_id
-        work = step.work if step.rows else None  # how long a worker prepares for a role is unknown
-        inflight = InflightStep(step_id, step.inflight, step.prefill_rows, step.prefill_tokens, work)
-        inflight.after = 0 if after is None else after.step_id
-        worker.begin_step(inflight, now, max(ends, default=-math.inf))
+        if ahead:
+            ends = [end for other, _ in ahead if (end := other.timing.expected_end()) is not None]
+            not_before = max(ends, default=-math.inf)
+            other, last = max(ahead, key=lambda item: item[1].step_id)
+            if last.step_id > worker.has_waited_for:
+                assert other.cell is not None, "a worker without a cell cannot be followed"
+                after = StepRef(cell=other.cell, step_id=last.step_id)
+                worker.has_waited_for = after.step_id
+        inflight = InflightStep(
+            step_id=step_id,
+            rows=step.inflight,
+            num_samples=step.num_samples,
+            num_scores=step.num_scores,
+            prefill_rows=step.prefill_rows,
+            prefill_tokens=step.prefill_tokens,
+            work=step.work if step.rows else None,  # how long a worker prepares for a role is unknown
+            after=0 if after is None else after.step_id,
+        )
+        worker.begin_step(inflight, self._clock.now, not_before)
         worker.send(
             StepPlan(
                 epoch=worker.epoch,
@@ -219,7 +231,8 @@ class StepPlanner:
             instance, sequence, allocation
         ):
             return
-        step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, True)
+        step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, samples=True)
+        step.num_samples += 1
         step.decode_keys += position
 
     def _can_leave(self, sequence: Sequence, allocation: KVAllocation) -> bool:
@@ -232,13 +245,17 @@ class StepPlanner:
         )
 
     def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, chunk: int) -> None:
-        end = allocation.num_planned + chunk
+        start, end = allocation.num_planned, allocation.num_planned + chunk
         last = end == allocation.num_tokens_at_entry
-        step.add(sequence, allocation, sequence.tokens[allocation.num_planned : end], chunk, last)
+        next_token_ids = sequence.next_prompt_tokens(start, end)
+        step.add(sequence, allocation, sequence.tokens[start:end], chunk, last, next_token_ids)
         step.prefill_rows += 1
+        step.num_samples += last
+        if next_token_ids is not None:
+            step.num_scores.append(len(next_token_ids))
         step.prefill_tokens += chunk
-        step.prefill_pairs += num_pairs(chunk, end - chunk)
-        self._policy.on_planned(sequence, chunk, end - chunk, self._clock.now)
+        step.prefill_pairs += num_pairs(chunk, start)
+        self._policy.on_planned(sequence, chunk, start, self._clock.now)
         target = sequence.decode_allocation
         if target is None or target is allocation:
             return
@@ -312,7 +329,8 @@ class _StepBuilder:
         self.leaving: list[_Leaving] = []
         self.sends: list[SendBlocks] = []
         self.inflight: list[InflightRow] = []
-        self.num_tokens = 0
+        self.num_tokens = self.num_samples = 0
+        self.num_scores: list[int] = []
         self.prefill_rows = 0
         self.prefill_tokens = 0
         self.prefill_pairs = 0.0
@@ -325,13 +343,18 @@ class _StepBuilder:
         return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
 
     def add(
-        self, sequence: Sequence, allocation: KVAllocation, token_ids: list[int] | None, num_tokens: int, samples: bool
+        self,
+        sequence: Sequence,
+        allocation: KVAllocation,
+        token_ids: list[int] | None,
+        num_tokens: int,
+        samples: bool,
+        next_token_ids: list[int] | None = None,
     ) -> None:
         sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker_id
         allocation.begin_row(self._worker_id, sequence.keeps_state)
         new_block_ids = self.tell(sequence, allocation)
         start = allocation.num_planned
-        next_token_ids = sequence.next_prompt_tokens(start, start + num_tokens)
         self.rows.append(
             PlanRow(
                 slot=allocation.slot,

@@ -147,6 +147,7 @@ class TransferTracker:
             link.enter(LinkState.OPEN)
             link.targets = opened.peers
             link.source.send(ConnectLink(targets=link.targets))
+            link.source.wake()
 
     def on_link_closed(self, target: InstanceHandle, closed: LinkClosed) -> None:
         """The receiver confirms that nothing is written over a broken link any more: unpin its blocks."""
@@ -309,10 +310,12 @@ class TransferTracker:
 
     def _end_sender(self, transfer: Transfer) -> None:
         transfer.end_sender()
+        transfer.link.source.wake()
         self._forget_if_over(transfer)
 
     def _end_receiver(self, transfer: Transfer) -> None:
         transfer.enter(Receiver.ENDED)
+        transfer.link.target.wake()
         self._forget_if_over(transfer)
 
     def _end_receivers(self, link: Link) -> None:

@@ -88,6 +88,11 @@ class WorkerHandle:
         return self.hello is not None
 
     @property
+    def can_take_plans(self) -> bool:
+        """Whether it is there and goes on."""
+        return self.hello is not None and not self.is_told_to_end
+
+    @property
     def epoch(self) -> int:
         """Number of the registered incarnation; 0: none."""
         return self.hello.epoch if self.hello is not None else 0
@@ -115,6 +120,21 @@ class WorkerHandle:
         """A step is on its way; for ``not_before`` see `DispatchTimer.on_planned`."""
         self.inflight.append(step)
         self.timing.on_planned(step.work, now, not_before)
+
+    def misfit(self, result: StepResult) -> str | None:
+        """Return why a result is not that of the worker's next step; None: it is. Workers answer in order."""
+        number = len(self.results)  # of steps whose results wait
+        step = self.inflight[number] if number < len(self.inflight) else None
+        if step is None or step.step_id != result.step_id:
+            expected = "no step" if step is None else f"step {step.step_id}"
+            return f"it answered step {result.step_id}, and {expected} was next"
+        num_tokens = len(result.token_ids)
+        if num_tokens != step.num_samples:
+            return f"it answered step {step.step_id} with {num_tokens} tokens instead of {step.num_samples}"
+        is_whole = result.logprobs is None or len(result.logprobs) == num_tokens
+        if not is_whole or step.num_scores != [len(tokens) for tokens in result.prompt_logprobs or ()]:
+            return f"it answered step {step.step_id} with other log-probabilities than were asked for"
+        return None
 
     def end_step(self, result: StepResult, now: float) -> InflightStep:
         """Confirm and return the oldest step in flight."""

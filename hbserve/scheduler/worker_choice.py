@@ -29,6 +29,12 @@ _MIN_EFFICIENT_TOKENS = 512
 _BATCH_SHARE = 0.4
 """Part of the longest step of prompts that a step with best-effort work takes."""
 PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
+_PHASES_OF_ONE = {
+    InstanceRole.UNIFIED: set(PHASES),
+    InstanceRole.DECODE: set(PHASES),  # it computes short prompts, too; admission allocates no others there
+    InstanceRole.PREFILL: {InstanceRole.PREFILL},
+}
+"""Phases of the one worker that an instance of a role has."""
 
 
 class StepLimit(NamedTuple):
@@ -90,6 +96,11 @@ class WorkerChoice:
             self._throttle = DecodeThrottle(slo.decode_interval_ms / 1000)
         self._mixed_steps = MixedStepBudget(holds_back_decode=slo is None or slo.holds_back_decode)
 
+    @property
+    def overdue_at(self) -> float:
+        """When decode, for which `may_plan` has returned False, waits no longer."""
+        return math.inf if self._throttle is None else self._throttle.overdue_at
+
     def reset(self, role: InstanceRole | None = None) -> None:
         """Forget which workers the phases were at; the instance may have a new role."""
         self._role = role or self._role
@@ -114,6 +125,8 @@ class WorkerChoice:
         busy; between decode's turns prefill counts as alone. The new worker's first step waits for the old worker's
         last one (`steps_ahead`). Where it cannot wait, the change does.
         """
+        if self._role is not InstanceRole.SEMI_PD and len(self._workers) == 1:
+            return {worker: _PHASES_OF_ONE[self._role] for worker in self._workers.values() if worker.can_take_plans}
         chosen: dict[WorkerHandle, set[InstanceRole]] = {}
         mixing = self._mixing_worker()
         busy = {phase: self._is_busy(phase) for phase in PHASES}
@@ -157,13 +170,10 @@ class WorkerChoice:
         return next(worker for worker in reversed(candidates) if worker.percentage == wanted)
 
     def _candidates(self, phase: InstanceRole) -> list[WorkerHandle]:
-        # A decode worker also computes short prompts. Admission allocates nothing else there.
-        role = InstanceRole.DECODE if self._role is InstanceRole.DECODE else phase
-        there = [worker for worker in self._workers.values() if worker.ready and not worker.is_told_to_end]
-        able = [worker for worker in there if _does(worker.role, role) and _does(self._role, role)]
+        able = [worker for worker in self._workers.values() if worker.can_take_plans and _does(worker.role, phase)]
         # A unified worker does one phase only where no worker of that phase is there.
         able = [worker for worker in able if worker.role is not InstanceRole.UNIFIED] or able
-        if self.awaits_worker(role):
+        if self.awaits_worker(phase):
             return able  # an intermediate worker would be one more change, at a larger share than the phase's own
         return [worker for worker in able if not worker.is_draining] or able
 
@@ -182,6 +192,8 @@ class WorkerChoice:
 
     def steps_ahead(self, worker: WorkerHandle) -> list[tuple[WorkerHandle, InflightStep]]:
         """Return the steps in flight at other workers that a worker's next step comes after."""
+        if len(self._workers) == 1:
+            return []
         return [
             (other, step)
             for other in self._workers.values()

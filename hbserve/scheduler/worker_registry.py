@@ -155,7 +155,10 @@ class WorkerRegistry:
             return  # closed meanwhile
         instance, worker = self._by_connection[connection]
         worker.last_seen = self._clock.now
-        if isinstance(reply, Hello):
+        if isinstance(reply, StepResult):
+            if reply.epoch == worker.epoch:  # or from an incarnation that has been given up
+                self._on_step_result(instance, worker, reply)
+        elif isinstance(reply, Hello):
             self._register(instance, worker, reply)
         elif isinstance(reply, InstanceFailed):
             self._on_worker_lost(instance, worker, reply.error)
@@ -166,12 +169,6 @@ class WorkerRegistry:
             self._on_superseded(instance, worker)
         elif reply.epoch != worker.epoch:
             pass  # from an incarnation that has been given up
-        elif isinstance(reply, StepResult):
-            if reply.error is not None:
-                self._on_worker_lost(instance, worker, f"a step failed: {reply.error}")
-            else:
-                worker.results.append(reply)
-                self._confirm_steps(instance)
         elif isinstance(reply, TransferResult):
             self._requests.on_transfer_ended(reply)
         elif isinstance(reply, LinkOpened):
@@ -183,6 +180,14 @@ class WorkerRegistry:
             self._drains.on_wants_to_leave(instance)
         elif isinstance(reply, Leaving):
             self._on_worker_lost(instance, worker, "it is ending")
+
+    def _on_step_result(self, instance: InstanceHandle, worker: WorkerHandle, result: StepResult) -> None:
+        error = f"a step failed: {result.error}" if result.error is not None else worker.misfit(result)
+        if error is not None:
+            self._on_worker_lost(instance, worker, error)
+            return
+        worker.results.append(result)
+        self._confirm_steps(instance)
 
     def _on_superseded(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
         """A worker obeys another scheduler. One that never obeyed this one may do so later, if the other is silent.
@@ -199,6 +204,7 @@ class WorkerRegistry:
         """Confirm results of several workers in the order of their steps, whichever result comes first."""
         while (worker := instance.choice.next_to_confirm()) is not None:
             self._requests.on_step_done(worker, worker.results.popleft())
+        instance.wake()
 
     # --- registration and loss -------------------------------------------------------------------
 
@@ -385,6 +391,7 @@ class WorkerRegistry:
                 if spec.worker_id not in instance.workers:
                     self._add_worker(instance, spec)
                 instance.workers[spec.worker_id].is_draining = is_draining
+        instance.wake()
 
     def _set_shares(self, instance: InstanceHandle, message: SetWorkers) -> None:
         shares = {InstanceRole.PREFILL: message.prefill_percentage, InstanceRole.DECODE: message.decode_percentage}
@@ -416,10 +423,10 @@ class WorkerRegistry:
         self._listen(instance, worker)
         self._greetings[worker] = self._clock.now
 
-    def end_drained(self) -> None:
-        """Tell draining workers to end that have nothing in flight, where others can do their phase."""
-        for instance, worker in self._by_connection.values():
-            if worker.ready and worker.is_draining and not worker.is_told_to_end and not worker.inflight:
+    def end_drained(self, instance: InstanceHandle) -> None:
+        """Tell an instance's draining workers to end that have nothing in flight, where others can do their phase."""
+        for worker in instance.workers.values():
+            if worker.is_draining and worker.ready and not worker.is_told_to_end and not worker.inflight:
                 others = [other for other in instance.workers.values() if other.ready and not other.is_draining]
                 are_there = any(other.role in (worker.role, InstanceRole.UNIFIED) for other in others)
                 if are_there and not instance.choice.awaits_worker(worker.role):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hbserve.messages.worker import StepPlan
+from hbserve.scheduler.core_io import Outbox
 from hbserve.scheduler.scheduler import CpuScheduler
 
 
@@ -16,6 +18,20 @@ def check_books(core: CpuScheduler) -> None:
         assert not set(slots) & set(instance._free_slots), f"a slot of {instance.id} is free and taken"
         for allocation in (*instance.allocations.values(), *instance.reserved.values()):
             assert allocation.num_computed <= allocation.num_planned or allocation in instance.reserved.values()
+
+
+def check_nothing_was_overlooked(core: CpuScheduler, now: float) -> Outbox:
+    """Look at every instance once more, and assert that this plans nothing; returns the outbox of that step.
+
+    A step looks only at instances that something has woken. Not for workers that share an instance: which of them may
+    get a plan depends on what the others have just got.
+    """
+    for instance in core.instances.values():
+        instance.wake()
+    outbox = core.step(now)
+    plans = [plan for _, plan in outbox.to_workers if isinstance(plan, StepPlan) and plan.rows]
+    assert not plans, f"nothing has woken the instance that gets {plans[0]}"
+    return outbox
 
 
 def check_idle(core: CpuScheduler) -> str | None:

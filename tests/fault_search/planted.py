@@ -74,6 +74,8 @@ def blocks_are_free_one_pin_early(patch: Patch) -> None:
 
 @_plant
 def a_worker_of_an_earlier_epoch_is_believed(patch: Patch) -> None:
+    patch.setattr(WorkerHandle, "misfit", lambda *_: None)  # the numbers of its steps would tell, too
+
     def on_reply(self: WorkerRegistry, connection: int, reply: Any) -> None:
         if connection in self._by_connection and isinstance(reply, (StepResult, TransferResult)):
             _, worker = self._by_connection[connection]
@@ -270,6 +272,50 @@ def a_decode_does_not_grow_its_table(patch: Patch) -> None:
     patch.setattr(StepPlanner, "_grow", grow)
 
 
+@_plant
+def an_activated_sequence_wakes_no_instance(patch: Patch) -> None:
+    def activate(self: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> None:
+        plan_at = self.plan_at
+        original(self, sequence, allocation)
+        self.plan_at = plan_at
+
+    original = InstanceHandle.activate
+    patch.setattr(InstanceHandle, "activate", activate)
+
+
+@_plant
+def an_open_link_does_not_wake_its_sender(patch: Patch) -> None:
+    def on_link_opened(self: TransferTracker, target: InstanceHandle, opened: Any) -> None:
+        plan_at = {link.source: link.source.plan_at for link in self._links.values()}
+        original(self, target, opened)
+        for instance, at in plan_at.items():
+            instance.plan_at = at
+
+    original = TransferTracker.on_link_opened
+    patch.setattr(TransferTracker, "on_link_opened", on_link_opened)
+
+
+@_plant
+def blocks_that_a_transfer_frees_wake_no_instance(patch: Patch) -> None:
+    def end_receiver(self: TransferTracker, transfer: Any) -> None:
+        plan_at = transfer.link.target.plan_at
+        original(self, transfer)
+        transfer.link.target.plan_at = plan_at
+
+    original = TransferTracker._end_receiver
+    patch.setattr(TransferTracker, "_end_receiver", end_receiver)
+
+
+@_plant
+def a_late_mask_is_not_waited_for(patch: Patch) -> None:
+    def wake_at(self: InstanceHandle, at: float) -> None:
+        if not any(sequence.planned_from == at for sequence in self.allocations):
+            original(self, at)
+
+    original = InstanceHandle.wake_at
+    patch.setattr(InstanceHandle, "wake_at", wake_at)
+
+
 FOUND_BY = {
     "steps_do_not_pin": 20,
     "transfers_do_not_pin": 18,
@@ -282,15 +328,19 @@ FOUND_BY = {
     "a_block_is_sealed_before_it_is_full": 2,
     "a_prefix_hash_forgets_what_was_before_the_block": 151,
     "a_slot_is_freed_by_every_instance_that_knows_the_request": 0,
-    "rows_after_a_lost_row_count": 148,
+    "rows_after_a_lost_row_count": 204,
     "the_steps_of_an_ended_worker_are_forgotten": 12,
     "sent_is_taken_for_received": 1,
-    "a_broken_link_unpins_at_once": 389,
+    "a_broken_link_unpins_at_once": 486,
     "decoding_begins_before_the_last_transfer": 1,
     "new_memory_keeps_the_old_prefix_cache": 0,
     "a_worker_gets_no_history": 0,
-    "another_workers_state_is_taken_for_current": 11,
+    "another_workers_state_is_taken_for_current": 30,
     "tokens_under_an_earlier_scheduler_are_forgotten": 33,
-    "no_worker_learns_of_a_lost_step": 148,
+    "no_worker_learns_of_a_lost_step": 53,
     "a_decode_does_not_grow_its_table": 1,
+    "an_activated_sequence_wakes_no_instance": 0,
+    "an_open_link_does_not_wake_its_sender": 20,
+    "blocks_that_a_transfer_frees_wake_no_instance": 463,
+    "a_late_mask_is_not_waited_for": 3,
 }

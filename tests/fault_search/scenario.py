@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from hbserve import PdDisaggConfig
-from hbserve.config import Config
+from hbserve.config import Config, SLOConfig
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "examples" / "models" / "hbserve-demo"
@@ -18,6 +18,8 @@ VOCAB_SIZE = 64
 BLOCK_SIZE = 4
 HEARTBEAT_TIMEOUT_S = 2.0
 TRANSFER_TIMEOUT_S = 3.0
+
+_SLO = SLOConfig(ttft_target_ms=100.0, tpot_target_ms=20.0)
 
 FaultKind = Literal[
     "kill_worker",
@@ -81,7 +83,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Everything that one run depends on. ``has_ladder``: semi-PD has two workers of each phase, with other shares."""
+    """Everything that one run depends on.
+
+    Attributes:
+        has_ladder: semi-PD has two workers of each phase, with other shares.
+        has_throttle: decode waits for its turn while prefill is busy.
+    """
 
     seed: int
     mode: Literal["unified", "disaggregated", "semi_pd"]
@@ -99,6 +106,7 @@ class Scenario:
     local_prefill_tokens: int
     has_ladder: bool
     max_step_s: float
+    has_throttle: bool
     requests: tuple[RequestSpec, ...]
     faults: tuple[Fault, ...]
 
@@ -116,6 +124,7 @@ class Scenario:
             self.policy,
             self.placement,
             self.local_prefill_tokens,
+            self.has_throttle,
         )
 
 
@@ -132,6 +141,7 @@ def _config(
     policy: str,
     placement: str,
     local_prefill_tokens: int,
+    has_throttle: bool,
 ) -> Config:
     instances = {
         "unified": [{"instance_id": f"u{n}", "instance_type": "unified"} for n in range(num_prefill)],
@@ -159,6 +169,7 @@ def _config(
         ),
         chunked_prefill=replace(config.chunked_prefill, chunk_size=chunk_size, max_chunk_prefill_tokens=3 * chunk_size),
         scheduler=replace(config.scheduler, policy=policy),
+        semi_pd=replace(config.semi_pd, slo=_SLO if has_throttle else None),
         kv_transfer=replace(
             config.kv_transfer,
             verify=verify,
@@ -243,6 +254,7 @@ def draw(seed: int) -> Scenario:
         local_prefill_tokens=rng.choice((0, 0, 6)),
         has_ladder=rng.random() < 0.8,
         max_step_s=rng.choice((0.003, 0.01, 0.03)),
+        has_throttle=rng.random() < 0.5,
         requests=tuple(sorted(requests, key=lambda request: request.at)),
         faults=faults,
     )

@@ -11,9 +11,9 @@ from hbserve.messages.admin import RemoveInstance, SetRole
 from hbserve.messages.client import ClientMessage, SchedulerReply
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import InstanceCommand, InstanceReply, StepRef
-from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
+from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, InboxEvent, Outbox, Start
 from hbserve.scheduler.scheduler import CpuScheduler
-from tests.fault_search.checks import check_books, check_idle
+from tests.fault_search.checks import check_books, check_idle, check_nothing_was_overlooked
 from tests.fault_search.client import Client, _Request
 from tests.fault_search.memory import NOTHING, Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S, Fault, Scenario
@@ -67,8 +67,14 @@ class SchedulerProcess(Process):
         inbox, self._inbox = self._inbox, []
         outbox = self.core.step(world.now, inbox)
         self.num_steps += 1
+        self._act(outbox)
         if self.num_steps % _STEPS_PER_CHECK == 0:
             check_books(self.core)
+        if world.supervisor is None and outbox.call_at > world.now:
+            self._act(check_nothing_was_overlooked(self.core, world.now))
+
+    def _act(self, outbox: Outbox) -> None:
+        world = self.world
         self.connections.update(outbox.connects)
         for connection, command in outbox.to_workers:
             if connection in self.connections:

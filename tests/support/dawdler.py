@@ -34,8 +34,8 @@ class _AnyTiming(DispatchTimer):
 class Dawdler(CpuScheduler):
     """Whenever plans are made, the answers are the same."""
 
-    def _fill_pipelines(self, instance: InstanceHandle) -> float:
+    def _fill_pipelines(self, instance: InstanceHandle) -> None:
         for worker in instance.workers.values():
             if type(worker.timing) is DispatchTimer and not worker.inflight:
                 worker.timing = _AnyTiming()
-        return super()._fill_pipelines(instance)
+        super()._fill_pipelines(instance)

@@ -244,7 +244,7 @@ def test_a_schedule_counted_by_hand() -> None:
                 metrics.on_first_token(request)
             request.last_token_time = now
             request.tokens.append(7)
-        done = InflightStep(1, rows, len(prefill), prefill_tokens)
+        done = InflightStep(1, rows, prefill_rows=len(prefill), prefill_tokens=prefill_tokens)
         metrics.on_step_done("unified-0", done, busy_s, now, last_token_times)
 
     metrics.on_arrived(a)

@@ -66,6 +66,26 @@ def test_a_request_from_its_arrival_to_its_end() -> None:
     assert scheduler.counts["completed"] == 1
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (StepResult(epoch=1, step_id=1002, token_ids=[8], logprobs=None, busy_s=0.1), "step 1002, and step 1001 was"),
+        (StepResult(epoch=1, step_id=1001, token_ids=[], logprobs=None, busy_s=0.1), "with 0 tokens instead of 1"),
+        (StepResult(epoch=1, step_id=1001, token_ids=[8], logprobs=[], busy_s=0.1), "with other log-probabilities"),
+    ],
+)
+def test_a_worker_that_answers_wrongly_is_lost_and_the_scheduler_goes_on(answer: StepResult, reason: str) -> None:
+    scheduler = make_scheduler()
+    outbox = scheduler.step(50.0, [FromWorker(1, HELLO), FromClient(b"c", REQUEST)])
+    outbox = scheduler.step(50.1, [FromWorker(1, answer), FromWorker(1, answer)])
+    [(_, line)] = outbox.log
+    assert line.startswith("lost: unified-0: it answered step")
+    assert reason in line
+    outbox = scheduler.step(50.3, [FromWorker(1, msgspec.structs.replace(HELLO, epoch=2, arena_epoch=2))])
+    [prompt, *_] = (command for command in commands(outbox) if isinstance(command, StepPlan))
+    assert [row.token_ids for row in prompt.rows] == [[1, 2, 3]]
+
+
 def test_a_request_survives_the_loss_of_its_worker() -> None:
     scheduler = make_scheduler()
     scheduler.step(50.0, [FromWorker(1, HELLO), FromClient(b"c", REQUEST)])

@@ -305,7 +305,8 @@ def test_a_row_without_a_token_is_planned_again_and_others_go_on(parts: Schedule
         assert parts.plan()
         assert len(parts.worker.inflight[-1].rows) == 1  # the other one alone, until the late one's time has come
         answer(parts, 7)
-        parts.clock.advance(parts.clock.next_call)
+        parts.clock.advance(late.planned_from)
+        assert parts.instance.plan_at <= late.planned_from
         assert parts.plan()
         [row] = [row for row in parts.worker.inflight[-1].rows if row.sequence is late]
         assert (row.start, row.end, row.samples) == (length - 1, length, True)
