@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 _MODULE = "hbserve.grammar_process.worker"
 MAX_WORK_CPU_S = 5.0
-"""Processor time of the process during one mask, or one check of a grammar."""
+"""Processor time for one mask, or for one check of a grammar."""
 MAX_WORK_S = 30.0
 """Time for the same on a busy machine, or if the process does not compute at all; also until it begins some work."""
 _MAX_START_S = 120.0
@@ -171,7 +171,7 @@ class GrammarProcess:
         self._decoder: msgspec.msgpack.Decoder[GrammarReply] = msgspec.msgpack.Decoder(GrammarReply)
         self._numbers = itertools.count(1)
         self._work: dict[int, Follower | _Check] = {}
-        self._begun: dict[int, tuple[float, float]] = {}  # time, and processor time, since which it works on what
+        self._begun: dict[int, tuple[float, WorkBegun]] = {}  # since when the process works on what
         self._child: ChildProcess | None = None
         self._line: socket.socket | None = None  # None: there is no process that could take commands
         self._unsent = bytearray()
@@ -311,25 +311,25 @@ class GrammarProcess:
             with self.lock:
                 if now - before > 2 * _LOOK_S:  # this process did not run itself: that time does not count
                     self._idle_until += now - before
-                    self._begun = {number: (since + now - before, cpu) for number, (since, cpu) in self._begun.items()}
-                cpu_s = self._cpu_s() if self._begun else 0.0
-                late = [
-                    number
-                    for number, (since, cpu_s_then) in self._begun.items()
-                    if now - since > MAX_WORK_S or cpu_s - cpu_s_then > MAX_WORK_CPU_S
-                ]
+                    self._begun = {
+                        number: (since + now - before, work) for number, (since, work) in self._begun.items()
+                    }
+                late = [number for number, begun in self._begun.items() if self._is_late(now, *begun)]
                 if self._begun or not any(work.is_open for work in self._work.values()):
                     self._idle_until = now
                 if late or now - self._idle_until > (_MAX_START_S if self._is_new else MAX_WORK_S):
                     return late
 
-    def _cpu_s(self) -> float:
-        """Return the processor time that the process has used."""
+    def _is_late(self, now: float, since: float, begun: WorkBegun) -> bool:
         assert self._child is not None
+        if now - since <= min(MAX_WORK_CPU_S, MAX_WORK_S):
+            return False
         try:
-            return time.clock_gettime((~self._child.pid << 3) | 2)  # its clock, see clock_getcpuclockid(3)
-        except OSError:  # it has ended, which the line shows
-            return 0.0
+            path = Path(f"/proc/{self._child.pid}/task/{begun.thread}/schedstat")
+            cpu_s = int(path.read_text().split()[0]) / 1e9 - begun.cpu_s
+        except (OSError, ValueError, IndexError):  # the process has ended, or the kernel does not count
+            cpu_s = 0.0
+        return cpu_s > MAX_WORK_CPU_S or now - since > MAX_WORK_S
 
     def _take(self, data: bytes) -> None:
         self._idle_until = time.monotonic()
@@ -346,7 +346,7 @@ class GrammarProcess:
     def _on_reply(self, reply: GrammarReply) -> None:
         self._num_failed_starts = 0
         if isinstance(reply, WorkBegun):
-            self._begun[reply.number] = time.monotonic(), self._cpu_s()
+            self._begun[reply.number] = time.monotonic(), reply
             return
         self._begun.pop(reply.number, None)
         work = self._work.get(reply.number)

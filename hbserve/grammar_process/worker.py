@@ -171,7 +171,7 @@ class _Follower:
                 return
             tokens, self._tokens = self._tokens, []
         number = self._command.number
-        self._worker.send(WorkBegun(number=number))
+        self._worker.send(_begun(number))
         is_first = self._matcher is None  # also compiles the grammar
         started = time.thread_time()
         mask, failed = self._compute(tokens)
@@ -224,7 +224,7 @@ class _Check:
         """Check, and answer."""
         self._worker.vocabulary.wait()
         number, grammar, token_ids = self._command.number, self._command.grammar, self._command.token_ids
-        self._worker.send(WorkBegun(number=number))
+        self._worker.send(_begun(number))
         reply: GrammarReply
         try:
             vocabulary = self._worker.vocabulary.get()
@@ -240,6 +240,10 @@ class _Check:
             logger.exception("bug while checking a grammar")
             reply = GrammarFailed(number=number, error="the check of the grammar failed; see the log", is_bug=True)
         self._worker.send(reply)
+
+
+def _begun(number: int) -> WorkBegun:
+    return WorkBegun(number=number, thread=threading.get_native_id(), cpu_s=time.thread_time())
 
 
 class _Vocabulary:

@@ -55,9 +55,15 @@ GrammarCommand = FollowOutput | FeedOutput | ForgetOutput | CheckOutput
 
 
 class WorkBegun(Message, frozen=True):
-    """The process works on this output or check from now on, until its answer."""
+    """The process works on this output or check from now on, until its answer.
+
+    Attributes:
+        thread: id of the thread that works, as Linux has it; cpu_s: processor time that it has used before.
+    """
 
     number: int
+    thread: int
+    cpu_s: float
 
 
 class Mask(Message, frozen=True):
