@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": _Command("hbserve.shell", "chat with a server, or with a model, in the terminal"),
     "top": _Command("hbserve.top", "watch a running server in the terminal"),
     "bench": _Command("hbserve.bench.__main__", "measure throughput, latency, and the highest rate within targets"),
+    "batch": _Command("hbserve.cli.batch", "send a file of requests to a server, as best-effort work"),
     "simulate": _Command("hbserve.simulate.__main__", "compare systems under a load, without a GPU"),
     "plan": _Command("hbserve.cli.plan", "find the system that serves a load with the fewest GPUs"),
     "profile": _Command("hbserve.profile.__main__", "measure a model's step times on this device"),

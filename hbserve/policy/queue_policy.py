@@ -31,8 +31,6 @@ OVERDUE_TARGETS = 8.0
 OVERDUE_SHARE = 0.1
 """Share of prefill's time that overdue prompts get, however many others could still keep their targets."""
 _MAX_OWED_S = 1.0
-_STEP_SHARE = 0.25
-"""Share of the TTFT target that a step may take: what comes while it runs waits for its end."""
 _NUM_TARGETS = 64
 """Arrivals whose targets count as those of the requests that may come next."""
 
@@ -110,8 +108,8 @@ class QueuePolicy:
         return sequence.is_batch
 
     @property
-    def max_step_s(self) -> float:
-        """How long a step of prompts may take, so that the order can still change for what comes meanwhile."""
+    def tightest_ttft_s(self) -> float:
+        """The tightest TTFT target among the last arrivals; infinite: there is none, or the order does not heed it."""
         return math.inf
 
     def on_planned(self, sequence: Prompt, num_tokens: int, start: int, now: float) -> None:
@@ -175,9 +173,9 @@ class SloAware(QueuePolicy):
         return None if sequence.is_batch else sequence.ttft_target_ms or self._default_ttft_ms
 
     @property
-    def max_step_s(self) -> float:
-        """A share of the tightest target among the last arrivals."""
-        return _STEP_SHARE * min(self._targets_ms, default=math.inf) / 1000
+    def tightest_ttft_s(self) -> float:
+        """See `QueuePolicy.tightest_ttft_s`."""
+        return min(self._targets_ms, default=math.inf) / 1000
 
     # --- the order -------------------------------------------------------------------------------
 

@@ -136,6 +136,8 @@ class StepTimePredictor:
             return math.inf
         rows, keys, tokens, pairs, is_shared = work
         base_s = self._prompts.predict((1.0, rows, keys, tokens, pairs), is_shared)
+        if rows and not tokens:  # prompts take no time off the step
+            base_s = max(base_s, self._decodes.predict((1.0, rows, keys), is_shared))
         if base_s >= limit_s:
             return 0.0
         # The time grows by slope * n + curve * n²: the marginal cost of a token grows with those before it.

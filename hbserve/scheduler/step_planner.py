@@ -67,7 +67,7 @@ class StepPlanner:
         allocations = sorted(items, key=lambda item: (item[0].is_batch, item[0].arrival))
         num_others = sum(not sequence.is_batch for sequence, _ in allocations)
         others, batch = allocations[:num_others], allocations[num_others:]
-        limit = instance.choice.step_limit(worker, phases, self._policy.max_step_s)
+        limit = instance.choice.step_limit(worker, phases, self._policy.tightest_ttft_s)
         predictor, has_decodes = worker.timing.predictor, False
         if InstanceRole.DECODE in phases and limit.takes_decodes:
             self._plan_decodes(step, instance, others)
@@ -140,13 +140,16 @@ class StepPlanner:
     ) -> None:
         """Put best-effort work into the time that the other work of a step leaves; alone it may always go on."""
         predictor, is_alone = step.worker.timing.predictor, not step.rows
+        limit_s = limit.batch_alone_s
+        if not is_alone:
+            limit_s = min(limit.batch_s, predictor.estimate_s(step.work) + limit.batch_delay_s)
         if InstanceRole.DECODE in phases and limit.takes_decodes:
             decoding = self._decoding(step, instance, batch)
-            budget = StepTimeBudget(predictor, step.work, limit.batch_s, is_alone)
+            budget = StepTimeBudget(predictor, step.work, limit_s, is_alone)
             num_rows = budget.rows_within([allocation.num_planned for _, allocation in decoding])
             self._plan_decodes(step, instance, decoding, num_rows)
         if InstanceRole.PREFILL in phases:
-            budget = StepTimeBudget(predictor, step.work, limit.batch_s, is_alone)
+            budget = StepTimeBudget(predictor, step.work, limit_s, is_alone)
             self._plan_prompts(step, instance, batch, limit.prompt_tokens, budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:

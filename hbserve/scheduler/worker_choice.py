@@ -26,8 +26,12 @@ _MAX_OVERHEAD = 0.1
 """Share of a step's time that does not depend on its work. Beside decode rows without a target, a step has no more
 prompt tokens than bring it down to this."""
 _MIN_EFFICIENT_TOKENS = 512
-_BATCH_SHARE = 0.4
-"""Part of the longest step of prompts that a step with best-effort work takes."""
+_STEP_SHARE = 0.25
+"""Share of the TTFT target that a step of prompts may take: what comes while it runs waits for its end."""
+_BATCH_SHARE = 0.1
+"""The same of a step with nothing but best-effort work."""
+_BATCH_DELAY = 0.03
+"""Share of the TTFT target by which best-effort work may lengthen a step with other work."""
 PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
 _PHASES_OF_ONE = {
     InstanceRole.UNIFIED: set(PHASES),
@@ -44,7 +48,8 @@ class StepLimit(NamedTuple):
         takes_decodes: it may have decode rows.
         seconds: how long it may take, if it has prompts.
         prompt_tokens: how many it may have.
-        batch_s: how long it may take with best-effort work in it.
+        batch_s: how long it may take with best-effort work in it; ``batch_alone_s``: with nothing else in it.
+        batch_delay_s: by how much that work may lengthen it.
         is_accounted: decode keeps an account of its lead, which counts this step.
     """
 
@@ -52,6 +57,8 @@ class StepLimit(NamedTuple):
     seconds: float
     prompt_tokens: int
     batch_s: float
+    batch_alone_s: float
+    batch_delay_s: float
     is_accounted: bool
 
 
@@ -230,13 +237,18 @@ class WorkerChoice:
         step_s = prefill.timing.predictor.seconds(self._next_prompts()) if prefill else 0.0
         return throttle.update(now, needed_s, min(slacks, default=math.inf), step_s)
 
-    def _next_prompts(self) -> StepWork:
+    def _next_prompts(self, with_batch: bool = True) -> StepWork:
         """Return the work of a step with as many of the waiting prompt tokens as it can have, and without decode rows.
 
         The policy may choose others of them.
+
+        Args:
+            with_batch: those of best-effort requests count, too.
         """
         tokens, pairs = 0, 0.0
-        for allocation in self._allocations.values():
+        for sequence, allocation in self._allocations.items():
+            if sequence.is_batch and not with_batch:
+                continue
             chunk = min(allocation.num_tokens_at_entry - allocation.num_planned, self._prompt_budget - tokens)
             if chunk > 0:
                 tokens += chunk
@@ -286,19 +298,20 @@ class WorkerChoice:
 
     # --- the size of a step ----------------------------------------------------------------------
 
-    def step_limit(self, worker: WorkerHandle, phases: set[InstanceRole], max_step_s: float) -> StepLimit:
+    def step_limit(self, worker: WorkerHandle, phases: set[InstanceRole], ttft_s: float) -> StepLimit:
         """Return the limits of a worker's next step.
 
         Args:
-            max_step_s: how long a step of prompts may take, so that their order can still change.
+            ttft_s: the tightest TTFT target of requests that may come meanwhile; infinite: there is none.
         """
+        max_step_s, for_batch = _STEP_SHARE * ttft_s, (_BATCH_SHARE * ttft_s, _BATCH_DELAY * ttft_s)
         decoding: list[tuple[Sequence, KVAllocation]] = []
         waiting_tokens = 0
         for sequence, allocation in self._allocations.items():
             if allocation.num_planned >= allocation.num_tokens_at_entry:
                 if not sequence.is_batch:
                     decoding.append((sequence, allocation))
-            elif self.can_take(worker, allocation):
+            elif not sequence.is_batch and self.can_take(worker, allocation):
                 waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
         targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence)) is not None]
         predictor, max_tokens = worker.timing.predictor, self._prompt_budget
@@ -309,22 +322,23 @@ class WorkerChoice:
                 max_tokens = int(min(efficient, known_tokens))
             elif max_step_s < math.inf:
                 max_tokens = known_tokens
-            return StepLimit(True, max_step_s, max_tokens, max_step_s * _BATCH_SHARE, False)
+            return StepLimit(True, max_step_s, max_tokens, math.inf, *for_batch, False)
         max_tokens = known_tokens
         now, interval_s = self._clock.now, MIXED_PACE * min(targets_ms) / 1000
         if len(phases) < 2:
             seconds = max_step_s if InstanceRole.PREFILL in phases else interval_s
-            return StepLimit(True, seconds, max_tokens, interval_s, False)
+            return StepLimit(True, seconds, max_tokens, interval_s, *for_batch, False)
         min_slack_s, prompts_s = math.inf, 0.0
         if waiting_tokens:
             min_slack_s = min(self._slack_s(sequence, a, interval_s, now) for sequence, a in decoding)
-            prompts_s = predictor.estimate_s(self._next_prompts())
+            prompts_s = predictor.estimate_s(self._next_prompts(with_batch=False))
         fills_a_step = waiting_tokens >= self._prompt_budget or prompts_s >= max_step_s
         limit_s = self._mixed_steps.limit_s(now, interval_s, min_slack_s, min(prompts_s, max_step_s), fills_a_step)
         if limit_s == math.inf:
-            return StepLimit(False, max_step_s, max_tokens, 0.0, False)
+            return StepLimit(False, max_step_s, max_tokens, 0.0, *for_batch, False)
         batch_s = interval_s if self._mixed_steps.is_ahead(now) else 0.0
-        return StepLimit(True, min(limit_s, max(interval_s, max_step_s)), max_tokens, batch_s, True)
+        seconds = min(limit_s, max(interval_s, max_step_s))
+        return StepLimit(True, seconds, max_tokens, batch_s, *for_batch, True)
 
     def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned under a limit of time."""

@@ -22,6 +22,7 @@ class SimulatedRequest:
         block_tokens: tokens per name.
         cached_tokens: prompt tokens that the prefix cache had at admission.
         num_preemptions: how often it gave its place to an older one.
+        is_batch: it is best-effort.
     """
 
     arrival: float
@@ -31,6 +32,7 @@ class SimulatedRequest:
     block_tokens: int = BLOCK_TOKENS
     cached_tokens: int = 0
     num_preemptions: int = 0
+    is_batch: bool = False
     first_token_time: float | None = None
     completion_time: float | None = None
 

@@ -191,8 +191,14 @@ class SimulatedSystem:
         self._num_requests += 1
         request_id = str(self._num_requests)
         self._open[request_id] = request
-        ttft_ms, tpot_ms = self._targets
-        sampling = SamplingParams(temperature=0, max_tokens=request.output_tokens, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+        ttft_ms, tpot_ms = (None, None) if request.is_batch else self._targets
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=request.output_tokens,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            priority="batch" if request.is_batch else None,
+        )
         tokens = request.tokens(self._num_requests)
         message = AddRequest(request_id=request_id, prompt_token_ids=tokens, end_token_ids=[], sampling=sampling)
         self.post(FromClient(_CLIENT, message))

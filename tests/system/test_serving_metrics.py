@@ -17,6 +17,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from hbserve.cli import main as cli
 from hbserve.config import SchedulerConfig
 from hbserve.messages.client import AddRequest
 from hbserve.metrics.collector import SemiPDMetricsCollector
@@ -143,16 +144,54 @@ def test_documents_and_dashboard_name_existing_metrics(url: str) -> None:
         assert re.sub("_(bucket|count|sum)$", "", name) in documented, name
 
 
-@pytest.mark.parametrize("name", ["ttft_ms", "tpot_ms"])
-async def test_targets_over_http(url: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"), [("ttft_ms", 500, -1), ("tpot_ms", 500, -1), ("priority", "batch", "urgent")]
+)
+async def test_targets_and_priority_over_http(url: str, name: str, value: object, wrong: object) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
-        body = {"model": "hbserve-demo", "max_tokens": 2}
-        chat = {"messages": [{"role": "user", "content": "hi"}]}
-        for path, what in (("/v1/completions", {"prompt": [5, 6]}), ("/v1/chat/completions", chat)):
-            good = await http.post(path, json=body | what | {name: 500})
-            assert good.status_code == 200
-            bad = await http.post(path, json=body | what | {name: -1})
+        body = {"model": "hbserve-demo"}
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        for path, what in (
+            ("/v1/completions", {"prompt": [5, 6], "max_tokens": 2}),
+            ("/v1/chat/completions", chat),
+            ("/v1/responses", {"input": "hi", "max_output_tokens": 16}),
+        ):
+            good = await http.post(path, json=body | what | {name: value})
+            assert good.status_code == 200, good.text
+            bad = await http.post(path, json=body | what | {name: wrong})
             assert (bad.status_code, bad.json()["error"]["param"]) == (400, name)
+
+
+def test_a_file_of_requests_is_answered_and_goes_on_where_it_stopped(url: str, tmp_path: Path) -> None:
+    file, output, errors = (tmp_path / name for name in ("b.jsonl", "b.out.jsonl", "b.errors.jsonl"))
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    bodies = [
+        ("/v1/completions", {"prompt": [5, 6], "max_tokens": 2}),
+        ("/v1/chat/completions", chat),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 16}),
+        ("/v1/chat/completions", chat | {"temperature": -1}),
+    ]
+    lines = [
+        json.dumps({"custom_id": f"r{number}", "method": "POST", "url": path, "body": {"model": "hbserve-demo"} | body})
+        for number, (path, body) in enumerate(bodies)
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    command = ["batch", str(file), "--url", url, "--concurrency", "2", "--timeout-s", str(DEADLINE_S)]
+    assert cli.main(command) == 1  # one is refused
+    answers = {answer["custom_id"]: answer for answer in map(json.loads, output.read_text().splitlines())}
+    assert set(answers) == {"r0", "r1", "r2"}
+    assert all(answer["response"]["status_code"] == 200 for answer in answers.values())
+    assert answers["r1"]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
+    [refused] = map(json.loads, errors.read_text().splitlines())
+    assert (refused["custom_id"], refused["response"]["body"]["error"]["param"]) == ("r3", "temperature")
+    whole = output.read_text().splitlines(keepends=True)
+    output.write_text(whole[0] + whole[1][:30])  # it was killed in a line
+    file.write_text("\n".join(lines[:3]) + "\n")
+    assert cli.main(command) == 0
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(answer["custom_id"] for answer in again) == ["r0", "r1", "r2"]
+    assert output.read_text().startswith(whole[0])
+    assert not errors.read_text()
 
 
 def test_the_serving_benchmark(url: str, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_without_targets_the_order_is_that_of_arrival() -> None:
     assert served(slo, requests, 1000.0) == [0, 1, 2, 3]
     assert sorted(requests, key=lambda sequence: slo.key(sequence, 0, 1000.0)) == requests
     assert not any(slo.gives_way(sequence, 1000.0) for sequence in requests)
-    assert slo.max_step_s == math.inf
+    assert slo.tightest_ttft_s == math.inf
 
 
 def test_overdue_prompts_have_a_share_in_the_order_of_their_deadlines() -> None:

@@ -327,3 +327,23 @@ def test_a_row_that_can_get_no_token_ends_its_request_alone(parts: SchedulerPart
     ]
     parts.steps(3)
     assert len(other.tokens) == 24
+
+
+def test_best_effort_requests_give_their_place_to_others() -> None:
+    parts = SchedulerParts()
+    sampling = SamplingParams(max_tokens=500, priority="batch")
+    for number in range(9):
+        parts.add_request(
+            AddRequest(request_id=f"b{number}", prompt_token_ids=[1] * 20, end_token_ids=[], sampling=sampling)
+        )
+    batch = list(parts.requests.waiting)
+    assert [parts.requests.admit(sequence) for sequence in batch] == 7 * [True] + 2 * [False]  # one slot stays free
+    others = [parts.add(f"o{number}") for number in range(3)]
+    assert list(parts.requests.in_order())[:3] == others
+    assert all(parts.requests.admit(sequence) for sequence in others)
+    assert [sequence.phase for sequence in batch[4:]] == [Phase.PREFILLING] + 4 * [Phase.WAITING]
+    assert parts.requests.counts["preemptions"] == 2
+    parts.steps(2)
+    [plan] = parts.plans(parts.worker)[1:]
+    assert len(plan.rows) == 8, "there is time for all"
+    assert not parts.requests.admit(batch[5])
