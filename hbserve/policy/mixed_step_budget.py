@@ -25,11 +25,11 @@ _MAX_AHEAD = 8.0
 """Intervals that decode can be ahead or behind by the account; more is forgotten."""
 _LEAD_KEPT = 0.75
 """Part of the largest lead that best-effort work does not touch: it is for prompts that come all at once."""
-_MIN_TOKENS = 128
-"""Prompt tokens in a step that has any, however long they take: prompts must make progress."""
-_MIN_TOKENS_ALONE = 512
-"""The same where there are no decode rows beside them: smaller steps take hardly less time."""
-_MIN_ROWS = 8
+MIN_TOKENS = 128
+"""Prompt tokens in a step beside decode rows with a target, however long they take: prompts must make progress."""
+MIN_TOKENS_ALONE = 512
+"""The same in other steps: smaller ones take hardly less time. One request's impossible target slows no others down."""
+MIN_ROWS = 8
 """Decode rows of best-effort work in a step without other work, however long they take."""
 _STEPS_TO_CATCH_UP = 4.0
 """Steps in which a late sequence recovers its delay."""
@@ -106,13 +106,13 @@ class StepTimeBudget:
         predictor: of the worker's steps.
         work: what is in the step already.
         limit_s: how long the step may take.
-        makes_progress: some work goes into it, however long that takes.
+        min_tokens: prompt tokens that go into it, if there are as many, however long that takes.
     """
 
     def __init__(
-        self, predictor: StepTimePredictor, work: StepWork, limit_s: float, makes_progress: bool = True
+        self, predictor: StepTimePredictor, work: StepWork, limit_s: float, min_tokens: int = MIN_TOKENS
     ) -> None:
-        self._predictor, self._work, self._limit_s, self._makes_progress = predictor, work, limit_s, makes_progress
+        self._predictor, self._work, self._limit_s, self._min_tokens = predictor, work, limit_s, min_tokens
         self.is_full = False
 
     def take(self, tokens: int, start: int) -> int:
@@ -121,10 +121,8 @@ class StepTimeBudget:
         Args:
             start: tokens of the prompt before them.
         """
-        work, min_tokens = self._work, 0
-        if self._makes_progress and not work.prompt_tokens:
-            min_tokens = _MIN_TOKENS if work.decode_rows else _MIN_TOKENS_ALONE
-        fits = max(min_tokens, self._predictor.tokens_within(work, start, self._limit_s))
+        work = self._work
+        fits = max(self._min_tokens - work.prompt_tokens, self._predictor.tokens_within(work, start, self._limit_s))
         taken = tokens if fits >= tokens else int(fits)
         self.is_full = taken < tokens
         self._work = work._replace(
@@ -132,11 +130,12 @@ class StepTimeBudget:
         )
         return taken
 
-    def rows_within(self, positions: Sequence[int]) -> int:
+    def rows_within(self, positions: Sequence[int], min_rows: int) -> int:
         """Compute how many of some decode rows fit into the step, from the first on.
 
         Args:
             positions: tokens before each.
+            min_rows: so many go into it, however long that takes.
         """
         keys = [0, *itertools.accumulate(positions)]
 
@@ -147,4 +146,4 @@ class StepTimeBudget:
             )
 
         fits = bisect.bisect_right(range(len(keys)), self._limit_s, key=seconds) - 1
-        return min(len(positions), max(fits, _MIN_ROWS if self._makes_progress else 0))
+        return min(len(positions), max(fits, min_rows))

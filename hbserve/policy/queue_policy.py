@@ -28,6 +28,8 @@ _DEFAULT_TTFT_MS = 10_000.0
 """Time after which a request without a target has its turn; used for the order only."""
 OVERDUE_TARGETS = 8.0
 """Multiple of its TTFT target after which a prompt has a part in the guaranteed share."""
+_MIN_OVERDUE_S = 1.0
+"""Shortest such time: an impossible target is no way to it."""
 OVERDUE_SHARE = 0.1
 """Share of prefill's time that overdue prompts get, however many others could still keep their targets."""
 _MAX_OWED_S = 1.0
@@ -143,9 +145,9 @@ class SloAware(QueuePolicy):
 
     Without targets nothing is deferred, and the order is that of arrival.
 
-    No prompt starves. One that has waited for `OVERDUE_TARGETS` times its target is *overdue*. Of the time in which
-    prompts are computed, overdue ones get `OVERDUE_SHARE`, the oldest first. An account says how much of that they are
-    owed; while it is positive, the oldest goes before all others.
+    No prompt starves. One that has waited for `OVERDUE_TARGETS` times its target, and for a second, is *overdue*. Of
+    the time in which prompts are computed, overdue ones get `OVERDUE_SHARE`, the earliest deadline first. An account
+    says how much of that they are owed; while it is positive, that prompt goes before all others.
 
     Args:
         predictor: of steps with prompts, at all workers that take prompts from this queue.
@@ -231,7 +233,7 @@ class SloAware(QueuePolicy):
         group, deadline, _ = sequence.rank
         wait_s = deadline - sequence.arrival_time
         if self._target_ms(sequence) is not None:
-            wait_s *= OVERDUE_TARGETS
+            wait_s = max(OVERDUE_TARGETS * wait_s, _MIN_OVERDUE_S)
         return group == _NEW and now - sequence.arrival_time > wait_s
 
     def on_planned(self, sequence: Prompt, num_tokens: int, start: int, now: float) -> None:

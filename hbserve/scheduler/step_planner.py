@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
-from hbserve.policy.mixed_step_budget import StepTimeBudget
+from hbserve.policy.mixed_step_budget import MIN_ROWS, MIN_TOKENS_ALONE, StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import Clock
@@ -73,7 +73,7 @@ class StepPlanner:
             self._plan_decodes(step, instance, others)
             has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
-            budget = StepTimeBudget(predictor, step.work, limit.seconds)
+            budget = StepTimeBudget(predictor, step.work, limit.seconds, limit.min_prompt_tokens)
             self._plan_prompts(step, instance, others, limit.prompt_tokens, budget)
         if batch:
             self._plan_batch(step, instance, batch, phases, limit)
@@ -139,17 +139,18 @@ class StepPlanner:
         limit: StepLimit,
     ) -> None:
         """Put best-effort work into the time that the other work of a step leaves; alone it may always go on."""
-        predictor, is_alone = step.worker.timing.predictor, not step.rows
-        limit_s = limit.batch_alone_s
-        if not is_alone:
+        predictor = step.worker.timing.predictor
+        limit_s, min_rows = limit.batch_alone_s, MIN_ROWS
+        if step.rows:
+            min_rows = 0
             limit_s = min(limit.batch_s, predictor.estimate_s(step.work) + limit.batch_delay_s)
         if InstanceRole.DECODE in phases and limit.takes_decodes:
             decoding = self._decoding(step, instance, batch)
-            budget = StepTimeBudget(predictor, step.work, limit_s, is_alone)
-            num_rows = budget.rows_within([allocation.num_planned for _, allocation in decoding])
+            budget = StepTimeBudget(predictor, step.work, limit_s)
+            num_rows = budget.rows_within([allocation.num_planned for _, allocation in decoding], min_rows)
             self._plan_decodes(step, instance, decoding, num_rows)
         if InstanceRole.PREFILL in phases:
-            budget = StepTimeBudget(predictor, step.work, limit_s, is_alone)
+            budget = StepTimeBudget(predictor, step.work, limit_s, 0 if step.rows else MIN_TOKENS_ALONE)
             self._plan_prompts(step, instance, batch, limit.prompt_tokens, budget)
 
     def introduce(self, instance: InstanceHandle, worker: WorkerHandle) -> None:

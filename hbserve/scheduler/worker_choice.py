@@ -16,7 +16,7 @@ from typing import NamedTuple
 from hbserve.config import Config, InstanceRole
 from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
-from hbserve.policy.mixed_step_budget import MixedStepBudget, slack_s
+from hbserve.policy.mixed_step_budget import MIN_TOKENS, MIN_TOKENS_ALONE, MixedStepBudget, slack_s
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
@@ -25,7 +25,6 @@ from hbserve.scheduler.worker import WorkerHandle
 _MAX_OVERHEAD = 0.1
 """Share of a step's time that does not depend on its work. Beside decode rows without a target, a step has no more
 prompt tokens than bring it down to this."""
-_MIN_EFFICIENT_TOKENS = 512
 _STEP_SHARE = 0.25
 """Share of the TTFT target that a step of prompts may take: what comes while it runs waits for its end."""
 _BATCH_SHARE = 0.1
@@ -47,7 +46,7 @@ class StepLimit(NamedTuple):
     Attributes:
         takes_decodes: it may have decode rows.
         seconds: how long it may take, if it has prompts.
-        prompt_tokens: how many it may have.
+        prompt_tokens: how many it may have; ``min_prompt_tokens``: however long these take.
         batch_s: how long it may take with best-effort work in it; ``batch_alone_s``: with nothing else in it.
         batch_delay_s: by how much that work may lengthen it.
         is_accounted: decode keeps an account of its lead, which counts this step.
@@ -56,6 +55,7 @@ class StepLimit(NamedTuple):
     takes_decodes: bool
     seconds: float
     prompt_tokens: int
+    min_prompt_tokens: int
     batch_s: float
     batch_alone_s: float
     batch_delay_s: float
@@ -313,21 +313,22 @@ class WorkerChoice:
                     decoding.append((sequence, allocation))
             elif not sequence.is_batch and self.can_take(worker, allocation):
                 waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
-        targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence)) is not None]
         predictor, max_tokens = worker.timing.predictor, self._prompt_budget
+        min_ms = 1000 * predictor.seconds(StepWork(1, 0))  # no step can keep a tighter target
+        targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence) or 0.0) > min_ms]
         known_tokens = int(min(predictor.max_known_tokens, max_tokens))
         if not targets_ms:
             if decoding and self._has_no_token_limit:
-                efficient = max(predictor.efficient_tokens(_MAX_OVERHEAD), _MIN_EFFICIENT_TOKENS)
+                efficient = max(predictor.efficient_tokens(_MAX_OVERHEAD), MIN_TOKENS_ALONE)
                 max_tokens = int(min(efficient, known_tokens))
             elif max_step_s < math.inf:
                 max_tokens = known_tokens
-            return StepLimit(True, max_step_s, max_tokens, math.inf, *for_batch, False)
+            return StepLimit(True, max_step_s, max_tokens, MIN_TOKENS_ALONE, math.inf, *for_batch, False)
         max_tokens = known_tokens
         now, interval_s = self._clock.now, MIXED_PACE * min(targets_ms) / 1000
         if len(phases) < 2:
             seconds = max_step_s if InstanceRole.PREFILL in phases else interval_s
-            return StepLimit(True, seconds, max_tokens, interval_s, *for_batch, False)
+            return StepLimit(True, seconds, max_tokens, MIN_TOKENS_ALONE, interval_s, *for_batch, False)
         min_slack_s, prompts_s = math.inf, 0.0
         if waiting_tokens:
             min_slack_s = min(self._slack_s(sequence, a, interval_s, now) for sequence, a in decoding)
@@ -335,10 +336,10 @@ class WorkerChoice:
         fills_a_step = waiting_tokens >= self._prompt_budget or prompts_s >= max_step_s
         limit_s = self._mixed_steps.limit_s(now, interval_s, min_slack_s, min(prompts_s, max_step_s), fills_a_step)
         if limit_s == math.inf:
-            return StepLimit(False, max_step_s, max_tokens, 0.0, *for_batch, False)
+            return StepLimit(False, max_step_s, max_tokens, MIN_TOKENS_ALONE, 0.0, *for_batch, False)
         batch_s = interval_s if self._mixed_steps.is_ahead(now) else 0.0
         seconds = min(limit_s, max(interval_s, max_step_s))
-        return StepLimit(True, seconds, max_tokens, batch_s, *for_batch, True)
+        return StepLimit(True, seconds, max_tokens, MIN_TOKENS, batch_s, *for_batch, True)
 
     def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned under a limit of time."""

@@ -66,6 +66,7 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
                 seed=index,
                 max_tokens=rng.randint(60, 110),
                 ignore_eos=True,
+                priority="batch" if index % 6 == 1 else None,
                 **penalty,
             )
         )

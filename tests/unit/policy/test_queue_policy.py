@@ -194,7 +194,8 @@ async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
                 while (await llm.client.stats())["cpu_scheduler"]["waiting_requests"] < number:
                     pass
         await asyncio.gather(*asks)
-        assert ended == ["100 s", "200 s", "300 s", "hopeless"]
+        assert [name for name in ended if name != "hopeless"] == ["100 s", "200 s", "300 s"]
+        assert ended[0] != "hopeless", "once it is overdue it gets a share, but not the first one"
         window = (await llm.client.stats())["metrics"]["window"]
         assert (window["num_met"], window["num_missed"]) == (3, 1)
         await asyncio.to_thread(assert_no_leaks, llm)
