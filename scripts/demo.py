@@ -25,8 +25,16 @@ QUESTIONS = [
     "Count from 3 to 9.",
     "What are prefill and decode?",
 ]
-START_TIMEOUT_S = 300.0
+GENERAL_QUESTIONS = [
+    "Hello!",
+    "What is the capital of Spain?",
+    "Name three colours.",
+    "What is 2 + 3?",
+    "Write a sentence about a parrot.",
+]
+"""For models that were not trained for this demonstration."""
 ANSWER_TIMEOUT_S = 120.0
+MAX_TOKENS = 160
 
 
 @dataclass
@@ -40,21 +48,25 @@ class Timing:
 
 def main() -> int:
     """Run the demonstration; returns the exit code."""
-    argparse.ArgumentParser(description=__doc__).parse_args()  # takes no arguments
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="what hbserve serve takes, such as smollm2; default: the demo model")
+    model_name = parser.parse_args().model
     config = "pd_disagg.yaml" if count_gpus() >= 2 else "pd_disagg_cpu.yaml"
-    command = [sys.executable, "scripts/start_pd_disagg.py", "--config", f"configs/{config}", "--port", "0"]
+    command = [sys.executable, "-m", "hbserve", "serve", "--config", f"configs/{config}", "--port", "0"]
     command += ["--log-level", "WARNING"]  # at INFO a log line for each request would interrupt the answers
+    command += [] if model_name is None else ["--model.path", model_name]
+    questions = QUESTIONS if model_name is None else GENERAL_QUESTIONS
     print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         url, model = wait_until_ready(server)
         with httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S) as client:
-            timings = [ask(client, model, question) for question in QUESTIONS]
+            timings = [ask(client, model, question) for question in questions]
             stats = client.get("/stats").raise_for_status().json()
     finally:
         server.terminate()
         code = server.wait(timeout=60)
-    show(timings, stats)
+    show(questions, timings, stats)
     return code
 
 
@@ -89,6 +101,7 @@ def ask(client: httpx.Client, model: str, question: str) -> Timing:
         "model": model,
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
+        "max_tokens": MAX_TOKENS,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -116,10 +129,10 @@ def ask(client: httpx.Client, model: str, question: str) -> Timing:
     return Timing(1e3 * (first - start), 1e3 * (last - first) / max(1, num_tokens - 1), num_tokens)
 
 
-def show(timings: list[Timing], stats: dict[str, dict[str, object]]) -> None:
+def show(questions: list[str], timings: list[Timing], stats: dict[str, dict[str, object]]) -> None:
     """Print the table."""
     print(f"\n{'question':<46}{'TTFT ms':>9}{'TPOT ms':>9}{'tokens':>8}")
-    for question, timing in zip(QUESTIONS, timings, strict=True):
+    for question, timing in zip(questions, timings, strict=True):
         shown = question if len(question) < 44 else question[:41] + "..."
         print(f"{shown:<46}{timing.ttft_ms:>9.1f}{timing.tpot_ms:>9.2f}{timing.num_tokens:>8}")
     links = stats["kv_transfer"]["links"]
