@@ -116,10 +116,7 @@ def _admitted(instances: Iterable[InstanceHandle]) -> tuple[list[tuple[Sequence,
     """Return the prompts with an allocation, each with the tokens that are planned, and how many instances prefill."""
     prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
     prompts = [
-        (sequence, allocation.num_planned)
-        for instance in prefilling
-        for sequence, allocation in instance.allocations.items()
-        if allocation.num_planned < allocation.num_tokens_at_entry
+        (sequence, allocation.num_planned) for instance in prefilling for sequence, allocation in instance.prompts
     ]
     return prompts, len(prefilling)
 
@@ -283,12 +280,11 @@ class Admission:
     def _has_enough(self, instance: InstanceHandle, sequence: Sequence) -> bool:
         num_tokens, now = 0, self._clock.now
         key = self._policy.key(sequence, 0, now)
-        for admitted, allocation in instance.allocations.items():
+        for admitted, allocation in instance.prompts:
+            if self._policy.key(admitted, allocation.num_planned, now) > key:
+                return False
             remaining = allocation.num_tokens_at_entry - allocation.num_planned
-            if remaining > 0:
-                if self._policy.key(admitted, allocation.num_planned, now) > key:
-                    return False
-                num_tokens += min(remaining, self._max_tokens_of_one)
+            num_tokens += min(remaining, self._max_tokens_of_one)
         return num_tokens >= self._enough_tokens
 
     def _fits(self, sequence: Sequence, instance: InstanceHandle, num_positions: int) -> bool:

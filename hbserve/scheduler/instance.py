@@ -74,6 +74,7 @@ class InstanceHandle:
         self._work_of_ended = Work()
         self._performance = config.performance
         self.plan_at = -math.inf
+        self._prompts: list[tuple[Sequence, KVAllocation]] | None = None  # None: to be found
         self.reset()
 
     # --- when its next steps are looked at -------------------------------------------------------
@@ -85,6 +86,7 @@ class InstanceHandle:
         results, allocations, free blocks, links.
         """
         self.plan_at = -math.inf
+        self._prompts = None
 
     def wake_at(self, at: float) -> None:
         """Look at the workers' next steps at a time, if nothing changes before."""
@@ -116,7 +118,7 @@ class InstanceHandle:
     @property
     def ready(self) -> bool:
         """Whether every phase of this instance has a worker, and its memory may be used."""
-        roles = [worker.role for worker in self.workers.values() if worker.ready]
+        roles = [worker.role for worker in self.workers.values() if worker.hello is not None]
         return (
             not self.unsettled
             and (not self.role.prefills or any(role.prefills for role in roles))
@@ -217,7 +219,15 @@ class InstanceHandle:
     @property
     def num_tokens_to_prefill(self) -> int:
         """Prompt tokens that are admitted here and not planned: the load that placement looks at."""
-        return sum(max(0, a.num_tokens_at_entry - a.num_planned) for a in self.allocations.values())
+        return sum([allocation.num_tokens_at_entry - allocation.num_planned for _, allocation in self.prompts])
+
+    @property
+    def prompts(self) -> list[tuple[Sequence, KVAllocation]]:
+        """The sequences with prompt tokens that are not planned. Only what wakes the instance adds one."""
+        if self._prompts is None:
+            self._prompts = list(self.allocations.items())
+        self._prompts = [item for item in self._prompts if item[1].num_planned < item[1].num_tokens_at_entry]
+        return self._prompts
 
     def take_slot(self) -> int:
         """Take the lowest free slot: low slots keep the workers' tables dense."""
