@@ -1,88 +1,33 @@
 """A model in the numbers that the forward pass needs, read from its ``config.json``.
 
-Five things differ between the supported families: which projections have a bias, norms of heads, tied embeddings,
-sliding windows, and the rotary embedding. `_FAMILIES` holds what ``config.json`` does not state.
+`hbserve.model_families` declares what ``config.json`` does not state.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
 
 from hbserve.errors import ModelError
-from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown, whole_number
+from hbserve.hints import nearest
+from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
+from hbserve.model_families.declaration import ACTIVATION_NAMES, Family, LayerNorms, Scales
+from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
+from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
 
 
-@dataclass(frozen=True)
-class RopeSpec:
-    """Parameters of a rotary embedding; `hbserve.layers.rotary` has the formulae.
-
-    Attributes:
-        theta: base of the frequencies.
-        kind: how the frequencies are stretched for contexts longer than in training.
-        factor: by how much.
-        low_freq_factor, high_freq_factor: bounds of the blend of ``llama3``.
-        original_max_position_embeddings: context length before the stretch, for ``llama3`` and ``yarn``.
-        beta_fast, beta_slow: bounds of the blend of ``yarn``, in turns within the original context.
-        truncate: the blend of ``yarn`` begins and ends at whole pairs.
-        magnitude: factor of cosines and sines (YaRN, section 3.3).
-    """
-
-    theta: float
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    magnitude: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Properties of an architecture that its ``config.json`` does not state.
-
-    Attributes:
-        name: transformers' class name.
-        qkv_bias: the q, k and v projections always have a bias.
-        reads_attention_bias: the key ``attention_bias`` adds a bias to the q, k, v and o projections. The code of
-            other architectures ignores this key.
-        reads_mlp_bias: the key ``mlp_bias`` adds a bias to the feed-forward layer; other architectures ignore it.
-        qk_norm: as in `ModelSpec`.
-        is_uniform: all layers have the same attention; transformers ignores ``layer_types``.
-    """
-
-    name: str
-    qkv_bias: bool = False
-    reads_attention_bias: bool = False
-    reads_mlp_bias: bool = False
-    qk_norm: bool = False
-    is_uniform: bool = False
-
-
-_FAMILIES = {
-    "qwen3": _Family("Qwen3ForCausalLM", reads_attention_bias=True, qk_norm=True),
-    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True),
-    "llama": _Family("LlamaForCausalLM", reads_attention_bias=True, reads_mlp_bias=True),
-    "mistral": _Family("MistralForCausalLM", is_uniform=True),
-}
-"""Supported architectures by transformers' ``model_type``."""
-
-
 def supported_architectures() -> dict[str, str]:
     """Return transformers' class names of the supported architectures, by ``model_type``."""
-    return {model_type: family.name for model_type, family in _FAMILIES.items()}
+    return {model_type: family.architecture for model_type, family in FAMILIES.items()}
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,38 +36,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _SAFETENSORS_DTYPES = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Serving dtype for weights of a dtype, if config.json names none."""
 
-_ROPE_COEFFICIENTS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor")
-
 _CONFIG_KEYS = (
     *SIZES,
-    *("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    "tie_word_embeddings",
     *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 )
-"""Keys of config.json that the forward pass depends on. The others stay unread: transformers would allocate a name for
-each of ``num_labels``, for example."""
+"""Keys of config.json that the forward pass depends on, besides those of the `Family`. The others stay unread:
+transformers would allocate a name for each of ``num_labels``, for example."""
 
-_MAX_ROPE_NUMBER = 1e12
-"""Bound of all numbers of a rotary embedding: float32 computes with their products."""
-
-_ROPE_PARAMETERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-"""Keys of ``rope_parameters`` that a kind of rotary embedding requires, besides ``rope_theta``."""
+_MAX_SCALE = 1e6
+"""Bound of factors and soft caps: far above every published model, and finite in every dtype's products."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder-only transformer with grouped-query attention and a gated feed-forward layer.
+    """A dense decoder-only transformer with grouped-query attention.
 
     Attributes:
-        architecture: transformers' class name.
+        architecture: transformers' class name, a key of `hbserve.model_families.BY_ARCHITECTURE`.
+        norm_eps: epsilon of all norms.
         max_position_embeddings: maximum context length, stretched by YaRN where the model uses it.
+        ropes: per layer, its rotary embedding; None: positions do not matter to it.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
-        qk_norm: each head of queries and keys has an RMS norm before the rotary embedding.
         tied_embeddings: the LM head is the embedding matrix.
         sliding_windows: per layer, the number of latest tokens that a token sees, itself included; None: all.
         dtype: dtype of the checkpoint.
@@ -136,16 +72,39 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float
     max_position_embeddings: int
-    rope: RopeSpec
+    ropes: tuple[RopeSpec | None, ...]
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
     tied_embeddings: bool
     sliding_windows: tuple[int | None, ...]
     dtype: torch.dtype
+    scales: Scales = field(default_factory=Scales)
+
+    @property
+    def family(self) -> Family:
+        """The declaration of what all models of the architecture have in common."""
+        return BY_ARCHITECTURE[self.architecture]
+
+    @property
+    def unfused_features(self) -> list[str]:
+        """Names of what the fused kernels of a layer do not compute; empty: they compute the whole layer."""
+        family = self.family
+        features = {
+            f"norms of kind {family.norm}": family.norm != "rms",
+            "norms of a block's output": family.norms != LayerNorms(),
+            "norms of whole projections": family.qk_norm == "projection",
+            f"the activation {family.activation}": family.activation != "silu",
+            "a feed-forward layer without gate": not family.is_gated,
+            "a factor of the residual": self.scales.residual != 1,
+            "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
+            "layers without a rotary embedding": None in self.ropes,
+            "a partial rotary embedding": any(rope and rope.rotated_dim for rope in self.ropes),
+            "an interleaved rotary embedding": family.is_interleaved,
+        }
+        return [name for name, is_used in features.items() if is_used]
 
     @staticmethod
     def load(folder: str | Path) -> ModelSpec:
@@ -163,8 +122,8 @@ class ModelSpec:
             # These checks come first: transformers' message for an unknown model does not say what is supported.
             model_type, family = _family(document)
             _refuse_quantised(document)
-            given = {key: document[key] for key in _CONFIG_KEYS if key in document}
-            _check_rope_numbers(given)
+            given = {key: document[key] for key in {*_CONFIG_KEYS, *family.config_keys} if key in document}
+            check_rope_numbers(given)
             try:
                 config = CONFIG_MAPPING[model_type].from_dict(given)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception
@@ -184,26 +143,27 @@ class ModelSpec:
         return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
 
 
-def _family(document: dict[str, Any]) -> tuple[str, _Family]:
-    """Find the row of `_FAMILIES`; ``architectures`` and ``model_type`` must agree where both are given."""
-    supported = ", ".join(family.name for family in _FAMILIES.values())
+def _family(document: dict[str, Any]) -> tuple[str, Family]:
+    """Find the family; ``architectures`` and ``model_type`` must agree where both are given."""
     model_type, architectures = document.get("model_type"), document.get("architectures")
     for key, value in (("model_type", [model_type or ""]), ("architectures", architectures or [])):
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise ModelError(f"{key} {shown(document[key])} is not {'a list of names' if key[0] == 'a' else 'a name'}")
     if not architectures:
-        if model_type not in _FAMILIES:
-            raise ModelError(f"model_type {model_type!r} is not supported; supported are {supported}")
-        return model_type, _FAMILIES[model_type]
-    found = next(((kind, family) for kind, family in _FAMILIES.items() if family.name == architectures[0]), None)
-    if found is None:
-        raise ModelError(f"architecture {architectures[0]!r} is not supported; supported are {supported}")
-    if model_type and model_type != found[0]:
+        if model_type is None or model_type not in FAMILIES:
+            hint = nearest(model_type or "", [*FAMILIES])
+            raise ModelError(f"model_type {model_type!r} is not supported{hint}. `hbserve models` lists all")
+        return model_type, FAMILIES[model_type]
+    family = BY_ARCHITECTURE.get(architectures[0])
+    if family is None:
+        hint = nearest(architectures[0], [*BY_ARCHITECTURE])
+        raise ModelError(f"architecture {architectures[0]!r} is not supported{hint}. `hbserve models` lists all")
+    if model_type and model_type != family.model_type:
         raise ModelError(
-            f"architectures names {architectures[0]}, which is of model_type {found[0]!r}, but model_type is "
+            f"architectures names {architectures[0]}, which is of model_type {family.model_type!r}, but model_type is "
             f"{model_type!r}; correct the wrong one"
         )
-    return found
+    return family.model_type, family
 
 
 def _first_lines(error: Exception) -> str:
@@ -221,9 +181,14 @@ def _refuse_quantised(document: dict[str, Any]) -> None:
         )
 
 
-def _from_config(family: _Family, config: Any, dtype: torch.dtype, tied_embeddings: bool) -> ModelSpec:
-    if config.hidden_act not in ("silu", "swish"):  # two names of one function
-        raise ModelError(f"hidden_act {config.hidden_act!r} is not supported; supported is silu")
+def _from_config(family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool) -> ModelSpec:
+    activation, names = getattr(config, family.activation_key), ACTIVATION_NAMES[family.activation]
+    if activation not in names:
+        raise ModelError(f"{family.activation_key} {activation!r} is not supported; supported is {names[0]}")
+    for key, supported in family.fixed.items():
+        value = getattr(config, key, None)
+        if value not in supported:
+            raise ModelError(f"{key} {shown(value)} is not supported; supported is {json.dumps(supported[0])}")
     sizes = {key: _size(config, key) for key in SIZES if key != "head_dim"}
     num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if getattr(config, "head_dim", None) is None:
@@ -237,16 +202,18 @@ def _from_config(family: _Family, config: Any, dtype: torch.dtype, tied_embeddin
         )
     if num_heads % num_kv_heads:
         raise ModelError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    if not 0 <= config.rms_norm_eps <= 1:
-        raise ModelError(f"rms_norm_eps must be in [0, 1], got {config.rms_norm_eps}")
-    attention_bias = family.reads_attention_bias and config.attention_bias
-    rope = _rope(config)
+    norm_eps = getattr(config, family.norm_eps_key)
+    if not 0 <= norm_eps <= 1:
+        raise ModelError(f"{family.norm_eps_key} must be in [0, 1], got {norm_eps}")
+    sliding_windows = _sliding_windows(family, config)
+    ropes = read_ropes(family, config, head_dim)
     max_positions = sizes["max_position_embeddings"]
-    if rope.kind == "yarn":  # only some checkpoints state the stretched context here
-        stretched = int(rope.factor * rope.original_max_position_embeddings)
-        max_positions = min(max(max_positions, stretched), SIZES["max_position_embeddings"])
+    for rope in {rope for rope in ropes if rope is not None}:
+        if rope.kind == "yarn":  # only some checkpoints state the stretched context here
+            stretched = int(rope.factor * rope.original_max_position_embeddings)
+            max_positions = min(max(max_positions, stretched), SIZES["max_position_embeddings"])
     return ModelSpec(
-        architecture=family.name,
+        architecture=family.architecture,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
@@ -254,17 +221,31 @@ def _from_config(family: _Family, config: Any, dtype: torch.dtype, tied_embeddin
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.rms_norm_eps),
+        norm_eps=float(norm_eps),
         max_position_embeddings=max_positions,
-        rope=rope,
-        qkv_bias=attention_bias or family.qkv_bias,
-        o_bias=attention_bias,
-        mlp_bias=family.reads_mlp_bias and config.mlp_bias,
-        qk_norm=family.qk_norm,
+        ropes=ropes,
+        qkv_bias=_has_bias(family.qkv_bias, config),
+        o_bias=_has_bias(family.o_bias, config),
+        mlp_bias=_has_bias(family.mlp_bias, config),
         tied_embeddings=tied_embeddings,
-        sliding_windows=_sliding_windows(family, config),
+        sliding_windows=sliding_windows,
         dtype=dtype,
+        scales=_scales(family, config, head_dim),
     )
+
+
+def _has_bias(declared: bool | str, config: Any) -> bool:
+    return bool(getattr(config, declared)) if isinstance(declared, str) else declared
+
+
+def _scales(family: Family, config: Any, head_dim: int) -> Scales:
+    scales = family.scales(config)
+    for name, value in asdict(scales).items():
+        if value is not None and not (math.isfinite(value) and 0 < value <= _MAX_SCALE):
+            raise ModelError(
+                f"the factor or soft cap of {name} must be positive and at most {_MAX_SCALE:g}, got {value}"
+            )
+    return replace(scales, attention=None) if scales.attention == head_dim**-0.5 else scales
 
 
 def _size(config: Any, key: str) -> int:
@@ -292,88 +273,7 @@ def _has_tied_head(config: Any, folder: Path) -> bool:
         return True
 
 
-def _check_rope_numbers(document: dict[str, Any]) -> None:
-    """Check the types of rotary parameters, which transformers computes with before it checks them."""
-    places: dict[str, Any] = {"": document}
-    for key in ("rope_parameters", "rope_scaling"):
-        value = document.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise ModelError(f"{key} must be an object, got {shown(value)}")
-        places[f"{key}."] = value or {}
-    names = {"rope_theta", *_ROPE_COEFFICIENTS, *(name for names in _ROPE_PARAMETERS.values() for name in names)}
-    for prefix, place in places.items():
-        for name in sorted(names & set(place)):
-            value = place[name]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and abs(value) <= _MAX_ROPE_NUMBER):  # NaN is not
-                raise ModelError(
-                    f"{prefix}{name}: rope parameters must be numbers up to {_MAX_ROPE_NUMBER:g}, got {shown(value)}"
-                )
-
-
-def _rope(config: Any) -> RopeSpec:
-    # transformers 5 converts the older keys rope_theta and rope_scaling to rope_parameters. Some keys at the top level
-    # of config.json are set after it has done so once.
-    try:
-        if getattr(config, "original_max_position_embeddings", 0) is None:
-            del config.original_max_position_embeddings
-        config.standardize_rope_params()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"rope_parameters {shown(config.rope_parameters)} cannot be read: {reason_of(error)}"
-        ) from None
-    parameters = config.rope_parameters
-    nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
-    if nested:
-        raise ModelError(
-            f"rope_parameters by layer type ({', '.join(nested)}) are not supported, only one for all layers"
-        )
-    kind = parameters.get("rope_type")
-    if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
-        raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
-    if parameters.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise ModelError("partial_rotary_factor is not supported; supported is 1")
-    names = _ROPE_PARAMETERS[kind]
-    missing = [name for name in ("rope_theta", *names) if parameters.get(name) is None]
-    if missing:
-        raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
-    given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
-    if kind == "yarn":
-        optional = ("beta_fast", "beta_slow")  # 0 means the default, as in transformers
-        given |= {name: parameters[name] for name in optional if parameters.get(name)}
-        given["truncate"] = parameters.get("truncate", True)
-    original = whole_number(given.get("original_max_position_embeddings", 1))
-    if original is not None:
-        given["original_max_position_embeddings"] = original
-    for name, value in given.items():
-        if isinstance(value, int | float) and not value > 0 and name != "truncate":
-            raise ModelError(f"rope parameters: {name} must be positive, got {value}")
-    if kind == "yarn":
-        given["magnitude"] = _yarn_magnitude(parameters)
-        if given["theta"] <= 1:
-            raise ModelError(f"rope parameters: theta must be greater than 1 for yarn, got {given['theta']}")
-    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-        raise ModelError("rope parameters: low_freq_factor must be less than high_freq_factor")
-    try:
-        return msgspec.convert(given, RopeSpec)  # also turns whole numbers into floats
-    except msgspec.ValidationError as error:
-        raise ModelError(f"rope parameters: {reason_of(error)}") from None
-
-
-def _yarn_magnitude(parameters: Mapping[str, Any]) -> float:
-    """Compute the factor of cosines and sines: YaRN, section 3.3, with DeepSeek's two coefficients of the logarithm."""
-
-    def magnitude(coefficient: float) -> float:
-        return 0.1 * coefficient * math.log(max(1.0, parameters["factor"])) + 1.0
-
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return magnitude(parameters["mscale"]) / magnitude(parameters["mscale_all_dim"])
-    return magnitude(1.0)
-
-
-def _sliding_windows(family: _Family, config: Any) -> tuple[int | None, ...]:
+def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     full, sliding = "full_attention", "sliding_attention"
     layer_types = getattr(config, "layer_types", None)
@@ -387,7 +287,9 @@ def _sliding_windows(family: _Family, config: Any) -> tuple[int | None, ...]:
         # transformers runs all layers alike here, whatever layer_types says
         same = sliding if window is not None else full
         if layer_types is not None and set(layer_types) != {same}:
-            raise ModelError(f"layer_types of {family.name} is not supported; sliding_window holds for all layers")
+            raise ModelError(
+                f"layer_types of {family.architecture} is not supported; sliding_window holds for all layers"
+            )
         layer_types = [same] * config.num_hidden_layers
     elif layer_types is None:
         layer_types = [full] * config.num_hidden_layers

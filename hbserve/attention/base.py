@@ -72,7 +72,7 @@ class PageTables:
 class Attention(ABC):
     """Causal attention of one rank over a block-major KV cache.
 
-    All layers share one softmax scale, ``1 / sqrt(head_dim)``.
+    All layers share one factor of the scores: ``1 / sqrt(head_dim)``, unless `Scales` has another.
 
     Args:
         layout: layout of the cache.
@@ -152,4 +152,11 @@ def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtyp
         return f"has no kernels for {dtype}"
     if any(window is not None for window in spec.sliding_windows):
         return "is not set up for sliding windows"
+    if has_unusual_scores(spec):
+        return "is not set up for a factor or a soft cap of attention scores"
     return None
+
+
+def has_unusual_scores(spec: ModelSpec) -> bool:
+    """Whether attention scores have another factor than ``1 / sqrt(head_dim)``, or a soft cap."""
+    return spec.scales.attention is not None or spec.scales.attention_cap is not None

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.base import Attention
+from hbserve.attention.base import Attention, has_unusual_scores
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
@@ -204,6 +204,8 @@ class PagedDecode(Attention):
             return f"has no kernel for {layout.dtype}"
         if any(window is not None for window in spec.sliding_windows):
             return "has no kernel for sliding windows"
+        if has_unusual_scores(spec):
+            return "has no kernel for a factor or a soft cap of attention scores"
         return None
 
     def begin(self, inputs: DecodeInputs) -> None:

@@ -6,6 +6,7 @@ even at masked positions: unwritten memory may hold NaN, and zero times NaN is N
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.kv_cache.layout import KVLayout
+from hbserve.model_families.declaration import Scales
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
 
@@ -84,10 +86,10 @@ class SdpaBackend(AttentionBackend):
         plan = self._plans[self.spec.sliding_windows[layer]]
         for gather in plan.decodes:
             keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
-            out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask)
+            out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask, self.spec.scales)
         for gather in plan.chunks:
             keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
-            out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask)
+            out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask, self.spec.scales)
 
     def _row_of(self, slots: Tensor) -> Tensor:
         """Turn slots (``block id * block size + offset``) into cache rows of layer 0's keys."""
@@ -119,8 +121,9 @@ class SdpaBackend(AttentionBackend):
         for row in range(batch.num_decode_rows, len(contexts)):
             first, end = int(batch.query_starts[row]), int(batch.query_starts[row + 1])
             start = int(contexts[row]) - (end - first)
-            # a kernel call without a mask needs no tiles
-            tile = end - first if start == 0 and window is None else _QUERY_TILE_TOKENS
+            # torch's kernel without a mask needs no tiles
+            needs_tiles = start > 0 or window is not None or self.spec.scales.attention_cap is not None
+            tile = _QUERY_TILE_TOKENS if needs_tiles else end - first
             for begin in range(first, end, tile):
                 queries = slice(begin, min(begin + tile, end))
                 chunks.append(self._plan_chunk(tables[row], queries, start + begin - first, window))
@@ -169,17 +172,17 @@ def _rows_by_length(lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64
     return [np.flatnonzero(exponents == exponent) for exponent in np.unique(exponents)]
 
 
-def _attend_decodes(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_decodes(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scales: Scales) -> Tensor:
     """Attend with one query per sequence, ``q [rows, heads, dim]``; all rows have equally many keys and values."""
     rows, _, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     keys, values = (x.view(rows, -1, num_kv_heads, head_dim).transpose(1, 2) for x in (keys, values))
     # query heads of a KV head stand in for the query length: as fast as one head, without copies
     grouped = q.view(rows, num_kv_heads, -1, head_dim)
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
+    return _attend(grouped, keys, values, mask, False, scales).reshape(q.shape)
 
 
-def _attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scales: Scales) -> Tensor:
     """Attend with queries of one sequence, ``q [queries, heads, dim]``; keys and values ``[keys, kv heads, dim]``."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
@@ -187,5 +190,21 @@ def _attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
     # the batch is the KV heads and the heads are their query heads: all share one copy of the keys
     grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=mask is None)
+    out = _attend(grouped, keys, values, mask, mask is None, scales)
     return out.permute(2, 0, 1, 3).reshape(q.shape)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool, scales: Scales) -> Tensor:
+    """Attend with ``[batch, heads, length, dim]`` each; torch's kernel knows no soft cap of the scores."""
+    cap = scales.attention_cap
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=is_causal, scale=scales.attention
+        )
+    scale = q.shape[-1] ** -0.5 if scales.attention is None else scales.attention
+    scores = torch.tanh(q @ keys.transpose(-1, -2) * scale / cap) * cap
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values

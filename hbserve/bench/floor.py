@@ -34,7 +34,7 @@ class ModelCost:
     def __init__(self, spec: ModelSpec, itemsize: int) -> None:
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         attention_params = spec.hidden_size * (2 * q_size + 2 * kv_size)
-        mlp_params = 3 * spec.hidden_size * spec.intermediate_size
+        mlp_params = (3 if spec.family.is_gated else 2) * spec.hidden_size * spec.intermediate_size
         self.layer_params = spec.num_layers * (attention_params + mlp_params)
         self.head_params = spec.vocab_size * spec.hidden_size
         self.weight_bytes = (self.layer_params + self.head_params) * itemsize

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "hbserve models") -
     argparse.ArgumentParser(prog=prog, description=__doc__.partition(": ")[2]).parse_args(arguments)
     from hbserve.model_spec import supported_architectures  # imports torch
 
-    print(f"{'model_type':<12} architecture")
+    print(f"{'model_type':<16} architecture")
     for model_type, architecture in supported_architectures().items():
-        print(f"{model_type:<12} {architecture}")
+        print(f"{model_type:<16} {architecture}")
     return 0

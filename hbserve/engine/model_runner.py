@@ -155,6 +155,9 @@ class ModelRunner:
         from hbserve.engine.decode_graphs import DecodeGraphs
         from hbserve.engine.prefill_graphs import PrefillGraphs
 
+        if self.spec.unfused_features:  # their padded rows are not stored only by the fused kernels
+            logger.warning("no CUDA graphs: the layers have no fused kernels; decode steps are slower")
+            return
         reason = PagedDecode.supports(self.spec, self.layout)
         if reason is not None:
             logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)

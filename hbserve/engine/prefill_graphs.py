@@ -136,7 +136,7 @@ class PrefillGraphs:
 def captured_token_counts(decoder: Decoder, max_tokens: int) -> list[int]:
     """Return the token counts to capture: those with which a layer takes less time than its launches."""
     layer = decoder.layers[0]
-    flops_per_token = 2 * sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    flops_per_token = 2 * sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.up, layer.down))
     max_size = min(max_tokens, _MAX_TOKENS, int(_MAX_LAYER_FLOPS / flops_per_token))
     counts = [64, 96, 128, 192, 256, 384, *range(512, 2048, 256), *range(2048, _MAX_TOKENS, 512)]
     sizes = [count for count in counts if count < max_size]

@@ -1,11 +1,14 @@
 """The operations of a decoder layer: as plain torch, and as fused kernels for a GPU.
 
-`LayerOps` runs on the CPU and is the reference for `FusedOps`. Attention itself is in `hbserve/attention`.
+`LayerOps` computes every family on every device, and is the reference for `FusedOps`, which computes the families
+without `ModelSpec.unfused_features`. Attention itself is in `hbserve/attention`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,14 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.attention.base import Attention
+from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
-from hbserve.layers.rotary import RotaryEmbedding, rotate
+from hbserve.layers.rotary import RotaryEmbedding
+from hbserve.model_spec import ModelSpec
 
-_GATED_ROWS = 2048
-"""Rows of a slice of the gated layer: enough for matrix products at full speed."""
+logger = logging.getLogger(__name__)
+
+_UP_ROWS = 2048
+"""Rows of a slice of the first product of the feed-forward layer: enough for full speed."""
 
 HeadNorms = tuple[Tensor, Tensor] | None
-"""Weights ``[head_dim]`` of the RMS norm of each q head and of each k head; None: the model has no such norms."""
+"""Parameters of the norms of q and k: ``[head_dim]``, or ``[heads * head_dim]`` where the norm is of the whole
+projection; None: the model has no such norms."""
+
+Activate = Callable[[Tensor, Tensor | None], Tensor]
+"""Function of the first product ``[tokens, gate | up]``, or ``[tokens, up]`` without gate, and of memory for the result
+or None."""
 
 
 class Linear(NamedTuple):
@@ -47,37 +59,53 @@ class ResidualStream:
     sum_and_norm: SumAndNorm | None = None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return ``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich 2019).
-
-    The mean is computed in float32. The quotient is rounded to the dtype of ``x`` before it is multiplied by the
-    weight, because transformers rounds there; in bfloat16 the order changes the result.
-    """
-    return weight * F.rms_norm(x, weight.shape, None, eps)
-
-
-def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add ``x`` to ``residual`` in place and return the RMS norm of the sum."""
-    return rms_norm(residual.add_(x), weight, eps)
-
-
 def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``silu(gate) * up`` (Shazeer 2020) of ``[tokens, gate | up]``, half as wide; in ``out`` if given."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.mul(F.silu(gate), up, out=out)
 
 
+def _gelu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
+
+
+def _gelu(up: Tensor, out: Tensor | None = None) -> Tensor:
+    activated = F.gelu(up, approximate="tanh")
+    return activated if out is None else out.copy_(activated)
+
+
+_ACTIVATIONS: dict[tuple[str, bool], Activate] = {
+    ("silu", True): silu_and_mul,
+    ("gelu_tanh", True): _gelu_and_mul,
+    ("gelu_tanh", False): _gelu,
+}
+"""By name and whether there is a gate."""
+
+
 class LayerOps:
     """Operations of one model's layers in plain torch.
 
     Args:
-        eps: epsilon of all RMS norms.
+        device: the device of the weights.
         parallel: the group of ranks that computes the model.
     """
 
-    def __init__(self, eps: float, rotary: RotaryEmbedding, parallel: TensorParallel) -> None:
-        self.eps, self.rotary, self.parallel = eps, rotary, parallel
-        self._rms_norm, self._add_rms_norm_, self._silu_and_mul = rms_norm, add_rms_norm_, silu_and_mul
+    def __init__(self, spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> None:
+        family = spec.family
+        self.eps, self.parallel = spec.norm_eps, parallel
+        rotaries = {rope: RotaryEmbedding(rope, spec.head_dim, device) for rope in {*spec.ropes} if rope is not None}
+        self.rotaries = [None if rope is None else rotaries[rope] for rope in spec.ropes]
+        self._norm, self._add_norm_ = NORMS[family.norm], self._add_then_norm
+        self._activate = _ACTIVATIONS[family.activation, family.is_gated]
+        self._is_gated, self._norms_projections = family.is_gated, family.qk_norm == "projection"
+        self._residual_scale = spec.scales.residual
+        # that kernel knows only one kind of norm, and adds the sum as it is
+        self._sum_and_norm = None if spec.unfused_features else parallel.sum_and_norm
+
+    def _add_then_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add ``x`` to ``residual`` in place and return the norm of the sum."""
+        return self._norm(residual.add_(x), weight, eps)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """Return ``x @ weight.T + bias``."""
@@ -87,39 +115,50 @@ class LayerOps:
         """Write ``x @ weight.T`` to ``out``, contiguous ``[rows of x, rows of weight]``."""
         return torch.mm(x, weight.t(), out=out)
 
-    def norm(self, stream: ResidualStream, weight: Tensor) -> Tensor:
-        """Add what is pending to the stream and return the stream's RMS norm."""
+    def norm(self, stream: ResidualStream, weight: Tensor | None) -> Tensor:
+        """Add what is pending to the stream and return the stream's norm, or the stream if ``weight`` is None."""
         pending, stream.pending = stream.pending, None
         sum_and_norm, stream.sum_and_norm = stream.sum_and_norm, None
+        if weight is None:
+            return stream.total if pending is None else stream.total.add_(pending)
         if pending is None:
-            return self._rms_norm(stream.total, weight, self.eps)
-        return (sum_and_norm or self._add_rms_norm_)(pending, stream.total, weight, self.eps)
+            return self._norm(stream.total, weight, self.eps)
+        return (sum_and_norm or self._add_norm_)(pending, stream.total, weight, self.eps)
 
-    def norm_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
+    def norm_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
         """Apply a linear layer to the norm of the stream."""
         return self.linear(self.norm(stream, norm), layer)
 
-    def norm_gated_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
-        """Apply a linear layer with outputs ``gate | up`` to the norm of the stream; return ``silu(gate) * up``.
+    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
+        """Apply a linear layer with outputs ``gate | up`` to the norm of the stream; return ``activation(gate) * up``.
 
-        Rows are computed in slices, because ``gate | up`` is by far the widest tensor of a step.
+        Without gate, the outputs are ``up`` and the result is ``activation(up)``. Rows are computed in slices, because
+        ``gate | up`` is by far the widest tensor of a step.
         """
         x = self.norm(stream, norm)
         num_rows = x.shape[0]
-        if num_rows <= _GATED_ROWS:
-            return self._silu_and_mul(self.linear(x, layer))
-        out = x.new_empty(num_rows, layer.weight.shape[0] // 2)
-        for begin in range(0, num_rows, _GATED_ROWS):
-            rows = slice(begin, begin + _GATED_ROWS)
-            self._silu_and_mul(self.linear(x[rows], layer), out[rows])
+        if num_rows <= _UP_ROWS:
+            return self._activate(self.linear(x, layer), None)
+        out = x.new_empty(num_rows, layer.weight.shape[0] // (2 if self._is_gated else 1))
+        for begin in range(0, num_rows, _UP_ROWS):
+            rows = slice(begin, begin + _UP_ROWS)
+            self._activate(self.linear(x[rows], layer), out[rows])
         return out
 
-    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
-        """Apply a linear layer to ``x`` and leave the result pending in the stream.
+    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear, norm: Tensor | None = None) -> None:
+        """Apply a linear layer to ``x``, then a norm if given, and leave the result pending in the stream.
 
         Each rank has a slice of the layer's inputs and the whole bias.
         """
         assert stream.pending is None, "the norm before must have added what was pending"
+        self._leave_pending(stream, x, layer)
+        assert stream.pending is not None
+        if norm is not None:
+            stream.pending = self._norm(stream.pending, norm, self.eps)
+        if self._residual_scale != 1:
+            stream.pending = stream.pending * self._residual_scale
+
+    def _leave_pending(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
         parallel = self.parallel
         if parallel.size == 1:
             stream.pending = self.linear(x, layer)
@@ -127,8 +166,8 @@ class LayerOps:
         place = parallel.summand(x.shape[0], layer.weight)
         weight = layer.weight
         summand = self.linear(x, Linear(weight)) if place is None else self.linear_into(x, weight, place)
-        if place is not None and layer.bias is None and parallel.sum_and_norm is not None:
-            stream.pending, stream.sum_and_norm = summand, parallel.sum_and_norm
+        if place is not None and layer.bias is None and self._sum_and_norm is not None:
+            stream.pending, stream.sum_and_norm = summand, self._sum_and_norm
         else:
             total = parallel.reduce(summand)
             stream.pending = total if layer.bias is None else total + layer.bias
@@ -136,7 +175,7 @@ class LayerOps:
     def rotate_and_store(
         self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
-        """Rotate q and k by their positions; write k and v to the cache and q to ``out``.
+        """Norm q and k, rotate them by their positions; write k and v to the cache and q to ``out``.
 
         Args:
             qkv: ``[tokens, (heads + 2 kv heads) * head_dim]``.
@@ -146,23 +185,44 @@ class LayerOps:
         num_kv_heads, head_dim = attention.layout.num_kv_heads, attention.layout.head_dim
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         q, k, v = heads.tensor_split((-2 * num_kv_heads, -num_kv_heads), dim=1)
-        if norms is not None:
-            q, k = rms_norm(q, norms[0], self.eps), rms_norm(k, norms[1], self.eps)
-        angles = self.rotary.angles(positions)
-        attention.store(layer, rotate(k, *angles), v)
-        out.copy_(rotate(q, *angles))
+        if self._norms_projections:
+            assert norms is not None, "the family has norms of whole projections"
+            q, k = self._norm_projections(q, k, *norms)
+        elif norms is not None:
+            q, k = self._norm(q, norms[0], self.eps), self._norm(k, norms[1], self.eps)
+        rotary = self.rotaries[layer]
+        if rotary is not None:
+            angles = rotary.angles(positions)
+            q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
+        attention.store(layer, k, v)
+        out.copy_(q)
+
+    def _norm_projections(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply an RMS norm over the heads of all ranks to q and to k, each ``[tokens, heads, head_dim]``.
+
+        The ranks exchange the means of their squares. Where they share KV heads, each head counts equally often.
+        """
+        wide = [x.flatten(1).float() for x in (q, k)]
+        means = self.parallel.reduce(torch.stack([x.square().mean(-1) for x in wide])) / self.parallel.size
+        scales = torch.rsqrt(means + self.eps)[..., None]
+        normed = [x * scale * weight for x, scale, weight in zip(wide, scales, (q_weight, k_weight), strict=True)]
+        return normed[0].to(q.dtype).view_as(q), normed[1].to(k.dtype).view_as(k)
 
 
 class FusedOps(LayerOps):
     """The operations in Triton kernels that pass over memory once; a single row has kernels of its own."""
 
-    def __init__(self, eps: float, rotary: RotaryEmbedding, parallel: TensorParallel) -> None:
+    def __init__(self, spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> None:
         from hbserve.layers import fused, one_row
 
-        super().__init__(eps, rotary, parallel)
+        assert not spec.unfused_features, f"the kernels do not compute {spec.unfused_features}"
+        super().__init__(spec, device, parallel)
+        rotary = self.rotaries[0]
+        assert rotary is not None, "all layers have the same rotary embedding"
+        self._rotary = rotary
         self._one_row_linear, self._norm_rotate_store = one_row.one_row_linear, fused.norm_rotate_store
-        self._rms_norm, self._add_rms_norm_ = fused.rms_norm, fused.add_rms_norm_
-        self._silu_and_mul = fused.silu_and_mul
+        self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
+        self._activate = fused.silu_and_mul
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         return self._one_row_linear(x, *layer) if x.shape[0] == 1 else super().linear(x, layer)
@@ -170,17 +230,18 @@ class FusedOps(LayerOps):
     def linear_into(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         return self._one_row_linear(x, weight, out=out) if x.shape[0] == 1 else super().linear_into(x, weight, out)
 
-    def norm_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
+    def norm_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
         if stream.total.shape[0] == 1 and stream.pending is None:
             return self._one_row_linear(stream.total, *layer, norm=norm, eps=self.eps)
         return super().norm_linear(stream, norm, layer)
 
-    def norm_gated_linear(self, stream: ResidualStream, norm: Tensor, layer: Linear) -> Tensor:
+    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
         if stream.total.shape[0] == 1 and stream.pending is None:
             return self._one_row_linear(stream.total, *layer, norm=norm, eps=self.eps, gated=True)
-        return super().norm_gated_linear(stream, norm, layer)
+        return super().norm_up_linear(stream, norm, layer)
 
-    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
+    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear, norm: Tensor | None = None) -> None:
+        assert norm is None, "the kernels know no norm of a block's output"
         if x.shape[0] == 1 and self.parallel.size == 1 and stream.pending is None:
             self._one_row_linear(x, *layer, residual=stream.total)
         else:
@@ -190,7 +251,7 @@ class FusedOps(LayerOps):
         self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
         cache, slots = attention.kv_cache[:, layer], attention.slot_mapping
-        self._norm_rotate_store(qkv, cache, norms, positions, slots, self.rotary, self.eps, out)
+        self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out)
 
 
 def has_triton(device: torch.device) -> bool:
@@ -198,6 +259,15 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def select_ops(device: torch.device, eps: float, rotary: RotaryEmbedding, parallel: TensorParallel) -> LayerOps:
-    """Choose `FusedOps` if Triton can compile for ``device``, else `LayerOps`."""
-    return (FusedOps if has_triton(device) else LayerOps)(eps, rotary, parallel)
+def select_ops(spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> LayerOps:
+    """Choose `FusedOps` if Triton can compile for ``device`` and the kernels know the model, else `LayerOps`."""
+    if not has_triton(device):
+        return LayerOps(spec, device, parallel)
+    if spec.unfused_features:
+        logger.info(
+            "%s runs on plain torch operations, which are slower: there are no fused kernels for %s",
+            spec.architecture,
+            ", ".join(spec.unfused_features),
+        )
+        return LayerOps(spec, device, parallel)
+    return FusedOps(spec, device, parallel)

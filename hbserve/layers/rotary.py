@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021, RoFormer), in the half-rotation form of GPT-NeoX.
 
-Pair i of a head, dimensions i and ``head_dim / 2 + i``, turns by ``position * f[i]`` radians::
+Some models turn only the first dimensions of a head: ``head_dim`` stands for their number here. Some pair dimensions
+``2 i`` and ``2 i + 1``. Pair i of a head, dimensions i and ``head_dim / 2 + i``, turns by ``position * f[i]`` radians::
 
     default   f[i] = theta ** (-2 i / head_dim)
     linear    f[i] / factor
@@ -19,29 +20,46 @@ import math
 import torch
 from torch import Tensor
 
-from hbserve.model_spec import RopeSpec
+from hbserve.rope_spec import RopeSpec
 
 
 class RotaryEmbedding:
-    """Cosines and sines of positions, in float32 whatever the model's dtype is.
+    """Turns heads by positions; cosines and sines are in float32 whatever the model's dtype is.
 
     They are computed where they are needed and not looked up: a table would be a second arena to share.
     """
 
     def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
-        self.inverse_frequencies = inverse_frequencies(rope, head_dim).to(device)
+        self._rotated_dim = rope.rotated_dim or head_dim
+        self._is_partial = self._rotated_dim < head_dim
+        self._rotate = rotate_neighbours if rope.is_interleaved else rotate
+        self.inverse_frequencies = inverse_frequencies(rope, self._rotated_dim).to(device)
         self.magnitude = rope.magnitude
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute cosine and sine, float32 ``[tokens, 1, head_dim / 2]``, of integer positions ``[tokens]``."""
+        """Compute cosine and sine, float32 ``[tokens, 1, pairs]``, of integer positions ``[tokens]``."""
         angles = (positions.float()[:, None] * self.inverse_frequencies)[:, None]
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn heads ``[tokens, heads, head_dim]`` by `angles`; same dtype."""
+        if not self._is_partial:
+            return self._rotate(heads, cos, sin)
+        turned, rest = heads[..., : self._rotated_dim], heads[..., self._rotated_dim :]
+        return torch.cat((self._rotate(turned, cos, sin), rest), dim=-1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn heads ``[tokens, heads, head_dim]`` by the angles of `RotaryEmbedding.angles`; same dtype."""
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+
+
+def rotate_neighbours(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Do what `rotate` does, with dimensions ``2 i`` and ``2 i + 1`` as pair i."""
+    first, second = heads.float().view(*heads.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.flatten(-2).to(heads.dtype)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

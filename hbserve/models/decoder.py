@@ -7,6 +7,8 @@ One layer, and the method that computes each part::
     q ─► attention over the KV cache ─► attended              Attention.attend
     attended ─► o ─► + stream                                 after_attention
     stream ─► norm ─► gate, up ─► silu(gate) * up ─► down ─► + stream
+
+Families differ in the norms, in the activation and in factors (`hbserve.model_families`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.layers.ops import Linear, ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
-from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
 
 
@@ -27,21 +28,23 @@ from hbserve.model_spec import ModelSpec
 class _Layer:
     """Parameters of one layer; `hbserve.models.weights.WeightTable` says what they are."""
 
-    input_norm: Tensor
     qkv: Linear
     o: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
+    up: Linear
     down: Linear
+    attention_in_norm: Tensor | None = None
+    attention_out_norm: Tensor | None = None
+    mlp_in_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
     @staticmethod
     def build(tensors: dict[str, Tensor]) -> _Layer:
         """Take the layer's tensors, by their names in the `WeightTable`; an unknown name is a TypeError."""
-        names = ("qkv", "o", "gate_up", "down")
-        qkv, o, gate_up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in names)
-        return _Layer(qkv=qkv, o=o, gate_up=gate_up, down=down, **tensors)
+        names = ("qkv", "o", "up", "down")
+        qkv, o, up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in names)
+        return _Layer(qkv=qkv, o=o, up=up, down=down, **tensors)
 
 
 class Decoder:
@@ -58,9 +61,9 @@ class Decoder:
         self.embedding, self.final_norm, self.lm_head = (
             weights[name] for name in ("embedding", "final_norm", "lm_head")
         )
-        device = self.embedding.device
-        rotary = RotaryEmbedding(spec.rope, spec.head_dim, device)
-        self._ops = select_ops(device, spec.rms_norm_eps, rotary, self.parallel)
+        # transformers rounds the factor of the embeddings to the model's dtype
+        self._embedding_scale = self.embedding.new_tensor(spec.scales.embedding, device="cpu").item()
+        self._ops = select_ops(spec, self.embedding.device, self.parallel)
         self.layers = []
         for layer in range(spec.num_layers):
             prefix = f"layers.{layer}."
@@ -101,7 +104,7 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> ResidualStream:
         """Start the residual stream with the tokens' embeddings."""
         rows = vocab_parallel_embedding(token_ids, self.embedding, self.spec.vocab_size, self.parallel)
-        return ResidualStream(rows)
+        return ResidualStream(rows if self._embedding_scale == 1 else rows * self._embedding_scale)
 
     def heads_buffer(self, num_tokens: int) -> Tensor:
         """Allocate memory for query heads or for their attention outputs: ``[tokens, heads, head_dim]``."""
@@ -112,16 +115,16 @@ class Decoder:
     ) -> None:
         """Compute a layer up to its attention: write queries to ``q``, keys and values to the cache."""
         layer, ops = self.layers[index], self._ops
-        qkv = ops.norm_linear(stream, layer.input_norm, layer.qkv)
+        qkv = ops.norm_linear(stream, layer.attention_in_norm, layer.qkv)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         ops.rotate_and_store(qkv, norms, positions, attention, index, q)
 
     def after_attention(self, index: int, stream: ResidualStream, attended: Tensor) -> None:
         """Compute the rest of a layer: output projection and feed-forward layer, both added to the stream."""
         layer, ops = self.layers[index], self._ops
-        ops.add_linear(stream, attended.flatten(1), layer.o)
-        inner = ops.norm_gated_linear(stream, layer.mlp_norm, layer.gate_up)
-        ops.add_linear(stream, inner, layer.down)
+        ops.add_linear(stream, attended.flatten(1), layer.o, layer.attention_out_norm)
+        inner = ops.norm_up_linear(stream, layer.mlp_in_norm, layer.up)
+        ops.add_linear(stream, inner, layer.down, layer.mlp_out_norm)
 
     def finish(self, stream: ResidualStream) -> Tensor:
         """Return the final norm of the stream, ``[tokens, hidden]``."""
@@ -134,8 +137,15 @@ class Decoder:
     def shard_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
         if out is None:
-            return self._ops.linear(hidden, Linear(self.lm_head))
-        return self._ops.linear_into(hidden, self.lm_head, out)
+            logits = self._ops.linear(hidden, Linear(self.lm_head))
+        else:
+            logits = self._ops.linear_into(hidden, self.lm_head, out)
+        scales = self.spec.scales
+        if scales.logits != 1:
+            logits.mul_(scales.logits)
+        if scales.logits_cap is not None:
+            logits.div_(scales.logits_cap).tanh_().mul_(scales.logits_cap)
+        return logits
 
     def all_logits(self, shard: Tensor) -> Tensor:
         """Gather logits ``[rows, vocab]`` from all ranks' `shard_logits`."""

@@ -85,9 +85,7 @@ def load_weights(
     places = _places(spec, table.views(arena), tp_rank, tp_size)
     for path in checkpoint_files(folder):
         for name, source in _tensors(path):
-            place = places.get(renamed.get(name, name))
-            if place is not None:
-                part, target = place
+            for part, target in places.get(renamed.get(name, name), ()):
                 index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
                 target.copy_(source[index])
                 _check_finite(path, name, source, target)
@@ -115,14 +113,14 @@ def fill_dummy_weights(table: WeightTable, arena: Tensor, seed: int) -> None:
 
 def _places(
     spec: ModelSpec, views: dict[str, Tensor], tp_rank: int, tp_size: int
-) -> dict[str, tuple[CheckpointPart, Tensor]]:
-    """Map each tensor of the checkpoint to the rows of the arena that it fills."""
-    places = {}
+) -> dict[str, list[tuple[CheckpointPart, Tensor]]]:
+    """Map each tensor of the checkpoint to its parts, and the rows of the arena that each of them fills."""
+    places: dict[str, list[tuple[CheckpointPart, Tensor]]] = {}
     for entry, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
         row = 0
         for part in parts:
             num_rows = part.local_shape[0]
-            places[part.name] = part, views[entry][row : row + num_rows]
+            places.setdefault(part.name, []).append((part, views[entry][row : row + num_rows]))
             row += num_rows
     return places
 

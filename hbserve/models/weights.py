@@ -4,16 +4,18 @@ Both follow from the `ModelSpec` alone, so another process can attach to an aren
 that read the same input are stacked into one: q, k and v; gate and up. Shares of one rank among several::
 
     embedding, lm_head       rows: `vocab_shard`
-    qkv, gate_up             rows: heads, or inner units; biases likewise     (column parallel)
+    qkv, up                  rows: heads, or inner units; biases likewise     (column parallel)
     o, down                  columns: heads, or inner units; whole biases     (row parallel)
-    norms                    all
+    norms                    all; those of whole q and k projections: heads
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -62,8 +64,9 @@ class WeightTable(msgspec.Struct, frozen=True):
 
     Attributes:
         entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
-            ``input_norm``, ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``mlp_norm``, ``gate_up``, ``down``; a bias is
-            ``<name>_bias``. A tied ``lm_head`` lies at ``embedding``.
+            ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
+            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A tied ``lm_head`` lies at
+            ``embedding``.
         num_bytes: size of the arena.
     """
 
@@ -114,6 +117,13 @@ def checkpoint_parts(spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1) -> dic
 _Parameter = tuple[str, tuple[CheckpointPart, ...]]
 
 
+class _Slice(NamedTuple):
+    """A rank's part of a dimension: the size of the whole dimension, and begin and end of the part."""
+
+    size: int
+    bounds: list[int]
+
+
 class _Sharding:
     """Names and slices of one rank's parameters."""
 
@@ -127,41 +137,59 @@ class _Sharding:
         for layer in range(spec.num_layers):
             for name, parts in self._layer(f"model.layers.{layer}."):
                 yield f"layers.{layer}.{name}", parts
-        yield "final_norm", (_part("model.norm.weight", (spec.hidden_size,)),)
+        yield self._norm("final", "model.norm")
         if not spec.tied_embeddings:
             yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 
     def _layer(self, prefix: str) -> Iterator[_Parameter]:
-        spec, hidden, head_dim = self.spec, self.spec.hidden_size, self.spec.head_dim
+        spec, family, head_dim = self.spec, self.spec.family, self.spec.head_dim
         q_rows = [head * head_dim for head in self._share(spec.num_heads, "num_attention_heads")]
         kv_rows = [head * head_dim for head in self._kv_heads()]
         inner = list(self._share(spec.intermediate_size, "intermediate_size"))
         q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        q, k = _Slice(q_size, q_rows), _Slice(kv_size, kv_rows)
+        for place, name in asdict(family.norms).items():
+            if name is not None:
+                yield self._norm(place, f"{prefix}{name}")
+        yield from self._column_parallel("qkv", spec.qkv_bias, attention, family.qkv, [q, k, k])
+        if family.qk_norm is not None:
+            whole = _Slice(head_dim, [0, head_dim])
+            for name, rows in (("q_norm", q), ("k_norm", k)):
+                size, bounds = rows if family.qk_norm == "projection" else whole
+                yield name, (_part(f"{attention}{name}.weight", (size,), *bounds),)
+        yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q)
+        up = _Slice(spec.intermediate_size, inner)
+        yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, [up] * (2 if family.is_gated else 1))
+        yield from self._row_parallel("down", spec.mlp_bias, f"{mlp}{family.down}", up)
 
-        def column_parallel(name: str, bias: bool, *parts: tuple[str, int, list[int]]) -> Iterator[_Parameter]:
-            yield name, tuple(_part(f"{source}.weight", (size, hidden), *rows) for source, size, rows in parts)
-            if bias:
-                yield f"{name}_bias", tuple(_part(f"{source}.bias", (size,), *rows) for source, size, rows in parts)
+    def _norm(self, place: str, source: str) -> _Parameter:
+        names = ("weight", "bias") if self.spec.family.norm == "layer" else ("weight",)
+        return f"{place}_norm", tuple(_part(f"{source}.{name}", (self.spec.hidden_size,)) for name in names)
 
-        def row_parallel(name: str, bias: bool, source: str, size: int, columns: list[int]) -> Iterator[_Parameter]:
-            yield name, (CheckpointPart(f"{source}.weight", (hidden, size), 1, *columns),)
-            if bias:
-                yield f"{name}_bias", (_part(f"{source}.bias", (hidden,)),)
+    def _column_parallel(
+        self, name: str, bias: bool, prefix: str, sources: tuple[str, ...], slices: list[_Slice]
+    ) -> Iterator[_Parameter]:
+        """Stack slices of one tensor each, or of the only source, which has the rows of all of them."""
+        hidden = self.spec.hidden_size
+        places = []
+        if len(sources) == 1:
+            total = sum(rows.size for rows in slices)
+            starts = accumulate((rows.size for rows in slices[:-1]), initial=0)
+            for begin, rows in zip(starts, slices, strict=True):
+                places.append((f"{prefix}{sources[0]}", total, [begin + row for row in rows.bounds]))
+        else:
+            for source, rows in zip(sources, slices, strict=True):
+                places.append((f"{prefix}{source}", rows.size, rows.bounds))
+        yield name, tuple(_part(f"{source}.weight", (size, hidden), *bounds) for source, size, bounds in places)
+        if bias:
+            yield f"{name}_bias", tuple(_part(f"{source}.bias", (size,), *bounds) for source, size, bounds in places)
 
-        yield "input_norm", (_part(f"{prefix}input_layernorm.weight", (hidden,)),)
-        q, k, v = (f"{attention}{name}_proj" for name in "qkv")
-        yield from column_parallel(
-            "qkv", spec.qkv_bias, (q, q_size, q_rows), (k, kv_size, kv_rows), (v, kv_size, kv_rows)
-        )
-        if spec.qk_norm:
-            yield "q_norm", (_part(f"{attention}q_norm.weight", (head_dim,)),)
-            yield "k_norm", (_part(f"{attention}k_norm.weight", (head_dim,)),)
-        yield from row_parallel("o", spec.o_bias, f"{attention}o_proj", q_size, q_rows)
-        yield "mlp_norm", (_part(f"{prefix}post_attention_layernorm.weight", (hidden,)),)
-        gate, up = ((f"{mlp}{name}_proj", spec.intermediate_size, inner) for name in ("gate", "up"))
-        yield from column_parallel("gate_up", spec.mlp_bias, gate, up)
-        yield from row_parallel("down", spec.mlp_bias, f"{mlp}down_proj", spec.intermediate_size, inner)
+    def _row_parallel(self, name: str, bias: bool, source: str, columns: _Slice) -> Iterator[_Parameter]:
+        hidden = self.spec.hidden_size
+        yield name, (CheckpointPart(f"{source}.weight", (hidden, columns.size), 1, *columns.bounds),)
+        if bias:
+            yield f"{name}_bias", (_part(f"{source}.bias", (hidden,)),)
 
     def _share(self, total: int, key: str) -> tuple[int, int]:
         if total % self.size:

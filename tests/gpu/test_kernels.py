@@ -86,8 +86,8 @@ def test_paged_decode(
 
 @pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288), (64, 5120)])
 def test_one_row_linear(rows: int, size: int) -> None:
+    from hbserve.layers.norms import rms_norm
     from hbserve.layers.one_row import one_row_linear
-    from hbserve.layers.ops import rms_norm
 
     x, weight, bias, norm = random(1, size), random(rows, size, scale=0.02), random(rows), random(size)
     residual = random(1, rows)
@@ -108,7 +108,8 @@ def test_one_row_linear(rows: int, size: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 5, 200])
 def test_norms_and_gate(num_tokens: int) -> None:
     from hbserve.layers import fused
-    from hbserve.layers.ops import rms_norm, silu_and_mul
+    from hbserve.layers.norms import rms_norm
+    from hbserve.layers.ops import silu_and_mul
 
     x, residual, weight = random(num_tokens, 1000), random(num_tokens, 1000), random(1000)
     assert_close(fused.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
@@ -122,7 +123,7 @@ def test_norms_and_gate(num_tokens: int) -> None:
 @pytest.mark.parametrize(("num_rows", "size", "num_ranks"), [(1, 1000, 2), (7, 5120, 4), (300, 2048, 2)])
 def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> None:
     """Run all ranks on one GPU, one after the other; the flags that a rank waits for are set beforehand."""
-    from hbserve.layers.ops import rms_norm
+    from hbserve.layers.norms import rms_norm
     from hbserve.layers.peer_norm import MAX_PROGRAMS, sum_add_rms_norm_
 
     parts, residual, weight = random(num_ranks, num_rows, size), random(num_rows, size), random(size)
@@ -146,9 +147,9 @@ def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> N
 @pytest.mark.parametrize("num_tokens", [3, 130])
 def test_norm_rotate_store(num_tokens: int) -> None:
     from hbserve.layers import fused
-    from hbserve.layers.ops import rms_norm
+    from hbserve.layers.norms import rms_norm
     from hbserve.layers.rotary import RotaryEmbedding, rotate
-    from hbserve.model_spec import RopeSpec
+    from hbserve.rope_spec import RopeSpec
 
     heads, kv_heads, head_dim, page = 6, 2, 96, 16
     rotary = RotaryEmbedding(RopeSpec(theta=10000.0, magnitude=1.25), head_dim, torch.device("cuda"))

@@ -19,8 +19,9 @@ from hbserve.bench.offline import OfflineOptions, add_arguments
 from hbserve.bench.request_batch import PRESETS, LengthRange, RequestBatch
 from hbserve.errors import ConfigError, InvalidRequestError
 from hbserve.model_source import SHAPES
-from hbserve.model_spec import ModelSpec, RopeSpec
+from hbserve.model_spec import ModelSpec
 from hbserve.models.weights import WeightTable
+from hbserve.rope_spec import RopeSpec
 from tests.support.model_zoo import VOCAB_SIZE, save_model
 
 PARAMETERS = {
@@ -52,13 +53,12 @@ def tiny_spec(window: int | None = None) -> ModelSpec:
         num_heads=2,
         num_kv_heads=1,
         head_dim=2,
-        rms_norm_eps=1e-6,
+        norm_eps=1e-6,
         max_position_embeddings=64,
-        rope=RopeSpec(theta=1e4, kind="default"),
+        ropes=(RopeSpec(theta=1e4, kind="default"),) * 2,
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        qk_norm=False,
         tied_embeddings=True,
         sliding_windows=(None, window),
         dtype=torch.bfloat16,

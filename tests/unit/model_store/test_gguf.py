@@ -90,8 +90,8 @@ def test_every_family_has_the_weights_and_numbers_of_its_file(
     spec, original = ModelSpec.load(folder), ModelSpec.load(tmp_path / "original")
     if name == "mistral":  # which GGUF calls llama
         original = replace(original, architecture=spec.architecture)
-    assert replace(spec, rms_norm_eps=original.rms_norm_eps) == original
-    assert spec.rms_norm_eps == pytest.approx(original.rms_norm_eps, rel=1e-6)
+    assert replace(spec, norm_eps=original.norm_eps) == original
+    assert spec.norm_eps == pytest.approx(original.norm_eps, rel=1e-6)
 
 
 def test_a_file_that_mixes_quantisations_gives_the_tokens_that_transformers_gives(

@@ -1,0 +1,122 @@
+"""What a family of models declares: how its layers differ from Llama's. The defaults are Llama's layer.
+
+A declaration holds what the class in transformers fixes, and which keys of ``config.json`` set the rest. A key that the
+class does not read has no effect, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer"]
+"""Kinds of norms; `hbserve.layers.norms` has the formulae."""
+
+Activation = Literal["silu", "gelu_tanh"]
+
+ACTIVATION_NAMES: Mapping[Activation, tuple[str, ...]] = {
+    "silu": ("silu", "swish"),
+    "gelu_tanh": ("gelu_pytorch_tanh",),
+}
+"""Names of activations in ``config.json``."""
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Names of a layer's norms in the checkpoint; None: there is no norm at that place.
+
+    Attributes:
+        attention_in, mlp_in: norms of what attention and the feed-forward layer read.
+        attention_out, mlp_out: norms of what they add to the residual stream.
+    """
+
+    attention_in: str | None = "input_layernorm"
+    attention_out: str | None = None
+    mlp_in: str | None = "post_attention_layernorm"
+    mlp_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors and soft caps of a model. A soft cap c turns x into ``c * tanh(x / c)``.
+
+    Attributes:
+        embedding: factor of the embeddings.
+        residual: factor of what a block adds to the residual stream.
+        attention: factor of attention scores; None: ``1 / sqrt(head_dim)``.
+        attention_cap: soft cap of the scaled scores.
+        logits: factor of the logits.
+        logits_cap: soft cap of the logits, after their factor.
+    """
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    attention: float | None = None
+    attention_cap: float | None = None
+    logits: float = 1.0
+    logits_cap: float | None = None
+
+
+def _no_scales(config: Any) -> Scales:
+    return Scales()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers.
+
+    Attributes:
+        model_type, architecture: its two names in ``config.json``.
+        norm: kind of all its norms.
+        norms: where a layer has norms.
+        qk_norm: RMS norms of queries and keys before the rotary embedding: of each ``head``, or of the whole
+            ``projection``; None: there are none.
+        qkv, up: names of matrices that read one input, in the order of their rows. One name for several matrices is a
+            tensor that holds all of them.
+        o, down: names of the matrices that end attention and the feed-forward layer.
+        is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
+        activation: the only one that the family's models use, and ``activation_key`` names it in ``config.json``.
+        qkv_bias, o_bias, mlp_bias: these projections have a bias: always, never, or as a key of ``config.json`` says.
+        norm_eps_key: key of the norms' epsilon.
+        is_partly_rotated: ``partial_rotary_factor`` is the rotated part of each head.
+        is_interleaved: pairs of the rotary embedding are neighbours, not half a head apart.
+        has_rope_by_type: ``rope_parameters`` has one entry for each type of layer.
+        rotated_layers: reads from transformers' configuration, for each layer, whether it has a rotary embedding; None:
+            all have one.
+        is_uniform: all layers have the same attention; transformers ignores ``layer_types``.
+        scales: reads factors and soft caps from transformers' configuration.
+        keys: other keys of ``config.json`` that the fields above depend on.
+        fixed: keys with the values that the forward pass computes; other values are refused.
+    """
+
+    model_type: str
+    architecture: str
+    norm: NormKind = "rms"
+    norms: LayerNorms = LayerNorms()
+    qk_norm: Literal["head", "projection"] | None = None
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    o: str = "o_proj"
+    up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    is_gated: bool = True
+    activation: Activation = "silu"
+    activation_key: str = "hidden_act"
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    norm_eps_key: str = "rms_norm_eps"
+    is_partly_rotated: bool = False
+    is_interleaved: bool = False
+    has_rope_by_type: bool = False
+    rotated_layers: Callable[[Any], Any] | None = None
+    is_uniform: bool = False
+    scales: Callable[[Any], Scales] = _no_scales
+    keys: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def config_keys(self) -> set[str]:
+        """Keys of ``config.json`` that this declaration names."""
+        keys = {key for key in (self.qkv_bias, self.o_bias, self.mlp_bias) if isinstance(key, str)}
+        return keys | {self.activation_key, self.norm_eps_key, *self.keys, *self.fixed}

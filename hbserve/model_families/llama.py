@@ -1,0 +1,11 @@
+"""Llama (Touvron et al. 2023, Dubey et al. 2024): the layer that all others are compared with."""
+
+from hbserve.model_families.declaration import Family
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+)
