@@ -68,7 +68,12 @@ def check_rope_numbers(document: dict[str, Any]) -> None:
         places[f"{key}."] = value or {}
         nested = {name: inner for name, inner in (value or {}).items() if isinstance(inner, dict)}
         places |= {f"{key}.{name}.": inner for name, inner in nested.items()}
-    names = {"rope_theta", *_ROPE_COEFFICIENTS, *(name for names in _ROPE_PARAMETERS.values() for name in names)}
+    names = {
+        "rope_theta",
+        "rope_local_base_freq",
+        *_ROPE_COEFFICIENTS,
+        *(name for names in _ROPE_PARAMETERS.values() for name in names),
+    }
     for prefix, place in places.items():
         for name in sorted(names & set(place)):
             value = place[name]

@@ -144,6 +144,8 @@ def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtyp
         package: name to import.
         wheel: name to install.
     """
+    if has_unusual_scores(spec):
+        return "is not set up for a factor or a soft cap of attention scores"
     if platform.name != "cuda":
         return "needs a CUDA device"
     if importlib.util.find_spec(package) is None:
@@ -152,8 +154,6 @@ def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtyp
         return f"has no kernels for {dtype}"
     if any(window is not None for window in spec.sliding_windows):
         return "is not set up for sliding windows"
-    if has_unusual_scores(spec):
-        return "is not set up for a factor or a soft cap of attention scores"
     return None
 
 

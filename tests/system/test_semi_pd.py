@@ -46,8 +46,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("qwen3")
-    save_model(folder, "qwen3")
+    folder = tmp_path_factory.mktemp("olmo3")
+    save_model(folder, "olmo3")
     return str(folder)
 
 

@@ -70,9 +70,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 
 @pytest.fixture(scope="module")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """Two KV heads, one for each rank; every bias there is; embeddings not tied."""
-    folder = tmp_path_factory.mktemp("llama")
-    return str(folder), save_model(folder, "llama")
+    """Two KV heads, one for each rank; norms over the heads of all ranks; embeddings not tied."""
+    folder = tmp_path_factory.mktemp("olmo2")
+    return str(folder), save_model(folder, "olmo2")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+"""Gemma (Gemma Team 2024): norms with ``1 + weight``, scaled embeddings, and gelu.
+
+Gemma 2 (2024) adds norms of what a block adds to the stream, soft caps, and a sliding window in every second layer.
+Gemma 3 (2025) has norms of q and k in place of soft caps, and another rotary embedding in layers with a window.
+"""
+
+from typing import Any
+
+from hbserve.model_families.declaration import Family, LayerNorms, Scales
+
+_NORMS = LayerNorms(
+    attention_out="post_attention_layernorm",
+    mlp_in="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
+_CAUSAL = {"use_bidirectional_attention": (None, False)}
+_KEYS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def _scales(config: Any) -> Scales:
+    return Scales(
+        embedding=config.hidden_size**0.5,
+        attention=config.query_pre_attn_scalar**-0.5 if config.query_pre_attn_scalar > 0 else 0.0,
+        attention_cap=config.attn_logit_softcapping,
+        logits_cap=config.final_logit_softcapping,
+    )
+
+
+def _gemma3_scales(config: Any) -> Scales:
+    scales = _scales(config)
+    return Scales(embedding=scales.embedding, attention=scales.attention, logits_cap=scales.logits_cap)
+
+
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    norm="gemma_rms",
+    activation="gelu_tanh",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    scales=lambda config: Scales(embedding=config.hidden_size**0.5),
+    fixed=_CAUSAL,
+)
+
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    norm="gemma_rms",
+    norms=_NORMS,
+    activation="gelu_tanh",
+    activation_key="hidden_activation",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    scales=_scales,
+    keys=_KEYS,
+    fixed=_CAUSAL,
+)
+
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    norm="gemma_rms",
+    norms=_NORMS,
+    qk_norm="head",
+    activation="gelu_tanh",
+    activation_key="hidden_activation",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    has_rope_by_type=True,
+    scales=_gemma3_scales,
+    keys=(*_KEYS, "sliding_window_pattern", "rope_local_base_freq"),
+    fixed=_CAUSAL,
+)

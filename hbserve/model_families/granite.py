@@ -1,0 +1,25 @@
+"""Granite 3 (IBM 2024): Llama with four factors (Yang et al. 2022, maximal update parametrisation)."""
+
+from typing import Any
+
+from hbserve.model_families.declaration import Family, Scales
+
+
+def _scales(config: Any) -> Scales:
+    return Scales(
+        embedding=config.embedding_multiplier,
+        residual=config.residual_multiplier,
+        attention=config.attention_multiplier,
+        logits=1 / config.logits_scaling if config.logits_scaling > 0 else 0.0,
+    )
+
+
+GRANITE = Family(
+    "granite",
+    "GraniteForCausalLM",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    scales=_scales,
+    keys=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+)
