@@ -193,6 +193,7 @@ class Sequence:
         metrics: its times; `SchedulerMetrics.on_arrived` sets it.
         has_grammar: a token must be known before the next one can be chosen.
         keeps_state: a worker's state of the sequence changes with every token: token counts and grammars do.
+        is_batch: it is best-effort: it has no targets, and takes what others leave.
     """
 
     client: bytes
@@ -224,9 +225,11 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     has_grammar: bool = field(init=False)
     keeps_state: bool = field(init=False)
+    is_batch: bool = field(init=False)
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
+        self.is_batch = sampling.priority is not None
         self.has_grammar = sampling.grammar is not None
         self.keeps_state = (
             sampling.repetition_penalty != 1
@@ -275,11 +278,6 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether it is best-effort: it has no targets, and takes what others leave."""
-        return self.request.sampling.priority is not None
 
     @property
     def ttft_target_ms(self) -> float | None:

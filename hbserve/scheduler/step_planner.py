@@ -64,9 +64,9 @@ class StepPlanner:
         items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
         if len(items) < len(instance.allocations):
             instance.wake_at(min(at for sequence in instance.allocations if (at := sequence.planned_from) > now))
-        allocations = sorted(items, key=lambda item: (item[0].is_batch, item[0].arrival))
-        num_others = sum(not sequence.is_batch for sequence, _ in allocations)
-        others, batch = allocations[:num_others], allocations[num_others:]
+        allocations = sorted(items, key=lambda item: item[0].arrival)
+        batch = [item for item in allocations if item[0].is_batch]
+        others = [item for item in allocations if not item[0].is_batch] if batch else allocations
         limit = instance.choice.step_limit(worker, phases, self._policy.tightest_ttft_s)
         predictor, has_decodes = worker.timing.predictor, False
         if InstanceRole.DECODE in phases and limit.takes_decodes:

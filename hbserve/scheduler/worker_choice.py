@@ -314,8 +314,10 @@ class WorkerChoice:
             elif not sequence.is_batch and self.can_take(worker, allocation):
                 waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
         predictor, max_tokens = worker.timing.predictor, self._prompt_budget
-        min_ms = 1000 * predictor.seconds(StepWork(1, 0))  # no step can keep a tighter target
-        targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence) or 0.0) > min_ms]
+        targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence))]
+        if targets_ms:
+            min_ms = 1000 * predictor.seconds(StepWork(1, 0))  # no step can keep a tighter target
+            targets_ms = [ms for ms in targets_ms if ms > min_ms]
         known_tokens = int(min(predictor.max_known_tokens, max_tokens))
         if not targets_ms:
             if decoding and self._has_no_token_limit:
