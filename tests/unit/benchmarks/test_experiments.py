@@ -43,7 +43,7 @@ def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pyte
     assert [alone["moved_bytes"] for alone in shm["alone"]] == [3 * block_bytes, 5 * block_bytes]
     for alone in shm["alone"]:
         assert alone["gb_per_s"] > 0
-        assert 0 < alone["exposed_ms"] < alone["ttft_ms"] + alone["second_ms"]
+        assert 0 <= alone["exposed_ms"] < alone["ttft_ms"] + alone["second_ms"]
     assert shm["beside"]["num_prompts"] > 0
     assert min(shm["beside"][name] for name in ("alone_ms", "joined_ms", "beside_ms")) > 0
 
