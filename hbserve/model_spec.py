@@ -17,7 +17,7 @@ import torch
 from hbserve.errors import ModelError
 from hbserve.hints import nearest
 from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
-from hbserve.model_families.declaration import ACTIVATION_NAMES, Family, LayerNorms, Scales
+from hbserve.model_families.declaration import ACTIVATION_NAMES, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
 
@@ -45,13 +45,16 @@ _CONFIG_KEYS = (
 """Keys of config.json that the forward pass depends on, besides those of the `Family`. The others stay unread:
 transformers would allocate a name for each of ``num_labels``, for example."""
 
+_MAX_EXPERTS = 4096
+"""Bound of the experts of a layer: each is several tensors of the checkpoint."""
+
 _MAX_SCALE = 1e6
 """Bound of factors and soft caps: far above every published model, and finite in every dtype's products."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder-only transformer with grouped-query attention.
+    """A decoder-only transformer with grouped-query attention.
 
     Attributes:
         architecture: transformers' class name, a key of `hbserve.model_families.BY_ARCHITECTURE`.
@@ -62,6 +65,7 @@ class ModelSpec:
         tied_embeddings: the LM head is the embedding matrix.
         sliding_windows: per layer, the number of latest tokens that a token sees, itself included; None: all.
         dtype: dtype of the checkpoint.
+        experts: the mixture of experts of some or all layers; None: all layers are dense.
     """
 
     architecture: str
@@ -82,6 +86,7 @@ class ModelSpec:
     sliding_windows: tuple[int | None, ...]
     dtype: torch.dtype
     scales: Scales = field(default_factory=Scales)
+    experts: Experts | None = None
 
     @property
     def family(self) -> Family:
@@ -98,6 +103,7 @@ class ModelSpec:
             "norms of whole projections": family.qk_norm == "projection",
             f"the activation {family.activation}": family.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
+            "experts": self.experts is not None,
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
             "layers without a rotary embedding": None in self.ropes,
@@ -231,11 +237,24 @@ def _from_config(family: Family, config: Any, dtype: torch.dtype, tied_embedding
         sliding_windows=sliding_windows,
         dtype=dtype,
         scales=_scales(family, config, head_dim),
+        experts=None if family.experts is None else _experts(family.experts(config)),
     )
 
 
 def _has_bias(declared: bool | str, config: Any) -> bool:
     return bool(getattr(config, declared)) if isinstance(declared, str) else declared
+
+
+def _experts(experts: Experts) -> Experts | None:
+    """Check the sizes; None if no layer has experts."""
+    for name, value, bound in (
+        ("number of experts", experts.num_experts, _MAX_EXPERTS),
+        ("number of experts of a token", experts.num_chosen, experts.num_experts),
+        ("width of an expert", experts.inner_size, SIZES["intermediate_size"]),
+    ):
+        if not isinstance(value, int) or not 1 <= value <= bound:
+            raise ModelError(f"the {name} must be in 1..{bound}, got {shown(value)}")
+    return experts if any(experts.layers) else None
 
 
 def _scales(family: Family, config: Any, head_dim: int) -> Scales:

@@ -23,7 +23,7 @@ class ModelCost:
         itemsize: bytes per parameter and per KV element.
 
     Attributes:
-        layer_params: parameters of all layers' matrices.
+        layer_params: parameters of all layers' matrices; of experts, those of one token.
         head_params: parameters of the LM head.
         weight_bytes: bytes that a step reads with any number of tokens: the layers and the LM head. The
             embedding is read by row, so it counts only where it is the LM head too.
@@ -34,8 +34,11 @@ class ModelCost:
     def __init__(self, spec: ModelSpec, itemsize: int) -> None:
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         attention_params = spec.hidden_size * (2 * q_size + 2 * kv_size)
-        mlp_params = (3 if spec.family.is_gated else 2) * spec.hidden_size * spec.intermediate_size
-        self.layer_params = spec.num_layers * (attention_params + mlp_params)
+        matrices, inner_sizes = 3 if spec.family.is_gated else 2, [spec.intermediate_size] * spec.num_layers
+        if spec.experts is not None:
+            used = spec.experts.num_chosen * spec.experts.inner_size
+            inner_sizes = [used if has else spec.intermediate_size for has in spec.experts.layers]
+        self.layer_params = spec.num_layers * attention_params + matrices * spec.hidden_size * sum(inner_sizes)
         self.head_params = spec.vocab_size * spec.hidden_size
         self.weight_bytes = (self.layer_params + self.head_params) * itemsize
         self.token_flops = 2 * self.layer_params

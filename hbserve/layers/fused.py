@@ -53,7 +53,7 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute `hbserve.layers.ops.rms_norm` of ``x [rows, size]`` with contiguous rows."""
+    """Compute `hbserve.layers.norms.rms_norm` of ``x [rows, size]`` with contiguous rows."""
     return _launch_norm(x, None, weight, eps)
 
 
@@ -92,7 +92,7 @@ def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """Compute `hbserve.layers.ops.silu_and_mul` of a contiguous ``[tokens, gate | up]``; ``out`` is contiguous too."""
+    """Compute `hbserve.layers.activations.silu_and_mul` of ``[tokens, gate | up]``; it and ``out`` are contiguous."""
     num_tokens, double = gate_up.shape
     if out is None:
         out = torch.empty(num_tokens, double // 2, dtype=gate_up.dtype, device=gate_up.device)

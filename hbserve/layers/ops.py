@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.attention.base import Attention
+from hbserve.layers.activations import ACTIVATIONS
+from hbserve.layers.experts import mix_experts
 from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
 from hbserve.layers.rotary import RotaryEmbedding
@@ -30,10 +31,6 @@ _UP_ROWS = 2048
 HeadNorms = tuple[Tensor, Tensor] | None
 """Parameters of the norms of q and k: ``[head_dim]``, or ``[heads * head_dim]`` where the norm is of the whole
 projection; None: the model has no such norms."""
-
-Activate = Callable[[Tensor, Tensor | None], Tensor]
-"""Function of the first product ``[tokens, gate | up]``, or ``[tokens, up]`` without gate, and of memory for the result
-or None."""
 
 
 class Linear(NamedTuple):
@@ -59,30 +56,6 @@ class ResidualStream:
     sum_and_norm: SumAndNorm | None = None
 
 
-def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``silu(gate) * up`` (Shazeer 2020) of ``[tokens, gate | up]``, half as wide; in ``out`` if given."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.mul(F.silu(gate), up, out=out)
-
-
-def _gelu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
-
-
-def _gelu(up: Tensor, out: Tensor | None = None) -> Tensor:
-    activated = F.gelu(up, approximate="tanh")
-    return activated if out is None else out.copy_(activated)
-
-
-_ACTIVATIONS: dict[tuple[str, bool], Activate] = {
-    ("silu", True): silu_and_mul,
-    ("gelu_tanh", True): _gelu_and_mul,
-    ("gelu_tanh", False): _gelu,
-}
-"""By name and whether there is a gate."""
-
-
 class LayerOps:
     """Operations of one model's layers in plain torch.
 
@@ -97,9 +70,10 @@ class LayerOps:
         rotaries = {rope: RotaryEmbedding(rope, spec.head_dim, device) for rope in {*spec.ropes} if rope is not None}
         self.rotaries = [None if rope is None else rotaries[rope] for rope in spec.ropes]
         self._norm, self._add_norm_ = NORMS[family.norm], self._add_then_norm
-        self._activate = _ACTIVATIONS[family.activation, family.is_gated]
+        self._activate = ACTIVATIONS[family.activation, family.is_gated]
         self._is_gated, self._norms_projections = family.is_gated, family.qk_norm == "projection"
         self._residual_scale = spec.scales.residual
+        self._experts = spec.experts
         # that kernel knows only one kind of norm, and adds the sum as it is
         self._sum_and_norm = None if spec.unfused_features else parallel.sum_and_norm
 
@@ -157,6 +131,18 @@ class LayerOps:
             stream.pending = self._norm(stream.pending, norm, self.eps)
         if self._residual_scale != 1:
             stream.pending = stream.pending * self._residual_scale
+
+    def add_experts(
+        self, stream: ResidualStream, in_norm: Tensor | None, router: Tensor, up: Linear, down: Linear
+    ) -> None:
+        """Compute the norm of the stream by experts, and leave the result pending in the stream.
+
+        Each rank has a slice of every expert; all ranks choose the same experts.
+        """
+        assert self._experts is not None, "the model has experts"
+        x = self.norm(stream, in_norm)
+        part = mix_experts(x, router, up.weight, down.weight, self._experts, self._activate)
+        stream.pending = self.parallel.reduce(part)
 
     def _leave_pending(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
         parallel = self.parallel

@@ -58,6 +58,27 @@ class Scales:
     logits_cap: float | None = None
 
 
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward layer (Shazeer et al. 2017, Fedus et al. 2021).
+
+    A router scores the experts with a softmax. Each token is computed by the best ones; their outputs are weighted by
+    the scores.
+
+    Attributes:
+        num_experts, num_chosen: experts of a layer, and of a token.
+        inner_size: width of an expert.
+        is_renormalised: the weights of a token are divided by their sum.
+        layers: per layer, whether it has experts.
+    """
+
+    num_experts: int
+    num_chosen: int
+    inner_size: int
+    is_renormalised: bool
+    layers: tuple[bool, ...]
+
+
 def _no_scales(config: Any) -> Scales:
     return Scales()
 
@@ -74,6 +95,7 @@ class Family:
             ``projection``; None: there are none.
         qkv, up: names of matrices that read one input, in the order of their rows. One name for several matrices is a
             tensor that holds all of them.
+        mlp: name of the feed-forward layer.
         o, down: names of the matrices that end attention and the feed-forward layer.
         is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
         activation: the only one that the family's models use, and ``activation_key`` names it in ``config.json``.
@@ -85,6 +107,8 @@ class Family:
         rotated_layers: reads from transformers' configuration, for each layer, whether it has a rotary embedding; None:
             all have one.
         is_uniform: all layers have the same attention; transformers ignores ``layer_types``.
+        experts: reads the mixture of experts from transformers' configuration; None: there is none. In the checkpoint
+            the router is ``gate``, and each expert has the names of a feed-forward layer under ``experts.<i>``.
         scales: reads factors and soft caps from transformers' configuration.
         keys: other keys of ``config.json`` that the fields above depend on.
         fixed: keys with the values that the forward pass computes; other values are refused.
@@ -97,6 +121,7 @@ class Family:
     qk_norm: Literal["head", "projection"] | None = None
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     o: str = "o_proj"
+    mlp: str = "mlp"
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     is_gated: bool = True
@@ -111,6 +136,7 @@ class Family:
     has_rope_by_type: bool = False
     rotated_layers: Callable[[Any], Any] | None = None
     is_uniform: bool = False
+    experts: Callable[[Any], Experts] | None = None
     scales: Callable[[Any], Scales] = _no_scales
     keys: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -1,6 +1,11 @@
-"""OLMo 2 (Walsh et al. 2024) and OLMo 3 (2025): norms of what a block adds to the stream, none of what it reads."""
+"""OLMo 2 (Walsh et al. 2024) and OLMo 3 (2025): norms of what a block adds to the stream, none of what it reads.
 
-from hbserve.model_families.declaration import Family, LayerNorms
+OLMoE (Muennighoff et al. 2024) has Llama's norms, and a mixture of experts in every layer.
+"""
+
+from typing import Any
+
+from hbserve.model_families.declaration import Experts, Family, LayerNorms
 
 _NORMS = LayerNorms(
     attention_in=None,
@@ -8,6 +13,17 @@ _NORMS = LayerNorms(
     mlp_in=None,
     mlp_out="post_feedforward_layernorm",
 )
+
+
+def _experts(config: Any) -> Experts:
+    return Experts(
+        num_experts=config.num_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.intermediate_size,
+        is_renormalised=config.norm_topk_prob,
+        layers=(True,) * config.num_hidden_layers,
+    )
+
 
 OLMO2 = Family(
     "olmo2",
@@ -28,4 +44,15 @@ OLMO3 = Family(
     qkv_bias="attention_bias",
     o_bias="attention_bias",
     has_rope_by_type=True,
+)
+
+OLMOE = Family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    qk_norm="projection",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    experts=_experts,
+    keys=("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"),
+    fixed={"clip_qkv": (None,)},
 )

@@ -1,6 +1,21 @@
-"""Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025)."""
+"""Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025), dense and with a mixture of experts."""
 
-from hbserve.model_families.declaration import Family
+from typing import Any
+
+from hbserve.model_families.declaration import Experts, Family
+
+
+def _experts(config: Any) -> Experts:
+    step, dense = max(1, config.decoder_sparse_step), config.mlp_only_layers
+    layers = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers))
+    return Experts(
+        num_experts=config.num_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.moe_intermediate_size,
+        is_renormalised=config.norm_topk_prob,
+        layers=layers,
+    )
+
 
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True)
 
@@ -10,4 +25,18 @@ QWEN3 = Family(
     qk_norm="head",
     qkv_bias="attention_bias",
     o_bias="attention_bias",
+)
+
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    qk_norm="head",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    is_uniform=True,
+    experts=_experts,
+    keys=(
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        *("norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
+    ),
 )

@@ -36,6 +36,7 @@ class _Layer:
     attention_out_norm: Tensor | None = None
     mlp_in_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
+    router: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
@@ -123,6 +124,9 @@ class Decoder:
         """Compute the rest of a layer: output projection and feed-forward layer, both added to the stream."""
         layer, ops = self.layers[index], self._ops
         ops.add_linear(stream, attended.flatten(1), layer.o, layer.attention_out_norm)
+        if layer.router is not None:
+            ops.add_experts(stream, layer.mlp_in_norm, layer.router, layer.up, layer.down)
+            return
         inner = ops.norm_up_linear(stream, layer.mlp_in_norm, layer.up)
         ops.add_linear(stream, inner, layer.down, layer.mlp_out_norm)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
+from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
 
 ALIGNMENT_BYTES = 256
@@ -65,8 +66,8 @@ class WeightTable(msgspec.Struct, frozen=True):
     Attributes:
         entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
             ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
-            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A tied ``lm_head`` lies at
-            ``embedding``.
+            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. Where there is a ``router``, ``up``
+            and ``down`` are of all experts. A tied ``lm_head`` lies at ``embedding``.
         num_bytes: size of the arena.
     """
 
@@ -135,19 +136,18 @@ class _Sharding:
         vocab = vocab_shard(spec.vocab_size, self.rank, self.size)
         yield "embedding", (_part(EMBEDDING, (spec.vocab_size, spec.hidden_size), *vocab),)
         for layer in range(spec.num_layers):
-            for name, parts in self._layer(f"model.layers.{layer}."):
+            for name, parts in self._layer(layer, f"model.layers.{layer}."):
                 yield f"layers.{layer}.{name}", parts
         yield self._norm("final", "model.norm")
         if not spec.tied_embeddings:
             yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 
-    def _layer(self, prefix: str) -> Iterator[_Parameter]:
+    def _layer(self, layer: int, prefix: str) -> Iterator[_Parameter]:
         spec, family, head_dim = self.spec, self.spec.family, self.spec.head_dim
         q_rows = [head * head_dim for head in self._share(spec.num_heads, "num_attention_heads")]
         kv_rows = [head * head_dim for head in self._kv_heads()]
-        inner = list(self._share(spec.intermediate_size, "intermediate_size"))
         q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}{family.mlp}."
         q, k = _Slice(q_size, q_rows), _Slice(kv_size, kv_rows)
         for place, name in asdict(family.norms).items():
             if name is not None:
@@ -159,9 +159,23 @@ class _Sharding:
                 size, bounds = rows if family.qk_norm == "projection" else whole
                 yield name, (_part(f"{attention}{name}.weight", (size,), *bounds),)
         yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q)
-        up = _Slice(spec.intermediate_size, inner)
+        if spec.experts is not None and spec.experts.layers[layer]:
+            yield from self._experts(mlp, spec.experts)
+            return
+        up = _Slice(spec.intermediate_size, list(self._share(spec.intermediate_size, "intermediate_size")))
         yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, [up] * (2 if family.is_gated else 1))
         yield from self._row_parallel("down", spec.mlp_bias, f"{mlp}{family.down}", up)
+
+    def _experts(self, prefix: str, experts: Experts) -> Iterator[_Parameter]:
+        """Stack the experts' matrices: ``gate | up`` of one after the other, then their down projections."""
+        hidden, family = self.spec.hidden_size, self.spec.family
+        inner = _Slice(experts.inner_size, list(self._share(experts.inner_size, "the width of experts")))
+        names = [f"{prefix}experts.{expert}." for expert in range(experts.num_experts)]
+        yield "router", (_part(f"{prefix}gate.weight", (experts.num_experts, hidden)),)
+        ups = (f"{name}{source}.weight" for name in names for source in family.up)
+        yield "up", tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups)
+        downs = (f"{name}{family.down}.weight" for name in names)
+        yield "down", tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
 
     def _norm(self, place: str, source: str) -> _Parameter:
         names = ("weight", "bias") if self.spec.family.norm == "layer" else ("weight",)

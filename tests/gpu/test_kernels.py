@@ -108,8 +108,8 @@ def test_one_row_linear(rows: int, size: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 5, 200])
 def test_norms_and_gate(num_tokens: int) -> None:
     from hbserve.layers import fused
+    from hbserve.layers.activations import silu_and_mul
     from hbserve.layers.norms import rms_norm
-    from hbserve.layers.ops import silu_and_mul
 
     x, residual, weight = random(num_tokens, 1000), random(num_tokens, 1000), random(1000)
     assert_close(fused.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))

@@ -53,6 +53,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "rope_parameters": _YARN_ROPE,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40},
+    "olmoe": {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2},
     "qwen2": {"model_type": "qwen2"},
     "qwen2_window": {
         "model_type": "qwen2",

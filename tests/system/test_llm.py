@@ -194,7 +194,7 @@ def test_preemption_by_recompute_changes_no_token(
 
 
 # Those that differ in what lies in a block and in who sees it; the forward pass of all is tested in unit/models.
-@pytest.mark.parametrize("name", ["qwen3_head256", "qwen2_window", "gemma2", "starcoder2"])
+@pytest.mark.parametrize("name", ["qwen3_head256", "qwen2_window", "gemma2", "qwen3_moe"])
 def test_architectures_disaggregated(name: str, tmp_path: Path) -> None:
     reference = save_model(tmp_path, name, sharded=True)
     prompts = [random_prompt(length, seed=length) for length in (1, 50, 130)]

@@ -175,6 +175,7 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
         ("phi3", 2, False, 320),
         ("olmo2", 4, False, 320),
         ("gemma2", 2, True, 320),
+        ("qwen3_moe", 2, False, 320),
     ],
 )
 def test_ranks_together_compute_the_whole_model(
@@ -286,8 +287,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
     [
         (
             "llama",
-            {"architectures": ["MixtralForCausalLM"]},
-            "'MixtralFor.* not supported; .*'MistralFor",
+            {"architectures": ["MixtureForCausalLM"]},
+            "'MixtureFor.* not supported; .*'MixtralFor",
         ),
         ("llama", {"architectures": None, "model_type": "gpt9"}, "model_type 'gpt9' is not supported; .*llama"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised \\(gptq\\)"),
@@ -316,6 +317,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}},
             "partial_rotary_factor 0.2 turns 3 of 16 dimensions",
         ),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "number of experts of a token must be in 1..6, got 7"),
         ("qwen3", {"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"dtype": "float64"}, "float64 is not supported; .*bfloat16"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
