@@ -45,8 +45,9 @@ _CONFIG_KEYS = (
 """Keys of config.json that the forward pass depends on, besides those of the `Family`. The others stay unread:
 transformers would allocate a name for each of ``num_labels``, for example."""
 
-_MAX_EXPERTS = 4096
-"""Bound of the experts of a layer: each is several tensors of the checkpoint."""
+_MAX_EXPERTS = 1 << 16
+"""Bound of the experts of all layers together, since each is three tensors of the checkpoint. The largest published
+models have about 40,000."""
 
 _MAX_SCALE = 1e6
 """Bound of factors and soft caps: far above every published model, and finite in every dtype's products."""
@@ -248,7 +249,7 @@ def _has_bias(declared: bool | str, config: Any) -> bool:
 def _experts(experts: Experts) -> Experts | None:
     """Check the sizes; None if no layer has experts."""
     for name, value, bound in (
-        ("number of experts", experts.num_experts, _MAX_EXPERTS),
+        ("number of experts of a layer", experts.num_experts, _MAX_EXPERTS // len(experts.layers)),
         ("number of experts of a token", experts.num_chosen, experts.num_experts),
         ("width of an expert", experts.inner_size, SIZES["intermediate_size"]),
     ):

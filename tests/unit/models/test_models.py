@@ -317,6 +317,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}},
             "partial_rotary_factor 0.2 turns 3 of 16 dimensions",
         ),
+        ("mixtral", {"num_local_experts": 30000}, "number of experts of a layer must be in 1..21845, got 30000"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "number of experts of a token must be in 1..6, got 7"),
         ("qwen3", {"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"dtype": "float64"}, "float64 is not supported; .*bfloat16"),
