@@ -22,7 +22,8 @@ def next_token(contents: Sequence[int], seed: int, history: Sequence[int] | None
         history: the tokens that a penalty or a grammar knows of.
         forbidden: end tokens, before ``min_tokens`` are there.
     """
-    token = hash((tuple(contents), seed, None if history is None else tuple(history))) % VOCAB_SIZE
+    # Numbers only: in Python 3.11 the hash of None is another one in each process.
+    token = hash((tuple(contents), seed, tuple(history or ()))) % VOCAB_SIZE
     while token in forbidden:
         token = (token + 1) % VOCAB_SIZE
     return token
