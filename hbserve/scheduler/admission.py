@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
@@ -82,14 +82,15 @@ class WaitingQueue:
     def predicted_ttft_s(
         self,
         sequence: Sequence,
-        instances: Iterable[InstanceHandle],
+        instances: Collection[InstanceHandle],
         slots_are_full: bool,
         now: float,
     ) -> float:
         """Predict how long a new request would wait for its first token.
 
-        The longer of two waits: the predicted time to compute the prompts before it and its own; and, where requests
-        wait for allocations, the time until as many requests have ended as are before it.
+        The longer of two waits: the predicted time until the steps under way have ended, and the prompts before it and
+        its own are computed; and, where requests wait for allocations, the time until as many requests have ended as
+        are before it.
 
         Returns 0 without data or for an empty queue: a single request is never overload, and step times may be known
         for other lengths only.
@@ -100,16 +101,32 @@ class WaitingQueue:
         prompts = [item for item in prompts if not item[0].is_batch or sequence.is_batch]
         starts = [(len(other.tokens), start) for other, start in prompts] + [(len(other.tokens), 0) for other in before]
         num_tokens = sum(end - start for end, start in starts)
-        if not num_workers or not num_tokens:
+        step_s = _until_steps_end_s(instances, now)
+        if not num_workers or (not num_tokens and step_s is None):
             return 0.0
         # The instances share the prompts before it; its own is computed by one.
         pairs, own = sum(num_pairs(end - start, start) for end, start in starts), len(sequence.tokens)
-        prefill_s = self._predictor.queue_s(
+        prefill_s = (step_s or 0.0) + self._predictor.queue_s(
             num_tokens / num_workers + own, pairs / num_workers + num_pairs(own, 0), self._tokens_per_step
         )
         if not slots_are_full or not before or len(self._ends) < 2:
             return prefill_s
         return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
+
+
+def _until_steps_end_s(instances: Iterable[InstanceHandle], now: float) -> float | None:
+    """Return when the first instance has ended its steps with prompts, in seconds from now; None: one has none.
+
+    The prompts in these steps may be planned to their ends, and are then in no queue.
+    """
+    times_s = []
+    for instance in instances:
+        if instance.ready and instance.role.prefills:
+            busy = [w for w in instance.workers.values() if any(step.prefill_rows for step in w.inflight)]
+            if not busy:
+                return None
+            times_s.append(max((worker.timing.expected_end() or now) - now for worker in busy))
+    return max(0.0, min(times_s)) if times_s else None
 
 
 def _admitted(instances: Iterable[InstanceHandle]) -> tuple[list[tuple[Sequence, int]], int]:

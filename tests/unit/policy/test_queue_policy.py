@@ -203,7 +203,7 @@ async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
 
 def test_the_rate_of_freed_slots_counts_from_when_a_request_waits() -> None:
     queue = WaitingQueue(from_dict({"model": {"path": DEMO}}))
-    worker: Any = SimpleNamespace(ready=True, role=InstanceRole.UNIFIED, allocations={})
+    worker: Any = SimpleNamespace(ready=True, role=InstanceRole.UNIFIED, prompts=[], workers={})
 
     def predicted(now: float) -> float:
         one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
