@@ -278,7 +278,8 @@ def _take_descriptors(targets: list[int], descriptors: list[int]) -> None:
     """Give the child the descriptors that it was passed, under the numbers that it knows, and no others."""
     import fcntl
 
-    safe = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, max(_FIRST_FREE_DESCRIPTOR, *targets)) for descriptor in descriptors]
+    first_free = max(_FIRST_FREE_DESCRIPTOR, *(target + 1 for target in targets))
+    safe = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, first_free) for descriptor in descriptors]
     os.closerange(3, min(safe))
     for target, descriptor in zip(targets, safe, strict=True):
         os.dup2(descriptor, target)

@@ -129,7 +129,13 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
     assert after["hbserve_kv_transfers_open"] == link["queued"] == 0
     assert link["failures"] == {}
     window = stats["metrics"]
-    assert window["queues"]["requests"] == {"waiting": 0, "prefilling": 0, "transferring": 0, "decoding": 0}
+    assert window["queues"]["requests"] == {
+        "waiting": 0,
+        "batch_waiting": 0,
+        "prefilling": 0,
+        "transferring": 0,
+        "decoding": 0,
+    }
     assert 0 < window["window"]["ttft_p50_ms"] <= window["window"]["ttft_p99_ms"]
     assert set(window["busy_share"]) == {"prefill-0", "decode-0"}
 
