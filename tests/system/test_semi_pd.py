@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from fastapi import FastAPI
 
@@ -144,12 +145,15 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         scheduler="tests.support.dawdler:Dawdler",
         **SETTINGS,
     )
+    # A request may be in the steps of each worker that is killed, without a token in between.
+    frozen = config.freeze()
+    patient = msgspec.structs.replace(frozen.kv_transfer, max_attempts=10)
     rng = random.Random(5)
     done = asyncio.Event()
     kills = {"worker": 0, "resident": 0}
     tokens: dict[str, int] = {}
 
-    async with DisaggregatedLLM(config) as llm:
+    async with DisaggregatedLLM(msgspec.structs.replace(frozen, kv_transfer=patient)) as llm:
         manager = llm.supervisors["semi-0"]
         assert isinstance(manager, ProcessRotationManager)
         seen = pids_of(manager)
