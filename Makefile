@@ -43,7 +43,7 @@ demo: $(VENV)/.runtime ## Start a system here and ask it a few questions over HT
 	$(if $(MODEL),$(PIP_INSTALL) --quiet gguf)
 	$(COMPILING) $(BIN)/python scripts/demo.py $(MODEL)
 
-test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (about 12 minutes)
+test: $(VENV)/.installed debian-packages ## Run all tests that need no GPU (about 11 minutes)
 	$(PYTEST)
 
 test-fast: $(VENV)/.installed ## Run the quick tests only (at most 90 seconds)
