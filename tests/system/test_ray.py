@@ -95,7 +95,7 @@ async def test_ray_places_instances_and_starts_them_again(tmp_path: Path, cluste
         os.kill(parent_of(before), signal.SIGKILL)
         await work  # it may have ended before the worker noticed that its parent is gone
         async with asyncio.timeout(DEADLINE_S):
-            while (after := (await decode_instance())["pid"]) in {before, None}:  # noqa: ASYNC110
+            while (after := (await decode_instance()).get("pid")) in {before, None}:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await answer()
         await asyncio.to_thread(assert_no_leaks, llm)
