@@ -85,6 +85,9 @@ class QueuePolicy:
         """Compute the rank of a sequence that begins to wait now; the smallest goes first."""
         return _BATCH if sequence.is_batch else _NEW, sequence.arrival_time, sequence.arrival
 
+    def on_waiting(self, sequence: Prompt) -> None:
+        """Note that a sequence begins to wait."""
+
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         """Put a queue that is sorted by rank in the order of admission.
 
@@ -164,12 +167,15 @@ class SloAware(QueuePolicy):
         self._has_targets = False
 
     def rank(self, sequence: Prompt) -> Rank:
-        target_ms = self._target_ms(sequence)
+        due = sequence.arrival_time + (self._target_ms(sequence) or _DEFAULT_TTFT_MS) / 1000
+        return _group(sequence), due, sequence.arrival
+
+    def on_waiting(self, sequence: Prompt) -> None:
+        """See `QueuePolicy.on_waiting`. Its target counts as that of requests that may come next."""
         if not sequence.is_batch:
+            target_ms = self._target_ms(sequence)
             self._targets_ms.append(math.inf if target_ms is None else target_ms)
             self._has_targets = min(self._targets_ms) < math.inf
-        due = sequence.arrival_time + (target_ms or _DEFAULT_TTFT_MS) / 1000
-        return _group(sequence), due, sequence.arrival
 
     def _target_ms(self, sequence: Prompt) -> float | None:
         return None if sequence.is_batch else sequence.ttft_target_ms or self._default_ttft_ms

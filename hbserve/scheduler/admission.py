@@ -45,6 +45,7 @@ class WaitingQueue:
     def insert(self, sequence: Sequence) -> None:
         """Insert a sequence that begins to wait."""
         sequence.rank = self.policy.rank(sequence)
+        self.policy.on_waiting(sequence)
         if self.waiting and sequence.rank < self.waiting[-1].rank:
             bisect.insort(self.waiting, sequence, key=lambda other: other.rank)
         else:
@@ -115,9 +116,10 @@ class WaitingQueue:
 
 
 def _until_steps_end_s(instances: Iterable[InstanceHandle], now: float) -> float | None:
-    """Return when the first instance has ended its steps with prompts, in seconds from now; None: one has none.
+    """Return the seconds until the first prefill instance has ended its steps with prompts.
 
-    The prompts in these steps may be planned to their ends, and are then in no queue.
+    Prompts in these steps may be planned to their ends, and then no queue has them. None: an instance has no such step,
+    or no instance is ready.
     """
     times_s = []
     for instance in instances:

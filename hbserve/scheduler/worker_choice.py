@@ -44,22 +44,23 @@ class StepLimit(NamedTuple):
     """Limits of one step.
 
     Attributes:
-        takes_decodes: it may have decode rows.
         seconds: how long it may take, if it has prompts.
+        batch_alone_s: how long it may take with nothing but best-effort work in it.
+        batch_delay_s: by how much best-effort work may lengthen it.
+        takes_decodes: it may have decode rows.
         prompt_tokens: how many it may have; ``min_prompt_tokens``: however long these take.
-        batch_s: how long it may take with best-effort work in it; ``batch_alone_s``: with nothing else in it.
-        batch_delay_s: by how much that work may lengthen it.
+        batch_s: how long it may take with best-effort work beside other work.
         is_accounted: decode keeps an account of its lead, which counts this step.
     """
 
-    takes_decodes: bool
     seconds: float
-    prompt_tokens: int
-    min_prompt_tokens: int
-    batch_s: float
     batch_alone_s: float
     batch_delay_s: float
-    is_accounted: bool
+    takes_decodes: bool = True
+    prompt_tokens: int = 0
+    min_prompt_tokens: int = MIN_TOKENS_ALONE
+    batch_s: float = math.inf
+    is_accounted: bool = False
 
 
 class WorkerChoice:
@@ -304,7 +305,8 @@ class WorkerChoice:
         Args:
             ttft_s: the tightest TTFT target of requests that may come meanwhile; infinite: there is none.
         """
-        max_step_s, for_batch = _STEP_SHARE * ttft_s, (_BATCH_SHARE * ttft_s, _BATCH_DELAY * ttft_s)
+        max_step_s = _STEP_SHARE * ttft_s
+        limit = StepLimit(max_step_s, batch_alone_s=_BATCH_SHARE * ttft_s, batch_delay_s=_BATCH_DELAY * ttft_s)
         decoding: list[tuple[Sequence, KVAllocation]] = []
         waiting_tokens = 0
         for sequence, allocation in self._allocations.items():
@@ -325,12 +327,12 @@ class WorkerChoice:
                 max_tokens = int(min(efficient, known_tokens))
             elif max_step_s < math.inf:
                 max_tokens = known_tokens
-            return StepLimit(True, max_step_s, max_tokens, MIN_TOKENS_ALONE, math.inf, *for_batch, False)
+            return limit._replace(prompt_tokens=max_tokens)
         max_tokens = known_tokens
         now, interval_s = self._clock.now, MIXED_PACE * min(targets_ms) / 1000
         if len(phases) < 2:
             seconds = max_step_s if InstanceRole.PREFILL in phases else interval_s
-            return StepLimit(True, seconds, max_tokens, MIN_TOKENS_ALONE, interval_s, *for_batch, False)
+            return limit._replace(seconds=seconds, prompt_tokens=max_tokens, batch_s=interval_s)
         min_slack_s, prompts_s = math.inf, 0.0
         if waiting_tokens:
             min_slack_s = min(self._slack_s(sequence, a, interval_s, now) for sequence, a in decoding)
@@ -338,10 +340,14 @@ class WorkerChoice:
         fills_a_step = waiting_tokens >= self._prompt_budget or prompts_s >= max_step_s
         limit_s = self._mixed_steps.limit_s(now, interval_s, min_slack_s, min(prompts_s, max_step_s), fills_a_step)
         if limit_s == math.inf:
-            return StepLimit(False, max_step_s, max_tokens, MIN_TOKENS_ALONE, 0.0, *for_batch, False)
-        batch_s = interval_s if self._mixed_steps.is_ahead(now) else 0.0
-        seconds = min(limit_s, max(interval_s, max_step_s))
-        return StepLimit(True, seconds, max_tokens, MIN_TOKENS, batch_s, *for_batch, True)
+            return limit._replace(takes_decodes=False, prompt_tokens=max_tokens, batch_s=0.0)
+        return limit._replace(
+            seconds=min(limit_s, max(interval_s, max_step_s)),
+            prompt_tokens=max_tokens,
+            min_prompt_tokens=MIN_TOKENS,
+            batch_s=interval_s if self._mixed_steps.is_ahead(now) else 0.0,
+            is_accounted=True,
+        )
 
     def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned under a limit of time."""

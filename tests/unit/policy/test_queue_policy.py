@@ -45,6 +45,7 @@ def waiting(
     )
     sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
     sequence.rank = policy.rank(sequence)
+    policy.on_waiting(sequence)
     return sequence
 
 
@@ -218,6 +219,16 @@ def test_the_rate_of_freed_slots_counts_from_when_a_request_waits() -> None:
         queue.on_request_ended(begin + 1)
         queue.on_request_ended(begin + 2)
         assert predicted(begin + 3) == 2 * 3 / 2
+
+
+def test_a_prediction_is_no_arrival() -> None:
+    """The limits of steps follow the targets of requests that have come, not of those that were only asked about."""
+    queue = WaitingQueue(from_dict({"model": {"path": DEMO}}))
+    asked = waiting(QueuePolicy(), 0.0, 5, ttft_ms=100)
+    assert queue.predicted_ttft_s(asked, [], slots_are_full=False, now=0.0) == 0
+    assert queue.policy.tightest_ttft_s == math.inf
+    queue.insert(asked)
+    assert queue.policy.tightest_ttft_s == 0.1
 
 
 async def test_overload_is_refused_early() -> None:
