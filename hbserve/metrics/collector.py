@@ -98,8 +98,8 @@ class SemiPDMetricsCollector:
         Args:
             input_length: prompt tokens.
             is_new: False if an earlier collector has counted the arrival.
-            is_batch: it is best-effort: it counts when it ends, but its times are no latencies that a user waits for,
-                and its load is none that the system must be sized for.
+            is_batch: whether the request is best-effort. The collector counts its end, but keeps its lengths and
+                latencies out of all windows and histograms, because the system is not sized for such requests.
 
         Returns:
             The request's record, which later events complete.

@@ -34,7 +34,7 @@ class RequestMetrics:
         num_preemptions: how often the request gave its place to an older one.
         num_retries: how often an attempt failed.
         ttft_target_ms, tpot_target_ms: latency targets; None for no target.
-        is_batch: it is best-effort.
+        is_batch: whether the request is best-effort.
     """
 
     request_id: str
