@@ -28,6 +28,7 @@ class Completion(Generation):
             engine, body, body.prompts, body.sampling(engine.sampling_defaults), deadline, "cmpl", "text_completion"
         )
         self.param_names = {"grammar": body.grammar_param}
+        self._echoes: dict[int, str] = {}  # by prompt: all its choices begin with the same
         self._logprobs = [
             CompletionLogprobs(engine.tokenizer, self._sampling.skip_special_tokens)
             for _ in range(self._num_choices if self._sampling.logprobs is not None else 0)
@@ -69,8 +70,12 @@ class Completion(Generation):
         """Return the text of a choice's prompt if the client wants it before the output; else an empty string."""
         if not self._body.echo:
             return ""
-        prompt = self._prompts[part.index // self._sampling.n]
+        number = part.index // self._sampling.n
+        prompt = self._prompts[number]
         if isinstance(prompt, str) and not self._sampling.truncate_prompt_tokens:
             return prompt
-        kept = self._prompt_token_ids(part)
-        return self._engine.tokenizer.decode(kept, skip_special_tokens=self._sampling.skip_special_tokens)
+        if number not in self._echoes:
+            kept = self._prompt_token_ids(part)
+            text = self._engine.tokenizer.decode(kept, skip_special_tokens=self._sampling.skip_special_tokens)
+            self._echoes[number] = text
+        return self._echoes[number]

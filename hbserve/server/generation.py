@@ -53,6 +53,9 @@ class Deadline:
             raise self.error from None
 
 
+_MANY_CHOICES = 32
+
+
 class Generation(ABC):
     """One HTTP request's prompts, which run concurrently, and the response to it.
 
@@ -130,8 +133,10 @@ class Generation(ABC):
         if self._body.stream:
             return EventStream(self._events())
         samples = await while_connected(receive, self._collect())
-        # With every token of a long prompt in it, an answer takes long to write: other requests must not wait for it.
-        answer = await asyncio.to_thread(self._answer, samples) if self._scores_prompt else self._answer(samples)
+        # With every token of a long prompt in it, or many choices, an answer takes long to write: other requests must
+        # not wait for it.
+        is_long = self._scores_prompt or self._num_choices >= _MANY_CHOICES
+        answer = await asyncio.to_thread(self._answer, samples) if is_long else self._answer(samples)
         return Response(answer, media_type="application/json")
 
     def _answer(self, samples: list[Sample]) -> bytes:
