@@ -56,7 +56,9 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo", supervisors=llm.supervisors)
         shown = structs.replace(llm.config, scheduler=SchedulerConfig(ttft_ms=5000.0, tpot_ms=0.001))
-        live_page.install(app, shown, llm.plan, llm.engine, llm.client, FairGate(), None, system.stop)
+        assert llm.plan is not None
+        plan = structs.replace(llm.plan, chosen_by="auto") if mode == "semi_pd" else llm.plan
+        live_page.install(app, shown, plan, llm.engine, llm.client, FairGate(), None, system.stop)
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))
@@ -224,6 +226,7 @@ async def test_page_changes_the_split_and_shows_the_rotation(system: System, pag
     await page.locator("#status.ready").wait_for()
     assert await page.locator(".level", has_text="25 %").count() == 0
     assert await page.locator("#shares-title").inner_text() == "Split over time"
+    assert await page.locator("#mode").inner_text() == "semi_pd, chosen for this machine"
     await page.keyboard.press("a")
     await page.get_by_label("Admin key").fill(ADMIN)
     await page.get_by_label("Prefill, % of the SMs").fill("75")

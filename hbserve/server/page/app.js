@@ -10,6 +10,8 @@ import { ask, askForKey, keyIsWanted } from "./server.js";
 const POLL_MS = 1000;
 const charts = makeCharts();
 
+const CHOSEN_BY = { auto: ", chosen for this machine", configuration: ", as configured" };
+
 function say(problem, needsKey = false) {
   by("problem").hidden = problem == null;
   by("problem-text").textContent = problem ?? "";
@@ -50,7 +52,7 @@ function showHeader(data) {
   by("status").className = `pill ${state}`;
   by("model").textContent = data.server.model;
   const plan = data.server.plan;
-  by("mode").textContent = data.server.mode + (plan == null ? "" : plan.chosen_by === "auto" ? ", chosen for this machine" : ", as configured");
+  by("mode").textContent = data.server.mode + (plan ? CHOSEN_BY[plan.chosen_by] : "");
   by("mode").title = plan?.why ?? "";
   by("uptime").textContent = `HBServe ${data.server.version}, up ${duration(data.server.uptime_s)}`;
 }
