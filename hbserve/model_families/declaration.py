@@ -98,7 +98,8 @@ class Family:
         mlp: name of the feed-forward layer.
         o, down: names of the matrices that end attention and the feed-forward layer.
         is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
-        activation: the only one that the family's models use, and ``activation_key`` names it in ``config.json``.
+        activation: function of the feed-forward layer. Models of the family with another one are refused;
+            ``activation_key`` is the key that names it in ``config.json``.
         qkv_bias, o_bias, mlp_bias: these projections have a bias: always, never, or as a key of ``config.json`` says.
         norm_eps_key: key of the norms' epsilon.
         is_partly_rotated: ``partial_rotary_factor`` is the rotated part of each head.

@@ -4,6 +4,7 @@ Gemma 2 (2024) adds norms of what a block adds to the stream, soft caps, and a s
 Gemma 3 (2025) has norms of q and k in place of soft caps, and another rotary embedding in layers with a window.
 """
 
+import dataclasses
 from typing import Any
 
 from hbserve.model_families.declaration import Family, LayerNorms, Scales
@@ -24,11 +25,6 @@ def _scales(config: Any) -> Scales:
         attention_cap=config.attn_logit_softcapping,
         logits_cap=config.final_logit_softcapping,
     )
-
-
-def _gemma3_scales(config: Any) -> Scales:
-    scales = _scales(config)
-    return Scales(embedding=scales.embedding, attention=scales.attention, logits_cap=scales.logits_cap)
 
 
 GEMMA = Family(
@@ -56,18 +52,12 @@ GEMMA2 = Family(
     fixed=_CAUSAL,
 )
 
-GEMMA3 = Family(
-    "gemma3_text",
-    "Gemma3ForCausalLM",
-    norm="gemma_rms",
-    norms=_NORMS,
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
     qk_norm="head",
-    activation="gelu_tanh",
-    activation_key="hidden_activation",
-    qkv_bias="attention_bias",
-    o_bias="attention_bias",
     has_rope_by_type=True,
-    scales=_gemma3_scales,
+    scales=lambda config: dataclasses.replace(_scales(config), attention_cap=None),
     keys=(*_KEYS, "sliding_window_pattern", "rope_local_base_freq"),
-    fixed=_CAUSAL,
 )

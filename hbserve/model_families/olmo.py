@@ -3,6 +3,7 @@
 OLMoE (Muennighoff et al. 2024) has Llama's norms, and a mixture of experts in every layer.
 """
 
+import dataclasses
 from typing import Any
 
 from hbserve.model_families.declaration import Experts, Family, LayerNorms
@@ -35,16 +36,7 @@ OLMO2 = Family(
     o_bias="attention_bias",
 )
 
-OLMO3 = Family(
-    "olmo3",
-    "Olmo3ForCausalLM",
-    norm="olmo_rms",
-    norms=_NORMS,
-    qk_norm="projection",
-    qkv_bias="attention_bias",
-    o_bias="attention_bias",
-    has_rope_by_type=True,
-)
+OLMO3 = dataclasses.replace(OLMO2, model_type="olmo3", architecture="Olmo3ForCausalLM", has_rope_by_type=True)
 
 OLMOE = Family(
     "olmoe",
