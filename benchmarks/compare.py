@@ -72,7 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-requests", type=positive, default=40, metavar="N", help="of a run, which then is longer")
     parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
     parser.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="cut longer outputs to this")
-    parser.add_argument("--rates", type=_rates, default=(), metavar="A,B,…", help="requests per second; no search")
+    parser.add_argument(
+        "--rates",
+        action="append",
+        type=_rates,
+        default=[],
+        metavar="A,B,…",
+        help="requests per second; no search; may be repeated: one for each load, in their order",
+    )
     parser.add_argument("--max-runs", type=positive, default=4, metavar="N", help="for a system and load (default: 4)")
     parser.add_argument("--time-limit", type=float, default=3600.0, metavar="S", help="for everything")
     parser.add_argument("--seed", type=int, default=0)
@@ -95,6 +102,10 @@ def _rates(text: str) -> tuple[float, ...]:
     return rates
 
 
+def _for_each(rates: list[tuple[float, ...]], num_loads: int) -> list[tuple[float, ...]]:
+    return rates if len(rates) == num_loads else (rates or [()]) * num_loads
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Compare; a system that fails is reported, and the others go on.
 
@@ -103,6 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     check_new_file("--json", arguments.json)
     systems = [System.parse(text) for text in arguments.system]
+    if len(arguments.rates) not in (0, 1, len(arguments.trace)):
+        raise ConfigError("--rates: give it once, for all loads, or once for each --trace")
     if systems[0].form == "slo":
         raise ConfigError("--system: the first one is measured for the targets; it can have no controller")
     asyncio.run(Comparison(arguments, systems).run())
@@ -113,12 +126,14 @@ class _Load:
     """A trace, and the targets of its requests.
 
     Attributes:
+        rates: to run at; empty to search.
         off_by: reached rates over the simulator's, of the systems so far.
         predicted: the simulator's rate for each system, and the seconds of its runs.
     """
 
     name: str
     source: WorkloadSource
+    rates: tuple[float, ...] = ()
     targets: RequestTargets | None = None
     off_by: list[float] = field(default_factory=list)
     predicted: dict[System, tuple[float | None, float]] = field(default_factory=dict)
@@ -148,8 +163,9 @@ class Comparison:
                     max_output_len=arguments.max_output_len,
                     vocab_size=vocab_size,
                 ),
+                rates,
             )
-            for path in arguments.trace
+            for path, rates in zip(arguments.trace, _for_each(arguments.rates, len(arguments.trace)), strict=True)
         ]
         self._jobs = [
             (system, loads)
@@ -177,7 +193,7 @@ class Comparison:
                     continue
                 try:
                     async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                        until = self._deadline if options.rates else time.monotonic() + share_s
+                        until = self._deadline if loads[0].rates else time.monotonic() + share_s
                         await self._serve(system, loads, until, pool)
                 except (HBServeError, TimeoutError) as error:
                     print(f"{system.name}: {type(error).__name__}: {error}", flush=True)
@@ -264,11 +280,10 @@ class Comparison:
             benchmark = ServeBenchmark(target, dataclasses.replace(serve_options, targets=None))
             load.targets = await benchmark.measure_targets(SloScale.parse(options.slo_scale))
             print(f"{load.name}: {load.targets}", flush=True)
-            await self._predict(load, kv_tokens, pool)
+            if not load.rates:
+                await self._predict(load, kv_tokens, pool)
         setting = self._setting(load.targets, kv_tokens)
-        simulated, duration_s = load.predicted[system]
-        if options.rates:
-            duration_s = options.duration
+        simulated, duration_s = load.predicted.get(system, (None, options.duration))
 
         async def begin_as_configured() -> None:
             # A run must not begin at the split that the controller chose in the run before.
@@ -290,7 +305,7 @@ class Comparison:
                 give_up_below=options.attainment - _GIVE_UP,
                 time_limit_s=max(1.0, deadline - time.monotonic() - duration_s),
                 max_runs=options.max_runs,
-                rates=options.rates,
+                rates=load.rates,
             ),
             begin_as_configured,
         ).run()

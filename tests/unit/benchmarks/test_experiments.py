@@ -121,6 +121,7 @@ def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
     [
         (["--system", "slo@80-50"], "the first one is measured for the targets"),
         (["--system", "unified", "--json", "/nowhere/at/all.json"], "there is no folder"),
+        (["--system", "unified", "--rates", "1", "--rates", "2,3"], "once for each --trace"),
     ],
 )
 def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], complaint: str) -> None:
