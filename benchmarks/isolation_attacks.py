@@ -62,6 +62,15 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
         "100,000 token ids": (text, lambda: prompt(prompt=[5] * 100_000)),
         "3 million strings in place of token ids": (text, lambda: prompt(prompt=["a"] * (3 * million))),
         "4000 prompts": (text, lambda: prompt(prompt=[[5]] * 4000, max_tokens=1)),
+        "4000 streamed prompts, usage in each chunk": (
+            text,
+            lambda: prompt(
+                prompt=[[5]] * 4000,
+                max_tokens=3,
+                stream=True,
+                stream_options={"include_usage": True, "continuous_usage_stats": True},
+            ),
+        ),
         "a million unknown parameters": (text, lambda: prompt(**{f"key{i}": i + 1 for i in range(million)})),
         "16,000 unknown parameters": (text, lambda: prompt(**{f"k{i}": 1 for i in range(8000)})),
         "a million biases": (text, lambda: prompt(logit_bias={str(i): 1 for i in range(million)})),

@@ -16,7 +16,7 @@ from hbserve.messages.client import AddRequest, RequestOutput
 from hbserve.messages.text import OutputText, TextStreamOptions
 from hbserve.process import event_loop
 from hbserve.sampling_params import SamplingParams
-from hbserve.tokenizer.text_service import TextService
+from hbserve.tokenizer.text_service import OutputStream, TextService
 
 
 class OpenSample:
@@ -41,6 +41,7 @@ class OpenSample:
         self._index, self._request = index, request
         self._sampling, self._stream = sampling, stream
         self._client: EngineClient | None = None
+        self._text: OutputStream | None = None  # None: not started, or ended
         self._outputs: deque[RequestOutput] = deque()  # outputs whose text is not here yet
         self._grammar = sampling.steering_grammar
         self._all_token_ids: list[int] = []  # only with a grammar
@@ -81,15 +82,18 @@ class OpenSample:
             self._has_ended = True
             if self._client is not None:
                 self._client.close_request(self._request.request_id, finish_reason)
+            if self._text is not None:
                 self._text.close()
+                self._text = None  # it refers to this sample: no cycle may be left to the garbage collector
 
     def _on_output(self, output: RequestOutput | HBServeError) -> None:
         if isinstance(output, HBServeError):
             self._end()
             self._stream.fail(output)
+        elif self._text is None:
+            return  # the sample has ended
         elif output.prompt_logprobs is not None:
-            if not self._has_ended:
-                self._push([], OutputText(text="", num_tokens=0), None, None, output)
+            self._push([], OutputText(text="", num_tokens=0), None, None, output)
         else:
             if self._sampling.max_tokens == 0 and output.token_ids:
                 output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
@@ -161,9 +165,8 @@ class OpenSample:
         )
 
 
-async def close_all(samples: Sequence[OpenSample]) -> None:
+async def close_all(samples: Sequence[OpenSample], turn: event_loop.SharedTurn) -> None:
     """End many samples, in several turns of the event loop."""
-    turn = event_loop.Turn()
     for sample in samples:
         sample.close()
         if turn.is_over:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypedDict
 
@@ -13,6 +14,10 @@ from hbserve.messages.base import TokenLogprobs
 
 AT_DEAD_END = "grammar_dead_end"
 """The ``stop_reason`` of an output whose grammar allows no further token, and no end either."""
+
+
+_MAX_DELTAS_PER_READ = 256
+"""Samples with news that a reader gets at once; handling them takes less than a millisecond."""
 
 
 class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,14 +180,19 @@ class TextStream:
     async def read(self) -> list[SampleDelta]:
         """Wait for new deltas, at most one per sample; returns an empty list when all samples are finished.
 
+        Of many samples it returns a part. The next call then returns more without a turn of the event loop.
+
         Raises:
             InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: the error given to `fail`.
         """
         while True:
             if self._unread:
-                deltas = list(self._unread.values())
-                self._unread.clear()
-                return deltas
+                if len(self._unread) <= _MAX_DELTAS_PER_READ:
+                    deltas = list(self._unread.values())
+                    self._unread.clear()
+                    return deltas
+                first = list(itertools.islice(self._unread, _MAX_DELTAS_PER_READ))
+                return [self._unread.pop(index) for index in first]
             if self._error is not None:
                 raise self._error
             if self._num_open <= 0:
@@ -207,10 +217,16 @@ class TextStream:
         if not self._closed:
             self._closed = True
             self._on_close()
+            # They refer to the samples, which refer to this stream: no cycle may be left to the garbage collector.
+            self._on_close, self._on_end = _nothing, _nothing
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+def _nothing(index: int = 0) -> None:
+    pass
 
 
 def _merge(first: SampleDelta, second: SampleDelta) -> SampleDelta:

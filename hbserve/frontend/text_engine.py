@@ -40,6 +40,8 @@ _MAX_CHARS_PER_TOKEN = 32
 """Characters per token of the context that a longer prompt may have. A few tokens of white space are longer."""
 _MIN_MAX_TOKENS = 131_072
 """Tokens that the prompts of one body may have in any case; with a longer context twice as many as it holds."""
+_MANY_SAMPLES = 32
+"""Samples from which on a request gives other requests their turn while it begins; beginning one takes 30 µs."""
 _MAX_CLOSES_AT_ONCE = 64
 """Samples of a closed request that end at once; ending them takes 20 µs each. The others end in later turns."""
 
@@ -47,8 +49,8 @@ _MAX_CLOSES_AT_ONCE = 64
 class _OpenRequest:
     """Request that has not ended, with the ids that its samples have at the scheduler."""
 
-    def __init__(self, sample_ids: list[str]) -> None:
-        self.sample_ids = sample_ids
+    def __init__(self) -> None:
+        self.sample_ids: list[str] = []
         self.is_aborted = False
         self.stream: TextStream | None = None
 
@@ -64,6 +66,9 @@ class TextEngine:
         max_prompt_tokens: longer prompts are refused; default: the context length.
         max_samples: requests with more samples are refused, since not all could wait; default: no limit.
         sampling_defaults: sampling parameters, by name, of requests that do not give them.
+
+    Attributes:
+        turn: time of the event loop that all requests with many samples share.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class TextEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.text = text or LocalText(tokenizer)
+        self.turn = event_loop.SharedTurn()
         chars_per_token = min(_MAX_CHARS_PER_TOKEN, tokenizer.longest_token)
         self.text.max_chars = max(_MIN_MAX_CHARS, max_model_len * chars_per_token)
         self.text.max_tokens = max(_MIN_MAX_TOKENS, 2 * max_model_len)
@@ -123,9 +129,7 @@ class TextEngine:
             what = f"{num_samples} samples at once are more than the queue holds"
             limit = f"{self._max_samples}: performance.max_waiting_requests"
             raise InvalidRequestError(f"{what} ({limit})", "n" if sampling.n > 1 else "prompt")
-        # The serial number keeps late outputs of an ended request out of a new request with the same id.
-        opened = _OpenRequest([f"{request_id}-{index}-{next(self._serial)}" for index in range(num_samples)])
-        self._open[request_id] = opened
+        opened = self._open[request_id] = _OpenRequest()
         samples: list[OpenSample] = []
 
         def close() -> None:
@@ -134,28 +138,29 @@ class TextEngine:
             for sample in still_open[:_MAX_CLOSES_AT_ONCE]:
                 sample.close()
             if len(still_open) > _MAX_CLOSES_AT_ONCE:
-                closing = asyncio.create_task(close_all(still_open[_MAX_CLOSES_AT_ONCE:]))
+                closing = asyncio.create_task(close_all(still_open[_MAX_CLOSES_AT_ONCE:], self.turn))
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
 
         stream = opened.stream = TextStream(num_samples, close, lambda index: samples[index].close("stop"))
-        turn = event_loop.Turn()
+        is_large = num_samples >= _MANY_SAMPLES
         try:
             grammar = await self._check_sampling(sampling)
             for prompt in prompts:
                 token_ids = await self._prompt_token_ids(prompt, sampling)
-                if turn.is_over:
-                    await turn.pass_on()
-                first = len(stream.prompt_token_ids) * sampling.n
+                if is_large and self.turn.is_over:
+                    await self.turn.pass_on()
                 stream.prompt_token_ids.append(token_ids)
-                requests = self._requests(token_ids, sampling, grammar, opened.sample_ids[first : first + sampling.n])
-                for index, request in enumerate(requests, start=first):
-                    samples.append(OpenSample(self.text, self.vocab_size, index, request, sampling, stream))
+                # The serial number keeps late outputs of an ended request out of a new request with the same id.
+                ids = [f"{request_id}-{len(samples) + i}-{next(self._serial)}" for i in range(sampling.n)]
+                opened.sample_ids += ids
+                for request in self._requests(token_ids, sampling, grammar, ids):
+                    samples.append(OpenSample(self.text, self.vocab_size, len(samples), request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
             for sample in samples:
-                if turn.is_over:
-                    await turn.pass_on()
+                if is_large and self.turn.is_over:
+                    await self.turn.pass_on()
                 if opened.is_aborted:  # before the scheduler knows the request
                     sample.abort_unstarted()
                 else:

@@ -86,6 +86,8 @@ MAX_MEMORY_BYTES = 4 * 2**30
 _PROMPTS_S = 0.003
 """Time for short prompts before the event loop looks for new outputs."""
 _MESSAGES_PER_TURN = 16
+_QUIET_STREAMS = 256
+"""Open outputs with which a full garbage collection is short."""
 
 
 class _TooLong(BaseException):
@@ -183,7 +185,8 @@ class TextWorker:
         """Serve for ever."""
         self._loop = asyncio.get_running_loop()
         self._socket.send([self._encoder.encode(self._replies)])  # a greeting: the connection works
-        await asyncio.gather(self._receive(), self._encode_prompts())
+        collect = child.collect_when_quiet(lambda: len(self._streams) <= _QUIET_STREAMS)
+        await asyncio.gather(self._receive(), self._encode_prompts(), collect)
 
     async def _receive(self) -> None:
         for number in itertools.count(1):

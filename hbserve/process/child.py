@@ -8,6 +8,7 @@ The child writes JSON lines to a status pipe; the one about its start says that 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import gc
@@ -29,6 +30,9 @@ from hbserve.process.log_format import JsonFormatter, TextFormatter
 
 logger = logging.getLogger(__name__)
 
+_COLLECTION_INTERVAL_S = 10.0
+_MAX_YOUNG_COLLECTIONS = 1000
+"""Collections of young objects until a full one comes in any case: of about seven million objects that stay."""
 _LOG_LEVEL = "log_level"
 STATUS_FD_VARIABLE = "HBSERVE_STATUS_FD"
 _SECRETS = frozenset(
@@ -217,6 +221,20 @@ def freeze_heap() -> None:
     objects collected, and can call `gc.freeze` itself.
     """
     gc.freeze()
+
+
+async def collect_when_quiet(is_quiet: Callable[[], bool]) -> None:
+    """Do the full garbage collections of this process while its event loop has little to do, for ever.
+
+    A collection stops all threads. A full one takes about 1 ms for 3,000 objects, and 30,000 open outputs have some
+    300,000. Python would begin one whenever the number of objects has grown by a quarter, so amid the growth.
+    """
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, _MAX_YOUNG_COLLECTIONS)
+    while True:
+        await asyncio.sleep(_COLLECTION_INTERVAL_S)
+        if any(gc.get_count()[1:]) and is_quiet():
+            gc.collect()
 
 
 def exit_now(code: int) -> NoReturn:

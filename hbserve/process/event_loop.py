@@ -1,6 +1,6 @@
 """Event loops: the fast one for processes with much traffic, and one in a thread beside a process's main work.
 
-`Turn` and `Pace` keep one task, or many at once, from taking a loop's time for long.
+`Turn`, `SharedTurn` and `Pace` keep one task, or many at once, from taking a loop's time for long.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def start_thread(loop: asyncio.AbstractEventLoop, main: Callable[[], Coroutine[A
     return thread
 
 
+_MAX_TURN_S = 0.003
+
+
 class Turn:
     """The time of one task in a loop: long work goes on in later turns, and others get theirs in between."""
 
-    _MAX_S = 0.003
-
     def __init__(self) -> None:
-        self._until = time.monotonic() + self._MAX_S
+        self._until = time.monotonic() + _MAX_TURN_S
 
     @property
     def is_over(self) -> bool:
@@ -67,7 +68,51 @@ class Turn:
     async def pass_on(self) -> None:
         """Let others have their turn, and go on in a later one."""
         await asyncio.sleep(0)
-        self._until = time.monotonic() + self._MAX_S
+        self._until = time.monotonic() + _MAX_TURN_S
+
+
+class SharedTurn:
+    """The time that many tasks with long work have together in one turn of a loop, however many they are.
+
+    The tasks look at `is_over` between two small pieces of work. When the time is over, they wait in one queue, and
+    each turn of the loop wakes the first of them. Used by one loop only.
+    """
+
+    def __init__(self) -> None:
+        self._until: float | None = None  # None: no work has begun in this turn of the loop
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._is_due = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tasks have used the time of this turn, so that `pass_on` is due."""
+        now = time.monotonic()
+        if self._until is None:
+            self._until = now + _MAX_TURN_S
+            self._schedule()
+        return now >= self._until
+
+    async def pass_on(self) -> None:
+        """Wait for a later turn of the loop, behind the tasks that wait already."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._schedule()
+        await turn  # one that is cancelled is passed over
+
+    def _schedule(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._is_due, self._until = False, None
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+        if self._waiting:
+            self._schedule()
 
 
 class Pace:

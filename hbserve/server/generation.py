@@ -11,6 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -54,6 +55,7 @@ class Deadline:
 
 
 _MANY_CHOICES = 32
+"""Choices from which on an answer is written beside the event loop, and read in turns that such requests share."""
 
 
 class Generation(ABC):
@@ -94,8 +96,7 @@ class Generation(ABC):
         self._stream: TextStream | None = None
         self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
-        self._cached_tokens = [0] * len(prompts)
-        self._completion_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
         self._held_scores: list[list[TokenLogprobs]] = [[] for _ in range(self._num_choices)]
 
     @abstractmethod
@@ -136,7 +137,7 @@ class Generation(ABC):
         # With every token of a long prompt in it, or many choices, an answer takes long to write: other requests must
         # not wait for it.
         is_long = self._scores_prompt or self._num_choices >= _MANY_CHOICES
-        answer = await asyncio.to_thread(self._answer, samples) if is_long else self._answer(samples)
+        answer = await self._engine.text.aside(lambda: self._answer(samples)) if is_long else self._answer(samples)
         return Response(answer, media_type="application/json")
 
     def _answer(self, samples: list[Sample]) -> bytes:
@@ -174,7 +175,7 @@ class Generation(ABC):
                 for delta in deltas:
                     is_first = delta.index not in begun
                     if delta.prompt_logprobs:
-                        choices = await asyncio.to_thread(self._chunk_choices, delta, is_first)
+                        choices = await self._engine.text.aside(partial(self._chunk_choices, delta, is_first))
                     else:
                         choices = self._chunk_choices(delta, is_first)
                     new = [head | {"choices": [choice]} for choice in choices]
@@ -210,8 +211,11 @@ class Generation(ABC):
                 deadline = self._deadline
                 async with deadline.applied():
                     self._stream = await self._engine.open(self._prompts, self._sampling, self._head["id"])
+                self._prompt_tokens = sum(map(len, self._stream.prompt_token_ids))
                 if deadline.at is not None:
                     self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)
+            elif self._num_choices >= _MANY_CHOICES and self._engine.turn.is_over:
+                await self._engine.turn.pass_on()
             deltas = await self._stream.read()
             while self._scores_prompt and deltas and not (deltas := self._with_whole_prompts(deltas)):
                 deltas = await self._stream.read()
@@ -225,10 +229,8 @@ class Generation(ABC):
                 self._stream.end_sample(delta.index)
                 deltas[number] = msgspec.structs.replace(delta, finish_reason="stop")
             self._completion_tokens += len(delta.token_ids)
-            if delta.num_cached_tokens:
-                prompt, sample = divmod(delta.index, self._sampling.n)
-                if sample == 0:  # the other samples may find the first one's prompt in the cache
-                    self._cached_tokens[prompt] += delta.num_cached_tokens
+            if delta.index % self._sampling.n == 0:  # the other samples may find the first one's prompt in the cache
+                self._cached_tokens += delta.num_cached_tokens
         return deltas
 
     def _with_whole_prompts(self, deltas: list[SampleDelta]) -> list[SampleDelta]:
@@ -252,10 +254,9 @@ class Generation(ABC):
 
     def _usage(self) -> dict[str, Any]:
         """Return OpenAI's ``usage`` object for the tokens read so far; a prompt counts once, for any n."""
-        prompt_tokens = sum(map(len, self._stream.prompt_token_ids)) if self._stream is not None else 0
         return {
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
-            "total_tokens": prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 EXIT_PART_LOST = 1
 """Exit code of a server whose scheduler, or one of whose text processes, has ended for good."""
 _WATCH_INTERVAL_S = 0.2
+_QUIET_SAMPLES = 256
+"""Open samples with which a full garbage collection is short."""
 
 
 def serve_system(config: Config, with_instances: bool, read_again: Callable[[], Config] | None = None) -> int:
@@ -162,6 +164,7 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
 
         guard = reload.guard = Guard(app, server, reload.keys, gate, stop)
         watching = asyncio.create_task(_watch_parts(llm, stop))
+        collecting = asyncio.create_task(child.collect_when_quiet(lambda: llm.client.num_open <= _QUIET_SAMPLES))
         await serve(
             *(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back),
             tls=tls,
@@ -169,6 +172,7 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
             on_event=llm.report_event,
         )
         watching.cancel()
+        collecting.cancel()
         return EXIT_PART_LOST if watching.done() else 0
     finally:
         stopped.cancel()

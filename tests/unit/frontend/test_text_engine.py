@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
 from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.open_sample import OpenSample
 from hbserve.frontend.outputs import SampleDelta, TextStream
 from hbserve.frontend.text_engine import TextEngine
 from hbserve.messages.base import TokenLogprobs
@@ -60,6 +64,20 @@ def letters(tokenizer: Tokenizer, text: str) -> list[int]:
 async def collect(engine: TextEngine, prompt: str | list[int], sampling: SamplingParams) -> list[SampleDelta]:
     async with asyncio.timeout(DEADLINE_S):
         return [delta async for delta in engine.stream(prompt, sampling)]
+
+
+def whole_delta(index: int) -> SampleDelta:
+    """A sample of one token."""
+    return SampleDelta(
+        index=index,
+        text="a",
+        token_ids=[1],
+        logprobs=None,
+        finish_reason="length",
+        stop_reason=None,
+        num_prompt_tokens=1,
+        num_cached_tokens=0,
+    )
 
 
 async def endless(request: AddRequest) -> AsyncIterator[RequestOutput]:
@@ -395,6 +413,57 @@ async def test_death_of_the_engine_ends_open_and_later_requests(
                 await attempt
 
 
+async def test_requests_with_many_prompts_begin_one_after_the_other(
+    engine: TextEngine, client: EngineClient, scheduler: ScriptedScheduler
+) -> None:
+    """Eight at once hold up the loop no longer than one: each of its turns sends samples of two requests at most."""
+    scheduler.script = endless
+    prompts: list[str | list[int]] = [[5]] * 300
+    opened = [asyncio.create_task(engine.open(prompts, SamplingParams(), f"r{number}")) for number in range(8)]
+    num_sent, most = Counter[str](), 0
+    async with asyncio.timeout(DEADLINE_S):
+        while not all(task.done() for task in opened):
+            await asyncio.sleep(0)
+            before, num_sent = num_sent, Counter(request.id.split("-")[0] for request in client._requests)
+            most = max(most, len(num_sent - before))
+    assert 1 <= most <= 2
+    for task in opened:
+        task.result().close()
+
+
+async def test_an_ended_request_leaves_nothing_to_the_garbage_collector(
+    engine: TextEngine, scheduler: ScriptedScheduler
+) -> None:
+    """A collection stops the process, and finding thousands of ended samples would take it long."""
+    scheduler.script = tokens(70, 71)
+    sampling = SamplingParams(n=40, max_tokens=2)
+
+    def num_left() -> int:
+        return sum(type(thing) in (OpenSample, TextStream) for thing in gc.get_objects())
+
+    gc.disable()
+    try:
+        before = num_left()
+        await collect(engine, [5], sampling)
+        stream = await engine.open([[5]], sampling)
+        stream.close()
+        del stream
+        assert num_left() == before
+    finally:
+        gc.enable()
+
+
+async def test_many_samples_are_read_in_parts() -> None:
+    stream = TextStream(1000, lambda: None)
+    for index in range(1000):
+        stream.push(whole_delta(index))
+    numbers = []
+    while deltas := await stream.read():
+        assert len(deltas) <= 256
+        numbers += [delta.index for delta in deltas]
+    assert numbers == list(range(1000))
+
+
 async def test_unread_deltas_are_merged() -> None:
     closed: list[bool] = []
     stream = TextStream(2, lambda: closed.append(True))
@@ -430,18 +499,7 @@ async def test_unread_deltas_are_merged() -> None:
 
 async def test_deltas_before_an_error_are_read_before_it() -> None:
     stream = TextStream(1, lambda: None)
-    stream.push(
-        SampleDelta(
-            index=0,
-            text="a",
-            token_ids=[1],
-            logprobs=None,
-            finish_reason=None,
-            stop_reason=None,
-            num_prompt_tokens=1,
-            num_cached_tokens=0,
-        )
-    )
+    stream.push(msgspec.structs.replace(whole_delta(0), finish_reason=None))
     stream.fail(RequestFailedError("lost"))
     assert [delta.text for delta in await stream.read()] == ["a"]
     with pytest.raises(RequestFailedError, match="lost"):
