@@ -42,7 +42,7 @@ _MERGED_VALUES = 4096
 
 @triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, pieces, first_piece, indptr, indices, positions, chunk_len,  # read; see `DecodeInputs`
+    q, cache, pieces, first_piece, indptr, indices, positions, num_stored, chunk_len,  # read; see `DecodeInputs`
     out, partial, partial_lse, counters,  # written
     stride_block, stride_kv, stride_token,  # of the cache
     scale, capacity,
@@ -53,7 +53,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     head = tl.program_id(0)
     # Before gdc_wait() only two things may be read: what the host has copied for this step, and keys and values of
-    # earlier steps. What the previous kernel writes may be missing: the query, and the newest token's key and value.
+    # earlier steps. What the previous kernel writes may be missing: the query, and keys and values of this step.
     piece = tl.load(pieces + tl.program_id(1))
     if piece < 0:
         return
@@ -71,11 +71,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     in_head = lane[None, :] < head_dim
     heads = sequence * num_kv_heads * group + head * group + member
     keys = cache + head * head_dim
-    if early:  # load the piece's first block before the wait, without the newest token
+    stored = tl.load(num_stored + sequence)
+    if early:  # load the piece's first block before the wait, without the tokens of this step
         token = start + tl.arange(0, block)
         page_id = tl.load(indices + first_page + token // page, mask=token < end, other=0).to(tl.int64)
         offset = page_id * stride_block + (token % page) * stride_token
-        mask = (token < tl.minimum(end, length - 1))[:, None] & in_head
+        mask = (token < tl.minimum(end, stored))[:, None] & in_head
         early_key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         early_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
     if overlap:
@@ -89,7 +90,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     weighted = tl.zeros((query_rows, lanes), tl.float32)
     begin = start
     if early:
-        is_newest = token == length - 1
+        is_newest = (token >= stored) & (token < end)
         mask = is_newest[:, None] & in_head
         key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
@@ -168,6 +169,8 @@ class DecodeInputs:
             `hbserve.attention.decode_pieces.Pieces`.
         indptr, indices: int32 ``[rows + 1]`` and ``[pages]``; see `hbserve.attention.base.PageTables`.
         positions: int64 ``[rows]``, positions of the queries; a row attends to ``position + 1`` tokens.
+        num_stored: int64 ``[rows]``, tokens of the sequence from earlier steps: the position, or less if the step
+            computes several tokens of the sequence, each in a row of its own.
         slot_mapping: int64 ``[rows]``; see `hbserve.attention.base.AttentionBatch`.
     """
 
@@ -176,6 +179,7 @@ class DecodeInputs:
     indptr: Tensor
     indices: Tensor
     positions: Tensor
+    num_stored: Tensor
     slot_mapping: Tensor
     chunk_len: Tensor
 
@@ -238,7 +242,8 @@ class PagedDecode(Attention):
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
             q, cache, inputs.pieces, inputs.first_piece, inputs.indptr, inputs.indices, inputs.positions,
-            inputs.chunk_len, out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5, capacity,
+            inputs.num_stored, inputs.chunk_len,
+            out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5, capacity,
             self._group, max(_MIN_QUERY_ROWS, group_lanes), num_kv_heads, head_dim,
             lanes, self.layout.block_size, block, MAX_SPLITS,
             group_lanes, max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)), stages,

@@ -19,6 +19,7 @@ from hbserve.config.sections import (
     RpcConfig,
     SchedulerConfig,
     ServerConfig,
+    SpeculationConfig,
     TelemetryConfig,
 )
 from hbserve.config.semi_pd import LadderConfig, SemiPDConfig, SLOConfig
@@ -42,6 +43,7 @@ __all__ = [
     "SchedulerConfig",
     "SemiPDConfig",
     "ServerConfig",
+    "SpeculationConfig",
     "TelemetryConfig",
     "from_dict",
     "load",

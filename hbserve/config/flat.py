@@ -79,6 +79,8 @@ class PdDisaggConfig:
     max_chunk_prefill_tokens: int | None = None
     cuda_graph_enabled: bool | None = None
     cuda_graph_max_seq_len: int | None = None
+    speculation_method: str | None = None
+    max_draft_tokens: int | None = None
     prefill_percentage: int | None = None
     decode_percentage: int | None = None
     mixed: bool | None = None

@@ -124,12 +124,13 @@ FOREIGN_NAMES = _table(
         ("compilation_config enable_torch_compile", _BOTH, None, "HBServe does not use torch.compile"),
         ("stream_interval", _BOTH, None, "each token is sent as soon as it is there"),
         (
-            "speculative_config speculative_model num_speculative_tokens speculative_algorithm speculative_num_steps "
-            "speculative_draft_model_path",
+            "speculative_model speculative_draft_model_path",
             _BOTH,
             None,
-            "HBServe has no speculative decoding",
+            "HBServe guesses from text (speculation.method), without a draft model",
         ),
+        ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram"),
+        ("num_speculative_tokens speculative_num_draft_tokens", _BOTH, "speculation.max_draft_tokens", "1 to 15"),
         # prefill and decode apart
         ("disaggregation_mode", _SGLANG, "mode", "disaggregated; the roles stand in gpu_instances, as instance_type"),
         ("kv_transfer_config", _VLLM, "kv_transfer.backend", "nccl, mooncake, shm or package.module:Class"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from hbserve.config.fields import (
     Fraction,
@@ -134,6 +136,19 @@ class CudaGraphConfig(Section, frozen=True):
 
     enabled: bool = True
     max_seq_len: PositiveInt = 131072
+
+
+class SpeculationConfig(Section, frozen=True):
+    """Speculative decoding: several tokens of a sequence in one step, and the same tokens as without it.
+
+    Attributes:
+        method: ``none``: only a request's own ``prediction`` is tried; ``ngram``: tokens that followed the last three
+            when they were in the prompt or the output before.
+        max_draft_tokens: guesses of one sequence in one step, at most; acceptance and step times decide how many.
+    """
+
+    method: Literal["none", "ngram"] = "none"
+    max_draft_tokens: Annotated[int, Meta(ge=1, le=15, description="in 1..15")] = 7
 
 
 class InstanceConfig(Section, frozen=True):
@@ -326,6 +341,7 @@ class Config(Section, frozen=True):
     cuda_graph: CudaGraphConfig = CudaGraphConfig()
     performance: PerformanceConfig = PerformanceConfig()
     semi_pd: SemiPDConfig = SemiPDConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     rpc: RpcConfig = RpcConfig()
     server: ServerConfig = ServerConfig()

@@ -12,7 +12,7 @@ import torch
 from hbserve.attention.base import AttentionBatch
 from hbserve.engine.prompt_scores import ScoredTokens
 from hbserve.engine.sampler import SamplingBatch
-from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
+from hbserve.engine.sampling_batch import samples_of, sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import to_device
 from hbserve.messages.worker import PlanRow
@@ -27,8 +27,10 @@ class StepBatch:
 
     Attributes:
         token_ids, positions: int64 ``[tokens]``.
-        sampled_tokens: int64 ``[N]``, the places in the flat batch whose logits are sampled.
-        sampled_slots: int64 ``[N]``, their slots.
+        sampled_tokens: int64 ``[N]``, the places in the flat batch whose logits are sampled: several of a row with a
+            draft.
+        sampled_slots: int64 ``[N]``, the slots that are fed the sampled tokens back; `SequenceTable.padding_slot` for
+            rows with a draft, whose next tokens are in their next plan.
         num_logprobs: ``[N]``, on the host: as `SamplingParams.logprobs`, -1 for none.
         sampling: how to sample them; its row i belongs to ``sampled_tokens[i]``.
         scored: the places whose next tokens' log-probabilities are reported; None: there are none.
@@ -69,9 +71,10 @@ def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, devi
 
     place = np.empty_like(order)
     place[order] = np.arange(len(rows))
-    sampled = np.flatnonzero([row.sample for row in rows])
-    sampled_slots = slots[sampled]
-    table.next_positions[sampled_slots] = ends[sampled]
+    samples = samples_of(rows)
+    sampled, before_end = samples.rows, samples.before_end
+    sampled_slots, sampled_ends = slots[sampled], ends[sampled] - before_end
+    samples.note_positions(table, sampled_slots, sampled_ends)
 
     arrays = {
         "token_ids": _token_ids(ordered_rows, int(query_starts[-1]), table.vocab_size),
@@ -79,9 +82,9 @@ def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, devi
         "slot_mapping": blocks * block_size + positions % block_size,
         "fed_back": fed_back,  # rows of one token come first, so row and place in the flat batch are equal
         "fed_back_slots": slots[order[fed_back]],
-        "sampled_tokens": query_starts[1:][place[sampled]].astype(np.int64) - 1,
-        "sampled_slots": sampled_slots,
-        **sampling_arrays(table, sampled_slots, ends[sampled]),
+        "sampled_tokens": query_starts[1:][place[sampled]].astype(np.int64) - 1 - before_end,
+        "sampled_slots": samples.fed_slots(table, sampled_slots),
+        **sampling_arrays(table, sampled_slots, sampled_ends, samples.drafts),
     }
     scoring = [row for row in rows if row.next_token_ids is not None]
     if scoring:

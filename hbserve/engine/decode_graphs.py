@@ -3,6 +3,7 @@
 For each of several batch sizes the whole step is captured: fed-back tokens, forward pass, logits, sampling, and the
 copy of the sampled tokens into the sequence table. A step copies its inputs into fixed buffers with one transfer from
 pinned memory, and replays the smallest graph that holds its rows. The remaining rows are padding and store nothing.
+A sequence with a draft has a row of the graph for each of its tokens; all of them are stored before any is read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.pending_step import StepTimer
 from hbserve.engine.sampler import Sampled, sample
-from hbserve.engine.sampling_batch import sampling_arrays, sampling_batch
+from hbserve.engine.sampling_batch import samples_of, sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import to_device
 from hbserve.engine.step_board import StepBoard
@@ -54,6 +55,7 @@ class _Field:
 _FIELDS = (
     _Field("token_ids", np.int64, 0),
     _Field("positions", np.int64, 0),
+    _Field("num_stored", np.int64, 0),
     _Field("slots", np.int64, 0),
     _Field("slot_mapping", np.int64, -1),
     _Field("seeds", np.int64, 0),
@@ -186,6 +188,7 @@ class DecodeGraphs:
                 tensor("indptr", size + 1),
                 self._inputs.indices,
                 tensor("positions", size),
+                tensor("num_stored", size),
                 tensor("slot_mapping", size),
                 tensor("chunk_len", 1),
             )
@@ -221,9 +224,9 @@ class DecodeGraphs:
     def fits(self, rows: list[PlanRow]) -> bool:
         """Return whether a plan's rows are a decode step that is captured."""
         return (
-            0 < len(rows) <= self._sizes[-1]
-            and all(row.num_tokens == 1 and row.sample for row in rows)
-            and max(row.start for row in rows) < self._max_seq_len
+            0 < sum([row.num_samples for row in rows]) <= self._sizes[-1]
+            and all(row.num_tokens == row.num_samples for row in rows)
+            and max(row.start + row.num_drafts for row in rows) < self._max_seq_len
         )
 
     def launch(
@@ -237,14 +240,17 @@ class DecodeGraphs:
             timer: started when the device gets its work.
 
         Returns:
-            The sampled tokens in the order of the rows, and the number of logprobs of each row.
+            The sampled tokens in the order of the rows, and the number of logprobs of each sample.
         """
         table = self._table
-        num_rows = len(rows)
+        samples = samples_of(rows)
+        num_rows = len(samples.rows)
         size = next(size for size in self._sizes if size >= num_rows)
         graph = self._graphs[size]
-        slots = np.array([row.slot for row in rows], np.int64)
-        starts = np.array([row.start for row in rows], np.int64)
+        slots = np.array([row.slot for row in rows], np.int64)[samples.rows]
+        row_starts = np.array([row.start for row in rows], np.int64)[samples.rows]
+        ends = np.array([row.start + row.num_tokens for row in rows], np.int64)[samples.rows]
+        starts = ends - 1 - samples.before_end
         self._check(slots, starts)
 
         page_of_token = starts // self._block_size
@@ -252,13 +258,17 @@ class DecodeGraphs:
         blocks = block_tables[np.arange(num_rows), page_of_token].astype(np.int64)
         context_lens, block_tables = _pad(starts + 1, block_tables, size)
         pages = PageTables.build(context_lens, block_tables, self._block_size)
+        fed_slots = samples.fed_slots(table, slots)
         padded_slots = np.full(size, table.padding_slot, np.int64)
-        padded_slots[:num_rows] = slots
-        elsewhere = np.array([index for index, row in enumerate(rows) if row.sampled_elsewhere], np.int64)
-        token_ids = np.array([_FED_BACK if row.token_ids is None else row.token_ids[0] for row in rows], np.int64)
+        padded_slots[:num_rows] = fed_slots
+        elsewhere = np.flatnonzero(np.array([row.sampled_elsewhere for row in rows])[samples.rows])
+        token_ids = np.array(
+            [token for row in rows for token in ((_FED_BACK,) if row.token_ids is None else row.token_ids)], np.int64
+        )
         arrays = {
             "token_ids": token_ids,
             "positions": starts,
+            "num_stored": row_starts,
             "slots": padded_slots,
             "slot_mapping": blocks * self._block_size + starts % self._block_size,
             "seeds": table.seeds[slots],
@@ -276,12 +286,13 @@ class DecodeGraphs:
         timer.start()
         self._inputs.copy()
         graph.graph.replay()
-        table.next_positions[slots] = starts + 1
+        samples.note_positions(table, slots, starts + 1)
         num_logprobs = table.num_logprobs[slots].tolist()
         if (table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])).all():
             return Sampled(graph.token_ids[:num_rows], None), num_logprobs
         # Penalties, truncation, biases and grammars need the general sampler, on the graph's logits.
-        tensors = to_device({"slots": slots, **sampling_arrays(table, slots, starts + 1)}, self._logits.device)
+        arrays = sampling_arrays(table, slots, starts + 1, samples.drafts)
+        tensors = to_device({"slots": fed_slots, **arrays}, self._logits.device)
         batch = sampling_batch(table, slots, tensors)
         sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
         table.note_sampled(tensors["slots"], sampled.token_ids, batch.penalties)

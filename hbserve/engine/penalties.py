@@ -49,9 +49,16 @@ class TokenCounts:
         """Return a copy of the counts, int32 ``[len(rows), vocab]``, of rows as in ``row_of_slot``."""
         return self._table[rows]
 
-    def add(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Count one more output token for each of these rows, which are all different."""
-        self._table[rows, token_ids] += 1
+    def add(self, rows: torch.Tensor, token_ids: torch.Tensor, times: torch.Tensor | None = None) -> None:
+        """Count one more output token for each of these rows.
+
+        Args:
+            times: int32, 0 or 1, how often each counts; None: the rows are all different, and each counts.
+        """
+        if times is None:
+            self._table[rows, token_ids] += 1
+        else:
+            self._table.index_put_((rows, token_ids), times, accumulate=True)
 
     def _grow(self) -> None:
         old = self._table.shape[0]
@@ -70,6 +77,9 @@ class Penalties:
         count_rows: int64 ``[P]``, rows of `TokenCounts`.
         counts: int32 ``[P, vocab]``, from `TokenCounts.of`.
         repetition, presence, frequency: float32 ``[P]``.
+        guesses: int64 ``[P]``, the draft token that row i has seen and row i - 1 should sample; -1: a sequence's first
+            row. None: no sequence has a draft.
+        first_rows: int64 ``[P]``, the first row of each row's sequence; None likewise.
     """
 
     rows: torch.Tensor
@@ -78,6 +88,21 @@ class Penalties:
     repetition: torch.Tensor
     presence: torch.Tensor
     frequency: torch.Tensor
+    guesses: torch.Tensor | None = None
+    first_rows: torch.Tensor | None = None
+
+    def count_guesses_(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Count draft tokens as output, in place: pairs of a row, 0 to P - 1, and a guess before it."""
+        ones = torch.ones_like(rows, dtype=self.counts.dtype)
+        self.counts.index_put_((rows, token_ids), ones, accumulate=True)
+
+    def times(self, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Return how often each sampled token ``[P]`` counts, int32: 0 behind a wrong guess; None: all count once."""
+        if self.guesses is None or self.first_rows is None:
+            return None
+        wrong = (self.guesses >= 0) & (token_ids.roll(1) != self.guesses)
+        num_wrong = wrong.cumsum(0)
+        return (num_wrong == num_wrong[self.first_rows]).to(self.counts.dtype)
 
     def apply_(self, scores: torch.Tensor) -> None:
         """Apply the penalties to their rows of the float32 scores ``[rows, vocab]``, in place."""

@@ -69,7 +69,7 @@ class PendingStep:
         scores: PromptScores | None = None,
         missing: dict[int, str | None] | None = None,
     ) -> None:
-        slots = [row.slot for row in plan.rows if row.sample] if missing else []
+        slots = [row.slot for row in plan.rows for _ in range(row.num_samples)] if missing else []
         self._missing = {index: (missing or {})[slot] for index, slot in enumerate(slots) if slot in (missing or {})}
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,16 +11,65 @@ import torch
 
 from hbserve.engine.penalties import Penalties
 from hbserve.engine.sampler import AllowedTokens, Biases, RandomRows, SamplingBatch
-from hbserve.engine.sequence_table import SequenceTable
+from hbserve.engine.sequence_table import UNKNOWN_POSITION, SequenceTable
+from hbserve.messages.worker import PlanRow
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Arrays:
+_NO_DRAFT = -1
+
+
+class Samples(NamedTuple):
+    """The N samples of a plan: one of each row that samples, and one more for each token of its draft.
+
+    Attributes:
+        rows: int64 ``[N]``, of the plan.
+        before_end: int64 ``[N]``, how many tokens of its row come after the one whose logits are sampled.
+        drafts: int64 ``[N]``, the draft token that the sample before led to if it is right; -1: the row's first sample.
+    """
+
+    rows: npt.NDArray[np.int64]
+    before_end: npt.NDArray[np.int64]
+    drafts: npt.NDArray[np.int64]
+
+    def fed_slots(self, table: SequenceTable, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the slots ``[N]`` that get the sampled tokens: not those with a draft, but the padding slot."""
+        drafting = slots[self.drafts != _NO_DRAFT]
+        return np.where(np.isin(slots, drafting), table.padding_slot, slots) if drafting.size else slots
+
+    def note_positions(self, table: SequenceTable, slots: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> None:
+        """Note the positions ``ends [N]`` that the slots sample a token for; that of a slot with a draft is unknown."""
+        table.next_positions[slots] = ends
+        table.next_positions[slots[self.drafts != _NO_DRAFT]] = UNKNOWN_POSITION
+
+
+def samples_of(rows: list[PlanRow]) -> Samples:
+    """Return the samples of a plan's rows, in their order."""
+    counts = np.array([row.num_samples for row in rows], np.int64)
+    indices = np.repeat(np.arange(len(rows)), counts)
+    ends = np.cumsum(counts)
+    before_end = ends[indices] - 1 - np.arange(len(indices))
+    drafts = np.full(len(indices), _NO_DRAFT, np.int64)
+    for row, end in zip(rows, ends.tolist(), strict=True):
+        if row.num_drafts:
+            assert row.token_ids is not None, "a draft without tokens"
+            assert row.num_drafts < row.num_tokens, "a row of nothing but guesses"
+            drafts[end - row.num_drafts : end] = row.token_ids[-row.num_drafts :]
+    return Samples(indices, before_end, drafts)
+
+
+def sampling_arrays(
+    table: SequenceTable,
+    slots: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    drafts: npt.NDArray[np.int64],
+) -> Arrays:
     """Return the arrays that the device needs to sample a token for these slots at these positions.
 
     Args:
         slots, positions: of the N rows that are sampled, in the order of their logits.
+        drafts: see `Samples`.
     """
     arrays: Arrays = {}
     constrained = np.flatnonzero(table.grammars.has_grammar[slots])
@@ -42,6 +92,9 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
         arrays.update(penalised_rows=penalised, count_rows=count_rows[penalised])
         arrays.update(repetition=table.repetition[penalised_slots], presence=table.presence[penalised_slots])
         arrays.update(frequency=table.frequency[penalised_slots])
+        guesses = drafts[penalised]
+        if (guesses != _NO_DRAFT).any():
+            arrays.update(guesses=guesses, **_guesses_before(guesses))
     too_early = np.flatnonzero(positions < table.min_end_positions[slots])
     suppressed = [(row, token) for row in too_early.tolist() for token in table.end_token_ids[slots[row]]]
     if suppressed:
@@ -60,6 +113,20 @@ def sampling_arrays(table: SequenceTable, slots: npt.NDArray[np.int64], position
     if reported.size:
         arrays["logprob_rows"] = reported
     return arrays
+
+
+def _guesses_before(guesses: npt.NDArray[np.int64]) -> Arrays:
+    """Return for penalised samples each one's first sample of its row, and pairwise the guesses that precede it."""
+    indices = np.arange(len(guesses))
+    first = np.maximum.accumulate(np.where(guesses == _NO_DRAFT, indices, 0))
+    counts = indices - first
+    guessed_rows = np.repeat(indices, counts)
+    steps = np.arange(len(guessed_rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return {
+        "first_rows": first,
+        "guessed_rows": guessed_rows,
+        "guessed_ids": guesses[first[guessed_rows] + 1 + steps],
+    }
 
 
 def sampling_batch(
@@ -86,7 +153,11 @@ def sampling_batch(
             repetition=tensors["repetition"],
             presence=tensors["presence"],
             frequency=tensors["frequency"],
+            guesses=tensors.get("guesses"),
+            first_rows=tensors.get("first_rows"),
         )
+        if "guessed_rows" in tensors:
+            penalties.count_guesses_(tensors["guessed_rows"], tensors["guessed_ids"])
     if "suppressed" in tensors:
         rows, token_ids = tensors["suppressed"]
         suppressed = rows, token_ids

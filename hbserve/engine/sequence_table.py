@@ -142,4 +142,5 @@ class SequenceTable:
         """Keep a step's tokens (int64, on the device) for the next step of their slots."""
         self.last_token_ids[slots] = token_ids
         if penalties is not None:
-            self.token_counts.add(penalties.count_rows, token_ids[penalties.rows])
+            counted = token_ids[penalties.rows]
+            self.token_counts.add(penalties.count_rows, counted, penalties.times(counted))

@@ -35,12 +35,14 @@ class BoardEntry:
     Attributes:
         slots: int64, of the rows that are sampled; none if no other worker continues them.
         ends: int64, the positions of their tokens.
+        samples: int64, the places of their tokens among those of the step.
     """
 
     cell: int
     step_id: int
     slots: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
+    samples: npt.NDArray[np.int64]
 
 
 class StepBoard:
@@ -72,15 +74,20 @@ class StepBoard:
         """Return the entry to `note` when a plan's step is done; None if no worker waits for it."""
         if plan.cell is None:
             return None
-        sampled = [row for row in plan.rows if row.sample] if self._samples else []
+        sampled, samples, place = [], [], 0
+        for row in plan.rows if self._samples else ():
+            if row.sample and not row.num_drafts:  # the next row of a draft has its token in its plan
+                sampled.append(row)
+                samples.append(place)
+            place += row.num_samples
         slots = np.array([row.slot for row in sampled], np.int64)
         ends = np.array([row.start + row.num_tokens for row in sampled], np.int64)
-        return BoardEntry(plan.cell, plan.step_id, slots, ends)
+        return BoardEntry(plan.cell, plan.step_id, slots, ends, np.array(samples, np.int64))
 
     def note(self, entry: BoardEntry, token_ids: list[int]) -> None:
         """Note that a step is done and has sampled these tokens. Do it first: another worker may be waiting."""
         if entry.slots.size:
-            self._token_ids[entry.slots] = token_ids
+            self._token_ids[entry.slots] = np.array(token_ids, np.int64)[entry.samples]
             self._positions[entry.slots] = entry.ends
         self._done[entry.cell] = entry.step_id
 

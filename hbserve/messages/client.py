@@ -46,6 +46,7 @@ class AddRequest(Message, frozen=True):
         sampling: with ``seed`` and ``max_tokens`` resolved.
         age_s: time that the request has waited at its client, which counts as if it had waited at the scheduler.
         resumed: progress under an earlier scheduler; None: no scheduler had the request.
+        predicted_token_ids: the output that the client expects, as far as it knows; None: it expects nothing.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class AddRequest(Message, frozen=True):
     sampling: SamplingParams
     age_s: Seconds = 0.0
     resumed: Resumed | None = None
+    predicted_token_ids: list[int] | None = None
 
 
 class AbortRequest(Message, frozen=True):
@@ -92,6 +94,7 @@ class RequestOutput(Value, frozen=True):
         num_cached_tokens: prompt tokens whose KV came from the prefix cache (first output only).
         prompt_logprobs: of the next prompt tokens, from the second on; such an output has no tokens and is no end.
         retry_after_s: time after which a refused request may be accepted.
+        num_accepted, num_rejected: tokens of the request's prediction that the step has tried: right and wrong ones.
     """
 
     request_id: str
@@ -104,6 +107,8 @@ class RequestOutput(Value, frozen=True):
     num_cached_tokens: int = 0
     retry_after_s: float | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
 
 
 class OutputBatch(Message, frozen=True):

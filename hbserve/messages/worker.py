@@ -59,6 +59,8 @@ class PlanRow(Value, frozen=True):
         sample: whether the token for position ``start + num_tokens`` is sampled.
         sampled_elsewhere: whether another worker sampled that last token; it is on the board.
         next_token_ids: the tokens after the row's first positions whose log-probabilities are reported; None: none.
+        num_drafts: how many of the last ``token_ids`` are guesses. The row then samples a token for the place of each
+            of them, too, as if all guesses before it were right.
     """
 
     slot: int
@@ -69,6 +71,12 @@ class PlanRow(Value, frozen=True):
     sample: bool
     sampled_elsewhere: bool = False
     next_token_ids: list[int] | None = None
+    num_drafts: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Number of tokens that it samples."""
+        return self.sample + self.num_drafts
 
 
 class StepRef(Value, frozen=True):
@@ -166,8 +174,8 @@ class StepResult(Message, frozen=True):
     """Result of one step.
 
     Attributes:
-        token_ids: sampled tokens, one for each plan row with ``sample``, in the plan's order; `NO_TOKEN` if the row has
-            to be planned again.
+        token_ids: sampled tokens, `PlanRow.num_samples` for each plan row, in the plan's order; `NO_TOKEN` if the row
+            has to be planned again.
         logprobs: likewise, None where not asked for.
         prompt_logprobs: one list for each plan row with ``next_token_ids``, in the plan's order, one entry per token.
         busy_s: time the device worked on it, seconds.

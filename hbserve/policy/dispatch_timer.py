@@ -23,17 +23,26 @@ _NUM_LATE = 3
 """Steps of the last `_NUM_SAMPLES` that may come a little late; the device waits for them."""
 _MIN_SAMPLES = 16
 _MIN_LEAD_S = 3e-3
+_FIRST_GAP_S = 1e-3
+_MAX_GAP_S = 0.1
+_GAP_RATE = 0.1
 _SHORTEST_WAIT_S = 1e-3
 """Resolution of timers. With the shortest lead, steps below 4 ms are all planned at once."""
 
 
 class _Step(msgspec.Struct, eq=False):
-    """A step in flight; ``begin``: when it was expected to begin, None if its plan came to an idle worker."""
+    """A step in flight.
+
+    Attributes:
+        begin: when it was expected to begin; None if its plan came to an idle worker.
+        after_result: its plan was made as soon as the last result came, and not before.
+    """
 
     work: StepWork | None
     seconds: float
     planned_at: float
     begin: float | None
+    after_result: bool = False
 
 
 class DispatchTimer:
@@ -48,10 +57,14 @@ class DispatchTimer:
         predictor: of the worker's step times; the timer teaches it. None: one that knows nothing.
         predecessor: timer of a worker of the same phase. Its lead is taken over, because the lead depends on the host
             more than on the worker. Its step times are not: the share of the device may differ.
+
+    Attributes:
+        gap_s: time that the device idles between two steps if the plan of the second waits for the first one's result.
     """
 
     def __init__(self, predictor: StepTimePredictor | None = None, predecessor: DispatchTimer | None = None) -> None:
         self.predictor = predictor or StepTimePredictor()
+        self.gap_s: float = _FIRST_GAP_S if predecessor is None else predecessor.gap_s
         self._steps: deque[_Step] = deque()
         self._needed_leads_s: deque[float] = deque(
             () if predecessor is None else predecessor._needed_leads_s, maxlen=_NUM_SAMPLES
@@ -94,7 +107,8 @@ class DispatchTimer:
             begin = self._overtaken
         if not_before > now:
             planned_at, begin = not_before, None  # this worker cannot tell how early its plan comes
-        self._steps.append(_Step(work, seconds, planned_at, begin))
+        after_result = not self._steps and now == self._last_end
+        self._steps.append(_Step(work, seconds, planned_at, begin, after_result))
         self._due = self._overtaken = None
 
     def on_confirmed(self, now: float, busy_s: float, early_s: float) -> None:
@@ -106,6 +120,8 @@ class DispatchTimer:
         if step.begin is not None:
             self._needed_leads_s.append(step.begin - step.planned_at - early_s)
             self._lead_s = None
+        if step.after_result and early_s < 0:
+            self.gap_s += _GAP_RATE * (min(-early_s, _MAX_GAP_S) - self.gap_s)
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
 

@@ -33,6 +33,8 @@ from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, 
 from hbserve.scheduler.transfer import Transfer
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
+from hbserve.speculation import Draft, PredictionDrafter, Speculation
+from hbserve.speculation.speculator import accepted_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class RequestLifecycle:
         self._outbox = outbox
         self._queue = WaitingQueue(config, curves)
         self._admission = Admission(instances, config, clock, self._queue.policy, transfers.is_open)
+        self._speculation = Speculation(config.speculation)
         self._max_attempts = config.kv_transfer.max_attempts
         self._shares_prefixes = config.performance.enable_prefix_caching
 
@@ -127,6 +130,8 @@ class RequestLifecycle:
     def add(self, sequence: Sequence) -> None:
         """Have a new request wait."""
         self._sequences[sequence.client, sequence.id] = sequence
+        if not sequence.has_grammar:
+            sequence.speculator = self._speculation.begin(sequence.request)
         if not self.waiting:
             self._queue.on_first_waiting(self._clock.now)
             self._admission.is_full = False
@@ -195,6 +200,17 @@ class RequestLifecycle:
                 self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
             if counts and row.samples and token_ids[index] == NO_TOKEN:
                 self._on_no_token(sequence, allocation, row, (result.row_errors or {}).get(index))
+            elif counts and row.draft is not None:
+                end = index + row.num_samples
+                last = sequence.last_token_time
+                number = self._on_draft(
+                    sequence, allocation, row, row.draft, token_ids[index:end], logprobs and logprobs[index:end]
+                )
+                sequence.last_token_time = now
+                if sequence.is_batch:
+                    num_batch_tokens += number
+                else:
+                    last_token_times += [last, *[now] * (number - 1)]
             elif counts:
                 self._advance(sequence, allocation, row.end)
                 if row.samples:
@@ -204,7 +220,7 @@ class RequestLifecycle:
                         last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
                     self._on_token(sequence, allocation, token_ids[index], logprobs[index] if logprobs else None)
-            index += row.samples
+            index += row.num_samples
             allocation.end_row(row)
         num_tokens = len(last_token_times) + num_batch_tokens
         worker.work.num_tokens += num_tokens
@@ -221,11 +237,41 @@ class RequestLifecycle:
         if error is not None:
             self.finish(sequence, "error", error, "InvalidRequestError", "grammar")
             return
-        self._advance(sequence, allocation, row.end - 1)
-        allocation.num_planned = row.end - 1
+        last = row.end - row.num_samples
+        self._advance(sequence, allocation, last)
+        allocation.num_planned, allocation.is_drafting = last, False
         delay_s = min(_MASK_DELAY_S * 2**sequence.num_late_masks, _MAX_MASK_DELAY_S)
         sequence.num_late_masks += 1
         sequence.planned_from = self._clock.now + delay_s
+
+    def _on_draft(
+        self,
+        sequence: Sequence,
+        allocation: KVAllocation,
+        row: InflightRow,
+        draft: Draft,
+        sampled: list[int],
+        logprobs: list[TokenLogprobs | None] | None,
+    ) -> int:
+        """A worker has verified a draft: take the tokens that count, and compute the places of wrong ones again.
+
+        Returns:
+            The number of new tokens, at least 1.
+        """
+        token_ids = accepted_tokens(draft.token_ids, sampled)
+        num_accepted = len(token_ids) - 1
+        allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
+        draft.record.add(len(draft.token_ids), num_accepted, len(sequence.tokens) + len(token_ids))
+        self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
+        self.counts[f"accepted_{draft.drafter}"] += num_accepted
+        tried = num_accepted, len(draft.token_ids) - num_accepted
+        for index, token in enumerate(token_ids):
+            self._advance(sequence, allocation, row.start + index + 1)
+            predicted = tried if draft.drafter == PredictionDrafter.name and not index else (0, 0)
+            self._on_token(sequence, allocation, token, logprobs[index] if logprobs else None, predicted)
+            if sequence.phase is Phase.FINISHED:
+                return index + 1
+        return len(token_ids)
 
     def _advance(self, sequence: Sequence, allocation: KVAllocation, num_computed: int) -> None:
         """Note that KV up to ``num_computed`` is there; full blocks become sharable."""
@@ -249,8 +295,14 @@ class RequestLifecycle:
             self._outbox.push(sequence.client, output)
 
     def _on_token(
-        self, sequence: Sequence, allocation: KVAllocation, token: int, logprobs: TokenLogprobs | None
+        self,
+        sequence: Sequence,
+        allocation: KVAllocation,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        predicted: tuple[int, int] = (0, 0),
     ) -> None:
+        """Take the next token; ``predicted``: how many tokens of the request's prediction were right, and wrong."""
         assert allocation.num_computed == len(sequence.tokens), "a token for another position than the next"
         sequence.tokens.append(token)
         sequence.num_setbacks = sequence.num_late_masks = 0
@@ -274,6 +326,8 @@ class RequestLifecycle:
                 logprobs=None if logprobs is None else [logprobs],
                 finish_reason=finish_reason,
                 num_cached_tokens=(sequence.num_cached_tokens or 0) if is_first else 0,
+                num_accepted=predicted[0],
+                num_rejected=predicted[1],
             ),
         )
         if finish_reason is not None:

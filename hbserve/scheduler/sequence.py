@@ -24,6 +24,7 @@ from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.policy.step_time_predictor import StepWork
+from hbserve.speculation import Draft, Speculator
 
 
 class Phase(StrEnum):
@@ -64,6 +65,7 @@ class InflightRow(msgspec.Struct, eq=False):
         end: positions below this have KV once the step is confirmed.
         scores: whether the step reports log-probabilities of the prompt.
         is_void: the row continues a row that was lost; both are planned again.
+        draft: its guessed tokens; None: it has none.
     """
 
     sequence: Sequence
@@ -74,13 +76,19 @@ class InflightRow(msgspec.Struct, eq=False):
     samples: bool
     scores: bool = False
     is_void: bool = False
+    draft: Draft | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of tokens that its worker samples."""
+        return self.samples + (0 if self.draft is None else len(self.draft.token_ids))
 
 
 class InflightStep(msgspec.Struct, eq=False):
     """A step that has been sent and not confirmed.
 
     Attributes:
-        num_samples: rows that sample.
+        num_samples: tokens that it samples.
         num_scores: of how many tokens it reports log-probabilities, for each prompt of which it does.
         work: of all its rows; None: it has none.
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
@@ -115,6 +123,7 @@ class KVAllocation:
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
         last_worker_id: the worker that got the sequence's last row.
         num_inflight: rows that were sent, are not confirmed, and count.
+        is_drafting: its last row has a draft and is in flight: where the next row starts is not known yet.
         blocks_sent: by worker id, how many entries of the block table the worker has been told; a worker
             without an entry does not know the sequence.
     """
@@ -131,6 +140,7 @@ class KVAllocation:
     num_sealed: int
     last_worker_id: str | None = None
     num_inflight: int = 0
+    is_drafting: bool = False
     blocks_sent: dict[str, int] = field(default_factory=dict)
 
     def begin_row(self, worker_id: str, keeps_state: bool) -> None:
@@ -155,6 +165,7 @@ class KVAllocation:
     def void_row(self, row: InflightRow) -> None:
         """Plan a row's positions again. The row stays pinned: its worker may still write."""
         row.is_void = True
+        self.is_drafting = False
         self.num_planned = min(self.num_planned, row.start)
         self.num_inflight -= 1
 
@@ -194,6 +205,7 @@ class Sequence:
         has_grammar: a token must be known before the next one can be chosen.
         keeps_state: a worker's state of the sequence changes with every token: token counts and grammars do.
         is_batch: it is best-effort: it has no targets, and takes what others leave.
+        speculator: guesses its next tokens; None: nothing does.
     """
 
     client: bytes
@@ -226,6 +238,7 @@ class Sequence:
     has_grammar: bool = field(init=False)
     keeps_state: bool = field(init=False)
     is_batch: bool = field(init=False)
+    speculator: Speculator | None = None
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling

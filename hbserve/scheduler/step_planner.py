@@ -19,6 +19,8 @@ from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, 
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.scheduler.worker_choice import StepLimit
+from hbserve.speculation import Draft
+from hbserve.speculation.choice import Candidate, Way, choose
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class StepPlanner:
         self._policy = policy
         self._is_chunked, self._max_chunk = config.chunked_prefill.enabled, config.max_chunk
         self._max_num_batched_tokens = config.performance.max_num_batched_tokens
+        self._max_rows = config.performance.max_num_seqs
         self._transfers = transfers
         self._preempt = preempt
         self._logs_plans = logger.isEnabledFor(logging.DEBUG)
@@ -70,7 +73,8 @@ class StepPlanner:
         limit = instance.choice.step_limit(worker, phases, self._policy.tightest_ttft_s)
         predictor, has_decodes = worker.timing.predictor, False
         if InstanceRole.DECODE in phases and limit.takes_decodes:
-            self._plan_decodes(step, instance, others)
+            if not self._plan_decodes(step, instance, others):
+                return False
             has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
             budget = StepTimeBudget(predictor, step.work, limit.seconds, limit.min_prompt_tokens)
@@ -87,11 +91,48 @@ class StepPlanner:
 
     def _plan_decodes(
         self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations, max_rows: int | None = None
-    ) -> None:
-        for sequence, allocation in self._decoding(step, instance, allocations)[:max_rows]:
+    ) -> bool:
+        """Plan the decoding sequences; False: none of them may be in a step before a result is known."""
+        decoding = self._decoding(step, instance, allocations)[:max_rows]
+        drafts = self._choose_drafts(step, decoding)
+        if drafts is None:
+            return False
+        for sequence, allocation in decoding:
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
-            self._plan_decode(step, instance, sequence, allocation)
+            self._plan_decode(step, instance, sequence, allocation, drafts.get(sequence))
+        return True
+
+    def _choose_drafts(self, step: _StepBuilder, decoding: _Allocations) -> dict[Sequence, Draft | None] | None:
+        """Return the draft of each sequence that gets one, or that is left out until it may get one.
+
+        Returns:
+            A draft, or None to leave the sequence out, by sequence. None: the whole step waits for a result.
+        """
+        candidates, sequences = [], []
+        for sequence, allocation in decoding:
+            if sequence.speculator is None:
+                continue
+            position, tokens = allocation.num_planned, sequence.tokens
+            draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
+            if draft is not None:
+                candidates.append(Candidate(draft, position, is_known=position < len(tokens)))
+                sequences.append(sequence)
+        if not candidates:
+            return {}
+        keys = sum([allocation.num_planned for _, allocation in decoding])
+        timing, max_rows = step.worker.timing, self._max_rows - len(decoding)
+        work = StepWork(len(decoding), keys)
+        way, lengths = choose(candidates, work, timing.predictor, timing.gap_s, max_rows)
+        drafts: dict[Sequence, Draft | None] = {}
+        for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
+            if length and not candidate.is_known:
+                if way is Way.WHOLE:
+                    return None
+                drafts[sequence] = None
+            elif length:
+                drafts[sequence] = candidate.draft.first(length)
+        return drafts
 
     def _decoding(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
         worker, can_take = step.worker, instance.choice.can_take
@@ -223,21 +264,38 @@ class StepPlanner:
         return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
 
     def _plan_decode(
-        self, step: _StepBuilder, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation
+        self,
+        step: _StepBuilder,
+        instance: InstanceHandle,
+        sequence: Sequence,
+        allocation: KVAllocation,
+        draft: Draft | None = None,
     ) -> None:
         position = allocation.num_planned
         if position + 1 >= sequence.max_total_tokens or sequence not in instance.allocations:
             return
         known = position < len(sequence.tokens)
-        if sequence.has_grammar and not known:
-            return  # the unknown token decides which tokens may come next
+        if not known and (sequence.has_grammar or allocation.is_drafting):
+            return  # the unknown token decides which tokens may come next, or where the next row starts
         if position // allocation.pool.block_size >= len(allocation.block_ids) and not self._grow(
             instance, sequence, allocation
         ):
             return
+        if draft is not None and (room := self._room_for_draft(instance, allocation, len(draft.token_ids))):
+            draft = draft.first(room)
+            token_ids = [sequence.tokens[position], *draft.token_ids]
+            step.add(sequence, allocation, token_ids, len(token_ids), samples=True, draft=draft)
+            return
         step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, samples=True)
-        step.num_samples += 1
-        step.decode_keys += position
+
+    def _room_for_draft(self, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
+        """Return how many draft tokens have a place in blocks; a draft takes blocks only if others do not need them."""
+        pool, owner, block_ids = allocation.pool, allocation.owner, allocation.block_ids
+        first = allocation.num_planned + 1
+        missing = -(-(first + num_drafts) // pool.block_size) - len(block_ids)
+        if missing > 0 and pool.num_free_blocks >= missing + len(instance.allocations) + len(instance.reserved):
+            pool.allocate_blocks(owner, missing)
+        return min(num_drafts, len(block_ids) * pool.block_size - first)
 
     def _can_leave(self, sequence: Sequence, allocation: KVAllocation) -> bool:
         """Whether the link for a prompt's blocks is open; after the failure of a transfer it opens anew first."""
@@ -254,7 +312,6 @@ class StepPlanner:
         next_token_ids = sequence.next_prompt_tokens(start, end)
         step.add(sequence, allocation, sequence.tokens[start:end], chunk, last, next_token_ids)
         step.prefill_rows += 1
-        step.num_samples += last
         if next_token_ids is not None:
             step.num_scores.append(len(next_token_ids))
         step.prefill_tokens += chunk
@@ -333,7 +390,7 @@ class _StepBuilder:
         self.leaving: list[_Leaving] = []
         self.sends: list[SendBlocks] = []
         self.inflight: list[InflightRow] = []
-        self.num_tokens = self.num_samples = 0
+        self.num_tokens = self.num_samples = self.num_drafts = 0
         self.num_scores: list[int] = []
         self.prefill_rows = 0
         self.prefill_tokens = 0
@@ -343,7 +400,7 @@ class _StepBuilder:
     @property
     def work(self) -> StepWork:
         """The work of its rows."""
-        decode_rows = len(self.rows) - self.prefill_rows
+        decode_rows = len(self.rows) - self.prefill_rows + self.num_drafts
         return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
 
     def add(
@@ -354,6 +411,7 @@ class _StepBuilder:
         num_tokens: int,
         samples: bool,
         next_token_ids: list[int] | None = None,
+        draft: Draft | None = None,
     ) -> None:
         sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker_id
         allocation.begin_row(self._worker_id, sequence.keeps_state)
@@ -369,21 +427,19 @@ class _StepBuilder:
                 sample=samples,
                 sampled_elsewhere=sampled_elsewhere,
                 next_token_ids=next_token_ids,
+                num_drafts=0 if draft is None else len(draft.token_ids),
             )
         )
         allocation.num_planned += num_tokens
+        allocation.is_drafting = draft is not None
+        end, scores = allocation.num_planned, next_token_ids is not None
+        row = InflightRow(sequence, sequence.attempt, allocation, start, end, samples, scores, draft=draft)
+        self.inflight.append(row)
         self.num_tokens += num_tokens
-        self.inflight.append(
-            InflightRow(
-                sequence,
-                sequence.attempt,
-                allocation,
-                start,
-                allocation.num_planned,
-                samples,
-                next_token_ids is not None,
-            )
-        )
+        self.num_samples += row.num_samples
+        if start >= allocation.num_tokens_at_entry:  # a draft token computes as much as a row of its own
+            self.num_drafts += num_tokens - 1
+            self.decode_keys += num_tokens * start + num_tokens * (num_tokens - 1) // 2
 
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
         """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""

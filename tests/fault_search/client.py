@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from hbserve.messages.client import (
 )
 from hbserve.sampling_params import SamplingParams
 from tests.fault_search.memory import answer_of
-from tests.fault_search.scenario import RequestSpec
+from tests.fault_search.scenario import VOCAB_SIZE, RequestSpec
 
 if TYPE_CHECKING:
     from tests.fault_search.world import World
@@ -67,6 +68,12 @@ class Client:
     def _open(self, request: _Request) -> None:
         spec, now = request.spec, self.world.now
         resumed = None
+        predicted = None
+        if spec.wrong_guesses is not None:
+            rng = random.Random(spec.seed)
+            predicted = [
+                rng.randrange(VOCAB_SIZE) if rng.random() < spec.wrong_guesses else t for t in request.expected
+            ]
         if request.tokens:
             assert request.first_token_at is not None
             resumed = Resumed(token_ids=list(request.tokens), first_token_age_s=now - request.first_token_at)
@@ -88,6 +95,7 @@ class Client:
                 sampling=sampling,
                 age_s=now - request.began_at,
                 resumed=resumed,
+                predicted_token_ids=predicted,
             )
         )
         if request.is_aborted:

@@ -54,6 +54,7 @@ class RequestSpec:
         late_masks: it has a grammar, and one step in four ends without the mask for the next token.
         is_batch: it is best-effort.
         ttft_ms, tpot_ms: its targets.
+        wrong_guesses: its client predicts its output with this share of wrong tokens; None: it predicts nothing.
     """
 
     at: float
@@ -69,6 +70,7 @@ class RequestSpec:
     is_batch: bool = False
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    wrong_guesses: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ def draw(seed: int) -> Scenario:
     """Draw a scenario."""
     rng = random.Random(seed)
     service = random.Random(-1 - seed)  # a generator of its own, so that all else stays what it was
+    speculation = random.Random(f"{seed} speculation")  # likewise
+    predicts = speculation.random() < 0.4
     has_batch, has_targets = service.random() < 0.4, service.random() < 0.5
     mode = rng.choice(("unified", "disaggregated", "disaggregated", "semi_pd", "semi_pd"))
     max_tokens = rng.choice((4, 12, 20))
@@ -220,6 +224,7 @@ def draw(seed: int) -> Scenario:
                 is_batch=is_batch,
                 ttft_ms=targets_ms[0] if keeps_targets else None,
                 tpot_ms=targets_ms[1] if keeps_targets else None,
+                wrong_guesses=speculation.choice((None, 0.0, 0.2, 0.6)) if predicts else None,
             )
         )
     kinds = _EVERYWHERE + 2 * _OF_MODE[mode]

@@ -27,6 +27,7 @@ from hbserve.messages.worker import (
     WantsToLeave,
 )
 from hbserve.sampling_params import SamplingParams
+from hbserve.speculation.speculator import accepted_tokens
 from tests.fault_search.memory import NOTHING, Arena, kv_of, next_token
 from tests.fault_search.scenario import BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
 from tests.fault_search.transfers import Transfers
@@ -252,13 +253,13 @@ class Worker(Process):
                 self._slots[state.slot] = _Slot(
                     list(state.block_ids), state.sampling, state.end_token_ids, state.min_end_position, history
                 )
-        token_ids = [token for row in plan.rows if (token := self._compute_row(row)) is not None]
+        token_ids = [token for row in plan.rows for token in self._compute_row(row)]
         if plan.cell is not None:
             self.arena.on_step_done(plan.cell, plan.step_id)
         result = StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=token_ids, logprobs=None, busy_s=0.002)
         self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._finish(plan, result))
 
-    def _compute_row(self, row: PlanRow) -> int | None:
+    def _compute_row(self, row: PlanRow) -> list[int]:
         slot = self._slots.get(row.slot)
         if slot is None:
             raise self.world.fault(f"{self.name} got a row for slot {row.slot}, of which it was told nothing")
@@ -271,17 +272,26 @@ class Worker(Process):
             before = self.arena.read(slot.table, position - 1) if position else NOTHING
             self.arena.write(slot.table[position // BLOCK_SIZE], position % BLOCK_SIZE, kv_of(before, token))
         if not row.sample:
-            return None
+            return []
         if slot.sampling.grammar is not None and self.world.rng.random() < 0.25:
-            return NO_TOKEN
+            return [NO_TOKEN] * row.num_samples
         end = row.start + row.num_tokens
-        forbidden = slot.end_token_ids if end < slot.min_end_position else ()
-        contents = [self.arena.read(slot.table, position) for position in range(end)]
-        token = next_token(contents, slot.sampling.seed or 0, slot.history, forbidden)
-        slot.last_token = self.arena.last_tokens[row.slot] = token
+        drafts = tokens[len(tokens) - row.num_drafts :]
+        sampled: list[int] = []
+        for index in range(row.num_samples):
+            place = end - row.num_drafts + index
+            forbidden = slot.end_token_ids if place < slot.min_end_position else ()
+            contents = [self.arena.read(slot.table, position) for position in range(place)]
+            history = None if slot.history is None else [*slot.history, *drafts[:index]]
+            sampled.append(next_token(contents, slot.sampling.seed or 0, history, forbidden))
+        if row.num_drafts:  # the next row has its token in its plan
+            slot.last_token = None
+            self.arena.last_tokens.pop(row.slot, None)
+        else:
+            slot.last_token = self.arena.last_tokens[row.slot] = sampled[0]
         if slot.history is not None:
-            slot.history.append(token)
-        return token
+            slot.history += accepted_tokens(drafts, sampled)
+        return sampled
 
     def _finish(self, plan: StepPlan, result: StepResult) -> None:
         self._running = None

@@ -67,6 +67,7 @@ def test_paged_decode(
             indptr=on_gpu(starts),
             indices=on_gpu(order),
             positions=on_gpu(lens.astype(np.int64) - 1),
+            num_stored=on_gpu(lens.astype(np.int64) - 1),
             slot_mapping=on_gpu(np.zeros(len(lens), np.int64)),
             chunk_len=torch.tensor([cut.chunk_len], dtype=torch.int32, device="cuda"),
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.sampling_params import SamplingParams
+from hbserve.speculation.speculator import accepted_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=None)
 
@@ -29,6 +32,7 @@ class Sequence:
     installed: bool = False
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -46,11 +50,21 @@ class Driver:
     Args:
         chunk: most tokens of a prompt in one step.
         feedback: decode rows take the device's last token, and ``depth`` plans are in flight.
+        drafter: guesses tokens after those of a sequence, at most so many; there is then one plan in flight.
     """
 
-    def __init__(self, runner: ModelRunner, chunk: int = 512, feedback: bool = True, depth: int = 3) -> None:
-        self.runner, self.chunk, self.feedback = runner, chunk, feedback
-        self.depth = depth if feedback else 1
+    def __init__(
+        self,
+        runner: ModelRunner,
+        chunk: int = 512,
+        feedback: bool = True,
+        depth: int = 3,
+        drafter: Callable[[Sequence, int], list[int]] | None = None,
+    ) -> None:
+        self.runner, self.chunk, self.feedback = runner, chunk, feedback and drafter is None
+        self.depth = depth if self.feedback else 1
+        self.drafter = drafter
+        self.num_drafted = self.num_accepted = 0
         self.free = list(range(runner.num_blocks))
         random.Random(3).shuffle(self.free)
         self.step_id = 0
@@ -82,7 +96,10 @@ class Driver:
                 sequence.installed = True
             start = sequence.computed
             decodes = start >= len(sequence.prompt)
-            count = 1 if decodes else min(self.chunk, len(sequence.prompt) - start)
+            draft: list[int] = []
+            if decodes and self.drafter is not None:
+                draft = self.drafter(sequence, len(sequence.prompt) + sequence.num_new - start - 2)
+            count = 1 + len(draft) if decodes else min(self.chunk, len(sequence.prompt) - start)
             needed = -(-(start + count) // self.runner.layout.block_size) - len(sequence.block_ids)
             new_block_ids = [self.free.pop() for _ in range(needed)]
             sequence.block_ids += new_block_ids
@@ -92,13 +109,15 @@ class Driver:
                     slot=sequence.slot,
                     start=start,
                     num_tokens=count,
-                    token_ids=None if feed_back else sequence.tokens[start : start + count],
+                    token_ids=None if feed_back else (sequence.tokens + draft)[start : start + count],
                     new_block_ids=new_block_ids,
                     sample=start + count >= len(sequence.prompt),
+                    num_drafts=len(draft),
                 )
             )
             if rows[-1].sample:
                 sampling.append(sequence)
+            sequence.draft = draft
             sequence.computed = start + count
         self.step_id += 1
         return StepPlan(epoch=1, step_id=self.step_id, rows=rows, new_sequences=states, sends=[]), sampling
@@ -115,9 +134,17 @@ class Driver:
             result = pending.result()
             assert result.epoch == 1
             assert result.busy_s > 0
-            assert len(result.token_ids) == len(sampling)
-            for sequence, token in zip(sampling, result.token_ids, strict=True):
-                sequence.output.append(token)
-            for sequence, logprobs in zip(sampling, result.logprobs or [None] * len(sampling), strict=True):
-                sequence.logprobs.append(logprobs)
+            token_ids = iter(result.token_ids)
+            all_logprobs = iter(result.logprobs or [None] * len(result.token_ids))
+            for sequence in sampling:
+                number = 1 + len(sequence.draft)
+                tokens, logprobs = [*islice(token_ids, number)], [*islice(all_logprobs, number)]
+                tokens = accepted_tokens(sequence.draft, tokens)
+                self.num_drafted += len(sequence.draft)
+                self.num_accepted += len(tokens) - 1
+                sequence.computed -= number - len(tokens)
+                sequence.output += tokens
+                sequence.logprobs += logprobs[: len(tokens)]
+                sequence.draft = []
+            assert next(token_ids, None) is None
         return [sequence.output for sequence in sequences]

@@ -1,0 +1,10 @@
+"""Speculative decoding that never changes a token: drafts of the next tokens, and how many of them are worth a try.
+
+The scheduler makes drafts, because it owns every token; a worker verifies them in one step and keeps no state of them.
+All of this is pure: no clock, no tensor. docs/speculation.md tells the whole story.
+"""
+
+from hbserve.speculation.drafters import Drafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.speculator import Draft, Speculation, Speculator
+
+__all__ = ["Draft", "Drafter", "NgramDrafter", "PredictionDrafter", "Speculation", "Speculator"]

@@ -1,0 +1,111 @@
+"""The choice of a step's drafts: which sequences get how many rows more, by what these cost and may bring.
+
+Drafts need the last token, so a sequence that drafts cannot be in a plan before its last result is known. The device
+then idles for a *gap*, the travel of a result and a plan, unless it computes other sequences meanwhile. Three ways to
+go on are compared by tokens per second, with N sequences that do not draft, S that do and would bring E tokens each,
+and a step of T seconds (T' with drafts):
+
+    plain   no drafts, the next plan is made ahead      (N + S) / T
+    split   the others are planned ahead without them   (2 N + S E) / (T + T')
+    whole   the step waits for every result             (N + S E) / (T' + gap)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from enum import Enum
+from typing import NamedTuple
+
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
+from hbserve.speculation.speculator import Draft
+
+_MIN_GAIN = 1.03
+"""Drafts must promise so much more than their cost: predictions are off by a few percent."""
+_MIN_STEP_S = 1e-6
+
+
+class Way(Enum):
+    """How a step goes on; see the head of this file."""
+
+    PLAIN = "plain"
+    SPLIT = "split"
+    WHOLE = "whole"
+
+
+class Candidate(NamedTuple):
+    """A sequence that has a draft. ``position``: of its last token; ``is_known``: that token is known."""
+
+    draft: Draft
+    position: int
+    is_known: bool
+
+
+class Choice(NamedTuple):
+    """The way to go on, and how many draft tokens each candidate gets, in their order."""
+
+    way: Way
+    lengths: list[int]
+
+
+def choose(
+    candidates: Items[Candidate],
+    work: StepWork,
+    predictor: StepTimePredictor,
+    gap_s: float,
+    max_rows: int,
+) -> Choice:
+    """Choose the drafts of a step.
+
+    Args:
+        candidates: at least one.
+        work: of a step of all decoding sequences, candidates included, without drafts.
+        gap_s: time that the device idles when a plan waits for a result.
+        max_rows: rows that the drafts may add.
+    """
+    num_rows = work.decode_rows
+    step_s = max(predictor.seconds(work), _MIN_STEP_S)
+    keys = sum(candidate.position for candidate in candidates) / len(candidates)
+    more = work._replace(decode_rows=num_rows + 1, decode_keys=work.decode_keys + keys)
+    row_s = max(predictor.seconds(more) - step_s, 0.0)
+    worth = _MIN_GAIN * row_s * num_rows / step_s  # tokens that the batch makes in the time of one row more
+    lengths, num_expected = _lengths(candidates, worth, max_rows)
+    num_drafting = sum(length > 0 for length in lengths)
+    if not num_drafting:
+        return Choice(Way.PLAIN, lengths)
+    drafted_s = step_s + row_s * sum(lengths)
+    num_others = num_rows - num_drafting
+    num_whole = num_others + num_expected
+    ways = {
+        Way.PLAIN: _MIN_GAIN * num_rows / step_s,
+        Way.SPLIT: (num_others + num_whole) / (step_s + drafted_s) if num_others else 0.0,
+        Way.WHOLE: num_whole / (drafted_s + gap_s),
+    }
+    way = max(ways, key=lambda way: ways[way])
+    return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))
+
+
+def _lengths(candidates: Items[Candidate], worth: float, max_rows: int) -> tuple[list[int], float]:
+    """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring.
+
+    The i-th token of a draft is worth its row if the probability that all i tokens are right exceeds ``worth``. The
+    rows go to the most probable tokens first.
+    """
+    offers: list[tuple[float, int]] = []
+    for index, candidate in enumerate(candidates):
+        acceptance, probability = candidate.draft.record.acceptance, 1.0
+        if candidate.draft.record.is_hopeless:
+            offers.append((1.0, index))  # a probe
+            continue
+        for _ in candidate.draft.token_ids:
+            probability *= acceptance
+            if probability <= worth:
+                break
+            offers.append((probability, index))
+    if len(offers) > max_rows:
+        offers = sorted(offers, reverse=True)[: max(max_rows, 0)]
+    lengths = [0] * len(candidates)
+    num_expected = 0.0
+    for probability, index in offers:
+        num_expected += probability + (not lengths[index])
+        lengths[index] += 1
+    return lengths, num_expected

@@ -1,0 +1,64 @@
+"""Drafts change no token: whatever a drafter guesses, the runner samples what it samples without drafts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from hbserve.sampling_params import SamplingParams
+from tests.support.model_zoo import VOCAB_SIZE, save_model
+from tests.support.plan_driver import Driver, Sequence
+from tests.unit.engine.test_model_runner import make_prompt, make_runner
+
+NUM_NEW = 40
+END_TOKENS = [3, 4]
+ALL_SAMPLING = [
+    SamplingParams(temperature=0, max_tokens=None),
+    SamplingParams(temperature=0, repetition_penalty=1.6, logprobs=2, max_tokens=None),
+    SamplingParams(temperature=0.8, seed=1, presence_penalty=1.0, frequency_penalty=1.5, max_tokens=None),
+    SamplingParams(temperature=0.9, seed=2, top_k=40, top_p=0.9, min_p=0.01, min_tokens=20, max_tokens=None),
+    SamplingParams(temperature=1.0, seed=3, logit_bias={7: 4.0, 9: -100.0}, logprobs=0, max_tokens=None),
+    SamplingParams(temperature=1.0, seed=4, allowed_token_ids=[*range(20, 60)], max_tokens=None),
+]
+
+
+@pytest.mark.parametrize("model", ["qwen3", "qwen2_window"])
+def test_whatever_is_guessed_the_tokens_are_the_same(model: str, tmp_path: Path) -> None:
+    """Right, random, half right and no guesses, of any length, in one batch with rows of every kind of sampling."""
+    save_model(tmp_path, model)
+    runner = make_runner(tmp_path)
+    prompts = [make_prompt(length) for length in (3, 16, 31, 33, 20, 5)]
+
+    def add_all(driver: Driver) -> list[Sequence]:
+        return [
+            driver.add(prompt, NUM_NEW, slot, sampling=sampling, end_token_ids=END_TOKENS)
+            for slot, (prompt, sampling) in enumerate(zip(prompts, ALL_SAMPLING, strict=True))
+        ]
+
+    plain = Driver(runner, chunk=16)
+    expected = add_all(plain)
+    outputs = plain.run(*expected)
+    for share_right in (0.0, 0.7, 1.0):
+        rng = random.Random(f"{share_right}")
+
+        def draft(sequence: Sequence, limit: int, rng: random.Random = rng, share: float = share_right) -> list[int]:
+            done = len(sequence.output)
+            right = outputs[sequence.slot][done : done + min(rng.choice((0, 1, 2, 5, 15)), limit)]
+            return [token if rng.random() < share else rng.randrange(VOCAB_SIZE) for token in right]
+
+        driver = Driver(runner, chunk=16, drafter=draft)
+        sequences = add_all(driver)
+        assert driver.run(*sequences) == outputs
+        for sequence, alone in zip(sequences, expected, strict=True):
+            for got, wanted in zip(sequence.logprobs, alone.logprobs, strict=True):
+                assert (got is None) == (wanted is None)
+                if got is not None and wanted is not None:
+                    assert got.top_ids == wanted.top_ids
+                    assert [got.token, *got.top] == pytest.approx([wanted.token, *wanted.top], abs=1e-4)
+        assert driver.num_drafted > 100
+        if share_right == 1.0:
+            assert driver.num_accepted == driver.num_drafted
+        else:
+            assert driver.num_accepted < driver.num_drafted
