@@ -63,6 +63,7 @@ class ModelSpec:
         max_position_embeddings: maximum context length, stretched by YaRN where the model uses it.
         ropes: per layer, its rotary embedding; None: positions do not matter to it.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        has_qk_norm: whether queries and keys have the norms that the family declares, if any.
         tied_embeddings: the LM head is the embedding matrix.
         sliding_windows: per layer, the number of latest tokens that a token sees, itself included; None: all.
         dtype: dtype of the checkpoint.
@@ -88,6 +89,7 @@ class ModelSpec:
     dtype: torch.dtype
     scales: Scales = field(default_factory=Scales)
     experts: Experts | None = None
+    has_qk_norm: bool = True
 
     @property
     def family(self) -> Family:
@@ -104,7 +106,7 @@ class ModelSpec:
             "norms of whole projections": family.qk_norm == "projection",
             f"the activation {family.activation}": family.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
-            "experts": self.experts is not None,
+            "groups of experts": self.experts is not None and self.experts.num_groups > 1,
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
             "layers without a rotary embedding": None in self.ropes,
@@ -239,6 +241,7 @@ def _from_config(family: Family, config: Any, dtype: torch.dtype, tied_embedding
         dtype=dtype,
         scales=_scales(family, config, head_dim),
         experts=None if family.experts is None else _experts(family.experts(config)),
+        has_qk_norm=family.qk_norm_key is None or bool(getattr(config, family.qk_norm_key)),
     )
 
 
@@ -248,13 +251,29 @@ def _has_bias(declared: bool | str, config: Any) -> bool:
 
 def _experts(experts: Experts) -> Experts | None:
     """Check the sizes; None if no layer has experts."""
-    for name, value, bound in (
-        ("number of experts of a layer", experts.num_experts, _MAX_EXPERTS // len(experts.layers)),
-        ("number of experts of a token", experts.num_chosen, experts.num_experts),
-        ("width of an expert", experts.inner_size, SIZES["intermediate_size"]),
+    width = SIZES["intermediate_size"]
+    for name, value, low, bound in (
+        ("number of experts of a layer", experts.num_experts, 1, _MAX_EXPERTS // len(experts.layers)),
+        ("number of experts of a token", experts.num_chosen, 1, experts.num_experts),
+        ("width of an expert", experts.inner_size, 1, width),
+        ("width of the shared expert", experts.shared_size, 0, width),
+        ("number of groups of experts", experts.num_groups, 1, experts.num_experts),
+        ("number of groups of a token", experts.num_chosen_groups, 1, experts.num_groups),
     ):
-        if not isinstance(value, int) or not 1 <= value <= bound:
-            raise ModelError(f"the {name} must be in 1..{bound}, got {shown(value)}")
+        if not isinstance(value, int) or not low <= value <= bound:
+            raise ModelError(f"the {name} must be in {low}..{bound}, got {shown(value)}")
+    size = experts.num_experts // experts.num_groups
+    if experts.num_groups > 1 and (experts.num_experts % experts.num_groups or size < 2):
+        raise ModelError(f"{experts.num_experts} experts are not {experts.num_groups} groups of 2 or more")
+    if experts.num_chosen > experts.num_chosen_groups * size:
+        raise ModelError(
+            f"the number of experts of a token must be at most {experts.num_chosen_groups * size}, which its groups "
+            f"have, got {experts.num_chosen}"
+        )
+    if not (
+        isinstance(experts.scale, int | float) and math.isfinite(experts.scale) and 0 < experts.scale <= _MAX_SCALE
+    ):
+        raise ModelError(f"the factor of experts must be positive and at most {_MAX_SCALE:g}, got {experts.scale}")
     return experts if any(experts.layers) else None
 
 

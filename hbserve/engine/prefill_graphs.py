@@ -79,7 +79,7 @@ class PrefillGraphs:
 
     def _capture(self, size: int, pool: Any) -> _Pieces:
         self._attention.slot_mapping = self._slot_mapping[:size]
-        run_to_capture(lambda: self._finish(self._piece(0, None, size), size))
+        run_to_capture(lambda: self._rehearse(size))
         graphs = []
         residual: ResidualStream | None = None
         for index in range(len(self._decoder.layers) + 1):
@@ -93,17 +93,26 @@ class PrefillGraphs:
             graphs.append(graph)
         return _Pieces(graphs, hidden)
 
+    def _rehearse(self, size: int) -> None:
+        """Load every kernel."""
+        residual = self._piece(0, None, size)
+        for layer in self._decoder.typical_layers:
+            if layer + 1 < len(self._decoder.layers):
+                self._piece(layer + 1, residual, size)
+        self._finish(residual, size)
+
     def _piece(self, index: int, residual: ResidualStream | None, size: int) -> ResidualStream:
         """Compute from the attention of the layer before, or from the embedding, up to this layer's attention."""
         if residual is None:
             residual = self._decoder.embed(self._token_ids[:size])
         else:
-            self._decoder.after_attention(index - 1, residual, self._attended[:size])
+            self._decoder.after_attention(index - 1, residual, self._attended[:size], self._attention)
         self._decoder.before_attention(index, residual, self._positions[:size], self._attention, self._q[:size])
         return residual
 
     def _finish(self, residual: ResidualStream, size: int) -> torch.Tensor:
-        self._decoder.after_attention(len(self._decoder.layers) - 1, residual, self._attended[:size])
+        last = len(self._decoder.layers) - 1
+        self._decoder.after_attention(last, residual, self._attended[:size], self._attention)
         return self._decoder.finish(residual)
 
     def fits(self, num_tokens: int) -> bool:
@@ -135,8 +144,7 @@ class PrefillGraphs:
 
 def captured_token_counts(decoder: Decoder, max_tokens: int) -> list[int]:
     """Return the token counts to capture: those with which a layer takes less time than its launches."""
-    layer = decoder.layers[0]
-    flops_per_token = 2 * sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.up, layer.down))
+    flops_per_token = 2 * max(decoder.token_parameters(layer) for layer in decoder.typical_layers)
     max_size = min(max_tokens, _MAX_TOKENS, int(_MAX_LAYER_FLOPS / flops_per_token))
     counts = [64, 96, 128, 192, 256, 384, *range(512, 2048, 256), *range(2048, _MAX_TOKENS, 512)]
     sizes = [count for count in counts if count < max_size]

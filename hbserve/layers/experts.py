@@ -1,6 +1,12 @@
-"""A mixture of experts in plain torch: one product after the other for the experts that a step needs."""
+"""A mixture of experts in plain torch: one product after the other for the experts that a step needs.
+
+It is the reference for `hbserve.layers.grouped_experts`, which computes the same on a GPU.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,25 +16,73 @@ from hbserve.layers.activations import Activate
 from hbserve.model_families.declaration import Experts
 
 
-def mix_experts(x: Tensor, router: Tensor, up: Tensor, down: Tensor, experts: Experts, activate: Activate) -> Tensor:
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Parameters of the experts of one layer; a rank has some of the experts, or a slice of every expert.
+
+    Attributes:
+        router: ``[experts, hidden]``; float32 where the scores are sigmoids.
+        up: ``[local experts * 2 * inner, hidden]``, the rows ``gate | up`` of one expert after the other.
+        down: ``[local experts * hidden, inner]``.
+        router_bias: float32 ``[experts]``, added to the scores for the choice.
+        shared_up, shared_down: ``[2 * inner, hidden]`` and ``[hidden, inner]`` of the expert that computes every token.
+        shared_gate: ``[1, hidden]``, makes the weight of that expert; None: the weight is 1.
+    """
+
+    router: Tensor
+    up: Tensor
+    down: Tensor
+    router_bias: Tensor | None = None
+    shared_up: Tensor | None = None
+    shared_down: Tensor | None = None
+    shared_gate: Tensor | None = None
+
+
+def router_logits(
+    x: Tensor, weights: ExpertWeights, experts: Experts, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+) -> Tensor:
+    """Return the router's outputs ``[tokens, experts]``: float32 for sigmoids, else in the dtype of ``x``."""
+    return linear(x.float() if experts.scoring == "sigmoid" else x, weights.router)
+
+
+def choose_experts(logits: Tensor, bias: Tensor | None, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Return weights, in the dtype of ``logits``, and indices of each token's experts, both ``[tokens, chosen]``."""
+    scores = logits.softmax(-1, dtype=torch.float32) if experts.scoring == "softmax" else logits.float().sigmoid()
+    ranked = scores if bias is None else scores + bias
+    if experts.num_groups > 1:
+        groups = ranked.view(len(ranked), experts.num_groups, -1)
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(experts.num_chosen_groups, dim=-1).indices
+        is_open = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        ranked = groups.masked_fill(~is_open[..., None], float("-inf")).flatten(1)
+    chosen = ranked.topk(experts.num_chosen, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    if experts.is_renormalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return (weights * experts.scale).to(logits.dtype), chosen
+
+
+def mix_experts(
+    x: Tensor, weights: ExpertWeights, experts: Experts, activate: Activate, first_expert: int = 0
+) -> Tensor:
     """Compute each token by its experts: ``[tokens, hidden]``, in the order and with the roundings of transformers.
+
+    The expert that computes every token is left out.
 
     Args:
         x: ``[tokens, hidden]``.
-        router: ``[experts, hidden]``.
-        up: ``[experts * 2 * inner, hidden]``, the rows ``gate | up`` of one expert after the other.
-        down: ``[experts * hidden, inner]``.
         activate: one of `ACTIVATIONS`.
+        first_expert: index of the first expert in ``weights``; the result lacks the experts that are not there.
     """
-    scores = F.linear(x, router).softmax(-1, dtype=torch.float32)
-    weights, chosen = scores.topk(experts.num_chosen, dim=-1)
-    if experts.is_renormalised:
-        weights = weights / weights.sum(-1, keepdim=True)
-    weights = weights.to(x.dtype)
-    ups, downs = up.view(experts.num_experts, -1, up.shape[1]), down.view(experts.num_experts, -1, down.shape[1])
+    logits = router_logits(x, weights, experts)
+    token_weights, chosen = choose_experts(logits, weights.router_bias, experts)
+    downs = weights.down.view(-1, x.shape[1], weights.down.shape[1])
+    ups = weights.up.view(len(downs), -1, x.shape[1])
     out = torch.zeros_like(x)
     for expert in torch.unique(chosen).tolist():
+        if not 0 <= expert - first_expert < len(downs):
+            continue
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
-        inner = activate(F.linear(x[tokens], ups[expert]), None)
-        out.index_add_(0, tokens, F.linear(inner, downs[expert]) * weights[tokens, place, None])
+        inner = activate(F.linear(x[tokens], ups[expert - first_expert]), None)
+        product = F.linear(inner, downs[expert - first_expert])
+        out.index_add_(0, tokens, (product * token_weights[tokens, place, None]).to(out.dtype))
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from hbserve.attention.base import Attention
 from hbserve.layers.activations import ACTIVATIONS
-from hbserve.layers.experts import mix_experts
+from hbserve.layers.experts import ExpertWeights, mix_experts
 from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
 from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from hbserve.layers.grouped_experts import GroupedExperts
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class LayerOps:
         self._is_gated, self._norms_projections = family.is_gated, family.qk_norm == "projection"
         self._residual_scale = spec.scales.residual
         self._experts = spec.experts
+        self._grouped_experts = _group_experts(spec, device, parallel)
         # that kernel knows only one kind of norm, and adds the sum as it is
         self._sum_and_norm = None if spec.unfused_features else parallel.sum_and_norm
 
@@ -133,16 +137,37 @@ class LayerOps:
             stream.pending = stream.pending * self._residual_scale
 
     def add_experts(
-        self, stream: ResidualStream, in_norm: Tensor | None, router: Tensor, up: Linear, down: Linear
+        self, stream: ResidualStream, in_norm: Tensor | None, weights: ExpertWeights, layer: int, slots: Tensor
     ) -> None:
         """Compute the norm of the stream by experts, and leave the result pending in the stream.
 
-        Each rank has a slice of every expert; all ranks choose the same experts.
+        Each rank has some of the experts, or a slice of every expert; all ranks choose the same experts.
+
+        Args:
+            slots: int64 ``[tokens]``; a padded token has a negative one.
         """
         assert self._experts is not None, "the model has experts"
         x = self.norm(stream, in_norm)
-        part = mix_experts(x, router, up.weight, down.weight, self._experts, self._activate)
+        if self._grouped_experts is None:
+            part = mix_experts(x, weights, self._experts, self._activate)
+        else:
+            place = None if self.parallel.summand_place is None else self.parallel.summand_place((*x.shape,), x.dtype)
+            part = torch.empty_like(x) if place is None else place
+            self._grouped_experts.mix(layer, x, weights, slots, part)
+            if place is not None and weights.shared_up is None and self._sum_and_norm is not None:
+                stream.pending, stream.sum_and_norm = part, self._sum_and_norm
+                return
+        if weights.shared_up is not None:
+            part += self._shared_expert(x, weights)
         stream.pending = self.parallel.reduce(part)
+
+    def _shared_expert(self, x: Tensor, weights: ExpertWeights) -> Tensor:
+        """Compute this rank's part of the expert that computes every token."""
+        assert weights.shared_up is not None, "the model has such an expert"
+        assert weights.shared_down is not None, "it has both matrices"
+        inner = self._activate(self.linear(x, Linear(weights.shared_up)), None)
+        out = self.linear(inner, Linear(weights.shared_down))
+        return out if weights.shared_gate is None else out * F.linear(x, weights.shared_gate).sigmoid()
 
     def _leave_pending(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
         parallel = self.parallel
@@ -233,11 +258,31 @@ class FusedOps(LayerOps):
         else:
             super().add_linear(stream, x, layer)
 
+    def add_experts(
+        self, stream: ResidualStream, in_norm: Tensor | None, weights: ExpertWeights, layer: int, slots: Tensor
+    ) -> None:
+        experts = self._grouped_experts
+        assert experts is not None, "experts without kernels are an unfused feature"
+        if self.parallel.size > 1 or weights.shared_up is not None or not experts.adds(stream.total.shape[0]):
+            super().add_experts(stream, in_norm, weights, layer, slots)
+        else:
+            experts.mix(layer, self.norm(stream, in_norm), weights, slots, stream.total, is_added=True)
+
     def rotate_and_store(
         self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
         cache, slots = attention.kv_cache[:, layer], attention.slot_mapping
         self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out)
+
+
+def _group_experts(spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> GroupedExperts | None:
+    """Return the kernels for experts; None: the model has no experts, or there are no kernels for them."""
+    experts = spec.experts
+    if experts is None or not has_triton(device) or experts.num_groups > 1 or spec.family.activation != "silu":
+        return None
+    from hbserve.layers.grouped_experts import GroupedExperts
+
+    return GroupedExperts(experts, (0, experts.num_experts), device)
 
 
 def has_triton(device: torch.device) -> bool:

@@ -62,14 +62,20 @@ class Scales:
 class Experts:
     """A mixture of experts in place of the feed-forward layer (Shazeer et al. 2017, Fedus et al. 2021).
 
-    A router scores the experts with a softmax. Each token is computed by the best ones; their outputs are weighted by
-    the scores.
+    A router scores the experts. Each token is computed by the best ones; their outputs are weighted by the scores.
 
     Attributes:
         num_experts, num_chosen: experts of a layer, and of a token.
         inner_size: width of an expert.
         is_renormalised: the weights of a token are divided by their sum.
         layers: per layer, whether it has experts.
+        scoring: function of the router's outputs that makes scores. A ``sigmoid`` router computes in float32 and has a
+            bias that counts in the choice, not in the weights (DeepSeek-AI 2024, section 2.1.2).
+        num_groups, num_chosen_groups: equal groups of experts, and how many of them the experts of a token are chosen
+            from: those with the greatest sums of their two best scores (ibid.).
+        scale: factor of the weights.
+        shared_size: width of the expert that computes every token; 0: there is none.
+        has_shared_gate: the output of that expert has a weight, the sigmoid of a product with the input.
     """
 
     num_experts: int
@@ -77,6 +83,12 @@ class Experts:
     inner_size: int
     is_renormalised: bool
     layers: tuple[bool, ...]
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    scale: float = 1.0
+    shared_size: int = 0
+    has_shared_gate: bool = False
 
 
 def _no_scales(config: Any) -> Scales:
@@ -92,7 +104,8 @@ class Family:
         norm: kind of all its norms.
         norms: where a layer has norms.
         qk_norm: RMS norms of queries and keys before the rotary embedding: of each ``head``, or of the whole
-            ``projection``; None: there are none.
+            ``projection``; None: there are none. ``qk_norm_key`` is a key of ``config.json`` without which there are
+            none; None: no key matters.
         qkv, up: names of matrices that read one input, in the order of their rows. One name for several matrices is a
             tensor that holds all of them.
         mlp: name of the feed-forward layer.
@@ -107,9 +120,11 @@ class Family:
         has_rope_by_type: ``rope_parameters`` has one entry for each type of layer.
         rotated_layers: reads from transformers' configuration, for each layer, whether it has a rotary embedding; None:
             all have one.
+        has_draft_layers: checkpoints may have more layers than the model; they draft tokens, and stay unread.
         is_uniform: all layers have the same attention; transformers ignores ``layer_types``.
         experts: reads the mixture of experts from transformers' configuration; None: there is none. In the checkpoint
             the router is ``gate``, and each expert has the names of a feed-forward layer under ``experts.<i>``.
+        shared_expert: name of the expert that computes every token.
         scales: reads factors and soft caps from transformers' configuration.
         keys: other keys of ``config.json`` that the fields above depend on.
         fixed: keys with the values that the forward pass computes; other values are refused.
@@ -120,6 +135,7 @@ class Family:
     norm: NormKind = "rms"
     norms: LayerNorms = LayerNorms()
     qk_norm: Literal["head", "projection"] | None = None
+    qk_norm_key: str | None = None
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     o: str = "o_proj"
     mlp: str = "mlp"
@@ -136,8 +152,10 @@ class Family:
     is_interleaved: bool = False
     has_rope_by_type: bool = False
     rotated_layers: Callable[[Any], Any] | None = None
+    has_draft_layers: bool = False
     is_uniform: bool = False
     experts: Callable[[Any], Experts] | None = None
+    shared_expert: str = "shared_experts"
     scales: Callable[[Any], Scales] = _no_scales
     keys: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -145,5 +163,6 @@ class Family:
     @property
     def config_keys(self) -> set[str]:
         """Keys of ``config.json`` that this declaration names."""
-        keys = {key for key in (self.qkv_bias, self.o_bias, self.mlp_bias) if isinstance(key, str)}
+        named = (self.qkv_bias, self.o_bias, self.mlp_bias, self.qk_norm_key)
+        keys = {key for key in named if isinstance(key, str)}
         return keys | {self.activation_key, self.norm_eps_key, *self.keys, *self.fixed}

@@ -1,6 +1,29 @@
-"""GLM-4 (GLM Team 2024): half of each head turns, in neighbouring pairs; the later one has four norms in a layer."""
+"""GLM-4 (GLM Team 2024): half of each head turns, in neighbouring pairs; the later one has four norms in a layer.
 
-from hbserve.model_families.declaration import Family, LayerNorms
+GLM-4.5 (GLM Team 2025) has a mixture of experts after its first layers, Llama's norms, and pairs half of the turning
+dimensions apart.
+"""
+
+from typing import Any
+
+from hbserve.model_families.declaration import Experts, Family, LayerNorms
+
+
+def _experts(config: Any) -> Experts:
+    num_dense = config.first_k_dense_replace
+    return Experts(
+        num_experts=config.n_routed_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.moe_intermediate_size,
+        is_renormalised=config.norm_topk_prob,
+        layers=tuple(layer >= num_dense for layer in range(config.num_hidden_layers)),
+        scoring="sigmoid",
+        num_groups=config.n_group,
+        num_chosen_groups=config.topk_group,
+        scale=config.routed_scaling_factor,
+        shared_size=config.moe_intermediate_size * config.n_shared_experts,
+    )
+
 
 GLM = Family(
     "glm",
@@ -19,4 +42,19 @@ GLM4 = Family(
     qkv_bias="attention_bias",
     is_partly_rotated=True,
     is_interleaved=True,
+)
+
+GLM4_MOE = Family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    qk_norm="head",
+    qk_norm_key="use_qk_norm",
+    qkv_bias="attention_bias",
+    is_partly_rotated=True,
+    has_draft_layers=True,
+    experts=_experts,
+    keys=(
+        *("n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        *("n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace"),
+    ),
 )

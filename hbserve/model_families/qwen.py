@@ -1,5 +1,6 @@
 """Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025), dense and with a mixture of experts."""
 
+import dataclasses
 from typing import Any
 
 from hbserve.model_families.declaration import Experts, Family
@@ -19,6 +20,22 @@ def _experts(config: Any) -> Experts:
 
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True)
 
+_EXPERT_KEYS = (
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
+)
+
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    qkv_bias="qkv_bias",
+    experts=lambda config: dataclasses.replace(
+        _experts(config), shared_size=config.shared_expert_intermediate_size, has_shared_gate=True
+    ),
+    shared_expert="shared_expert",
+    keys=(*_EXPERT_KEYS, "shared_expert_intermediate_size"),
+)
+
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
@@ -35,8 +52,5 @@ QWEN3_MOE = Family(
     o_bias="attention_bias",
     is_uniform=True,
     experts=_experts,
-    keys=(
-        *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
-        *("norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
-    ),
+    keys=_EXPERT_KEYS,
 )

@@ -14,11 +14,12 @@ Families differ in the norms, in the activation and in factors (`hbserve.model_f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 from hbserve.attention.base import Attention
+from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.ops import Linear, ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec
@@ -26,26 +27,34 @@ from hbserve.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of one layer; `hbserve.models.weights.WeightTable` says what they are."""
+    """Parameters of one layer; `hbserve.models.weights.WeightTable` says what they are.
+
+    Attributes:
+        mlp: ``up`` and ``down`` of a dense layer, or experts.
+    """
 
     qkv: Linear
     o: Linear
-    up: Linear
-    down: Linear
+    mlp: tuple[Linear, Linear] | ExpertWeights
     attention_in_norm: Tensor | None = None
     attention_out_norm: Tensor | None = None
     mlp_in_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
-    router: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
     @staticmethod
     def build(tensors: dict[str, Tensor]) -> _Layer:
         """Take the layer's tensors, by their names in the `WeightTable`; an unknown name is a TypeError."""
-        names = ("qkv", "o", "up", "down")
-        qkv, o, up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in names)
-        return _Layer(qkv=qkv, o=o, up=up, down=down, **tensors)
+        qkv, o = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in ("qkv", "o"))
+        mlp: tuple[Linear, Linear] | ExpertWeights
+        if "router" in tensors:
+            names = [field.name for field in fields(ExpertWeights) if field.name in tensors]
+            mlp = ExpertWeights(**{name: tensors.pop(name) for name in names})
+        else:
+            up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in ("up", "down"))
+            mlp = (up, down)
+        return _Layer(qkv=qkv, o=o, mlp=mlp, **tensors)
 
 
 class Decoder:
@@ -73,9 +82,25 @@ class Decoder:
 
     @property
     def typical_layers(self) -> list[int]:
-        """Layers that together load every kernel: the first two, and one for each size of sliding window."""
-        windows = self.spec.sliding_windows
-        return sorted({0, min(1, len(self.layers) - 1), *(windows.index(window) for window in set(windows))})
+        """Layers that together load every kernel: the first two, and one for each kind of layer.
+
+        Kinds differ in the size of a sliding window, and in whether there are experts.
+        """
+        windows, experts = self.spec.sliding_windows, self.spec.experts
+        kinds = [windows] if experts is None else [windows, experts.layers]
+        firsts = {values.index(value) for values in kinds for value in set(values)}
+        return sorted({0, min(1, len(self.layers) - 1), *firsts})
+
+    def token_parameters(self, index: int) -> int:
+        """Return how many parameters of this rank's share of a layer take part in the computation of one token."""
+        layer = self.layers[index]
+        count = layer.qkv.weight.numel() + layer.o.weight.numel()
+        if not isinstance(layer.mlp, ExpertWeights):
+            return count + sum(linear.weight.numel() for linear in layer.mlp)
+        assert self.spec.experts is not None, "the model has experts"
+        all_experts = layer.mlp.up.numel() + layer.mlp.down.numel()
+        shared = (0 if weight is None else weight.numel() for weight in (layer.mlp.shared_up, layer.mlp.shared_down))
+        return count + all_experts * self.spec.experts.num_chosen // self.spec.experts.num_experts + sum(shared)
 
     def forward(
         self,
@@ -99,7 +124,7 @@ class Decoder:
             self.before_attention(index, stream, positions, attention, q)
             on_stored(index)
             attention.attend(index, q, attended)
-            self.after_attention(index, stream, attended)
+            self.after_attention(index, stream, attended, attention)
         return self.finish(stream)
 
     def embed(self, token_ids: Tensor) -> ResidualStream:
@@ -120,15 +145,16 @@ class Decoder:
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         ops.rotate_and_store(qkv, norms, positions, attention, index, q)
 
-    def after_attention(self, index: int, stream: ResidualStream, attended: Tensor) -> None:
+    def after_attention(self, index: int, stream: ResidualStream, attended: Tensor, attention: Attention) -> None:
         """Compute the rest of a layer: output projection and feed-forward layer, both added to the stream."""
         layer, ops = self.layers[index], self._ops
         ops.add_linear(stream, attended.flatten(1), layer.o, layer.attention_out_norm)
-        if layer.router is not None:
-            ops.add_experts(stream, layer.mlp_in_norm, layer.router, layer.up, layer.down)
+        if isinstance(layer.mlp, ExpertWeights):
+            ops.add_experts(stream, layer.mlp_in_norm, layer.mlp, index, attention.slot_mapping)
             return
-        inner = ops.norm_up_linear(stream, layer.mlp_in_norm, layer.up)
-        ops.add_linear(stream, inner, layer.down, layer.mlp_out_norm)
+        up, down = layer.mlp
+        inner = ops.norm_up_linear(stream, layer.mlp_in_norm, up)
+        ops.add_linear(stream, inner, down, layer.mlp_out_norm)
 
     def finish(self, stream: ResidualStream) -> Tensor:
         """Return the final norm of the stream, ``[tokens, hidden]``."""

@@ -160,7 +160,10 @@ def _renamed(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> dict[str, str]
 
 
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor adds nothing: rotary frequencies of older checkpoints, or a copy of a tied LM head."""
+    """Whether a tensor adds nothing: old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens."""
+    layer = name.removeprefix("model.layers.").partition(".")[0]
+    if spec.family.has_draft_layers and layer.isdecimal() and int(layer) >= spec.num_layers:
+        return True
     return name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == LM_HEAD)
 
 

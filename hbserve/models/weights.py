@@ -66,8 +66,8 @@ class WeightTable(msgspec.Struct, frozen=True):
     Attributes:
         entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
             ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
-            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. Where there is a ``router``, ``up``
-            and ``down`` are of all experts. A tied ``lm_head`` lies at ``embedding``.
+            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields
+            of `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``.
         num_bytes: size of the arena.
     """
 
@@ -81,13 +81,13 @@ class WeightTable(msgspec.Struct, frozen=True):
         Raises:
             ModelError: ``tp_size`` ranks cannot share the model evenly.
         """
-        dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
         entries, end = {}, 0
         for name, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
             shapes = [part.local_shape for part in parts]
             shape = (sum(s[0] for s in shapes), *shapes[0][1:])
-            entries[name] = WeightEntry(end, shape, dtype_name)
-            end += math.prod(shape) * dtype.itemsize
+            own_dtype = torch.float32 if _is_exact(name, spec) else dtype
+            entries[name] = WeightEntry(end, shape, str(own_dtype).removeprefix("torch."))
+            end += math.prod(shape) * own_dtype.itemsize
             end += -end % ALIGNMENT_BYTES
         if spec.tied_embeddings:
             entries["lm_head"] = entries["embedding"]
@@ -98,6 +98,12 @@ class WeightTable(msgspec.Struct, frozen=True):
         assert arena.dtype == torch.uint8, f"an arena is bytes, not {arena.dtype}"
         assert arena.numel() >= self.num_bytes, f"an arena of {arena.numel()} bytes does not hold {self.num_bytes}"
         return {name: _view(arena, entry) for name, entry in self.entries.items()}
+
+
+def _is_exact(name: str, spec: ModelSpec) -> bool:
+    """Whether a parameter is float32 in every serving dtype: small differences of sigmoids choose the experts."""
+    kind = name.rpartition(".")[2]
+    return kind in ("router", "router_bias") and spec.experts is not None and spec.experts.scoring == "sigmoid"
 
 
 def _view(arena: Tensor, entry: WeightEntry) -> Tensor:
@@ -153,7 +159,7 @@ class _Sharding:
             if name is not None:
                 yield self._norm(place, f"{prefix}{name}")
         yield from self._column_parallel("qkv", spec.qkv_bias, attention, family.qkv, [q, k, k])
-        if family.qk_norm is not None:
+        if family.qk_norm is not None and spec.has_qk_norm:
             whole = _Slice(head_dim, [0, head_dim])
             for name, rows in (("q_norm", q), ("k_norm", k)):
                 size, bounds = rows if family.qk_norm == "projection" else whole
@@ -172,10 +178,19 @@ class _Sharding:
         inner = _Slice(experts.inner_size, list(self._share(experts.inner_size, "the width of experts")))
         names = [f"{prefix}experts.{expert}." for expert in range(experts.num_experts)]
         yield "router", (_part(f"{prefix}gate.weight", (experts.num_experts, hidden)),)
+        if experts.scoring == "sigmoid":
+            yield "router_bias", (_part(f"{prefix}gate.e_score_correction_bias", (experts.num_experts,)),)
         ups = (f"{name}{source}.weight" for name in names for source in family.up)
         yield "up", tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups)
         downs = (f"{name}{family.down}.weight" for name in names)
         yield "down", tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
+        if experts.shared_size:
+            shared = f"{prefix}{family.shared_expert}"
+            rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "the width of the shared expert")))
+            yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2)
+            yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows)
+            if experts.has_shared_gate:
+                yield "shared_gate", (_part(f"{shared}_gate.weight", (1, hidden)),)
 
     def _norm(self, place: str, source: str) -> _Parameter:
         names = ("weight", "bias") if self.spec.family.norm == "layer" else ("weight",)

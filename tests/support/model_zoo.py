@@ -62,6 +62,37 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+        "mlp_only_layers": [1],
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "moe_intermediate_size": 48,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+    },
+    "glm4_moe_groups": {
+        "model_type": "glm4_moe",
+        "num_experts_per_tok": 3,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 2,
+        "use_qk_norm": True,
+        "head_dim": 32,
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40},
     "olmoe": {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2},
     "qwen2": {"model_type": "qwen2"},
@@ -153,6 +184,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Configurations by name; what is not said is `_BASE`'s."""
 
+OWN_ATTENTION = [name for name in MODELS if name not in ("qwen2_moe", "glm4_moe_groups")]
+"""Models that do not share all of their attention with another one here."""
+
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """The random model of that name.
@@ -165,7 +199,8 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     generator = torch.Generator().manual_seed(1234)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
+        for parameter_name, parameter in [*model.named_parameters(), *biases]:
             center = 1.0 if parameter_name.endswith("norm.weight") else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + center)
     return model

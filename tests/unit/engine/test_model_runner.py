@@ -20,7 +20,7 @@ from hbserve.platform import make_platform
 from hbserve.sampling_params import SamplingParams
 from hbserve.worker.events import LayersStored, StepDone, StepEvent
 from hbserve.worker.step_pipeline import StepPipeline
-from tests.support.model_zoo import MODELS, VOCAB_SIZE, save_model
+from tests.support.model_zoo import MODELS, OWN_ATTENTION, VOCAB_SIZE, save_model
 from tests.support.plan_driver import GREEDY, Driver, Sequence
 
 
@@ -57,7 +57,7 @@ def transformers_greedy(model: PreTrainedModel, prompt: list[int], num_new: int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, name)
     runner = make_runner(tmp_path)

@@ -176,6 +176,8 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
         ("olmo2", 4, False, 320),
         ("gemma2", 2, True, 320),
         ("qwen3_moe", 2, False, 320),
+        ("qwen2_moe", 2, False, 320),
+        ("glm4_moe", 2, True, 320),
     ],
 )
 def test_ranks_together_compute_the_whole_model(
@@ -319,6 +321,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ),
         ("mixtral", {"num_local_experts": 30000}, "number of experts of a layer must be in 1..21845, got 30000"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "number of experts of a token must be in 1..6, got 7"),
+        ("glm4_moe", {"n_group": 3, "topk_group": 1}, "8 experts are not 3 groups of 2 or more"),
+        ("glm4_moe", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "must be at most 2, which its groups"),
+        ("glm4_moe", {"routed_scaling_factor": 0.0}, "factor of experts must be positive"),
         ("qwen3", {"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"dtype": "float64"}, "float64 is not supported; .*bfloat16"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
@@ -476,6 +481,15 @@ def test_known_leftovers_are_ignored(tmp_path: Path) -> None:
         },
     )
     load(tmp_path)
+
+
+def test_layers_that_draft_tokens_stay_unread(tmp_path: Path) -> None:
+    save_model(tmp_path, "glm4_moe")
+    edit_weights(tmp_path, **{"model.layers.3.eh_proj.weight": torch.zeros(64, 128)})
+    load(tmp_path)
+    edit_weights(tmp_path, **{"model.layers.2.eh_proj.weight": torch.zeros(64, 128)})
+    with pytest.raises(ModelError, match=r"model.layers.2.eh_proj.weight has no place in Glm4MoeForCausalLM"):
+        load(tmp_path)
 
 
 def test_a_head_of_its_own_is_used_although_the_configuration_ties_it(tmp_path: Path) -> None:

@@ -1,0 +1,329 @@
+"""Triton kernels for the products of experts: each expert's weights are read once for all of its tokens.
+
+One kernel computes gate, up and the activation, one the down projection, weighted. Few tokens (`_FEW_TOKENS`) take
+kernels that read rows of weights as `hbserve.layers.one_row` does, and end with the sum over a token's experts. More
+tokens are grouped by expert (`hbserve.layers.expert_routing`); a product writes one row for each pair of token and
+expert, and a last kernel sums the rows of a token, so every sum has a fixed order.
+
+All sizes of memory follow from the number of tokens, so steps can be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
+from hbserve.layers.experts import ExpertWeights, router_logits
+from hbserve.layers.one_row import one_row_linear
+from hbserve.model_families.declaration import Experts
+from hbserve.platform.cuda_driver import overlaps
+
+_FEW_TOKENS = 2
+"""Up to so many tokens share few experts, and three launches weigh more than reading those experts twice."""
+
+_SLICE_TOKENS = 8192
+"""Tokens that are computed at a time: enough for full speed, and a bound of the memory for rows of pairs."""
+
+_BLOCK_COLUMNS = 1024
+
+
+class _Tiles(NamedTuple):
+    """Launch shape of both products: rows and columns of a tile (gate and up count as two), step of the inner sum."""
+
+    rows: int
+    columns: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+_TILES = (
+    (8, _Tiles(16, 128, 128, 4, 3)),
+    (16, _Tiles(32, 128, 128, 4, 3)),
+    (48, _Tiles(64, 128, 64, 4, 4)),
+)
+"""By the mean number of pairs of an expert, up to which they are used: from public tunings of such kernels on H200."""
+
+_MANY_PAIRS = _Tiles(128, 256, 64, 8, 4)
+_FLOAT32 = _Tiles(32, 64, 32, 4, 2)
+
+
+def _tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> _Tiles:
+    if dtype == torch.float32:
+        return _FLOAT32
+    return next((tiles for pairs, tiles in _TILES if num_pairs <= pairs * num_experts), _MANY_PAIRS)
+
+
+@triton.jit
+def _silu_and_mul(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Compute ``silu(gate) * up`` of float32 values, with the roundings of `hbserve.layers.activations`."""
+    gate = gate.to(dtype).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)
+
+
+@triton.jit
+def _few_up_kernel(  # type: ignore[no-untyped-def]
+    x, weight, chosen, out, num_rows, num_chosen,
+    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    pair = tl.program_id(1)
+    columns = tl.arange(0, block)
+    in_row = columns < size
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.load(chosen + pair).to(tl.int64)
+    if expert >= 0:
+        mask = (rows < num_rows)[:, None] & in_row[None, :]
+        gates = weight + (expert * 2 * num_rows + rows)[:, None] * size + columns[None, :]
+        gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(x + (pair // num_chosen).to(tl.int64) * size + columns, mask=in_row, other=0.0).to(tl.float32)
+        gate = tl.sum(gate * values[None, :], axis=1)
+        up = tl.sum(up * values[None, :], axis=1)
+        activated = _silu_and_mul(gate, up, out.dtype.element_ty)
+        tl.store(out + pair.to(tl.int64) * num_rows + rows, activated, mask=rows < num_rows)
+
+
+@triton.jit
+def _few_down_kernel(  # type: ignore[no-untyped-def]
+    x, weight, chosen, weights, out, num_rows, num_chosen: tl.constexpr,
+    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, is_added: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    token = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, block)
+    in_rows, in_row = rows < num_rows, columns < size
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros([block_rows], tl.float32)
+    for lane in tl.static_range(num_chosen):
+        pair = token * num_chosen + lane
+        expert = tl.load(chosen + pair).to(tl.int64)
+        is_local = expert >= 0
+        mask = in_rows[:, None] & in_row[None, :] & is_local
+        places = weight + (tl.maximum(expert, 0) * num_rows + rows)[:, None] * size + columns[None, :]
+        values = tl.load(x + pair * size + columns, mask=in_row & is_local, other=0.0).to(tl.float32)
+        product = tl.sum(tl.load(places, mask=mask, other=0.0).to(tl.float32) * values[None, :], axis=1)
+        total += product * tl.load(weights + pair).to(tl.float32)
+    target = out + token * num_rows + rows
+    if is_added:
+        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(target, mask=in_rows, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out.dtype.element_ty), mask=in_rows)
+
+
+@triton.jit
+def _grouped_up_kernel(  # type: ignore[no-untyped-def]
+    x, weight, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
+    overlap: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) // num_blocks
+    column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    if tile < tl.load(num_tiles):
+        expert = tl.load(tile_experts + tile).to(tl.int64)
+        row = tile * rows + tl.arange(0, rows)
+        in_rows, in_columns = row < tl.load(ends + expert), column < num_columns
+        pair = tl.load(pairs + row, mask=in_rows, other=0)
+        lanes = tl.arange(0, step)
+        inputs = x + (pair // num_chosen).to(tl.int64)[:, None] * size + lanes[None, :]
+        gates = weight + (expert * 2 * num_columns + column)[None, :] * size + lanes[:, None]
+        ups = gates + num_columns.to(tl.int64) * size
+        gate = tl.zeros([rows, columns], tl.float32)
+        up = tl.zeros([rows, columns], tl.float32)
+        for begin in range(0, size, step):
+            in_row = lanes < size - begin
+            values = tl.load(inputs + begin, mask=in_rows[:, None] & in_row[None, :], other=0.0)
+            mask = in_columns[None, :] & in_row[:, None]
+            gate = tl.dot(values, tl.load(gates + begin, mask=mask, other=0.0), gate, input_precision=precision)
+            up = tl.dot(values, tl.load(ups + begin, mask=mask, other=0.0), up, input_precision=precision)
+        target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
+        activated = _silu_and_mul(gate, up, out.dtype.element_ty)
+        tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _grouped_down_kernel(  # type: ignore[no-untyped-def]
+    x, weight, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
+    overlap: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) // num_blocks
+    column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    if tile < tl.load(num_tiles):
+        expert = tl.load(tile_experts + tile).to(tl.int64)
+        row = tile * rows + tl.arange(0, rows)
+        in_rows, in_columns = row < tl.load(ends + expert), column < num_columns
+        pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
+        lanes = tl.arange(0, step)
+        inputs = x + pair[:, None] * size + lanes[None, :]
+        places = weight + (expert * num_columns + column)[None, :] * size + lanes[:, None]
+        total = tl.zeros([rows, columns], tl.float32)
+        for begin in range(0, size, step):
+            in_row = lanes < size - begin
+            values = tl.load(inputs + begin, mask=in_rows[:, None] & in_row[None, :], other=0.0)
+            mask = in_columns[None, :] & in_row[:, None]
+            total = tl.dot(values, tl.load(places + begin, mask=mask, other=0.0), total, input_precision=precision)
+        total *= tl.load(weights + pair, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+        target = out + pair[:, None] * num_columns + column[None, :]
+        tl.store(target, total.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    rows, chosen, out, size, num_chosen: tl.constexpr, block: tl.constexpr, overlap: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    mask = columns < size
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros([block], tl.float32)
+    for lane in tl.static_range(num_chosen):
+        pair = token * num_chosen + lane
+        is_local = tl.load(chosen + pair) >= 0  # no product has written other rows
+        total += tl.load(rows + pair * size + columns, mask=mask & is_local, other=0.0).to(tl.float32)
+    tl.store(out + token * size + columns, total.to(out.dtype.element_ty), mask=mask)
+
+
+class GroupedExperts:
+    """The experts of all layers of a model on a GPU.
+
+    Not thread-safe: all calls launch into one stream.
+
+    Args:
+        local: first and number of this rank's experts.
+
+    Attributes:
+        totals: int64 ``[layers, local experts]``, how many tokens each expert has computed.
+    """
+
+    def __init__(self, experts: Experts, local: tuple[int, int], device: torch.device) -> None:
+        assert experts.num_groups == 1, "the kernels do not choose among groups of experts"
+        self._experts, self._local = experts, local
+        self.totals = torch.zeros(len(experts.layers), local[1], dtype=torch.int64, device=device)
+        self._counts = torch.zeros(local[1], dtype=torch.int32, device=device)  # zero between two layers
+
+    def mix(
+        self, layer: int, x: Tensor, weights: ExpertWeights, slots: Tensor | None, out: Tensor, is_added: bool = False
+    ) -> None:
+        """Compute `hbserve.layers.experts.mix_experts` of ``x``, without the expert that computes every token.
+
+        Args:
+            x: contiguous ``[tokens, hidden]``.
+            slots: int64 ``[tokens]``, negative for a padded token, whose result is zero; None: no token is padded.
+            out: contiguous ``[tokens, hidden]``, receives the result.
+            is_added: add the result to ``out``; only where `adds` says so.
+        """
+        for begin in range(0, x.shape[0], _SLICE_TOKENS):
+            rows = slice(begin, begin + _SLICE_TOKENS)
+            part = None if slots is None else slots[rows]
+            self._mix(layer, x[rows], weights, part, out[rows], is_added)
+
+    @staticmethod
+    def adds(num_tokens: int) -> bool:
+        """Whether the kernels for so many tokens can add their result to a tensor."""
+        return num_tokens <= _FEW_TOKENS
+
+    def _mix(
+        self, layer: int, x: Tensor, weights: ExpertWeights, slots: Tensor | None, out: Tensor, is_added: bool
+    ) -> None:
+        logits = router_logits(x, weights, self._experts, one_row_linear if x.shape[0] == 1 else F.linear)
+        is_few = self.adds(x.shape[0])
+        pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
+        memory = None if is_few else self._group_memory(x)
+        # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
+        choice = choose(
+            logits, weights.router_bias, self._experts, self._local, slots, self.totals[layer],
+            None if is_few else self._counts,
+        )  # fmt: skip
+        if memory is None:
+            self._mix_few(x, weights, choice, pairs, out, is_added)
+            return
+        assert not is_added, "only the kernels for few tokens add their result"
+        group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
+        self._mix_grouped(x, weights, choice, memory, pairs, out)
+
+    def _mix_few(
+        self, x: Tensor, weights: ExpertWeights, choice: Choice, pairs: Tensor, out: Tensor, is_added: bool
+    ) -> None:
+        (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
+        overlap = overlaps(x.device)
+        block = triton.next_power_of_2(hidden)
+        block_rows, num_warps = _few_shape(block, 2)
+        _few_up_kernel[(triton.cdiv(inner, block_rows), num_tokens * num_chosen)](
+            x, weights.up, choice.experts, pairs, inner, num_chosen, hidden, block, block_rows, overlap,
+            num_warps=num_warps, launch_pdl=overlap,
+        )  # fmt: skip
+        block = triton.next_power_of_2(inner)
+        block_rows, num_warps = _few_shape(block, 1)
+        _few_down_kernel[(triton.cdiv(hidden, block_rows), num_tokens)](
+            pairs, weights.down, choice.experts, choice.weights, out, hidden, num_chosen, inner, block, block_rows,
+            is_added, overlap, num_warps=num_warps, launch_pdl=overlap,
+        )  # fmt: skip
+
+    def _group_memory(self, x: Tensor) -> _GroupMemory:
+        num_pairs, num_experts = x.shape[0] * self._experts.num_chosen, self._local[1]
+        # the mean over all experts, since other ranks have their share of the pairs
+        tiles = _tiles(num_pairs, self._experts.num_experts, x.dtype)
+        count = max_tiles(num_pairs, num_experts, tiles.rows)
+        sizes = (count * tiles.rows, count, num_experts, 1, num_experts)
+        *groups, starts = (torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
+        rows = x.new_empty(num_pairs, x.shape[1])
+        return _GroupMemory(Groups(*groups), starts, tiles, rows)
+
+    def _mix_grouped(
+        self, x: Tensor, weights: ExpertWeights, choice: Choice, memory: _GroupMemory, pairs: Tensor, out: Tensor
+    ) -> None:
+        (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
+        groups, tiles = memory.groups, memory.tiles
+        precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 products only
+        overlap = overlaps(x.device)
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "launch_pdl": overlap}
+        num_blocks = triton.cdiv(inner, tiles.columns // 2)
+        _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
+            x, weights.up, *groups, pairs, inner, num_chosen, num_blocks,
+            hidden, tiles.rows, tiles.columns // 2, tiles.step, precision, overlap, **options,
+        )  # fmt: skip
+        num_blocks = triton.cdiv(hidden, tiles.columns)
+        _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
+            pairs, weights.down, *groups, choice.weights, memory.rows, hidden, num_blocks,
+            inner, tiles.rows, tiles.columns, tiles.step, precision, overlap, **options,
+        )  # fmt: skip
+        _sum_kernel[(num_tokens, triton.cdiv(hidden, _BLOCK_COLUMNS))](
+            memory.rows, choice.experts, out, hidden, num_chosen, _BLOCK_COLUMNS, overlap, launch_pdl=overlap
+        )
+
+
+class _GroupMemory(NamedTuple):
+    """Memory of a grouped step. Attributes: rows: ``[pairs, hidden]``, the weighted outputs."""
+
+    groups: Groups
+    starts: Tensor
+    tiles: _Tiles
+    rows: Tensor
+
+
+def _few_shape(lanes: int, num_matrices: int) -> tuple[int, int]:
+    """Choose rows and warps of a program that reads rows of ``lanes`` elements of one or two matrices.
+
+    As in `hbserve.layers.one_row`, whose sweep on an H200 gave 8 rows up to 2048 lanes, and half with a gate.
+    """
+    block_rows = max(1, min(8, 16384 // lanes) // num_matrices)
+    return block_rows, max(1 if lanes < 4096 else 4, min(16, block_rows * lanes // 4096))

@@ -1,0 +1,149 @@
+"""The kernels of experts against plain torch, at odd sizes and skewed loads; also suitable for compute-sanitizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+from hbserve.layers.activations import silu_and_mul  # noqa: E402
+from hbserve.layers.experts import ExpertWeights, choose_experts, mix_experts, router_logits  # noqa: E402
+from hbserve.layers.grouped_experts import GroupedExperts  # noqa: E402
+from hbserve.model_families.declaration import Experts  # noqa: E402
+
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def mixture(num_experts: int, num_chosen: int, inner: int, is_sigmoid: bool = False) -> Experts:
+    if not is_sigmoid:
+        return Experts(num_experts, num_chosen, inner, True, (False, True))
+    return Experts(num_experts, num_chosen, inner, True, (False, True), scoring="sigmoid", scale=2.5)
+
+
+def parameters(experts: Experts, hidden: int, skew: float) -> ExpertWeights:
+    """Make weights; with ``skew`` the router prefers some experts by far."""
+    router = random(experts.num_experts, hidden) * torch.logspace(0, -skew, experts.num_experts, device=DEVICE)[:, None]
+    is_sigmoid = experts.scoring == "sigmoid"
+    return ExpertWeights(
+        router=router.float() * 0.05 if is_sigmoid else router.to(DTYPE),
+        up=random(experts.num_experts * 2 * experts.inner_size, hidden, scale=hidden**-0.5),
+        down=random(experts.num_experts * hidden, experts.inner_size, scale=experts.inner_size**-0.5),
+        router_bias=torch.randn(experts.num_experts, device=DEVICE) if is_sigmoid else None,
+    )
+
+
+def expected(x: torch.Tensor, weights: ExpertWeights, experts: Experts) -> torch.Tensor:
+    """Compute the mixture in float32, with the experts that the router chooses in its own dtype."""
+    token_weights, chosen = choose_experts(router_logits(x, weights, experts), weights.router_bias, experts)
+    ups = weights.up.float().view(experts.num_experts, -1, x.shape[1])
+    downs = weights.down.float().view(experts.num_experts, x.shape[1], -1)
+    out = torch.zeros(x.shape, device=DEVICE)
+    for expert in range(experts.num_experts):
+        inner = silu_and_mul(F.linear(x.float(), ups[expert]))
+        share = token_weights.float().where(chosen == expert, 0).sum(-1, keepdim=True)
+        out += F.linear(inner, downs[expert]) * share
+    return out
+
+
+def assert_close(actual: torch.Tensor, target: torch.Tensor) -> None:
+    """Compare rows: gate and up are rounded to the dtype, so an element may be off by a rounding of the largest."""
+    tolerance = 2 * torch.finfo(DTYPE).eps if DTYPE.itemsize == 2 else 1e-5
+    torch.testing.assert_close(actual.float(), target, atol=tolerance * target.abs().max().item(), rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_chosen", "hidden", "inner", "is_sigmoid"),
+    [(128, 8, 256, 96, False), (8, 2, 320, 200, False), (60, 4, 176, 88, True), (5, 3, 64, 32, True)],
+)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 37, 300])
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_experts(
+    num_experts: int, num_chosen: int, hidden: int, inner: int, is_sigmoid: bool, num_tokens: int, skew: float
+) -> None:
+    experts = mixture(num_experts, num_chosen, inner, is_sigmoid)
+    weights = parameters(experts, hidden, skew)
+    grouped = GroupedExperts(experts, (0, num_experts), DEVICE)
+    x = random(num_tokens, hidden)
+    slots = torch.arange(num_tokens, device=DEVICE)
+    slots[num_tokens - 1 :: 5] = -1  # padded rows; the last one is, and so none is left of a single token
+    for given in (None, slots):
+        target = expected(x, weights, experts)
+        if given is not None:
+            target[given < 0] = 0
+        out = torch.full_like(x, math.nan)
+        grouped.mix(1, x, weights, given, out)
+        assert_close(out, target)
+    if grouped.adds(num_tokens):
+        residual = random(num_tokens, hidden)
+        total = residual + expected(x, weights, experts)
+        grouped.mix(1, x, weights, None, residual, is_added=True)
+        assert_close(residual, total)
+    assert not grouped.totals[0].any()
+    counted = 2 * num_tokens - int((slots < 0).sum()) + (num_tokens if grouped.adds(num_tokens) else 0)
+    assert grouped.totals[1].sum().item() == counted * num_chosen
+    plain = mix_experts(x, weights, experts, silu_and_mul)
+    assert_close(plain, expected(x, weights, experts))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_ranks_have_whole_experts(num_tokens: int) -> None:
+    experts = mixture(12, 3, 64)
+    weights = parameters(experts, 128, 0.0)
+    x = random(num_tokens, 128)
+    total = torch.zeros(x.shape, device=DEVICE)
+    for first, count in ((0, 4), (4, 8)):
+        ups = weights.up[first * 128 : (first + count) * 128]
+        downs = weights.down[first * 128 : (first + count) * 128]
+        part = torch.full_like(x, math.nan)
+        grouped = GroupedExperts(experts, (first, count), DEVICE)
+        grouped.mix(1, x, dataclasses.replace(weights, up=ups, down=downs), None, part)
+        total += part
+    assert_close(total, expected(x, weights, experts))
+
+
+def test_all_tokens_choose_one_expert() -> None:
+    experts = mixture(16, 1, 64)
+    weights = parameters(experts, 64, 0.0)
+    weights.router.copy_(torch.eye(16, 64) * 100)
+    x = random(700, 64)
+    x[:, 3] = 10
+    grouped = GroupedExperts(experts, (0, 16), DEVICE)
+    out = torch.full_like(x, math.nan)
+    grouped.mix(0, x, weights, None, out)
+    assert grouped.totals[0].argmax() == 3
+    assert_close(out, expected(x, weights, experts))
+
+
+def test_a_captured_graph_chooses_anew() -> None:
+    """A replay with other inputs takes other experts: nothing of the choice is left on the host."""
+    experts = mixture(32, 4, 64)
+    weights = parameters(experts, 128, 0.0)
+    grouped = GroupedExperts(experts, (0, 32), DEVICE)
+    x = random(24, 128)
+    out = torch.empty_like(x)
+    for _ in range(2):
+        grouped.mix(0, x, weights, None, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grouped.mix(0, x, weights, None, out)
+    for _ in range(3):
+        x.copy_(random(24, 128))
+        graph.replay()
+        assert_close(out, expected(x, weights, experts))
