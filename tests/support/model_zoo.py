@@ -197,7 +197,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     options = _BASE | MODELS[name] | changes
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     generator = torch.Generator().manual_seed(1234)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # With a soft cap, some versions of transformers choose torch's attention, which has none.
+    kernel = {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kernel).eval()
     with torch.no_grad():
         biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
         for parameter_name, parameter in [*model.named_parameters(), *biases]:

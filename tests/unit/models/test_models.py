@@ -114,7 +114,9 @@ def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: 
     ours = our_logits(tmp_path, token_ids, dtype, platform).float()
     our_error, reference_error = ((x - exact).square().mean().sqrt().item() for x in (ours, reference_logits))
     assert our_error < 1.25 * reference_error
-    assert reference_error < 0.1 * exact.std().item(), "the reference itself is wrong"
+    # where a rounding decides between two experts, the error is that of another expert's answer
+    largest = 0.1 if getattr(reference.config, "num_experts_per_tok", None) is None else 0.3
+    assert reference_error < largest * exact.std().item(), "the reference itself is wrong"
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
