@@ -62,15 +62,26 @@ def free_gpus() -> list[int]:
     numbers = list(range(num_visible_gpus()))
     if os.environ.get(_VISIBLE_VARIABLE) is not None:
         return numbers
+    memory = _memory()
+    return [number for number in numbers if not _is_taken(memory[number : number + 1])]
+
+
+def smallest_gpu_bytes() -> int | None:
+    """Return the memory of the driver's smallest GPU; None if it is unknown."""
+    return min((int(total * 2**20) for _, total in filter(None, _memory())), default=None)
+
+
+def _memory() -> list[tuple[float, float] | None]:
+    """Return MiB used and MiB in all of each of the driver's GPUs; None where they cannot be read."""
     result = _run(["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"])
     lines = result.stdout.split("\n")[:-1] if result is not None and result.returncode == 0 else []
-    used = [[float(part) for part in line.split(",") if part.strip().isdecimal()] for line in lines]
-    return [number for number in numbers if not _is_taken(used[number : number + 1])]
+    parts = [[float(part) for part in line.split(",") if part.strip().isdecimal()] for line in lines]
+    return [(part[0], part[1]) if len(part) == 2 else None for part in parts]
 
 
-def _is_taken(used: list[list[float]]) -> bool:
-    """Whether the one line of used and total memory says so; one that cannot be read does not."""
-    return any(len(memory) == 2 and memory[0] > _TAKEN_SHARE * memory[1] for memory in used)
+def _is_taken(memory: list[tuple[float, float] | None]) -> bool:
+    """Whether the one entry of used and total memory says so; one that cannot be read does not."""
+    return any(used > _TAKEN_SHARE * total for used, total in filter(None, memory))
 
 
 def compute_capability(gpu_id: int) -> str | None:

@@ -6,10 +6,10 @@ child process (`hbserve.simulate.prediction`).
 The choice, in order:
 
 1. On the CPU, and where Ray places the instances: one unified worker.
-2. On GPUs: as many replicas of a unified worker as there are GPUs, unless another candidate is predicted to serve more
-   requests of the standard loads within the targets, by more than its own predictions have been wrong
-   (`PREDICTION_ERRORS`). Candidates on one GPU are the SLO controller; on several, prefill and decode on GPUs of their
-   own.
+2. On GPUs: as many GPUs for an instance as the weights need (`hbserve.system.rank_count`), and as many replicas of a
+   unified worker as there is room for, unless another candidate is predicted to serve more requests of the standard
+   loads within the targets, by more than its own predictions have been wrong (`PREDICTION_ERRORS`). Candidates on one
+   GPU are the SLO controller; on several, prefill and decode on GPUs of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.profile_store import FoundProfile, find_profile
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.process.parent import ChildProcess
+from hbserve.system.rank_count import num_ranks_needed
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,19 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
     Args:
         config: of any mode; its model is a folder.
         predict: returns the predictions; default: in a child process.
+
+    Raises:
+        ConfigError: mode is ``auto``, and the GPUs cannot hold the model.
     """
     is_auto = config.mode == "auto"
     found, model = None, config.model
     if model.device != "cpu" and config.launcher != "ray" and mps.num_visible_gpus():
+        if is_auto and config.gpu_instances == default_instances("auto", model.tensor_parallel_size):
+            model = msgspec.structs.replace(
+                model, tensor_parallel_size=num_ranks_needed(model, len(mps.free_gpus()), mps.smallest_gpu_bytes())
+            )
+            instances = default_instances("auto", model.tensor_parallel_size)
+            config = msgspec.structs.replace(config, model=model, gpu_instances=instances)
         found = find_profile(Path(model.path), mps.gpus()[0], model.dtype, model.tensor_parallel_size)
     targets = _targets(config, found)
     if targets.source != _CONFIGURATION:

@@ -13,6 +13,7 @@ import pytest
 from hbserve import PdDisaggConfig
 from hbserve.config import Config, from_dict
 from hbserve.config.flat import PdDisaggConfig as Flat
+from hbserve.errors import ConfigError
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.model_source import SHAPES
 from hbserve.policy.profile_file import load_profile, profiled_predictor, save_profile
@@ -140,6 +141,17 @@ def test_gpus_that_others_use_are_left_alone(gpus: Callable[..., None], monkeypa
     places = [{"instance_id": f"unified-{i}", "instance_type": "unified", "gpu_id": i + 4} for i in range(2)]
     chosen, _ = choose(config(mode="auto", gpu_instances=places), Predictions(**{"1p1d": 0.9}))
     assert roles(chosen) == [("prefill-0", "prefill", 4), ("decode-0", "decode", 5)]
+
+
+def test_a_large_model_gets_as_many_gpus_as_its_weights_need(gpus: Callable[..., None]) -> None:
+    gpus(0, 0, 0, 0)  # of 105 GB each
+    large = {"model": {"path": str(SHAPES / "llama-3.1-70b"), "load_format": "dummy"}}  # 141 GB in bfloat16
+    chosen, _ = choose(from_dict(large), Predictions())
+    assert [(i.gpu_id, i.tensor_parallel_size) for i in chosen.gpu_instances] == [(0, 2), (2, 2)]
+    gpus(0)
+    with pytest.raises(ConfigError, match=r"take 141\.1 GB.* need 2 GPUs, and there are 1"):
+        choose(from_dict(large), Predictions())
+    assert choose(from_dict(large | {"mode": "unified"}))[0].gpu_instances[0].tensor_parallel_size == 1
 
 
 def test_configured_modes_and_targets_stay(gpus: Callable[..., None]) -> None:
