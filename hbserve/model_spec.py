@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -20,6 +20,7 @@ from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATION_NAMES, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
+from hbserve.weight_format import ON_LOAD, Fp8Format, read_weight_format
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
@@ -68,6 +69,7 @@ class ModelSpec:
         sliding_windows: per layer, the number of latest tokens that a token sees, itself included; None: all.
         dtype: dtype of the checkpoint.
         experts: the mixture of experts of some or all layers; None: all layers are dense.
+        weight_format: format of the matrices in the arena; None: all are in the serving dtype.
     """
 
     architecture: str
@@ -90,6 +92,7 @@ class ModelSpec:
     scales: Scales = field(default_factory=Scales)
     experts: Experts | None = None
     has_qk_norm: bool = True
+    weight_format: Fp8Format | None = None
 
     @property
     def family(self) -> Family:
@@ -107,6 +110,7 @@ class ModelSpec:
             f"the activation {family.activation}": family.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
             "groups of experts": self.experts is not None and self.experts.num_groups > 1,
+            "FP8 weights": self.weight_format is not None,
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
             "layers without a rotary embedding": None in self.ropes,
@@ -116,8 +120,11 @@ class ModelSpec:
         return [name for name, is_used in features.items() if is_used]
 
     @staticmethod
-    def load(folder: str | Path) -> ModelSpec:
+    def load(folder: str | Path, quantization: Literal["fp8"] | None = None) -> ModelSpec:
         """Read ``config.json`` of a model folder.
+
+        Args:
+            quantization: ``fp8`` quantises the matrices while they are loaded, if the checkpoint's are not FP8 already.
 
         Raises:
             ModelError: the file cannot be read, or names something that is not supported.
@@ -130,14 +137,17 @@ class ModelSpec:
         try:
             # These checks come first: transformers' message for an unknown model does not say what is supported.
             model_type, family = _family(document)
-            _refuse_quantised(document)
+            weight_format = read_weight_format(document)
             given = {key: document[key] for key in {*_CONFIG_KEYS, *family.config_keys} if key in document}
             check_rope_numbers(given)
             try:
                 config = CONFIG_MAPPING[model_type].from_dict(given)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception
                 raise ModelError(f"transformers cannot read it: {_first_lines(error)}") from error
-            return _from_config(family, config, _dtype(document, folder), _has_tied_head(config, folder))
+            spec = _from_config(family, config, _dtype(document, folder), _has_tied_head(config, folder))
+            if weight_format is not None and spec.experts is not None:
+                raise ModelError("a quantised checkpoint with experts is not supported; supported are unquantised ones")
+            return replace(spec, weight_format=weight_format or (ON_LOAD if quantization == "fp8" else None))
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error.__cause__
 
@@ -179,15 +189,6 @@ def _first_lines(error: Exception) -> str:
     """Shorten an error of transformers to one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _refuse_quantised(document: dict[str, Any]) -> None:
-    quantization = document.get("quantization_config") or document.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"the checkpoint is quantised ({method}); supported are unquantised ones in {', '.join(DTYPES)}"
-        )
 
 
 def _from_config(family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool) -> ModelSpec:

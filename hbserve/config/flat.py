@@ -49,6 +49,7 @@ class PdDisaggConfig:
     tensor_parallel_size: int | None = None
     max_model_len: int | None = None
     attention_backend: str | None = None
+    quantization: str | None = None
     seed: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None

@@ -70,6 +70,7 @@ class ModelConfig(Section, frozen=True):
         tensor_parallel_size: ranks of an instance: 1, 2, 4 or 8; an instance may override it.
         max_model_len: longest prompt plus output, in tokens; default: the limit of the model or of the KV pool.
         attention_backend: ``auto`` takes the fastest backend that supports model and device.
+        quantization: ``fp8`` quantises an unquantised checkpoint while it is loaded; default: as the checkpoint is.
     """
 
     path: str
@@ -82,6 +83,7 @@ class ModelConfig(Section, frozen=True):
     tensor_parallel_size: int = 1
     max_model_len: PositiveInt | None = None
     attention_backend: Literal["auto", "sdpa", "flashinfer", "flash_attn"] = "auto"
+    quantization: Literal["fp8"] | None = None
     seed: NonNegativeInt = 0
 
 

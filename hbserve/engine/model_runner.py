@@ -83,7 +83,7 @@ class ModelRunner:
         self.platform = platform
         self.parallel = parallel = parallel or TensorParallel()
         if attachment is None:
-            self.spec = spec = ModelSpec.load(config.model.path)
+            self.spec = spec = ModelSpec.load(config.model.path, config.model.quantization)
         else:
             self.spec = spec = ModelSpec.from_plain(attachment.spec)
         dtype = dtype_of(config, spec)

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hbserve.layers import fused
+from hbserve.layers.linear import PlainLinear, Rows
 from hbserve.platform.cuda_driver import overlaps
 
 
@@ -121,6 +123,41 @@ def one_row_linear(
         num_warps=num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return out
+
+
+class PlainKernels:
+    """`hbserve.layers.linear.LinearKernels` of layers without a scheme."""
+
+    def one_row(
+        self,
+        layer: PlainLinear,
+        x: Tensor,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        is_gated: bool = False,
+        out: Tensor | None = None,
+        has_bias: bool = True,
+    ) -> Tensor:
+        bias = layer.bias if has_bias else None
+        return one_row_linear(x, layer.weight, bias, norm=norm, eps=eps, residual=residual, gated=is_gated, out=out)
+
+    def many_rows(self, layer: PlainLinear, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
+        assert isinstance(rows, Tensor), "plain layers read tensors"
+        return layer(rows, out, has_bias=has_bias)
+
+    def norm(self, layer: PlainLinear, pending: Tensor | None, total: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if pending is None:
+            return fused.rms_norm(total, weight, eps)
+        return fused.add_rms_norm_(pending, total, weight, eps)
+
+    def gate(self, layer: PlainLinear, gate_up: Tensor, out: Rows | None) -> Tensor:
+        assert out is None or isinstance(out, Tensor), "plain layers read tensors"
+        return fused.silu_and_mul(gate_up, out)
+
+    def memory(self, layer: PlainLinear, num_rows: int, num_inputs: int) -> Tensor:
+        return torch.empty(num_rows, num_inputs, dtype=layer.dtype, device=layer.weight.device)
 
 
 def _parts(size: int) -> tuple[int, int]:

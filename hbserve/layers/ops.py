@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.layers.activations import ACTIVATIONS
 from hbserve.layers.experts import ExpertWeights, mix_experts
+from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
 from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
 from hbserve.layers.rotary import RotaryEmbedding
@@ -34,13 +35,6 @@ _UP_ROWS = 2048
 HeadNorms = tuple[Tensor, Tensor] | None
 """Parameters of the norms of q and k: ``[head_dim]``, or ``[heads * head_dim]`` where the norm is of the whole
 projection; None: the model has no such norms."""
-
-
-class Linear(NamedTuple):
-    """Parameters of a linear layer: ``weight [outputs, inputs]`` and ``bias [outputs]`` or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
 
 
 @dataclass
@@ -69,7 +63,7 @@ class LayerOps:
 
     def __init__(self, spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> None:
         family = spec.family
-        self.eps, self.parallel = spec.norm_eps, parallel
+        self.eps, self.parallel, self.device = spec.norm_eps, parallel, device
         rotaries = {rope: RotaryEmbedding(rope, spec.head_dim, device) for rope in {*spec.ropes} if rope is not None}
         self.rotaries = [None if rope is None else rotaries[rope] for rope in spec.ropes]
         self._norm, self._add_norm_ = NORMS[family.norm], self._add_then_norm
@@ -85,13 +79,10 @@ class LayerOps:
         """Add ``x`` to ``residual`` in place and return the norm of the sum."""
         return self._norm(residual.add_(x), weight, eps)
 
-    def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """Return ``x @ weight.T + bias``."""
-        return F.linear(x, layer.weight, layer.bias)
-
-    def linear_into(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """Write ``x @ weight.T`` to ``out``, contiguous ``[rows of x, rows of weight]``."""
-        return torch.mm(x, weight.t(), out=out)
+    def linear(self, x: Rows, layer: Linear, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
+        """Return ``x @ weight.T + bias``; see `Linear.__call__`."""
+        assert isinstance(x, Tensor), "plain torch computes tensors"
+        return layer(x, out, has_bias=has_bias)
 
     def norm(self, stream: ResidualStream, weight: Tensor | None) -> Tensor:
         """Add what is pending to the stream and return the stream's norm, or the stream if ``weight`` is None."""
@@ -107,26 +98,45 @@ class LayerOps:
         """Apply a linear layer to the norm of the stream."""
         return self.linear(self.norm(stream, norm), layer)
 
-    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
+    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear, reader: Linear) -> Rows:
         """Apply a linear layer with outputs ``gate | up`` to the norm of the stream; return ``activation(gate) * up``.
 
         Without gate, the outputs are ``up`` and the result is ``activation(up)``. Rows are computed in slices, because
         ``gate | up`` is by far the widest tensor of a step.
+
+        Args:
+            reader: the layer that reads the result, in the form that it wants.
         """
-        x = self.norm(stream, norm)
-        num_rows = x.shape[0]
+        x = self._norm_for(stream, norm, layer)
+        num_rows = stream.total.shape[0]
         if num_rows <= _UP_ROWS:
-            return self._activate(self.linear(x, layer), None)
-        out = x.new_empty(num_rows, layer.weight.shape[0] // (2 if self._is_gated else 1))
+            return self._activate_for(reader, self.linear(x, layer), None)
+        out = self._memory_for(reader, num_rows, layer.num_outputs // (2 if self._is_gated else 1))
         for begin in range(0, num_rows, _UP_ROWS):
             rows = slice(begin, begin + _UP_ROWS)
-            self._activate(self.linear(x[rows], layer), out[rows])
+            self._activate_for(reader, self.linear(x[rows], layer), out[rows])
         return out
 
-    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear, norm: Tensor | None = None) -> None:
+    def _norm_for(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Rows:
+        """Return the norm of the stream as ``layer`` reads it."""
+        return self.norm(stream, norm)
+
+    def _activate_for(self, layer: Linear, up: Tensor, out: Rows | None) -> Rows:
+        """Return the activation as ``layer`` reads it, in ``out`` if given."""
+        assert out is None or isinstance(out, Tensor), "plain torch computes tensors"
+        return self._activate(up, out)
+
+    def _memory_for(self, layer: Linear, num_rows: int, num_inputs: int) -> Rows:
+        """Allocate inputs ``[rows, inputs]`` of a layer."""
+        return torch.empty(num_rows, num_inputs, dtype=layer.dtype, device=self.device)
+
+    def add_linear(self, stream: ResidualStream, x: Rows, layer: Linear, norm: Tensor | None = None) -> None:
         """Apply a linear layer to ``x``, then a norm if given, and leave the result pending in the stream.
 
         Each rank has a slice of the layer's inputs and the whole bias.
+
+        Args:
+            x: ``[rows, inputs]``, plain or as ``layer`` reads them.
         """
         assert stream.pending is None, "the norm before must have added what was pending"
         self._leave_pending(stream, x, layer)
@@ -165,18 +175,17 @@ class LayerOps:
         """Compute this rank's part of the expert that computes every token."""
         assert weights.shared_up is not None, "the model has such an expert"
         assert weights.shared_down is not None, "it has both matrices"
-        inner = self._activate(self.linear(x, Linear(weights.shared_up)), None)
-        out = self.linear(inner, Linear(weights.shared_down))
+        inner = self._activate(self.linear(x, PlainLinear(weights.shared_up)), None)
+        out = self.linear(inner, PlainLinear(weights.shared_down))
         return out if weights.shared_gate is None else out * F.linear(x, weights.shared_gate).sigmoid()
 
-    def _leave_pending(self, stream: ResidualStream, x: Tensor, layer: Linear) -> None:
+    def _leave_pending(self, stream: ResidualStream, x: Rows, layer: Linear) -> None:
         parallel = self.parallel
         if parallel.size == 1:
             stream.pending = self.linear(x, layer)
             return
-        place = parallel.summand(x.shape[0], layer.weight)
-        weight = layer.weight
-        summand = self.linear(x, Linear(weight)) if place is None else self.linear_into(x, weight, place)
+        place = parallel.summand(stream.total.shape[0], layer.num_outputs, layer.dtype)
+        summand = self.linear(x, layer, place, has_bias=False)
         if place is not None and layer.bias is None and self._sum_and_norm is not None:
             stream.pending, stream.sum_and_norm = summand, self._sum_and_norm
         else:
@@ -231,30 +240,46 @@ class FusedOps(LayerOps):
         rotary = self.rotaries[0]
         assert rotary is not None, "all layers have the same rotary embedding"
         self._rotary = rotary
-        self._one_row_linear, self._norm_rotate_store = one_row.one_row_linear, fused.norm_rotate_store
+        self._norm_rotate_store = fused.norm_rotate_store
         self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
         self._activate = fused.silu_and_mul
+        self._kernels: dict[type[Linear], LinearKernels] = {PlainLinear: one_row.PlainKernels()}
 
-    def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        return self._one_row_linear(x, *layer) if x.shape[0] == 1 else super().linear(x, layer)
-
-    def linear_into(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        return self._one_row_linear(x, weight, out=out) if x.shape[0] == 1 else super().linear_into(x, weight, out)
+    def linear(self, x: Rows, layer: Linear, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
+        kernels = self._kernels[type(layer)]
+        if isinstance(x, Tensor) and x.shape[0] == 1:
+            return kernels.one_row(layer, x, out=out, has_bias=has_bias)
+        return kernels.many_rows(layer, x, out, has_bias=has_bias)
 
     def norm_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
         if stream.total.shape[0] == 1 and stream.pending is None:
-            return self._one_row_linear(stream.total, *layer, norm=norm, eps=self.eps)
-        return super().norm_linear(stream, norm, layer)
+            return self._kernels[type(layer)].one_row(layer, stream.total, norm=norm, eps=self.eps)
+        return self.linear(self._norm_for(stream, norm, layer), layer)
 
-    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
+    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear, reader: Linear) -> Rows:
         if stream.total.shape[0] == 1 and stream.pending is None:
-            return self._one_row_linear(stream.total, *layer, norm=norm, eps=self.eps, gated=True)
-        return super().norm_up_linear(stream, norm, layer)
+            return self._kernels[type(layer)].one_row(layer, stream.total, norm=norm, eps=self.eps, is_gated=True)
+        return super().norm_up_linear(stream, norm, layer, reader)
 
-    def add_linear(self, stream: ResidualStream, x: Tensor, layer: Linear, norm: Tensor | None = None) -> None:
+    def _norm_for(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Rows:
+        if norm is None or stream.sum_and_norm is not None or stream.total.shape[0] == 1:
+            return self.norm(stream, norm)
+        pending, stream.pending = stream.pending, None
+        return self._kernels[type(layer)].norm(layer, pending, stream.total, norm, self.eps)
+
+    def _activate_for(self, layer: Linear, up: Tensor, out: Rows | None) -> Rows:
+        if out is None and up.shape[0] == 1:  # `LinearKernels.one_row` reads a tensor
+            return self._activate(up, None)
+        return self._kernels[type(layer)].gate(layer, up, out)
+
+    def _memory_for(self, layer: Linear, num_rows: int, num_inputs: int) -> Rows:
+        return self._kernels[type(layer)].memory(layer, num_rows, num_inputs)
+
+    def add_linear(self, stream: ResidualStream, x: Rows, layer: Linear, norm: Tensor | None = None) -> None:
         assert norm is None, "the kernels know no norm of a block's output"
-        if x.shape[0] == 1 and self.parallel.size == 1 and stream.pending is None:
-            self._one_row_linear(x, *layer, residual=stream.total)
+        if stream.total.shape[0] == 1 and self.parallel.size == 1 and stream.pending is None:
+            assert isinstance(x, Tensor), "a single row is not quantised before its product"
+            self._kernels[type(layer)].one_row(layer, x, residual=stream.total)
         else:
             super().add_linear(stream, x, layer)
 

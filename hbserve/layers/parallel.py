@@ -46,11 +46,9 @@ class TensorParallel:
         assert self.all_reduce is not None, "a group of several ranks needs its all_reduce"
         return self.all_reduce(x)
 
-    def summand(self, rows: int, weight: Tensor) -> Tensor | None:
-        """Return memory for the product of ``rows`` rows and ``weight [out, in]``, to `reduce`; None: use any."""
-        if self.summand_place is None:
-            return None
-        return self.summand_place((rows, weight.shape[0]), weight.dtype)
+    def summand(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """Return memory ``[rows, columns]`` for a summand, to `reduce`; None: use any."""
+        return None if self.summand_place is None else self.summand_place((rows, columns), dtype)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the ``x`` of all ranks, side by side in the last dimension."""

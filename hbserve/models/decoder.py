@@ -16,13 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from hbserve.attention.base import Attention
 from hbserve.layers.experts import ExpertWeights
-from hbserve.layers.ops import Linear, ResidualStream, select_ops
+from hbserve.layers.linear import Linear, PlainLinear
+from hbserve.layers.ops import ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec
+from hbserve.models.schemes import make_linear
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,15 @@ class _Layer:
     k_norm: Tensor | None = None
 
     @staticmethod
-    def build(tensors: dict[str, Tensor]) -> _Layer:
+    def build(tensors: dict[str, Tensor], dtype: torch.dtype) -> _Layer:
         """Take the layer's tensors, by their names in the `WeightTable`; an unknown name is a TypeError."""
-        qkv, o = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in ("qkv", "o"))
+        qkv, o = (make_linear(tensors, name, dtype) for name in ("qkv", "o"))
         mlp: tuple[Linear, Linear] | ExpertWeights
         if "router" in tensors:
             names = [field.name for field in fields(ExpertWeights) if field.name in tensors]
             mlp = ExpertWeights(**{name: tensors.pop(name) for name in names})
         else:
-            up, down = (Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None)) for name in ("up", "down"))
-            mlp = (up, down)
+            mlp = make_linear(tensors, "up", dtype), make_linear(tensors, "down", dtype)
         return _Layer(qkv=qkv, o=o, mlp=mlp, **tensors)
 
 
@@ -78,7 +80,7 @@ class Decoder:
         for layer in range(spec.num_layers):
             prefix = f"layers.{layer}."
             tensors = {name.removeprefix(prefix): view for name, view in weights.items() if name.startswith(prefix)}
-            self.layers.append(_Layer.build(tensors))
+            self.layers.append(_Layer.build(tensors, self.embedding.dtype))
 
     @property
     def typical_layers(self) -> list[int]:
@@ -94,9 +96,9 @@ class Decoder:
     def token_parameters(self, index: int) -> int:
         """Return how many parameters of this rank's share of a layer take part in the computation of one token."""
         layer = self.layers[index]
-        count = layer.qkv.weight.numel() + layer.o.weight.numel()
+        count = layer.qkv.num_weights + layer.o.num_weights
         if not isinstance(layer.mlp, ExpertWeights):
-            return count + sum(linear.weight.numel() for linear in layer.mlp)
+            return count + sum(linear.num_weights for linear in layer.mlp)
         assert self.spec.experts is not None, "the model has experts"
         all_experts = layer.mlp.up.numel() + layer.mlp.down.numel()
         shared = (0 if weight is None else weight.numel() for weight in (layer.mlp.shared_up, layer.mlp.shared_down))
@@ -153,7 +155,7 @@ class Decoder:
             ops.add_experts(stream, layer.mlp_in_norm, layer.mlp, index, attention.slot_mapping)
             return
         up, down = layer.mlp
-        inner = ops.norm_up_linear(stream, layer.mlp_in_norm, up)
+        inner = ops.norm_up_linear(stream, layer.mlp_in_norm, up, reader=down)
         ops.add_linear(stream, inner, down, layer.mlp_out_norm)
 
     def finish(self, stream: ResidualStream) -> Tensor:
@@ -166,10 +168,7 @@ class Decoder:
 
     def shard_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
-        if out is None:
-            logits = self._ops.linear(hidden, Linear(self.lm_head))
-        else:
-            logits = self._ops.linear_into(hidden, self.lm_head, out)
+        logits = self._ops.linear(hidden, PlainLinear(self.lm_head), out)
         scales = self.spec.scales
         if scales.logits != 1:
             logits.mul_(scales.logits)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hbserve.errors import ModelError
+from hbserve.layers.fp8 import FP8
 from hbserve.model_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -23,10 +24,10 @@ from hbserve.model_files import (
     reason_of,
 )
 from hbserve.model_spec import EMBEDDING, LM_HEAD, ModelSpec
-from hbserve.models.weights import CheckpointPart, WeightTable, checkpoint_parts
+from hbserve.models.checkpoint_part import CheckpointPart
+from hbserve.models.weights import WeightTable, checkpoint_parts
 
-_FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
-_DUMMY_STD = 0.02
+_DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
 """Period of the repeated noise: a prime, so no two rows of a matrix are equal."""
 
@@ -86,13 +87,12 @@ def load_weights(
     for path in checkpoint_files(folder):
         for name, source in _tensors(path):
             for part, target in places.get(renamed.get(name, name), ()):
-                index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
-                target.copy_(source[index])
+                target.copy_(part.read(source, arena.device))
                 _check_finite(path, name, source, target)
 
 
 def fill_dummy_weights(table: WeightTable, arena: Tensor, seed: int) -> None:
-    """Fill the arena with normal noise of standard deviation 0.02, and norms with ones.
+    """Fill the arena with normal noise of standard deviation 0.02, and norms with ones; FP8 weights alike.
 
     The same seed gives the same weights on the same kind of device. All tensor-parallel ranks must use the same seed,
     because the weights that they have in common must be equal.
@@ -102,13 +102,22 @@ def fill_dummy_weights(table: WeightTable, arena: Tensor, seed: int) -> None:
     noise = torch.empty(_DUMMY_PERIOD_ELEMENTS, device=arena.device).normal_(0, _DUMMY_STD, generator=generator)
     dtype = views["embedding"].dtype
     noise = noise.to(dtype)
-    flat = arena[: table.num_bytes].view(dtype)
-    whole = flat[: flat.numel() // _DUMMY_PERIOD_ELEMENTS * _DUMMY_PERIOD_ELEMENTS].view(-1, _DUMMY_PERIOD_ELEMENTS)
-    whole.copy_(noise.expand_as(whole))
-    flat[whole.numel() :].copy_(noise[: flat.numel() - whole.numel()])
+    _repeat(arena[: table.num_bytes].view(dtype), noise)
     for name, view in views.items():
-        if name.endswith("norm"):
+        if name.endswith("norm") or name.endswith("input_scale"):
             view.fill_(1)
+        elif name.endswith("scale"):
+            view.fill_(_DUMMY_STD / _DUMMY_FP8_STD)
+        elif view.dtype == FP8:
+            _repeat(view.flatten(), noise.float().mul(_DUMMY_FP8_STD / _DUMMY_STD).to(FP8))
+
+
+def _repeat(target: Tensor, period: Tensor) -> None:
+    """Fill a vector with repeats of a shorter one."""
+    num_whole = target.numel() // period.numel() * period.numel()
+    whole = target[:num_whole].view(-1, period.numel())
+    whole.copy_(period.expand_as(whole))
+    target[num_whole:].copy_(period[: target.numel() - num_whole])
 
 
 def _places(
@@ -136,19 +145,24 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _check_tensor(name: str, entry: TensorEntry, part: CheckpointPart) -> None:
-    if entry.shape != part.shape:
+    if not part.has_shape(entry.shape):
         raise ModelError(
             f"{entry.path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(part.shape)}"
         )
-    if entry.dtype not in _FLOAT_DTYPES:
-        raise ModelError(f"{entry.path}: tensor {name} is {entry.dtype}; supported are {', '.join(_FLOAT_DTYPES)}")
+    if entry.dtype not in part.stored_dtypes:
+        raise ModelError(f"{entry.path}: tensor {name} is {entry.dtype}; supported are {', '.join(part.stored_dtypes)}")
 
 
 def _check_finite(path: Path, name: str, source: Any, target: Tensor) -> None:
     """Refuse NaN and infinity: a single one makes every output of the model meaningless."""
-    if not target.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(target))).all()):  # both are NaN if any is
+    if not target.numel():
         return
-    if bool(torch.isfinite(source[:]).all()):
+    if target.dtype == FP8:  # whose only other values are NaN
+        if not bool((target.view(torch.uint8) & 0x7F == 0x7F).any()):
+            return
+    elif bool(torch.isfinite(torch.stack(torch.aminmax(target))).all()):  # both are NaN if any is
+        return
+    if bool(torch.isfinite(source[...].float()).all()):
         dtype = str(target.dtype).removeprefix("torch.")
         raise ModelError(f"{path}: tensor {name} has values too large for {dtype}; choose another model.dtype")
     raise ModelError(f"{path}: tensor {name} has values that are not finite (NaN or infinity)")

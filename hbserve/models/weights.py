@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,31 +25,14 @@ from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
+from hbserve.models.checkpoint_part import CheckpointPart, Parameter
+from hbserve.models.schemes import matrix_parameters
+from hbserve.weight_format import Fp8Format
+
+_ARENA_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 
 ALIGNMENT_BYTES = 256
 """Alignment of every parameter in the arena: it suits vectorised loads and the tensor memory accelerator."""
-
-
-@dataclass(frozen=True)
-class CheckpointPart:
-    """A tensor of the checkpoint and the slice of it that a rank holds.
-
-    Attributes:
-        name, shape: name and whole shape in the checkpoint.
-        dim: dimension that the ranks divide.
-        start, stop: this rank's slice of that dimension.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int
-    start: int
-    stop: int
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """Shape of this rank's slice."""
-        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
 
 
 class WeightEntry(msgspec.Struct, frozen=True):
@@ -67,7 +50,8 @@ class WeightTable(msgspec.Struct, frozen=True):
         entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
             ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
             fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields
-            of `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``.
+            of `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix has
+            further parameters, see `hbserve.models.schemes`.
         num_bytes: size of the arena.
     """
 
@@ -81,13 +65,14 @@ class WeightTable(msgspec.Struct, frozen=True):
         Raises:
             ModelError: ``tp_size`` ranks cannot share the model evenly.
         """
+        model_dtype = str(dtype).removeprefix("torch.")
         entries, end = {}, 0
         for name, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
             shapes = [part.local_shape for part in parts]
             shape = (sum(s[0] for s in shapes), *shapes[0][1:])
-            own_dtype = torch.float32 if _is_exact(name, spec) else dtype
-            entries[name] = WeightEntry(end, shape, str(own_dtype).removeprefix("torch."))
-            end += math.prod(shape) * own_dtype.itemsize
+            own_dtype = "float32" if _is_exact(name, spec) else parts[0].arena_dtype or model_dtype
+            entries[name] = WeightEntry(end, shape, own_dtype)
+            end += math.prod(shape) * _ARENA_DTYPES[own_dtype].itemsize
             end += -end % ALIGNMENT_BYTES
         if spec.tied_embeddings:
             entries["lm_head"] = entries["embedding"]
@@ -107,7 +92,7 @@ def _is_exact(name: str, spec: ModelSpec) -> bool:
 
 
 def _view(arena: Tensor, entry: WeightEntry) -> Tensor:
-    dtype = DTYPES[entry.dtype]
+    dtype = _ARENA_DTYPES[entry.dtype]
     num_bytes = math.prod(entry.shape) * dtype.itemsize
     return arena[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
 
@@ -119,9 +104,6 @@ def checkpoint_parts(spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1) -> dic
         ModelError: ``tp_size`` ranks cannot share the model evenly.
     """
     return dict(_Sharding(spec, tp_rank, tp_size).parameters())
-
-
-_Parameter = tuple[str, tuple[CheckpointPart, ...]]
 
 
 class _Slice(NamedTuple):
@@ -137,7 +119,7 @@ class _Sharding:
     def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
         self.spec, self.rank, self.size = spec, rank, size
 
-    def parameters(self) -> Iterator[_Parameter]:
+    def parameters(self) -> Iterator[Parameter]:
         spec = self.spec
         vocab = vocab_shard(spec.vocab_size, self.rank, self.size)
         yield "embedding", (_part(EMBEDDING, (spec.vocab_size, spec.hidden_size), *vocab),)
@@ -148,7 +130,7 @@ class _Sharding:
         if not spec.tied_embeddings:
             yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 
-    def _layer(self, layer: int, prefix: str) -> Iterator[_Parameter]:
+    def _layer(self, layer: int, prefix: str) -> Iterator[Parameter]:
         spec, family, head_dim = self.spec, self.spec.family, self.spec.head_dim
         q_rows = [head * head_dim for head in self._share(spec.num_heads, "num_attention_heads")]
         kv_rows = [head * head_dim for head in self._kv_heads()]
@@ -158,21 +140,22 @@ class _Sharding:
         for place, name in asdict(family.norms).items():
             if name is not None:
                 yield self._norm(place, f"{prefix}{name}")
-        yield from self._column_parallel("qkv", spec.qkv_bias, attention, family.qkv, [q, k, k])
+        yield from self._column_parallel("qkv", spec.qkv_bias, attention, family.qkv, [q, k, k], spec.weight_format)
         if family.qk_norm is not None and spec.has_qk_norm:
             whole = _Slice(head_dim, [0, head_dim])
             for name, rows in (("q_norm", q), ("k_norm", k)):
                 size, bounds = rows if family.qk_norm == "projection" else whole
                 yield name, (_part(f"{attention}{name}.weight", (size,), *bounds),)
-        yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q)
+        yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q, spec.weight_format)
         if spec.experts is not None and spec.experts.layers[layer]:
             yield from self._experts(mlp, spec.experts)
             return
         up = _Slice(spec.intermediate_size, list(self._share(spec.intermediate_size, "intermediate_size")))
-        yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, [up] * (2 if family.is_gated else 1))
-        yield from self._row_parallel("down", spec.mlp_bias, f"{mlp}{family.down}", up)
+        ups = [up] * (2 if family.is_gated else 1)
+        yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, ups, spec.weight_format)
+        yield from self._row_parallel("down", spec.mlp_bias, f"{mlp}{family.down}", up, spec.weight_format)
 
-    def _experts(self, prefix: str, experts: Experts) -> Iterator[_Parameter]:
+    def _experts(self, prefix: str, experts: Experts) -> Iterator[Parameter]:
         """Stack the experts' matrices: ``gate | up`` of one after the other, then their down projections."""
         hidden, family = self.spec.hidden_size, self.spec.family
         inner = _Slice(experts.inner_size, list(self._share(experts.inner_size, "the width of experts")))
@@ -187,18 +170,24 @@ class _Sharding:
         if experts.shared_size:
             shared = f"{prefix}{family.shared_expert}"
             rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "the width of the shared expert")))
-            yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2)
-            yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows)
+            yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2, None)
+            yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows, None)
             if experts.has_shared_gate:
                 yield "shared_gate", (_part(f"{shared}_gate.weight", (1, hidden)),)
 
-    def _norm(self, place: str, source: str) -> _Parameter:
+    def _norm(self, place: str, source: str) -> Parameter:
         names = ("weight", "bias") if self.spec.family.norm == "layer" else ("weight",)
         return f"{place}_norm", tuple(_part(f"{source}.{name}", (self.spec.hidden_size,)) for name in names)
 
     def _column_parallel(
-        self, name: str, bias: bool, prefix: str, sources: tuple[str, ...], slices: list[_Slice]
-    ) -> Iterator[_Parameter]:
+        self,
+        name: str,
+        bias: bool,
+        prefix: str,
+        sources: tuple[str, ...],
+        slices: list[_Slice],
+        weight_format: Fp8Format | None,
+    ) -> Iterator[Parameter]:
         """Stack slices of one tensor each, or of the only source, which has the rows of all of them."""
         hidden = self.spec.hidden_size
         places = []
@@ -210,13 +199,17 @@ class _Sharding:
         else:
             for source, rows in zip(sources, slices, strict=True):
                 places.append((f"{prefix}{source}", rows.size, rows.bounds))
-        yield name, tuple(_part(f"{source}.weight", (size, hidden), *bounds) for source, size, bounds in places)
+        weights = tuple(_part(f"{source}.weight", (size, hidden), *bounds) for source, size, bounds in places)
+        yield from matrix_parameters(weight_format, name, weights)
         if bias:
             yield f"{name}_bias", tuple(_part(f"{source}.bias", (size,), *bounds) for source, size, bounds in places)
 
-    def _row_parallel(self, name: str, bias: bool, source: str, columns: _Slice) -> Iterator[_Parameter]:
+    def _row_parallel(
+        self, name: str, bias: bool, source: str, columns: _Slice, weight_format: Fp8Format | None
+    ) -> Iterator[Parameter]:
         hidden = self.spec.hidden_size
-        yield name, (CheckpointPart(f"{source}.weight", (hidden, columns.size), 1, *columns.bounds),)
+        weight = CheckpointPart(f"{source}.weight", (hidden, columns.size), 1, *columns.bounds)
+        yield from matrix_parameters(weight_format, name, (weight,))
         if bias:
             yield f"{name}_bias", (_part(f"{source}.bias", (hidden,)),)
 

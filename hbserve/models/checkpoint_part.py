@@ -1,0 +1,57 @@
+"""A tensor of a checkpoint, and what a rank's arena holds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
+"""Dtypes of unquantised tensors in a checkpoint, by safetensors' names."""
+
+
+@dataclass(frozen=True)
+class CheckpointPart:
+    """A tensor of the checkpoint and the slice of it that a rank holds.
+
+    Attributes:
+        name, shape: name and whole shape in the checkpoint.
+        dim: dimension that the ranks divide.
+        start, stop: this rank's slice of that dimension.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    stop: int
+
+    arena_dtype: ClassVar[str | None] = None
+    """Name of the dtype in the arena; None: the serving dtype."""
+
+    stored_dtypes: ClassVar[tuple[str, ...]] = FLOAT_DTYPES
+    """Dtypes that the tensor may have in the checkpoint, by safetensors' names."""
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's slice in the arena."""
+        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        """Return whether the tensor may have that shape in the checkpoint."""
+        return shape == self.shape
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        """Read this rank's slice, of `local_shape` and any dtype, on any device.
+
+        Args:
+            source: the tensor in the checkpoint, which reads the slice that it is indexed with.
+            device: the arena's, where work on large tensors is done.
+        """
+        return cast(Tensor, source[(slice(None),) * self.dim + (slice(self.start, self.stop),)])
+
+
+Parameter = tuple[str, tuple[CheckpointPart, ...]]
+"""Name of a parameter in the arena, and the parts that are stacked in it, first to last row."""

@@ -1,0 +1,164 @@
+"""FP8 matrices in the arena: their values and scales, and where the checkpoint has both.
+
+Scales of the arena are per row (a tensor's only scale is repeated), or per block. A stacked matrix is cut into blocks
+of r x 128, where r is the largest divisor of 128 that divides the begins of all its parts. It is 128 unless a matrix is
+small or many ranks share it. A block has 128 columns always, because inputs are quantised in groups of 128.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from hbserve.errors import ModelError
+from hbserve.layers.fp8 import Quantised, quantise
+from hbserve.models.checkpoint_part import CheckpointPart, Parameter
+from hbserve.weight_format import BLOCK_SIZE, Fp8Format, Granularity
+
+
+@dataclass(frozen=True)
+class _Fp8Part(CheckpointPart):
+    """FP8 values of the checkpoint."""
+
+    arena_dtype: ClassVar[str | None] = "float8_e4m3fn"
+    stored_dtypes: ClassVar[tuple[str, ...]] = ("F8_E4M3",)
+
+
+@dataclass(frozen=True)
+class _ScalePart(CheckpointPart):
+    """Scales of the checkpoint.
+
+    Attributes:
+        weight: the weight's part.
+        block_rows: rows of a block in the arena.
+    """
+
+    weight: CheckpointPart
+    granularity: Granularity
+    block_rows: int
+    arena_dtype: ClassVar[str | None] = "float32"
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        num_rows, num_columns = self.weight.local_shape
+        if self.granularity != "block":
+            return (num_rows,)
+        return num_rows // self.block_rows, math.ceil(num_columns / BLOCK_SIZE)
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        if self.granularity == "tensor":
+            return math.prod(shape) == 1
+        return shape == self.shape or (self.granularity == "channel" and shape == self.shape[:1])
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        scales = cast(Tensor, source[...])
+        if self.granularity == "tensor":
+            return scales.reshape(1).expand(self.local_shape)
+        weight = self.weight
+        if self.granularity == "channel":
+            rows = scales.reshape(-1)
+            return rows[weight.start : weight.stop] if weight.dim == 0 else rows
+        first_row, first_column = (weight.start, 0) if weight.dim == 0 else (0, weight.start)
+        num_rows, num_columns = self.local_shape
+        rows = torch.arange(first_row, first_row + num_rows * self.block_rows, self.block_rows) // BLOCK_SIZE
+        columns = slice(first_column // BLOCK_SIZE, first_column // BLOCK_SIZE + num_columns)
+        return scales[rows, columns]
+
+
+@dataclass(frozen=True)
+class _InputScalePart(CheckpointPart):
+    """The scale of a layer's inputs; every rank has it."""
+
+    arena_dtype: ClassVar[str | None] = "float32"
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape) == 1
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        return cast(Tensor, source[...]).reshape(1)
+
+
+@dataclass(frozen=True)
+class _QuantisedPart(CheckpointPart):
+    """FP8 values of an unquantised weight, with a scale for each whole row, whatever part of it a rank has."""
+
+    arena_dtype: ClassVar[str | None] = "float8_e4m3fn"
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        values = self._quantise(source, device).values
+        return values[:, self.start : self.stop] if self.dim == 1 else values
+
+    def _quantise(self, source: Any, device: torch.device) -> Quantised:
+        rows = source[self.start : self.stop] if self.dim == 0 else source[:]
+        return quantise(cast(Tensor, rows).to(device))
+
+
+@dataclass(frozen=True)
+class _RowScalePart(_QuantisedPart):
+    """The scales of a `_QuantisedPart`."""
+
+    arena_dtype: ClassVar[str | None] = "float32"
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (super().local_shape[0],)
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        return self._quantise(source, device).scales[:, 0]
+
+
+def fp8_parameters(weight_format: Fp8Format, name: str, parts: tuple[CheckpointPart, ...]) -> Iterator[Parameter]:
+    """Yield the parameters of a stacked matrix; see `hbserve.models.schemes.matrix_parameters`."""
+    modules = [part.name.removesuffix(".weight") for part in parts]
+    converted = {weight_format.converts(module) for module in modules}
+    if converted == {False}:
+        yield name, parts
+        return
+    if False in converted:
+        raise ModelError(f"only some of {', '.join(modules)} are quantised; HBServe computes them as one matrix")
+    places = [(part.name, part.shape, part.dim, part.start, part.stop) for part in parts]
+    if weight_format.is_on_load:
+        yield name, tuple(_QuantisedPart(*place) for place in places)
+        yield f"{name}_scale", tuple(_RowScalePart(*place) for place in places)
+        return
+    yield name, tuple(_Fp8Part(*place) for place in places)
+    yield f"{name}_scale", tuple(_scale_parts(weight_format, modules, parts))
+    if weight_format.is_static:
+        scales = (_InputScalePart(f"{module}.input_scale", (1,), 0, 0, 1) for module in modules)
+        yield f"{name}_input_scale", tuple(scales)
+
+
+def _scale_parts(
+    weight_format: Fp8Format, modules: list[str], parts: tuple[CheckpointPart, ...]
+) -> Iterator[_ScalePart]:
+    granularity, block_rows = weight_format.granularity, 1
+    if granularity == "block":
+        block_rows = _common_block_rows(parts)
+    for module, part in zip(modules, parts, strict=True):
+        num_rows, num_columns = part.shape
+        is_share = part.dim == 1 and part.stop - part.start < num_columns
+        if granularity == "block" and is_share and (part.start % BLOCK_SIZE or part.stop % BLOCK_SIZE):
+            raise ModelError(
+                f"{part.name} has {num_columns} columns in blocks of {BLOCK_SIZE}, which cannot be shared by "
+                f"{num_columns // (part.stop - part.start)} tensor-parallel ranks; use fewer"
+            )
+        shapes: dict[Granularity, tuple[int, ...]] = {
+            "tensor": (1,),
+            "channel": (num_rows, 1),
+            "block": (math.ceil(num_rows / BLOCK_SIZE), math.ceil(num_columns / BLOCK_SIZE)),
+        }
+        shape = shapes[granularity]
+        yield _ScalePart(f"{module}.{weight_format.scale_name}", shape, 0, 0, shape[0], part, granularity, block_rows)
+
+
+def _common_block_rows(parts: tuple[CheckpointPart, ...]) -> int:
+    """Choose the rows of a block such that blocks begin where parts begin, here and in the checkpoint."""
+    sizes = [part.local_shape[0] for part in parts]
+    starts = [part.start if part.dim == 0 else 0 for part in parts]
+    return math.gcd(BLOCK_SIZE, *starts, *accumulate(sizes))

@@ -1,0 +1,163 @@
+"""The format in which a checkpoint keeps its matrices, read from ``quantization_config`` in its ``config.json``.
+
+Supported are FP8 weights (e4m3, Micikevicius et al. 2022) in the two layouts that published checkpoints have:
+
+| ``quant_method`` | scales of weights | activations |
+|---|---|---|
+| ``fp8`` | blocks of 128 x 128 (``weight_scale_inv``), per tensor (``weight_scale``) | dynamic, static |
+| ``compressed-tensors`` | blocks of 128 x 128, per channel, per tensor (``weight_scale``) | dynamic, static |
+
+Everything else is refused by its name. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hbserve.errors import ModelError
+from hbserve.model_files import shown
+
+BLOCK_SIZE = 128
+"""Rows and columns of a block with one scale, and inputs of a token that share one scale there."""
+
+_SUPPORTED = (
+    "supported are unquantised weights, FP8 of quant_method fp8 (per tensor, or blocks of 128 x 128), and FP8 of "
+    "compressed-tensors (per tensor, per channel, or blocks of 128 x 128)"
+)
+_MAX_PATTERN_LENGTH, _MAX_REPEATS, _MAX_NAMES = 200, 4, 100_000
+
+Granularity = Literal["tensor", "channel", "block"]
+
+
+@dataclass(frozen=True)
+class Fp8Format:
+    """FP8 weights of the matrices between the embedding and the LM head, which stay as they are.
+
+    Attributes:
+        granularity: what has one scale in the checkpoint: a matrix, one of its rows, or a block.
+        is_static: the scale of a layer's inputs is in the checkpoint; otherwise each token has its own, computed
+            when it is needed (each 128 inputs of a token, where weights have blocks).
+        scale_name: name of the scales of a matrix, beside its ``weight``.
+        plain_modules: modules that stay unquantised: names, ends or beginnings of names at a dot, or patterns after
+            ``re:``.
+        is_on_load: the checkpoint is not quantised; HBServe quantises while it loads.
+    """
+
+    granularity: Granularity
+    is_static: bool = False
+    scale_name: str = "weight_scale"
+    plain_modules: tuple[str, ...] = ()
+    is_on_load: bool = False
+
+    def converts(self, module: str) -> bool:
+        """Return whether a linear layer has FP8 weights, by its name, such as ``model.layers.0.mlp.up_proj``."""
+        path = f".{module}."
+        for name in self.plain_modules:
+            if name.startswith("re:"):
+                if re.match(name[3:], module):
+                    return False
+            elif path.startswith(f".{name}.") or path.endswith(f".{name}."):
+                return False
+        return True
+
+
+ON_LOAD = Fp8Format("channel", is_on_load=True)
+"""The format of ``model.quantization: fp8``: a scale for each row of a matrix and for each token; no calibration."""
+
+
+def read_weight_format(document: dict[str, Any]) -> Fp8Format | None:
+    """Read the format from a ``config.json``; None: the weights are not quantised.
+
+    Raises:
+        ModelError: the format is not supported; the text names it and what is supported.
+    """
+    key = "quantization_config" if document.get("quantization_config") else "compression_config"
+    config = document.get(key)
+    if not config:
+        return None
+    if not isinstance(config, dict):
+        raise ModelError(f"{key} must be an object, got {shown(config)}; {_SUPPORTED}")
+    method = config.get("quant_method", "compressed-tensors" if "config_groups" in config else None)
+    if method == "fp8":
+        return _read_fp8(config)
+    if method == "compressed-tensors":
+        return _read_compressed_tensors(config)
+    raise ModelError(f"the checkpoint is quantised by quant_method {shown(method)}; {_SUPPORTED}")
+
+
+def _read_fp8(config: dict[str, Any]) -> Fp8Format:
+    _expect(config, "fp8", "fmt", "e4m3", None)
+    _expect(config, "fp8", "scale_fmt", "float", None)
+    _expect(config, "fp8", "activation_scheme", "dynamic", "static", None)
+    block = config.get("weight_block_size")
+    is_static = config.get("activation_scheme") == "static"
+    names = _plain_modules(config, "modules_to_not_convert") + _plain_modules(config, "ignored_layers")
+    if block is None:
+        return Fp8Format("tensor", is_static, plain_modules=names)
+    _expect(config, "fp8", "weight_block_size", [BLOCK_SIZE, BLOCK_SIZE])
+    if is_static:
+        raise ModelError(f"quant_method fp8: blocks with static activations are not supported; {_SUPPORTED}")
+    return Fp8Format("block", scale_name="weight_scale_inv", plain_modules=names)
+
+
+def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
+    method = "compressed-tensors"
+    _expect(config, method, "format", "float-quantized", "naive-quantized", None)
+    sparsity = config.get("sparsity_config") or {}
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
+        raise ModelError(f"{method}: sparse weights (sparsity_config) are not supported; {_SUPPORTED}")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise ModelError(f"{method}: config_groups must be an object with one group, got {shown(groups)}; {_SUPPORTED}")
+    (group,) = groups.values()
+    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        raise ModelError(f"{method}: a group without weights is not supported; {_SUPPORTED}")
+    _expect(group, method, "targets", ["Linear"], None)
+    weights, inputs = group["weights"], group.get("input_activations")
+    if not isinstance(inputs, dict):
+        raise ModelError(f"{method}: weights without quantised activations (W8A16) are not supported; {_SUPPORTED}")
+    for part in (weights, inputs):
+        _expect(part, method, "num_bits", 8)
+        _expect(part, method, "type", "float")
+        _expect(part, method, "symmetric", True, None)
+    _expect(weights, method, "strategy", "tensor", "channel", "block")
+    granularity = weights["strategy"]
+    is_static = not inputs.get("dynamic", False)
+    if granularity == "block":
+        _expect(weights, method, "block_structure", [BLOCK_SIZE, BLOCK_SIZE], f"{BLOCK_SIZE}x{BLOCK_SIZE}")
+        _expect(inputs, method, "strategy", "group")
+        _expect(inputs, method, "group_size", BLOCK_SIZE)
+        _expect(inputs, method, "dynamic", True)
+    else:
+        _expect(inputs, method, "strategy", "tensor" if is_static else "token")
+    return Fp8Format(granularity, is_static, plain_modules=_plain_modules(config, "ignore"))
+
+
+def _expect(config: dict[str, Any], method: str, key: str, *supported: Any) -> None:
+    value = config.get(key)
+    if not any(type(value) is type(choice) and value == choice for choice in supported):
+        raise ModelError(f"{method}: {key} {shown(value)} is not supported; {_SUPPORTED}")
+
+
+def _plain_modules(config: dict[str, Any], key: str) -> tuple[str, ...]:
+    """Read names of modules; patterns must be such that no name takes long to match."""
+    names = config.get(key) or []
+    if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{key} must be a list of names, got {shown(names)}")
+    for name in names:
+        if name.startswith("re:") and not _is_quick(name[3:]):
+            raise ModelError(f"{key}: the pattern {shown(name)} is invalid, or may take too long to match")
+    # The LM head and norms are never FP8; naming them changes nothing, and they would be compared with every module.
+    return tuple(name for name in names if name != "lm_head" and not name.endswith("norm"))
+
+
+def _is_quick(pattern: str) -> bool:
+    """Return whether a pattern is valid, short, and has few repeats, none of them of a group or of another repeat."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError):
+        return False
+    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    return len(pattern) <= _MAX_PATTERN_LENGTH and repeats <= _MAX_REPEATS and not re.search(r"\)[*+?{]", pattern)

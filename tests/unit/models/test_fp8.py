@@ -1,0 +1,192 @@
+"""FP8 weights: published formats against transformers with the same numerics, shares of ranks, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hbserve.errors import ModelError
+from hbserve.layers.fp8 import Fp8Linear, quantise
+from hbserve.model_spec import ModelSpec
+from hbserve.models.decoder import Decoder
+from hbserve.models.loader import fill_dummy_weights, load_weights
+from hbserve.models.weights import WeightTable
+from hbserve.weight_format import ON_LOAD, Fp8Format, read_weight_format
+from tests.support.fp8_checkpoints import FORMATS, compressed_tensors, make_fp8
+from tests.support.model_zoo import save_model
+from tests.unit.models.test_models import cpu, our_logits, random_tokens
+
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "num_hidden_layers": 2}
+"""The last block of 128 is half a one in some places."""
+
+
+def loaded(folder: Path, rank: int = 0, size: int = 1, quantization: Any = None) -> Decoder:
+    spec = ModelSpec.load(folder, quantization)
+    table = WeightTable.build(spec, torch.float32, rank, size)
+    arena = cpu().allocate_arena(table.num_bytes)
+    load_weights(folder, spec, table, arena, rank, size)
+    return Decoder(spec, table.views(arena))
+
+
+def matrices(folder: Path, rank: int = 0, size: int = 1, quantization: Any = None) -> dict[str, Any]:
+    """The first layer's matrices, by their names in the weight table."""
+    layer = loaded(folder, rank, size, quantization).layers[0]
+    assert isinstance(layer.mlp, tuple)
+    return {"qkv": layer.qkv, "o": layer.o, "up": layer.mlp[0], "down": layer.mlp[1]}
+
+
+def dequantised(layer: Any) -> torch.Tensor:
+    assert isinstance(layer, Fp8Linear)
+    return layer.dequantised_weight()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_published_formats_compute_what_their_definition_says(name: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path, "qwen3", **SHAPE)
+    token_ids = random_tokens(40)
+    with torch.inference_mode():
+        exact = model(token_ids[None]).logits[0]
+        make_fp8(tmp_path, model, name, plain=("o_proj",))
+        expected = model(token_ids[None]).logits[0]
+        logits = our_logits(tmp_path, token_ids, torch.float32, cpu())
+    error, effect = ((x - expected).square().mean().sqrt().item() for x in (logits, exact))
+    assert error < 0.1 * effect  # a value halfway between two of FP8's may fall to either
+    assert effect < 0.5 * exact.std().item()
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "ct_channel", "fp8_static", None])
+def test_ranks_hold_shares_of_values_and_scales(name: str | None, tmp_path: Path) -> None:
+    """``None``: quantised while it is loaded; a row's scale is then that of the whole row on every rank."""
+    model = save_model(tmp_path, "qwen3", **SHAPE | {"intermediate_size": 512})
+    if name is not None:
+        make_fp8(tmp_path, model, name)
+    quantization = "fp8" if name is None else None
+    whole = matrices(tmp_path, quantization=quantization)
+    ranks = [matrices(tmp_path, rank, 2, quantization) for rank in range(2)]
+    for column_parallel, sizes in (("qkv", [256, 128, 128]), ("up", [512, 512])):
+        stacked = torch.split(dequantised(whole[column_parallel]), sizes)
+        for rank, layer in enumerate(ranks):
+            expected = torch.cat([part.chunk(2)[rank] for part in stacked])
+            assert torch.equal(dequantised(layer[column_parallel]), expected)
+    for row_parallel in ("o", "down"):
+        shares = [dequantised(layer[row_parallel]) for layer in ranks]
+        assert torch.equal(torch.cat(shares, dim=1), dequantised(whole[row_parallel]))
+
+
+def test_on_load_every_row_is_within_half_a_step(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "llama", **SHAPE)
+    down = matrices(tmp_path, quantization="fp8")["down"]
+    weight = model.model.layers[0].mlp.down_proj.weight.data
+    error = (dequantised(down) - weight).abs()
+    assert (error <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 448 / 512).all()
+    assert down.bias is not None
+
+
+def test_dummy_weights_are_alike_in_fp8(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3", **SHAPE)
+    spec = ModelSpec.load(tmp_path, "fp8")
+    table = WeightTable.build(spec, torch.bfloat16)
+    arena = torch.zeros(table.num_bytes, dtype=torch.uint8)
+    fill_dummy_weights(table, arena, 0)
+    decoder = Decoder(spec, table.views(arena))
+    assert dequantised(decoder.layers[0].qkv).std().item() == pytest.approx(0.02, rel=0.1)
+    assert decoder.embedding.float().std().item() == pytest.approx(0.02, rel=0.1)
+    plain = WeightTable.build(ModelSpec.load(tmp_path), torch.bfloat16)
+    saved = sum(decoder.token_parameters(layer) for layer in range(spec.num_layers))  # of two bytes each
+    assert plain.num_bytes - table.num_bytes == pytest.approx(saved, rel=0.03)
+
+
+def test_a_token_is_quantised_alike_in_every_batch() -> None:
+    x = torch.randn(9, 300) * torch.logspace(-3, 3, 9)[:, None]
+    x[4] = 0
+    for is_grouped in (False, True):
+        together = quantise(x, is_grouped=is_grouped)
+        for row in range(9):
+            alone = quantise(x[row : row + 1], is_grouped=is_grouped)
+            assert torch.equal(alone.dequantised()[0], together.dequantised()[row])
+        assert ((together.dequantised() - x).abs() <= x.abs() / 16 + x.abs().amax(1, keepdim=True) / 448 / 512).all()
+
+
+# --- what the format says ---
+
+
+def test_modules_that_stay_plain_are_named_in_several_ways() -> None:
+    names = ("model.layers.0", "mlp.down_proj", r"re:.*layers\.[12]\.self_attn.*")
+    weight_format = Fp8Format("tensor", plain_modules=names)
+    plain = ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.down_proj", "model.layers.2.self_attn.q_proj"]
+    converted = ["model.layers.10.mlp.up_proj", "model.layers.3.self_attn.q_proj", "model.layers.4.mlp.my_down_proj"]
+    assert [weight_format.converts(module) for module in plain + converted] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, 'quant_method "awq"; supported are unquantised weights, FP8 of'),
+        ({"bits": 4}, "quant_method null"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\] is not supported"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, 'fmt "e5m2"'),
+        ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, 'scale_fmt "ue8m0"'),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+            "blocks with static activations",
+        ),
+        (compressed_tensors("group", False), 'compressed-tensors: strategy "group" is not supported'),
+        (compressed_tensors("channel", False, format="pack-quantized"), 'format "pack-quantized"'),
+        (compressed_tensors("channel", False, config_groups={}), "config_groups must be an object with one group"),
+        (compressed_tensors("channel", False, ignore=[r"re:(a+)+$"]), "may take too long to match"),
+        (compressed_tensors("channel", False, ignore=["re:("]), "is invalid"),
+        (compressed_tensors("channel", False, sparsity_config={"format": "sparse-24-bitmask"}), "sparse weights"),
+    ],
+)
+def test_other_formats_are_refused_by_name(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_weight_format({"quantization_config": config})
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "message"),
+    [
+        ("weight_scale", None, r"there is no tensor .*down_proj.weight_scale of shape \[256, 1\]"),
+        ("weight_scale", torch.ones(3), r"down_proj.weight_scale has shape \[3\], config.json asks for \[256, 1\]"),
+        ("weight_scale", torch.full((256, 1), torch.nan), "down_proj.weight_scale has values that are not finite"),
+        ("weight", torch.ones(256, 320), "down_proj.weight is F32; supported are F8_E4M3"),
+        ("weight", torch.full((256, 320), torch.nan).to(torch.float8_e4m3fn), "down_proj.weight has values that are"),
+    ],
+)
+def test_wrong_tensors_are_named(key: str, changed: torch.Tensor | None, message: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path, "qwen3", **SHAPE)
+    make_fp8(tmp_path, model, "ct_channel")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    name = f"model.layers.1.mlp.down_proj.{key}"
+    del weights[name]
+    save_file(weights | ({} if changed is None else {name: changed}), path)
+    with pytest.raises(ModelError, match=message):
+        loaded(tmp_path)
+
+
+def test_shares_that_cut_blocks_and_half_quantised_stacks_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "qwen3", **SHAPE)
+    make_fp8(tmp_path, model, "fp8_block")
+    with pytest.raises(ModelError, match=r"down_proj.* 320 columns in blocks of 128, which cannot be shared by 2"):
+        WeightTable.build(ModelSpec.load(tmp_path), torch.float32, 0, 2)
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    document["quantization_config"]["modules_to_not_convert"] = ["k_proj"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=r"only some of .*q_proj, .*k_proj, .* are quantised"):
+        WeightTable.build(ModelSpec.load(tmp_path), torch.float32)
+
+
+def test_a_quantised_checkpoint_keeps_its_format(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "qwen3", **SHAPE)
+    assert ModelSpec.load(tmp_path, "fp8").weight_format == ON_LOAD
+    make_fp8(tmp_path, model, "fp8_static")
+    spec = ModelSpec.load(tmp_path, "fp8")
+    assert spec.weight_format == Fp8Format("tensor", is_static=True)
+    assert ModelSpec.from_plain(spec.as_plain()) == spec
