@@ -65,6 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         truncate_prompt_tokens: keep so many tokens from the end of the prompt; -1: as many as fit beside
             ``max_tokens``; 0 or None: refuse a prompt that is too long.
         cache_salt: the request shares cached KV only with requests of the same salt.
+        prediction: the output that is expected, as text or token ids, for example a text that is to be edited. It
+            changes no token; where it is right, the output comes faster.
     """
 
     temperature: float = 1.0
@@ -94,6 +96,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
+    prediction: str | list[int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be honoured.
@@ -138,6 +141,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._require(all(self.stop_strings), "stop", "must not hold an empty string")
         texts = [(self.grammar or "", "grammar"), (self.cache_salt or "", "cache_salt")]
         texts += [(stop, "stop") for stop in self.stop_strings] + [(word, "bad_words") for word in self.bad_words or ()]
+        if isinstance(self.prediction, str):
+            texts.append((self.prediction, "prediction"))
         for text, param in texts:
             self._require(_is_unicode(text), param, "must not hold a lone surrogate, which is no character")
         self._require(all(t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "must not be negative")

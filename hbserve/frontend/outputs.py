@@ -33,6 +33,7 @@ class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
             own end token did.
         num_cached_tokens: prompt tokens whose KV was in the prefix cache (first delta only).
         prompt_logprobs: of the next prompt tokens, from the second on, if the request asks for them.
+        num_accepted, num_rejected: tokens of the request's prediction that were right, and that were wrong.
     """
 
     index: int
@@ -44,6 +45,8 @@ class SampleDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int
     num_cached_tokens: int
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
 
 
 class SampleOutput(TypedDict):
@@ -243,4 +246,6 @@ def _merge(first: SampleDelta, second: SampleDelta) -> SampleDelta:
         logprobs=logprobs,
         num_cached_tokens=first.num_cached_tokens + second.num_cached_tokens,
         prompt_logprobs=prompt_logprobs,
+        num_accepted=first.num_accepted + second.num_accepted,
+        num_rejected=first.num_rejected + second.num_rejected,
     )

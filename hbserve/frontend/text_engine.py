@@ -146,6 +146,7 @@ class TextEngine:
         is_large = num_samples >= _MANY_SAMPLES
         try:
             grammar = await self._check_sampling(sampling)
+            prediction = await self._prediction_token_ids(sampling.prediction)
             for prompt in prompts:
                 token_ids = await self._prompt_token_ids(prompt, sampling)
                 if is_large and self.turn.is_over:
@@ -154,7 +155,7 @@ class TextEngine:
                 # The serial number keeps late outputs of an ended request out of a new request with the same id.
                 ids = [f"{request_id}-{len(samples) + i}-{next(self._serial)}" for i in range(sampling.n)]
                 opened.sample_ids += ids
-                for request in self._requests(token_ids, sampling, grammar, ids):
+                for request in self._requests(token_ids, sampling, grammar, prediction, ids):
                     samples.append(OpenSample(self.text, self.vocab_size, len(samples), request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
@@ -331,8 +332,24 @@ class TextEngine:
         except InvalidRequestError as error:
             raise InvalidRequestError(str(error), param) from error
 
+    async def _prediction_token_ids(self, prediction: str | list[int] | None) -> list[int] | None:
+        if isinstance(prediction, str):
+            try:
+                token_ids = await self.text.encode(prediction, add_special_tokens=False)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"prediction: {error}", "prediction") from error
+        else:
+            token_ids = list(prediction or ())
+        self.check_token_ids(token_ids, "prediction")
+        return token_ids[: self.max_model_len] or None
+
     def _requests(
-        self, token_ids: list[int], sampling: SamplingParams, grammar: str | None, sample_ids: list[str]
+        self,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        grammar: str | None,
+        prediction: list[int] | None,
+        sample_ids: list[str],
     ) -> list[AddRequest]:
         """Make one request per sample, with all defaults resolved."""
         max_output = self.max_model_len - len(token_ids)
@@ -361,7 +378,9 @@ class TextEngine:
                     stop=None,  # the scheduler handles no text
                     grammar=grammar,
                     bad_words=None,
+                    prediction=None,
                 ),
+                predicted_token_ids=prediction,
             )
             for index, sample_id in enumerate(sample_ids)
         ]

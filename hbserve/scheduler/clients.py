@@ -50,6 +50,9 @@ def validate(request: AddRequest, readiness: Readiness, id_is_in_use: bool) -> R
     if others and (min(others) < 0 or max(others) >= vocab_size):  # a worker would fail at such a row
         error = f"the ids of end tokens, stop tokens and biases must be in 0..{vocab_size - 1}"
         return _refuse(request, "InvalidRequestError", error, "stop_token_ids")
+    predicted = request.predicted_token_ids
+    if predicted and (min(predicted) < 0 or max(predicted) >= vocab_size):
+        return _refuse(request, "InvalidRequestError", f"token ids must be in 0..{vocab_size - 1}", "prediction")
     if sampling.max_tokens is None:
         return _refuse(request, "InvalidRequestError", "max_tokens is not resolved", "max_tokens")
     if sampling.seed is None and not sampling.greedy:

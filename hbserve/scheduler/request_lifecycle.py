@@ -262,6 +262,7 @@ class RequestLifecycle:
         num_accepted = len(token_ids) - 1
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
         draft.record.add(len(draft.token_ids), num_accepted, len(sequence.tokens) + len(token_ids))
+        self.counts[f"drafts_{draft.drafter}"] += 1
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
         self.counts[f"accepted_{draft.drafter}"] += num_accepted
         tried = num_accepted, len(draft.token_ids) - num_accepted

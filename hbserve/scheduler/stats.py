@@ -18,6 +18,7 @@ from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
+from hbserve.speculation import DRAFTERS
 
 MAX_REQUESTS = 40
 
@@ -146,6 +147,14 @@ class SystemStats:
             "prompt_tokens": counts["prompt_tokens"],
             "cached_prompt_tokens": counts["cached_prompt_tokens"],
             "generated_tokens": counts["generated_tokens"],
+            "speculation": {
+                name: {
+                    "drafts": counts[f"drafts_{name}"],
+                    "drafted_tokens": counts[f"drafted_{name}"],
+                    "accepted_tokens": counts[f"accepted_{name}"],
+                }
+                for name in DRAFTERS
+            },
             "uptime_s": self._clock.now - self._start_time,
         }
 

@@ -114,11 +114,9 @@ class ChatCompletion(Generation):
                 finish_reason = "tool_calls"
         return AnswerGrowth(reasoning, text, calls, finish_reason)
 
-    def _usage(self) -> dict[str, Any]:
+    def _completion_details(self) -> dict[str, int]:
         num_tokens = sum(parser.num_tokens for parser in self._reasoning if parser is not None)
-        return super()._usage() | (
-            {"completion_tokens_details": {"reasoning_tokens": num_tokens}} if num_tokens else {}
-        )
+        return super()._completion_details() | ({"reasoning_tokens": num_tokens} if num_tokens else {})
 
     def _choice(self, sample: Sample) -> dict[str, Any]:
         # all at once: every call is whole

@@ -97,6 +97,7 @@ class Generation(ABC):
         self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        self._accepted_tokens = self._rejected_tokens = 0
         self._held_scores: list[list[TokenLogprobs]] = [[] for _ in range(self._num_choices)]
 
     @abstractmethod
@@ -229,6 +230,8 @@ class Generation(ABC):
                 self._stream.end_sample(delta.index)
                 deltas[number] = msgspec.structs.replace(delta, finish_reason="stop")
             self._completion_tokens += len(delta.token_ids)
+            self._accepted_tokens += delta.num_accepted
+            self._rejected_tokens += delta.num_rejected
             if delta.index % self._sampling.n == 0:  # the other samples may find the first one's prompt in the cache
                 self._cached_tokens += delta.num_cached_tokens
         return deltas
@@ -254,9 +257,20 @@ class Generation(ABC):
 
     def _usage(self) -> dict[str, Any]:
         """Return OpenAI's ``usage`` object for the tokens read so far; a prompt counts once, for any n."""
-        return {
+        usage = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
+        details = self._completion_details()
+        return usage | ({"completion_tokens_details": details} if details else {})
+
+    def _completion_details(self) -> dict[str, int]:
+        """Return what is known of the output's tokens."""
+        if self._sampling.prediction is None:
+            return {}
+        return {
+            "accepted_prediction_tokens": self._accepted_tokens,
+            "rejected_prediction_tokens": self._rejected_tokens,
         }

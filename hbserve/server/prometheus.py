@@ -57,6 +57,11 @@ _ROTATION_COUNTS = {
     "recoveries": "Losses of the memory that were recovered from.",
 }
 
+_DRAFT_COUNTS = {
+    "drafts": "Verified drafts of speculative decoding.",
+    "drafted_tokens": "Guessed tokens that steps have verified.",
+    "accepted_tokens": "Guessed tokens that were right.",
+}
 Samples = Iterable[tuple[Sequence[str], float]]
 """Values of a metric, each with those of its labels."""
 
@@ -108,6 +113,10 @@ def _requests(counts: dict[str, Any], metrics: dict[str, Any]) -> Iterator[Metri
     for name, text in _REQUEST_COUNTS.items():
         if name in counts:
             yield _counter(name, text, [], [([], counts[name])])
+    speculation: dict[str, dict[str, int]] = counts.get("speculation", {})
+    for name, text in _DRAFT_COUNTS.items():
+        drafters = [([drafter], numbers[name]) for drafter, numbers in speculation.items()]
+        yield _counter(f"speculation_{name}", text, ["drafter"], drafters)
     if "uptime_s" in counts:
         yield _gauge("uptime_seconds", "Of the scheduler.", [], [([], counts["uptime_s"])])
     state = metrics.get("queues")

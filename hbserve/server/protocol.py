@@ -42,6 +42,25 @@ class StreamOptions(Body):
         return value
 
 
+class PredictedPart(Body):
+    """A part of a `Prediction`."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Body):
+    """The output that the client expects, such as a file that is to be edited."""
+
+    type: Literal["content"]
+    content: str | list[PredictedPart]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class GenerationRequest(Body):
     """The parameters that completions and chat completions share.
 
@@ -86,6 +105,7 @@ class GenerationRequest(Body):
     return_token_ids: bool | None = None
 
     logit_bias: dict[str, float] | None = None
+    prediction: Prediction | None = None
 
     user: Any = None
     metadata: Any = None
@@ -93,7 +113,6 @@ class GenerationRequest(Body):
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
-    prediction: Any = None
     service_tier: Any = None
     store: Any = None
     verbosity: Any = None
@@ -117,6 +136,8 @@ class GenerationRequest(Body):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = _biases(self.logit_bias)
+        if self.prediction is not None:
+            given["prediction"] = self.prediction.text
         return SamplingParams(**{**defaults, **given, **more})
 
     def _only_grammar(self, grammars: dict[str, str | None], *others: str) -> str | None:

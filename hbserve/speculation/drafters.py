@@ -80,24 +80,34 @@ class PredictionDrafter:
         self._num_seen = num_before
         self._num_before = num_before
         self._at = 0  # the place of the next output token in the prediction
-        self._is_lost = False
+        self._num_wrong = 0  # output tokens in a row that were not predicted
         self._ends: dict[tuple[int, ...], int] | None = None  # from an n-gram to the place behind it
 
     def draft(self, tokens: Items[int], max_tokens: int) -> list[int]:
-        """See `Drafter`. A wrong token is taken for another one in its place, until an n-gram shows the right place."""
+        """See `Drafter`. A wrong token is taken for another one in its place. After three of them there is no guess
+        until the output's last n-gram is found in the prediction.
+        """
         predicted = self._predicted
         for place in range(self._num_seen, len(tokens)):
             is_right = self._at < len(predicted) and predicted[self._at] == tokens[place]
-            self._is_lost = not is_right
+            self._num_wrong = 0 if is_right else self._num_wrong + 1
             self._at += 1
             begin = place + 1 - _ORDER
-            if self._is_lost and begin >= self._num_before:
-                self._at = self._find(tuple(tokens[begin : place + 1]))
+            if not is_right and begin >= self._num_before:
+                found = self._find(tuple(tokens[begin : place + 1]))
+                if found is not None:
+                    self._at, self._num_wrong = found, 0
         self._num_seen = len(tokens)
+        if self._num_wrong >= _ORDER:
+            return []
         return list(predicted[self._at : self._at + max_tokens])
 
-    def _find(self, gram: tuple[int, ...]) -> int:
+    def _find(self, gram: tuple[int, ...]) -> int | None:
         if self._ends is None:
             grams = zip(*(self._predicted[i:] for i in range(_ORDER)), strict=False)
             self._ends = {found: end for end, found in enumerate(grams, _ORDER)}
-        return self._ends.get(gram, self._at)
+        return self._ends.get(gram)
+
+
+DRAFTERS = (PredictionDrafter.name, NgramDrafter.name)
+"""Names of all drafters."""

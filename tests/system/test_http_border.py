@@ -307,7 +307,7 @@ async def test_values_that_ask_for_nothing_are_taken_for_every_parameter(
             {"response_format": {"type": "text"}, "tool_choice": "auto", "parallel_tool_calls": True},
             {"use_beam_search": False, "length_penalty": 1.0, "best_of": 1, "spaces_between_special_tokens": True},
             {"functions": [], "function_call": "auto", "modalities": ["text"], "web_search_options": None},
-            {"store": True, "service_tier": "flex", "verbosity": "low", "prediction": {"type": "content"}, "user": 5},
+            {"store": True, "service_tier": "flex", "verbosity": "low", "user": 5},
             {"safety_identifier": "x", "prompt_cache_key": "y", "prompt_cache_retention": "24h", "metadata": {"a": 1}},
             {"top_k": 0, "top_p": 1, "min_p": 0, "n": 1.0, "presence_penalty": 0},
         ]

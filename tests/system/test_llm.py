@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,33 @@ def test_seeded_sampling_is_the_same_in_every_mode_chunking_and_batch(llm: LLM, 
 def seeded() -> dict[str, Any]:
     """What the first mode sampled, for the others to be compared with."""
     return {}
+
+
+def test_a_prediction_changes_no_token_and_saves_steps(llm: LLM) -> None:
+    """Right, wrong and half right guesses, with every kind of sampling, in one batch."""
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=21, max_tokens=30, n=2, logprobs=1, ignore_eos=True),
+        SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=22, top_p=0.9, logit_bias={5: 3.0}, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=23, min_tokens=12, stop_token_ids=[*range(0, VOCAB_SIZE, 9)]),
+    ]
+    prompts = [random_prompt(length, seed=length) for length in (5, 33, 70, 20, 48)]
+    plain = llm.generate(prompts, sampling, use_tqdm=False)
+    before = llm.get_system_stats()["cpu_scheduler"]["speculation"]["prediction"]["accepted_tokens"]
+    replace, rng = msgspec.structs.replace, random.Random(1)
+    for wrong in (0.0, 0.3, 1.0):
+        predicted = [
+            replace(s, prediction=[rng.randrange(VOCAB_SIZE) if rng.random() < wrong else t for t in o["token_ids"]])
+            for s, o in zip(sampling, plain, strict=True)
+        ]
+        outputs = llm.generate(prompts, predicted, use_tqdm=False)
+        for output, expected in zip(outputs, plain, strict=True):
+            assert [s["token_ids"] for s in output["samples"]] == [s["token_ids"] for s in expected["samples"]]
+            assert output["finish_reason"] == expected["finish_reason"]
+    drafts = llm.get_system_stats()["cpu_scheduler"]["speculation"]["prediction"]
+    assert drafts["accepted_tokens"] > before
+    assert drafts["drafted_tokens"] > drafts["accepted_tokens"]
 
 
 def test_n_samples_differ_and_are_reproducible(llm: LLM) -> None:

@@ -326,6 +326,28 @@ def test_outputs_follow_their_grammars_and_leave_others_alone(llm: LLM) -> None:
     assert_no_leaks(llm)
 
 
+async def test_a_prediction_is_tried_and_counted(real_api: openai.AsyncOpenAI) -> None:
+    async def answer(**more: Any) -> Any:
+        messages: Any = [{"role": "user", "content": "Count from 5 to 20."}]
+        return await real_api.chat.completions.create(
+            model=MODEL, messages=messages, temperature=0, max_tokens=60, **more
+        )
+
+    plain = await answer()
+    assert plain.usage.completion_tokens_details is None
+    text = plain.choices[0].message.content
+    half = len(text) // 2
+    for content in (text, [{"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]}]):
+        predicted = await answer(prediction={"type": "content", "content": content})
+        assert predicted.choices[0].message.content == text
+        assert predicted.usage.completion_tokens == plain.usage.completion_tokens
+        details = predicted.usage.completion_tokens_details
+        assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0
+    for wrong in ({"type": "content"}, {"type": "text", "content": "a"}, "a", {"type": "content", "content": 5}):
+        with pytest.raises(openai.BadRequestError, match="prediction"):
+            await answer(prediction=wrong)
+
+
 async def test_structured_output_through_the_api(real_api: openai.AsyncOpenAI) -> None:
     answer = await real_api.chat.completions.parse(
         model=MODEL, messages=USER, response_format=Animal, seed=3, max_tokens=200

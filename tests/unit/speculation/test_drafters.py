@@ -53,6 +53,8 @@ def test_ngram_equals_a_search_backwards() -> None:
         ([10, 99, 98, 11, 12, 13], [14, 15, 16]),  # two tokens more
         ([10, 14, 15, 16], [17, 18, 19]),  # three tokens fewer
         ([*range(10, 20)], []),
+        ([1, 2, 3, 4], []),  # something else altogether
+        ([1, 2, 3, 4, 10, 11, 12], [13, 14, 15]),
     ],
 )
 def test_a_prediction_is_followed_across_differences(output: list[int], guess: list[int]) -> None:
