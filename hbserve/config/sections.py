@@ -68,6 +68,7 @@ class ModelConfig(Section, frozen=True):
         generation_config: ``auto`` takes default sampling parameters from the model's generation_config.json.
         load_format: ``dummy`` makes random weights from config.json alone, from ``seed``.
         tensor_parallel_size: ranks of an instance: 1, 2, 4 or 8; an instance may override it.
+        expert_parallel: the ranks of an instance have some experts each, not a slice of every expert.
         max_model_len: longest prompt plus output, in tokens; default: the limit of the model or of the KV pool.
         attention_backend: ``auto`` takes the fastest backend that supports model and device.
         quantization: ``fp8`` quantises an unquantised checkpoint while it is loaded; default: as the checkpoint is.
@@ -81,6 +82,7 @@ class ModelConfig(Section, frozen=True):
     generation_config: Literal["auto", "none"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     tensor_parallel_size: int = 1
+    expert_parallel: bool = False
     max_model_len: PositiveInt | None = None
     attention_backend: Literal["auto", "sdpa", "flashinfer", "flash_attn"] = "auto"
     quantization: Literal["fp8"] | None = None

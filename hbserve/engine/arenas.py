@@ -197,7 +197,8 @@ def _make(
 ) -> Arenas:
     dtype = dtype_of(config, spec)
     backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
-    table = WeightTable.build(spec, dtype, parallel.rank, parallel.size)
+    share = (parallel.rank, parallel.size, parallel.has_whole_experts)
+    table = WeightTable.build(spec, dtype, *share)
     is_dummy = config.model.load_format == "dummy"
     if not is_dummy:
         check_weights(config.model.path, spec)  # before memory of the size that config.json asks for is allocated
@@ -205,7 +206,7 @@ def _make(
     if is_dummy:
         fill_dummy_weights(table, weights, config.model.seed)
     else:
-        load_weights(config.model.path, spec, table, weights, parallel.rank, parallel.size)
+        load_weights(config.model.path, spec, table, weights, *share)
     block_size = config.performance.block_size or backend.preferred_block_size
     if block_size % backend.block_size_multiple:
         raise ConfigError(

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +82,8 @@ class ModelRunner:
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
         self.platform = platform
-        self.parallel = parallel = parallel or TensorParallel()
+        parallel = replace(parallel or TensorParallel(), has_whole_experts=config.model.expert_parallel)
+        self.parallel = parallel
         if attachment is None:
             self.spec = spec = ModelSpec.load(config.model.path, config.model.quantization)
         else:

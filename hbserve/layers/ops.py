@@ -159,7 +159,8 @@ class LayerOps:
         assert self._experts is not None, "the model has experts"
         x = self.norm(stream, in_norm)
         if self._grouped_experts is None:
-            part = mix_experts(x, weights, self._experts, self._activate)
+            first, _ = self.parallel.local_experts(self._experts.num_experts)
+            part = mix_experts(x, weights, self._experts, self._activate, first)
         else:
             place = None if self.parallel.summand_place is None else self.parallel.summand_place((*x.shape,), x.dtype)
             part = torch.empty_like(x) if place is None else place
@@ -307,7 +308,7 @@ def _group_experts(spec: ModelSpec, device: torch.device, parallel: TensorParall
         return None
     from hbserve.layers.grouped_experts import GroupedExperts
 
-    return GroupedExperts(experts, (0, experts.num_experts), device)
+    return GroupedExperts(experts, parallel.local_experts(experts.num_experts), device)
 
 
 def has_triton(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ class TensorParallel:
         all_gather: joins the ranks' tensors along the last dimension, in rank order; required if ``size`` is above 1.
         summand_place: returns memory for a tensor of a shape and dtype where `all_reduce` is fastest, or None if
             there is none. Two places take turns: a sum stays valid until the second next call.
+        has_whole_experts: each rank has some experts whole, not a slice of each (Lepikhin et al. 2020, GShard).
         sum_and_norm: sums what lies in a `summand_place` over the ranks and computes the next norm, in one kernel.
     """
 
@@ -38,6 +39,12 @@ class TensorParallel:
     all_gather: Collective | None = None
     summand_place: SummandPlace | None = None
     sum_and_norm: SumAndNorm | None = None
+    has_whole_experts: bool = False
+
+    def local_experts(self, num_experts: int) -> tuple[int, int]:
+        """Return the first of this rank's experts, and how many it has of each or whole."""
+        count = num_experts // self.size if self.has_whole_experts else num_experts
+        return self.rank * count if self.has_whole_experts else 0, count
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the sum of ``x`` over the ranks."""

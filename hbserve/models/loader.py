@@ -64,7 +64,13 @@ def check_weights(folder: str | Path, spec: ModelSpec) -> None:
 
 
 def load_weights(
-    folder: str | Path, spec: ModelSpec, table: WeightTable, arena: Tensor, tp_rank: int = 0, tp_size: int = 1
+    folder: str | Path,
+    spec: ModelSpec,
+    table: WeightTable,
+    arena: Tensor,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    has_whole_experts: bool = False,
 ) -> None:
     """Copy a checkpoint into the arena, converted to the table's dtypes.
 
@@ -83,7 +89,7 @@ def load_weights(
     if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
         logger.warning("%s has %s and %s; the first is read", folder, SINGLE_FILE, INDEX_FILE)
     renamed = _renamed(spec, checkpoint_tensors(folder))
-    places = _places(spec, table.views(arena), tp_rank, tp_size)
+    places = _places(table.views(arena), checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts))
     for path in checkpoint_files(folder):
         for name, source in _tensors(path):
             for part, target in places.get(renamed.get(name, name), ()):
@@ -121,11 +127,11 @@ def _repeat(target: Tensor, period: Tensor) -> None:
 
 
 def _places(
-    spec: ModelSpec, views: dict[str, Tensor], tp_rank: int, tp_size: int
+    views: dict[str, Tensor], parameters: dict[str, tuple[CheckpointPart, ...]]
 ) -> dict[str, list[tuple[CheckpointPart, Tensor]]]:
     """Map each tensor of the checkpoint to its parts, and the rows of the arena that each of them fills."""
     places: dict[str, list[tuple[CheckpointPart, Tensor]]] = {}
-    for entry, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
+    for entry, parts in parameters.items():
         row = 0
         for part in parts:
             num_rows = part.local_shape[0]

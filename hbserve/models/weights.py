@@ -59,15 +59,13 @@ class WeightTable(msgspec.Struct, frozen=True):
     num_bytes: int
 
     @staticmethod
-    def build(spec: ModelSpec, dtype: torch.dtype, tp_rank: int = 0, tp_size: int = 1) -> WeightTable:
-        """Lay the parameters out one after the other.
-
-        Raises:
-            ModelError: ``tp_size`` ranks cannot share the model evenly.
-        """
+    def build(
+        spec: ModelSpec, dtype: torch.dtype, tp_rank: int = 0, tp_size: int = 1, has_whole_experts: bool = False
+    ) -> WeightTable:
+        """Lay the parameters out one after the other. Arguments and errors as `checkpoint_parts`."""
         model_dtype = str(dtype).removeprefix("torch.")
         entries, end = {}, 0
-        for name, parts in checkpoint_parts(spec, tp_rank, tp_size).items():
+        for name, parts in checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts).items():
             shapes = [part.local_shape for part in parts]
             shape = (sum(s[0] for s in shapes), *shapes[0][1:])
             own_dtype = "float32" if _is_exact(name, spec) else parts[0].arena_dtype or model_dtype
@@ -97,13 +95,18 @@ def _view(arena: Tensor, entry: WeightEntry) -> Tensor:
     return arena[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
 
 
-def checkpoint_parts(spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1) -> dict[str, tuple[CheckpointPart, ...]]:
+def checkpoint_parts(
+    spec: ModelSpec, tp_rank: int = 0, tp_size: int = 1, has_whole_experts: bool = False
+) -> dict[str, tuple[CheckpointPart, ...]]:
     """Map each parameter of a rank to the checkpoint's tensors that it is stacked from, first to last row.
+
+    Args:
+        has_whole_experts: see `TensorParallel`.
 
     Raises:
         ModelError: ``tp_size`` ranks cannot share the model evenly.
     """
-    return dict(_Sharding(spec, tp_rank, tp_size).parameters())
+    return dict(_Sharding(spec, tp_rank, tp_size, has_whole_experts).parameters())
 
 
 class _Slice(NamedTuple):
@@ -116,8 +119,10 @@ class _Slice(NamedTuple):
 class _Sharding:
     """Names and slices of one rank's parameters."""
 
-    def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
-        self.spec, self.rank, self.size = spec, rank, size
+    def __init__(self, spec: ModelSpec, rank: int, size: int, has_whole_experts: bool) -> None:
+        if has_whole_experts and spec.experts is None:
+            raise ModelError(f"model.expert_parallel: {spec.architecture} has no experts here; leave it out")
+        self.spec, self.rank, self.size, self.has_whole_experts = spec, rank, size, has_whole_experts
 
     def parameters(self) -> Iterator[Parameter]:
         spec = self.spec
@@ -158,8 +163,13 @@ class _Sharding:
     def _experts(self, prefix: str, experts: Experts) -> Iterator[Parameter]:
         """Stack the experts' matrices: ``gate | up`` of one after the other, then their down projections."""
         hidden, family = self.spec.hidden_size, self.spec.family
-        inner = _Slice(experts.inner_size, list(self._share(experts.inner_size, "the width of experts")))
-        names = [f"{prefix}experts.{expert}." for expert in range(experts.num_experts)]
+        local, columns = (0, experts.num_experts), (0, experts.inner_size)
+        if self.has_whole_experts:
+            local = self._share(experts.num_experts, "number of experts")
+        else:
+            columns = self._share(experts.inner_size, "width of experts")
+        inner = _Slice(experts.inner_size, list(columns))
+        names = [f"{prefix}experts.{expert}." for expert in range(*local)]
         yield "router", (_part(f"{prefix}gate.weight", (experts.num_experts, hidden)),)
         if experts.scoring == "sigmoid":
             yield "router_bias", (_part(f"{prefix}gate.e_score_correction_bias", (experts.num_experts,)),)
@@ -169,7 +179,7 @@ class _Sharding:
         yield "down", tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
         if experts.shared_size:
             shared = f"{prefix}{family.shared_expert}"
-            rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "the width of the shared expert")))
+            rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "width of the shared expert")))
             yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2, None)
             yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows, None)
             if experts.has_shared_gate:

@@ -52,7 +52,7 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
     platform.activate()
     with torch.inference_mode():
         spec = ModelSpec.load(config.model.path, config.model.quantization)
-        parallel = TensorParallel(rank, size)
+        parallel = TensorParallel(rank, size, has_whole_experts=config.model.expert_parallel)
         arenas, attachment = share_arenas(config, spec, platform, parallel, time.time_ns(), agree)
     ready = {
         "ready": True,

@@ -76,6 +76,13 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def expert_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A mixture of experts, and one expert that computes every token."""
+    folder = tmp_path_factory.mktemp("qwen2_moe")
+    return str(folder), save_model(folder, "qwen2_moe")
+
+
+@pytest.fixture(scope="module")
 def of_one_rank(model: tuple[str, Any]) -> list[Any]:
     """What an instance of one rank makes of the seeded requests."""
     with LLM(model[0], mode="unified", **SETTINGS) as llm:
@@ -127,16 +134,17 @@ def test_transfers_count_the_bytes_of_all_ranks(llm: LLM) -> None:
     ("sizes", "backend"), [((2, 1), "shm"), pytest.param((1, 2), "mooncake", marks=needs_mooncake)], ids=["2-1", "1-2"]
 )
 def test_prefill_and_decode_may_have_different_numbers_of_ranks(
-    untied_model: tuple[str, Any], sizes: tuple[int, int], backend: str
+    expert_model: tuple[str, Any], sizes: tuple[int, int], backend: str
 ) -> None:
+    """The two ranks have some experts each, the one rank has all."""
     instances = [
         {"instance_id": role, "instance_type": role, "num_threads": 1, "tensor_parallel_size": size}
         for role, size in zip(("prefill", "decode"), sizes, strict=True)
     ]
     prompts = [random_prompt(length, seed=length) for length in (1, 16, 17, 100, 180)]
     settings = SETTINGS | {"kv_transfer_backend": backend, "kv_verify": True, "gpu_instances": instances}
-    settings["kv_layer_group_bytes"] = 1 << 12
-    with LLM(untied_model[0], mode="disaggregated", **settings) as llm:
+    settings |= {"kv_layer_group_bytes": 1 << 12, "expert_parallel": True}
+    with LLM(expert_model[0], mode="disaggregated", **settings) as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert_no_leaks(llm)  # by then the senders have reported their last transfers
         (of_many,) = llm.get_system_stats()["kv_transfer"]["links"].values()
@@ -144,7 +152,7 @@ def test_prefill_and_decode_may_have_different_numbers_of_ranks(
         outputs += llm.generate(prompts[-1], GREEDY, use_tqdm=False)
         assert_no_leaks(llm)
         (link,) = llm.get_system_stats()["kv_transfer"]["links"].values()
-    assert [o["token_ids"] for o in outputs] == [greedy_reference(untied_model[1], p, NUM_TOKENS) for p in prompts]
+    assert [o["token_ids"] for o in outputs] == [greedy_reference(expert_model[1], p, NUM_TOKENS) for p in prompts]
     assert not link["failures"], "with checksums that hold"
     assert link["transfers"] == of_many["transfers"] + 1 + 3, "of a lone prompt the last chunk leaves layer by layer"
 

@@ -168,22 +168,24 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "in_place", "vocab_size"),
+    ("name", "tp_size", "in_place", "vocab_size", "whole_experts"),
     [
-        ("qwen3", 2, True, 320),
-        ("llama", 2, False, 321),
-        ("qwen2", 4, True, 322),
-        ("llama_linear_rope", 2, False, 320),
-        ("phi3", 2, False, 320),
-        ("olmo2", 4, False, 320),
-        ("gemma2", 2, True, 320),
-        ("qwen3_moe", 2, False, 320),
-        ("qwen2_moe", 2, False, 320),
-        ("glm4_moe", 2, True, 320),
+        ("qwen3", 2, True, 320, False),
+        ("llama", 2, False, 321, False),
+        ("qwen2", 4, True, 322, False),
+        ("llama_linear_rope", 2, False, 320, False),
+        ("phi3", 2, False, 320, False),
+        ("olmo2", 4, False, 320, False),
+        ("gemma2", 2, True, 320, False),
+        ("qwen3_moe", 2, False, 320, False),
+        ("qwen2_moe", 2, False, 320, False),
+        ("qwen2_moe", 2, True, 320, True),
+        ("glm4_moe_groups", 2, False, 320, True),
+        ("glm4_moe", 2, True, 320, False),
     ],
 )
 def test_ranks_together_compute_the_whole_model(
-    name: str, tp_size: int, in_place: bool, vocab_size: int, tmp_path: Path
+    name: str, tp_size: int, in_place: bool, vocab_size: int, whole_experts: bool, tmp_path: Path
 ) -> None:
     """Each rank runs in a thread. Ranks share KV heads if there are too few, and tokens of an odd vocabulary.
 
@@ -225,10 +227,11 @@ def test_ranks_together_compute_the_whole_model(
             all_gather=lambda x: torch.cat(collect(rank, x), dim=-1),
             summand_place=lambda shape, dtype: place if in_place and shape == place.shape else None,
             sum_and_norm=sum_and_norm if in_place else None,
+            has_whole_experts=whole_experts,
         )
-        table = WeightTable.build(spec, torch.float32, rank, tp_size)
+        table = WeightTable.build(spec, torch.float32, rank, tp_size, whole_experts)
         arena = cpu().allocate_arena(table.num_bytes)
-        load_weights(tmp_path, spec, table, arena, rank, tp_size)
+        load_weights(tmp_path, spec, table, arena, rank, tp_size, whole_experts)
         decoder = Decoder(spec, table.views(arena), parallel)
         attention = one_sequence(spec, torch.float32, cpu(), 30, max(1, spec.num_kv_heads // tp_size))
         results[rank] = decoder.logits(decoder.forward(token_ids, torch.arange(30), attention))
@@ -258,6 +261,15 @@ def test_uneven_tensor_parallelism_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3")
     with pytest.raises(ModelError, match="num_attention_heads 4 cannot be shared evenly by 3"):
         WeightTable.build(ModelSpec.load(tmp_path), torch.float32, 0, 3)
+
+
+def test_whole_experts_need_experts_that_the_ranks_can_divide(tmp_path: Path) -> None:
+    save_model(tmp_path / "dense", "qwen3")
+    with pytest.raises(ModelError, match="expert_parallel: Qwen3ForCausalLM has no experts"):
+        WeightTable.build(ModelSpec.load(tmp_path / "dense"), torch.float32, 0, 2, has_whole_experts=True)
+    save_model(tmp_path / "moe", "olmoe")
+    with pytest.raises(ModelError, match="number of experts 6 cannot be shared evenly by 4"):
+        WeightTable.build(ModelSpec.load(tmp_path / "moe"), torch.float32, 0, 4, has_whole_experts=True)
 
 
 def test_dummy_weights_are_reproducible_and_sane(tmp_path: Path) -> None:
