@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hbserve.model_spec import ModelSpec
+from hbserve.models.expert_shares import expert_shares, touched_experts
 
 
 class ModelCost:
@@ -21,32 +22,44 @@ class ModelCost:
 
     Args:
         itemsize: bytes per parameter and per KV element.
+        expert_skew: exponent of the loads of experts (`hbserve.models.expert_shares`).
 
     Attributes:
         layer_params: parameters of all layers' matrices; of experts, those of one token.
         head_params: parameters of the LM head.
-        weight_bytes: bytes that a step reads with any number of tokens: the layers and the LM head. The
-            embedding is read by row, so it counts only where it is the LM head too.
         token_flops: FLOPs of all layers' matrices for one token: 2 per parameter.
         head_flops: FLOPs of the LM head for one sampled token.
     """
 
-    def __init__(self, spec: ModelSpec, itemsize: int) -> None:
+    def __init__(self, spec: ModelSpec, itemsize: int, expert_skew: float = 0.0) -> None:
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         attention_params = spec.hidden_size * (2 * q_size + 2 * kv_size)
-        matrices, inner_sizes = 3 if spec.family.is_gated else 2, [spec.intermediate_size] * spec.num_layers
-        if spec.experts is not None:
-            used = spec.experts.num_chosen * spec.experts.inner_size
-            inner_sizes = [used if has else spec.intermediate_size for has in spec.experts.layers]
-        self.layer_params = spec.num_layers * attention_params + matrices * spec.hidden_size * sum(inner_sizes)
+        row_params = spec.hidden_size * (3 if spec.family.is_gated else 2)
+        experts, num_sparse = spec.experts, 0 if spec.experts is None else sum(spec.experts.layers)
+        common_params = spec.num_layers * attention_params
+        common_params += (spec.num_layers - num_sparse) * row_params * spec.intermediate_size
+        self._expert_params, num_chosen, self._shares = 0, 0, []
+        if experts is not None:
+            common_params += num_sparse * (row_params * experts.shared_size + spec.hidden_size * experts.num_experts)
+            self._expert_params, num_chosen = num_sparse * row_params * experts.inner_size, experts.num_chosen
+            self._shares = expert_shares(experts, expert_skew)
+        self.layer_params = common_params + num_chosen * self._expert_params
         self.head_params = spec.vocab_size * spec.hidden_size
-        self.weight_bytes = (self.layer_params + self.head_params) * itemsize
+        self._common_bytes, self._itemsize = (common_params + self.head_params) * itemsize, itemsize
         self.token_flops = 2 * self.layer_params
         self.head_flops = 2 * self.head_params
         # Scores and weighted values: one multiplication and one addition each per query element.
         self._flops_per_key = 4 * q_size
         self._bytes_per_key = 2 * kv_size * itemsize
         self._windows = Counter(spec.sliding_windows)
+
+    def weight_bytes(self, num_tokens: int) -> int:
+        """Count the bytes of weights that a step with so many tokens reads: layers, LM head, and the experts it needs.
+
+        The embedding is read by row, so it counts only where it is the LM head too. Tokens choose independently.
+        """
+        touched = touched_experts(self._shares, num_tokens)
+        return self._common_bytes + round(touched * self._expert_params * self._itemsize)
 
     def attention_flops(self, context_tokens: int) -> int:
         """Count the FLOPs of one token that attends to ``context_tokens``, itself included, in all layers."""
@@ -113,13 +126,13 @@ def compute_floor(
 
     First all prompts, which also give each request its first token::
 
-        prefill = max(sum of prompt_flops(p) / matmul rate, weight_bytes / copy rate)
+        prefill = max(sum of prompt_flops(p) / matmul rate, weight_bytes(all tokens) / copy rate)
 
     Then decode steps j = 1, 2, ... with every request that wants more than j tokens, until all have
     ended. In step j a request with a prompt of p tokens has a context of p + j, its newest token
     included. It writes the KV of that token and reads the KV of the others::
 
-        bytes  = weight_bytes + sum of kv_bytes(p + j)
+        bytes  = weight_bytes(requests) + sum of kv_bytes(p + j)
         flops  = sum of token_flops + head_flops + attention_flops(p + j)
         step   = max(bytes / copy rate, flops / matmul rate)
 
@@ -130,16 +143,17 @@ def compute_floor(
         copy_bytes_per_s, matmul_flops_per_s: what the device reaches, see `hbserve.bench.device_limits`.
     """
     prefill_flops = sum(cost.prompt_flops(length) for length in input_lens)
-    decode_flops = kv_bytes = decode_steps = 0
+    decode_flops = kv_bytes = weight_bytes = decode_steps = 0
     decode_s = 0.0
     for step in range(1, max(output_lens)):
         contexts = [p + step for p, output_len in zip(input_lens, output_lens, strict=True) if output_len > step]
         step_kv_bytes = sum(map(cost.kv_bytes, contexts))
         step_flops = len(contexts) * (cost.token_flops + cost.head_flops) + sum(map(cost.attention_flops, contexts))
-        decode_s += max((cost.weight_bytes + step_kv_bytes) / copy_bytes_per_s, step_flops / matmul_flops_per_s)
+        step_weight_bytes = cost.weight_bytes(len(contexts))
+        decode_s += max((step_weight_bytes + step_kv_bytes) / copy_bytes_per_s, step_flops / matmul_flops_per_s)
         decode_flops += step_flops
         kv_bytes += step_kv_bytes
+        weight_bytes += step_weight_bytes
         decode_steps += 1
-    prefill_s = max(prefill_flops / matmul_flops_per_s, cost.weight_bytes / copy_bytes_per_s)
-    weight_bytes = decode_steps * cost.weight_bytes
+    prefill_s = max(prefill_flops / matmul_flops_per_s, cost.weight_bytes(sum(input_lens)) / copy_bytes_per_s)
     return Floor(prefill_s, decode_s, prefill_flops, decode_flops, weight_bytes, kv_bytes, decode_steps)

@@ -137,7 +137,9 @@ def run(options: OfflineOptions) -> None:
         )
     dtype = _serving_dtype(config, spec)
     limits = device_limits.measure(config.model.device, dtype)
-    floor = _floor(ModelCost(spec, DTYPES[dtype].itemsize), batch, limits, config.model.tensor_parallel_size)
+    skew = config.model.dummy_expert_skew if config.model.load_format == "dummy" else 0.0
+    cost = ModelCost(spec, DTYPES[dtype].itemsize, skew)
+    floor = _floor(cost, batch, limits, config.model.tensor_parallel_size)
     _show_setting(options, config, batch, limits, floor)
 
     start = time.perf_counter()

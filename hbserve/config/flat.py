@@ -47,6 +47,7 @@ class PdDisaggConfig:
     generation_config: str | None = None
     load_format: str | None = None
     tensor_parallel_size: int | None = None
+    dummy_expert_skew: float | None = None
     expert_parallel: bool | None = None
     max_model_len: int | None = None
     attention_backend: str | None = None

@@ -67,6 +67,7 @@ class ModelConfig(Section, frozen=True):
         device, dtype: ``auto`` takes CUDA where there is a GPU, and the checkpoint's dtype.
         generation_config: ``auto`` takes default sampling parameters from the model's generation_config.json.
         load_format: ``dummy`` makes random weights from config.json alone, from ``seed``.
+        dummy_expert_skew: with ``dummy``, exponent of Zipf's law that the loads of experts follow; 0: all are alike.
         tensor_parallel_size: ranks of an instance: 1, 2, 4 or 8; an instance may override it.
         expert_parallel: the ranks of an instance have some experts each, not a slice of every expert.
         max_model_len: longest prompt plus output, in tokens; default: the limit of the model or of the KV pool.
@@ -81,6 +82,7 @@ class ModelConfig(Section, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     generation_config: Literal["auto", "none"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
+    dummy_expert_skew: NonNegativeFloat = 0.5
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
     max_model_len: PositiveInt | None = None

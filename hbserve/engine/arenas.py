@@ -204,7 +204,7 @@ def _make(
         check_weights(config.model.path, spec)  # before memory of the size that config.json asks for is allocated
     weights = allocate_weights(table.num_bytes, "the model's weights")
     if is_dummy:
-        fill_dummy_weights(table, weights, config.model.seed)
+        fill_dummy_weights(spec, table, weights, config.model.seed, config.model.dummy_expert_skew)
     else:
         load_weights(config.model.path, spec, table, weights, *share)
     block_size = config.performance.block_size or backend.preferred_block_size

@@ -25,6 +25,7 @@ from hbserve.model_files import (
 )
 from hbserve.model_spec import EMBEDDING, LM_HEAD, ModelSpec
 from hbserve.models.checkpoint_part import CheckpointPart
+from hbserve.models.expert_shares import expert_shares, skew_router
 from hbserve.models.weights import WeightTable, checkpoint_parts
 
 _DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
@@ -97,11 +98,14 @@ def load_weights(
                 _check_finite(path, name, source, target)
 
 
-def fill_dummy_weights(table: WeightTable, arena: Tensor, seed: int) -> None:
-    """Fill the arena with normal noise of standard deviation 0.02, and norms with ones; FP8 weights alike.
+def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed: int, expert_skew: float = 0.0) -> None:
+    """Fill the arena with normal noise of standard deviation 0.02, and let norms have the factor 1; FP8 weights alike.
 
     The same seed gives the same weights on the same kind of device. All tensor-parallel ranks must use the same seed,
     because the weights that they have in common must be equal.
+
+    Args:
+        expert_skew: exponent of the loads of experts, see `hbserve.models.expert_shares`; 0: routers stay random.
     """
     views = table.views(arena)
     generator = torch.Generator(arena.device).manual_seed(seed)
@@ -109,13 +113,30 @@ def fill_dummy_weights(table: WeightTable, arena: Tensor, seed: int) -> None:
     dtype = views["embedding"].dtype
     noise = noise.to(dtype)
     _repeat(arena[: table.num_bytes].view(dtype), noise)
+    shares = None if spec.experts is None or expert_skew == 0 else expert_shares(spec.experts, expert_skew)
+    order = torch.Generator().manual_seed(seed)
     for name, view in views.items():
-        if name.endswith("norm") or name.endswith("input_scale"):
+        if name.endswith("norm"):
+            _fill_norm(view, spec)
+        elif name.endswith("router_bias"):
+            view.zero_()
+        elif name.endswith("router"):
+            _repeat(view.flatten(), noise.to(view.dtype))
+            if shares is not None:
+                skew_router(view, shares, order)
+        elif name.endswith("input_scale"):
             view.fill_(1)
         elif name.endswith("scale"):
             view.fill_(_DUMMY_STD / _DUMMY_FP8_STD)
         elif view.dtype == FP8:
             _repeat(view.flatten(), noise.float().mul(_DUMMY_FP8_STD / _DUMMY_STD).to(FP8))
+
+
+def _fill_norm(parameters: Tensor, spec: ModelSpec) -> None:
+    """Let a norm have the factor 1, and no bias."""
+    parameters.fill_(0 if spec.family.norm == "gemma_rms" else 1)
+    if spec.family.norm == "layer":
+        parameters.chunk(2)[1].zero_()
 
 
 def _repeat(target: Tensor, period: Tensor) -> None:

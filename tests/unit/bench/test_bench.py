@@ -31,6 +31,11 @@ PARAMETERS = {
     "qwen3-32b": 32_762_123_264,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "glm-4.5-air": 106_852_245_504 + 45 * 128,  # biases of routers, which are not counted
+    "gemma-3-12b": 11_766_034_176,
+    "phi-4": 14_659_507_200,
 }
 """As their publishers count them."""
 
@@ -109,7 +114,7 @@ def test_shapes_have_the_published_sizes(name: str, num_parameters: int) -> None
     assert spec.dtype == torch.bfloat16
     # a step reads all of it but norms, and of an embedding of its own only rows
     embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size
-    read = ModelCost(spec, itemsize=2).weight_bytes / 2
+    read = ModelCost(spec, itemsize=2).weight_bytes(num_tokens=10_000) / 2
     assert 0.9997 < read / (num_parameters - embedding) < 1
 
 
@@ -117,10 +122,21 @@ def test_all_shapes_are_tested() -> None:
     assert {path.name for path in SHAPES.iterdir()} == set(PARAMETERS)
 
 
+def test_a_step_reads_the_experts_that_its_tokens_need() -> None:
+    spec = ModelSpec.load(find_model("qwen3-30b-a3b"))
+    expert = 3 * 2048 * 768 * 2 * 48
+    cost, skewed = ModelCost(spec, itemsize=2), ModelCost(spec, itemsize=2, expert_skew=1.0)
+    assert cost.weight_bytes(1) - cost.weight_bytes(0) == 8 * expert
+    assert cost.weight_bytes(2) - cost.weight_bytes(0) == round((16 - 8 * 8 / 128) * expert)
+    assert cost.weight_bytes(1000) - cost.weight_bytes(0) == pytest.approx(128 * expert)
+    assert skewed.weight_bytes(1) == pytest.approx(cost.weight_bytes(1))
+    assert skewed.weight_bytes(32) < 0.9 * cost.weight_bytes(32)
+
+
 def test_floor_by_hand() -> None:
     # A layer: q and o 4x4 each, k and v 4x2 each, three 4x8: 48 + 96 = 144 parameters; two: 288; LM head: 40.
     cost = ModelCost(tiny_spec(), itemsize=2)
-    assert cost.weight_bytes == 2 * (288 + 40)
+    assert cost.weight_bytes(1) == cost.weight_bytes(9) == 2 * (288 + 40)
     assert cost.token_flops + cost.head_flops == 2 * (288 + 40)
     # A key: k and v of 2 elements of 2 bytes; scores and sums of 2 heads of 2 elements, 2 FLOPs each. Two layers.
     assert cost.kv_bytes(5) == 2 * 5 * 8

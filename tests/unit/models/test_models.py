@@ -18,10 +18,12 @@ from hbserve.attention import AttentionBatch, select_attention_backend
 from hbserve.attention.base import AttentionBackend
 from hbserve.errors import ConfigError, ModelError
 from hbserve.kv_cache.layout import KVLayout
+from hbserve.layers.experts import choose_experts
 from hbserve.layers.norms import rms_norm
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
+from hbserve.models.expert_shares import expert_shares
 from hbserve.models.loader import fill_dummy_weights, load_weights
 from hbserve.models.weights import ALIGNMENT_BYTES, WeightTable, checkpoint_parts
 from hbserve.platform import Platform, make_platform
@@ -278,7 +280,7 @@ def test_dummy_weights_are_reproducible_and_sane(tmp_path: Path) -> None:
     table = WeightTable.build(spec, torch.bfloat16)
     arenas = [torch.zeros(table.num_bytes, dtype=torch.uint8) for _ in range(3)]
     for arena, seed in zip(arenas, (0, 0, 1), strict=True):
-        fill_dummy_weights(table, arena, seed)
+        fill_dummy_weights(spec, table, arena, seed)
     assert torch.equal(arenas[0], arenas[1])
     assert not torch.equal(arenas[0], arenas[2])
     views = table.views(arenas[0])
@@ -288,6 +290,40 @@ def test_dummy_weights_are_reproducible_and_sane(tmp_path: Path) -> None:
         else:
             assert view.float().std().item() == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(views["layers.0.qkv"], views["layers.1.qkv"])
+
+
+@pytest.mark.parametrize(("name", "ones"), [("gemma", 0.0), ("olmo2", 1.0), ("starcoder2", 1.0)])
+def test_norms_of_dummy_weights_have_the_factor_1(name: str, ones: float, tmp_path: Path) -> None:
+    save_model(tmp_path, name)
+    spec = ModelSpec.load(tmp_path)
+    table = WeightTable.build(spec, torch.float32)
+    arena = torch.zeros(table.num_bytes, dtype=torch.uint8)
+    fill_dummy_weights(spec, table, arena, 0)
+    weight, *bias = table.views(arena)["final_norm"].chunk(2 if name == "starcoder2" else 1)
+    assert (weight == ones).all()
+    assert not any(part.any() for part in bias)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
+def test_dummy_routers_load_experts_by_zipfs_law(name: str, tmp_path: Path) -> None:
+    save_model(tmp_path, name, num_hidden_layers=4, num_experts=32, n_routed_experts=32, num_experts_per_tok=4)
+    spec = ModelSpec.load(tmp_path)
+    assert spec.experts is not None
+    table = WeightTable.build(spec, torch.bfloat16)
+    arena = torch.zeros(table.num_bytes, dtype=torch.uint8)
+    x = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(1))
+    loads = {}
+    for skew in (0.0, 0.8):
+        fill_dummy_weights(spec, table, arena, 0, skew)
+        views = table.views(arena)
+        router = views["layers.3.router"].float()
+        logits = x @ (router / router.square().mean().sqrt()).T / 8  # rows differ in length by chance, too
+        _, chosen = choose_experts(logits, views.get("layers.3.router_bias"), spec.experts)
+        loads[skew] = torch.bincount(chosen.flatten(), minlength=32) / len(x)
+    shares = expert_shares(spec.experts, 0.8)
+    assert sum(shares) == pytest.approx(4)
+    assert loads[0.8].sort(descending=True).values[:16].tolist() == pytest.approx(shares[:16], rel=0.35)
+    assert loads[0.0].max() < 0.5 * loads[0.8].max()
 
 
 # --- refusals: the error names what is wrong ---
