@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
@@ -16,6 +16,7 @@ from hbserve.policy.queue_policy import QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, num_pairs
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 
 _MAX_ENDS = 64
@@ -55,12 +56,11 @@ class WaitingQueue:
         """Remove a sequence that waits no more."""
         self.waiting.remove(sequence)
 
-    def in_order(self, instances: Iterable[InstanceHandle], now: float) -> Items[Sequence]:
+    def in_order(self, instances: Instances, now: float) -> Items[Sequence]:
         """Return the waiting sequences in the order of admission."""
 
         def admitted() -> tuple[list[tuple[Sequence, int]], int]:
-            prompts, num_workers = _admitted(instances)
-            return prompts, max(1, num_workers)
+            return _admitted(instances), max(1, len(instances.prefilling))
 
         return self.policy.order(self.waiting, now, admitted)
 
@@ -83,7 +83,7 @@ class WaitingQueue:
     def predicted_ttft_s(
         self,
         sequence: Sequence,
-        instances: Collection[InstanceHandle],
+        instances: Instances,
         slots_are_full: bool,
         now: float,
     ) -> float:
@@ -98,8 +98,8 @@ class WaitingQueue:
         """
         rank = self.policy.rank(sequence)
         before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]
-        prompts, num_workers = _admitted(instances)
-        prompts = [item for item in prompts if not item[0].is_batch or sequence.is_batch]
+        num_workers = len(instances.prefilling)
+        prompts = [item for item in _admitted(instances) if not item[0].is_batch or sequence.is_batch]
         starts = [(len(other.tokens), start) for other, start in prompts] + [(len(other.tokens), 0) for other in before]
         num_tokens = sum(end - start for end, start in starts)
         step_s = _until_steps_end_s(instances, now)
@@ -115,29 +115,24 @@ class WaitingQueue:
         return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
 
 
-def _until_steps_end_s(instances: Iterable[InstanceHandle], now: float) -> float | None:
+def _until_steps_end_s(instances: Instances, now: float) -> float | None:
     """Return the seconds until the first prefill instance has ended its steps with prompts.
 
     Prompts in these steps may be planned to their ends, and then no queue has them. None: an instance has no such step,
     or no instance is ready.
     """
     times_s = []
-    for instance in instances:
-        if instance.ready and instance.role.prefills:
-            busy = [w for w in instance.workers.values() if any(step.prefill_rows for step in w.inflight)]
-            if not busy:
-                return None
-            times_s.append(max((worker.timing.expected_end() or now) - now for worker in busy))
+    for instance in instances.prefilling:
+        busy = [w for w in instance.workers.values() if any(step.prefill_rows for step in w.inflight)]
+        if not busy:
+            return None
+        times_s.append(max((worker.timing.expected_end() or now) - now for worker in busy))
     return max(0.0, min(times_s)) if times_s else None
 
 
-def _admitted(instances: Iterable[InstanceHandle]) -> tuple[list[tuple[Sequence, int]], int]:
-    """Return the prompts with an allocation, each with the tokens that are planned, and how many instances prefill."""
-    prefilling = [instance for instance in instances if instance.ready and instance.role.prefills]
-    prompts = [
-        (sequence, allocation.num_planned) for instance in prefilling for sequence, allocation in instance.prompts
-    ]
-    return prompts, len(prefilling)
+def _admitted(instances: Instances) -> list[tuple[Sequence, int]]:
+    """Return the prompts with an allocation, each with the tokens that are planned."""
+    return [(sequence, allocation.num_planned) for sequence, allocation in instances.prompts()]
 
 
 # --- admission ----------------------------------------------------------------------------------
@@ -202,7 +197,9 @@ def _leaves_room(sequence: Sequence, instance: InstanceHandle) -> bool:
 
 
 def _load(instance: InstanceHandle, prefills: bool) -> int:
-    return instance.num_tokens_to_prefill if prefills else instance.num_sequences
+    if not prefills:
+        return instance.num_sequences
+    return instance.num_tokens_to_prefill if instance.prompts else 0
 
 
 def _cached_tokens(sequence: Sequence, instance: InstanceHandle) -> int:
@@ -223,7 +220,7 @@ class Admission:
 
     def __init__(
         self,
-        instances: Mapping[str, InstanceHandle],
+        instances: Instances,
         config: Config,
         clock: Clock,
         policy: QueuePolicy,
@@ -247,9 +244,7 @@ class Admission:
         computed before one of those. A request that waits without an allocation holds no blocks and can be overtaken.
         """
         instances = [
-            instance
-            for instance in self._instances.values()
-            if instance.ready and instance.num_free_slots and not instance.is_draining
+            instance for instance in self._instances.ready if instance.num_free_slots and not instance.is_draining
         ]
         if self._policy.gives_way(sequence, self._clock.now):
             instances = [instance for instance in instances if _leaves_room(sequence, instance)]
@@ -297,9 +292,12 @@ class Admission:
         return False
 
     def _has_enough(self, instance: InstanceHandle, sequence: Sequence) -> bool:
+        prompts = instance.prompts
+        if not prompts:
+            return False
         num_tokens, now = 0, self._clock.now
         key = self._policy.key(sequence, 0, now)
-        for admitted, allocation in instance.prompts:
+        for admitted, allocation in prompts:
             if self._policy.key(admitted, allocation.num_planned, now) > key:
                 return False
             remaining = allocation.num_tokens_at_entry - allocation.num_planned

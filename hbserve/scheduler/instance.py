@@ -43,6 +43,7 @@ class InstanceHandle:
             yet, with the time by which they must register. Until then no block of the memory is given out.
         choice: decides which worker computes next.
         plan_at: when the next steps of its workers are looked at, see `wake` and `wake_at`.
+        number: its place in the order of all instances; 0: it is none of the system's.
     """
 
     def __init__(
@@ -75,9 +76,16 @@ class InstanceHandle:
         self._performance = config.performance
         self.plan_at = -math.inf
         self._prompts: list[tuple[Sequence, KVAllocation]] | None = None  # None: to be found
+        self.number = 0
+        self._woken: list[InstanceHandle] = []
         self.reset()
 
     # --- when its next steps are looked at -------------------------------------------------------
+
+    def enlist(self, woken: list[InstanceHandle], number: int) -> None:
+        """Take a place in the order of all instances, and the list to which it adds itself whenever it is woken."""
+        self._woken, self.number = woken, number
+        woken.append(self)
 
     def wake(self) -> None:
         """Look at the workers' next steps in this step of the scheduler: something has changed that may allow a plan.
@@ -87,10 +95,13 @@ class InstanceHandle:
         """
         self.plan_at = -math.inf
         self._prompts = None
+        self._woken.append(self)
 
     def wake_at(self, at: float) -> None:
         """Look at the workers' next steps at a time, if nothing changes before."""
-        self.plan_at = min(self.plan_at, at)
+        if at < self.plan_at:
+            self.plan_at = at
+            self._woken.append(self)
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -226,7 +237,8 @@ class InstanceHandle:
         """The sequences with prompt tokens that are not planned. Only what wakes the instance adds one."""
         if self._prompts is None:
             self._prompts = list(self.allocations.items())
-        self._prompts = [item for item in self._prompts if item[1].num_planned < item[1].num_tokens_at_entry]
+        if self._prompts:
+            self._prompts = [item for item in self._prompts if item[1].num_planned < item[1].num_tokens_at_entry]
         return self._prompts
 
     def take_slot(self) -> int:

@@ -16,6 +16,7 @@ from hbserve.errors import ConfigError
 from hbserve.messages.membership import Join, Joined
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.worker import WorkerHandle
 
 
@@ -26,9 +27,7 @@ class InstanceMembership:
         instances: of the system, by id, at first those of the configuration; those that have joined are added here.
     """
 
-    def __init__(
-        self, config: Config, instances: dict[str, InstanceHandle], clock: Clock, outbox: OutboxWriter
-    ) -> None:
+    def __init__(self, config: Config, instances: Instances, clock: Clock, outbox: OutboxWriter) -> None:
         self._config = config
         self._clock = clock
         self._outbox = outbox
@@ -115,7 +114,7 @@ class InstanceMembership:
     def on_arrived(self, instance: InstanceHandle) -> None:
         """An instance has introduced itself, and fits."""
         if self._joining.pop(instance.id, None) is not None:
-            self._instances[instance.id] = instance
+            self._instances.add(instance)
             self._joined.add(instance.id)
 
     def overdue(self) -> list[InstanceHandle]:
@@ -134,7 +133,7 @@ class InstanceMembership:
             self._configured.pop(instance.id, None)
         if instance.id in self._configured:
             return False
-        self._instances.pop(instance.id, None)
+        self._instances.remove(instance.id)
         return True
 
 

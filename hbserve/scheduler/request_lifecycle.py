@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config
@@ -28,6 +28,7 @@ from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.admission import Admission, WaitingQueue
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
 from hbserve.scheduler.transfer import Transfer
@@ -62,7 +63,7 @@ class RequestLifecycle:
     def __init__(
         self,
         config: Config,
-        instances: Mapping[str, InstanceHandle],
+        instances: Instances,
         transfers: TransferTracker,
         metrics: SchedulerMetrics,
         events: EventLog,
@@ -141,13 +142,11 @@ class RequestLifecycle:
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:
         """Predict how long a request that has just come would wait for its first token."""
-        return self._queue.predicted_ttft_s(
-            sequence, self._instances.values(), self._admission.is_full, self._clock.now
-        )
+        return self._queue.predicted_ttft_s(sequence, self._instances, self._admission.is_full, self._clock.now)
 
     def in_order(self) -> Items[Sequence]:
         """Return the waiting requests in the order of admission."""
-        return self._queue.in_order(self._instances.values(), self._clock.now)
+        return self._queue.in_order(self._instances, self._clock.now)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a waiting request its allocations for prefill and decode, both or neither; False if nothing fits now.
@@ -173,7 +172,7 @@ class RequestLifecycle:
 
     def _make_room(self) -> bool:
         """Preempt the best-effort request that came last; False if there is none, or memory is about to be freed."""
-        if not self._admission.is_full or any(i.ready and i.pool.num_pending_blocks for i in self._instances.values()):
+        if not self._admission.is_full or any(i.pool.num_pending_blocks for i in self._instances.ready):
             return False
         victims = (s for s in self._sequences.values() if s.is_batch and s.allocations)
         victim = max(victims, key=lambda sequence: sequence.arrival, default=None)

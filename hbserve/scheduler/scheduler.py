@@ -50,6 +50,7 @@ from hbserve.scheduler.core_io import (
 )
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
@@ -82,13 +83,11 @@ class CpuScheduler:
         self._next_tick = start.now
         self._has_settled = False
         removed = () if start.predecessor is None else start.predecessor.removed
-        self.instances = instances = {
-            instance.instance_id: InstanceHandle(
-                instance, config, instance_addresses.get(instance.instance_id), clock, outbox, curves
-            )
+        self.instances = instances = Instances(
+            InstanceHandle(instance, config, instance_addresses.get(instance.instance_id), clock, outbox, curves)
             for instance in config.gpu_instances
             if instance.instance_id not in removed
-        }
+        )
         self._metrics = metrics = SchedulerMetrics(SemiPDMetricsCollector(clock=clock), config.scheduler, outbox)
         self._events = events = EventLog(clock, outbox)
         if start.predecessor is not None:
@@ -163,11 +162,9 @@ class CpuScheduler:
         while not self._has_settled:
             self._has_settled = True
             await self._schedule_waiting_requests()
-            for instance in self.instances.values():
-                if instance.plan_at <= now:  # the others have nothing new to plan, however many there are
-                    self._fill_pipelines(instance)
-        plan_at = min([instance.plan_at for instance in self.instances.values()], default=math.inf)
-        return self._outbox.take(call_at=min(plan_at, self._clock.next_call))
+            for instance in self.instances.to_plan(now):  # the others have nothing new to plan, however many there are
+                self._fill_pipelines(instance)
+        return self._outbox.take(call_at=min(self.instances.plan_at, self._clock.next_call))
 
     def _receive(self, event: InboxEvent) -> None:
         """Change the records by what has happened."""

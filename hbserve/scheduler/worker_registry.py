@@ -27,6 +27,7 @@ from hbserve.messages.worker import (
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.membership import InstanceMembership
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.readiness import Readiness
@@ -54,7 +55,7 @@ class WorkerRegistry:
     def __init__(
         self,
         config: Config,
-        instances: dict[str, InstanceHandle],
+        instances: Instances,
         transfers: TransferTracker,
         requests: RequestLifecycle,
         readiness: Readiness,

@@ -13,6 +13,7 @@ from hbserve.messages.worker import InstanceCommand, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
@@ -39,10 +40,9 @@ class SchedulerParts:
         config = PdDisaggConfig.from_arguments(
             str(DEMO), mode=mode, num_blocks=200, max_num_seqs=8, **arguments
         ).freeze()
-        self.instances = {
-            instance.instance_id: InstanceHandle(instance, config, "nowhere", clock, outbox)
-            for instance in config.gpu_instances
-        }
+        self.instances = Instances(
+            InstanceHandle(instance, config, "nowhere", clock, outbox) for instance in config.gpu_instances
+        )
         self.instance = next(iter(self.instances.values()))
         [self.worker] = self.instance.workers.values()
         self.transfers = TransferTracker(config.kv_transfer.verify)

@@ -8,21 +8,22 @@ import math
 import random
 from collections.abc import Sequence as Items
 from contextlib import aclosing
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
-from hbserve.config import InstanceRole, SchedulerConfig, from_dict
+from hbserve.config import SchedulerConfig, from_dict
 from hbserve.errors import InvalidRequestError, OverloadedError
 from hbserve.messages.client import AddRequest
 from hbserve.policy.queue_policy import OVERDUE_TARGETS, SAFETY_FACTOR, QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.scheduler.admission import WaitingQueue
+from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.sequence import Sequence
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT
+from tests.support.scheduler_parts import SchedulerParts
 
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
 DEADLINE_S = 60.0
@@ -204,12 +205,12 @@ async def test_a_system_serves_by_deadline_and_counts_targets() -> None:
 
 def test_the_rate_of_freed_slots_counts_from_when_a_request_waits() -> None:
     queue = WaitingQueue(from_dict({"model": {"path": DEMO}}))
-    worker: Any = SimpleNamespace(ready=True, role=InstanceRole.UNIFIED, prompts=[], workers={})
+    instances = SchedulerParts().instances
 
     def predicted(now: float) -> float:
         one, another = waiting(queue.policy, now, 5), waiting(queue.policy, now, 5)
         queue.insert(one)
-        predicted_s = queue.predicted_ttft_s(another, [worker], slots_are_full=True, now=now)
+        predicted_s = queue.predicted_ttft_s(another, instances, slots_are_full=True, now=now)
         queue.remove(one)
         return predicted_s
 
@@ -225,7 +226,7 @@ def test_a_prediction_is_no_arrival() -> None:
     """The limits of steps follow the targets of requests that have come, not of those that were only asked about."""
     queue = WaitingQueue(from_dict({"model": {"path": DEMO}}))
     asked = waiting(QueuePolicy(), 0.0, 5, ttft_ms=100)
-    assert queue.predicted_ttft_s(asked, [], slots_are_full=False, now=0.0) == 0
+    assert queue.predicted_ttft_s(asked, Instances(), slots_are_full=False, now=0.0) == 0
     assert queue.policy.tightest_ttft_s == math.inf
     queue.insert(asked)
     assert queue.policy.tightest_ttft_s == 0.1
