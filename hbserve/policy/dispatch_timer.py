@@ -26,6 +26,8 @@ _MIN_LEAD_S = 3e-3
 _FIRST_GAP_S = 1e-3
 _MAX_GAP_S = 0.1
 _GAP_RATE = 0.1
+_GAP_FADING = 0.998
+"""Factor on the gap for each step that does not show it: a gap that seemed long is measured anew now and then."""
 _SHORTEST_WAIT_S = 1e-3
 """Resolution of timers. With the shortest lead, steps below 4 ms are all planned at once."""
 
@@ -122,6 +124,8 @@ class DispatchTimer:
             self._lead_s = None
         if step.after_result and early_s < 0:
             self.gap_s += _GAP_RATE * (min(-early_s, _MAX_GAP_S) - self.gap_s)
+        else:
+            self.gap_s *= _GAP_FADING
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
 

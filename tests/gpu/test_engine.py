@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -78,6 +79,37 @@ def test_seeded_sampling_is_the_same_with_and_without_graphs() -> None:
     # Eager and captured steps pad differently, so logits differ by rounding; the noise must be the same.
     same = sum(a == b for a, b in zip(*tokens, strict=True))
     assert same >= 38
+
+
+@pytest.mark.parametrize("has_graphs", [True, False])
+def test_predictions_change_no_token(has_graphs: bool) -> None:
+    """Right and wrong guesses, in decode graphs and eagerly, greedy, sampled and with penalties."""
+    questions = recall(40)
+    sampling = [
+        SamplingParams(
+            temperature=0.8 * (index % 2),
+            seed=index,
+            max_tokens=24,
+            top_p=0.95 if index % 3 == 0 else 1.0,
+            frequency_penalty=0.3 if index % 4 == 0 else 0.0,
+        )
+        for index in range(40)
+    ]
+    rng = random.Random(1)
+    with LLM(DEMO, mode="unified", cuda_graph_enabled=has_graphs, **SETTINGS) as llm:
+        messages = [question.messages for question in questions]
+        plain = llm.chat(messages, sampling, use_tqdm=False)
+        predicted = [
+            msgspec.structs.replace(s, prediction=[t if rng.random() < 0.7 else 5 for t in output["token_ids"]])
+            for s, output in zip(sampling, plain, strict=True)
+        ]
+        for batch in (40, 4, 1):
+            outputs = llm.chat(messages[:batch], predicted[:batch], use_tqdm=False)
+            same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(outputs, plain, strict=False))
+            assert same >= batch - 2
+        drafts = llm.get_system_stats()["cpu_scheduler"]["speculation"]["prediction"]
+        assert 0 < drafts["accepted_tokens"] < drafts["drafted_tokens"]
+        assert_no_leaks(llm)
 
 
 async def test_random_load_with_preemption_aborts_and_shared_prefixes_leaks_nothing() -> None:

@@ -85,6 +85,49 @@ def test_paged_decode(
         assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
 
 
+@pytest.mark.parametrize("starts", [[900], [31], [64, 2500, 7], [*range(100, 130)]])
+@pytest.mark.parametrize("num_tokens", [2, 5])
+def test_paged_decode_of_several_tokens_of_a_sequence(starts: list[int], num_tokens: int) -> None:
+    """Each token is a row of its own, which shares the sequence's pages and sees the tokens before it."""
+    from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
+    from hbserve.kv_cache.layout import KVLayout
+
+    heads, kv_heads, head_dim, page = 32, 8, 128, 16
+    stored = np.repeat(np.array(starts, np.int64), num_tokens)
+    positions = stored + np.tile(np.arange(num_tokens), len(starts))
+    lens = (positions + 1).astype(np.int32)
+    num_pages = [-(-(start + num_tokens) // page) for start in starts]
+    order = np.random.default_rng(2).permutation(sum(num_pages)).astype(np.int32)
+    tables = [table for table in np.split(order, np.cumsum(num_pages)[:-1]) for _ in range(num_tokens)]
+    pages = -(-lens // page)
+    indices = np.concatenate([table[:count] for table, count in zip(tables, pages, strict=True)])
+    layout = KVLayout(num_layers=1, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
+    cache = random(len(order), 1, 2, page, kv_heads, head_dim)
+    decode = PagedDecode(layout, cache, heads, len(lens))
+    cut = decode.cut(lens)
+    on_gpu = {
+        "pieces": cut.pieces,
+        "first_piece": cut.first_piece,
+        "indptr": np.concatenate([[0], np.cumsum(pages)]).astype(np.int32),
+        "indices": indices,
+        "positions": positions,
+        "num_stored": stored,
+        "slot_mapping": np.zeros(len(lens), np.int64),
+        "chunk_len": np.array([cut.chunk_len], np.int32),
+    }
+    decode.begin(DecodeInputs(**{name: torch.from_numpy(array).cuda() for name, array in on_gpu.items()}))
+    q = random(len(lens), heads, head_dim)
+    out = torch.empty_like(q)
+    decode.attend(0, q, out)
+    for row, (table, length) in enumerate(zip(tables, lens.tolist(), strict=True)):
+        blocks = torch.from_numpy(table).cuda().long()
+        keys, values = (
+            cache[blocks, 0, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1).float() for part in (0, 1)
+        )
+        grouped = q[row].view(kv_heads, heads // kv_heads, head_dim).float()
+        assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
+
+
 @pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288), (64, 5120)])
 def test_one_row_linear(rows: int, size: int) -> None:
     from hbserve.layers.norms import rms_norm

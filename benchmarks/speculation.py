@@ -1,0 +1,127 @@
+"""``python -m benchmarks speculation``: what drafts bring at a forced acceptance, by batch size.
+
+Each request is generated once without drafts. Then it comes again with its own output as `SamplingParams.prediction`,
+in which every token is wrong with a given probability. So the engine drafts, verifies and accepts as always; only how
+often it is right is forced. Requests sample at temperature 100: the noise decides nearly every token, and it depends
+on seed and position alone. So a last bit of the logits changes at most one token, and the next guesses are right again.
+
+    rate     output tokens per second, of all requests together, from the first request to the last token
+    step     time of the device for a step, and tokens of a sequence in one step; both without the steps of prompts
+    equal    share of tokens that are the same as without drafts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hbserve import LLM, SamplingParams
+from hbserve.bench.arguments import add_engine_arguments, check_new_file, engine_arguments, find_model, positive
+
+_TEMPERATURE = 100.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; see `run`."""
+    parser.add_argument("--model", default="qwen3-8b", help="folder or shape of a model")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 256], help="requests at a time")
+    parser.add_argument("--acceptance", type=float, nargs="+", default=[0.89, 0.7, 0.0], help="right guesses, 0 to 1")
+    parser.add_argument("--prompt-tokens", type=positive, default=128)
+    parser.add_argument("--output-tokens", type=positive, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    add_engine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print each line as soon as it is known, and return all."""
+    check_new_file("--json", arguments.json)
+    model = find_model(arguments.model)
+    engine = engine_arguments(arguments, model)
+    lines: list[dict[str, Any]] = []
+    heads = ("batch", "accept", "tokens/s", "gain", "step, ms", "tokens/step", "accepted", "equal")
+    print("{:>6} {:>7} {:>10} {:>6} {:>9} {:>12} {:>9} {:>8}".format(*heads), flush=True)
+    with LLM(str(model), **engine) as llm:
+        rng = random.Random(arguments.seed)
+        vocab_size = llm._llm.engine.vocab_size
+        _generate(llm, [[1] * 16], [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)])
+        for batch in arguments.batch:
+            prompts = [rng.choices(range(vocab_size), k=arguments.prompt_tokens) for _ in range(batch)]
+            plain = [
+                SamplingParams(temperature=_TEMPERATURE, seed=seed, max_tokens=arguments.output_tokens, ignore_eos=True)
+                for seed in range(batch)
+            ]
+            _generate(llm, prompts, [msgspec.structs.replace(one, max_tokens=1) for one in plain])  # into the cache
+            expected, base = _generate(llm, prompts, plain)
+            _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
+            for acceptance in arguments.acceptance:
+                predicted = [
+                    msgspec.structs.replace(one, prediction=_guesses(rng, output, acceptance, vocab_size))
+                    for one, output in zip(plain, expected, strict=True)
+                ]
+                outputs, found = _generate(llm, prompts, predicted)
+                _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
+        device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
+    result = {"model": model.name, "device": device, "engine": engine, "lines": lines}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _guesses(rng: random.Random, output: list[int], acceptance: float, vocab_size: int) -> list[int]:
+    """Return an output in which each token is right with that probability."""
+    return [token if rng.random() < acceptance else (token + 1) % vocab_size for token in output]
+
+
+def _generate(
+    llm: LLM, prompts: list[list[int]], sampling: list[SamplingParams]
+) -> tuple[list[list[int]], dict[str, float]]:
+    """Generate; returns the outputs, and what was measured."""
+    before = _counts(llm)
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    used = {name: value - before[name] for name, value in _counts(llm).items()}
+    num_tokens = sum(len(output["token_ids"]) for output in outputs)
+    return [output["token_ids"] for output in outputs], {
+        "tokens_per_s": num_tokens / seconds,
+        "step_ms": 1000 * used["busy_s"] / used["steps"],
+        "tokens_per_step": num_tokens / len(prompts) / used["steps"],
+        "drafted": used["drafted"],
+        "accepted": used["accepted"],
+    }
+
+
+def _counts(llm: LLM) -> dict[str, float]:
+    stats = llm.get_system_stats()
+    work = list(stats["gpu_instances"].values())
+    drafts = stats["cpu_scheduler"]["speculation"]["prediction"]
+    return {
+        "steps": sum(one["steps"] for one in work),
+        "busy_s": sum(one["busy_s"] for one in work),
+        "drafted": drafts["drafted_tokens"],
+        "accepted": drafts["accepted_tokens"],
+    }
+
+
+def _equal(outputs: list[list[int]], expected: list[list[int]]) -> float:
+    pairs = [pair for ours, theirs in zip(outputs, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+    return sum(one == other for one, other in pairs) / len(pairs)
+
+
+def _show(lines: list[dict[str, Any]], line: dict[str, Any], base: dict[str, float], equal: float) -> None:
+    line["gain"], line["equal"] = line["tokens_per_s"] / base["tokens_per_s"], equal
+    lines.append(line)
+    accepted = line["accepted"] / line["drafted"] if line["drafted"] else 0.0
+    acceptance = "none" if line["acceptance"] is None else f"{line['acceptance']:.2f}"
+    print(
+        f"{line['batch']:6} {acceptance:>7} {line['tokens_per_s']:10.1f} {line['gain']:6.2f} {line['step_ms']:9.2f} "
+        f"{line['tokens_per_step']:12.2f} {accepted:9.2f} {equal:8.4f}",
+        flush=True,
+    )
