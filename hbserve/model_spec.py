@@ -110,7 +110,6 @@ class ModelSpec:
             f"the activation {family.activation}": family.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
             "groups of experts": self.experts is not None and self.experts.num_groups > 1,
-            "FP8 weights": self.weight_format is not None,
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
             "layers without a rotary embedding": None in self.ropes,

@@ -37,6 +37,8 @@ class KVSize:
     max_model_len: int
 
 
+_FIRST_FP8_CAPABILITY = (8, 9)
+
 _Allocate = Callable[[int, str], torch.Tensor]
 Agree = Callable[[KVSize], KVSize]
 
@@ -90,6 +92,21 @@ class Arenas:
     max_model_len: int
     kv_handle: str | None = None
     board: torch.Tensor | None = None
+
+
+def check_fp8(spec: ModelSpec, platform: Platform) -> None:
+    """Check that the device multiplies FP8, if the model has FP8 weights.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if spec.weight_format is not None and platform.name == "cuda":
+        capability = torch.cuda.get_device_capability(platform.device)
+        if capability < _FIRST_FP8_CAPABILITY:
+            raise ConfigError(
+                f"FP8 weights need a GPU of compute capability 8.9 or later (Ada, Hopper); {platform.describe()} has "
+                f"{capability[0]}.{capability[1]}"
+            )
 
 
 def make_arenas(config: Config, spec: ModelSpec, platform: Platform, parallel: TensorParallel) -> Arenas:

@@ -15,7 +15,7 @@ import torch
 
 from hbserve.attention import select_attention_backend
 from hbserve.config import Config, InstanceConfig, InstanceRole
-from hbserve.engine.arenas import ArenaAttachment, attach_arenas, dtype_of, make_arenas
+from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
 from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.pending_step import PendingStep, StepTimer
@@ -88,6 +88,7 @@ class ModelRunner:
             self.spec = spec = ModelSpec.load(config.model.path, config.model.quantization)
         else:
             self.spec = spec = ModelSpec.from_plain(attachment.spec)
+        check_fp8(spec, platform)
         dtype = dtype_of(config, spec)
         backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
         stopwatch.lap("model")

@@ -114,7 +114,7 @@ def one_row_linear(
         out = residual
     if out is None:
         out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
-    block, tail = _parts(size)
+    block, tail = split_row(size)
     block_rows, num_warps = _launch_shape(block + tail, gated)
     overlap = overlaps(x.device)
     _one_row_linear_kernel[(triton.cdiv(num_rows, block_rows),)](
@@ -160,7 +160,7 @@ class PlainKernels:
         return torch.empty(num_rows, num_inputs, dtype=layer.dtype, device=layer.weight.device)
 
 
-def _parts(size: int) -> tuple[int, int]:
+def split_row(size: int) -> tuple[int, int]:
     """Split a row into two blocks whose sizes are powers of two; the second is 0 if one block is enough."""
     block = 1 << (size.bit_length() - 1)
     return block, triton.next_power_of_2(size - block) if size > block else 0

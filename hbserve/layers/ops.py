@@ -18,6 +18,7 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.layers.activations import ACTIVATIONS
 from hbserve.layers.experts import ExpertWeights, mix_experts
+from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
 from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel
@@ -245,6 +246,10 @@ class FusedOps(LayerOps):
         self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
         self._activate = fused.silu_and_mul
         self._kernels: dict[type[Linear], LinearKernels] = {PlainLinear: one_row.PlainKernels()}
+        if spec.weight_format is not None:
+            from hbserve.layers.fp8_kernels import Fp8Kernels
+
+            self._kernels[Fp8Linear] = Fp8Kernels()
 
     def linear(self, x: Rows, layer: Linear, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         kernels = self._kernels[type(layer)]

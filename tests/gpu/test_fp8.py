@@ -1,0 +1,122 @@
+"""FP8 on a GPU: each kernel against its reference at odd sizes, and the engine through the public API."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hbserve.layers.fp8 import FP8, Fp8Linear, Quantised
+from tests.support.paths import ROOT
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import demo_language as language
+
+pytestmark = pytest.mark.gpu
+DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def random_rows(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(torch.bfloat16)
+
+
+def make_layer(num_outputs: int, size: int, kind: str) -> Fp8Linear:
+    """A layer with a scale per row or per block of 64 x 128, and dynamic or static scales of inputs."""
+    weight = torch.randn(num_outputs, size, device="cuda") * 0.05
+    if kind == "block":
+        scale = torch.rand(num_outputs // 64, -(-size // 128), device="cuda") * 1e-3 + 1e-4
+        spread = scale.repeat_interleave(64, 0).repeat_interleave(128, 1)[:, :size]
+    else:
+        scale = weight.abs().amax(1) / 448
+        spread = scale[:, None]
+    values = (weight / spread).clamp(-448, 448).to(FP8)
+    input_scales = torch.tensor([0.01, 0.02], device="cuda") if kind == "static" else None
+    return Fp8Linear(values, scale, random_rows(num_outputs), input_scales, torch.bfloat16)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2**-7) -> None:
+    """Compare by the root mean square: a value between two of FP8's may fall to either."""
+    error = (actual.float() - expected.float()).square().mean().sqrt().item()
+    spread = expected.float().square().mean().sqrt().item()
+    assert error <= tolerance * spread, f"root mean square error {error:.2e} of {spread:.2e}"
+    assert not actual.isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["channel", "static", "block"])
+@pytest.mark.parametrize(("num_outputs", "size"), [(192, 320), (640, 12288), (4096, 4096), (6144, 1152)])
+def test_linear_kernels_equal_the_reference(num_outputs: int, size: int, kind: str) -> None:
+    from hbserve.layers.fp8_kernels import Fp8Kernels
+
+    layer, kernels = make_layer(num_outputs, size, kind), Fp8Kernels()
+    norm = random_rows(size)
+    x = random_rows(1, size)
+    assert_close(kernels.one_row(layer, x), layer(x))
+    residual = random_rows(1, num_outputs)
+    expected = residual + layer(x)
+    assert_close(kernels.one_row(layer, x, residual=residual), expected)
+    normed = F.rms_norm(x, (size,), None, 1e-6) * norm
+    gate, up = layer(normed).chunk(2, dim=-1)
+    assert_close(kernels.one_row(layer, x, norm=norm, eps=1e-6, is_gated=True), F.silu(gate) * up, 2**-6)
+    for num_rows in (2, 3, 16, 17, 64, 65, 200):
+        x = random_rows(num_rows, size)
+        for _ in range(2):  # the first launch must leave the counters at zero
+            assert_close(kernels.many_rows(layer, x), layer(x))
+        out = torch.empty(num_rows, num_outputs, device="cuda", dtype=torch.bfloat16)
+        assert kernels.many_rows(layer, x, out, has_bias=False) is out
+        assert_close(out, layer(x, has_bias=False))
+
+
+@pytest.mark.parametrize("kind", ["channel", "static", "block"])
+@pytest.mark.parametrize("size", [320, 4096, 12288, 25600])
+def test_rows_are_quantised_after_norm_and_gate(size: int, kind: str) -> None:
+    from hbserve.layers.fp8_kernels import Fp8Kernels
+
+    layer, kernels = make_layer(64, size, kind), Fp8Kernels()
+    for num_rows in (2, 130):
+        total, pending, norm = random_rows(num_rows, size), random_rows(num_rows, size), random_rows(size)
+        expected_total = total + pending
+        expected = layer.quantise_input(F.rms_norm(expected_total, (size,), None, 1e-6) * norm)
+        rows = kernels.norm(layer, pending, total, norm, 1e-6)
+        assert torch.equal(total, expected_total)
+        assert_close(rows.dequantised(), expected.dequantised())
+        gate_up = random_rows(num_rows, 2 * size)
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = kernels.memory(layer, num_rows, size)
+        inner = kernels.gate(layer, gate_up, out[:num_rows])
+        assert isinstance(inner, Quantised)
+        assert_close(inner.dequantised(), layer.quantise_input(F.silu(gate) * up).dequantised())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"quantization": "fp8", "cuda_graph_enabled": False, "chunk_size": 48},
+    ],
+    ids=str,
+)
+def test_recall_is_right_in_fp8(options: dict[str, Any]) -> None:
+    from hbserve import LLM, SamplingParams
+
+    rng = random.Random(7)
+    questions = [language.recall_question(rng, rng.randint(3, 150)) for _ in range(100)]
+    greedy = SamplingParams(temperature=0, max_tokens=64)
+    settings = {"device": "cuda", "dtype": "bfloat16", "num_blocks": 4096, "log_level": "WARNING"}
+    with LLM(DEMO, mode="unified", **settings, **options) as llm:
+        for _ in range(2):  # the second round comes from the prefix cache
+            outputs = llm.chat([question.messages for question in questions], greedy, use_tqdm=False)
+            right = sum(o["text"] == question.answer for o, question in zip(outputs, questions, strict=True))
+            assert right >= 95
+        one = llm.chat([questions[0].messages], greedy, use_tqdm=False)[0]  # a single row has kernels of its own
+        assert one["text"] == questions[0].answer
