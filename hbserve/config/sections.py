@@ -125,6 +125,18 @@ class KVTransferConfig(Section, frozen=True):
     mooncake_device: str | None = None
 
 
+class KVCacheConfig(Section, frozen=True):
+    """KV tiers: where blocks of KV are kept beside the devices' memory.
+
+    Attributes:
+        host_bytes: memory of each host for them, shared by its instances; 0: none.
+        timeout_s: a copy to or from a tier that takes longer has failed; its blocks are computed.
+    """
+
+    host_bytes: NonNegativeInt = 0
+    timeout_s: PositiveFloat = 5.0
+
+
 class ChunkedPrefillConfig(Section, frozen=True):
     """Chunks of prompts: at most ``chunk_size`` tokens of one prompt, ``max_chunk_prefill_tokens`` of all, in one step.
 
@@ -343,6 +355,7 @@ class Config(Section, frozen=True):
     launcher: Literal["local", "ray"] = "local"
     gpu_instances: tuple[InstanceConfig, ...] = ()
     kv_transfer: KVTransferConfig = KVTransferConfig()
+    kv_cache: KVCacheConfig = KVCacheConfig()
     chunked_prefill: ChunkedPrefillConfig = ChunkedPrefillConfig()
     cuda_graph: CudaGraphConfig = CudaGraphConfig()
     performance: PerformanceConfig = PerformanceConfig()

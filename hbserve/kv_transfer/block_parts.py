@@ -91,20 +91,14 @@ class BlockParts:
 
     @torch.inference_mode()
     def checksums(self, block_ids: Sequence[int], part: Part = WHOLE) -> list[int]:
-        """Compute one 64-bit number for each block's part.
-
-        It is the sum of the part's words times random odd numbers, modulo 2^64 (multiply-add hashing, Carter and Wegman
-        1979). Any change of one word changes it; other changes and swapped words do almost certainly. It guards against
-        faults, not against an adversary.
-        """
+        """Compute one 64-bit number for each block's part, see `checksums_of`."""
         num_bytes = self.part_bytes(part)
-        weights = _weights(num_bytes // _WORD_BYTES, self.kv_blocks.device)
         sums: list[int] = []
         for start in range(0, len(block_ids), _MAX_BLOCKS):
             batch = block_ids[start : start + _MAX_BLOCKS]
             buffer = torch.empty(len(batch), num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
             self.take(batch, part, buffer)
-            sums += (buffer.view(torch.int64) * weights).sum(1).tolist()
+            sums += checksums_of(buffer).tolist()
         return sums
 
     def _copies_runs(self, runs: list[tuple[int, int, int]]) -> bool:
@@ -125,6 +119,20 @@ class BlockParts:
     def _words(rows: torch.Tensor) -> torch.Tensor:
         """View bytes as 8-byte words if they divide evenly, because kernels move elements."""
         return rows.view(torch.int64) if rows.shape[-1] % _WORD_BYTES == 0 else rows
+
+
+def checksums_of(blocks: torch.Tensor) -> torch.Tensor:
+    """Compute one 64-bit number for each block: int64 ``[block]``.
+
+    It is the sum of the block's words times random odd numbers, modulo 2^64 (multiply-add hashing, Carter and Wegman
+    1979). Any change of one word changes it; other changes and swapped words do almost certainly. It guards against
+    faults, not against an adversary.
+
+    Args:
+        blocks: uint8 ``[block, byte]``, contiguous.
+    """
+    weights = _weights(blocks.shape[1] // _WORD_BYTES, blocks.device)
+    return (blocks.view(torch.int64) * weights).sum(1)
 
 
 _MAX_COPIED_RUNS = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from hbserve.messages.base import Message
+from hbserve.messages.tiers import TierCommand, TierResult
 from hbserve.messages.transfer import Peer, TransferCommand, TransferReply
 from hbserve.messages.worker import InstanceFailed, StepLost, StepResult
 
@@ -41,5 +42,5 @@ class EpochBegun(Message, frozen=True):
     peer: Peer
 
 
-RankCommand = BeginEpoch | StepLost | TransferCommand
-RankReply = EpochBegun | TransferReply | StepResult | InstanceFailed
+RankCommand = BeginEpoch | StepLost | TransferCommand | TierCommand
+RankReply = EpochBegun | TransferReply | TierResult | StepResult | InstanceFailed

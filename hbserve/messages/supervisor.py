@@ -74,6 +74,7 @@ EventKind = Literal[
     "rotation_failed",
     "slo_failed",
     "transfer_failed",
+    "tier_failed",
     "join_refused",
     "unserved",
     "instance_restarted",

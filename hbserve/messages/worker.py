@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from hbserve.config import InstanceRole
 from hbserve.messages.base import Message, TokenLogprobs, Value
 from hbserve.messages.supervisor import ReportEvent
+from hbserve.messages.tiers import TierCommand, TierInfo, TierResult
 from hbserve.messages.transfer import Peer, SendBlocks, TransferCommand, TransferReply
 from hbserve.sampling_params import SamplingParams
 
@@ -135,6 +138,7 @@ class Hello(Message, frozen=True):
         block_bytes: bytes of one KV block over all layers and ranks.
         num_layers: layers of the model; head_bytes: bytes of one KV head in one block, over all layers.
         peers: addresses of its ranks for KV, in their order.
+        tiers: where it can store KV blocks and load them from, the fastest first.
         one_sided: whether its transfer backend writes into the receiver's arena, while the receiver takes no part.
     """
 
@@ -156,6 +160,7 @@ class Hello(Message, frozen=True):
     device: str
     peers: list[Peer]
     one_sided: bool = False
+    tiers: list[TierInfo] = msgspec.field(default_factory=list)
 
 
 class Pong(Message, frozen=True):
@@ -217,7 +222,16 @@ class Leaving(Message, frozen=True):
     epoch: int
 
 
-InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | Shutdown
+InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | TierCommand | Shutdown
 InstanceReply = (
-    Hello | Pong | Superseded | StepResult | TransferReply | InstanceFailed | WantsToLeave | Leaving | ReportEvent
+    Hello
+    | Pong
+    | Superseded
+    | StepResult
+    | TransferReply
+    | TierResult
+    | InstanceFailed
+    | WantsToLeave
+    | Leaving
+    | ReportEvent
 )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hbserve.platform import shared_memory
 from hbserve.platform.remote_arena import RemoteArena
 
 
@@ -115,15 +116,13 @@ class Platform(ABC):
 
     def allocate_shared_host(self, num_bytes: int) -> SharedArena:
         """Allocate shared memory of the host, with zeros; otherwise like `allocate_shared_arena`."""
-        # The file has no name. Other processes open it through this process's descriptor, which stays open; the kernel
-        # frees it with the last process that maps it.
-        descriptor = os.memfd_create("hbserve-arena")
+        descriptor = shared_memory.create("hbserve-arena", num_bytes)  # stays open, so that others can open it
         try:
-            os.posix_fallocate(descriptor, 0, num_bytes)  # reserves all now: an error here instead of a SIGBUS later
-        except OSError as error:
+            shared_memory.reserve(descriptor, num_bytes)
+        except RuntimeError:
             os.close(descriptor)
-            raise RuntimeError(f"cannot reserve {num_bytes} bytes of shared memory: {error.strerror}") from None
-        handle = f"/proc/{os.getpid()}/fd/{descriptor}"
+            raise
+        handle = shared_memory.handle_of(descriptor)
         return SharedArena(self.attach_shared_host(handle, num_bytes), handle)
 
     def attach_shared_host(self, handle: str, num_bytes: int) -> torch.Tensor:
@@ -136,6 +135,16 @@ class Platform(ABC):
         if size_bytes != num_bytes:
             raise RuntimeError(f"the shared memory {handle} has {size_bytes} bytes, not {num_bytes}")
         return torch.from_file(handle, shared=True, size=num_bytes, dtype=torch.uint8)
+
+    def pin_host(self, memory: torch.Tensor) -> None:  # noqa: B027 - only a device that copies by itself needs it
+        """Pin memory of the host, so that the device copies it beside the steps and at its full rate.
+
+        Args:
+            memory: uint8, contiguous, from the border of a page on; no part of it may be pinned already.
+
+        Raises:
+            RuntimeError: the system does not pin so much.
+        """
 
     @abstractmethod
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:

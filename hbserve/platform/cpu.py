@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from hbserve.platform import shared_memory
 from hbserve.platform.base import Platform, SharedArena
 from hbserve.platform.remote_arena import RemoteArena, RemoteHostArena
 
@@ -36,11 +37,7 @@ class CpuPlatform(Platform):
         os.nice(self._niceness)
 
     def free_memory_bytes(self) -> int:
-        # MemAvailable includes the file cache, which the kernel gives up; free pages alone are few on a busy machine.
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return shared_memory.available_bytes()
 
     def held_memory_bytes(self) -> int:
         resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])

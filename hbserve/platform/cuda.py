@@ -72,6 +72,10 @@ class CudaPlatform(Platform):
         self._make_current()
         return torch.as_tensor(cuda_driver.open_handle(handle, num_bytes), device=self.device)
 
+    def pin_host(self, memory: torch.Tensor) -> None:
+        self._make_current()
+        cuda_driver.pin(memory.data_ptr(), memory.numel())
+
     def open_arena(self, handle: str, num_bytes: int) -> RemoteArena:
         self._make_current()
         return RemoteDeviceArena(cuda_driver.open_handle(handle, num_bytes), self.device)

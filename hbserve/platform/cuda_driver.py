@@ -17,6 +17,7 @@ import torch
 _HOPPER = (9, 0)
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
+_PORTABLE = 1
 _GRANULARITY_BYTES = 2 << 20
 """Granularity of allocations: smaller ones may share a page, and a handle would open their neighbours too."""
 
@@ -109,6 +110,11 @@ def open_handle(handle: str, num_bytes: int) -> DeviceMemory:
 def close_handle(memory: DeviceMemory) -> None:
     """Undo one `open_handle`; the driver counts the calls."""
     call("cuIpcCloseMemHandle", ctypes.c_uint64(memory.address))
+
+
+def pin(address: int, num_bytes: int) -> None:
+    """Pin memory of the host that was mapped from a file; the end of the process undoes it."""
+    call("cuMemHostRegister_v2", ctypes.c_uint64(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(_PORTABLE))
 
 
 def copy(target: int, source: int, num_bytes: int, stream: ctypes.c_void_p) -> None:

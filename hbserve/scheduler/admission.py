@@ -18,6 +18,7 @@ from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
+from hbserve.scheduler.tiers.tracker import KVTiers
 
 _MAX_ENDS = 64
 
@@ -65,6 +66,10 @@ class WaitingQueue:
         return self.policy.order(self.waiting, now, admitted)
 
     # --- predictions -----------------------------------------------------------------------------
+
+    def prompt_s(self, tokens: float, start: float) -> float:
+        """Predict the time to compute tokens of a prompt after ``start`` others; 0: no step with prompts was seen."""
+        return self._predictor.prompt_s(tokens, start)
 
     def on_step_done(self, step: InflightStep, busy_s: float) -> None:
         """Learn from a step with prompts how long they take."""
@@ -213,6 +218,7 @@ class Admission:
     Args:
         policy: says which prompt goes first.
         can_send: whether KV can go from one instance to another, by their ids.
+        tiers: asked what of a prompt can be loaded.
 
     Attributes:
         is_full: the last request found no slot or too few blocks.
@@ -225,11 +231,13 @@ class Admission:
         clock: Clock,
         policy: QueuePolicy,
         can_send: Callable[[str, str], bool],
+        tiers: KVTiers,
     ) -> None:
         self._placement = PLACEMENTS[config.performance.placement]
         self._instances = instances
         self._clock = clock
         self._can_send = can_send
+        self._tiers = tiers
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
         # Prompt tokens in the next step: of all prompts, and of one.
@@ -283,7 +291,9 @@ class Admission:
         for instance in decode_instances if self._local_prefill_tokens else ():
             block_size = instance.pool.block_size
             hashes = self._prefix_hashes(sequence, instance, prefills=True)
-            uncached = num_tokens - instance.pool.count_cached_prefix(hashes) * block_size
+            num_cached = instance.pool.count_cached_prefix(hashes)
+            num_cached += sum(len(run.entries) for run in self._tiers.find(instance, hashes, num_cached))
+            uncached = num_tokens - num_cached * block_size
             if uncached <= self._local_prefill_tokens:
                 num_positions = min(num_tokens + 1, sequence.max_total_tokens - 1)  # the last token has no KV
                 allocation = self._allocate(sequence, instance, num_positions, prefills=True)
@@ -319,7 +329,8 @@ class Admission:
             prefills: whether the prompt is computed on the instance; default: by the instance's role.
         """
         pool = instance.pool
-        hashes = self._prefix_hashes(sequence, instance, instance.role.prefills if prefills is None else prefills)
+        prefills = instance.role.prefills if prefills is None else prefills
+        hashes = self._prefix_hashes(sequence, instance, prefills)
         num_cached = pool.count_cached_prefix(hashes)
         owner = f"{sequence.arrival}.{sequence.attempt}"
         num_blocks = -(-num_positions // pool.block_size)
@@ -336,6 +347,7 @@ class Admission:
             num_planned=num_cached * pool.block_size,
             num_computed=num_cached * pool.block_size,
             num_sealed=num_cached,
+            stored_runs=self._tiers.find(instance, hashes, num_cached) if prefills else [],
         )
 
     def _prefix_hashes(self, sequence: Sequence, instance: InstanceHandle, prefills: bool) -> list[bytes]:
@@ -356,7 +368,11 @@ class Admission:
         self, sequence: Sequence, allocation: KVAllocation, decode_allocation: KVAllocation | None
     ) -> bool:
         sequence.prefill_allocation, sequence.decode_allocation = allocation, decode_allocation
-        self._instances[allocation.instance_id].activate(sequence, allocation)
+        instance = self._instances[allocation.instance_id]
+        if allocation.stored_runs:
+            instance.reserve(sequence, allocation)  # in no plan until they are loaded
+        else:
+            instance.activate(sequence, allocation)
         if decode_allocation is not None and decode_allocation is not allocation:
             self._instances[decode_allocation.instance_id].reserve(sequence, decode_allocation)
             sequence.num_blocks_dispatched = decode_allocation.num_computed // decode_allocation.pool.block_size

@@ -98,6 +98,10 @@ class SchedulerMetrics:
         """A request has its allocations, and may be computed."""
         self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
 
+    def on_loaded(self, sequence: Sequence) -> None:
+        """More of a request's prompt is cached than at its admission: it was loaded from a KV tier."""
+        sequence.metrics.cached_tokens = sequence.num_cached_tokens or 0
+
     def on_first_token(self, sequence: Sequence) -> None:
         """A request's first token is here, and so is its prompt's KV."""
         name, now = _name(sequence), self.collector.clock()

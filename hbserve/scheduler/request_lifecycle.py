@@ -21,6 +21,7 @@ from collections.abc import Sequence as Items
 from hbserve.config import Config
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import RequestOutput
+from hbserve.messages.tiers import TierResult
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import NO_TOKEN, StepResult
 from hbserve.policy.profile_curves import ProfileCurves
@@ -31,6 +32,7 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.instances import Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
+from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers
 from hbserve.scheduler.transfer import Transfer
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
@@ -58,6 +60,7 @@ class RequestLifecycle:
 
     Attributes:
         counts: of what has happened since the start, by name.
+        tiers: KV outside the instances' memory.
     """
 
     def __init__(
@@ -80,7 +83,8 @@ class RequestLifecycle:
         self._clock = clock
         self._outbox = outbox
         self._queue = WaitingQueue(config, curves)
-        self._admission = Admission(instances, config, clock, self._queue.policy, transfers.is_open)
+        self.tiers = KVTiers(config, clock, events, self._queue.prompt_s)
+        self._admission = Admission(instances, config, clock, self._queue.policy, transfers.is_open, self.tiers)
         self._speculation = Speculation(config.speculation)
         self._max_attempts = config.kv_transfer.max_attempts
         self._shares_prefixes = config.performance.enable_prefix_caching
@@ -114,6 +118,9 @@ class RequestLifecycle:
         for allocation in sequence.allocations:
             if allocation is not kept:
                 self.free_allocation(sequence, allocation)
+                instance = self._instances.get(allocation.instance_id)
+                if instance is not None:
+                    self.tiers.touch(instance, sequence.block_hashes)
         sequence.prefill_allocation, sequence.decode_allocation = None, kept
 
     def free_allocation(self, sequence: Sequence, allocation: KVAllocation) -> None:
@@ -168,6 +175,9 @@ class RequestLifecycle:
         instances = " and ".join(a.instance_id for a in sequence.allocations)
         cached, blocks = allocation.num_planned, sum(len(a.block_ids) for a in sequence.allocations)
         logger.debug("request %s: admitted to %s, %d cached tokens, %d blocks", sequence.id, instances, cached, blocks)
+        if allocation.stored_runs:
+            self.tiers.begin_load(self._instances[allocation.instance_id], sequence, allocation, allocation.stored_runs)
+            allocation.stored_runs = []
         return True
 
     def _make_room(self) -> bool:
@@ -180,6 +190,43 @@ class RequestLifecycle:
             return False
         self.preempt(victim)
         return True
+
+    # --- KV tiers --------------------------------------------------------------------------------
+
+    def on_tier_result(self, worker: WorkerHandle, result: TierResult) -> None:
+        """A worker has ended a copy to or from a tier."""
+        load = self.tiers.on_result(worker, result)
+        if load is not None:
+            self._on_loaded(load)
+
+    def on_copies_lost(self, worker: WorkerHandle) -> None:
+        """A worker's process has ended, or begun anew: it copies nothing any more."""
+        for load in self.tiers.on_worker_ended(worker):
+            self._on_loaded(load)
+
+    def expire_copies(self) -> None:
+        """Compute the prompts whose loads are late, in other blocks: a late load may still write into theirs."""
+        for load in self.tiers.expire():
+            if load.attempt == load.sequence.attempt and load.sequence.phase is Phase.PREFILLING:
+                self._put_back(load.sequence)
+                self._count_retry(load.sequence, "a KV tier is late")
+
+    def _on_loaded(self, load: KVLoad) -> None:
+        """A load has ended: compute what has not arrived intact."""
+        sequence, allocation = load.sequence, load.allocation
+        if load.attempt != sequence.attempt or sequence.phase is not Phase.PREFILLING:
+            return
+        num_tokens = load.num_blocks * allocation.pool.block_size
+        if num_tokens > allocation.num_computed:
+            self._advance(sequence, allocation, num_tokens)
+            allocation.num_planned = num_tokens
+        gained = min(num_tokens, sequence.num_prompt_tokens) - (sequence.num_cached_tokens or 0)
+        if gained > 0 and sequence.first_token_time is None:
+            sequence.num_cached_tokens = (sequence.num_cached_tokens or 0) + gained
+            self.counts["cached_prompt_tokens"] += gained
+            self._metrics.on_loaded(sequence)
+        logger.debug("request %s: loaded, %d tokens are cached now", sequence.id, num_tokens)
+        self._instances[allocation.instance_id].activate(sequence, allocation)
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -283,6 +330,8 @@ class RequestLifecycle:
             hashes = sequence.hashes(allocation.pool.block_size)
             for index in range(allocation.num_sealed, full):
                 allocation.pool.seal_block(allocation.owner, index, hashes[index])
+            instance = self._instances[allocation.instance_id]
+            self.tiers.offer(instance, allocation, hashes[allocation.num_sealed : full], allocation.num_sealed)
             allocation.num_sealed = full
 
     def _on_prompt_logprobs(self, sequence: Sequence, start: int, prompt_logprobs: list[TokenLogprobs]) -> None:
@@ -413,6 +462,7 @@ class RequestLifecycle:
         """An instance's KV is gone: requests that were admitted there are computed again from their tokens."""
         allocations = instance.allocations | instance.reserved
         failed = self._transfers.on_instance_lost(instance)
+        self.tiers.on_memory_lost(instance)
         instance.reset()
         instance.note_lost(reason)
         for sequence, allocation in allocations.items():

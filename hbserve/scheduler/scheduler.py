@@ -158,12 +158,14 @@ class CpuScheduler:
             self._receive(event)
         self._expire_deadlines()
         self._drains.proceed()
+        self._requests.expire_copies()
         self._has_settled = False
         while not self._has_settled:
             self._has_settled = True
             await self._schedule_waiting_requests()
             for instance in self.instances.to_plan(now):  # the others have nothing new to plan, however many there are
                 self._fill_pipelines(instance)
+        self._requests.tiers.dispatch()
         return self._outbox.take(call_at=min(self.instances.plan_at, self._clock.next_call))
 
     def _receive(self, event: InboxEvent) -> None:

@@ -24,6 +24,7 @@ from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.policy.step_time_predictor import StepWork
+from hbserve.scheduler.tiers.tier import StoredRun
 from hbserve.speculation import Draft, Speculator
 
 
@@ -110,7 +111,7 @@ class InflightStep(msgspec.Struct, eq=False):
 class KVAllocation:
     """A sequence's memory on one instance: its slot, and its blocks in the instance's pool.
 
-    The allocation owns its pins: every row and every transfer in flight pins the blocks, and only the methods
+    The allocation owns its pins: every row, transfer and tier copy in flight pins the blocks, and only the methods
     below take or drop a pin. The pool frees the blocks of a freed allocation when the last pin is dropped.
 
     Attributes:
@@ -126,6 +127,7 @@ class KVAllocation:
         is_drafting: its last row has a draft and is in flight: where the next row starts is not known yet.
         blocks_sent: by worker id, how many entries of the block table the worker has been told; a worker
             without an entry does not know the sequence.
+        stored_runs: blocks that are to be loaded from KV tiers before the first plan.
     """
 
     instance_id: str
@@ -142,6 +144,7 @@ class KVAllocation:
     num_inflight: int = 0
     is_drafting: bool = False
     blocks_sent: dict[str, int] = field(default_factory=dict)
+    stored_runs: list[StoredRun] = field(default_factory=list)
 
     def begin_row(self, worker_id: str, keeps_state: bool) -> None:
         """Pin the blocks for a row that goes to a worker.
@@ -175,6 +178,14 @@ class KVAllocation:
 
     def end_transfer(self) -> None:
         """Drop the pin of a transfer that can touch the blocks no more."""
+        self.pool.unpin(self.owner)
+
+    def begin_copy(self) -> None:
+        """Pin the blocks for a copy to or from a KV tier."""
+        self.pool.pin(self.owner)
+
+    def end_copy(self) -> None:
+        """Drop the pin of a copy that can touch the blocks no more."""
         self.pool.unpin(self.owner)
 
 

@@ -94,6 +94,7 @@ class SystemStats:
             ``gpu_instances``: per instance its status, load, KV blocks and work done;
             ``metrics``: latencies, rates and queues, see docs/metrics.md;
             ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures;
+            ``kv_tiers``: per tier its blocks, what was stored and loaded, and failures;
             ``events``: their numbers since the start, by kind.
         """
         self.observe()
@@ -105,6 +106,7 @@ class SystemStats:
             },
             "metrics": metrics,
             "kv_transfer": self._kv_transfer(),
+            "kv_tiers": self._kv_tiers(),
             "events": dict(self._events.counts),
         }
         if recent:
@@ -157,6 +159,20 @@ class SystemStats:
             },
             "uptime_s": self._clock.now - self._start_time,
         }
+
+    def _kv_tiers(self) -> dict[str, Any]:
+        """Add up the memories of each tier."""
+        tiers: dict[str, dict[str, Any]] = {}
+        for directory in self._requests.tiers.directories:
+            totals = tiers.setdefault(directory.name, {"slots": 0, "blocks": 0, "failures": {}})
+            numbers = msgspec.to_builtins(directory.stats)
+            failures = numbers.pop("failures")
+            numbers |= {"slots": directory.num_slots, "blocks": len(directory)}
+            for key, number in numbers.items():
+                totals[key] = totals.get(key, 0) + number
+            for kind, number in failures.items():
+                totals["failures"][kind] = totals["failures"].get(kind, 0) + number
+        return tiers
 
     def _kv_transfer(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from hbserve.errors import SupersededError
 from hbserve.messages.admin import InstanceChanged, RemoveInstance
 from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import ReportEvent, SetWorkers, WorkerLost, WorkerSpec
+from hbserve.messages.tiers import TierResult
 from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
 from hbserve.messages.worker import (
     Hello,
@@ -172,6 +173,8 @@ class WorkerRegistry:
             pass  # from an incarnation that has been given up
         elif isinstance(reply, TransferResult):
             self._requests.on_transfer_ended(reply)
+        elif isinstance(reply, TierResult):
+            self._requests.on_tier_result(worker, reply)
         elif isinstance(reply, LinkOpened):
             self._transfers.on_link_opened(instance, reply)
             self._readiness.announce()
@@ -235,7 +238,9 @@ class WorkerRegistry:
         self._membership.on_arrived(instance)
         if worker.id == instance.id and instance.num_restarts < 0 and hello.serves_as is not instance.role:
             instance.change_role(hello.serves_as)  # an earlier scheduler has changed it
+        self._requests.on_copies_lost(worker)
         instance.register(worker, hello)
+        self._requests.tiers.on_registered(instance, worker)
         self._transfers.connect(self._instances.values())
         self._readiness.on_hello(hello)
         self._events.note("ready", worker.id, f"{hello.device}, {hello.num_blocks} KV blocks")
@@ -407,6 +412,7 @@ class WorkerRegistry:
         self._requests.on_worker_lost(instance, worker)  # the supervisor may know of its end before the connection
         unconfirmed = instance.forget_worker(worker)
         self._requests.on_steps_lost(unconfirmed)
+        self._requests.on_copies_lost(worker)
         self._close(worker)
         if unconfirmed and worker.cell is not None:
             lost = StepLost(step=StepRef(cell=worker.cell, step_id=unconfirmed[-1].step_id))
@@ -427,7 +433,8 @@ class WorkerRegistry:
     def end_drained(self, instance: InstanceHandle) -> None:
         """Tell an instance's draining workers to end that have nothing in flight, where others can do their phase."""
         for worker in instance.workers.values():
-            if worker.is_draining and worker.ready and not worker.is_told_to_end and not worker.inflight:
+            is_idle = not worker.inflight and not self._requests.tiers.has_jobs(worker)
+            if worker.is_draining and worker.ready and not worker.is_told_to_end and is_idle:
                 others = [other for other in instance.workers.values() if other.ready and not other.is_draining]
                 are_there = any(other.role in (worker.role, InstanceRole.UNIFIED) for other in others)
                 if are_there and not instance.choice.awaits_worker(worker.role):

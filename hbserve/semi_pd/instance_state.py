@@ -23,6 +23,7 @@ from enum import StrEnum
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
 from hbserve.messages.supervisor import EventKind, ReportEvent, SetWorkers
+from hbserve.messages.tiers import HostMemory
 from hbserve.process.parent import ChildProcess, RestartBudget
 from hbserve.semi_pd.resident_process_manager import ResidentGroup
 from hbserve.semi_pd.scheduler_link import SchedulerLink
@@ -68,6 +69,7 @@ class InstanceState:
         is_told_to_stop: nothing new may begin.
         pool: the workers; None before the first start and after the end.
         link: to the scheduler; None: no scheduler learns of the workers.
+        host: memory of the host for KV blocks, which its owner sets before the first start.
         memory_lost: why the memory is lost, until a recovery begins; None if it is there.
         given_up: why the instance is not recovered any more.
         last_error: the latest error.
@@ -85,6 +87,7 @@ class InstanceState:
         self.is_told_to_stop = False
         self.pool: WorkerPool | None = None
         self.link: SchedulerLink | None = None
+        self.host: HostMemory | None = None
         self.memory_lost: str | None = None
         self.given_up: str | None = None
         self.last_error: str | None = None
@@ -97,7 +100,14 @@ class InstanceState:
     def start_workers(self, run_dir: str, environment: dict[str, str], on_gpu: bool) -> None:
         """Make the pool, and start the standbys for the first workers."""
         pool = WorkerPool(
-            self._config, self.instance, run_dir, environment, on_gpu, self._on_worker_ready, self._on_worker_exit
+            self._config,
+            self.instance,
+            run_dir,
+            environment,
+            on_gpu,
+            self._on_worker_ready,
+            self._on_worker_exit,
+            self.host,
         )
         with self.changed:
             self.check_going()

@@ -22,6 +22,7 @@ from typing import Any
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.config.flat import PdDisaggConfig
 from hbserve.errors import ConfigError, StartupError
+from hbserve.messages.tiers import HostMemory
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.semi_pd.device_sharing import DeviceSharing
 from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
@@ -109,18 +110,25 @@ class ProcessRotationManager:
 
     @classmethod
     def supervise(
-        cls, config: Config, instance: InstanceConfig, run_dir: str, scheduler_address: str
+        cls,
+        config: Config,
+        instance: InstanceConfig,
+        run_dir: str,
+        scheduler_address: str,
+        host: HostMemory | None = None,
     ) -> ProcessRotationManager:
         """Make the manager of an instance that the launcher starts and stops; nothing is started yet.
 
         Args:
             run_dir: private folder for sockets.
             scheduler_address: address for `hbserve.messages.supervisor.SetWorkers`, which announce the workers.
+            host: memory of the host for KV blocks, which the launcher owns.
         """
         manager = cls.__new__(cls)
         manager._build(config, instance, None)
         manager._run_dir, manager._owns_run_dir = run_dir, False
         manager._scheduler_address = scheduler_address
+        manager._state.host = host
         return manager
 
     @property

@@ -15,6 +15,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import WorkerSpec
+from hbserve.messages.tiers import HostMemory
 from hbserve.process.parent import ChildProcess
 from hbserve.rpc.async_socket import remove_file
 from hbserve.semi_pd.utils import partition_of
@@ -108,6 +109,7 @@ class WorkerPool:
         environment: variables for the processes.
         on_gpu: whether standbys import the modules that only a GPU needs.
         on_ready, on_exit: called from a watcher thread when a worker is ready, or its process has ended.
+        host: memory of the host for KV blocks.
     """
 
     def __init__(
@@ -119,10 +121,12 @@ class WorkerPool:
         on_gpu: bool,
         on_ready: Callable[[Worker], None],
         on_exit: Callable[[Worker, int], None],
+        host: HostMemory | None = None,
     ) -> None:
         self._config, self._instance, self._run_dir = config, instance, run_dir
         self._environment, self._on_gpu = environment, on_gpu
         self._on_ready, self._on_exit = on_ready, on_exit
+        self._host = host
         self._serial = itertools.count(1)
         self._worker_of: dict[ChildProcess, Worker] = {}
         self._standbys: deque[ChildProcess] = deque()
@@ -193,6 +197,7 @@ class WorkerPool:
                 address=address,
                 partition=partition_of(phase, percentage, priority),
                 attachments=attachments,
+                host=self._host,
             )
             worker = Worker(spec, process)
             process.name = worker_id

@@ -15,6 +15,7 @@ import msgspec
 from hbserve.config import Config, InstanceConfig, KVTransferConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import Standby
+from hbserve.messages.tiers import HostMemory
 from hbserve.platform import Partition
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch
@@ -34,12 +35,14 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
         address: where the worker listens for the scheduler.
         partition: the worker's share of the device.
         attachments: by rank, an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
+        host: memory of the host for KV blocks; None: there is none.
     """
 
     instance: InstanceConfig
     address: str
     partition: Partition
     attachments: list[dict[str, Any]]
+    host: HostMemory | None = None
 
 
 def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch) -> int:
@@ -53,7 +56,9 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch)
         kv_transfer=KVTransferConfig(),  # this worker sends and receives no KV
         model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
-    shared = SharedDevice(attachments=attachments, partition=order.partition, ranks=ranks, stopwatch=stopwatch)
+    shared = SharedDevice(
+        attachments=attachments, partition=order.partition, ranks=ranks, host=order.host, stopwatch=stopwatch
+    )
     return run_worker(config, order.instance, order.address, shared)
 
 

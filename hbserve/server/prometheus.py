@@ -50,6 +50,17 @@ _LINK_COUNTS = (
     ("transfer_queued_seconds", "queued_s", "Waiting for other transfers."),
     ("transfer_exposed_seconds", "exposed_s", "From first tokens to last blocks."),
 )
+_TIER_COUNTS = (
+    ("stored_blocks", "stored_blocks", "KV blocks copied to a tier."),
+    ("stored_bytes", "stored_bytes", "Their bytes."),
+    ("store_seconds", "store_s", "Copying them."),
+    ("loaded_blocks", "loaded_blocks", "KV blocks copied back from a tier."),
+    ("loaded_bytes", "loaded_bytes", "Their bytes."),
+    ("load_seconds", "load_s", "Copying them."),
+    ("saved_prompt_tokens", "saved_prompt_tokens", "Prompt tokens that were loaded instead of computed."),
+    ("evicted_blocks", "evicted_blocks", "KV blocks that gave their place in a tier to others."),
+    ("skipped_blocks", "skipped_blocks", "KV blocks that were not stored, because the tier was behind or full."),
+)
 _ROTATION_COUNTS = {
     "rotations": "Splits that were changed.",
     "failed_rotations": "Changes whose workers were not ready in time.",
@@ -96,6 +107,7 @@ class _Snapshot(Collector):
         yield from _requests(self._stats.get("cpu_scheduler", {}), metrics)
         yield from _instances(instances)
         yield from _links(self._stats.get("kv_transfer", {}).get("links", {}))
+        yield from _tiers(self._stats.get("kv_tiers", {}))
         if "events" in self._stats:
             kinds = [([kind], number) for kind, number in self._stats["events"].items()]
             yield _counter("events", "Events of the system, by kind.", ["kind"], kinds)
@@ -156,6 +168,15 @@ def _links(links: dict[str, dict[str, Any]]) -> Iterator[Metric]:
     yield _gauge("kv_transfers_open", "KV transfers that have not ended.", labels, queued)
     failures = [([*values, kind], number) for values, link in labelled for kind, number in link["failures"].items()]
     yield _counter("kv_transfer_failures", "Links that failed, by what failed.", [*labels, "kind"], failures)
+
+
+def _tiers(tiers: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    for name, key, text in _TIER_COUNTS:
+        yield _counter(f"kv_tier_{name}", text, ["tier"], [([tier], numbers[key]) for tier, numbers in tiers.items()])
+    for name, key, text in (("blocks", "blocks", "KV blocks in a tier."), ("slots", "slots", "KV blocks that fit.")):
+        yield _gauge(f"kv_tier_{name}", text, ["tier"], [([tier], numbers[key]) for tier, numbers in tiers.items()])
+    failures = [([tier, kind], n) for tier, numbers in tiers.items() for kind, n in numbers["failures"].items()]
+    yield _counter("kv_tier_failures", "KV blocks that a tier lost, by what went wrong.", ["tier", "kind"], failures)
 
 
 def _shared_devices(rotations: Mapping[str, dict[str, Any]], instances: dict[str, dict[str, Any]]) -> Iterator[Metric]:

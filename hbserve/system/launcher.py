@@ -40,10 +40,12 @@ from typing import Any
 
 import msgspec
 
-from hbserve.config import Config, InstanceRole
+from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
+from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.messages.supervisor import Predecessor
+from hbserve.messages.tiers import HostMemory
 from hbserve.platform import mps
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED, EXIT_SUPERSEDED
@@ -113,6 +115,7 @@ class Launcher:
         self._dismissed: set[str] = set()
         self._given_up: dict[str, str] = {}
         self._run_dir: str | None = None
+        self._host_memory: dict[int, HostMemoryOwner] = {}
         self._children: list[ChildProcess] = []  # the scheduler first
         self._supervisors: dict[str, _SupervisorThread] = {}
         self._watchers: list[asyncio.Task[None]] = []
@@ -145,9 +148,13 @@ class Launcher:
         shared = [i for i in self.config.gpu_instances if i.instance_type is InstanceRole.SEMI_PD]
         if shared and not self._with_instances:
             raise StartupError(f"{shared[0].instance_id}: a semi_pd instance cannot be started elsewhere")
+        if self._with_instances and self.config.launcher == "local":
+            self._make_host_memory()
         self._children = self._new_children(client_address, run_dir)
         managers = {  # before any start, because they check their configuration
-            instance.instance_id: ProcessRotationManager.supervise(self.config, instance, run_dir, client_address)
+            instance.instance_id: ProcessRotationManager.supervise(
+                self.config, instance, run_dir, client_address, self._host_memory_of(instance)
+            )
             for instance in shared
         }
         for child in self._children:
@@ -155,6 +162,17 @@ class Launcher:
         for name, manager in managers.items():
             self._supervisors[name] = _SupervisorThread(manager, self._deadline)
         return client_address
+
+    def _make_host_memory(self) -> None:
+        """Make the memory for KV blocks. Instances of another number of ranks lay blocks out differently, so they have
+        memory of their own."""
+        sizes = {instance.num_ranks for instance in self.config.gpu_instances}
+        num_bytes = self.config.kv_cache.host_bytes // len(sizes)
+        self._host_memory = {size: HostMemoryOwner(num_bytes) for size in sizes} if num_bytes else {}
+
+    def _host_memory_of(self, instance: InstanceConfig) -> HostMemory | None:
+        owner = self._host_memory.get(instance.num_ranks)
+        return None if owner is None else owner.memory
 
     async def wait_ready(self) -> None:
         """Wait until all processes are ready.
@@ -164,6 +182,7 @@ class Launcher:
         """
         waits = [asyncio.create_task(child.wait_ready(self._deadline)) for child in self._children]
         waits += [asyncio.create_task(thread.wait_ready()) for thread in self._supervisors.values()]
+        waits += [asyncio.create_task(asyncio.to_thread(owner.reserve)) for owner in self._host_memory.values()]
         try:
             await asyncio.gather(*waits)
         finally:
@@ -198,7 +217,8 @@ class Launcher:
             children.append(ChildProcess("Ray's driver", module, orders, on_status=on_status))
         elif self._with_instances:
             for name, address in addresses.items():
-                orders = {"config": config, "instance_id": name, "address": address}
+                host = msgspec.to_builtins(self._host_memory_of(self.config.instance(name)))
+                orders = {"config": config, "instance_id": name, "address": address, "host": host}
                 children.append(ChildProcess(name, "hbserve.worker.process", orders))
         return children
 
@@ -313,6 +333,9 @@ class Launcher:
         self._supervisors.clear()
         await asyncio.gather(*(child.stop() for child in self._children[1:]))
         self._children.clear()
+        for owner in self._host_memory.values():
+            owner.close()
+        self._host_memory.clear()
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = None

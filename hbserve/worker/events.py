@@ -2,6 +2,7 @@
 
     main thread       StepFailed, StepDropped, StepsEnded, on a CPU LayersStored ─┐ post
     collector thread  LayersStored, StepDone, StepFailed ─────────────────────────┤ post
+    lanes' threads    BlocksCopied ───────────────────────────────────────────────┤ post
     event loop thread TransferReplied, RankFailed, commands ──────────────────────┤ handle
                                                                                   ▼
                                            EventQueue ─► on_event: one `match`, in the event loop thread
@@ -19,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hbserve.messages.supervisor import ReportEvent
+from hbserve.messages.tiers import TierCommand, TierResult
 from hbserve.messages.transfer import TransferCommand, TransferReply
 from hbserve.messages.worker import InstanceFailed, Shutdown, StepLost, StepPlan, StepResult
 
@@ -68,6 +70,13 @@ class TransferReplied(NamedTuple):
     reply: TransferReply
 
 
+class BlocksCopied(NamedTuple):
+    """One rank's part of a copy to or from a KV tier has ended; from the thread of a lane."""
+
+    rank: int
+    result: TierResult
+
+
 class RankFailed(NamedTuple):
     """A rank other than 0 reports a failed step, or an epoch that it cannot begin."""
 
@@ -76,7 +85,7 @@ class RankFailed(NamedTuple):
 
 
 StepEvent = LayersStored | StepDone | StepFailed
-RankEvent = StepEvent | StepsEnded | TransferReplied | StepLost | TransferCommand
+RankEvent = StepEvent | StepsEnded | TransferReplied | BlocksCopied | StepLost | TransferCommand | TierCommand
 """What the event loop of every rank handles."""
 WorkerEvent = RankEvent | StepDropped | RankFailed | StepPlan | Shutdown | ReportEvent
 """What the event loop of rank 0 handles."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hbserve.config import Config, InstanceConfig
+from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer.head_split import Shard
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
 from hbserve.kv_transfer.rank_transfers import RankTransfers
+from hbserve.messages.tiers import HostMemory, TierResult
 from hbserve.messages.transfer import TransferReply
 from hbserve.process.stopwatch import Stopwatch
 
@@ -32,6 +34,7 @@ class LoadedRank:
     platform: Platform
     runner: ModelRunner
     transfers: RankTransfers
+    tiers: RankTiers
 
 
 @contextmanager
@@ -45,6 +48,8 @@ def loaded_rank(
     attachment: ArenaAttachment | None = None,
     partition: Partition | None = None,
     stopwatch: Stopwatch | None = None,
+    host: HostMemory | None = None,
+    report_copy: Callable[[TierResult], None] = lambda result: None,
 ) -> Iterator[LoadedRank]:
     """Load one rank's part of the model. The body runs without gradients; that holds for its own thread only.
 
@@ -59,6 +64,8 @@ def loaded_rank(
         partition: its share of the device.
         stopwatch: measures the parts of the start: ``imports``, ``driver``, ``device``, ``ranks`` (meeting them),
             those of `ModelRunner`, and ``transfers``.
+        host: memory of the host for KV blocks.
+        report_copy: called with the results of copies to and from KV tiers, in any thread.
 
     Raises:
         HBServeError: if the model cannot be served as configured.
@@ -92,7 +99,8 @@ def loaded_rank(
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
+        tiers = RankTiers(config.kv_cache, host, platform, runner.kv_blocks, tp_rank, size, report_copy)
         dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
         fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
         stopwatch.lap("transfers")
-        yield LoadedRank(fingerprint, platform, runner, transfers)
+        yield LoadedRank(fingerprint, platform, runner, transfers, tiers)

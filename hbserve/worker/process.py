@@ -10,6 +10,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
+from hbserve.messages.tiers import HostMemory
 from hbserve.model_store import with_model_folder
 from hbserve.process import child
 from hbserve.tokenizer_files import leave_out_torch
@@ -25,6 +26,7 @@ def run_instance(
     address: str,
     join_client: JoinClient | None = None,
     read_again: Callable[[], Config] | None = None,
+    host: HostMemory | None = None,
 ) -> int:
     """Run a worker that has this process for itself until it has to end; return the exit code.
 
@@ -39,7 +41,7 @@ def run_instance(
     is_launched = child.STATUS_FD_VARIABLE in os.environ
     config = with_model_folder(config)
     _name_process(config, instance)
-    worker = WorkerProcess(config, instance, address, join_client=join_client)
+    worker = WorkerProcess(config, instance, address, join_client=join_client, host=host)
     if is_launched:
         child.watch_parent(worker.stop)
         child.watch_signals(worker.stop)
@@ -78,7 +80,8 @@ def main() -> None:
     orders = child.read_orders()
     config = msgspec.convert(orders["config"], Config)
     instance = config.instance(orders["instance_id"])
-    child.exit_after(lambda: run_instance(config, instance, orders["address"]))
+    host = msgspec.convert(orders["host"], HostMemory | None)
+    child.exit_after(lambda: run_instance(config, instance, orders["address"], host=host))
 
 
 if __name__ == "__main__":

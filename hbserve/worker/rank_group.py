@@ -21,12 +21,13 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply, Standby
+from hbserve.messages.tiers import HostMemory, TierResult
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
 from hbserve.process import child
 from hbserve.process.parent import ChildProcess
 from hbserve.rpc.rank_channel import RankLine
-from hbserve.worker.events import RankFailed, TransferReplied
+from hbserve.worker.events import BlocksCopied, RankFailed, TransferReplied
 
 if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
@@ -109,6 +110,7 @@ class RankGroup:
         instance: InstanceConfig,
         attachments: list[ArenaAttachment] | None,
         partition: Partition | None,
+        host: HostMemory | None = None,
     ) -> None:
         """Send the ranks their second orders: what they are.
 
@@ -117,6 +119,7 @@ class RankGroup:
             instance: whose ranks these are.
             attachments: to arenas that other processes hold, one per rank; None: each rank makes its own.
             partition: the share that each rank has of its device.
+            host: memory of the host for KV blocks.
         """
         if not self._ranks:
             return
@@ -128,6 +131,7 @@ class RankGroup:
             "instance": msgspec.to_builtins(instance),
             "port": self.port,
             "partition": None if partition is None else dataclasses.asdict(partition),
+            "host": msgspec.to_builtins(host),
         }
         for rank in self._ranks:
             attachment = None if attachments is None else msgspec.to_builtins(attachments[rank.number])
@@ -203,7 +207,7 @@ class RankGroup:
 
     # --- event loop thread -----------------------------------------------------------------------
 
-    async def serve(self, on_event: Callable[[TransferReplied | RankFailed], None]) -> None:
+    async def serve(self, on_event: Callable[[TransferReplied | BlocksCopied | RankFailed], None]) -> None:
         """Call ``on_event`` with what the ranks report, until all of them are gone."""
 
         async def listen(rank: _Rank) -> None:
@@ -217,6 +221,8 @@ class RankGroup:
                         self._beginnings[rank.number].set_result(peer)
                     case StepResult() | InstanceFailed():
                         on_event(RankFailed(rank.number, reply))
+                    case TierResult():
+                        on_event(BlocksCopied(rank.number, reply))
                     case _:
                         on_event(TransferReplied(rank.number, reply))
 

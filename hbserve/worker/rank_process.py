@@ -20,11 +20,21 @@ import msgspec
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Standby
+from hbserve.messages.tiers import HostMemory, LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import TransferReply
 from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan
 from hbserve.process import child, event_loop
 from hbserve.rpc.rank_channel import RankLine
-from hbserve.worker.events import EventQueue, LayersStored, RankEvent, StepDone, StepFailed, StepsEnded, TransferReplied
+from hbserve.worker.events import (
+    BlocksCopied,
+    EventQueue,
+    LayersStored,
+    RankEvent,
+    StepDone,
+    StepFailed,
+    StepsEnded,
+    TransferReplied,
+)
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import END_OF_PLANS
 from hbserve.worker.standby import stand_by
@@ -51,6 +61,7 @@ class RankWorker:
         partition: its share of the device.
         plans: where encoded plans come from.
         control: this rank's end of the line to rank 0's event loop.
+        host: memory of the host for KV blocks.
     """
 
     def __init__(
@@ -62,9 +73,10 @@ class RankWorker:
         partition: Partition | None,
         plans: Connection,
         control: socket.socket,
+        host: HostMemory | None,
     ) -> None:
         self.config, self.instance, self.tp_rank = config, instance, tp_rank
-        self._attachment, self._partition = attachment, partition
+        self._attachment, self._partition, self._host = attachment, partition, host
         self._plans = plans
         self._line: RankLine[RankCommand] = RankLine(control, RankCommand)
         self._events: EventQueue[RankEvent] = EventQueue(self._on_event)
@@ -82,9 +94,18 @@ class RankWorker:
             HBServeError: if the model cannot be served as configured.
         """
         with loaded_rank(
-            self.config, self.instance, self.tp_rank, port, None, self._report, self._attachment, self._partition
+            self.config,
+            self.instance,
+            self.tp_rank,
+            port,
+            None,
+            self._report,
+            self._attachment,
+            self._partition,
+            host=self._host,
+            report_copy=lambda result: self._events.post(BlocksCopied(self.tp_rank, result)),
         ) as rank:
-            self._transfers, self._board = rank.transfers, rank.runner.board
+            self._transfers, self._tiers, self._board = rank.transfers, rank.tiers, rank.runner.board
             io_thread = event_loop.start_thread(self._events.loop, self._serve)
             pipeline = StepPipeline(rank.runner, self._events.post)
             child.freeze_heap()
@@ -115,6 +136,10 @@ class RankWorker:
                 self._events.end()
             case TransferReplied(_, reply):
                 self._line.send(reply)
+            case BlocksCopied(_, result):
+                self._line.send(result)
+            case StoreBlocks() | LoadBlocks():
+                self._tiers.handle(event)
             case StepLost(step):
                 assert self._board is not None, "only workers with a board wait for each other's steps"
                 self._board.on_step_lost(step)
@@ -124,6 +149,7 @@ class RankWorker:
     async def _serve(self) -> None:
         await self._line.open()
         await self._events.serve(self._receive_commands())
+        await self._tiers.leave()
         await self._transfers.leave()
         await self._line.close()
 
@@ -144,6 +170,7 @@ class RankWorker:
             self._step_done.clear()
             await self._step_done.wait()
         self._epoch = command.epoch
+        await self._tiers.begin_epoch(command.epoch)
         try:
             peer = await self._transfers.begin_epoch(command.epoch)
         except HBServeError as error:
@@ -186,6 +213,7 @@ def main() -> None:
         None if partition is None else Partition(**partition),
         Connection(orders["plans_fd"]),
         socket.socket(fileno=orders["control_fd"]),
+        msgspec.convert(wake_up["host"], HostMemory | None),
     )
     child.exit_after(lambda: worker.run(wake_up["port"]))
 

@@ -25,9 +25,12 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
+from hbserve.kv_cache.host_memory import HostMemoryOwner
+from hbserve.kv_tiers.joint_results import JointTierResults
 from hbserve.kv_transfer.joint_results import JointResults
 from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import EventKind, ReportEvent
+from hbserve.messages.tiers import HostMemory, LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import CancelTransfer, LinkOpened, Peer, TransferReply
 from hbserve.messages.worker import (
     Hello,
@@ -77,12 +80,14 @@ class SharedDevice:
         attachments: to arenas that other processes hold, one per rank.
         partition: the worker's share of the device.
         ranks: its other ranks, on standby.
+        host: memory of the host for KV blocks.
         stopwatch: running since the worker was woken.
     """
 
     attachments: list[ArenaAttachment]
     partition: Partition
     ranks: RankGroup
+    host: HostMemory | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -94,6 +99,8 @@ class WorkerProcess:
         instance: which of its instances this is.
         address: where to listen for the scheduler.
         shared: None: the worker makes its own arenas, has its device for itself, and starts its other ranks.
+        host: memory of the host for KV blocks that another process owns; None: the worker makes its own, if
+            ``kv_cache.host_bytes`` says so.
         join_client: of a worker that has joined the system; None: the system's configuration has the worker.
 
     Attributes:
@@ -107,11 +114,14 @@ class WorkerProcess:
         address: str,
         shared: SharedDevice | None = None,
         join_client: JoinClient | None = None,
+        host: HostMemory | None = None,
     ) -> None:
         self.config = config
         self.instance = instance
         self.was_dismissed = False
         self._join_client = join_client
+        self._host = host
+        self._own_host: HostMemoryOwner | None = None
         self._wants_to_leave = self._is_serving = False
         self._kill_ranks: Callable[[], None] = lambda: None
         self._shared = shared
@@ -138,12 +148,16 @@ class WorkerProcess:
             stopwatch.lap("orders")
             how = Standby(model=self.config.model.path, on_gpu=False, yields=False)
             ranks = RankGroup(self.instance.num_ranks, self.instance.instance_id, how, self._on_rank_lost)
+            if self._host is None and self.config.kv_cache.host_bytes:
+                self._own_host = HostMemoryOwner(self.config.kv_cache.host_bytes)
+                self._own_host.reserve()
+                self._host = self._own_host.memory
         else:
             stopwatch, attachments, partition = self._shared.stopwatch, self._shared.attachments, self._shared.partition
-            ranks = self._shared.ranks
+            ranks, self._host = self._shared.ranks, self._shared.host
             ranks.on_lost = self._on_rank_lost
         self._ranks, self._kill_ranks = ranks, ranks.kill
-        ranks.wake(self.config, self.instance, attachments, partition)
+        ranks.wake(self.config, self.instance, attachments, partition, self._host)
         stopwatch.lap("wake")
         with loaded_rank(
             self.config,
@@ -155,8 +169,11 @@ class WorkerProcess:
             None if attachments is None else attachments[0],
             partition,
             stopwatch,
+            self._host,
+            lambda result: self._events.post(events.BlocksCopied(0, result)),
         ) as rank:
             self._platform, self._runner, self._transfers = rank.platform, rank.runner, rank.transfers
+            self._tiers, self._joint_copies = rank.tiers, JointTierResults(ranks.size, self._rpc.send)
             self._runner.grammars.set_on_event(self._report_event)
             ranks.wait_ready(started + self.config.rpc.start_timeout_s)
             stopwatch.lap("other_ranks")
@@ -259,6 +276,13 @@ class WorkerProcess:
             case events.TransferReplied(rank, reply):
                 if reply.epoch == self._epoch:
                     self._joint_results.add(rank, reply)
+            case events.BlocksCopied(rank, result):
+                if result.epoch == self._epoch:
+                    self._joint_copies.add(rank, result)
+            case StoreBlocks() | LoadBlocks():
+                self._is_used = True
+                self._ranks.send(event)
+                self._tiers.handle(event)
             case events.RankFailed(rank, report):
                 self._on_rank_failed(f"rank {rank}: {report.error}", report)
             case ReportEvent():
@@ -291,6 +315,7 @@ class WorkerProcess:
             self._watch_scheduler(),
         )
         self._rpc.send(Leaving(epoch=self._epoch))
+        await self._tiers.leave()
         await self._transfers.leave()
         self._rpc.close()
 
@@ -338,9 +363,11 @@ class WorkerProcess:
         for step in self._unfinished.awaited if for_another else ():
             self._events.handle(StepLost(step=step))
         await self._unfinished.wait_until_none()
+        await self._tiers.begin_epoch(self._epoch)
         peer = await self._transfers.begin_epoch(self._epoch)
         self._peers = [peer, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]
         self._joint_results.clear()
+        self._joint_copies.clear()
         self._is_used = False
 
     def _send_hello(self) -> None:
@@ -365,6 +392,7 @@ class WorkerProcess:
                 device=self._platform.describe(),
                 peers=self._peers,
                 one_sided=self._transfers.manager.one_sided,
+                tiers=[msgspec.structs.replace(info, is_own=self._own_host is not None) for info in self._tiers.infos],
             )
         )
 

@@ -97,7 +97,7 @@ def test_the_scheduler_needs_neither_torch_nor_workers_nor_transfers() -> None:
     """Nothing that its process imports leads there, however many steps away."""
     program = (
         "import sys, hbserve.scheduler.process, hbserve.pd_disagg.cpu_scheduler\n"
-        "print([m for m in sys.modules if m == 'torch' or m.startswith(('hbserve.worker', 'hbserve.kv_transfer'))])"
+        "print([m for m in sys.modules if m == 'torch' or m.startswith(('hbserve.worker', 'hbserve.kv_t'))])"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
@@ -128,7 +128,7 @@ def test_the_core_of_the_scheduler_reaches_nothing_with_an_effect() -> None:
         reached.add(name)
         ahead |= {other for other in imported(name) if other in MODULES} - reached
     assert not reached & SHELL
-    assert not [name for name in reached if name.startswith(("hbserve.worker", "hbserve.kv_transfer", "hbserve.rpc"))]
+    assert not [name for name in reached if name.startswith(("hbserve.worker", "hbserve.kv_t", "hbserve.rpc"))]
     used = {name: EFFECTS & {library.split(".")[0] for library in imported(name)} for name in reached}
     used = {name: libs - {"os", "pathlib"} if name.startswith(READS_FILES) else libs for name, libs in used.items()}
     assert {name: libs for name, libs in used.items() if libs} == BORROWED

@@ -8,7 +8,8 @@ from hbserve.scheduler.scheduler import CpuScheduler
 
 
 def check_books(core: CpuScheduler) -> None:
-    """Assert that the books of every pool agree with each other and with the allocations."""
+    """Assert that the books of every pool and tier agree with each other and with the allocations."""
+    core._requests.tiers.check_consistency()
     for instance in core.instances.values():
         if not instance.arena_epoch:
             continue
@@ -54,6 +55,8 @@ def check_idle(core: CpuScheduler) -> str | None:
             return f"{instance.id} has {len(instance._free_slots)} free slots"
         if instance.num_steps_in_flight:
             return f"{instance.id} has steps in flight"
+    if len(core._requests.tiers):
+        return f"{len(core._requests.tiers)} copies of tiers are under way"
     if len(core._requests._transfers):
         return f"{len(core._requests._transfers)} transfers are open"
     check_books(core)

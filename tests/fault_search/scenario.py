@@ -18,6 +18,7 @@ VOCAB_SIZE = 64
 BLOCK_SIZE = 4
 HEARTBEAT_TIMEOUT_S = 2.0
 TRANSFER_TIMEOUT_S = 3.0
+TIER_TIMEOUT_S = 0.5
 
 _SLO = SLOConfig(ttft_target_ms=100.0, tpot_target_ms=20.0)
 
@@ -28,6 +29,7 @@ FaultKind = Literal[
     "kill_scheduler",
     "stop_scheduler",
     "bad_wire",
+    "bad_tier",
     "kill_client",
     "rotate",
     "rotate_mixed",
@@ -90,6 +92,7 @@ class Scenario:
     Attributes:
         has_ladder: semi-PD has two workers of each phase, with other shares.
         has_throttle: decode waits for its turn while prefill is busy.
+        num_slots: blocks of KV that the host's memory holds; 0: there is no tier.
     """
 
     seed: int
@@ -111,6 +114,7 @@ class Scenario:
     has_throttle: bool
     requests: tuple[RequestSpec, ...]
     faults: tuple[Fault, ...]
+    num_slots: int = 0
 
     def config(self) -> Config:
         """The configuration that the scheduler gets."""
@@ -179,6 +183,7 @@ def _config(
             local_prefill_tokens=local_prefill_tokens,
             timeout_s=TRANSFER_TIMEOUT_S,
         ),
+        kv_cache=replace(config.kv_cache, timeout_s=TIER_TIMEOUT_S),
         rpc=replace(
             config.rpc, heartbeat_interval_s=0.25, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S, recovery_timeout_s=10_000.0
         ),
@@ -242,6 +247,11 @@ def draw(seed: int) -> Scenario:
             key=lambda fault: fault.at,
         )
     )
+    tiers = random.Random(f"tiers {seed}")  # likewise
+    num_slots = tiers.choice((needed // 2 + 1, 2 * needed, 10 * needed)) if tiers.random() < 0.5 else 0
+    if num_slots and tiers.random() < 0.5:
+        bad = Fault(tiers.uniform(0.0, lasts_s), "bad_tier", 0, tiers.choice((0.3, 1.0)))
+        faults = tuple(sorted((*faults, bad), key=lambda fault: fault.at))
     return Scenario(
         seed=seed,
         mode=mode,  # type: ignore[arg-type]
@@ -262,4 +272,5 @@ def draw(seed: int) -> Scenario:
         has_throttle=rng.random() < 0.5,
         requests=tuple(sorted(requests, key=lambda request: request.at)),
         faults=faults,
+        num_slots=num_slots,
     )

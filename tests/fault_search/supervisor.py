@@ -10,6 +10,7 @@ from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
 from tests.fault_search.memory import Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S
+from tests.fault_search.tiers import HostMemory
 from tests.fault_search.worker import Worker
 
 if TYPE_CHECKING:
@@ -30,7 +31,14 @@ class Launcher:
         world = self.world
         arena = Arena(self.instance_id, world.scenario.num_blocks, 0, world.check_write)
         self.worker = Worker(
-            world, self.instance_id, self.role, self.address, arena, self.kv_rank, lambda *_: self._on_exit()
+            world,
+            self.instance_id,
+            self.role,
+            self.address,
+            arena,
+            self.kv_rank,
+            lambda *_: self._on_exit(),
+            world.host,
         )
         arena.owner = self.worker  # type: ignore[attr-defined]
         world.trace(f"{self.instance_id} starts")
@@ -75,8 +83,11 @@ class Joiner:
     def on_reply(self, session: int, reply: SchedulerReply) -> None:
         if isinstance(reply, Joined) and reply.error is None and not self.workers and not self._has_left:
             arena = Arena(self.instance_id, self.world.scenario.num_blocks, 0, self.world.check_write)
+            num_slots = self.world.scenario.num_slots
+            name = f"{self.instance_id}/{self.world.new_number()}"
+            host = HostMemory(name, num_slots, is_own=True) if num_slots else None
             self.worker = Worker(
-                self.world, self.instance_id, self.role, self.address, arena, reply.kv_rank, self._on_exit
+                self.world, self.instance_id, self.role, self.address, arena, reply.kv_rank, self._on_exit, host
             )
             arena.owner = self.worker  # type: ignore[attr-defined]
 
@@ -160,7 +171,14 @@ class Supervisor:
         name = f"{self.instance_id}-{role}-{self._count}"
         self._shares[name] = share
         self._by_id[name] = Worker(
-            self.world, name, role, f"tcp://{name}", self.arena, 0, lambda worker, _: self._on_exit(worker)
+            self.world,
+            name,
+            role,
+            f"tcp://{name}",
+            self.arena,
+            0,
+            lambda worker, _: self._on_exit(worker),
+            self.world.host,
         )
         self.world.trace(f"{name} starts")
         return name

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hbserve.config import InstanceRole
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import (
     NO_TOKEN,
@@ -30,6 +31,7 @@ from hbserve.sampling_params import SamplingParams
 from hbserve.speculation.speculator import accepted_tokens
 from tests.fault_search.memory import NOTHING, Arena, kv_of, next_token
 from tests.fault_search.scenario import BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
+from tests.fault_search.tiers import Copies, HostMemory
 from tests.fault_search.transfers import Transfers
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class Worker(Process):
     Args:
         arena: the memory that it works on; with ``arena.epoch`` 0 it is the worker's own.
         on_exit: called when it has ended, with whether the scheduler had told it to.
+        host: memory of the host that it copies blocks to and from.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Worker(Process):
         arena: Arena,
         kv_rank: int,
         on_exit: Callable[[Worker, bool], None],
+        host: HostMemory | None = None,
     ) -> None:
         super().__init__(world, worker_id)
         self.role = self._serves_as = role
@@ -109,6 +113,7 @@ class Worker(Process):
         self._on_exit = on_exit
         self.epoch = world.new_number()
         self.transfers = Transfers(self)
+        self.copies = Copies(self, host)
         self._scheduler_epoch = 0
         self.last_ping = world.now
         self._line: Line | None = None
@@ -161,6 +166,7 @@ class Worker(Process):
         if self._held is None or self._running is not None or self._plans:
             return
         self.transfers.forget_all()
+        self.copies.forget_all()
         self._slots.clear()
         self._is_used = False
         self._send_hello()
@@ -193,6 +199,7 @@ class Worker(Process):
                 device="cpu",
                 peers=[Peer(rank=self.kv_rank, epoch=self.epoch, endpoint="")],
                 one_sided=scenario.one_sided,
+                tiers=self.copies.infos,
             )
         )
 
@@ -214,6 +221,9 @@ class Worker(Process):
                 self._start_next()
             case Ping():
                 raise AssertionError
+            case StoreBlocks() | LoadBlocks():
+                self._is_used = True
+                self.copies.handle(command)
             case _:
                 self._is_used = True
                 self.transfers.handle(command)

@@ -18,6 +18,7 @@ from tests.fault_search.client import Client, _Request
 from tests.fault_search.memory import NOTHING, Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S, Fault, Scenario
 from tests.fault_search.supervisor import Joiner, Launcher, Split, Supervisor
+from tests.fault_search.tiers import HostMemory
 from tests.fault_search.worker import Line, Process, Worker
 
 _START = 1000.0
@@ -111,7 +112,9 @@ class World:
         self._last_delivery: dict[object, float] = {}
         self.listeners: dict[str, Worker] = {}
         self.requests: dict[str, _Request] = {}
-        self.is_wire_bad = self.is_wire_noisy = self._kills_awaited = False
+        self.is_wire_bad = self.is_wire_noisy = self._kills_awaited = self.is_tier_bad = False
+        self.tier_rng = random.Random(scenario.seed)
+        self.host = HostMemory("the launcher's", scenario.num_slots) if scenario.num_slots else None
         self.scheduler = SchedulerProcess(self, 1)
         self.clients = {identity: Client(self, identity) for identity in (b"a", b"b")}
         self.launchers: list[Launcher | Joiner] = []
@@ -262,6 +265,9 @@ class World:
             case "bad_wire":
                 self.is_wire_bad, self.is_wire_noisy = number % 2 == 0, number % 2 == 1
                 self.after(fault.lasts_s, self._mend_wire)
+            case "bad_tier":
+                self.is_tier_bad = True
+                self.after(fault.lasts_s, self._mend_tier)
             case "kill_client":
                 list(self.clients.values())[number % 2].die()
             case "rotate" if self.supervisor is not None:
@@ -308,6 +314,9 @@ class World:
 
     def _mend_wire(self) -> None:
         self.is_wire_bad = self.is_wire_noisy = False
+
+    def _mend_tier(self) -> None:
+        self.is_tier_bad = False
 
     def _kill_scheduler(self) -> None:
         old = self.scheduler

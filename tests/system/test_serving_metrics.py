@@ -40,7 +40,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A prefill and a decode instance of the demo model behind the HTTP API."""
     folder = tmp_path_factory.mktemp("served")
     program = Program(
-        folder, "start_pd_disagg.py", "--config", str(ROOT / "configs" / "pd_disagg_cpu.yaml"), "--port", "0"
+        folder,
+        "start_pd_disagg.py",
+        *("--config", str(ROOT / "configs" / "pd_disagg_cpu.yaml"), "--port", "0"),
+        *("--kv_cache.host_bytes", str(8 << 20)),
     )
     yield program.url()
     program.process.terminate()
@@ -145,7 +148,9 @@ def test_documents_and_dashboard_name_existing_metrics(url: str) -> None:
     dashboard = (ROOT / "configs" / "grafana" / "hbserve.json").read_text()
     documented = set(re.findall(r"hbserve_\w+", (ROOT / "docs" / "metrics.md").read_text()))
     for name in set(re.findall(r"hbserve_\w+", json.dumps(json.loads(dashboard)["panels"]))):
-        assert name in scraped or name.startswith(("hbserve_kv_transfer_failures", "hbserve_semi_pd_")), name
+        assert name in scraped or name.startswith(
+            ("hbserve_kv_transfer_failures", "hbserve_kv_tier_failures", "hbserve_semi_pd_")
+        ), name
         assert re.sub("_(bucket|count|sum)$", "", name) in documented, name
     for name in scraped:
         assert re.sub("_(bucket|count|sum)$", "", name) in documented, name

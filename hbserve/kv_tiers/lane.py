@@ -1,0 +1,166 @@
+"""A lane: one direction of one tier, in a thread of its own and on a GPU on a stream of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from hbserve.errors import HBServeError
+from hbserve.kv_tiers.base import SlotStorage
+from hbserve.kv_transfer.block_parts import checksums_of
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierResult
+
+logger = logging.getLogger(__name__)
+
+_BUFFER_BYTES = 64 << 20
+"""Bytes of a lane's buffer on the device: blocks are gathered there, and leave or come in few large pieces."""
+
+
+class CopyJob:
+    """A job of a lane. It ends once: with its result, or because it is late, or with its epoch.
+
+    Attributes:
+        lock: held while the job touches the arena or memory that the scheduler gives to others after its end.
+        is_over: nothing may be touched any more; with the lock held.
+    """
+
+    def __init__(self, command: TierCommand) -> None:
+        self.command = command
+        self.lock = threading.Lock()
+        self.is_over = False
+
+    def failed(self, kind: str, error: str) -> TierResult:
+        """Return the result of a job of which nothing counts."""
+        failures = dict.fromkeys(range(len(self.command.slots)), kind)
+        epoch, job_id = self.command.epoch, self.command.job_id
+        return TierResult(
+            epoch=epoch, job_id=job_id, failures=failures, error=error, checksums=[], num_bytes=0, seconds=0.0
+        )
+
+
+class _Over(Exception):
+    """The job was ended from outside."""
+
+
+class Lane:
+    """Does jobs one after the other.
+
+    Args:
+        storage: the tier's slots.
+        kv_blocks: the rank's arena, uint8 ``[block, byte]``.
+        rank: number of the rank in its instance.
+        on_end: called in the lane's thread with each job that was not ended from outside, and its result.
+    """
+
+    def __init__(
+        self,
+        storage: SlotStorage,
+        kv_blocks: torch.Tensor,
+        rank: int,
+        on_end: Callable[[CopyJob, TierResult], None],
+    ) -> None:
+        self._storage, self._rank, self._on_end = storage, rank, on_end
+        self._arena = kv_blocks.view(torch.int64)
+        self._device = kv_blocks.device
+        self._block_bytes = kv_blocks.shape[1]
+        self._num_buffered = max(1, _BUFFER_BYTES // self._block_bytes)
+        self._buffer: torch.Tensor | None = None
+        self._stream: Any = None
+        self._jobs: queue.SimpleQueue[CopyJob | None] = queue.SimpleQueue()
+        # A daemon: storage that hangs must not keep the process from ending.
+        threading.Thread(target=self._run, name="kv-tier", daemon=True).start()
+
+    def put(self, job: CopyJob) -> None:
+        """Do a job after those before it."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """End the thread after the jobs that are there."""
+        self._jobs.put(None)
+
+    # --- the lane's thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            while (job := self._jobs.get()) is not None:
+                try:
+                    result = self._do(job)
+                except _Over:
+                    continue
+                except (HBServeError, RuntimeError, OSError) as error:
+                    logger.warning("a KV tier has failed: %s", error)
+                    result = job.failed("backend", str(error))
+                with job.lock:
+                    if job.is_over:
+                        continue
+                    job.is_over = True
+                self._on_end(job, result)
+
+    def _do(self, job: CopyJob) -> TierResult:
+        began = time.perf_counter()
+        command, storage = job.command, self._storage
+        if self._buffer is None:
+            shape = self._num_buffered, self._block_bytes
+            self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        failures: dict[int, str] = {}
+        parts: list[torch.Tensor] = []
+        with nullcontext() if storage.may_hang else self._touching(job):
+            index = torch.tensor(command.block_ids, device=self._device)
+            for first in range(0, len(index), self._num_buffered):
+                blocks = index[first : first + self._num_buffered]
+                buffer = self._buffer[: len(blocks)]
+                words = buffer.view(torch.int64)
+                touching = self._touching(job) if storage.may_hang else nullcontext()
+                if isinstance(command, StoreBlocks):
+                    with touching:
+                        torch.index_select(self._arena, 0, blocks, out=words)
+                    parts.append(checksums_of(buffer))
+                    failures |= storage.write(command, first, buffer)
+                else:
+                    failures |= storage.read(command, first, buffer)
+                    parts.append(checksums_of(buffer))
+                    with touching:
+                        self._arena.index_copy_(0, blocks, words)  # what is not sound is computed over
+            checksums: list[int] = torch.cat(parts).tolist()
+        if isinstance(command, LoadBlocks):
+            for number, (found, expected) in enumerate(zip(checksums, command.checksums, strict=True)):
+                if number not in failures and found != expected[self._rank]:
+                    failures[number] = "checksum"
+        return TierResult(
+            epoch=command.epoch,
+            job_id=command.job_id,
+            failures=failures,
+            error=_describe(failures, len(checksums)),
+            checksums=[] if isinstance(command, LoadBlocks) else [[number] for number in checksums],
+            num_bytes=len(checksums) * self._block_bytes,
+            seconds=time.perf_counter() - began,
+        )
+
+    @contextmanager
+    def _touching(self, job: CopyJob) -> Iterator[None]:
+        """Run the block, and wait for it on the device, unless the job is over."""
+        with job.lock:
+            if job.is_over:
+                raise _Over
+            try:
+                yield
+            finally:
+                if self._stream is not None:
+                    self._stream.synchronize()
+
+
+def _describe(failures: dict[int, str], num_blocks: int) -> str | None:
+    if not failures:
+        return None
+    kinds = sorted(set(failures.values()))
+    return f"{len(failures)} of {num_blocks} blocks: {', '.join(kinds)}"

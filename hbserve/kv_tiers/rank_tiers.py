@@ -1,0 +1,102 @@
+"""The KV tiers of one rank over the epochs of its instance. Runs in the rank process, in its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from hbserve.config import KVCacheConfig
+from hbserve.kv_tiers.base import SlotStorage
+from hbserve.kv_tiers.host import HostSlots
+from hbserve.kv_tiers.lane import CopyJob, Lane
+from hbserve.messages.tiers import HostMemory, StoreBlocks, TierCommand, TierInfo, TierResult
+from hbserve.platform import Platform
+
+_POLL_S = 0.002
+
+
+class _Lanes(NamedTuple):
+    store: Lane
+    load: Lane
+
+
+class RankTiers:
+    """Starts the scheduler's jobs, and ends those that are late or of an epoch that is over.
+
+    Args:
+        host: memory of the host; None: there is no host tier.
+        kv_blocks: the rank's arena, uint8 ``[block, byte]``.
+        rank, num_ranks: of the instance.
+        report: called in any thread with each result.
+
+    Attributes:
+        infos: the tiers, for the scheduler.
+    """
+
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        host: HostMemory | None,
+        platform: Platform,
+        kv_blocks: torch.Tensor,
+        rank: int,
+        num_ranks: int,
+        report: Callable[[TierResult], None],
+    ) -> None:
+        self._timeout_s = config.timeout_s
+        self._report = report
+        self._epoch = 0
+        self._jobs: dict[int, CopyJob] = {}
+        self._lanes: dict[str, _Lanes] = {}
+        self.infos: list[TierInfo] = []
+        if host is not None:
+            slots = HostSlots(host, platform, rank, num_ranks, kv_blocks.shape[1])
+            if slots.num_slots:
+                self.infos.append(TierInfo(name="host", memory=host.name, num_slots=slots.num_slots))
+                self._open("host", slots, kv_blocks, rank)
+
+    def _open(self, name: str, storage: SlotStorage, kv_blocks: torch.Tensor, rank: int) -> None:
+        store, load = (Lane(storage, kv_blocks, rank, self._on_end) for _ in range(2))
+        self._lanes[name] = _Lanes(store, load)
+
+    def handle(self, command: TierCommand) -> None:
+        """Start a job of the scheduler, unless it is of another epoch."""
+        if command.epoch != self._epoch:
+            return
+        job = self._jobs[command.job_id] = CopyJob(command)
+        lanes = self._lanes[command.tier]
+        (lanes.store if isinstance(command, StoreBlocks) else lanes.load).put(job)
+        asyncio.get_running_loop().call_later(self._timeout_s, self._expire, job)
+
+    def _on_end(self, job: CopyJob, result: TierResult) -> None:
+        self._jobs.pop(job.command.job_id, None)
+        self._report(result)
+
+    def _expire(self, job: CopyJob) -> None:
+        """Give a job up. If it copies at this moment, it is nearly done: look again a little later."""
+        if job.is_over:
+            return
+        if not job.lock.acquire(blocking=False):
+            asyncio.get_running_loop().call_later(_POLL_S, self._expire, job)
+            return
+        with_result = not job.is_over
+        job.is_over = True
+        job.lock.release()
+        if with_result:
+            self._on_end(job, job.failed("timeout", f"not done within {self._timeout_s:g} s"))
+
+    async def begin_epoch(self, epoch: int) -> None:
+        """End all jobs; when this returns, none touches the arena or a slot any more."""
+        self._epoch = epoch
+        await self.leave()
+
+    async def leave(self) -> None:
+        """End all jobs, before the process exits."""
+        for job in list(self._jobs.values()):
+            await asyncio.to_thread(job.lock.acquire)
+            job.is_over = True
+            job.lock.release()
+        self._jobs.clear()

@@ -1,0 +1,35 @@
+"""Plain records of KV tiers: a tier, and a part of a prompt that one holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hbserve.kv_cache.tier_directory import TierDirectory, TierEntry
+from hbserve.messages.tiers import TierInfo
+
+
+@dataclass(eq=False, slots=True)
+class Tier:
+    """One memory: its directory, and how fast it is. Shared by all instances whose workers name it.
+
+    Attributes:
+        s_per_byte: recent mean of loads; 0: nothing was loaded yet.
+        loading_bytes: of loads under way.
+        rests_until: it is not used before this time, because it failed.
+    """
+
+    info: TierInfo
+    directory: TierDirectory
+    s_per_byte: float = 0.0
+    loading_bytes: int = 0
+    rests_until: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """Neighbouring blocks of a prompt that one tier has, from block ``first`` of the prompt on."""
+
+    tier: Tier
+    first: int
+    entries: list[TierEntry]

@@ -1,0 +1,111 @@
+"""KV tiers of simulated workers: memory of the host with contents that can be checked, and copies that go wrong.
+
+A copy takes its time for each block, so that everything else can happen between two of them. A load writes whatever it
+finds, and says afterwards which blocks have a wrong checksum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
+from tests.fault_search.memory import NOTHING
+from tests.fault_search.scenario import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from tests.fault_search.worker import Worker
+
+
+class HostMemory:
+    """The slots of a tier."""
+
+    def __init__(self, name: str, num_slots: int, is_own: bool = False) -> None:
+        self.info = TierInfo(name="host", memory=name, num_slots=num_slots, is_own=is_own)
+        self.slots = [[NOTHING] * BLOCK_SIZE for _ in range(num_slots)]
+
+
+class Copies:
+    """A worker's copies to and from a tier, one after the other."""
+
+    def __init__(self, worker: Worker, memory: HostMemory | None) -> None:
+        self._worker, self._memory = worker, memory
+        self._num_epochs = 0
+        self._is_busy = False
+        self._queue: list[TierCommand] = []
+
+    @property
+    def infos(self) -> list[TierInfo]:
+        return [] if self._memory is None else [self._memory.info]
+
+    def forget_all(self) -> None:
+        """Begin an epoch: no copy of the one before touches anything any more."""
+        self._num_epochs += 1
+        self._is_busy = False
+        self._queue.clear()
+
+    def handle(self, command: TierCommand) -> None:
+        if command.epoch == self._worker.epoch:
+            self._queue.append(command)
+            self._start_next()
+
+    def _start_next(self) -> None:
+        if self._queue and not self._is_busy:
+            self._is_busy = True
+            command = self._queue.pop(0)
+            world = self._worker.world
+            failure = None
+            if world.is_tier_bad and world.tier_rng.random() < 0.7:
+                failure = world.tier_rng.choice(("backend", "checksum", "slow"))
+            self._copy(command, failure, 0, {}, [])
+
+    def _copy(
+        self,
+        command: TierCommand,
+        failure: str | None,
+        index: int,
+        failures: dict[int, str],
+        checksums: list[list[int]],
+    ) -> None:
+        """Copy one block, and the others after it."""
+        worker, rng, memory = self._worker, self._worker.world.tier_rng, self._memory
+        assert memory is not None
+        if index == len(command.slots):
+            self._end(command, failures, checksums)
+            return
+        block, slot = worker.arena.blocks[command.block_ids[index]], memory.slots[command.slots[index]]
+        if isinstance(command, StoreBlocks):
+            slot[:] = block
+            checksums.append([hash(tuple(block))])
+            if failure == "checksum":  # the memory forgets
+                slot[0] ^= 1
+        else:
+            for offset, contents in enumerate(slot):
+                worker.arena.write(command.block_ids[index], offset, contents)
+            if [hash(tuple(slot))] != command.checksums[index]:
+                failures[index] = "checksum"
+        if failure == "backend" and rng.random() < 0.5:
+            failures[index] = "backend"
+        delay_s = rng.choice((0.0, 0.0, 0.001, 0.02)) if failure != "slow" else rng.choice((0.1, 3.0))
+        epochs = self._num_epochs
+
+        def go_on() -> None:
+            if self._num_epochs == epochs:
+                self._copy(command, failure, index + 1, failures, checksums)
+
+        worker.after(delay_s, go_on)
+
+    def _end(self, command: TierCommand, failures: dict[int, str], checksums: list[list[int]]) -> None:
+        worker = self._worker
+        worker.send(
+            TierResult(
+                epoch=worker.epoch,
+                job_id=command.job_id,
+                failures=failures,
+                error="it did not work" if failures else None,
+                checksums=[] if isinstance(command, LoadBlocks) else checksums,
+                num_bytes=64 * len(command.slots),
+                seconds=0.001,
+            )
+        )
+        self._is_busy = False
+        self._start_next()

@@ -1,0 +1,109 @@
+"""KV tiers with real processes: the same tokens as without, whatever happens to the memory, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbserve import LLM, SamplingParams
+from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
+from tests.support.model_zoo import save_model
+
+DEADLINE_S = 60.0
+NUM_TOKENS = 6
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "block_size": 16,
+    "num_blocks": 24,
+    "max_model_len": 320,
+    "max_num_seqs": 8,
+    "chunk_size": 64,
+    "log_level": "ERROR",
+    "host_bytes": 4 << 20,
+    "scheduler": "tests.support.always_loads:AlwaysLoads",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[list[int], list[int]]]]:
+    """A model, and prompts with their answers; a pool holds two of them."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    reference = save_model(folder, "qwen3")
+    prompts = [random_prompt(150 + index, seed=index) for index in range(5)]
+    return str(folder), [(prompt, greedy_reference(reference, prompt, NUM_TOKENS)) for prompt in prompts]
+
+
+def tier(llm: LLM) -> dict[str, Any]:
+    found: dict[str, Any] = llm.get_system_stats()["kv_tiers"]["host"]
+    return found
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def host_memory() -> Iterator[int]:
+    """Descriptors of the memory that this process, the launcher, owns for its instances."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if "hbserve-kv-host" in os.readlink(entry):
+                yield int(entry.name)
+        except FileNotFoundError:
+            continue
+
+
+def flip_bytes() -> None:
+    """Change one byte in every block of the host's memory."""
+    [descriptor] = host_memory()
+    for offset in range(0, os.fstat(descriptor).st_size, 512):
+        os.pwrite(descriptor, bytes([os.pread(descriptor, 1, offset)[0] ^ 16]), offset)
+
+
+def ask_one_by_one(llm: LLM, cases: list[tuple[list[int], list[int]]]) -> None:
+    for prompt, answer in cases:
+        [output] = llm.generate([prompt], [GREEDY], use_tqdm=False)
+        assert output["token_ids"] == answer
+
+
+@pytest.mark.parametrize("mode", ["unified", "disaggregated", "semi_pd"])
+def test_answers_are_those_of_a_system_without_tiers(
+    model: tuple[str, list[tuple[list[int], list[int]]]], mode: str
+) -> None:
+    folder, cases = model
+    with LLM(folder, mode=mode, **SETTINGS) as llm:
+        ask_one_by_one(llm, cases)  # each evicts those before it
+        ask_one_by_one(llm, cases)
+        loaded = tier(llm)["loaded_blocks"]
+        assert loaded >= 15
+        assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] >= loaded * 16
+        # All at once: some wait, some are preempted, some load while others compute.
+        outputs = llm.generate([prompt for prompt, _ in cases] * 2, GREEDY, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == [answer for _, answer in cases] * 2
+        wait_for(lambda: tier(llm)["blocks"] == tier(llm)["stored_blocks"] - tier(llm)["evicted_blocks"])
+        flip_bytes()
+        ask_one_by_one(llm, cases)
+        wrong = tier(llm)["failures"]["checksum"]
+        assert wrong > 0
+        assert llm.get_system_stats()["events"]["tier_failed"] > 0
+        assert_no_leaks(llm)
+        # The memory of the device is lost. That of the host is not.
+        before = tier(llm)["loaded_blocks"]
+        instances = llm.get_system_stats()["gpu_instances"]
+        for instance in instances.values():
+            os.kill(instance["pid"], signal.SIGKILL)
+        ask_one_by_one(llm, cases)
+        assert tier(llm)["loaded_blocks"] > before
+        assert tier(llm)["failures"]["checksum"] == wrong
+        assert_no_leaks(llm)
+    assert not [*host_memory()]

@@ -1,0 +1,273 @@
+"""KV tiers in the scheduler's core: a test plays the worker. Blocks have 16 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from hbserve import PdDisaggConfig, SamplingParams
+from hbserve.messages.client import AbortRequest, AddRequest, OutputBatch, RequestOutput
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
+from hbserve.messages.worker import StepPlan, StepResult
+from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
+from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.hellos import hello
+from tests.support.paths import ROOT
+
+DEMO = ROOT / "examples" / "models" / "hbserve-demo"
+TIER = TierInfo(name="host", memory="m", num_slots=64)
+TIMEOUT_S = 1.0
+PROMPT = [*range(1, 71)]  # four full blocks
+
+
+class System:
+    """A unified instance with a pool of ``num_blocks``, whose worker does at once what it is told, except copies."""
+
+    def __init__(self, num_blocks: int = 8) -> None:
+        config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu").freeze()
+        kv_cache = msgspec.structs.replace(config.kv_cache, timeout_s=TIMEOUT_S)
+        performance = msgspec.structs.replace(config.performance, decode_headroom_tokens=0)
+        config = msgspec.structs.replace(config, kv_cache=kv_cache, performance=performance)
+        self.scheduler = CpuScheduler(config, {"unified-0": "tcp://worker:1"}, Start(now=50.0, time_ns=1000))
+        self.now = 50.0
+        self.copies: list[TierCommand] = []
+        self.plans: list[StepPlan] = []
+        self.outputs: list[RequestOutput] = []
+        self._num_blocks = num_blocks
+        self._num_requests = 0
+        self.epoch = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """The worker introduces itself, with new memory."""
+        self.epoch += 1
+        introduction = hello(
+            num_blocks=self._num_blocks, epoch=self.epoch, arena_epoch=self.epoch, block_bytes=1 << 20, tiers=[TIER]
+        )
+        self.step(FromWorker(1, introduction))
+
+    def step(self, *events: InboxEvent, seconds: float = 0.001) -> None:
+        """Do a step and all that follow from it."""
+        inbox = list(events)
+        while True:
+            self.now += seconds
+            seconds = 0.001
+            outbox = self.scheduler.step(self.now, inbox)
+            self.outputs += [o for _, b in outbox.to_clients if isinstance(b, OutputBatch) for o in b.outputs]
+            self.copies += [c for _, c in outbox.to_workers if isinstance(c, StoreBlocks | LoadBlocks)]
+            plans = [command for _, command in outbox.to_workers if isinstance(command, StepPlan)]
+            self.plans += plans
+            inbox = [FromWorker(1, result) for result in map(self._result, plans)]
+            self.scheduler._requests.tiers.check_consistency()
+            if not inbox:
+                return
+
+    def _result(self, plan: StepPlan) -> StepResult:
+        tokens = [7 for row in plan.rows if row.sample]
+        return StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=tokens, logprobs=None, busy_s=0.01)
+
+    def ask(self, prompt: list[int], **sampling: Any) -> str:
+        self._num_requests += 1
+        name = f"r{self._num_requests}"
+        params = SamplingParams(temperature=0, **({"max_tokens": 2} | sampling))
+        request = AddRequest(request_id=name, prompt_token_ids=prompt, end_token_ids=[], sampling=params)
+        self.step(FromClient(b"c", request))
+        return name
+
+    def answer(self, copy: TierCommand, failures: dict[int, str] | None = None, seconds: float = 0.001) -> None:
+        """The worker reports the end of a copy."""
+        self.copies.remove(copy)
+        checksums = [] if isinstance(copy, LoadBlocks) else [[hash(key)] for key in copy.keys]
+        self.step(
+            FromWorker(
+                1,
+                TierResult(
+                    epoch=self.epoch,
+                    job_id=copy.job_id,
+                    failures=failures or {},
+                    error="bad" if failures else None,
+                    checksums=checksums,
+                    num_bytes=len(copy.slots) << 20,
+                    seconds=seconds,
+                ),
+            )
+        )
+
+    def answer_all(self) -> None:
+        while self.copies:
+            self.answer(self.copies[0])
+
+    def loads(self) -> list[LoadBlocks]:
+        return [copy for copy in self.copies if isinstance(copy, LoadBlocks)]
+
+    def stored_and_evicted(self) -> None:
+        """Have the prompt in the tier and not in the pool."""
+        self.ask(PROMPT)
+        self.answer_all()
+        self.ask([*range(200, 320)])
+        self.answer_all()
+        self.plans.clear()
+        self.outputs.clear()
+
+    def prompt_rows(self) -> Iterator[tuple[int, int]]:
+        """The first position and the number of tokens of every planned piece of a prompt."""
+        return ((row.start, row.num_tokens) for plan in self.plans for row in plan.rows if row.num_tokens > 1)
+
+    def cached_tokens(self) -> list[int]:
+        return [output.num_cached_tokens for output in self.outputs if output.num_cached_tokens]
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What `get_system_stats` says of the tier."""
+        tiers: dict[str, Any] = self.scheduler._stats.collect(False)["kv_tiers"]["host"]
+        return tiers
+
+    @property
+    def num_free(self) -> int:
+        return self.scheduler.instances["unified-0"].pool.num_free_blocks
+
+
+def test_sealed_blocks_are_stored_once_and_pinned_until_they_are() -> None:
+    system = System()
+    system.ask(PROMPT)
+    [store] = system.copies
+    assert isinstance(store, StoreBlocks)
+    assert (store.slots, len(set(store.keys))) == ([0, 1, 2, 3], 4)
+    assert system.num_free == 8 - 5  # the request has ended, its blocks are pending
+    system.answer(store)
+    assert system.num_free == 8
+    system.ask(PROMPT)
+    assert not system.copies
+    assert (system.stats["stored_blocks"], system.stats["stored_bytes"], system.stats["blocks"]) == (4, 4 << 20, 4)
+
+
+def test_a_prompt_that_was_evicted_is_loaded_and_only_its_tail_is_computed() -> None:
+    system = System()
+    system.stored_and_evicted()
+    name = system.ask(PROMPT)
+    [load] = system.loads()
+    assert load.slots == [0, 1, 2, 3]
+    assert load.checksums == [[hash(key)] for key in load.keys]
+    assert not system.plans  # it waits for its load
+    system.answer(load)
+    assert [*system.prompt_rows()] == [(64, 6)]
+    assert system.outputs[-1].request_id == name
+    assert system.outputs[-1].finish_reason == "length"
+    assert system.cached_tokens() == [64]
+    assert system.stats["saved_prompt_tokens"] == 64
+    assert system.scheduler._stats.collect(False)["cpu_scheduler"]["cached_prompt_tokens"] == 64
+
+
+def test_a_block_that_is_not_sound_is_computed_with_all_after_it_and_forgotten() -> None:
+    system = System()
+    system.stored_and_evicted()
+    system.ask(PROMPT)
+    system.answer(system.loads()[0], {2: "checksum"})
+    assert [*system.prompt_rows()] == [(32, 38)]
+    assert system.cached_tokens() == [32]
+    assert system.scheduler._events.counts["tier_failed"] == 1
+    assert system.stats["failures"] == {"checksum": 1}
+    [store] = system.copies  # what was computed again
+    assert len(store.keys) == 1
+
+
+def test_a_late_load_is_computed_in_other_blocks_and_its_own_stay_pinned() -> None:
+    system = System(num_blocks=16)
+    system.stored_and_evicted()
+    system.ask([*range(400, 640)])
+    system.answer_all()
+    system.plans.clear()
+    system.ask(PROMPT)
+    [load] = system.loads()
+    system.step(seconds=2 * TIMEOUT_S + 0.1)
+    assert [*system.prompt_rows()] == [(0, 70)]
+    used = {block for plan in system.plans for state in plan.new_sequences for block in state.block_ids}
+    assert not used & set(load.block_ids)
+    assert system.outputs[-1].finish_reason == "length"
+    assert system.num_free == 16 - 5
+    system.copies = system.loads()
+    system.answer(load)  # which changes nothing any more
+    assert system.num_free == 16
+    assert system.stats["failures"] == {"late": 4}
+    assert system.scheduler._events.counts["tier_failed"] == 1
+
+
+def test_a_tier_that_fails_is_left_alone_for_a_while() -> None:
+    system = System()
+    system.stored_and_evicted()
+    system.ask(PROMPT)
+    system.answer(system.loads()[0], dict.fromkeys(range(4), "backend"))
+    assert [*system.prompt_rows()] == [(0, 70)]
+    system.ask([*range(600, 700)])
+    assert not system.copies
+    system.step(seconds=11.0)
+    system.ask([*range(700, 800)])
+    assert len(system.copies) == 1
+
+
+def test_a_request_that_is_aborted_while_it_loads_keeps_its_blocks_until_the_copy_has_ended() -> None:
+    system = System()
+    system.stored_and_evicted()
+    name = system.ask(PROMPT)
+    system.step(FromClient(b"c", AbortRequest(request_id=name)))
+    assert system.num_free == 8 - 5
+    system.answer(system.loads()[0])
+    assert system.num_free == 8
+    assert not system.plans
+
+
+def test_what_a_lost_instance_had_computed_is_loaded() -> None:
+    system = System()
+    system.ask(PROMPT)
+    system.answer_all()
+    system.step(ConnectionBroke(1))
+    system.begin()
+    system.plans.clear()
+    system.ask(PROMPT)
+    system.answer(system.loads()[0])
+    assert [*system.prompt_rows()] == [(64, 6)]
+
+
+def test_copies_of_a_lost_instance_leave_nothing_behind() -> None:
+    system = System()
+    system.stored_and_evicted()
+    system.ask([*range(800, 830)])  # stores
+    system.ask(PROMPT)  # loads
+    assert {type(copy) for copy in system.copies} == {StoreBlocks, LoadBlocks}
+    system.copies.clear()
+    system.step(ConnectionBroke(1))
+    system.begin()
+    system.step(seconds=0.5)
+    system.answer_all()
+    assert system.num_free == 8
+    assert system.stats["failures"]["lost"] >= 4
+    assert system.outputs[-1].finish_reason == "length"
+
+
+def test_prompts_with_another_salt_or_other_tokens_before_share_nothing() -> None:
+    system = System()
+    system.stored_and_evicted()
+    system.ask(PROMPT, cache_salt="a")
+    assert not system.loads()
+    system.answer_all()
+    system.ask([9, *PROMPT[1:]])
+    assert not system.loads()
+
+
+def test_a_prompt_is_computed_where_that_is_sooner_until_the_tier_is_tried_again() -> None:
+    system = System()
+    system.stored_and_evicted()
+    system.ask(PROMPT)
+    system.answer(system.loads()[0], seconds=60.0)  # slow
+    system.ask([*range(200, 320)])
+    assert not system.loads()
+    for _ in range(400):
+        if system.loads():
+            break
+        system.answer_all()
+        system.ask(PROMPT)
+        system.answer_all() if not system.loads() else None
+        system.ask([*range(200, 320)])
+    assert system.loads()
