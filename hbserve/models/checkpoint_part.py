@@ -34,6 +34,9 @@ class CheckpointPart:
     stored_dtypes: ClassVar[tuple[str, ...]] = FLOAT_DTYPES
     """Dtypes that the tensor may have in the checkpoint, by safetensors' names."""
 
+    is_slice: ClassVar[bool] = True
+    """Whether the arena has the slice itself, maybe in another dtype; False: `read` computes what it has."""
+
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's slice in the arena."""

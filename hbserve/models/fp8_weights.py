@@ -43,6 +43,7 @@ class _ScalePart(CheckpointPart):
     granularity: Granularity
     block_rows: int
     arena_dtype: ClassVar[str | None] = "float32"
+    is_slice: ClassVar[bool] = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -76,6 +77,7 @@ class _InputScalePart(CheckpointPart):
     """The scale of a layer's inputs; every rank has it."""
 
     arena_dtype: ClassVar[str | None] = "float32"
+    is_slice: ClassVar[bool] = False
 
     def has_shape(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) == 1
@@ -89,6 +91,7 @@ class _QuantisedPart(CheckpointPart):
     """FP8 values of an unquantised weight, with a scale for each whole row, whatever part of it a rank has."""
 
     arena_dtype: ClassVar[str | None] = "float8_e4m3fn"
+    is_slice: ClassVar[bool] = False
 
     def read(self, source: Any, device: torch.device) -> Tensor:
         values = self._quantise(source, device).values

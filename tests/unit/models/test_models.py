@@ -22,6 +22,7 @@ from hbserve.layers.experts import choose_experts
 from hbserve.layers.norms import rms_norm
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import ModelSpec
+from hbserve.models import weight_reader
 from hbserve.models.decoder import Decoder
 from hbserve.models.expert_shares import expert_shares
 from hbserve.models.loader import fill_dummy_weights, load_weights
@@ -136,6 +137,24 @@ def test_weights_are_converted_to_the_serving_dtype(tmp_path: Path) -> None:
     arena = cpu().allocate_arena(table.num_bytes)
     load_weights(tmp_path, spec, table, arena)
     assert torch.equal(table.views(arena)["lm_head"], model.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_a_readers_pieces_changes_nothing(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows and columns, of rank 1 of 2, straight into the arena or by a buffer: rows, or one row at a time."""
+    save_model(tmp_path, "qwen3", sharded=True)
+    spec = ModelSpec.load(tmp_path)
+    table = WeightTable.build(spec, dtype, 1, 2)
+    arenas = []
+    for num_bytes in (weight_reader._BUFFER_BYTES, 3000, 1):
+        monkeypatch.setattr(weight_reader, "_BUFFER_BYTES", num_bytes)
+        arenas.append(cpu().allocate_arena(table.num_bytes).zero_())
+        load_weights(tmp_path, spec, table, arenas[-1], 1, 2)
+    assert arenas[0].any()
+    assert torch.equal(arenas[0], arenas[1])
+    assert torch.equal(arenas[0], arenas[2])
 
 
 # --- the weight arena ---
