@@ -92,7 +92,7 @@ def test_dummy_weights_are_alike_in_fp8(tmp_path: Path) -> None:
     spec = ModelSpec.load(tmp_path, "fp8")
     table = WeightTable.build(spec, torch.bfloat16)
     arena = torch.zeros(table.num_bytes, dtype=torch.uint8)
-    fill_dummy_weights(table, arena, 0)
+    fill_dummy_weights(spec, table, arena, 0)
     decoder = Decoder(spec, table.views(arena))
     assert dequantised(decoder.layers[0].qkv).std().item() == pytest.approx(0.02, rel=0.1)
     assert decoder.embedding.float().std().item() == pytest.approx(0.02, rel=0.1)
