@@ -44,6 +44,7 @@ from hbserve.model_spec import ModelSpec
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
+from hbserve.simulate.standard_loads import LOADS, standard_trace
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 
 _FACTOR = 1.15  # between the rates of a search that begins near its end
@@ -64,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="named as for the simulator; systems of several GPUs take the first ones",
     )
     parser.add_argument(
-        "--trace", action="append", required=True, type=Path, metavar="FILE", help="a load; may be repeated"
+        "--trace",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="a load, or chat, code or agents; may be repeated",
     )
     parser.add_argument("--slo-scale", required=True, metavar="X[:Y]", help="targets: times a lone request's, measured")
     parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
@@ -156,7 +162,7 @@ class Comparison:
             _Load(
                 path.stem,
                 WorkloadSource(
-                    trace=load_trace(path),
+                    trace=standard_trace(str(path)) if str(path) in LOADS else load_trace(path),
                     arrivals="trace",
                     duration_s=arguments.duration,
                     max_input_len=arguments.max_input_len,

@@ -342,7 +342,7 @@ class WorkerChoice:
         if limit_s == math.inf:
             return limit._replace(takes_decodes=False, prompt_tokens=max_tokens, batch_s=0.0)
         return limit._replace(
-            seconds=min(limit_s, max(interval_s, max_step_s)),
+            seconds=min(limit_s, max_step_s),
             prompt_tokens=max_tokens,
             min_prompt_tokens=MIN_TOKENS,
             batch_s=interval_s if self._mixed_steps.is_ahead(now) else 0.0,

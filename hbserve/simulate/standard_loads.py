@@ -11,11 +11,16 @@ In a load of less than a minute the prompts of a session come in shorter gaps, s
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
+from hbserve.bench.traces import TraceEntry
 from hbserve.simulate.requests import SimulatedRequest
 
 LOADS = ("chat", "code", "agents")
+_TRACES = {"chat": (8.0, 600), "code": (6.0, 600), "agents": (1.8, 240)}
+"""Requests per second of a load that stands for a trace, and how many requests it has."""
 MEAN_LENGTHS = {"chat": (1150, 210), "code": (2200, 25), "agents": (12_000, 190)}
 """Mean tokens of prompts and of outputs."""
 CACHED_SHARE = {"chat": 0.0, "code": 0.0, "agents": 0.64}
@@ -30,6 +35,8 @@ _MAX_TURN_GAP = 1 / 8
 """Gap between the prompts of a session over the length of the load, at most."""
 _FIRST_PROMPT, _TURN_TOKENS, _SYSTEM_TOKENS = 6_000, 4_000, 1_024
 _BLOCK_TOKENS = 512
+_FIRST_LAST_BLOCK = 10_000_000
+"""Name of the first prompt's last block, which is partly full and nobody else's."""
 _WARM_UP_GAPS = 4.0
 """Gaps between the prompts of a session that pass before the requests begin, so that sessions are of all ages."""
 
@@ -47,6 +54,18 @@ def standard_load(name: str, rate: float, num_requests: int, seed: int) -> list[
     for request in requests:
         request.arrival -= first
     return requests
+
+
+def standard_trace(name: str) -> list[TraceEntry]:
+    """Make one of the `LOADS` as if it were a trace; a benchmark stretches it to its rate."""
+    rate, num_requests = _TRACES[name]
+    entries, last_blocks = [], itertools.count(_FIRST_LAST_BLOCK)
+    for request in standard_load(name, rate, num_requests, seed=1):
+        blocks = request.prefix_blocks
+        if blocks and len(blocks) * _BLOCK_TOKENS < request.prompt_tokens:
+            blocks = (*blocks, next(last_blocks))
+        entries.append(TraceEntry(request.arrival, request.prompt_tokens, request.output_tokens, blocks))
+    return entries
 
 
 def _chat(rng: np.random.Generator, rate: float, count: int) -> list[SimulatedRequest]:

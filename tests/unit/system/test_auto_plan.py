@@ -20,7 +20,7 @@ from hbserve.policy.profile_file import load_profile, profiled_predictor, save_p
 from hbserve.policy.profile_store import BUILT_IN_SHAPE, ModelShape, find_profile, profile_path
 from hbserve.policy.step_time_predictor import StepWork
 from hbserve.simulate.prediction import predict
-from hbserve.simulate.standard_loads import LOADS, MEAN_LENGTHS, standard_load
+from hbserve.simulate.standard_loads import LOADS, MEAN_LENGTHS, standard_load, standard_trace
 from hbserve.system.auto_plan import PREDICTION_ERRORS, Plan, choose, machine_targets
 from tests.support.paths import ROOT
 
@@ -249,5 +249,7 @@ def test_standard_loads_have_the_lengths_and_rates_that_they_state(name: str) ->
     for request in requests:
         shared += 512 * sum(block in seen for block in request.prefix_blocks)
         seen.update(request.prefix_blocks)
+    entries = standard_trace(name)
+    assert all(not entry.block_ids or len(entry.block_ids) == -(-entry.input_len // 512) for entry in entries)
     share = shared / sum(request.prompt_tokens for request in requests)
     assert share == pytest.approx({"agents": 0.64}.get(name, 0.0), abs=0.04)
