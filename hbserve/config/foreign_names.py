@@ -130,7 +130,7 @@ FOREIGN_NAMES = _table(
             None,
             "HBServe guesses from text (speculation.method), without a draft model",
         ),
-        ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram"),
+        ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram, suffix or auto"),
         ("num_speculative_tokens speculative_num_draft_tokens", _BOTH, "speculation.max_draft_tokens", "1 to 15"),
         # prefill and decode apart
         ("disaggregation_mode", _SGLANG, "mode", "disaggregated; the roles stand in gpu_instances, as instance_type"),

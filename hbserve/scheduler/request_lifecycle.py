@@ -307,7 +307,6 @@ class RequestLifecycle:
         token_ids = accepted_tokens(draft.token_ids, sampled)
         num_accepted = len(token_ids) - 1
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
-        draft.record.add(len(draft.token_ids), num_accepted, len(sequence.tokens) + len(token_ids))
         self.counts[f"drafts_{draft.drafter}"] += 1
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
         self.counts[f"accepted_{draft.drafter}"] += num_accepted
@@ -559,6 +558,7 @@ class RequestLifecycle:
         if sequence.phase is Phase.WAITING:
             self._queue.remove(sequence)
         self._enter(sequence, Phase.FINISHED)
+        self._speculation.on_ended(sequence.request, sequence.tokens)
         del self._sequences[sequence.client, sequence.id]
         self.counts[outcome] += 1
         self._queue.on_request_ended(self._clock.now)

@@ -110,6 +110,9 @@ class StepPlanner:
             A draft, or None to leave the sequence out, by sequence. None: the whole step waits for a result.
         """
         candidates, sequences = [], []
+        max_rows = self._max_rows - len(decoding)
+        if max_rows <= 0:
+            return {}
         for sequence, allocation in decoding:
             if sequence.speculator is None:
                 continue
@@ -121,9 +124,8 @@ class StepPlanner:
         if not candidates:
             return {}
         keys = sum([allocation.num_planned for _, allocation in decoding])
-        timing, max_rows = step.worker.timing, self._max_rows - len(decoding)
-        work = StepWork(len(decoding), keys)
-        way, lengths = choose(candidates, work, timing.predictor, timing.gap_s, max_rows)
+        timing = step.worker.timing
+        way, lengths = choose(candidates, StepWork(len(decoding), keys), timing.predictor, timing.gap_s, max_rows)
         drafts: dict[Sequence, Draft | None] = {}
         for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
             if length and not candidate.is_known:

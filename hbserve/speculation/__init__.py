@@ -4,7 +4,20 @@ The scheduler makes drafts, because it owns every token; a worker verifies them 
 All of this is pure: no clock, no tensor. docs/speculation.md tells the whole story.
 """
 
-from hbserve.speculation.drafters import DRAFTERS, Drafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.drafters import Drafter, NgramDrafter, PredictionDrafter
 from hbserve.speculation.speculator import Draft, Speculation, Speculator
+from hbserve.speculation.suffixes import SuffixDrafter
 
-__all__ = ["DRAFTERS", "Draft", "Drafter", "NgramDrafter", "PredictionDrafter", "Speculation", "Speculator"]
+DRAFTERS = (PredictionDrafter.name, SuffixDrafter.name, NgramDrafter.name)
+"""Names of all drafters."""
+
+__all__ = [
+    "DRAFTERS",
+    "Draft",
+    "Drafter",
+    "NgramDrafter",
+    "PredictionDrafter",
+    "Speculation",
+    "Speculator",
+    "SuffixDrafter",
+]

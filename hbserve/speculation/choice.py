@@ -21,6 +21,8 @@ from hbserve.speculation.speculator import Draft
 
 _MIN_GAIN = 1.03
 """Drafts must promise so much more than their cost: predictions are off by a few percent."""
+_MIN_PROBABILITY = 0.05
+"""Guesses that are less probable are not tried, even where a row seems to cost nothing."""
 _MIN_STEP_S = 1e-6
 
 
@@ -93,12 +95,9 @@ def _lengths(candidates: Items[Candidate], worth: float, max_rows: int) -> tuple
     offers: list[tuple[float, int]] = []
     for index, candidate in enumerate(candidates):
         acceptance, probability = candidate.draft.record.acceptance, 1.0
-        if candidate.draft.record.is_hopeless:
-            offers.append((1.0, index))  # a probe
-            continue
         for _ in candidate.draft.token_ids:
             probability *= acceptance
-            if probability <= worth:
+            if probability <= max(worth, _MIN_PROBABILITY):
                 break
             offers.append((probability, index))
     if len(offers) > max_rows:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hbserve.config import SpeculationConfig
 from hbserve.messages.client import AddRequest
 from hbserve.speculation.drafters import Drafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
-_FIRST_ACCEPTED, _FIRST_TRIED = 1.4, 2.0
-"""What a drafter has to its credit at first: an acceptance of 0.7 that a few steps can change."""
-_MEMORY = 0.9
-"""Weight of the past at each step: about the last ten drafts count."""
-_HOPELESS = 0.2
-"""Acceptance below which a drafter gets only a probe now and then."""
-_FIRST_PAUSE_TOKENS = 32
-_MAX_PAUSE_TOKENS = 1024
+_FIRST_RIGHT, _FIRST_TRIED = 1.4, 2.0
+"""What a drafter has to its credit at first: an acceptance of 0.7 that a few guesses can change."""
+_MEMORY = 0.95
+"""Weight of the past at each guess: about the last twenty count."""
 
 
 def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
@@ -36,43 +33,42 @@ def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
 
 @dataclass(slots=True)
 class Record:
-    """How often a drafter was right for one sequence, with more weight on recent drafts.
+    """How often a drafter was right for one sequence, with more weight on recent guesses.
+
+    Every guess counts, whether a step has verified it or not: the sequence's own tokens tell, as they come. So a
+    drafter that gets better is noticed, and one that gets worse costs nothing to watch.
 
     Attributes:
-        accepted, tried: draft tokens, weighted. A token behind a wrong one was not tried.
-        pause_tokens: length of the next pause, if a probe fails.
-        paused_until: number of tokens of the sequence at which it may be tried again.
+        right, tried: guessed tokens, weighted. A token behind a wrong one was not tried.
+        guess: the last guess, after ``num_known`` tokens of the sequence.
     """
 
-    accepted: float = _FIRST_ACCEPTED
+    right: float = _FIRST_RIGHT
     tried: float = _FIRST_TRIED
-    pause_tokens: int = _FIRST_PAUSE_TOKENS
-    paused_until: int = 0
+    guess: list[int] = field(default_factory=list)
+    num_known: int = 0
 
     @property
     def acceptance(self) -> float:
-        """Probability that a draft token is right if those before it are."""
-        return self.accepted / self.tried
+        """Probability that a guessed token is right if those before it are."""
+        return self.right / self.tried
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether only probes of one token are tried."""
-        return self.acceptance < _HOPELESS
-
-    def add(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        """Note the result of a draft; ``num_tokens``: of the sequence after it."""
-        self.accepted = _MEMORY * self.accepted + num_accepted
-        self.tried = _MEMORY * self.tried + min(num_accepted + 1, num_drafted)
-        if not self.is_hopeless:
-            self.pause_tokens = _FIRST_PAUSE_TOKENS
-        elif num_accepted < num_drafted:
-            self.paused_until = num_tokens + self.pause_tokens
-            self.pause_tokens = min(2 * self.pause_tokens, _MAX_PAUSE_TOKENS)
+    def settle(self, tokens: Items[int]) -> None:
+        """Compare the last guess with the tokens that have come since."""
+        if not self.guess or len(tokens) == self.num_known:
+            return
+        for guessed, token in zip(self.guess, tokens[self.num_known : self.num_known + len(self.guess)], strict=False):
+            self.tried = _MEMORY * self.tried + 1
+            self.right *= _MEMORY
+            if guessed != token:
+                break
+            self.right += 1
+        self.guess = []
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guessed tokens, and the record of the drafter that made them."""
+    """Guessed tokens, and the name and the record of the drafter that made them."""
 
     token_ids: list[int]
     drafter: str
@@ -84,10 +80,10 @@ class Draft:
 
 
 class Speculator:
-    """The drafters of one sequence, best first by what was accepted.
+    """The drafters of one sequence; the one that was right most often makes the draft.
 
     Args:
-        drafters: in the order in which they are asked while nothing is known of them.
+        drafters: the first of equals wins.
         max_draft_tokens: of a draft.
     """
 
@@ -96,33 +92,36 @@ class Speculator:
         self._max_draft_tokens = max_draft_tokens
 
     def draft(self, tokens: Items[int], max_tokens: int) -> Draft | None:
-        """Guess the tokens after ``tokens``, the sequence's so far; None: no drafter has a guess worth a try."""
-        max_tokens = min(max_tokens, self._max_draft_tokens)
-        if max_tokens <= 0:
-            return None
-        drafters = self._drafters
-        if len(drafters) > 1:
-            drafters = sorted(drafters, key=lambda item: -item[1].acceptance)
-        for drafter, record in drafters:
-            if record.paused_until > len(tokens):
-                continue
-            token_ids = drafter.draft(tokens, 1 if record.is_hopeless else max_tokens)
-            if token_ids:
-                return Draft(token_ids, drafter.name, record)
-        return None
+        """Guess the tokens after ``tokens``, the sequence's so far; None: no drafter has a guess."""
+        best: Draft | None = None
+        for drafter, record in self._drafters:
+            record.settle(tokens)
+            guess = drafter.draft(tokens, self._max_draft_tokens)
+            record.guess, record.num_known = guess, len(tokens)
+            if guess and max_tokens > 0 and (best is None or record.acceptance > best.record.acceptance):
+                best = Draft(guess[:max_tokens], drafter.name, record)
+        return best
 
 
 class Speculation:
-    """Makes the speculators of a scheduler's sequences, as configured."""
+    """Makes the speculators of a scheduler's sequences, as configured, and keeps recent outputs for them."""
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._config = config
+        self._outputs = OutputPools() if config.method in ("suffix", "auto") else None
 
     def begin(self, request: AddRequest) -> Speculator | None:
         """Return the speculator of a request that has just come; None: nothing guesses its tokens."""
         drafters: list[Drafter] = []
         if request.predicted_token_ids:
             drafters.append(PredictionDrafter(request.predicted_token_ids, len(request.prompt_token_ids)))
-        if self._config.method == "ngram":
+        if self._outputs is not None:
+            drafters.append(SuffixDrafter(self._outputs.of(request.sampling.cache_salt)))
+        if self._config.method in ("ngram", "auto"):
             drafters.append(NgramDrafter())
         return Speculator(drafters, self._config.max_draft_tokens) if drafters else None
+
+    def on_ended(self, request: AddRequest, tokens: list[int]) -> None:
+        """Remember the output of a request that has ended; ``tokens``: of prompt and output."""
+        if self._outputs is not None:
+            self._outputs.of(request.sampling.cache_salt).add(tokens, len(request.prompt_token_ids))

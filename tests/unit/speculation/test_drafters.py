@@ -7,9 +7,10 @@ import random
 import pytest
 
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
-from hbserve.speculation import Draft, Drafter, NgramDrafter, PredictionDrafter, Speculator
+from hbserve.speculation import Draft, NgramDrafter, PredictionDrafter, Speculator, SuffixDrafter
 from hbserve.speculation.choice import Candidate, Way, choose
 from hbserve.speculation.speculator import Record, accepted_tokens
+from hbserve.speculation.suffixes import OutputPools
 
 
 def test_accepted_tokens_are_the_right_guesses_and_the_token_after_them() -> None:
@@ -36,6 +37,8 @@ def test_ngram_equals_a_search_backwards() -> None:
     for max_indexed_start in (0, 20_000):  # a prompt longer than what is indexed finds what lies at its end
         tokens = [rng.randrange(4) for _ in range(60 + max_indexed_start)]
         drafter = NgramDrafter()
+        for _ in range(10):  # a long prompt is read in several calls
+            drafter.draft(tokens, 5)
         for _ in range(200):
             gram = tokens[-3:]
             places = (p for p in range(len(tokens) - 1, 2, -1) if tokens[p - 3 : p] == gram)
@@ -66,39 +69,103 @@ def test_a_prediction_is_followed_across_differences(output: list[int], guess: l
     assert whole.draft([1, 2, *output], 3) == steps.draft([1, 2, *output], 3) == guess
 
 
-class Liar:
-    """Never right."""
+class Guesser:
+    """Guesses one and the same token, as often as it may."""
 
-    name = "liar"
+    name = "guesser"
+
+    def __init__(self, token: int) -> None:
+        self.token = token
 
     def draft(self, tokens: object, max_tokens: int) -> list[int]:
-        return [0] * max_tokens
+        return [self.token] * max_tokens
 
 
-def test_a_liar_costs_a_row_now_and_then() -> None:
-    liar: Drafter = Liar()
-    speculator = Speculator([liar], 7)
+def test_a_liar_costs_a_few_rows_and_is_believed_again_when_it_is_right() -> None:
+    speculator = Speculator([Guesser(0)], 7)
     tokens = [1]
-    rows = []
-    while len(tokens) < 4000:
-        draft = speculator.draft(tokens, 100)
-        if draft is not None:
-            rows.append((len(tokens), len(draft.token_ids)))
-            draft.record.add(len(draft.token_ids), 0, len(tokens) + 1)
+    model, rows = predictor(4.0, 0.02), []
+    for right in (False, True):
+        for _ in range(200):
+            draft = speculator.draft(tokens, 100)
+            assert draft is not None
+            _, [length] = choose([Candidate(draft, 100, True)], StepWork(1, 100), model, 0.001, 100)
+            rows.append(length)
+            tokens.append(0 if right else 1)
+    assert sum(rows[:200]) < 40
+    assert not any(rows[30:200])
+    assert rows[-1] == 7
+
+
+def test_the_drafter_that_was_right_more_often_is_used() -> None:
+    speculator = Speculator([Guesser(0), Guesser(1)], 3)
+    tokens = [5]
+    for _ in range(10):
+        speculator.draft(tokens, 3)
         tokens.append(1)
-    assert [number for at, number in rows if at > 40] == [1] * sum(at > 40 for at, _ in rows)
-    assert len(rows) < 20
-    assert len([at for at, _ in rows if at > 2000]) <= 3
+    draft = speculator.draft(tokens, 2)
+    assert draft is not None
+    assert draft.token_ids == [1, 1]
+    assert speculator.draft(tokens, 0) is None
 
 
-def test_a_drafter_that_becomes_right_is_believed_again() -> None:
-    record = Record()
-    for _ in range(20):
-        record.add(1, 0, 0)
-    assert record.is_hopeless
-    for _ in range(6):
-        record.add(1, 1, 0)
-    assert record.acceptance > 0.4
+def test_a_record_counts_guesses_up_to_the_first_wrong_one() -> None:
+    record = Record(0.0, 0.0)
+    record.guess, record.num_known = [1, 2, 3, 4], 1
+    record.settle([9])
+    assert record.tried == 0
+    record.settle([9, 1, 2, 7, 4])
+    assert record.tried == pytest.approx(1 + 0.95 + 0.95**2)
+    assert record.right == pytest.approx(0.95 + 0.95**2)
+    record.settle([9, 1, 2, 7, 4, 5])
+    assert record.tried == pytest.approx(1 + 0.95 + 0.95**2)
+
+
+def test_suffix_takes_the_longest_match_of_its_own_tokens_and_of_recent_outputs() -> None:
+    pools = OutputPools()
+    pools.of(None).add([50, 51, 1, 2, 3, 4, 5, 60, 61, 62, 63], 2)
+    drafter = SuffixDrafter(pools.of(None))
+    own = [7, 3, 4, 5, 70, 71, 72, 73, 8]
+    assert drafter.draft([*own, 3, 4, 5], 6) == [70, 71, 72]  # three tokens match, in both
+    assert SuffixDrafter(pools.of(None)).draft([*own, 2, 3, 4, 5], 6) == [60, 61, 62, 63]
+    assert SuffixDrafter(pools.of("other tenant")).draft([*own, 2, 3, 4, 5], 6) == [70, 71, 72]
+    assert drafter.draft([*own, 3, 4, 5, 99], 6) == []
+
+
+def test_pools_forget_old_outputs_and_old_salts() -> None:
+    pools = OutputPools()
+    first = pools.of("0")
+    first.add([1, 2, 3, 4], 1)
+    assert SuffixDrafter(pools.of("0")).draft([1, 2, 3], 5) == [4]
+    for _ in range(2):
+        first.add([9] * 40_000, 0)
+    first.add([5, 6, 7, 8], 0)
+    assert SuffixDrafter(pools.of("0")).draft([1, 2, 3], 5) == []
+    assert SuffixDrafter(pools.of("0")).draft([5, 6, 7], 5) == [8]
+    for salt in range(1, 20):
+        pools.of(str(salt))
+    assert SuffixDrafter(pools.of("0")).draft([5, 6, 7], 5) == []
+
+
+def length_of_match(tokens: list[int], place: int) -> int:
+    length = 3
+    while length < min(16, place) and tokens[place - length - 1] == tokens[-length - 1]:
+        length += 1
+    return length
+
+
+def test_suffix_equals_a_search_for_the_longest_match() -> None:
+    rng = random.Random(3)
+    tokens = [rng.randrange(3) for _ in range(40)]
+    drafter = SuffixDrafter(OutputPools().of(None))
+    for _ in range(100):
+        guess = drafter.draft(tokens, 16)
+        places = [place for place in range(3, len(tokens)) if tokens[place - 3 : place] == tokens[-3:]][-4:]
+
+        matches = [(length_of_match(tokens, place), place) for place in reversed(places)]
+        length, best = max(matches, key=lambda found: found[0], default=(0, 0))
+        assert guess == tokens[best : best + length]
+        tokens += [rng.randrange(3) for _ in range(rng.randint(1, 3))]
 
 
 def predictor(fixed_ms: float, row_ms: float) -> StepTimePredictor:

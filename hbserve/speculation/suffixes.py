@@ -1,0 +1,111 @@
+"""Lookup of the longest suffix: in a sequence's own tokens, and in recent outputs of other requests.
+
+The idea is that of SuffixDecoding (Oliaro et al. 2024), which keeps suffix trees. Here an index of token triples finds
+the last few places that end as the sequence does, and comparing backwards finds the one with the longest match. It
+needs less memory than a tree and a few microseconds for a guess.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+
+_ORDER = 3
+_MAX_PLACES = 4
+"""Places that are kept for each triple: the last ones."""
+_MAX_MATCH = 16
+_MAX_INDEXED = 16384
+"""Tokens of a long prompt that are indexed, from its end. A token costs about 250 bytes."""
+_MAX_TOKENS_PER_CALL = 512
+"""Tokens that a call indexes, in less than a millisecond."""
+_POOL_TOKENS = 32768
+"""Tokens of recent outputs in each half of a pool."""
+_MAX_POOLS = 16
+
+Gram = tuple[int, ...]
+
+
+class _Index:
+    """Tokens, and the places behind each triple of them."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._places: dict[Gram, list[int]] = {}
+
+    def extend(self, tokens: Items[int]) -> None:
+        """Append tokens; a place enters the index when the token there is known."""
+        mine, places = self.tokens, self._places
+        begin = len(mine)
+        mine += tokens
+        for place in range(max(begin, _ORDER), len(mine)):
+            found = places.setdefault(tuple(mine[place - _ORDER : place]), [])
+            found.append(place)
+            if len(found) > _MAX_PLACES:
+                del found[0]
+
+    def matches(self, suffix: Items[int]) -> Iterator[tuple[int, int]]:
+        """Yield for each place that ends as ``suffix`` does the length of the match and the place, last place first."""
+        for place in reversed(self._places.get(tuple(suffix[-_ORDER:]), ())):
+            length, most = _ORDER, min(_MAX_MATCH, place, len(suffix))
+            while length < most and self.tokens[place - length - 1] == suffix[-length - 1]:
+                length += 1
+            yield length, place
+
+
+class OutputPool:
+    """Recent outputs, which requests of one ``cache_salt`` share; the older half is dropped when the newer is full."""
+
+    def __init__(self) -> None:
+        self.halves = [_Index(), _Index()]
+
+    def add(self, tokens: list[int], num_prompt_tokens: int) -> None:
+        """Remember an output, and the last tokens of its prompt, which lead to it."""
+        if len(self.halves[0].tokens) >= _POOL_TOKENS:
+            self.halves = [_Index(), self.halves[0]]
+        begin = max(0, num_prompt_tokens - _ORDER)
+        self.halves[0].extend(tokens[begin : begin + _POOL_TOKENS])
+
+
+class OutputPools:
+    """A pool for each of the salts that were used last: what one tenant's outputs hold is guessed for no other."""
+
+    def __init__(self) -> None:
+        self._pools: OrderedDict[str | None, OutputPool] = OrderedDict()
+
+    def of(self, cache_salt: str | None) -> OutputPool:
+        """Return the pool of a salt."""
+        pool = self._pools.setdefault(cache_salt, OutputPool())
+        self._pools.move_to_end(cache_salt)
+        if len(self._pools) > _MAX_POOLS:
+            self._pools.popitem(last=False)
+        return pool
+
+
+class SuffixDrafter:
+    """What followed the longest suffix, in the sequence itself or in recent outputs; a longer match guesses further."""
+
+    name = "suffix"
+
+    def __init__(self, pool: OutputPool) -> None:
+        self._pool = pool
+        self._own = _Index()
+        self._begin: int | None = None  # the first token that is indexed
+
+    def draft(self, tokens: Items[int], max_tokens: int) -> list[int]:
+        """See `hbserve.speculation.drafters.Drafter`."""
+        if len(tokens) < _ORDER:
+            return []
+        if self._begin is None:
+            self._begin = max(0, len(tokens) - _MAX_INDEXED)
+        begin = self._begin + len(self._own.tokens)
+        self._own.extend(tokens[begin : begin + _MAX_TOKENS_PER_CALL])
+        suffix = tokens[-_MAX_MATCH:]
+        best_length, best_place, best = 0, 0, self._own
+        for index in (self._own, *self._pool.halves):
+            for length, place in index.matches(suffix):
+                if length > best_length:
+                    best_length, best_place, best = length, place, index
+            if best_length == _MAX_MATCH:
+                break
+        return best.tokens[best_place : best_place + min(max_tokens, best_length)] if best_length else []
