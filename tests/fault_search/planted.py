@@ -17,8 +17,8 @@ from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.client import RequestOutput
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepLost, StepResult
+from hbserve.scheduler import request_lifecycle, step_planner, transfer_tracker
 from hbserve.scheduler import sequence as sequence_module
-from hbserve.scheduler import transfer_tracker
 from hbserve.scheduler.core_io import OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
@@ -316,6 +316,55 @@ def a_late_mask_is_not_waited_for(patch: Patch) -> None:
     patch.setattr(InstanceHandle, "wake_at", wake_at)
 
 
+@_plant
+def a_wrong_guess_is_accepted(patch: Patch) -> None:
+    def accepted_tokens(draft: Any, sampled: Any) -> list[int]:
+        accepted = original(draft, sampled)
+        return list(sampled[: len(accepted) + 1])
+
+    original = request_lifecycle.accepted_tokens
+    patch.setattr(request_lifecycle, "accepted_tokens", accepted_tokens)
+
+
+@_plant
+def a_position_behind_a_draft_is_skipped(patch: Patch) -> None:
+    def on_draft(self: RequestLifecycle, sequence: Sequence, allocation: KVAllocation, *others: Any) -> int:
+        number = original(self, sequence, allocation, *others)
+        allocation.num_planned += number > 2
+        return number
+
+    original = RequestLifecycle._on_draft
+    patch.setattr(RequestLifecycle, "_on_draft", on_draft)
+
+
+@_plant
+def a_draft_has_no_blocks(patch: Patch) -> None:
+    patch.setattr(StepPlanner, "_room_for_draft", lambda self, instance, allocation, num_drafts: num_drafts)
+
+
+@_plant
+def a_row_follows_a_draft_whose_result_is_not_known(patch: Patch) -> None:
+    def add(self: Any, sequence: Sequence, allocation: KVAllocation, *others: Any, **more: Any) -> None:
+        original(self, sequence, allocation, *others, **more)
+        allocation.is_drafting = False
+
+    original = step_planner._StepBuilder.add
+    patch.setattr(step_planner._StepBuilder, "add", add)
+
+
+@_plant
+def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
+    def room(self: StepPlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
+        room = original(self, instance, allocation, num_drafts)
+        if room < num_drafts and len(instance.allocations) > 1:
+            other = next(other for other in instance.allocations.values() if other is not allocation)
+            allocation.block_ids.append(other.block_ids[-1])
+        return original(self, instance, allocation, num_drafts)
+
+    original = StepPlanner._room_for_draft
+    patch.setattr(StepPlanner, "_room_for_draft", room)
+
+
 FOUND_BY = {
     "steps_do_not_pin": 20,
     "transfers_do_not_pin": 18,
@@ -343,4 +392,9 @@ FOUND_BY = {
     "an_open_link_does_not_wake_its_sender": 20,
     "blocks_that_a_transfer_frees_wake_no_instance": 463,
     "a_late_mask_is_not_waited_for": 3,
+    "a_wrong_guess_is_accepted": 0,
+    "a_position_behind_a_draft_is_skipped": 0,
+    "a_draft_has_no_blocks": 0,
+    "a_row_follows_a_draft_whose_result_is_not_known": 34,
+    "a_draft_takes_the_blocks_of_others": 40,
 }

@@ -74,6 +74,16 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, sampling
 
 
+def with_predictions(sampling: list[SamplingParams], expected: list[list[int]]) -> list[SamplingParams]:
+    """Let a third of the requests predict their outputs, each with some wrong tokens."""
+    return [
+        msgspec.structs.replace(one, prediction=[7 if place % 6 == 5 else token for place, token in enumerate(output)])
+        if index % 3 == 2
+        else one
+        for index, (one, output) in enumerate(zip(sampling, expected, strict=True))
+    ]
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -124,7 +134,8 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
     ladder: dict[str, list[int]] = {"prefill": [], "decode": []}
     options = SETTINGS | {"gpu_instances": instances, "ladder": ladder, "num_sleepers": 0}
     with LLM(model, mode="semi_pd", **options) as llm:
-        outputs = llm.generate(*requests(), use_tqdm=False)
+        prompts, sampling = requests()
+        outputs = llm.generate(prompts, with_predictions(sampling, expected), use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == expected
         work = llm.get_system_stats()["gpu_instances"]
         assert all(work[name]["generated_tokens"] > 0 for name in work)
@@ -134,6 +145,7 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
 async def test_rotations_and_kills_change_no_token(model: str, expected: list[list[int]]) -> None:
     """100 seeded requests while the split rotates, phases are mixed and parted again, and processes are killed."""
     prompts, sampling = requests()
+    sampling = with_predictions(sampling, expected)
     config = PdDisaggConfig.from_arguments(
         model,
         mode="semi_pd",
