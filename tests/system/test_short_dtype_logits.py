@@ -22,7 +22,13 @@ ON_GPU: list[dict[str, Any]] = [
     for captured in (True, False)
     for chunk in (48, 512)
 ]
-TWO_RANKS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+ON_RANKS = [
+    pytest.param(
+        {"device": "cuda", "tensor_parallel_size": size},
+        marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < size, reason=f"needs {size} GPUs")],
+    )
+    for size in (2, 4, 8)
+]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ TWO_RANKS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
     [
         {"device": "cpu", "chunk_size": 48, "num_blocks": 200},
         *(pytest.param({"device": "cuda"} | options, marks=pytest.mark.gpu) for options in ON_GPU),
-        pytest.param({"device": "cuda", "tensor_parallel_size": 2}, marks=[pytest.mark.gpu, TWO_RANKS]),
+        *ON_RANKS,
     ],
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
 )
@@ -41,13 +47,14 @@ def test_logprobs_are_as_close_to_float32_as_those_of_transformers(options: dict
     the root mean square of transformers' own error against its float32 logits, for the same tokens of the same
     sequences. Ours round as often and no more, in another order, so the two errors differ by chance alone.
     """
-    save_model(tmp_path, "qwen3", dtype=torch.bfloat16, **SHAPE)
+    shape = SHAPE | {"num_attention_heads": max(4, options.get("tensor_parallel_size", 1))}
+    save_model(tmp_path, "qwen3", dtype=torch.bfloat16, **shape)
     prompts = [random_prompt(length, seed=length) for length in (1, 17, 48, 100, 300)]  # pages have up to 256 tokens
     with LLM(str(tmp_path), mode="unified", dtype="bfloat16", max_model_len=512, log_level="ERROR", **options) as llm:
         outputs = llm.generate(prompts, SAMPLING, use_tqdm=False)
         outputs += llm.generate(prompts, SAMPLING, use_tqdm=False)
         assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] > 0
-    reference = make_model("qwen3", dtype=torch.bfloat16, **SHAPE).to(options["device"])
+    reference = make_model("qwen3", dtype=torch.bfloat16, **shape).to(options["device"])
     rounded = [_logprobs(reference, p, o) for p, o in zip(prompts * 2, outputs, strict=True)]
     reference.float()
     exact = [_logprobs(reference, p, o) for p, o in zip(prompts * 2, outputs, strict=True)]
