@@ -17,6 +17,7 @@ from hbserve.attention import select_attention_backend
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
+from hbserve.engine.expert_loads import ExpertLoads
 from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.prompt_scores import score
@@ -123,6 +124,7 @@ class ModelRunner:
         self._prefill_graphs: PrefillGraphs | None = None
         self._graph_pool: Any = None
         self._layers: list[int] | None = None
+        self._expert_loads: ExpertLoads | None = None
         if platform.name == "cuda":
             reserve_pinned_memory()
         stopwatch.lap("tables")
@@ -131,6 +133,8 @@ class ModelRunner:
         if arenas.spare_block is not None:
             self._warm_up(config, instance.instance_type, arenas.spare_block)
         stopwatch.lap("warm_up")
+        if self._decoder.expert_totals is not None:
+            self._expert_loads = ExpertLoads(self._decoder.expert_totals)
         logger.info(
             "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
             *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
@@ -224,6 +228,12 @@ class ModelRunner:
         """
         if plan.role is not None:
             self._prepare_for(plan.role)
+        pending = self._launch(plan, on_stored)
+        if self._expert_loads is not None:
+            pending.expert_tokens = self._expert_loads.poll()
+        return pending
+
+    def _launch(self, plan: StepPlan, on_stored: Callable[[int], None]) -> PendingStep:
         timer = StepTimer(self.platform.device)
         for state in plan.new_sequences:
             self._table.install(state)

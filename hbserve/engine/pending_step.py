@@ -58,7 +58,10 @@ class PendingStep:
 
     Attributes:
         ready_at: when the host had prepared the step, on `time.perf_counter`.
+        expert_tokens: to be reported with the result, see `StepResult`.
     """
+
+    expert_tokens: list[list[int]] | None = None
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class PendingStep:
             busy_s=busy_s,
             prompt_logprobs=None if self._scores is None else self._scores.to_lists(),
             row_errors=errors or None,
+            expert_tokens=self.expert_tokens,
         )
 
     def _read_logprobs(self) -> list[TokenLogprobs | None] | None:

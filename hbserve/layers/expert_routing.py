@@ -102,7 +102,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     is_local = in_row & is_real & (local >= 0) & (local < num_local)
     tl.store(chosen + pairs, tl.where(is_local, local, -1), mask=in_row)
     tl.store(weights + pairs, (best_scores * scale).to(weights.dtype.element_ty), mask=in_row)
-    tl.atomic_add(totals + local, 1, mask=is_local)
+    tl.atomic_add(totals + best_experts, 1, mask=in_row & is_real)
     if has_counts:
         tl.store(places + pairs, tl.atomic_add(counts + local, 1, mask=is_local), mask=is_local)
 
@@ -121,8 +121,9 @@ def choose(
     Args:
         local: first and number of this rank's experts.
         slots: int64 ``[tokens]``, negative for a padded token, which gets no expert; None: no token is padded.
-        totals: int64 ``[local experts]``; the pairs of each expert are added.
-        counts: int32 ``[local experts]``, likewise, and zero before; None: `group_pairs` does not follow.
+        totals: int64 ``[experts]``; the pairs of each expert of any rank are added.
+        counts: int32 ``[local experts]``, zero before; the pairs of each local expert are added. None: `group_pairs`
+            does not follow.
     """
     num_tokens, num_experts = logits.shape
     num_chosen = experts.num_chosen

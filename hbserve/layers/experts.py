@@ -62,7 +62,12 @@ def choose_experts(logits: Tensor, bias: Tensor | None, experts: Experts) -> tup
 
 
 def mix_experts(
-    x: Tensor, weights: ExpertWeights, experts: Experts, activate: Activate, first_expert: int = 0
+    x: Tensor,
+    weights: ExpertWeights,
+    experts: Experts,
+    activate: Activate,
+    totals: Tensor,
+    first_expert: int = 0,
 ) -> Tensor:
     """Compute each token by its experts: ``[tokens, hidden]``, in the order and with the roundings of transformers.
 
@@ -71,10 +76,12 @@ def mix_experts(
     Args:
         x: ``[tokens, hidden]``.
         activate: one of `ACTIVATIONS`.
+        totals: int64 ``[experts]``; the tokens of each expert are added.
         first_expert: index of the first expert in ``weights``; the result lacks the experts that are not there.
     """
     logits = router_logits(x, weights, experts)
     token_weights, chosen = choose_experts(logits, weights.router_bias, experts)
+    totals += torch.bincount(chosen.flatten(), minlength=experts.num_experts)
     downs = weights.down.view(-1, x.shape[1], weights.down.shape[1])
     ups = weights.up.view(len(downs), -1, x.shape[1])
     out = torch.zeros_like(x)

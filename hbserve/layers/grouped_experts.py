@@ -209,16 +209,13 @@ class GroupedExperts:
 
     Args:
         local: first and number of this rank's experts.
-
-    Attributes:
-        totals: int64 ``[layers, local experts]``, how many tokens each expert has computed.
+        totals: int64 ``[layers, experts]``; the tokens of each expert of any rank are added.
     """
 
-    def __init__(self, experts: Experts, local: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, experts: Experts, local: tuple[int, int], totals: Tensor) -> None:
         assert experts.num_groups == 1, "the kernels do not choose among groups of experts"
-        self._experts, self._local = experts, local
-        self.totals = torch.zeros(len(experts.layers), local[1], dtype=torch.int64, device=device)
-        self._counts = torch.zeros(local[1], dtype=torch.int32, device=device)  # zero between two layers
+        self._experts, self._local, self._totals = experts, local, totals
+        self._counts = torch.zeros(local[1], dtype=torch.int32, device=totals.device)  # zero between two layers
 
     def mix(
         self, layer: int, x: Tensor, weights: ExpertWeights, slots: Tensor | None, out: Tensor, is_added: bool = False
@@ -250,7 +247,7 @@ class GroupedExperts:
         memory = None if is_few else self._group_memory(x)
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
         choice = choose(
-            logits, weights.router_bias, self._experts, self._local, slots, self.totals[layer],
+            logits, weights.router_bias, self._experts, self._local, slots, self._totals[layer],
             None if is_few else self._counts,
         )  # fmt: skip
         if memory is None:

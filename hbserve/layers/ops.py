@@ -60,6 +60,10 @@ class LayerOps:
     Args:
         device: the device of the weights.
         parallel: the group of ranks that computes the model.
+
+    Attributes:
+        expert_totals: int64 ``[layers, experts]``, the number of tokens that each expert of any rank has computed.
+            None: the model has no experts.
     """
 
     def __init__(self, spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> None:
@@ -72,7 +76,11 @@ class LayerOps:
         self._is_gated, self._norms_projections = family.is_gated, family.qk_norm == "projection"
         self._residual_scale = spec.scales.residual
         self._experts = spec.experts
-        self._grouped_experts = _group_experts(spec, device, parallel)
+        self.expert_totals: Tensor | None = None
+        if spec.experts is not None:
+            size = (spec.num_layers, spec.experts.num_experts)
+            self.expert_totals = torch.zeros(size, dtype=torch.int64, device=device)
+        self._grouped_experts = _group_experts(spec, parallel, self.expert_totals)
         # that kernel knows only one kind of norm, and adds the sum as it is
         self._sum_and_norm = None if spec.unfused_features else parallel.sum_and_norm
 
@@ -161,7 +169,8 @@ class LayerOps:
         x = self.norm(stream, in_norm)
         if self._grouped_experts is None:
             first, _ = self.parallel.local_experts(self._experts.num_experts)
-            part = mix_experts(x, weights, self._experts, self._activate, first)
+            assert self.expert_totals is not None, "it counts where there are experts"
+            part = mix_experts(x, weights, self._experts, self._activate, self.expert_totals[layer], first)
         else:
             place = None if self.parallel.summand_place is None else self.parallel.summand_place((*x.shape,), x.dtype)
             part = torch.empty_like(x) if place is None else place
@@ -306,14 +315,16 @@ class FusedOps(LayerOps):
         self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out)
 
 
-def _group_experts(spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> GroupedExperts | None:
+def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | None) -> GroupedExperts | None:
     """Return the kernels for experts; None: the model has no experts, or there are no kernels for them."""
     experts = spec.experts
-    if experts is None or not has_triton(device) or experts.num_groups > 1 or spec.family.activation != "silu":
+    if experts is None or totals is None or not has_triton(totals.device):
+        return None
+    if experts.num_groups > 1 or spec.family.activation != "silu":
         return None
     from hbserve.layers.grouped_experts import GroupedExperts
 
-    return GroupedExperts(experts, parallel.local_experts(experts.num_experts), device)
+    return GroupedExperts(experts, parallel.local_experts(experts.num_experts), totals)
 
 
 def has_triton(device: torch.device) -> bool:

@@ -189,6 +189,7 @@ class StepResult(Message, frozen=True):
             it.
         error: the step failed; the worker exits after this message.
         row_errors: why sequences can get no token any more, by index in ``token_ids``.
+        expert_tokens: per layer and expert, how many tokens it has computed since the last report; now and then.
     """
 
     epoch: int
@@ -201,6 +202,7 @@ class StepResult(Message, frozen=True):
     error: str | None = None
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     row_errors: dict[int, str] | None = None
+    expert_tokens: list[list[int]] | None = None
 
 
 class InstanceFailed(Message, frozen=True):

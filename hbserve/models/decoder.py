@@ -93,6 +93,11 @@ class Decoder:
         firsts = {values.index(value) for values in kinds for value in set(values)}
         return sorted({0, min(1, len(self.layers) - 1), *firsts})
 
+    @property
+    def expert_totals(self) -> Tensor | None:
+        """Tokens that each expert has computed: int64 ``[layers, experts]``; None: there are no experts."""
+        return self._ops.expert_totals
+
     def token_parameters(self, index: int) -> int:
         """Return how many parameters of this rank's share of a layer take part in the computation of one token."""
         layer = self.layers[index]

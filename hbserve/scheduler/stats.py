@@ -209,6 +209,12 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         "busy_share": max((busy_share.get(worker, 0.0) for worker in instance.workers), default=0.0),
         "restarts": max(0, instance.num_restarts),
     }
+    loads = {str(layer): tokens for layer, tokens in enumerate(work.expert_tokens) if any(tokens)}
+    if loads:
+        stats["expert_tokens"] = {
+            layer: {"max": max(tokens), "mean": sum(tokens) / len(tokens), "min": min(tokens)}
+            for layer, tokens in loads.items()
+        }
     if instance.role is InstanceRole.SEMI_PD:
         stats["shares"] = {str(phase): share for phase, share in instance.choice.shares.items()}
         stats["is_mixed"] = instance.choice.is_mixed

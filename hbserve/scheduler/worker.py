@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hbserve.config import InstanceRole
 from hbserve.messages.worker import Hello, InstanceCommand, StepResult
@@ -17,12 +18,17 @@ _SHORT_STEP_S = 2e-3
 
 @dataclass(slots=True)
 class Work:
-    """Totals of confirmed steps: tokens sampled, seconds of the device, seconds of the host to launch them."""
+    """Totals of confirmed steps: tokens sampled, seconds of the device, seconds of the host to launch them.
+
+    Attributes:
+        expert_tokens: per layer and expert, the tokens that it has computed; workers report them now and then.
+    """
 
     num_steps: int = 0
     num_tokens: int = 0
     busy_s: float = 0.0
     host_s: float = 0.0
+    expert_tokens: list[list[int]] = field(default_factory=list)
 
     def add(self, other: Work) -> None:
         """Add the totals of another worker."""
@@ -30,6 +36,13 @@ class Work:
         self.num_tokens += other.num_tokens
         self.busy_s += other.busy_s
         self.host_s += other.host_s
+        self.add_expert_tokens(other.expert_tokens)
+
+    def add_expert_tokens(self, reported: list[list[int]]) -> None:
+        """Add the tokens of each layer's experts."""
+        old = self.expert_tokens or [[0] * len(layer) for layer in reported]
+        if reported:
+            self.expert_tokens = [[*map(operator.add, *layers)] for layers in zip(old, reported, strict=False)]
 
 
 class WorkerHandle:
@@ -143,6 +156,7 @@ class WorkerHandle:
         self.work.num_steps += 1
         self.work.busy_s += result.busy_s
         self.work.host_s += result.host_s
+        self.work.add_expert_tokens(result.expert_tokens or [])
         if step.rows:
             self.last_step_s = result.busy_s
         self.timing.on_confirmed(now, result.busy_s, result.early_s)

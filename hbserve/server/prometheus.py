@@ -157,6 +157,14 @@ def _instances(instances: dict[str, dict[str, Any]]) -> Iterator[Metric]:
     for name, key, text in _INSTANCE_COUNTS:
         counts = [(values, instance[key]) for values, instance in labelled if key in instance]
         yield _counter(f"instance_{name}", text, labels, counts)
+    experts = [
+        ([*values, layer, of], number)
+        for values, instance in labelled
+        for layer, numbers in instance.get("expert_tokens", {}).items()
+        for of, number in numbers.items()
+    ]
+    text = "Tokens that the most and the least loaded expert of a layer computed, and the mean of all."
+    yield _counter("expert_tokens", text, [*labels, "layer", "of"], experts)
 
 
 def _links(links: dict[str, dict[str, Any]]) -> Iterator[Metric]:

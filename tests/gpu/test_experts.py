@@ -51,6 +51,10 @@ def parameters(experts: Experts, skew: float) -> ExpertWeights:
     )
 
 
+def totals_of(experts: Experts) -> torch.Tensor:
+    return torch.zeros(2, experts.num_experts, dtype=torch.int64, device=DEVICE)
+
+
 def expected(x: torch.Tensor, weights: ExpertWeights, experts: Experts) -> torch.Tensor:
     """Compute the mixture in float32, with the experts that the router chooses in its own dtype."""
     token_weights, chosen = choose_experts(router_logits(x, weights, experts), weights.router_bias, experts)
@@ -76,7 +80,8 @@ def assert_close(actual: torch.Tensor, target: torch.Tensor) -> None:
 def test_experts(num_experts: int, num_chosen: int, is_sigmoid: bool, num_tokens: int, skew: float) -> None:
     experts = mixture(num_experts, num_chosen, is_sigmoid)
     weights = parameters(experts, skew)
-    grouped = GroupedExperts(experts, (0, num_experts), DEVICE)
+    totals = totals_of(experts)
+    grouped = GroupedExperts(experts, (0, num_experts), totals)
     x = random(num_tokens, HIDDEN)
     slots = torch.arange(num_tokens, device=DEVICE)
     slots[num_tokens - 1 :: 5] = -1  # padded rows; the last one is, and so none is left of a single token
@@ -92,10 +97,11 @@ def test_experts(num_experts: int, num_chosen: int, is_sigmoid: bool, num_tokens
         total = residual + expected(x, weights, experts)
         grouped.mix(1, x, weights, None, residual, is_added=True)
         assert_close(residual, total)
-    assert not grouped.totals[0].any()
+    assert not totals[0].any()
     counted = 2 * num_tokens - int((slots < 0).sum()) + (num_tokens if grouped.adds(num_tokens) else 0)
-    assert grouped.totals[1].sum().item() == counted * num_chosen
-    plain = mix_experts(x, weights, experts, silu_and_mul)
+    assert totals[1].sum().item() == counted * num_chosen
+    plain = mix_experts(x, weights, experts, silu_and_mul, totals[0])
+    assert totals[0].sum().item() == num_tokens * num_chosen
     assert_close(plain, expected(x, weights, experts))
 
 
@@ -109,7 +115,7 @@ def test_ranks_have_whole_experts(num_tokens: int) -> None:
         ups = weights.up[first * 2 * INNER : (first + count) * 2 * INNER]
         downs = weights.down[first * HIDDEN : (first + count) * HIDDEN]
         part = torch.full_like(x, math.nan)
-        grouped = GroupedExperts(experts, (first, count), DEVICE)
+        grouped = GroupedExperts(experts, (first, count), totals_of(experts))
         grouped.mix(1, x, dataclasses.replace(weights, up=ups, down=downs), None, part)
         total += part
     assert_close(total, expected(x, weights, experts))
@@ -121,10 +127,11 @@ def test_all_tokens_choose_one_expert() -> None:
     weights.router.copy_(torch.eye(16, HIDDEN) * 100)
     x = random(700, HIDDEN)
     x[:, 3] = 10
-    grouped = GroupedExperts(experts, (0, 16), DEVICE)
+    totals = totals_of(experts)
+    grouped = GroupedExperts(experts, (0, 16), totals)
     out = torch.full_like(x, math.nan)
     grouped.mix(0, x, weights, None, out)
-    assert grouped.totals[0].argmax() == 3
+    assert totals[0].argmax() == 3
     assert_close(out, expected(x, weights, experts))
 
 
@@ -132,7 +139,7 @@ def test_a_captured_graph_chooses_anew() -> None:
     """A replay with other inputs takes other experts: nothing of the choice is left on the host."""
     experts = mixture(32, 4)
     weights = parameters(experts, 0.0)
-    grouped = GroupedExperts(experts, (0, 32), DEVICE)
+    grouped = GroupedExperts(experts, (0, 32), totals_of(experts))
     x = random(24, HIDDEN)
     out = torch.empty_like(x)
     for _ in range(2):

@@ -151,7 +151,10 @@ def test_prefill_and_decode_may_have_different_numbers_of_ranks(
         prompts.append(random_prompt(90, seed=90))
         outputs += llm.generate(prompts[-1], GREEDY, use_tqdm=False)
         assert_no_leaks(llm)
-        (link,) = llm.get_system_stats()["kv_transfer"]["links"].values()
+        stats = llm.get_system_stats()
+        (link,) = stats["kv_transfer"]["links"].values()
+        # layer 1 is dense; a report is due after a second
+        assert {*stats["gpu_instances"]["prefill"].get("expert_tokens", {"0": 0, "2": 0})} == {"0", "2"}
     assert [o["token_ids"] for o in outputs] == [greedy_reference(expert_model[1], p, NUM_TOKENS) for p in prompts]
     assert not link["failures"], "with checksums that hold"
     assert link["transfers"] == of_many["transfers"] + 1 + 3, "of a lone prompt the last chunk leaves layer by layer"

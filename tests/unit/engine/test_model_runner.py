@@ -71,6 +71,21 @@ def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
         assert alone.run(alone.add(prompt, 24)) == [tokens]
 
 
+def test_results_report_the_loads_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbserve.engine.expert_loads.INTERVAL_S", 0.0)
+    save_model(tmp_path, "qwen3_moe")
+    runner = make_runner(tmp_path)
+    row = PlanRow(slot=0, start=0, num_tokens=20, token_ids=[*range(20)], new_block_ids=[], sample=True)
+    state = SequenceState(0, [0, 1], GREEDY, [], 0, 20)
+    reports = [
+        runner.launch(StepPlan(epoch=1, step_id=step, rows=rows, new_sequences=new, sends=[])).result().expert_tokens
+        for step, (rows, new) in enumerate([([row], [state]), ([], []), ([], [])])
+    ]
+    assert reports[0] is None, "the first copy arrives later"
+    assert [sum(layer) for layer in reports[1]] == [40, 0, 40], "20 tokens, 2 experts each; layer 1 is dense"
+    assert not any(map(any, reports[2]))
+
+
 @pytest.mark.parametrize("block_size", [1, 32, 1024])
 def test_any_block_size_gives_the_same_tokens(block_size: int, tmp_path: Path) -> None:
     model = save_model(tmp_path, "qwen2_window")
