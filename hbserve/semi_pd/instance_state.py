@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Any
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
@@ -94,6 +95,7 @@ class InstanceState:
         self.num_replaced = 0
         self._on_gpu = False
         self._restarts = RestartBudget(config.rpc.max_restarts)
+        self._standby_restarts = RestartBudget(config.rpc.max_restarts)
 
     # --- life --------------------------------------------------------------------------------------
 
@@ -107,6 +109,7 @@ class InstanceState:
             on_gpu,
             self._on_worker_ready,
             self._on_worker_exit,
+            self._on_standby_exit,
             self.host,
         )
         with self.changed:
@@ -304,11 +307,12 @@ class InstanceState:
         """Name the workers that serve or drain to the scheduler."""
         if self.link is None or self.pool is None:
             return
-        workers = [] if self.memory_lost is not None else list(self.pool.workers.values())
+        attachments = self._find_attachments()
+        workers = [] if attachments is None else list(self.pool.workers.values())
         self.link.send(
             SetWorkers(
                 instance_id=self.instance.instance_id,
-                arena_epoch=self.residents.attachments[0]["epoch"] if self.memory_lost is None else 0,
+                arena_epoch=0 if attachments is None else attachments[0]["epoch"],
                 workers=[w.spec for w in workers if w.state is WorkerState.ACTIVE],
                 draining=[w.spec for w in workers if w.state is WorkerState.DRAINING and w.has_served],
                 prefill_percentage=self._shares[InstanceRole.PREFILL],
@@ -319,8 +323,14 @@ class InstanceState:
         )
 
     def replace_lost(self) -> None:
-        """Start a worker at every share level of the split in force that has none. With the lock held."""
+        """Start a worker at every share level of the split in force that has none. With the lock held.
+
+        Without the memory there is nothing to attach to; the recovery that loads it prepares all workers.
+        """
         assert self.pool is not None
+        attachments = self._find_attachments()
+        if attachments is None:
+            return
         for level in sorted(self.levels(self.allocation)):
             if self.pool.at_level(level):
                 continue
@@ -330,7 +340,7 @@ class InstanceState:
                 self.on_error("given_up", f"the {phase} worker at {percentage} % {why}")
                 continue
             self.num_replaced += 1
-            self.pool.wake(*level, self.residents.attachments)
+            self.pool.wake(*level, attachments)
         self.keep_standbys()
 
     def keep_standbys(self) -> None:
@@ -378,6 +388,22 @@ class InstanceState:
             if self.is_serving():
                 self.publish(f"{worker.spec.worker_id} ended with exit code {code}")
                 self.replace_lost()
+
+    def _on_standby_exit(self, code: int) -> None:
+        with self.changed:
+            if self.lifecycle is not Lifecycle.RUNNING:
+                return  # it ends with the instance; or a start passes it over
+            subject = f"{self.instance.instance_id}-standby"
+            self.on_error("lost", f"ended with exit code {code}", subject)
+            if self._standby_restarts.take():
+                self.keep_standbys()
+            else:
+                why = "ended too often to be started again (rpc.max_restarts); until the next rotation there are fewer"
+                self.on_error("given_up", why, subject)
+
+    def _find_attachments(self) -> list[dict[str, Any]] | None:
+        """Return what workers attach to, by rank; None while the memory is lost, or is being loaded again."""
+        return None if self.memory_lost is not None else self.residents.find_attachments()
 
     def is_serving(self) -> bool:
         """Whether the instance runs and has its memory. With the lock held."""

@@ -102,6 +102,11 @@ class ResidentGroup:
         for rank in self.ranks:
             rank.stop()
 
+    def find_attachments(self) -> list[dict[str, Any]] | None:
+        """Return `attachments`; None if one of them is not running."""
+        found = [rank.find_attachment() for rank in self.ranks]
+        return None if None in found else [attachment for attachment in found if attachment is not None]
+
     @property
     def attachments(self) -> list[dict[str, Any]]:
         """`ResidentProcessManager.attachment` of each rank.
@@ -109,7 +114,10 @@ class ResidentGroup:
         Raises:
             StartupError: if one of them is not running.
         """
-        return [rank.attachment for rank in self.ranks]
+        attachments = self.find_attachments()
+        if attachments is None:
+            raise StartupError("the resident process is not running; start() it first")
+        return attachments
 
     def is_healthy(self) -> bool:
         """Ask all of them now, and wait for the answers, which come after a touch of each device."""
@@ -280,6 +288,11 @@ class ResidentProcessManager:
         if self._heartbeat is not None and threading.current_thread() is not self._heartbeat:
             self._heartbeat.join()
 
+    def find_attachment(self) -> dict[str, Any] | None:
+        """Return `attachment`; None if no process is ready."""
+        attachment: dict[str, Any] | None = self._status.get("attachment")
+        return attachment
+
     @property
     def attachment(self) -> dict[str, Any]:
         """`hbserve.engine.arenas.ArenaAttachment` of the running process, as plain data.
@@ -287,7 +300,7 @@ class ResidentProcessManager:
         Raises:
             StartupError: if no process is ready.
         """
-        attachment: dict[str, Any] | None = self._status.get("attachment")
+        attachment = self.find_attachment()
         if attachment is None:
             raise StartupError("the resident process is not running; start() it first")
         return attachment

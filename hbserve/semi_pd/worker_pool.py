@@ -109,6 +109,7 @@ class WorkerPool:
         environment: variables for the processes.
         on_gpu: whether standbys import the modules that only a GPU needs.
         on_ready, on_exit: called from a watcher thread when a worker is ready, or its process has ended.
+        on_standby_exit: called from a watcher thread with the exit code of a standby that has ended.
         host: memory of the host for KV blocks.
     """
 
@@ -121,11 +122,12 @@ class WorkerPool:
         on_gpu: bool,
         on_ready: Callable[[Worker], None],
         on_exit: Callable[[Worker, int], None],
+        on_standby_exit: Callable[[int], None],
         host: HostMemory | None = None,
     ) -> None:
         self._config, self._instance, self._run_dir = config, instance, run_dir
         self._environment, self._on_gpu = environment, on_gpu
-        self._on_ready, self._on_exit = on_ready, on_exit
+        self._on_ready, self._on_exit, self._on_standby_exit = on_ready, on_exit, on_standby_exit
         self._host = host
         self._serial = itertools.count(1)
         self._worker_of: dict[ChildProcess, Worker] = {}
@@ -169,7 +171,9 @@ class WorkerPool:
         def on_exit(code: int) -> None:
             self._asleep.discard(process)
             worker = self._worker_of.pop(process, None)
-            if worker is not None:
+            if worker is None:
+                self._on_standby_exit(code)
+            else:
                 remove_file(worker.spec.address)
                 self._on_exit(worker, code)
 
