@@ -32,13 +32,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[list[int], list[int]]]]:
+Case = tuple[list[int], list[int]]
+"""A prompt and its answer."""
+
+
+def make_model(folder: Path) -> tuple[str, list[Case]]:
     """A model, and prompts with their answers; a pool holds two of them."""
-    folder = tmp_path_factory.mktemp("qwen3")
     reference = save_model(folder, "qwen3")
     prompts = [random_prompt(150 + index, seed=index) for index in range(5)]
     return str(folder), [(prompt, greedy_reference(reference, prompt, NUM_TOKENS)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Case]]:
+    return make_model(tmp_path_factory.mktemp("qwen3"))
 
 
 def tier(llm: LLM) -> dict[str, Any]:
@@ -70,18 +77,20 @@ def flip_bytes() -> None:
         os.pwrite(descriptor, bytes([os.pread(descriptor, 1, offset)[0] ^ 16]), offset)
 
 
-def ask_one_by_one(llm: LLM, cases: list[tuple[list[int], list[int]]]) -> None:
+def ask_one_by_one(llm: LLM, cases: list[Case]) -> None:
     for prompt, answer in cases:
         [output] = llm.generate([prompt], [GREEDY], use_tqdm=False)
         assert output["token_ids"] == answer
 
 
 @pytest.mark.parametrize("mode", ["unified", "disaggregated", "semi_pd"])
-def test_answers_are_those_of_a_system_without_tiers(
-    model: tuple[str, list[tuple[list[int], list[int]]]], mode: str
-) -> None:
-    folder, cases = model
-    with LLM(folder, mode=mode, **SETTINGS) as llm:
+def test_answers_are_those_of_a_system_without_tiers(model: tuple[str, list[Case]], mode: str) -> None:
+    check_answers(*model, mode=mode)
+
+
+def check_answers(folder: str, cases: list[Case], **settings: Any) -> None:
+    """Ask a system whose blocks are evicted, preempted, damaged and lost."""
+    with LLM(folder, **(SETTINGS | settings)) as llm:
         ask_one_by_one(llm, cases)  # each evicts those before it
         ask_one_by_one(llm, cases)
         loaded = tier(llm)["loaded_blocks"]
