@@ -18,6 +18,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
+import msgspec
+
 from hbserve.config import Config
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import RequestOutput
@@ -266,7 +268,7 @@ class RequestLifecycle:
                         last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
                     self._on_token(sequence, allocation, token_ids[index], logprobs[index] if logprobs else None)
-            index += row.num_samples
+            index += row.samples if row.draft is None else row.num_samples
             allocation.end_row(row)
         num_tokens = len(last_token_times) + num_batch_tokens
         worker.work.num_tokens += num_tokens
@@ -313,7 +315,7 @@ class RequestLifecycle:
         tried = num_accepted, len(draft.token_ids) - num_accepted
         for index, token in enumerate(token_ids):
             self._advance(sequence, allocation, row.start + index + 1)
-            predicted = tried if draft.drafter == PredictionDrafter.name and not index else (0, 0)
+            predicted = tried if draft.drafter == PredictionDrafter.name and not index else None
             self._on_token(sequence, allocation, token, logprobs[index] if logprobs else None, predicted)
             if sequence.phase is Phase.FINISHED:
                 return index + 1
@@ -348,7 +350,7 @@ class RequestLifecycle:
         allocation: KVAllocation,
         token: int,
         logprobs: TokenLogprobs | None,
-        predicted: tuple[int, int] = (0, 0),
+        predicted: tuple[int, int] | None = None,
     ) -> None:
         """Take the next token; ``predicted``: how many tokens of the request's prediction were right, and wrong."""
         assert allocation.num_computed == len(sequence.tokens), "a token for another position than the next"
@@ -366,18 +368,16 @@ class RequestLifecycle:
             finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.max_total_tokens:
             finish_reason = "length"
-        self._outbox.push(
-            sequence.client,
-            RequestOutput(
-                request_id=sequence.request.request_id,
-                token_ids=[token],
-                logprobs=None if logprobs is None else [logprobs],
-                finish_reason=finish_reason,
-                num_cached_tokens=(sequence.num_cached_tokens or 0) if is_first else 0,
-                num_accepted=predicted[0],
-                num_rejected=predicted[1],
-            ),
+        output = RequestOutput(
+            request_id=sequence.request.request_id,
+            token_ids=[token],
+            logprobs=None if logprobs is None else [logprobs],
+            finish_reason=finish_reason,
+            num_cached_tokens=(sequence.num_cached_tokens or 0) if is_first else 0,
         )
+        if predicted is not None:
+            output = msgspec.structs.replace(output, num_accepted=predicted[0], num_rejected=predicted[1])
+        self._outbox.push(sequence.client, output)
         if finish_reason is not None:
             self._close(sequence, "completed", finish_reason)
         elif allocation is sequence.prefill_allocation and allocation is not sequence.decode_allocation:

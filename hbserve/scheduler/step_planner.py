@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
@@ -21,11 +23,13 @@ from hbserve.scheduler.worker import WorkerHandle
 from hbserve.scheduler.worker_choice import StepLimit
 from hbserve.speculation import Draft
 from hbserve.speculation.choice import Candidate, Way, choose
+from hbserve.speculation.speculator import Record
 
 logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Layer groups of all last chunks in a step."""
+_NO_DRAFT = Draft([], "", Record())
 _Allocations = list[tuple[Sequence, KVAllocation]]
 
 
@@ -100,22 +104,26 @@ class StepPlanner:
         for sequence, allocation in decoding:
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
-            self._plan_decode(step, instance, sequence, allocation, drafts.get(sequence))
+            if not drafts:
+                self._plan_decode(step, instance, sequence, allocation)
+            elif (draft := drafts.get(sequence, _NO_DRAFT)) is not None:
+                self._plan_decode(step, instance, sequence, allocation, draft)
         return True
 
     def _choose_drafts(self, step: _StepBuilder, decoding: _Allocations) -> dict[Sequence, Draft | None] | None:
-        """Return the draft of each sequence that gets one, or that is left out until it may get one.
+        """Choose which sequences get a draft in this step, and which wait for one.
 
         Returns:
-            A draft, or None to leave the sequence out, by sequence. None: the whole step waits for a result.
+            Its draft for each sequence that gets one, and None for each that is left out until its last token is known.
+            None instead: the whole step waits for a result.
         """
         candidates, sequences = [], []
+        speculating = [item for item in decoding if item[0].speculator is not None]
         max_rows = self._max_rows - len(decoding)
-        if max_rows <= 0:
+        if not speculating or max_rows <= 0:
             return {}
-        for sequence, allocation in decoding:
-            if sequence.speculator is None:
-                continue
+        for sequence, allocation in speculating:
+            assert sequence.speculator is not None
             position, tokens = allocation.num_planned, sequence.tokens
             draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
             if draft is not None:
@@ -271,7 +279,7 @@ class StepPlanner:
         instance: InstanceHandle,
         sequence: Sequence,
         allocation: KVAllocation,
-        draft: Draft | None = None,
+        draft: Draft = _NO_DRAFT,
     ) -> None:
         position = allocation.num_planned
         if position + 1 >= sequence.max_total_tokens or sequence not in instance.allocations:
@@ -283,12 +291,13 @@ class StepPlanner:
             instance, sequence, allocation
         ):
             return
-        if draft is not None and (room := self._room_for_draft(instance, allocation, len(draft.token_ids))):
+        if draft is not _NO_DRAFT and (room := self._room_for_draft(instance, allocation, len(draft.token_ids))):
             draft = draft.first(room)
             token_ids = [sequence.tokens[position], *draft.token_ids]
             step.add(sequence, allocation, token_ids, len(token_ids), samples=True, draft=draft)
-            return
-        step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, samples=True)
+        else:
+            step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, samples=True)
+        step.decode_keys += position
 
     def _room_for_draft(self, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         """Return how many draft tokens have a place in blocks; a draft takes blocks only if others do not need them."""
@@ -429,19 +438,26 @@ class _StepBuilder:
                 sample=samples,
                 sampled_elsewhere=sampled_elsewhere,
                 next_token_ids=next_token_ids,
-                num_drafts=0 if draft is None else len(draft.token_ids),
             )
         )
-        allocation.num_planned += num_tokens
-        allocation.is_drafting = draft is not None
-        end, scores = allocation.num_planned, next_token_ids is not None
-        row = InflightRow(sequence, sequence.attempt, allocation, start, end, samples, scores, draft=draft)
-        self.inflight.append(row)
+        allocation.num_planned = end = start + num_tokens
+        self.inflight.append(
+            InflightRow(
+                sequence, sequence.attempt, allocation, start, end, samples, next_token_ids is not None, False, draft
+            )
+        )
         self.num_tokens += num_tokens
-        self.num_samples += row.num_samples
-        if start >= allocation.num_tokens_at_entry:  # a draft token computes as much as a row of its own
-            self.num_drafts += num_tokens - 1
-            self.decode_keys += num_tokens * start + num_tokens * (num_tokens - 1) // 2
+        self.num_samples += samples
+        if draft is not None:
+            self._add_draft(allocation, len(draft.token_ids), start)
+
+    def _add_draft(self, allocation: KVAllocation, num_drafts: int, start: int) -> None:
+        """Make the last row one with a draft; each of its tokens computes as much as a row of its own."""
+        self.rows[-1] = msgspec.structs.replace(self.rows[-1], num_drafts=num_drafts)
+        allocation.is_drafting = True
+        self.num_samples += num_drafts
+        self.num_drafts += num_drafts
+        self.decode_keys += num_drafts * start + num_drafts * (num_drafts + 1) // 2
 
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
         """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""
