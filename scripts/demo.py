@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ GENERAL_QUESTIONS = [
     "Write a sentence about a parrot.",
 ]
 """For models that were not trained for this demonstration."""
+START_TIMEOUT_S = 900.0
+"""With the download of a model by a slow line."""
 ANSWER_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 60.0
 MAX_TOKENS = 160
 
 
@@ -65,7 +69,11 @@ def main() -> int:
             stats = client.get("/stats").raise_for_status().json()
     finally:
         server.terminate()
-        code = server.wait(timeout=60)
+        try:
+            code = server.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()  # its children end with it
+            raise SystemExit(f"the server did not end within {END_TIMEOUT_S:g} s") from None
     show(questions, timings, stats)
     return code
 
@@ -83,14 +91,20 @@ def wait_until_ready(server: subprocess.Popen[str]) -> tuple[str, str]:
     """Read URL and model name from the server's line on standard output.
 
     Raises:
-        SystemExit: if it ends before it is ready. Its own deadline is ``rpc.start_timeout_s``.
+        SystemExit: if it ends before it is ready, or is not ready within `START_TIMEOUT_S` and is killed then.
     """
     assert server.stdout is not None
-    for line in server.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("HBServe is ready: "):
-            url, _, rest = line.removeprefix("HBServe is ready: ").partition(" (model ")
-            return url, rest.rstrip(")\n")
+    late = threading.Timer(START_TIMEOUT_S, server.kill)
+    late.daemon = True
+    late.start()
+    try:
+        for line in server.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("HBServe is ready: "):
+                url, _, rest = line.removeprefix("HBServe is ready: ").partition(" (model ")
+                return url, rest.rstrip(")\n")
+    finally:
+        late.cancel()
     raise SystemExit(f"the server ended with exit code {server.wait()} before it was ready")
 
 

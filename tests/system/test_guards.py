@@ -78,6 +78,15 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+async def keys_that_open(http: httpx.AsyncClient, method: str, path: str) -> dict[str | None, int]:
+    """Return the status of an answer without a key, with a user's and with the administrator's. The body is empty."""
+    found = {}
+    for key in (None, ANN, ADMIN):
+        headers = bearer(key) if key is not None else {}
+        found[key] = (await http.request(method, path, headers=headers)).status_code
+    return found
+
+
 def held(scheduler: ScriptedScheduler) -> asyncio.Event:
     """An event: every request sends one token and waits for it before the next."""
     go_on = asyncio.Event()
@@ -106,9 +115,14 @@ async def test_keys(
         assert (await http.get("/health")).status_code == 200
         assert (await http.get("/admin/anything", headers=bearer(ANN))).status_code == 401
         assert (await http.get("/admin/anything", headers=bearer(ADMIN))).status_code == 404
+        assert await keys_that_open(http, "GET", "/v1/plan") == {None: 401, ANN: 404, ADMIN: 404}
+        for method, path in (("POST", "/v1/instances/a/role"), ("DELETE", "/v1/instances/a?timeout_s=0")):
+            assert await keys_that_open(http, method, path) == {None: 401, ANN: 401, ADMIN: 400}
     assert " ann" in caplog.text
     assert not any(key in caplog.text for key in (ANN, BOB, ADMIN, "sk-wrong"))
     async with guarded(client, tokenizer) as server:
+        assert await keys_that_open(server.http, "GET", "/v1/plan") == {None: 404, ANN: 404, ADMIN: 404}
+        assert await keys_that_open(server.http, "POST", "/v1/instances/a/role") == {None: 403, ANN: 403, ADMIN: 403}
         assert (await server.http.post("/v1/completions", json=BODY)).status_code == 200
         assert (await server.http.get("/admin/anything", headers=bearer(ADMIN))).status_code == 403
 
