@@ -113,8 +113,6 @@ class ModelSpec:
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
             "layers without a rotary embedding": None in self.ropes,
-            "a partial rotary embedding": any(rope and rope.rotated_dim for rope in self.ropes),
-            "an interleaved rotary embedding": family.is_interleaved,
         }
         return [name for name, is_used in features.items() if is_used]
 

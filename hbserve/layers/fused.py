@@ -109,30 +109,40 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     qkv, q_out, cache, q_weight, k_weight, positions, slots, inverse_frequencies, magnitude, eps,
     stride_block, stride_kv, stride_token,  # of the cache
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr,
-    block_size: tl.constexpr, has_norm: tl.constexpr, heads_per_program: tl.constexpr, overlap: tl.constexpr,
+    rotated_dim: tl.constexpr, is_interleaved: tl.constexpr, block_size: tl.constexpr, has_norm: tl.constexpr,
+    heads_per_program: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
+    # A lane has two dimensions of a head, lower and upper: a pair that turns, or two of the rest, which does not turn.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_per_program + tl.arange(0, heads_per_program)[:, None]
     lane = tl.arange(0, half)[None, :]
     in_head = lane < head_dim // 2
+    turns = lane < rotated_dim // 2
+    lower, upper = lane, lane + rotated_dim // 2
+    if is_interleaved:
+        lower, upper = 2 * lane, 2 * lane + 1
+    if rotated_dim < head_dim:
+        lower = tl.where(turns, lower, lane + rotated_dim // 2)
+        upper = tl.where(turns, upper, lane + head_dim // 2)
     mask = in_head & (head < num_heads + 2 * num_kv_heads)
     is_q = head < num_heads
     is_v = head >= num_heads + num_kv_heads
     # Before gdc_wait() the kernel may read only weights and what the host has copied for this step.
     if has_norm:
-        upper = lane + head_dim // 2
-        weight_a = tl.where(is_q, tl.load(q_weight + lane, mask=in_head), tl.load(k_weight + lane, mask=in_head))
+        weight_a = tl.where(is_q, tl.load(q_weight + lower, mask=in_head), tl.load(k_weight + lower, mask=in_head))
         weight_b = tl.where(is_q, tl.load(q_weight + upper, mask=in_head), tl.load(k_weight + upper, mask=in_head))
     position = tl.load(positions + token).to(tl.float32)
     slot = tl.load(slots + token)  # negative for a padded row, which is not stored
-    angle = position * tl.load(inverse_frequencies + lane, mask=in_head, other=0.0)
+    angle = position * tl.load(inverse_frequencies + lane, mask=turns, other=0.0)
     cos, sin = tl.cos(angle) * magnitude, tl.sin(angle) * magnitude
+    if rotated_dim < head_dim:
+        cos = tl.where(turns, cos, 1.0)
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    source = qkv + (token * (num_heads + 2 * num_kv_heads) + head) * head_dim + lane
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + head_dim // 2, mask=mask, other=0.0)
+    source = qkv + (token * (num_heads + 2 * num_kv_heads) + head) * head_dim
+    first = tl.load(source + lower, mask=mask, other=0.0)
+    second = tl.load(source + upper, mask=mask, other=0.0)
     dtype = first.dtype
     a, b = first.to(tl.float32), second.to(tl.float32)
     if has_norm:
@@ -142,14 +152,14 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
         b = ((b * scale).to(dtype) * weight_b).to(tl.float32)
     first = tl.where(is_v, first, (a * cos - b * sin).to(dtype))
     second = tl.where(is_v, second, (b * cos + a * sin).to(dtype))
-    q_target = q_out + (token * num_heads + head) * head_dim + lane
-    tl.store(q_target, first, mask=mask & is_q)
-    tl.store(q_target + head_dim // 2, second, mask=mask & is_q)
+    q_target = q_out + (token * num_heads + head) * head_dim
+    tl.store(q_target + lower, first, mask=mask & is_q)
+    tl.store(q_target + upper, second, mask=mask & is_q)
     kv_head = head - num_heads - tl.where(is_v, num_kv_heads, 0)
     place = (slot // block_size) * stride_block + (slot % block_size) * stride_token + tl.where(is_v, stride_kv, 0)
-    kv_target = cache + place + kv_head * head_dim + lane
-    tl.store(kv_target, first, mask=mask & (head >= num_heads) & (slot >= 0))
-    tl.store(kv_target + head_dim // 2, second, mask=mask & (head >= num_heads) & (slot >= 0))
+    kv_target = cache + place + kv_head * head_dim
+    tl.store(kv_target + lower, first, mask=mask & (head >= num_heads) & (slot >= 0))
+    tl.store(kv_target + upper, second, mask=mask & (head >= num_heads) & (slot >= 0))
 
 
 def norm_rotate_store(
@@ -182,6 +192,6 @@ def norm_rotate_store(
         qkv, out, cache, q_weight, k_weight, positions, slots, rotary.inverse_frequencies, rotary.magnitude, eps,
         *cache.stride()[:3],
         num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
-        block_size, norms is not None, heads_per_program, overlap,
+        rotary.rotated_dim, rotary.is_interleaved, block_size, norms is not None, heads_per_program, overlap,
         num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
     )  # fmt: skip

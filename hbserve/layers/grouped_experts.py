@@ -263,13 +263,13 @@ class GroupedExperts:
         (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
         overlap = overlaps(x.device)
         block = triton.next_power_of_2(hidden)
-        block_rows, num_warps = _few_shape(block, 2)
+        block_rows, num_warps = _few_up_shape(block)
         _few_up_kernel[(triton.cdiv(inner, block_rows), num_tokens * num_chosen)](
             x, weights.up, choice.experts, pairs, inner, num_chosen, hidden, block, block_rows, overlap,
             num_warps=num_warps, launch_pdl=overlap,
         )  # fmt: skip
         block = triton.next_power_of_2(inner)
-        block_rows, num_warps = _few_shape(block, 1)
+        block_rows, num_warps = _few_down_shape(block)
         _few_down_kernel[(triton.cdiv(hidden, block_rows), num_tokens)](
             pairs, weights.down, choice.experts, choice.weights, out, hidden, num_chosen, inner, block, block_rows,
             is_added, overlap, num_warps=num_warps, launch_pdl=overlap,
@@ -317,10 +317,19 @@ class _GroupMemory(NamedTuple):
     rows: Tensor
 
 
-def _few_shape(lanes: int, num_matrices: int) -> tuple[int, int]:
-    """Choose rows and warps of a program that reads rows of ``lanes`` elements of one or two matrices.
+def _few_up_shape(lanes: int) -> tuple[int, int]:
+    """Choose rows and warps of a program that reads rows of ``lanes`` elements of gate and of up.
 
-    As in `hbserve.layers.one_row`, whose sweep on an H200 gave 8 rows up to 2048 lanes, and half with a gate.
+    As in `hbserve.layers.one_row`, whose sweep on an H200 gave 4 rows up to 2048 lanes.
     """
-    block_rows = max(1, min(8, 16384 // lanes) // num_matrices)
+    block_rows = max(1, min(4, 8192 // lanes))
     return block_rows, max(1 if lanes < 4096 else 4, min(16, block_rows * lanes // 4096))
+
+
+def _few_down_shape(lanes: int) -> tuple[int, int]:
+    """Choose rows and warps of a program that reads rows of ``lanes`` elements of each of a token's experts.
+
+    It has few programs with much to read each, so it has more warps.
+    """
+    block_rows = max(1, min(4, 16384 // lanes))
+    return block_rows, max(4, min(16, block_rows * lanes // 2048))

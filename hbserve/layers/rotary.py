@@ -27,13 +27,19 @@ class RotaryEmbedding:
     """Turns heads by positions; cosines and sines are in float32 whatever the model's dtype is.
 
     They are computed where they are needed and not looked up: a table would be a second arena to share.
+
+    Attributes:
+        rotated_dim: number of dimensions of a head that turn, the first ones.
+        is_interleaved: pairs are neighbouring dimensions.
+        inverse_frequencies: float32 ``[rotated_dim / 2]``. magnitude: factor of cosines and sines.
     """
 
     def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
-        self._rotated_dim = rope.rotated_dim or head_dim
-        self._is_partial = self._rotated_dim < head_dim
+        self.rotated_dim = rope.rotated_dim or head_dim
+        self._is_partial = self.rotated_dim < head_dim
+        self.is_interleaved = rope.is_interleaved
         self._rotate = rotate_neighbours if rope.is_interleaved else rotate
-        self.inverse_frequencies = inverse_frequencies(rope, self._rotated_dim).to(device)
+        self.inverse_frequencies = inverse_frequencies(rope, self.rotated_dim).to(device)
         self.magnitude = rope.magnitude
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +51,7 @@ class RotaryEmbedding:
         """Turn heads ``[tokens, heads, head_dim]`` by `angles`; same dtype."""
         if not self._is_partial:
             return self._rotate(heads, cos, sin)
-        turned, rest = heads[..., : self._rotated_dim], heads[..., self._rotated_dim :]
+        turned, rest = heads[..., : self.rotated_dim], heads[..., self.rotated_dim :]
         return torch.cat((self._rotate(turned, cos, sin), rest), dim=-1)
 
 

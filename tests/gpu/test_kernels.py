@@ -189,14 +189,16 @@ def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> N
 
 
 @pytest.mark.parametrize("num_tokens", [3, 130])
-def test_norm_rotate_store(num_tokens: int) -> None:
+@pytest.mark.parametrize(("rotated_dim", "is_interleaved"), [(None, False), (None, True), (48, False), (64, True)])
+def test_norm_rotate_store(num_tokens: int, rotated_dim: int | None, is_interleaved: bool) -> None:
     from hbserve.layers import fused
     from hbserve.layers.norms import rms_norm
-    from hbserve.layers.rotary import RotaryEmbedding, rotate
+    from hbserve.layers.rotary import RotaryEmbedding
     from hbserve.rope_spec import RopeSpec
 
     heads, kv_heads, head_dim, page = 6, 2, 96, 16
-    rotary = RotaryEmbedding(RopeSpec(theta=10000.0, magnitude=1.25), head_dim, torch.device("cuda"))
+    rope = RopeSpec(theta=10000.0, magnitude=1.25, rotated_dim=rotated_dim, is_interleaved=is_interleaved)
+    rotary = RotaryEmbedding(rope, head_dim, torch.device("cuda"))
     qkv = random(num_tokens, (heads + 2 * kv_heads) * head_dim)
     cache = torch.zeros(20, 2, page, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
     q_norm, k_norm = random(head_dim), random(head_dim)
@@ -207,9 +209,9 @@ def test_norm_rotate_store(num_tokens: int) -> None:
     fused.norm_rotate_store(qkv, cache, (q_norm, k_norm), positions, slots, rotary, 1e-6, q)
     queries, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     angles = rotary.angles(positions)
-    assert_close(q, rotate(rms_norm(queries, q_norm, 1e-6), *angles))
+    assert_close(q, rotary.rotate(rms_norm(queries, q_norm, 1e-6), *angles))
     stored = slots[1:]
-    assert_close(cache[stored // page, 0, stored % page], rotate(rms_norm(keys, k_norm, 1e-6), *angles)[1:])
+    assert_close(cache[stored // page, 0, stored % page], rotary.rotate(rms_norm(keys, k_norm, 1e-6), *angles)[1:])
     assert torch.equal(cache[stored // page, 1, stored % page], values[1:])
     assert cache.count_nonzero(dim=(1, 3, 4)).count_nonzero() <= num_tokens - 1
 
