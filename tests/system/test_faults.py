@@ -26,8 +26,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    return str(folder), save_model(folder, "qwen3")
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    return str(folder), save_model(folder, "qwen3_moe")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ DEADLINE_S = 90.0
 
 
 async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(tmp_path: Path) -> None:
-    model = save_model(tmp_path, "qwen3")
+    model = save_model(tmp_path, "smollm3")
     prompts = [random_prompt(30 + 17 * index, seed=index) for index in range(8)]
     expected = [greedy_reference(model, prompt, 60) for prompt in prompts]
     roles = ["prefill", "prefill", "decode"]

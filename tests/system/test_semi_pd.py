@@ -47,8 +47,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("olmo3")
-    save_model(folder, "olmo3")
+    folder = tmp_path_factory.mktemp("glm4_moe")
+    save_model(folder, "glm4_moe")
     return str(folder)
 
 

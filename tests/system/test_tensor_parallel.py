@@ -160,12 +160,12 @@ def test_prefill_and_decode_may_have_different_numbers_of_ranks(
     assert link["transfers"] == of_many["transfers"] + 1 + 3, "of a lone prompt the last chunk leaves layer by layer"
 
 
-def test_preemption_changes_no_token(untied_model: tuple[str, Any]) -> None:
+def test_preemption_changes_no_token(expert_model: tuple[str, Any]) -> None:
     prompts = [random_prompt(40 + index, seed=100 + index) for index in range(8)]
     sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    expected = [greedy_reference(untied_model[1], prompt, 40) for prompt in prompts]
-    settings = SETTINGS | {"num_blocks": 20, "max_model_len": 128, "decode_headroom_tokens": 0}
-    with LLM(untied_model[0], mode="unified", tensor_parallel_size=2, **settings) as llm:
+    expected = [greedy_reference(expert_model[1], prompt, 40) for prompt in prompts]
+    settings = SETTINGS | {"num_blocks": 20, "max_model_len": 128, "decode_headroom_tokens": 0, "expert_parallel": True}
+    with LLM(expert_model[0], mode="unified", tensor_parallel_size=2, **settings) as llm:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         assert llm.get_system_stats()["cpu_scheduler"]["preemptions"] > 0
         assert_no_leaks(llm)
