@@ -18,11 +18,11 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from hbserve.errors import HBServeError, RequestFailedError
 from hbserve.frontend.outputs import SampleDelta
 from hbserve.sampling_params import SamplingParams
+from hbserve.server_url import server_url
 
 Message = dict[str, str]
 
@@ -48,10 +48,8 @@ class HttpBackend:
     """
 
     def __init__(self, url: str, key: str | None, sampling: dict[str, Any]) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.hostname is None or parts.scheme not in ("http", "https"):
-            raise RequestFailedError(f"{url!r} is not an address such as http://127.0.0.1:8000")
-        self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port
+        parts = server_url(url if "//" in url else f"http://{url}")
+        self._scheme, self._host, self._port = parts.scheme, parts.hostname or "", parts.port
         self._headers = {"Content-Type": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"

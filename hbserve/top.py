@@ -16,6 +16,9 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from hbserve.errors import ConfigError
+from hbserve.server_url import server_url
+
 _CLEAR = "\x1b[H\x1b[2J"
 _BAR_WIDTH = 20
 _TIMEOUT_S = 5.0
@@ -101,11 +104,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.
     parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between pictures")
     parser.add_argument("--once", action="store_true", help="one picture, without clearing the screen")
     given = parser.parse_args(arguments)
-    if not given.url.startswith(("http://", "https://")):
-        parser.error("--url must begin with http:// or https://")
+    try:
+        base = server_url(given.url).geturl()
+    except ConfigError as error:
+        parser.error(str(error))
     if not 0 < given.interval_s < float("inf"):
         parser.error("--interval-s must be positive")
-    base, key = given.url.rstrip("/"), os.environ.get("HBSERVE_API_KEY")
+    key = os.environ.get("HBSERVE_API_KEY")
     has_answered = False
     try:
         while True:

@@ -18,6 +18,7 @@ import msgspec
 from hbserve import Config, DisaggregatedLLM, SamplingParams
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
+from hbserve.server_url import server_url
 from hbserve.slo.constraints import SMAllocation
 
 if TYPE_CHECKING:
@@ -236,9 +237,7 @@ async def connect_to_server(
         import aiohttp
     except ImportError:
         raise ConfigError("--url needs aiohttp: pip install 'hbserve[bench]'") from None
-    base = url.rstrip("/").removesuffix("/v1")
-    if not base.startswith(("http://", "https://")):
-        raise ConfigError(f"--url must begin with http:// or https://, got {url!r}")
+    base = server_url(url).geturl().removesuffix("/v1")
     key = os.environ.get("HBSERVE_API_KEY")
     async with aiohttp.ClientSession(
         base,

@@ -21,11 +21,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult
 
 from hbserve.bench.arguments import positive, positive_float, run_command
 from hbserve.errors import ConfigError
 from hbserve.hints import shown
+from hbserve.server_url import server_url
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _BUSY = (429, 502, 503, 504)
@@ -78,14 +79,12 @@ def _run(arguments: argparse.Namespace) -> None:
     errors = arguments.errors or file.with_suffix(".errors.jsonl")
     if len({path.resolve() for path in (file, output, errors)}) < 3:
         raise ConfigError("FILE, --output and --errors must be three files")
-    parts = urlsplit(arguments.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url must begin with http:// or https:// and name a host, got {shown(arguments.url)}")
+    url = server_url(arguments.url)
     num_requests = sum(1 for _ in _read(file))  # the whole file is checked before anything is sent
     answered = _answered(output)
     to_send = (line for line in _read(file) if line.custom_id not in answered)
     with output.open("a", encoding="utf-8") as good, errors.open("w", encoding="utf-8") as bad:
-        batch = _Batch(arguments.url, arguments.concurrency, arguments.timeout_s)
+        batch = _Batch(url, arguments.concurrency, arguments.timeout_s)
         number = num_failed = 0
         for number, (line, answer) in enumerate(batch.send(to_send), start=1):
             is_good = answer.status == 200
@@ -188,8 +187,8 @@ class _Batch:
         timeout_s: limit of one request, with the tries that a busy or missing server costs it.
     """
 
-    def __init__(self, url: str, concurrency: int, timeout_s: float) -> None:
-        self._url, self._concurrency, self._timeout_s = urlsplit(url.rstrip("/")), concurrency, timeout_s
+    def __init__(self, url: SplitResult, concurrency: int, timeout_s: float) -> None:
+        self._url, self._concurrency, self._timeout_s = url, concurrency, timeout_s
         key = os.environ.get("HBSERVE_API_KEY")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 

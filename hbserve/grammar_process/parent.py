@@ -57,6 +57,8 @@ _MAX_START_S = 120.0
 """Time until a new process begins its first work."""
 _LOOK_S = 1.0
 _MAX_FAILED_STARTS = 3
+_PAUSE_S = 10.0
+"""Time between two starts after so many have failed."""
 _TOO_COSTLY = "the grammar is too complex: its process took too much time or memory; make it smaller"
 
 
@@ -180,7 +182,7 @@ class GrammarProcess:
         self._is_new = True  # the process has not begun anything yet
         self._num_failed_starts = 0
         self._thread: threading.Thread | None = None
-        self._is_closed = False
+        self._closing = threading.Event()
         self._wake = -1
         if starts_now:
             self._start_thread()
@@ -217,7 +219,7 @@ class GrammarProcess:
     def close(self) -> None:
         """End the process. No work may come later."""
         with self.lock:
-            self._is_closed = True
+            self._closing.set()
             if self._child is not None:
                 self._child.kill()
 
@@ -244,22 +246,24 @@ class GrammarProcess:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._is_closed:
+        while not self._closing.is_set():
             late: list[int] = []
             try:
                 line = self._start()
             except OSError as error:  # of processes or descriptors
                 how = f"cannot be started: {error}"
-                time.sleep(_LOOK_S)
+                self._closing.wait(_LOOK_S)
             else:
                 try:
                     late = self._serve(line)
                 except Exception:
                     logger.exception("bug while following grammars")
                 how = self._end()
-            if not self._is_closed:
+            if not self._closing.is_set():
                 self.on_event("grammar_restarted", "the grammar process", f"it {how} and is replaced")
                 self._judge(late, how)
+                if self._num_failed_starts >= _MAX_FAILED_STARTS:  # it may fail as long as this process runs
+                    self._closing.wait(_PAUSE_S)
         os.close(self._wake)
 
     def _start(self) -> socket.socket:
@@ -279,7 +283,7 @@ class GrammarProcess:
             self._begun.clear()
             self._idle_until = time.monotonic()
             self._is_new = True
-            if self._is_closed:
+            if self._closing.is_set():
                 process.kill()
             for work in self._work.values():
                 self.send(work.command())

@@ -45,7 +45,9 @@ def test_wrong_files_and_addresses_are_named(tmp_path: Path, capsys: pytest.Capt
     output.write_text('{"something": "else"}\n')
     for arguments, message in (
         ([str(tmp_path / "none.jsonl")], "No such file"),
-        ([str(file), "--url", "ftp://host"], "--url must begin with http"),
+        ([str(file), "--url", "ftp://host"], "--url must be an address"),
+        ([str(file), "--url", "http://host:80x"], "--url must be an address"),
+        ([str(file), "--url", "http://host:99999"], "--url must be an address"),
         ([str(file), "--output", str(file)], "must be three files"),
         ([str(file), "--output", str(output)], f"{output}:1: no output of a batch"),
     ):
