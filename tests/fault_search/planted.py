@@ -24,6 +24,7 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
 from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.tiers.tracker import KVLoad
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.scheduler.worker_registry import WorkerRegistry
@@ -365,7 +366,30 @@ def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
     patch.setattr(StepPlanner, "_room_for_draft", room)
 
 
+@_plant
+def copies_of_tiers_do_not_pin(patch: Patch) -> None:
+    patch.setattr(KVAllocation, "begin_copy", lambda self: None)
+    patch.setattr(KVAllocation, "end_copy", lambda self: None)
+
+
+@_plant
+def a_block_with_a_wrong_checksum_is_used(patch: Patch) -> None:
+    patch.setattr(KVLoad, "num_blocks", property(lambda self: self.first_block + len(self.sound)))
+
+
+@_plant
+def a_late_load_is_waited_for_no_longer_but_keeps_its_blocks(patch: Patch) -> None:
+    def expire_copies(self: RequestLifecycle) -> None:
+        for load in self.tiers.expire():
+            self._on_loaded(load)
+
+    patch.setattr(RequestLifecycle, "expire_copies", expire_copies)
+
+
 FOUND_BY = {
+    "copies_of_tiers_do_not_pin": 47,
+    "a_block_with_a_wrong_checksum_is_used": 1008,
+    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 304,
     "steps_do_not_pin": 20,
     "transfers_do_not_pin": 18,
     "blocks_are_free_one_pin_early": 20,
@@ -390,7 +414,7 @@ FOUND_BY = {
     "a_decode_does_not_grow_its_table": 1,
     "an_activated_sequence_wakes_no_instance": 0,
     "an_open_link_does_not_wake_its_sender": 20,
-    "blocks_that_a_transfer_frees_wake_no_instance": 831,
+    "blocks_that_a_transfer_frees_wake_no_instance": 1044,
     "a_late_mask_is_not_waited_for": 3,
     "a_wrong_guess_is_accepted": 0,
     "a_position_behind_a_draft_is_skipped": 0,

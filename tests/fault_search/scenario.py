@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -252,6 +253,10 @@ def draw(seed: int) -> Scenario:
     if num_slots and tiers.random() < 0.5:
         bad = Fault(tiers.uniform(0.0, lasts_s), "bad_tier", 0, tiers.choice((0.3, 1.0)))
         faults = tuple(sorted((*faults, bad), key=lambda fault: fault.at))
+    if num_slots and tiers.random() < 0.7:  # prompts come again when others have evicted them
+        for again in tiers.choices(requests, k=tiers.randint(2, 6)):
+            at = again.at + tiers.uniform(0.0, lasts_s)
+            requests.append(dataclasses.replace(again, at=at, client=tiers.randrange(2), abort_at=None))
     return Scenario(
         seed=seed,
         mode=mode,  # type: ignore[arg-type]

@@ -79,6 +79,8 @@ class Copies:
             if failure == "checksum":  # the memory forgets
                 slot[0] ^= 1
         else:
+            if failure == "checksum" and rng.random() < 0.5:
+                slot[-1] ^= 1
             for offset, contents in enumerate(slot):
                 worker.arena.write(command.block_ids[index], offset, contents)
             if [hash(tuple(slot))] != command.checksums[index]:
