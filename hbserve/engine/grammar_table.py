@@ -45,6 +45,7 @@ class GrammarTable:
         weakref.finalize(self, self._process.close)
         self._followers: dict[int, Follower] = {}
         self._num_known: dict[int, int] = {}  # per slot, tokens of prompt and output that the follower has
+        self._drafts: dict[int, list[int]] = {}  # per slot, the guesses of the tokens after these
         self._missing: dict[int, str | None] = {}
 
     def set_on_event(self, on_event: OnEvent) -> None:
@@ -64,6 +65,7 @@ class GrammarTable:
         output = state.history[state.num_prompt_tokens :]
         self._followers[state.slot] = self._process.follow(grammar, state.end_token_ids, output)
         self._num_known[state.slot] = len(state.history)
+        self._drafts[state.slot] = []
 
     def advance(self, rows: list[PlanRow]) -> None:
         """Take note of the tokens that a plan's rows bring, and have the masks after them computed."""
@@ -74,35 +76,54 @@ class GrammarTable:
             if follower is None:
                 continue
             assert row.token_ids is not None, f"slot {row.slot} has a grammar and a token that only the device knows"
-            new = self._num_known[row.slot] - row.start
-            assert new >= 0, f"slot {row.slot}: tokens before position {row.start} are missing"
-            if row.token_ids[new:]:
-                follower.feed(row.token_ids[new:])
-            self._num_known[row.slot] = max(self._num_known[row.slot], row.start + row.num_tokens)
+            num_known, before = self._num_known[row.slot], self._drafts[row.slot]
+            num_accepted = max(0, row.start - num_known)  # they are in no plan but that which guessed them
+            assert num_accepted <= len(before), f"slot {row.slot}: tokens before position {row.start} are missing"
+            end = row.num_tokens - row.num_drafts
+            new = [*before[:num_accepted], *row.token_ids[max(0, num_known - row.start) : end]]
+            draft = row.token_ids[end:]
+            if new or draft or before:
+                follower.feed(new, draft)
+            self._num_known[row.slot] = num_known + len(new)
+            self._drafts[row.slot] = draft
 
-    def masks(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    def masks(
+        self, slots: npt.NDArray[np.int64], samples: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int32]:
         """Return the tokens that may come next, ``[slots, ceil(vocab / 32)]``, of slots that have a grammar.
 
-        A slot whose mask is not there in time has all tokens here, and is among those that `take_missing` returns.
+        A sample whose mask is not there in time has all tokens here, and is among those that `take_missing` returns.
+
+        Args:
+            slots: the same slot again for each token of a draft.
+            samples: the place of each among all samples of the step; None: they are all.
         """
         deadline = time.monotonic() + _MAX_WAIT_S
         masks = np.full((len(slots), self._num_words), -1, np.int32)
-        for index, slot in enumerate(slots.tolist()):
+        places = range(len(slots)) if samples is None else samples.tolist()
+        before, number = -1, 0
+        for index, (slot, place) in enumerate(zip(slots.tolist(), places, strict=True)):
             follower = self._followers[slot]
-            mask = follower.wait(deadline)
-            if mask is None:
-                self._missing[slot] = follower.error
-            else:
+            before, number = slot, number + 1 if slot == before else 0
+            if number:
+                num_looked_at, ahead = follower.wait_for_draft(deadline)
+                if number > num_looked_at:
+                    self._missing[place] = follower.error
+                elif ahead is not None and number <= len(ahead):
+                    masks[index] = ahead[number - 1]
+            elif (mask := follower.wait(deadline)) is not None:
                 masks[index] = mask
+            else:
+                self._missing[place] = follower.error
         return masks
 
-    def missing(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return which of these slots had no mask in the last `masks`."""
-        if not self._missing:
-            return np.zeros(len(slots), np.bool_)
-        return np.array([slot in self._missing for slot in slots.tolist()], np.bool_)
+    def missing(self, num_samples: int) -> npt.NDArray[np.bool_]:
+        """Return which samples of the step had no mask in the last `masks`."""
+        missing = np.zeros(num_samples, np.bool_)
+        missing[list(self._missing)] = True
+        return missing
 
     def take_missing(self) -> dict[int, str | None]:
-        """Return the slots without a mask in this step, and why they can never get one; None: they can."""
+        """Return the samples without a mask in this step, and why they can never get one; None: they can."""
         missing, self._missing = self._missing, {}
         return missing

@@ -54,7 +54,7 @@ class PendingStep:
         num_logprobs: per sampled row, as `SamplingParams.logprobs`, -1 for none.
         timer: started with the step; stopped here, after the copies of the results.
         scores: of the prompts' tokens; None: no row asks for them.
-        missing: slots whose tokens could not be sampled, and why they never can; see `GrammarTable.take_missing`.
+        missing: samples without a token, and why they can never get one; see `GrammarTable.take_missing`.
 
     Attributes:
         ready_at: when the host had prepared the step, on `time.perf_counter`.
@@ -72,8 +72,7 @@ class PendingStep:
         scores: PromptScores | None = None,
         missing: dict[int, str | None] | None = None,
     ) -> None:
-        slots = [row.slot for row in plan.rows for _ in range(row.num_samples)] if missing else []
-        self._missing = {index: (missing or {})[slot] for index, slot in enumerate(slots) if slot in (missing or {})}
+        self._missing = missing or {}
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs
         self._timer = timer

@@ -73,7 +73,7 @@ def sampling_arrays(
     """
     arrays: Arrays = {}
     constrained = np.flatnonzero(table.grammars.has_grammar[slots])
-    masks = table.grammars.masks(slots[constrained])
+    masks = table.grammars.masks(slots[constrained], constrained)
     random = np.flatnonzero(table.temperature[slots] > 0)
     if random.size:
         random_slots = slots[random]
@@ -86,7 +86,7 @@ def sampling_arrays(
             arrays.update(truncated=truncated, top_k=table.top_k[truncated_slots], top_p=table.top_p[truncated_slots])
     count_rows = table.token_counts.row_of_slot[slots]
     # The token of a row without its mask does not count.
-    penalised = np.flatnonzero((count_rows >= 0) & ~table.grammars.missing(slots))
+    penalised = np.flatnonzero((count_rows >= 0) & ~table.grammars.missing(len(slots)))
     if penalised.size:
         penalised_slots = slots[penalised]
         arrays.update(penalised_rows=penalised, count_rows=count_rows[penalised])

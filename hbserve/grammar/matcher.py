@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,11 @@ class Matcher:
     """
 
     def __init__(
-        self, matcher: Any, vocab_size: int, end_token_ids: Sequence[int], tokenizer_ends: Iterable[int]
+        self,
+        matcher: Any,
+        vocab_size: int,
+        end_token_ids: Sequence[int] | npt.NDArray[np.int64],
+        tokenizer_ends: Iterable[int],
     ) -> None:
         self._matcher = matcher
         self._num_words = -(-vocab_size // 32)
@@ -37,6 +41,22 @@ class Matcher:
     def advance(self, token_ids: Sequence[int]) -> None:
         """Move on past these sampled tokens."""
         self._matcher.consume_tokens(list(token_ids))
+
+    def masks_along(self, token_ids: Sequence[int], first: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int32]]:
+        """Yield the mask behind each of these tokens, up to one that is forbidden or ends the output.
+
+        The matcher itself does not move. ``first``: its `mask`.
+        """
+        probe = Matcher(self._matcher.deep_copy(), 32 * self._num_words, self._end_token_ids, self._tokenizer_ends)
+        mask = first
+        for token in token_ids:
+            if not mask[token // 32] >> token % 32 & 1 or token in self._end_token_ids:
+                return
+            probe.advance([token])
+            mask = probe.mask()
+            if probe.error is not None:
+                return
+            yield mask
 
     def captures(self) -> list[tuple[str, bytes]]:
         """Return the parts of the output that the grammar names, in their order."""

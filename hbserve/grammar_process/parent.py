@@ -81,6 +81,9 @@ class Follower:
         self._is_done = threading.Event()
         self._is_slow = False
         self._mask: npt.NDArray[np.int32] | None = None
+        self._draft: list[int] = []
+        self._num_looked_at = 0  # tokens of the draft
+        self._draft_masks: npt.NDArray[np.int32] | None = None  # behind those of them that the grammar allows
 
     @property
     def is_open(self) -> bool:
@@ -95,16 +98,19 @@ class Follower:
             end_token_ids=self._end_token_ids,
             token_ids=self._token_ids,
             is_suspect=self.is_suspect,
+            draft=self._draft,
         )
 
-    def feed(self, token_ids: Sequence[int]) -> None:
-        """Add tokens, and have the mask after them computed."""
+    def feed(self, token_ids: Sequence[int], draft: Sequence[int] = ()) -> None:
+        """Add tokens, and have the mask after them computed, and those along a draft of the next ones."""
         with self._process.lock:
             self._token_ids += token_ids
             if self.error is None:
-                self._mask = None
+                if token_ids:
+                    self._mask = None
+                self._draft, self._num_looked_at, self._draft_masks = list(draft), 0, None
                 self._is_done.clear()
-                self._process.send(FeedOutput(number=self.number, token_ids=list(token_ids)))
+                self._process.send(FeedOutput(number=self.number, token_ids=list(token_ids), draft=self._draft))
 
     def wait(self, deadline: float) -> npt.NDArray[np.int32] | None:
         """Return the mask after all tokens; None if it is not there by the deadline, or if there is an `error`.
@@ -116,6 +122,15 @@ class Follower:
         with self._process.lock:
             return self._mask
 
+    def wait_for_draft(self, deadline: float) -> tuple[int, npt.NDArray[np.int32] | None]:
+        """Return how many tokens of the draft were looked at, and the masks behind those that the grammar allows.
+
+        Behind a forbidden token anything may be sampled, since it does not count. Arguments as of `wait`.
+        """
+        self.wait(deadline)
+        with self._process.lock:
+            return self._num_looked_at, self._draft_masks
+
     def close(self) -> None:
         """Have no more work done."""
         self._process.forget(self.number)
@@ -126,7 +141,11 @@ class Follower:
         self._is_slow = reply.is_slow
         if reply.num_tokens == len(self._token_ids):
             self._mask = np.frombuffer(reply.words, np.int32)
-            self._is_done.set()
+            if reply.draft == self._draft[: len(reply.draft)] and bool(reply.draft) >= bool(self._draft):
+                self._num_looked_at = len(reply.draft)
+                if reply.draft_words:
+                    self._draft_masks = np.frombuffer(reply.draft_words, np.int32).reshape(-1, len(self._mask))
+                self._is_done.set()
 
     def fail(self, error: HBServeError) -> None:
         """Take note that there is no mask any more; called by the process, under its lock."""

@@ -50,6 +50,8 @@ LENGTH_BYTES = 4
 _QUICK_S = 0.05
 """CPU seconds. A grammar one of whose masks took longer is in the slow lane from then on."""
 _MAX_MASK_CPU_S = 1.0
+_MAX_DRAFT_CPU_S = 0.005
+"""CPU seconds for the masks along one draft; a step waits for them."""
 _CPU_S_AT_START = 3.0
 _CPU_S_PER_TOKEN = 0.03
 _MAX_MEMORY_BYTES = 2 * 2**30
@@ -117,7 +119,7 @@ class GrammarWorker:
             if isinstance(command, FollowOutput):
                 self._followers[command.number] = _Follower(self, command)
             elif isinstance(command, FeedOutput):
-                self._followers[command.number].feed(command.token_ids)
+                self._followers[command.number].feed(command.token_ids, command.draft)
             elif isinstance(command, ForgetOutput):
                 if command.number in self._followers:  # a check has no follower
                     self._followers.pop(command.number).close()
@@ -143,12 +145,14 @@ class _Follower:
         self._matcher: Matcher | None = None
         self._cpu_s = 0.0
         self._num_tokens = 0
-        self.feed(command.token_ids)
+        self._draft: list[int] = []
+        self.feed(command.token_ids, command.draft)
 
-    def feed(self, token_ids: list[int]) -> None:
-        """Add tokens, and have the mask after them computed."""
+    def feed(self, token_ids: list[int], draft: list[int]) -> None:
+        """Add tokens, and have the mask after them computed, and those along a draft of the next ones."""
         with self._lock:
             self._tokens += token_ids
+            self._draft = draft
             if not self._is_queued and not self._is_closed:
                 self._is_queued = True
                 self._lane().put(self)
@@ -170,12 +174,16 @@ class _Follower:
             if self._is_closed:
                 return
             tokens, self._tokens = self._tokens, []
+            draft = self._draft
         number = self._command.number
         self._worker.send(_begun(number))
         is_first = self._matcher is None  # also compiles the grammar
         started = time.thread_time()
         mask, failed = self._compute(tokens)
         cpu_s = time.thread_time() - started
+        draft_words: list[bytes] = []
+        if mask is not None and draft:
+            draft, draft_words = self._look_ahead(draft, mask)
         with self._lock:
             num_before, self._num_tokens = self._num_tokens, self._num_tokens + len(tokens)
             if not is_first:
@@ -191,8 +199,31 @@ class _Follower:
         if failed is not None:
             self._worker.send(failed)
         elif mask is not None:
-            reply = Mask(number=number, num_tokens=self._num_tokens, words=mask.tobytes(), is_slow=self._is_slow)
-            self._worker.send(reply)
+            self._worker.send(
+                Mask(
+                    number=number,
+                    num_tokens=num_before + len(tokens),
+                    words=mask.tobytes(),
+                    is_slow=self._is_slow,
+                    draft=draft,
+                    draft_words=b"".join(draft_words),
+                )
+            )
+
+    def _look_ahead(self, draft: list[int], mask: npt.NDArray[np.int32]) -> tuple[list[int], list[bytes]]:
+        """Compute the masks along a draft while there is time; return the tokens that were looked at, and the masks."""
+        assert self._matcher is not None, "a mask was computed"
+        words: list[bytes] = []
+        until = time.thread_time() + _MAX_DRAFT_CPU_S
+        try:
+            for ahead in self._matcher.masks_along(draft, mask):
+                words.append(ahead.tobytes())
+                if time.thread_time() > until:
+                    return draft[: len(words)], words
+        except Exception:  # the output itself is not concerned: it gets no further than the last mask
+            logger.exception("bug while looking ahead in a grammar")
+            return draft[: len(words)], words
+        return draft, words
 
     def _compute(self, tokens: list[int]) -> tuple[npt.NDArray[np.int32] | None, GrammarFailed | None]:
         number, error, is_bug = self._command.number, None, False

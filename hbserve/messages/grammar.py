@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from hbserve.messages.base import Message
 
 # --- to the grammar process -----------------------------------------------------------------------
@@ -13,6 +15,7 @@ class FollowOutput(Message, frozen=True):
     Attributes:
         number: name of the output in later messages.
         token_ids: the output so far.
+        draft: guesses of the next tokens, whose masks are wanted, too.
         is_suspect: the grammar may have ended a process, so its work is done beside no other suspect's.
     """
 
@@ -21,13 +24,15 @@ class FollowOutput(Message, frozen=True):
     end_token_ids: list[int]
     token_ids: list[int]
     is_suspect: bool
+    draft: list[int] = msgspec.field(default_factory=list)
 
 
 class FeedOutput(Message, frozen=True):
-    """Add tokens to an output."""
+    """Add tokens to an output; for ``draft`` see `FollowOutput`."""
 
     number: int
     token_ids: list[int]
+    draft: list[int] = msgspec.field(default_factory=list)
 
 
 class ForgetOutput(Message, frozen=True):
@@ -73,12 +78,17 @@ class Mask(Message, frozen=True):
         num_tokens: tokens that came before.
         words: int32 ``[ceil(vocab / 32)]``, see `hbserve.grammar.Matcher.mask`.
         is_slow: masks of this grammar take long; do not wait for the next.
+        draft: the guesses that were looked at.
+        draft_words: masks, one after the other, behind each of those guesses that the grammar allows after those before
+            it; no guess behind a forbidden one matters.
     """
 
     number: int
     num_tokens: int
     words: bytes
     is_slow: bool
+    draft: list[int] = msgspec.field(default_factory=list)
+    draft_words: bytes = b""
 
 
 class OutputChecked(Message, frozen=True):

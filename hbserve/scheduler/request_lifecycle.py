@@ -140,8 +140,7 @@ class RequestLifecycle:
     def add(self, sequence: Sequence) -> None:
         """Have a new request wait."""
         self._sequences[sequence.client, sequence.id] = sequence
-        if not sequence.has_grammar:
-            sequence.speculator = self._speculation.begin(sequence.request)
+        sequence.speculator = self._speculation.begin(sequence.request)
         if not self.waiting:
             self._queue.on_first_waiting(self._clock.now)
             self._admission.is_full = False
@@ -307,6 +306,8 @@ class RequestLifecycle:
             The number of new tokens, at least 1.
         """
         token_ids = accepted_tokens(draft.token_ids, sampled)
+        if token_ids[-1] == NO_TOKEN:  # the mask behind the last right guess was not there
+            del token_ids[-1]
         num_accepted = len(token_ids) - 1
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
         self.counts[f"drafts_{draft.drafter}"] += 1

@@ -402,7 +402,7 @@ FOUND_BY = {
     "a_prefix_hash_forgets_what_was_before_the_block": 151,
     "a_slot_is_freed_by_every_instance_that_knows_the_request": 0,
     "rows_after_a_lost_row_count": 204,
-    "the_steps_of_an_ended_worker_are_forgotten": 12,
+    "the_steps_of_an_ended_worker_are_forgotten": 29,
     "sent_is_taken_for_received": 1,
     "a_broken_link_unpins_at_once": 545,
     "decoding_begins_before_the_last_transfer": 1,

@@ -294,13 +294,16 @@ class Worker(Process):
             contents = [self.arena.read(slot.table, position) for position in range(place)]
             history = None if slot.history is None else [*slot.history, *drafts[:index]]
             sampled.append(next_token(contents, slot.sampling.seed or 0, history, forbidden))
+        if slot.sampling.grammar is not None and row.num_drafts and self.world.rng.random() < 0.25:
+            last = self.world.rng.randint(1, row.num_drafts)  # the masks from here on are late
+            sampled[last:] = [NO_TOKEN] * (len(sampled) - last)
         if row.num_drafts:  # the next row has its token in its plan
             slot.last_token = None
             self.arena.last_tokens.pop(row.slot, None)
         else:
             slot.last_token = self.arena.last_tokens[row.slot] = sampled[0]
         if slot.history is not None:
-            slot.history += accepted_tokens(drafts, sampled)
+            slot.history += [token for token in accepted_tokens(drafts, sampled) if token != NO_TOKEN]
         return sampled
 
     def _finish(self, plan: StepPlan, result: StepResult) -> None:

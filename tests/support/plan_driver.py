@@ -11,7 +11,7 @@ from typing import Any
 
 from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.messages.base import TokenLogprobs
-from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
+from hbserve.messages.worker import NO_TOKEN, PlanRow, SequenceState, StepPlan
 from hbserve.sampling_params import SamplingParams
 from hbserve.speculation.speculator import accepted_tokens
 
@@ -82,7 +82,7 @@ class Driver:
             end_token_ids=sequence.end_token_ids,
             min_end_position=len(sequence.prompt) + sampling.min_tokens,
             num_prompt_tokens=len(sequence.prompt),
-            history=sequence.tokens if penalised else None,
+            history=sequence.tokens if penalised or sampling.grammar is not None else None,
         )
 
     def plan(self, sequences: list[Sequence]) -> tuple[StepPlan, list[Sequence]]:
@@ -139,7 +139,11 @@ class Driver:
             for sequence in sampling:
                 number = 1 + len(sequence.draft)
                 tokens, logprobs = [*islice(token_ids, number)], [*islice(all_logprobs, number)]
-                tokens = accepted_tokens(sequence.draft, tokens)
+                tokens = [token for token in accepted_tokens(sequence.draft, tokens) if token != NO_TOKEN]
+                if not tokens:  # its mask was not there: the same again
+                    sequence.computed -= number
+                    sequence.draft = []
+                    continue
                 self.num_drafted += len(sequence.draft)
                 self.num_accepted += len(tokens) - 1
                 sequence.computed -= number - len(tokens)

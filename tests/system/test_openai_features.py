@@ -343,6 +343,13 @@ async def test_a_prediction_is_tried_and_counted(real_api: openai.AsyncOpenAI) -
         assert predicted.usage.completion_tokens == plain.usage.completion_tokens
         details = predicted.usage.completion_tokens_details
         assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": Animal.model_json_schema()}}
+    document = (await answer(response_format=form)).choices[0].message.content
+    predicted = await answer(
+        response_format=form, prediction={"type": "content", "content": document[:-9] + '": true}'}
+    )
+    assert predicted.choices[0].message.content == document
+    assert predicted.usage.completion_tokens_details.accepted_prediction_tokens > 0
     for wrong in ({"type": "content"}, {"type": "text", "content": "a"}, "a", {"type": "content", "content": 5}):
         with pytest.raises(openai.BadRequestError, match="prediction"):
             await answer(prediction=wrong)

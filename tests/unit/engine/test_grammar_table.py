@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer_files import read_vocabulary
 from tests.support import tiny_tokenizers
 from tests.support.model_zoo import save_model
+from tests.support.plan_driver import Driver, Sequence
 from tests.unit.engine.test_model_runner import launch, make_runner
 
 pytest.importorskip("llguidance")
@@ -77,7 +79,7 @@ def has_mask(table: GrammarTable, slot: int) -> bool:
 
 def error_of(table: GrammarTable, slot: int) -> str | None:
     table.masks(np.array([slot]))
-    return table.take_missing().get(slot)
+    return table.take_missing().get(0)
 
 
 def test_a_mask_that_is_late_delays_no_other_row(folder: Path, gate: Path) -> None:
@@ -87,7 +89,7 @@ def test_a_mask_that_is_late_delays_no_other_row(folder: Path, gate: Path) -> No
     until(lambda: has_mask(table, 1))
     masks = table.masks(np.array([0, 1]))  # returns although the first waits
     assert (masks[1] == vocabulary(folder).follow(QUICK, [1]).mask()).all()
-    assert table.missing(np.array([0, 1])).tolist() == [True, False]
+    assert table.missing(2).tolist() == [True, False]
     assert table.take_missing() == {0: None}
     gate.touch()
     until(lambda: has_mask(table, 0))
@@ -206,3 +208,31 @@ def test_a_row_without_its_mask_gets_no_token_and_leaves_no_trace(tmp_path: Path
         plain = launch(runner, PlanRow(1, 2, 1, prompt[2:], [], True))
     assert again.token_ids == plain.token_ids
     assert plain.token_ids[0] >= 0
+
+
+def test_drafts_follow_the_grammar_and_change_no_token(tmp_path: Path) -> None:
+    """Right, wrong and forbidden guesses; a guess behind a forbidden one never counts. Penalties see them, too."""
+    save_model(tmp_path / "model", "qwen3", vocab_size=400)
+    tiny_tokenizers.byte_level(tmp_path / "model")
+    runner = make_runner(tmp_path / "model")
+    samplings = [
+        SamplingParams(temperature=0, max_tokens=None, grammar="start: /([a-f]{3}[0-9]{2}x)+/", presence_penalty=1.0),
+        SamplingParams(temperature=1.0, seed=4, max_tokens=None, grammar="start: /[a-z]{2}( [0-9]{3})+/", logprobs=1),
+        SamplingParams(temperature=1.0, seed=5, max_tokens=None),
+    ]
+
+    def run(driver: Driver) -> list[list[int]]:
+        return driver.run(*(driver.add([5, 6, 7], 40, slot, sampling=s) for slot, s in enumerate(samplings)))
+
+    expected = run(Driver(runner, feedback=False))
+    for share_right in (1.0, 0.7):
+        rng = random.Random(f"{share_right}")
+
+        def draft(sequence: Sequence, limit: int, rng: random.Random = rng, share: float = share_right) -> list[int]:
+            done = len(sequence.output)
+            right = expected[sequence.slot][done : done + min(rng.choice((0, 2, 7)), limit)]
+            return [token if rng.random() < share else rng.randrange(400) for token in right]
+
+        driver = Driver(runner, drafter=draft)
+        assert run(driver) == expected
+        assert driver.num_accepted > 30
