@@ -174,13 +174,13 @@ def test_semi_pd(tmp_path: Path) -> None:
 
 
 def test_slo_aware_example(tmp_path: Path) -> None:
-    arguments = ["--model-path", str(EXAMPLES / "models" / "hbserve-demo"), "--simulation-cycles", "30"]
-    targets = ["--ttft-target", "50", "--tpot-target", "50", "--initial-prefill-sm", "60", "--initial-decode-sm", "40"]
+    arguments = ["--model-path", str(EXAMPLES / "models" / "hbserve-demo"), "--simulation-cycles", "18"]
+    targets = ["--ttft-target", "10", "--tpot-target", "50", "--initial-prefill-sm", "60", "--initial-decode-sm", "40"]
     output = run("semi_pd/slo_aware_example.py", tmp_path, *arguments, *targets)
     asked = "the split that was asked for: prefill 60 %, decode 40 % (workers: decode at 40 %, prefill at 60 %)"
     assert asked in output
     cycles = re.findall(r"^ *\d+ +\d+ clients? .*TTFT p95 +[\d.]+ ms .* split +(\d+/ *\d+)$", output, re.MULTILINE)
-    assert len(cycles) == 30
+    assert len(cycles) == 18
     assert cycles[0] == "60/ 40"
     assert "a target is missed; the controller starts to watch" in output
     [moved] = re.findall(r"^decision: \(60, 40\) -> \((\d+), \d+\), because: \S+", output, re.MULTILINE)
