@@ -20,7 +20,7 @@ from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATION_NAMES, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
-from hbserve.weight_format import ON_LOAD, Fp8Format, read_weight_format
+from hbserve.weight_format import KV_SCALE_NAMES, ON_LOAD, Fp8Format, Fp8KV, read_weight_format
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
@@ -70,6 +70,7 @@ class ModelSpec:
         dtype: dtype of the checkpoint.
         experts: the mixture of experts of some or all layers; None: all layers are dense.
         weight_format: format of the matrices in the arena; None: all are in the serving dtype.
+        kv_format: format of KV; None: it is in the serving dtype.
     """
 
     architecture: str
@@ -93,6 +94,7 @@ class ModelSpec:
     experts: Experts | None = None
     has_qk_norm: bool = True
     weight_format: Fp8Format | None = None
+    kv_format: Fp8KV | None = None
 
     @property
     def family(self) -> Family:
@@ -117,11 +119,14 @@ class ModelSpec:
         return [name for name, is_used in features.items() if is_used]
 
     @staticmethod
-    def load(folder: str | Path, quantization: Literal["fp8"] | None = None) -> ModelSpec:
+    def load(
+        folder: str | Path, quantization: Literal["fp8"] | None = None, kv_dtype: Literal["auto", "fp8"] = "auto"
+    ) -> ModelSpec:
         """Read ``config.json`` of a model folder.
 
         Args:
             quantization: ``fp8`` quantises the matrices while they are loaded, if the checkpoint's are not FP8 already.
+            kv_dtype: ``fp8`` keeps KV in FP8; ``auto``: in the serving dtype.
 
         Raises:
             ModelError: the file cannot be read, or names something that is not supported.
@@ -144,7 +149,10 @@ class ModelSpec:
             spec = _from_config(family, config, _dtype(document, folder), _has_tied_head(config, folder))
             if weight_format is not None and spec.experts is not None:
                 raise ModelError("a quantised checkpoint with experts is not supported; supported are unquantised ones")
-            return replace(spec, weight_format=weight_format or (ON_LOAD if quantization == "fp8" else None))
+            weight_format = weight_format or (ON_LOAD if quantization == "fp8" else None)
+            return replace(
+                spec, weight_format=weight_format, kv_format=_kv_format(folder) if kv_dtype == "fp8" else None
+            )
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error.__cause__
 
@@ -308,6 +316,16 @@ def _has_tied_head(config: Any, folder: Path) -> bool:
         return have_equal_bytes(tensors[EMBEDDING], tensors[LM_HEAD])
     except (ModelError, OSError):
         return True
+
+
+def _kv_format(folder: Path) -> Fp8KV:
+    """Find the scales of KV in the checkpoint; files that cannot be read are left to the loader."""
+    try:
+        tensors = checkpoint_tensors(folder)
+    except (ModelError, OSError):
+        return Fp8KV()
+    found = (names for names in KV_SCALE_NAMES if f"model.layers.0.{names[0]}" in tensors)
+    return Fp8KV(next(found, None))
 
 
 def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:

@@ -1,4 +1,4 @@
-"""The format in which a checkpoint keeps its matrices, read from ``quantization_config`` in its ``config.json``.
+"""The formats of weights and of KV. A checkpoint's ``quantization_config`` says in which one its matrices are.
 
 Supported are FP8 weights (e4m3, Micikevicius et al. 2022) in the two layouts that published checkpoints have:
 
@@ -61,6 +61,25 @@ class Fp8Format:
             elif path.startswith(f".{name}.") or path.endswith(f".{name}."):
                 return False
         return True
+
+
+@dataclass(frozen=True)
+class Fp8KV:
+    """KV in FP8.
+
+    Attributes:
+        scale_names: names, below a layer's, of the scales of keys and of values; None: all scales are 1.
+    """
+
+    scale_names: tuple[str, str] | None = None
+
+
+KV_SCALE_NAMES = (
+    ("self_attn.k_scale", "self_attn.v_scale"),
+    ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),
+    ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),
+)
+"""Names that checkpoints have for the scales of KV."""
 
 
 ON_LOAD = Fp8Format("channel", is_on_load=True)

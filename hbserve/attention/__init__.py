@@ -8,6 +8,7 @@ from hbserve.attention.base import AttentionBackend, AttentionBatch
 from hbserve.attention.flash_attn import FlashAttnBackend
 from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.attention.sdpa import SdpaBackend
+from hbserve.attention.triton_paged import TritonBackend
 from hbserve.errors import ConfigError
 from hbserve.hints import nearest
 from hbserve.model_spec import ModelSpec
@@ -15,7 +16,7 @@ from hbserve.platform import Platform
 
 __all__ = ["AttentionBackend", "AttentionBatch", "select_attention_backend"]
 
-_ORDER: tuple[type[AttentionBackend], ...] = (FlashInferBackend, FlashAttnBackend, SdpaBackend)
+_ORDER: tuple[type[AttentionBackend], ...] = (FlashInferBackend, FlashAttnBackend, TritonBackend, SdpaBackend)
 _BACKENDS = {backend.name: backend for backend in _ORDER}
 """Backends in the order in which ``auto`` tries them."""
 

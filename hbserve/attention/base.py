@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hbserve.float8 import FP8, rounded
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
@@ -77,13 +78,22 @@ class Attention(ABC):
     Args:
         layout: layout of the cache.
         kv_cache: ``[block, layer, k/v, token, kv head, head dim]``, a view of the KV arena, used in place.
+        kv_scales: float32 ``[layers, k/v, kv heads]``, for a cache in FP8 only; None: all are 1.
+
+    Attributes:
+        kv_scales: factors of what lies in the cache; None: the cache has the dtype of keys and values.
     """
 
     slot_mapping: Tensor
     """Slot mapping of the step that has begun; see `AttentionBatch`."""
 
-    def __init__(self, layout: KVLayout, kv_cache: Tensor) -> None:
+    def __init__(self, layout: KVLayout, kv_cache: Tensor, kv_scales: Tensor | None = None) -> None:
         self.layout, self.kv_cache = layout, kv_cache
+        self.kv_scales: Tensor | None = None
+        if layout.dtype == FP8:
+            shape = layout.num_layers, 2, layout.num_kv_heads
+            ones = torch.ones(shape, dtype=torch.float32, device=kv_cache.device)
+            self.kv_scales = ones if kv_scales is None else kv_scales.view(shape)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
@@ -92,8 +102,15 @@ class Attention(ABC):
         """
         block_size = self.layout.block_size
         blocks, offsets = self.slot_mapping // block_size, self.slot_mapping % block_size
-        self.kv_cache[blocks, layer, 0, offsets] = k
-        self.kv_cache[blocks, layer, 1, offsets] = v
+        cells = as_bytes(self.kv_cache)
+        cells[blocks, layer, 0, offsets], cells[blocks, layer, 1, offsets] = self.cells_of(layer, k, v)
+
+    def cells_of(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``[tokens, kv heads, head_dim]`` as the cache holds them, FP8 as uint8."""
+        if self.kv_scales is None:
+            return k, v
+        scales = self.kv_scales[layer, :, None, :, None]
+        return as_bytes(rounded(k.float() / scales[0])), as_bytes(rounded(v.float() / scales[1]))
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
@@ -105,11 +122,16 @@ class Attention(ABC):
         """
 
 
+def as_bytes(cells: Tensor) -> Tensor:
+    """View FP8 as uint8, which torch can index; other dtypes stay as they are."""
+    return cells.view(torch.uint8) if cells.dtype == FP8 else cells
+
+
 class AttentionBackend(Attention):
     """Attention of any batch, through block tables.
 
     Args:
-        layout, kv_cache: see `Attention`.
+        layout, kv_cache, kv_scales: see `Attention`.
         tp_size: number of ranks that share the query heads.
     """
 
@@ -121,9 +143,15 @@ class AttentionBackend(Attention):
     """Tokens per block must be a multiple of this."""
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
+        self,
+        spec: ModelSpec,
+        layout: KVLayout,
+        kv_cache: Tensor,
+        platform: Platform,
+        tp_size: int = 1,
+        kv_scales: Tensor | None = None,
     ) -> None:
-        super().__init__(layout, kv_cache)
+        super().__init__(layout, kv_cache, kv_scales)
         self.spec, self.platform = spec, platform
         self.num_heads = spec.num_heads // tp_size
 
@@ -154,6 +182,8 @@ def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtyp
         return f"has no kernels for {dtype}"
     if any(window is not None for window in spec.sliding_windows):
         return "is not set up for sliding windows"
+    if spec.kv_format is not None:
+        return "is not set up for KV in FP8"
     return None
 
 

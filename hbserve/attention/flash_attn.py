@@ -24,9 +24,15 @@ class FlashAttnBackend(AttentionBackend):
     block_size_multiple = _PAGE_MULTIPLE
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
+        self,
+        spec: ModelSpec,
+        layout: KVLayout,
+        kv_cache: Tensor,
+        platform: Platform,
+        tp_size: int = 1,
+        kv_scales: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
         import flash_attn
 
         self._decode: Any = flash_attn.flash_attn_with_kvcache

@@ -28,9 +28,15 @@ class FlashInferBackend(AttentionBackend):
     preferred_block_size = 16
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
+        self,
+        spec: ModelSpec,
+        layout: KVLayout,
+        kv_cache: Tensor,
+        platform: Platform,
+        tp_size: int = 1,
+        kv_scales: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
         import flashinfer
 
         device = platform.device

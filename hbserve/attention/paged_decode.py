@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.attention.base import Attention, has_unusual_scores
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
+from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform.cuda_driver import overlaps
@@ -40,18 +41,46 @@ _MERGED_VALUES = 4096
 """Values of partial results that a warp merges at a time: 128 registers of each thread."""
 
 
+@triton.jit
+def _in_registers(values, operand: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Convert FP8 values as they were loaded.
+
+    Triton converts what a product reads after it has changed hands between threads. Values of a transposed operand
+    change hands one byte at a time then. It leaves assembler that has effects where it is.
+    """
+    if values.dtype == tl.float8e4nv:
+        values = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r", [values], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    return values.to(operand)
+
+
+@triton.jit
+def _scores(query, key, key_scale, seen, is_fp8: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Multiply queries by keys, which in FP8 have a scale; keys that are not seen get the lowest score."""
+    score = tl.dot(query, tl.trans(key))
+    if is_fp8:
+        score *= key_scale
+    return tl.where(seen[None, :], score, -1e30)
+
+
 @triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, pieces, first_piece, indptr, indices, positions, num_stored, chunk_len,  # read; see `DecodeInputs`
+    q, cache, kv_scales, pieces, first_piece, indptr, indices, positions, num_stored, chunk_len,  # `DecodeInputs`
     out, partial, partial_lse, counters,  # written
     stride_block, stride_kv, stride_token,  # of the cache
     scale, capacity,
     group: tl.constexpr, query_rows: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     lanes: tl.constexpr, page: tl.constexpr, block: tl.constexpr, max_splits: tl.constexpr,
     group_lanes: tl.constexpr, merged_parts: tl.constexpr, stages: tl.constexpr,
-    early: tl.constexpr, overlap: tl.constexpr,
+    early: tl.constexpr, is_fp8: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
+    # float16 has all values of FP8, and one instruction converts two of them
+    operand: tl.constexpr = tl.float16 if is_fp8 else q.dtype.element_ty
+    key_scale = tl.load(kv_scales + head) if is_fp8 else 1.0
     # Before gdc_wait() only two things may be read: what the host has copied for this step, and keys and values of
     # earlier steps. What the previous kernel writes may be missing: the query, and keys and values of this step.
     piece = tl.load(pieces + tl.program_id(1))
@@ -84,7 +113,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     query = tl.load(q + heads[:, None] * head_dim + lane[None, :], mask=in_group & in_head, other=0.0)
     # softmax in base 2, because exp2 is one instruction: the scale includes log2(e)
-    query = (query.to(tl.float32) * (scale * 1.4426950408889634)).to(query.dtype)
+    query = (query.to(tl.float32) * (scale * 1.4426950408889634)).to(operand)
     highest = tl.full((query_rows,), -1e30, tl.float32)
     total = tl.zeros((query_rows,), tl.float32)
     weighted = tl.zeros((query_rows, lanes), tl.float32)
@@ -92,15 +121,15 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     if early:
         is_newest = (token >= stored) & (token < end)
         mask = is_newest[:, None] & in_head
-        key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-        value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-        key = tl.where(is_newest[:, None], key, early_key)
-        value = tl.where(is_newest[:, None], value, early_value)
-        score = tl.where((token < end)[None, :], tl.dot(query, tl.trans(key)), -1e30)
+        new_key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+        new_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+        key = tl.where(is_newest[:, None], new_key.to(operand), early_key.to(operand))
+        value = tl.where(is_newest[:, None], _in_registers(new_value, operand), _in_registers(early_value, operand))
+        score = _scores(query, key, key_scale, token < end, is_fp8)
         highest = tl.max(score, axis=1)
         weight = tl.exp2(score - highest[:, None])
         total = tl.sum(weight, axis=1)
-        weighted = tl.dot(weight.to(value.dtype), value)
+        weighted = tl.dot(weight.to(operand), value)
         begin += block
     for at in tl.range(begin, end, block, num_stages=stages):
         token = at + tl.arange(0, block)
@@ -108,16 +137,19 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         page_id = tl.load(indices + first_page + token // page, mask=in_piece, other=0).to(tl.int64)
         offset = page_id * stride_block + (token % page) * stride_token
         mask = in_piece[:, None] & in_head
-        key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+        key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0).to(operand)
         value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-        score = tl.where(in_piece[None, :], tl.dot(query, tl.trans(key)), -1e30)
+        value = _in_registers(value, operand)
+        score = _scores(query, key, key_scale, in_piece, is_fp8)
         new_highest = tl.maximum(highest, tl.max(score, axis=1))
         shrink = tl.exp2(highest - new_highest)
         weight = tl.exp2(score - new_highest[:, None])
         total = total * shrink + tl.sum(weight, axis=1)
-        weighted = weighted * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
+        weighted = weighted * shrink[:, None] + tl.dot(weight.to(operand), value)
         highest = new_highest
     result = weighted / total[:, None]
+    if is_fp8:
+        result *= tl.load(kv_scales + num_kv_heads + head)
     if length <= chunk:
         target = out + heads[:, None] * head_dim + lane[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=in_group & in_head)
@@ -188,12 +220,14 @@ class PagedDecode(Attention):
     """Decode attention of batches of up to ``max_rows`` sequences, fit for a CUDA graph.
 
     Args:
-        layout, kv_cache: see `Attention`.
+        layout, kv_cache, kv_scales: see `Attention`.
         num_heads: query heads of this rank.
     """
 
-    def __init__(self, layout: KVLayout, kv_cache: Tensor, num_heads: int, max_rows: int) -> None:
-        super().__init__(layout, kv_cache)
+    def __init__(
+        self, layout: KVLayout, kv_cache: Tensor, num_heads: int, max_rows: int, kv_scales: Tensor | None = None
+    ) -> None:
+        super().__init__(layout, kv_cache, kv_scales)
         self._group = num_heads // layout.num_kv_heads
         self._counters = torch.zeros(max_rows * layout.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
         self._overlap = overlaps(kv_cache.device)
@@ -204,7 +238,7 @@ class PagedDecode(Attention):
     @staticmethod
     def supports(spec: ModelSpec, layout: KVLayout) -> str | None:
         """Return None, or the reason why the kernel cannot serve that model."""
-        if layout.dtype not in (torch.bfloat16, torch.float16):
+        if layout.dtype not in (torch.bfloat16, torch.float16, FP8):
             return f"has no kernel for {layout.dtype}"
         if any(window is not None for window in spec.sliding_windows):
             return "has no kernel for sliding windows"
@@ -241,13 +275,14 @@ class PagedDecode(Attention):
         block, stages, num_warps, _ = _launch_shape(num_rows * num_kv_heads, lanes)
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
-            q, cache, inputs.pieces, inputs.first_piece, inputs.indptr, inputs.indices, inputs.positions,
+            q, cache, partial_lse if self.kv_scales is None else self.kv_scales[layer],
+            inputs.pieces, inputs.first_piece, inputs.indptr, inputs.indices, inputs.positions,
             inputs.num_stored, inputs.chunk_len,
             out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5, capacity,
             self._group, max(_MIN_QUERY_ROWS, group_lanes), num_kv_heads, head_dim,
             lanes, self.layout.block_size, block, MAX_SPLITS,
             group_lanes, max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)), stages,
-            num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS, self._overlap,
+            num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS, self.kv_scales is not None, self._overlap,
             num_warps=num_warps, launch_pdl=self._overlap,
         )  # fmt: skip
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch
+from hbserve.attention.base import AttentionBackend, AttentionBatch, as_bytes
+from hbserve.float8 import FP8, widened
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_families.declaration import Scales
 from hbserve.model_spec import ModelSpec
@@ -56,12 +57,18 @@ class SdpaBackend(AttentionBackend):
     preferred_block_size = 16
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, kv_cache: Tensor, platform: Platform, tp_size: int = 1
+        self,
+        spec: ModelSpec,
+        layout: KVLayout,
+        kv_cache: Tensor,
+        platform: Platform,
+        tp_size: int = 1,
+        kv_scales: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
         # One row per token, layer and k/v; the rows of a layer are those of layer 0 plus a constant.
-        self._cache_rows = kv_cache.view(-1, layout.num_kv_heads * layout.head_dim)
-        self._scratch = kv_cache.new_empty(0)
+        self._cache_rows = as_bytes(kv_cache).view(-1, layout.num_kv_heads * layout.head_dim)
+        self._scratch = self._cache_rows.new_empty(0)
         self._plans: dict[int | None, _WindowPlan] = {}
         self._slot_rows = torch.empty(0, dtype=torch.int64)
 
@@ -77,18 +84,17 @@ class SdpaBackend(AttentionBackend):
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         key_row = layer * 2 * self.layout.block_size
+        k, v = self.cells_of(layer, k, v)
         self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))
         self._cache_rows.index_copy_(0, self._slot_rows + key_row + self.layout.block_size, v.flatten(1))
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
-        key_row = layer * 2 * self.layout.block_size
-        value_row = key_row + self.layout.block_size
         plan = self._plans[self.spec.sliding_windows[layer]]
         for gather in plan.decodes:
-            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
+            keys, values = self._keys_and_values(layer, gather.rows, q.dtype)
             out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask, self.spec.scales)
         for gather in plan.chunks:
-            keys, values = self._gather(gather.rows, key_row), self._gather(gather.rows, value_row, behind_keys=True)
+            keys, values = self._keys_and_values(layer, gather.rows, q.dtype)
             out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask, self.spec.scales)
 
     def _row_of(self, slots: Tensor) -> Tensor:
@@ -96,6 +102,19 @@ class SdpaBackend(AttentionBackend):
         block_size = self.layout.block_size
         rows_per_block = self.layout.num_layers * 2 * block_size
         return slots // block_size * rows_per_block + slots % block_size
+
+    def _keys_and_values(self, layer: int, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``[len(rows), kv heads, head_dim]`` of a layer, in the model's dtype."""
+        key_row = layer * 2 * self.layout.block_size
+        keys = self._gather(rows, key_row)
+        values = self._gather(rows, key_row + self.layout.block_size, behind_keys=True)
+        if self.kv_scales is None:
+            return keys, values
+        key_scales, value_scales = self.kv_scales[layer, :, :, None]
+        return (
+            (widened(keys.view(FP8)) * key_scales).to(dtype),
+            (widened(values.view(FP8)) * value_scales).to(dtype),
+        )
 
     def _gather(self, rows: Tensor, first_row: int, behind_keys: bool = False) -> Tensor:
         """Copy keys or values ``[len(rows), kv heads, head_dim]`` to scratch memory; values go behind the keys.
@@ -105,7 +124,7 @@ class SdpaBackend(AttentionBackend):
         width = self._cache_rows.shape[1]
         num_elements = rows.numel() * width
         if self._scratch.numel() < 2 * num_elements:
-            self._scratch = self.kv_cache.new_empty(2 * num_elements)
+            self._scratch = self._cache_rows.new_empty(2 * num_elements)
         target = self._scratch[num_elements : 2 * num_elements] if behind_keys else self._scratch[:num_elements]
         torch.index_select(self._cache_rows, 0, rows + first_row, out=target.view(-1, width))
         return target.view(-1, self.layout.num_kv_heads, self.layout.head_dim)

@@ -128,7 +128,7 @@ def run(options: OfflineOptions) -> None:
         HBServeError: if the engine fails; `ConfigError` for options that cannot be run.
     """
     config = options.engine_config()
-    spec = ModelSpec.load(options.model, config.model.quantization)
+    spec = ModelSpec.load(options.model, config.model.quantization, config.kv_cache.dtype)
     batch = RequestBatch.draw(options.shape, options.seed, spec.vocab_size)
     if batch.longest > spec.max_position_embeddings:
         raise ConfigError(

@@ -68,6 +68,7 @@ class PdDisaggConfig:
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
     max_queue_s: float | None = None
+    kv_cache_dtype: str | None = None
     kv_transfer_backend: KVTransferBackend | str | type[Any] | None = None
     kv_buffer_size: int | None = None
     kv_ip: str | None = None
@@ -178,6 +179,7 @@ def _plain(field: str, value: Any) -> Any:
 
 
 _IRREGULAR_KEYS = {
+    "dtype": "model.dtype",
     "log_level": "logging.level",
     "scheduling_policy": "scheduler.policy",
     "ttft_target_ms": "scheduler.ttft_ms",

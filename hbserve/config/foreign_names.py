@@ -47,7 +47,7 @@ FOREIGN_NAMES = _table(
         ("sampling_defaults", _SGLANG, "model.generation_config", "auto or none"),
         ("tokenizer_mode", _BOTH, None, "the tokenizer follows from the model's files"),
         ("trust_remote_code", _BOTH, None, "HBServe runs no code from a model's folder; leave it out"),
-        ("kv_cache_dtype", _BOTH, None, "KV has the dtype of the model"),
+        ("kv_cache_dtype", _BOTH, "kv_cache.dtype", "auto or fp8, which is e4m3"),
         ("enable_lora lora_modules lora_paths max_loras max_lora_rank", _BOTH, None, "HBServe has no LoRA"),
         ("chat_template", _BOTH, None, "requests may have a chat_template; else the model's own is used"),
         (

@@ -86,7 +86,7 @@ class ModelConfig(Section, frozen=True):
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
     max_model_len: PositiveInt | None = None
-    attention_backend: Literal["auto", "sdpa", "flashinfer", "flash_attn"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "flashinfer", "flash_attn", "triton"] = "auto"
     quantization: Literal["fp8"] | None = None
     seed: NonNegativeInt = 0
 
@@ -126,13 +126,15 @@ class KVTransferConfig(Section, frozen=True):
 
 
 class KVCacheConfig(Section, frozen=True):
-    """KV tiers: where blocks of KV are kept beside the devices' memory.
+    """KV in its pools, and in tiers: where blocks are kept beside the devices' memory.
 
     Attributes:
+        dtype: ``fp8`` takes half the bytes of bfloat16 in pools, tiers and transfers; ``auto``: the model's dtype.
         host_bytes: memory of each host for them, shared by its instances; 0: none.
         timeout_s: a copy to or from a tier that takes longer has failed; its blocks are computed.
     """
 
+    dtype: Literal["auto", "fp8"] = "auto"
     host_bytes: NonNegativeInt = 0
     timeout_s: PositiveFloat = 5.0
 

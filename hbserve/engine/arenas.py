@@ -18,6 +18,7 @@ from hbserve.attention import select_attention_backend
 from hbserve.config import Config
 from hbserve.engine.step_board import StepBoard
 from hbserve.errors import ConfigError, StartupError
+from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import DTYPES, ModelSpec
@@ -95,16 +96,16 @@ class Arenas:
 
 
 def check_fp8(spec: ModelSpec, platform: Platform) -> None:
-    """Check that the device multiplies FP8, if the model has FP8 weights.
+    """Check that the device has FP8, if weights or KV are in it.
 
     Raises:
         ConfigError: it does not.
     """
-    if spec.weight_format is not None and platform.name == "cuda":
+    if platform.name == "cuda" and (spec.weight_format is not None or spec.kv_format is not None):
         capability = torch.cuda.get_device_capability(platform.device)
         if capability < _FIRST_FP8_CAPABILITY:
             raise ConfigError(
-                f"FP8 weights need a GPU of compute capability 8.9 or later (Ada, Hopper); {platform.describe()} has "
+                f"FP8 needs a GPU of compute capability 8.9 or later (Ada, Hopper); {platform.describe()} has "
                 f"{capability[0]}.{capability[1]}"
             )
 
@@ -275,7 +276,7 @@ def _size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platfo
 
 
 def dtype_of(config: Config, spec: ModelSpec) -> torch.dtype:
-    """Return the dtype of weights and KV."""
+    """Return the dtype of what is not quantised."""
     return spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
 
 
@@ -285,7 +286,7 @@ def _layout(config: Config, spec: ModelSpec, block_size: int, parallel: TensorPa
         block_size=block_size,
         num_kv_heads=max(1, spec.num_kv_heads // parallel.size),
         head_dim=spec.head_dim,
-        dtype=dtype_of(config, spec),
+        dtype=dtype_of(config, spec) if spec.kv_format is None else FP8,
     )
 
 

@@ -59,7 +59,7 @@ class ModelRunner:
             ``graphs``, ``warm_up``.
 
     Attributes:
-        spec: the model. parallel: as given. layout: of this rank's part of a KV block.
+        spec: the model. dtype: of what is not quantised. parallel: as given. layout: of this rank's part of a KV block.
         num_blocks: of the KV cache; max_model_len: most tokens of prompt and output together; both
             are the same on all ranks.
         kv_blocks: uint8 ``[block, bytes]``, the KV cache as transfers move it.
@@ -86,11 +86,11 @@ class ModelRunner:
         parallel = replace(parallel or TensorParallel(), has_whole_experts=config.model.expert_parallel)
         self.parallel = parallel
         if attachment is None:
-            self.spec = spec = ModelSpec.load(config.model.path, config.model.quantization)
+            self.spec = spec = ModelSpec.load(config.model.path, config.model.quantization, config.kv_cache.dtype)
         else:
             self.spec = spec = ModelSpec.from_plain(attachment.spec)
         check_fp8(spec, platform)
-        dtype = dtype_of(config, spec)
+        self.dtype = dtype = dtype_of(config, spec)
         backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
         stopwatch.lap("model")
         if attachment is None:
@@ -98,7 +98,8 @@ class ModelRunner:
         else:
             arenas = attach_arenas(config, spec, platform, parallel, attachment)
         stopwatch.lap("arenas")
-        self._decoder = Decoder(spec, arenas.table.views(arenas.weights), parallel)
+        weights = arenas.table.views(arenas.weights)
+        self._decoder = Decoder(spec, weights, parallel)
         stopwatch.lap("decoder")
         self.layout, self.num_blocks, self.max_model_len = arenas.layout, arenas.num_blocks, arenas.max_model_len
         num_arena_blocks = self.num_blocks + (arenas.spare_block is not None)
@@ -109,7 +110,7 @@ class ModelRunner:
             samples = instance.instance_type is InstanceRole.DECODE
             self.board = StepBoard(arenas.board, config.performance.max_num_seqs, samples)
         kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
-        self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size)
+        self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size, weights.get("kv_scales"))
         stopwatch.lap("attention")
         self._table = SequenceTable(
             max_num_seqs=config.performance.max_num_seqs,
@@ -173,7 +174,9 @@ class ModelRunner:
             self._graph_pool = torch.cuda.graph_pool_handle()
         if role.decodes and self._graphs is None:
             heads = self.spec.num_heads // self.parallel.size
-            attention = PagedDecode(self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs)
+            attention = PagedDecode(
+                self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs, self._attention.kv_scales
+            )
             self._graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
             self._graph_pool = self._graphs.pool
         if role.prefills and self._prefill_graphs is None:

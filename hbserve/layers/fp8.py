@@ -1,7 +1,7 @@
 """FP8 linear layers in plain torch: the reference for `hbserve.layers.fp8_kernels`, and what a CPU computes.
 
-Weights and inputs are e4m3 (Micikevicius et al. 2022): 4 bits of exponent, 3 of mantissa, at most 448. With q the
-rounding to e4m3, and a scale s for each row of the weight, or for each of its blocks of 128 x 128::
+Weights and inputs are e4m3 (`hbserve.float8`). With q the rounding to it, and a scale s for each row of the weight, or
+for each of its blocks of 128 x 128::
 
     weight     W[n, k] ~ s[n] Q[n, k]
     input      t = max |x| / 448 over a token (over 128 inputs where weights have blocks), or from the checkpoint
@@ -19,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hbserve.float8 import FP8_MAX, rounded, widened
 from hbserve.layers.linear import Linear
 from hbserve.weight_format import BLOCK_SIZE
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 _MIN_PEAK = 1e-12
 """The least peak of a token, so that a token of zeros has a scale."""
-
-_ALL_VALUES = torch.arange(256, dtype=torch.uint8).view(FP8).float()
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,6 @@ class Quantised:
         return widened(self.values) * scales
 
 
-def widened(values: Tensor) -> Tensor:
-    """Convert FP8 to float32; on a CPU by a table, in a fifth of the time."""
-    if values.device.type != "cpu":
-        return values.float()
-    return _ALL_VALUES.index_select(0, values.reshape(-1).view(torch.uint8).int()).view(values.shape)
-
-
 def quantise(x: Tensor, scale: Tensor | None = None, *, is_grouped: bool = False) -> Quantised:
     """Quantise rows ``[rows, columns]``.
 
@@ -64,19 +54,15 @@ def quantise(x: Tensor, scale: Tensor | None = None, *, is_grouped: bool = False
     values = x.float()
     if scale is not None:
         scales = scale.expand(len(x), 1)
-        return Quantised(_round(values * (1 / scales)), scales)
+        return Quantised(rounded(values * (1 / scales)), scales)
     if not is_grouped:
         peaks = values.abs().amax(1, keepdim=True).clamp(min=_MIN_PEAK)
-        return Quantised(_round(values * (FP8_MAX / peaks)), peaks / FP8_MAX)
+        return Quantised(rounded(values * (FP8_MAX / peaks)), peaks / FP8_MAX)
     num_columns = x.shape[1]
     groups = F.pad(values, (0, -num_columns % BLOCK_SIZE)).view(len(x), -1, BLOCK_SIZE)
     peaks = groups.abs().amax(2).clamp(min=_MIN_PEAK)
-    rounded = _round(groups * (FP8_MAX / peaks)[:, :, None])
-    return Quantised(rounded.flatten(1)[:, :num_columns], peaks / FP8_MAX)
-
-
-def _round(values: Tensor) -> Tensor:
-    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    flat = rounded(groups * (FP8_MAX / peaks)[:, :, None])
+    return Quantised(flat.flatten(1)[:, :num_columns], peaks / FP8_MAX)
 
 
 class Fp8Linear(Linear):

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.fp8 import FP8, Fp8Linear, Quantised
+from hbserve.float8 import FP8
+from hbserve.layers.fp8 import Fp8Linear, Quantised
 from hbserve.layers.fp8_one_row import GROUPED, STATIC, mode_of, to_fp8
 from hbserve.layers.fused import add_residual
 from hbserve.platform.cuda_driver import overlaps

@@ -106,10 +106,11 @@ def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
-    qkv, q_out, cache, q_weight, k_weight, positions, slots, inverse_frequencies, magnitude, eps,
+    qkv, q_out, cache, kv_scales, q_weight, k_weight, positions, slots, inverse_frequencies, magnitude, eps,
     stride_block, stride_kv, stride_token,  # of the cache
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr,
     rotated_dim: tl.constexpr, is_interleaved: tl.constexpr, block_size: tl.constexpr, has_norm: tl.constexpr,
+    is_fp8: tl.constexpr,
     heads_per_program: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     # A lane has two dimensions of a head, lower and upper: a pair that turns, or two of the rest, which does not turn.
@@ -156,10 +157,16 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     tl.store(q_target + lower, first, mask=mask & is_q)
     tl.store(q_target + upper, second, mask=mask & is_q)
     kv_head = head - num_heads - tl.where(is_v, num_kv_heads, 0)
+    if is_fp8:
+        at = kv_head + tl.where(is_v, num_kv_heads, 0)
+        scale = tl.load(kv_scales + at, mask=(at >= 0) & (at < 2 * num_kv_heads), other=1.0)
+        first = tl.clamp(first.to(tl.float32) / scale, -448.0, 448.0)
+        second = tl.clamp(second.to(tl.float32) / scale, -448.0, 448.0)
     place = (slot // block_size) * stride_block + (slot % block_size) * stride_token + tl.where(is_v, stride_kv, 0)
     kv_target = cache + place + kv_head * head_dim
-    tl.store(kv_target + lower, first, mask=mask & (head >= num_heads) & (slot >= 0))
-    tl.store(kv_target + upper, second, mask=mask & (head >= num_heads) & (slot >= 0))
+    is_stored = mask & (head >= num_heads) & (slot >= 0)
+    tl.store(kv_target + lower, first.to(cache.dtype.element_ty), mask=is_stored)
+    tl.store(kv_target + upper, second.to(cache.dtype.element_ty), mask=is_stored)
 
 
 def norm_rotate_store(
@@ -171,6 +178,7 @@ def norm_rotate_store(
     rotary: RotaryEmbedding,
     eps: float,
     out: Tensor,
+    kv_scales: Tensor | None = None,
 ) -> None:
     """Normalise q and k per head, rotate them, and write k and v to the cache and q to ``out``.
 
@@ -180,6 +188,7 @@ def norm_rotate_store(
         norms: weights ``[head_dim]`` of the RMS norms of q and k; None: no norms.
         positions, slots: int64 ``[tokens]``; the kernel does not store a token with a negative slot.
         out: contiguous ``[tokens, heads, head_dim]``.
+        kv_scales: float32 ``[k/v, kv heads]`` of a cache in FP8; None: the cache has the dtype of ``qkv``.
     """
     num_tokens = qkv.shape[0]
     _, _, block_size, num_kv_heads, head_dim = cache.shape
@@ -189,9 +198,11 @@ def norm_rotate_store(
     heads_per_program = 1 if num_tokens < 64 else 8
     overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
-        qkv, out, cache, q_weight, k_weight, positions, slots, rotary.inverse_frequencies, rotary.magnitude, eps,
+        qkv, out, cache, qkv if kv_scales is None else kv_scales, q_weight, k_weight, positions, slots,
+        rotary.inverse_frequencies, rotary.magnitude, eps,
         *cache.stride()[:3],
         num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
-        rotary.rotated_dim, rotary.is_interleaved, block_size, norms is not None, heads_per_program, overlap,
+        rotary.rotated_dim, rotary.is_interleaved, block_size, norms is not None, kv_scales is not None,
+        heads_per_program, overlap,
         num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
     )  # fmt: skip

@@ -312,7 +312,8 @@ class FusedOps(LayerOps):
         self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
         cache, slots = attention.kv_cache[:, layer], attention.slot_mapping
-        self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out)
+        scales = None if attention.kv_scales is None else attention.kv_scales[layer]
+        self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out, scales)
 
 
 def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | None) -> GroupedExperts | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -54,6 +55,25 @@ class CheckpointPart:
             device: the arena's, where work on large tensors is done.
         """
         return cast(Tensor, source[(slice(None),) * self.dim + (slice(self.start, self.stop),)])
+
+
+@dataclass(frozen=True)
+class KVScalePart(CheckpointPart):
+    """Scales of a layer's keys or values: of each KV head, or of all; start and stop are this rank's heads."""
+
+    arena_dtype: ClassVar[str | None] = "float32"
+    is_slice: ClassVar[bool] = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return 1, self.stop - self.start
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape) in (1, *self.shape)
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        scales = cast(Tensor, source[...]).reshape(1, -1).expand(1, *self.shape)
+        return scales[:, self.start : self.stop]
 
 
 Parameter = tuple[str, tuple[CheckpointPart, ...]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hbserve.errors import ModelError
-from hbserve.layers.fp8 import FP8
+from hbserve.float8 import FP8
 from hbserve.model_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -25,6 +26,7 @@ from hbserve.models.checkpoint_part import CheckpointPart
 from hbserve.models.expert_shares import expert_shares, skew_router
 from hbserve.models.weight_reader import Read, read_all
 from hbserve.models.weights import WeightTable, checkpoint_parts
+from hbserve.weight_format import KV_SCALE_NAMES
 
 _DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
@@ -123,7 +125,7 @@ def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed:
             _repeat(view.flatten(), noise.to(view.dtype))
             if shares is not None:
                 skew_router(view, shares, order)
-        elif name.endswith("input_scale"):
+        elif name.endswith(("input_scale", "kv_scales")):
             view.fill_(1)
         elif name.endswith("scale"):
             view.fill_(_DUMMY_STD / _DUMMY_FP8_STD)
@@ -193,7 +195,13 @@ def _renamed(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> dict[str, str]
 
 
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor adds nothing: old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens."""
+    """Whether a tensor adds nothing.
+
+    Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, and scales of KV if it is not
+    in FP8.
+    """
+    if spec.kv_format is None and any(name.endswith(pair) for pair in KV_SCALE_NAMES):
+        return True
     layer = name.removeprefix("model.layers.").partition(".")[0]
     if spec.family.has_draft_layers and layer.isdecimal() and int(layer) >= spec.num_layers:
         return True
@@ -211,7 +219,8 @@ def model_fingerprint(folder: str | Path, spec: ModelSpec, dummy_seed: int | Non
     Raises:
         ModelError: the weights cannot be read.
     """
-    digest = hashlib.sha256(repr(spec).encode())
+    # The dtype of KV is no property of the model; instances compare it by itself.
+    digest = hashlib.sha256(repr(replace(spec, kv_format=None)).encode())
     if dummy_seed is not None:
         digest.update(f"dummy {dummy_seed}".encode())
         return digest.hexdigest()[:_FINGERPRINT_CHARACTERS]

@@ -25,7 +25,7 @@ from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
-from hbserve.models.checkpoint_part import CheckpointPart, Parameter
+from hbserve.models.checkpoint_part import CheckpointPart, KVScalePart, Parameter
 from hbserve.models.schemes import matrix_parameters
 from hbserve.weight_format import Fp8Format
 
@@ -51,7 +51,8 @@ class WeightTable(msgspec.Struct, frozen=True):
             ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
             fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields
             of `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix has
-            further parameters, see `hbserve.models.schemes`.
+            further parameters, see `hbserve.models.schemes`. ``kv_scales [layers * 2, KV heads]`` are those of KV in
+            FP8, keys and values of one layer after the other, if the checkpoint has them.
         num_bytes: size of the arena.
     """
 
@@ -132,6 +133,9 @@ class _Sharding:
             for name, parts in self._layer(layer, f"model.layers.{layer}."):
                 yield f"layers.{layer}.{name}", parts
         yield self._norm("final", "model.norm")
+        if spec.kv_format is not None and spec.kv_format.scale_names is not None:
+            names = (f"model.layers.{i}.{name}" for i in range(spec.num_layers) for name in spec.kv_format.scale_names)
+            yield "kv_scales", tuple(KVScalePart(name, (spec.num_kv_heads,), 0, *self._kv_heads()) for name in names)
         if not spec.tied_embeddings:
             yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 

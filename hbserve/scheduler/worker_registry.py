@@ -253,8 +253,10 @@ class WorkerRegistry:
         first = self._first_hello
         if first is None:
             return None
-        names = "model", "dtype", "block size", "bytes of a KV head", "vocabulary"
-        found, expected = ((h.model, h.dtype, h.block_size, h.head_bytes, h.vocab_size) for h in (hello, first))
+        names = "model", "dtype", "KV dtype", "block size", "bytes of a KV head", "vocabulary"
+        found, expected = (
+            (h.model, h.dtype, h.kv_dtype, h.block_size, h.head_bytes, h.vocab_size) for h in (hello, first)
+        )
         if found != expected:
             pairs = zip(names, found, expected, strict=True)
             differs = ", ".join(f"{name} {f}, not {e}" for name, f, e in pairs if f != e)

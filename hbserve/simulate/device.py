@@ -183,6 +183,7 @@ class SimulatedWorker:
             pid=0,
             model="simulated",
             dtype="bfloat16",
+            kv_dtype="bfloat16",
             num_blocks=self.device.num_blocks,
             block_size=BLOCK_SIZE,
             block_bytes=BLOCK_SIZE * _KV_BYTES_PER_TOKEN,

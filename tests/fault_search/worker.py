@@ -189,6 +189,7 @@ class Worker(Process):
                 pid=1,
                 model="m",
                 dtype="float32",
+                kv_dtype="float32",
                 num_blocks=len(self.arena.blocks),
                 block_size=BLOCK_SIZE,
                 block_bytes=64,

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hbserve.layers.fp8 import FP8, Fp8Linear, Quantised
+from hbserve.attention.base import AttentionBatch
+from hbserve.attention.sdpa import SdpaBackend
+from hbserve.attention.triton_paged import TritonBackend
+from hbserve.float8 import FP8
+from hbserve.kv_cache.layout import KVLayout
+from hbserve.layers.fp8 import Fp8Linear, Quantised
+from hbserve.model_spec import ModelSpec
+from hbserve.platform import make_platform
+from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
 
 pytest.importorskip("triton")
@@ -98,11 +108,65 @@ def test_rows_are_quantised_after_norm_and_gate(size: int, kind: str) -> None:
         assert_close(inner.dequantised(), layer.quantise_input(F.silu(gate) * up).dequantised())
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(16, 8, 128, 16), (6, 2, 96, 32), (8, 1, 64, 8)])
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
+def test_triton_attention_equals_the_reference(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page: int, tmp_path: Path
+) -> None:
+    """Decodes and chunks in one step, over blocks that lie anywhere; unwritten memory holds NaN."""
+    save_model(
+        tmp_path,
+        "llama",
+        head_dim=head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=2,
+        hidden_size=heads * 8,
+    )
+    spec = ModelSpec.load(tmp_path)
+    layout = KVLayout(2, page, kv_heads, head_dim, dtype)
+    lens, contexts = np.array([1, 1, 1, 37, 300, 130]), np.array([3000, 1, 71, 37, 811, 2100], np.int32)
+    starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+    num_pages = -(-contexts // page)
+    num_blocks = int(num_pages.sum())
+    order = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    tables = np.zeros((len(lens), num_pages.max()), np.int32)
+    old_slots, slots = [], []
+    for row, (length, context) in enumerate(zip(lens, contexts, strict=True)):
+        tables[row, : num_pages[row]] = order[num_pages[:row].sum() :][: num_pages[row]]
+        places = tables[row, np.arange(context) // page].astype(np.int64) * page + np.arange(context) % page
+        old_slots.append(places[:-length])
+        slots.append(places[-length:])
+    arena = torch.full((num_blocks * layout.block_bytes,), 0xFF, dtype=torch.uint8, device="cuda")
+    scales = torch.rand(2, 2, kv_heads, device="cuda") * 0.02 + 0.01 if dtype == FP8 else None
+    platform = make_platform("cuda", gpu_id=0, num_threads=1, num_instances=1)
+    ours, reference = (
+        backend(spec, layout, layout.view(arena, num_blocks), platform, kv_scales=scales)
+        for backend in (TritonBackend, SdpaBackend)
+    )
+    for chosen, is_begun in ((np.concatenate(old_slots), False), (np.concatenate(slots), True)):
+        batch = AttentionBatch(3, starts, contexts, tables, torch.from_numpy(chosen).cuda())
+        ours.slot_mapping = batch.slot_mapping
+        if is_begun:
+            ours.begin(batch)
+            reference.begin(batch)
+        ours.store(1, random_rows(len(chosen), kv_heads, head_dim), random_rows(len(chosen), kv_heads, head_dim))
+    q = random_rows(int(lens.sum()), heads, head_dim)
+    out, expected = torch.empty_like(q), torch.empty_like(q)
+    reference.attend(1, q, expected)
+    for _ in range(2):  # the first call must leave the counters at zero
+        ours.attend(1, q, out)
+        assert_close(out, expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+        {"quantization": "fp8", "kv_cache_dtype": "fp8", "cuda_graph_enabled": False, "chunk_size": 48},
         {"quantization": "fp8"},
-        {"quantization": "fp8", "cuda_graph_enabled": False, "chunk_size": 48},
+        {"kv_cache_dtype": "fp8"},
+        {"attention_backend": "triton", "chunk_size": 48},
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ _HELLO = Hello(
     pid=1,
     model="m",
     dtype="float32",
+    kv_dtype="float32",
     num_blocks=200,
     block_size=16,
     block_bytes=16,

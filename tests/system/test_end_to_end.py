@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hbserve import LLM, SamplingParams
+from hbserve.semi_pd.process_rotation_manager import SMAllocation
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT
 
@@ -19,6 +20,7 @@ import demo_language as language  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 NUM_PAIRS = 60
+DEADLINE_S = 120.0
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "num_blocks": 2048,
@@ -38,12 +40,40 @@ def share_right(llm: LLM, questions: list[language.Question]) -> float:
     return sum(o["text"] == q.answer for o, q in zip(outputs, questions, strict=True)) / len(questions)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["unified", "disaggregated"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("unified", "float32"), ("disaggregated", "float32"), ("disaggregated", "bfloat16")]
+)
 def test_recall_of_held_out_pairs_in_every_mode(mode: str, dtype: str) -> None:
     with LLM(DEMO, mode=mode, dtype=dtype, **SETTINGS) as llm:
         assert share_right(llm, recall_questions(20)) >= 0.95
         assert share_right(llm, recall_questions(20, position=10)) >= 0.95
+        assert_no_leaks(llm)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("disaggregated", {"kv_transfer_backend": "shm"}),
+        ("semi_pd", {"prefill_percentage": 60, "ladder": {"prefill": [], "decode": []}, "num_sleepers": 1}),
+    ],
+    ids=["disaggregated", "semi_pd"],
+)
+def test_fp8_weights_and_kv_give_right_answers_in_every_mode(mode: str, options: dict[str, Any]) -> None:
+    """In chunks, then with prefixes from the cache, in semi-PD behind a rotation; unit/engine/test_fp8.py has the rest.
+
+    Answers that are all right differ in no token.
+    """
+    rng = random.Random(5)
+    questions = [language.recall_question(rng, num_pairs) for num_pairs in (3, 12, 20, 30)]
+    settings = SETTINGS | {"quantization": "fp8", "kv_cache_dtype": "fp8", "dtype": "float32"} | options
+    with LLM(DEMO, mode=mode, **settings) as llm:
+        assert share_right(llm, questions) == 1
+        if mode == "semi_pd":
+            (manager,) = llm.supervisors.values()
+            assert manager.request_sm_reallocation(SMAllocation(80, 100))
+            assert manager.wait_until_settled(DEADLINE_S)
+        assert share_right(llm, questions) == 1
+        assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] > 0
         assert_no_leaks(llm)
 
 

@@ -86,6 +86,14 @@ def test_a_worker_that_answers_wrongly_is_lost_and_the_scheduler_goes_on(answer:
     assert [row.token_ids for row in prompt.rows] == [[1, 2, 3]]
 
 
+def test_a_worker_with_kv_of_another_dtype_is_refused_by_name() -> None:
+    scheduler = make_scheduler()
+    scheduler.step(50.0, [FromWorker(1, HELLO)])
+    other = msgspec.structs.replace(HELLO, epoch=2, arena_epoch=2, kv_dtype="float8_e4m3fn")
+    outbox = scheduler.step(50.1, [FromWorker(1, other)])
+    assert [text for _, text in outbox.log if "KV dtype float8_e4m3fn, not float32" in text]
+
+
 def test_a_request_survives_the_loss_of_its_worker() -> None:
     scheduler = make_scheduler()
     scheduler.step(50.0, [FromWorker(1, HELLO), FromClient(b"c", REQUEST)])
