@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import nullcontext
 from io import FileIO
 from typing import NamedTuple
 
@@ -113,8 +113,10 @@ class _Reader:
     def _buffer(self, num_bytes: int) -> Tensor:
         buffer: Tensor | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < num_bytes:
-            allocate = partial(torch.empty, pin_memory=True) if self._device.type == "cuda" else torch.empty
-            buffer = self._local.buffer = allocate(num_bytes, dtype=torch.uint8)
+            on_gpu = self._device.type == "cuda"
+            with torch.cuda.device(self._device) if on_gpu else nullcontext():  # a new thread's device is the first one
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+            self._local.buffer = buffer
         return buffer
 
 
