@@ -18,6 +18,7 @@ _EXPERIMENTS = {
     "isolation": "what large, slow and malformed requests of one client do to the streams of others",
     "auto": "mode auto on a simulated GPU beside hand-tuned workers, static splits and the bound",
     "compare": "the highest rates of several systems, beside the simulator's",
+    "agreement": "how far the simulator is from runs that were measured",
     "scheduler": "what the scheduler's core costs: CPU time of a step, by the size of the batch",
     "scheduler_kills": "the scheduler is killed under load: are the answers right, and how long is the pause",
     "transfer": "how fast KV moves between two processes, and how fast the library could move it",

@@ -117,6 +117,10 @@ class Drains:
         if instance.id in self._drains:
             leaves = self._drains[instance.id].role is None
             return f"{instance.id} is {'leaving' if leaves else 'changing its role'} already"
+        return self.why_needed(instance)
+
+    def why_needed(self, instance: InstanceHandle) -> str | None:
+        """Return why the system cannot do without an instance in its role; None: others can take its place."""
         others = [
             other
             for other in self._instances.values()

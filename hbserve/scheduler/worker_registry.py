@@ -371,9 +371,11 @@ class WorkerRegistry:
         if instance is None or instance.ready or instance.role is InstanceRole.SEMI_PD:
             self._drains.remove(client, message)
             return
-        self._drains.on_gone(instance)
-        self._on_instance_gone(instance, for_good=True)
-        self._outbox.reply(client, InstanceChanged(query_id=message.query_id))
+        problem = self._drains.why_needed(instance)
+        if problem is None:
+            self._drains.on_gone(instance)
+            self._on_instance_gone(instance, for_good=True)
+        self._outbox.reply(client, InstanceChanged(query_id=message.query_id, error=problem))
 
     # --- workers on memory that another process holds --------------------------------------------
 

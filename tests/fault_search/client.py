@@ -18,7 +18,7 @@ from hbserve.messages.client import (
     SubscribeReady,
 )
 from hbserve.sampling_params import SamplingParams
-from tests.fault_search.memory import answer_of
+from tests.fault_search.memory import answer_of, scores_of
 from tests.fault_search.scenario import VOCAB_SIZE, RequestSpec
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class _Request:
     expected: list[int]
     began_at: float
     tokens: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     first_token_at: float | None = None
     is_aborted: bool = False
     end: str | None = None
@@ -67,16 +68,17 @@ class Client:
 
     def _open(self, request: _Request) -> None:
         spec, now = request.spec, self.world.now
-        resumed = None
+        resumed, first_at = None, request.first_token_at
         predicted = None
         if spec.wrong_guesses is not None:
             rng = random.Random(spec.seed)
             predicted = [
                 rng.randrange(VOCAB_SIZE) if rng.random() < spec.wrong_guesses else t for t in request.expected
             ]
-        if request.tokens:
-            assert request.first_token_at is not None
-            resumed = Resumed(token_ids=list(request.tokens), first_token_age_s=now - request.first_token_at)
+        if request.tokens or request.scores:
+            age_s = None if first_at is None else now - first_at
+            num_scored = len(request.scores)
+            resumed = Resumed(token_ids=list(request.tokens), num_scored=num_scored, first_token_age_s=age_s)
         sampling = SamplingParams(
             max_tokens=spec.max_tokens,
             seed=spec.seed,
@@ -86,6 +88,7 @@ class Client:
             ttft_ms=spec.ttft_ms,
             tpot_ms=spec.tpot_ms,
             priority="batch" if spec.is_batch else None,
+            prompt_logprobs=0 if spec.scores_prompt else None,
         )
         self._send(
             AddRequest(
@@ -115,7 +118,7 @@ class Client:
         if not self.is_alive or session != self.session:
             return
         match reply:
-            case Ready():
+            case Ready() if not self._is_ready:
                 self._is_ready = True
                 for request in self.requests.values():
                     if request.end is None:
@@ -130,6 +133,13 @@ class Client:
         world, request = self.world, self.requests[output.request_id]
         if request.end is not None:
             raise world.fault(f"{request.id} got {output} after its end, {request.end}")
+        if output.prompt_logprobs is not None:
+            request.scores += [each.token for each in output.prompt_logprobs]
+            expected_scores = scores_of(request.spec.prompt)
+            if request.scores != expected_scores[: len(request.scores)]:
+                raise world.fault(f"{request.id} got log-probabilities {request.scores}, not {expected_scores}")
+        if output.token_ids and request.spec.scores_prompt and len(request.scores) + 1 != len(request.spec.prompt):
+            raise world.fault(f"{request.id} got a token, but only {len(request.scores)} log-probabilities before")
         begin = len(request.tokens)
         request.tokens += output.token_ids
         if output.token_ids and request.first_token_at is None:

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from tests.fault_search.scenario import BLOCK_SIZE, VOCAB_SIZE, RequestSpec
 
 NOTHING = 0
 """Contents of a position that was never written."""
+NUM_LAYERS = 4
+MAX_RANKS = 2
+_LAYER_BITS, _HEAD_BITS = 16, 8
+UNMERGED = 0x5A5A_5A5A_5A5A_5A5A
+"""What the contents differ by, while the parts of several ranks lie one after the other in a block."""
+
+
+@cache
+def part_of(layer_group: int, num_groups: int, rank: int, num_ranks: int) -> int:
+    """Return the bits of a position's contents that stand for a rank's heads in a group of layers."""
+    layers, heads = NUM_LAYERS // num_groups, MAX_RANKS // num_ranks
+    bits = [
+        layer * _LAYER_BITS + head * _HEAD_BITS + bit
+        for layer in range(layer_group * layers, (layer_group + 1) * layers)
+        for head in range(rank * heads, (rank + 1) * heads)
+        for bit in range(_HEAD_BITS)
+    ]
+    mask = sum(1 << bit for bit in bits)
+    is_last = bits[-1] == NUM_LAYERS * _LAYER_BITS - 1
+    return mask - (1 << (bits[-1] + 1)) if is_last else mask  # the sign of a hash goes with its highest bit
 
 
 def kv_of(before: int, token: int) -> int:
@@ -27,6 +48,20 @@ def next_token(contents: Sequence[int], seed: int, history: Sequence[int] | None
     while token in forbidden:
         token = (token + 1) % VOCAB_SIZE
     return token
+
+
+def score_of(before: int, token: int) -> float:
+    """Return the log-probability of a prompt's token after the contents of the position before it."""
+    return float(hash((token, before)) % 1000)
+
+
+def scores_of(prompt: Sequence[int]) -> list[float]:
+    """Return the log-probabilities of a prompt's tokens from the second on."""
+    contents, scores = kv_of(NOTHING, prompt[0]), []
+    for token in prompt[1:]:
+        scores.append(score_of(contents, token))
+        contents = kv_of(contents, token)
+    return scores
 
 
 def answer_of(request: RequestSpec) -> list[int]:
@@ -75,7 +110,9 @@ class Arena:
     def read(self, table: Sequence[int], position: int) -> int:
         return self.blocks[table[position // BLOCK_SIZE]][position % BLOCK_SIZE]
 
-    def write(self, block: int, offset: int, contents: int) -> None:
+    def write(self, block: int, offset: int, contents: int, part: int = -1) -> None:
+        """Write contents, or the bits of them that are a ``part``."""
+        contents = (self.blocks[block][offset] & ~part) | (contents & part)
         self._check_write(self, block, offset, contents)
         self.blocks[block][offset] = contents
 

@@ -20,6 +20,7 @@ from hbserve.messages.worker import StepLost, StepResult
 from hbserve.scheduler import request_lifecycle, step_planner, transfer_tracker
 from hbserve.scheduler import sequence as sequence_module
 from hbserve.scheduler.core_io import OutboxWriter
+from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
@@ -386,36 +387,86 @@ def a_late_load_is_waited_for_no_longer_but_keeps_its_blocks(patch: Patch) -> No
     patch.setattr(RequestLifecycle, "expire_copies", expire_copies)
 
 
+@_plant
+def the_last_layer_group_is_not_waited_for(patch: Patch) -> None:
+    def open_transfer(self: TransferTracker, sequence: Sequence, *others: Any) -> Any:
+        command = original(self, sequence, *others)
+        if 0 < command.layers.index == command.layers.count - 1:
+            sequence.open_transfers.discard(command.transfer_id)
+        return command
+
+    original = TransferTracker.open
+    patch.setattr(TransferTracker, "open", open_transfer)
+
+
+@_plant
+def kv_that_arrives_before_its_step_has_ended_is_not_decoded(patch: Patch) -> None:
+    def on_prefilled(self: RequestLifecycle, sequence: Sequence) -> None:
+        self._enter(sequence, Phase.TRANSFERRING)
+        sequence.prefilled_at = self._clock.now
+
+    patch.setattr(RequestLifecycle, "_on_prefilled", on_prefilled)
+
+
+@_plant
+def parts_of_several_ranks_stay_unmerged(patch: Patch) -> None:
+    patch.setattr(transfer_tracker, "_needs_merging", lambda link: False)
+
+
+@_plant
+def a_prompt_that_is_computed_again_is_scored_again(patch: Patch) -> None:
+    def on_prompt_logprobs(self: RequestLifecycle, sequence: Sequence, start: int, scores: Any) -> None:
+        sequence.num_scored = start
+        original(self, sequence, start, scores)
+
+    original = RequestLifecycle._on_prompt_logprobs
+    patch.setattr(RequestLifecycle, "_on_prompt_logprobs", on_prompt_logprobs)
+
+
+@_plant
+def the_only_instance_may_be_removed_while_it_is_lost(patch: Patch) -> None:
+    def why_needed(self: Drains, instance: InstanceHandle) -> str | None:
+        return original(self, instance) if instance.ready else None
+
+    original = Drains.why_needed
+    patch.setattr(Drains, "why_needed", why_needed)
+
+
 FOUND_BY = {
     "copies_of_tiers_do_not_pin": 47,
     "a_block_with_a_wrong_checksum_is_used": 1008,
     "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 304,
     "steps_do_not_pin": 20,
-    "transfers_do_not_pin": 18,
+    "transfers_do_not_pin": 4,
     "blocks_are_free_one_pin_early": 20,
-    "a_worker_of_an_earlier_epoch_is_believed": 87,
-    "an_abort_is_forgotten_while_kv_is_on_its_way": 59,
-    "a_retry_keeps_the_old_attempts_results": 4,
+    "a_worker_of_an_earlier_epoch_is_believed": 137,
+    "an_abort_is_forgotten_while_kv_is_on_its_way": 47,
+    "a_retry_keeps_the_old_attempts_results": 8,
     "a_result_is_delivered_twice": 0,
     "the_last_waiting_result_is_left": 17,
     "a_block_is_sealed_before_it_is_full": 2,
     "a_prefix_hash_forgets_what_was_before_the_block": 151,
     "a_slot_is_freed_by_every_instance_that_knows_the_request": 0,
-    "rows_after_a_lost_row_count": 204,
+    "rows_after_a_lost_row_count": 148,
     "the_steps_of_an_ended_worker_are_forgotten": 29,
-    "sent_is_taken_for_received": 1,
-    "a_broken_link_unpins_at_once": 545,
+    "sent_is_taken_for_received": 3,
+    "a_broken_link_unpins_at_once": 79,
     "decoding_begins_before_the_last_transfer": 1,
     "new_memory_keeps_the_old_prefix_cache": 0,
     "a_worker_gets_no_history": 0,
-    "another_workers_state_is_taken_for_current": 30,
+    "another_workers_state_is_taken_for_current": 63,
     "tokens_under_an_earlier_scheduler_are_forgotten": 33,
     "no_worker_learns_of_a_lost_step": 53,
     "a_decode_does_not_grow_its_table": 1,
     "an_activated_sequence_wakes_no_instance": 0,
-    "an_open_link_does_not_wake_its_sender": 20,
-    "blocks_that_a_transfer_frees_wake_no_instance": 1044,
+    "an_open_link_does_not_wake_its_sender": 233,
+    "blocks_that_a_transfer_frees_wake_no_instance": 1360,
     "a_late_mask_is_not_waited_for": 3,
+    "the_last_layer_group_is_not_waited_for": 7,
+    "kv_that_arrives_before_its_step_has_ended_is_not_decoded": 20,
+    "parts_of_several_ranks_stay_unmerged": 16,
+    "a_prompt_that_is_computed_again_is_scored_again": 20,
+    "the_only_instance_may_be_removed_while_it_is_lost": 170,
     "a_wrong_guess_is_accepted": 0,
     "a_position_behind_a_draft_is_skipped": 0,
     "a_draft_has_no_blocks": 0,

@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 DEMO = ROOT / "examples" / "models" / "hbserve-demo"
 VOCAB_SIZE = 64
 BLOCK_SIZE = 4
+BLOCK_BYTES = 64
 HEARTBEAT_TIMEOUT_S = 2.0
 TRANSFER_TIMEOUT_S = 3.0
 TIER_TIMEOUT_S = 0.5
@@ -56,6 +57,7 @@ class RequestSpec:
         keeps_state: it has a penalty, so workers hold a history of its tokens.
         late_masks: it has a grammar, and one step in four ends without the mask for the next token.
         is_batch: it is best-effort.
+        scores_prompt: its client asks for the log-probabilities of the prompt's tokens.
         ttft_ms, tpot_ms: its targets.
         wrong_guesses: its client predicts its output with this share of wrong tokens; None: it predicts nothing.
     """
@@ -74,6 +76,7 @@ class RequestSpec:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     wrong_guesses: float | None = None
+    scores_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ class Scenario:
         has_ladder: semi-PD has two workers of each phase, with other shares.
         has_throttle: decode waits for its turn while prefill is busy.
         num_slots: blocks of KV that the host's memory holds; 0: there is no tier.
+        layer_group_bytes: a prompt's last blocks leave in groups of layers of at least this size; 0: all at once.
+        prefill_ranks, decode_ranks: ranks of an instance that starts in this role; each holds a part of the heads.
+        repeats: messages that may come twice sometimes do, and blocks are sometimes written twice.
     """
 
     seed: int
@@ -113,6 +119,10 @@ class Scenario:
     has_ladder: bool
     max_step_s: float
     has_throttle: bool
+    layer_group_bytes: int
+    prefill_ranks: int
+    decode_ranks: int
+    repeats: bool
     requests: tuple[RequestSpec, ...]
     faults: tuple[Fault, ...]
     num_slots: int = 0
@@ -132,6 +142,7 @@ class Scenario:
             self.placement,
             self.local_prefill_tokens,
             self.has_throttle,
+            self.layer_group_bytes,
         )
 
 
@@ -149,6 +160,7 @@ def _config(
     placement: str,
     local_prefill_tokens: int,
     has_throttle: bool,
+    layer_group_bytes: int,
 ) -> Config:
     instances = {
         "unified": [{"instance_id": f"u{n}", "instance_type": "unified"} for n in range(num_prefill)],
@@ -182,6 +194,7 @@ def _config(
             verify=verify,
             max_attempts=10_000,
             local_prefill_tokens=local_prefill_tokens,
+            layer_group_bytes=layer_group_bytes,
             timeout_s=TRANSFER_TIMEOUT_S,
         ),
         kv_cache=replace(config.kv_cache, timeout_s=TIER_TIMEOUT_S),
@@ -197,6 +210,8 @@ def draw(seed: int) -> Scenario:
     service = random.Random(-1 - seed)  # a generator of its own, so that all else stays what it was
     speculation = random.Random(f"{seed} speculation")  # likewise
     predicts = speculation.random() < 0.4
+    parts = random.Random(f"{seed} parts")  # likewise
+    has_scores = parts.random() < 0.3
     has_batch, has_targets = service.random() < 0.4, service.random() < 0.5
     mode = rng.choice(("unified", "disaggregated", "disaggregated", "semi_pd", "semi_pd"))
     max_tokens = rng.choice((4, 12, 20))
@@ -230,6 +245,7 @@ def draw(seed: int) -> Scenario:
                 is_batch=is_batch,
                 ttft_ms=targets_ms[0] if keeps_targets else None,
                 tpot_ms=targets_ms[1] if keeps_targets else None,
+                scores_prompt=has_scores and parts.random() < 0.5,
                 wrong_guesses=speculation.choice((None, 0.0, 0.2, 0.6)) if predicts else None,
             )
         )
@@ -275,6 +291,10 @@ def draw(seed: int) -> Scenario:
         has_ladder=rng.random() < 0.8,
         max_step_s=rng.choice((0.003, 0.01, 0.03)),
         has_throttle=rng.random() < 0.5,
+        layer_group_bytes=parts.choice((0, BLOCK_BYTES, 2 * BLOCK_BYTES)),
+        prefill_ranks=parts.choice((1, 1, 2)),
+        decode_ranks=parts.choice((1, 1, 2)),
+        repeats=parts.random() < 0.3,
         requests=tuple(sorted(requests, key=lambda request: request.at)),
         faults=faults,
         num_slots=num_slots,

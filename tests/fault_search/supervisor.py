@@ -25,6 +25,7 @@ class Launcher:
     def __init__(self, world: World, instance_id: str, role: InstanceRole, kv_rank: int) -> None:
         self.world, self.instance_id, self.role, self.kv_rank = world, instance_id, role, kv_rank
         self.address = f"tcp://{instance_id}"
+        self.has_left = False
         self.start()
 
     def start(self) -> None:
@@ -37,15 +38,17 @@ class Launcher:
             self.address,
             arena,
             self.kv_rank,
-            lambda *_: self._on_exit(),
+            self._on_exit,
             world.host,
         )
         arena.owner = self.worker  # type: ignore[attr-defined]
         world.trace(f"{self.instance_id} starts")
 
-    def _on_exit(self) -> None:
+    def _on_exit(self, worker: Worker, is_dismissed: bool) -> None:
         self.world.trace(f"{self.instance_id} has ended")
-        self.world.after(self.world.rng.uniform(0.05, 1.0), self.start)
+        self.has_left = is_dismissed
+        if not is_dismissed:
+            self.world.after(self.world.rng.uniform(0.05, 1.0), self.start)
 
     @property
     def workers(self) -> list[Worker]:

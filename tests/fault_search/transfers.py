@@ -3,6 +3,9 @@
 A one-sided sender writes block after block into the receiver's memory, whatever the receiver does, while the receiver's
 window for the link is open. A two-sided sender sends all blocks at once, and the receiver writes them when it was told
 where.
+
+An instance of several ranks sends each block in parts, one for each pair of ranks that share heads. Where several ranks
+send to one without its help, their parts lie unmerged in the block until the scheduler has it merge them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from hbserve.messages.transfer import (
     CancelTransfer,
     CloseLink,
     FinishBlocks,
+    LayerGroup,
     LinkClosed,
     LinkOpened,
     OpenLink,
@@ -23,6 +27,7 @@ from hbserve.messages.transfer import (
     TransferCommand,
     TransferResult,
 )
+from tests.fault_search.memory import UNMERGED, part_of
 from tests.fault_search.scenario import TRANSFER_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -52,7 +57,8 @@ class Transfers:
             sending.is_over = True
         self._sendings: dict[str, _Sending] = {}
         self._receives: dict[str, ReceiveBlocks] = {}
-        self._arrived: dict[str, _Blocks] = {}
+        self._arrived: dict[str, list[tuple[int, _Blocks]]] = {}  # parts, each with the bits that it holds
+        self._num_stored: dict[str, int] = {}
         self.windows: dict[int, str] = {}  # instance that sends, by epoch of the link
         self._cancelled_early: set[str] = set()
         self._seen_generation: dict[int, int] = {}
@@ -62,8 +68,8 @@ class Transfers:
         match command:
             case OpenLink(source_id=source_id, link_epoch=link_epoch):
                 self.windows[link_epoch] = source_id
-                peer = Peer(rank=worker.kv_rank, epoch=worker.epoch, endpoint="", link_epoch=link_epoch)
-                worker.send(LinkOpened(epoch=worker.epoch, source_id=source_id, link_epoch=link_epoch, peers=[peer]))
+                peers = worker.peers(link_epoch)
+                worker.send(LinkOpened(epoch=worker.epoch, source_id=source_id, link_epoch=link_epoch, peers=peers))
             case CloseLink(source_id=source_id, link_epoch=link_epoch):
                 self.windows.pop(link_epoch, None)
                 for receive in list(self._receives.values()):
@@ -133,42 +139,65 @@ class Transfers:
         del self._sendings[command.transfer_id]
         checksums = None
         if error is None and command.checksum:
-            checksums = [[hash(tuple(self._worker.arena.blocks[block])) for block in command.block_ids]]
+            checksums = self._checksums(command.block_ids, command.layers, self._worker.num_ranks)
         self._report(command.transfer_id, True, error, checksums)
 
+    def _checksums(self, block_ids: list[int], layers: LayerGroup, num_ranks: int) -> list[list[int]]:
+        """Return checksums of blocks for each rank of the sender."""
+        parts = [part_of(layers.index, layers.count, rank, num_ranks) for rank in range(num_ranks)]
+        blocks = self._worker.arena.blocks
+        return [[hash(tuple([each & part for each in blocks[block]])) for block in block_ids] for part in parts]
+
+    def _parts(self, command: SendBlocks) -> list[int]:
+        """Return the bits of each part in which blocks leave, one for each pair of ranks that share heads."""
+        count, layers = max(self._worker.num_ranks, len(command.targets)), command.layers
+        return [part_of(layers.index, layers.count, rank, count) for rank in range(count)]
+
     def _write(self, sending: _Sending, index: int) -> None:
-        """Write one block into the receiver's memory, and the others after it."""
+        """Write one part of a block into the receiver's memory, and the others after it."""
         world, command = self._worker.world, sending.command
         if sending.is_over:
             return
-        if index == len(command.block_ids):
+        parts = self._parts(command)
+        if index == len(command.block_ids) * len(parts):
             self._end_send(sending, None)
             return
-        [target] = command.targets
+        target = command.targets[0]
         receiver = world.receiver_of(target)
         if world.is_wire_bad or receiver is None or target.link_epoch not in receiver.transfers.windows:
             delay_s = world.rng.choice((0.01, TRANSFER_TIMEOUT_S))
             self._worker.after(delay_s, lambda: self._end_send(sending, "the receiver takes nothing"))
             return
-        contents = world.on_wire(self._worker.arena.blocks[command.block_ids[index]])
+        number, part = index // len(parts), parts[index % len(parts)]
+        needs_merging = self._worker.num_ranks > len(command.targets)
+        contents = world.on_wire(self._worker.arena.blocks[command.block_ids[number]], part)
         for offset, each in enumerate(contents):
-            receiver.arena.write(command.target_block_ids[index], offset, each)
-        self._worker.after(world.rng.choice((0.0, 0.0, 0.001, 0.02)), lambda: self._write(sending, index + 1))
+            unmerged = each ^ UNMERGED if needs_merging else each
+            receiver.arena.write(command.target_block_ids[number], offset, unmerged, part)
+        is_repeated = world.scenario.repeats and world.rng.random() < 0.2  # a transport that tries again
+        following = index if is_repeated else index + 1
+        self._worker.after(world.rng.choice((0.0, 0.0, 0.001, 0.02)), lambda: self._write(sending, following))
 
     def _send_all(self, sending: _Sending) -> None:
         world, command = self._worker.world, sending.command
-        payload = [world.on_wire(self._worker.arena.blocks[block]) for block in command.block_ids]
-        [target] = command.targets
+        target, parts = command.targets[0], self._parts(command)
+        num_left = len(parts)
 
-        def deliver() -> None:
+        def deliver(part: int, payload: _Blocks) -> None:
+            nonlocal num_left
             receiver = world.receiver_of(target)
             if world.is_wire_bad or receiver is None or target.link_epoch not in receiver.transfers.windows:
                 self._worker.do(lambda: self._end_send(sending, "the receiver takes nothing"))
                 return
-            receiver.do(lambda: receiver.transfers.on_arrived(command.transfer_id, target, payload))
-            self._worker.do(lambda: self._end_send(sending, None))
+            receiver.do(lambda: receiver.transfers.on_arrived(command.transfer_id, target, part, payload))
+            num_left -= 1
+            if not num_left:
+                self._worker.do(lambda: self._end_send(sending, None))
 
-        world.after(world.rng.choice((0.0005, 0.002, 0.05)), deliver)
+        for part in parts:
+            payload = [world.on_wire(self._worker.arena.blocks[block], part) for block in command.block_ids]
+            delay_s = world.rng.choice((0.0005, 0.002, 0.05))
+            world.after(delay_s, lambda part=part, payload=payload: deliver(part, payload))  # type: ignore[misc]
 
     # --- the receiver ----------------------------------------------------------------------------
 
@@ -181,33 +210,42 @@ class Transfers:
         elif self._is_stale(command.block_ids, command.generations):
             self._end_receive(transfer_id, "stale")
         elif transfer_id in self._arrived:
-            self._store(transfer_id, self._arrived.pop(transfer_id))
-        else:
+            for part, payload in self._arrived.pop(transfer_id):
+                self._store(transfer_id, part, payload)
+        if transfer_id in self._receives:
             self._worker.after(TRANSFER_TIMEOUT_S, lambda: self._end_receive(transfer_id, "not complete in time"))
 
-    def on_arrived(self, transfer_id: str, as_peer: Peer, payload: _Blocks) -> None:
-        """The blocks of a two-sided transfer are here."""
+    def on_arrived(self, transfer_id: str, as_peer: Peer, part: int, payload: _Blocks) -> None:
+        """A part of the blocks of a two-sided transfer is here."""
         if as_peer.epoch != self._worker.epoch or as_peer.link_epoch not in self.windows:
             return
         if transfer_id in self._receives:
-            self._store(transfer_id, payload)
+            self._store(transfer_id, part, payload)
         else:
-            self._arrived[transfer_id] = payload
+            self._arrived.setdefault(transfer_id, []).append((part, payload))
 
-    def _store(self, transfer_id: str, payload: _Blocks) -> None:
-        for block, contents in zip(self._receives[transfer_id].block_ids, payload, strict=True):
+    def _store(self, transfer_id: str, part: int, payload: _Blocks) -> None:
+        command = self._receives[transfer_id]
+        for block, contents in zip(command.block_ids, payload, strict=True):
             for offset, each in enumerate(contents):
-                self._worker.arena.write(block, offset, each)
-        self._end_receive(transfer_id, None)
+                self._worker.arena.write(block, offset, each, part)
+        self._num_stored[transfer_id] = self._num_stored.get(transfer_id, 0) + 1
+        if self._num_stored[transfer_id] == max(len(command.sources), self._worker.num_ranks):
+            self._end_receive(transfer_id, None)
 
     def _end_receive(self, transfer_id: str, error: str | None) -> None:
+        self._num_stored.pop(transfer_id, None)
         if self._receives.pop(transfer_id, None) is not None:
             self._report(transfer_id, False, error)
 
     def _finish(self, command: FinishBlocks) -> None:
-        error = None
-        if command.checksums is not None:
-            found = [hash(tuple(self._worker.arena.blocks[block])) for block in command.block_ids]
-            if [found] != command.checksums:
-                error = "blocks are not what was sent"
+        error, layers, worker = None, command.layers, self._worker
+        if worker.world.scenario.one_sided and command.num_sources > worker.num_ranks:
+            part = part_of(layers.index, layers.count, 0, 1)
+            for block in command.block_ids:
+                for offset, each in enumerate(worker.arena.blocks[block]):
+                    worker.arena.write(block, offset, each ^ UNMERGED, part)
+        found = self._checksums(command.block_ids, layers, command.num_sources)
+        if command.checksums not in (None, found):
+            error = "blocks are not what was sent"
         self._report(command.transfer_id, False, error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hbserve.config import InstanceRole
+from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import (
@@ -29,8 +30,8 @@ from hbserve.messages.worker import (
 )
 from hbserve.sampling_params import SamplingParams
 from hbserve.speculation.speculator import accepted_tokens
-from tests.fault_search.memory import NOTHING, Arena, kv_of, next_token
-from tests.fault_search.scenario import BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
+from tests.fault_search.memory import MAX_RANKS, NOTHING, NUM_LAYERS, Arena, kv_of, next_token, score_of
+from tests.fault_search.scenario import BLOCK_BYTES, BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
 from tests.fault_search.tiers import Copies, HostMemory
 from tests.fault_search.transfers import Transfers
 
@@ -110,6 +111,10 @@ class Worker(Process):
         super().__init__(world, worker_id)
         self.role = self._serves_as = role
         self.address, self.arena, self.kv_rank = address, arena, kv_rank
+        self.num_ranks = {
+            InstanceRole.PREFILL: world.scenario.prefill_ranks,
+            InstanceRole.DECODE: world.scenario.decode_ranks,
+        }.get(role, 1)
         self._on_exit = on_exit
         self.epoch = world.new_number()
         self.transfers = Transfers(self)
@@ -192,17 +197,25 @@ class Worker(Process):
                 kv_dtype="float32",
                 num_blocks=len(self.arena.blocks),
                 block_size=BLOCK_SIZE,
-                block_bytes=64,
-                num_layers=1,
+                block_bytes=BLOCK_BYTES,
+                num_layers=NUM_LAYERS,
                 head_bytes=16,
                 max_model_len=MAX_MODEL_LEN,
                 vocab_size=VOCAB_SIZE,
                 device="cpu",
-                peers=[Peer(rank=self.kv_rank, epoch=self.epoch, endpoint="")],
+                peers=self.peers(),
                 one_sided=scenario.one_sided,
                 tiers=self.copies.infos,
             )
         )
+
+    def peers(self, link_epoch: int = 0) -> list[Peer]:
+        """Its ranks, as others send to them."""
+        first = self.kv_rank * MAX_RANKS
+        return [
+            Peer(rank=first + rank, epoch=self.epoch, endpoint="", link_epoch=link_epoch)
+            for rank in range(self.num_ranks)
+        ]
 
     def send(self, reply: InstanceReply) -> None:
         if self._line is not None:
@@ -267,7 +280,17 @@ class Worker(Process):
         token_ids = [token for row in plan.rows for token in self._compute_row(row)]
         if plan.cell is not None:
             self.arena.on_step_done(plan.cell, plan.step_id)
-        result = StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=token_ids, logprobs=None, busy_s=0.002)
+        for command in plan.sends if plan.epoch == self.epoch else ():
+            if command.layers.count > 1:  # groups of layers leave before the step's end
+                self.transfers.send(command)
+        result = StepResult(
+            epoch=plan.epoch,
+            step_id=plan.step_id,
+            token_ids=token_ids,
+            logprobs=None,
+            busy_s=0.002,
+            prompt_logprobs=[self._scores(row) for row in plan.rows if row.next_token_ids is not None] or None,
+        )
         self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._finish(plan, result))
 
     def _compute_row(self, row: PlanRow) -> list[int]:
@@ -307,13 +330,23 @@ class Worker(Process):
             slot.history += [token for token in accepted_tokens(drafts, sampled) if token != NO_TOKEN]
         return sampled
 
+    def _scores(self, row: PlanRow) -> list[TokenLogprobs]:
+        """Return the log-probabilities of the prompt tokens after a row's."""
+        assert row.next_token_ids is not None
+        table = self._slots[row.slot].table
+        return [
+            TokenLogprobs(token=score_of(self.arena.read(table, position), token), top_ids=[], top=[])
+            for position, token in enumerate(row.next_token_ids, row.start)
+        ]
+
     def _finish(self, plan: StepPlan, result: StepResult) -> None:
         self._running = None
         self._serves_as = plan.role or self._serves_as
         self.send(result)
         if plan.epoch == self.epoch:
             for command in plan.sends:
-                self.transfers.send(command)
+                if command.layers.count == 1:
+                    self.transfers.send(command)
         self._start_next()
         if self.is_alive:
             self._begin_epoch()

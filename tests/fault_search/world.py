@@ -8,14 +8,16 @@ from collections.abc import Callable
 
 from hbserve.config import InstanceRole
 from hbserve.messages.admin import RemoveInstance, SetRole
-from hbserve.messages.client import ClientMessage, SchedulerReply
+from hbserve.messages.client import AbortRequest, ClientMessage, SchedulerReply, SubscribeReady
+from hbserve.messages.membership import Join
+from hbserve.messages.supervisor import Predecessor, SetWorkers
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import InstanceCommand, InstanceReply, StepRef
 from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, InboxEvent, Outbox, Start
 from hbserve.scheduler.scheduler import CpuScheduler
 from tests.fault_search.checks import check_books, check_idle, check_nothing_was_overlooked
 from tests.fault_search.client import Client, _Request
-from tests.fault_search.memory import NOTHING, Arena
+from tests.fault_search.memory import MAX_RANKS, NOTHING, Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S, Fault, Scenario
 from tests.fault_search.supervisor import Joiner, Launcher, Split, Supervisor
 from tests.fault_search.tiers import HostMemory
@@ -26,6 +28,8 @@ _DEADLINE_S = 200.0
 """Simulated time after the last fault by which every request must have ended."""
 _STEPS_PER_CHECK = 8
 _MAX_JOINERS = 3
+_REPEATABLE = AbortRequest, SubscribeReady, SetWorkers, SetRole, RemoveInstance, Join
+"""Messages that mean the same if they come twice."""
 _ROLES = InstanceRole.PREFILL, InstanceRole.DECODE
 
 
@@ -44,7 +48,11 @@ class SchedulerProcess(Process):
             for instance in world.config.gpu_instances
             if instance.instance_type is not InstanceRole.SEMI_PD
         }
-        self.core = CpuScheduler(world.config, addresses, Start(world.now, int(world.now * 1e9)))
+        predecessor = None
+        if number > 1:
+            removed = [launcher.instance_id for launcher in world.configured if launcher.has_left]
+            predecessor = Predecessor(reason="killed", failed=False, num_restarts=number - 1, removed=removed)
+        self.core = CpuScheduler(world.config, addresses, Start(world.now, int(world.now * 1e9), predecessor))
         self.connections: dict[int, str] = {}
         self.num_steps = 0
         self._inbox: list[InboxEvent] = []
@@ -115,9 +123,9 @@ class World:
         self.is_wire_bad = self.is_wire_noisy = self._kills_awaited = self.is_tier_bad = False
         self.tier_rng = random.Random(scenario.seed)
         self.host = HostMemory("the launcher's", scenario.num_slots) if scenario.num_slots else None
+        self.launchers: list[Launcher | Joiner] = []
         self.scheduler = SchedulerProcess(self, 1)
         self.clients = {identity: Client(self, identity) for identity in (b"a", b"b")}
-        self.launchers: list[Launcher | Joiner] = []
         self.supervisor: Supervisor | None = None
         for kv_rank, instance in enumerate(self.config.gpu_instances):
             if instance.instance_type is InstanceRole.SEMI_PD:
@@ -190,7 +198,9 @@ class World:
         scheduler = self.scheduler
         if scheduler.number == session:
             self.trace("from", client, message)
-            self._deliver((client, session, "in"), lambda: scheduler.post(FromClient(client, message)))
+            is_repeated = self.scenario.repeats and isinstance(message, _REPEATABLE) and self.rng.random() < 0.3
+            for _ in range(1 + is_repeated):
+                self._deliver((client, session, "in"), lambda: scheduler.post(FromClient(client, message)))
 
     def to_client(self, scheduler: SchedulerProcess, identity: bytes, reply: SchedulerReply) -> None:
         client: Client | Supervisor | Joiner | None = self.clients.get(identity) or self.supervisor
@@ -206,14 +216,14 @@ class World:
         """Return the worker that a transfer goes to, if it is still the one that was meant."""
         for launcher in self.launchers:
             for worker in launcher.workers:
-                if (worker.kv_rank, worker.epoch) == (peer.rank, peer.epoch):
+                if (worker.kv_rank, worker.epoch) == (peer.rank // MAX_RANKS, peer.epoch):
                     return worker
         return None
 
-    def on_wire(self, contents: list[int]) -> list[int]:
+    def on_wire(self, contents: list[int], part: int) -> list[int]:
         """Return contents as they arrive: damaged, where the wire is noisy and checksums are compared."""
         if self.is_wire_noisy and self.scenario.verify and self.rng.random() < 0.3:
-            return [contents[0] ^ 1, *contents[1:]]
+            return [contents[0] ^ (part & -part), *contents[1:]]
         return list(contents)
 
     # --- memory ----------------------------------------------------------------------------------
@@ -290,8 +300,8 @@ class World:
             case "leave" if self._joiners:
                 for worker in self._joiners[number % len(self._joiners)].workers:
                     worker.wants_to_leave = True
-            case "remove" if self._joiners:
-                name = self._joiners[number % len(self._joiners)].instance_id
+            case "remove":
+                name = self.launchers[number % len(self.launchers)].instance_id
                 removal = RemoveInstance(query_id=number, instance_id=name, deadline_s=max(1.0, fault.lasts_s))
                 self.from_client(b"operator", self.scheduler.number, removal)
 
@@ -302,6 +312,10 @@ class World:
                 self._kills_awaited = False
                 self.trace(f"kill {worker.name}, which others wait for")
                 self.after(self.rng.choice((0.0, 0.001)), worker.end)
+
+    @property
+    def configured(self) -> list[Launcher]:
+        return [launcher for launcher in self.launchers if isinstance(launcher, Launcher)]
 
     @property
     def _joiners(self) -> list[Joiner]:

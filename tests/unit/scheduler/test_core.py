@@ -9,7 +9,7 @@ import pytest
 
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
-from hbserve.messages.admin import InstanceChanged, SetRole
+from hbserve.messages.admin import InstanceChanged, RemoveInstance, SetRole
 from hbserve.messages.client import AddRequest, Attach, OutputBatch, Ready, SubscribeReady
 from hbserve.messages.worker import InstanceCommand, Ping, Pong, StepPlan, StepResult
 from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, Outbox, Start
@@ -140,11 +140,17 @@ def test_a_policy_that_waits_cannot_run_in_a_plain_step() -> None:
         make_scheduler(Waits).step(50.0)
 
 
-def test_the_only_instance_of_a_phase_keeps_its_role_even_while_it_is_lost() -> None:
-    """Requests wait for it to come back; in its new role nothing would compute them."""
+@pytest.mark.parametrize(
+    "message",
+    [
+        SetRole(query_id=1, instance_id="prefill-0", role=InstanceRole.DECODE, deadline_s=1.0),
+        RemoveInstance(query_id=1, instance_id="prefill-0", deadline_s=1.0),
+    ],
+)
+def test_the_only_instance_of_a_phase_stays_even_while_it_is_lost(message: SetRole | RemoveInstance) -> None:
+    """Requests wait for it to come back; without it, or in its new role, nothing would compute them."""
     config = PdDisaggConfig.from_arguments(str(DEMO), mode="disaggregated", device="cpu").freeze()
     scheduler = CpuScheduler(config, {name: f"tcp://{name}:1" for name in ("prefill-0", "decode-0")}, START)
-    message = SetRole(query_id=1, instance_id="prefill-0", role=InstanceRole.DECODE, deadline_s=1.0)
     [(client, answer)] = scheduler.step(50.0, [FromClient(b"operator", message)]).to_clients
     assert isinstance(answer, InstanceChanged)
     assert (client, answer.error) == (b"operator", "prefill-0 is the only prefill instance")
