@@ -15,8 +15,7 @@ from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.queue_policy import QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, num_pairs
 from hbserve.scheduler.core_io import Clock
-from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.tiers.tracker import KVTiers
 

@@ -15,8 +15,7 @@ from hbserve.config.validation import with_instance
 from hbserve.errors import ConfigError
 from hbserve.messages.membership import Join, Joined
 from hbserve.scheduler.core_io import Clock, OutboxWriter
-from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.worker import WorkerHandle
 
 

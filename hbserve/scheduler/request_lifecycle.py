@@ -30,8 +30,7 @@ from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.admission import Admission, WaitingQueue
 from hbserve.scheduler.core_io import Clock, OutboxWriter
-from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
 from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers

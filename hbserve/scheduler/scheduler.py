@@ -49,8 +49,7 @@ from hbserve.scheduler.core_io import (
     Start,
 )
 from hbserve.scheduler.drains import Drains
-from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.request_lifecycle import RequestLifecycle

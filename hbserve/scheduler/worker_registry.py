@@ -27,8 +27,7 @@ from hbserve.messages.worker import (
 )
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
-from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.membership import InstanceMembership
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.readiness import Readiness

@@ -12,8 +12,7 @@ from hbserve.messages.transfer import CloseLink, LinkClosed, LinkOpened, OpenLin
 from hbserve.messages.worker import InstanceCommand, StepPlan, StepResult
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
-from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence

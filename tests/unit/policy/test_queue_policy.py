@@ -19,7 +19,7 @@ from hbserve.messages.client import AddRequest
 from hbserve.policy.queue_policy import OVERDUE_TARGETS, SAFETY_FACTOR, QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.scheduler.admission import WaitingQueue
-from hbserve.scheduler.instances import Instances
+from hbserve.scheduler.instance import Instances
 from hbserve.scheduler.sequence import Sequence
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT
