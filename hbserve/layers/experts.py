@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.layers.activations import Activate
+from hbserve.layers.fp8 import Quantised
 from hbserve.model_families.declaration import Experts
 
 
@@ -25,6 +26,8 @@ class ExpertWeights:
         up: ``[local experts * 2 * inner, hidden]``, the rows ``gate | up`` of one expert after the other.
         down: ``[local experts * hidden, inner]``.
         router_bias: float32 ``[experts]``, added to the scores for the choice.
+        up_scale, down_scale: float32 scales of ``up`` and ``down`` where these are FP8: of each row ``[rows]``, or of
+            blocks of r x 128, ``[rows / r, ceil(columns / 128)]``. Inputs stay in the model's dtype.
         shared_up, shared_down: ``[2 * inner, hidden]`` and ``[hidden, inner]`` of the expert that computes every token.
         shared_gate: ``[1, hidden]``, makes the weight of that expert; None: the weight is 1.
     """
@@ -33,6 +36,8 @@ class ExpertWeights:
     up: Tensor
     down: Tensor
     router_bias: Tensor | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
     shared_up: Tensor | None = None
     shared_down: Tensor | None = None
     shared_gate: Tensor | None = None
@@ -86,10 +91,21 @@ def mix_experts(
     ups = weights.up.view(len(downs), -1, x.shape[1])
     out = torch.zeros_like(x)
     for expert in torch.unique(chosen).tolist():
-        if not 0 <= expert - first_expert < len(downs):
+        local = expert - first_expert
+        if not 0 <= local < len(downs):
             continue
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
-        inner = activate(F.linear(x[tokens], ups[expert - first_expert]), None)
-        product = F.linear(inner, downs[expert - first_expert])
+        inner = activate(F.linear(x[tokens], _plain(ups, weights.up_scale, local, x.dtype)), None)
+        product = F.linear(inner, _plain(downs, weights.down_scale, local, x.dtype))
         out.index_add_(0, tokens, (product * token_weights[tokens, place, None]).to(out.dtype))
     return out
+
+
+def _plain(matrices: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor:
+    """Return one of the ``matrices [experts, rows, columns]`` in ``dtype``."""
+    if scale is None:
+        return matrices[expert]
+    num_experts, num_rows, _ = matrices.shape
+    scales = scale.view(num_experts, -1, 1 if scale.dim() == 1 else scale.shape[1])[expert]
+    scales = scales.repeat_interleave(num_rows // len(scales), dim=0)
+    return Quantised(matrices[expert], scales).dequantised().to(dtype)

@@ -52,13 +52,17 @@ _TILES = (
 """By the mean number of pairs of an expert, up to which they are used: from public tunings of such kernels on H200."""
 
 _MANY_PAIRS = _Tiles(128, 256, 64, 8, 4)
+_MANY_QUANTISED = _Tiles(128, 128, 64, 8, 4)
+"""Sums of scaled blocks and converted weights need more registers."""
+
 _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
 
-def _tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> _Tiles:
+def _tiles(num_pairs: int, num_experts: int, dtype: torch.dtype, is_quantised: bool = False) -> _Tiles:
     if dtype == torch.float32:
         return _FLOAT32
-    return next((tiles for pairs, tiles in _TILES if num_pairs <= pairs * num_experts), _MANY_PAIRS)
+    many = _MANY_QUANTISED if is_quantised else _MANY_PAIRS
+    return next((tiles for pairs, tiles in _TILES if num_pairs <= pairs * num_experts), many)
 
 
 @triton.jit
@@ -69,9 +73,27 @@ def _silu_and_mul(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
+def _scaled_sum(  # type: ignore[no-untyped-def]
+    products, scale, row, mask, scale_rows: tl.constexpr, num_scales: tl.constexpr, block: tl.constexpr
+):
+    """Sum the columns of ``products [rows, block]``, times the scales of the weights."""
+    if num_scales == 0:
+        total = tl.sum(products, axis=1)
+    elif num_scales == 1:
+        total = tl.sum(products, axis=1) * tl.load(scale + row // scale_rows, mask=mask, other=0.0)
+    else:
+        groups = tl.arange(0, block // 128)
+        places = scale + (row // scale_rows)[:, None] * num_scales + groups[None, :]
+        scales = tl.load(places, mask=mask[:, None] & (groups < num_scales)[None, :], other=0.0)
+        total = tl.sum(tl.sum(tl.reshape(products, [products.shape[0], block // 128, 128]), axis=2) * scales, axis=1)
+    return total
+
+
+@triton.jit
 def _few_up_kernel(  # type: ignore[no-untyped-def]
-    x, weight, chosen, out, num_rows, num_chosen,
-    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, overlap: tl.constexpr,
+    x, weight, scale, chosen, out, num_rows, num_chosen,
+    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
+    num_scales: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     pair = tl.program_id(1)
@@ -82,21 +104,24 @@ def _few_up_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     expert = tl.load(chosen + pair).to(tl.int64)
     if expert >= 0:
-        mask = (rows < num_rows)[:, None] & in_row[None, :]
-        gates = weight + (expert * 2 * num_rows + rows)[:, None] * size + columns[None, :]
+        in_rows = rows < num_rows
+        mask = in_rows[:, None] & in_row[None, :]
+        row = expert * 2 * num_rows + rows
+        gates = weight + row[:, None] * size + columns[None, :]
         gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + (pair // num_chosen).to(tl.int64) * size + columns, mask=in_row, other=0.0).to(tl.float32)
-        gate = tl.sum(gate * values[None, :], axis=1)
-        up = tl.sum(up * values[None, :], axis=1)
+        gate = _scaled_sum(gate * values[None, :], scale, row, in_rows, scale_rows, num_scales, block)
+        up = _scaled_sum(up * values[None, :], scale, row + num_rows, in_rows, scale_rows, num_scales, block)
         activated = _silu_and_mul(gate, up, out.dtype.element_ty)
-        tl.store(out + pair.to(tl.int64) * num_rows + rows, activated, mask=rows < num_rows)
+        tl.store(out + pair.to(tl.int64) * num_rows + rows, activated, mask=in_rows)
 
 
 @triton.jit
 def _few_down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, chosen, weights, out, num_rows, num_chosen: tl.constexpr,
-    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, is_added: tl.constexpr, overlap: tl.constexpr,
+    x, weight, scale, chosen, weights, out, num_rows, num_chosen: tl.constexpr,
+    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
+    num_scales: tl.constexpr, is_added: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     token = tl.program_id(1).to(tl.int64)
@@ -111,9 +136,10 @@ def _few_down_kernel(  # type: ignore[no-untyped-def]
         expert = tl.load(chosen + pair).to(tl.int64)
         is_local = expert >= 0
         mask = in_rows[:, None] & in_row[None, :] & is_local
-        places = weight + (tl.maximum(expert, 0) * num_rows + rows)[:, None] * size + columns[None, :]
+        row = tl.maximum(expert, 0) * num_rows + rows
         values = tl.load(x + pair * size + columns, mask=in_row & is_local, other=0.0).to(tl.float32)
-        product = tl.sum(tl.load(places, mask=mask, other=0.0).to(tl.float32) * values[None, :], axis=1)
+        products = tl.load(weight + row[:, None] * size + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        product = _scaled_sum(products * values[None, :], scale, row, in_rows, scale_rows, num_scales, block)
         total += product * tl.load(weights + pair).to(tl.float32)
     target = out + token * num_rows + rows
     if is_added:
@@ -122,10 +148,25 @@ def _few_down_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _add_product(  # type: ignore[no-untyped-def]
+    total, values, weights, scale, row, mask, begin, scale_rows: tl.constexpr, num_scales: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    """Add ``values @ weights`` to ``total``, times the scales of the weights where each block has one."""
+    weights = weights.to(values.dtype)
+    if num_scales <= 1:
+        total = tl.dot(values, weights, total, input_precision=precision)
+    else:
+        scales = tl.load(scale + (row // scale_rows) * num_scales + begin // 128, mask=mask, other=0.0)
+        total += tl.dot(values, weights, input_precision=precision) * scales[None, :]
+    return total
+
+
+@triton.jit
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
-    x, weight, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
-    size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
-    overlap: tl.constexpr,
+    x, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -139,7 +180,9 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
         pair = tl.load(pairs + row, mask=in_rows, other=0)
         lanes = tl.arange(0, step)
         inputs = x + (pair // num_chosen).to(tl.int64)[:, None] * size + lanes[None, :]
-        gates = weight + (expert * 2 * num_columns + column)[None, :] * size + lanes[:, None]
+        gate_row = expert * 2 * num_columns + column
+        up_row = gate_row + num_columns
+        gates = weight + gate_row[None, :] * size + lanes[:, None]
         ups = gates + num_columns.to(tl.int64) * size
         gate = tl.zeros([rows, columns], tl.float32)
         up = tl.zeros([rows, columns], tl.float32)
@@ -147,8 +190,17 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             in_row = lanes < size - begin
             values = tl.load(inputs + begin, mask=in_rows[:, None] & in_row[None, :], other=0.0)
             mask = in_columns[None, :] & in_row[:, None]
-            gate = tl.dot(values, tl.load(gates + begin, mask=mask, other=0.0), gate, input_precision=precision)
-            up = tl.dot(values, tl.load(ups + begin, mask=mask, other=0.0), up, input_precision=precision)
+            gate_weights = tl.load(gates + begin, mask=mask, other=0.0)
+            up_weights = tl.load(ups + begin, mask=mask, other=0.0)
+            gate = _add_product(
+                gate, values, gate_weights, scale, gate_row, in_columns, begin, scale_rows, num_scales, precision
+            )
+            up = _add_product(
+                up, values, up_weights, scale, up_row, in_columns, begin, scale_rows, num_scales, precision
+            )
+        if num_scales == 1:
+            gate *= tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
+            up *= tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
         activated = _silu_and_mul(gate, up, out.dtype.element_ty)
         tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
@@ -156,9 +208,9 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _grouped_down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
-    size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
-    overlap: tl.constexpr,
+    x, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -172,13 +224,19 @@ def _grouped_down_kernel(  # type: ignore[no-untyped-def]
         pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
         lanes = tl.arange(0, step)
         inputs = x + pair[:, None] * size + lanes[None, :]
-        places = weight + (expert * num_columns + column)[None, :] * size + lanes[:, None]
+        matrix_row = expert * num_columns + column
+        places = weight + matrix_row[None, :] * size + lanes[:, None]
         total = tl.zeros([rows, columns], tl.float32)
         for begin in range(0, size, step):
             in_row = lanes < size - begin
             values = tl.load(inputs + begin, mask=in_rows[:, None] & in_row[None, :], other=0.0)
             mask = in_columns[None, :] & in_row[:, None]
-            total = tl.dot(values, tl.load(places + begin, mask=mask, other=0.0), total, input_precision=precision)
+            matrix = tl.load(places + begin, mask=mask, other=0.0)
+            total = _add_product(
+                total, values, matrix, scale, matrix_row, in_columns, begin, scale_rows, num_scales, precision
+            )
+        if num_scales == 1:
+            total *= tl.load(scale + matrix_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         total *= tl.load(weights + pair, mask=in_rows, other=0.0).to(tl.float32)[:, None]
         target = out + pair[:, None] * num_columns + column[None, :]
         tl.store(target, total.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
@@ -244,7 +302,7 @@ class GroupedExperts:
         logits = router_logits(x, weights, self._experts, one_row_linear if x.shape[0] == 1 else F.linear)
         is_few = self.adds(x.shape[0])
         pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
-        memory = None if is_few else self._group_memory(x)
+        memory = None if is_few else self._group_memory(x, weights.up_scale is not None)
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
         choice = choose(
             logits, weights.router_bias, self._experts, self._local, slots, self._totals[layer],
@@ -261,24 +319,25 @@ class GroupedExperts:
         self, x: Tensor, weights: ExpertWeights, choice: Choice, pairs: Tensor, out: Tensor, is_added: bool
     ) -> None:
         (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
+        up, down = _scales(weights.up, weights.up_scale), _scales(weights.down, weights.down_scale)
         overlap = overlaps(x.device)
-        block = triton.next_power_of_2(hidden)
+        block = max(triton.next_power_of_2(hidden), 128)
         block_rows, num_warps = _few_up_shape(block)
         _few_up_kernel[(triton.cdiv(inner, block_rows), num_tokens * num_chosen)](
-            x, weights.up, choice.experts, pairs, inner, num_chosen, hidden, block, block_rows, overlap,
-            num_warps=num_warps, launch_pdl=overlap,
+            x, weights.up, up.scale, choice.experts, pairs, inner, num_chosen, hidden, block, block_rows,
+            up.block_rows, up.num_scales, overlap, num_warps=num_warps, launch_pdl=overlap,
         )  # fmt: skip
-        block = triton.next_power_of_2(inner)
+        block = max(triton.next_power_of_2(inner), 128)
         block_rows, num_warps = _few_down_shape(block)
         _few_down_kernel[(triton.cdiv(hidden, block_rows), num_tokens)](
-            pairs, weights.down, choice.experts, choice.weights, out, hidden, num_chosen, inner, block, block_rows,
-            is_added, overlap, num_warps=num_warps, launch_pdl=overlap,
+            pairs, weights.down, down.scale, choice.experts, choice.weights, out, hidden, num_chosen, inner, block,
+            block_rows, down.block_rows, down.num_scales, is_added, overlap, num_warps=num_warps, launch_pdl=overlap,
         )  # fmt: skip
 
-    def _group_memory(self, x: Tensor) -> _GroupMemory:
+    def _group_memory(self, x: Tensor, is_quantised: bool) -> _GroupMemory:
         num_pairs, num_experts = x.shape[0] * self._experts.num_chosen, self._local[1]
         # the mean over all experts, since other ranks have their share of the pairs
-        tiles = _tiles(num_pairs, self._experts.num_experts, x.dtype)
+        tiles = _tiles(num_pairs, self._experts.num_experts, x.dtype, is_quantised)
         count = max_tiles(num_pairs, num_experts, tiles.rows)
         sizes = (count * tiles.rows, count, num_experts, 1, num_experts)
         *groups, starts = (torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
@@ -290,18 +349,19 @@ class GroupedExperts:
     ) -> None:
         (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
         groups, tiles = memory.groups, memory.tiles
+        up, down = _scales(weights.up, weights.up_scale), _scales(weights.down, weights.down_scale)
         precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 products only
         overlap = overlaps(x.device)
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "launch_pdl": overlap}
         num_blocks = triton.cdiv(inner, tiles.columns // 2)
         _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
-            x, weights.up, *groups, pairs, inner, num_chosen, num_blocks,
-            hidden, tiles.rows, tiles.columns // 2, tiles.step, precision, overlap, **options,
+            x, weights.up, up.scale, *groups, pairs, inner, num_chosen, num_blocks, hidden, tiles.rows,
+            tiles.columns // 2, tiles.step, up.block_rows, up.num_scales, precision, overlap, **options,
         )  # fmt: skip
         num_blocks = triton.cdiv(hidden, tiles.columns)
         _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
-            pairs, weights.down, *groups, choice.weights, memory.rows, hidden, num_blocks,
-            inner, tiles.rows, tiles.columns, tiles.step, precision, overlap, **options,
+            pairs, weights.down, down.scale, *groups, choice.weights, memory.rows, hidden, num_blocks, inner,
+            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision, overlap, **options,
         )  # fmt: skip
         _sum_kernel[(num_tokens, triton.cdiv(hidden, _BLOCK_COLUMNS))](
             memory.rows, choice.experts, out, hidden, num_chosen, _BLOCK_COLUMNS, overlap, launch_pdl=overlap
@@ -315,6 +375,20 @@ class _GroupMemory(NamedTuple):
     starts: Tensor
     tiles: _Tiles
     rows: Tensor
+
+
+class _Scales(NamedTuple):
+    """Scales of a matrix for a kernel: their memory, rows of a block, blocks of a row; 0 blocks: no scales."""
+
+    scale: Tensor
+    block_rows: int
+    num_scales: int
+
+
+def _scales(matrix: Tensor, scale: Tensor | None) -> _Scales:
+    if scale is None:
+        return _Scales(matrix, 1, 0)
+    return _Scales(scale, matrix.shape[0] // scale.shape[0], 1 if scale.dim() == 1 else scale.shape[1])
 
 
 def _few_up_shape(lanes: int) -> tuple[int, int]:

@@ -178,9 +178,12 @@ class _Sharding:
         if experts.scoring == "sigmoid":
             yield "router_bias", (_part(f"{prefix}gate.e_score_correction_bias", (experts.num_experts,)),)
         ups = (f"{name}{source}.weight" for name in names for source in family.up)
-        yield "up", tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups)
+        weight_format = self.spec.weight_format
+        up_parts = tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups)
+        yield from matrix_parameters(weight_format, "up", up_parts)
         downs = (f"{name}{family.down}.weight" for name in names)
-        yield "down", tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
+        down_parts = tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
+        yield from matrix_parameters(weight_format, "down", down_parts)
         if experts.shared_size:
             shared = f"{prefix}{family.shared_expert}"
             rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "width of the shared expert")))

@@ -51,15 +51,42 @@ def parameters(experts: Experts, skew: float) -> ExpertWeights:
     )
 
 
+def quantised(weights: ExpertWeights, has_blocks: bool) -> ExpertWeights:
+    """Return the same parameters in FP8, with scales of rows or of blocks of 8 x 128."""
+    parts = {}
+    for name in ("up", "down"):
+        matrix = getattr(weights, name).float()
+        if has_blocks:
+            scale = torch.rand(matrix.shape[0] // 8, -(-matrix.shape[1] // 128), device=DEVICE) * 0.01 + 0.001
+            wide = scale.repeat_interleave(8, 0).repeat_interleave(128, 1)[:, : matrix.shape[1]]
+        else:
+            scale = matrix.abs().amax(1) / 448
+            wide = scale[:, None]
+        parts |= {name: (matrix / wide).clamp(-448, 448).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    return dataclasses.replace(weights, **parts)
+
+
 def totals_of(experts: Experts) -> torch.Tensor:
     return torch.zeros(2, experts.num_experts, dtype=torch.int64, device=DEVICE)
+
+
+def wide(matrix: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Return a matrix in float32."""
+    if scale is None:
+        return matrix.float()
+    columns = 1 if scale.dim() == 1 else scale.shape[1]
+    scales = scale.view(-1, columns).repeat_interleave(matrix.shape[0] // scale.shape[0], 0)
+    return (
+        matrix.float()
+        * scales.repeat_interleave(-(-matrix.shape[1] // columns) if columns == 1 else 128, 1)[:, : matrix.shape[1]]
+    )
 
 
 def expected(x: torch.Tensor, weights: ExpertWeights, experts: Experts) -> torch.Tensor:
     """Compute the mixture in float32, with the experts that the router chooses in its own dtype."""
     token_weights, chosen = choose_experts(router_logits(x, weights, experts), weights.router_bias, experts)
-    ups = weights.up.float().view(experts.num_experts, -1, x.shape[1])
-    downs = weights.down.float().view(experts.num_experts, x.shape[1], -1)
+    ups = wide(weights.up, weights.up_scale).view(experts.num_experts, -1, x.shape[1])
+    downs = wide(weights.down, weights.down_scale).view(experts.num_experts, x.shape[1], -1)
     out = torch.zeros(x.shape, device=DEVICE)
     for expert in range(experts.num_experts):
         inner = silu_and_mul(F.linear(x.float(), ups[expert]))
@@ -103,6 +130,18 @@ def test_experts(num_experts: int, num_chosen: int, is_sigmoid: bool, num_tokens
     plain = mix_experts(x, weights, experts, silu_and_mul, totals[0])
     assert totals[0].sum().item() == num_tokens * num_chosen
     assert_close(plain, expected(x, weights, experts))
+
+
+@pytest.mark.parametrize("has_blocks", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 50, 600])
+def test_experts_in_fp8(has_blocks: bool, num_tokens: int) -> None:
+    experts = mixture(16, 4)
+    weights = quantised(parameters(experts, 1.0), has_blocks)
+    x = random(num_tokens, HIDDEN)
+    out = torch.full_like(x, math.nan)
+    GroupedExperts(experts, (0, 16), totals_of(experts)).mix(1, x, weights, None, out)
+    assert_close(out, expected(x, weights, experts))
+    assert_close(mix_experts(x, weights, experts, silu_and_mul, totals_of(experts)[0]), expected(x, weights, experts))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])

@@ -66,11 +66,11 @@ def make_fp8(folder: Path, model: PreTrainedModel, name: str, plain: tuple[str, 
         if module_name.rpartition(".")[2] not in MODULES or module_name.rpartition(".")[2] in plain:
             continue
         assert isinstance(module, torch.nn.Linear)
-        values, scales = _quantise_weight(module.weight.data, granularity)
+        values, scales = quantise_weight(module.weight.data, granularity)
         weights[f"{module_name}.weight"] = values
         suffix = "weight_scale_inv" if name == "fp8_block" else "weight_scale"
         weights[f"{module_name}.{suffix}"] = scales
-        module.weight.data = values.float() * _spread(scales, values.shape)
+        module.weight.data = values.float() * spread(scales, values.shape)
         if is_static:
             static = torch.tensor([0.5])
             weights[f"{module_name}.input_scale"] = static
@@ -81,18 +81,19 @@ def make_fp8(folder: Path, model: PreTrainedModel, name: str, plain: tuple[str, 
     save_file(weights, folder / "model.safetensors")
 
 
-def _quantise_weight(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+def quantise_weight(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """Return values and scales of a matrix."""
     rows, columns = weight.shape
     size = {"tensor": (rows, columns), "channel": (1, columns), "block": (128, 128)}[granularity]
     shape = -(-rows // size[0]), -(-columns // size[1])
     padded = F.pad(weight, (0, shape[1] * size[1] - columns, 0, shape[0] * size[0] - rows))
     peaks = padded.view(shape[0], size[0], shape[1], size[1]).abs().amax((1, 3))
     scales = peaks / _PEAK
-    values = (weight / _spread(scales, weight.shape)).to(torch.float8_e4m3fn)
+    values = (weight / spread(scales, weight.shape)).to(torch.float8_e4m3fn)
     return values, scales.flatten() if granularity == "tensor" else scales
 
 
-def _spread(scales: Tensor, shape: torch.Size) -> Tensor:
+def spread(scales: Tensor, shape: torch.Size) -> Tensor:
     """One scale for each element, or for each row."""
     if scales.numel() == 1 or scales.shape == (shape[0], 1):
         return scales.reshape(-1, 1)

@@ -17,7 +17,7 @@ from hbserve.models.decoder import Decoder
 from hbserve.models.loader import fill_dummy_weights, load_weights
 from hbserve.models.weights import WeightTable
 from hbserve.weight_format import ON_LOAD, Fp8Format, read_weight_format
-from tests.support.fp8_checkpoints import FORMATS, compressed_tensors, make_fp8
+from tests.support.fp8_checkpoints import FORMATS, compressed_tensors, make_fp8, quantise_weight, spread
 from tests.support.model_zoo import save_model
 from tests.unit.models.test_models import cpu, our_logits, random_tokens
 
@@ -85,6 +85,32 @@ def test_on_load_every_row_is_within_half_a_step(tmp_path: Path) -> None:
     error = (dequantised(down) - weight).abs()
     assert (error <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 448 / 512).all()
     assert down.bias is not None
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "ct_channel", "fp8_tensor"])
+def test_experts_have_quantised_weights_and_plain_inputs(name: str, tmp_path: Path) -> None:
+    """The same as a checkpoint with the dequantised weights."""
+    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "mlp_only_layers": []}
+    save_model(tmp_path, "qwen3_moe", **shape)
+    granularity, _, quantization_config = FORMATS[name]
+    weights = load_file(tmp_path / "model.safetensors")
+    quantised = dict(weights)
+    for key in [key for key in weights if ".experts." in key]:
+        values, scales = quantise_weight(weights[key], granularity)
+        suffix = "_scale_inv" if name == "fp8_block" else "_scale"
+        quantised |= {key: values, f"{key}{suffix}": scales}
+        weights[key] = values.float() * spread(scales, values.shape)
+    token_ids = random_tokens(40)
+    save_file(weights, tmp_path / "model.safetensors")
+    expected = our_logits(tmp_path, token_ids, torch.float32, cpu())
+    save_file(quantised, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    plain = {"ignore": ["re:.*self_attn.*"], "modules_to_not_convert": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    key = "ignore" if "config_groups" in quantization_config else "modules_to_not_convert"
+    config["quantization_config"] = quantization_config | {key: plain[key]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert loaded(tmp_path).layers[0].mlp.up.dtype == torch.float8_e4m3fn  # type: ignore[union-attr]
+    torch.testing.assert_close(our_logits(tmp_path, token_ids, torch.float32, cpu()), expected, atol=1e-4, rtol=0)
 
 
 def test_dummy_weights_are_alike_in_fp8(tmp_path: Path) -> None:

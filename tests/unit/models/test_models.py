@@ -367,7 +367,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("llama", {"architectures": "LlamaForCausalLM"}, 'architectures "LlamaForCausalLM" is not a list of names'),
         ("llama", {"architectures": None, "model_type": ["llama"]}, "model_type .* is not a name"),
         ("llama", {"quantization_config": "int8"}, "quantization_config must be an object"),
-        ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "a quantised checkpoint with experts is not"),
+        (
+            "qwen3_moe",
+            {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
+            "static scales of the inputs of experts are not",
+        ),
+        ("qwen2_moe", {"quantization_config": {"quant_method": "fp8"}}, "a quantised expert that computes every token"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be in 1..2147483647, or null for none, got 0"),
         ("qwen2_window", {"sliding_window": -1}, "sliding_window must be in"),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
