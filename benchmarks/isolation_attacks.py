@@ -66,7 +66,7 @@ def attacks(scale: float = 1.0) -> dict[str, Callable[[], Attack]]:
             text,
             lambda: prompt(
                 prompt=[[5]] * 4000,
-                max_tokens=3,
+                max_tokens=1,
                 stream=True,
                 stream_options={"include_usage": True, "continuous_usage_stats": True},
             ),

@@ -18,6 +18,7 @@ DEADLINE_S = 180.0
 SCALE = 0.1
 EXPECTED = {
     "4000 prompts": "200",
+    "4000 streamed prompts, usage in each chunk": "200",
     "30 prompts with 128 samples each": "200",
     "128 samples of 3900 token ids": "200",
     "an echo of 3900 token ids, 128 times": "200",
