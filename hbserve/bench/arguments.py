@@ -19,7 +19,7 @@ from hbserve.model_store import fetch_model
 
 _ENGINE_FLAGS = (
     *("mode", "device", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
-    *("chunk_size", "num_blocks", "memory_fraction", "attention_backend"),
+    *("chunk_size", "num_blocks", "memory_fraction", "attention_backend", "quantization", "kv_cache_dtype"),
 )
 """Flags that are fields of `PdDisaggConfig`; one that is not given leaves the engine's default."""
 
@@ -66,7 +66,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     kv_pool = engine.add_mutually_exclusive_group()
     kv_pool.add_argument("--num-blocks", type=positive, metavar="N", help="KV blocks per instance")
     kv_pool.add_argument("--memory-fraction", type=float, metavar="SHARE", help="of free memory, for the KV blocks")
-    engine.add_argument("--attention-backend", help="auto, sdpa, flashinfer or flash_attn")
+    engine.add_argument("--attention-backend", help="auto, sdpa, flashinfer, flash_attn or triton")
+    engine.add_argument("--quantization", help="fp8 quantises the weights while they are loaded")
+    engine.add_argument("--kv-cache-dtype", help="auto or fp8")
     engine.add_argument("--no-cuda-graph", action="store_true", help="run every step eagerly")
     add_engine_arg(engine)
 

@@ -28,7 +28,7 @@ class DeviceLimits:
     Attributes:
         device: ``cuda`` or ``cpu``.
         name: the device in words.
-        dtype: type of the matrices.
+        dtype: type of the matrices; ``fp8`` on a GPU: FP8 (e4m3) with results in bfloat16.
         copy_gb_s: 10^9 bytes per second, bytes read and bytes written added up.
         matmul_tflop_s: 10^12 floating point operations per second of large square matrices.
         cuda_version: CUDA version of torch; None on a CPU.
@@ -47,7 +47,7 @@ def measure(device: str, dtype: str) -> DeviceLimits:
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda`` (the first GPU).
-        dtype: such as ``bfloat16``.
+        dtype: such as ``bfloat16``, or ``fp8``, which a CPU multiplies in float32.
 
     Raises:
         StartupError: if the measurement fails.
@@ -75,9 +75,22 @@ def _measure_here(device: str, dtype: str) -> DeviceLimits:
     source, target = (torch.zeros(copy_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     copy_s = _best_seconds(lambda: target.copy_(source), synchronize, iterations)
     # Random matrices, because a GPU multiplies zeros faster.
-    a, b = (torch.randn(matrix_size, matrix_size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    product = torch.empty_like(a)
-    matmul_s = _best_seconds(lambda: torch.matmul(a, b, out=product), synchronize, iterations)
+    in_fp8 = dtype == "fp8" and on_gpu
+    torch_dtype = torch.float8_e4m3fn if in_fp8 else torch.float32 if dtype == "fp8" else getattr(torch, dtype)
+    a, b = (torch.randn(matrix_size, matrix_size, device=device).to(torch_dtype) for _ in range(2))
+    if in_fp8:
+        one = torch.ones((), device=device)
+
+        def multiply() -> object:
+            return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    else:
+        product = torch.empty_like(a)
+
+        def multiply() -> object:
+            return torch.matmul(a, b, out=product)
+
+    matmul_s = _best_seconds(multiply, synchronize, iterations)
     return DeviceLimits(
         device=device,
         name=torch.cuda.get_device_name() if on_gpu else f"cpu ({torch.get_num_threads()} threads)",
@@ -105,7 +118,7 @@ def _best_seconds(work: Callable[[], object], synchronize: Callable[[], None], i
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "fp8"])
     arguments = parser.parse_args()
     print(json.dumps(dataclasses.asdict(_measure_here(arguments.device, arguments.dtype))))
 

@@ -21,7 +21,7 @@ class ModelCost:
     the floor is certainly not too high.
 
     Args:
-        itemsize: bytes per parameter and per KV element.
+        itemsize: bytes per parameter and per KV element that is not in FP8.
         expert_skew: exponent of the loads of experts (`hbserve.models.expert_shares`).
 
     Attributes:
@@ -45,12 +45,14 @@ class ModelCost:
             self._shares = expert_shares(experts, expert_skew)
         self.layer_params = common_params + num_chosen * self._expert_params
         self.head_params = spec.vocab_size * spec.hidden_size
-        self._common_bytes, self._itemsize = (common_params + self.head_params) * itemsize, itemsize
+        dense_itemsize = itemsize if spec.weight_format is None else 1
+        self._common_bytes = common_params * dense_itemsize + self.head_params * itemsize
+        self._itemsize = itemsize
         self.token_flops = 2 * self.layer_params
         self.head_flops = 2 * self.head_params
         # Scores and weighted values: one multiplication and one addition each per query element.
         self._flops_per_key = 4 * q_size
-        self._bytes_per_key = 2 * kv_size * itemsize
+        self._bytes_per_key = 2 * kv_size * (itemsize if spec.kv_format is None else 1)
         self._windows = Counter(spec.sliding_windows)
 
     def weight_bytes(self, num_tokens: int) -> int:

@@ -136,7 +136,7 @@ def run(options: OfflineOptions) -> None:
             "Use a smaller --input-len or --output-len"
         )
     dtype = _serving_dtype(config, spec)
-    limits = device_limits.measure(config.model.device, dtype)
+    limits = device_limits.measure(config.model.device, dtype if spec.weight_format is None else "fp8")
     skew = config.model.dummy_expert_skew if config.model.load_format == "dummy" else 0.0
     cost = ModelCost(spec, DTYPES[dtype].itemsize, skew)
     floor = _floor(cost, batch, limits, config.model.tensor_parallel_size)
@@ -189,7 +189,8 @@ def _show_setting(
     options: OfflineOptions, config: Config, batch: RequestBatch, limits: DeviceLimits, floor: Floor
 ) -> None:
     print(
-        f"model     {options.model.name}, {limits.dtype}, {config.model.load_format} weights\n"
+        f"model     {options.model.name}, {limits.dtype}, {config.model.load_format} weights, "
+        f"KV {config.kv_cache.dtype}\n"
         f"workload  {len(batch.prompts)} sequences, {batch.num_prompt_tokens} tokens in, "
         f"{batch.num_output_tokens} out\n"
         f"device    {limits.name}: copy {limits.copy_gb_s:.1f} GB/s, matmul {limits.matmul_tflop_s:.2f} TFLOP/s\n"

@@ -63,8 +63,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert not actual.isnan().any()
 
 
-@pytest.mark.parametrize("kind", ["channel", "static", "block"])
-@pytest.mark.parametrize(("num_outputs", "size"), [(192, 320), (640, 12288), (4096, 4096), (6144, 1152)])
+@pytest.mark.parametrize(
+    ("num_outputs", "size", "kind"),
+    [
+        (192, 320, "channel"),
+        (192, 320, "block"),
+        (4096, 4096, "channel"),
+        (640, 12288, "block"),
+        (6144, 1152, "static"),
+    ],
+)
 def test_linear_kernels_equal_the_reference(num_outputs: int, size: int, kind: str) -> None:
     from hbserve.layers.fp8_kernels import Fp8Kernels
 
@@ -78,17 +86,17 @@ def test_linear_kernels_equal_the_reference(num_outputs: int, size: int, kind: s
     normed = F.rms_norm(x, (size,), None, 1e-6) * norm
     gate, up = layer(normed).chunk(2, dim=-1)
     assert_close(kernels.one_row(layer, x, norm=norm, eps=1e-6, is_gated=True), F.silu(gate) * up, 2**-6)
-    for num_rows in (2, 3, 16, 17, 64, 65, 200):
+    for num_rows in (2, 3, 17, 64, 65, 200):
         x = random_rows(num_rows, size)
         for _ in range(2):  # the first launch must leave the counters at zero
             assert_close(kernels.many_rows(layer, x), layer(x))
-        out = torch.empty(num_rows, num_outputs, device="cuda", dtype=torch.bfloat16)
-        assert kernels.many_rows(layer, x, out, has_bias=False) is out
-        assert_close(out, layer(x, has_bias=False))
+    out = torch.empty(200, num_outputs, device="cuda", dtype=torch.bfloat16)
+    assert kernels.many_rows(layer, x, out, has_bias=False) is out
+    assert_close(out, layer(x, has_bias=False))
 
 
-@pytest.mark.parametrize("kind", ["channel", "static", "block"])
-@pytest.mark.parametrize("size", [320, 4096, 12288, 25600])
+@pytest.mark.parametrize("kind", ["channel", "block"])
+@pytest.mark.parametrize("size", [320, 12288, 25600])
 def test_rows_are_quantised_after_norm_and_gate(size: int, kind: str) -> None:
     from hbserve.layers.fp8_kernels import Fp8Kernels
 
@@ -168,7 +176,7 @@ def test_triton_attention_equals_the_reference(
         {"kv_cache_dtype": "fp8"},
         {"attention_backend": "triton", "chunk_size": 48},
     ],
-    ids=str,
+    ids=["both", "both-eager", "weights", "kv", "triton"],
 )
 def test_recall_is_right_in_fp8(options: dict[str, Any]) -> None:
     from hbserve import LLM, SamplingParams
