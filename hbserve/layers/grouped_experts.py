@@ -34,6 +34,9 @@ _SLICE_TOKENS = 8192
 _BLOCK_COLUMNS = 1024
 
 
+_Norm = tuple[Tensor, float]
+
+
 class _Tiles(NamedTuple):
     """Launch shape of both products: rows and columns of a tile (gate and up count as two), step of the inner sum."""
 
@@ -91,14 +94,16 @@ def _scaled_sum(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _few_up_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, chosen, out, num_rows, num_chosen,
+    x, norm, weight, scale, chosen, out, num_rows, num_chosen, eps,
     size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, has_norm: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     pair = tl.program_id(1)
     columns = tl.arange(0, block)
     in_row = columns < size
+    if has_norm:
+        norm_weights = tl.load(norm + columns, mask=in_row, other=0.0)
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
@@ -111,6 +116,9 @@ def _few_up_kernel(  # type: ignore[no-untyped-def]
         gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + (pair // num_chosen).to(tl.int64) * size + columns, mask=in_row, other=0.0).to(tl.float32)
+        if has_norm:
+            rms = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+            values = ((values * rms).to(out.dtype.element_ty) * norm_weights).to(tl.float32)
         gate = _scaled_sum(gate * values[None, :], scale, row, in_rows, scale_rows, num_scales, block)
         up = _scaled_sum(up * values[None, :], scale, row + num_rows, in_rows, scale_rows, num_scales, block)
         activated = _silu_and_mul(gate, up, out.dtype.element_ty)
@@ -276,7 +284,14 @@ class GroupedExperts:
         self._counts = torch.zeros(local[1], dtype=torch.int32, device=totals.device)  # zero between two layers
 
     def mix(
-        self, layer: int, x: Tensor, weights: ExpertWeights, slots: Tensor | None, out: Tensor, is_added: bool = False
+        self,
+        layer: int,
+        x: Tensor,
+        weights: ExpertWeights,
+        slots: Tensor | None,
+        out: Tensor,
+        is_added: bool = False,
+        norm: _Norm | None = None,
     ) -> None:
         """Compute `hbserve.layers.experts.mix_experts` of ``x``, without the expert that computes every token.
 
@@ -285,11 +300,17 @@ class GroupedExperts:
             slots: int64 ``[tokens]``, negative for a padded token, whose result is zero; None: no token is padded.
             out: contiguous ``[tokens, hidden]``, receives the result.
             is_added: add the result to ``out``; only where `adds` says so.
+            norm: weight ``[hidden]`` and epsilon of an RMS norm that is applied to ``x`` first; only where `norms`
+                says so.
         """
         for begin in range(0, x.shape[0], _SLICE_TOKENS):
             rows = slice(begin, begin + _SLICE_TOKENS)
             part = None if slots is None else slots[rows]
-            self._mix(layer, x[rows], weights, part, out[rows], is_added)
+            self._mix(layer, x[rows], weights, part, out[rows], is_added, norm)
+
+    def norms(self, num_tokens: int) -> bool:
+        """Whether the kernels for so many tokens can compute the norm before; a sigmoid router reads rounded values."""
+        return num_tokens == 1 and self._experts.scoring == "softmax"
 
     @staticmethod
     def adds(num_tokens: int) -> bool:
@@ -297,9 +318,20 @@ class GroupedExperts:
         return num_tokens <= _FEW_TOKENS
 
     def _mix(
-        self, layer: int, x: Tensor, weights: ExpertWeights, slots: Tensor | None, out: Tensor, is_added: bool
+        self,
+        layer: int,
+        x: Tensor,
+        weights: ExpertWeights,
+        slots: Tensor | None,
+        out: Tensor,
+        is_added: bool,
+        norm: _Norm | None,
     ) -> None:
-        logits = router_logits(x, weights, self._experts, one_row_linear if x.shape[0] == 1 else F.linear)
+        if norm is not None:
+            assert self.norms(x.shape[0]), "only the kernels for one token compute a norm"
+            logits = one_row_linear(x, weights.router, norm=norm[0], eps=norm[1])
+        else:
+            logits = router_logits(x, weights, self._experts, one_row_linear if x.shape[0] == 1 else F.linear)
         is_few = self.adds(x.shape[0])
         pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
         memory = None if is_few else self._group_memory(x, weights.up_scale is not None)
@@ -309,14 +341,21 @@ class GroupedExperts:
             None if is_few else self._counts,
         )  # fmt: skip
         if memory is None:
-            self._mix_few(x, weights, choice, pairs, out, is_added)
+            self._mix_few(x, norm, weights, choice, pairs, out, is_added)
             return
         assert not is_added, "only the kernels for few tokens add their result"
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
         self._mix_grouped(x, weights, choice, memory, pairs, out)
 
     def _mix_few(
-        self, x: Tensor, weights: ExpertWeights, choice: Choice, pairs: Tensor, out: Tensor, is_added: bool
+        self,
+        x: Tensor,
+        norm: _Norm | None,
+        weights: ExpertWeights,
+        choice: Choice,
+        pairs: Tensor,
+        out: Tensor,
+        is_added: bool,
     ) -> None:
         (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
         up, down = _scales(weights.up, weights.up_scale), _scales(weights.down, weights.down_scale)
@@ -324,8 +363,9 @@ class GroupedExperts:
         block = max(triton.next_power_of_2(hidden), 128)
         block_rows, num_warps = _few_up_shape(block)
         _few_up_kernel[(triton.cdiv(inner, block_rows), num_tokens * num_chosen)](
-            x, weights.up, up.scale, choice.experts, pairs, inner, num_chosen, hidden, block, block_rows,
-            up.block_rows, up.num_scales, overlap, num_warps=num_warps, launch_pdl=overlap,
+            x, x if norm is None else norm[0], weights.up, up.scale, choice.experts, pairs, inner, num_chosen,
+            0.0 if norm is None else norm[1], hidden, block, block_rows,
+            up.block_rows, up.num_scales, norm is not None, overlap, num_warps=num_warps, launch_pdl=overlap,
         )  # fmt: skip
         block = max(triton.next_power_of_2(inner), 128)
         block_rows, num_warps = _few_down_shape(block)

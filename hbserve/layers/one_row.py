@@ -17,6 +17,9 @@ from hbserve.layers import fused
 from hbserve.layers.linear import PlainLinear, Rows
 from hbserve.platform.cuda_driver import overlaps
 
+_MIN_PROGRAMS = 64
+"""A matrix of so few rows that fewer programs would read it is read row by row."""
+
 
 @triton.jit
 def _one_row_linear_kernel(  # type: ignore[no-untyped-def]
@@ -116,6 +119,8 @@ def one_row_linear(
         out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
     block, tail = split_row(size)
     block_rows, num_warps = _launch_shape(block + tail, gated)
+    if num_rows < _MIN_PROGRAMS * block_rows:  # a router
+        block_rows = 1
     overlap = overlaps(x.device)
     _one_row_linear_kernel[(triton.cdiv(num_rows, block_rows),)](
         x, weight, weight if bias is None else bias, weight if norm is None else norm, out, out, num_rows, eps,

@@ -305,6 +305,9 @@ class FusedOps(LayerOps):
         assert experts is not None, "experts without kernels are an unfused feature"
         if self.parallel.size > 1 or weights.shared_up is not None or not experts.adds(stream.total.shape[0]):
             super().add_experts(stream, in_norm, weights, layer, slots)
+        elif in_norm is not None and stream.pending is None and experts.norms(stream.total.shape[0]):
+            norm = (in_norm, self.eps)
+            experts.mix(layer, stream.total, weights, slots, stream.total, is_added=True, norm=norm)
         else:
             experts.mix(layer, self.norm(stream, in_norm), weights, slots, stream.total, is_added=True)
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 from hbserve.layers.activations import silu_and_mul  # noqa: E402
 from hbserve.layers.experts import ExpertWeights, choose_experts, mix_experts, router_logits  # noqa: E402
 from hbserve.layers.grouped_experts import GroupedExperts  # noqa: E402
+from hbserve.layers.norms import rms_norm  # noqa: E402
 from hbserve.model_families.declaration import Experts  # noqa: E402
 
 DEVICE = torch.device("cuda")
@@ -124,8 +125,14 @@ def test_experts(num_experts: int, num_chosen: int, is_sigmoid: bool, num_tokens
         total = residual + expected(x, weights, experts)
         grouped.mix(1, x, weights, None, residual, is_added=True)
         assert_close(residual, total)
+    if grouped.norms(num_tokens):
+        residual, norm = random(num_tokens, HIDDEN), random(HIDDEN)
+        total = residual + expected(rms_norm(residual, norm, 1e-6), weights, experts)
+        grouped.mix(1, residual, weights, None, residual, is_added=True, norm=(norm, 1e-6))
+        assert_close(residual, total)
     assert not totals[0].any()
-    counted = 2 * num_tokens - int((slots < 0).sum()) + (num_tokens if grouped.adds(num_tokens) else 0)
+    num_calls = 2 + int(grouped.adds(num_tokens)) + int(grouped.norms(num_tokens))
+    counted = num_calls * num_tokens - int((slots < 0).sum())
     assert totals[1].sum().item() == counted * num_chosen
     plain = mix_experts(x, weights, experts, silu_and_mul, totals[0])
     assert totals[0].sum().item() == num_tokens * num_chosen
