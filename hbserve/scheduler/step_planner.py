@@ -119,7 +119,7 @@ class StepPlanner:
         """
         candidates, sequences = [], []
         speculating = [item for item in decoding if item[0].speculator is not None]
-        max_rows = self._max_rows - len(decoding)
+        max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
         if not speculating or max_rows <= 0:
             return {}
         for sequence, allocation in speculating:

@@ -437,7 +437,7 @@ FOUND_BY = {
     "a_block_with_a_wrong_checksum_is_used": 1008,
     "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 304,
     "steps_do_not_pin": 20,
-    "transfers_do_not_pin": 13,
+    "transfers_do_not_pin": 39,
     "blocks_are_free_one_pin_early": 20,
     "a_worker_of_an_earlier_epoch_is_believed": 137,
     "an_abort_is_forgotten_while_kv_is_on_its_way": 47,

@@ -215,7 +215,13 @@ def test_preemption_by_recompute_changes_no_token(
     settings |= {"scheduler": "tests.support.dawdler:Dawdler"}  # plans that wait change nothing either
     with LLM(model[0], mode=mode, **settings) as llm:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        predicted = [  # every other request; each fifth guess is wrong
+            msgspec.structs.replace(sampling, prediction=[0 if i % 5 == 4 else t for i, t in enumerate(tokens)])
+            if index % 2
+            else sampling
+            for index, tokens in enumerate(expected)
+        ]
+        outputs = llm.generate(prompts, predicted, use_tqdm=False)
         assert llm.get_system_stats()["cpu_scheduler"]["preemptions"] > 0
         assert_no_leaks(llm)
     assert [output["token_ids"] for output in outputs] == expected
@@ -269,8 +275,12 @@ def test_no_step_has_more_tokens_than_configured(model: tuple[str, Any]) -> None
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         outputs = llm.generate([[token] for token in range(1, num_seqs + 1)], sampling, use_tqdm=False)
         steps = llm.get_system_stats()["gpu_instances"]["unified-0"]["steps"]
+        predicted = [msgspec.structs.replace(sampling, prediction=output["token_ids"]) for output in outputs]
+        again = llm.generate([[token] for token in range(1, num_seqs + 1)], predicted, use_tqdm=False)
+        more_steps = llm.get_system_stats()["gpu_instances"]["unified-0"]["steps"] - steps
     assert [len(output["token_ids"]) for output in outputs] == [num_tokens] * num_seqs
-    assert steps >= num_seqs * num_tokens / 2
+    assert [output["token_ids"] for output in again] == [output["token_ids"] for output in outputs]
+    assert min(steps, more_steps) >= num_seqs * num_tokens / 2
 
 
 def test_dummy_weights_need_only_a_config_and_a_closed_llm_says_so(tmp_path: Path) -> None:
