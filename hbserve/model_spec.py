@@ -120,13 +120,18 @@ class ModelSpec:
 
     @staticmethod
     def load(
-        folder: str | Path, quantization: Literal["fp8"] | None = None, kv_dtype: Literal["auto", "fp8"] = "auto"
+        folder: str | Path,
+        quantization: Literal["fp8"] | None = None,
+        kv_dtype: Literal["auto", "fp8"] = "auto",
+        max_model_len: int | None = None,
     ) -> ModelSpec:
         """Read ``config.json`` of a model folder.
 
         Args:
             quantization: ``fp8`` quantises the matrices while they are loaded, if the checkpoint's are not FP8 already.
             kv_dtype: ``fp8`` keeps KV in FP8; ``auto``: in the serving dtype.
+            max_model_len: the longest context that is served; None: the model's own limit. Some rotary embeddings
+                differ for long contexts.
 
         Raises:
             ModelError: the file cannot be read, or names something that is not supported.
@@ -146,7 +151,8 @@ class ModelSpec:
                 config = CONFIG_MAPPING[model_type].from_dict(given)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception
                 raise ModelError(f"transformers cannot read it: {_first_lines(error)}") from error
-            spec = _from_config(family, config, _dtype(document, folder), _has_tied_head(config, folder))
+            dtype, is_tied = _dtype(document, folder), _has_tied_head(config, folder)
+            spec = _from_config(family, config, dtype, is_tied, max_model_len)
             if weight_format is not None and spec.experts is not None:
                 _check_quantised_experts(weight_format, spec.experts)
             weight_format = weight_format or (ON_LOAD if quantization == "fp8" else None)
@@ -205,7 +211,9 @@ def _first_lines(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _from_config(family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool) -> ModelSpec:
+def _from_config(
+    family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool, max_model_len: int | None
+) -> ModelSpec:
     activation, names = getattr(config, family.activation_key), ACTIVATION_NAMES[family.activation]
     if activation not in names:
         raise ModelError(f"{family.activation_key} {activation!r} is not supported; supported is {names[0]}")
@@ -230,7 +238,7 @@ def _from_config(family: Family, config: Any, dtype: torch.dtype, tied_embedding
     if not 0 <= norm_eps <= 1:
         raise ModelError(f"{family.norm_eps_key} must be in [0, 1], got {norm_eps}")
     sliding_windows = _sliding_windows(family, config)
-    ropes = read_ropes(family, config, head_dim)
+    ropes = read_ropes(family, config, head_dim, max_model_len)
     max_positions = sizes["max_position_embeddings"]
     for rope in {rope for rope in ropes if rope is not None}:
         if rope.kind == "yarn":  # only some checkpoints state the stretched context here

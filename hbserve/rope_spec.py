@@ -15,14 +15,19 @@ from hbserve.model_files import reason_of, shown, whole_number
 
 _ROPE_COEFFICIENTS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor")
 
+_MAX_PAIRS = 1 << 15
+
 _MAX_ROPE_NUMBER = 1e12
 """Bound of all numbers of a rotary embedding: float32 computes with their products."""
+
+_ROPE_LISTS = ("short_factor", "long_factor")
 
 _ROPE_PARAMETERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 """Keys of ``rope_parameters`` that a kind of rotary embedding requires, besides ``rope_theta``."""
 
@@ -35,6 +40,7 @@ class RopeSpec:
         theta: base of the frequencies.
         kind: how the frequencies are stretched for contexts longer than in training.
         factor: by how much.
+        pair_factors: for ``longrope``, by how much each pair is stretched.
         low_freq_factor, high_freq_factor: bounds of the blend of ``llama3``.
         original_max_position_embeddings: context length before the stretch, for ``llama3`` and ``yarn``.
         beta_fast, beta_slow: bounds of the blend of ``yarn``, in turns within the original context.
@@ -45,8 +51,9 @@ class RopeSpec:
     """
 
     theta: float
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
+    pair_factors: tuple[float, ...] = ()
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
@@ -77,6 +84,9 @@ def check_rope_numbers(document: dict[str, Any]) -> None:
     for prefix, place in places.items():
         for name in sorted(names & set(place)):
             value = place[name]
+            if name in _ROPE_LISTS:
+                _check_list(f"{prefix}{name}", value)
+                continue
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and abs(value) <= _MAX_ROPE_NUMBER):  # NaN is not
                 raise ModelError(
@@ -84,8 +94,17 @@ def check_rope_numbers(document: dict[str, Any]) -> None:
                 )
 
 
-def read_ropes(family: Family, config: Any, head_dim: int) -> tuple[RopeSpec | None, ...]:
+def _check_list(name: str, value: Any) -> None:
+    is_list = isinstance(value, list) and len(value) <= _MAX_PAIRS and {*map(type, value)} <= {int, float}
+    if value is not None and not (is_list and all(0 < number <= _MAX_ROPE_NUMBER for number in value)):
+        raise ModelError(f"{name}: must be a list of positive numbers up to {_MAX_ROPE_NUMBER:g}, got {shown(value)}")
+
+
+def read_ropes(family: Family, config: Any, head_dim: int, max_model_len: int | None) -> tuple[RopeSpec | None, ...]:
     """Read the rotary embedding of each layer from transformers' ``config``; None: the layer has none.
+
+    Args:
+        max_model_len: the longest context that is served; None: the model's own limit.
 
     Raises:
         ModelError: a parameter is missing, or has a value that is not supported.
@@ -101,19 +120,23 @@ def read_ropes(family: Family, config: Any, head_dim: int) -> tuple[RopeSpec | N
             f"rope_parameters {shown(config.rope_parameters)} cannot be read: {reason_of(error)}"
         ) from None
     num_layers, parameters = config.num_hidden_layers, config.rope_parameters
+    longest = max_model_len or config.max_position_embeddings
     nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
     if family.has_rope_by_type:
         missing = sorted({*config.layer_types} - {*nested})
         if missing:
             raise ModelError(f"rope_parameters has no entry for the layer type {', '.join(missing)}")
-        by_type = {name: _rope(family, parameters[name], head_dim) for name in {*config.layer_types}}
+        by_type = {name: _rope(family, parameters[name], head_dim, longest) for name in {*config.layer_types}}
         ropes = tuple(by_type[name] for name in config.layer_types)
     elif nested:
         raise ModelError(
             f"rope_parameters by layer type ({', '.join(nested)}) are not supported, only one for all layers"
         )
     else:
-        ropes = (_rope(family, parameters, head_dim),) * num_layers
+        if parameters.get("factor") is None and parameters.get("original_max_position_embeddings"):
+            stretch = config.max_position_embeddings / parameters["original_max_position_embeddings"]
+            parameters = {**parameters, "factor": stretch}  # the default of longrope, as in transformers
+        ropes = (_rope(family, parameters, head_dim, longest),) * num_layers
     if family.rotated_layers is None:
         return ropes
     is_rotated = family.rotated_layers(config)
@@ -124,7 +147,7 @@ def read_ropes(family: Family, config: Any, head_dim: int) -> tuple[RopeSpec | N
     return tuple(rope if rotated else None for rope, rotated in zip(ropes, is_rotated, strict=False))
 
 
-def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int) -> RopeSpec:
+def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int, longest: int) -> RopeSpec:
     kind = parameters.get("rope_type")
     if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
         raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
@@ -140,7 +163,8 @@ def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int) -> RopeS
     missing = [name for name in ("rope_theta", *names) if parameters.get(name) is None]
     if missing:
         raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
-    given = {"theta": parameters["rope_theta"], "kind": kind} | {name: parameters[name] for name in names}
+    given = {"theta": parameters["rope_theta"], "kind": kind}
+    given |= {name: parameters[name] for name in names if name not in _ROPE_LISTS}
     given |= {"is_interleaved": family.is_interleaved, "rotated_dim": None if rotated_dim == head_dim else rotated_dim}
     if kind == "yarn":
         optional = ("beta_fast", "beta_slow")  # 0 means the default, as in transformers
@@ -156,12 +180,33 @@ def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int) -> RopeS
         given["magnitude"] = _yarn_magnitude(parameters)
         if given["theta"] <= 1:
             raise ModelError(f"rope parameters: theta must be greater than 1 for yarn, got {given['theta']}")
+    if kind == "longrope":
+        given |= _longrope(parameters, given["original_max_position_embeddings"], rotated_dim // 2, longest)
     if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
         raise ModelError("rope parameters: low_freq_factor must be less than high_freq_factor")
     try:
         return msgspec.convert(given, RopeSpec)  # also turns whole numbers into floats
     except msgspec.ValidationError as error:
         raise ModelError(f"rope parameters: {reason_of(error)}") from None
+
+
+def _longrope(parameters: Mapping[str, Any], original: Any, num_pairs: int, longest: int) -> dict[str, Any]:
+    """Choose the factors of pairs (Ding et al. 2024, LongRoPE): all contexts are long if ``longest`` is.
+
+    transformers looks at the longest sequence of a batch instead, so that its keys depend on what is computed together.
+    """
+    for name in _ROPE_LISTS:
+        if len(parameters[name]) != num_pairs:
+            raise ModelError(f"rope parameters: {name} must have {num_pairs} numbers, got {len(parameters[name])}")
+    magnitude, factor = parameters.get("attention_factor"), parameters.get("factor")
+    if not isinstance(original, int) or original < 2:
+        raise ModelError(f"rope parameters: original_max_position_embeddings must be at least 2, got {original}")
+    if magnitude is None and factor is None:
+        raise ModelError("rope_type longrope needs factor or attention_factor")
+    if magnitude is None:
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    factors = parameters["long_factor" if longest > original else "short_factor"]
+    return {"pair_factors": factors, "magnitude": magnitude}
 
 
 def _yarn_magnitude(parameters: Mapping[str, Any]) -> float:

@@ -86,7 +86,9 @@ class ModelRunner:
         parallel = replace(parallel or TensorParallel(), has_whole_experts=config.model.expert_parallel)
         self.parallel = parallel
         if attachment is None:
-            self.spec = spec = ModelSpec.load(config.model.path, config.model.quantization, config.kv_cache.dtype)
+            self.spec = spec = ModelSpec.load(
+                config.model.path, config.model.quantization, config.kv_cache.dtype, config.model.max_model_len
+            )
         else:
             self.spec = spec = ModelSpec.from_plain(attachment.spec)
         check_fp8(spec, platform)

@@ -9,6 +9,7 @@ Some models turn only the first dimensions of a head: ``head_dim`` stands for th
               f[i] where it is < context / high_freq_factor, between them a blend
     yarn      f[i] / factor where the pair turns < beta_slow times in the context, f[i] where it turns > beta_fast
               times, between them a blend; cosines and sines times ``magnitude``
+    longrope  f[i] / factor[i], with a list of factors; cosines and sines times ``magnitude``
 
 ``context`` is ``original_max_position_embeddings``, the context length of the training before the stretch.
 """
@@ -73,6 +74,9 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
     if rope.kind == "linear":
         return frequencies / rope.factor
+    if rope.kind == "longrope":
+        powers = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        return 1.0 / (torch.tensor(rope.pair_factors) * rope.theta**powers)
     if rope.kind == "llama3":
         return _llama3_frequencies(rope, frequencies)
     if rope.kind == "yarn":

@@ -51,7 +51,9 @@ def hold(config: Config, orders: dict[str, Any]) -> None:
     platform = make_platform(config.model.device, orders["gpu_id"], None, 1, rank, size)
     platform.activate()
     with torch.inference_mode():
-        spec = ModelSpec.load(config.model.path, config.model.quantization, config.kv_cache.dtype)
+        spec = ModelSpec.load(
+            config.model.path, config.model.quantization, config.kv_cache.dtype, config.model.max_model_len
+        )
         parallel = TensorParallel(rank, size, has_whole_experts=config.model.expert_parallel)
         arenas, attachment = share_arenas(config, spec, platform, parallel, time.time_ns(), agree)
     ready = {

@@ -137,6 +137,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "phi3": {"model_type": "phi3", "sliding_window": 40},
+    "phi3_long": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1 + 0.1 * pair for pair in range(8)],
+            "long_factor": [2.0 + pair for pair in range(8)],
+        },
+    },
     "phi3_partial": {"model_type": "phi3", "num_attention_heads": 2, "partial_rotary_factor": 0.75},
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "olmo3": {
@@ -184,7 +194,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Configurations by name; what is not said is `_BASE`'s."""
 
-OWN_ATTENTION = [name for name in MODELS if name not in ("qwen2_moe", "glm4_moe_groups")]
+OWN_ATTENTION = [name for name in MODELS if name not in ("qwen2_moe", "glm4_moe_groups", "phi3_long")]
 """Models that do not share all of their attention with another one here."""
 
 

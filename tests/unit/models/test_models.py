@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -407,9 +408,31 @@ def edit_config(folder: Path, **changes: Any) -> None:
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type 'dynamic' is not supported; supported are default, linear, llama3, yarn",
+            "rope_type 'dynamic' is not supported; supported are default, linear, llama3, yarn, longrope",
         ),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}}, "low_freq_factor"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1],
+                    "long_factor": [2.5],
+                }
+            },
+            "longrope needs original_max_position_embeddings",
+        ),
+        (
+            "llama",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [2.5]},
+            },
+            "short_factor must have 8 numbers, got 1",
+        ),
+        ("phi3_long", {"rope_scaling": {"type": "longrope", "long_factor": [0.0] * 8}}, "list of positive numbers"),
+        ("phi3_long", {"rope_scaling": {"type": "longrope", "short_factor": "8"}}, "list of positive numbers"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}}, "rope parameters"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": -4.0}}, "must be positive"),
         (
@@ -627,6 +650,18 @@ def test_the_original_context_may_stand_at_the_top_level(
     rope = ModelSpec.load(tmp_path).ropes[0]
     assert rope is not None
     assert rope.original_max_position_embeddings == (inner or 1024)
+
+
+@torch.inference_mode()
+def test_long_and_short_contexts_have_factors_of_their_own(tmp_path: Path) -> None:
+    save_model(tmp_path, "phi3_long")
+    ropes = [ModelSpec.load(tmp_path, max_model_len=length).ropes[0] for length in (None, 65, 64)]
+    assert [rope.pair_factors[0] for rope in ropes if rope] == [2.0, 2.0, 1.0]
+    assert {rope.magnitude for rope in ropes if rope} == {(1 + math.log(1024 / 64) / math.log(64)) ** 0.5}
+    edit_config(tmp_path, max_position_embeddings=64)
+    token_ids = random_tokens(60)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(token_ids[None]).logits[0]
+    torch.testing.assert_close(our_logits(tmp_path, token_ids, torch.float32, cpu()), expected, atol=1e-3, rtol=0)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
