@@ -198,12 +198,13 @@ def _longrope(parameters: Mapping[str, Any], original: Any, num_pairs: int, long
     for name in _ROPE_LISTS:
         if len(parameters[name]) != num_pairs:
             raise ModelError(f"rope parameters: {name} must have {num_pairs} numbers, got {len(parameters[name])}")
-    magnitude, factor = parameters.get("attention_factor"), parameters.get("factor")
     if not isinstance(original, int) or original < 2:
         raise ModelError(f"rope parameters: original_max_position_embeddings must be at least 2, got {original}")
-    if magnitude is None and factor is None:
-        raise ModelError("rope_type longrope needs factor or attention_factor")
+    magnitude = parameters.get("attention_factor")
     if magnitude is None:
+        factor = parameters.get("factor")
+        if factor is None:
+            raise ModelError("rope_type longrope needs factor or attention_factor")
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     factors = parameters["long_factor" if longest > original else "short_factor"]
     return {"pair_factors": factors, "magnitude": magnitude}

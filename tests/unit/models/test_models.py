@@ -414,18 +414,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
         (
             "llama",
             {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1],
-                    "long_factor": [2.5],
-                }
-            },
-            "longrope needs original_max_position_embeddings",
-        ),
-        (
-            "llama",
-            {
                 "original_max_position_embeddings": 64,
                 "rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [2.5]},
             },
