@@ -1,7 +1,8 @@
 """Gemma (Gemma Team 2024): norms with ``1 + weight``, scaled embeddings, and gelu.
 
 Gemma 2 (2024) adds norms of what a block adds to the stream, soft caps, and a sliding window in every second layer.
-Gemma 3 (2025) has norms of q and k in place of soft caps, and another rotary embedding in layers with a window.
+VaultGemma (2025) is Gemma 2 without these norms. Gemma 3 (2025) has norms of q and k in place of soft caps, and another
+rotary embedding in layers with a window.
 """
 
 import dataclasses
@@ -60,4 +61,12 @@ GEMMA3 = dataclasses.replace(
     has_rope_by_type=True,
     scales=lambda config: dataclasses.replace(_scales(config), attention_cap=None),
     keys=(*_KEYS, "sliding_window_pattern", "rope_local_base_freq"),
+)
+
+VAULTGEMMA = dataclasses.replace(
+    GEMMA2,
+    model_type="vaultgemma",
+    architecture="VaultGemmaForCausalLM",
+    norms=LayerNorms(mlp_in="pre_feedforward_layernorm"),
+    fixed={},
 )

@@ -9,7 +9,8 @@ from typing import Any
 from hbserve.model_families.declaration import Experts, Family, LayerNorms
 
 
-def _experts(config: Any) -> Experts:
+def read_experts(config: Any) -> Experts:
+    """Read a mixture with the keys of DeepSeek-V3 (DeepSeek-AI 2024)."""
     num_dense = config.first_k_dense_replace
     return Experts(
         num_experts=config.n_routed_experts,
@@ -21,8 +22,15 @@ def _experts(config: Any) -> Experts:
         num_groups=config.n_group,
         num_chosen_groups=config.topk_group,
         scale=config.routed_scaling_factor,
-        shared_size=config.moe_intermediate_size * config.n_shared_experts,
+        shared_size=config.moe_intermediate_size * (config.n_shared_experts or 0),
     )
+
+
+EXPERT_KEYS = (
+    *("n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace"),
+)
+"""Keys that `read_experts` reads."""
 
 
 GLM = Family(
@@ -52,9 +60,6 @@ GLM4_MOE = Family(
     qkv_bias="attention_bias",
     is_partly_rotated=True,
     has_draft_layers=True,
-    experts=_experts,
-    keys=(
-        *("n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-        *("n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace"),
-    ),
+    experts=read_experts,
+    keys=EXPERT_KEYS,
 )

@@ -93,6 +93,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "head_dim": 32,
     },
+    "dots1": {
+        "model_type": "dots1",
+        "head_dim": 32,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40},
     "olmoe": {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2},
     "qwen2": {"model_type": "qwen2"},
@@ -123,6 +136,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 4.0,
         "final_logit_softcapping": 8.0,
         "tie_word_embeddings": False,
+    },
+    "vaultgemma": {
+        "model_type": "vaultgemma",
+        "head_dim": 32,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 48,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 8.0,
+        "tie_word_embeddings": True,
     },
     "gemma3": {
         "model_type": "gemma3_text",
@@ -194,7 +216,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Configurations by name; what is not said is `_BASE`'s."""
 
-OWN_ATTENTION = [name for name in MODELS if name not in ("qwen2_moe", "glm4_moe_groups", "phi3_long")]
+_SHARED = ("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma")
+OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""
 
 
