@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 1024,
     "log_level": "WARNING",
 }
+FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
 
 
 def recall_questions(count: int, position: int | None = None) -> list[language.Question]:
@@ -41,37 +42,31 @@ def share_right(llm: LLM, questions: list[language.Question]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype"), [("unified", "float32"), ("disaggregated", "float32"), ("disaggregated", "bfloat16")]
+    ("mode", "options"),
+    [
+        ("unified", {"dtype": "float32"}),
+        ("disaggregated", {"dtype": "float32"}),
+        ("disaggregated", {"dtype": "bfloat16", "kv_transfer_backend": "shm", **FP8}),
+    ],
+    ids=["unified", "disaggregated", "disaggregated-fp8"],
 )
-def test_recall_of_held_out_pairs_in_every_mode(mode: str, dtype: str) -> None:
-    with LLM(DEMO, mode=mode, dtype=dtype, **SETTINGS) as llm:
+def test_recall_of_held_out_pairs_in_every_mode(mode: str, options: dict[str, Any]) -> None:
+    with LLM(DEMO, mode=mode, **SETTINGS, **options) as llm:
         assert share_right(llm, recall_questions(20)) >= 0.95
         assert share_right(llm, recall_questions(20, position=10)) >= 0.95
         assert_no_leaks(llm)
 
 
-@pytest.mark.parametrize(
-    ("mode", "options"),
-    [
-        ("disaggregated", {"kv_transfer_backend": "shm"}),
-        ("semi_pd", {"prefill_percentage": 60, "ladder": {"prefill": [], "decode": []}, "num_sleepers": 1}),
-    ],
-    ids=["disaggregated", "semi_pd"],
-)
-def test_fp8_weights_and_kv_give_right_answers_in_every_mode(mode: str, options: dict[str, Any]) -> None:
-    """In chunks, then with prefixes from the cache, in semi-PD behind a rotation; unit/engine/test_fp8.py has the rest.
-
-    Answers that are all right differ in no token.
-    """
+def test_fp8_behind_a_rotation_and_from_the_prefix_cache() -> None:
+    """Weights and KV, which workers attach to; tests/unit/engine/test_fp8.py has the other conditions."""
     rng = random.Random(5)
     questions = [language.recall_question(rng, num_pairs) for num_pairs in (3, 12, 20, 30)]
-    settings = SETTINGS | {"quantization": "fp8", "kv_cache_dtype": "fp8", "dtype": "float32"} | options
-    with LLM(DEMO, mode=mode, **settings) as llm:
+    semi_pd = {"prefill_percentage": 60, "ladder": {"prefill": [], "decode": []}, "num_sleepers": 1}
+    with LLM(DEMO, mode="semi_pd", **SETTINGS, **semi_pd, **FP8) as llm:
         assert share_right(llm, questions) == 1
-        if mode == "semi_pd":
-            (manager,) = llm.supervisors.values()
-            assert manager.request_sm_reallocation(SMAllocation(80, 100))
-            assert manager.wait_until_settled(DEADLINE_S)
+        (manager,) = llm.supervisors.values()
+        assert manager.request_sm_reallocation(SMAllocation(80, 100))
+        assert manager.wait_until_settled(DEADLINE_S)
         assert share_right(llm, questions) == 1
         assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] > 0
         assert_no_leaks(llm)
