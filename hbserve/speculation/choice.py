@@ -21,9 +21,12 @@ from hbserve.speculation.speculator import Draft
 
 _MIN_GAIN = 1.03
 """Drafts must promise so much more than their cost: predictions are off by a few percent."""
+_MIN_GAIN_OF_STEP = 1.1
+"""The same for all drafts of a step together: those that look best are tried, and are a little worse than they look."""
 _MIN_PROBABILITY = 0.05
 """Guesses that are less probable are not tried, even where a row seems to cost nothing."""
 _MIN_STEP_S = 1e-6
+_ROUNDS = 2
 
 
 class Way(Enum):
@@ -69,18 +72,21 @@ def choose(
     keys = sum(candidate.position for candidate in candidates) / len(candidates)
     more = work._replace(decode_rows=num_rows + 1, decode_keys=work.decode_keys + keys)
     row_s = max(predictor.seconds(more) - step_s, 0.0)
-    worth = _MIN_GAIN * row_s * num_rows / step_s  # tokens that the batch makes in the time of one row more
-    lengths, num_expected = _lengths(candidates, worth, max_rows)
-    num_drafting = sum(length > 0 for length in lengths)
+    lengths, num_whole, drafted_s = [0] * len(candidates), num_rows, step_s
+    for _ in range(_ROUNDS):
+        # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
+        worth = _MIN_GAIN * row_s * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
+        lengths, num_expected = _lengths(candidates, worth, max_rows)
+        num_drafting = sum(length > 0 for length in lengths)
+        drafted_s = step_s + row_s * sum(lengths)
+        num_others = num_rows - num_drafting
+        num_whole = num_others + num_expected
     if not num_drafting:
         return Choice(Way.PLAIN, lengths)
-    drafted_s = step_s + row_s * sum(lengths)
-    num_others = num_rows - num_drafting
-    num_whole = num_others + num_expected
     ways = {
-        Way.PLAIN: _MIN_GAIN * num_rows / step_s,
-        Way.SPLIT: (num_others + num_whole) / (step_s + drafted_s) if num_others else 0.0,
-        Way.WHOLE: num_whole / (drafted_s + gap_s),
+        Way.PLAIN: num_rows / step_s,
+        Way.SPLIT: (2 * num_others + num_expected / _MIN_GAIN_OF_STEP) / (step_s + drafted_s) if num_others else 0.0,
+        Way.WHOLE: num_whole / _MIN_GAIN_OF_STEP / (drafted_s + gap_s),
     }
     way = max(ways, key=lambda way: ways[way])
     return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))

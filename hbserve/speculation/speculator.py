@@ -10,10 +10,13 @@ from hbserve.messages.client import AddRequest
 from hbserve.speculation.drafters import Drafter, NgramDrafter, PredictionDrafter
 from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
-_FIRST_RIGHT, _FIRST_TRIED = 1.4, 2.0
-"""What a drafter has to its credit at first: an acceptance of 0.7 that a few guesses can change."""
-_MEMORY = 0.95
-"""Weight of the past at each guess: about the last twenty count."""
+_FIRST_ACCEPTANCE = 0.7
+_FIRST_TRIED = 4.0
+"""Guesses that a drafter has to its credit at first, as often right as those of other sequences."""
+_MEMORY = 0.97
+"""Weight of the past at each guess: about the last thirty count."""
+_MEMORY_OF_ALL = 0.998
+"""The same over all sequences."""
 
 
 def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
@@ -32,6 +35,17 @@ def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
 
 
 @dataclass(slots=True)
+class Acceptance:
+    """How often the drafters of one name were right, over all sequences."""
+
+    value: float = _FIRST_ACCEPTANCE
+
+    def add(self, is_right: bool) -> None:
+        """Count a guess."""
+        self.value = _MEMORY_OF_ALL * self.value + (1 - _MEMORY_OF_ALL) * is_right
+
+
+@dataclass(slots=True)
 class Record:
     """How often a drafter was right for one sequence, with more weight on recent guesses.
 
@@ -41,12 +55,19 @@ class Record:
     Attributes:
         right, tried: guessed tokens, weighted. A token behind a wrong one was not tried.
         guess: the last guess, after ``num_known`` tokens of the sequence.
+        of_all: the acceptance of all drafters of this name.
     """
 
-    right: float = _FIRST_RIGHT
+    right: float = _FIRST_ACCEPTANCE * _FIRST_TRIED
     tried: float = _FIRST_TRIED
     guess: list[int] = field(default_factory=list)
     num_known: int = 0
+    of_all: Acceptance = field(default_factory=Acceptance)
+
+    @classmethod
+    def of_drafter(cls, of_all: Acceptance) -> Record:
+        """Begin the record of a drafter with what others of its name have shown."""
+        return cls(right=of_all.value * _FIRST_TRIED, of_all=of_all)
 
     @property
     def acceptance(self) -> float:
@@ -60,6 +81,7 @@ class Record:
         for guessed, token in zip(self.guess, tokens[self.num_known : self.num_known + len(self.guess)], strict=False):
             self.tried = _MEMORY * self.tried + 1
             self.right *= _MEMORY
+            self.of_all.add(guessed == token)
             if guessed != token:
                 break
             self.right += 1
@@ -85,10 +107,16 @@ class Speculator:
     Args:
         drafters: the first of equals wins.
         max_draft_tokens: of a draft.
+        acceptances: by name, of these drafters over all sequences; missing ones are added.
     """
 
-    def __init__(self, drafters: Items[Drafter], max_draft_tokens: int) -> None:
-        self._drafters = [(drafter, Record()) for drafter in drafters]
+    def __init__(
+        self, drafters: Items[Drafter], max_draft_tokens: int, acceptances: dict[str, Acceptance] | None = None
+    ) -> None:
+        of_all = {} if acceptances is None else acceptances
+        self._drafters = [
+            (drafter, Record.of_drafter(of_all.setdefault(drafter.name, Acceptance()))) for drafter in drafters
+        ]
         self._max_draft_tokens = max_draft_tokens
 
     def draft(self, tokens: Items[int], max_tokens: int) -> Draft | None:
@@ -108,6 +136,7 @@ class Speculation:
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._config = config
+        self._acceptances: dict[str, Acceptance] = {}
         self._outputs = OutputPools() if config.method in ("suffix", "auto") else None
 
     def begin(self, request: AddRequest) -> Speculator | None:
@@ -119,7 +148,7 @@ class Speculation:
             drafters.append(SuffixDrafter(self._outputs.of(request.sampling.cache_salt)))
         if self._config.method in ("ngram", "auto"):
             drafters.append(NgramDrafter())
-        return Speculator(drafters, self._config.max_draft_tokens) if drafters else None
+        return Speculator(drafters, self._config.max_draft_tokens, self._acceptances) if drafters else None
 
     def on_ended(self, request: AddRequest, tokens: list[int]) -> None:
         """Remember the output of a request that has ended; ``tokens``: of prompt and output."""

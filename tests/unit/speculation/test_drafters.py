@@ -115,10 +115,10 @@ def test_a_record_counts_guesses_up_to_the_first_wrong_one() -> None:
     record.settle([9])
     assert record.tried == 0
     record.settle([9, 1, 2, 7, 4])
-    assert record.tried == pytest.approx(1 + 0.95 + 0.95**2)
-    assert record.right == pytest.approx(0.95 + 0.95**2)
+    assert record.tried == pytest.approx(1 + 0.97 + 0.97**2)
+    assert record.right == pytest.approx(0.97 + 0.97**2)
     record.settle([9, 1, 2, 7, 4, 5])
-    assert record.tried == pytest.approx(1 + 0.95 + 0.95**2)
+    assert record.tried == pytest.approx(1 + 0.97 + 0.97**2)
 
 
 def test_suffix_takes_the_longest_match_of_its_own_tokens_and_of_recent_outputs() -> None:
