@@ -79,6 +79,7 @@ class PdDisaggConfig:
     kv_verify: bool | None = None
     kv_mooncake_protocol: str | None = None
     host_bytes: int | None = None
+    disk: dict[str, Any] | None = None
     chunked_prefill_enabled: bool | None = None
     chunk_size: int | None = None
     max_chunk_prefill_tokens: int | None = None

@@ -125,17 +125,26 @@ class KVTransferConfig(Section, frozen=True):
     mooncake_device: str | None = None
 
 
+class DiskTierConfig(Section, frozen=True):
+    """Folder on each host for files of KV blocks, and the bytes that they take there for good."""
+
+    path: str
+    bytes: PositiveInt
+
+
 class KVCacheConfig(Section, frozen=True):
     """KV in its pools, and in tiers: where blocks are kept beside the devices' memory.
 
     Attributes:
         dtype: ``fp8`` takes half the bytes of bfloat16 in pools, tiers and transfers; ``auto``: the model's dtype.
         host_bytes: memory of each host for them, shared by its instances; 0: none.
+        disk: folder for files of blocks, which survive a restart; None: none.
         timeout_s: a copy to or from a tier that takes longer has failed; its blocks are computed.
     """
 
     dtype: Literal["auto", "fp8"] = "auto"
     host_bytes: NonNegativeInt = 0
+    disk: DiskTierConfig | None = None
     timeout_s: PositiveFloat = 5.0
 
 

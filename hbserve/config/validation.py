@@ -309,8 +309,9 @@ def _validate(config: Config, is_whole: bool = True) -> None:
     if block_size is not None and block_size & (block_size - 1):
         raise _error("performance.block_size", f"must be a power of two, got {block_size}")
     _validate_kv_transfer(config)
-    if config.kv_cache.host_bytes and not config.performance.enable_prefix_caching:
-        raise _error("kv_cache.host_bytes", "needs performance.enable_prefix_caching")
+    for name in ("host_bytes", "disk"):
+        if getattr(config.kv_cache, name) and not config.performance.enable_prefix_caching:
+            raise _error(f"kv_cache.{name}", "needs performance.enable_prefix_caching")
     _validate_semi_pd(config)
     _validate_roles(config, is_whole)
     _require_key(config)

@@ -20,11 +20,12 @@ class SlotStorage(ABC):
     may_hang: bool
 
     @abstractmethod
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
+    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
         """Write blocks into the slots from ``first`` of a job on.
 
         Args:
             blocks: uint8 ``[block, byte]``, on the rank's device; ready on the current stream.
+            checksums: of the blocks, int64 ``[block]``, likewise.
 
         Returns:
             What went wrong, by place of the block in the job; see `TierResult`.

@@ -65,7 +65,7 @@ class HostSlots(SlotStorage):
         except RuntimeError as error:
             logger.warning("the host tier is not pinned, and copies are slower: %s", error)
 
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
+    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
         for slots, buffer in self._pieces(command.slots[first : first + len(blocks)], blocks.view(-1)):
             slots.copy_(buffer, non_blocking=True)
         return {}

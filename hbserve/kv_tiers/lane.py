@@ -125,7 +125,7 @@ class Lane:
                     with touching:
                         torch.index_select(self._arena, 0, blocks, out=words)
                     parts.append(checksums_of(buffer))
-                    failures |= storage.write(command, first, buffer)
+                    failures |= storage.write(command, first, buffer, parts[-1])
                 else:
                     failures |= storage.read(command, first, buffer)
                     parts.append(checksums_of(buffer))

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from hbserve.config import KVCacheConfig
 from hbserve.kv_tiers.base import SlotStorage
+from hbserve.kv_tiers.disk import DiskSlots, DiskTierError
 from hbserve.kv_tiers.host import HostSlots
 from hbserve.kv_tiers.lane import CopyJob, Lane
 from hbserve.messages.tiers import HostMemory, StoreBlocks, TierCommand, TierInfo, TierResult
@@ -31,9 +33,11 @@ class RankTiers:
         kv_blocks: the rank's arena, uint8 ``[block, byte]``.
         rank, num_ranks: of the instance.
         report: called in any thread with each result.
+        name: equal only for workers whose blocks have the same bytes, see `hbserve.kv_tiers.disk.namespace`.
 
     Attributes:
-        infos: the tiers, for the scheduler.
+        infos: the tiers, for the scheduler, as they are at the beginning of the epoch.
+        problems: why tiers cannot be used here, in words.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class RankTiers:
         rank: int,
         num_ranks: int,
         report: Callable[[TierResult], None],
+        name: str = "",
     ) -> None:
         self._timeout_s = config.timeout_s
         self._report = report
@@ -52,11 +57,22 @@ class RankTiers:
         self._jobs: dict[int, CopyJob] = {}
         self._lanes: dict[str, _Lanes] = {}
         self.infos: list[TierInfo] = []
+        self.problems: list[str] = []
+        self._disk: DiskSlots | None = None
         if host is not None:
             slots = HostSlots(host, platform, rank, num_ranks, kv_blocks.shape[1])
             if slots.num_slots:
                 self.infos.append(TierInfo(name="host", memory=host.name, num_slots=slots.num_slots))
                 self._open("host", slots, kv_blocks, rank)
+        if config.disk is not None:
+            try:
+                self._disk = DiskSlots(config.disk, name, rank, num_ranks, kv_blocks.shape[1])
+            except DiskTierError as error:
+                self.problems.append(str(error))
+            else:
+                info = TierInfo(name="disk", memory=self._disk.memory, num_slots=self._disk.num_slots)
+                self.infos.append(info)
+                self._open("disk", self._disk, kv_blocks, rank)
 
     def _open(self, name: str, storage: SlotStorage, kv_blocks: torch.Tensor, rank: int) -> None:
         store, load = (Lane(storage, kv_blocks, rank, self._on_end) for _ in range(2))
@@ -67,7 +83,10 @@ class RankTiers:
         if command.epoch != self._epoch:
             return
         job = self._jobs[command.job_id] = CopyJob(command)
-        lanes = self._lanes[command.tier]
+        lanes = self._lanes.get(command.tier)
+        if lanes is None:  # rank 0 can use the tier, this one cannot
+            self._on_end(job, job.failed("backend", f"a rank cannot use {command.tier}: {', '.join(self.problems)}"))
+            return
         (lanes.store if isinstance(command, StoreBlocks) else lanes.load).put(job)
         asyncio.get_running_loop().call_later(self._timeout_s, self._expire, job)
 
@@ -92,6 +111,9 @@ class RankTiers:
         """End all jobs; when this returns, none touches the arena or a slot any more."""
         self._epoch = epoch
         await self.leave()
+        if self._disk is not None:
+            kept = await asyncio.to_thread(self._disk.kept)
+            self.infos[-1] = msgspec.structs.replace(self.infos[-1], kept=kept)
 
     async def leave(self) -> None:
         """End all jobs, before the process exits."""

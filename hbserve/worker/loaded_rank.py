@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hbserve.config import Config, InstanceConfig
+from hbserve.kv_tiers.disk import namespace
 from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer.head_split import Shard
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
@@ -99,8 +100,9 @@ def loaded_rank(
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
-        tiers = RankTiers(config.kv_cache, host, platform, runner.kv_blocks, tp_rank, size, report_copy)
         dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
         fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
+        name = namespace(fingerprint, config.model.quantization, runner.layout, runner.spec.num_kv_heads, size)
+        tiers = RankTiers(config.kv_cache, host, platform, runner.kv_blocks, tp_rank, size, report_copy, name)
         stopwatch.lap("transfers")
         yield LoadedRank(fingerprint, platform, runner, transfers, tiers)

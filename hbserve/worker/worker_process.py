@@ -393,9 +393,15 @@ class WorkerProcess:
                 device=self._platform.describe(),
                 peers=self._peers,
                 one_sided=self._transfers.manager.one_sided,
-                tiers=[msgspec.structs.replace(info, is_own=self._own_host is not None) for info in self._tiers.infos],
+                tiers=[
+                    msgspec.structs.replace(info, is_own=info.name == "host" and self._own_host is not None)
+                    for info in self._tiers.infos
+                ],
             )
         )
+
+        while self._tiers.problems:
+            self._report_event("tier_failed", "a KV tier", self._tiers.problems.pop())
 
     def _report(self, reply: TransferReply) -> None:
         self._events.handle(events.TransferReplied(0, reply))

@@ -88,6 +88,25 @@ def test_answers_are_those_of_a_system_without_tiers(model: tuple[str, list[Case
     check_answers(*model, mode=mode)
 
 
+def test_a_restarted_system_loads_from_the_disk(model: tuple[str, list[Case]], tmp_path: Path) -> None:
+    folder, cases = model
+    settings = SETTINGS | {"num_blocks": 200, "host_bytes": 0, "disk": {"path": str(tmp_path), "bytes": 4 << 20}}
+    with LLM(folder, mode="unified", **settings) as llm:
+        ask_one_by_one(llm, cases)
+        wait_for(lambda: llm.get_system_stats()["kv_tiers"]["disk"]["stored_blocks"] >= 5 * 9)
+    [file] = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    for place in range(500_000, 1_300_000, 1024):  # the later half of the blocks
+        data[place] ^= 1
+    file.write_bytes(data)
+    with LLM(folder, mode="unified", **settings) as llm:
+        ask_one_by_one(llm, cases)
+        disk = llm.get_system_stats()["kv_tiers"]["disk"]
+        assert disk["loaded_blocks"] > 0
+        assert disk["failures"]["checksum"] > 0
+        assert_no_leaks(llm)
+
+
 def check_answers(folder: str, cases: list[Case], **settings: Any) -> None:
     """Ask a system whose blocks are evicted, preempted, damaged and lost."""
     with LLM(folder, **(SETTINGS | settings)) as llm:

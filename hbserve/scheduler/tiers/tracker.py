@@ -267,7 +267,9 @@ class KVTiers:
         assert instance.hello is not None
         tier, block_size = run.tier, instance.pool.block_size
         num_bytes = len(run.entries) * instance.hello.block_bytes
-        load_s = tier.s_per_byte * (tier.loading_bytes + num_bytes)
+        stats = tier.directory.stats
+        s_per_byte = tier.s_per_byte or (stats.store_s / stats.stored_bytes if stats.stored_bytes else 0.0)
+        load_s = s_per_byte * (tier.loading_bytes + num_bytes)
         compute_s = self._compute_s(len(run.entries) * block_size, run.first * block_size)
         if not compute_s or load_s <= compute_s:  # without a prediction: loading leaves the device to others
             return True

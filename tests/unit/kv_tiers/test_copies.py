@@ -122,7 +122,7 @@ class HangingSlots(SlotStorage):
         self.go_on = threading.Event()
         self.has_begun = threading.Event()
 
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
+    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
         raise OSError("no space left")
 
     def read(self, command: LoadBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:

@@ -1,0 +1,143 @@
+"""The disk tier: slots in a file of fixed size for each rank, which survive a restart.
+
+A file begins with one header of 64 bytes for each slot, and the blocks follow, each from the border of a page on. The
+header says which contents the slot holds, with their checksum. It is cleared before the block is written, and written
+after it. So a slot whose header is whole holds its block, or a load finds a wrong checksum. Nothing is synchronized to
+the medium: after a loss of power, headers and blocks may disagree, which the checksums show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+import zlib
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from hbserve.config import DiskTierConfig
+from hbserve.errors import HBServeError
+from hbserve.kv_tiers.base import SlotStorage
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, StoredBlock
+
+_PAGE_BYTES = 4096
+_HEADER_BYTES = 64
+_HEADER = struct.Struct("<16sqQ")  # key, checksum, time of the store in ns; then the CRC of these
+
+
+class DiskTierError(HBServeError):
+    """The disk tier cannot be used here."""
+
+
+def namespace(*facts: object) -> str:
+    """Return a name that is equal only for workers whose blocks have the same bytes: model, dtype, shapes, ranks."""
+    return blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+class DiskSlots(SlotStorage):
+    """One rank's file. All instances of a host with the same `namespace` share it; the scheduler gives out its slots.
+
+    Args:
+        name: the namespace.
+        block_bytes: of one rank's part of a block.
+
+    Attributes:
+        memory: identifies the files of all ranks together.
+
+    Raises:
+        DiskTierError: if the file cannot be made, or the disk has too little room.
+    """
+
+    may_hang = True
+
+    def __init__(self, config: DiskTierConfig, name: str, rank: int, num_ranks: int, block_bytes: int) -> None:
+        self._folder, self._name, self._num_ranks = Path(config.path), name, num_ranks
+        self._block_bytes = block_bytes
+        self._stride = block_bytes + -block_bytes % _PAGE_BYTES
+        self.num_slots = config.bytes // num_ranks // (self._stride + _HEADER_BYTES)
+        self._first = self.num_slots * _HEADER_BYTES
+        self._first += -self._first % _PAGE_BYTES
+        self.memory = f"{socket.gethostname()}:{self._folder.resolve()}/{name}"
+        path = self._path(rank)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._reserve(max(1, self._first + self.num_slots * self._stride))
+        except OSError as error:
+            raise DiskTierError(f"kv_cache.disk: {path}: {error.strerror}") from None
+
+    def _reserve(self, num_bytes: int) -> None:
+        before = os.fstat(self._file).st_size
+        try:
+            os.posix_fallocate(self._file, 0, num_bytes)
+        except OSError:
+            os.ftruncate(self._file, before)  # what was allocated before the disk was full
+            os.close(self._file)
+            raise
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"{self._name}-{rank}of{self._num_ranks}.kv"
+
+    # --- the lanes' threads ----------------------------------------------------------------------
+
+    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
+        array = blocks.cpu().numpy()
+        failures: dict[int, str] = {}
+        for number, checksum in enumerate(checksums.tolist(), first):
+            slot, at = command.slots[number], number - first
+            header = _HEADER.pack(command.keys[number], checksum, time.time_ns())
+            header += zlib.crc32(header).to_bytes(4, "little")
+            try:
+                os.pwrite(self._file, bytes(_HEADER_BYTES), slot * _HEADER_BYTES)
+                written = os.pwrite(self._file, array[at].data, self._first + slot * self._stride)
+                if written != self._block_bytes:
+                    failures[number] = "backend"
+                    continue
+                os.pwrite(self._file, header, slot * _HEADER_BYTES)
+            except OSError:
+                failures[number] = "backend"
+        return failures
+
+    def read(self, command: LoadBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
+        buffer = blocks if blocks.device.type == "cpu" else torch.empty(blocks.shape, dtype=torch.uint8)
+        array = buffer.numpy()
+        failures: dict[int, str] = {}
+        for at in range(len(blocks)):
+            try:
+                offset = self._first + command.slots[first + at] * self._stride
+                if os.preadv(self._file, [array[at].data], offset) != self._block_bytes:
+                    failures[first + at] = "missing"
+            except OSError:
+                failures[first + at] = "backend"
+        if buffer is not blocks:
+            blocks.copy_(buffer)
+        return failures
+
+    # --- any thread ------------------------------------------------------------------------------
+
+    def kept(self) -> list[StoredBlock]:
+        """Read which blocks the files of all ranks hold, the one that was stored first at the beginning."""
+        by_rank = [self._headers(rank) for rank in range(self._num_ranks)]
+        found: list[tuple[int, StoredBlock]] = []
+        for slot, (key, _, stored_at) in by_rank[0].items():
+            parts = [headers[slot] for headers in by_rank if slot in headers]
+            if len(parts) == self._num_ranks and all(part[0] == key for part in parts):
+                found.append((stored_at, StoredBlock(key=key, slot=slot, checksums=[part[1] for part in parts])))
+        return [block for _, block in sorted(found, key=lambda item: item[0])]
+
+    def _headers(self, rank: int) -> dict[int, tuple[bytes, int, int]]:
+        """Read the whole headers of a rank's file, by slot: key, checksum, time; empty if there is no file."""
+        headers: dict[int, tuple[bytes, int, int]] = {}
+        with contextlib.suppress(OSError), self._path(rank).open("rb") as file:
+            table = file.read(self.num_slots * _HEADER_BYTES)
+            for slot in range(len(table) // _HEADER_BYTES):
+                header = table[slot * _HEADER_BYTES : slot * _HEADER_BYTES + _HEADER.size + 4]
+                body, crc = header[: _HEADER.size], header[_HEADER.size :]
+                if any(body) and zlib.crc32(body).to_bytes(4, "little") == crc:
+                    key, checksum, stored_at = _HEADER.unpack(body)
+                    headers[slot] = key, checksum, stored_at
+        return headers

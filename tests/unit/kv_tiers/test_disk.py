@@ -1,0 +1,98 @@
+"""The disk tier: what a file holds after a restart, and what is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbserve.config import DiskTierConfig
+from hbserve.kv_tiers.disk import DiskSlots, DiskTierError, namespace
+from hbserve.kv_transfer.block_parts import checksums_of
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks
+
+BLOCK_BYTES = 640
+NAME = namespace("model", "float32")
+
+
+def open_slots(folder: Path, rank: int = 0, num_ranks: int = 1, name: str = NAME) -> DiskSlots:
+    return DiskSlots(DiskTierConfig(path=str(folder), bytes=100_000), name, rank, num_ranks, BLOCK_BYTES)
+
+
+def blocks(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, BLOCK_BYTES), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def store(slots: DiskSlots, numbers: list[int], contents: torch.Tensor) -> list[int]:
+    keys = [b"%016d" % number for number in numbers]
+    command = StoreBlocks(epoch=0, job_id=1, tier="disk", keys=keys, slots=numbers, block_ids=numbers)
+    checksums = checksums_of(contents)
+    assert slots.write(command, 0, contents, checksums) == {}
+    found: list[int] = checksums.tolist()
+    return found
+
+
+def load(slots: DiskSlots, numbers: list[int]) -> tuple[torch.Tensor, dict[int, str]]:
+    found = torch.zeros(len(numbers), BLOCK_BYTES, dtype=torch.uint8)
+    command = LoadBlocks(epoch=0, job_id=1, tier="disk", keys=[], slots=numbers, block_ids=[], checksums=[])
+    failures = slots.read(command, 0, found)
+    return found, failures
+
+
+def test_blocks_survive_a_restart(tmp_path: Path) -> None:
+    contents = blocks(3)
+    slots = open_slots(tmp_path)
+    assert slots.num_slots > 10
+    assert slots.kept() == []
+    checksums = store(slots, [4, 0, 7], contents)
+    slots = open_slots(tmp_path)
+    kept = slots.kept()
+    assert [(block.key, block.slot, block.checksums) for block in kept] == [
+        (b"%016d" % number, number, [checksum]) for number, checksum in zip([4, 0, 7], checksums, strict=True)
+    ]
+    found, failures = load(slots, [4, 0, 7])
+    assert not failures
+    assert torch.equal(found, contents)
+
+
+def test_what_a_file_does_not_hold_whole_is_not_kept(tmp_path: Path) -> None:
+    """A damaged header, a block that was being written, and a file of another model."""
+    slots = open_slots(tmp_path)
+    store(slots, [0, 1, 2], blocks(3))
+    [path] = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[64 + 5] ^= 1
+    data[128:192] = bytes(64)
+    path.write_bytes(data)
+    assert [block.slot for block in open_slots(tmp_path).kept()] == [0]
+    assert open_slots(tmp_path, name=namespace("model", "bfloat16")).kept() == []
+
+
+def test_ranks_keep_only_what_all_of_them_have(tmp_path: Path) -> None:
+    ranks = [open_slots(tmp_path, rank, 2) for rank in range(2)]
+    store(ranks[0], [0, 1, 2], blocks(3))
+    assert ranks[0].kept() == []
+    store(ranks[1], [1, 3], blocks(2))
+    [block] = ranks[0].kept()
+    assert (block.slot, len(block.checksums)) == (1, 2)
+
+
+def test_a_short_file_is_noticed(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path)
+    store(slots, [0, 9], blocks(2))
+    [path] = tmp_path.iterdir()
+    with path.open("r+b") as file:
+        file.truncate(4096 + 5 * 4096)
+    _, failures = load(slots, [0, 9])
+    assert failures == {1: "missing"}
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskTierError, match=r"kv_cache.disk: .*file/.*kv: Not a directory|File exists"):
+        open_slots(tmp_path / "file")
+    config = DiskTierConfig(path=str(tmp_path / "big"), bytes=1 << 62)
+    with pytest.raises(DiskTierError, match=r"kv_cache.disk: .*\.kv: "):
+        DiskSlots(config, NAME, 0, 1, BLOCK_BYTES)
+    assert [path.stat().st_size for path in (tmp_path / "big").iterdir()] == [0]
