@@ -6,6 +6,7 @@ often it is right is forced. Requests sample at temperature 100: the noise decid
 on seed and position alone. So a last bit of the logits changes at most one token, and the next guesses are right again.
 
     rate     output tokens per second, of all requests together, from the first request to the last token
+    tpot     mean of the requests' times per output token; unlike the rate it does not depend on the last request alone
     step     time of the device for a step, and tokens of a sequence in one step; both without the steps of prompts
     equal    share of tokens that are the same as without drafts
 """
@@ -45,8 +46,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = find_model(arguments.model)
     engine = engine_arguments(arguments, model)
     lines: list[dict[str, Any]] = []
-    heads = ("batch", "accept", "tokens/s", "gain", "step, ms", "tokens/step", "accepted", "equal")
-    print("{:>6} {:>7} {:>10} {:>6} {:>9} {:>12} {:>9} {:>8}".format(*heads), flush=True)
+    heads = ("batch", "accept", "tokens/s", "gain", "tpot, ms", "gain", "step, ms", "tokens/step", "accepted", "equal")
+    print("{:>6} {:>7} {:>10} {:>6} {:>9} {:>6} {:>9} {:>12} {:>9} {:>8}".format(*heads), flush=True)
     with LLM(str(model), **engine) as llm:
         rng = random.Random(arguments.seed)
         vocab_size = llm._llm.engine.vocab_size
@@ -91,6 +92,7 @@ def _generate(
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
     return [output["token_ids"] for output in outputs], {
         "tokens_per_s": num_tokens / seconds,
+        "tpot_ms": 1000 * used["tpot_s"] / len(prompts),
         "step_ms": 1000 * used["busy_s"] / used["steps"],
         "tokens_per_step": num_tokens / len(prompts) / used["steps"],
         "drafted": used["drafted"],
@@ -105,6 +107,7 @@ def _counts(llm: LLM) -> dict[str, float]:
     return {
         "steps": sum(one["steps"] for one in work),
         "busy_s": sum(one["busy_s"] for one in work),
+        "tpot_s": stats["metrics"]["histograms"]["time_per_output_token_seconds"]["sum"],
         "drafted": drafts["drafted_tokens"],
         "accepted": drafts["accepted_tokens"],
     }
@@ -117,11 +120,13 @@ def _equal(outputs: list[list[int]], expected: list[list[int]]) -> float:
 
 def _show(lines: list[dict[str, Any]], line: dict[str, Any], base: dict[str, float], equal: float) -> None:
     line["gain"], line["equal"] = line["tokens_per_s"] / base["tokens_per_s"], equal
+    line["tpot_gain"] = base["tpot_ms"] / line["tpot_ms"]
     lines.append(line)
     accepted = line["accepted"] / line["drafted"] if line["drafted"] else 0.0
     acceptance = "none" if line["acceptance"] is None else f"{line['acceptance']:.2f}"
     print(
-        f"{line['batch']:6} {acceptance:>7} {line['tokens_per_s']:10.1f} {line['gain']:6.2f} {line['step_ms']:9.2f} "
+        f"{line['batch']:6} {acceptance:>7} {line['tokens_per_s']:10.1f} {line['gain']:6.2f} {line['tpot_ms']:9.2f} "
+        f"{line['tpot_gain']:6.2f} {line['step_ms']:9.2f} "
         f"{line['tokens_per_step']:12.2f} {accepted:9.2f} {equal:8.4f}",
         flush=True,
     )
