@@ -19,10 +19,16 @@ class HostMemoryOwner:
 
     Attributes:
         memory: what other processes need to map it.
+
+    Raises:
+        StartupError: if no memory is so large.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._descriptor = shared_memory.create("hbserve-kv-host", num_bytes)
+        try:
+            self._descriptor = shared_memory.create("hbserve-kv-host", num_bytes)
+        except OSError as error:
+            raise _too_large(num_bytes, error.strerror) from None
         self.memory = HostMemory(
             name=f"{socket.gethostname()}/{secrets.token_hex(8)}",
             handle=shared_memory.handle_of(self._descriptor),
@@ -41,8 +47,12 @@ class HostMemoryOwner:
                 raise RuntimeError(f"{available} bytes are available")
             shared_memory.reserve(self._descriptor, num_bytes)
         except RuntimeError as error:
-            raise StartupError(f"kv_cache.host_bytes: this host cannot give {num_bytes} bytes: {error}") from None
+            raise _too_large(num_bytes, error) from None
 
     def close(self) -> None:
         """Free the memory when the last process has unmapped it."""
         os.close(self._descriptor)
+
+
+def _too_large(num_bytes: int, why: object) -> StartupError:
+    return StartupError(f"kv_cache.host_bytes: this host cannot give {num_bytes} bytes: {why}")

@@ -37,7 +37,8 @@ class HostSlots(SlotStorage):
     """One rank's region of the host's memory, as slots.
 
     On a GPU the memory is pinned in the background, piece by piece, because gigabytes take seconds. Copies to and from
-    memory that is not pinned yet are right, and slower.
+    memory that is not pinned yet are right, and slower. Of the workers that share a device only one copies, so these
+    pin at their first copy.
 
     Args:
         rank, num_ranks: of the instance.
@@ -55,13 +56,20 @@ class HostSlots(SlotStorage):
         self._region = whole[rank * region_bytes : (rank + 1) * region_bytes]
         self._block_bytes = block_bytes
         self.num_slots = slots_per_rank(memory, num_ranks, block_bytes)
-        if platform.name == "cuda":
-            threading.Thread(target=self._pin, args=(platform,), name="kv-tier-pin", daemon=True).start()
+        self._platform = platform
+        self._has_pinned = platform.name != "cuda"
+        if not platform.is_shared:
+            self._start_pinning()
 
-    def _pin(self, platform: Platform) -> None:
+    def _start_pinning(self) -> None:
+        if not self._has_pinned:
+            self._has_pinned = True
+            threading.Thread(target=self._pin, name="kv-tier-pin", daemon=True).start()
+
+    def _pin(self) -> None:
         try:
             for begin in range(0, len(self._region), _PIECE_BYTES):
-                platform.pin_host(self._region[begin : begin + _PIECE_BYTES])
+                self._platform.pin_host(self._region[begin : begin + _PIECE_BYTES])
         except RuntimeError as error:
             logger.warning("the host tier is not pinned, and copies are slower: %s", error)
 
@@ -77,6 +85,7 @@ class HostSlots(SlotStorage):
 
     def _pieces(self, slots: Sequence[int], buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the bytes of each run of neighbouring slots, and their place in the buffer."""
+        self._start_pinning()
         size, done = self._block_bytes, 0
         while done < len(slots):
             count = 1

@@ -183,8 +183,11 @@ class KVTiers:
             offers.append(_Offer(allocation, deque(absent)))
 
     def dispatch(self) -> None:
-        """Send offered blocks on their way, as many as may be under way at a time."""
+        """Send offered blocks on their way, as many as may be under way at a time. A tier that rests gets none."""
         for (instance, tier), offers in self._offers.items():
+            while offers and tier.rests_until > self._clock.now:
+                tier.directory.stats.skipped_blocks += len(offers[0].blocks)
+                self._drop(instance, offers.popleft())
             while offers and self._num_stores(instance, tier) < _MAX_STORE_JOBS:
                 if not self._store(instance, tier, offers):
                     break

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hbserve.config import KVCacheConfig
+from hbserve.errors import StartupError
 from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.kv_tiers.base import SlotStorage
 from hbserve.kv_tiers.joint_results import JointTierResults
@@ -166,3 +167,10 @@ async def test_the_end_of_an_epoch_ends_its_jobs() -> None:
     assert torch.equal(rank.arena[3], before[3])
     assert not rank.arena[6].any()
     assert rank.results.empty()
+
+
+def test_a_host_without_so_much_memory_says_so() -> None:
+    owner = HostMemoryOwner(1 << 50)
+    with pytest.raises(StartupError, match=r"kv_cache.host_bytes: .* \d+ bytes are available"):
+        owner.reserve()
+    owner.close()

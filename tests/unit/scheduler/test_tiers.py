@@ -271,3 +271,15 @@ def test_a_prompt_is_computed_where_that_is_sooner_until_the_tier_is_tried_again
         system.answer_all() if not system.loads() else None
         system.ask([*range(200, 320)])
     assert system.loads()
+
+
+def test_blocks_that_wait_for_a_tier_that_fails_are_let_go() -> None:
+    system = System(num_blocks=64)
+    for number in range(4):  # two jobs at a time
+        system.ask([*range(100 * number, 100 * number + 70)])
+    assert len(system.copies) == 2
+    assert system.num_free < 64
+    system.answer(system.copies[0], dict.fromkeys(range(len(system.copies[0].slots)), "backend"))
+    system.answer(system.copies[0])
+    assert not system.copies
+    assert system.num_free == 64
