@@ -48,7 +48,7 @@ async def run(address: str, config: Config) -> None:
                 print(json.dumps({"port": port, "pids": pids}), flush=True)
 
             app = create_app(engine, client, config.served_name)
-            collecting = asyncio.create_task(child.collect_when_quiet(lambda: client.num_open <= 256))
+            collecting = asyncio.create_task(child.collect_when_quiet(lambda: engine.num_open_samples <= 256))
             guard = Guard(app, config.server, Keys.load(config.server), FairGate(config.server.max_open_requests), stop)
             await serve(guard, config.server, stop, on_ready, 1)
             collecting.cancel()

@@ -9,6 +9,7 @@ Runs in the event loop of the API server, or of the program that embeds it. The 
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import secrets
 import uuid
@@ -95,6 +96,7 @@ class TextEngine:
         self._end_token_ids = frozenset(id_ for id_ in tokenizer.end_token_ids if 0 <= id_ < vocab_size)
         self._client = client
         self._open: dict[str, _OpenRequest] = {}
+        self._num_samples = 0
         self._serial = itertools.count()
         self._max_prompt_tokens = max_prompt_tokens
         self._max_samples = max_samples
@@ -130,10 +132,12 @@ class TextEngine:
             limit = f"{self._max_samples}: performance.max_waiting_requests"
             raise InvalidRequestError(f"{what} ({limit})", "n" if sampling.n > 1 else "prompt")
         opened = self._open[request_id] = _OpenRequest()
+        self._num_samples += num_samples
         samples: list[OpenSample] = []
 
         def close() -> None:
             self._open.pop(request_id, None)
+            self._num_samples -= num_samples
             still_open = [sample for sample in samples if not sample.has_ended]
             for sample in still_open[:_MAX_CLOSES_AT_ONCE]:
                 sample.close()
@@ -147,6 +151,8 @@ class TextEngine:
         try:
             grammar = await self._check_sampling(sampling)
             prediction = await self._prediction_token_ids(sampling.prediction)
+            # What the scheduler gets, checked once for all samples. It handles no text.
+            sent = msgspec.structs.replace(sampling, n=1, stop=None, grammar=grammar, bad_words=None, prediction=None)
             for prompt in prompts:
                 token_ids = await self._prompt_token_ids(prompt, sampling)
                 if is_large and self.turn.is_over:
@@ -155,7 +161,7 @@ class TextEngine:
                 # The serial number keeps late outputs of an ended request out of a new request with the same id.
                 ids = [f"{request_id}-{len(samples) + i}-{next(self._serial)}" for i in range(sampling.n)]
                 opened.sample_ids += ids
-                for request in self._requests(token_ids, sampling, grammar, prediction, ids):
+                for request in self._requests(token_ids, sampling, sent, prediction, ids):
                     samples.append(OpenSample(self.text, self.vocab_size, len(samples), request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
@@ -247,6 +253,11 @@ class TextEngine:
     def num_open(self) -> int:
         """Number of requests that have not ended."""
         return len(self._open)
+
+    @property
+    def num_open_samples(self) -> int:
+        """Number of samples of these requests, those that have not begun included."""
+        return self._num_samples
 
     async def _prompt_token_ids(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
         if isinstance(prompt, str):
@@ -347,11 +358,15 @@ class TextEngine:
         self,
         token_ids: list[int],
         sampling: SamplingParams,
-        grammar: str | None,
+        sent: SamplingParams,
         prediction: list[int] | None,
         sample_ids: list[str],
     ) -> list[AddRequest]:
-        """Make one request per sample, with all defaults resolved."""
+        """Make one request per sample, with all defaults resolved.
+
+        Args:
+            sent: parameters for the scheduler, but for the sample's seed and a default number of tokens.
+        """
         max_output = self.max_model_len - len(token_ids)
         max_tokens = max_output if sampling.max_tokens is None else sampling.max_tokens
         if max_tokens > max_output:
@@ -365,22 +380,19 @@ class TextEngine:
         if not sampling.ignore_eos:
             end_token_ids |= self._end_token_ids
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return [
-            AddRequest(
-                request_id=sample_id,
-                prompt_token_ids=token_ids,
-                end_token_ids=sorted(end_token_ids),
-                sampling=msgspec.structs.replace(
-                    sampling,
-                    n=1,
-                    seed=(seed + index * SEED_STRIDE) % 2**63 if index else seed,
-                    max_tokens=max_tokens,  # with 0 the scheduler gives one, which `OpenSample` drops
-                    stop=None,  # the scheduler handles no text
-                    grammar=grammar,
-                    bad_words=None,
-                    prediction=None,
-                ),
-                predicted_token_ids=prediction,
+        if sent.max_tokens != max_tokens:  # with 0 the scheduler gives one token, which `OpenSample` drops
+            sent = msgspec.structs.replace(sent, max_tokens=max_tokens)
+        requests = []
+        for index, sample_id in enumerate(sample_ids):
+            own = copy.copy(sent)  # `replace` would check all parameters again, which takes 30 µs
+            msgspec.structs.force_setattr(own, "seed", (seed + index * SEED_STRIDE) % 2**63 if index else seed)
+            requests.append(
+                AddRequest(
+                    request_id=sample_id,
+                    prompt_token_ids=token_ids,
+                    end_token_ids=sorted(end_token_ids),
+                    sampling=own,
+                    predicted_token_ids=prediction,
+                )
             )
-            for index, sample_id in enumerate(sample_ids)
-        ]
+        return requests

@@ -164,7 +164,8 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
 
         guard = reload.guard = Guard(app, server, reload.keys, gate, stop)
         watching = asyncio.create_task(_watch_parts(llm, stop))
-        collecting = asyncio.create_task(child.collect_when_quiet(lambda: llm.client.num_open <= _QUIET_SAMPLES))
+        engine = llm.engine
+        collecting = asyncio.create_task(child.collect_when_quiet(lambda: engine.num_open_samples <= _QUIET_SAMPLES))
         await serve(
             *(guard, listener, stop, on_listening, server.drain_timeout_s, hand_back),
             tls=tls,
