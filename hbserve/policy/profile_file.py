@@ -14,7 +14,7 @@ from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.step_profile import FORMAT, StepProfile
 from hbserve.policy.step_time_predictor import StepTimePredictor
 
-_BUILTIN = Path(__file__).with_name("builtin_profile.json")
+BUILT_IN = Path(__file__).with_name("builtin_profile.json")
 
 
 class _Version(msgspec.Struct):
@@ -36,7 +36,7 @@ def load_profile(path: str | Path | None) -> StepProfile:
     Raises:
         ConfigError: if the file is missing, or holds no usable profile.
     """
-    path = path or _BUILTIN
+    path = path or BUILT_IN
     try:
         text = Path(path).read_bytes()
         version = msgspec.json.decode(text, type=_Version).format

@@ -16,7 +16,7 @@ import msgspec
 from hbserve.errors import ConfigError, ModelError
 from hbserve.model_files import read_config
 from hbserve.model_store.cache import cache_folder
-from hbserve.policy.profile_file import load_profile
+from hbserve.policy.profile_file import BUILT_IN, load_profile
 from hbserve.policy.step_profile import FORMAT, StepProfile
 
 _HOST_MS = 0.7
@@ -62,7 +62,7 @@ class ModelShape(NamedTuple):
 BUILT_IN_SHAPE = ModelShape(36, 4096, 12288, 32, 8, 128, 151936)
 _SHIPPED_GPU = "NVIDIA H200"
 _SHIPPED = {
-    BUILT_IN_SHAPE: None,  # the built-in profile itself
+    BUILT_IN_SHAPE: BUILT_IN,
     ModelShape(32, 4096, 14336, 32, 8, 128, 128256): Path(__file__).with_name("llama_3_1_8b_h200.json"),
 }
 """Files of the shapes that were measured on an H200, in bfloat16, with one rank."""
@@ -75,7 +75,7 @@ class FoundProfile:
     Attributes:
         source: for people.
         is_measured: it is of this shape on this kind of GPU.
-        path: its file; None: the built-in one, or one that was computed from it.
+        path: its file; None: it was computed from the built-in one.
     """
 
     profile: StepProfile

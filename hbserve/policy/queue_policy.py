@@ -222,7 +222,7 @@ class SloAware(QueuePolicy):
             end += seconds / num_workers
             if group == _NEW:
                 heapq.heappush(chosen, (-seconds, -arrival, sequence))
-                if end > deadline:
+                if end + seconds * (1 - 1 / num_workers) > deadline:  # one worker computes it, not all of them
                     seconds, _, longest = heapq.heappop(chosen)
                     deferred.add(longest)
                     end += seconds / num_workers

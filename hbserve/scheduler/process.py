@@ -13,10 +13,11 @@ import time
 import msgspec
 
 from hbserve.config import Config
-from hbserve.errors import HBServeError, SupersededError
+from hbserve.errors import ConfigError, HBServeError, SupersededError
 from hbserve.import_path import load_class
 from hbserve.messages.supervisor import Predecessor
 from hbserve.policy.profile_file import load_profile
+from hbserve.policy.step_profile import StepProfile
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch, process_start
 from hbserve.scheduler.core_io import Start
@@ -31,20 +32,21 @@ async def run_scheduler(
     client_address: str,
     instance_addresses: dict[str, str],
     predecessor: Predecessor | None,
+    profile_path: str | None,
     stopwatch: Stopwatch,
 ) -> bool:
     """Run the configured scheduler until SIGTERM, SIGINT or the launcher's end; returns whether the launcher ended.
 
     Args:
         predecessor: the scheduler whose place it takes; None: it is the first.
+        profile_path: file of the step times from which predictions start, where the configuration names no other;
+            None: there is none, and they begin without.
         stopwatch: of the start of this process.
     """
     scheduler_class: type[CpuScheduler] = CpuScheduler
     if config.performance.scheduler is not None:
         scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
-    slo = config.semi_pd.slo
-    profile = None if slo is None or slo.profile is None else load_profile(slo.profile)
-    start = Start(time.monotonic(), time.time_ns(), predecessor, profile)
+    start = Start(time.monotonic(), time.time_ns(), predecessor, load_profile_for(config, profile_path))
     scheduler = scheduler_class(config, instance_addresses, start)
     shell = SchedulerShell(scheduler, config, client_address)
     loop, launcher_ended = asyncio.get_running_loop(), asyncio.Event()
@@ -63,6 +65,22 @@ async def run_scheduler(
     return launcher_ended.is_set()
 
 
+def load_profile_for(config: Config, found: str | None) -> StepProfile | None:
+    """Return the profile that is configured, else the one that was found for model and GPU.
+
+    Raises:
+        ConfigError: if the configured one cannot be read.
+    """
+    slo = config.semi_pd.slo
+    if slo is not None and slo.profile is not None:
+        return load_profile(slo.profile)
+    try:
+        return None if found is None else load_profile(found)
+    except ConfigError as error:  # it was there when the system started
+        logger.warning("predictions start without a profile: %s", error)
+        return None
+
+
 def main() -> None:
     """Run the process that a launcher starts."""
     orders = child.read_orders()
@@ -73,8 +91,9 @@ def main() -> None:
     child.configure_logging(config.logging, "scheduler")
     try:
         predecessor = msgspec.convert(orders["predecessor"], Predecessor | None)
+        addresses, profile_path = orders["instance_addresses"], orders["profile"]
         has_no_launcher = asyncio.run(
-            run_scheduler(config, orders["client_address"], orders["instance_addresses"], predecessor, stopwatch)
+            run_scheduler(config, orders["client_address"], addresses, predecessor, profile_path, stopwatch)
         )
     except HBServeError as error:
         child.report_status({"error": str(error)})

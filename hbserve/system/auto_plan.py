@@ -76,6 +76,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         instances: role of each, by name.
         why: one or two sentences.
         profile: which step times the choice and the targets rest on; None: none were needed.
+        profile_path: their file, if they are of this model on this kind of GPU; the scheduler's predictions start
+            from it.
         predictions: share of the standard loads' requests within the targets, the best candidate first.
         runner_up: the best candidate that was not chosen.
     """
@@ -86,6 +88,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     targets: Targets
     why: str
     profile: str | None = None
+    profile_path: str | None = None
     predictions: list[dict[str, Any]] = []
     runner_up: str | None = None
 
@@ -95,7 +98,7 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
 
     Args:
         config: of any mode; its model is a folder.
-        predict: returns the predictions; default: in a child process.
+        predict: returns the predictions; default: a child process makes them.
 
     Raises:
         ConfigError: mode is ``auto``, and the GPUs cannot hold the model.
@@ -122,7 +125,7 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
     places = _places(config)
     candidates = _candidates(len(places), targets)
     orders = _orders(config, found, targets, candidates)
-    predictions = (predict or _predict_in_child)(orders)
+    predictions = (predict or PredictionProcess())(orders)
     chosen, why = _best(predictions, candidates[0], found.is_measured)
     config = _with_system(config, chosen, places, targets, found)
     ranked = sorted(predictions, key=lambda prediction: prediction.mean, reverse=True)
@@ -233,26 +236,35 @@ def _orders(config: Config, found: FoundProfile, targets: Targets, candidates: l
     )
 
 
-def _predict_in_child(orders: PredictionOrders) -> list[CandidatePrediction]:
-    """Have a child process simulate the candidates; returns nothing if it fails or takes too long."""
-    reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    process = ChildProcess(
-        "auto-plan",
-        "hbserve.simulate.prediction",
-        {"orders": msgspec.to_builtins(orders)},
-        on_status=reports.put,
-        on_exit=lambda code: reports.put({"exit": code}),
-    )
-    process.start()
-    try:
-        report = reports.get(timeout=_PREDICTION_TIMEOUT_S)
-        return msgspec.convert(report["predictions"], list[CandidatePrediction])
-    except (queue.Empty, KeyError) as error:
-        logger.warning("no predictions for mode auto, so it takes the first candidate: %r", error)
-        return []
-    finally:
-        process.kill()
-        process.end(_END_TIMEOUT_S)
+class PredictionProcess:
+    """A child process that simulates the candidates. `stop` may be called in any thread."""
+
+    def __init__(self) -> None:
+        self._reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def __call__(self, orders: PredictionOrders) -> list[CandidatePrediction]:
+        """Return the predictions; none if the process fails, takes too long or is stopped."""
+        process = ChildProcess(
+            "auto-plan",
+            "hbserve.simulate.prediction",
+            {"orders": msgspec.to_builtins(orders)},
+            on_status=self._reports.put,
+            on_exit=lambda code: self._reports.put({"exit": code}),
+        )
+        process.start()
+        try:
+            report = self._reports.get(timeout=_PREDICTION_TIMEOUT_S)
+            return msgspec.convert(report["predictions"], list[CandidatePrediction])
+        except (queue.Empty, KeyError) as error:
+            logger.warning("no predictions for mode auto, so it takes the first candidate: %r", error)
+            return []
+        finally:
+            process.kill()
+            process.end(_END_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """End the process, and the wait for it."""
+        self._reports.put({"stopped": True})
 
 
 _END_TIMEOUT_S = 5.0
@@ -327,6 +339,7 @@ def _plan(config: Config, chosen_by: str, targets: Targets, why: str, found: Fou
         targets=targets,
         why=why,
         profile=None if found is None else found.source,
+        profile_path=str(found.path) if found is not None and found.is_measured else None,
     )
 
 

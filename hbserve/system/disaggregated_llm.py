@@ -29,7 +29,7 @@ from hbserve.process.stopwatch import Start
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.sampling_params import SamplingParams
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
-from hbserve.system.auto_plan import Plan, choose
+from hbserve.system.auto_plan import Plan, PredictionProcess, choose
 from hbserve.system.launcher import Launcher
 from hbserve.system.prompt_batch import Samplings, as_batch, generate_all
 from hbserve.tokenizer import ChatMessage, Tokenizer
@@ -92,7 +92,12 @@ class DisaggregatedLLM:
         self._given_up = None
         self.config = await asyncio.to_thread(with_model_folder, self.config)
         if self.plan is None:
-            self.config, self.plan = await asyncio.to_thread(choose, self.config)
+            prediction = PredictionProcess()
+            try:
+                self.config, plan = await asyncio.to_thread(choose, self.config, prediction)
+            finally:
+                prediction.stop()  # a start that is given up does not wait for it
+            self.plan, self._launcher.profile_path = plan, plan.profile_path
         self._launcher.config = self.config
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)

@@ -96,6 +96,9 @@ class Launcher:
         on_scheduler_exit: called with the reason when the scheduler has ended and is not started again.
         on_dismissed: called with the name of an instance that has ended because an operator has removed it. A scheduler
             that was started again meanwhile does not know that.
+
+    Attributes:
+        profile_path: file of the model's step times on this kind of GPU; None: there is none.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Launcher:
         on_event: OnEvent = log_event,
     ) -> None:
         self.config = config
+        self.profile_path: str | None = None
         self._on_event, self._on_dismissed = on_event, on_dismissed
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
@@ -203,7 +207,7 @@ class Launcher:
             if instance.instance_type is not InstanceRole.SEMI_PD and not by_ray
         }
         orders = {"config": config, "client_address": client_address, "predecessor": None}
-        orders |= {"instance_addresses": addresses, "run_dir": run_dir}
+        orders |= {"instance_addresses": addresses, "run_dir": run_dir, "profile": self.profile_path}
         children = [ChildProcess("the scheduler", "hbserve.scheduler.process", orders)]
         if self._with_instances and by_ray:
             orders = {"config": config, "scheduler": client_address}

@@ -84,6 +84,15 @@ def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
     assert order.index(0) == 9  # passed by those that arrived in the first 8.5 seconds
 
 
+def test_a_prompt_is_computed_by_one_of_several_workers() -> None:
+    """Two workers end the prompts before it twice as soon, but not its own."""
+    slo = policy("slo_aware", ttft_ms=5000.0)
+    first, second = waiting(slo, 0.0, 100, 3000.0), waiting(slo, 0.0, 250, 3100.0)  # 1 s and 2.5 s, due at 3 and 3.1
+    for now, deferred in ((0.0, False), (0.2, True)):  # the second one begins half a second later
+        slo.order([first, second], now, lambda: ((), 2))
+        assert bool(slo.key(second, 0, now)[0]) is deferred
+
+
 def test_the_earliest_deadline_first_and_the_hopeless_last() -> None:
     slo = policy("slo_aware", ttft_ms=5000.0)
     relaxed = waiting(slo, 0.0, 10, 9000.0)  # 0.1 s, due at 9

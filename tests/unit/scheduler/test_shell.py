@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,14 +19,30 @@ from hbserve.errors import SupersededError
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import ClientMessage, SchedulerReply
 from hbserve.messages.worker import InstanceReply, Ping, Superseded
+from hbserve.policy.profile_file import BUILT_IN, load_profile
 from hbserve.rpc.instance_line import RpcServer
 from hbserve.scheduler.core_io import Start
+from hbserve.scheduler.process import load_profile_for
 from hbserve.scheduler.scheduler import CpuScheduler
 from hbserve.scheduler.shell import SchedulerShell
 from tests.support.scheduler_parts import DEMO
 from tests.unit.scheduler.test_core import HELLO
 
 DEADLINE_S = 30.0
+LLAMA = BUILT_IN.with_name("llama_3_1_8b_h200.json")
+
+
+def test_the_configured_profile_comes_before_the_one_that_was_found(tmp_path: Path) -> None:
+    def loaded(found: Path | None, **arguments: Any) -> str | None:
+        config = PdDisaggConfig.from_arguments(str(DEMO), mode="semi_pd", device="cpu", **arguments).freeze()
+        profile = load_profile_for(config, None if found is None else str(found))
+        return None if profile is None else profile.model
+
+    slo = {"ttft_target_ms": 100.0, "tpot_target_ms": 20.0, "profile": str(LLAMA)}
+    assert loaded(None) is None
+    assert loaded(BUILT_IN) == load_profile(None).model
+    assert loaded(BUILT_IN, slo=slo) == load_profile(LLAMA).model
+    assert loaded(tmp_path / "deleted meanwhile") is None
 
 
 class Client:

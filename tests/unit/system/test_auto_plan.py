@@ -16,12 +16,12 @@ from hbserve.config.flat import PdDisaggConfig as Flat
 from hbserve.errors import ConfigError
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.model_source import SHAPES
-from hbserve.policy.profile_file import load_profile, profiled_predictor, save_profile
+from hbserve.policy.profile_file import BUILT_IN, load_profile, profiled_predictor, save_profile
 from hbserve.policy.profile_store import BUILT_IN_SHAPE, ModelShape, find_profile, profile_path
 from hbserve.policy.step_time_predictor import StepWork
 from hbserve.simulate.prediction import predict
 from hbserve.simulate.standard_loads import LOADS, MEAN_LENGTHS, standard_load, standard_trace
-from hbserve.system.auto_plan import PREDICTION_ERRORS, Plan, choose, machine_targets
+from hbserve.system.auto_plan import PREDICTION_ERRORS, Plan, PredictionProcess, choose, machine_targets
 from tests.support.paths import ROOT
 
 H200 = "NVIDIA H200"
@@ -175,6 +175,30 @@ def test_configured_modes_and_targets_stay(gpus: Callable[..., None]) -> None:
     assert choose(in_python)[0] == in_python
     in_python = PdDisaggConfig(str(SHAPES / "qwen3-8b"), mode="auto").freeze()
     assert choose(in_python, Predictions())[0].scheduler.tpot_ms is not None
+
+
+@pytest.mark.parametrize("mode", ["auto", "unified", "disaggregated", "semi_pd"])
+def test_predictions_start_from_the_profile_of_model_and_gpu(gpus: Callable[..., None], mode: str) -> None:
+    gpus(0)
+    assert choose(config(mode=mode), Predictions())[1].profile_path == str(BUILT_IN)
+    gpus(0, name="another GPU")
+    _, plan = choose(config(mode=mode), Predictions())
+    assert plan.profile_path is None, "a guess: step times are learnt"
+    assert plan.profile is not None
+    shape = ModelShape.read(SHAPES / "qwen3-8b")
+    assert shape is not None
+    own = profile_path(shape, "another GPU", "bfloat16", 1)
+    own.parent.mkdir(parents=True)
+    own.write_bytes(BUILT_IN.read_bytes())
+    assert choose(config(mode=mode), Predictions())[1].profile_path == str(own)
+
+
+def test_a_start_that_is_given_up_waits_for_no_predictions(gpus: Callable[..., None]) -> None:
+    gpus(0)
+    prediction = PredictionProcess()
+    prediction.stop()
+    _, plan = choose(config(), prediction)
+    assert plan.predictions == []
 
 
 def test_a_child_process_predicts(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
