@@ -47,6 +47,7 @@ async def system(model_path: str, **settings: Any) -> AsyncIterator[Disaggregate
         "log_level": "ERROR",
         "kv_timeout_s": 10.0,
         "heartbeat_timeout_s": 5.0,
+        "host_bytes": 64 << 20,
     }
     async with DisaggregatedLLM(PdDisaggConfig.from_arguments(model_path, **(arguments | settings))) as llm:
         yield llm
