@@ -139,9 +139,9 @@ class ModelRunner:
         if self._decoder.expert_totals is not None:
             self._expert_loads = ExpertLoads(self._decoder.expert_totals)
         logger.info(
-            "%s: %s in %s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
-            *(instance.instance_id, self.spec.architecture, dtype, platform.describe(), self.num_blocks),
-            *(self.layout.block_size, self.max_model_len, backend.name),
+            "%s: %s in %s%s on %s, %d KV blocks of %d tokens, sequences up to %d tokens, attention by %s",
+            *(instance.instance_id, self.spec.architecture, dtype, "".join(_in_fp8(spec)), platform.describe()),
+            *(self.num_blocks, self.layout.block_size, self.max_model_len, backend.name),
         )
 
     @property
@@ -274,3 +274,9 @@ class ModelRunner:
         if self.board is not None and plan.after is not None:
             self.board.wait(plan.after)
         return self.board
+
+
+def _in_fp8(spec: ModelSpec) -> list[str]:
+    """Name what is in FP8, for the log."""
+    weights = [] if spec.weight_format is None else [f", FP8 weights per {spec.weight_format.granularity}"]
+    return weights if spec.kv_format is None else [*weights, ", FP8 KV"]

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.one_row import split_row
 from hbserve.platform.cuda_driver import overlaps
+from hbserve.weight_format import BLOCK_SIZE
 
 DYNAMIC, STATIC, GROUPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What has one scale of inputs: each row, all rows, or each 128 inputs of a row."""
@@ -158,6 +159,7 @@ def fp8_one_row(
     """Compute the layer on a single row; arguments and result as `hbserve.layers.one_row.one_row_linear`."""
     num_rows, size = layer.weight.shape
     num_rows = num_rows // 2 if is_gated else num_rows
+    assert size >= BLOCK_SIZE or not layer.has_blocks, "a row in two parts is cut between blocks"
     bias = layer.bias if has_bias else None
     if residual is not None:
         assert not is_gated, "a gated layer has no residual"

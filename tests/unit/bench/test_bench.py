@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hbserve.model_source import SHAPES
 from hbserve.model_spec import ModelSpec
 from hbserve.models.weights import WeightTable
 from hbserve.rope_spec import RopeSpec
+from hbserve.weight_format import ON_LOAD, Fp8KV
 from tests.support.model_zoo import VOCAB_SIZE, save_model
 
 PARAMETERS = {
@@ -161,6 +163,12 @@ def test_floor_by_hand() -> None:
     assert (by_memory.decode_steps, by_memory.weight_bytes, by_memory.kv_bytes) == (2, 1312, 176)
     assert by_memory.flops == 2688 + 1504 + 816
     assert compute_floor(cost, [3], [1], 1e3, 1e3).decode_s == 0
+
+
+def test_floor_counts_the_bytes_that_fp8_has() -> None:
+    cost = ModelCost(replace(tiny_spec(), weight_format=ON_LOAD, kv_format=Fp8KV()), itemsize=2)
+    assert cost.weight_bytes(1) == 288 + 2 * 40  # the LM head stays as it is
+    assert cost.kv_bytes(5) == 2 * 5 * 4
 
 
 def test_floor_with_a_sliding_window() -> None:
