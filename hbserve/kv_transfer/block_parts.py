@@ -132,7 +132,10 @@ def checksums_of(blocks: torch.Tensor) -> torch.Tensor:
         blocks: uint8 ``[block, byte]``, contiguous.
     """
     weights = _weights(blocks.shape[1] // _WORD_BYTES, blocks.device)
-    return (blocks.view(torch.int64) * weights).sum(1)
+    words = blocks.view(torch.int64)
+    if words.device.type == "cpu":
+        return torch.mv(words, weights)  # the same number, ten times as fast; CUDA has no such kernel for integers
+    return (words * weights).sum(1)
 
 
 _MAX_COPIED_RUNS = 4

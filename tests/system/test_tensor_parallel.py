@@ -178,6 +178,7 @@ def test_preemption_changes_no_token(expert_model: tuple[str, Any]) -> None:
 @asynccontextmanager
 async def system(model_path: str, **settings: Any) -> AsyncIterator[DisaggregatedLLM]:
     arguments = SETTINGS | {"mode": "unified", "tensor_parallel_size": 2, "kv_timeout_s": 10.0} | settings
+    arguments["host_bytes"] = 16 << 20
     async with DisaggregatedLLM(PdDisaggConfig.from_arguments(model_path, **arguments)) as llm:
         yield llm
 

@@ -15,6 +15,7 @@ from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.kv_tiers.base import SlotStorage
 from hbserve.kv_tiers.joint_results import JointTierResults
 from hbserve.kv_tiers.rank_tiers import RankTiers
+from hbserve.kv_transfer import block_parts
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
 from hbserve.platform.cpu import CpuPlatform
 
@@ -174,3 +175,10 @@ def test_a_host_without_so_much_memory_says_so() -> None:
     with pytest.raises(StartupError, match=r"kv_cache.host_bytes: .* \d+ bytes are available"):
         owner.reserve()
     owner.close()
+
+
+def test_a_checksum_is_the_same_number_on_every_device() -> None:
+    """CPUs multiply by a matrix product, GPUs by elements."""
+    found = torch.randint(0, 256, (5, BLOCK_BYTES), dtype=torch.uint8)
+    weights = block_parts._weights(BLOCK_BYTES // 8, found.device)
+    assert torch.equal(block_parts.checksums_of(found), (found.view(torch.int64) * weights).sum(1))
