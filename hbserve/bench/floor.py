@@ -38,16 +38,16 @@ class ModelCost:
         experts, num_sparse = spec.experts, 0 if spec.experts is None else sum(spec.experts.layers)
         common_params = spec.num_layers * attention_params
         common_params += (spec.num_layers - num_sparse) * row_params * spec.intermediate_size
-        self._expert_params, num_chosen, self._shares = 0, 0, []
+        expert_params, num_chosen, self._shares = 0, 0, []
         if experts is not None:
             common_params += num_sparse * (row_params * experts.shared_size + spec.hidden_size * experts.num_experts)
-            self._expert_params, num_chosen = num_sparse * row_params * experts.inner_size, experts.num_chosen
+            expert_params, num_chosen = num_sparse * row_params * experts.inner_size, experts.num_chosen
             self._shares = expert_shares(experts, expert_skew)
-        self.layer_params = common_params + num_chosen * self._expert_params
+        self.layer_params = common_params + num_chosen * expert_params
         self.head_params = spec.vocab_size * spec.hidden_size
-        dense_itemsize = itemsize if spec.weight_format is None else 1
-        self._common_bytes = common_params * dense_itemsize + self.head_params * itemsize
-        self._itemsize = itemsize
+        matrix_itemsize = itemsize if spec.weight_format is None else 1
+        self._common_bytes = common_params * matrix_itemsize + self.head_params * itemsize
+        self._expert_bytes = expert_params * matrix_itemsize
         self.token_flops = 2 * self.layer_params
         self.head_flops = 2 * self.head_params
         # Scores and weighted values: one multiplication and one addition each per query element.
@@ -61,7 +61,7 @@ class ModelCost:
         The embedding is read by row, so it counts only where it is the LM head too. Tokens choose independently.
         """
         touched = touched_experts(self._shares, num_tokens)
-        return self._common_bytes + round(touched * self._expert_params * self._itemsize)
+        return self._common_bytes + round(touched * self._expert_bytes)
 
     def attention_flops(self, context_tokens: int) -> int:
         """Count the FLOPs of one token that attends to ``context_tokens``, itself included, in all layers."""

@@ -131,6 +131,8 @@ def test_a_step_reads_the_experts_that_its_tokens_need() -> None:
     assert cost.weight_bytes(1) - cost.weight_bytes(0) == 8 * expert
     assert cost.weight_bytes(2) - cost.weight_bytes(0) == round((16 - 8 * 8 / 128) * expert)
     assert cost.weight_bytes(1000) - cost.weight_bytes(0) == pytest.approx(128 * expert)
+    in_fp8 = ModelCost(ModelSpec.load(find_model("qwen3-30b-a3b"), "fp8"), itemsize=2)
+    assert in_fp8.weight_bytes(1) - in_fp8.weight_bytes(0) == 4 * expert
     assert skewed.weight_bytes(1) == pytest.approx(cost.weight_bytes(1))
     assert skewed.weight_bytes(32) < 0.9 * cost.weight_bytes(32)
 
