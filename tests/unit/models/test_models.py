@@ -103,9 +103,10 @@ def test_a_long_step_is_computed_in_slices(tmp_path: Path, monkeypatch: pytest.M
 def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In a short dtype every order of roundings gives other logits, so compare errors and not logits.
 
-    The reference error is the root mean square error of transformers against its own float32 logits, in the same dtype
-    on the same device. HBServe rounds as often, in another order, so the two errors differ only by chance: on the CPU
-    their ratio is 0.81 to 1.02 over these models.
+    The error of a position is the root mean square over its logits, that of a model the median over positions: where a
+    rounding decides between two experts, one position has another expert's answer. The reference error is that of
+    transformers against its own float32 logits, in the same dtype on the same device. HBServe rounds as often, in
+    another order, so the two errors differ only by chance: on the CPU their ratio is 0.71 to 1.09 over these models.
     """
     platform = make_platform("cuda", gpu_id=0, num_threads=None, num_instances=1)
     platform.activate()
@@ -116,11 +117,11 @@ def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: 
         reference_logits = reference(token_ids[None].to(platform.device)).logits[0].float()
         exact = reference.float()(token_ids[None].to(platform.device)).logits[0]
     ours = our_logits(tmp_path, token_ids, dtype, platform).float()
-    our_error, reference_error = ((x - exact).square().mean().sqrt().item() for x in (ours, reference_logits))
+    our_error, reference_error = (
+        (x - exact).square().mean(-1).sqrt().median().item() for x in (ours, reference_logits)
+    )
     assert our_error < 1.25 * reference_error
-    # where a rounding decides between two experts, the error is that of another expert's answer
-    largest = 0.1 if getattr(reference.config, "num_experts_per_tok", None) is None else 0.3
-    assert reference_error < largest * exact.std().item(), "the reference itself is wrong"
+    assert reference_error < 0.1 * exact.std().item(), "the reference itself is wrong"
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
