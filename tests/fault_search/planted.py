@@ -470,6 +470,6 @@ FOUND_BY = {
     "a_wrong_guess_is_accepted": 0,
     "a_position_behind_a_draft_is_skipped": 0,
     "a_draft_has_no_blocks": 0,
-    "a_row_follows_a_draft_whose_result_is_not_known": 8,
+    "a_row_follows_a_draft_whose_result_is_not_known": 4,
     "a_draft_takes_the_blocks_of_others": 40,
 }
