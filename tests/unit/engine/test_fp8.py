@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from hbserve.attention import AttentionBatch
 from hbserve.attention.sdpa import SdpaBackend
 from hbserve.engine.model_runner import ModelRunner
 from hbserve.errors import ConfigError
@@ -158,3 +160,24 @@ def test_backends_without_kv_in_fp8_are_refused_by_name(backend: str, tmp_path: 
     save_model(tmp_path, "qwen3")
     with pytest.raises(ConfigError, match=f"{backend} needs a CUDA device"):
         make_runner(tmp_path, kv_dtype="fp8", attention_backend=backend)
+
+
+def test_a_needle_among_16k_random_keys_is_found(tmp_path: Path) -> None:
+    """A query that is a multiple of one key reads that key's value, as the next tokens of a long context do."""
+    save_model(tmp_path, "qwen3", head_dim=128, max_position_embeddings=1 << 14)
+    spec = ModelSpec.load(tmp_path, kv_dtype="fp8")
+    layout = KVLayout(1, 1 << 14, spec.num_kv_heads, spec.head_dim, FP8)
+    attention = SdpaBackend(spec, layout, torch.zeros(1, *layout.block_shape).to(FP8), cpu())
+    k, v = (torch.randn(1 << 14, spec.num_kv_heads, spec.head_dim) for _ in range(2))
+    attention.slot_mapping = torch.arange(1 << 14)
+    attention._slot_rows = attention._row_of(attention.slot_mapping)
+    attention.store(0, k, v)
+    needles = torch.randint(1 << 14, (3,), generator=torch.Generator().manual_seed(3))
+    contexts = np.full(3, 1 << 14, np.int32)
+    tables, starts = np.zeros((3, 1), np.int32), np.arange(4, dtype=np.int32)
+    attention.begin(AttentionBatch(3, starts, contexts, tables, torch.zeros(3, dtype=torch.int64)))
+    q = k[needles].repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1) * 4
+    out = torch.empty_like(q)
+    attention.attend(0, q, out)
+    wanted = v[needles].repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1)
+    assert torch.cosine_similarity(out, wanted, dim=-1).min() > 0.99
