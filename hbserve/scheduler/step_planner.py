@@ -194,7 +194,9 @@ class StepPlanner:
         limit_s, min_rows = limit.batch_alone_s, MIN_ROWS
         if step.rows:
             min_rows = 0
-            limit_s = min(limit.batch_s, predictor.estimate_s(step.work) + limit.batch_delay_s)
+            # A prompt has waited for a step with best-effort work already. Without targets there is no limit.
+            delay_s = 0.0 if step.prefill_rows and limit.batch_delay_s < math.inf else limit.batch_delay_s
+            limit_s = min(limit.batch_s, predictor.estimate_s(step.work) + delay_s)
         if InstanceRole.DECODE in phases and limit.takes_decodes:
             decoding = self._decoding(step, instance, batch)
             budget = StepTimeBudget(predictor, step.work, limit_s)
