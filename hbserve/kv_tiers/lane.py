@@ -19,8 +19,13 @@ from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierRes
 
 logger = logging.getLogger(__name__)
 
-_BUFFER_BYTES = 64 << 20
-"""Bytes of a lane's buffer on the device: blocks are gathered there, and leave or come in few large pieces."""
+_BUFFER_BYTES = 16 << 20
+"""Bytes of a lane's buffer on the device: blocks are gathered there, and leave or come in pieces of this size.
+
+A GPU does the copies of one direction in the order in which they were asked for, whatever their streams. A step's inputs
+and tokens wait for the pieces before them, so a lane asks for one piece at a time, and a piece takes a third of a
+millisecond over PCIe.
+"""
 
 
 class CopyJob:
@@ -131,6 +136,7 @@ class Lane:
                     parts.append(checksums_of(buffer))
                     with touching:
                         self._arena.index_copy_(0, blocks, words)  # what is not sound is computed over
+                self._wait()
             checksums: list[int] = torch.cat(parts).tolist()
         if isinstance(command, LoadBlocks):
             for number, (found, expected) in enumerate(zip(checksums, command.checksums, strict=True)):
@@ -155,8 +161,12 @@ class Lane:
             try:
                 yield
             finally:
-                if self._stream is not None:
-                    self._stream.synchronize()
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait for what the lane has asked the device for."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def _describe(failures: dict[int, str], num_blocks: int) -> str | None:
