@@ -132,7 +132,7 @@ def _decode_attention(num_rows: int, context: int) -> dict[str, Any]:
     return found
 
 
-def _engine(model: Path) -> dict[str, Any]:
+def _engine(model: Path, chosen: list[str]) -> dict[str, Any]:
     from hbserve import LLM, SamplingParams
 
     found: dict[str, Any] = {}
@@ -141,7 +141,8 @@ def _engine(model: Path) -> dict[str, Any]:
         "bf16": {},
         "fp8": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
     }
-    for kind, options in kinds.items():
+    for kind in chosen:
+        options = kinds[kind]
         started = time.perf_counter()
         settings: dict[str, Any] = {
             "mode": "unified",
@@ -170,11 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this experiment."""
     parser.add_argument("what", choices=["kernels", "engine"])
     parser.add_argument("--model", default="qwen3-8b", help="a model folder, or a shape under configs/models")
+    parser.add_argument("--engines", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run one of the two measurements."""
-    found = _kernels() if arguments.what == "kernels" else _engine(find_model(arguments.model))
+    found = _kernels() if arguments.what == "kernels" else _engine(find_model(arguments.model), arguments.engines)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -106,6 +106,35 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             _store_fp8(values, out, scales, input_scale, row, first, mask, size, block, num_groups, mode, peak)
 
 
+@triton.jit
+def _widen_kernel(  # type: ignore[no-untyped-def]
+    values, scales, out, size: tl.constexpr, num_groups: tl.constexpr, scale_rows: tl.constexpr, block: tl.constexpr,
+    overlap: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    mask = columns < size
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    scale = tl.load(scales + row // scale_rows * num_groups + columns // 128, mask=mask, other=0.0)
+    wide = tl.load(values + row * size + columns, mask=mask, other=0.0).to(tl.float32) * scale
+    tl.store(out + row * size + columns, wide.to(out.dtype.element_ty), mask=mask)
+
+
+def widen(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return FP8 values ``[rows, columns]`` times their scales, those of blocks of r x 128, in another dtype."""
+    num_rows, size = values.shape
+    out = torch.empty(num_rows, size, dtype=dtype, device=values.device)
+    block = 1024
+    overlap = overlaps(values.device)
+    _widen_kernel[(num_rows, triton.cdiv(size, block))](
+        values, scales, out, size, scales.shape[1], num_rows // scales.shape[0], block, overlap,
+        num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
+    return out
+
+
 def fp8_memory(layer: Fp8Linear, num_rows: int, num_inputs: int) -> Quantised:
     """Allocate inputs ``[rows, inputs]`` of a layer."""
     device = layer.weight.device
