@@ -92,7 +92,15 @@ class SchedulerLink:
             while self._serve_connection(context):
                 logger.info("the connection to the scheduler broke")
                 time.sleep(_RECONNECT_DELAY_S)  # a key that is not the cluster's breaks every connection at once
-                self._on_disconnected()
+                self._tell(self._on_disconnected)
+
+    @staticmethod
+    def _tell(callback: Callable[..., None], *arguments: str) -> None:
+        """Call back. The thread outlives what fails there, because all later messages need it."""
+        try:
+            callback(*arguments)
+        except Exception:
+            logger.exception("a message of the scheduler was not dealt with; the connection goes on")
 
     def _serve_connection(self, context: zmq.Context[zmq.Socket[bytes]]) -> bool:
         """Send and receive until the connection breaks; returns False at the end of the link."""
@@ -128,6 +136,6 @@ class SchedulerLink:
 
     def _on_reply(self, reply: SchedulerReply) -> None:
         if isinstance(reply, WorkerLost):
-            self._on_worker_lost(reply.worker_id, reply.reason)
+            self._tell(self._on_worker_lost, reply.worker_id, reply.reason)
         elif isinstance(reply, WindowMetrics):
             self._windows.put(reply)
