@@ -6,13 +6,14 @@ from pathlib import Path
 
 from hbserve.config import ModelConfig
 from hbserve.errors import ConfigError, ModelError
-from hbserve.model_files import checkpoint_files
+from hbserve.model_files import checkpoint_files, read_config
 from hbserve.policy.profile_store import ModelShape
 
 LARGEST_WEIGHT_SHARE = 0.75
 """Share of a GPU's memory that weights may take; the rest is for KV blocks, activations and captured graphs."""
 _BYTES_PER_PARAMETER = {"float32": 4}
 _SHORT_BYTES = 2
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def num_ranks_needed(model: ModelConfig, num_gpus: int, gpu_bytes: int | None) -> int:
@@ -48,13 +49,16 @@ def num_ranks_needed(model: ModelConfig, num_gpus: int, gpu_bytes: int | None) -
 def _weight_bytes(model: ModelConfig) -> int | None:
     """Return the bytes of a model's weights: those of its files, else those of its shape; None if neither is known."""
     folder = Path(model.path)
-    if model.load_format != "dummy":
-        try:
-            return sum(file.stat().st_size for file in checkpoint_files(folder))
-        except (ModelError, OSError):
-            return None  # whoever loads it says what is wrong
+    # What is quantised while it is loaded has half of the bytes, but for embeddings, norms and scales.
+    factor = 1.0 if model.quantization is None else 0.5
+    try:
+        if model.load_format != "dummy":
+            return int(factor * sum(file.stat().st_size for file in checkpoint_files(folder)))
+        has_experts = any(name in read_config(folder) for name in _NUMBERS_OF_EXPERTS)
+    except (ModelError, OSError):
+        return None  # whoever loads it says what is wrong
     shape = ModelShape.read(folder)
-    if shape is None:
+    if shape is None or has_experts:
         return None
-    num_parameters = shape.num_parameters + shape.vocab_size * shape.hidden_size
-    return num_parameters * _BYTES_PER_PARAMETER.get(model.dtype, _SHORT_BYTES)
+    embeddings = shape.vocab_size * shape.hidden_size
+    return int((factor * shape.num_parameters + embeddings) * _BYTES_PER_PARAMETER.get(model.dtype, _SHORT_BYTES))

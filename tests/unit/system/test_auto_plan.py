@@ -151,6 +151,8 @@ def test_a_large_model_gets_as_many_gpus_as_its_weights_need(gpus: Callable[...,
     gpus(0)
     with pytest.raises(ConfigError, match=r"take 141\.1 GB.* need 2 GPUs, and there are 1"):
         choose(from_dict(large), Predictions())
+    fp8 = {"model": large["model"] | {"quantization": "fp8"}}
+    assert choose(from_dict(fp8), Predictions())[0].model.tensor_parallel_size == 1
     assert choose(from_dict(large | {"mode": "unified"}))[0].gpu_instances[0].tensor_parallel_size == 1
 
 
