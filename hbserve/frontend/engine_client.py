@@ -260,7 +260,7 @@ class EngineClient:
 
     def forget_instance(self, instance_id: str) -> None:
         """Have the scheduler forget an instance that was removed and has ended, if it still waits for it."""
-        self._send_later(RemoveInstance(query_id=_NO_ANSWER, instance_id=instance_id, deadline_s=0.0))
+        self._send_later(RemoveInstance(query_id=_NO_ANSWER, instance_id=instance_id, deadline_s=0.0, has_ended=True))
 
     async def _change(self, message: SetRole | RemoveInstance) -> None:
         answer = await self._ask(message, message.deadline_s + self._rpc.heartbeat_timeout_s)

@@ -48,11 +48,13 @@ class SetRole(Message, frozen=True):
 
 class RemoveInstance(Message, frozen=True):
     """End an instance once it has no work left; answered by `InstanceChanged`. ``deadline_s``: after this time the
-    instance goes on serving."""
+    instance goes on serving. ``has_ended``: an operator has removed it from an earlier scheduler, and its process has
+    ended, so nobody can keep it."""
 
     query_id: int
     instance_id: str
     deadline_s: Seconds
+    has_ended: bool = False
 
 
 class InstanceChanged(Message, frozen=True):

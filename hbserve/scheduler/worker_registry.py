@@ -370,7 +370,7 @@ class WorkerRegistry:
         if instance is None or instance.ready or instance.role is InstanceRole.SEMI_PD:
             self._drains.remove(client, message)
             return
-        problem = self._drains.why_needed(instance)
+        problem = None if message.has_ended else self._drains.why_needed(instance)
         if problem is None:
             self._drains.on_gone(instance)
             self._on_instance_gone(instance, for_good=True)

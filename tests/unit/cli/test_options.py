@@ -29,7 +29,12 @@ gpu_instances:
   - {instance_id: a, instance_type: prefill, tensor_parallel_size: 4}
   - {instance_id: b, instance_type: decode}
 """
-SLO = ("--semi_pd.slo", "{ttft_target_ms: 1, tpot_target_ms: 1}")
+SECTIONS = {
+    "semi_pd.slo": ("--semi_pd.slo", "{ttft_target_ms: 1, tpot_target_ms: 1}"),
+    "kv_cache.disk": ("--kv_cache.disk", "{path: files, bytes: 1}"),
+}
+"""Sections that are not there by default, and what makes them."""
+SLO = SECTIONS["semi_pd.slo"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +65,8 @@ VALUES = {
     "model.tokenizer_path": "other",
     "model.tensor_parallel_size": "2",
     "gpu_instances": "[{instance_id: mine, instance_type: unified, gpu_id: 3}]",
+    "kv_cache.disk": "{path: files, bytes: 1000000}",
+    "kv_cache.disk.path": "others",
     "kv_transfer.backend": "mooncake",
     "performance.block_size": "32",
     "performance.memory_fraction": "0.5",
@@ -71,6 +78,7 @@ VALUES = {
     "semi_pd.ladder.unified": "[70]",
     "rpc.key_file": "key",
     "server.cors_origins": "['https://page.example']",
+    "speculation.max_draft_tokens": "5",
     "telemetry.otlp_endpoint": "http://127.0.0.1:4318/v1/traces",
 }
 """Values of keys for which `value_for` has none; all others have a word or a number."""
@@ -109,7 +117,7 @@ def default_of(key: str) -> Any:
 
 def test_each_key_has_a_flag_that_sets_it() -> None:
     for key in all_keys():
-        others = SLO if key.startswith("semi_pd.slo.") else NEEDS.get(key, ())
+        others = SECTIONS.get(key.rpartition(".")[0]) or NEEDS.get(key, ())
         model = () if key == "model.path" else ("model",)
         text = value_for(key, default_of(key))
         given = effective(*model, *others, f"--{key}", text)

@@ -154,6 +154,10 @@ def test_the_only_instance_of_a_phase_stays_even_while_it_is_lost(message: SetRo
     [(client, answer)] = scheduler.step(50.0, [FromClient(b"operator", message)]).to_clients
     assert isinstance(answer, InstanceChanged)
     assert (client, answer.error) == (b"operator", "prefill-0 is the only prefill instance")
+    ended = RemoveInstance(query_id=2, instance_id="prefill-0", deadline_s=0.0, has_ended=True)
+    [(_, answer)] = scheduler.step(51.0, [FromClient(b"launcher", ended)]).to_clients
+    assert isinstance(answer, InstanceChanged)
+    assert answer.error is None  # an earlier scheduler has removed it
 
 
 def test_nothing_is_kept_of_clients_that_have_gone() -> None:
