@@ -114,7 +114,7 @@ def test_a_grammar_that_leads_into_a_dead_end_is_refused(grammar: str, vocabular
 @pytest.mark.slow
 def test_bounds_of_numbers_are_held(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     """No grammar that is accepted allows a number out of bounds, however it is written."""
-    values = [None, -1, 0, 0.5, 1, 2.5, -0.5, 10, 0.1]
+    values = [None, -0.5, 0, 0.5, 1, 10]
     numbers = ["0", "1", "2", "10", "0.5", "0.25", "0.50", "0.05", "0.0", "1.0", "2.5", "100", "0.49", "0.51", "0.001"]
     letters = {bytes([byte]): 0 for byte in range(256)}
     for token_id in reversed(range(tokenizer.vocab_size)):
@@ -135,7 +135,7 @@ def test_bounds_of_numbers_are_held(vocabulary: Vocabulary, tokenizer: Tokenizer
             if matcher.problem is None:
                 num_accepted += 1
                 assert problem_of(schema, text) is None, (schema, text)
-    assert num_accepted > 1000
+    assert num_accepted > 500
 
 
 @pytest.mark.parametrize(
