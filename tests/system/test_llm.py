@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import ConfigError, EngineDeadError, InvalidRequestError, StartupError
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import VOCAB_SIZE, save_model
+
+DEADLINE_S = 60.0
 
 MODES = ["unified", "disaggregated"]
 NUM_TOKENS = 24
@@ -130,9 +133,17 @@ def test_a_prediction_changes_no_token_and_saves_steps(llm: LLM) -> None:
         for output, expected in zip(outputs, plain, strict=True):
             assert [s["token_ids"] for s in output["samples"]] == [s["token_ids"] for s in expected["samples"]]
             assert output["finish_reason"] == expected["finish_reason"]
-    drafts = llm.get_system_stats()["cpu_scheduler"]["speculation"]["prediction"]
-    assert drafts["accepted_tokens"] > before
-    assert drafts["drafted_tokens"] > drafts["accepted_tokens"]
+
+    # Whether drafts are worth their time is measured, so on busy cores it may take more than one request.
+    half_right = [token if index % 4 else (token + 1) % VOCAB_SIZE for index, token in enumerate(plain[0]["token_ids"])]
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        drafts = llm.get_system_stats()["cpu_scheduler"]["speculation"]["prediction"]
+        if drafts["drafted_tokens"] > drafts["accepted_tokens"] > before:
+            break
+        assert time.monotonic() < deadline, drafts
+        [output] = llm.generate(prompts[0], replace(sampling[0], prediction=half_right), use_tqdm=False)
+        assert output["token_ids"] == plain[0]["token_ids"]
 
 
 def test_n_samples_differ_and_are_reproducible(llm: LLM) -> None:

@@ -370,7 +370,7 @@ def test_the_throttle_leaves_prefill_more_of_the_device_and_keeps_tpot_within_it
 
 # --- in a loop with the simulator --------------------------------------------------------------
 
-SLOW = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.slow
