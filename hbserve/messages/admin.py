@@ -48,8 +48,8 @@ class SetRole(Message, frozen=True):
 
 class RemoveInstance(Message, frozen=True):
     """End an instance once it has no work left; answered by `InstanceChanged`. ``deadline_s``: after this time the
-    instance goes on serving. ``has_ended``: an operator has removed it from an earlier scheduler, and its process has
-    ended, so nobody can keep it."""
+    instance goes on serving. ``has_ended``: an operator removed it while an earlier scheduler ran, and its process
+    has ended. The scheduler then removes it even where it is the only one of its phase."""
 
     query_id: int
     instance_id: str

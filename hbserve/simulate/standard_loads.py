@@ -36,7 +36,7 @@ _MAX_TURN_GAP = 1 / 8
 _FIRST_PROMPT, _TURN_TOKENS, _SYSTEM_TOKENS = 6_000, 4_000, 1_024
 _BLOCK_TOKENS = 512
 _FIRST_LAST_BLOCK = 10_000_000
-"""Name of the first prompt's last block, which is partly full and nobody else's."""
+"""Names of last blocks begin here. Such a block is partly full, so no two prompts share it."""
 _WARM_UP_GAPS = 4.0
 """Gaps between the prompts of a session that pass before the requests begin, so that sessions are of all ages."""
 

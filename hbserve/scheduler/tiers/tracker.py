@@ -26,7 +26,7 @@ from hbserve.scheduler.tiers.tier import StoredRun, Tier
 from hbserve.scheduler.worker import WorkerHandle
 
 _MAX_STORE_BYTES = 64 << 20
-"""Bytes of one store job: what is loaded meanwhile waits for at most one of them on the bus."""
+"""Bytes of one store job. Its blocks stay pinned until all of it has been copied."""
 _MAX_STORE_JOBS = 2
 """Store jobs in flight at one instance and tier: one is copied while the next one is on its way."""
 _MAX_BACKLOG = 0.125
@@ -114,7 +114,7 @@ class KVTiers:
 
     @property
     def directories(self) -> Iterable[TierDirectory]:
-        """Of all tiers, for statistics."""
+        """Return the directories of all tiers; statistics read them."""
         return [tier.directory for tier in self._tiers.values()]
 
     # --- instances -------------------------------------------------------------------------------
