@@ -30,14 +30,15 @@ def capturing(graph: Any, pool: Any) -> Iterator[None]:
 
     `torch.cuda.graph` gives that memory back to the driver before each capture. To give it back and get it again takes
     time and delays the other workers on the device. The graph is uploaded to the device here, so that its first replay
-    takes no longer than the next ones.
+    takes no longer than the next ones. Other threads may allocate memory, open handles and copy meanwhile: only what
+    this thread does can spoil the capture.
 
     Args:
         pool: that the graph takes its memory from; None: a new one.
     """
     stream = capture_stream()
     with torch.cuda.stream(stream):
-        graph.capture_begin(*(() if pool is None else (pool,)))
+        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
         try:
             yield
         finally:

@@ -1,9 +1,10 @@
 """Decode steps as CUDA graphs: one launch instead of some hundred.
 
-For each of several batch sizes the whole step is captured: fed-back tokens, forward pass, logits, sampling, and the
-copy of the sampled tokens into the sequence table. A step copies its inputs into fixed buffers with one transfer from
-pinned memory, and replays the smallest graph that holds its rows. The remaining rows are padding and store nothing.
-A sequence with a draft has a row of the graph for each of its tokens; all of them are stored before any is read.
+For each of several batch sizes (`hbserve.engine.graph_sizes`) the whole step is captured: fed-back tokens, forward
+pass, logits, sampling, and the copy of the sampled tokens into the sequence table. A step copies its inputs into fixed
+buffers with one transfer from pinned memory, and replays the smallest graph that holds its rows. The remaining rows are
+padding and store nothing. A sequence with a draft has a row of the graph for each of its tokens; all of them are stored
+before any is read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hbserve.attention.base import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import capturing, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
+from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.engine.pending_step import StepTimer
 from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import samples_of, sampling_arrays, sampling_batch
@@ -133,44 +135,53 @@ class DecodeGraphs:
 
     Args:
         max_seq_len: a batch with a longer sequence does not fit, and runs eagerly.
+        defers: capture only some sizes now, and leave the others to `capture`.
+
+    Attributes:
+        sizes: the batch sizes with and without a graph.
     """
 
-    def __init__(self, decoder: Decoder, attention: PagedDecode, table: SequenceTable, max_seq_len: int) -> None:
+    def __init__(
+        self, decoder: Decoder, attention: PagedDecode, table: SequenceTable, max_seq_len: int, defers: bool
+    ) -> None:
         self._decoder, self._attention, self._table = decoder, attention, table
         self._block_size = attention.layout.block_size
         self._max_seq_len = max_seq_len
-        self._sizes = captured_batch_sizes(table.max_num_seqs)
+        self.sizes = GraphSizes(captured_batch_sizes(table.max_num_seqs), defers)
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
         self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
         # All graphs share it: a step reads it, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
         self._graphs: dict[int, _Graph] = {}
-        self._capture_all(device)
+        self._capture_first(device)
 
     @property
     def pool(self) -> Any:
         """The memory pool of the graphs."""
-        return self._graphs[self._sizes[-1]].graph.pool()
+        return self._graphs[self.sizes.max].graph.pool()
 
-    def _capture_all(self, device: torch.device) -> None:
+    def _capture_first(self, device: torch.device) -> None:
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
-        pool: Any = None
-        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
-            self._graphs[size] = self._capture(size, pool)
-            pool = self._graphs[size].graph.pool()
+        for size in self.sizes.first:
+            self.capture(size)
         used = before - torch.cuda.mem_get_info(device)[0]
         seconds = time.perf_counter() - started
         logger.info(
-            "captured decode graphs for %d batch sizes up to %d in %.1f s, %.2f GiB",
-            *(len(self._sizes), self._sizes[-1], seconds, used / (1 << 30)),
+            "captured decode graphs for %d batch sizes up to %d in %.1f s, %.2f GiB; %d follow",
+            *(len(self.sizes.first), self.sizes.max, seconds, used / (1 << 30), len(self.sizes.missing)),
         )
+
+    def capture(self, size: int) -> None:
+        """Capture the steps of a batch size; between steps, and on all ranks of a group in the same order."""
+        self._graphs[size] = self._capture(size, self.pool if self._graphs else None)
+        self.sizes.add(size)
 
     @contextmanager
     def of_layers(self, layers: list[int]) -> Iterator[None]:
         """Give the smallest graph only these layers while the body runs, so that a rehearsal takes little time."""
-        size = self._sizes[0]
+        size = self.sizes.min_captured
         whole = self._graphs[size]
         self._graphs[size] = self._capture(size, self.pool, layers)
         try:
@@ -224,7 +235,7 @@ class DecodeGraphs:
     def fits(self, rows: list[PlanRow]) -> bool:
         """Return whether a plan's rows are a decode step that is captured."""
         return (
-            0 < sum([row.num_samples for row in rows]) <= self._sizes[-1]
+            0 < sum([row.num_samples for row in rows]) <= self.sizes.max
             and all(row.num_tokens == row.num_samples for row in rows)
             and max(row.start + row.num_drafts for row in rows) < self._max_seq_len
         )
@@ -245,7 +256,7 @@ class DecodeGraphs:
         table = self._table
         samples = samples_of(rows)
         num_rows = len(samples.rows)
-        size = next(size for size in self._sizes if size >= num_rows)
+        size = self.sizes.choose(num_rows)
         graph = self._graphs[size]
         slots = np.array([row.slot for row in rows], np.int64)[samples.rows]
         row_starts = np.array([row.start for row in rows], np.int64)[samples.rows]

@@ -19,6 +19,7 @@ from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dty
 from hbserve.engine.batch import build_batch
 from hbserve.engine.expert_loads import ExpertLoads
 from hbserve.engine.grammar_table import GrammarTable
+from hbserve.engine.graph_sizes import DelayLimit, GraphSizes
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.prompt_scores import score
 from hbserve.engine.sampler import sample
@@ -26,6 +27,7 @@ from hbserve.engine.sequence_table import SequenceTable
 from hbserve.engine.staging import reserve_pinned_memory
 from hbserve.engine.step_board import StepBoard
 from hbserve.layers.parallel import TensorParallel
+from hbserve.messages.rank import CaptureGraph
 from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
 from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
@@ -42,6 +44,8 @@ __all__ = ["ModelRunner", "PendingStep"]
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 5e-3
+_MIN_FREE_BYTES = 512 << 20
+"""Free device memory for a capture after the start. Other code takes from it too: one capture needs a tenth of it."""
 _MAX_CPU_REHEARSAL = 512
 """Tokens of the longest rehearsed step on the CPU, where larger steps load nothing more."""
 
@@ -57,6 +61,7 @@ class ModelRunner:
         attachment: to arenas that another process holds; None: the runner makes its own.
         stopwatch: measures the parts of the start: ``model``, ``arenas``, ``decoder``, ``attention``, ``tables``,
             ``graphs``, ``warm_up``.
+        defers_graphs: capture only the CUDA graphs that the first steps need; `next_graph` names the others.
 
     Attributes:
         spec: the model. dtype: of what is not quantised. parallel: as given. layout: of this rank's part of a KV block.
@@ -80,8 +85,10 @@ class ModelRunner:
         parallel: TensorParallel | None = None,
         attachment: ArenaAttachment | None = None,
         stopwatch: Stopwatch | None = None,
+        defers_graphs: bool = False,
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
+        self._defers_graphs, self._delays = defers_graphs, DelayLimit()
         self.platform = platform
         parallel = replace(parallel or TensorParallel(), has_whole_experts=config.model.expert_parallel)
         self.parallel = parallel
@@ -179,12 +186,66 @@ class ModelRunner:
             attention = PagedDecode(
                 self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs, self._attention.kv_scales
             )
-            self._graphs = DecodeGraphs(self._decoder, attention, self._table, config.cuda_graph.max_seq_len)
+            max_seq_len, defers = config.cuda_graph.max_seq_len, self._defers_graphs
+            self._graphs = DecodeGraphs(self._decoder, attention, self._table, max_seq_len, defers)
             self._graph_pool = self._graphs.pool
         if role.prefills and self._prefill_graphs is None:
             # The sampler and FlashInfer keep their own memory, so only the number of tokens counts here.
             max_tokens = config.performance.max_num_batched_tokens
-            self._prefill_graphs = PrefillGraphs(self._decoder, self._attention, max_tokens, self._graph_pool)
+            self._prefill_graphs = PrefillGraphs(
+                self._decoder, self._attention, max_tokens, self._graph_pool, self._defers_graphs
+            )
+
+    def _graph_sizes(self) -> dict[InstanceRole, GraphSizes]:
+        decode, prefill = self._graphs, self._prefill_graphs
+        sizes = {} if decode is None else {InstanceRole.DECODE: decode.sizes}
+        return sizes if prefill is None else sizes | {InstanceRole.PREFILL: prefill.sizes}
+
+    def next_graph(self, before: StepPlan | None = None) -> CaptureGraph | None:
+        """Return the size of step whose graphs should be captured now; None: none.
+
+        Args:
+            before: a plan that waits for it. Only sizes that many steps have missed are worth that, and no sequence
+                waits twice. None: no step is under way.
+        """
+        sizes_of = self._graph_sizes()
+        wanted = [(phase, *found) for phase, sizes in sizes_of.items() if (found := sizes.next()) is not None]
+        if not wanted:
+            return None
+        phase, size, misses = max(wanted, key=lambda item: item[2])
+        if before is not None and not self._delays.allows(misses, (row.slot for row in before.rows)):
+            return None
+        return CaptureGraph(phase=phase, size=size)
+
+    @torch.inference_mode()
+    def capture(self, graph: CaptureGraph, delays: bool = False) -> None:
+        """Capture what `next_graph` has named, unless memory is short; all ranks of a group do this between two steps.
+
+        The KV pool keeps its size: these graphs use what ``performance.memory_fraction`` leaves, as the first ones do.
+
+        Args:
+            delays: whether the sequences in the table wait for it.
+        """
+        free_bytes = torch.tensor([torch.cuda.mem_get_info(self.platform.device)[0]], device=self.platform.device)
+        if int(self.parallel.minimum(free_bytes)) < _MIN_FREE_BYTES:
+            logger.warning("no further CUDA graphs: too little device memory is free; some steps are slower")
+            for sizes in self._graph_sizes().values():
+                sizes.give_up()
+            return
+        started = time.perf_counter()
+        totals = self._decoder.expert_totals
+        counted = None if totals is None else totals.clone()  # a capture computes padding, which is nobody's load
+        graphs = self._graphs if graph.phase is InstanceRole.DECODE else self._prefill_graphs
+        assert graphs is not None, f"there are no graphs for {graph.phase}"
+        graphs.capture(graph.size)
+        if totals is not None and counted is not None:
+            totals.copy_(counted)
+        if delays:
+            self._delays.on_captured(self._table.installed.nonzero()[0].tolist())
+        seconds = time.perf_counter() - started
+        logger.debug("captured graphs of %s steps of size %d in %.2f s", graph.phase, graph.size, seconds)
+        if not graphs.sizes.missing:
+            logger.info("captured the remaining graphs of %s steps", graph.phase)
 
     @torch.inference_mode()
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:
@@ -242,6 +303,7 @@ class ModelRunner:
         timer = StepTimer(self.platform.device)
         for state in plan.new_sequences:
             self._table.install(state)
+        self._delays.on_installed(state.slot for state in plan.new_sequences)
         self._table.append_new_blocks(plan.rows)
         self._table.grammars.advance(plan.rows)
         if not plan.rows:

@@ -22,6 +22,7 @@ import torch
 from hbserve.attention.base import AttentionBackend
 from hbserve.engine.batch import StepBatch
 from hbserve.engine.capture import capturing, run_to_capture
+from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.layers.ops import ResidualStream
 from hbserve.models.decoder import Decoder
 
@@ -50,41 +51,50 @@ class PrefillGraphs:
         attention: the backend that the steps between the pieces use.
         max_tokens: of a step.
         pool: memory of the graphs captured before; no two graphs run at a time, so they share it.
+        defers: capture only some token counts now, and leave the others to `capture`.
+
+    Attributes:
+        sizes: the token counts with and without graphs.
     """
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend, max_tokens: int, pool: Any) -> None:
-        self._decoder, self._attention = decoder, attention
-        self._sizes = captured_token_counts(decoder, max_tokens)
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, max_tokens: int, pool: Any, defers: bool) -> None:
+        self._decoder, self._attention, self._pool = decoder, attention, pool
+        self.sizes = GraphSizes(captured_token_counts(decoder, max_tokens), defers)
         device = decoder.embedding.device
-        max_size = self._sizes[-1] if self._sizes else 0
+        max_size = self.sizes.max
         self._token_ids = torch.zeros(max_size, dtype=torch.int64, device=device)
         self._positions = torch.zeros(max_size, dtype=torch.int64, device=device)
         self._slot_mapping = torch.full((max_size,), _NOWHERE, dtype=torch.int64, device=device)
         self._q, self._attended = decoder.heads_buffer(max_size), decoder.heads_buffer(max_size).zero_()
         self._pieces: dict[int, _Pieces] = {}
-        self._capture_all(pool, device)
+        self._capture_first(device)
 
-    def _capture_all(self, pool: Any, device: torch.device) -> None:
-        if not self._sizes:
+    def _capture_first(self, device: torch.device) -> None:
+        if not self.sizes.first:
             return
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
-        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
-            self._pieces[size] = self._capture(size, pool)
+        for size in self.sizes.first:
+            self.capture(size)
         logger.info(
-            "captured piecewise graphs for %d token counts up to %d in %.1f s, %.2f GiB",
-            *(len(self._sizes), self._sizes[-1], time.perf_counter() - started),
-            (before - torch.cuda.mem_get_info(device)[0]) / (1 << 30),
+            "captured piecewise graphs for %d token counts up to %d in %.1f s, %.2f GiB; %d follow",
+            *(len(self.sizes.first), self.sizes.max, time.perf_counter() - started),
+            *((before - torch.cuda.mem_get_info(device)[0]) / (1 << 30), len(self.sizes.missing)),
         )
 
-    def _capture(self, size: int, pool: Any) -> _Pieces:
-        self._attention.slot_mapping = self._slot_mapping[:size]
+    def capture(self, size: int) -> None:
+        """Capture the steps of a token count; between steps, and on all ranks of a group in the same order."""
+        self._pieces[size] = self._capture(size)
+        self.sizes.add(size)
+
+    def _capture(self, size: int) -> _Pieces:
+        self._attention.slot_mapping = self._slot_mapping[:size].fill_(_NOWHERE)  # the last step has left its own
         run_to_capture(lambda: self._rehearse(size))
         graphs = []
         residual: ResidualStream | None = None
         for index in range(len(self._decoder.layers) + 1):
             graph: Any = torch.cuda.CUDAGraph()
-            with capturing(graph, pool):
+            with capturing(graph, self._pool):
                 if index < len(self._decoder.layers):
                     residual = self._piece(index, residual, size)
                 else:
@@ -117,7 +127,7 @@ class PrefillGraphs:
 
     def fits(self, num_tokens: int) -> bool:
         """Return whether a step of so many tokens is captured."""
-        return bool(self._sizes) and num_tokens <= self._sizes[-1]
+        return num_tokens <= self.sizes.max
 
     def forward(
         self,
@@ -127,7 +137,7 @@ class PrefillGraphs:
     ) -> torch.Tensor:
         """Compute what `Decoder.forward` does, for a step that `fits` and that attention has begun."""
         num_tokens = len(batch.token_ids)
-        size = next(size for size in self._sizes if size >= num_tokens)
+        size = self.sizes.choose(num_tokens)
         pieces = self._pieces[size]
         self._token_ids[:num_tokens].copy_(batch.token_ids)
         self._positions[:num_tokens].copy_(batch.positions)

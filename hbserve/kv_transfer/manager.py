@@ -83,6 +83,11 @@ class KVTransferManager(ABC):
         self._seen_generation = torch.full((kv_blocks.shape[0],), -1, dtype=torch.int64)
         self._stream = torch.cuda.Stream(kv_blocks.device) if kv_blocks.is_cuda else None  # type: ignore[no-untyped-call]
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transfer, or the opening of a link, is under way. Callable from any thread."""
+        return bool(self._tasks or self._opening)
+
     # --- called by the rank process ----------------------------------------------------------------
 
     @property

@@ -141,6 +141,11 @@ class RankTransfers:
         self.manager, self._has_begun = manager, True
         return Peer(rank=self._rank, epoch=epoch, endpoint=manager.endpoint)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transfer is under way. Callable from any thread."""
+        return self._has_begun and self.manager.is_busy
+
     def send(self, commands: list[SendBlocks], group: int | None) -> None:
         """Start the transfers of a group of layers, or (None) those that leave only when the whole step is done."""
         for command in commands:

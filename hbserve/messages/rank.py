@@ -1,13 +1,14 @@
-"""Messages between rank 0 of an instance and its other ranks. Plans (`StepPlan`) come encoded, on their own line."""
+"""Messages between rank 0 of an instance and its other ranks. `RankWork` comes encoded, on a line of its own."""
 
 from __future__ import annotations
 
 import msgspec
 
+from hbserve.config import InstanceRole
 from hbserve.messages.base import Message
 from hbserve.messages.tiers import TierCommand, TierResult
 from hbserve.messages.transfer import Peer, TransferCommand, TransferReply
-from hbserve.messages.worker import InstanceFailed, StepLost, StepResult
+from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan, StepResult
 
 
 class Standby(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,5 +43,19 @@ class EpochBegun(Message, frozen=True):
     peer: Peer
 
 
+class CaptureGraph(Message, frozen=True):
+    """Capture the CUDA graphs of one size of step, between the plans before and after this message.
+
+    Attributes:
+        phase: ``decode`` or ``prefill``.
+        size: rows of a decode step; tokens of a step with prompts.
+    """
+
+    phase: InstanceRole
+    size: int
+
+
+RankWork = StepPlan | CaptureGraph
+"""What a rank's main thread does, in order: the ranks of a group must launch the same work in the same order."""
 RankCommand = BeginEpoch | StepLost | TransferCommand | TierCommand
 RankReply = EpochBegun | TransferReply | TierResult | StepResult | InstanceFailed

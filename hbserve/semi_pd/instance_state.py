@@ -228,7 +228,7 @@ class InstanceState:
         attachments = self.residents.attachments
         for phase, percentage in sorted(self.levels(allocation)):
             if not self.pool.at_level((phase, percentage)):
-                self.pool.wake(phase, percentage, attachments)
+                self.pool.wake(phase, percentage, attachments, is_awaited=not self.is_serving())
         preparing = [w for w in self.pool.workers.values() if w.state is WorkerState.PREPARING]
 
         def is_over() -> bool:
@@ -340,7 +340,7 @@ class InstanceState:
                 self.on_error("given_up", f"the {phase} worker at {percentage} % {why}")
                 continue
             self.num_replaced += 1
-            self.pool.wake(*level, attachments)
+            self.pool.wake(*level, attachments, is_awaited=True)
         self.keep_standbys()
 
     def keep_standbys(self) -> None:

@@ -183,11 +183,12 @@ class WorkerPool:
         process.start()
         return process
 
-    def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]]) -> Worker:
+    def wake(self, phase: InstanceRole, percentage: int, attachments: list[dict[str, Any]], is_awaited: bool) -> Worker:
         """Make a worker of a standby, or of a new process if there is none; `on_ready` is called later.
 
         Args:
             attachments: each rank's `hbserve.engine.arenas.ArenaAttachment`, as plain data.
+            is_awaited: no other worker does its work until it is ready.
         """
         priority = self._config.semi_pd.prefill_priority if phase is InstanceRole.PREFILL else 0
         while True:
@@ -202,6 +203,7 @@ class WorkerPool:
                 partition=partition_of(phase, percentage, priority),
                 attachments=attachments,
                 host=self._host,
+                is_awaited=is_awaited,
             )
             worker = Worker(spec, process)
             process.name = worker_id

@@ -36,6 +36,7 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
         partition: the worker's share of the device.
         attachments: by rank, an `hbserve.engine.arenas.ArenaAttachment`, as plain data.
         host: memory of the host for KV blocks; None: there is none.
+        is_awaited: see `hbserve.worker.worker_process.SharedDevice`.
     """
 
     instance: InstanceConfig
@@ -43,6 +44,7 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
     partition: Partition
     attachments: list[dict[str, Any]]
     host: HostMemory | None = None
+    is_awaited: bool = False
 
 
 def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch) -> int:
@@ -57,7 +59,12 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch)
         model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
     shared = SharedDevice(
-        attachments=attachments, partition=order.partition, ranks=ranks, host=order.host, stopwatch=stopwatch
+        attachments=attachments,
+        partition=order.partition,
+        ranks=ranks,
+        host=order.host,
+        stopwatch=stopwatch,
+        is_awaited=order.is_awaited,
     )
     return run_worker(config, order.instance, order.address, shared)
 

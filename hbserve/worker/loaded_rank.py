@@ -51,6 +51,7 @@ def loaded_rank(
     stopwatch: Stopwatch | None = None,
     host: HostMemory | None = None,
     report_copy: Callable[[TierResult], None] = lambda result: None,
+    defers_graphs: bool = False,
 ) -> Iterator[LoadedRank]:
     """Load one rank's part of the model. The body runs without gradients; that holds for its own thread only.
 
@@ -67,6 +68,7 @@ def loaded_rank(
             those of `ModelRunner`, and ``transfers``.
         host: memory of the host for KV blocks.
         report_copy: called with the results of copies to and from KV tiers, in any thread.
+        defers_graphs: see `ModelRunner`.
 
     Raises:
         HBServeError: if the model cannot be served as configured.
@@ -96,7 +98,7 @@ def loaded_rank(
         timeout_s = max(config.rpc.start_timeout_s, config.rpc.step_timeout_s)
         parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
         stopwatch.lap("ranks")
-        runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch)
+        runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch, defers_graphs)
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)

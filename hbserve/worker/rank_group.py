@@ -20,7 +20,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import StartupError
-from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, RankReply, Standby
+from hbserve.messages.rank import BeginEpoch, CaptureGraph, EpochBegun, RankCommand, RankReply, RankWork, Standby
 from hbserve.messages.tiers import HostMemory, TierResult
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import InstanceFailed, StepPlan, StepResult
@@ -111,6 +111,7 @@ class RankGroup:
         attachments: list[ArenaAttachment] | None,
         partition: Partition | None,
         host: HostMemory | None = None,
+        defers_graphs: bool = False,
     ) -> None:
         """Send the ranks their second orders: what they are.
 
@@ -120,6 +121,7 @@ class RankGroup:
             attachments: to arenas that other processes hold, one per rank; None: each rank makes its own.
             partition: the share that each rank has of its device.
             host: memory of the host for KV blocks.
+            defers_graphs: see `hbserve.engine.model_runner.ModelRunner`.
         """
         if not self._ranks:
             return
@@ -132,6 +134,7 @@ class RankGroup:
             "port": self.port,
             "partition": None if partition is None else dataclasses.asdict(partition),
             "host": msgspec.to_builtins(host),
+            "defers_graphs": defers_graphs,
         }
         for rank in self._ranks:
             attachment = None if attachments is None else msgspec.to_builtins(attachments[rank.number])
@@ -167,11 +170,18 @@ class RankGroup:
         Raises:
             OSError: if a rank is gone.
         """
+        self._send_work(plan)
+        self._num_plans += 1
+
+    def capture(self, graph: CaptureGraph) -> None:
+        """Have the other ranks capture graphs, after the plans so far; as `forward`."""
+        self._send_work(graph)
+
+    def _send_work(self, work: RankWork) -> None:
         if self._ranks:
-            payload = self._encoder.encode(plan)
+            payload = self._encoder.encode(work)
             for rank in self._ranks:
                 rank.plans.send_bytes(payload)
-        self._num_plans += 1
 
     def end_plans(self) -> None:
         """Have the other ranks finish and exit."""

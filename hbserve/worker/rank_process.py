@@ -19,7 +19,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
-from hbserve.messages.rank import BeginEpoch, EpochBegun, RankCommand, Standby
+from hbserve.messages.rank import BeginEpoch, CaptureGraph, EpochBegun, RankCommand, RankWork, Standby
 from hbserve.messages.tiers import HostMemory, LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import TransferReply
 from hbserve.messages.worker import InstanceFailed, StepLost, StepPlan
@@ -62,6 +62,7 @@ class RankWorker:
         plans: where encoded plans come from.
         control: this rank's end of the line to rank 0's event loop.
         host: memory of the host for KV blocks.
+        defers_graphs: see `hbserve.engine.model_runner.ModelRunner`.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class RankWorker:
         plans: Connection,
         control: socket.socket,
         host: HostMemory | None,
+        defers_graphs: bool,
     ) -> None:
+        self._defers_graphs = defers_graphs
         self.config, self.instance, self.tp_rank = config, instance, tp_rank
         self._attachment, self._partition, self._host = attachment, partition, host
         self._plans = plans
@@ -104,15 +107,19 @@ class RankWorker:
             self._partition,
             host=self._host,
             report_copy=lambda result: self._events.post(BlocksCopied(self.tp_rank, result)),
+            defers_graphs=self._defers_graphs,
         ) as rank:
             self._transfers, self._tiers, self._board = rank.transfers, rank.tiers, rank.runner.board
             io_thread = event_loop.start_thread(self._events.loop, self._serve)
             pipeline = StepPipeline(rank.runner, self._events.post)
             child.freeze_heap()
             child.report_status({"ready": True})
-            decoder = msgspec.msgpack.Decoder(StepPlan)
+            decoder = msgspec.msgpack.Decoder(RankWork)
             while (payload := self._plans.recv_bytes()) != END_OF_PLANS:
-                if not pipeline.launch(decoder.decode(payload)):
+                work = decoder.decode(payload)
+                if isinstance(work, CaptureGraph):
+                    rank.runner.capture(work)
+                elif not pipeline.launch(work):
                     threading.Event().wait(_FAREWELL_S)  # rank 0 gets the failure, and ends this process
                     return EXIT_FAILED
         pipeline.close()
@@ -214,6 +221,7 @@ def main() -> None:
         Connection(orders["plans_fd"]),
         socket.socket(fileno=orders["control_fd"]),
         msgspec.convert(wake_up["host"], HostMemory | None),
+        wake_up["defers_graphs"],
     )
     child.exit_after(lambda: worker.run(wake_up["port"]))
 

@@ -142,8 +142,14 @@ class StepPipeline:
     def __init__(self, runner: ModelRunner, post: Callable[[StepEvent], None]) -> None:
         self._runner, self._post = runner, post
         self._launched: queue.SimpleQueue[_LaunchedStep | None] = queue.SimpleQueue()
+        self._num_launched = self._num_done = 0  # one thread writes each
         self._collector = threading.Thread(target=self._collect, name="collector")
         self._collector.start()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every launched step is done; from the launching thread."""
+        return self._num_done == self._num_launched
 
     def launch(self, plan: StepPlan, came_at: float | None = None) -> bool:
         """Launch a step; return False if it failed.
@@ -168,6 +174,7 @@ class StepPipeline:
                 pending = runner.launch(plan)
             host_s = time.perf_counter() - began
             entry = None if runner.board is None else runner.board.entry(plan)
+            self._num_launched += 1
             self._launched.put(_LaunchedStep(plan, pending, waited_s, host_s, progress, entry))
         except Exception as error:
             self._fail(plan, error)
@@ -202,6 +209,7 @@ class StepPipeline:
             last_end = end
             if progress is not None:
                 progress.finish()
+            self._num_done += 1
             self._post(StepDone(plan, msgspec.structs.replace(result, host_s=host_s, early_s=early_s)))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:

@@ -13,6 +13,7 @@ docstring has a picture of the threads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
@@ -68,6 +69,8 @@ EXIT_RANK_LOST = 72
 EXIT_REFUSED = 1
 
 _SCHEDULER_CHECK_INTERVAL_S = 0.25
+_IDLE_S = 0.5
+"""Time without work after which a worker captures graphs: the first requests after its start do not wait for them."""
 _MAX_LAST_WAIT_S = 5.0
 """How long an ending worker waits for another worker's step: that worker and the scheduler may have been killed."""
 
@@ -82,6 +85,7 @@ class SharedDevice:
         ranks: its other ranks, on standby.
         host: memory of the host for KV blocks.
         stopwatch: running since the worker was woken.
+        is_awaited: the start of a system waits for the worker; else others serve until it has captured all graphs.
     """
 
     attachments: list[ArenaAttachment]
@@ -89,6 +93,7 @@ class SharedDevice:
     ranks: RankGroup
     host: HostMemory | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    is_awaited: bool = False
 
 
 class WorkerProcess:
@@ -157,7 +162,8 @@ class WorkerProcess:
             ranks, self._host = self._shared.ranks, self._shared.host
             ranks.on_lost = self._on_rank_lost
         self._ranks, self._kill_ranks = ranks, ranks.kill
-        ranks.wake(self.config, self.instance, attachments, partition, self._host)
+        defers_graphs = self._shared is None or self._shared.is_awaited
+        ranks.wake(self.config, self.instance, attachments, partition, self._host, defers_graphs)
         stopwatch.lap("wake")
         with loaded_rank(
             self.config,
@@ -171,6 +177,7 @@ class WorkerProcess:
             stopwatch,
             self._host,
             lambda result: self._events.post(events.BlocksCopied(0, result)),
+            defers_graphs,
         ) as rank:
             self._platform, self._runner, self._transfers = rank.platform, rank.runner, rank.transfers
             self._tiers, self._joint_copies = rank.tiers, JointTierResults(ranks.size, self._rpc.send)
@@ -203,12 +210,15 @@ class WorkerProcess:
         return self._exit_code
 
     def _launch_steps(self, pipeline: StepPipeline) -> None:
-        while (item := self._plans.get()) is not None:
+        while (item := self._next_item(pipeline)) is not None:
             plan, came_at = item
             if plan.epoch != self._epoch:  # made for a scheduler that is gone, or before the scheduler lost this worker
                 self._events.post(events.StepDropped(plan))
                 continue
             try:
+                if (graph := self._runner.next_graph(before=plan)) is not None:
+                    self._ranks.capture(graph)
+                    self._runner.capture(graph, delays=True)
                 self._ranks.forward(plan)
             except OSError as error:
                 self._events.post(events.StepFailed(plan, error))
@@ -217,6 +227,24 @@ class WorkerProcess:
             if not pipeline.launch(plan, came_at):
                 self.stop(EXIT_STEP_FAILED)
                 return
+
+    def _next_item(self, pipeline: StepPipeline) -> tuple[StepPlan, float] | None:
+        """Wait for the next plan, or None for the end; capture graphs while there is nothing else to do.
+
+        A plan that comes meanwhile waits for the capture that is under way, and for no other.
+        """
+        while self._runner.next_graph() is not None:
+            with contextlib.suppress(queue.Empty):
+                return self._plans.get(timeout=_IDLE_S)
+            while self._plans.empty() and pipeline.is_idle and not self._transfers.is_busy:
+                if (graph := self._runner.next_graph()) is None:
+                    break
+                try:
+                    self._ranks.capture(graph)
+                except OSError:
+                    break  # the rank's watcher ends this process
+                self._runner.capture(graph)
+        return self._plans.get()
 
     # --- any thread ------------------------------------------------------------------------------
 

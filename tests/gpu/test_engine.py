@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import sys
+import threading
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.engine.capture import capturing, run_to_capture
 from tests.support.engines import assert_no_leaks, random_prompt
 from tests.support.paths import ROOT
 
@@ -110,6 +112,77 @@ def test_predictions_change_no_token(has_graphs: bool) -> None:
         drafts = llm.get_system_stats()["cpu_scheduler"]["speculation"]["prediction"]
         assert 0 < drafts["accepted_tokens"] < drafts["drafted_tokens"]
         assert_no_leaks(llm)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "disaggregated", "gpu_instances": "one card"}], ids=str)
+def test_answers_are_right_while_graphs_are_captured_and_after(
+    options: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first batches run with few graphs; the others are captured between requests, none of which goes wrong."""
+    if options:
+        instances = [{"instance_id": role, "instance_type": role, "gpu_id": 0} for role in ("prefill", "decode")]
+        options = options | {"gpu_instances": instances}
+    questions = recall(60)
+    seen = ""
+
+    def answers(llm: LLM, count: int) -> list[list[int]]:
+        outputs = llm.chat([question.messages for question in questions[:count]], GREEDY, use_tqdm=False)
+        right = sum(o["text"] == question.answer for o, question in zip(outputs, questions, strict=False))
+        assert right >= 0.95 * count - 1
+        return [output["token_ids"] for output in outputs]
+
+    with LLM(DEMO, **({"mode": "unified", "max_num_seqs": 64} | SETTINGS | options | {"log_level": "INFO"})) as llm:
+        first = answers(llm, 60)
+        deadline = time.monotonic() + 100
+        while "captured the remaining graphs of decode steps" not in seen:
+            assert time.monotonic() < deadline, seen[-2000:]
+            answers(llm, random.randint(1, 20))
+            time.sleep(0.7)  # a worker captures when it has had nothing to do for half a second
+            seen += capfd.readouterr().err
+        again = answers(llm, 60)
+        assert sum(a == b for a, b in zip(first, again, strict=True)) >= 57
+        assert_no_leaks(llm)
+    assert "captured decode graphs for 3 batch sizes up to 64" in seen
+
+
+def test_other_threads_may_allocate_during_a_capture() -> None:
+    x, ends = torch.ones(1 << 20, device="cuda"), threading.Event()
+    failures: list[Exception] = []
+
+    def allocate() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for size in range(
+                    2 << 20, 300 << 20, 2 << 20
+                ):  # each larger than all before, so none comes from a cache
+                    torch.empty(size, dtype=torch.uint8, device="cuda").fill_(1)
+                    torch.empty(size >> 6, dtype=torch.uint8, pin_memory=True)
+                    torch.cuda.current_stream().synchronize()
+                    if ends.is_set():
+                        break
+        except Exception as error:
+            failures.append(error)
+
+    def step() -> torch.Tensor:
+        y = x
+        for _ in range(50):
+            y = y + x
+        return y
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        for _ in range(20):
+            graph: Any = torch.cuda.CUDAGraph()
+            run_to_capture(step)
+            with capturing(graph, None):
+                y = step()
+            graph.replay()
+            assert (y == 51).all()
+    finally:
+        ends.set()
+        thread.join()
+    assert not failures
 
 
 async def test_random_load_with_preemption_aborts_and_shared_prefixes_leaks_nothing() -> None:
