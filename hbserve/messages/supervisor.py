@@ -64,6 +64,8 @@ EventKind = Literal[
     "retired",
     "left",
     "role",
+    "plan",
+    "profile",
     "rotation",
     "recovered",
     "scheduler_restarted",

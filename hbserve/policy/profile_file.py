@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,8 @@ from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.step_profile import FORMAT, StepProfile
 from hbserve.policy.step_time_predictor import StepTimePredictor
 
+logger = logging.getLogger(__name__)
+
 BUILT_IN = Path(__file__).with_name("builtin_profile.json")
 
 
@@ -21,9 +25,42 @@ class _Version(msgspec.Struct):
     format: int
 
 
+_MAX_BYTES = 4 << 20
+"""Size up to which a file can be a profile; the largest that was measured has 30 kB."""
+
+
+class LearntProfile(msgspec.Struct, frozen=True):
+    """Where a profile that is learnt is kept: the file, and what its times are of."""
+
+    path: str
+    subject: str
+
+    def keep(self, profile: StepProfile) -> None:
+        """Write the profile, unless there is a good one meanwhile; what prevents that goes to the log."""
+        path = Path(self.path)
+        try:
+            if path.is_file() and load_profile(path).subject in ("", self.subject):
+                logger.info("learnt step times are not kept: %s is there meanwhile", path)
+                return
+        except ConfigError as error:
+            logger.warning("it is replaced: %s", error)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_profile(msgspec.structs.replace(profile, subject=self.subject), path)
+        except OSError as error:
+            logger.warning("cannot keep the learnt step times in %s: %s", path, error.strerror)
+            return
+        logger.info("learnt step times are kept in %s; the next start begins with them", path)
+
+
 def save_profile(profile: StepProfile, path: Path) -> None:
-    """Write a profile as JSON."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    """Write a profile as JSON: whole, or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_profile(path: str | Path | None) -> StepProfile:
@@ -38,6 +75,8 @@ def load_profile(path: str | Path | None) -> StepProfile:
     """
     path = path or BUILT_IN
     try:
+        if (size := Path(path).stat().st_size) > _MAX_BYTES:
+            raise ConfigError(f"latency profile {path}: it has {size} bytes, which no profile has")
         text = Path(path).read_bytes()
         version = msgspec.json.decode(text, type=_Version).format
         if version != FORMAT:
@@ -48,7 +87,7 @@ def load_profile(path: str | Path | None) -> StepProfile:
         profile = msgspec.json.decode(text, type=StepProfile)
     except OSError as error:
         raise ConfigError(f"latency profile {path}: {error.strerror}; `python -m hbserve.profile` makes one") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"latency profile {path}: {error}") from None
     profile.check(str(path))
     return profile

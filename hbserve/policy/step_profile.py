@@ -56,12 +56,14 @@ class StepProfile(_Part, frozen=True, kw_only=True):
     Attributes:
         format: version of the file format.
         model: its name; device: in words; source: where the numbers are from.
+        subject: what the times are of, as `hbserve.policy.profile_store.ProfileKey` says it; empty in older files.
     """
 
     format: int
     model: str
     device: str
     source: str
+    subject: str = ""
     steps: tuple[StepPoint, ...]
     pairs: tuple[PairPoint, ...] = ()
 

@@ -18,7 +18,7 @@ from hbserve.bench.arguments import check_new_file, default_load_format, find_mo
 from hbserve.config import Config
 from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import save_profile
-from hbserve.policy.profile_store import ModelShape, checkpoint_dtype, profile_path
+from hbserve.policy.profile_store import ProfileKey
 from hbserve.policy.step_profile import StepProfile
 from hbserve.profile.points import CPU_PLAN, GPU_PLAN, SHORT_GPU_PLAN, ProfilePlan, run_profile
 
@@ -73,13 +73,12 @@ def _path_in_cache(arguments: argparse.Namespace) -> Path:
     """Return where `hbserve.policy.profile_store` looks for a profile of this model on this device."""
     from hbserve.platform import mps
 
-    folder = find_model(arguments.model)
-    shape = ModelShape.read(folder)
-    if shape is None:
-        raise ConfigError(f"--out: {folder}/config.json does not name the model's sizes; give a file")
     gpus = [] if arguments.device == "cpu" else mps.gpus()
-    dtype = checkpoint_dtype(folder) if arguments.dtype == "auto" else arguments.dtype
-    return profile_path(shape, gpus[0] if gpus else "cpu", dtype, 1)
+    config = _config(arguments)
+    key = ProfileKey.of(config.model, config.kv_cache, gpus[0] if gpus else "cpu")
+    if key is None:
+        raise ConfigError(f"--out: {config.model.path}/config.json does not name the model's sizes; give a file")
+    return key.path
 
 
 def _config(arguments: argparse.Namespace) -> Config:

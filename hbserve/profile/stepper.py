@@ -16,9 +16,9 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig, ModelConfig
 from hbserve.errors import HBServeError
-from hbserve.messages.worker import PlanRow, SequenceState, StepPlan
+from hbserve.messages.worker import SequenceState, StepPlan
+from hbserve.policy.probe_step import ProbeSize, probe_rows
 from hbserve.process import child
-from hbserve.sampling_params import SamplingParams
 from hbserve.tokenizer_files import leave_out_torch
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _DEPTH = 2  # plans in flight, as in serving
 _WARM_UP = 3
-_GREEDY = SamplingParams(temperature=0, max_tokens=None)
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +61,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure(runner: ModelRunner, work: Work) -> Measured:
     """Run steps one after the other; launch each before the step before has ended."""
-    states, rows = _steps_of(runner, work)
+    size = ProbeSize(work.tokens, work.prompt_context, work.batch, work.context)
+    blocks = range(work.first_block, work.first_block + work.num_blocks)
+    states, rows = probe_rows(size, blocks, runner.layout.block_size)
     in_flight: deque[PendingStep] = deque()
 
     def run_one(new_sequences: list[SequenceState]) -> None:
@@ -85,35 +86,6 @@ def measure(runner: ModelRunner, work: Work) -> Measured:
     while in_flight:
         in_flight.popleft().result()
     return Measured(ms=1000 * seconds / steps, steps=steps)
-
-
-def _steps_of(runner: ModelRunner, work: Work) -> tuple[list[SequenceState], list[PlanRow]]:
-    """Return the state to install once, and the rows of every step: the same positions each time."""
-    block_size = runner.layout.block_size
-    states, rows = [], []
-    next_block = 0
-    lengths = [(work.context - 1, 1)] * work.batch
-    if work.tokens:
-        lengths.append((work.prompt_context, work.tokens))
-    for slot, (start, num_tokens) in enumerate(lengths):
-        count = -(-(start + num_tokens) // block_size)
-        blocks = [work.first_block + (next_block + i) % work.num_blocks for i in range(count)]
-        next_block += count
-        states.append(
-            SequenceState(
-                slot=slot,
-                block_ids=blocks,
-                sampling=_GREEDY,
-                end_token_ids=[],
-                min_end_position=0,
-                num_prompt_tokens=start,
-            )
-        )
-        tokens = [1 + index % 200 for index in range(num_tokens)]
-        rows.append(
-            PlanRow(slot=slot, start=start, num_tokens=num_tokens, token_ids=tokens, new_block_ids=[], sample=True)
-        )
-    return states, rows
 
 
 class Stepper(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,12 +29,14 @@ class Start(NamedTuple):
             scheduler that was started last, and the number before the first step's id, because workers compare ids.
         predecessor: the scheduler whose place this one takes; None: it is the system's first.
         profile: step times of the model on the device, if they were measured.
+        learns_profile: learn them from the system's own steps.
     """
 
     now: float
     time_ns: int
     predecessor: Predecessor | None = None
     profile: StepProfile | None = None
+    learns_profile: bool = False
 
 
 # --- in -------------------------------------------------------------------------------------------
@@ -99,6 +101,7 @@ class Outbox(msgspec.Struct):
         disconnects: connections to close.
         log: lines for the log, each with its level.
         ended: requests that have ended, for traces.
+        learnt: step times that have been learnt, once, to be kept for the next start.
         call_at: when the next step must come, if nothing happens before.
     """
 
@@ -108,6 +111,7 @@ class Outbox(msgspec.Struct):
     disconnects: list[int] = []
     log: list[tuple[int, str]] = []
     ended: list[EndedRequest] = []
+    learnt: StepProfile | None = None
     call_at: float = math.inf
 
 
@@ -152,6 +156,10 @@ class OutboxWriter:
     def on_ended(self, request: EndedRequest) -> None:
         """A request has ended."""
         self._outbox.ended.append(request)
+
+    def on_learnt(self, profile: StepProfile) -> None:
+        """Step times have been learnt."""
+        self._outbox.learnt = profile
 
     def take(self, call_at: float) -> Outbox:
         """Return the outbox of this step, and begin that of the next."""

@@ -16,7 +16,7 @@ from hbserve.config import Config
 from hbserve.errors import ConfigError, HBServeError, SupersededError
 from hbserve.import_path import load_class
 from hbserve.messages.supervisor import Predecessor
-from hbserve.policy.profile_file import load_profile
+from hbserve.policy.profile_file import LearntProfile, load_profile
 from hbserve.policy.step_profile import StepProfile
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch, process_start
@@ -33,6 +33,7 @@ async def run_scheduler(
     instance_addresses: dict[str, str],
     predecessor: Predecessor | None,
     profile_path: str | None,
+    learnt: LearntProfile | None,
     stopwatch: Stopwatch,
 ) -> bool:
     """Run the configured scheduler until SIGTERM, SIGINT or the launcher's end; returns whether the launcher ended.
@@ -41,14 +42,16 @@ async def run_scheduler(
         predecessor: the scheduler whose place it takes; None: it is the first.
         profile_path: file of the step times from which predictions start, where the configuration names no other;
             None: there is none, and they begin without.
+        learnt: where to keep step times that are learnt from the system's own steps; None: none are.
         stopwatch: of the start of this process.
     """
     scheduler_class: type[CpuScheduler] = CpuScheduler
     if config.performance.scheduler is not None:
         scheduler_class = load_class(config.performance.scheduler, CpuScheduler, "performance.scheduler")
-    start = Start(time.monotonic(), time.time_ns(), predecessor, load_profile_for(config, profile_path))
+    profile = load_profile_for(config, profile_path)
+    start = Start(time.monotonic(), time.time_ns(), predecessor, profile, learns_profile=learnt is not None)
     scheduler = scheduler_class(config, instance_addresses, start)
-    shell = SchedulerShell(scheduler, config, client_address)
+    shell = SchedulerShell(scheduler, config, client_address, None if learnt is None else learnt.keep)
     loop, launcher_ended = asyncio.get_running_loop(), asyncio.Event()
 
     def on_launcher_exit() -> None:
@@ -92,8 +95,9 @@ def main() -> None:
     try:
         predecessor = msgspec.convert(orders["predecessor"], Predecessor | None)
         addresses, profile_path = orders["instance_addresses"], orders["profile"]
+        learnt = msgspec.convert(orders["learnt_profile"], LearntProfile | None)
         has_no_launcher = asyncio.run(
-            run_scheduler(config, orders["client_address"], addresses, predecessor, profile_path, stopwatch)
+            run_scheduler(config, orders["client_address"], addresses, predecessor, profile_path, learnt, stopwatch)
         )
     except HBServeError as error:
         child.report_status({"error": str(error)})

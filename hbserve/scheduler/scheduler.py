@@ -50,6 +50,7 @@ from hbserve.scheduler.core_io import (
 )
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle, Instances
+from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
@@ -100,9 +101,12 @@ class CpuScheduler:
         )
         self._readiness = readiness = Readiness(instances, transfers, clock, outbox, start)
         self._drains = drains = Drains(instances, transfers, planner, events, clock, outbox)
-        self._stats = stats = SystemStats(instances, requests, transfers, metrics, events, clock)
+        self._learner = learner = None
+        if start.learns_profile:
+            self._learner = learner = ProfileLearner(config, instances, requests, planner, events, clock, outbox)
+        self._stats = stats = SystemStats(instances, requests, transfers, metrics, events, clock, learner)
         self._workers = workers = WorkerRegistry(
-            config, instances, transfers, requests, readiness, drains, events, clock, outbox, start.time_ns
+            config, instances, transfers, requests, readiness, drains, events, clock, outbox, start.time_ns, learner
         )
         for name, reason in ({} if start.predecessor is None else start.predecessor.given_up).items():
             workers.on_given_up(name, reason)
@@ -164,6 +168,8 @@ class CpuScheduler:
             await self._schedule_waiting_requests()
             for instance in self.instances.to_plan(now):  # the others have nothing new to plan, however many there are
                 self._fill_pipelines(instance)
+        if self._learner is not None:
+            self._learner.proceed()
         self._requests.tiers.dispatch()
         return self._outbox.take(call_at=min(self.instances.plan_at, self._clock.next_call))
 

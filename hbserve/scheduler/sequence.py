@@ -94,6 +94,7 @@ class InflightStep(msgspec.Struct, eq=False):
         work: of all its rows; None: it has none.
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
         after: id of another worker's step that this one waits for; 0: none.
+        is_probe: it belongs to no request, and only its duration is of interest.
     """
 
     step_id: int
@@ -105,6 +106,7 @@ class InflightStep(msgspec.Struct, eq=False):
     work: StepWork | None = None
     beside_decode: bool = True
     after: int = 0
+    is_probe: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -22,6 +23,7 @@ from hbserve.messages.client import ClientMessage, SchedulerReply
 from hbserve.messages.supervisor import ReportEvent
 from hbserve.messages.worker import InstanceReply
 from hbserve.metrics.tracing import RequestTracer
+from hbserve.policy.step_profile import StepProfile
 from hbserve.rpc.async_socket import MAX_REQUEST_BYTES, AsyncSocket
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.inbox import Inbox
@@ -55,12 +57,20 @@ class SchedulerShell:
 
     Args:
         client_address: where clients connect.
+        on_learnt: called, in a thread, with step times that have been learnt.
 
     Raises:
         StartupError: if the client address cannot be had.
     """
 
-    def __init__(self, scheduler: CpuScheduler, config: Config, client_address: str) -> None:
+    def __init__(
+        self,
+        scheduler: CpuScheduler,
+        config: Config,
+        client_address: str,
+        on_learnt: Callable[[StepProfile], None] | None = None,
+    ) -> None:
+        self._on_learnt = on_learnt
         self._scheduler = scheduler
         self._key = ClusterKey.of(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -159,6 +169,8 @@ class SchedulerShell:
             self._disconnect(connection)
         for level, text in outbox.log:
             logger.log(level, text)
+        if outbox.learnt is not None and self._on_learnt is not None:
+            self._tasks.create_task(asyncio.to_thread(self._on_learnt, outbox.learnt))
         if self._tracer is not None:
             for request in outbox.ended:
                 self._tracer.record(*request)

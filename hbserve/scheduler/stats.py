@@ -14,6 +14,7 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
+from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.transfer_tracker import TransferTracker
@@ -70,7 +71,9 @@ class SystemStats:
         metrics: SchedulerMetrics,
         events: EventLog,
         clock: Clock,
+        learner: ProfileLearner | None = None,
     ) -> None:
+        self._learner = learner
         self._instances = instances
         self._requests = requests
         self._transfers = transfers
@@ -95,7 +98,8 @@ class SystemStats:
             ``metrics``: latencies, rates and queues, see docs/metrics.md;
             ``kv_transfer``: per link ``source->target`` the transfers, bytes, times and failures;
             ``kv_tiers``: per tier its blocks, what was stored and loaded, and failures;
-            ``events``: their numbers since the start, by kind.
+            ``events``: their numbers since the start, by kind;
+            ``profile``: if one is learnt, its ``state`` (``learning``, ``learnt``) and its ``points`` so far.
         """
         self.observe()
         metrics = self._metrics.collector.as_dict()
@@ -109,6 +113,8 @@ class SystemStats:
             "kv_tiers": self._kv_tiers(),
             "events": dict(self._events.counts),
         }
+        if self._learner is not None:
+            stats["profile"] = self._learner.state
         if recent:
             requests = recent_requests(self._metrics.collector)
             stats["recent"] = {"requests": requests, "events": self._events.as_list()}

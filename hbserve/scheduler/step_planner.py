@@ -224,7 +224,31 @@ class StepPlanner:
         for worker in instance.workers.values():
             self._send(instance, worker, _StepBuilder(worker), role)
 
-    def _send(self, instance: InstanceHandle, worker: WorkerHandle, step: _StepBuilder, role: InstanceRole) -> None:
+    def plan_probe(
+        self,
+        instance: InstanceHandle,
+        worker: WorkerHandle,
+        rows: list[PlanRow],
+        states: list[SequenceState],
+        work: StepWork,
+    ) -> None:
+        """Send a step that belongs to no request; what it samples is dropped.
+
+        Args:
+            work: of the rows, each of which samples.
+        """
+        step = _StepBuilder(worker)
+        step.rows, step.new_sequences, step.num_samples = rows, states, len(rows)
+        self._send(instance, worker, step, worker.role, probe=work)
+
+    def _send(
+        self,
+        instance: InstanceHandle,
+        worker: WorkerHandle,
+        step: _StepBuilder,
+        role: InstanceRole,
+        probe: StepWork | None = None,
+    ) -> None:
         self._last_step_id += 1
         step_id, after, not_before = self._last_step_id, None, -math.inf
         ahead = instance.choice.steps_ahead(worker) if step.rows else []
@@ -236,6 +260,7 @@ class StepPlanner:
                 assert other.cell is not None, "a worker without a cell cannot be followed"
                 after = StepRef(cell=other.cell, step_id=last.step_id)
                 worker.has_waited_for = after.step_id
+        work = step.work if step.rows else None  # how long a worker prepares for a role is unknown
         inflight = InflightStep(
             step_id=step_id,
             rows=step.inflight,
@@ -243,8 +268,9 @@ class StepPlanner:
             num_scores=step.num_scores,
             prefill_rows=step.prefill_rows,
             prefill_tokens=step.prefill_tokens,
-            work=step.work if step.rows else None,  # how long a worker prepares for a role is unknown
+            work=probe or work,
             after=0 if after is None else after.step_id,
+            is_probe=probe is not None,
         )
         worker.begin_step(inflight, self._clock.now, not_before)
         worker.send(

@@ -28,6 +28,7 @@ from hbserve.messages.worker import (
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle, Instances
+from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.membership import InstanceMembership
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.readiness import Readiness
@@ -50,6 +51,7 @@ class WorkerRegistry:
         drains: told which instances want to leave, and which are gone.
         events: told the same, for operators.
         scheduler_epoch: number of this scheduler. Workers obey the largest, and drop their state when it changes.
+        learner: told of each step; None: no profile is learnt.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class WorkerRegistry:
         clock: Clock,
         outbox: OutboxWriter,
         scheduler_epoch: int,
+        learner: ProfileLearner | None = None,
     ) -> None:
+        self._learner = learner
         self._heartbeat_timeout_s = config.rpc.heartbeat_timeout_s
         self._recovery_timeout_s = config.rpc.recovery_timeout_s
         self._step_timeout_s = config.rpc.step_timeout_s
@@ -206,7 +210,10 @@ class WorkerRegistry:
     def _confirm_steps(self, instance: InstanceHandle) -> None:
         """Confirm results of several workers in the order of their steps, whichever result comes first."""
         while (worker := instance.choice.next_to_confirm()) is not None:
-            self._requests.on_step_done(worker, worker.results.popleft())
+            step, result = worker.inflight[0], worker.results.popleft()
+            self._requests.on_step_done(worker, result)
+            if self._learner is not None:
+                self._learner.on_step_done(instance, step, result.busy_s)
         instance.wake()
 
     # --- registration and loss -------------------------------------------------------------------

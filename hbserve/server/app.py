@@ -185,6 +185,8 @@ def create_app(
         if plan is None:
             raise HTTPException(404, "this server does not know what its system was planned for")
         document: dict[str, Any] = msgspec.to_builtins(plan)
+        if plan.learnt_profile is not None:
+            document["learning"] = (await client.stats(STATS_TIMEOUT_S)).get("profile")
         return document
 
     @app.post("/v1/instances/{instance_id}/role")

@@ -17,8 +17,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,8 +25,8 @@ from hbserve.config import Config, InstanceConfig, InstanceRole, from_dict
 from hbserve.config.validation import default_instances
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.platform import mps
-from hbserve.policy.profile_file import profiled_predictor
-from hbserve.policy.profile_store import FoundProfile, find_profile
+from hbserve.policy.profile_file import LearntProfile, profiled_predictor
+from hbserve.policy.profile_store import FoundProfile, ProfileKey, ProfileOrigin, find_profile
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.process.parent import ChildProcess
 from hbserve.system.rank_count import num_ranks_needed
@@ -76,6 +75,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         instances: role of each, by name.
         why: one or two sentences.
         profile: which step times the choice and the targets rest on; None: none were needed.
+        profile_origin: ``cache`` (measured or learnt here), ``shipped``, ``derived`` from that of another format, or
+            ``built-in``.
+        learnt_profile: where better ones are kept that the system learns while it serves.
         profile_path: their file, if they are of this model on this kind of GPU; the scheduler's predictions start
             from it.
         predictions: share of the standard loads' requests within the targets, the best candidate first.
@@ -88,6 +90,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     targets: Targets
     why: str
     profile: str | None = None
+    profile_origin: ProfileOrigin | None = None
+    learnt_profile: LearntProfile | None = None
     profile_path: str | None = None
     predictions: list[dict[str, Any]] = []
     runner_up: str | None = None
@@ -112,7 +116,7 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
             )
             instances = default_instances("auto", model.tensor_parallel_size)
             config = msgspec.structs.replace(config, model=model, gpu_instances=instances)
-        found = find_profile(Path(model.path), mps.gpus()[0], model.dtype, model.tensor_parallel_size)
+        found = find_profile(ProfileKey.of(model, config.kv_cache, mps.gpus()[0]))
     targets = _targets(config, found)
     if targets.source != _CONFIGURATION:
         config = _with_targets(config, targets)
@@ -126,7 +130,9 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
     candidates = _candidates(len(places), targets)
     orders = _orders(config, found, targets, candidates)
     predictions = (predict or PredictionProcess())(orders)
-    chosen, why = _best(predictions, candidates[0], found.is_measured)
+    # Learnt times are of the whole GPU alone, and say nothing of two phases side by side.
+    is_enough = found.is_measured and (len(places) > 1 or bool(found.profile.pairs))
+    chosen, why = _best(predictions, candidates[0], is_enough)
     config = _with_system(config, chosen, places, targets, found)
     ranked = sorted(predictions, key=lambda prediction: prediction.mean, reverse=True)
     plan = _plan(config, "auto", targets, why, found)
@@ -142,7 +148,7 @@ def _told(config: Config, plan: Plan) -> tuple[Config, Plan]:
     instances = ", ".join(f"{name} ({role})" for name, role in plan.instances.items())
     logger.info("mode auto chose %s with %s: %s", plan.mode, instances, plan.why)
     if plan.profile is not None:
-        logger.info("step times: %s", plan.profile)
+        logger.info("step times: %s (%s)", plan.profile, plan.profile_origin)
     if plan.targets.ttft_ms is not None and plan.targets.tpot_ms is not None:
         logger.info(
             "targets: TTFT %.0f ms and %.0f ms per 1000 prompt tokens, TPOT %.1f ms, from %s",
@@ -331,7 +337,10 @@ def _with_system(
     return replace(config, mode="disaggregated", gpu_instances=instances)
 
 
-def _plan(config: Config, chosen_by: str, targets: Targets, why: str, found: FoundProfile | None) -> Plan:
+def _plan(
+    config: Config, chosen_by: Literal["auto", "configuration"], targets: Targets, why: str, found: FoundProfile | None
+) -> Plan:
+    learns = found is not None and chosen_by == "auto" and config.mode == "unified"
     return Plan(
         mode=config.mode,
         chosen_by=chosen_by,
@@ -339,6 +348,8 @@ def _plan(config: Config, chosen_by: str, targets: Targets, why: str, found: Fou
         targets=targets,
         why=why,
         profile=None if found is None else found.source,
+        profile_origin=None if found is None else found.origin,
+        learnt_profile=found.learnt if found is not None and learns else None,
         profile_path=str(found.path) if found is not None and found.is_measured else None,
     )
 

@@ -98,6 +98,7 @@ class DisaggregatedLLM:
             finally:
                 prediction.stop()  # a start that is given up does not wait for it
             self.plan, self._launcher.profile_path = plan, plan.profile_path
+            self._launcher.learnt_profile = self._launcher.learnt_profile or plan.learnt_profile
         self._launcher.config = self.config
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)

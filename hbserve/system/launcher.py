@@ -47,6 +47,7 @@ from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.messages.supervisor import Predecessor
 from hbserve.messages.tiers import HostMemory
 from hbserve.platform import mps
+from hbserve.policy.profile_file import LearntProfile
 from hbserve.process import exit_core
 from hbserve.process.child import EXIT_DISMISSED, EXIT_SUPERSEDED
 from hbserve.process.events import OnEvent, log_event
@@ -99,6 +100,7 @@ class Launcher:
 
     Attributes:
         profile_path: file of the model's step times on this kind of GPU; None: there is none.
+        learnt_profile: where the scheduler keeps those that it learns; None: it learns none.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Launcher:
     ) -> None:
         self.config = config
         self.profile_path: str | None = None
+        self.learnt_profile: LearntProfile | None = None
         self._on_event, self._on_dismissed = on_event, on_dismissed
         self._with_instances = with_instances
         self._on_scheduler_exit = on_scheduler_exit
@@ -208,6 +211,7 @@ class Launcher:
         }
         orders = {"config": config, "client_address": client_address, "predecessor": None}
         orders |= {"instance_addresses": addresses, "run_dir": run_dir, "profile": self.profile_path}
+        orders["learnt_profile"] = msgspec.to_builtins(self.learnt_profile)
         children = [ChildProcess("the scheduler", "hbserve.scheduler.process", orders)]
         if self._with_instances and by_ray:
             orders = {"config": config, "scheduler": client_address}

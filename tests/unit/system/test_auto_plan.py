@@ -17,7 +17,7 @@ from hbserve.errors import ConfigError
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.model_source import SHAPES
 from hbserve.policy.profile_file import BUILT_IN, load_profile, profiled_predictor, save_profile
-from hbserve.policy.profile_store import BUILT_IN_SHAPE, ModelShape, find_profile, profile_path
+from hbserve.policy.profile_store import BUILT_IN_SHAPE, FoundProfile, ModelShape, ProfileKey, find_profile
 from hbserve.policy.step_time_predictor import StepWork
 from hbserve.simulate.prediction import predict
 from hbserve.simulate.standard_loads import LOADS, MEAN_LENGTHS, standard_load, standard_trace
@@ -47,6 +47,11 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
 
 def config(model: Path = SHAPES / "qwen3-8b", ranks: int = 1, **sections: object) -> Config:
     return from_dict({"model": {"path": str(model), "tensor_parallel_size": ranks}} | sections)
+
+
+def found(model: Path, gpu: str, ranks: int = 1, **arguments: object) -> FoundProfile:
+    given = config(model, ranks, **arguments)
+    return find_profile(ProfileKey.of(given.model, given.kv_cache, gpu))
 
 
 class Predictions:
@@ -179,7 +184,7 @@ def test_configured_modes_and_targets_stay(gpus: Callable[..., None]) -> None:
     assert choose(in_python, Predictions())[0].scheduler.tpot_ms is not None
 
 
-@pytest.mark.parametrize("mode", ["auto", "unified", "disaggregated", "semi_pd"])
+@pytest.mark.parametrize("mode", ["unified", "disaggregated", "semi_pd"])
 def test_predictions_start_from_the_profile_of_model_and_gpu(gpus: Callable[..., None], mode: str) -> None:
     gpus(0)
     assert choose(config(mode=mode), Predictions())[1].profile_path == str(BUILT_IN)
@@ -189,7 +194,7 @@ def test_predictions_start_from_the_profile_of_model_and_gpu(gpus: Callable[...,
     assert plan.profile is not None
     shape = ModelShape.read(SHAPES / "qwen3-8b")
     assert shape is not None
-    own = profile_path(shape, "another GPU", "bfloat16", 1)
+    own = ProfileKey(shape, "another GPU", "bfloat16").path
     own.parent.mkdir(parents=True)
     own.write_bytes(BUILT_IN.read_bytes())
     assert choose(config(mode=mode), Predictions())[1].profile_path == str(own)
@@ -218,33 +223,70 @@ def test_without_predictions_the_first_candidate_is_taken(gpus: Callable[..., No
     assert "no predictions" in plan.why
 
 
-def test_the_profile_is_the_users_own_a_shipped_or_a_scaled_one(gpus: Callable[..., None], tmp_path: Path) -> None:
+def test_fp8_has_profiles_of_its_own_and_until_then_one_derived_from_bfloat16(gpus: Callable[..., None]) -> None:
+    gpus(0)
+    eight = SHAPES / "qwen3-8b"
+    fp8 = {"model": {"path": str(eight), "quantization": "fp8"}, "kv_cache": {"dtype": "fp8"}}
+    given = from_dict(fp8 | {"mode": "unified"})
+    key = ProfileKey.of(given.model, given.kv_cache, H200)
+    assert key is not None
+    assert key.path.name.endswith("_bfloat16_fp8-channel_kv-fp8_tp1_format2.json")
+    derived = find_profile(key)
+    assert (derived.origin, derived.is_measured) == ("derived", False)
+    assert "shipped" in derived.source
+    plain, steps = profiled_predictor(), profiled_predictor(derived.profile)
+    for work, low, high in (
+        (StepWork(1, 1024), 0.62, 0.72),  # the LM head is not quantised
+        (StepWork(0, 0, 2048, 2048**2 / 2), 0.58, 0.66),
+        (StepWork(64, 64 * 8192), 0.6, 0.75),  # mostly KV
+    ):
+        assert low < steps.seconds(work) / plain.seconds(work) < high
+    _, plan = choose(from_dict(fp8), Predictions())
+    assert plan.profile_origin == "derived"
+    assert plan.learnt_profile is not None
+    assert plan.learnt_profile.path == str(key.path)
+    assert plan.profile_path is None, "the scheduler starts from no guess"
+    key.path.parent.mkdir(parents=True)
+    plan.learnt_profile.keep(derived.profile)
+    _, plan = choose(from_dict(fp8), Predictions())
+    assert (plan.profile_origin, plan.profile_path, plan.learnt_profile) == ("cache", str(key.path), None)
+    assert found(eight, H200).origin == "shipped", "a profile of FP8 is none of bfloat16"
+    assert choose(from_dict(fp8 | {"mode": "unified"}))[1].learnt_profile is None
+
+
+def test_the_profile_is_the_users_own_a_shipped_or_a_scaled_one(
+    gpus: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gpus(0)
     eight, small = SHAPES / "qwen3-8b", SHAPES / "qwen3-0.6b"
     assert ModelShape.read(eight) == BUILT_IN_SHAPE
-    assert find_profile(eight, H200, "auto", 1).profile == load_profile(None)
-    assert "shipped" in find_profile(SHAPES / "llama-3.1-8b", H200, "auto", 1).source
+    assert found(eight, H200, 1).profile == load_profile(None)
+    assert "shipped" in found(SHAPES / "llama-3.1-8b", H200, 1).source
     shipped = ROOT / "hbserve" / "policy" / "llama_3_1_8b_h200.json"
     assert load_profile(shipped) == load_profile(ROOT / "docs" / "results" / "profile_llama_3_1_8b_h200.json")
-    scaled = find_profile(small, H200, "auto", 1)
+    scaled = found(small, H200, 1)
     assert not scaled.is_measured
     shape = ModelShape.read(small)
     assert shape is not None
     ratio = shape.num_parameters / BUILT_IN_SHAPE.num_parameters
     assert scaled.profile.steps[0].ms == pytest.approx(ratio * load_profile(None).steps[0].ms + (1 - ratio) * 0.7)
-    targets = machine_targets(find_profile(ROOT / "examples" / "models" / "hbserve-demo", H200, "auto", 1))
+    targets = machine_targets(found(ROOT / "examples" / "models" / "hbserve-demo", H200, 1))
     assert targets.tpot_ms is not None
     assert targets.tpot_ms >= 7  # however small the model, a step has its host's part
-    assert not find_profile(eight, H200, "auto", 2).is_measured
-    path = profile_path(shape, "Some GPU/2", "bfloat16", 1)
+    assert not found(eight, H200, 2).is_measured
+    path = ProfileKey(shape, "Some GPU/2", "bfloat16").path
     path.parent.mkdir(parents=True)
     save_profile(load_profile(shipped), path)
-    found = find_profile(small, "Some GPU/2", "auto", 1)
-    assert (found.path, found.is_measured) == (path, True)
+    own = found(small, "Some GPU/2", 1)
+    assert (own.path, own.is_measured, own.origin, own.learnt) == (path, True, "cache", None)
     path.write_text("{}")
-    assert not find_profile(small, "Some GPU/2", "auto", 1).is_measured  # and the log says why
+    assert not found(small, "Some GPU/2", 1).is_measured  # and the log says why
+    assert "ignored" in caplog.text
+    save_profile(msgspec.structs.replace(load_profile(shipped), subject="another model on Some GPU/2"), path)
+    assert not found(small, "Some GPU/2").is_measured
+    assert "it is of another model" in caplog.text
     (tmp_path / "other").mkdir()
-    assert "not known" in find_profile(tmp_path / "other", H200, "auto", 1).source
+    assert "not known" in found(tmp_path / "other", H200, 1).source
     shutil.rmtree(tmp_path / "cache")
 
 
