@@ -309,8 +309,7 @@ class Admission:
         for admitted, allocation in prompts:
             if self._policy.key(admitted, allocation.num_planned, now) > key:
                 return False
-            remaining = allocation.num_tokens_at_entry - allocation.num_planned
-            num_tokens += min(remaining, self._max_tokens_of_one)
+            num_tokens += min(allocation.num_to_prefill, self._max_tokens_of_one)
         return num_tokens >= self._enough_tokens
 
     def _fits(self, sequence: Sequence, instance: InstanceHandle, num_positions: int) -> bool:
@@ -369,6 +368,8 @@ class Admission:
         sequence.prefill_allocation, sequence.decode_allocation = allocation, decode_allocation
         instance = self._instances[allocation.instance_id]
         if allocation.stored_runs:
+            allocation.load_start = allocation.stored_runs[0].first * allocation.pool.block_size
+        if allocation.load_start == allocation.num_planned:
             instance.reserve(sequence, allocation)  # in no plan until they are loaded
         else:
             instance.activate(sequence, allocation)

@@ -231,7 +231,7 @@ class InstanceHandle:
     @property
     def num_tokens_to_prefill(self) -> int:
         """Prompt tokens that are admitted here and not planned: the load that placement looks at."""
-        return sum([allocation.num_tokens_at_entry - allocation.num_planned for _, allocation in self.prompts])
+        return sum([allocation.num_to_prefill for _, allocation in self.prompts])
 
     @property
     def prompts(self) -> list[tuple[Sequence, KVAllocation]]:
@@ -239,7 +239,7 @@ class InstanceHandle:
         if self._prompts is None:
             self._prompts = list(self.allocations.items())
         if self._prompts:
-            self._prompts = [item for item in self._prompts if item[1].num_planned < item[1].num_tokens_at_entry]
+            self._prompts = [item for item in self._prompts if item[1].num_to_prefill > 0]
         return self._prompts
 
     def take_slot(self) -> int:

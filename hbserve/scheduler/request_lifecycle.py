@@ -212,20 +212,29 @@ class RequestLifecycle:
                 self._count_retry(load.sequence, "a KV tier is late")
 
     def _on_loaded(self, load: KVLoad) -> None:
-        """A load has ended: compute what has not arrived intact."""
+        """A load has ended: go on behind it when all before it is computed."""
         sequence, allocation = load.sequence, load.allocation
         if load.attempt != sequence.attempt or sequence.phase is not Phase.PREFILLING:
             return
-        num_tokens = load.num_blocks * allocation.pool.block_size
-        if num_tokens > allocation.num_computed:
-            self._advance(sequence, allocation, num_tokens)
-            allocation.num_planned = num_tokens
-        gained = min(num_tokens, sequence.num_prompt_tokens) - (sequence.num_cached_tokens or 0)
+        assert allocation.load_start is not None, "a load that nothing waits for"
+        allocation.loaded_end = load.num_blocks * allocation.pool.block_size
+        gained = min(allocation.loaded_end, sequence.num_prompt_tokens) - allocation.load_start
         if gained > 0 and sequence.first_token_time is None:
             sequence.num_cached_tokens = (sequence.num_cached_tokens or 0) + gained
             self.counts["cached_prompt_tokens"] += gained
             self._metrics.on_loaded(sequence)
-        logger.debug("request %s: loaded, %d tokens are cached now", sequence.id, num_tokens)
+        logger.debug("request %s: loaded up to token %d", sequence.id, allocation.loaded_end)
+        self._join_load(sequence, allocation)
+
+    def _join_load(self, sequence: Sequence, allocation: KVAllocation) -> None:
+        """Go on behind a load if it has ended and all before it is computed; what is not intact is computed."""
+        start, end = allocation.load_start, allocation.loaded_end
+        if start is None or end is None or allocation.num_computed < start:
+            return
+        allocation.load_start = allocation.loaded_end = None
+        if end > start:
+            self._advance(sequence, allocation, end)
+            allocation.num_planned = end
         self._instances[allocation.instance_id].activate(sequence, allocation)
 
     # --- steps -----------------------------------------------------------------------------------
@@ -259,6 +268,7 @@ class RequestLifecycle:
                     last_token_times += [last, *[now] * (number - 1)]
             elif counts:
                 self._advance(sequence, allocation, row.end)
+                self._join_load(sequence, allocation)
                 if row.samples:
                     if sequence.is_batch:
                         num_batch_tokens += 1

@@ -129,7 +129,9 @@ class KVAllocation:
         is_drafting: its last row has a draft and is in flight: where the next row starts is not known yet.
         blocks_sent: by worker id, how many entries of the block table the worker has been told; a worker
             without an entry does not know the sequence.
-        stored_runs: blocks that are to be loaded from KV tiers before the first plan.
+        stored_runs: blocks that are to be loaded from KV tiers.
+        load_start: positions from here on wait for a load under way, and no plan has them; None: there is no load.
+        loaded_end: positions from ``load_start`` to this one have been loaded; None: the load has not ended.
     """
 
     instance_id: str
@@ -147,6 +149,13 @@ class KVAllocation:
     is_drafting: bool = False
     blocks_sent: dict[str, int] = field(default_factory=dict)
     stored_runs: list[StoredRun] = field(default_factory=list)
+    load_start: int | None = None
+    loaded_end: int | None = None
+
+    @property
+    def num_to_prefill(self) -> int:
+        """Prompt tokens that a plan may have now; at most 0: there is none."""
+        return (self.num_tokens_at_entry if self.load_start is None else self.load_start) - self.num_planned
 
     def begin_row(self, worker_id: str, keeps_state: bool) -> None:
         """Pin the blocks for a row that goes to a worker.

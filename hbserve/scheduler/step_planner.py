@@ -165,7 +165,7 @@ class StepPlanner:
         if self._is_chunked:
             budget = min(budget, max_tokens - step.prefill_tokens)
         for sequence, allocation in self._in_order(allocations):
-            remaining = allocation.num_tokens_at_entry - allocation.num_planned
+            remaining = allocation.num_to_prefill
             if remaining <= 0 or sequence not in instance.allocations:
                 continue
             if not instance.choice.can_take(step.worker, allocation) or not self._can_leave(sequence, allocation):
@@ -295,7 +295,7 @@ class StepPlanner:
 
     def _in_order(self, allocations: _Allocations) -> _Allocations:
         """Return the sequences with prompt left to compute, in the policy's order."""
-        prefills = [item for item in allocations if item[1].num_planned < item[1].num_tokens_at_entry]
+        prefills = [item for item in allocations if item[1].num_to_prefill > 0]
         if len(prefills) < 2:
             return prefills
         now = self._clock.now

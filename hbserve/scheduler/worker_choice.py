@@ -190,7 +190,7 @@ class WorkerChoice:
         if current is not None and (current.inflight or self.steps_ahead(current)):
             return True
         if phase is InstanceRole.PREFILL:
-            return any(a.num_planned < a.num_tokens_at_entry for a in self._allocations.values())
+            return any(a.num_to_prefill > 0 for a in self._allocations.values())
         return any(
             a.num_planned >= a.num_tokens_at_entry and a.num_planned + 1 < sequence.max_total_tokens
             for sequence, a in self._allocations.items()
@@ -250,7 +250,7 @@ class WorkerChoice:
         for sequence, allocation in self._allocations.items():
             if sequence.is_batch and not with_batch:
                 continue
-            chunk = min(allocation.num_tokens_at_entry - allocation.num_planned, self._prompt_budget - tokens)
+            chunk = min(allocation.num_to_prefill, self._prompt_budget - tokens)
             if chunk > 0:
                 tokens += chunk
                 pairs += num_pairs(chunk, allocation.num_planned)
@@ -314,7 +314,7 @@ class WorkerChoice:
                 if not sequence.is_batch:
                     decoding.append((sequence, allocation))
             elif not sequence.is_batch and self.can_take(worker, allocation):
-                waiting_tokens += allocation.num_tokens_at_entry - allocation.num_planned
+                waiting_tokens += allocation.num_to_prefill
         predictor, max_tokens = worker.timing.predictor, self._prompt_budget
         targets_ms = [ms for sequence, _ in decoding if (ms := self._target_ms(sequence))]
         if targets_ms:

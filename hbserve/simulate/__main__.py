@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.config import Sizes
 from hbserve.simulate.misses import Miss
-from hbserve.simulate.planning import plan
+from hbserve.simulate.planning import merge_plans, plan
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import (
     ANY_RATIO,
@@ -37,7 +38,7 @@ from hbserve.simulate.systems import (
 DEFAULT_SYSTEMS = ("unified", "unified@512", "semi_pd@80-50", "semi_pd@100-100", "slo@80-50")
 _HEADER = (
     f"{'system':20} {'GPUs':>4} {'req/s':>7} {'attained':>8} {'of bound':>8} {'good/s':>7} {'per GPU':>7} "
-    f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5}"
+    f"{'TTFT p50':>8} {'p90':>7} {'p99':>7} {'TPOT p50':>8} {'p90':>6} {'p99':>6} {'moves':>5} {'cached':>6}"
 )
 
 
@@ -79,6 +80,12 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-num-seqs", type=positive, default=256)
     parser.add_argument("--kv-tokens", type=positive, default=800_000, help="tokens that a KV pool holds")
+    parser.add_argument(
+        "--host-tokens",
+        type=positive,
+        metavar="N",
+        help="each system also with a tier in the host's memory that holds N tokens (kv_cache.host_bytes)",
+    )
     parser.add_argument("--misses", action="store_true", help="say which target was missed and why (with --rate)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to this file")
 
@@ -98,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
     if ANY_RATIO in names and arguments.plan is None:
         raise ConfigError(f"--system: {ANY_RATIO} is for --plan; name a ratio, such as 2p1d")
     systems = [System.parse(name) for name in names]
-    setting, source = _setting(arguments), _source(arguments)
+    settings, source = _settings(arguments), _source(arguments)
+    setting = settings[0]
     assert setting.steps.curves is not None
     profile = setting.steps.curves.profile
     print(
@@ -107,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         flush=True,
     )
     outcomes = []
-    for outcome in _outcomes(arguments, systems, setting, source):
+    for outcome in _outcomes(arguments, systems, settings, source):
         outcomes.append(outcome)
         print(_row(outcome), flush=True)
         if outcome.misses is not None:
@@ -119,19 +127,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _outcomes(
-    arguments: argparse.Namespace, systems: list[System], setting: Setting, source: WorkloadSource
+    arguments: argparse.Namespace, systems: list[System], settings: list[Setting], source: WorkloadSource
 ) -> Iterator[SimulatedOutcome]:
     if arguments.plan is not None:
-        yield from (outcome for _, outcome in plan(systems, setting, source, arguments.seed, arguments.plan))
+        plans = [plan(systems, setting, source, arguments.seed, arguments.plan) for setting in settings]
+        yield from (outcome for _, outcome in merge_plans(plans))
         return
-    for system in systems:
+    for system, setting in itertools.product(systems, settings):
         if not arguments.sweep:
             requests = requests_of(source.workload(arguments.rate, arguments.seed))
             yield simulate(system, setting, requests, records_misses=arguments.misses)
         elif (best := find_highest_rate(system, setting, source, arguments.seed)) is not None:
             yield best
         else:
-            print(f"{system.name:20} keeps the targets at no rate", flush=True)
+            print(f"{setting.name_of(system):20} keeps the targets at no rate", flush=True)
 
 
 def _missed(misses: list[Miss]) -> str:
@@ -144,7 +153,8 @@ def _missed(misses: list[Miss]) -> str:
     return "\n".join(lines)
 
 
-def _setting(arguments: argparse.Namespace) -> Setting:
+def _settings(arguments: argparse.Namespace) -> list[Setting]:
+    """Return the setting without a tier in the host's memory and, if that is asked for, the one with it."""
     profile = None if arguments.profile is None else load_profile(arguments.profile)
     steps = profiled_predictor(profile, priority=not arguments.no_priority)
     sizes = Sizes(
@@ -154,7 +164,10 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         kv_tokens=arguments.kv_tokens,
         scheduler=SchedulerConfig(policy=arguments.policy),
     )
-    return Setting(steps, steps, sizes, RequestTargets.parse(arguments.goodput), arguments.attainment)
+    setting = Setting(steps, steps, sizes, RequestTargets.parse(arguments.goodput), arguments.attainment)
+    if arguments.host_tokens is None:
+        return [setting]
+    return [setting, dataclasses.replace(setting, sizes=dataclasses.replace(sizes, host_tokens=arguments.host_tokens))]
 
 
 def _source(arguments: argparse.Namespace) -> WorkloadSource:
@@ -184,8 +197,16 @@ def _row(outcome: SimulatedOutcome) -> str:
         f"{outcome.share_of_bound:8.3f} "
         f"{outcome.goodput:7.2f} {outcome.goodput / outcome.num_gpus:7.2f} "
         f"{outcome.ttft_p50_ms:8.0f} {outcome.ttft_p90_ms:7.0f} {outcome.ttft_p99_ms:7.0f} "
-        f"{outcome.tpot_p50_ms:8.1f} {outcome.tpot_p90_ms:6.1f} {outcome.tpot_p99_ms:6.1f} {outcome.moves:5}"
+        f"{outcome.tpot_p50_ms:8.1f} {outcome.tpot_p90_ms:6.1f} {outcome.tpot_p99_ms:6.1f} {outcome.moves:5} "
+        f"{outcome.cached_share:6.1%}{_tier(outcome)}"
     )
+
+
+def _tier(outcome: SimulatedOutcome) -> str:
+    """Say what a tier has copied."""
+    if not outcome.stored_bytes:
+        return ""
+    return f"  loaded {outcome.loaded_bytes / 1e9:.1f} GB, stored {outcome.stored_bytes / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Sizes:
 
     Attributes:
         kv_tokens: tokens that its KV pool holds.
+        host_tokens: tokens that a tier in the host's memory holds for all instances; 0: there is none.
         scheduler: order of its queue.
         placement: choice of the instance for a request, see `PerformanceConfig`.
     """
@@ -40,6 +41,7 @@ class Sizes:
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     kv_tokens: int = 800_000
+    host_tokens: int = 0
     scheduler: SchedulerConfig = _DEFAULT_ORDER
     placement: Literal["least_loaded", "fcfs", "prefix_aware"] = "least_loaded"
 
@@ -47,6 +49,11 @@ class Sizes:
     def num_blocks(self) -> int:
         """Blocks of the KV pool."""
         return -(-self.kv_tokens // BLOCK_SIZE)
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks of the tier in the host's memory."""
+        return -(-self.host_tokens // BLOCK_SIZE)
 
 
 def make_config(

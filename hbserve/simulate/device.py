@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from hbserve.config import InstanceRole
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import (
     CloseLink,
     ConnectLink,
@@ -34,6 +35,7 @@ from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_
 from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.config import BLOCK_SIZE
 from hbserve.simulate.requests import VOCAB_SIZE
+from hbserve.simulate.tiers import SimulatedHostTier, SimulatedLanes
 
 PLAN_DELAY_S = 2e-3
 """Time from a decision to a step with prompts that is ready on the device."""
@@ -68,6 +70,7 @@ class SimulatedDevice:
 
     Args:
         number: its rank among the KV transfer peers.
+        host: tier in the host's memory; None: there is none.
 
     Attributes:
         workers: that have not ended.
@@ -75,8 +78,16 @@ class SimulatedDevice:
         on_step: called at the end of each step, before its result is sent, with its worker, its id and when it began.
     """
 
-    def __init__(self, clock: SimulatedClock, steps: StepTimePredictor, num_blocks: int, number: int) -> None:
+    def __init__(
+        self,
+        clock: SimulatedClock,
+        steps: StepTimePredictor,
+        num_blocks: int,
+        number: int,
+        host: SimulatedHostTier | None = None,
+    ) -> None:
         self.clock, self.steps, self.num_blocks, self.number = clock, steps, num_blocks, number
+        self.host, self.lanes = host, SimulatedLanes(clock, BLOCK_SIZE * _KV_BYTES_PER_TOKEN)
         self.workers: list[SimulatedWorker] = []
         self.sends_until = self.receives_until = 0.0
         self.on_step: Callable[[SimulatedWorker, int, float], None] | None = None
@@ -170,6 +181,8 @@ class SimulatedWorker:
                 self._send(LinkClosed(epoch=self._epoch, source_id=source_id, link_epoch=epoch))
             case ConnectLink() | DisconnectLink():
                 pass
+            case StoreBlocks() | LoadBlocks():
+                self.device.lanes.copy(command, self._send)
             case _:
                 raise AssertionError(f"{self.id} got {command}, which is sent after failures only")
 
@@ -194,6 +207,7 @@ class SimulatedWorker:
             device="simulated",
             peers=[Peer(rank=self.device.number, epoch=self._epoch, endpoint="")],
             one_sided=True,
+            tiers=[] if self.device.host is None else [self.device.host.info],
         )
 
     # --- steps -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ A small system of the ratio that was found is then simulated as a whole.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -46,7 +47,12 @@ def plan(
         source = dataclasses.replace(source, num_requests=_MAX_REQUESTS)
     planner = _Planner(setting, source, seed, rate)
     found = [best for system in systems if (best := planner.fewest(system)) is not None]
-    return sorted(found, key=lambda pair: (pair[0].num_gpus, -pair[1].attainment))
+    return merge_plans([found])
+
+
+def merge_plans(plans: list[list[tuple[System, SimulatedOutcome]]]) -> list[tuple[System, SimulatedOutcome]]:
+    """Join plans into one, sorted by GPUs, the fewest first."""
+    return sorted(itertools.chain(*plans), key=lambda pair: (pair[0].num_gpus, -pair[1].attainment))
 
 
 class _Planner:
@@ -77,7 +83,7 @@ class _Planner:
         outcome = simulate(unit, self._setting, self._requests(self._rate * share))
         return dataclasses.replace(
             outcome,
-            system=whole.name,
+            system=self._setting.name_of(whole),
             num_gpus=whole.num_gpus,
             rate=outcome.rate / share,
             goodput=outcome.goodput / share,

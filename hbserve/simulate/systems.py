@@ -119,6 +119,10 @@ class Setting:
         percent = min(99.9, 100 * self.attainment)
         return SLOConstraints(self.targets.ttft_ms, self.targets.tpot_ms, percent, percent)
 
+    def name_of(self, system: System) -> str:
+        """Return a system's name, which says whether it has a tier in the host's memory."""
+        return f"{system.name}+host" if self.sizes.host_tokens else system.name
+
     def is_met(self, request: SimulatedRequest) -> bool:
         """Whether a request has ended and kept both targets."""
         slo = self.constraints
@@ -135,6 +139,8 @@ class SimulatedOutcome:
         bound: attainment that no schedule on as many of these GPUs exceeds, see `hbserve.simulate.oracle`.
         goodput: requests within both targets per second.
         moves: changes of the split by the controllers.
+        cached_share: share of the prompt tokens that were in the prefix cache or in a tier.
+        loaded_bytes, stored_bytes: of the tier in the host's memory.
         misses: what was missed and why, where that was asked for.
     """
 
@@ -152,6 +158,9 @@ class SimulatedOutcome:
     tpot_p90_ms: float
     tpot_p99_ms: float
     moves: int
+    cached_share: float = 0.0
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
     misses: list[Miss] | None = None
 
     @property
@@ -183,12 +192,12 @@ def simulate(
             "Cut with --max-input-len, or raise --kv-tokens"
         )
     best_ends = serve_best(requests, setting.steps, setting.constraints.ttft_target_ms, system.num_gpus)
-    misses, num_moves = None, 0
+    misses, num_moves, loaded_bytes, stored_bytes = None, 0, 0, 0
     if system.form == "oracle":
         for request, end in zip(requests, best_ends, strict=True):
             request.first_token_time = request.completion_time = end
     else:
-        misses, num_moves = _serve(system, setting, requests, gives_up, records_misses)
+        misses, num_moves, loaded_bytes, stored_bytes = _serve(system, setting, requests, gives_up, records_misses)
     span = max(requests[-1].arrival - requests[0].arrival, 1e-9)
     met = sum(map(setting.is_met, requests))
     times_ms = {
@@ -197,7 +206,7 @@ def simulate(
     }
     percentiles = {f"{name}_p{p}_ms": percentile(ms, p) for name, ms in times_ms.items() for p in (50, 90, 99)}
     return SimulatedOutcome(
-        system=system.name,
+        system=setting.name_of(system),
         num_gpus=system.num_gpus,
         rate=len(requests) / span,
         num_requests=len(requests),
@@ -205,6 +214,9 @@ def simulate(
         bound=sum(end is not None for end in best_ends) / len(requests),
         goodput=met / span,
         moves=num_moves,
+        cached_share=sum(request.cached_tokens for request in requests) / sum(r.prompt_tokens for r in requests),
+        loaded_bytes=loaded_bytes,
+        stored_bytes=stored_bytes,
         misses=misses,
         **percentiles,
     )
@@ -212,8 +224,8 @@ def simulate(
 
 def _serve(
     system: System, setting: Setting, requests: list[SimulatedRequest], gives_up: bool, records_misses: bool
-) -> tuple[list[Miss] | None, int]:
-    """Serve requests; returns what they missed, where that is asked for, and the changes of the split."""
+) -> tuple[list[Miss] | None, int, int, int]:
+    """Serve requests; returns what they missed, where that is asked for, changes of the split, and a tier's bytes."""
     shares_prefixes = any(request.prefix_blocks for request in requests)
     world, controllers = build(system, setting, requests[-1].arrival, shares_prefixes)
     recorder = MissRecorder(world, setting.steps) if records_misses else None
@@ -227,7 +239,9 @@ def _serve(
     world.serve(requests, goes_on if gives_up else None)
     slo = setting.constraints
     misses = None if recorder is None else recorder.misses(requests, slo.ttft_target_ms, slo.tpot_target_ms)
-    return misses, sum(len(controller.rotation.moves) for controller in controllers)
+    num_moves = sum(len(controller.rotation.moves) for controller in controllers)
+    host = world.tier_stats.get("host", {})
+    return misses, num_moves, host.get("loaded_bytes", 0), host.get("stored_bytes", 0)
 
 
 def build(
@@ -250,7 +264,9 @@ def build(
             max_num_batched_tokens=max(sizes.max_num_batched_tokens, system.chunk + sizes.max_num_seqs),
         )
     config = make_config(system.roles, sizes, _semi_pd(system, slo), shares_prefixes)
-    world = SimulatedSystem(config, setting.steps, sizes.num_blocks, slo.ttft_target_ms, tpot_ms)
+    world = SimulatedSystem(
+        config, setting.steps, sizes.num_blocks, slo.ttft_target_ms, tpot_ms, num_host_blocks=sizes.num_host_blocks
+    )
     if system.allocation is None:
         return world, []
     rotations = [SimulatedRotation(world, name, system.allocation) for name in world.devices]

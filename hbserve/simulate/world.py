@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from hbserve.config import Config, InstanceRole
+from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import AddRequest, ClientMessage, SchedulerReply
 from hbserve.messages.worker import InstanceReply
 from hbserve.policy.step_time_predictor import StepTimePredictor
@@ -15,6 +17,7 @@ from hbserve.scheduler.scheduler import CpuScheduler
 from hbserve.simulate.clock import Event, SimulatedClock
 from hbserve.simulate.device import SimulatedDevice, SimulatedWorker
 from hbserve.simulate.requests import SimulatedRequest
+from hbserve.simulate.tiers import SimulatedHostTier
 
 _CLIENT = b"client"
 _MAX_PAUSE_S = 3600.0
@@ -29,6 +32,7 @@ class SimulatedSystem:
     Args:
         num_blocks: of each instance's KV pool.
         ttft_target_ms, tpot_target_ms: targets that each request carries; None: none.
+        num_host_blocks: of a tier in the host's memory; 0: there is none.
 
     Attributes:
         devices: by instance.
@@ -41,11 +45,13 @@ class SimulatedSystem:
         num_blocks: int,
         ttft_target_ms: float | None = None,
         tpot_target_ms: float | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         self.config = config
         self.clock = clock = SimulatedClock()
+        host = SimulatedHostTier(num_host_blocks) if num_host_blocks else None
         self.devices = {
-            instance.instance_id: SimulatedDevice(clock, steps, num_blocks, number)
+            instance.instance_id: SimulatedDevice(clock, steps, num_blocks, number, host)
             for number, instance in enumerate(config.gpu_instances)
         }
         self._targets = ttft_target_ms, tpot_target_ms
@@ -110,6 +116,14 @@ class SimulatedSystem:
         self._step()
         [reply] = self._replies
         return reply
+
+    @property
+    def tier_stats(self) -> dict[str, dict[str, Any]]:
+        """Statistics of the tiers, by name, as ``get_system_stats()["kv_tiers"]`` has them."""
+        reply = self.ask(GetStats(query_id=0))
+        assert isinstance(reply, Stats)
+        tiers: dict[str, dict[str, Any]] = reply.stats["kv_tiers"]
+        return tiers
 
     def tell(self, message: ClientMessage) -> None:
         """Send a message of a supervisor."""

@@ -17,7 +17,7 @@ def check_books(core: CpuScheduler) -> None:
         slots = [allocation.slot for allocation in (*instance.allocations.values(), *instance.reserved.values())]
         assert len(set(slots)) == len(slots), f"two sequences have one slot of {instance.id}"
         assert not set(slots) & set(instance._free_slots), f"a slot of {instance.id} is free and taken"
-        prompts = [item for item in instance.allocations.items() if item[1].num_planned < item[1].num_tokens_at_entry]
+        prompts = [item for item in instance.allocations.items() if item[1].num_to_prefill > 0]
         assert instance.prompts == prompts, f"{instance.id} has overlooked a prompt"
         for allocation in (*instance.allocations.values(), *instance.reserved.values()):
             assert allocation.num_computed <= allocation.num_planned or allocation in instance.reserved.values()

@@ -433,7 +433,7 @@ def the_only_instance_may_be_removed_while_it_is_lost(patch: Patch) -> None:
 
 
 FOUND_BY = {
-    "copies_of_tiers_do_not_pin": 47,
+    "copies_of_tiers_do_not_pin": 288,
     "a_block_with_a_wrong_checksum_is_used": 1008,
     "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 304,
     "steps_do_not_pin": 20,

@@ -33,3 +33,13 @@ class StoredRun:
     tier: Tier
     first: int
     entries: list[TierEntry]
+
+    @property
+    def end(self) -> int:
+        """The block of the prompt behind the run."""
+        return self.first + len(self.entries)
+
+    def after(self, block: int) -> StoredRun:
+        """Return the part of the run from a block of the prompt on."""
+        skipped = max(0, block - self.first)
+        return StoredRun(self.tier, self.first + skipped, self.entries[skipped:]) if skipped else self

@@ -22,6 +22,7 @@ from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.sequence import KVAllocation, Sequence
+from hbserve.scheduler.tiers.load_plan import choose_load
 from hbserve.scheduler.tiers.tier import StoredRun, Tier
 from hbserve.scheduler.worker import WorkerHandle
 
@@ -244,9 +245,10 @@ class KVTiers:
     # --- loading ---------------------------------------------------------------------------------
 
     def find(self, instance: InstanceHandle, keys: Items[bytes], first: int) -> list[StoredRun]:
-        """Find the blocks that follow block ``first`` of a prompt in tiers, in runs, as far as loading them pays.
+        """Find blocks that follow block ``first`` of a prompt in tiers, in runs, and choose which to load.
 
-        It pays while a run is predicted to be loaded sooner than its tokens would be computed.
+        The chosen runs may begin later than ``first``: what is before them is to be computed meanwhile, see
+        `choose_load`.
 
         Args:
             keys: of the whole prompt.
@@ -261,23 +263,21 @@ class KVTiers:
             if not runs or runs[-1].tier is not tier:
                 runs.append(StoredRun(tier, index, []))
             runs[-1].entries.append(entry)
-        for number, run in enumerate(runs):
-            if not self._pays(instance, run):
-                return runs[:number]
-        return runs
-
-    def _pays(self, instance: InstanceHandle, run: StoredRun) -> bool:
+        if not runs:
+            return runs
         assert instance.hello is not None
-        tier, block_size = run.tier, instance.pool.block_size
-        num_bytes = len(run.entries) * instance.hello.block_bytes
-        stats = tier.directory.stats
-        s_per_byte = tier.s_per_byte or (stats.store_s / stats.stored_bytes if stats.stored_bytes else 0.0)
-        load_s = s_per_byte * (tier.loading_bytes + num_bytes)
-        compute_s = self._compute_s(len(run.entries) * block_size, run.first * block_size)
-        if not compute_s or load_s <= compute_s:  # without a prediction: loading leaves the device to others
-            return True
-        tier.s_per_byte *= _FORGET
-        return False
+        block_bytes = instance.hello.block_bytes
+
+        def load_s(tier: Tier, num_blocks: int) -> float:
+            stats = tier.directory.stats
+            s_per_byte = tier.s_per_byte or (stats.store_s / stats.stored_bytes if stats.stored_bytes else 0.0)
+            return s_per_byte * (tier.loading_bytes + num_blocks * block_bytes)
+
+        is_idle = not instance.allocations
+        chosen = choose_load(runs, instance.pool.block_size, self._compute_s, load_s, is_idle)
+        for tier in {run.tier for run in runs} - {run.tier for run in chosen}:
+            tier.s_per_byte *= _FORGET
+        return chosen
 
     def begin_load(
         self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation, runs: list[StoredRun]

@@ -35,6 +35,8 @@ class System:
         self.copies: list[TierCommand] = []
         self.plans: list[StepPlan] = []
         self.outputs: list[RequestOutput] = []
+        self.is_paused = False
+        self._withheld: list[FromWorker] = []
         self._num_blocks = num_blocks
         self._num_requests = 0
         self.epoch = 0
@@ -59,10 +61,20 @@ class System:
             self.copies += [c for _, c in outbox.to_workers if isinstance(c, StoreBlocks | LoadBlocks)]
             plans = [command for _, command in outbox.to_workers if isinstance(command, StepPlan)]
             self.plans += plans
-            inbox = [FromWorker(1, result) for result in map(self._result, plans)]
+            results = [FromWorker(1, result) for result in map(self._result, plans)]
+            if self.is_paused:
+                self._withheld += results
+                results = []
+            inbox = list(results)
             self.scheduler._requests.tiers.check_consistency()
             if not inbox:
                 return
+
+    def go_on(self) -> None:
+        """The worker reports what it has computed since it was paused."""
+        self.is_paused = False
+        withheld, self._withheld = self._withheld, []
+        self.step(*withheld)
 
     def _result(self, plan: StepPlan) -> StepResult:
         tokens = [7 for row in plan.rows if row.sample]
@@ -254,6 +266,35 @@ def test_prompts_with_another_salt_or_other_tokens_before_share_nothing() -> Non
     system.answer_all()
     system.ask([9, *PROMPT[1:]])
     assert not system.loads()
+
+
+def test_a_prompt_begins_to_be_computed_while_its_end_is_loaded() -> None:
+    for computes_first, failures in ((True, {}), (False, {}), (True, {2: "checksum"}), (False, {0: "checksum"})):
+        system = System()
+        system.stored_and_evicted()
+        prompts_s = {16: 0.02, 32: 0.04, 48: 0.06, 64: 0.08}
+        system.scheduler._requests.tiers._compute_s = lambda tokens, start, times=prompts_s: times.get(tokens, 0.0)
+        system.ask(PROMPT)
+        system.answer(system.loads()[0], seconds=0.08)  # as long as computing
+        system.ask([*range(200, 320)])
+        system.answer_all()
+        system.plans.clear()
+        system.outputs.clear()
+        system.is_paused = not computes_first
+        system.ask(PROMPT)
+        [load] = system.loads()
+        assert load.slots == [2, 3]
+        assert [*system.prompt_rows()] == [(0, 32)]
+        end = 32 + 16 * min(failures, default=2)
+        system.answer(load, failures)
+        if not computes_first:
+            assert [*system.prompt_rows()] == [(0, 32)]  # what comes next needs what is before the load
+            system.go_on()
+        assert [*system.prompt_rows()] == [(0, 32), (end, 70 - end)]
+        assert system.outputs[-1].finish_reason == "length"
+        assert sum(system.cached_tokens()) == end - 32
+        system.answer_all()
+        assert system.num_free == 8
 
 
 def test_a_prompt_is_computed_where_that_is_sooner_until_the_tier_is_tried_again() -> None:

@@ -90,6 +90,23 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert [request.cached_tokens for request in others] == [0, 0]  # prompts without names are all different
 
 
+def test_a_tier_in_the_hosts_memory_keeps_what_the_pool_forgets() -> None:
+    sizes = Sizes(kv_tokens=20_000, host_tokens=100_000)
+    system = SimulatedSystem(
+        make_config([InstanceRole.UNIFIED], sizes), STEPS, sizes.num_blocks, num_host_blocks=sizes.num_host_blocks
+    )
+    prompt = tuple(range(1, 33))
+    requests = [SimulatedRequest(time, 16384, 2, prefix_blocks=prompt) for time in (0.0, 10.0)]
+    requests.insert(1, SimulatedRequest(5.0, 16384, 2))  # evicts it
+    system.serve(requests)
+    assert [request.cached_tokens for request in requests[:2]] == [0, 0]
+    assert requests[2].cached_tokens > 14_000  # the beginning may be computed while the end is loaded
+    assert requests[2].ttft_ms < requests[0].ttft_ms / 5
+    host = system.tier_stats["host"]
+    assert host["loaded_blocks"] > 150
+    assert host["stored_blocks"] >= 2 * 16384 // BLOCK_SIZE
+
+
 def test_kv_arrives_at_the_decode_gpu_after_the_prompt() -> None:
     roles = [InstanceRole.PREFILL, InstanceRole.DECODE]
     system = SimulatedSystem(make_config(roles, SIZES), STEPS, SIZES.num_blocks)
