@@ -24,6 +24,7 @@ _EXPERIMENTS = {
     "transfer": "how fast KV moves between two processes, and how fast the library could move it",
     "fp8": "FP8 beside bfloat16: products, decode attention, and an engine's rates",
     "fp8_accuracy": "what FP8 costs in perplexity, and errors by layer",
+    "prefill": "where the time of a prefill goes, by kind of kernel",
     "kv_tiers": "prompts that are loaded from host memory instead of computed",
     "chaos": "killed processes, malformed requests, configurations and model folders, from a seed",
     "speculation": "what drafts bring at a forced acceptance, by batch size",
