@@ -153,8 +153,6 @@ class ModelSpec:
                 raise ModelError(f"transformers cannot read it: {_first_lines(error)}") from error
             dtype, is_tied = _dtype(document, folder), _has_tied_head(config, folder)
             spec = _from_config(family, config, dtype, is_tied, max_model_len)
-            if weight_format is not None and spec.experts is not None:
-                _check_quantised_experts(weight_format, spec.experts)
             weight_format = weight_format or (ON_LOAD if quantization == "fp8" else None)
             return replace(
                 spec, weight_format=weight_format, kv_format=_kv_format(folder) if kv_dtype == "fp8" else None
@@ -171,15 +169,6 @@ class ModelSpec:
     def from_plain(plain: dict[str, Any]) -> ModelSpec:
         """Make a spec from the result of `as_plain`."""
         return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
-
-
-def _check_quantised_experts(weight_format: Fp8Format, experts: Experts) -> None:
-    if weight_format.is_static:
-        raise ModelError("static scales of the inputs of experts are not supported; supported are dynamic ones")
-    if experts.shared_size:
-        raise ModelError(
-            "a quantised expert that computes every token is not supported; supported is an unquantised one"
-        )
 
 
 def _family(document: dict[str, Any]) -> tuple[str, Family]:

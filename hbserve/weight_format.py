@@ -42,6 +42,7 @@ class Fp8Format:
         scale_name: name of the scales of a matrix, beside its ``weight``.
         plain_modules: modules that stay unquantised: names, ends or beginnings of names at a dot, or patterns after
             ``re:``.
+        targets: the only modules that are quantised, in the same form; empty: all linear layers.
         is_on_load: the checkpoint is not quantised; HBServe quantises while it loads.
     """
 
@@ -49,18 +50,23 @@ class Fp8Format:
     is_static: bool = False
     scale_name: str = "weight_scale"
     plain_modules: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
     is_on_load: bool = False
 
     def converts(self, module: str) -> bool:
         """Return whether a linear layer has FP8 weights, by its name, such as ``model.layers.0.mlp.up_proj``."""
-        path = f".{module}."
-        for name in self.plain_modules:
-            if name.startswith("re:"):
-                if re.match(name[3:], module):
-                    return False
-            elif path.startswith(f".{name}.") or path.endswith(f".{name}."):
-                return False
-        return True
+        return not _is_among(self.plain_modules, module) and (not self.targets or _is_among(self.targets, module))
+
+
+def _is_among(names: tuple[str, ...], module: str) -> bool:
+    """Return whether a module is named: by its name, its beginning or end at a dot, or a pattern after ``re:``."""
+    path = f".{module}."
+    return any(
+        re.match(name[3:], module)
+        if name.startswith("re:")
+        else path.startswith(f".{name}.") or path.endswith(f".{name}.")
+        for name in names
+    )
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,9 @@ KV_SCALE_NAMES = (
     ("self_attn.k_scale", "self_attn.v_scale"),
     ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),
     ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),
+    ("self_attn.kv_scale", "self_attn.kv_scale"),
 )
-"""Names that checkpoints have for the scales of KV."""
+"""Names that checkpoints have for the scales of KV; the last is that of both."""
 
 
 ON_LOAD = Fp8Format("channel", is_on_load=True)
@@ -133,7 +140,7 @@ def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
     (group,) = groups.values()
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise ModelError(f"{method}: a group without weights is not supported; {_SUPPORTED}")
-    _expect(group, method, "targets", ["Linear"], None)
+    targets = _modules(group, "targets")
     weights, inputs = group["weights"], group.get("input_activations")
     if not isinstance(inputs, dict):
         raise ModelError(f"{method}: weights without quantised activations (W8A16) are not supported; {_SUPPORTED}")
@@ -151,7 +158,12 @@ def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
         _expect(inputs, method, "dynamic", True)
     else:
         _expect(inputs, method, "strategy", "tensor" if is_static else "token")
-    return Fp8Format(granularity, is_static, plain_modules=_plain_modules(config, "ignore"))
+    return Fp8Format(
+        granularity,
+        is_static,
+        plain_modules=_plain_modules(config, "ignore"),
+        targets=() if "Linear" in targets else targets,
+    )
 
 
 def _expect(config: dict[str, Any], method: str, key: str, *supported: Any) -> None:
@@ -161,6 +173,12 @@ def _expect(config: dict[str, Any], method: str, key: str, *supported: Any) -> N
 
 
 def _plain_modules(config: dict[str, Any], key: str) -> tuple[str, ...]:
+    """Read names of modules that stay unquantised."""
+    # The LM head and norms are never FP8; naming them changes nothing, and they would be compared with every module.
+    return tuple(name for name in _modules(config, key) if name != "lm_head" and not name.endswith("norm"))
+
+
+def _modules(config: dict[str, Any], key: str) -> tuple[str, ...]:
     """Read names of modules; patterns must be such that no name takes long to match."""
     names = config.get(key) or []
     if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(name, str) for name in names):
@@ -168,8 +186,7 @@ def _plain_modules(config: dict[str, Any], key: str) -> tuple[str, ...]:
     for name in names:
         if name.startswith("re:") and not _is_quick(name[3:]):
             raise ModelError(f"{key}: the pattern {shown(name)} is invalid, or may take too long to match")
-    # The LM head and norms are never FP8; naming them changes nothing, and they would be compared with every module.
-    return tuple(name for name in names if name != "lm_head" and not name.endswith("norm"))
+    return tuple(names)
 
 
 def _is_quick(pattern: str) -> bool:

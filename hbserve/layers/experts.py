@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hbserve.layers.activations import Activate
 from hbserve.layers.fp8 import Quantised
+from hbserve.layers.linear import Linear
 from hbserve.model_families.declaration import Experts
 
 
@@ -28,7 +29,8 @@ class ExpertWeights:
         router_bias: float32 ``[experts]``, added to the scores for the choice.
         up_scale, down_scale: float32 scales of ``up`` and ``down`` where these are FP8: of each row ``[rows]``, or of
             blocks of r x 128, ``[rows / r, ceil(columns / 128)]``. Inputs stay in the model's dtype.
-        shared_up, shared_down: ``[2 * inner, hidden]`` and ``[hidden, inner]`` of the expert that computes every token.
+        shared_up, shared_down: layers ``[2 * inner, hidden]`` and ``[hidden, inner]`` of the expert that computes every
+            token, of any weight scheme.
         shared_gate: ``[1, hidden]``, makes the weight of that expert; None: the weight is 1.
     """
 
@@ -38,8 +40,8 @@ class ExpertWeights:
     router_bias: Tensor | None = None
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
-    shared_up: Tensor | None = None
-    shared_down: Tensor | None = None
+    shared_up: Linear | None = None
+    shared_down: Linear | None = None
     shared_gate: Tensor | None = None
 
 

@@ -186,8 +186,8 @@ class LayerOps:
         """Compute this rank's part of the expert that computes every token."""
         assert weights.shared_up is not None, "the model has such an expert"
         assert weights.shared_down is not None, "it has both matrices"
-        inner = self._activate(self.linear(x, PlainLinear(weights.shared_up)), None)
-        out = self.linear(inner, PlainLinear(weights.shared_down))
+        inner = self._activate_for(weights.shared_down, self.linear(x, weights.shared_up), None)
+        out = self.linear(inner, weights.shared_down)
         return out if weights.shared_gate is None else out * F.linear(x, weights.shared_gate).sigmoid()
 
     def _leave_pending(self, stream: ResidualStream, x: Rows, layer: Linear) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,11 @@ class _Layer:
         qkv, o = (make_linear(tensors, name, dtype) for name in ("qkv", "o"))
         mlp: tuple[Linear, Linear] | ExpertWeights
         if "router" in tensors:
-            names = [field.name for field in fields(ExpertWeights) if field.name in tensors]
-            mlp = ExpertWeights(**{name: tensors.pop(name) for name in names})
+            given: dict[str, Any] = {
+                name: make_linear(tensors, name, dtype) for name in ("shared_up", "shared_down") if name in tensors
+            }
+            given |= {field.name: tensors.pop(field.name) for field in fields(ExpertWeights) if field.name in tensors}
+            mlp = ExpertWeights(**given)
         else:
             mlp = make_linear(tensors, "up", dtype), make_linear(tensors, "down", dtype)
         return _Layer(qkv=qkv, o=o, mlp=mlp, **tensors)
@@ -106,7 +110,8 @@ class Decoder:
             return count + sum(linear.num_weights for linear in layer.mlp)
         assert self.spec.experts is not None, "the model has experts"
         all_experts = layer.mlp.up.numel() + layer.mlp.down.numel()
-        shared = (0 if weight is None else weight.numel() for weight in (layer.mlp.shared_up, layer.mlp.shared_down))
+        layers = (layer.mlp.shared_up, layer.mlp.shared_down)
+        shared = (0 if linear is None else linear.num_weights for linear in layers)
         return count + all_experts * self.spec.experts.num_chosen // self.spec.experts.num_experts + sum(shared)
 
     def forward(

@@ -197,9 +197,11 @@ def _renamed(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> dict[str, str]
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor adds nothing.
 
-    Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, and scales of KV if it is not
-    in FP8.
+    Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, scales of KV if it is not in
+    FP8, and scales of the inputs of experts, which are not quantised.
     """
+    if spec.experts is not None and ".experts." in name and name.endswith(".input_scale"):
+        return spec.weight_format is not None and spec.weight_format.is_static
     if spec.kv_format is None and any(name.endswith(pair) for pair in KV_SCALE_NAMES):
         return True
     layer = name.removeprefix("model.layers.").partition(".")[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -178,17 +178,19 @@ class _Sharding:
         if experts.scoring == "sigmoid":
             yield "router_bias", (_part(f"{prefix}gate.e_score_correction_bias", (experts.num_experts,)),)
         ups = (f"{name}{source}.weight" for name in names for source in family.up)
-        weight_format = self.spec.weight_format
+        # Inputs of experts stay as they are, so scales of them are not read.
+        expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
         up_parts = tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups)
-        yield from matrix_parameters(weight_format, "up", up_parts)
+        yield from matrix_parameters(expert_format, "up", up_parts)
         downs = (f"{name}{family.down}.weight" for name in names)
         down_parts = tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
-        yield from matrix_parameters(weight_format, "down", down_parts)
+        yield from matrix_parameters(expert_format, "down", down_parts)
         if experts.shared_size:
+            weight_format = self.spec.weight_format
             shared = f"{prefix}{family.shared_expert}"
             rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "width of the shared expert")))
-            yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2, None)
-            yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows, None)
+            yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2, weight_format)
+            yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows, weight_format)
             if experts.has_shared_gate:
                 yield "shared_gate", (_part(f"{shared}_gate.weight", (1, hidden)),)
 

@@ -47,7 +47,8 @@ def dequantised(layer: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_published_formats_compute_what_their_definition_says(name: str, tmp_path: Path) -> None:
-    model = save_model(tmp_path, "qwen3", **SHAPE)
+    # Phi-3 has q, k and v in one matrix of the checkpoint, and gate and up in another.
+    model = save_model(tmp_path, "phi3" if name in ("ct_channel", "fp8_static") else "qwen3", **SHAPE)
     token_ids = random_tokens(40)
     with torch.inference_mode():
         exact = model(token_ids[None]).logits[0]
@@ -87,18 +88,33 @@ def test_on_load_every_row_is_within_half_a_step(tmp_path: Path) -> None:
     assert down.bias is not None
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "ct_channel", "fp8_tensor"])
-def test_experts_have_quantised_weights_and_plain_inputs(name: str, tmp_path: Path) -> None:
-    """The same as a checkpoint with the dequantised weights."""
-    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "mlp_only_layers": []}
-    save_model(tmp_path, "qwen3_moe", **shape)
-    granularity, _, quantization_config = FORMATS[name]
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("fp8_block", "qwen3_moe"),
+        ("ct_channel", "qwen3_moe"),
+        ("fp8_static", "qwen3_moe"),
+        ("fp8_block", "glm4_moe"),
+        ("ct_tensor_static", "qwen2_moe"),
+    ],
+)
+def test_experts_have_quantised_weights_and_plain_inputs(name: str, family: str, tmp_path: Path) -> None:
+    """The same as a checkpoint with the dequantised weights; only inputs of an expert of every token are rounded."""
+    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "attention_bias": False}
+    has_shared = family != "qwen3_moe"
+    if has_shared:  # a second layer's router would choose other experts for rounded inputs
+        shape |= {"shared_expert_intermediate_size": 128, "num_hidden_layers": 1}
+    dense = {"first_k_dense_replace": 0} if family == "glm4_moe" else {"mlp_only_layers": []}
+    save_model(tmp_path, family, **shape, **dense)
+    granularity, is_static, quantization_config = FORMATS[name]
     weights = load_file(tmp_path / "model.safetensors")
     quantised = dict(weights)
-    for key in [key for key in weights if ".experts." in key]:
+    for key in [key for key in weights if "expert" in key and key.endswith("proj.weight")]:
         values, scales = quantise_weight(weights[key], granularity)
         suffix = "_scale_inv" if name == "fp8_block" else "_scale"
         quantised |= {key: values, f"{key}{suffix}": scales}
+        if is_static:
+            quantised[key.replace("weight", "input_scale")] = torch.tensor([0.5])
         weights[key] = values.float() * spread(scales, values.shape)
     token_ids = random_tokens(40)
     save_file(weights, tmp_path / "model.safetensors")
@@ -107,10 +123,19 @@ def test_experts_have_quantised_weights_and_plain_inputs(name: str, tmp_path: Pa
     config = json.loads((tmp_path / "config.json").read_text())
     plain = {"ignore": ["re:.*self_attn.*"], "modules_to_not_convert": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     key = "ignore" if "config_groups" in quantization_config else "modules_to_not_convert"
+    plain[key] += ["re:.*shared_expert_gate"] if key == "ignore" else ["shared_expert_gate"]
     config["quantization_config"] = quantization_config | {key: plain[key]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert loaded(tmp_path).layers[0].mlp.up.dtype == torch.float8_e4m3fn  # type: ignore[union-attr]
-    torch.testing.assert_close(our_logits(tmp_path, token_ids, torch.float32, cpu()), expected, atol=1e-4, rtol=0)
+    mlp = loaded(tmp_path).layers[0].mlp
+    assert mlp.up.dtype == torch.float8_e4m3fn  # type: ignore[union-attr]
+    error = (our_logits(tmp_path, token_ids, torch.float32, cpu()) - expected).square().mean().sqrt().item()
+    if not has_shared:
+        assert error < 1e-5
+        return
+    assert error < 0.04 * expected.std().item()
+    prefix = "model.layers.0.mlp.shared_expert" + ("s" if family == "glm4_moe" else "")
+    shared = torch.cat([weights[f"{prefix}.{part}_proj.weight"] for part in ("gate", "up")])
+    assert torch.equal(dequantised(mlp.shared_up), shared)  # type: ignore[union-attr]
 
 
 def test_dummy_weights_are_alike_in_fp8(tmp_path: Path) -> None:
@@ -139,6 +164,16 @@ def test_a_token_is_quantised_alike_in_every_batch() -> None:
 
 
 # --- what the format says ---
+
+
+def test_only_targets_are_quantised_where_they_are_named() -> None:
+    config = compressed_tensors("channel", False, ignore=["re:.*o_proj"])
+    config["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*_proj", "up_proj"]
+    weight_format = read_weight_format({"quantization_config": config})
+    assert weight_format is not None
+    names = ("self_attn.q_proj", "mlp.up_proj", "self_attn.o_proj", "mlp.down_proj")
+    converted = [weight_format.converts(f"model.layers.0.{name}") for name in names]
+    assert converted == [True, True, False, False]
 
 
 def test_modules_that_stay_plain_are_named_in_several_ways() -> None:
