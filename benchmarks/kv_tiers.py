@@ -62,7 +62,7 @@ def _copies(block_bytes: int) -> dict[str, float]:
     import torch
 
     from hbserve.kv_cache.host_memory import HostMemoryOwner
-    from hbserve.kv_tiers.host import HostSlots
+    from hbserve.kv_tiers.host import HostTier
     from hbserve.kv_tiers.lane import CopyJob, Lane
     from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
     from hbserve.platform import make_platform
@@ -75,11 +75,11 @@ def _copies(block_bytes: int) -> dict[str, float]:
     plain = torch.empty(num_blocks, block_bytes, dtype=torch.uint8, pin_memory=on_gpu)
     owner = HostMemoryOwner(num_blocks * block_bytes + 4096)
     owner.reserve()
-    slots = HostSlots(owner.memory, platform, 0, 1, block_bytes)
+    slots = HostTier(owner.memory, platform, 0, 1, block_bytes)
     if on_gpu:
         time.sleep(2.0)  # it is pinned in the background
     results: list[TierResult] = []
-    lane = Lane(slots, arena, 0, lambda job, result: results.append(result))
+    lane = Lane(slots, "", arena, 0, lambda job, result: results.append(result))
 
     def timed(copy: Callable[[], object]) -> float:
         rates = []
@@ -93,6 +93,7 @@ def _copies(block_bytes: int) -> dict[str, float]:
 
     scattered: list[int] = np.random.default_rng(1).permutation(num_blocks).tolist()
     neighbours = list(range(num_blocks))
+    keys = [b""] * num_blocks
 
     def copied(blocks: list[int], loads: bool) -> float:
         checksums: list[list[int]] = []
@@ -102,14 +103,14 @@ def _copies(block_bytes: int) -> dict[str, float]:
         command: LoadBlocks | StoreBlocks = _store(blocks)
         if loads:
             command = LoadBlocks(
-                epoch=0, job_id=1, tier="host", keys=[], slots=neighbours, block_ids=blocks, checksums=checksums
+                epoch=0, job_id=1, tier="host", keys=keys, slots=neighbours, block_ids=blocks, checksums=checksums
             )
         rate = timed(lambda: _wait(lane, CopyJob(command), results))
         assert not results[-1].failures, results[-1]
         return rate
 
     def _store(blocks: list[int]) -> StoreBlocks:
-        return StoreBlocks(epoch=0, job_id=1, tier="host", keys=[], slots=neighbours, block_ids=blocks)
+        return StoreBlocks(epoch=0, job_id=1, tier="host", keys=keys, slots=neighbours, block_ids=blocks)
 
     rates = {
         "plain_out": timed(lambda: plain.copy_(arena, non_blocking=True)),

@@ -22,6 +22,7 @@ from hbserve.config.sections import (
     SchedulerConfig,
     ServerConfig,
     SpeculationConfig,
+    StoreTierConfig,
     TelemetryConfig,
 )
 from hbserve.config.semi_pd import LadderConfig, SemiPDConfig, SLOConfig
@@ -48,6 +49,7 @@ __all__ = [
     "SemiPDConfig",
     "ServerConfig",
     "SpeculationConfig",
+    "StoreTierConfig",
     "TelemetryConfig",
     "from_dict",
     "load",

@@ -39,5 +39,14 @@ TraceUrl = Annotated[
 ]
 
 
+HostPort = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):\d{1,5}\Z",
+        description="an address like 127.0.0.1:50051 or [::1]:50051",
+    ),
+]
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the sections: immutable, keyword-only, and strict about unknown keys."""

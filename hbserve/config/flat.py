@@ -80,6 +80,7 @@ class PdDisaggConfig:
     kv_mooncake_protocol: str | None = None
     host_bytes: int | None = None
     disk: dict[str, Any] | None = None
+    store: dict[str, Any] | None = None
     chunked_prefill_enabled: bool | None = None
     chunk_size: int | None = None
     max_chunk_prefill_tokens: int | None = None

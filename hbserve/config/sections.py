@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from hbserve.config.fields import (
     Fraction,
+    HostPort,
     ImportPath,
     InstanceName,
     NonNegativeFloat,
@@ -132,6 +133,27 @@ class DiskTierConfig(Section, frozen=True):
     bytes: PositiveInt
 
 
+class StoreTierConfig(Section, frozen=True):
+    """Store of KV blocks that instances of many hosts and systems share.
+
+    Attributes:
+        backend: ``mooncake``, or ``package.module:Class``, a subclass of `hbserve.kv_tiers.base.KVTier`.
+        bytes: memory of its host that ``hbserve store`` gives. A scheduler remembers at most so many bytes of blocks.
+        master: ``host:port`` of the Mooncake master; a class of your own may read it, too.
+    """
+
+    bytes: PositiveInt
+    backend: str = "mooncake"
+    master: HostPort | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the master."""
+        assert self.master is not None, "the configuration checks it"
+        host, _, port = self.master.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
 class KVCacheConfig(Section, frozen=True):
     """KV in its pools, and in tiers: where blocks are kept beside the devices' memory.
 
@@ -139,12 +161,14 @@ class KVCacheConfig(Section, frozen=True):
         dtype: ``fp8`` takes half the bytes of bfloat16 in pools, tiers and transfers; ``auto``: the model's dtype.
         host_bytes: memory of each host for them, shared by its instances; 0: none.
         disk: folder for files of blocks, which survive a restart; None: none.
+        store: blocks that many hosts share; None: none.
         timeout_s: a copy to or from a tier that takes longer has failed; its blocks are computed.
     """
 
     dtype: Literal["auto", "fp8"] = "auto"
     host_bytes: NonNegativeInt = 0
     disk: DiskTierConfig | None = None
+    store: StoreTierConfig | None = None
     timeout_s: PositiveFloat = 5.0
 
 

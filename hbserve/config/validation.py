@@ -25,6 +25,8 @@ from hbserve.model_source import expand_user, known_as, resolve_model
 
 BACKENDS = ("nccl", "mooncake", "shm")
 """Names of the built-in backends that move KV."""
+STORES = ("mooncake",)
+"""Names of the built-in stores of KV blocks."""
 _NUM_RANKS = (1, 2, 4, 8)
 _MAX_NAME_LENGTH = 64
 _MAX_KEY_LENGTH = 100  # in an error
@@ -309,9 +311,7 @@ def _validate(config: Config, is_whole: bool = True) -> None:
     if block_size is not None and block_size & (block_size - 1):
         raise _error("performance.block_size", f"must be a power of two, got {block_size}")
     _validate_kv_transfer(config)
-    for name in ("host_bytes", "disk"):
-        if getattr(config.kv_cache, name) and not config.performance.enable_prefix_caching:
-            raise _error(f"kv_cache.{name}", "needs performance.enable_prefix_caching")
+    _validate_kv_tiers(config)
     _validate_semi_pd(config)
     _validate_roles(config, is_whole)
     _require_key(config)
@@ -330,6 +330,23 @@ def _validate_kv_transfer(config: Config) -> None:
             raise _error(f"kv_transfer.{name}", f"has no effect with backend {shown(given.backend)}; leave it out")
     if given.backend == "shm" and given.port is not None:
         raise _error("kv_transfer.port", "backend shm has no ports; leave it out")
+
+
+def _validate_kv_tiers(config: Config) -> None:
+    for name in ("host_bytes", "disk", "store"):
+        if getattr(config.kv_cache, name) and not config.performance.enable_prefix_caching:
+            raise _error(f"kv_cache.{name}", "needs performance.enable_prefix_caching")
+    store = config.kv_cache.store
+    if store is None:
+        return
+    if store.backend not in STORES and not re.match(IMPORT_PATH, store.backend):
+        hint = nearest(store.backend, list(STORES))
+        what = f"{shown(store.backend)} is neither a built-in store nor a 'package.module:Class'{hint}"
+        raise _error("kv_cache.store.backend", what)
+    if store.backend == "mooncake" and store.master is None:
+        raise _error("kv_cache.store.master", "give the host:port of the Mooncake master; hbserve store starts one")
+    if store.master is not None and not 1 <= store.address[1] <= 65535:
+        raise _error("kv_cache.store.master", f"the port must be in 1..65535, got {store.address[1]}")
 
 
 def _validate_semi_pd(config: Config) -> None:

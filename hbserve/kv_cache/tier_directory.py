@@ -5,8 +5,10 @@ tier, whether or not a device has them too. The state of contents in one tier; `
 
                 begin_store           end_store             begin_load
         absent ────────────► storing ───────────► stored ◄────────────► loading
-          ▲                     │                    │       end_load      │
-          └─────────────────────┴────────────────────┴─────────────────────┘
+          ▲ │                   │                    ▲ │     end_load      │
+          │ └───────────────────│────────────────────┘ │                   │
+          │       add_found     │                      │                   │
+          └─────────────────────┴──────────────────────┴───────────────────┘
              forget: the copy failed, is late, or has a wrong checksum; evict: another needs the slot (stored only)
 
 A *slot* is the place of one block in a tier. Contents that are forgotten while a worker may still copy from or to their
@@ -36,6 +38,7 @@ class TierState(Enum):
 TRANSITIONS = frozenset(
     {
         (TierState.ABSENT, "begin_store", TierState.STORING),
+        (TierState.ABSENT, "add_found", TierState.STORED),
         (TierState.STORING, "end_store", TierState.STORED),
         (TierState.STORING, "forget", TierState.ABSENT),
         (TierState.STORED, "begin_load", TierState.LOADING),
@@ -56,14 +59,14 @@ class TierEntry:
 
     Attributes:
         key: their prefix hash.
-        checksums: by rank; empty while they are being stored.
+        checksums: by rank; empty: the tier has them; None: they are being stored.
         num_jobs: copies under way from or to the slot.
         is_forgotten: the directory does not find them any more.
     """
 
     key: bytes
     slot: int
-    checksums: list[int] = field(default_factory=list)
+    checksums: list[int] | None = None
     num_jobs: int = 0
     is_forgotten: bool = False
 
@@ -72,7 +75,7 @@ class TierEntry:
         """The state of the contents."""
         if self.is_forgotten:
             return TierState.ABSENT
-        if not self.checksums:
+        if self.checksums is None:
             return TierState.STORING
         return TierState.LOADING if self.num_jobs else TierState.STORED
 
@@ -125,7 +128,7 @@ class TierDirectory:
     def get(self, key: bytes) -> TierEntry | None:
         """Return contents that can be loaded."""
         entry = self._entries.get(key)
-        return entry if entry is not None and entry.checksums else None
+        return entry if entry is not None and entry.checksums is not None else None
 
     def __contains__(self, key: bytes) -> bool:
         """Whether contents are stored, or are being stored."""
@@ -145,6 +148,15 @@ class TierDirectory:
                 free.remove(block.slot)
                 self._entries[block.key] = TierEntry(block.key, block.slot, block.checksums)
         self._free = sorted(free)
+
+    def add_found(self, keys: Sequence[bytes]) -> None:
+        """Take in contents that a lookup has found, the beginning of a prompt first; evicts as `begin_store` does."""
+        for key in keys:
+            if key not in self._entries:
+                if not self._free and not self._evict():
+                    return
+                self._entries[key] = TierEntry(key, heapq.heappop(self._free), checksums=[])
+        self.touch(reversed(keys))
 
     # --- storing ---------------------------------------------------------------------------------
 

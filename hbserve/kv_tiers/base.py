@@ -1,36 +1,113 @@
-"""The interface of storage for KV blocks. Its methods are called in the threads of lanes (`hbserve.kv_tiers.lane`)."""
+"""The seam of KV tiers: `KVTier`, the base class of every memory that keeps KV blocks beside the devices'.
+
+A tier lives in a rank process of an instance. ``put`` and ``get`` are called in the threads of two lanes
+(`hbserve.kv_tiers.lane`), ``contains`` in a third thread; so they may wait, and up to three of them run at once.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks
+from hbserve.config import StoreTierConfig
 
 
-class SlotStorage(ABC):
-    """One rank's part of a tier's slots.
+@dataclass(frozen=True, slots=True)
+class BlockName:
+    """One rank's part of a block, as tiers know it.
 
     Attributes:
-        may_hang: a call may take any time. Then a job that is late is given up between two calls, and what such a call
-            returns later is not used.
+        text: unique among the blocks of all systems: model, quantization, dtype, shapes, ranks, prefix and cache salt.
+        key: the prefix hash, which is all but the first part of ``text``.
+        slot: the place that the scheduler has chosen; only for tiers with ``has_slots``.
+        checksum: of its bytes, for ``put``.
     """
 
-    may_hang: bool
+    text: str
+    key: bytes = b""
+    slot: int = -1
+    checksum: int = 0
+
+
+@dataclass(frozen=True)
+class KVTierContext:
+    """Facts about the rank that a tier works for.
+
+    Attributes:
+        config: ``kv_cache.store``.
+        value_bytes: bytes of one value: a rank's part of a block, and what `hbserve.kv_tiers.sealed` adds.
+        timeout_s: time after which a call has failed.
+    """
+
+    config: StoreTierConfig
+    value_bytes: int
+    timeout_s: float
+
+
+class KVTier(ABC):
+    """Memory for KV blocks, by name. One object for each rank.
+
+    To write your own, implement the four abstract methods, and name the class in the configuration as
+    ``kv_cache.store: {backend: package.module:Class, bytes: ...}``. It is made with a `KVTierContext` in each rank.
+
+    HBServe trusts no tier: it compares name and checksum of every block that ``get`` returns, and computes what does
+    not fit. A method that raises has failed, and so has a call that takes longer than ``kv_cache.timeout_s``; the tier
+    then rests. A tier may forget blocks at any time.
+
+    Attributes:
+        has_slots: the scheduler chooses where a block lies, and knows all that the tier holds. The tier gets blocks as
+            they are on the device, and ``contains`` and ``remove`` are not called. Else it gets values in the host's
+            memory.
+        may_hang: ``put`` and ``get`` may take any time. Then a job that is late is given up between two calls, and what
+            such a call returns later is not used.
+    """
+
+    has_slots = False
+    may_hang = True
+
+    def register(self, values: torch.Tensor) -> None:  # noqa: B027 - only tiers that register memory need it
+        """Prepare for a buffer of which later calls get rows; called once by each lane, in its thread."""
 
     @abstractmethod
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
-        """Write blocks into the slots from ``first`` of a job on.
+    def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        """Keep values; return when they may be overwritten.
 
         Args:
-            blocks: uint8 ``[block, byte]``, on the rank's device; ready on the current stream.
-            checksums: of the blocks, int64 ``[block]``, likewise.
+            values: uint8 ``[block, byte]``, contiguous.
 
         Returns:
-            What went wrong, by place of the block in the job; see `TierResult`.
+            What went wrong, by place in ``names``: ``full`` (there is no room now) or ``backend`` (an error; the tier
+            then rests). A value that is there already is a success.
         """
 
     @abstractmethod
-    def read(self, command: LoadBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
-        """Read the slots from ``first`` of a job on into blocks, on the current stream; as `write`."""
+    def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        """Read values into the rows of a tensor.
+
+        Returns:
+            What went wrong, by place in ``names``: ``missing`` or ``backend``.
+        """
+
+    @abstractmethod
+    def contains(self, names: Sequence[BlockName]) -> list[bool]:
+        """Say which blocks are there, also those of other systems and of earlier ones."""
+
+    @abstractmethod
+    def remove(self, names: Sequence[BlockName]) -> None:
+        """Forget blocks, because their values are wrong."""
+
+
+class SlotTier(KVTier):
+    """A tier of which the scheduler knows all that it holds: it finds a block by its slot."""
+
+    has_slots = True
+
+    def contains(self, names: Sequence[BlockName]) -> list[bool]:
+        """Nothing that the scheduler does not know of."""
+        return [False] * len(names)
+
+    def remove(self, names: Sequence[BlockName]) -> None:
+        """Nothing to do: the scheduler gives the slot to another block."""

@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -21,8 +22,8 @@ import torch
 
 from hbserve.config import DiskTierConfig
 from hbserve.errors import HBServeError
-from hbserve.kv_tiers.base import SlotStorage
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks, StoredBlock
+from hbserve.kv_tiers.base import BlockName, SlotTier
+from hbserve.messages.tiers import StoredBlock
 
 _PAGE_BYTES = 4096
 _HEADER_BYTES = 64
@@ -38,7 +39,7 @@ def namespace(*facts: object) -> str:
     return blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
 
-class DiskSlots(SlotStorage):
+class DiskTier(SlotTier):
     """One rank's file. All instances of a host with the same `namespace` share it; the scheduler gives out its slots.
 
     Args:
@@ -51,8 +52,6 @@ class DiskSlots(SlotStorage):
     Raises:
         DiskTierError: if the file cannot be made, or the disk has too little room.
     """
-
-    may_hang = True
 
     def __init__(self, config: DiskTierConfig, name: str, rank: int, num_ranks: int, block_bytes: int) -> None:
         self._folder, self._name, self._num_ranks = Path(config.path), name, num_ranks
@@ -84,37 +83,36 @@ class DiskSlots(SlotStorage):
 
     # --- the lanes' threads ----------------------------------------------------------------------
 
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
-        array = blocks.cpu().numpy()
+    def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        array = values.cpu().numpy()
         failures: dict[int, str] = {}
-        for number, checksum in enumerate(checksums.tolist(), first):
-            slot, at = command.slots[number], number - first
-            header = _HEADER.pack(command.keys[number], checksum, time.time_ns())
+        for index, name in enumerate(names):
+            header = _HEADER.pack(name.key, name.checksum, time.time_ns())
             header += zlib.crc32(header).to_bytes(4, "little")
             try:
-                os.pwrite(self._file, bytes(_HEADER_BYTES), slot * _HEADER_BYTES)
-                written = os.pwrite(self._file, array[at].data, self._first + slot * self._stride)
+                os.pwrite(self._file, bytes(_HEADER_BYTES), name.slot * _HEADER_BYTES)
+                written = os.pwrite(self._file, array[index].data, self._first + name.slot * self._stride)
                 if written != self._block_bytes:
-                    failures[number] = "backend"
+                    failures[index] = "backend"
                     continue
-                os.pwrite(self._file, header, slot * _HEADER_BYTES)
+                os.pwrite(self._file, header, name.slot * _HEADER_BYTES)
             except OSError:
-                failures[number] = "backend"
+                failures[index] = "backend"
         return failures
 
-    def read(self, command: LoadBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
-        buffer = blocks if blocks.device.type == "cpu" else torch.empty(blocks.shape, dtype=torch.uint8)
+    def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        buffer = values if values.device.type == "cpu" else torch.empty(values.shape, dtype=torch.uint8)
         array = buffer.numpy()
         failures: dict[int, str] = {}
-        for at in range(len(blocks)):
+        for index, name in enumerate(names):
             try:
-                offset = self._first + command.slots[first + at] * self._stride
-                if os.preadv(self._file, [array[at].data], offset) != self._block_bytes:
-                    failures[first + at] = "missing"
+                offset = self._first + name.slot * self._stride
+                if os.preadv(self._file, [array[index].data], offset) != self._block_bytes:
+                    failures[index] = "missing"
             except OSError:
-                failures[first + at] = "backend"
-        if buffer is not blocks:
-            blocks.copy_(buffer)
+                failures[index] = "backend"
+        if buffer is not values:
+            values.copy_(buffer)
         return failures
 
     # --- any thread ------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from hbserve.kv_tiers.base import SlotStorage
-from hbserve.messages.tiers import HostMemory, LoadBlocks, StoreBlocks
+from hbserve.kv_tiers.base import BlockName, SlotTier
+from hbserve.messages.tiers import HostMemory
 from hbserve.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def _region_bytes(memory: HostMemory, num_ranks: int) -> int:
     return num_bytes - num_bytes % mmap.PAGESIZE
 
 
-class HostSlots(SlotStorage):
+class HostTier(SlotTier):
     """One rank's region of the host's memory, as slots.
 
     On a GPU the memory is pinned in the background, piece by piece, because gigabytes take seconds. Copies to and from
@@ -73,13 +73,15 @@ class HostSlots(SlotStorage):
         except RuntimeError as error:
             logger.warning("the host tier is not pinned, and copies are slower: %s", error)
 
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
-        for slots, buffer in self._pieces(command.slots[first : first + len(blocks)], blocks.view(-1)):
+    def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        """Copy on the current stream."""
+        for slots, buffer in self._pieces([name.slot for name in names], values.view(-1)):
             slots.copy_(buffer, non_blocking=True)
         return {}
 
-    def read(self, command: LoadBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
-        for slots, buffer in self._pieces(command.slots[first : first + len(blocks)], blocks.view(-1)):
+    def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        """Copy on the current stream."""
+        for slots, buffer in self._pieces([name.slot for name in names], values.view(-1)):
             buffer.copy_(slots, non_blocking=True)
         return {}
 

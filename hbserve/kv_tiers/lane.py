@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hbserve.errors import HBServeError
-from hbserve.kv_tiers.base import SlotStorage
+from hbserve.kv_tiers import sealed
+from hbserve.kv_tiers.base import BlockName, KVTier
 from hbserve.kv_transfer.block_parts import checksums_of
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierResult
 
@@ -58,7 +59,8 @@ class Lane:
     """Does jobs one after the other.
 
     Args:
-        storage: the tier's slots.
+        tier: which memory it copies to or from.
+        prefix: the beginning of the blocks' names, see `BlockName`.
         kv_blocks: the rank's arena, uint8 ``[block, byte]``.
         rank: number of the rank in its instance.
         on_end: called in the lane's thread with each job that was not ended from outside, and its result.
@@ -66,17 +68,20 @@ class Lane:
 
     def __init__(
         self,
-        storage: SlotStorage,
+        tier: KVTier,
+        prefix: str,
         kv_blocks: torch.Tensor,
         rank: int,
         on_end: Callable[[CopyJob, TierResult], None],
     ) -> None:
-        self._storage, self._rank, self._on_end = storage, rank, on_end
+        self._tier, self._prefix, self._rank, self._on_end = tier, prefix, rank, on_end
         self._arena = kv_blocks.view(torch.int64)
         self._device = kv_blocks.device
         self._block_bytes = kv_blocks.shape[1]
         self._num_buffered = max(1, _BUFFER_BYTES // self._block_bytes)
         self._buffer: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None  # in the host's memory, for tiers that keep blocks by name
+        self._sealed: list[int | None] = []  # checksums in the values of the job under way
         self._stream: Any = None
         self._jobs: queue.SimpleQueue[CopyJob | None] = queue.SimpleQueue()
         # A daemon: storage that hangs must not keep the process from ending.
@@ -102,9 +107,9 @@ class Lane:
                     result = self._do(job)
                 except _Over:
                     continue
-                except (HBServeError, RuntimeError, OSError) as error:
-                    logger.warning("a KV tier has failed: %s", error)
-                    result = job.failed("backend", str(error))
+                except Exception as error:  # a user's tier may raise anything
+                    logger.warning("a KV tier has failed: %r", error)
+                    result = job.failed("backend", str(error) or repr(error))
                 with job.lock:
                     if job.is_over:
                         continue
@@ -113,35 +118,35 @@ class Lane:
 
     def _do(self, job: CopyJob) -> TierResult:
         began = time.perf_counter()
-        command, storage = job.command, self._storage
+        command, may_hang = job.command, self._tier.may_hang
         if self._buffer is None:
-            shape = self._num_buffered, self._block_bytes
-            self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            self._make_buffers()
+        assert self._buffer is not None
+        self._sealed.clear()
         failures: dict[int, str] = {}
         parts: list[torch.Tensor] = []
-        with nullcontext() if storage.may_hang else self._touching(job):
+        with nullcontext() if may_hang else self._touching(job):
             index = torch.tensor(command.block_ids, device=self._device)
             for first in range(0, len(index), self._num_buffered):
                 blocks = index[first : first + self._num_buffered]
                 buffer = self._buffer[: len(blocks)]
                 words = buffer.view(torch.int64)
-                touching = self._touching(job) if storage.may_hang else nullcontext()
+                touching = self._touching(job) if may_hang else nullcontext()
                 if isinstance(command, StoreBlocks):
                     with touching:
                         torch.index_select(self._arena, 0, blocks, out=words)
                     parts.append(checksums_of(buffer))
-                    failures |= storage.write(command, first, buffer, parts[-1])
+                    found = self._put(self._names(command, first, len(blocks)), buffer, parts[-1])
                 else:
-                    failures |= storage.read(command, first, buffer)
+                    found = self._get(command, first, buffer)
                     parts.append(checksums_of(buffer))
                     with touching:
                         self._arena.index_copy_(0, blocks, words)  # what is not sound is computed over
+                failures |= {first + place: kind for place, kind in _checked(found, len(blocks)).items()}
                 self._wait()
             checksums: list[int] = torch.cat(parts).tolist()
         if isinstance(command, LoadBlocks):
-            for number, (found, expected) in enumerate(zip(checksums, command.checksums, strict=True)):
-                if number not in failures and found != expected[self._rank]:
-                    failures[number] = "checksum"
+            self._compare(command, checksums, failures)
         return TierResult(
             epoch=command.epoch,
             job_id=command.job_id,
@@ -151,6 +156,54 @@ class Lane:
             num_bytes=len(checksums) * self._block_bytes,
             seconds=time.perf_counter() - began,
         )
+
+    def _make_buffers(self) -> None:
+        shape = self._num_buffered, self._block_bytes
+        self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        if not self._tier.has_slots:
+            shape = self._num_buffered, self._block_bytes + sealed.SEAL_BYTES
+            values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            self._tier.register(values)
+            self._values = values
+
+    def _names(self, command: TierCommand, first: int, count: int) -> list[BlockName]:
+        keys = command.keys[first : first + count]
+        slots = command.slots[first : first + count]
+        return [BlockName(self._prefix + key.hex(), key, slot) for key, slot in zip(keys, slots, strict=True)]
+
+    def _put(self, names: list[BlockName], buffer: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
+        if self._tier.may_hang:  # the host needs the checksums
+            names = [replace(name, checksum=number) for name, number in zip(names, checksums.tolist(), strict=True)]
+        if self._values is None:
+            return self._tier.put(names, buffer)
+        values = self._values[: len(names)]
+        values[:, : self._block_bytes].copy_(buffer)
+        sealed.seal(values, names)
+        return self._tier.put(names, values)
+
+    def _get(self, command: LoadBlocks, first: int, buffer: torch.Tensor) -> dict[int, str]:
+        names = self._names(command, first, len(buffer))
+        if self._values is None:
+            return self._tier.get(names, buffer)
+        values = self._values[: len(names)]
+        values[:, self._block_bytes :].zero_()  # so that what is not read has no seal
+        failures = self._tier.get(names, values)
+        buffer.copy_(values[:, : self._block_bytes])
+        self._sealed += sealed.checksums(values, names)
+        return failures
+
+    def _compare(self, command: LoadBlocks, checksums: list[int], failures: dict[int, str]) -> None:
+        """Compare checksums with those that the scheduler knows, and with the tier's own; remove what is wrong."""
+        own = self._sealed or checksums
+        for number, found in enumerate(checksums):
+            known = command.checksums[number]
+            is_right = found == own[number] and (not known or found == known[self._rank])
+            if number not in failures and not is_right:
+                failures[number] = "checksum"
+        wrong = [number for number, kind in failures.items() if kind == "checksum"]
+        if wrong and not self._tier.has_slots:
+            names = self._names(command, 0, len(checksums))
+            self._tier.remove([names[number] for number in wrong])
 
     @contextmanager
     def _touching(self, job: CopyJob) -> Iterator[None]:
@@ -167,6 +220,13 @@ class Lane:
         """Wait for what the lane has asked the device for."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _checked(failures: dict[int, str], num_blocks: int) -> dict[int, str]:
+    """Check what a tier has returned, which a user may have written."""
+    if not isinstance(failures, dict) or not all(place in range(num_blocks) for place in failures):
+        raise TypeError(f"put and get return what went wrong by place in names, got {failures!r}")
+    return {place: str(kind) for place, kind in failures.items()}
 
 
 def _describe(failures: dict[int, str], num_blocks: int) -> str | None:

@@ -9,12 +9,23 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from hbserve.config import KVCacheConfig
-from hbserve.kv_tiers.base import SlotStorage
-from hbserve.kv_tiers.disk import DiskSlots, DiskTierError
-from hbserve.kv_tiers.host import HostSlots
+from hbserve.config import KVCacheConfig, StoreTierConfig
+from hbserve.kv_tiers.base import KVTier, KVTierContext
+from hbserve.kv_tiers.disk import DiskTier, DiskTierError
+from hbserve.kv_tiers.host import HostTier
 from hbserve.kv_tiers.lane import CopyJob, Lane
-from hbserve.messages.tiers import HostMemory, StoreBlocks, TierCommand, TierInfo, TierResult
+from hbserve.kv_tiers.lookups import Lookups
+from hbserve.kv_tiers.sealed import SEAL_BYTES
+from hbserve.kv_tiers.store import make_store
+from hbserve.messages.tiers import (
+    FindBlocks,
+    FoundBlocks,
+    HostMemory,
+    StoreBlocks,
+    TierCommand,
+    TierInfo,
+    TierResult,
+)
 from hbserve.platform import Platform
 
 _POLL_S = 0.002
@@ -34,6 +45,10 @@ class RankTiers:
         rank, num_ranks: of the instance.
         report: called in any thread with each result.
         name: equal only for workers whose blocks have the same bytes, see `hbserve.kv_tiers.disk.namespace`.
+        report_found: called in any thread with the answer to each lookup.
+
+    Raises:
+        HBServeError: if there is no such store.
 
     Attributes:
         infos: the tiers, for the scheduler, as they are at the beginning of the epoch.
@@ -50,6 +65,7 @@ class RankTiers:
         num_ranks: int,
         report: Callable[[TierResult], None],
         name: str = "",
+        report_found: Callable[[FoundBlocks], None] = lambda found: None,
     ) -> None:
         self._timeout_s = config.timeout_s
         self._report = report
@@ -58,25 +74,52 @@ class RankTiers:
         self._lanes: dict[str, _Lanes] = {}
         self.infos: list[TierInfo] = []
         self.problems: list[str] = []
-        self._disk: DiskSlots | None = None
+        self._disk: DiskTier | None = None
+        self._lookups: Lookups | None = None
+        self._prefixes = [f"{name}-{number}of{num_ranks}-" for number in range(num_ranks)]
+        block_bytes = kv_blocks.shape[1]
         if host is not None:
-            slots = HostSlots(host, platform, rank, num_ranks, kv_blocks.shape[1])
+            slots = HostTier(host, platform, rank, num_ranks, block_bytes)
             if slots.num_slots:
                 self.infos.append(TierInfo(name="host", memory=host.name, num_slots=slots.num_slots))
                 self._open("host", slots, kv_blocks, rank)
         if config.disk is not None:
             try:
-                self._disk = DiskSlots(config.disk, name, rank, num_ranks, kv_blocks.shape[1])
+                self._disk = DiskTier(config.disk, name, rank, num_ranks, block_bytes)
             except DiskTierError as error:
                 self.problems.append(str(error))
             else:
                 info = TierInfo(name="disk", memory=self._disk.memory, num_slots=self._disk.num_slots)
                 self.infos.append(info)
                 self._open("disk", self._disk, kv_blocks, rank)
+        if config.store is not None:
+            self._open_store(config.store, f"{name}/{num_ranks}", kv_blocks, rank, report_found)
 
-    def _open(self, name: str, storage: SlotStorage, kv_blocks: torch.Tensor, rank: int) -> None:
-        store, load = (Lane(storage, kv_blocks, rank, self._on_end) for _ in range(2))
+    def _open_store(
+        self,
+        config: StoreTierConfig,
+        name: str,
+        kv_blocks: torch.Tensor,
+        rank: int,
+        report_found: Callable[[FoundBlocks], None],
+    ) -> None:
+        value_bytes, num_ranks = kv_blocks.shape[1] + SEAL_BYTES, len(self._prefixes)
+        store = make_store(KVTierContext(config, value_bytes, self._timeout_s))
+        memory = f"{config.backend}/{config.master}/{name}"
+        num_slots = config.bytes // num_ranks // value_bytes
+        self.infos.append(TierInfo(name="store", memory=memory, num_slots=num_slots, by_name=True))
+        self._open("store", store, kv_blocks, rank)
+        if rank == 0:
+            self._lookups = Lookups(store, self._prefixes, self._timeout_s, report_found)
+
+    def _open(self, name: str, tier: KVTier, kv_blocks: torch.Tensor, rank: int) -> None:
+        store, load = (Lane(tier, self._prefixes[rank], kv_blocks, rank, self._on_end) for _ in range(2))
         self._lanes[name] = _Lanes(store, load)
+
+    def find(self, command: FindBlocks) -> None:
+        """Look blocks up, on rank 0."""
+        if command.epoch == self._epoch and self._lookups is not None:
+            self._lookups.put(command)
 
     def handle(self, command: TierCommand) -> None:
         """Start a job of the scheduler, unless it is of another epoch."""
@@ -113,7 +156,8 @@ class RankTiers:
         await self.leave()
         if self._disk is not None:
             kept = await asyncio.to_thread(self._disk.kept)
-            self.infos[-1] = msgspec.structs.replace(self.infos[-1], kept=kept)
+            at = next(number for number, info in enumerate(self.infos) if info.name == "disk")
+            self.infos[at] = msgspec.structs.replace(self.infos[at], kept=kept)
 
     async def leave(self) -> None:
         """End all jobs, before the process exits."""

@@ -41,6 +41,7 @@ class TierInfo(Value, frozen=True):
         memory: identifies what the tier's slots are in; workers that name the same one share its blocks.
         num_slots: blocks that fit.
         is_own: the memory is the worker's own and ends with it.
+        by_name: the tier may hold blocks that no scheduler has told it to store, and `FindBlocks` finds them.
         kept: blocks that it held when the worker started, the least recently used first.
     """
 
@@ -48,6 +49,7 @@ class TierInfo(Value, frozen=True):
     memory: str
     num_slots: int
     is_own: bool = False
+    by_name: bool = False
     kept: list[StoredBlock] = msgspec.field(default_factory=list)
 
 
@@ -73,7 +75,8 @@ class LoadBlocks(Message, frozen=True):
     """Copy slots of a tier into blocks of the pool, and compare checksums; answered by `TierResult`.
 
     Attributes:
-        checksums: by block, then by rank, as `TierResult` named them when the blocks were stored.
+        checksums: by block, then by rank, as `TierResult` named them when the blocks were stored; empty for a block
+            that the tier was found to have: it has them itself.
     """
 
     epoch: int
@@ -85,6 +88,15 @@ class LoadBlocks(Message, frozen=True):
     checksums: list[list[int]]
 
 
+class FindBlocks(Message, frozen=True):
+    """Say how many of these blocks, from the first on, a tier has of all ranks; answered by `FoundBlocks`."""
+
+    epoch: int
+    lookup_id: int
+    tier: str
+    keys: list[bytes]
+
+
 # --- worker -> scheduler --------------------------------------------------------------------------
 
 
@@ -92,8 +104,8 @@ class TierResult(Message, frozen=True):
     """The end of a job: the worker touches neither its blocks nor its slots any more.
 
     Attributes:
-        failures: what is wrong with a block, by its place in the job: ``checksum``, ``timeout``, ``missing`` or
-            ``backend``.
+        failures: what is wrong with a block, by its place in the job: ``checksum``, ``timeout``, ``missing``,
+            ``full`` or ``backend``.
         error: the first failure in words.
         checksums: of stored blocks: by block, then by rank.
         seconds: the job took, without waiting for other jobs.
@@ -106,6 +118,15 @@ class TierResult(Message, frozen=True):
     checksums: list[list[int]]
     num_bytes: int
     seconds: float
+
+
+class FoundBlocks(Message, frozen=True):
+    """Answer to `FindBlocks`. ``error``: what went wrong, in words."""
+
+    epoch: int
+    lookup_id: int
+    num_found: int
+    error: str | None = None
 
 
 TierCommand = StoreBlocks | LoadBlocks

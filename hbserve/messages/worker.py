@@ -7,7 +7,7 @@ import msgspec
 from hbserve.config import InstanceRole
 from hbserve.messages.base import Message, TokenLogprobs, Value
 from hbserve.messages.supervisor import ReportEvent
-from hbserve.messages.tiers import TierCommand, TierInfo, TierResult
+from hbserve.messages.tiers import FindBlocks, FoundBlocks, TierCommand, TierInfo, TierResult
 from hbserve.messages.transfer import Peer, SendBlocks, TransferCommand, TransferReply
 from hbserve.sampling_params import SamplingParams
 
@@ -226,7 +226,7 @@ class Leaving(Message, frozen=True):
     epoch: int
 
 
-InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | TierCommand | Shutdown
+InstanceCommand = Ping | StepPlan | StepLost | TransferCommand | TierCommand | FindBlocks | Shutdown
 InstanceReply = (
     Hello
     | Pong
@@ -234,6 +234,7 @@ InstanceReply = (
     | StepResult
     | TransferReply
     | TierResult
+    | FoundBlocks
     | InstanceFailed
     | WantsToLeave
     | Leaving

@@ -23,7 +23,7 @@ import msgspec
 from hbserve.config import Config
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import RequestOutput
-from hbserve.messages.tiers import TierResult
+from hbserve.messages.tiers import FoundBlocks, TierResult
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import NO_TOKEN, StepResult
 from hbserve.policy.profile_curves import ProfileCurves
@@ -33,6 +33,7 @@ from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
+from hbserve.scheduler.tiers.lookups import TierLookups
 from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers
 from hbserve.scheduler.transfer import Transfer
 from hbserve.scheduler.transfer_tracker import TransferTracker
@@ -85,6 +86,7 @@ class RequestLifecycle:
         self._outbox = outbox
         self._queue = WaitingQueue(config, curves)
         self.tiers = KVTiers(config, clock, events, self._queue.prompt_s)
+        self._lookups = TierLookups(config.kv_cache.timeout_s, clock, events, self.tiers)
         self._admission = Admission(instances, config, clock, self._queue.policy, transfers.is_open, self.tiers)
         self._speculation = Speculation(config.speculation)
         self._max_attempts = config.kv_transfer.max_attempts
@@ -145,6 +147,7 @@ class RequestLifecycle:
             self._admission.is_full = False
         self._queue.insert(sequence)
         self._metrics.on_arrived(sequence)
+        self._lookups.begin(sequence, self._instances.ready)
         logger.debug("request %s: taken, %d prompt tokens", sequence.id, sequence.num_prompt_tokens)
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:
@@ -199,13 +202,19 @@ class RequestLifecycle:
         if load is not None:
             self._on_loaded(load)
 
+    def on_blocks_found(self, worker: WorkerHandle, found: FoundBlocks) -> None:
+        """A tier has answered a lookup."""
+        self._lookups.on_found(worker, found)
+
     def on_copies_lost(self, worker: WorkerHandle) -> None:
         """A worker's process has ended, or begun anew: it copies nothing any more."""
+        self._lookups.on_worker_ended(worker)
         for load in self.tiers.on_worker_ended(worker):
             self._on_loaded(load)
 
     def expire_copies(self) -> None:
         """Compute the prompts whose loads are late, in other blocks: a late load may still write into theirs."""
+        self._lookups.expire()
         for load in self.tiers.expire():
             if load.attempt == load.sequence.attempt and load.sequence.phase is Phase.PREFILLING:
                 self._put_back(load.sequence)
@@ -472,6 +481,8 @@ class RequestLifecycle:
         allocations = instance.allocations | instance.reserved
         failed = self._transfers.on_instance_lost(instance)
         self.tiers.on_memory_lost(instance)
+        for worker in instance.workers.values():
+            self._lookups.on_worker_ended(worker)
         instance.reset()
         instance.note_lost(reason)
         for sequence, allocation in allocations.items():

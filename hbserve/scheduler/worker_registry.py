@@ -10,7 +10,7 @@ from hbserve.errors import SupersededError
 from hbserve.messages.admin import InstanceChanged, RemoveInstance
 from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import ReportEvent, SetWorkers, WorkerLost, WorkerSpec
-from hbserve.messages.tiers import TierResult
+from hbserve.messages.tiers import FoundBlocks, TierResult
 from hbserve.messages.transfer import LinkClosed, LinkOpened, TransferResult
 from hbserve.messages.worker import (
     Hello,
@@ -178,6 +178,8 @@ class WorkerRegistry:
             self._requests.on_transfer_ended(reply)
         elif isinstance(reply, TierResult):
             self._requests.on_tier_result(worker, reply)
+        elif isinstance(reply, FoundBlocks):
+            self._requests.on_blocks_found(worker, reply)
         elif isinstance(reply, LinkOpened):
             self._transfers.on_link_opened(instance, reply)
             self._readiness.announce()

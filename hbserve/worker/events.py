@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hbserve.messages.supervisor import ReportEvent
-from hbserve.messages.tiers import TierCommand, TierResult
+from hbserve.messages.tiers import FindBlocks, FoundBlocks, TierCommand, TierResult
 from hbserve.messages.transfer import TransferCommand, TransferReply
 from hbserve.messages.worker import InstanceFailed, Shutdown, StepLost, StepPlan, StepResult
 
@@ -87,7 +87,7 @@ class RankFailed(NamedTuple):
 StepEvent = LayersStored | StepDone | StepFailed
 RankEvent = StepEvent | StepsEnded | TransferReplied | BlocksCopied | StepLost | TransferCommand | TierCommand
 """What the event loop of every rank handles."""
-WorkerEvent = RankEvent | StepDropped | RankFailed | StepPlan | Shutdown | ReportEvent
+WorkerEvent = RankEvent | StepDropped | RankFailed | StepPlan | Shutdown | ReportEvent | FindBlocks | FoundBlocks
 """What the event loop of rank 0 handles."""
 
 E = TypeVar("E")

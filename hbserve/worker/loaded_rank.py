@@ -13,7 +13,7 @@ from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer.head_split import Shard
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
 from hbserve.kv_transfer.rank_transfers import RankTransfers
-from hbserve.messages.tiers import HostMemory, TierResult
+from hbserve.messages.tiers import FoundBlocks, HostMemory, TierResult
 from hbserve.messages.transfer import TransferReply
 from hbserve.process.stopwatch import Stopwatch
 
@@ -52,6 +52,7 @@ def loaded_rank(
     host: HostMemory | None = None,
     report_copy: Callable[[TierResult], None] = lambda result: None,
     defers_graphs: bool = False,
+    report_found: Callable[[FoundBlocks], None] = lambda found: None,
 ) -> Iterator[LoadedRank]:
     """Load one rank's part of the model. The body runs without gradients; that holds for its own thread only.
 
@@ -69,6 +70,7 @@ def loaded_rank(
         host: memory of the host for KV blocks.
         report_copy: called with the results of copies to and from KV tiers, in any thread.
         defers_graphs: see `ModelRunner`.
+        report_found: called with the answers to lookups in KV tiers, in any thread.
 
     Raises:
         HBServeError: if the model cannot be served as configured.
@@ -105,6 +107,8 @@ def loaded_rank(
         dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
         fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
         name = namespace(fingerprint, config.model.quantization, runner.layout, runner.spec.num_kv_heads, size)
-        tiers = RankTiers(config.kv_cache, host, platform, runner.kv_blocks, tp_rank, size, report_copy, name)
+        tiers = RankTiers(
+            config.kv_cache, host, platform, runner.kv_blocks, tp_rank, size, report_copy, name, report_found
+        )
         stopwatch.lap("transfers")
         yield LoadedRank(fingerprint, platform, runner, transfers, tiers)

@@ -31,7 +31,7 @@ from hbserve.kv_tiers.joint_results import JointTierResults
 from hbserve.kv_transfer.joint_results import JointResults
 from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import EventKind, ReportEvent
-from hbserve.messages.tiers import HostMemory, LoadBlocks, StoreBlocks
+from hbserve.messages.tiers import FindBlocks, FoundBlocks, HostMemory, LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import CancelTransfer, LinkOpened, Peer, TransferReply
 from hbserve.messages.worker import (
     Hello,
@@ -178,6 +178,7 @@ class WorkerProcess:
             self._host,
             lambda result: self._events.post(events.BlocksCopied(0, result)),
             defers_graphs,
+            self._events.post,
         ) as rank:
             self._platform, self._runner, self._transfers = rank.platform, rank.runner, rank.transfers
             self._tiers, self._joint_copies = rank.tiers, JointTierResults(ranks.size, self._rpc.send)
@@ -311,6 +312,10 @@ class WorkerProcess:
                 self._is_used = True
                 self._ranks.send(event)
                 self._tiers.handle(event)
+            case FindBlocks():
+                self._tiers.find(event)
+            case FoundBlocks():
+                self._rpc.send(event)
             case events.RankFailed(rank, report):
                 self._on_rank_failed(f"rank {rank}: {report.error}", report)
             case ReportEvent():

@@ -55,6 +55,8 @@ def check_idle(core: CpuScheduler) -> str | None:
             return f"{instance.id} has {len(instance._free_slots)} free slots"
         if instance.num_steps_in_flight:
             return f"{instance.id} has steps in flight"
+    if len(core._requests._lookups):
+        return f"{len(core._requests._lookups)} lookups in tiers are under way"
     if len(core._requests.tiers):
         return f"{len(core._requests.tiers)} copies of tiers are under way"
     if len(core._requests._transfers):

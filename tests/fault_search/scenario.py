@@ -97,6 +97,7 @@ class Scenario:
         has_ladder: semi-PD has two workers of each phase, with other shares.
         has_throttle: decode waits for its turn while prefill is busy.
         num_slots: blocks of KV that the host's memory holds; 0: there is no tier.
+        has_store: the tier is not of the host: it keeps blocks by name, and all instances share it.
         layer_group_bytes: a prompt's last blocks leave in groups of layers of at least this size; 0: all at once.
         prefill_ranks, decode_ranks: ranks of an instance that starts in this role; each holds a part of the heads.
         repeats: messages that may come twice sometimes do, and blocks are sometimes written twice.
@@ -126,6 +127,7 @@ class Scenario:
     requests: tuple[RequestSpec, ...]
     faults: tuple[Fault, ...]
     num_slots: int = 0
+    has_store: bool = False
 
     def config(self) -> Config:
         """The configuration that the scheduler gets."""
@@ -298,4 +300,5 @@ def draw(seed: int) -> Scenario:
         requests=tuple(sorted(requests, key=lambda request: request.at)),
         faults=faults,
         num_slots=num_slots,
+        has_store=num_slots > 0 and tiers.random() < 0.4,
     )

@@ -89,6 +89,8 @@ class Joiner:
             num_slots = self.world.scenario.num_slots
             name = f"{self.instance_id}/{self.world.new_number()}"
             host = HostMemory(name, num_slots, is_own=True) if num_slots else None
+            if self.world.scenario.has_store:
+                host = self.world.host
             self.worker = Worker(
                 self.world, self.instance_id, self.role, self.address, arena, reply.kv_rank, self._on_exit, host
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
+from hbserve.messages.tiers import FindBlocks, FoundBlocks, LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
 from hbserve.scheduler.tiers import load_plan
 from tests.fault_search.memory import NOTHING
 from tests.fault_search.scenario import BLOCK_SIZE
@@ -22,11 +22,25 @@ _COPY_S = 0.0006
 
 
 class HostMemory:
-    """The slots of a tier."""
+    """The slots of a tier, or values by name: as many, of which the one that was stored first makes room."""
 
-    def __init__(self, name: str, num_slots: int, is_own: bool = False) -> None:
-        self.info = TierInfo(name="host", memory=name, num_slots=num_slots, is_own=is_own)
-        self.slots = [[NOTHING] * BLOCK_SIZE for _ in range(num_slots)]
+    def __init__(self, name: str, num_slots: int, is_own: bool = False, by_name: bool = False) -> None:
+        self.info = TierInfo(
+            name="store" if by_name else "host", memory=name, num_slots=num_slots, is_own=is_own, by_name=by_name
+        )
+        self._slots = [[NOTHING] * BLOCK_SIZE for _ in range(num_slots)]
+        self.named: dict[bytes, list[int]] = {}
+        self.checksums: dict[bytes, list[int]] = {}  # that values have with them
+
+    def place(self, key: bytes, slot: int, stores: bool) -> list[int] | None:
+        """Return the contents of a block, which the caller may change; None: a store has none of this name."""
+        if not self.info.by_name:
+            return self._slots[slot]
+        if stores and key not in self.named:
+            if len(self.named) == len(self._slots):
+                del self.named[next(iter(self.named))]
+            self.named[key] = [NOTHING] * BLOCK_SIZE
+        return self.named.get(key)
 
 
 class Copies:
@@ -53,6 +67,23 @@ class Copies:
             self._queue.append(command)
             self._start_next()
 
+    def find(self, command: FindBlocks) -> None:
+        """Answer a lookup after a while, wrongly or not at all while the tier is bad."""
+        worker, rng, memory = self._worker, self._worker.world.tier_rng, self._memory
+        assert memory is not None
+        is_bad = worker.world.is_tier_bad and rng.random() < 0.5
+        number = next((n for n, key in enumerate(command.keys) if key not in memory.named), len(command.keys))
+        error = "it did not work" if is_bad and rng.random() < 0.5 else None
+        if is_bad:
+            number = rng.randint(0, len(command.keys))
+        epoch = worker.epoch
+
+        def answer() -> None:
+            if worker.epoch == epoch:
+                worker.send(FoundBlocks(epoch=epoch, lookup_id=command.lookup_id, num_found=number, error=error))
+
+        worker.after(3.0 if is_bad and rng.random() < 0.3 else rng.choice((0.0, 0.001, 0.02)), answer)
+
     def _start_next(self) -> None:
         if self._queue and not self._is_busy:
             self._is_busy = True
@@ -77,10 +108,15 @@ class Copies:
         if index == len(command.slots):
             self._end(command, failures, checksums)
             return
-        block, slot = worker.arena.blocks[command.block_ids[index]], memory.slots[command.slots[index]]
-        if isinstance(command, StoreBlocks):
+        block = worker.arena.blocks[command.block_ids[index]]
+        key, stores = command.keys[index], isinstance(command, StoreBlocks)
+        slot = memory.place(key, command.slots[index], stores)
+        if slot is None:
+            failures[index] = "missing"
+        elif stores:
             slot[:] = block
             checksums.append([hash(tuple(block))])
+            memory.checksums[key] = checksums[-1]
             if failure == "checksum":  # the memory forgets
                 slot[0] ^= 1
         else:
@@ -88,8 +124,12 @@ class Copies:
                 slot[-1] ^= 1
             for offset, contents in enumerate(slot):
                 worker.arena.write(command.block_ids[index], offset, contents)
-            if [hash(tuple(slot))] != command.checksums[index]:
+            assert isinstance(command, LoadBlocks)
+            # What a lookup has found brings its checksum with it.
+            expected = command.checksums[index] or memory.checksums[key]
+            if [hash(tuple(slot))] != expected:
                 failures[index] = "checksum"
+                memory.named.pop(key, None)
         if failure == "backend" and rng.random() < 0.5:
             failures[index] = "backend"
         delay_s = rng.choice((0.0, 0.0, 0.001, 0.02)) if failure != "slow" else rng.choice((0.1, 3.0))

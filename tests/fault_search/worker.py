@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hbserve.config import InstanceRole
 from hbserve.messages.base import TokenLogprobs
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks
+from hbserve.messages.tiers import FindBlocks, LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import Peer
 from hbserve.messages.worker import (
     NO_TOKEN,
@@ -238,6 +238,8 @@ class Worker(Process):
             case StoreBlocks() | LoadBlocks():
                 self._is_used = True
                 self.copies.handle(command)
+            case FindBlocks():
+                self.copies.find(command)
             case _:
                 self._is_used = True
                 self.transfers.handle(command)

@@ -122,7 +122,9 @@ class World:
         self.requests: dict[str, _Request] = {}
         self.is_wire_bad = self.is_wire_noisy = self._kills_awaited = self.is_tier_bad = False
         self.tier_rng = random.Random(scenario.seed)
-        self.host = HostMemory("the launcher's", scenario.num_slots) if scenario.num_slots else None
+        self.host = None
+        if scenario.num_slots:
+            self.host = HostMemory("the launcher's", scenario.num_slots, by_name=scenario.has_store)
         self.launchers: list[Launcher | Joiner] = []
         self.scheduler = SchedulerProcess(self, 1)
         self.clients = {identity: Client(self, identity) for identity in (b"a", b"b")}

@@ -115,16 +115,33 @@ class MooncakeSettings:
                     os.environ.pop(name, None)
 
 
+def quiet_log(library: Any) -> None:
+    """Log only what is fatal from now on, in all of Mooncake's libraries of this process.
+
+    With ``MC_LOG_LEVEL`` set to another level, all lines appear.
+    """
+    os.environ.setdefault(_LOG_LEVEL_VARIABLE, _LOG_LEVEL)
+    level = _log_level(library)
+    if level is not None:
+        with _log_lock:
+            level.value = _FATAL
+
+
+def _log_level(library: Any) -> ctypes.c_int | None:
+    """Return the log level of the process; None: the user has chosen it, or the build has none."""
+    if os.environ.get(_LOG_LEVEL_VARIABLE) == _LOG_LEVEL:
+        with contextlib.suppress(OSError, ValueError):  # a build without glog's symbol
+            return ctypes.c_int.in_dll(ctypes.CDLL(library.__file__), "_ZN3fLI17FLAGS_minloglevelE")
+    return None
+
+
 @contextlib.contextmanager
 def _without_log(library: Any) -> Iterator[None]:
     """Keep an engine's start from logging errors: a good one logs that its own metadata are not there yet.
 
     With ``MC_LOG_LEVEL`` set to another level, all lines appear. The engine has one log level for the whole process.
     """
-    level = None
-    if os.environ.get(_LOG_LEVEL_VARIABLE) == _LOG_LEVEL:
-        with contextlib.suppress(OSError, ValueError):  # a build without glog's symbol
-            level = ctypes.c_int.in_dll(ctypes.CDLL(library.__file__), "_ZN3fLI17FLAGS_minloglevelE")
+    level = _log_level(library)
     if level is None:
         yield
         return

@@ -163,6 +163,17 @@ class KVTiers:
         now = self._clock.now
         return [tier for tier in self._tiers_of.get(instance, ()) if tier.rests_until <= now]
 
+    def to_ask(self, instance: InstanceHandle) -> list[tuple[Tier, WorkerHandle]]:
+        """Return the tiers of an instance that may hold more than their directories know, each with a worker."""
+        worker = self._worker(instance)
+        return [] if worker is None else [(tier, worker) for tier in self._usable(instance) if tier.info.by_name]
+
+    def rest(self, tier: Tier, kind: str, number: int) -> None:
+        """Leave a tier alone for a while, because it has failed."""
+        failures = tier.directory.stats.failures
+        failures[kind] = failures.get(kind, 0) + number
+        tier.rests_until = self._clock.now + _REST_S
+
     # --- storing ---------------------------------------------------------------------------------
 
     def offer(self, instance: InstanceHandle, allocation: KVAllocation, keys: Items[bytes], first: int) -> None:
@@ -307,7 +318,7 @@ class KVTiers:
                     keys=[entry.key for entry in entries],
                     slots=[entry.slot for entry in entries],
                     block_ids=allocation.block_ids[run.first : run.first + len(entries)],
-                    checksums=[entry.checksums for entry in entries],
+                    checksums=[entry.checksums or [] for entry in entries],
                 )
             )
 
@@ -395,11 +406,9 @@ class KVTiers:
         loads: dict[int, KVLoad] = {}
         for job in late:
             job.is_late = True
-            stats = job.tier.directory.stats
-            stats.failures["late"] = stats.failures.get("late", 0) + len(job.entries)
             what = f"a copy of {len(job.entries)} blocks has not ended within {self._deadline_s:g} s"
             self._events.note("tier_failed", _subject(job), what)
-            job.tier.rests_until = now + _REST_S
+            self.rest(job.tier, "late", len(job.entries))
             for entry in job.entries:
                 job.tier.directory.forget(entry)
             if job.load is not None:

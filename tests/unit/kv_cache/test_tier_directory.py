@@ -7,6 +7,7 @@ The legal transitions, by state before, operation, and state after (`SCENARIOS` 
     storing  forget       absent       loading  end_load    stored
     stored   begin_load   loading      loading  end_load    loading
     stored   begin_store  absent       loading  forget      absent
+    absent   add_found    stored
 """
 
 from __future__ import annotations
@@ -70,7 +71,18 @@ def test_legal_transitions(transition: tuple[TierState, str, TierState]) -> None
 
 
 def test_the_scenarios_are_all_transitions() -> None:
-    assert SCENARIOS.keys() | {(ABSENT, "begin_store", STORING)} == TRANSITIONS
+    assert SCENARIOS.keys() | {(ABSENT, "begin_store", STORING), (ABSENT, "add_found", STORED)} == TRANSITIONS
+
+
+def test_what_a_lookup_has_found_can_be_loaded_and_is_evicted_from_the_end_of_its_prompt() -> None:
+    directory = TierDirectory("store", 3)
+    directory.add_found([b"1", b"2", b"3"])
+    entry = directory.get(b"1")
+    assert entry is not None
+    assert (entry.state, entry.checksums) == (STORED, [])
+    directory.add_found([b"1", b"4"])
+    assert [key in directory for key in (b"1", b"2", b"3", b"4")] == [True, True, False, True]
+    directory.check_consistency([])
 
 
 def test_illegal_transitions() -> None:

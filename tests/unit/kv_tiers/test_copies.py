@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch
 from hbserve.config import KVCacheConfig
 from hbserve.errors import StartupError
 from hbserve.kv_cache.host_memory import HostMemoryOwner
-from hbserve.kv_tiers.base import SlotStorage
+from hbserve.kv_tiers.base import BlockName, SlotTier
 from hbserve.kv_tiers.joint_results import JointTierResults
 from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer import block_parts
@@ -115,28 +115,26 @@ async def test_ranks_have_regions_of_their_own_and_one_result(host: HostMemoryOw
         assert torch.equal(rank.arena[[5, 6]], before)
 
 
-class HangingSlots(SlotStorage):
+class HangingTier(SlotTier):
     """A tier that waits."""
-
-    may_hang = True
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
         self.has_begun = threading.Event()
 
-    def write(self, command: StoreBlocks, first: int, blocks: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
+    def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
         raise OSError("no space left")
 
-    def read(self, command: LoadBlocks, first: int, blocks: torch.Tensor) -> dict[int, str]:
+    def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
         self.has_begun.set()
         self.go_on.wait(DEADLINE_S)
-        blocks.zero_()
+        values.zero_()
         return {}
 
 
 async def test_a_tier_that_hangs_fails_its_jobs_and_writes_nothing_afterwards() -> None:
     rank = Rank(None, timeout_s=0.05)
-    slots = HangingSlots()
+    slots = HangingTier()
     rank.tiers._open("host", slots, rank.arena, 0)
     before = rank.arena.clone()
     loaded = await rank.load([0, 1], [3, 4], [[1], [2]])
@@ -151,7 +149,7 @@ async def test_a_tier_that_hangs_fails_its_jobs_and_writes_nothing_afterwards() 
 
 async def test_the_end_of_an_epoch_ends_its_jobs() -> None:
     rank = Rank(None)
-    slots = HangingSlots()
+    slots = HangingTier()
     rank.tiers._open("host", slots, rank.arena, 0)
     before = rank.arena.clone()
     command = LoadBlocks(epoch=0, job_id=1, tier="host", keys=[b"0"], slots=[0], block_ids=[3], checksums=[[0]])

@@ -8,35 +8,36 @@ import pytest
 import torch
 
 from hbserve.config import DiskTierConfig
-from hbserve.kv_tiers.disk import DiskSlots, DiskTierError, namespace
+from hbserve.kv_tiers.base import BlockName
+from hbserve.kv_tiers.disk import DiskTier, DiskTierError, namespace
 from hbserve.kv_transfer.block_parts import checksums_of
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks
 
 BLOCK_BYTES = 640
 NAME = namespace("model", "float32")
 
 
-def open_slots(folder: Path, rank: int = 0, num_ranks: int = 1, name: str = NAME) -> DiskSlots:
-    return DiskSlots(DiskTierConfig(path=str(folder), bytes=100_000), name, rank, num_ranks, BLOCK_BYTES)
+def open_slots(folder: Path, rank: int = 0, num_ranks: int = 1, name: str = NAME) -> DiskTier:
+    return DiskTier(DiskTierConfig(path=str(folder), bytes=100_000), name, rank, num_ranks, BLOCK_BYTES)
 
 
 def blocks(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, BLOCK_BYTES), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-def store(slots: DiskSlots, numbers: list[int], contents: torch.Tensor) -> list[int]:
-    keys = [b"%016d" % number for number in numbers]
-    command = StoreBlocks(epoch=0, job_id=1, tier="disk", keys=keys, slots=numbers, block_ids=numbers)
+def store(slots: DiskTier, numbers: list[int], contents: torch.Tensor) -> list[int]:
     checksums = checksums_of(contents)
-    assert slots.write(command, 0, contents, checksums) == {}
+    names = [
+        BlockName("", b"%016d" % number, number, checksum)
+        for number, checksum in zip(numbers, checksums.tolist(), strict=True)
+    ]
+    assert slots.put(names, contents) == {}
     found: list[int] = checksums.tolist()
     return found
 
 
-def load(slots: DiskSlots, numbers: list[int]) -> tuple[torch.Tensor, dict[int, str]]:
+def load(slots: DiskTier, numbers: list[int]) -> tuple[torch.Tensor, dict[int, str]]:
     found = torch.zeros(len(numbers), BLOCK_BYTES, dtype=torch.uint8)
-    command = LoadBlocks(epoch=0, job_id=1, tier="disk", keys=[], slots=numbers, block_ids=[], checksums=[])
-    failures = slots.read(command, 0, found)
+    failures = slots.get([BlockName("", slot=number) for number in numbers], found)
     return found, failures
 
 
@@ -94,5 +95,5 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         open_slots(tmp_path / "file")
     config = DiskTierConfig(path=str(tmp_path / "big"), bytes=1 << 62)
     with pytest.raises(DiskTierError, match=r"kv_cache.disk: .*\.kv: "):
-        DiskSlots(config, NAME, 0, 1, BLOCK_BYTES)
+        DiskTier(config, NAME, 0, 1, BLOCK_BYTES)
     assert [path.stat().st_size for path in (tmp_path / "big").iterdir()] == [0]

@@ -1,0 +1,157 @@
+"""The Mooncake Store as a KV tier. Values lie in memory that others give (``hbserve store``); instances give none.
+
+Blocks therefore survive their instances and their system. The master evicts what was not used lately, and a block that
+was read or looked up is safe for a while (its lease).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hbserve.config import StoreTierConfig
+from hbserve.errors import HBServeError, StartupError
+from hbserve.kv_tiers.base import BlockName, KVTier, KVTierContext
+from hbserve.kv_transfer.one_sided.mooncake import quiet_log
+
+_PROBE = "hbserve.kv_tiers.mooncake_probe"
+_NO_ROOM = -200
+_NOT_FOUND = -704
+_WRONG_SIZE = -600
+
+
+class MooncakeTierError(HBServeError):
+    """The Mooncake Store does not do what it should."""
+
+
+class MooncakeTier(KVTier):
+    """The backend ``mooncake`` of ``kv_cache.store``.
+
+    It connects when it is made, and again at a call while there is no connection. The library itself finds a master
+    that was started again.
+
+    Raises:
+        StartupError: if the library is missing.
+    """
+
+    def __init__(self, context: KVTierContext) -> None:
+        assert context.config.master is not None, "the configuration checks it"
+        self._config, self._master, self._timeout_s = context.config, context.config.master, context.timeout_s
+        self._library = load_library()
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._buffers: list[torch.Tensor] = []
+        with contextlib.suppress(HBServeError):  # the first use says so
+            self._connected()
+
+    def _connected(self) -> Any:
+        """Return the client, with all buffers registered.
+
+        Raises:
+            MooncakeTierError: if there is no connection.
+        """
+        with self._lock:
+            if self._client is None:
+                self._probe()
+                client = self._library.MooncakeDistributedStore()
+                code = client.setup(local_address(self._config), "P2PHANDSHAKE", 0, 0, "tcp", "", self._master)
+                if code:
+                    raise MooncakeTierError(f"kv_cache.store: no client for {self._master} (code {code})")
+                self._client = client
+                for buffer in self._buffers:
+                    self._register(buffer)
+            return self._client
+
+    def _probe(self) -> None:
+        """Connect once in another process: the library blocks this one for 90 s if the master does not answer."""
+        command = [sys.executable, "-m", _PROBE, local_address(self._config), self._master]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=self._timeout_s, check=False)
+        except subprocess.TimeoutExpired:
+            done = None
+        if done is None or done.returncode:
+            raise MooncakeTierError(f"kv_cache.store: no Mooncake master answers at {self._master}")
+
+    def _register(self, buffer: torch.Tensor) -> None:
+        code = self._client.register_buffer(buffer.data_ptr(), buffer.nbytes)
+        if code:
+            raise MooncakeTierError(f"kv_cache.store: cannot register {buffer.nbytes} bytes (code {code})")
+
+    def register(self, values: torch.Tensor) -> None:
+        with self._lock:
+            self._buffers.append(values)
+            if self._client is not None:
+                self._register(values)
+
+    def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        codes = self._connected().batch_put_from(_texts(names), *_places(values))
+        return {place: "full" if code == _NO_ROOM else "backend" for place, code in enumerate(codes) if code}
+
+    def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
+        codes = self._connected().batch_get_into(_texts(names), *_places(values))
+        lost = {place for place, code in enumerate(codes) if code < 0 and code not in (_NOT_FOUND, _WRONG_SIZE)}
+        # Where others can be read, only the memory of these has gone.
+        kind = "backend" if len(lost) == len(codes) else "missing"
+        return {place: "missing" for place, code in enumerate(codes) if code == _NOT_FOUND} | dict.fromkeys(lost, kind)
+
+    def contains(self, names: Sequence[BlockName]) -> list[bool]:
+        codes = self._connected().batch_is_exist(_texts(names))
+        if any(code < 0 for code in codes):
+            raise MooncakeTierError(f"kv_cache.store: {self._master} does not answer (code {min(codes)})")
+        return [code == 1 for code in codes]
+
+    def remove(self, names: Sequence[BlockName]) -> None:
+        self._connected().batch_remove(_texts(names), True)  # although they are leased: they are wrong
+
+
+def load_library() -> Any:
+    """Import the library, with few lines in the log: failures are events of this system.
+
+    Raises:
+        StartupError: if it is missing.
+    """
+    os.environ.pop("MC_LOG_DIR", None)  # with it the library ends the process
+    try:
+        library = importlib.import_module("mooncake.store")
+    except ImportError as error:
+        raise StartupError(
+            f"kv_cache.store.backend mooncake: {error}; install mooncake-transfer-engine-cuda13 (with a GPU) or "
+            "mooncake-transfer-engine-non-cuda, and Debian's libibverbs1"
+        ) from None
+    quiet_log(library)
+    return library
+
+
+def local_address(config: StoreTierConfig) -> str:
+    """Return the address of this host from which the master is reached.
+
+    Raises:
+        MooncakeTierError: if its name is unknown here, or there is no way to it.
+    """
+    host, port = config.address
+    try:
+        [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # which sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise MooncakeTierError(f"kv_cache.store.master: {host}: {error.strerror}") from None
+
+
+def _texts(names: Sequence[BlockName]) -> list[str]:
+    return [name.text for name in names]
+
+
+def _places(values: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Return the addresses and the sizes of the rows."""
+    first, size = values.data_ptr(), values.shape[1]
+    return [first + row * size for row in range(len(values))], [size] * len(values)
