@@ -20,7 +20,7 @@ from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATION_NAMES, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
-from hbserve.weight_format import KV_SCALE_NAMES, ON_LOAD, Fp8Format, Fp8KV, read_weight_format
+from hbserve.weight_format import KV_SCALE_NAMES, Fp8Format, Fp8KV, on_load, read_weight_format
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
@@ -153,7 +153,10 @@ class ModelSpec:
                 raise ModelError(f"transformers cannot read it: {_first_lines(error)}") from error
             dtype, is_tied = _dtype(document, folder), _has_tied_head(config, folder)
             spec = _from_config(family, config, dtype, is_tied, max_model_len)
-            weight_format = weight_format or (ON_LOAD if quantization == "fp8" else None)
+            if weight_format is None and quantization == "fp8":
+                # Errors of the last feed-forward layer reach the logits at full size (docs/quantization.md). Inputs of
+                # experts are not quantised, so their errors are smaller.
+                weight_format = on_load(*([] if spec.experts else [f"model.layers.{spec.num_layers - 1}.{family.mlp}"]))
             return replace(
                 spec, weight_format=weight_format, kv_format=_kv_format(folder) if kv_dtype == "fp8" else None
             )

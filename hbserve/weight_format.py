@@ -89,8 +89,13 @@ KV_SCALE_NAMES = (
 """Names that checkpoints have for the scales of KV; the last is that of both."""
 
 
-ON_LOAD = Fp8Format("channel", is_on_load=True)
-"""The format of ``model.quantization: fp8``: a scale for each row of a matrix and for each token; no calibration."""
+def on_load(*plain_modules: str) -> Fp8Format:
+    """Return the format of ``model.quantization: fp8``: a scale for each row of a matrix and for each token.
+
+    Args:
+        plain_modules: see `Fp8Format`.
+    """
+    return Fp8Format("channel", plain_modules=plain_modules, is_on_load=True)
 
 
 def read_weight_format(document: dict[str, Any]) -> Fp8Format | None:

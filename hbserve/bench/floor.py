@@ -45,8 +45,13 @@ class ModelCost:
             self._shares = expert_shares(experts, expert_skew)
         self.layer_params = common_params + num_chosen * expert_params
         self.head_params = spec.vocab_size * spec.hidden_size
-        matrix_itemsize = itemsize if spec.weight_format is None else 1
-        self._common_bytes = common_params * matrix_itemsize + self.head_params * itemsize
+        matrix_itemsize, plain_params = itemsize, 0
+        if spec.weight_format is not None:
+            matrix_itemsize, dense_params = 1, row_params * spec.intermediate_size
+            names = (f"model.layers.{i}.{spec.family.mlp}.{spec.family.down}" for i in range(spec.num_layers))
+            plain_params = dense_params * sum(not spec.weight_format.converts(name) for name in names)
+        self._common_bytes = common_params * matrix_itemsize + plain_params * (itemsize - matrix_itemsize)
+        self._common_bytes += self.head_params * itemsize
         self._expert_bytes = expert_params * matrix_itemsize
         self.token_flops = 2 * self.layer_params
         self.head_flops = 2 * self.head_params

@@ -23,6 +23,7 @@ from hbserve.float8 import FP8_MAX, rounded, widened
 from hbserve.layers.linear import Linear
 from hbserve.weight_format import BLOCK_SIZE
 
+_NUM_SCALES, _MAX_SAMPLED_COLUMNS = 8, 1024
 _MIN_PEAK = 1e-12
 """The least peak of a token, so that a token of zeros has a scale."""
 
@@ -63,6 +64,24 @@ def quantise(x: Tensor, scale: Tensor | None = None, *, is_grouped: bool = False
     peaks = groups.abs().amax(2).clamp(min=_MIN_PEAK)
     flat = rounded(groups * (FP8_MAX / peaks)[:, :, None])
     return Quantised(flat.flatten(1)[:, :num_columns], peaks / FP8_MAX)
+
+
+def quantise_weight(weight: Tensor) -> Quantised:
+    """Quantise a matrix ``[rows, columns]`` such that each row's squared error is small.
+
+    FP8's steps double at powers of two. A row's error therefore depends on where its values lie between two of them:
+    the best of scales from the least one, whose largest value is FP8's, to almost its double saves a tenth of it.
+    Some columns are enough to choose by.
+    """
+    values = weight.float()
+    least = values.abs().amax(1, keepdim=True).clamp(min=_MIN_PEAK) / FP8_MAX
+    sample = values[:, :: -(-values.shape[1] // _MAX_SAMPLED_COLUMNS)]
+    errors = []
+    for step in range(_NUM_SCALES):
+        scales = least * 2 ** (step / _NUM_SCALES)
+        errors.append((widened(rounded(sample / scales)) * scales - sample).square().sum(1, keepdim=True))
+    scales = least * 2 ** (torch.stack(errors).argmin(0) / _NUM_SCALES)
+    return Quantised(rounded(values / scales), scales)
 
 
 class Fp8Linear(Linear):

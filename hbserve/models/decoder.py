@@ -13,7 +13,7 @@ Families differ in the norms, in the activation and in factors (`hbserve.model_f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -46,6 +46,13 @@ class _Layer:
     mlp_out_norm: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What differs by the kernels of two layers: the schemes of their linear layers, or that they have experts."""
+        linears = (self.qkv, self.o, *(self.mlp if isinstance(self.mlp, tuple) else ()))
+        experts = None if isinstance(self.mlp, tuple) else self.mlp.up.dtype
+        return *(type(linear) for linear in linears), experts
 
     @staticmethod
     def build(tensors: dict[str, Tensor], dtype: torch.dtype) -> _Layer:
@@ -90,10 +97,9 @@ class Decoder:
     def typical_layers(self) -> list[int]:
         """Layers that together load every kernel: the first two, and one for each kind of layer.
 
-        Kinds differ in the size of a sliding window, and in whether there are experts.
+        Kinds differ in the size of a sliding window, in whether there are experts, and in the schemes of weights.
         """
-        windows, experts = self.spec.sliding_windows, self.spec.experts
-        kinds = [windows] if experts is None else [windows, experts.layers]
+        kinds: list[Sequence[object]] = [self.spec.sliding_windows, [layer.kind for layer in self.layers]]
         firsts = {values.index(value) for values in kinds for value in set(values)}
         return sorted({0, min(1, len(self.layers) - 1), *firsts})
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hbserve.errors import ModelError
-from hbserve.layers.fp8 import Quantised, quantise
+from hbserve.layers.fp8 import Quantised, quantise_weight
 from hbserve.models.checkpoint_part import CheckpointPart, Parameter
 from hbserve.weight_format import BLOCK_SIZE, Fp8Format, Granularity
 
@@ -99,7 +99,7 @@ class _QuantisedPart(CheckpointPart):
 
     def _quantise(self, source: Any, device: torch.device) -> Quantised:
         rows = source[self.start : self.stop] if self.dim == 0 else source[:]
-        return quantise(cast(Tensor, rows).to(device))
+        return quantise_weight(cast(Tensor, rows).to(device))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hbserve.model_source import SHAPES
 from hbserve.model_spec import ModelSpec
 from hbserve.models.weights import WeightTable
 from hbserve.rope_spec import RopeSpec
-from hbserve.weight_format import ON_LOAD, Fp8KV
+from hbserve.weight_format import Fp8KV, on_load
 from tests.support.model_zoo import VOCAB_SIZE, save_model
 
 PARAMETERS = {
@@ -168,9 +168,11 @@ def test_floor_by_hand() -> None:
 
 
 def test_floor_counts_the_bytes_that_fp8_has() -> None:
-    cost = ModelCost(replace(tiny_spec(), weight_format=ON_LOAD, kv_format=Fp8KV()), itemsize=2)
+    cost = ModelCost(replace(tiny_spec(), weight_format=on_load(), kv_format=Fp8KV()), itemsize=2)
     assert cost.weight_bytes(1) == 288 + 2 * 40  # the LM head stays as it is
     assert cost.kv_bytes(5) == 2 * 5 * 4
+    mlp = on_load("model.layers.1.mlp")  # stays in bfloat16
+    assert ModelCost(replace(tiny_spec(), weight_format=mlp), itemsize=2).weight_bytes(1) == 288 + 2 * 40 + 96
 
 
 def test_floor_with_a_sliding_window() -> None:
